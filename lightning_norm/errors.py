@@ -1,0 +1,19 @@
+"""Warnings and errors with a type of their own, so that a user can filter or catch them. A leaf: imports nothing."""
+
+from __future__ import annotations
+
+
+class NoEffectWarning(UserWarning):
+    """Something was asked for and nothing matched it."""
+
+
+class CompileWarning(UserWarning):
+    """Compilation does less than was asked for."""
+
+
+class AlreadySwappedError(RuntimeError):
+    """The model already holds normalizers of this package."""
+
+
+class OptimizerError(RuntimeError):
+    """A trainable parameter of a normalizer is in no optimizer, or in several."""

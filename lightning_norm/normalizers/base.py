@@ -1,0 +1,230 @@
+"""What every normalizer shares: its arguments, its place in the registry, how it loads and how it is made from another layer.
+
+A normalizer is a plain ``nn.Module`` and never a subclass of torch's ``_BatchNorm``: ``Trainer(sync_batchnorm=True)``
+rebuilds each of those and would erase ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.normalizers.running import RunningStats
+from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
+from lightning_norm.ops.compiled import compiled_forward
+from lightning_norm.ops.fused import normalize
+from lightning_norm.ops.layout import layout_of
+from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.sync import active_ranks
+
+BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from.
+
+    Args:
+        authors: first author "et al.".
+        year: of publication.
+        title: of the paper.
+        where: arXiv id, or journal.
+    """
+
+    authors: str
+    year: int
+    title: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.authors} {self.year}, {self.where}"
+
+
+class Normalizer(ScheduledValues, RunningStats):
+    """Abstract: a layer that normalizes. Subclasses that set ``key`` in their own body enter the registry.
+
+    The class attributes are declarations; the conformance suite checks each against what the layer does.
+    """
+
+    key: ClassVar[str] = ""
+    paper: ClassVar[Paper | None] = None
+    uses_batch: ClassVar[bool] = True
+    """In training, the output for one sample depends on the other samples."""
+    per_sample: ClassVar[bool] = True
+    """In evaluation, the output depends on the sample's own statistics."""
+    preserves_eval: ClassVar[bool] = False
+    """At its starting values it evaluates to what the BatchNorm it was made from evaluates to."""
+    learns: ClassVar[dict[str, str]] = {}
+    """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
+
+    registry: ClassVar[dict[str, type[Normalizer]]] = {}
+
+    num_features: int
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    sync: bool
+    sync_group: str
+    compiled: bool
+    backend: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        key = cls.__dict__.get("key", "")
+        other = Normalizer.registry.get(key)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the key {key!r} is taken by {other.__module__}.{other.__qualname__}. Choose another key.")
+        if key:
+            Normalizer.registry[key] = cls
+
+    def monitor(self) -> dict[str, Tensor]:
+        """Return what the layer has learned, as quantity -> 0-dim tensor, for the loggers."""
+        return {}
+
+
+class MomentNorm(Normalizer):
+    r"""Abstract: a normalizer whose output is affine in x, with coefficients that depend on the moments of x alone.
+
+    Write :meth:`algebra`; gradients, precision, ranks, swap and tests follow.
+
+    .. math:: y = s\,(x - c) + t, \qquad (c, s, t) = \mathrm{algebra}(\mu_{nc}, \sigma^2_{nc})
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        eps: added to the variance, inside the root.
+        momentum: weight of the new batch in the running statistics; ``None`` for the average of all batches.
+        affine: learn ``weight`` (gamma) and ``bias`` (beta), each (C,).
+        track_running_stats: keep running statistics and evaluate on them; otherwise always use those of the input.
+        channel_dim: 1, or -1 for tokens (N, L, C).
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), or (N, ..., C) with ``channel_dim=-1``; output as input.
+
+    Raises:
+        TypeError: the input is not a floating-point tensor.
+        ValueError: an argument out of range, a wrong number of dimensions or channels, or one value per statistic.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 1:
+            raise ValueError(f"{name}: num_features must be a positive int, got {num_features!r}.")
+        if not 0 <= eps < float("inf"):
+            raise ValueError(f"{name}: eps must be a number >= 0, got {eps!r}.")
+        if channel_dim not in (1, -1):
+            raise ValueError(f"{name}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim!r}.")
+        self.num_features, self.eps, self.affine, self.channel_dim = num_features, float(eps), affine, channel_dim
+        self.sync, self.sync_group, self.compiled, self.backend = True, "world", False, "auto"
+        for parameter in ("weight", "bias"):
+            value = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+            self.register_parameter(parameter, value)
+        self._make_running_stats(num_features, track_running_stats, device, dtype)
+        self.momentum = momentum
+        self.reset_parameters()
+
+    def algebra(self, m: Moments) -> Affine:
+        """Turn the moments of x into ``y = scale * (x - center) + shift``: the paper's equations."""
+        raise NotImplementedError(f"{type(self).__name__} must define algebra(self, m: Moments) -> Affine.")
+
+    def standardize(self, mean: Tensor, var: Tensor) -> Affine:
+        r"""Return the Affine of :math:`\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta`."""
+        scale = (var + self.eps).rsqrt()
+        return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
+
+    def statistic_size(self, n: int, size: int) -> int:
+        """Return the number of elements behind the smallest statistic in use, for n samples of ``size`` elements per channel."""
+        return n * size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x."""
+        if self.compiled and not torch.compiler.is_compiling():
+            return compiled_forward(self, x, _forward, self._kind)
+        return _forward(self, x)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the forward pass, fullgraph, at static shapes; layers that agree in everything share their graphs.
+
+        Raises:
+            TypeError: any argument of ``torch.nn.Module.compile`` was given.
+        """
+        if args or kwargs:
+            raise TypeError(f"{type(self).__name__}.compile() takes no arguments, got {args} {kwargs}.")
+        self._kind = (type(self), self.num_features, *(repr(getattr(self, n)) for n in self.shows if n not in self.ranges))
+        self.compiled = True
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1, bias to 0 and the running statistics to their start."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def adopt(self, source: nn.Module) -> None:
+        """Take over a layer's Parameters and running statistics: the same objects, not copies."""
+        for name in ("weight", "bias"):
+            if getattr(source, name, None) is not None and getattr(self, name) is not None:
+                setattr(self, name, getattr(source, name))
+        for name in BATCH_NORM_BUFFERS:
+            if getattr(source, name, None) is not None and self._buffers.get(name) is not None:
+                self._buffers[name] = getattr(source, name)
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        names = ("eps", "momentum", "affine", "track_running_stats", *(("channel_dim",) if self.channel_dim != 1 else ()))
+        return ", ".join([str(self.num_features), *(f"{name}={getattr(self, name)!r}" for name in (*names, *self.shows))])
+
+    shows: ClassVar[tuple[str, ...]] = ()
+    """A subclass's own arguments, for ``repr``."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        given = {k[len(prefix) :] for k in state_dict if k.startswith(prefix)}
+        foreign = {k: n.__name__ for n in self.registry.values() for k in n.learns if k in given - set(self.learns)}
+        if foreign:
+            raise RuntimeError(
+                f"checkpoint of another normalizer: {prefix[:-1] or 'this layer'} is {type(self).__name__}, the file holds "
+                f"{foreign}. Swap the model to that normalizer before loading."
+            )
+        own = {**self._parameters, **{k: v for k, v in self._buffers.items() if k not in self._non_persistent_buffers_set}}
+        for name in BATCH_NORM_BUFFERS:
+            if own.get(name) is None:
+                state_dict.pop(prefix + name, None)  # a BatchNorm's statistics, for a method without them
+        for name, value in own.items():
+            old = state_dict.get(prefix + name)
+            if value is None:
+                continue
+            if old is None and (name == "num_batches_tracked" or (name in self.learns and not given & set(self.learns))):
+                state_dict[prefix + name] = value.detach().clone()  # a plain BatchNorm's checkpoint: keep the starting value
+            elif isinstance(old, Tensor) and old.shape != value.shape and old.numel() == value.numel():
+                state_dict[prefix + name] = old.reshape(value.shape)  # (1, C, 1, 1) in published checkpoints
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
+    who = type(layer).__name__
+    layout = layout_of(x, layer.num_features, layer.channel_dim, who)
+    pools = layer.uses_batch or layer.track_running_stats
+    ranks = active_ranks(layer.sync, layer.training, layer.sync_group) if pools else None
+    of_input = layer.training or not layer.track_running_stats
+    if of_input and ranks is None and layer.statistic_size(layout.n, layout.size) < 2:
+        raise ValueError(
+            f"{who}: expected more than one value per statistic, got {layout.n} sample(s) of {layout.size} element(s) per "
+            "channel. Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
+        )
+    given = None if of_input or layer.per_sample else layer.running()
+    return normalize(x, layer.algebra, layout=layout, given=given, ranks=ranks)

@@ -1,0 +1,88 @@
+"""Batch-channel normalization: a learned mixture of batch- and layer-normalized outputs, one weight per channel."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.moments import Affine, Moments
+
+
+class BatchChannelNorm(MomentNorm):
+    r"""Mix the batch-normalized and the layer-normalized input, channel by channel.
+
+    .. math::
+        y = \gamma\,[\iota X + (1 - \iota) Y] + \beta, \qquad
+        X = \frac{x - \mu_B}{\sqrt{\sigma^2_B + \epsilon}},\quad Y = \frac{x - \mu_L}{\sqrt{\sigma^2_L + \epsilon}}
+
+    with mu_B, sigma_B over the batch per channel and mu_L, sigma_L over channels and positions per sample. ``iota`` (C,) starts
+    at 1, where the layer is batch normalization. Khaled et al. 2023, arXiv 2312.00596.
+
+    When: a network trained with BatchNorm whose batches are small or shift, for it starts from the same function. When not: if the
+    layer must be folded for inference.
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        constraint: how iota is kept in [0, 1]: ``None`` not at all (published), "clamp", or "sigmoid" of a stored logit, which
+            starts at 6 (iota = 0.9975), since iota = 1 is out of a sigmoid's reach.
+        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+
+    Raises:
+        ValueError: an unknown constraint.
+
+    Differs from the paper: the running variance is stored unbiased, as in torch, and used as it is, so that evaluation never
+    depends on the evaluation batch (the published code multiplies by m / (m - 1) of that batch); ``momentum`` takes effect. Not
+    to be confused with Qiao et al.'s batch-channel normalization (arXiv 1911.09738), which applies the two in sequence.
+
+    >>> BatchChannelNorm(8)(torch.randn(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
+
+    key = "bcn"
+    paper = Paper("Khaled et al.", 2023, "BCN: Batch Channel Normalization for Image Classification", "arXiv 2312.00596")
+    learns: ClassVar[dict[str, str]] = {"iota": "C"}
+    shows: ClassVar[tuple[str, ...]] = ("constraint",)
+    preserves_eval: ClassVar[bool] = True
+
+    def __init__(
+        self, num_features: int, *, constraint: Literal["clamp", "sigmoid"] | None = None, **options: Any
+    ) -> None:
+        if constraint not in (None, "clamp", "sigmoid"):
+            raise ValueError(f"BatchChannelNorm: constraint must be None, 'clamp' or 'sigmoid', got {constraint!r}.")
+        self.constraint = constraint
+        super().__init__(num_features, **options)
+        device, dtype = options.get("device"), options.get("dtype")
+        self.iota = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def algebra(self, m: Moments) -> Affine:
+        """Return the affine map of the equation above, written around the sample's own mean so that no digit is lost."""
+        batch, layer = self.track(m.over_batch()), m.over_channels()
+        iota = self.mixture()
+        x = iota * (batch.var + self.eps).rsqrt()
+        y = (1 - iota) * (layer.var + self.eps).rsqrt()
+        scale, shift = x + y, x * (m.mean - batch.mean) + y * (m.mean - layer.mean)
+        if self.weight is not None and self.bias is not None:
+            scale, shift = self.weight * scale, torch.addcmul(self.bias, self.weight, shift)
+        return Affine(m.mean, scale, shift)
+
+    def mixture(self) -> Tensor:
+        """Return iota (C,), constrained: 1 is batch normalization, 0 layer normalization."""
+        iota = self.iota.to(at_least_float32(self.iota.dtype))
+        return {None: lambda: iota, "clamp": lambda: iota.clamp(0, 1), "sigmoid": iota.sigmoid}[self.constraint]()
+
+    @torch.no_grad()
+    def monitor(self) -> dict[str, Tensor]:
+        """Return the mean, least and greatest iota over the channels."""
+        iota = self.mixture()
+        return {"iota": iota.mean(), "iota_min": iota.min(), "iota_max": iota.max()}
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1, bias to 0 and iota to 1 (its logit to 6 under the sigmoid)."""
+        super().reset_parameters()
+        if "iota" in self._parameters:
+            nn.init.constant_(self.iota, 6.0 if self.constraint == "sigmoid" else 1.0)

@@ -1,0 +1,35 @@
+"""Batch normalization: the statistics of the whole batch, per channel."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.ops.moments import Affine, Moments
+
+
+class BatchNorm(MomentNorm):
+    r"""Normalize each channel by the mean and variance of the batch; evaluate on running statistics.
+
+    .. math:: y = \gamma \frac{x - \mu_B}{\sqrt{\sigma^2_B + \epsilon}} + \beta
+
+    The baseline on this package's engine, equal to ``torch.nn.BatchNorm1d/2d/3d`` in values, gradients, running statistics
+    and ``state_dict``. Ioffe and Szegedy 2015, arXiv 1502.03167.
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+
+    >>> BatchNorm(8)(torch.randn(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
+
+    key = "bn"
+    paper = Paper("Ioffe and Szegedy", 2015, "Batch Normalization", "arXiv 1502.03167")
+    per_sample: ClassVar[bool] = False
+    preserves_eval: ClassVar[bool] = True
+
+    def algebra(self, m: Moments) -> Affine:
+        """Return the affine map of the equation above."""
+        batch = self.track(m.over_batch())
+        return self.standardize(batch.mean, batch.var)

@@ -1,0 +1,63 @@
+"""Instance normalization: each sample's own statistics, per channel."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from torch import Tensor
+
+from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.running import unbiased
+from lightning_norm.normalizers.scheduled import Scheduled
+from lightning_norm.ops.moments import Affine, Moments
+
+
+class InstanceNorm(MomentNorm):
+    r"""Normalize each channel of each sample by its own mean and variance.
+
+    .. math:: y = \gamma \frac{x - \mu_{nc}}{\sqrt{\sigma^2_{nc} + \epsilon}} + \beta
+
+    Equal to ``torch.nn.InstanceNorm1d/2d/3d``, but for ``affine``, which is on by default as in every layer of this package.
+    Ulyanov et al. 2016, arXiv 1607.08022.
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        track_running_stats: keep the mean over samples of mean and unbiased variance, and evaluate on it; off by default.
+        momentum: of these.
+        options: eps, affine, channel_dim, device, dtype: see :class:`MomentNorm`.
+
+    Raises:
+        ValueError: one element per sample and channel.
+
+    >>> InstanceNorm(8)(torch.randn(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
+
+    key = "in"
+    paper = Paper("Ulyanov et al.", 2016, "Instance Normalization", "arXiv 1607.08022")
+    uses_batch: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        track_running_stats: bool = False,
+        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, track_running_stats=track_running_stats, momentum=momentum, **options)
+
+    def algebra(self, m: Moments) -> Affine:
+        """Return the affine map of the equation above."""
+        own = self.track(m)
+        return self.standardize(own.mean, own.var)
+
+    def observed(self, m: Moments) -> tuple[Tensor, Tensor]:
+        """Return the mean over samples of mean and unbiased variance."""
+        zero = m.var * 0
+        mean = Moments(m.mean, zero, m.count, m.ranks).over_batch().mean
+        return mean, Moments(m.var * unbiased(m.count), zero, m.count, m.ranks).over_batch().mean
+
+    def statistic_size(self, n: int, size: int) -> int:
+        """Return the elements per sample and channel."""
+        return size

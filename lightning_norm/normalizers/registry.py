@@ -1,0 +1,92 @@
+"""Find a normalizer by what a user types: a key, a class name, a dotted path, a class, or ``{class_path, init_args}``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from lightning_norm.normalizers.base import Normalizer
+
+NormSpec: TypeAlias = str | type[nn.Module] | Mapping[str, Any]
+
+
+def normalizers() -> dict[str, type[Normalizer]]:
+    """Return every registered normalizer by its key, the oldest method first.
+
+    >>> list(normalizers())[0]
+    'bn'
+    """
+    return dict(sorted(Normalizer.registry.items(), key=lambda item: item[1].paper.year if item[1].paper else 9999))
+
+
+def create(norm: NormSpec, num_features: int, **arguments: Any) -> Normalizer:
+    """Build a normalizer.
+
+    Args:
+        norm: a key ("sn"), a class name, a dotted path, a class, or ``{"class_path": ..., "init_args": {...}}``.
+        num_features: channels.
+        arguments: its other arguments; they win over ``init_args``.
+
+    Raises:
+        ValueError: nothing has that name; the nearest names are given.
+        TypeError: not a normalizer, or an argument it does not take.
+
+    >>> create("sn", 8, momentum=0.2).momentum
+    0.2
+    """
+    cls, init_args = resolve(norm)
+    return cls(num_features, **{**init_args, **arguments})  # type: ignore[call-arg]  # every normalizer takes it first
+
+
+def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
+    """Return the class and the arguments that a spec names.
+
+    Raises:
+        ValueError: nothing has that name.
+        TypeError: it is not a normalizer, or the spec has unknown entries.
+    """
+    if isinstance(norm, Mapping):
+        unknown = set(norm) - {"class_path", "init_args"}
+        if unknown or "class_path" not in norm:
+            raise TypeError(
+                f"a normalizer is written {{class_path: sn, init_args: {{...}}}}, got the entries {sorted(map(str, norm))}."
+            )
+        cls, _ = resolve(norm["class_path"])
+        return cls, dict(norm.get("init_args") or {})
+    found: Any = _by_name(norm) if isinstance(norm, str) else norm
+    if not (isinstance(found, type) and issubclass(found, Normalizer)):
+        raise TypeError(
+            f"{norm!r} is not a normalizer: expected a subclass of lightning_norm.MomentNorm, got {found!r}. "
+            "examples/write_your_own.py shows one in 15 lines."
+        )
+    return found, {}
+
+
+def _by_name(name: str) -> Any:
+    known = normalizers()
+    by_class = {cls.__name__: cls for cls in known.values()}
+    if name in known or name in by_class:
+        return known.get(name) or by_class[name]
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"cannot import the normalizer {name!r}: {error}. Check the dotted path.") from error
+    lowered = {k.lower(): k for k in (*known, *by_class)}
+    near = [lowered[n] for n in difflib.get_close_matches(name.lower(), lowered, n=2, cutoff=0.3)]
+    hints = [f"{_key_of(n)!r} ({_class_of(n)})" for n in near]
+    guess = f" Did you mean {' or '.join(dict.fromkeys(hints))}?" if hints else ""
+    raise ValueError(f"no normalizer called {name!r}.{guess} Known: {', '.join(known)}. A class of your own: its dotted path.")
+
+
+def _key_of(name: str) -> str:
+    return next(k for k, cls in normalizers().items() if name in (k, cls.__name__))
+
+
+def _class_of(name: str) -> str:
+    return normalizers()[_key_of(name)].__name__

@@ -1,0 +1,91 @@
+"""Running statistics: buffers, update, evaluation. Kept in float32 at least, whatever the model is cast to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.moments import Moments
+
+
+class RunningStats(nn.Module):
+    """Mixin: ``running_mean``, ``running_var`` (C,) and ``num_batches_tracked`` with torch's names and meaning."""
+
+    running_names: ClassVar[tuple[str, str]] = ("running_mean", "running_var")
+    num_batches_tracked: Tensor | None
+    skipped_updates: Tensor | None
+
+    def _make_running_stats(
+        self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        self.track_running_stats = track
+        for name, fill in zip(self.running_names, (0.0, 1.0), strict=True):
+            stat = torch.full((num_features,), fill, device=device, dtype=at_least_float32(dtype))
+            self.register_buffer(name, stat if track else None)
+        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device) if track else None)
+        self.register_buffer("skipped_updates", torch.tensor(0, device=device) if track else None, persistent=False)
+
+    def track(self, m: Moments) -> Moments:
+        """In training, fold the batch's moments into the running ones and return them; in evaluation, return the running ones.
+
+        Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it is
+        skipped and counted in ``skipped_updates``.
+        """
+        if not self.track_running_stats:
+            return m
+        if not self.training:
+            return self.running()
+        self._update(*self.observed(m))
+        return m
+
+    def running(self) -> Moments:
+        """Return the running statistics as (1, C) moments."""
+        mean, var = (self._buffers[name] for name in self.running_names)
+        assert mean is not None and var is not None
+        return Moments(mean.unsqueeze(0), var.unsqueeze(0), 1)
+
+    def observed(self, m: Moments) -> tuple[Tensor, Tensor]:
+        """Return the mean and the unbiased variance that the running statistics move towards."""
+        return m.mean, m.var * unbiased(m.count)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor) -> None:
+        finite = torch.isfinite(mean + var).all()
+        assert self.num_batches_tracked is not None and self.skipped_updates is not None
+        self.num_batches_tracked.add_(finite)
+        self.skipped_updates.add_(~finite)
+        momentum = self._buffers["_momentum"]
+        weight = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype) if momentum is None else momentum
+        for name, new in zip(self.running_names, (mean, var), strict=True):
+            old = self._buffers[name]
+            assert old is not None
+            moved = (1 - weight) * old + weight * new.detach().reshape(-1).to(old.dtype)
+            old.copy_(torch.where(finite, moved, old))
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1 and the counters to 0."""
+        if self.track_running_stats:
+            for name, fill in zip((*self.running_names, "num_batches_tracked", "skipped_updates"), (0, 1, 0, 0), strict=True):
+                buffer = self._buffers[name]
+                assert buffer is not None
+                buffer.fill_(fill)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningStats:
+        before = {name: self._buffers[name] for name in self.running_names}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != at_least_float32(new.dtype):
+                self._buffers[name] = old.to(new.device, at_least_float32(old.dtype))
+        return self
+
+
+def unbiased(count: int | Tensor) -> float | Tensor:
+    """Return n / (n - 1), the factor from the biased to the unbiased variance; 1 where there is one element."""
+    if isinstance(count, Tensor):
+        return count / (count - 1).clamp_min(1)
+    return count / max(count - 1, 1)

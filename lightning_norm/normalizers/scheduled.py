@@ -1,0 +1,121 @@
+"""Hyper-parameters that may change during training, held in 0-dim tensors so that no change recompiles anything."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """Say in a signature that a value may be scheduled, and within which closed range.
+
+    Args:
+        low: smallest legal value.
+        high: largest legal value.
+
+    >>> from typing import Annotated
+    >>> Alpha = Annotated[float, Scheduled(0.0, 1.0)]
+    """
+
+    low: float
+    high: float
+
+    def check(self, who: str, name: str, value: float) -> float:
+        """Return ``value`` as a float.
+
+        Raises:
+            ValueError: the value is outside the range or not a number.
+        """
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not self.low <= number <= self.high:
+            raise ValueError(f"{who}: {name} must lie in [{self.low}, {self.high}], got {value!r}.")
+        return number
+
+
+class ScheduledValues(nn.Module):
+    """Turn each ``Annotated[float, Scheduled(low, high)]`` argument of ``__init__`` into a range-checked property.
+
+    ``layer.alpha`` reads and sets a float; ``layer.scheduled("alpha")`` is the 0-dim float64 tensor for the algebra
+    (float64 so that 0.1 means 0.1 for float64 inputs; a 0-dim tensor never raises the dtype of the others).
+    """
+
+    ranges: ClassVar[dict[str, Scheduled]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        found = _declared(cls)
+        cls.ranges = {**cls.ranges, **found}
+        for name in found:
+            setattr(cls, name, property(_getter(name), _setter(name)))
+
+    def scheduled(self, name: str) -> Tensor | None:
+        """Return the 0-dim tensor behind a scheduled argument, ``None`` if it was set to ``None``."""
+        value: Tensor | None = self._buffers[f"_{name}"]
+        return value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScheduledValues:
+        held = {f"_{name}": self._buffers.pop(f"_{name}") for name in self.ranges}  # float64 must not reach .half() or MPS
+        super()._apply(fn, recurse)
+        for name, old in held.items():
+            if old is None:
+                self._buffers[name] = None
+                continue
+            device = fn(torch.zeros((), device=old.device)).device
+            self._buffers[name] = old if device == old.device else _scalar(self._values[name[1:]], device)
+        return self
+
+    @property
+    def _values(self) -> dict[str, float | None]:
+        values: dict[str, float | None] = self.__dict__.setdefault("_scheduled_values", {})
+        return values
+
+
+def _declared(cls: type) -> dict[str, Scheduled]:
+    init = cls.__dict__.get("__init__")
+    found: dict[str, Scheduled] = {}
+    if init is None:
+        return found
+    for name, parameter in inspect.signature(init).parameters.items():
+        annotation = parameter.annotation
+        if isinstance(annotation, str) and "Scheduled" in annotation:
+            annotation = eval(annotation, vars(sys.modules[cls.__module__]))  # noqa: S307  a class's own annotation
+        for extra in getattr(annotation, "__metadata__", ()):
+            if isinstance(extra, Scheduled):
+                found[name] = extra
+    return found
+
+
+def _getter(name: str) -> Callable[[ScheduledValues], float | None]:
+    return lambda self: self._values[name]
+
+
+def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
+    def set_value(self: ScheduledValues, value: float | None) -> None:
+        if value is not None:
+            value = self.ranges[name].check(type(self).__name__, name, value)
+        self._values[name] = value
+        held = self._buffers.get(f"_{name}")
+        if held is None or value is None:
+            device = next((t.device for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None)
+            self.register_buffer(f"_{name}", None if value is None else _scalar(value, device), persistent=False)
+        else:
+            with torch.no_grad():
+                held.fill_(value)
+
+    return set_value
+
+
+def _scalar(value: float | None, device: torch.device | None) -> Tensor:
+    dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
+    return torch.tensor(value, dtype=dtype, device=device)

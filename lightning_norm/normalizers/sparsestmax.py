@@ -1,0 +1,58 @@
+"""Sparsestmax: a softmax substitute on the simplex that a radius drives to a corner."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sparsemax(z: Tensor) -> Tensor:
+    """Project a vector (K,) on the simplex: non-negative entries with sum 1, the nearest in Euclidean distance."""
+    k = torch.arange(1, z.numel() + 1, device=z.device, dtype=z.dtype)
+    ordered = torch.sort(z, descending=True).values
+    excess = ordered.cumsum(0) - 1
+    support = (ordered * k > excess).sum()
+    tau = excess.gather(0, (support - 1).unsqueeze(0)) / support
+    return (z - tau).clamp_min(0)
+
+
+def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
+    r"""Return the point of the simplex at least ``radius`` from the centre of its face, in the direction of sparsemax(z).
+
+    With p the sparsemax and u the uniform point on its support: p itself where ``|p - u| >= radius``, otherwise
+    ``u + radius (p - u) / |p - u|``, projected back on the simplex and repeated on the smaller face where that leaves it.
+    Shao et al., CVPR 2019, arXiv 1903.03793.
+
+    Args:
+        z: logits (K,).
+        radius: of the circle around the centre; at sqrt((K - 1) / K) and beyond, the result is a corner.
+
+    Returns:
+        (K,), non-negative with sum 1.
+
+    Differs from the paper: equal logits have no direction and stay at u (the published code divides rounding noise by its norm
+    and leaves the simplex); K - 1 fixed steps in place of a recursion that reads values back to the host.
+
+    >>> sparsestmax(torch.tensor([0.3, 0.2, 0.1]), 1.0)
+    tensor([1., 0., 0.])
+    """
+    p = sparsemax(z)
+    if radius is None:
+        return p
+    square = torch.as_tensor(radius, dtype=z.dtype, device=z.device).square()
+    support = p > 0
+    centre = support / support.sum()
+    for _ in range(z.numel() - 1):
+        away = p - centre
+        norm2 = away.square().sum()
+        known = norm2 > (64 * torch.finfo(z.dtype).eps) ** 2
+        norm = torch.where(known, norm2, 1.0).sqrt()
+        out = known & (norm2 < square)
+        moved = centre + square.sqrt() * away / norm
+        projected = sparsemax(moved)
+        p = torch.where(out, projected, p)
+        support = torch.where(out, projected > 0, support)
+        smaller = support / support.sum()
+        square = (square - (smaller - centre).square().sum()).clamp_min(0)
+        centre = smaller
+    return p

@@ -1,0 +1,177 @@
+"""Switchable normalization: a learned mixture of instance, layer and batch statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.group_norm import check_groups
+from lightning_norm.normalizers.running import unbiased
+from lightning_norm.normalizers.scheduled import Scheduled
+from lightning_norm.normalizers.sparsestmax import sparsestmax
+from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.moments import Affine, Moments
+
+CHOICES = ("in", "ln", "bn", "gn")
+
+
+class SwitchableNorm(MomentNorm):
+    r"""Let each layer learn how much of instance, layer and batch statistics it wants, separately for mean and variance.
+
+    .. math::
+        y = \gamma \frac{x - \sum_k w_k \mu_k}{\sqrt{\sum_k w'_k \sigma^2_k + \epsilon}} + \beta, \qquad
+        w = \mathrm{softmax}(\lambda),\; w' = \mathrm{softmax}(\lambda'), \qquad
+        k \in \{\mathrm{in}, \mathrm{ln}, \mathrm{bn}\}
+
+    ``mean_weight`` is lambda and ``var_weight`` lambda', (3,) each, starting at 1. Luo et al., TPAMI 2021, arXiv 1806.10779;
+    sparse: Shao et al., CVPR 2019, arXiv 1903.03793.
+
+    When: small batches, where it turns from batch to instance and layer statistics by itself. When not: if the network must be
+    folded for inference, for instance and layer statistics stay data dependent.
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        choices: which statistics to mix, in the order of the weights: "in", "ln", "bn" and also "gn".
+        groups: for "gn".
+        correction: 0 for biased variances, 1 for the authors' estimator (unbiased within each sample), which their checkpoints need.
+        sparse: replace the softmax by sparsestmax, which reaches one-hot weights as ``radius`` grows.
+        radius: of sparsestmax, scheduled from 0 (softmax-like freedom) to 1 (one choice).
+        zero_weight: start gamma at 0, for the last normalizer of a residual branch.
+        momentum: weight of the new batch in the running statistics of "bn".
+        options: eps, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+
+    Raises:
+        ValueError: unknown, repeated or no choices, or a correction other than 0 and 1.
+
+    Differs from the paper: momentum has torch's meaning (the authors' 0.997 and 0.9 are 0.003 and 0.1); the running variance
+    starts at 1 and not at 0; where a statistic does not exist (instance statistics of one element) it leaves and the softmax is
+    taken over the others, as in the authors' 1d layer; equal weights are a fixed point of sparsestmax (theirs leave the simplex).
+
+    >>> SwitchableNorm(8)(torch.randn(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
+
+    key = "sn"
+    paper = Paper("Luo et al.", 2021, "Switchable Normalization for Learning-to-Normalize Deep Representation", "arXiv 1806.10779")
+    learns: ClassVar[dict[str, str]] = {"mean_weight": "3", "var_weight": "3"}
+    shows: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse")
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        choices: Sequence[str] = ("in", "ln", "bn"),
+        groups: int = 32,
+        correction: int = 0,
+        sparse: bool = False,
+        radius: Annotated[float, Scheduled(0, 1)] = 0.0,
+        zero_weight: bool = False,
+        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        **options: Any,
+    ) -> None:
+        choices = tuple(choices)
+        if not choices or set(choices) - set(CHOICES) or len(set(choices)) < len(choices):
+            raise ValueError(f"SwitchableNorm: choices must be distinct names out of {CHOICES}, got {choices}.")
+        if correction not in (0, 1):
+            raise ValueError(f"SwitchableNorm: correction must be 0 (biased) or 1 (the authors' estimator), got {correction!r}.")
+        self.choices, self.zero_weight = choices, zero_weight
+        if "bn" not in choices:
+            options["track_running_stats"] = False
+        super().__init__(num_features, momentum=momentum, **options)
+        self.groups = check_groups("SwitchableNorm", num_features, groups) if "gn" in choices else groups
+        self.correction, self.sparse = correction, sparse
+        self.radius = radius
+        device, dtype = options.get("device"), options.get("dtype")
+        self.mean_weight = nn.Parameter(torch.ones(len(choices), device=device, dtype=dtype))  # lambda
+        self.var_weight = nn.Parameter(torch.ones(len(choices), device=device, dtype=dtype))  # lambda'
+
+    def algebra(self, m: Moments) -> Affine:
+        """Return the affine map of the equation above."""
+        alone = isinstance(m.count, int) and m.count == 1  # one element per sample and channel: no instance statistics
+        if self.correction:
+            m = Moments(m.mean, m.var * unbiased(m.count), m.count, m.ranks)
+        statistics = [self._statistic(k, m, alone) for k in self.choices]
+        w, v = self._mix(self.mean_weight, alone), self._mix(self.var_weight, alone)
+        mean = sum_of(w, [s.mean for s in statistics])
+        var = sum_of(v, [s.var for s in statistics])
+        return self.standardize(mean, var)
+
+    def _statistic(self, k: str, m: Moments, alone: bool) -> Moments:
+        if k == "in":
+            return m
+        s = {"ln": m.over_channels, "gn": lambda: m.over_channels(self.groups), "bn": m.over_batch}[k]()
+        if alone and self.correction:  # the authors' 1d layer: unbiased over the only axis there is
+            s = Moments(s.mean, s.var * unbiased(s.count), s.count, s.ranks)
+        return self.track(s) if k == "bn" else s
+
+    def observed(self, m: Moments) -> tuple[Tensor, Tensor]:
+        """Return the mean and variance that the running ones move towards; the authors' estimator as it is."""
+        return (m.mean, m.var) if self.correction else super().observed(m)
+
+    def _mix(self, logits: Tensor, alone: bool) -> Tensor:
+        """Return the importance weights, (len(choices),), non-negative with sum 1."""
+        if alone and "in" in self.choices and len(self.choices) > 1:
+            gone = self.choices.index("in")
+            kept = self._mix(torch.cat([logits[:gone], logits[gone + 1 :]]), False)
+            return torch.cat([kept[:gone], kept.new_zeros(1), kept[gone:]])
+        logits = logits.to(at_least_float32(logits.dtype))
+        return sparsestmax(logits, self._buffers["_radius"]) if self.sparse else torch.softmax(logits, 0)
+
+    @torch.no_grad()
+    def importance(self) -> dict[str, Tensor]:
+        """Return the importance weights of the means and of the variances, each (len(choices),), in the order of ``choices``."""
+        return {"mean": self._mix(self.mean_weight, False), "var": self._mix(self.var_weight, False)}
+
+    def monitor(self) -> dict[str, Tensor]:
+        """Return the importance weights one by one: ``mean_in``, ``mean_ln``, ..., ``var_bn``."""
+        return {f"{q}_{k}": w[i] for q, w in self.importance().items() for i, k in enumerate(self.choices)}
+
+    def statistic_size(self, n: int, size: int) -> int:
+        """Return the elements behind the batch statistics, or the layer's where there are none."""
+        if "bn" in self.choices:
+            return n * size
+        return size if self.choices == ("in",) else size * self.num_features
+
+    def adopt(self, source: nn.Module) -> None:
+        """Take over a layer's Parameters and running statistics.
+
+        Raises:
+            ValueError: ``zero_weight`` was asked for and the layer brings its own weight.
+        """
+        if self.zero_weight and getattr(source, "weight", None) is not None:
+            raise ValueError(
+                "SwitchableNorm: zero_weight=True would overwrite the weight that the swap moves. Build the network with its "
+                "own zero-init option (torchvision: zero_init_residual=True) and leave zero_weight out."
+            )
+        super().adopt(source)
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1 (0 with ``zero_weight``), bias to 0, lambda and lambda' to 1."""
+        super().reset_parameters()
+        for name in ("mean_weight", "var_weight"):
+            if name in self._parameters:
+                nn.init.ones_(getattr(self, name))
+        if self.zero_weight and self.weight is not None:
+            nn.init.zeros_(self.weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        held = state_dict.get(prefix + "mean_weight")
+        if isinstance(held, Tensor) and held.numel() != len(self.choices):
+            known = {2: '("in", "ln") or, for the authors\' 1d layer, ("ln", "bn")', 3: '("in", "ln", "bn")'}
+            raise RuntimeError(
+                f"{prefix[:-1] or 'this layer'}: the checkpoint mixes {held.numel()} statistics, this SwitchableNorm has choices="
+                f"{self.choices}. Type choices={known.get(held.numel(), 'those of the checkpoint')}."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def sum_of(weights: Tensor, terms: list[Tensor]) -> Tensor:
+    """Return the weighted sum of broadcastable tensors."""
+    total = weights[0] * terms[0]
+    for i in range(1, len(terms)):
+        total = total + weights[i] * terms[i]
+    return total

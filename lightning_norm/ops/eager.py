@@ -1,0 +1,94 @@
+"""The passes in plain PyTorch: the CPU path, what torch.compile traces, and the oracle of the kernels.
+
+Precision. For float32 inputs the (N, C) statistics are float64, because 1000 +- 1 rounded to float32 already costs more
+than nn.BatchNorm2d loses in all. Products with x are rounded once: eager code goes through fused multiply-adds (``addcmul``,
+ATen's evaluation-mode batch norm), a compiled CPU graph computes in float64 registers, since Inductor's addcmul is not fused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
+
+FLAT = 8.0
+"""|mean| / std up to which scale * x + offset loses nothing against scale * (x - mean)."""
+
+
+def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per (sample, channel), each (N, C)."""
+    dtype = stat_dtype(x)
+    if layout.size == 1:
+        mean = x.reshape(layout.n, layout.c).to(dtype, copy=True)
+        return mean, torch.zeros_like(mean)
+    rough = x.mean(layout.reduced, dtype=at_least_float32(x.dtype))
+    u = x - layout.spread(rough)
+    if u.dtype == dtype:
+        return rough, _dot(u, u, layout) / layout.size
+    rest = u.mean(layout.reduced).to(dtype)  # what rounding the mean to u's dtype left over
+    var = _dot(u, u, layout).to(dtype) / layout.size - rest.square()
+    return rough + rest, var.clamp_min_(0)
+
+
+def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout) -> Tensor:
+    """y = scale * (x - center) + shift; a fresh tensor in x's dtype and memory format."""
+    u = _wide(x)
+    if u.dtype == center.dtype:
+        return _affine(u - layout.spread(center), scale, shift, layout).to(x.dtype)
+    pivot, scale = center.to(at_least_float32(u.dtype)), scale.to(at_least_float32(u.dtype))
+    if not _recording() and x.is_cpu and x.numel() and bool((pivot * scale).abs_().amax() < FLAT):
+        return _affine(u, scale, (shift - scale * center).to(scale.dtype), layout).to(x.dtype)
+    offset = (shift + scale * (pivot - center)).to(scale.dtype)
+    return _affine(u - layout.spread(pivot), scale, offset, layout).to(x.dtype)
+
+
+def reduce(dy: Tensor, x: Tensor, center: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Sum of dy and of dy * (x - center) per (sample, channel), each (N, C)."""
+    pivot = center.to(at_least_float32(x.dtype))
+    total = dy.sum(layout.reduced, dtype=pivot.dtype) if layout.reduced else dy.to(pivot.dtype)
+    total, dot = total.to(center.dtype), _dot(x - layout.spread(pivot), dy, layout).to(center.dtype)
+    return total, dot if pivot.dtype == center.dtype else torch.addcmul(dot, pivot - center, total)
+
+
+def combine(dy: Tensor, scale: Tensor, x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None, layout: Layout) -> Tensor:
+    """dx = scale * dy + dmean / S + (2 * dvar / S) * (x - mean), in x's dtype."""
+    dy, u = _wide(dy), _wide(x)
+    dtype = at_least_float32(u.dtype)
+    wide = layout.spread(scale.to(dtype))
+    offset = None if dmean is None else dmean / layout.size
+    if dvar is None or layout.size == 1:  # the variance of one element is constant
+        return (dy * wide if offset is None else torch.addcmul(layout.spread(offset.to(dtype)), dy, wide)).to(x.dtype)
+    slope = dvar * (2 / layout.size)
+    pivot = mean.to(dtype)
+    drift = slope * (pivot - mean)
+    offset = layout.spread((drift if offset is None else offset + drift).to(dtype))
+    u, slope = u - layout.spread(pivot), layout.spread(slope.to(dtype))
+    if _recording():
+        return torch.addcmul(u * slope + offset, dy, wide).to(x.dtype)
+    return u.mul_(slope).add_(offset).addcmul_(dy, wide).to(x.dtype)  # the rest is small beside dy: only the last step counts
+
+
+def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
+    """scale * u + offset, rounded once where it is not wide."""
+    if not _recording() and u.is_cpu and u.dtype == scale.dtype and layout.channel_dim == 1 and u.is_contiguous():
+        rows = layout.n * layout.c
+        zero, one = scale.new_zeros(rows), scale.new_ones(rows)
+        flat, scale, offset = u.view(1, rows, -1), scale.reshape(rows), offset.reshape(rows)
+        return torch.batch_norm(flat, scale, offset, zero, one, False, 0.0, 0.0, False).view(layout.shape)
+    return torch.addcmul(layout.spread(offset), u, layout.spread(scale))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In a compiled CPU graph, x in float64: registers, not memory."""
+    return x.double() if torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.float32 else x
+
+
+def _dot(u: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Sum of u * v per (sample, channel); u is overwritten."""
+    product = u * v if _recording() else u.mul_(v)
+    return product.sum(layout.reduced) if layout.reduced else product
+
+
+def _recording() -> bool:
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()

@@ -1,0 +1,95 @@
+"""Which axis of x is the channel axis, and how an (N, C) tensor meets x. No copy is ever made here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axes of one input.
+
+    Args:
+        shape: shape of x.
+        channel_dim: the channel axis, 1 or the last.
+    """
+
+    shape: tuple[int, ...]
+    channel_dim: int
+
+    @property
+    def n(self) -> int:
+        """Samples."""
+        return self.shape[0]
+
+    @property
+    def c(self) -> int:
+        """Channels."""
+        return self.shape[self.channel_dim]
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """The axes that a (sample, channel) pair owns."""
+        return tuple(d for d in range(1, len(self.shape)) if d != self.channel_dim)
+
+    @property
+    def size(self) -> int:
+        """Elements of x behind each (sample, channel): the S of the docs."""
+        size = 1
+        for d in self.reduced:
+            size *= self.shape[d]
+        return size
+
+    def spread(self, t: Tensor) -> Tensor:
+        """View an (N, C) tensor so that it broadcasts against x."""
+        ones = [1] * len(self.shape)
+        ones[0], ones[self.channel_dim] = t.shape[0], t.shape[1]
+        return t.reshape(ones)
+
+
+def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "normalize") -> Layout:
+    """Check an input and describe its axes.
+
+    Accepts (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), and with ``channel_dim=-1`` (N, ..., C).
+
+    Raises:
+        TypeError: x is not a floating-point tensor.
+        ValueError: wrong rank, channel count or channel_dim, or no element per channel.
+    """
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        came = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{who} expects a floating-point tensor, got {came}. Convert it first: x.float().")
+    if channel_dim not in (1, -1):
+        raise ValueError(f"{who}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim}.")
+    shape = tuple(x.shape)
+    if not 2 <= len(shape) <= 5:
+        raise ValueError(
+            f"{who} expects (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), "
+            f"got {len(shape)} dimensions: {shape}. A single image needs a batch axis: x.unsqueeze(0)."
+        )
+    dim = 1 if channel_dim == 1 else len(shape) - 1
+    if shape[dim] != num_features:
+        hint = ""
+        other = 1 if channel_dim == -1 else len(shape) - 1
+        if shape[other] == num_features:
+            hint = f" Axis {other} has {num_features}: pass channel_dim={1 if other == 1 else -1}."
+        raise ValueError(f"{who} has num_features={num_features}, but axis {dim} of input {shape} has {shape[dim]}.{hint}")
+    layout = Layout(shape, dim)
+    if layout.size == 0:
+        raise ValueError(f"{who}: input {shape} has no element per channel. Check the size of the feature map.")
+    return layout
+
+
+def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
+    """Return ``dtype``, or float32 where that is narrower; the default dtype for ``None``."""
+    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+
+
+def stat_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of x's statistics: float64 for float32 inputs where the device has it, else float32 at least."""
+    if x.dtype == torch.float32 and x.device.type == "mps":
+        return torch.float32
+    return torch.float64 if x.dtype == torch.float32 else at_least_float32(x.dtype)

@@ -1,0 +1,124 @@
+"""Moments and Affine: the vocabulary every normalizer is written in.
+
+Six words, used everywhere in this package:
+
+* *Moments*: mean and biased variance, one pair per (sample, channel) or pooled over several of them.
+* *Affine*: ``y = scale * (x - center) + shift``.
+* *algebra*: a normalizer's own few lines, from Moments to Affine.
+* *layout*: which axis of ``x`` is the channel axis and which are reduced.
+* *moments* (the pass): one read of ``x`` that yields the Moments.
+* *apply*: one read of ``x`` that writes ``y``.
+
+Variances are pooled by the law of total variance and never as E[x^2] - E[x]^2, which loses every digit at
+mean/std = 1e4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_norm.ops.sync import Ranks
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and biased variance, each broadcastable to (N, C).
+
+    Args:
+        mean: (N, C), or (1, C), (N, 1), (K, C) once pooled. Both are float64 where x is float32.
+        var: biased variance, same shape as ``mean``, never negative.
+        count: number of elements of x behind each entry; a tensor once ranks were pooled.
+        ranks: the ranks that ``over_batch`` pools with; ``None`` for this process alone.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: int | Tensor
+    ranks: Ranks | None = None
+
+    def over_channels(self, groups: int = 1) -> Moments:
+        """Pool the channels of each sample, in ``groups`` consecutive groups: (N, C) -> (N, 1), or (N, C) by repetition.
+
+        Raises:
+            ValueError: ``groups`` does not divide the channels.
+        """
+        n, c = self.mean.shape
+        if c % groups:
+            raise ValueError(
+                f"cannot split {c} channels into {groups} groups: groups must divide the channels. "
+                f"Divisors of {c}: {[d for d in range(1, c + 1) if c % d == 0]}."
+            )
+        if groups == 1:
+            mean, var = _pool(self.mean, self.var, dim=1)
+        else:
+            size = c // groups
+            mean, var = _pool(self.mean.view(n, groups, size), self.var.view(n, groups, size), dim=2)
+            mean, var = (t.expand(n, groups, size).reshape(n, c) for t in (mean, var))
+        return Moments(mean, var, self.count * (c // groups), self.ranks)
+
+    def over_batch(self, weights: Tensor | None = None) -> Moments:
+        """Pool the samples of the whole batch, over all ranks: (N, C) -> (1, C).
+
+        The only way to meet other samples, and the only collective: call it unconditionally, the same number of times
+        on every rank.
+
+        Args:
+            weights: (N, K) soft or hard assignment of each sample to K sets; the result is then (K, C).
+        """
+        n = self.mean.shape[0]
+        if weights is None and self.ranks is None:
+            mean, var = _pool(self.mean, self.var, dim=0)
+            return Moments(mean, var, self.count * n)
+        if weights is None:
+            weights = self.mean.new_ones(n, 1)
+        mass = weights.sum(0).unsqueeze(1)  # (K, 1)
+        share = weights.to(self.mean.dtype).t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
+        mean = share @ self.mean  # (K, C)
+        between = (self.mean - mean.unsqueeze(1)).square()  # (K, N, C)
+        var = (share.unsqueeze(2) * (self.var + between)).sum(1)
+        count = mass * self.count
+        if self.ranks is not None:
+            count, mean, var = self.ranks.pool(count, mean, var)
+        return Moments(mean, var, count)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``y = scale * (x - center) + shift``; each field broadcastable to (N, C).
+
+    Args:
+        center: what is subtracted.
+        scale: what multiplies.
+        shift: what is added; ``None`` for nothing.
+    """
+
+    center: Tensor
+    scale: Tensor
+    shift: Tensor | None = None
+
+    def expand(self, n: int, c: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return center, scale and shift as (n, c).
+
+        Raises:
+            ValueError: a field cannot be broadcast to (n, c).
+        """
+        shift = torch.zeros_like(self.center) if self.shift is None else self.shift
+        fields = {"center": self.center, "scale": self.scale, "shift": shift}
+        for name, t in fields.items():
+            shape = (1,) * (2 - t.dim()) + tuple(t.shape)
+            if len(shape) != 2 or shape[0] not in (1, n) or shape[1] not in (1, c):
+                shapes = {k: tuple(v.shape) for k, v in fields.items()}
+                raise ValueError(
+                    f"algebra returned {name} of shape {tuple(t.shape)}, which does not broadcast to (N, C) = ({n}, {c}). "
+                    f"All shapes: {shapes}."
+                )
+        dtype = self.center.dtype
+        return self.center.expand(n, c), self.scale.to(dtype).expand(n, c), shift.to(dtype).expand(n, c)
+
+
+def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    pooled = mean.mean(dim, keepdim=True)
+    return pooled, (var + (mean - pooled).square()).mean(dim, keepdim=True)
