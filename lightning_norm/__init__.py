@@ -1,0 +1,26 @@
+"""Normalization layers of seven papers for PyTorch Lightning: one callback swaps, trains and logs them.
+
+Public names, one explicit line each.
+"""
+
+from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
+from lightning_norm.errors import CompileWarning as CompileWarning
+from lightning_norm.errors import NoEffectWarning as NoEffectWarning
+from lightning_norm.errors import OptimizerError as OptimizerError
+from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm
+from lightning_norm.normalizers import BatchNorm as BatchNorm
+from lightning_norm.normalizers import GroupNorm as GroupNorm
+from lightning_norm.normalizers import InstanceNorm as InstanceNorm
+from lightning_norm.normalizers import LayerNorm as LayerNorm
+from lightning_norm.normalizers import MomentNorm as MomentNorm
+from lightning_norm.normalizers import Normalizer as Normalizer
+from lightning_norm.normalizers import Paper as Paper
+from lightning_norm.normalizers import Scheduled as Scheduled
+from lightning_norm.normalizers import SwitchableNorm as SwitchableNorm
+from lightning_norm.normalizers import create as create
+from lightning_norm.normalizers import normalizers as normalizers
+from lightning_norm.ops.fused import normalize as normalize
+from lightning_norm.ops.moments import Affine as Affine
+from lightning_norm.ops.moments import Moments as Moments
+
+__version__ = "0.1.0"

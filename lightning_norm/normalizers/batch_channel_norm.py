@@ -63,8 +63,8 @@ class BatchChannelNorm(MomentNorm):
         """Return the affine map of the equation above, written around the sample's own mean so that no digit is lost."""
         batch, layer = self.track(m.over_batch()), m.over_channels()
         iota = self.mixture()
-        x = iota * (batch.var + self.eps).rsqrt()
-        y = (1 - iota) * (layer.var + self.eps).rsqrt()
+        x = iota * (batch.var.to(m.mean.dtype) + self.eps).rsqrt()
+        y = (1 - iota) * (layer.var.to(m.mean.dtype) + self.eps).rsqrt()
         scale, shift = x + y, x * (m.mean - batch.mean) + y * (m.mean - layer.mean)
         if self.weight is not None and self.bias is not None:
             scale, shift = self.weight * scale, torch.addcmul(self.bias, self.weight, shift)

@@ -1,6 +1,6 @@
 """The passes in plain PyTorch: the CPU path, what torch.compile traces, and the oracle of the kernels.
 
-Precision. For float32 inputs the (N, C) statistics are float64, because 1000 +- 1 rounded to float32 already costs more
+Precision. For float32 inputs the (N, C) means are float64, because 1000 +- 1 rounded to float32 already costs more
 than nn.BatchNorm2d loses in all. Products with x are rounded once: eager code goes through fused multiply-adds (``addcmul``,
 ATen's evaluation-mode batch norm), a compiled CPU graph computes in float64 registers, since Inductor's addcmul is not fused.
 """
@@ -59,7 +59,7 @@ def combine(dy: Tensor, scale: Tensor, x: Tensor, mean: Tensor, dmean: Tensor | 
     offset = None if dmean is None else dmean / layout.size
     if dvar is None or layout.size == 1:  # the variance of one element is constant
         return (dy * wide if offset is None else torch.addcmul(layout.spread(offset.to(dtype)), dy, wide)).to(x.dtype)
-    slope = dvar * (2 / layout.size)
+    slope = dvar.to(mean.dtype) * (2 / layout.size)
     pivot = mean.to(dtype)
     drift = slope * (pivot - mean)
     offset = layout.spread((drift if offset is None else offset + drift).to(dtype))

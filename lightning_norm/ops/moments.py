@@ -28,7 +28,7 @@ class Moments:
     """Mean and biased variance, each broadcastable to (N, C).
 
     Args:
-        mean: (N, C), or (1, C), (N, 1), (K, C) once pooled. Both are float64 where x is float32.
+        mean: (N, C), or (1, C), (N, 1), (K, C) once pooled. Float64 where x is float32.
         var: biased variance, same shape as ``mean``, never negative.
         count: number of elements of x behind each entry; a tensor once ranks were pooled.
         ranks: the ranks that ``over_batch`` pools with; ``None`` for this process alone.
@@ -78,7 +78,7 @@ class Moments:
         share = weights.to(self.mean.dtype).t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
         mean = share @ self.mean  # (K, C)
         between = (self.mean - mean.unsqueeze(1)).square()  # (K, N, C)
-        var = (share.unsqueeze(2) * (self.var + between)).sum(1)
+        var = (share.unsqueeze(2) * (self.var + between)).sum(1).to(self.var.dtype)
         count = mass * self.count
         if self.ranks is not None:
             count, mean, var = self.ranks.pool(count, mean, var)
@@ -121,4 +121,5 @@ class Affine:
 
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     pooled = mean.mean(dim, keepdim=True)
-    return pooled, (var + (mean - pooled).square()).mean(dim, keepdim=True)
+    between = (mean - pooled).to(var.dtype).square()  # a small difference: its square needs no more than var has
+    return pooled, (var + between).mean(dim, keepdim=True)
