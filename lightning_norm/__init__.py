@@ -3,6 +3,8 @@
 Public names, one explicit line each.
 """
 
+from lightning_norm.callbacks import NormMonitor as NormMonitor
+from lightning_norm.callbacks import NormSwap as NormSwap
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
 from lightning_norm.errors import CompileWarning as CompileWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
@@ -22,5 +24,7 @@ from lightning_norm.normalizers import normalizers as normalizers
 from lightning_norm.ops.fused import normalize as normalize
 from lightning_norm.ops.moments import Affine as Affine
 from lightning_norm.ops.moments import Moments as Moments
+from lightning_norm.surgery.report import SwapReport as SwapReport
+from lightning_norm.surgery.swap import swap as swap
 
 __version__ = "0.1.0"

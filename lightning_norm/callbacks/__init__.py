@@ -1,0 +1,4 @@
+"""Lightning callbacks: thin, each hook calls down."""
+
+from lightning_norm.callbacks.monitor import NormMonitor as NormMonitor
+from lightning_norm.callbacks.swap import NormSwap as NormSwap

@@ -75,9 +75,15 @@ class Normalizer(ScheduledValues, RunningStats):
         key = cls.__dict__.get("key", "")
         other = Normalizer.registry.get(key)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"the key {key!r} is taken by {other.__module__}.{other.__qualname__}. Choose another key.")
+            raise ValueError(
+                f"the key {key!r} is taken by {other.__module__}.{other.__qualname__}. Choose another key."
+            )
         if key:
             Normalizer.registry[key] = cls
+
+    def keeps_eval(self) -> bool:
+        """Tell whether this layer, with its arguments, starts as the BatchNorm it was made from."""
+        return self.preserves_eval
 
     def monitor(self) -> dict[str, Tensor]:
         """Return what the layer has learned, as quantity -> 0-dim tensor, for the loggers."""
@@ -165,7 +171,11 @@ class MomentNorm(Normalizer):
         """
         if args or kwargs:
             raise TypeError(f"{type(self).__name__}.compile() takes no arguments, got {args} {kwargs}.")
-        self._kind = (type(self), self.num_features, *(repr(getattr(self, n)) for n in self.shows if n not in self.ranges))
+        self._kind = (
+            type(self),
+            self.num_features,
+            *(repr(getattr(self, n)) for n in self.shows if n not in self.ranges),
+        )
         self.compiled = True
 
     def reset_parameters(self) -> None:
@@ -186,8 +196,16 @@ class MomentNorm(Normalizer):
 
     def extra_repr(self) -> str:
         """Show the arguments."""
-        names = ("eps", "momentum", "affine", "track_running_stats", *(("channel_dim",) if self.channel_dim != 1 else ()))
-        return ", ".join([str(self.num_features), *(f"{name}={getattr(self, name)!r}" for name in (*names, *self.shows))])
+        names = (
+            "eps",
+            "momentum",
+            "affine",
+            "track_running_stats",
+            *(("channel_dim",) if self.channel_dim != 1 else ()),
+        )
+        return ", ".join(
+            [str(self.num_features), *(f"{name}={getattr(self, name)!r}" for name in (*names, *self.shows))]
+        )
 
     shows: ClassVar[tuple[str, ...]] = ()
     """A subclass's own arguments, for ``repr``."""
@@ -200,7 +218,10 @@ class MomentNorm(Normalizer):
                 f"checkpoint of another normalizer: {prefix[:-1] or 'this layer'} is {type(self).__name__}, the file holds "
                 f"{foreign}. Swap the model to that normalizer before loading."
             )
-        own = {**self._parameters, **{k: v for k, v in self._buffers.items() if k not in self._non_persistent_buffers_set}}
+        own = {
+            **self._parameters,
+            **{k: v for k, v in self._buffers.items() if k not in self._non_persistent_buffers_set},
+        }
         for name in BATCH_NORM_BUFFERS:
             if own.get(name) is None:
                 state_dict.pop(prefix + name, None)  # a BatchNorm's statistics, for a method without them
@@ -208,8 +229,12 @@ class MomentNorm(Normalizer):
             old = state_dict.get(prefix + name)
             if value is None:
                 continue
-            if old is None and (name == "num_batches_tracked" or (name in self.learns and not given & set(self.learns))):
-                state_dict[prefix + name] = value.detach().clone()  # a plain BatchNorm's checkpoint: keep the starting value
+            if old is None and (
+                name == "num_batches_tracked" or (name in self.learns and not given & set(self.learns))
+            ):
+                state_dict[prefix + name] = (
+                    value.detach().clone()
+                )  # a plain BatchNorm's checkpoint: keep the starting value
             elif isinstance(old, Tensor) and old.shape != value.shape and old.numel() == value.numel():
                 state_dict[prefix + name] = old.reshape(value.shape)  # (1, C, 1, 1) in published checkpoints
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

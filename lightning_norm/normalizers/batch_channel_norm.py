@@ -43,7 +43,9 @@ class BatchChannelNorm(MomentNorm):
     """
 
     key = "bcn"
-    paper = Paper("Khaled et al.", 2023, "BCN: Batch Channel Normalization for Image Classification", "arXiv 2312.00596")
+    paper = Paper(
+        "Khaled et al.", 2023, "BCN: Batch Channel Normalization for Image Classification", "arXiv 2312.00596"
+    )
     learns: ClassVar[dict[str, str]] = {"iota": "C"}
     shows: ClassVar[tuple[str, ...]] = ("constraint",)
     preserves_eval: ClassVar[bool] = True
@@ -69,6 +71,10 @@ class BatchChannelNorm(MomentNorm):
         if self.weight is not None and self.bias is not None:
             scale, shift = self.weight * scale, torch.addcmul(self.bias, self.weight, shift)
         return Affine(m.mean, scale, shift)
+
+    def keeps_eval(self) -> bool:
+        """Tell whether iota starts at exactly 1."""
+        return self.constraint != "sigmoid"
 
     def mixture(self) -> Tensor:
         """Return iota (C,), constrained: 1 is batch normalization, 0 layer normalization."""

@@ -81,7 +81,9 @@ def _by_name(name: str) -> Any:
     near = [lowered[n] for n in difflib.get_close_matches(name.lower(), lowered, n=2, cutoff=0.3)]
     hints = [f"{_key_of(n)!r} ({_class_of(n)})" for n in near]
     guess = f" Did you mean {' or '.join(dict.fromkeys(hints))}?" if hints else ""
-    raise ValueError(f"no normalizer called {name!r}.{guess} Known: {', '.join(known)}. A class of your own: its dotted path.")
+    raise ValueError(
+        f"no normalizer called {name!r}.{guess} Known: {', '.join(known)}. A class of your own: its dotted path."
+    )
 
 
 def _key_of(name: str) -> str:

@@ -69,7 +69,9 @@ class RunningStats(nn.Module):
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the counters to 0."""
         if self.track_running_stats:
-            for name, fill in zip((*self.running_names, "num_batches_tracked", "skipped_updates"), (0, 1, 0, 0), strict=True):
+            for name, fill in zip(
+                (*self.running_names, "num_batches_tracked", "skipped_updates"), (0, 1, 0, 0), strict=True
+            ):
                 buffer = self._buffers[name]
                 assert buffer is not None
                 buffer.fill_(fill)

@@ -65,7 +65,9 @@ class ScheduledValues(nn.Module):
         return value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScheduledValues:
-        held = {f"_{name}": self._buffers.pop(f"_{name}") for name in self.ranges}  # float64 must not reach .half() or MPS
+        held = {
+            f"_{name}": self._buffers.pop(f"_{name}") for name in self.ranges
+        }  # float64 must not reach .half() or MPS
         super()._apply(fn, recurse)
         for name, old in held.items():
             if old is None:
@@ -107,7 +109,9 @@ def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
         self._values[name] = value
         held = self._buffers.get(f"_{name}")
         if held is None or value is None:
-            device = next((t.device for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None)
+            device = next(
+                (t.device for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None
+            )
             self.register_buffer(f"_{name}", None if value is None else _scalar(value, device), persistent=False)
         else:
             with torch.no_grad():

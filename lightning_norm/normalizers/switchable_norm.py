@@ -56,7 +56,9 @@ class SwitchableNorm(MomentNorm):
     """
 
     key = "sn"
-    paper = Paper("Luo et al.", 2021, "Switchable Normalization for Learning-to-Normalize Deep Representation", "arXiv 1806.10779")
+    paper = Paper(
+        "Luo et al.", 2021, "Switchable Normalization for Learning-to-Normalize Deep Representation", "arXiv 1806.10779"
+    )
     learns: ClassVar[dict[str, str]] = {"mean_weight": "3", "var_weight": "3"}
     shows: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse")
 
@@ -77,7 +79,9 @@ class SwitchableNorm(MomentNorm):
         if not choices or set(choices) - set(CHOICES) or len(set(choices)) < len(choices):
             raise ValueError(f"SwitchableNorm: choices must be distinct names out of {CHOICES}, got {choices}.")
         if correction not in (0, 1):
-            raise ValueError(f"SwitchableNorm: correction must be 0 (biased) or 1 (the authors' estimator), got {correction!r}.")
+            raise ValueError(
+                f"SwitchableNorm: correction must be 0 (biased) or 1 (the authors' estimator), got {correction!r}."
+            )
         self.choices, self.zero_weight = choices, zero_weight
         if "bn" not in choices:
             options["track_running_stats"] = False

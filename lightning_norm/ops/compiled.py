@@ -75,6 +75,8 @@ def _new_graph(
     def run(layer: nn.Module, x: Tensor) -> Tensor:
         return forward(layer, x)
 
-    own = types.FunctionType(run.__code__.replace(co_name=f"run_{len(_graphs)}"), run.__globals__, closure=run.__closure__)
+    own = types.FunctionType(
+        run.__code__.replace(co_name=f"run_{len(_graphs)}"), run.__globals__, closure=run.__closure__
+    )
     compiled: Callable[[nn.Module, Tensor], Tensor] = torch.compile(own, fullgraph=True, dynamic=dynamic)
     return compiled

@@ -51,7 +51,9 @@ def reduce(dy: Tensor, x: Tensor, center: Tensor, layout: Layout) -> tuple[Tenso
     return total, dot if pivot.dtype == center.dtype else torch.addcmul(dot, pivot - center, total)
 
 
-def combine(dy: Tensor, scale: Tensor, x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None, layout: Layout) -> Tensor:
+def combine(
+    dy: Tensor, scale: Tensor, x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None, layout: Layout
+) -> Tensor:
     """dx = scale * dy + dmean / S + (2 * dvar / S) * (x - mean), in x's dtype."""
     dy, u = _wide(dy), _wide(x)
     dtype = at_least_float32(u.dtype)
@@ -66,7 +68,9 @@ def combine(dy: Tensor, scale: Tensor, x: Tensor, mean: Tensor, dmean: Tensor | 
     u, slope = u - layout.spread(pivot), layout.spread(slope.to(dtype))
     if _recording():
         return torch.addcmul(u * slope + offset, dy, wide).to(x.dtype)
-    return u.mul_(slope).add_(offset).addcmul_(dy, wide).to(x.dtype)  # the rest is small beside dy: only the last step counts
+    return (
+        u.mul_(slope).add_(offset).addcmul_(dy, wide).to(x.dtype)
+    )  # the rest is small beside dy: only the last step counts
 
 
 def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
@@ -75,7 +79,8 @@ def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
         rows = layout.n * layout.c
         zero, one = scale.new_zeros(rows), scale.new_ones(rows)
         flat, scale, offset = u.view(1, rows, -1), scale.reshape(rows), offset.reshape(rows)
-        return torch.batch_norm(flat, scale, offset, zero, one, False, 0.0, 0.0, False).view(layout.shape)
+        flat = torch.batch_norm(flat, scale, offset, zero, one, False, 0.0, 0.0, False)
+        return torch.ops.aten._unsafe_view(flat, layout.shape)  # no autograd view: an in-place ReLU may follow
     return torch.addcmul(layout.spread(offset), u, layout.spread(scale))
 
 

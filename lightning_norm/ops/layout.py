@@ -76,7 +76,9 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
         other = 1 if channel_dim == -1 else len(shape) - 1
         if shape[other] == num_features:
             hint = f" Axis {other} has {num_features}: pass channel_dim={1 if other == 1 else -1}."
-        raise ValueError(f"{who} has num_features={num_features}, but axis {dim} of input {shape} has {shape[dim]}.{hint}")
+        raise ValueError(
+            f"{who} has num_features={num_features}, but axis {dim} of input {shape} has {shape[dim]}.{hint}"
+        )
     layout = Layout(shape, dim)
     if layout.size == 0:
         raise ValueError(f"{who}: input {shape} has no element per channel. Check the size of the feature map.")

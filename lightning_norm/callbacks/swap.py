@@ -1,0 +1,207 @@
+"""NormSwap: the callback that swaps the normalizers of whatever is trained."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_norm.callbacks.optimizers import add_missing, check_owned, optimizers_in
+from lightning_norm.callbacks.wrap import WrappedMethods
+from lightning_norm.normalizers.registry import resolve
+from lightning_norm.ops.compiled import on_compile
+from lightning_norm.surgery.report import SwapReport
+from lightning_norm.surgery.select import Site
+from lightning_norm.surgery.swap import judge, try_swap
+
+
+class NormSwap(Callback):
+    """Swap the normalization layers of the model in ``setup``, for every stage.
+
+    Layers that ``LightningModule.setup`` or ``configure_model`` build are swapped as well. Parameters and statistics move;
+    new parameters join the optimizer group of their layer, also where LightningCLI built the optimizer beforehand, and
+    before training starts it is proved that none was forgotten.
+
+    Args:
+        norm: a key ("sn"), a dotted path, or ``{"class_path": ..., "init_args": {...}}``; may be left out with ``rules`` or ``plan``.
+        norm_args: arguments of ``norm``.
+        include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their ends.
+        exclude: which layers not; likewise.
+        source: kinds of layers to look at; "BatchNorm" by default, see :func:`lightning_norm.swap`.
+        rules: ordered mapping from regular expression to a norm or ``None`` (leave alone); the first match wins.
+        plan: path of a YAML file written by ``lightning-norm plan --save``; excludes the arguments above.
+        backend: "auto" or "eager".
+        compile: compile each layer; every new input shape takes seconds once.
+        sync: pool statistics over ranks in training.
+        sync_group: "world".
+        check_optimizer: stop before training if a trainable parameter of a normalizer is in no optimizer, or in several.
+
+    Attributes:
+        report: the :class:`lightning_norm.SwapReport` once the model was set up.
+
+    Raises:
+        ValueError, TypeError: a norm, pattern or argument that does not exist or matches nothing.
+        OptimizerError: see ``check_optimizer``.
+
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(callbacks=[NormSwap("sn")], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        norm: str | dict[str, Any] | None = None,
+        norm_args: dict[str, Any] | None = None,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        source: str | list[str] | None = None,
+        rules: dict[str, str | dict[str, Any] | None] | None = None,
+        plan: str | None = None,
+        backend: Literal["auto", "eager", "triton"] = "auto",
+        compile: bool = False,
+        sync: bool = True,
+        sync_group: str = "world",
+        check_optimizer: bool = True,
+    ) -> None:
+        if plan is not None:
+            if any(a is not None for a in (norm, norm_args, include, exclude, source, rules)):
+                raise ValueError(
+                    "NormSwap: plan says all there is to say: leave out norm, norm_args, include, exclude, source, rules."
+                )
+            rules = _read_plan(plan)
+            source = "all"
+        elif norm is None and not rules:
+            raise ValueError("NormSwap needs norm='sn' (say), rules={'layer1.*': 'sn', ...} or plan='plan.yaml'.")
+        for spec in [norm, *(rules or {}).values()]:
+            if spec is not None:
+                resolve(spec)
+        self.norm, self.norm_args, self.rules = norm, norm_args, rules
+        self.include, self.exclude, self.source = include, exclude, source
+        self.backend, self.compile, self.sync, self.sync_group = backend, compile, sync, sync_group
+        self.check_optimizer = check_optimizer
+        self.report: SwapReport | None = None
+        self._model: Callable[[], pl.LightningModule | None] = lambda: None
+        self._missed: set[str] = set()
+        self._sites: list[Site] = []
+        self._wrapped = WrappedMethods()
+        self._stop_observing: Callable[[], None] | None = None
+
+    def swap_arguments(self) -> dict[str, Any]:
+        """Return the arguments that :func:`lightning_norm.swap` is called with."""
+        names = (
+            "norm",
+            "norm_args",
+            "include",
+            "exclude",
+            "source",
+            "rules",
+            "backend",
+            "compile",
+            "sync",
+            "sync_group",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._check_order(trainer)
+        if self._model() is not pl_module:
+            self._model, self.report, self._missed, self._sites = weakref.ref(pl_module), None, set(), []
+        self._wrapped.clear()
+        fresh = self.report is None
+        self._swap(pl_module)
+        self._wrapped.wrap(pl_module, "configure_model", lambda original: self._late(pl_module, original, fresh))
+        self._wrapped.wrap(pl_module, "configure_optimizers", lambda original: self._optimizers(pl_module, original))
+        if self.compile and self._stop_observing is None:
+            self._stop_observing = on_compile(lambda what: rank_zero_info(f"NormSwap: compiling {what} ..."))
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._wrapped.clear()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.optimizers or not self.check_optimizer:
+            return
+        if any(name in type(trainer.strategy).__name__ for name in ("FSDP", "DeepSpeed", "ModelParallel")):
+            rank_zero_info("NormSwap: parameters are sharded by this strategy; the optimizer check is skipped.")
+            return
+        add_missing(pl_module, trainer.optimizers)
+        check_owned(pl_module, trainer.optimizers)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._wrapped.clear()
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._wrapped.clear()
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._wrapped.clear()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._clean()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._clean()
+
+    def _clean(self) -> None:
+        self._wrapped.clear()
+        if self._stop_observing is not None:
+            self._stop_observing()
+            self._stop_observing = None
+
+    def _swap(self, pl_module: pl.LightningModule) -> None:
+        report, missed, sites = try_swap(pl_module, **self.swap_arguments())
+        report.commit()
+        first = self.report is None
+        self._missed = set(missed) if first else self._missed & set(missed)
+        self._sites += sites
+        if self.report is None:
+            self.report = report
+        else:
+            self.report.merge(report)
+
+    def _late(self, pl_module: pl.LightningModule, original: Callable[[], Any], fresh: bool) -> None:
+        original()
+        self._swap(pl_module)
+        if fresh and self.report is not None:
+            judge(pl_module, self.report, sorted(self._missed), self._sites, "warn", again_is_fine=True)
+            if len(self.report):
+                rank_zero_info(f"NormSwap: {self.report.summary()}")
+
+    def _optimizers(self, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
+        configured = original()
+        add_missing(pl_module, list(optimizers_in(configured)))
+        return configured
+
+    def _check_order(self, trainer: pl.Trainer) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+        for callback in callbacks[: callbacks.index(self)] if self in callbacks else []:
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                raise RuntimeError(
+                    f"{type(callback).__name__} stands before NormSwap in the callbacks and would average the network as it was before "
+                    "the swap. Put NormSwap first."
+                )
+
+
+def _read_plan(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        plan = yaml.safe_load(Path(path).read_text())
+        return {re.escape(layer["name"]): layer["norm"] for layer in plan["layers"]}
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"cannot read the plan {path!r}: {type(error).__name__} {error}. Expected the file that `lightning-norm plan --save` writes."
+        ) from error

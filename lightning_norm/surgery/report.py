@@ -1,0 +1,203 @@
+"""What a swap did, layer by layer: a table, plain data, YAML, and the way back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.surgery.convert import hand_back
+from lightning_norm.surgery.select import Site
+
+
+@dataclass
+class SwappedLayer:
+    """One row of the report, in plain types.
+
+    Args:
+        name: dotted name; ``also`` holds the other names of a shared module.
+        source: class that was there.
+        target: class that is there now.
+        norm: what to type to get it: ``{"class_path": ..., "init_args": {...}}``.
+        num_features: channels.
+        preserved: evaluation output is the original's at this moment.
+        reason: why, or why not.
+        moved: Parameters and buffers taken over.
+        dropped: those that the normalizer has no place for.
+        added: new parameters, name -> number of elements.
+        backend: of the passes, and why.
+        compiled: each forward pass runs under torch.compile.
+        sync: statistics are pooled over ranks in training.
+    """
+
+    name: str
+    source: str
+    target: str
+    norm: dict[str, Any]
+    num_features: int
+    preserved: bool
+    reason: str
+    moved: list[str]
+    dropped: list[str]
+    added: dict[str, int]
+    backend: str
+    compiled: bool
+    sync: bool
+    also: list[str] = field(default_factory=list)
+
+
+class SwapReport:
+    """The outcome of :func:`lightning_norm.swap`: ``len(report)`` layers, ``print(report)`` a table, ``report.undo()`` the way back.
+
+    Args:
+        layers: one row per swapped layer.
+        skipped: (name, type, why) of layers that look like candidates and were left alone.
+        candidates: how many layers could have been swapped.
+
+    Attributes:
+        dry_run: nothing was changed.
+        total_before: parameters of the model before the swap, in elements.
+    """
+
+    def __init__(self, layers: list[SwappedLayer], skipped: list[tuple[str, str, str]], candidates: int) -> None:
+        self.layers, self.skipped, self.candidates = layers, skipped, candidates
+        self.dry_run = True
+        self.total_before = 0
+        self._undo: list[tuple[Site, Normalizer]] = []
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def parameters_added(self) -> int:
+        """New parameters, in elements."""
+        return sum(sum(layer.added.values()) for layer in self.layers)
+
+    def add(self, site: Site, layer: Normalizer, row: SwappedLayer) -> None:
+        """Add a layer that is ready to be put in place."""
+        self.layers.append(row)
+        self._undo.append((site, layer))
+
+    def commit(self, replace: bool = True) -> None:
+        """Put the layers in place; with ``replace=False`` let them go, as after a dry run."""
+        if not replace:
+            self._undo = []
+            return
+        self.dry_run = False
+        for site, layer in self._undo:
+            for parent, attribute in site.parents:
+                parent._modules[attribute] = layer
+
+    def merge(self, other: SwapReport) -> None:
+        """Add the layers of a later swap of the same model."""
+        known = {layer.name for layer in self.layers}
+        self.layers += [layer for layer in other.layers if layer.name not in known]
+        self.skipped = list({s[0]: s for s in [*self.skipped, *other.skipped]}.values())
+        self.candidates += other.candidates
+        self.total_before = max(self.total_before, other.total_before - self.parameters_added)
+        self._undo += other._undo
+
+    def undo(self) -> None:
+        """Put every original module back, with the Parameters and statistics as they are now.
+
+        Without training in between, the model is bit-identical to what it was. New parameters of the normalizers are gone.
+
+        Raises:
+            RuntimeError: there is nothing to undo, or a layer was replaced by something else since.
+        """
+        if not self._undo:
+            why = "this report is of a dry run" if self.dry_run else "this swap changed nothing or was undone already"
+            raise RuntimeError(f"nothing to undo: {why}.")
+        for site, layer in self._undo:
+            for parent, attribute in site.parents:
+                if parent._modules.get(attribute) is not layer:
+                    raise RuntimeError(
+                        f"cannot undo: {site.name} holds {type(parent._modules.get(attribute)).__name__} and no longer the "
+                        f"{type(layer).__name__} of this swap. Undo later swaps first."
+                    )
+        for site, layer in self._undo:
+            hand_back(layer, site.module)
+            for parent, attribute in site.parents:
+                parent._modules[attribute] = site.module
+        self._undo = []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report in plain types."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "skipped": [{"name": n, "type": t, "reason": r} for n, t, r in self.skipped],
+            "candidates": self.candidates,
+            "parameters_added": self.parameters_added,
+        }
+
+    def to_yaml(self) -> str:
+        """Return the report as YAML; edit the ``norm`` of a row (null leaves the layer alone) and pass it to ``NormSwap(plan=...)``."""
+        import yaml
+
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    def summary(self) -> str:
+        """Return the few lines that a training run prints first."""
+        sources = " and ".join(dict.fromkeys(layer.source for layer in self.layers)) or "normalization"
+        targets = Counter((layer.target, layer.norm["class_path"]) for layer in self.layers)
+        names = ", ".join(_title(target, key, n if len(targets) > 1 else 0) for (target, key), n in targets.items())
+        verb = "would become" if self.dry_run else "->"
+        lines = [f"{len(self)} of {self.candidates} {sources} layers {verb} {names or 'nothing'}"]
+        if not self.layers:
+            return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
+        kinds = dict.fromkeys(
+            "running statistics" if m.startswith("running") else m for layer in self.layers for m in layer.moved
+        )
+        kinds.pop("num_batches_tracked", None)
+        total = (
+            f" ({self.total_before:,} -> {self.total_before + self.parameters_added:,})".replace(",", " ")
+            if self.total_before
+            else ""
+        )
+        lines.append(f"  parameters  +{self.parameters_added}{total}     moved: {', '.join(kinds) or 'nothing'}")
+        changed = [layer for layer in self.layers if not layer.preserved]
+        if changed:
+            why = "; ".join(dict.fromkeys(f"{layer.norm['class_path']}: {layer.reason}" for layer in changed))
+            lines.append(f"  evaluation  differs from the original network in {len(changed)} layers ({why})")
+        else:
+            lines.append("  evaluation  the same as the original network's until training changes it")
+        first = self.layers[0]
+        lines.append(
+            f"  backend     {first.backend}     sync: {'on' if first.sync else 'off'} (in training with several processes)"
+        )
+        return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
+
+    def __str__(self) -> str:
+        rows = [("layer", "from", "to", "C", "added", "evaluation", "backend", "sync")]
+        for layer in self.layers:
+            name = layer.name + (f" (= {', '.join(layer.also)})" if layer.also else "")
+            added = "+".join(f"{k} {v}" for k, v in layer.added.items()) or "-"
+            kept = "kept" if layer.preserved else f"differs: {layer.reason}"
+            backend = layer.backend.split(":")[0] + (", compiled" if layer.compiled else "")
+            rows.append(
+                (
+                    name,
+                    layer.source,
+                    layer.target,
+                    str(layer.num_features),
+                    added,
+                    kept,
+                    backend,
+                    "on" if layer.sync else "off",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*table, "", self.summary()])
+
+    def __repr__(self) -> str:
+        return f"SwapReport({len(self)} of {self.candidates} layers{', dry run' if self.dry_run else ''})"
+
+
+def _title(target: str, key: str, count: int) -> str:
+    cls = Normalizer.registry.get(key)
+    paper = f", {cls.paper.authors} {cls.paper.year}" if cls is not None and cls.paper is not None else ""
+    return f"{f'{count} ' if count else ''}{target} ({key}{paper})"

@@ -1,0 +1,172 @@
+"""Which modules of a model are candidates, and which normalizer each one is to become."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import nn
+
+from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.normalizers.registry import NormSpec
+
+Pattern: TypeAlias = str | Sequence[str]
+Source: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+
+BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
+    "BatchNorm": BATCH_NORMS,
+    "LayerNorm": (nn.LayerNorm,),
+    "GroupNorm": (nn.GroupNorm,),
+    "InstanceNorm": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+}
+
+
+@dataclass
+class Site:
+    """One module, wherever the model holds it.
+
+    Args:
+        module: the module.
+        names: its dotted names; several for a shared module.
+        parents: the (parent, attribute) pairs to write to.
+    """
+
+    module: nn.Module
+    names: list[str] = field(default_factory=list)
+    parents: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The first name."""
+        return self.names[0]
+
+
+def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[Site], list[tuple[str, str, str]]]:
+    """Find the candidates, each once, and the near misses: (name, type, why it was left alone).
+
+    Raises:
+        ValueError: an unknown source.
+        TypeError: a lazy layer that has not seen an input yet.
+    """
+    wanted = _source_types(source)
+    by_name = {s for s in ([source] if isinstance(source, str) else source or []) if isinstance(s, str)}
+    sites: dict[int, Site] = {}
+    skipped: dict[str, tuple[str, str, str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        clean = name.replace("_orig_mod.", "")
+        kind = type(module)
+        if kind in wanted or kind.__name__ in by_name or getattr(kind, "key", None) in by_name - {""}:
+            if not name:
+                raise ValueError(
+                    f"the model itself is a {kind.__name__}: build the layer with lightning_norm.create(...)."
+                )
+            site = sites.setdefault(id(module), Site(module))
+            site.names.append(clean)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            place = (parent, name.rpartition(".")[2])
+            if not any(p is parent and a == place[1] for p, a in site.parents):
+                site.parents.append(place)
+        elif isinstance(module, LAZY) and nn.BatchNorm2d in wanted:
+            raise TypeError(
+                f"{clean!r} is a {kind.__name__} that has not seen an input and has no channels yet. Run one forward pass "
+                "through the model first, or swap after it."
+            )
+        elif isinstance(module, wanted) and not isinstance(module, Normalizer):
+            why = f"a subclass of {kind.__mro__[1].__name__} may do more than normalize; pass source={kind.__name__!r} to include it"
+            skipped[clean] = (clean, kind.__name__, why)
+    return list(sites.values()), list(skipped.values())
+
+
+def assign(
+    sites: Sequence[Site],
+    norm: NormSpec | None,
+    include: Pattern | None,
+    exclude: Pattern | None,
+    rules: Mapping[str, NormSpec | None] | None,
+) -> tuple[list[tuple[Site, NormSpec]], list[str]]:
+    """Give each site its normalizer, and tell which patterns matched nothing.
+
+    ``rules`` come first, in order, the first match wins and ``None`` leaves the layer alone; then ``include`` and ``exclude``
+    choose what becomes ``norm``.
+    """
+    rules = dict(rules or {})
+    used: set[str] = set()
+    chosen: list[tuple[Site, NormSpec]] = []
+    for site in sites:
+        rule = next((p for p in rules if _matches(p, site, used, f"rules[{p!r}]")), None)
+        included = include is None or _matches(include, site, used, "include")
+        excluded = exclude is not None and _matches(exclude, site, used, "exclude")
+        spec = rules[rule] if rule is not None else norm if included and not excluded else None
+        if spec is not None:
+            chosen.append((site, spec))
+    missed = [f"rules[{p!r}]" for p in rules]
+    missed += [f"{label}[{p!r}]" for label, ps in (("include", include), ("exclude", exclude)) for p in _as_list(ps)]
+    return chosen, [m for m in missed if m not in used]
+
+
+def explain_missed(missed: str, sites: Sequence[Site]) -> str:
+    """Return the error text for a pattern that matched nothing."""
+    label, pattern = missed.split("[", 1)
+    pattern = pattern[:-1].strip("'\"")
+    names = [n for s in sites for n in s.names]
+    kind = type(sites[0].module).__name__ if sites else "normalization"
+    near = difflib.get_close_matches(re.sub(r"[\\^$*+?()|\[\]]", "", pattern), names, n=1, cutoff=0.0)
+    hint = (
+        f" The nearest name is {near[0]!r}: a string must match the whole name as a regular expression, a list entry must be the name or its end."
+        if near
+        else ""
+    )
+    return f"{label}={pattern!r} matched none of the {len(names)} {kind} layers.{hint}"
+
+
+def _as_list(pattern: Pattern | None) -> list[str]:
+    return [] if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
+
+
+def _matches(pattern: Pattern, site: Site, used: set[str], label: str) -> bool:
+    hit = False
+    for p in _as_list(pattern):
+        if isinstance(pattern, str):
+            found = any(_fullmatch(p, n) for n in site.names)
+        else:
+            found = any(n == p or n.endswith(f".{p}") for n in site.names)
+        if found:
+            used.add(label if label.startswith("rules") else f"{label}[{p!r}]")
+        hit |= found
+    return hit
+
+
+def _fullmatch(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(
+            f"{pattern!r} is not a regular expression: {error}. A string is matched against the whole dotted name; for exact "
+            f"names pass a list: [{pattern!r}]."
+        ) from error
+
+
+def _source_types(source: Source | None) -> tuple[type[nn.Module], ...]:
+    entries: Iterable[str | type[nn.Module]]
+    entries = ["BatchNorm"] if source is None else [source] if isinstance(source, (str, type)) else source
+    types: list[type[nn.Module]] = []
+    for entry in entries:
+        if isinstance(entry, type):
+            types.append(entry)
+        elif entry == "all":
+            types += [t for family in FAMILIES.values() for t in family]
+        elif entry in FAMILIES:
+            types += FAMILIES[entry]
+        elif entry in Normalizer.registry:
+            types.append(Normalizer.registry[entry])
+        elif not entry.isidentifier() or not entry[:1].isupper():
+            raise ValueError(
+                f"source={entry!r} is unknown: expected one of {[*FAMILIES, 'all']}, a class, a class name, or the key of a "
+                "normalizer that is already in the model."
+            )
+    return tuple(types)

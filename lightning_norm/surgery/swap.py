@@ -1,0 +1,209 @@
+"""swap(model, norm): find, convert, replace; all or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_norm.errors import AlreadySwappedError, NoEffectWarning
+from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.normalizers.registry import NormSpec, resolve
+from lightning_norm.surgery.convert import convert, unchanged_eval
+from lightning_norm.surgery.report import SwappedLayer, SwapReport
+from lightning_norm.surgery.select import Pattern, Site, Source, assign, explain_missed, find_sites
+
+BACKENDS = ("auto", "eager", "triton")
+
+
+def swap(
+    model: nn.Module,
+    norm: NormSpec | None = None,
+    *,
+    include: Pattern | None = None,
+    exclude: Pattern | None = None,
+    source: Source | None = None,
+    norm_args: Mapping[str, Any] | None = None,
+    rules: Mapping[str, NormSpec | None] | None = None,
+    backend: Literal["auto", "eager", "triton"] = "auto",
+    compile: bool = False,
+    sync: bool = True,
+    sync_group: str = "world",
+    dry_run: bool = False,
+    on_empty: Literal["warn", "error"] = "warn",
+) -> SwapReport:
+    """Replace the normalization layers of a model, in place.
+
+    Parameters, running statistics, training flag, hooks, ties and sharing move with each layer; an optimizer built before stays
+    valid for what moved. If anything fails, the model is exactly as it was.
+
+    Args:
+        model: any module.
+        norm: a key ("sn"), a dotted path, a class, or ``{"class_path": ..., "init_args": {...}}``; may be left out with ``rules``.
+        include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their ends.
+        exclude: which layers not; likewise.
+        source: which kinds of layers are candidates: "BatchNorm" (the default: 1d, 2d, 3d and SyncBatchNorm), "LayerNorm",
+            "GroupNorm", "InstanceNorm", "all", a class or its name, the key of a normalizer of ours, or a list of these.
+        norm_args: arguments of ``norm``.
+        rules: ordered mapping from regular expression to a norm; ``None`` leaves the layer alone, the first match wins over
+            ``norm``, ``include`` and ``exclude``.
+        backend: "auto" or "eager". "triton" is refused until its kernels exist.
+        compile: compile each layer's forward pass (the first pass of each input shape takes seconds).
+        sync: pool statistics over the ranks of a distributed run, in training.
+        sync_group: "world".
+        dry_run: report what would happen and change nothing.
+        on_empty: what to do when no layer is swapped: "warn" (NoEffectWarning) or "error".
+
+    Returns:
+        The report: ``len(report)``, ``print(report)``, ``report.undo()``.
+
+    Raises:
+        ValueError: unknown norm, source, backend or pattern, a pattern that matches nothing, or nothing swapped with ``on_empty="error"``.
+        TypeError: an argument that the normalizer does not take, or a layer that cannot be converted.
+        AlreadySwappedError: nothing is left to swap because the model was swapped before.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> report = swap(model, "sn")
+    >>> len(report), type(model[1]).__name__
+    (1, 'SwitchableNorm')
+    """
+    report, missed, sites = try_swap(
+        model,
+        norm,
+        include=include,
+        exclude=exclude,
+        source=source,
+        norm_args=norm_args,
+        rules=rules,
+        backend=backend,
+        compile=compile,
+        sync=sync,
+        sync_group=sync_group,
+    )
+    judge(model, report, missed, sites, on_empty)
+    report.commit(not dry_run)
+    return report
+
+
+def try_swap(
+    model: nn.Module,
+    norm: NormSpec | None = None,
+    *,
+    include: Pattern | None = None,
+    exclude: Pattern | None = None,
+    source: Source | None = None,
+    norm_args: Mapping[str, Any] | None = None,
+    rules: Mapping[str, NormSpec | None] | None = None,
+    backend: str = "auto",
+    compile: bool = False,
+    sync: bool = True,
+    sync_group: str = "world",
+) -> tuple[SwapReport, list[str], list[Site]]:
+    """As :func:`swap`, but only prepare: returns the report, the patterns that matched nothing, and the candidates."""
+    if norm is None and not rules:
+        raise ValueError("swap needs norm='sn' (say) or rules={'layer1.*': 'sn', ...}.")
+    backend_text = _check_backend(backend)
+    for spec in [norm, *(rules or {}).values()]:
+        if spec is not None:
+            resolve(spec)
+    sites, skipped = find_sites(model, source)
+    chosen, missed = assign(sites, norm, include, exclude, rules)
+    report = SwapReport([], skipped, len(sites))
+    report.total_before = sum(p.numel() for p in model.parameters())
+    for site, spec in chosen:
+        layer, arguments = convert(site.module, site.name, spec, (norm_args or {}) if spec is norm else {})
+        layer.sync, layer.sync_group, layer.backend = sync, sync_group, backend
+        if compile:
+            layer.compile()
+        report.add(site, layer, _row(site, layer, arguments, backend_text))
+    return report, missed, sites
+
+
+def _check_backend(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
+    if backend == "triton":
+        raise ValueError("backend='triton': this version has no Triton kernels yet. Type backend='auto'.")
+    return "eager: asked for" if backend == "eager" else "eager: the only backend of this version"
+
+
+def _row(site: Site, layer: Normalizer, arguments: dict[str, Any], backend: str) -> SwappedLayer:
+    before = {**dict(site.module.named_parameters(recurse=False)), **dict(site.module.named_buffers(recurse=False))}
+    held = {**layer._parameters, **layer._buffers}
+    moved = [name for name, value in before.items() if held.get(name) is value]
+    preserved, reason = unchanged_eval(site.module, layer)
+    cls = type(layer)
+    path = cls.key or f"{cls.__module__}.{cls.__qualname__}"
+    return SwappedLayer(
+        name=site.name,
+        source=type(site.module).__name__,
+        target=cls.__name__,
+        norm={"class_path": path, "init_args": _plain(arguments)},
+        num_features=layer.num_features,
+        preserved=preserved,
+        reason=reason,
+        moved=moved,
+        dropped=[name for name in before if name not in moved],
+        added={n: p.numel() for n, p in layer.named_parameters(recurse=False) if n not in moved},
+        backend=backend,
+        compiled=layer.compiled,
+        sync=layer.sync and (layer.uses_batch or layer.track_running_stats),
+        also=site.names[1:],
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def judge(
+    model: nn.Module,
+    report: SwapReport,
+    missed: list[str],
+    sites: list[Site],
+    on_empty: str,
+    *,
+    again_is_fine: bool = False,
+) -> None:
+    """Raise or warn for patterns that matched nothing and for a swap without a layer.
+
+    Args:
+        model: the model.
+        report: what was prepared.
+        missed: patterns that matched nothing.
+        sites: the candidates.
+        on_empty: "warn" or "error".
+        again_is_fine: say nothing where the model holds normalizers of ours already.
+    """
+    if missed and sites:
+        raise ValueError(explain_missed(missed[0], sites))
+    if report.layers:
+        return
+    ours = [(n.replace("_orig_mod.", ""), m) for n, m in model.named_modules() if isinstance(m, Normalizer)]
+    if ours and not sites:
+        if again_is_fine:
+            return
+        kinds = sorted({type(m).__name__ for _, m in ours})
+        raise AlreadySwappedError(
+            f"nothing left to swap: the model already holds {len(ours)} layers of this package ({', '.join(kinds)}; first: "
+            f"{ours[0][0]}). Call undo() on the earlier report, or swap them again with source={ours[0][1].key!r}."
+        )
+    text = (
+        f"swap changed nothing: {len(sites)} candidates, none chosen"
+        if sites
+        else "swap changed nothing: no candidate found"
+    )
+    hint = "; ".join(f"{n} is a {t}: {why}" for n, t, why in report.skipped[:3])
+    hint = (
+        hint
+        or "BatchNorm layers are looked for; pass source='LayerNorm', 'GroupNorm', 'InstanceNorm' or 'all' for others"
+    )
+    if on_empty == "error":
+        raise ValueError(f"{text}. {hint}.")
+    warnings.warn(f"{text}. {hint}.", NoEffectWarning, stacklevel=3)
