@@ -18,8 +18,8 @@ from lightning_norm.normalizers.base import Normalizer
 class NormMonitor(Callback):
     """Log each layer's learned quantities, such as the importance weights of switchable normalization.
 
-    Tags read ``norm/<key>/<quantity>/<layer name>``: ``norm/sn/mean_bn/net.layer1.0.bn1``. All values of a step leave the
-    device in one transfer, and only in the steps that are logged.
+    Tags read ``norm/<key>/<quantity>/<layer name>``: ``norm/sn/mean_bn/net.layer1.0.bn1``. All values of a step leave
+    the device in one transfer, and only in the steps that are logged.
 
     Args:
         every_n_steps: cadence; the Trainer's ``log_every_n_steps`` by default.

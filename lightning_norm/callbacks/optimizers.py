@@ -27,8 +27,9 @@ def optimizers_in(configured: Any) -> Iterator[Optimizer]:
 def add_missing(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
     """Put new parameters of normalizers in the group that holds the layer's weight or bias.
 
-    A group grows in place, so learning-rate schedulers built before stay valid. A layer without weight and bias follows the
-    nearest parent that has a parameter in an optimizer. A layer whose own weight was left out of every optimizer is left alone.
+    A group grows in place, so learning-rate schedulers built before stay valid. A layer without weight and bias follows
+    the nearest parent that has a parameter in an optimizer. A layer whose own weight was left out of every optimizer is
+    left alone.
 
     Returns:
         The names of the parameters that were added.

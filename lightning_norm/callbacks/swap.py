@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -25,14 +24,16 @@ from lightning_norm.surgery.swap import judge, try_swap
 class NormSwap(Callback):
     """Swap the normalization layers of the model in ``setup``, for every stage.
 
-    Layers that ``LightningModule.setup`` or ``configure_model`` build are swapped as well. Parameters and statistics move;
-    new parameters join the optimizer group of their layer, also where LightningCLI built the optimizer beforehand, and
-    before training starts it is proved that none was forgotten.
+    Layers that ``LightningModule.setup`` or ``configure_model`` build are swapped as well. Parameters and statistics
+    move; new parameters join the optimizer group of their layer, also where LightningCLI built the optimizer
+    beforehand, and before training starts it is proved that none was forgotten.
 
     Args:
-        norm: a key ("sn"), a dotted path, or ``{"class_path": ..., "init_args": {...}}``; may be left out with ``rules`` or ``plan``.
+        norm: a key ("sn"), a dotted path, or ``{"class_path": ..., "init_args": {...}}``; may be left out with
+            ``rules`` or ``plan``.
         norm_args: arguments of ``norm``.
-        include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their ends.
+        include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their
+            ends.
         exclude: which layers not; likewise.
         source: kinds of layers to look at; "BatchNorm" by default, see :func:`lightning_norm.swap`.
         rules: ordered mapping from regular expression to a norm or ``None`` (leave alone); the first match wins.
@@ -41,7 +42,8 @@ class NormSwap(Callback):
         compile: compile each layer; every new input shape takes seconds once.
         sync: pool statistics over ranks in training.
         sync_group: "world".
-        check_optimizer: stop before training if a trainable parameter of a normalizer is in no optimizer, or in several.
+        check_optimizer: stop before training if a trainable parameter of a normalizer is in no optimizer, or in
+            several.
 
     Attributes:
         report: the :class:`lightning_norm.SwapReport` once the model was set up.
@@ -86,7 +88,7 @@ class NormSwap(Callback):
         self.backend, self.compile, self.sync, self.sync_group = backend, compile, sync, sync_group
         self.check_optimizer = check_optimizer
         self.report: SwapReport | None = None
-        self._model: Callable[[], pl.LightningModule | None] = lambda: None
+        self._model: pl.LightningModule | None = None
         self._missed: set[str] = set()
         self._sites: list[Site] = []
         self._wrapped = WrappedMethods()
@@ -111,8 +113,8 @@ class NormSwap(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_order(trainer)
-        if self._model() is not pl_module:
-            self._model, self.report, self._missed, self._sites = weakref.ref(pl_module), None, set(), []
+        if self._model is not pl_module:
+            self._model, self.report, self._missed, self._sites = pl_module, None, set(), []
         self._wrapped.clear()
         fresh = self.report is None
         self._swap(pl_module)
@@ -166,11 +168,12 @@ class NormSwap(Callback):
         report.commit()
         first = self.report is None
         self._missed = set(missed) if first else self._missed & set(missed)
-        self._sites += sites
+        self._sites = list({id(site.module): site for site in [*self._sites, *sites]}.values())
         if self.report is None:
             self.report = report
         else:
             self.report.merge(report)
+        self.report.candidates = len(self._sites)
 
     def _late(self, pl_module: pl.LightningModule, original: Callable[[], Any], fresh: bool) -> None:
         original()

@@ -1,4 +1,5 @@
-"""What every normalizer shares: its arguments, its place in the registry, how it loads and how it is made from another layer.
+"""What every normalizer shares: its arguments, its place in the registry, how it loads and how it is made from another
+layer.
 
 A normalizer is a plain ``nn.Module`` and never a subclass of torch's ``_BatchNorm``: ``Trainer(sync_batchnorm=True)``
 rebuilds each of those and would erase ours.
@@ -59,6 +60,9 @@ class Normalizer(ScheduledValues, RunningStats):
     """At its starting values it evaluates to what the BatchNorm it was made from evaluates to."""
     learns: ClassVar[dict[str, str]] = {}
     """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
+
+    tested_with: ClassVar[dict[str, Any]] = {}
+    """Arguments that the conformance suite adds, whose layers have 6 channels."""
 
     registry: ClassVar[dict[str, type[Normalizer]]] = {}
 
@@ -154,7 +158,8 @@ class MomentNorm(Normalizer):
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
 
     def statistic_size(self, n: int, size: int) -> int:
-        """Return the number of elements behind the smallest statistic in use, for n samples of ``size`` elements per channel."""
+        """Return the number of elements behind the smallest statistic in use, for n samples of ``size`` elements per
+        channel."""
         return n * size
 
     def forward(self, x: Tensor) -> Tensor:

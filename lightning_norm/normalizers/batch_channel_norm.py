@@ -19,24 +19,27 @@ class BatchChannelNorm(MomentNorm):
         y = \gamma\,[\iota X + (1 - \iota) Y] + \beta, \qquad
         X = \frac{x - \mu_B}{\sqrt{\sigma^2_B + \epsilon}},\quad Y = \frac{x - \mu_L}{\sqrt{\sigma^2_L + \epsilon}}
 
-    with mu_B, sigma_B over the batch per channel and mu_L, sigma_L over channels and positions per sample. ``iota`` (C,) starts
+    with mu_B, sigma_B over the batch per channel and mu_L, sigma_L over channels and positions per sample. ``iota``
+    (C,) starts
     at 1, where the layer is batch normalization. Khaled et al. 2023, arXiv 2312.00596.
 
-    When: a network trained with BatchNorm whose batches are small or shift, for it starts from the same function. When not: if the
+    When: a network trained with BatchNorm whose batches are small or shift, for it starts from the same function. When
+        not: if the
     layer must be folded for inference.
 
     Args:
         num_features: channels, the C of an input (N, C, *).
-        constraint: how iota is kept in [0, 1]: ``None`` not at all (published), "clamp", or "sigmoid" of a stored logit, which
-            starts at 6 (iota = 0.9975), since iota = 1 is out of a sigmoid's reach.
+        constraint: how iota is kept in [0, 1]: ``None`` not at all (published), "clamp", or "sigmoid" of a stored
+            logit, which starts at 6 (iota = 0.9975), since iota = 1 is out of a sigmoid's reach.
         options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: an unknown constraint.
 
-    Differs from the paper: the running variance is stored unbiased, as in torch, and used as it is, so that evaluation never
-    depends on the evaluation batch (the published code multiplies by m / (m - 1) of that batch); ``momentum`` takes effect. Not
-    to be confused with Qiao et al.'s batch-channel normalization (arXiv 1911.09738), which applies the two in sequence.
+    Differs from the paper: the running variance is stored unbiased, as in torch, and used as it is, so that evaluation
+    never depends on the evaluation batch (the published code multiplies by m / (m - 1) of that batch); ``momentum``
+    takes effect. Not to be confused with Qiao et al.'s batch-channel normalization (arXiv 1911.09738), which applies
+    the two in sequence.
 
     >>> BatchChannelNorm(8)(torch.randn(4, 8, 5, 5)).shape
     torch.Size([4, 8, 5, 5])
@@ -62,7 +65,8 @@ class BatchChannelNorm(MomentNorm):
         self.reset_parameters()
 
     def algebra(self, m: Moments) -> Affine:
-        """Return the affine map of the equation above, written around the sample's own mean so that no digit is lost."""
+        """Return the affine map of the equation above, written around the sample's own mean so that no digit is
+        lost."""
         batch, layer = self.track(m.over_batch()), m.over_channels()
         iota = self.mixture()
         x = iota * (batch.var.to(m.mean.dtype) + self.eps).rsqrt()

@@ -13,8 +13,8 @@ class BatchNorm(MomentNorm):
 
     .. math:: y = \gamma \frac{x - \mu_B}{\sqrt{\sigma^2_B + \epsilon}} + \beta
 
-    The baseline on this package's engine, equal to ``torch.nn.BatchNorm1d/2d/3d`` in values, gradients, running statistics
-    and ``state_dict``. Ioffe and Szegedy 2015, arXiv 1502.03167.
+    The baseline on this package's engine, equal to ``torch.nn.BatchNorm1d/2d/3d`` in values, gradients, running
+    statistics and ``state_dict``. Ioffe and Szegedy 2015, arXiv 1502.03167.
 
     Args:
         num_features: channels, the C of an input (N, C, *).

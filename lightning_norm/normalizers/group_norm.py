@@ -1,4 +1,5 @@
-"""Group normalization: each sample's statistics over groups of channels; one group is layer normalization of (C, H, W)."""
+"""Group normalization: each sample's statistics over groups of channels; one group is layer normalization of (C, H,
+W)."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ class GroupNorm(MomentNorm):
     paper = Paper("Wu and He", 2018, "Group Normalization", "arXiv 1803.08494")
     uses_batch: ClassVar[bool] = False
     shows: ClassVar[tuple[str, ...]] = ("groups",)
+    tested_with: ClassVar[dict[str, Any]] = {"groups": 3}
 
     def __init__(self, num_features: int, *, groups: int = 32, **options: Any) -> None:
         super().__init__(num_features, **_stateless(type(self).__name__, options))
@@ -57,7 +59,8 @@ class LayerNorm(MomentNorm):
         num_features: channels, the C of an input (N, C, *).
         options: eps, affine, channel_dim, device, dtype: see :class:`MomentNorm`.
 
-    Differs from ``torch.nn.LayerNorm``: on tokens (N, L, C) the statistics run over L and C; per-token layer norm is torch's own.
+    Differs from ``torch.nn.LayerNorm``: on tokens (N, L, C) the statistics run over L and C; per-token layer norm is
+    torch's own.
 
     >>> LayerNorm(8)(torch.randn(2, 8, 5, 5)).shape
     torch.Size([2, 8, 5, 5])

@@ -17,12 +17,13 @@ class InstanceNorm(MomentNorm):
 
     .. math:: y = \gamma \frac{x - \mu_{nc}}{\sqrt{\sigma^2_{nc} + \epsilon}} + \beta
 
-    Equal to ``torch.nn.InstanceNorm1d/2d/3d``, but for ``affine``, which is on by default as in every layer of this package.
-    Ulyanov et al. 2016, arXiv 1607.08022.
+    Equal to ``torch.nn.InstanceNorm1d/2d/3d``, but for ``affine``, which is on by default as in every layer of this
+    package. Ulyanov et al. 2016, arXiv 1607.08022.
 
     Args:
         num_features: channels, the C of an input (N, C, *).
-        track_running_stats: keep the mean over samples of mean and unbiased variance, and evaluate on it; off by default.
+        track_running_stats: keep the mean over samples of mean and unbiased variance, and evaluate on it; off by
+            default.
         momentum: of these.
         options: eps, affine, channel_dim, device, dtype: see :class:`MomentNorm`.
 

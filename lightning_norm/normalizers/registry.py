@@ -1,4 +1,5 @@
-"""Find a normalizer by what a user types: a key, a class name, a dotted path, a class, or ``{class_path, init_args}``."""
+"""Find a normalizer by what a user types: a key, a class name, a dotted path, a class, or ``{class_path,
+init_args}``."""
 
 from __future__ import annotations
 

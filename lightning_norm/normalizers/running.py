@@ -30,10 +30,11 @@ class RunningStats(nn.Module):
         self.register_buffer("skipped_updates", torch.tensor(0, device=device) if track else None, persistent=False)
 
     def track(self, m: Moments) -> Moments:
-        """In training, fold the batch's moments into the running ones and return them; in evaluation, return the running ones.
+        """In training, fold the batch's moments into the running ones and return them; in evaluation, return the
+        running ones.
 
-        Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it is
-        skipped and counted in ``skipped_updates``.
+        Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it
+        is skipped and counted in ``skipped_updates``.
         """
         if not self.track_running_stats:
             return m

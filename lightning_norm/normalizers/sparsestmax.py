@@ -17,10 +17,11 @@ def sparsemax(z: Tensor) -> Tensor:
 
 
 def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
-    r"""Return the point of the simplex at least ``radius`` from the centre of its face, in the direction of sparsemax(z).
+    r"""Return the point of the simplex at least ``radius`` from the centre of its face, in the direction of
+    sparsemax(z).
 
-    With p the sparsemax and u the uniform point on its support: p itself where ``|p - u| >= radius``, otherwise
-    ``u + radius (p - u) / |p - u|``, projected back on the simplex and repeated on the smaller face where that leaves it.
+    With p the sparsemax and u the uniform point on its support: p itself where ``|p - u| >= radius``, otherwise ``u +
+    radius (p - u) / |p - u|``, projected back on the simplex and repeated on the smaller face where that leaves it.
     Shao et al., CVPR 2019, arXiv 1903.03793.
 
     Args:
@@ -30,8 +31,8 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
     Returns:
         (K,), non-negative with sum 1.
 
-    Differs from the paper: equal logits have no direction and stay at u (the published code divides rounding noise by its norm
-    and leaves the simplex); K - 1 fixed steps in place of a recursion that reads values back to the host.
+    Differs from the paper: equal logits have no direction and stay at u (the published code divides rounding noise by
+    its norm and leaves the simplex); K - 1 fixed steps in place of a recursion that reads values back to the host.
 
     >>> sparsestmax(torch.tensor([0.3, 0.2, 0.1]), 1.0)
     tensor([1., 0., 0.])

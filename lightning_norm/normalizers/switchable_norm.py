@@ -20,24 +20,28 @@ CHOICES = ("in", "ln", "bn", "gn")
 
 
 class SwitchableNorm(MomentNorm):
-    r"""Let each layer learn how much of instance, layer and batch statistics it wants, separately for mean and variance.
+    r"""Let each layer learn how much of instance, layer and batch statistics it wants, separately for mean and
+    variance.
 
     .. math::
         y = \gamma \frac{x - \sum_k w_k \mu_k}{\sqrt{\sum_k w'_k \sigma^2_k + \epsilon}} + \beta, \qquad
         w = \mathrm{softmax}(\lambda),\; w' = \mathrm{softmax}(\lambda'), \qquad
         k \in \{\mathrm{in}, \mathrm{ln}, \mathrm{bn}\}
 
-    ``mean_weight`` is lambda and ``var_weight`` lambda', (3,) each, starting at 1. Luo et al., TPAMI 2021, arXiv 1806.10779;
+    ``mean_weight`` is lambda and ``var_weight`` lambda', (3,) each, starting at 1. Luo et al., TPAMI 2021, arXiv
+    1806.10779;
     sparse: Shao et al., CVPR 2019, arXiv 1903.03793.
 
-    When: small batches, where it turns from batch to instance and layer statistics by itself. When not: if the network must be
+    When: small batches, where it turns from batch to instance and layer statistics by itself. When not: if the network
+        must be
     folded for inference, for instance and layer statistics stay data dependent.
 
     Args:
         num_features: channels, the C of an input (N, C, *).
         choices: which statistics to mix, in the order of the weights: "in", "ln", "bn" and also "gn".
         groups: for "gn".
-        correction: 0 for biased variances, 1 for the authors' estimator (unbiased within each sample), which their checkpoints need.
+        correction: 0 for biased variances, 1 for the authors' estimator (unbiased within each sample), which their
+            checkpoints need.
         sparse: replace the softmax by sparsestmax, which reaches one-hot weights as ``radius`` grows.
         radius: of sparsestmax, scheduled from 0 (softmax-like freedom) to 1 (one choice).
         zero_weight: start gamma at 0, for the last normalizer of a residual branch.
@@ -47,9 +51,10 @@ class SwitchableNorm(MomentNorm):
     Raises:
         ValueError: unknown, repeated or no choices, or a correction other than 0 and 1.
 
-    Differs from the paper: momentum has torch's meaning (the authors' 0.997 and 0.9 are 0.003 and 0.1); the running variance
-    starts at 1 and not at 0; where a statistic does not exist (instance statistics of one element) it leaves and the softmax is
-    taken over the others, as in the authors' 1d layer; equal weights are a fixed point of sparsestmax (theirs leave the simplex).
+    Differs from the paper: momentum has torch's meaning (the authors' 0.997 and 0.9 are 0.003 and 0.1); the running
+    variance starts at 1 and not at 0; where a statistic does not exist (instance statistics of one element) it leaves
+    and the softmax is taken over the others, as in the authors' 1d layer; equal weights are a fixed point of
+    sparsestmax (theirs leave the simplex).
 
     >>> SwitchableNorm(8)(torch.randn(4, 8, 5, 5)).shape
     torch.Size([4, 8, 5, 5])
@@ -127,7 +132,8 @@ class SwitchableNorm(MomentNorm):
 
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
-        """Return the importance weights of the means and of the variances, each (len(choices),), in the order of ``choices``."""
+        """Return the importance weights of the means and of the variances, each (len(choices),), in the order of
+        ``choices``."""
         return {"mean": self._mix(self.mean_weight, False), "var": self._mix(self.var_weight, False)}
 
     def monitor(self) -> dict[str, Tensor]:

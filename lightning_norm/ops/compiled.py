@@ -1,8 +1,8 @@
 """Compile a layer's forward pass on its own, at static shapes, without ever meeting the recompile limit.
 
-torch.compile keeps at most ``recompile_limit`` variants per code object and then falls back, and all layers of a class share
-one code object. So each combination of class, shape, strides, dtype and mode gets a code object of its own. Layers that
-agree in all of these share one compiled graph: 53 layers of a resnet50 need a dozen graphs and not 53.
+torch.compile keeps at most ``recompile_limit`` variants per code object and then falls back, and all layers of a class
+share one code object. So each combination of class, shape, strides, dtype and mode gets a code object of its own.
+Layers that agree in all of these share one compiled graph: 53 layers of a resnet50 need a dozen graphs and not 53.
 """
 
 from __future__ import annotations

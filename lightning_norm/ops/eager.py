@@ -1,8 +1,10 @@
 """The passes in plain PyTorch: the CPU path, what torch.compile traces, and the oracle of the kernels.
 
-Precision. For float32 inputs the (N, C) means are float64, because 1000 +- 1 rounded to float32 already costs more
-than nn.BatchNorm2d loses in all. Products with x are rounded once: eager code goes through fused multiply-adds (``addcmul``,
-ATen's evaluation-mode batch norm), a compiled CPU graph computes in float64 registers, since Inductor's addcmul is not fused.
+Precision. For float32 inputs the (N, C) means are float64, because 1000 +- 1 rounded to float32 already costs more than
+nn.BatchNorm2d loses in all. Products with x are rounded once: eager code goes through fused multiply-adds
+(``addcmul``,
+ATen's evaluation-mode batch norm), a compiled CPU graph computes in float64 registers, since Inductor's addcmul is not
+fused.
 """
 
 from __future__ import annotations
@@ -75,7 +77,14 @@ def combine(
 
 def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
     """scale * u + offset, rounded once where it is not wide."""
-    if not _recording() and u.is_cpu and u.dtype == scale.dtype and layout.channel_dim == 1 and u.is_contiguous():
+    if (
+        not _recording()
+        and u.is_cpu
+        and u.numel()
+        and u.dtype == scale.dtype
+        and layout.channel_dim == 1
+        and u.is_contiguous()
+    ):
         rows = layout.n * layout.c
         zero, one = scale.new_zeros(rows), scale.new_ones(rows)
         flat, scale, offset = u.view(1, rows, -1), scale.reshape(rows), offset.reshape(rows)

@@ -1,9 +1,10 @@
 """normalize(x, algebra): moments -> algebra -> apply, as one autograd graph.
 
-Where is the backward? The algebra's own is autograd on (N, C) tensors. The two passes over x are the two autograd
-nodes below, tied by a carrier: ``_Apply`` hands back dy itself, unscaled, as the gradient of ``hook`` (an alias of x), and
-scale as the gradient of the carrier; ``_Moments`` then holds dy, scale, dmean and dvar at once and writes dx in one pass.
-Only x is kept for the backward pass. Under ``create_graph=True`` the same formulas are recorded, so double backward works.
+Where is the backward? The algebra's own is autograd on (N, C) tensors. The two passes over x are the two autograd nodes
+below, tied by a carrier: ``_Apply`` hands back dy itself, unscaled, as the gradient of ``hook`` (an alias of x), and
+scale as the gradient of the carrier; ``_Moments`` then holds dy, scale, dmean and dvar at once and writes dx in one
+pass. Only x is kept for the backward pass. Under ``create_graph=True`` the same formulas are recorded, so double
+backward works.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ Six words, used everywhere in this package:
 * *moments* (the pass): one read of ``x`` that yields the Moments.
 * *apply*: one read of ``x`` that writes ``y``.
 
-Variances are pooled by the law of total variance and never as E[x^2] - E[x]^2, which loses every digit at
-mean/std = 1e4.
+Variances are pooled by the law of total variance and never as E[x^2] - E[x]^2, which loses every digit at mean/std =
+1e4.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Moments:
     ranks: Ranks | None = None
 
     def over_channels(self, groups: int = 1) -> Moments:
-        """Pool the channels of each sample, in ``groups`` consecutive groups: (N, C) -> (N, 1), or (N, C) by repetition.
+        """Pool the channels of each sample, in ``groups`` consecutive groups: (N, C) -> (N, 1), or (N, C) by
+        repetition.
 
         Raises:
             ValueError: ``groups`` does not divide the channels.

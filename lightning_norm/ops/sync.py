@@ -1,7 +1,7 @@
 """Statistics across ranks: one all-reduce forward and one backward, weighted by counts.
 
-The sums travel in float64, so that n*(var + mean^2) keeps its digits (relative error about 1e-10 at mean/std = 1e3)
-and one SUM is enough. Counts travel with them, because the last batch of an epoch is uneven and a rank may be empty.
+The sums travel in float64, so that n*(var + mean^2) keeps its digits (relative error about 1e-10 at mean/std = 1e3) and
+one SUM is enough. Counts travel with them, because the last batch of an epoch is uneven and a rank may be empty.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class SwappedLayer:
 
 
 class SwapReport:
-    """The outcome of :func:`lightning_norm.swap`: ``len(report)`` layers, ``print(report)`` a table, ``report.undo()`` the way back.
+    """The outcome of :func:`lightning_norm.swap`: ``len(report)`` layers, ``print(report)`` a table, ``report.undo()``
+    the way back.
 
     Args:
         layers: one row per swapped layer.
@@ -96,14 +97,14 @@ class SwapReport:
         known = {layer.name for layer in self.layers}
         self.layers += [layer for layer in other.layers if layer.name not in known]
         self.skipped = list({s[0]: s for s in [*self.skipped, *other.skipped]}.values())
-        self.candidates += other.candidates
         self.total_before = max(self.total_before, other.total_before - self.parameters_added)
         self._undo += other._undo
 
     def undo(self) -> None:
         """Put every original module back, with the Parameters and statistics as they are now.
 
-        Without training in between, the model is bit-identical to what it was. New parameters of the normalizers are gone.
+        Without training in between, the model is bit-identical to what it was. New parameters of the normalizers are
+        gone.
 
         Raises:
             RuntimeError: there is nothing to undo, or a layer was replaced by something else since.
@@ -134,7 +135,8 @@ class SwapReport:
         }
 
     def to_yaml(self) -> str:
-        """Return the report as YAML; edit the ``norm`` of a row (null leaves the layer alone) and pass it to ``NormSwap(plan=...)``."""
+        """Return the report as YAML; edit the ``norm`` of a row (null leaves the layer alone) and pass it to
+        ``NormSwap(plan=...)``."""
         import yaml
 
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))

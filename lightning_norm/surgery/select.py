@@ -91,8 +91,8 @@ def assign(
 ) -> tuple[list[tuple[Site, NormSpec]], list[str]]:
     """Give each site its normalizer, and tell which patterns matched nothing.
 
-    ``rules`` come first, in order, the first match wins and ``None`` leaves the layer alone; then ``include`` and ``exclude``
-    choose what becomes ``norm``.
+    ``rules`` come first, in order, the first match wins and ``None`` leaves the layer alone; then ``include`` and
+    ``exclude`` choose what becomes ``norm``.
     """
     rules = dict(rules or {})
     used: set[str] = set()

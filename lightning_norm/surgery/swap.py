@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_norm.errors import AlreadySwappedError, NoEffectWarning
 from lightning_norm.normalizers.base import Normalizer
@@ -36,19 +37,22 @@ def swap(
 ) -> SwapReport:
     """Replace the normalization layers of a model, in place.
 
-    Parameters, running statistics, training flag, hooks, ties and sharing move with each layer; an optimizer built before stays
-    valid for what moved. If anything fails, the model is exactly as it was.
+    Parameters, running statistics, training flag, hooks, ties and sharing move with each layer; an optimizer built
+    before stays valid for what moved. If anything fails, the model is exactly as it was.
 
     Args:
         model: any module.
-        norm: a key ("sn"), a dotted path, a class, or ``{"class_path": ..., "init_args": {...}}``; may be left out with ``rules``.
-        include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their ends.
+        norm: a key ("sn"), a dotted path, a class, or ``{"class_path": ..., "init_args": {...}}``; may be left out
+            with ``rules``.
+        include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their
+            ends.
         exclude: which layers not; likewise.
-        source: which kinds of layers are candidates: "BatchNorm" (the default: 1d, 2d, 3d and SyncBatchNorm), "LayerNorm",
-            "GroupNorm", "InstanceNorm", "all", a class or its name, the key of a normalizer of ours, or a list of these.
+        source: which kinds of layers are candidates: "BatchNorm" (the default: 1d, 2d, 3d and SyncBatchNorm),
+            "LayerNorm", "GroupNorm", "InstanceNorm", "all", a class or its name, the key of a normalizer of ours, or a
+            list of these.
         norm_args: arguments of ``norm``.
-        rules: ordered mapping from regular expression to a norm; ``None`` leaves the layer alone, the first match wins over
-            ``norm``, ``include`` and ``exclude``.
+        rules: ordered mapping from regular expression to a norm; ``None`` leaves the layer alone, the first match wins
+            over ``norm``, ``include`` and ``exclude``.
         backend: "auto" or "eager". "triton" is refused until its kernels exist.
         compile: compile each layer's forward pass (the first pass of each input shape takes seconds).
         sync: pool statistics over the ranks of a distributed run, in training.
@@ -60,7 +64,8 @@ def swap(
         The report: ``len(report)``, ``print(report)``, ``report.undo()``.
 
     Raises:
-        ValueError: unknown norm, source, backend or pattern, a pattern that matches nothing, or nothing swapped with ``on_empty="error"``.
+        ValueError: unknown norm, source, backend or pattern, a pattern that matches nothing, or nothing swapped with
+            ``on_empty="error"``.
         TypeError: an argument that the normalizer does not take, or a layer that cannot be converted.
         AlreadySwappedError: nothing is left to swap because the model was swapped before.
 
@@ -111,7 +116,7 @@ def try_swap(
     sites, skipped = find_sites(model, source)
     chosen, missed = assign(sites, norm, include, exclude, rules)
     report = SwapReport([], skipped, len(sites))
-    report.total_before = sum(p.numel() for p in model.parameters())
+    report.total_before = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     for site, spec in chosen:
         layer, arguments = convert(site.module, site.name, spec, (norm_args or {}) if spec is norm else {})
         layer.sync, layer.sync_group, layer.backend = sync, sync_group, backend
@@ -130,7 +135,7 @@ def _check_backend(backend: str) -> str:
 
 
 def _row(site: Site, layer: Normalizer, arguments: dict[str, Any], backend: str) -> SwappedLayer:
-    before = {**dict(site.module.named_parameters(recurse=False)), **dict(site.module.named_buffers(recurse=False))}
+    before = site.module.state_dict(keep_vars=True)
     held = {**layer._parameters, **layer._buffers}
     moved = [name for name, value in before.items() if held.get(name) is value]
     preserved, reason = unchanged_eval(site.module, layer)

@@ -1,0 +1,138 @@
+"""Checks: what a class declares of itself is what it does."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.testing.kit import C, Make, Normalizer, built, check, distance, features, noise, refused, same, statistics
+
+
+@check
+def uses_batch(make: Make) -> None:
+    """In training, a sample's output depends on its batch mates if and only if ``uses_batch`` is declared."""
+    layer = built(make, torch.float64)
+    x = features(5, C, 7, 3, dtype=torch.float64)
+    others = torch.cat([x[:1], features(4, C, 7, 3, seed=9, dtype=torch.float64) * 3])
+    apart = distance(*(built(make, torch.float64)(t)[:1] for t in (x, others)))
+    assert (apart > 1e-6) == layer.uses_batch, f"uses_batch={layer.uses_batch}, but other batch mates move the output by {apart:.1e}"
+
+
+@check
+def per_sample(make: Make) -> None:
+    """In evaluation, one pixel's output depends on the sample's others if and only if ``per_sample`` is declared."""
+    layer = built(make, torch.float64).eval()
+    x = features(5, C, 7, 3, dtype=torch.float64)
+    other = x.clone()
+    other[:, :, 1:] += noise(5, C, 6, 3, seed=9, dtype=torch.float64)
+    apart = distance(*(layer(t)[:, :, 0] for t in (x, other)))
+    assert (apart > 1e-6) == layer.per_sample, f"per_sample={layer.per_sample}, but other pixels move the output by {apart:.1e}"
+
+
+@check
+def evaluation_ignores_batch_mates(make: Make) -> None:
+    """In evaluation, each sample's output is the same alone, among others, and among wild others."""
+    layer = built(make, torch.float64).eval()
+    x = features(5, C, 7, 3, dtype=torch.float64)
+    wild = torch.cat([x[:1], 100 * features(4, C, 7, 3, seed=9, dtype=torch.float64)])
+    together = layer(x)
+    same(torch.cat([layer(x[i : i + 1]) for i in range(5)]), together, 1e-12, "samples one by one")
+    same(layer(wild)[:1], together[:1], 1e-12, "a sample among others")
+
+
+@check
+def learns(make: Make) -> None:
+    """``learns`` lists every parameter beside weight and bias, with its number of elements in terms of C."""
+    layer = make(C)
+    found = {name: p.numel() for name, p in layer.named_parameters() if name not in ("weight", "bias")}
+    for name, count in type(layer).learns.items():
+        assert re.fullmatch(r"[C\d\s+*/()-]+", count), f"learns[{name!r}] = {count!r} is not an expression in C"
+    declared = {name: int(eval(count, {"C": C})) for name, count in type(layer).learns.items()}  # noqa: S307  checked above
+    assert found == declared, f"parameters beside weight and bias: {found}; declared for C = {C}: {declared}"
+    for name in ("weight", "bias"):
+        p = getattr(layer, name)
+        assert p is None or tuple(p.shape) == (C,), f"{name} has the shape {tuple(p.shape)}, expected ({C},)"
+
+
+@check
+def preserves_eval(make: Make) -> None:
+    """Made from a trained BatchNorm, the layer evaluates to what that did if and only if it says so; Parameters are moved."""
+    bn = nn.BatchNorm2d(C).double()
+    for seed in (1, 2, 3):
+        bn(features(5, C, 7, 3, seed=seed, dtype=torch.float64))
+    with torch.no_grad():
+        for i, p in enumerate(bn.parameters()):
+            p.add_(0.3 * noise(C, seed=500 + i, dtype=torch.float64))
+    layer = make(C).double()
+    layer.adopt(bn)  # type: ignore[operator]  # MomentNorm's
+    for name in ("weight", "bias"):
+        own = getattr(layer, name)
+        assert own is None or own is getattr(bn, name), f"{name} was copied, not moved: an optimizer still holds the old one"
+    x = features(4, C, 7, 3, seed=9, dtype=torch.float64)
+    apart = distance(layer.eval()(x), bn.eval()(x))
+    keeps = layer.keeps_eval()
+    assert (apart < 1e-12) == keeps, f"keeps_eval()={keeps}, but evaluation differs by {apart:.1e} from the BatchNorm's"
+
+
+@check
+def paper_and_docs(make: Make) -> None:
+    """A registered class names its paper, and its docstring holds the equation and an example."""
+    cls = type(make(C))
+    if not cls.key:
+        return
+    assert cls.registry[cls.key] is cls, f"{cls.key!r} is {cls.registry[cls.key]} in the registry"
+    assert cls.paper is not None, f"{cls.__name__}.paper is missing"
+    for part in (".. math::", ">>> ", "Args:"):
+        assert part in (cls.__doc__ or ""), f"the docstring of {cls.__name__} has no {part!r}"
+
+
+def variants(make: Make, name: str, value: float) -> list[Normalizer]:
+    """Return the layer with ``name`` set, as made by default and with each boolean argument the other way round."""
+    flags: dict[str, bool] = {}
+    for cls in type(make(C)).__mro__[:-1]:
+        arguments = inspect.signature(cls.__init__).parameters.values()
+        flags.update({a.name: not a.default for a in arguments if isinstance(a.default, bool) and a.name not in flags})
+    found = []
+    for other in ({}, *({k: v} for k, v in flags.items())):
+        try:
+            found.append(built(lambda c, o=other: make(c, **{name: value, **o}), torch.float64))
+        except (TypeError, ValueError):
+            continue  # the class does not take this argument
+    return found
+
+
+@check
+def scheduled(make: Make) -> None:
+    """Every ``Scheduled`` argument has an effect, by constructor and by assignment, refuses bad values, and is not saved."""
+
+    def outcome(layer: Normalizer) -> Tensor:
+        x = features(5, C, 7, 3, dtype=torch.float64)
+        parts = [layer.train()(x), *(v.double() for v in statistics(layer).values()), layer.eval()(x)]
+        return torch.cat([part.detach().flatten() for part in parts])
+
+    for name, span in type(make(C)).ranges.items():
+        low, high = (span.low + share * (span.high - span.low) for share in (0.3, 0.6))
+        pairs = list(zip(variants(make, name, low), variants(make, name, high), strict=True))
+        if not pairs:
+            continue  # inherited, and refused by this class
+        effects = []
+        for at_low, at_high in pairs:
+            assert getattr(at_low, name) == low, f"{name}={low} reads back as {getattr(at_low, name)}"
+            expected = outcome(at_high)
+            setattr(at_low, name, high)
+            assigned = outcome(at_low)
+            same(assigned, expected, 1e-12, f"{name}: assigned and constructed")
+            effects.append(name)
+        fresh = zip(variants(make, name, low), variants(make, name, high), strict=True)
+        moved = [distance(outcome(a), outcome(b)) for a, b in fresh]
+        assert max(moved) > 1e-6, f"{name} has no effect at {low} against {high}, whatever flag is set"
+        layer = make(C)
+        for bad in (span.low - 0.1, span.high + 0.1, float("nan"), "x"):
+            held = getattr(layer, name)
+            with refused(ValueError, f"{name} = {bad!r}", name, str(bad)):
+                setattr(layer, name, bad)
+            assert getattr(layer, name) == held, f"{name} changed although {bad!r} was refused"
+        assert not [k for k in layer.state_dict() if k.lstrip("_") == name], f"{name} is saved, but follows from the step alone"

@@ -1,0 +1,148 @@
+"""Checks: gradients, first and second, and what autograd keeps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_norm.testing.kit import C, Make, Normalizer, built, check, features, noise, same, statistics, step
+
+
+def as_function(layer: Normalizer) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return the layer as a function of its parameters and then x, with no memory from call to call, and its parameters."""
+    named = dict(layer.named_parameters())
+    held = {name: b.clone() for name, b in layer.named_buffers()}
+
+    def call(*given: Tensor) -> Tensor:
+        *parameters, x = given
+        state = {**dict(zip(named, parameters, strict=True)), **{name: b.clone() for name, b in held.items()}}
+        y: Tensor = torch.func.functional_call(layer, state, (x,))
+        return y
+
+    return call, [p.detach().clone().requires_grad_() for p in named.values()]
+
+
+@check
+def gradcheck(make: Make) -> None:
+    """Every gradient agrees with finite differences in float64, in training and evaluation."""
+    for training in (True, False):
+        call, parameters = as_function(built(make, torch.float64).train(training))
+        for shape in ((3, C, 3), (2, C, 2, 2)):
+            x = features(*shape, dtype=torch.float64).requires_grad_()
+            try:
+                torch.autograd.gradcheck(call, (*parameters, x))
+            except RuntimeError as error:
+                raise AssertionError(f"training={training}, {shape}: {error}") from error
+
+
+@check
+def gradgradcheck(make: Make) -> None:
+    """Second derivatives agree with finite differences of the first."""
+    for training in (True, False):
+        call, parameters = as_function(built(make, torch.float64).train(training))
+        x = features(2, C, 3, dtype=torch.float64).requires_grad_()
+        dy = noise(2, C, 3, seed=7, dtype=torch.float64).requires_grad_()
+        try:
+            torch.autograd.gradgradcheck(call, (*parameters, x), dy)
+        except RuntimeError as error:
+            raise AssertionError(f"training={training}: {error}") from error
+
+
+@check
+def every_parameter_gets_a_gradient(make: Make) -> None:
+    """No dead parameter: DistributedDataParallel waits for each."""
+    got = step(built(make, torch.float64), features(5, C, 7, 3, dtype=torch.float64), noise(5, C, 7, 3, seed=7, dtype=torch.float64))
+    for name, grad in (*got.grads.items(), ("the input", got.dx)):
+        assert bool(grad.isfinite().all()), f"the gradient of {name} is not finite"
+        assert float(grad.abs().max()) > 1e-9, f"the gradient of {name} is zero"
+
+
+@check
+def expanded_gradient(make: Make) -> None:
+    """``y.sum().backward()`` hands over a gradient of strides 0, which must count as the dense one."""
+    for dtype, channel_dim in itertools.product((torch.float64, torch.float32), (1, -1)):
+        x = features(5, C, 7, 3, dtype=dtype)
+        x = x if channel_dim == 1 else x.movedim(1, -1).contiguous()
+        one = torch.ones((), dtype=dtype).expand(x.shape)
+        expanded, dense = (step(built(make, dtype, channel_dim=channel_dim), x, dy) for dy in (one, one.clone()))
+        for name in expanded.grads:
+            same(expanded.grads[name], dense.grads[name], 1e-5, f"gradient of {name}")
+        same(expanded.dx, dense.dx, 1e-5, "input gradient")  # both are zero but for rounding where statistics are the input's
+
+
+@check
+def inplace_after(make: Make) -> None:
+    """An in-place ReLU may follow, as in most networks."""
+    for dtype, training in itertools.product((torch.float64, torch.float32), (True, False)):
+        grads = []
+        for inplace in (True, False):
+            x = features(5, C, 7, 3, dtype=dtype).requires_grad_()
+            y = built(make, dtype).train(training)(x)
+            z = torch.relu_(y) if inplace else torch.relu(y)
+            z.backward(noise(5, C, 7, 3, seed=7, dtype=dtype))
+            assert x.grad is not None, "the input got no gradient"
+            grads.append(x.grad)
+        same(grads[0], grads[1], 0.0, f"{dtype}, training={training}, input gradient under an in-place ReLU")
+
+
+@check
+def input_is_left_alone(make: Make) -> None:
+    """Neither pass writes to its input, nor to the gradient it is handed."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, dy = features(5, C, 7, 3, dtype=dtype), noise(5, C, 7, 3, seed=7, dtype=dtype)
+        before = x.clone(), dy.clone()
+        step(built(make), x, dy)
+        assert torch.equal(x, before[0]), f"{dtype}: the input was overwritten"
+        assert torch.equal(dy, before[1]), f"{dtype}: the gradient was overwritten"
+
+
+@check
+def statistics_hold_no_graph(make: Make) -> None:
+    """Running statistics never require gradients, whatever the input does."""
+    layer = make(C)
+    for seed in (1, 2):
+        x = features(5, C, 7, 3, seed=seed).requires_grad_() * 2  # an upstream graph
+        layer(x)
+    for name, buffer in layer.named_buffers():
+        assert not buffer.requires_grad, f"{name} requires grad"
+        assert buffer.grad_fn is None, f"{name} keeps the graph"
+
+
+@check
+def evaluation_moves_nothing(make: Make) -> None:
+    """Evaluation leaves every buffer and parameter as it was."""
+    layer = built(make).eval()
+    before = {name: t.clone() for name, t in (*layer.named_buffers(), *layer.named_parameters())}
+    layer(features(5, C, 7, 3))
+    for name, t in (*layer.named_buffers(), *layer.named_parameters()):
+        assert torch.equal(t, before[name]), f"evaluation moved {name}"
+    layer.train()(features(5, C, 7, 3))
+    moved = statistics(layer)
+    for name in layer.running_names if layer.track_running_stats else ():
+        assert not torch.equal(moved[name], before[name]), f"training did not move {name}"
+
+
+@check
+def saves_only_the_input(make: Make) -> None:
+    """For the backward pass x is kept, once, and nothing else of its size."""
+    for training in (True, False):
+        layer = built(make).train(training)
+        x = features(5, C, 17, 13).requires_grad_()
+        saved: dict[int, int] = {}
+
+        def pack(t: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            storage = t.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = layer(x)
+        own = saved.pop(x.untyped_storage().data_ptr(), 0)
+        assert own == x.untyped_storage().nbytes(), f"training={training}: x itself is not what is saved"
+        bound = 8 * 4 * 5 * C  # a few (N, C) tensors in float64
+        large = [size for size in saved.values() if size > bound]
+        assert not large, f"training={training}: beside x, tensors of {large} bytes are kept; x has {x.nbytes}"
+        assert y.requires_grad

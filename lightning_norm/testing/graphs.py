@@ -1,0 +1,29 @@
+"""Checks: torch.compile and torch.export."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_norm.testing.kit import C, Make, built, check, features, noise, same, same_step, statistics, step
+
+
+@check
+def compiled_equals_eager(make: Make) -> None:
+    """``layer.compile()`` is one graph that gives eager's values, gradients and running statistics."""
+    eager, compiled = built(make), built(make)
+    compiled.compile()
+    x, dy = features(5, C, 7, 3), noise(5, C, 7, 3, seed=7)
+    same_step(step(compiled, x, dy), step(eager, x, dy), 3e-6, "compiled")  # two float32 roundings of about 100 terms
+    for (name, a), b in zip(statistics(compiled).items(), statistics(eager).values(), strict=True):
+        same(a, b, 1e-6, f"compiled, {name}")
+    with torch.no_grad():
+        same(compiled.eval()(x), eager.eval()(x), 3e-6, "compiled, evaluation")
+
+
+@check
+def exports(make: Make) -> None:
+    """torch.export takes the layer in evaluation, and the exported program computes the same."""
+    layer = built(make).eval()
+    x = features(5, C, 7, 3)
+    program = torch.export.export(layer, (x,), strict=False)
+    same(program.module()(x), layer(x), 3e-6, "exported")

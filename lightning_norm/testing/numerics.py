@@ -1,0 +1,114 @@
+"""Checks: precision against float64, half inputs, autocast, casts, NaN."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from lightning_norm.testing.kit import C, Make, built, check, distance, features, noise, same, same_step, statistics, step
+
+SLACK = {0: 1.25, 100: 1.0, 1000: 1.0}
+"""At mean 0 both layers are at rounding level, about 5e-8, and which rounds better is chance."""
+
+
+@check
+def as_precise_as_torch(make: Make) -> None:
+    """At \\|mean\\|/std of 0, 100 and 1000 in float32, forward and backward are not farther from float64 than nn.BatchNorm2d's."""
+    shape = (16, C, 23, 21)
+    dy = noise(*shape, seed=7)
+    for ratio, slack in SLACK.items():
+        x = noise(*shape) + ratio
+        theirs = nn.BatchNorm2d(C)
+        ours = make(C)
+        errors = []
+        for layer in (ours, theirs):
+            wide = copy.deepcopy(layer).double()
+            got, exact = (step(f, x.to(t), dy.to(t)) for f, t in ((layer, torch.float32), (wide, torch.float64)))
+            errors.append((distance(got.y, exact.y), distance(got.dx, exact.dx)))
+        for what, own, torchs in zip(("output", "input gradient"), *errors, strict=True):
+            assert own <= slack * torchs, f"{what} at mean/std = {ratio}: error {own:.2e}, nn.BatchNorm2d's {torchs:.2e}"
+
+
+@check
+def half_inputs(make: Make) -> None:
+    """Half inputs: output in their dtype, one rounding away from float64, also where their squares overflow."""
+    for dtype in (torch.float16, torch.bfloat16):
+        for size in (1.0, 300.0):
+            x, dy = (features(5, C, 7, 3) * size).to(dtype), noise(5, C, 7, 3, seed=7).to(dtype)
+            for training in (True, False):
+                layer = built(make).train(training)
+                wide = copy.deepcopy(layer).double()
+                got, exact = step(layer, x, dy), step(wide, x.double(), dy.double())
+                what = f"{dtype} inputs of size {size}, training={training}"
+                assert got.y.dtype == dtype, f"{what}: output {got.y.dtype}"
+                assert got.dx.dtype == dtype, f"{what}: input gradient {got.dx.dtype}"
+                eps = torch.finfo(dtype).eps  # rounding y costs eps / 2; the float32 statistics about 1e-6
+                for part, a, b in (("output", got.y, exact.y), ("input gradient", got.dx, exact.dx)):
+                    apart = distance(a, b)
+                    assert apart <= eps, f"{what}: {part} {apart:.1e} from float64, at most {eps:.1e} expected"
+                for name, grad in got.grads.items():
+                    assert grad.dtype == torch.float32, f"{what}: gradient of {name} is {grad.dtype}"
+                    same(grad / (1 + exact.grads[name].norm()), exact.grads[name] / (1 + exact.grads[name].norm()), 1e-5, f"{what}: {name}")
+                for name, value in statistics(layer).items():
+                    if value.is_floating_point():
+                        assert value.dtype == torch.float32, f"{what}: {name} became {value.dtype}"
+                        same(value / (1 + value.norm()), wide._buffers[name] / (1 + value.norm()), 1e-5, f"{what}: {name}")
+
+
+@check
+def autocast_changes_nothing(make: Make) -> None:
+    """Inside an autocast region statistics and algebra stay in float32: the same bits as outside."""
+    for training in (True, False):
+        x, dy = features(5, C, 7, 3), noise(5, C, 7, 3, seed=7)
+        outside = step(built(make).train(training), x, dy)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = step(built(make).train(training), x, dy)
+        assert inside.y.dtype == torch.float32, f"output {inside.y.dtype} for a float32 input"
+        same_step(inside, outside, 0.0, f"autocast, training={training}")
+
+
+@check
+def casts_keep_statistics(make: Make) -> None:
+    """``.half()``, ``.bfloat16()`` and ``.double()`` cast parameters and leave running statistics at float32 at least."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        layer = built(make)
+        before = statistics(layer)
+        layer = layer.to(dtype)
+        x = features(5, C, 7, 3, dtype=dtype)
+        y = layer(x)
+        assert y.dtype == dtype, f"{dtype} layer and input: output {y.dtype}"
+        assert bool(y.isfinite().all()), f"{dtype}: output not finite"
+        for name, p in layer.named_parameters():
+            assert p.dtype == dtype, f"{name} is {p.dtype} after .to({dtype})"
+        for name in layer.running_names:
+            stat = layer._buffers.get(name)
+            if stat is not None:
+                wide = torch.promote_types(dtype, torch.float32)
+                assert stat.dtype == wide, f"{name} is {stat.dtype} after .to({dtype}), expected {wide}"
+        untouched = statistics(built(make).to(dtype))
+        for name, value in before.items():
+            same(untouched[name], value, 0.0, f"{name} after .to({dtype})")
+
+
+@check
+def nan_does_not_poison(make: Make) -> None:
+    """A NaN or an infinity in the input leaves the running statistics as they were and is counted."""
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        layer = built(make)
+        layer(features(5, C, 7, 3))
+        before = statistics(layer)
+        x = features(5, C, 7, 3, seed=2)
+        x[1, 2, 3, 1] = bad
+        layer(x)
+        after = statistics(layer)
+        for name in before.keys() - {"skipped_updates"}:
+            assert torch.equal(after[name], before[name]), f"{name} moved on an input with {bad}"
+        if before:
+            skipped = int(after["skipped_updates"])
+            assert skipped == 1, f"skipped_updates is {skipped} after one input with {bad}"
+            layer(features(5, C, 7, 3, seed=3))
+            again = statistics(layer)
+            assert int(again["num_batches_tracked"]) == 2, "the update after the skipped one was not made"
+            assert all(bool(v.isfinite().all()) for v in again.values()), "running statistics are not finite"
