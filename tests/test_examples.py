@@ -19,6 +19,12 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def quiet(test):
+    """Let pass what Lightning says of small data, and what torch says of Lightning 2.6."""
+    test = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")(test)
+    return pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")(test)
+
+
 def python_blocks():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -79,15 +85,14 @@ def test_example(script, tmp_path):
     assert done.stdout.strip()
 
 
-@pytest.mark.filterwarnings(
-    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"
-)  # few workers, few batches
-@pytest.mark.parametrize(("page", "line", "code"), python_blocks())
+@quiet
+@pytest.mark.parametrize(("page", "line", "code"), list(python_blocks()))
 def test_python_block(page, line, code, surroundings, monkeypatch):
     monkeypatch.setitem(sys.modules, "page", types.ModuleType("page"))
     exec(compile("\n" * line + code, str(page), "exec"), surroundings)
 
 
+@quiet
 def test_the_reader_model_is_trained_with_the_new_layers(surroundings):
     """The README's Trainer swaps one layer and leaves the excluded one."""
     code = next(p.values[2] for p in python_blocks() if p.values[0].name == "README.md" and "Trainer" in p.values[2])
