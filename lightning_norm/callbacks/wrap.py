@@ -26,6 +26,8 @@ class WrappedMethods:
         def wrapper() -> Any:
             return around(original)
 
+        del wrapper.__wrapped__  # Lightning looks through it and would find the method not overridden
+
         def undo() -> None:
             if instance.__dict__.get(name) is wrapper:
                 if was_own:

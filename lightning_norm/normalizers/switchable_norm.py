@@ -105,7 +105,8 @@ class SwitchableNorm(MomentNorm):
             m = Moments(m.mean, m.var * unbiased(m.count), m.count, m.ranks)
         statistics = [self._statistic(k, m, alone) for k in self.choices]
         w, v = self._mix(self.mean_weight, alone), self._mix(self.var_weight, alone)
-        mean = sum_of(w, [s.mean for s in statistics])
+        anchor = statistics[0].mean  # the weights sum to one but for rounding, which a large mean would multiply
+        mean = anchor + sum_of(w, [s.mean - anchor for s in statistics])
         var = sum_of(v, [s.var for s in statistics])
         return self.standardize(mean, var)
 

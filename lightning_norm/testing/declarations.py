@@ -8,7 +8,19 @@ import re
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.testing.kit import C, Make, Normalizer, built, check, distance, features, noise, refused, same, statistics
+from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.testing.kit import (
+    C,
+    Make,
+    built,
+    check,
+    distance,
+    features,
+    noise,
+    refused,
+    same,
+    statistics,
+)
 
 
 @check
@@ -18,7 +30,9 @@ def uses_batch(make: Make) -> None:
     x = features(5, C, 7, 3, dtype=torch.float64)
     others = torch.cat([x[:1], features(4, C, 7, 3, seed=9, dtype=torch.float64) * 3])
     apart = distance(*(built(make, torch.float64)(t)[:1] for t in (x, others)))
-    assert (apart > 1e-6) == layer.uses_batch, f"uses_batch={layer.uses_batch}, but other batch mates move the output by {apart:.1e}"
+    assert (apart > 1e-6) == layer.uses_batch, (
+        f"uses_batch={layer.uses_batch}, but other batch mates move the output by {apart:.1e}"
+    )
 
 
 @check
@@ -29,7 +43,9 @@ def per_sample(make: Make) -> None:
     other = x.clone()
     other[:, :, 1:] += noise(5, C, 6, 3, seed=9, dtype=torch.float64)
     apart = distance(*(layer(t)[:, :, 0] for t in (x, other)))
-    assert (apart > 1e-6) == layer.per_sample, f"per_sample={layer.per_sample}, but other pixels move the output by {apart:.1e}"
+    assert (apart > 1e-6) == layer.per_sample, (
+        f"per_sample={layer.per_sample}, but other pixels move the output by {apart:.1e}"
+    )
 
 
 @check
@@ -49,17 +65,19 @@ def learns(make: Make) -> None:
     layer = make(C)
     found = {name: p.numel() for name, p in layer.named_parameters() if name not in ("weight", "bias")}
     for name, count in type(layer).learns.items():
-        assert re.fullmatch(r"[C\d\s+*/()-]+", count), f"learns[{name!r}] = {count!r} is not an expression in C"
-    declared = {name: int(eval(count, {"C": C})) for name, count in type(layer).learns.items()}  # noqa: S307  checked above
+        assert re.fullmatch(r"(?:max|min|[C\d\s+*/(),-])+", count), (
+            f"learns[{name!r}] = {count!r} is not an expression in C"
+        )
+    declared = {name: int(eval(count, {"C": C})) for name, count in type(layer).learns.items()}  # checked above
     assert found == declared, f"parameters beside weight and bias: {found}; declared for C = {C}: {declared}"
     for name in ("weight", "bias"):
         p = getattr(layer, name)
-        assert p is None or tuple(p.shape) == (C,), f"{name} has the shape {tuple(p.shape)}, expected ({C},)"
+        assert p is None or p.shape[-1] == C, f"{name} has the shape {tuple(p.shape)}, expected (..., {C})"
 
 
 @check
 def preserves_eval(make: Make) -> None:
-    """Made from a trained BatchNorm, the layer evaluates to what that did if and only if it says so; Parameters are moved."""
+    """Made from a trained BatchNorm, the layer evaluates to what that did if and only if it says so."""
     bn = nn.BatchNorm2d(C).double()
     for seed in (1, 2, 3):
         bn(features(5, C, 7, 3, seed=seed, dtype=torch.float64))
@@ -70,7 +88,9 @@ def preserves_eval(make: Make) -> None:
     layer.adopt(bn)  # type: ignore[operator]  # MomentNorm's
     for name in ("weight", "bias"):
         own = getattr(layer, name)
-        assert own is None or own is getattr(bn, name), f"{name} was copied, not moved: an optimizer still holds the old one"
+        assert own is None or own is getattr(bn, name), (
+            f"{name} was copied, not moved: an optimizer still holds the old one"
+        )
     x = features(4, C, 7, 3, seed=9, dtype=torch.float64)
     apart = distance(layer.eval()(x), bn.eval()(x))
     keeps = layer.keeps_eval()
@@ -93,7 +113,7 @@ def variants(make: Make, name: str, value: float) -> list[Normalizer]:
     """Return the layer with ``name`` set, as made by default and with each boolean argument the other way round."""
     flags: dict[str, bool] = {}
     for cls in type(make(C)).__mro__[:-1]:
-        arguments = inspect.signature(cls.__init__).parameters.values()
+        arguments = inspect.signature(cls).parameters.values()
         flags.update({a.name: not a.default for a in arguments if isinstance(a.default, bool) and a.name not in flags})
     found = []
     for other in ({}, *({k: v} for k, v in flags.items())):
@@ -106,7 +126,7 @@ def variants(make: Make, name: str, value: float) -> list[Normalizer]:
 
 @check
 def scheduled(make: Make) -> None:
-    """Every ``Scheduled`` argument has an effect, by constructor and by assignment, refuses bad values, and is not saved."""
+    """Every ``Scheduled`` argument has an effect, however set; refuses bad values; is not saved."""
 
     def outcome(layer: Normalizer) -> Tensor:
         x = features(5, C, 7, 3, dtype=torch.float64)
@@ -135,4 +155,6 @@ def scheduled(make: Make) -> None:
             with refused(ValueError, f"{name} = {bad!r}", name, str(bad)):
                 setattr(layer, name, bad)
             assert getattr(layer, name) == held, f"{name} changed although {bad!r} was refused"
-        assert not [k for k in layer.state_dict() if k.lstrip("_") == name], f"{name} is saved, but follows from the step alone"
+        assert not [k for k in layer.state_dict() if k.lstrip("_") == name], (
+            f"{name} is saved, but follows from the step alone"
+        )

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_norm.testing.kit import C, Make, Normalizer, built, check, features, noise, same, statistics, step
+from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.testing.kit import C, Make, built, check, features, noise, same, statistics, step
 
 
 def as_function(layer: Normalizer) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -30,12 +31,11 @@ def gradcheck(make: Make) -> None:
     """Every gradient agrees with finite differences in float64, in training and evaluation."""
     for training in (True, False):
         call, parameters = as_function(built(make, torch.float64).train(training))
-        for shape in ((3, C, 3), (2, C, 2, 2)):
-            x = features(*shape, dtype=torch.float64).requires_grad_()
-            try:
-                torch.autograd.gradcheck(call, (*parameters, x))
-            except RuntimeError as error:
-                raise AssertionError(f"training={training}, {shape}: {error}") from error
+        x = features(3, C, 3, dtype=torch.float64).requires_grad_()
+        try:
+            torch.autograd.gradcheck(call, (*parameters, x))
+        except RuntimeError as error:
+            raise AssertionError(f"training={training}: {error}") from error
 
 
 @check
@@ -54,7 +54,11 @@ def gradgradcheck(make: Make) -> None:
 @check
 def every_parameter_gets_a_gradient(make: Make) -> None:
     """No dead parameter: DistributedDataParallel waits for each."""
-    got = step(built(make, torch.float64), features(5, C, 7, 3, dtype=torch.float64), noise(5, C, 7, 3, seed=7, dtype=torch.float64))
+    got = step(
+        built(make, torch.float64),
+        features(5, C, 7, 3, dtype=torch.float64),
+        noise(5, C, 7, 3, seed=7, dtype=torch.float64),
+    )
     for name, grad in (*got.grads.items(), ("the input", got.dx)):
         assert bool(grad.isfinite().all()), f"the gradient of {name} is not finite"
         assert float(grad.abs().max()) > 1e-9, f"the gradient of {name} is zero"
@@ -70,21 +74,21 @@ def expanded_gradient(make: Make) -> None:
         expanded, dense = (step(built(make, dtype, channel_dim=channel_dim), x, dy) for dy in (one, one.clone()))
         for name in expanded.grads:
             same(expanded.grads[name], dense.grads[name], 1e-5, f"gradient of {name}")
-        same(expanded.dx, dense.dx, 1e-5, "input gradient")  # both are zero but for rounding where statistics are the input's
+        same(
+            expanded.dx, dense.dx, 1e-5, "input gradient"
+        )  # both are zero but for rounding where statistics are the input's
 
 
 @check
 def inplace_after(make: Make) -> None:
     """An in-place ReLU may follow, as in most networks."""
     for dtype, training in itertools.product((torch.float64, torch.float32), (True, False)):
-        grads = []
+        grads: list[Tensor] = []
         for inplace in (True, False):
             x = features(5, C, 7, 3, dtype=dtype).requires_grad_()
             y = built(make, dtype).train(training)(x)
             z = torch.relu_(y) if inplace else torch.relu(y)
-            z.backward(noise(5, C, 7, 3, seed=7, dtype=dtype))
-            assert x.grad is not None, "the input got no gradient"
-            grads.append(x.grad)
+            grads += torch.autograd.grad(z, x, noise(5, C, 7, 3, seed=7, dtype=dtype))
         same(grads[0], grads[1], 0.0, f"{dtype}, training={training}, input gradient under an in-place ReLU")
 
 

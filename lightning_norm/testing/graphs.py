@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from lightning_norm.testing.kit import C, Make, built, check, features, noise, same, same_step, statistics, step
 
@@ -25,5 +26,6 @@ def exports(make: Make) -> None:
     """torch.export takes the layer in evaluation, and the exported program computes the same."""
     layer = built(make).eval()
     x = features(5, C, 7, 3)
-    program = torch.export.export(layer, (x,), strict=False)
+    network = nn.Sequential(layer)  # torch 2.15 miscounts the buffers of a root module that has None among them
+    program = torch.export.export(network, (x,))
     same(program.module()(x), layer(x), 3e-6, "exported")

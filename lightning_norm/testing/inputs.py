@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lightning_norm.testing.kit import C, Make, built, check, defined, features, noise, refused, statistics, step
@@ -9,7 +11,7 @@ from lightning_norm.testing.kit import C, Make, built, check, defined, features,
 
 @check
 def small_inputs(make: Make) -> None:
-    """One sample, 1x1 maps and vectors give finite values and gradients, or a ValueError where a statistic has one value."""
+    """One sample, 1x1 maps and vectors: all finite, or a ValueError where a statistic has one value."""
     for shape in ((1, C, 7, 3), (5, C, 1, 1), (1, C, 1, 1), (5, C), (2, C), (1, C), (1, C, 2), (2, C, 1)):
         for training in (True, False):
             layer = built(make).train(training)
@@ -63,7 +65,8 @@ def wrong_dtype(make: Make) -> None:
 def wrong_shape(make: Make) -> None:
     """A wrong rank or channel count is a ValueError that names the shape."""
     layer = make(C)
-    for shape in ((C,), (), (2, C, 2, 2, 2, 2)):
+    rank: tuple[tuple[int, ...], ...] = ((C,), (), (2, C, 2, 2, 2, 2))
+    for shape in rank:
         with refused(ValueError, f"input {shape}", str(shape), f"{len(shape)} dimensions"):
             layer(torch.ones(shape))
     for shape in ((5, C + 1, 7, 3), (5, C - 1)):
@@ -79,7 +82,8 @@ def wrong_arguments(make: Make) -> None:
     for bad in (0, -1, 2.5, True):
         with refused(ValueError, f"num_features={bad!r}", "num_features", repr(bad)):
             make(bad)
-    for name, values in {"eps": (-1.0, float("nan"), float("inf")), "channel_dim": (0, 2, "last")}.items():
-        for bad in values:
-            with refused(ValueError, f"{name}={bad!r}", name, repr(bad)):
-                make(C, **{name: bad})
+    arguments: dict[str, tuple[object, ...]] = {"eps": (-1.0, math.nan, math.inf), "channel_dim": (0, 2, "last")}
+    for name, values in arguments.items():
+        for value in values:
+            with refused(ValueError, f"{name}={value!r}", name, repr(value)):
+                make(C, **{name: value})

@@ -24,20 +24,21 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         args: what it takes after the rank; travels by pickle.
         timeout: seconds after which all processes are ended.
 
+    A script needs ``if __name__ == "__main__":`` around the call, since processes are spawned.
+
     Returns:
-        What each rank returned, by rank. Tensors come back on the CPU.
+        What each rank returned, by rank.
 
     Raises:
         RuntimeError: a rank failed, with its traceback; or ended without a word.
         TimeoutError: the ranks did not finish in time, which a collective that not all of them call looks like.
-
-    ``run_ranks(all_sizes, 2)`` needs ``if __name__ == "__main__":`` around it in a script: processes are spawned.
     """
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
+        torch.save((fn, args), here / "call")  # by value: pickled to a process, tensors would share their memory
         context = mp.get_context("spawn")
         ranks = [
-            context.Process(target=_rank, args=(fn, rank, world_size, folder, timeout, args), daemon=True)
+            context.Process(target=_rank, args=(rank, world_size, folder, timeout), daemon=True)
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -63,11 +64,13 @@ def _wait(ranks: list[Any], here: Path, until: float, timeout: float) -> None:
         if not alive:
             return
         if time.monotonic() > until:
-            raise TimeoutError(f"ranks {alive} of {len(ranks)} still ran after {timeout} s: does each call the same collectives?")
+            raise TimeoutError(
+                f"ranks {alive} of {len(ranks)} still ran after {timeout} s: does each call the same collectives?"
+            )
         time.sleep(0.02)
 
 
-def _rank(fn: Callable[..., Any], rank: int, world_size: int, folder: str, timeout: float, args: tuple[Any, ...]) -> None:
+def _rank(rank: int, world_size: int, folder: str, timeout: float) -> None:
     here = Path(folder)
     torch.set_num_threads(1)
     try:
@@ -79,6 +82,7 @@ def _rank(fn: Callable[..., Any], rank: int, world_size: int, folder: str, timeo
             timeout=datetime.timedelta(seconds=timeout),
         )
         try:
+            fn, args = torch.load(here / "call", weights_only=False)
             torch.save(fn(rank, *args), here / f"result{rank}")
         finally:
             dist.destroy_process_group()
