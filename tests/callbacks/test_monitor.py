@@ -28,7 +28,9 @@ def test_importance_weights_of_each_layer_reach_tensorboard(tmp_path):
 
 def test_cadence_and_prefix(tmp_path):
     logger = TensorBoardLogger(tmp_path)
-    trainer(NormSwap("bcn"), NormMonitor(every_n_steps=3, prefix="n"), logger=logger, max_epochs=2).fit(LateNet(), loader())
+    trainer(NormSwap("bcn"), NormMonitor(every_n_steps=3, prefix="n"), logger=logger, max_epochs=2).fit(
+        LateNet(), loader()
+    )
     events = EventAccumulator(logger.log_dir).Reload()
     assert [e.step for e in events.Scalars("n/bcn/iota/late")] == [0, 3, 4]
 

@@ -100,7 +100,9 @@ def test_two_swaps_with_different_layers():
 
 def test_pattern_that_matches_nothing_is_judged_after_the_late_layers():
     trainer(NormSwap("sn", include="late")).test(LateNet(), loader())
-    with pytest.raises(ValueError, match="include='later' matched none of the 3 BatchNorm2d layers.*nearest name is 'late'"):
+    with pytest.raises(
+        ValueError, match="include='later' matched none of the 3 BatchNorm2d layers.*nearest name is 'late'"
+    ):
         trainer(NormSwap("sn", include="later")).test(LateNet(), loader())
 
 
@@ -127,10 +129,13 @@ def test_exceptions_leave_nothing_wrapped():
     pickle.dumps(model)
 
 
-def test_works_with_checkpoint_resume_and_weights_only(tmp_path):
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_works_with_checkpoint_resume(tmp_path):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    runner = trainer(NormSwap("sn"), ModelCheckpoint(tmp_path, save_last=True), tmp_path=tmp_path, enable_checkpointing=True)
+    runner = trainer(
+        NormSwap("sn"), ModelCheckpoint(tmp_path, save_last=True), tmp_path=tmp_path, enable_checkpointing=True
+    )
     model = LateNet()
     runner.fit(model, loader())
     path = str(tmp_path / "last.ckpt")
@@ -144,7 +149,11 @@ def test_works_with_checkpoint_resume_and_weights_only(tmp_path):
 
 def test_rules_and_spec():
     model = LateNet()
-    rules = {"net.*": {"class_path": "gn", "init_args": {"groups": 2}}, "late": None, ".*": "lightning_norm.BatchChannelNorm"}
+    rules = {
+        "net.*": {"class_path": "gn", "init_args": {"groups": 2}},
+        "late": None,
+        ".*": "lightning_norm.BatchChannelNorm",
+    }
     trainer(NormSwap(rules=rules)).test(model, loader())
     assert norms(model) == {"net.1": "GroupNorm", "built.1": "BatchChannelNorm", "late": "BatchNorm2d"}
 
@@ -203,7 +212,10 @@ class TestOptimizers:
                 super().__init__()
                 self.other = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
                 self.automatic_optimization = False
-                self.built = [torch.optim.SGD(self.net.parameters(), 0.1), torch.optim.Adam(self.other.parameters(), 0.1)]
+                self.built = [
+                    torch.optim.SGD(self.net.parameters(), 0.1),
+                    torch.optim.Adam(self.other.parameters(), 0.1),
+                ]
 
             def features(self, x):
                 return self.other(self.net(x))
@@ -244,7 +256,9 @@ class TestOptimizers:
         def configure(self):
             return torch.optim.SGD(self.net[0].parameters(), 0.1)
 
-        with pytest.raises(OptimizerError, match=r"4 parameters of normalizers are in no optimizer \(first: net.1.weight"):
+        with pytest.raises(
+            OptimizerError, match=r"4 parameters of normalizers are in no optimizer \(first: net.1.weight"
+        ):
             self.fit(configure)
         self.fit(configure, NormSwap("sn", check_optimizer=False))
 
@@ -306,4 +320,8 @@ def test_compile_announces_each_graph(caplog):
 
 def test_callback_can_be_copied_and_pickled():
     swap = NormSwap("sn", norm_args={"momentum": 0.2})
-    assert pickle.loads(pickle.dumps(swap)).swap_arguments() == copy.deepcopy(swap).swap_arguments() == swap.swap_arguments()
+    assert (
+        pickle.loads(pickle.dumps(swap)).swap_arguments()
+        == copy.deepcopy(swap).swap_arguments()
+        == swap.swap_arguments()
+    )
