@@ -13,7 +13,7 @@ from lightning_norm.testing.kit import C, Make, built, check, features, noise, s
 
 
 def as_function(layer: Normalizer) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """Return the layer as a function of its parameters and then x, with no memory from call to call, and its parameters."""
+    """Return the layer as a function of its parameters and x, without memory, and the parameters."""
     named = dict(layer.named_parameters())
     held = {name: b.clone() for name, b in layer.named_buffers()}
 

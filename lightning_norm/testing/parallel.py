@@ -27,7 +27,7 @@ SPLITS = ((3, 2), (5, 0), (1, 4))
 def _steps(rank: int, layers: list[Normalizer], x: Tensor, dy: Tensor) -> list[tuple[Step, dict[str, Tensor]]]:
     results = []
     for layer, split in zip(layers, SPLITS, strict=True):
-        parts = [torch.split(t, split)[rank] for t in (x, dy)]
+        parts = [torch.split(t, list(split))[rank] for t in (x, dy)]
         results.append((step(layer, *parts), statistics(layer)))
     return results
 
