@@ -70,14 +70,17 @@ def check_owned(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     twice = [name for key, name in names.items() if counts[key] > 1]
     if lost:
         raise OptimizerError(
-            f"{len(lost)} parameters of normalizers are in no optimizer (first: {', '.join(lost[:3])}) and would never be trained. "
-            "Return an optimizer from configure_optimizers that holds them, call lightning_norm.swap(model, ...) before building "
+            f"{len(lost)} parameters of normalizers are in no optimizer (first: {', '.join(lost[:3])}) and would "
+            "never be trained. "
+            "Return an optimizer from configure_optimizers that holds them, call lightning_norm.swap(model, ...) "
+            "before building "
             "it by hand, or freeze what is not to be trained: parameter.requires_grad_(False). "
             "NormSwap(check_optimizer=False) skips this check."
         )
     if twice:
         raise OptimizerError(
-            f"{len(twice)} parameters of normalizers are in several optimizers or groups (first: {', '.join(twice[:3])}). Give each "
+            f"{len(twice)} parameters of normalizers are in several optimizers or groups (first: "
+            f"{', '.join(twice[:3])}). Give each "
             "parameter to one. NormSwap(check_optimizer=False) skips this check."
         )
 

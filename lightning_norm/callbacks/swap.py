@@ -74,7 +74,8 @@ class NormSwap(Callback):
         if plan is not None:
             if any(a is not None for a in (norm, norm_args, include, exclude, source, rules)):
                 raise ValueError(
-                    "NormSwap: plan says all there is to say: leave out norm, norm_args, include, exclude, source, rules."
+                    "NormSwap: plan says all there is to say: leave out norm, norm_args, include, exclude, source, "
+                    "rules."
                 )
             rules = _read_plan(plan)
             source = "all"
@@ -193,7 +194,8 @@ class NormSwap(Callback):
         for callback in callbacks[: callbacks.index(self)] if self in callbacks else []:
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 raise RuntimeError(
-                    f"{type(callback).__name__} stands before NormSwap in the callbacks and would average the network as it was before "
+                    f"{type(callback).__name__} stands before NormSwap in the callbacks and would average the "
+                    "network as it was before "
                     "the swap. Put NormSwap first."
                 )
 
@@ -206,5 +208,6 @@ def _read_plan(path: str) -> dict[str, Any]:
         return {re.escape(layer["name"]): layer["norm"] for layer in plan["layers"]}
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(
-            f"cannot read the plan {path!r}: {type(error).__name__} {error}. Expected the file that `lightning-norm plan --save` writes."
+            f"cannot read the plan {path!r}: {type(error).__name__} {error}. Expected the file that `lightning-norm "
+            "plan --save` writes."
         ) from error

@@ -1,0 +1,1 @@
+"""Triton kernels; none yet. Knows pointers, strides and blocks, and no normalizer."""

@@ -1,5 +1,4 @@
-"""What every normalizer shares: its arguments, its place in the registry, how it loads and how it is made from another
-layer.
+"""What every normalizer shares: its arguments, its place in the registry, how it is loaded and how it is converted.
 
 A normalizer is a plain ``nn.Module`` and never a subclass of torch's ``_BatchNorm``: ``Trainer(sync_batchnorm=True)``
 rebuilds each of those and would erase ours.
@@ -85,6 +84,15 @@ class Normalizer(ScheduledValues, RunningStats):
         if key:
             Normalizer.registry[key] = cls
 
+    def adopt(self, source: nn.Module) -> None:
+        """Take over a layer's Parameters and running statistics: the same objects, not copies."""
+        for name in ("weight", "bias"):
+            if getattr(source, name, None) is not None and getattr(self, name) is not None:
+                setattr(self, name, getattr(source, name))
+        for name in BATCH_NORM_BUFFERS:
+            if getattr(source, name, None) is not None and self._buffers.get(name) is not None:
+                self._buffers[name] = getattr(source, name)
+
     def keeps_eval(self) -> bool:
         """Tell whether this layer, with its arguments, starts as the BatchNorm it was made from."""
         return self.preserves_eval
@@ -158,8 +166,7 @@ class MomentNorm(Normalizer):
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
 
     def statistic_size(self, n: int, size: int) -> int:
-        """Return the number of elements behind the smallest statistic in use, for n samples of ``size`` elements per
-        channel."""
+        """Return the elements behind the smallest statistic, for n samples of ``size`` elements per channel."""
         return n * size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,16 +195,8 @@ class MomentNorm(Normalizer):
         self.reset_running_stats()
         if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def adopt(self, source: nn.Module) -> None:
-        """Take over a layer's Parameters and running statistics: the same objects, not copies."""
-        for name in ("weight", "bias"):
-            if getattr(source, name, None) is not None and getattr(self, name) is not None:
-                setattr(self, name, getattr(source, name))
-        for name in BATCH_NORM_BUFFERS:
-            if getattr(source, name, None) is not None and self._buffers.get(name) is not None:
-                self._buffers[name] = getattr(source, name)
 
     def extra_repr(self) -> str:
         """Show the arguments."""
@@ -220,7 +219,8 @@ class MomentNorm(Normalizer):
         foreign = {k: n.__name__ for n in self.registry.values() for k in n.learns if k in given - set(self.learns)}
         if foreign:
             raise RuntimeError(
-                f"checkpoint of another normalizer: {prefix[:-1] or 'this layer'} is {type(self).__name__}, the file holds "
+                f"checkpoint of another normalizer: {prefix[:-1] or 'this layer'} is {type(self).__name__}, the file "
+                "holds "
                 f"{foreign}. Swap the model to that normalizer before loading."
             )
         own = {
@@ -253,7 +253,8 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
     of_input = layer.training or not layer.track_running_stats
     if of_input and ranks is None and layer.statistic_size(layout.n, layout.size) < 2:
         raise ValueError(
-            f"{who}: expected more than one value per statistic, got {layout.n} sample(s) of {layout.size} element(s) per "
+            f"{who}: expected more than one value per statistic, got {layout.n} sample(s) of {layout.size} "
+            "element(s) per "
             "channel. Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
         )
     given = None if of_input or layer.per_sample else layer.running()

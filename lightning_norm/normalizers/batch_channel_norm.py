@@ -20,12 +20,10 @@ class BatchChannelNorm(MomentNorm):
         X = \frac{x - \mu_B}{\sqrt{\sigma^2_B + \epsilon}},\quad Y = \frac{x - \mu_L}{\sqrt{\sigma^2_L + \epsilon}}
 
     with mu_B, sigma_B over the batch per channel and mu_L, sigma_L over channels and positions per sample. ``iota``
-    (C,) starts
-    at 1, where the layer is batch normalization. Khaled et al. 2023, arXiv 2312.00596.
+    (C,) starts at 1, where the layer is batch normalization. Khaled et al. 2023, arXiv 2312.00596.
 
     When: a network trained with BatchNorm whose batches are small or shift, for it starts from the same function. When
-        not: if the
-    layer must be folded for inference.
+    not: if the layer must be folded for inference.
 
     Args:
         num_features: channels, the C of an input (N, C, *).
@@ -65,8 +63,7 @@ class BatchChannelNorm(MomentNorm):
         self.reset_parameters()
 
     def algebra(self, m: Moments) -> Affine:
-        """Return the affine map of the equation above, written around the sample's own mean so that no digit is
-        lost."""
+        """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
         batch, layer = self.track(m.over_batch()), m.over_channels()
         iota = self.mixture()
         x = iota * (batch.var.to(m.mean.dtype) + self.eps).rsqrt()

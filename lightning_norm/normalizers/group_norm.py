@@ -1,5 +1,4 @@
-"""Group normalization: each sample's statistics over groups of channels; one group is layer normalization of (C, H,
-W)."""
+"""Group normalization, each sample's statistics over groups of channels; one group is layer normalization."""
 
 from __future__ import annotations
 

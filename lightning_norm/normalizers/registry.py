@@ -1,5 +1,4 @@
-"""Find a normalizer by what a user types: a key, a class name, a dotted path, a class, or ``{class_path,
-init_args}``."""
+"""Find a normalizer by what a user types: a key, a class name, a dotted path, a class, or a spec."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def create(norm: NormSpec, num_features: int, **arguments: Any) -> Normalizer:
     0.2
     """
     cls, init_args = resolve(norm)
-    return cls(num_features, **{**init_args, **arguments})  # type: ignore[call-arg]  # every normalizer takes it first
+    return cls(num_features, **{**init_args, **arguments})
 
 
 def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
@@ -54,7 +53,8 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
         unknown = set(norm) - {"class_path", "init_args"}
         if unknown or "class_path" not in norm:
             raise TypeError(
-                f"a normalizer is written {{class_path: sn, init_args: {{...}}}}, got the entries {sorted(map(str, norm))}."
+                f"a normalizer is written {{class_path: sn, init_args: {{...}}}}, got the entries "
+                f"{sorted(map(str, norm))}."
             )
         cls, _ = resolve(norm["class_path"])
         return cls, dict(norm.get("init_args") or {})

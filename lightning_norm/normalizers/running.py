@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Moments
@@ -30,8 +31,7 @@ class RunningStats(nn.Module):
         self.register_buffer("skipped_updates", torch.tensor(0, device=device) if track else None, persistent=False)
 
     def track(self, m: Moments) -> Moments:
-        """In training, fold the batch's moments into the running ones and return them; in evaluation, return the
-        running ones.
+        """In training, fold m into the running statistics and return m; in evaluation, return the running ones.
 
         Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it
         is skipped and counted in ``skipped_updates``.
@@ -46,7 +46,8 @@ class RunningStats(nn.Module):
     def running(self) -> Moments:
         """Return the running statistics as (1, C) moments."""
         mean, var = (self._buffers[name] for name in self.running_names)
-        assert mean is not None and var is not None
+        assert mean is not None
+        assert var is not None
         return Moments(mean.unsqueeze(0), var.unsqueeze(0), 1)
 
     def observed(self, m: Moments) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,8 @@ class RunningStats(nn.Module):
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor) -> None:
         finite = torch.isfinite(mean + var).all()
-        assert self.num_batches_tracked is not None and self.skipped_updates is not None
+        assert self.num_batches_tracked is not None
+        assert self.skipped_updates is not None
         self.num_batches_tracked.add_(finite)
         self.skipped_updates.add_(~finite)
         momentum = self._buffers["_momentum"]
@@ -77,9 +79,9 @@ class RunningStats(nn.Module):
                 assert buffer is not None
                 buffer.fill_(fill)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningStats:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in self.running_names}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != at_least_float32(new.dtype):

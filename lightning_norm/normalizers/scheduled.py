@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class ScheduledValues(nn.Module):
         value: Tensor | None = self._buffers[f"_{name}"]
         return value
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScheduledValues:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         held = {
             f"_{name}": self._buffers.pop(f"_{name}") for name in self.ranges
         }  # float64 must not reach .half() or MPS
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in held.items():
             if old is None:
                 self._buffers[name] = None
@@ -91,7 +92,7 @@ def _declared(cls: type) -> dict[str, Scheduled]:
     for name, parameter in inspect.signature(init).parameters.items():
         annotation = parameter.annotation
         if isinstance(annotation, str) and "Scheduled" in annotation:
-            annotation = eval(annotation, vars(sys.modules[cls.__module__]))  # noqa: S307  a class's own annotation
+            annotation = eval(annotation, vars(sys.modules[cls.__module__]))  # a class's own annotation
         for extra in getattr(annotation, "__metadata__", ()):
             if isinstance(extra, Scheduled):
                 found[name] = extra

@@ -17,8 +17,7 @@ def sparsemax(z: Tensor) -> Tensor:
 
 
 def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
-    r"""Return the point of the simplex at least ``radius`` from the centre of its face, in the direction of
-    sparsemax(z).
+    r"""Move sparsemax(z) away from the centre of its face, to ``radius`` at least.
 
     With p the sparsemax and u the uniform point on its support: p itself where ``|p - u| >= radius``, otherwise ``u +
     radius (p - u) / |p - u|``, projected back on the simplex and repeated on the smaller face where that leaves it.
@@ -42,7 +41,7 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
         return p
     square = torch.as_tensor(radius, dtype=z.dtype, device=z.device).square()
     support = p > 0
-    centre = support / support.sum()
+    centre = support.to(z.dtype) / support.sum()
     for _ in range(z.numel() - 1):
         away = p - centre
         norm2 = away.square().sum()
@@ -53,7 +52,7 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
         projected = sparsemax(moved)
         p = torch.where(out, projected, p)
         support = torch.where(out, projected > 0, support)
-        smaller = support / support.sum()
+        smaller = support.to(z.dtype) / support.sum()
         square = (square - (smaller - centre).square().sum()).clamp_min(0)
         centre = smaller
     return p

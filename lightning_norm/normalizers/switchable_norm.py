@@ -20,8 +20,7 @@ CHOICES = ("in", "ln", "bn", "gn")
 
 
 class SwitchableNorm(MomentNorm):
-    r"""Let each layer learn how much of instance, layer and batch statistics it wants, separately for mean and
-    variance.
+    r"""Mix instance, layer and batch statistics by learned weights, separate ones for mean and variance.
 
     .. math::
         y = \gamma \frac{x - \sum_k w_k \mu_k}{\sqrt{\sum_k w'_k \sigma^2_k + \epsilon}} + \beta, \qquad
@@ -33,8 +32,7 @@ class SwitchableNorm(MomentNorm):
     sparse: Shao et al., CVPR 2019, arXiv 1903.03793.
 
     When: small batches, where it turns from batch to instance and layer statistics by itself. When not: if the network
-        must be
-    folded for inference, for instance and layer statistics stay data dependent.
+    must be folded for inference, for instance and layer statistics stay data dependent.
 
     Args:
         num_features: channels, the C of an input (N, C, *).
@@ -133,8 +131,7 @@ class SwitchableNorm(MomentNorm):
 
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
-        """Return the importance weights of the means and of the variances, each (len(choices),), in the order of
-        ``choices``."""
+        """Return the importance weights of means and variances, each (len(choices),), in the order of ``choices``."""
         return {"mean": self._mix(self.mean_weight, False), "var": self._mix(self.var_weight, False)}
 
     def monitor(self) -> dict[str, Tensor]:
@@ -155,7 +152,8 @@ class SwitchableNorm(MomentNorm):
         """
         if self.zero_weight and getattr(source, "weight", None) is not None:
             raise ValueError(
-                "SwitchableNorm: zero_weight=True would overwrite the weight that the swap moves. Build the network with its "
+                "SwitchableNorm: zero_weight=True would overwrite the weight that the swap moves. Build the network "
+                "with its "
                 "own zero-init option (torchvision: zero_init_residual=True) and leave zero_weight out."
             )
         super().adopt(source)
@@ -174,7 +172,8 @@ class SwitchableNorm(MomentNorm):
         if isinstance(held, Tensor) and held.numel() != len(self.choices):
             known = {2: '("in", "ln") or, for the authors\' 1d layer, ("ln", "bn")', 3: '("in", "ln", "bn")'}
             raise RuntimeError(
-                f"{prefix[:-1] or 'this layer'}: the checkpoint mixes {held.numel()} statistics, this SwitchableNorm has choices="
+                f"{prefix[:-1] or 'this layer'}: the checkpoint mixes {held.numel()} statistics, this SwitchableNorm "
+                "has choices="
                 f"{self.choices}. Type choices={known.get(held.numel(), 'those of the checkpoint')}."
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

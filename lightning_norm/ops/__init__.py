@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the engine. Knows autograd, layouts and ranks, and no normalizer."""

@@ -64,7 +64,8 @@ def _new_graph(
     dynamic = _shapes[kind] > MANY_SHAPES
     if dynamic:
         warnings.warn(
-            f"{type(layer).__name__} met more than {MANY_SHAPES} input shapes: compiled once more for all shapes, which is "
+            f"{type(layer).__name__} met more than {MANY_SHAPES} input shapes: compiled once more for all shapes, "
+            "which is "
             "slower than a graph per shape. Resize or bucket the inputs, or pass compile=False.",
             CompileWarning,
             stacklevel=5,

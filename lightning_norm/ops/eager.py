@@ -34,7 +34,7 @@ def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout) -> Tensor:
-    """y = scale * (x - center) + shift; a fresh tensor in x's dtype and memory format."""
+    """Return y = scale * (x - center) + shift, a fresh tensor in x's dtype and memory format."""
     u = _wide(x)
     if u.dtype == center.dtype:
         return _affine(u - layout.spread(center), scale, shift, layout).to(x.dtype)
@@ -56,7 +56,7 @@ def reduce(dy: Tensor, x: Tensor, center: Tensor, layout: Layout) -> tuple[Tenso
 def combine(
     dy: Tensor, scale: Tensor, x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None, layout: Layout
 ) -> Tensor:
-    """dx = scale * dy + dmean / S + (2 * dvar / S) * (x - mean), in x's dtype."""
+    """Return dx = scale * dy + dmean / S + (2 * dvar / S) * (x - mean), in x's dtype."""
     dy, u = _wide(dy), _wide(x)
     dtype = at_least_float32(u.dtype)
     wide = layout.spread(scale.to(dtype))
@@ -76,7 +76,7 @@ def combine(
 
 
 def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
-    """scale * u + offset, rounded once where it is not wide."""
+    """Return scale * u + offset, rounded once where it is not wide."""
     if (
         not _recording()
         and u.is_cpu
@@ -89,7 +89,8 @@ def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
         zero, one = scale.new_zeros(rows), scale.new_ones(rows)
         flat, scale, offset = u.view(1, rows, -1), scale.reshape(rows), offset.reshape(rows)
         flat = torch.batch_norm(flat, scale, offset, zero, one, False, 0.0, 0.0, False)
-        return torch.ops.aten._unsafe_view(flat, layout.shape)  # no autograd view: an in-place ReLU may follow
+        y: Tensor = torch.ops.aten._unsafe_view(flat, layout.shape)  # no autograd view: an in-place ReLU may follow
+        return y
     return torch.addcmul(layout.spread(offset), u, layout.spread(scale))
 
 

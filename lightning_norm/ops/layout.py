@@ -91,8 +91,7 @@ def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
 
 
 def stat_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of x's means and of the affine: float64 for float32 inputs where the device has it, else
-    float32 at least."""
+    """Return the dtype of x's means: float64 for float32 inputs where the device has it, else at least float32."""
     if x.dtype == torch.float32 and x.device.type == "mps":
         return torch.float32
     return torch.float64 if x.dtype == torch.float32 else at_least_float32(x.dtype)

@@ -40,8 +40,7 @@ class Moments:
     ranks: Ranks | None = None
 
     def over_channels(self, groups: int = 1) -> Moments:
-        """Pool the channels of each sample, in ``groups`` consecutive groups: (N, C) -> (N, 1), or (N, C) by
-        repetition.
+        """Pool the channels of each sample, in ``groups`` consecutive groups: (N, C) -> (N, 1) or (N, C).
 
         Raises:
             ValueError: ``groups`` does not divide the channels.
@@ -115,8 +114,8 @@ class Affine:
             if len(shape) != 2 or shape[0] not in (1, n) or shape[1] not in (1, c):
                 shapes = {k: tuple(v.shape) for k, v in fields.items()}
                 raise ValueError(
-                    f"algebra returned {name} of shape {tuple(t.shape)}, which does not broadcast to (N, C) = ({n}, {c}). "
-                    f"All shapes: {shapes}."
+                    f"algebra returned {name} of shape {tuple(t.shape)}, which does not broadcast to (N, C) = "
+                    f"({n}, {c}). All shapes: {shapes}."
                 )
         dtype = self.center.dtype
         return self.center.expand(n, c), self.scale.to(dtype).expand(n, c), shift.to(dtype).expand(n, c)

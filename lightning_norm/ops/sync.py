@@ -65,6 +65,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
-    import torch.distributed._functional_collectives as funcol  # the traceable collectives; torch has no public name for them
+    from torch.distributed import _functional_collectives as collectives  # what torch.compile traces; no public name
 
-    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", group))
+    total: Tensor = collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))  # type: ignore[no-untyped-call, arg-type]
+    return total

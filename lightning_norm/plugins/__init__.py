@@ -1,0 +1,1 @@
+"""Lightning plugins; none yet."""

@@ -1,0 +1,1 @@
+"""Find modules and replace them; plain PyTorch, no Lightning."""

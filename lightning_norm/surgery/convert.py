@@ -106,7 +106,8 @@ def _arguments_from(module: nn.Module, name: str) -> dict[str, Any]:
     if isinstance(module, nn.LayerNorm):
         if len(module.normalized_shape) != 1:
             raise TypeError(
-                f"{name}: LayerNorm over {tuple(module.normalized_shape)} has no channel axis; only LayerNorm over one axis can "
+                f"{name}: LayerNorm over {tuple(module.normalized_shape)} has no channel axis; only LayerNorm over "
+                "one axis can "
                 "be swapped. Exclude it."
             )
         features = module.normalized_shape[0]

@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
-
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.surgery.convert import hand_back
 from lightning_norm.surgery.select import Site
@@ -50,8 +48,7 @@ class SwappedLayer:
 
 
 class SwapReport:
-    """The outcome of :func:`lightning_norm.swap`: ``len(report)`` layers, ``print(report)`` a table, ``report.undo()``
-    the way back.
+    """The outcome of :func:`lightning_norm.swap`: its length, a table, plain data, and the way back.
 
     Args:
         layers: one row per swapped layer.
@@ -116,7 +113,8 @@ class SwapReport:
             for parent, attribute in site.parents:
                 if parent._modules.get(attribute) is not layer:
                     raise RuntimeError(
-                        f"cannot undo: {site.name} holds {type(parent._modules.get(attribute)).__name__} and no longer the "
+                        f"cannot undo: {site.name} holds {type(parent._modules.get(attribute)).__name__} and no "
+                        "longer the "
                         f"{type(layer).__name__} of this swap. Undo later swaps first."
                     )
         for site, layer in self._undo:
@@ -135,8 +133,7 @@ class SwapReport:
         }
 
     def to_yaml(self) -> str:
-        """Return the report as YAML; edit the ``norm`` of a row (null leaves the layer alone) and pass it to
-        ``NormSwap(plan=...)``."""
+        """Return the report as YAML, which ``NormSwap(plan=...)`` takes; a row with ``norm: null`` is left alone."""
         import yaml
 
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
@@ -168,7 +165,8 @@ class SwapReport:
             lines.append("  evaluation  the same as the original network's until training changes it")
         first = self.layers[0]
         lines.append(
-            f"  backend     {first.backend}     sync: {'on' if first.sync else 'off'} (in training with several processes)"
+            f"  backend     {first.backend}     sync: {'on' if first.sync else 'off'} (in training with several "
+            "processes)"
         )
         return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
 

@@ -54,7 +54,7 @@ def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[Sit
         TypeError: a lazy layer that has not seen an input yet.
     """
     wanted = _source_types(source)
-    by_name = {s for s in ([source] if isinstance(source, str) else source or []) if isinstance(s, str)}
+    by_name = {s for s in _as_tuple(source) if isinstance(s, str)}
     sites: dict[int, Site] = {}
     skipped: dict[str, tuple[str, str, str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -73,11 +73,13 @@ def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[Sit
                 site.parents.append(place)
         elif isinstance(module, LAZY) and nn.BatchNorm2d in wanted:
             raise TypeError(
-                f"{clean!r} is a {kind.__name__} that has not seen an input and has no channels yet. Run one forward pass "
+                f"{clean!r} is a {kind.__name__} that has not seen an input and has no channels yet. Run one forward "
+                "pass "
                 "through the model first, or swap after it."
             )
         elif isinstance(module, wanted) and not isinstance(module, Normalizer):
-            why = f"a subclass of {kind.__mro__[1].__name__} may do more than normalize; pass source={kind.__name__!r} to include it"
+            base = kind.__mro__[1].__name__
+            why = f"a subclass of {base} may do more than normalize; pass source={kind.__name__!r} to include it"
             skipped[clean] = (clean, kind.__name__, why)
     return list(sites.values()), list(skipped.values())
 
@@ -117,7 +119,8 @@ def explain_missed(missed: str, sites: Sequence[Site]) -> str:
     kind = type(sites[0].module).__name__ if sites else "normalization"
     near = difflib.get_close_matches(re.sub(r"[\\^$*+?()|\[\]]", "", pattern), names, n=1, cutoff=0.0)
     hint = (
-        f" The nearest name is {near[0]!r}: a string must match the whole name as a regular expression, a list entry must be the name or its end."
+        f" The nearest name is {near[0]!r}: a string must match the whole name as a regular expression, a list entry "
+        "must be the name or its end."
         if near
         else ""
     )
@@ -146,14 +149,21 @@ def _fullmatch(pattern: str, name: str) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise ValueError(
-            f"{pattern!r} is not a regular expression: {error}. A string is matched against the whole dotted name; for exact "
+            f"{pattern!r} is not a regular expression: {error}. A string is matched against the whole dotted name; "
+            "for exact "
             f"names pass a list: [{pattern!r}]."
         ) from error
 
 
+def _as_tuple(source: Source | None) -> tuple[str | type[nn.Module], ...]:
+    if isinstance(source, (str, type)):
+        return (source,)
+    return tuple(source or ())
+
+
 def _source_types(source: Source | None) -> tuple[type[nn.Module], ...]:
     entries: Iterable[str | type[nn.Module]]
-    entries = ["BatchNorm"] if source is None else [source] if isinstance(source, (str, type)) else source
+    entries = ["BatchNorm"] if source is None else _as_tuple(source)
     types: list[type[nn.Module]] = []
     for entry in entries:
         if isinstance(entry, type):
@@ -166,7 +176,8 @@ def _source_types(source: Source | None) -> tuple[type[nn.Module], ...]:
             types.append(Normalizer.registry[entry])
         elif not entry.isidentifier() or not entry[:1].isupper():
             raise ValueError(
-                f"source={entry!r} is unknown: expected one of {[*FAMILIES, 'all']}, a class, a class name, or the key of a "
+                f"source={entry!r} is unknown: expected one of {[*FAMILIES, 'all']}, a class, a class name, or the "
+                "key of a "
                 "normalizer that is already in the model."
             )
     return tuple(types)

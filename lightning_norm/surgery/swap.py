@@ -196,7 +196,8 @@ def judge(
             return
         kinds = sorted({type(m).__name__ for _, m in ours})
         raise AlreadySwappedError(
-            f"nothing left to swap: the model already holds {len(ours)} layers of this package ({', '.join(kinds)}; first: "
+            f"nothing left to swap: the model already holds {len(ours)} layers of this package ({', '.join(kinds)}; "
+            "first: "
             f"{ours[0][0]}). Call undo() on the earlier report, or swap them again with source={ours[0][1].key!r}."
         )
     text = (
