@@ -1,4 +1,4 @@
-"""What the paper tests share. A reference is the paper's equation on the whole tensor in float64, by plain autograd."""
+"""What the paper tests share. A reference is the paper's equation on the whole tensor in float64, by autograd."""
 
 import copy
 
@@ -33,7 +33,7 @@ def along(t, x):
 
 
 def agrees(layer, reference, x, tolerance=1e-10):
-    """Output and every gradient of ``layer`` and ``reference(x, parameters)``; 1e-10 leaves 1e5 roundings of float64."""
+    """Output and every gradient of ``layer`` and ``reference(x, parameters)``; 1e-10 is 1e5 roundings of float64."""
     dy = data(*x.shape, seed=99)
     names = [n for n, _ in layer.named_parameters()]
     a = x.clone().requires_grad_()

@@ -1,0 +1,332 @@
+"""Luo et al. 2021 (arXiv 1806.10779) equations (2) to (5); Shao et al. 2019 (arXiv 1903.03793), sparsestmax."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_norm import SwitchableNorm
+from lightning_norm.normalizers.sparsestmax import sparsemax, sparsestmax
+from tests.normalizers.paper import F64, agrees, along, data, shaken
+
+SHAPES = [(5, 6, 7), (5, 6, 7, 3), (3, 6, 2, 5, 3)]
+SUBSETS = [c for k in (1, 2, 3, 4) for c in itertools.combinations(("in", "ln", "bn", "gn"), k)]
+GROUPS = 3
+
+
+def moments(x, kind, running=None):
+    """Biased mean and variance in x's number of dimensions."""
+    if kind == "bn" and running:
+        return tuple(along(t, x) for t in running)
+    if kind == "gn":
+        n, c, *rest = x.shape
+        grouped = x.reshape(n, GROUPS, c // GROUPS, *rest)
+        dims = list(range(2, grouped.dim()))
+        stats = (grouped.mean(dims, keepdim=True), grouped.var(dims, unbiased=False, keepdim=True))
+        return tuple(t.expand(n, GROUPS, c // GROUPS, *[1] * len(rest)).reshape(n, c, *[1] * len(rest)) for t in stats)
+    spatial = list(range(2, x.dim()))
+    dims = {"in": spatial, "ln": [1, *spatial], "bn": [0, *spatial]}[kind]
+    return x.mean(dims, keepdim=True), x.var(dims, unbiased=False, keepdim=True)
+
+
+def paper(choices=("in", "ln", "bn"), running=None, eps=1e-5):
+    def reference(x, p):
+        w, v = torch.softmax(p["mean_weight"], 0), torch.softmax(p["var_weight"], 0)
+        stats = [moments(x, k, running) for k in choices]
+        mean = sum(w[i] * m for i, (m, _) in enumerate(stats))
+        var = sum(v[i] * s for i, (_, s) in enumerate(stats))
+        return along(p["weight"], x) * (x - mean) / torch.sqrt(var + eps) + along(p["bias"], x)
+
+    return reference
+
+
+def authors(x, p, running=None, eps=1e-5):
+    """The authors' estimator: unbiased within each sample and channel, then E[x^2] formulas around it."""
+    n, c = x.shape[:2]
+    flat = x.reshape(n, c, -1)
+    mean_in, var_in = flat.mean(-1, keepdim=True), flat.var(-1, keepdim=True)
+    square = var_in + mean_in**2
+    mean_ln, mean_bn = mean_in.mean(1, keepdim=True), mean_in.mean(0, keepdim=True)
+    var_ln, var_bn = square.mean(1, keepdim=True) - mean_ln**2, square.mean(0, keepdim=True) - mean_bn**2
+    observed = mean_bn.flatten(), var_bn.flatten()
+    if running:
+        mean_bn, var_bn = (t.reshape(1, c, 1) for t in running)
+    w, v = torch.softmax(p["mean_weight"], 0), torch.softmax(p["var_weight"], 0)
+    mean = w[0] * mean_in + w[1] * mean_ln + w[2] * mean_bn
+    var = v[0] * var_in + v[1] * var_ln + v[2] * var_bn
+    y = ((flat - mean) / (var + eps).sqrt()).reshape(x.shape)
+    return along(p["weight"], x) * y + along(p["bias"], x), observed
+
+
+def authors_1d(x, p, eps=1e-5):
+    """Their layer for (N, C): layer and batch statistics, both unbiased."""
+    mean_ln, var_ln = x.mean(1, keepdim=True), x.var(1, keepdim=True)
+    mean_bn, var_bn = x.mean(0, keepdim=True), x.var(0, keepdim=True)
+    w, v = torch.softmax(p["mean_weight"], 0), torch.softmax(p["var_weight"], 0)
+    mean, var = w[0] * mean_ln + w[1] * mean_bn, v[0] * var_ln + v[1] * var_bn
+    return p["weight"] * (x - mean) / (var + eps).sqrt() + p["bias"], (mean_bn.flatten(), var_bn.flatten())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("choices", SUBSETS, ids="-".join)
+def test_equation(shape, choices):
+    agrees(shaken(SwitchableNorm(6, choices=choices, groups=GROUPS)), paper(choices), data(*shape))
+
+
+@pytest.mark.parametrize("choices", [("bn", "in", "ln"), ("gn", "bn")])
+def test_order_of_the_weights_is_the_order_of_the_choices(choices):
+    layer = shaken(SwitchableNorm(6, choices=choices, groups=GROUPS, eps=0.2))
+    agrees(layer, paper(choices, eps=0.2), data(5, 6, 7, 3))
+    names = [k for k in layer.monitor() if k.startswith("mean_")]
+    assert names == [f"mean_{k}" for k in choices]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("choices", [("in", "ln", "bn"), ("bn",), ("in", "ln"), ("ln", "gn")])
+def test_evaluation(shape, choices):
+    layer = shaken(SwitchableNorm(6, choices=choices, groups=GROUPS)).eval()
+    running = (layer.running_mean, layer.running_var) if "bn" in choices else None
+    agrees(layer, paper(choices, running), data(*shape))
+
+
+def test_running_statistics_are_batch_norms():
+    ours, theirs = SwitchableNorm(6, momentum=0.3).double(), nn.BatchNorm2d(6, momentum=0.3).double()
+    for seed in range(3):
+        ours(data(5, 6, 7, 3, seed=seed)), theirs(data(5, 6, 7, 3, seed=seed))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_correction_is_the_authors_estimator(shape):
+    layer = shaken(SwitchableNorm(6, correction=1, momentum=0.3))
+    before = layer.running_mean.clone(), layer.running_var.clone()
+    x = data(*shape)
+    agrees(layer, lambda x, p: authors(x, p)[0], x)
+    seen = authors(x, dict(layer.named_parameters()))[1]
+    for name, old, new in zip(("running_mean", "running_var"), before, seen, strict=True):
+        torch.testing.assert_close(getattr(layer, name), 0.7 * old + 0.3 * new, rtol=1e-10, atol=1e-10)
+    running = layer.running_mean.clone(), layer.running_var.clone()
+    agrees(layer.eval(), lambda x, p: authors(x, p, running)[0], x)
+
+
+def test_correction_in_one_dimension():
+    layer = shaken(SwitchableNorm(6, choices=("ln", "bn"), correction=1, momentum=0.3))
+    before = layer.running_mean.clone(), layer.running_var.clone()
+    x = data(5, 6)
+    agrees(layer, lambda x, p: authors_1d(x, p)[0], x)
+    seen = authors_1d(x, dict(layer.named_parameters()))[1]
+    for name, old, new in zip(("running_mean", "running_var"), before, seen, strict=True):
+        torch.testing.assert_close(getattr(layer, name), 0.7 * old + 0.3 * new, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["in", "ln", "bn", "gn"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_hot(kind, training):
+    choices = ("in", "ln", "bn", "gn")
+    layer = shaken(SwitchableNorm(6, choices=choices, groups=GROUPS)).train(training)
+    with torch.no_grad():
+        for logits in (layer.mean_weight, layer.var_weight):
+            logits.copy_(torch.where(torch.arange(4) == choices.index(kind), 0.0, -1e4))
+    x = data(5, 6, 7, 3)
+    expected = {
+        "in": lambda: F.instance_norm(x, weight=layer.weight, bias=layer.bias),
+        "ln": lambda: F.group_norm(x, 1, layer.weight, layer.bias),
+        "gn": lambda: F.group_norm(x, GROUPS, layer.weight, layer.bias),
+        "bn": lambda: F.batch_norm(
+            x, layer.running_mean.clone(), layer.running_var.clone(), layer.weight, layer.bias, training
+        ),
+    }[kind]()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1, 1)])
+@pytest.mark.parametrize("training", [True, False])
+def test_without_a_second_element_instance_statistics_leave(shape, training):
+    layer = shaken(SwitchableNorm(6)).train(training)
+    running = None if training else (layer.running_mean, layer.running_var)
+
+    def reference(x, p):
+        rest = {**p, "mean_weight": p["mean_weight"][1:], "var_weight": p["var_weight"][1:]}
+        return paper(("ln", "bn"), running)(x, rest)
+
+    agrees(layer, reference, data(*shape))
+
+
+def test_starts_at_equal_weights_and_adds_six_numbers():
+    layer = SwitchableNorm(6)
+    assert sum(p.numel() for p in layer.parameters()) == 2 * 6 + 6
+    for w in layer.importance().values():
+        torch.testing.assert_close(w, torch.full((3,), 1 / 3))
+    assert torch.equal(layer.running_var, torch.ones(6))  # the authors start it at 0
+
+
+@pytest.mark.parametrize(("ones", "choices"), [((1, 1), None), ((), ("ln", "bn")), ((1, 1, 1), None)])
+def test_authors_checkpoint_loads(ones, choices):
+    """Keys and shapes of the published files; there is no num_batches_tracked."""
+    choices = choices or ("in", "ln", "bn")
+    g = torch.Generator().manual_seed(0)
+    state = {
+        "0.weight": torch.randn(1, 6, *ones, generator=g),
+        "0.bias": torch.randn(1, 6, *ones, generator=g),
+        "0.mean_weight": torch.randn(len(choices), generator=g),
+        "0.var_weight": torch.randn(len(choices), generator=g),
+        "0.running_mean": torch.randn(1, 6, *([1] if ones else []), generator=g),
+        "0.running_var": torch.rand(1, 6, *([1] if ones else []), generator=g),
+    }
+    network = nn.Sequential(SwitchableNorm(6, choices=choices, correction=1))
+    network.load_state_dict(dict(state), strict=True)
+    for name, value in state.items():
+        assert torch.equal(network.state_dict()[name].flatten(), value.flatten()), name
+    x = data(5, 6, *[4] * len(ones)).float()
+    if ones:
+        p = {k[2:]: v.flatten() for k, v in state.items()}
+        expected, _ = authors(x, p, (p["running_mean"], p["running_var"]))
+        torch.testing.assert_close(network.eval()(x), expected, rtol=1e-4, atol=1e-4)  # float32, E[x^2] - E[x]^2
+    network.train()(x)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_wrong_number_of_choices_is_named(count):
+    state = SwitchableNorm(6).state_dict()
+    state["mean_weight"] = state["var_weight"] = torch.ones(count)
+    with pytest.raises(RuntimeError, match=rf"mixes {count} statistics.*choices=\('in', 'ln', 'bn'\).*Type choices="):
+        SwitchableNorm(6).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"choices": ()}, "choices"),
+        ({"choices": ("in", "in")}, "distinct"),
+        ({"choices": ("in", "xn")}, "xn"),
+        ({"correction": 2}, "correction"),
+        ({"choices": ("gn",), "groups": 4}, "groups"),
+        ({"radius": 1.5}, "radius"),
+    ],
+)
+def test_bad_arguments(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        SwitchableNorm(6, **arguments)
+
+
+def test_zero_weight():
+    layer = SwitchableNorm(6, zero_weight=True)
+    assert not layer.weight.any()
+    assert not layer(data(5, 6, 7, 3).float()).any()
+    layer.weight.data.fill_(2.0)
+    layer.reset_parameters()
+    assert not layer.weight.any()
+    with pytest.raises(ValueError, match="zero_weight=True would overwrite"):
+        layer.adopt(nn.BatchNorm2d(6))
+
+
+# --- sparse ---------------------------------------------------------------------------------------------------------
+
+
+def simplex(z):
+    """Euclidean projection on the simplex by bisection of the threshold."""
+    low, high = z.min() - 1.0, z.max()
+    for _ in range(200):
+        tau = (low + high) / 2
+        low, high = (tau, high) if np.clip(z - tau, 0, None).sum() > 1 else (low, tau)
+    return np.clip(z - tau, 0, None)
+
+
+def recursive(z, radius):
+    """The authors' recursion, from the paper's text."""
+    p = simplex(z)
+    return outward(p, np.where(p > 0, 1 / (p > 0).sum(), 0.0), radius)
+
+
+def outward(p, centre, radius):
+    if (p > 1e-12).sum() == 1:
+        return p
+    away = np.linalg.norm(p - centre)
+    if away >= radius:
+        return p
+    p = centre + radius * (p - centre) / away
+    if p.min() >= 0:
+        return p
+    p = simplex(p)
+    smaller = np.where(p > 1e-12, 1 / (p > 1e-12).sum(), 0.0)
+    return outward(p, smaller, math.sqrt(max(radius**2 - np.linalg.norm(smaller - centre) ** 2, 0.0)))
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_sparsestmax_agrees_with_the_recursion(k):
+    g = torch.Generator().manual_seed(k)
+    for _ in range(60):
+        z = torch.randn(k, generator=g, dtype=F64)
+        for radius in (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0):
+            expected = torch.from_numpy(recursive(z.numpy(), radius))
+            torch.testing.assert_close(sparsestmax(z, radius), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(sparsemax(z), torch.from_numpy(simplex(z.numpy())), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_sparsestmax_stays_on_the_simplex_at_equal_weights(k, dtype):
+    for value, radius in itertools.product((0.0, 1.0, -7.3), np.linspace(0, 1, 21)):
+        z = torch.full((k,), value, dtype=dtype).requires_grad_()
+        p = sparsestmax(z, float(radius))
+        torch.testing.assert_close(p, torch.full((k,), 1 / k, dtype=dtype))
+        (grad,) = torch.autograd.grad(p, z, torch.arange(k, dtype=dtype))
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tie", [(0.5, 0.5, 0.1), (0.5, 0.1, 0.1), (0.5, 0.5 + 1e-7, 0.5)])
+def test_sparsestmax_with_ties(tie):
+    for radius in np.linspace(0, 1, 21):
+        z = torch.tensor(tie, dtype=torch.float32).requires_grad_()
+        p = sparsestmax(z, float(radius))
+        assert p.min() >= 0
+        torch.testing.assert_close(p.sum(), torch.tensor(1.0))
+        (grad,) = torch.autograd.grad(p, z, torch.tensor([1.0, -2.0, 0.5]))
+        assert grad.isfinite().all()
+
+
+def test_sparsestmax_ends_in_a_corner():
+    corner = math.sqrt(2 / 3)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        z = torch.randn(3, generator=g, dtype=F64)
+        for radius in (corner + 1e-9, 0.9, 1.0):
+            expected = F.one_hot(z.argmax(), 3).double()
+            torch.testing.assert_close(sparsestmax(z, radius), expected, rtol=0, atol=1e-12)
+    assert sparsestmax(torch.tensor([0.3, 0.2, 0.1], dtype=F64), 0.8).max() < 1  # before it, not yet
+
+
+def test_sparsestmax_gradient():
+    z = torch.tensor([0.4, 0.15, -0.1], dtype=F64, requires_grad=True)
+    for radius in (0.0, 0.2, 0.5, 0.65):
+        assert torch.autograd.gradcheck(lambda z, r=radius: sparsestmax(z, r), z)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.3, 0.6, 1.0])
+def test_sparse_layer(radius):
+    layer = shaken(SwitchableNorm(6, sparse=True, radius=radius))
+    w, v = (recursive(t.detach().numpy(), radius) for t in (layer.mean_weight, layer.var_weight))
+    x = data(5, 6, 7, 3)
+    stats = [moments(x, k) for k in ("in", "ln", "bn")]
+    mean, var = (sum(a[i] * s[j] for i, s in enumerate(stats)) for j, a in enumerate((w, v)))
+    expected = along(layer.weight, x) * (x - mean) / (var + 1e-5).sqrt() + along(layer.bias, x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
+    for got, want in zip(layer.importance().values(), (w, v), strict=True):
+        torch.testing.assert_close(got, torch.from_numpy(want), rtol=1e-9, atol=1e-9)
+    layer.radius = 1.0
+    assert sorted(layer.importance()["mean"].tolist()) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.5, 1.0])
+def test_sparse_layer_at_its_start(radius):
+    layer = SwitchableNorm(6, sparse=True, radius=radius).double()
+    x = data(5, 6, 7, 3).requires_grad_()
+    y = layer(x)
+    torch.testing.assert_close(y, SwitchableNorm(6).double()(x))
+    grads = torch.autograd.grad(y, [x, *layer.parameters()], data(5, 6, 7, 3, seed=1))
+    assert all(g.isfinite().all() for g in grads)
