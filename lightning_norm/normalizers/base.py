@@ -183,11 +183,8 @@ class MomentNorm(Normalizer):
         """
         if args or kwargs:
             raise TypeError(f"{type(self).__name__}.compile() takes no arguments, got {args} {kwargs}.")
-        self._kind = (
-            type(self),
-            self.num_features,
-            *(repr(getattr(self, n)) for n in self.shows if n not in self.ranges),
-        )
+        names = ("num_features", "eps", "affine", "track_running_stats", "channel_dim", *self.shows)
+        self._kind = (type(self), *(repr(getattr(self, n)) for n in names if n not in self.ranges))
         self.compiled = True
 
     def reset_parameters(self) -> None:

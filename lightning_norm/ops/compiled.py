@@ -36,10 +36,9 @@ def compiled_forward(layer: nn.Module, x: Tensor, forward: Callable[[Any, Tensor
         kind: what must agree, beside the input, for two layers to share a graph.
     """
     kind = (forward, kind, x.dtype, x.dim(), x.device.type, x.device.index, layer.training, torch.is_grad_enabled())
-    if _shapes[kind] > MANY_SHAPES:
-        key: Hashable = kind
-    else:
-        key = (kind, tuple(x.shape), x.stride(), x.requires_grad)
+    key: Hashable = (kind, tuple(x.shape), x.stride(), x.requires_grad)
+    if key not in _graphs and _shapes[kind] >= MANY_SHAPES:
+        key = kind
     graph = _graphs.get(key)
     if graph is None:
         graph = _graphs[key] = _new_graph(layer, forward, kind, f"{type(layer).__name__} {tuple(x.shape)}")
