@@ -85,7 +85,7 @@ def preserves_eval(make: Make) -> None:
         for i, p in enumerate(bn.parameters()):
             p.add_(0.3 * noise(C, seed=500 + i, dtype=torch.float64))
     layer = make(C).double()
-    layer.adopt(bn)  # type: ignore[operator]  # MomentNorm's
+    layer.adopt(bn)
     for name in ("weight", "bias"):
         own = getattr(layer, name)
         assert own is None or own is getattr(bn, name), (

@@ -1,0 +1,119 @@
+"""A graph per shape, shared by like layers, and never a silent fall-back."""
+
+import pytest
+import torch
+
+from lightning_norm import BatchNorm, CompileWarning, SwitchableNorm
+from lightning_norm.ops import compiled
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Count from nothing, and let torch count what it really compiles."""
+    monkeypatch.setattr(compiled, "_graphs", {})
+    monkeypatch.setattr(compiled, "_shapes", type(compiled._shapes)())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def no_inductor(monkeypatch):
+    """Trace as always and run the graph as it is: what is counted here happens before code is generated."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="eager", **kw))
+
+
+def compiled_layer(cls=BatchNorm, **arguments):
+    layer = cls(6, **arguments)
+    layer.compile()
+    return layer
+
+
+def traced():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_many_shapes_never_fall_back():
+    layer, eager = compiled_layer(), BatchNorm(6)
+    for size in range(2, 2 + compiled.MANY_SHAPES):
+        x = torch.randn(3, 6, size)
+        torch.testing.assert_close(layer(x), eager(x))
+    assert compiled.graphs() == traced() == compiled.MANY_SHAPES > torch._dynamo.config.recompile_limit
+    with pytest.warns(CompileWarning, match=f"more than {compiled.MANY_SHAPES} input shapes"):
+        layer(torch.randn(3, 6, 101))
+    for size in (*range(102, 110), 2, 3):  # one more graph for all the rest, and no second warning
+        x = torch.randn(3, 6, size)
+        torch.testing.assert_close(layer(x), eager(x))
+    assert compiled.graphs() == traced() == compiled.MANY_SHAPES + 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_layers_that_agree_share_a_graph():
+    x = torch.randn(3, 6, 5)
+    for layer in (compiled_layer(), compiled_layer(), compiled_layer(momentum=0.5)):
+        layer(x)
+    assert compiled.graphs() == traced() == 1
+    compiled_layer(eps=0.1)(x)
+    compiled_layer(SwitchableNorm)(x)
+    compiled_layer(SwitchableNorm, choices=("in", "ln"))(x)
+    assert compiled.graphs() == traced() == 4
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_what_separates_graphs():
+    layer = compiled_layer()
+    x = torch.randn(3, 6, 5, 4)
+    for given in (x, x.double(), x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
+        layer(given)
+    layer.eval()(x)
+    with torch.no_grad():
+        layer(x)
+    assert compiled.graphs() == traced() == 6
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_scheduled_values_recompile_nothing():
+    x = torch.randn(3, 6, 5)
+    for cls, arguments, name in ((BatchNorm, {}, "momentum"), (SwitchableNorm, {"sparse": True}, "radius")):
+        layer, eager = compiled_layer(cls, **arguments), cls(6, **arguments)
+        layer(x), eager(x)
+        known = traced()
+        for value in (0.2, 0.5, 0.9, 1.0):
+            setattr(layer, name, value)
+            setattr(eager, name, value)
+            torch.testing.assert_close(layer(x), eager(x))
+            torch.testing.assert_close(layer.running_mean, eager.running_mean)
+        assert traced() == known
+
+
+def test_inductor_at_large_means():
+    """The compiled graph is as precise as eager: no farther from float64 than nn.BatchNorm2d at mean/std = 1000."""
+    layer, torchs = compiled_layer(), torch.nn.BatchNorm2d(6)
+    x, dy = torch.randn(5, 6, 13, 11) + 1000, torch.randn(5, 6, 13, 11)
+    errors = []
+    for f in (layer, torchs):
+        exact = torch.nn.BatchNorm2d(6).double()
+        a, b = x.clone().requires_grad_(), x.double().requires_grad_()
+        y, z = f(a), exact(b)
+        (dx,), (dz,) = torch.autograd.grad(y, a, dy), torch.autograd.grad(z, b, dy.double())
+        errors.append([(u - v).norm() / v.norm() for u, v in ((y, z), (dx, dz))])
+    assert errors[0][0] <= errors[1][0]
+    assert errors[0][1] <= errors[1][1]
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_observers_hear_of_each_compilation():
+    heard = []
+    end = compiled.on_compile(heard.append)
+    layer = compiled_layer()
+    layer(torch.randn(3, 6, 5)), layer(torch.randn(3, 6, 5)), layer(torch.randn(3, 6, 7))
+    end()
+    layer(torch.randn(3, 6, 9))
+    assert heard == ["BatchNorm (3, 6, 5)", "BatchNorm (3, 6, 7)"]
+
+
+def test_arguments_are_refused():
+    with pytest.raises(TypeError, match="takes no arguments"):
+        BatchNorm(6).compile(dynamic=True)

@@ -1,0 +1,145 @@
+"""Pooling over real gloo processes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_norm import Affine, BatchNorm, InstanceNorm, Moments, normalize
+from lightning_norm.ops.sync import active_ranks
+from lightning_norm.testing.ranks import run_ranks
+
+F64 = torch.float64
+
+
+def data():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(6, 4, 5, generator=g, dtype=F64), torch.randn(6, 4, 5, generator=g, dtype=F64)
+
+
+def soft(m, weights):
+    pooled = m.over_batch(weights)
+    return Affine(weights @ pooled.mean, weights @ (pooled.var + 0.1).rsqrt())
+
+
+WEIGHTS = torch.rand(6, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
+SPLIT = [2, 0, 4]
+
+
+def everything(rank):
+    """One group of three processes, for all of the tests: starting them is what takes time."""
+    found = {"ranks": active_ranks(True, True) is not None}
+    found["off"] = [active_ranks(False, True), active_ranks(True, False)]
+    try:
+        active_ranks(True, True, "node")
+    except NotImplementedError as error:
+        found["node"] = str(error)
+    x, dy = (t.split(SPLIT)[rank].clone() for t in data())
+    weights = WEIGHTS.split(SPLIT)[rank].clone().requires_grad_()
+    x.requires_grad_()
+    y = normalize(x, lambda m: soft(m, weights), ranks=active_ranks(True, True))
+    found["soft"] = (y.detach(), *torch.autograd.grad(y, [x, weights], dy))
+
+    far = BatchNorm(4, momentum=1.0)
+    far(data()[0].split([3, 1, 2])[rank].float() + 1000)
+    found["far"] = far.running_var
+
+    instance = InstanceNorm(4, track_running_stats=True, momentum=1.0).double()
+    instance(x.detach())
+    found["instance"] = (instance.running_mean, instance.running_var)
+
+    local = BatchNorm(4, momentum=1.0).double()
+    local.sync = False
+    local(data()[0].split([3, 1, 2])[rank])
+    found["local"] = local.running_mean
+
+    nan = BatchNorm(4).double()
+    bad = data()[0].split([3, 1, 2])[rank].clone()
+    if rank == 1:
+        bad[0, 0, 0] = float("nan")
+    nan(bad)
+    found["skipped"] = (int(nan.skipped_updates), nan.running_mean)
+    found["alone"] = len(refusal(rank))
+    return found
+
+
+def refusal(rank):
+    """Two ranks with one value each: the statistic has two, and nobody may refuse on what it sees alone."""
+    x = torch.full((1 if rank < 2 else 0, 4), float(rank))
+    return BatchNorm(4)(x)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_ranks(everything, 3)
+
+
+def test_who_is_asked(results):
+    for found in results:
+        assert found["ranks"]
+        assert found["off"] == [None, None]
+        assert "sync_group='world'" in found["node"]
+    assert active_ranks(True, True) is None  # no process group here
+
+
+def test_soft_assignments_over_uneven_and_empty_ranks(results):
+    x, dy = data()
+    weights = WEIGHTS.clone().requires_grad_()
+    x.requires_grad_()
+    y = normalize(x, lambda m: soft(m, weights))
+    expected = (y, *torch.autograd.grad(y, [x, weights], dy))
+    for i, name in enumerate(("output", "input gradient", "gradient of the weights")):
+        got = torch.cat([found["soft"][i] for found in results])
+        torch.testing.assert_close(got, expected[i].detach(), rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_large_means_keep_their_variance(results):
+    expected = (data()[0].float() + 1000).double().var((0, 2))
+    for found in results:  # float64 sums of n (var + mean^2): 1e-16 * 1e6 of the variance
+        torch.testing.assert_close(found["far"].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_instance_norm_pools_its_running_statistics(results):
+    x, _ = data()
+    for found in results:
+        torch.testing.assert_close(found["instance"][0], x.mean((0, 2)), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found["instance"][1], x.var(2).mean(0), rtol=1e-10, atol=1e-10)
+
+
+def test_sync_off_is_local(results):
+    for found, part in zip(results, data()[0].split([3, 1, 2]), strict=True):
+        torch.testing.assert_close(found["local"], part.mean((0, 2)), rtol=1e-10, atol=1e-10)
+
+
+def test_nan_on_one_rank_is_skipped_on_all(results):
+    for found in results:
+        assert found["skipped"][0] == 1
+        assert torch.equal(found["skipped"][1], torch.zeros(4, dtype=F64))
+
+
+def test_ranks_with_one_value_each_are_enough(results):
+    assert [found["alone"] for found in results] == [1, 1, 0]
+
+
+def fail(rank):
+    raise ZeroDivisionError("on purpose")
+
+
+def hang_on_one(rank):
+    if rank == 0:
+        dist.barrier()
+
+
+def test_run_ranks_reports_a_failure():
+    with pytest.raises(RuntimeError, match=r"rank 0 of 1 failed:[\s\S]*ZeroDivisionError: on purpose"):
+        run_ranks(fail, 1)
+
+
+@pytest.mark.slow
+def test_run_ranks_reports_a_hang():
+    with pytest.raises((TimeoutError, RuntimeError), match=r"still ran after|rank 0 of 2 failed"):
+        run_ranks(hang_on_one, 2, timeout=15)
+
+
+def test_count_is_a_tensor_once_pooled():
+    m = Moments(torch.zeros(3, 2), torch.ones(3, 2), 5).over_batch(torch.ones(3, 1))
+    assert isinstance(m.count, torch.Tensor)
