@@ -28,8 +28,7 @@ class SwitchableNorm(MomentNorm):
         k \in \{\mathrm{in}, \mathrm{ln}, \mathrm{bn}\}
 
     ``mean_weight`` is lambda and ``var_weight`` lambda', (3,) each, starting at 1. Luo et al., TPAMI 2021, arXiv
-    1806.10779;
-    sparse: Shao et al., CVPR 2019, arXiv 1903.03793.
+    1806.10779; sparse: Shao et al., CVPR 2019, arXiv 1903.03793.
 
     When: small batches, where it turns from batch to instance and layer statistics by itself. When not: if the network
     must be folded for inference, for instance and layer statistics stay data dependent.
@@ -104,8 +103,8 @@ class SwitchableNorm(MomentNorm):
         statistics = [self._statistic(k, m, alone) for k in self.choices]
         w, v = self._mix(self.mean_weight, alone), self._mix(self.var_weight, alone)
         anchor = statistics[0].mean  # the weights sum to one but for rounding, which a large mean would multiply
-        mean = anchor + sum_of(w, [s.mean - anchor for s in statistics])
-        var = sum_of(v, [s.var for s in statistics])
+        mean = anchor + mixture(w, [s.mean - anchor for s in statistics])
+        var = mixture(v, [s.var for s in statistics])
         return self.standardize(mean, var)
 
     def _statistic(self, k: str, m: Moments, alone: bool) -> Moments:
@@ -179,9 +178,12 @@ class SwitchableNorm(MomentNorm):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def sum_of(weights: Tensor, terms: list[Tensor]) -> Tensor:
-    """Return the weighted sum of broadcastable tensors."""
-    total = weights[0] * terms[0]
-    for i in range(1, len(terms)):
-        total = total + weights[i] * terms[i]
+def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
+    """Return the weighted sum of broadcastable tensors, the small ones first."""
+    first, *rest = sorted(
+        zip(terms, weights.to(terms[0].dtype).unbind(), strict=True), key=lambda pair: pair[0].numel()
+    )
+    total = first[0] * first[1]
+    for term, weight in rest:
+        total = torch.addcmul(total, term, weight)
     return total

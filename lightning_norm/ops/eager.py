@@ -39,17 +39,26 @@ def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layou
     if u.dtype == center.dtype:
         return _affine(u - layout.spread(center), scale, shift, layout).to(x.dtype)
     pivot, scale = center.to(at_least_float32(u.dtype)), scale.to(at_least_float32(u.dtype))
-    if not _recording() and x.is_cpu and x.numel() and bool((pivot * scale).abs_().amax() < FLAT):
+    if _flat(x, pivot, scale):
         return _affine(u, scale, (shift - scale * center).to(scale.dtype), layout).to(x.dtype)
     offset = (shift + scale * (pivot - center)).to(scale.dtype)
     return _affine(u - layout.spread(pivot), scale, offset, layout).to(x.dtype)
 
 
-def reduce(dy: Tensor, x: Tensor, center: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def reduce(dy: Tensor, x: Tensor, center: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Sum of dy and of dy * (x - center) per (sample, channel), each (N, C)."""
     pivot = center.to(at_least_float32(x.dtype))
-    total = dy.sum(layout.reduced, dtype=pivot.dtype) if layout.reduced else dy.to(pivot.dtype)
-    total, dot = total.to(center.dtype), _dot(x - layout.spread(pivot), dy, layout).to(center.dtype)
+    if _by_rows(x, pivot, layout) and dy.is_contiguous() and _flat(x, pivot, scale.to(pivot.dtype)):
+        rows = (
+            layout.n * layout.c
+        )  # group norm's parameter gradients, each row a group: both sums in one pass, no temporary
+        dy, x, one = dy.view(1, rows, -1), x.view(1, rows, -1), pivot.new_ones(1, rows)
+        args = (pivot.reshape(1, rows), one, None, 1, rows, layout.size, rows, [False, True, True])
+        _, dot, total = torch.ops.aten.native_group_norm_backward(dy, x, *args)
+        total, dot = total.view_as(center).to(center.dtype), dot.view_as(center).to(center.dtype)
+    else:
+        total = dy.sum(layout.reduced, dtype=pivot.dtype) if layout.reduced else dy.to(pivot.dtype)
+        total, dot = total.to(center.dtype), _dot(x - layout.spread(pivot), dy, layout).to(center.dtype)
     return total, dot if pivot.dtype == center.dtype else torch.addcmul(dot, pivot - center, total)
 
 
@@ -92,6 +101,17 @@ def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
         y: Tensor = torch.ops.aten._unsafe_view(flat, layout.shape)  # no autograd view: an in-place ReLU may follow
         return y
     return torch.addcmul(layout.spread(offset), u, layout.spread(scale))
+
+
+def _by_rows(x: Tensor, stat: Tensor, layout: Layout) -> bool:
+    """Whether ATen's CPU kernels can take x as (1, N * C, S), one channel per row."""
+    plain = x.is_cpu and x.dtype == stat.dtype and not _recording()
+    return plain and layout.channel_dim == 1 and x.is_contiguous() and x.numel() > 0
+
+
+def _flat(x: Tensor, pivot: Tensor, scale: Tensor) -> bool:
+    """Whether |mean| / std is small everywhere; asked on the CPU alone, where reading a value back costs nothing."""
+    return not _recording() and x.is_cpu and x.numel() > 0 and bool((pivot * scale).abs_().amax() < FLAT)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -124,6 +124,6 @@ class _Apply(torch.autograd.Function):
         need = ctx.needs_input_grad
         dcenter = dscale = dshift = None
         if any(need[3:6]):
-            dshift, dscale = eager.reduce(dy, x, center, ctx.layout)
+            dshift, dscale = eager.reduce(dy, x, center, scale, ctx.layout)
             dcenter = -scale * dshift
         return dy if need[0] else None, scale if need[1] else None, None, dcenter, dscale, dshift, None

@@ -15,39 +15,24 @@ class Layout:
     Args:
         shape: shape of x.
         channel_dim: the channel axis, 1 or the last.
+        n: samples.
+        c: channels.
+        reduced: the axes that a (sample, channel) pair owns.
+        size: elements of x behind each (sample, channel), the S of the docs.
+        wide: the shape in which an (N, C) tensor broadcasts against x.
     """
 
     shape: tuple[int, ...]
     channel_dim: int
-
-    @property
-    def n(self) -> int:
-        """Samples."""
-        return self.shape[0]
-
-    @property
-    def c(self) -> int:
-        """Channels."""
-        return self.shape[self.channel_dim]
-
-    @property
-    def reduced(self) -> tuple[int, ...]:
-        """The axes that a (sample, channel) pair owns."""
-        return tuple(d for d in range(1, len(self.shape)) if d != self.channel_dim)
-
-    @property
-    def size(self) -> int:
-        """Elements of x behind each (sample, channel): the S of the docs."""
-        size = 1
-        for d in self.reduced:
-            size *= self.shape[d]
-        return size
+    n: int
+    c: int
+    reduced: tuple[int, ...]
+    size: int
+    wide: tuple[int, ...]
 
     def spread(self, t: Tensor) -> Tensor:
         """View an (N, C) tensor so that it broadcasts against x."""
-        ones = [1] * len(self.shape)
-        ones[0], ones[self.channel_dim] = t.shape[0], t.shape[1]
-        return t.reshape(ones)
+        return t.reshape(self.wide)
 
 
 def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "normalize") -> Layout:
@@ -79,10 +64,14 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
         raise ValueError(
             f"{who} has num_features={num_features}, but axis {dim} of input {shape} has {shape[dim]}.{hint}"
         )
-    layout = Layout(shape, dim)
-    if layout.size == 0:
+    reduced = tuple(d for d in range(1, len(shape)) if d != dim)
+    size = 1
+    for d in reduced:
+        size *= shape[d]
+    if size == 0:
         raise ValueError(f"{who}: input {shape} has no element per channel. Check the size of the feature map.")
-    return layout
+    wide = tuple(1 if d in reduced else shape[d] for d in range(len(shape)))
+    return Layout(shape, dim, shape[0], num_features, reduced, size, wide)
 
 
 def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
