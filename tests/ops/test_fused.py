@@ -131,3 +131,16 @@ def test_precision_of_apply(dtype, offset):
     exact = normalize(x.double(), lambda m: Affine(m.mean, (m.var + 1e-5).rsqrt()))
     assert y.dtype == dtype
     assert (y.double() - exact).norm() / exact.norm() < torch.finfo(dtype).eps  # one rounding is eps / 2
+
+
+def test_autocast_does_not_reach_the_algebra():
+    seen = []
+
+    def algebra(m):
+        seen.append((m.mean.float() @ torch.eye(6)).dtype)
+        return Affine(m.mean, (m.var + 1e-5).rsqrt())
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        normalize(torch.randn(4, 6, 5), algebra)
+        normalize(torch.randn(4, 6, 5).bfloat16(), algebra)
+    assert seen == [torch.float32, torch.float32]
