@@ -1,0 +1,104 @@
+"""The console script ``lightning-norm``, also ``python -m lightning_norm``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+OVERVIEW = """usage: lightning-norm COMMAND [options]        (COMMAND --help shows its options)
+
+train
+  fit        lightning-norm fit --config examples/configs/digits_sn.yaml
+  validate   lightning-norm validate --config examples/configs/digits_sn.yaml --ckpt_path last.ckpt
+  test       lightning-norm test --config examples/configs/digits_sn.yaml --ckpt_path last.ckpt
+  predict    lightning-norm predict --config examples/configs/digits_sn.yaml --ckpt_path last.ckpt
+
+look
+  list       lightning-norm list                                    the normalizers
+  plan       lightning-norm plan --config examples/configs/digits_sn.yaml     what a swap would do
+
+measure
+  compare    lightning-norm compare --norms bn,sn,bcn --seeds 3      accuracy, with intervals
+  bench      lightning-norm bench --device cpu                       time and memory
+
+  --version  --help
+"""
+TRAINING = ("fit", "validate", "test", "predict")
+OTHERS = ("list", "plan", "compare", "bench")
+TRACEBACK = "LIGHTNING_NORM_TRACEBACK"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        argv: the arguments behind the program's name; those of the process by default.
+
+    Raises:
+        SystemExit: with status 2 for an error of the command line, a configuration file or the package's own checks.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("--help", "-h", "help"):
+        print(OVERVIEW, end="")
+        return
+    if command == "--version":
+        from lightning_norm import __version__
+
+        print(f"lightning-norm {__version__}")
+        return
+    if command not in TRAINING + OTHERS:
+        _exit(_unknown(command))
+    here = os.getcwd()
+    if here not in sys.path:  # as ``python -m`` does: a user's own module is importable by its name
+        sys.path.insert(0, here)
+    try:
+        _run(command, arguments)
+    except (ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
+        if os.environ.get(TRACEBACK) or not _ours(error):
+            raise
+        _exit(f"{type(error).__name__}: {error}\n(the traceback: {TRACEBACK}=1)")
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command in TRAINING:
+        from lightning_norm.cli.norm_cli import NormCLI
+
+        NormCLI(arguments)
+        return
+    if command == "list":
+        from lightning_norm.cli.list import run
+    elif command == "plan":
+        from lightning_norm.cli.plan import run
+    elif command == "compare":
+        from lightning_norm.cli.compare import run
+    else:
+        from lightning_norm.cli.bench import run
+    run(arguments[1:])
+
+
+def _unknown(command: str) -> str:
+    known = TRAINING + OTHERS
+    near = difflib.get_close_matches(command, known, n=1)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    return f"no command {command!r}.{guess} Known: {', '.join(known)}. lightning-norm --help shows an example of each."
+
+
+def _ours(error: BaseException) -> bool:
+    """Tell whether this package raised the error itself; anything else is a bug somewhere and keeps its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = Path(__file__).resolve().parent.parent
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(package)
+
+
+def _exit(message: str) -> None:
+    print(f"lightning-norm: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""NormCLI: LightningCLI with the package's classes known by their short names, and its own job."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_norm.cli import job
+from lightning_norm.cli.data import ImageData
+
+DESCRIPTION = """{what}
+
+example:
+  lightning-norm {name} --config examples/configs/digits_sn.yaml {more}
+
+Any LightningModule and LightningDataModule can be named, your own by its dotted path (--model my_module.MyModel).
+--root DIR is short for --data.init_args.root DIR.
+"""
+COMMANDS = {
+    "fit": ("Train, validate every epoch; with the built-in job, test at the end.", "--trainer.max_epochs 5"),
+    "validate": ("Validate a checkpoint.", "--ckpt_path last.ckpt"),
+    "test": ("Test a checkpoint.", "--ckpt_path last.ckpt"),
+    "predict": ("Predict with a checkpoint.", "--ckpt_path last.ckpt"),
+}
+
+
+class NormCLI(LightningCLI):
+    """LightningCLI for any model and data, in which ``class_path: NormSwap`` and ``ImageClassifier`` need no prefix.
+
+    Args:
+        args: command line; ``sys.argv`` by default.
+        run: with a subcommand, run it; otherwise only build model, data and Trainer.
+
+    Raises:
+        SystemExit: an argument or a configuration file is wrong; the message says where.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True, **options: Any) -> None:
+        self.defaults_used: list[str] = []
+        if run:
+            options.setdefault("parser_kwargs", _descriptions())
+        super().__init__(
+            pl.LightningModule,
+            None,  # data are not required: a model may bring its own
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            trainer_defaults={"max_epochs": 5},
+            args=expand_root(list(args)) if args is not None else None,
+            run=run,
+            **options,
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # As LightningCLI does, without its warning on arguments that come from the caller.
+        self.config = parser.parse_args(args)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Complete the built-in job: its data are Digits, and the number of classes that of the data."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.model.class_path != class_path(job.ImageClassifier):
+            return
+        if config.get("data") is None:
+            parser = self._parser(self.subcommand)
+            config.data = parser.parse_object({"data": "Digits", "model": config.model.clone()}).data
+        data = {class_path(c): c for c in _built_in_data()}.get(config.data.class_path)
+        if data is not None and config.model.init_args.get("num_classes") is None:
+            config.model.init_args.num_classes = data.num_classes
+
+    def after_fit(self) -> None:
+        """Test the built-in job's best weights, or its last where no checkpoint is monitored, and say what is next."""
+        trainer = self.trainer
+        complete = trainer.state.finished and not trainer.interrupted and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not complete or not isinstance(self.model, job.ImageClassifier):
+            return
+        checkpoint: Any = trainer.checkpoint_callback
+        best = "best" if getattr(checkpoint, "monitor", None) and checkpoint.best_model_path else None
+        results = trainer.test(
+            None if best else self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False
+        )
+        accuracy = results[0]["test_acc"] if results else math.nan
+        line = [f"Test accuracy {accuracy:.3f}" + (f" (best {checkpoint.monitor})" if best else "")]
+        if isinstance(trainer.logger, TensorBoardLogger):
+            line.append(f"TensorBoard: tensorboard --logdir {_short(trainer.logger.root_dir)}")
+        line.append("compare: lightning-norm compare --norms bn,sn,bcn")
+        rank_zero_info("     ".join(line))
+
+
+def expand_root(args: list[str]) -> list[str]:
+    """Write ``--root DIR`` as ``--data.init_args.root DIR``, behind everything else: after the data was chosen.
+
+    >>> expand_root(["fit", "--root", "d", "--data", "MNIST"])
+    ['fit', '--data', 'MNIST', '--data.init_args.root', 'd']
+    """
+    kept: list[str] = []
+    found: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--root":
+            found = ["--data.init_args.root", *[value for value in [next(rest, None)] if value is not None]]
+        elif arg.startswith("--root="):
+            found = ["--data.init_args.root", arg.partition("=")[2]]
+        else:
+            kept.append(arg)
+    return kept + found
+
+
+def class_path(cls: type) -> str:
+    """Return what the parsed configuration calls a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _built_in_data() -> list[type[ImageData]]:
+    return [job.Digits, job.MNIST, job.FashionMNIST, job.CIFAR10, job.CIFAR100]
+
+
+def _descriptions() -> dict[str, Any]:
+    import argparse
+
+    return {
+        name: {
+            "description": DESCRIPTION.format(what=what, name=name, more=more),
+            "formatter_class": _formatter(argparse.RawDescriptionHelpFormatter),
+        }
+        for name, (what, more) in COMMANDS.items()
+    }
+
+
+def _formatter(raw: type) -> type:
+    from jsonargparse import DefaultHelpFormatter
+
+    return type("HelpFormatter", (DefaultHelpFormatter, raw), {})
+
+
+def _short(path: str) -> str:
+    """Return a path as one would type it here."""
+    here, there = Path.cwd(), Path(path).resolve()
+    return str(there.relative_to(here)) if there.is_relative_to(here) else str(there)
