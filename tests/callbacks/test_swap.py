@@ -142,7 +142,7 @@ def test_works_with_checkpoint_resume(tmp_path):
     fresh = LateNet()
     trainer(NormSwap("sn")).test(fresh, loader(), ckpt_path=path)
     assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in model.state_dict().items())
-    resumed = trainer(NormSwap("sn"), ModelCheckpoint(tmp_path), max_epochs=2, enable_checkpointing=True)
+    resumed = trainer(NormSwap("sn"), ModelCheckpoint(tmp_path / "more"), max_epochs=2, enable_checkpointing=True)
     resumed.fit(LateNet(), loader(), ckpt_path=path)
     assert resumed.global_step == 4
 

@@ -1,0 +1,276 @@
+"""Time every normalizer, forward and backward, beside its peers: interleaved in one run, medians, ratios."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.cli.bench_report import rows_of, save, table
+from lightning_norm.normalizers.registry import create, normalizers
+
+SHAPES = ((32, 64, 32, 32), (32, 256, 14, 14), (32, 512, 7, 7), (128, 64))
+EXAMPLE = "lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json --save docs/benchmarks"
+Run = Callable[[], Any]
+
+
+class Naive(nn.Module):
+    """A formula written as published: one full reduction of the whole tensor per statistic.
+
+    Args:
+        key: "bn", "in", "ln", "sn" or "bcn".
+        num_features: C.
+    """
+
+    KEYS = ("bn", "in", "ln", "sn", "bcn")
+
+    def __init__(self, key: str, num_features: int) -> None:
+        super().__init__()
+        self.key = key
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        if key == "sn":
+            self.mean_weight, self.var_weight = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        if key == "bcn":
+            self.iota = nn.Parameter(torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x, (N, C, *), by the statistics of this batch."""
+        space = tuple(range(2, x.dim()))
+        wide = (1, -1) + (1,) * len(space)
+        axes = {"in": space or (1,), "ln": (1, *space), "bn": (0, *space)}
+        needed = {"sn": ("in", "ln", "bn"), "bcn": ("bn", "ln")}.get(self.key, (self.key,))
+        mean = {k: x.mean(axes[k], keepdim=True) for k in needed}
+        var = {k: x.var(axes[k], keepdim=True, correction=0) for k in needed}
+        if self.key == "bcn":
+            iota = self.iota.view(wide)
+            parts = {k: (x - mean[k]) / torch.sqrt(var[k] + 1e-5) for k in needed}
+            y = iota * parts["bn"] + (1 - iota) * parts["ln"]
+        else:
+            w, v = [1.0], [1.0]
+            if self.key == "sn":
+                w, v = list(torch.softmax(self.mean_weight, 0)), list(torch.softmax(self.var_weight, 0))
+            zero = x.new_zeros(())
+            center = sum((a * mean[k] for a, k in zip(w, needed, strict=True)), zero)
+            spread = sum((a * var[k] for a, k in zip(v, needed, strict=True)), zero)
+            y = (x - center) / torch.sqrt(spread + 1e-5)
+        return y * self.weight.view(wide) + self.bias.view(wide)
+
+
+def run(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Run ``lightning-norm bench`` and return its rows.
+
+    Raises:
+        RuntimeError: ``--device cuda`` without one.
+        ValueError: an unknown norm or a shape that cannot be read.
+    """
+    options = _parser().parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("no CUDA device found. Type --device cpu.")
+    torch.set_num_threads(options.threads)
+    shapes = [_shape(s) for s in options.shapes.split(",")] if options.shapes else list(SHAPES)
+    keys = options.norms.split(",")
+    for key in keys:
+        create(key, 32)  # an unknown key is told before anything runs
+    rows = []
+    for shape in shapes:
+        for channels_last in (False, True) if len(shape) == 4 else (False,):
+            rows += bench_shape(shape, keys, channels_last, options.device, options.repeats, options.compile)
+            _print_rows(rows[-1]["shape"], rows)
+    if options.network:
+        rows += bench_network(keys, options.device, options.repeats, options.compile)
+        _print_rows("resnet18 step", rows)
+    command = " ".join(["lightning-norm bench", *(sys.argv[2:] if argv is None else argv)])
+    result = {"machine": machine(options.threads), "command": command, "rows": rows}
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1))
+    if options.save:
+        save(result, Path(options.save))
+    return rows
+
+
+def bench_shape(
+    shape: tuple[int, ...], keys: Sequence[str], channels_last: bool, device: str, repeats: int, compiled: bool
+) -> list[dict[str, Any]]:
+    """Time one forward and backward of every contender at one shape.
+
+    Returns:
+        A row per contender: name, milliseconds (median and quartiles), ratio to nn.BatchNorm and to its own naive formula.
+
+    Raises:
+        ArithmeticError: a contender's output or input gradient is not what float64 says.
+    """
+    torch.manual_seed(0)
+    x, dy = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    if channels_last:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    x.requires_grad_()
+    layers = dict(contenders(shape, keys, device, compiled))
+    for name, layer in layers.items():
+        check(name, layer, x, dy)
+    runs = {name: _step(layer, x, dy) for name, layer in layers.items()}
+    times = interleave(runs, repeats, device)
+    label = "x".join(map(str, shape)) + (" channels_last" if channels_last else "")
+    saved = {name: saved_for_backward(layer, x) for name, layer in layers.items() if "naive" not in name}
+    return rows_of(label, times, saved)
+
+
+def contenders(
+    shape: tuple[int, ...], keys: Sequence[str], device: str, compiled: bool
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and layer: torch's, ours eager and compiled, and the naive formula eager and compiled."""
+    c = shape[1]
+    yield "torch", (nn.BatchNorm1d if len(shape) < 4 else nn.BatchNorm2d)(c).to(device)
+    for key in keys:
+        if len(shape) == 2 and key in ("in",):
+            continue
+        yield key, create(key, c, device=device)
+        if compiled:
+            layer = create(key, c, device=device)
+            layer.compile()
+            yield f"{key} compiled", layer
+        if key in Naive.KEYS and len(shape) > 2:
+            yield f"{key} naive", Naive(key, c).to(device)
+            if compiled:
+                naive = Naive(key, c).to(device)
+                naive.compile(dynamic=False)
+                yield f"{key} naive compiled", naive
+
+
+def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+    """Compare a layer's output and input gradient with the naive formula in float64.
+
+    Raises:
+        ArithmeticError: they differ by more than 1e-4 of their norm.
+    """
+    key = name.split()[0].replace("torch", "bn")
+    if key not in Naive.KEYS or x.dim() == 2:
+        return
+    truth = Naive(key, x.shape[1]).double().to(x.device)
+    wide = x.detach().double().requires_grad_()
+    want = truth(wide)
+    (want_dx,) = torch.autograd.grad(want, wide, dy.double())
+    got = layer(x)
+    (got_dx,) = torch.autograd.grad(got, x, dy)
+    for what, a, b in (("output", got, want), ("input gradient", got_dx, want_dx)):
+        error = ((a - b).norm() / b.norm()).item()
+        if not error < 1e-4:
+            raise ArithmeticError(
+                f"{name}: the {what} differs from float64 by {error:.1e} of its norm at {tuple(x.shape)}."
+            )
+
+
+def saved_for_backward(layer: nn.Module, x: Tensor) -> float:
+    """Return the bytes that one forward pass keeps for the backward pass, as a multiple of x; x itself counts as 1."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    return sum(kept.values()) / (x.numel() * x.element_size())
+
+
+def bench_network(keys: Sequence[str], device: str, repeats: int, compiled: bool) -> list[dict[str, Any]]:
+    """Time whole training steps of resnet18, 16 x 3 x 64 x 64, with each normalizer against its own BatchNorm."""
+    import torchvision
+
+    from lightning_norm.surgery.swap import swap
+
+    x = torch.randn(16, 3, 64, 64, device=device)
+    target = torch.arange(16, device=device) % 10
+    runs: dict[str, Run] = {}
+    for name in ["torch", *keys, *(f"{key} compiled" for key in keys if compiled)]:
+        torch.manual_seed(0)
+        net = torchvision.models.resnet18(num_classes=10).to(device)
+        if name != "torch":
+            swap(net, name.split()[0], compile=name.endswith("compiled"))
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
+
+        def step(net: nn.Module = net, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            torch.autograd.backward(nn.functional.cross_entropy(net(x), target))
+            optimizer.step()
+
+        runs[name] = step
+    return rows_of("resnet18 step", interleave(runs, max(5, repeats // 3), device), {})
+
+
+def interleave(runs: dict[str, Run], repeats: int, device: str) -> dict[str, list[float]]:
+    """Time each run once per round, in turn, so that a slow moment of the machine meets all of them; milliseconds."""
+
+    def once(run: Run) -> float:
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+    for run in runs.values():
+        for _ in range(3):
+            once(run)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(once(run))
+    return times
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "gpu": gpu, "threads": threads, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _print_rows(label: str, rows: list[dict[str, Any]]) -> None:
+    print(f"\n{label}\n{table([r for r in rows if r['shape'] == label])}", flush=True)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = tuple(int(n) if n.isdigit() else 0 for n in text.split("x"))
+    if not 2 <= len(shape) <= 5 or min(shape) < 1:
+        raise ValueError(f"--shapes: {text!r} is no shape. Expected sizes joined by x, for example 32x64x32x32,128x64.")
+    return shape
+
+
+def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Run:
+    wanted = [x, *layer.parameters()]
+    return lambda: torch.autograd.grad(layer(x), wanted, dy)
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-norm bench",
+        description="Time every normalizer beside nn.BatchNorm and its own formula written naively, after checking it.",
+        epilog=f"example: {EXAMPLE}",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--norms", default="bn,sn,bcn", help=f"comma-separated keys out of {','.join(normalizers())}")
+    parser.add_argument("--shapes", help="comma-separated, e.g. 32x64x32x32,128x64; the four of the docs by default")
+    parser.add_argument("--repeats", type=int, default=50, help="rounds; every contender runs once in each")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
+    parser.add_argument("--network", action="store_true", help="also whole training steps of resnet18")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument("--save", metavar="DIR", help="write bench.json, bench.md and bench.png there")
+    return parser

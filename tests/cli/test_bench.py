@@ -1,0 +1,53 @@
+import json
+
+import pytest
+import torch
+
+from lightning_norm.cli import bench
+
+
+def test_eager_run_prints_a_table_and_writes_data_and_picture(tmp_path, capsys):
+    rows = bench.run(
+        ["--shapes", "8x6x5x5,9x6", "--norms", "bn,sn", "--repeats", "3", "--no-compile", "--save", str(tmp_path)]
+    )
+    text = capsys.readouterr().out
+    assert "8x6x5x5 channels_last" in text
+    assert {r["name"] for r in rows if r["shape"] == "8x6x5x5"} == {"torch", "bn", "bn naive", "sn", "sn naive"}
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert data["rows"] == rows
+    assert data["machine"]["torch"] == torch.__version__
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| x" not in text
+    for row in rows:
+        base = next(r for r in rows if r["shape"] == row["shape"] and r["name"] == "torch")
+        assert row["ratio"] == pytest.approx(row["ms"] / base["ms"])
+
+
+def test_only_x_is_kept_for_the_backward_pass():
+    rows = bench.run(["--shapes", "4x6x32x32", "--norms", "sn", "--repeats", "2", "--no-compile"])
+    ours = [r["saved"] for r in rows if r["name"] == "sn"]
+    # x itself is 1; a hundred (N, C) tensors in float64 would be 100 * 2 / 1024 = 0.2
+    assert all(1.0 <= s < 1.2 for s in ours)
+
+
+@pytest.mark.slow
+def test_compiled_and_network():
+    rows = bench.run(["--shapes", "8x6x5x5", "--norms", "sn", "--repeats", "2", "--network"])
+    assert {"sn compiled", "sn naive compiled"} <= {r["name"] for r in rows}
+    assert {r["name"] for r in rows if r["shape"] == "resnet18 step"} == {"torch", "sn", "sn compiled"}
+
+
+def test_a_wrong_result_stops_the_benchmark(monkeypatch):
+    monkeypatch.setattr(bench, "create", lambda key, c, **_: torch.nn.Identity())
+    with pytest.raises(ArithmeticError, match="sn: the output differs from float64"):
+        bench.bench_shape((8, 6, 5, 5), ["sn"], False, "cpu", 2, False)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="no normalizer called 'sm'"):
+        bench.run(["--norms", "sm"])
+    with pytest.raises(ValueError, match="'8y6' is no shape"):
+        bench.run(["--shapes", "8y6"])
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no CUDA device found"):
+            bench.run(["--device", "cuda"])
