@@ -58,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.path.insert(0, here)
     try:
         _run(command, arguments)
-    except (ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
-        if os.environ.get(TRACEBACK) or not _ours(error):
+    except Exception as error:
+        own = _own_cause(error)
+        if own is None or os.environ.get(TRACEBACK):
             raise
-        _exit(f"{type(error).__name__}: {error}\n(the traceback: {TRACEBACK}=1)")
+        _exit(f"{own}\n(the traceback: {TRACEBACK}=1)")
 
 
 def _run(command: str, arguments: list[str]) -> None:
@@ -88,11 +89,16 @@ def _unknown(command: str) -> str:
     return f"no command {command!r}.{guess} Known: {', '.join(known)}. lightning-norm --help shows an example of each."
 
 
-def _ours(error: BaseException) -> bool:
-    """Tell whether this package raised the error itself; anything else is a bug somewhere and keeps its traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
+def _own_cause(error: BaseException | None) -> BaseException | None:
+    """Return the error that this package raised itself; anything else may be a bug and keeps its traceback."""
     package = Path(__file__).resolve().parent.parent
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(package)
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        raised = frames and Path(frames[-1].filename).resolve().is_relative_to(package)
+        if raised and isinstance(error, (ValueError, TypeError, RuntimeError, ModuleNotFoundError)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _exit(message: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -32,6 +35,18 @@ COMMANDS = {
 }
 
 
+class NormParser(LightningArgumentParser):
+    """LightningCLI's parser; an error is the few lines that matter, with the nearest name."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        options = [o for action in parser._actions for o in action.option_strings]
+        self.exit(2, f"lightning-norm: error: {clarify(message, options)}\n")
+
+
 class NormCLI(LightningCLI):
     """LightningCLI for any model and data, in which ``class_path: NormSwap`` and ``ImageClassifier`` need no prefix.
 
@@ -44,7 +59,6 @@ class NormCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True, **options: Any) -> None:
-        self.defaults_used: list[str] = []
         if run:
             options.setdefault("parser_kwargs", _descriptions())
         super().__init__(
@@ -52,6 +66,7 @@ class NormCLI(LightningCLI):
             None,  # data are not required: a model may bring its own
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_class=NormParser,
             seed_everything_default=0,
             trainer_defaults={"max_epochs": 5},
             args=expand_root(list(args)) if args is not None else None,
@@ -113,6 +128,40 @@ def expand_root(args: list[str]) -> list[str]:
         else:
             kept.append(arg)
     return kept + found
+
+
+def clarify(message: str, options: Sequence[str]) -> str:
+    """Shorten a message of jsonargparse to what went wrong where, and add the nearest name.
+
+    >>> clarify("Subcommand 'fit' does not accept option 'trainer.max_epoch'", ["--trainer.max_epochs"])
+    "Subcommand 'fit' does not accept option 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"
+    """
+    noise = ("Does not validate against", "Subtypes:", "- Expected a <class 'NoneType'>", "Errors:")
+    kept: list[str] = []
+    for line in message.splitlines():
+        if line.strip().startswith(("Given value", "- Not a valid subclass")):
+            break
+        if not line.strip().startswith(noise):
+            kept.append(line)
+    text = "\n".join(kept)
+    typo = re.search(r"(?:[Oo]ption|[Kk]ey|arguments?:?) '?-{0,2}([\w.]+)'? is not accepted|accept option '([\w.]+)'", text)
+    if typo is None:
+        name = re.search(r"Expected a dot import path string: (\w+)", text)
+        close = difflib.get_close_matches(name[1], [n for n in dir(job) if n[0].isupper()], n=1) if name else []
+        return text + (f". Did you mean {close[0]!r}?" if close else "")
+    known = [option.lstrip("-") for option in options]
+    owner = re.findall(r"class_path '([\w.]+)'", text)
+    if owner:
+        known = list(inspect.signature(_import(owner[-1])).parameters)
+    near = difflib.get_close_matches(typo[1] or typo[2], known, n=1)
+    names = f" It takes {', '.join(known)}." if owner else ""
+    return text + (f". Did you mean {near[0]!r}?" if near else ".") + names
+
+
+def _import(path: str) -> Any:
+    from jsonargparse._util import import_object
+
+    return import_object(path)
 
 
 def class_path(cls: type) -> str:

@@ -1,0 +1,89 @@
+"""``lightning-norm plan``: what NormSwap would do, without training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_norm.callbacks import NormSwap
+from lightning_norm.cli.job import ImageClassifier
+from lightning_norm.cli.norm_cli import NormCLI
+from lightning_norm.surgery.report import SwapReport
+from lightning_norm.surgery.swap import swap
+
+HELP = """usage: lightning-norm plan --config FILE [options of fit] [--save PLAN]
+
+Build the model and the callbacks, and print what NormSwap would do to each layer. Nothing is trained or changed.
+
+  --save PLAN   also write the plan as YAML. Edit a row (norm: null leaves a layer alone) and apply it with
+                  trainer.callbacks: [{class_path: NormSwap, init_args: {plan: PLAN}}]
+
+example:
+  lightning-norm plan --config examples/configs/digits_sn.yaml --save plan.yaml
+"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Print the plan of every NormSwap in the configuration.
+
+    Args:
+        argv: the arguments behind ``plan``.
+
+    Raises:
+        ValueError: ``--save`` without a path, or no NormSwap in the configuration.
+        SystemExit: an argument or a configuration file is wrong.
+    """
+    if not argv or "--help" in argv or "-h" in argv:
+        print(HELP, end="")
+        return
+    arguments, save = _take_save(list(argv))
+    cli = NormCLI(arguments, run=False, save_config_callback=None)
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+    swaps = [c for c in callbacks if isinstance(c, NormSwap)]
+    if not swaps:
+        raise ValueError(
+            "the configuration has no NormSwap: add trainer.callbacks: [{class_path: NormSwap, init_args: {norm: sn}}]."
+        )
+    if save and len(swaps) > 1:
+        raise ValueError(f"--save writes one plan, the configuration has {len(swaps)} NormSwap callbacks.")
+    for callback in swaps:
+        report = _dry_run(cli.model, callback)
+        print(report)
+        if save:
+            Path(save).write_text(report.to_yaml(), encoding="utf-8")
+            print(f"written to {save}; apply it with NormSwap(plan={save!r})")
+
+
+def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
+    late = is_overridden("configure_model", model, pl.LightningModule)
+    if late:
+        # The Trainer calls it after setup; without a Trainer it runs here, on this copy of the model that nobody trains.
+        model.configure_model()
+        print("configure_model() was called: the layers it builds are in the table.", file=sys.stderr)
+    if is_overridden("setup", model, pl.LightningModule) and not isinstance(model, ImageClassifier):
+        print(
+            f"{type(model).__name__}.setup() was not called: layers that it builds are swapped too, but not shown.",
+            file=sys.stderr,
+        )
+    return swap(model, **callback.swap_arguments(), dry_run=True)
+
+
+def _take_save(arguments: list[str]) -> tuple[list[str], str | None]:
+    kept: list[str] = []
+    save: str | None = None
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--save":
+            save = next(rest, "")
+        elif argument.startswith("--save="):
+            save = argument.partition("=")[2]
+        else:
+            kept.append(argument)
+    if save is not None and (not save or save.startswith("-")):
+        raise ValueError("--save needs a path: --save plan.yaml.")
+    return kept, save
