@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import override
 
 from lightning_norm.callbacks import NormSwap

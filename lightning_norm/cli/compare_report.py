@@ -37,8 +37,8 @@ def summarize(rows: Sequence[Row], norms: Sequence[str], baseline: str) -> str:
     notes = [
         table(lines),
         "An interval that contains 0 is no evidence of a difference.",
-        f"{seeds} seed{'s' if seeds > 1 else ''}, paired by seed; intervals are Student's t over seeds, and say nothing",
-        "about other data. Step times: medians of training runs, not interleaved; `lightning-norm bench` is more exact.",
+        f"{seeds} seed{'s' if seeds > 1 else ''}, paired by seed; Student's t over seeds, which says nothing about other data.",
+        "Step times are medians of whole training runs; `lightning-norm bench` measures side by side.",
     ]
     if "bn" in norms:
         notes.append("bn is the network's own torch BatchNorm, unswapped.")
@@ -108,7 +108,9 @@ def matplotlib() -> tuple[Any, Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"pictures need matplotlib ({error}): pip install 'lightning-norm[examples]'.") from error
+        raise ModuleNotFoundError(
+            f"pictures need matplotlib ({error}): pip install 'lightning-norm[examples]'."
+        ) from error
     return Figure, FigureCanvasAgg
 
 

@@ -59,8 +59,9 @@ class InMemoryLoader:
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Images]:
-        for chunk in torch.tensor(list(self.sampler)).split(self.batch_size)[: len(self)]:
-            yield self.dataset[chunk]
+        order = torch.tensor(list(self.sampler))
+        for batch in range(len(self)):
+            yield self.dataset[order[batch * self.batch_size : (batch + 1) * self.batch_size]]
 
 
 class ImageData(pl.LightningDataModule):
@@ -264,5 +265,5 @@ def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     return by_class[~held].sort().values, by_class[held].sort().values
 
 
-def _as_is(batch: Images) -> Images:
+def _as_is(batch: Any) -> Any:
     return batch

@@ -84,7 +84,8 @@ class ImageClassifier(pl.LightningModule):
 
     @override
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self(batch[0]).argmax(1)
+        predicted: Tensor = self(batch[0]).argmax(1)
+        return predicted
 
     @override
     def configure_optimizers(self) -> Any:

@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(OVERVIEW, end="")
         return
     if command == "--version":
-        from lightning_norm import __version__
+        from importlib.metadata import version
 
-        print(f"lightning-norm {__version__}")
+        print(f"lightning-norm {version('lightning-norm')}")
         return
     if command not in TRAINING + OTHERS:
         _exit(_unknown(command))
@@ -78,7 +78,10 @@ def _run(command: str, arguments: list[str]) -> None:
     elif command == "compare":
         from lightning_norm.cli.compare import run
     else:
-        from lightning_norm.cli.bench import run
+        from lightning_norm.cli import bench
+
+        bench.run(arguments[1:])
+        return
     run(arguments[1:])
 
 

@@ -100,9 +100,7 @@ class NormCLI(LightningCLI):
             return
         checkpoint: Any = trainer.checkpoint_callback
         best = "best" if getattr(checkpoint, "monitor", None) and checkpoint.best_model_path else None
-        results = trainer.test(
-            None if best else self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False
-        )
+        results = trainer.test(None if best else self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
         accuracy = results[0]["test_acc"] if results else math.nan
         line = [f"Test accuracy {accuracy:.3f}" + (f" (best {checkpoint.monitor})" if best else "")]
         if isinstance(trainer.logger, TensorBoardLogger):
@@ -144,7 +142,9 @@ def clarify(message: str, options: Sequence[str]) -> str:
         if not line.strip().startswith(noise):
             kept.append(line)
     text = "\n".join(kept)
-    typo = re.search(r"(?:[Oo]ption|[Kk]ey|arguments?:?) '?-{0,2}([\w.]+)'? is not accepted|accept option '([\w.]+)'", text)
+    typo = re.search(
+        r"(?:[Oo]ption|[Kk]ey|arguments?:?) '?-{0,2}([\w.]+)'? is not accepted|accept option '([\w.]+)'", text
+    )
     if typo is None:
         name = re.search(r"Expected a dot import path string: (\w+)", text)
         close = difflib.get_close_matches(name[1], [n for n in dir(job) if n[0].isupper()], n=1) if name else []

@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> None:
 def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
     late = is_overridden("configure_model", model, pl.LightningModule)
     if late:
-        # The Trainer calls it after setup; without a Trainer it runs here, on this copy of the model that nobody trains.
+        # The Trainer calls it after setup; without one it runs here, on a model that nobody trains.
         model.configure_model()
         print("configure_model() was called: the layers it builds are in the table.", file=sys.stderr)
     if is_overridden("setup", model, pl.LightningModule) and not isinstance(model, ImageClassifier):
