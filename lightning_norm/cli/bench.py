@@ -103,7 +103,7 @@ def bench_shape(
     """Time one forward and backward of every contender at one shape.
 
     Returns:
-        A row per contender: name, milliseconds (median and quartiles), ratio to nn.BatchNorm and to its own naive formula.
+        A row per contender: milliseconds (median, quartiles), ratios to nn.BatchNorm and to its own naive formula.
 
     Raises:
         ArithmeticError: a contender's output or input gradient is not what float64 says.

@@ -129,7 +129,7 @@ def test_exceptions_leave_nothing_wrapped():
     pickle.dumps(model)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has changed")
 def test_works_with_checkpoint_resume(tmp_path):
     from lightning.pytorch.callbacks import ModelCheckpoint
 

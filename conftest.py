@@ -29,6 +29,11 @@ def _nan_in_fresh_memory(monkeypatch):
         monkeypatch.setattr(torch, name, filling(getattr(torch, name)))
 
 
+@pytest.fixture(autouse=True)
+def _names_in_docstrings(doctest_namespace):
+    doctest_namespace["torch"] = torch
+
+
 def pytest_configure():
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # one worker per core
