@@ -37,7 +37,7 @@ def summarize(rows: Sequence[Row], norms: Sequence[str], baseline: str) -> str:
     notes = [
         table(lines),
         "An interval that contains 0 is no evidence of a difference.",
-        f"{seeds} seed{'s' if seeds > 1 else ''}, paired by seed; Student's t over seeds, which says nothing about other data.",
+        f"{seeds} seed{'s' if seeds > 1 else ''}, paired; Student's t over seeds, which says nothing about other data.",
         "Step times are medians of whole training runs; `lightning-norm bench` measures side by side.",
     ]
     if "bn" in norms:
@@ -81,10 +81,16 @@ def draw(rows: Sequence[Row], norms: Sequence[str], path: Path, title: str) -> N
         ("validation accuracy (higher is better)", "training loss (lower is better)"),
         strict=True,
     ):
-        for i, norm in enumerate(norms):
+        least = [
             _curve(axes, [json.loads(r[column]) for r in rows if r["norm"] == norm], norm, i)
+            for i, norm in enumerate(norms)
+        ]
         if column == "train_loss":
             axes.set_yscale("log")
+            axes.set_ylim(bottom=0.5 * min(least))
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))  # no accuracy is above 1, whatever its deviation
         axes.set_title(label, loc="left")
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -114,7 +120,8 @@ def matplotlib() -> tuple[Any, Any]:
     return Figure, FigureCanvasAgg
 
 
-def _curve(axes: Any, runs: list[list[float]], norm: str, i: int) -> None:
+def _curve(axes: Any, runs: list[list[float]], norm: str, i: int) -> float:
+    """Draw one norm and return the least value of its mean curve."""
     by_epoch = list(zip(*runs, strict=True))
     epochs = range(1, len(by_epoch) + 1)
     mean = [statistics.mean(values) for values in by_epoch]
@@ -122,9 +129,10 @@ def _curve(axes: Any, runs: list[list[float]], norm: str, i: int) -> None:
     axes.plot(epochs, mean, label=f"{norm}  {mean[-1]:.3f} at the end", linewidth=2, markersize=5, **look)
     if len(runs) > 1:
         sd = [statistics.stdev(values) for values in by_epoch]
-        low = [max(m - s, 0.5 * m) for m, s in zip(mean, sd, strict=True)]  # a logarithmic axis has no zero
+        low = [max(m - s, 1e-12) for m, s in zip(mean, sd, strict=True)]  # a logarithmic axis has no zero
         high = [m + s for m, s in zip(mean, sd, strict=True)]
         axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    return min(mean)
 
 
 def _median(rows: dict[int, Row], column: str) -> float:

@@ -258,10 +258,9 @@ def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(labels), generator=generator)
     by_class = order[labels[order].sort(stable=True).indices]
-    # Every 1/fraction-th of the images in class order, so that the parts have the size that was asked for.
-    steps = (torch.arange(len(labels)) * fraction + 0.5).floor()
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    held[1:] = steps[1:] > steps[:-1]
+    # Every 1/fraction-th of the images in class order, so that the parts have the size that was asked for, rounded up.
+    steps = (torch.arange(len(labels) + 1, dtype=torch.float64) * fraction - 1e-9).ceil()
+    held = steps[1:] > steps[:-1]
     return by_class[~held].sort().values, by_class[held].sort().values
 
 

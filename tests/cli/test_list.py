@@ -1,0 +1,25 @@
+import json
+
+from lightning_norm import normalizers
+from lightning_norm.cli.list import run
+
+
+def test_the_table_has_a_row_per_normalizer(capsys):
+    run([])
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(normalizers())
+    columns = {name: lines[0].index(name) for name in ("added", "batch", "keeps")}
+    for line in lines[1:]:
+        assert all(line[start - 2 : start] == "  " for start in columns.values())
+    sn = next(line for line in lines if line.startswith("sn "))
+    assert sn[columns["added"] :].split() == ["3+3", "yes", "yes", "no"]
+
+
+def test_json_holds_the_declarations(capsys):
+    run(["--json"])
+    rows = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == list(normalizers())
+    for key, cls in normalizers().items():
+        assert rows[key]["added"] == cls.learns
+        assert rows[key]["uses_batch"] is cls.uses_batch
+        assert rows[key]["paper"] == (str(cls.paper) if cls.paper else None)

@@ -1,0 +1,207 @@
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lightning_norm
+from lightning_norm.cli.main import OTHERS, TRAINING, main
+from lightning_norm.cli.norm_cli import clarify, expand_root
+
+# LightningCLI 2.6 calls names that jsonargparse renamed in 4.5x.
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+SN = str(CONFIGS / "digits_sn.yaml")
+QUICK = ["--trainer.fast_dev_run", "1", "--data.batch_size", "8", "--trainer.enable_progress_bar", "false"]
+
+OWN = """
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+class OwnModel(pl.LightningModule):
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
+        self.lost = []
+
+    def training_step(self, batch, batch_idx):
+        self.lost.append(type(self.net[1]).__name__)
+        return self.net(batch).square().mean()
+
+    def on_train_end(self):
+        print("trained with", self.lost[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def train_dataloader(self):
+        return [torch.randn(4, 3)]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def script(*args, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lightning_norm", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, **kwargs)
+
+
+def refused(capfd, *args):
+    with pytest.raises(SystemExit) as error:
+        main(list(args))
+    assert error.value.code == 2
+    return capfd.readouterr().err
+
+
+def edited(tmp_path, *changes):
+    text = Path(SN).read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / "edited.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_the_overview_shows_every_command(capsys):
+    main([])
+    shown = capsys.readouterr().out
+    for command in TRAINING + OTHERS:
+        assert f"lightning-norm {command}" in shown
+    main(["--help"])
+    assert capsys.readouterr().out == shown
+
+
+def test_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"lightning-norm {lightning_norm.__version__}\n"
+
+
+def test_an_unknown_command_names_the_nearest(capfd):
+    assert "Did you mean 'compare'?" in refused(capfd, "compar")
+
+
+@pytest.mark.parametrize("command", TRAINING + OTHERS)
+def test_help_has_an_example(capsys, command):
+    with contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    assert f"lightning-norm {command}" in capsys.readouterr().out.replace("usage: ", "", 1)
+
+
+def test_fit_prints_swap_result_and_what_is_next(tmp_path):
+    done = script(
+        "fit", "--config", SN, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "6", "--data.batch_size",
+        "16", "--trainer.limit_test_batches", "1.0", "--trainer.enable_progress_bar", "false",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout + done.stderr
+    assert "NormSwap: 20 of 20 BatchNorm2d layers -> SwitchableNorm" in shown
+    assert "num_workers" not in shown
+    closing = next(line for line in shown.splitlines() if line.startswith("Test accuracy"))
+    assert "tensorboard --logdir lightning_logs" in closing
+    assert "lightning-norm compare --norms bn,sn,bcn" in closing
+    assert list(tmp_path.glob("lightning_logs/version_0/events*"))
+    saved = yaml.safe_load((tmp_path / "lightning_logs/version_0/config.yaml").read_text())
+    assert saved["model"]["init_args"]["num_classes"] == 10
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_configuration_trains(config):
+    main(["fit", "--config", str(config), *QUICK])
+
+
+def test_the_configurations_cover_the_built_in_normalizers():
+    assert {p.stem.removeprefix("digits_") for p in CONFIGS.glob("digits_*.yaml")} >= set(lightning_norm.normalizers())
+
+
+def test_the_printed_configuration_is_a_configuration(tmp_path, capsys):
+    printed = []
+    config = SN
+    for i in range(2):
+        with pytest.raises(SystemExit) as end:
+            main(["fit", "--config", config, "--print_config"])
+        assert end.value.code == 0
+        printed.append(capsys.readouterr().out)
+        config = str(tmp_path / f"printed{i}.yaml")
+        Path(config).write_text(printed[-1], encoding="utf-8")
+    assert printed[0] == printed[1]
+    assert yaml.safe_load(printed[0])["model"]["class_path"].endswith("ImageClassifier")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("max_epochs", "max_epoch"), "Did you mean 'trainer.max_epochs'?"),
+        (("momentum: 0.9", "momentun: 0.9"), "Did you mean 'momentum'?"),
+        (("compile: false", "compil: false"), "Did you mean 'compile'?"),
+        (("class_path: Digits", "class_path: Digit"), "Did you mean 'Digits'?"),
+        (("norm: sn", "norm: switchabel"), "Did you mean 'sn' (SwitchableNorm)"),
+        (("arch: resnet18", "arch: resnet17"), "Did you mean resnet18"),
+    ],
+)
+def test_a_typo_is_told_with_the_nearest_name(tmp_path, capfd, change, said):
+    message = refused(capfd, "fit", "--config", edited(tmp_path, change), *QUICK)
+    assert said in message
+    assert "Traceback" not in message
+    assert "usage:" not in message
+
+
+def test_a_missing_file_and_a_missing_model_are_told(capfd):
+    assert "nowhere.yaml" in refused(capfd, "fit", "--config", "nowhere.yaml")
+    assert "fit.model" in refused(capfd, "fit")
+
+
+def test_a_users_own_module_and_data_less_model(tmp_path, capfd):
+    (tmp_path / "own_job.py").write_text(OWN)
+    main(
+        ["fit", "--model", "own_job.OwnModel", "--trainer.max_epochs", "1", "--trainer.callbacks+=NormSwap",
+         "--trainer.callbacks.norm=sn", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false",
+         "--trainer.enable_progress_bar", "false"]
+    )  # fmt: skip
+    shown = capfd.readouterr()
+    assert "trained with SwitchableNorm" in shown.out
+    assert "Test accuracy" not in shown.out + shown.err
+
+
+def test_a_users_own_error_keeps_its_traceback(tmp_path):
+    (tmp_path / "broken_job.py").write_text(OWN.replace("self.lost = []", "raise ValueError('mine')"))
+    with pytest.raises(ValueError, match="mine"):
+        main(["fit", "--model", "broken_job.OwnModel", "--trainer.logger", "false"])
+
+
+def test_our_own_error_with_its_traceback(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_NORM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="switchabel"):
+        main(["compare", "--norms", "switchabel"])
+
+
+def test_validate_test_and_predict_read_the_checkpoint(tmp_path, capfd):
+    small = ["--model.arch", "resnet18", "--data.batch_size", "8", "--trainer.enable_progress_bar", "false"]
+    limits = [f"--trainer.limit_{s}_batches=2" for s in ("train", "val", "test", "predict")]
+    main(["fit", "--config", SN, "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "1", *small, *limits])
+    (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
+    assert "net.layer1.0.bn1.mean_weight" in torch.load(checkpoint, weights_only=True)["state_dict"]
+    for command, shown in (("validate", "val_acc"), ("test", "test_acc"), ("predict", "NormSwap")):
+        main([command, "--config", SN, "--ckpt_path", str(checkpoint), *small, *limits])
+        captured = capfd.readouterr()
+        assert shown in captured.out + captured.err
+
+
+def test_root_goes_behind_the_data():
+    assert expand_root(["fit", "--root=d", "--data", "X"]) == ["fit", "--data", "X", "--data.init_args.root", "d"]
+    assert expand_root(["fit", "--root"]) == ["fit", "--data.init_args.root"]
+
+
+def test_clarify_leaves_other_messages_alone():
+    assert clarify("something else", ["--a"]) == "something else"
