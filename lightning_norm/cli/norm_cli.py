@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -91,6 +92,21 @@ class NormCLI(LightningCLI):
         data = {class_path(c): c for c in _built_in_data()}.get(config.data.class_path)
         if data is not None and config.model.init_args.get("num_classes") is None:
             config.model.init_args.num_classes = data.num_classes
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        callbacks = self._get(self.config_init, "trainer", {}).get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        path = self._get(self.config_init, "ckpt_path")
+        if (
+            self.subcommand != "fit"
+            and path
+            and Path(path).is_file()
+            and not any(isinstance(c, Checkpoint) for c in callbacks)
+        ):
+            # The Trainer compares the folder of the file that it reads with the one it would write to.
+            kwargs["callbacks"] = [*callbacks, ModelCheckpoint(dirpath=Path(path).parent)]
+        return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
         """Test the built-in job's best weights, or its last where no checkpoint is monitored, and say what is next."""

@@ -41,7 +41,7 @@ class OwnModel(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
     def train_dataloader(self):
-        return [torch.randn(4, 3)]
+        return torch.utils.data.DataLoader(torch.randn(8, 3), batch_size=4)
 """
 
 
