@@ -147,28 +147,31 @@ class SwapReport:
         lines = [f"{len(self)} of {self.candidates} {sources} layers {verb} {names or 'nothing'}"]
         if not self.layers:
             return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
-        kinds = dict.fromkeys(
-            "running statistics" if m.startswith("running") else m for layer in self.layers for m in layer.moved
+        total = f" ({self.total_before:,} -> {self.total_before + self.parameters_added:,})".replace(",", " ")
+        lines.append(
+            f"  parameters  +{self.parameters_added}{total if self.total_before else ''}     moved: {self._kinds('moved')}"
         )
-        kinds.pop("num_batches_tracked", None)
-        total = (
-            f" ({self.total_before:,} -> {self.total_before + self.parameters_added:,})".replace(",", " ")
-            if self.total_before
-            else ""
-        )
-        lines.append(f"  parameters  +{self.parameters_added}{total}     moved: {', '.join(kinds) or 'nothing'}")
+        without = sum(1 for layer in self.layers if layer.dropped)
+        if without:
+            lines.append(
+                f"  dropped     {self._kinds('dropped')} in {without} layers, whose normalizer has no use for them"
+            )
         changed = [layer for layer in self.layers if not layer.preserved]
         if changed:
             why = "; ".join(dict.fromkeys(f"{layer.norm['class_path']}: {layer.reason}" for layer in changed))
             lines.append(f"  evaluation  differs from the original network in {len(changed)} layers ({why})")
         else:
             lines.append("  evaluation  the same as the original network's until training changes it")
-        first = self.layers[0]
-        lines.append(
-            f"  backend     {first.backend}     sync: {'on' if first.sync else 'off'} (in training with several "
-            "processes)"
-        )
+        sync = "on in training with several processes" if any(layer.sync for layer in self.layers) else "off"
+        lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
         return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
+
+    def _kinds(self, what: str) -> str:
+        names = dict.fromkeys(name for layer in self.layers for name in getattr(layer, what))
+        names.pop("num_batches_tracked", None)
+        return (
+            ", ".join(dict.fromkeys("running statistics" if n.startswith("running") else n for n in names)) or "nothing"
+        )
 
     def __str__(self) -> str:
         rows = [("layer", "from", "to", "C", "added", "evaluation", "backend", "sync")]
