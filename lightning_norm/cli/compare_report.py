@@ -132,7 +132,7 @@ def _curve(axes: Any, runs: list[list[float]], norm: str, i: int) -> float:
         low = [max(m - s, 1e-12) for m, s in zip(mean, sd, strict=True)]  # a logarithmic axis has no zero
         high = [m + s for m, s in zip(mean, sd, strict=True)]
         axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    return min(mean)
+    return float(min(mean))
 
 
 def _median(rows: dict[int, Row], column: str) -> float:
