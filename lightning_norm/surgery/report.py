@@ -148,9 +148,8 @@ class SwapReport:
         if not self.layers:
             return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
         total = f" ({self.total_before:,} -> {self.total_before + self.parameters_added:,})".replace(",", " ")
-        lines.append(
-            f"  parameters  +{self.parameters_added}{total if self.total_before else ''}     moved: {self._kinds('moved')}"
-        )
+        added = f"+{self.parameters_added}" + (total if self.total_before else "")
+        lines.append(f"  parameters  {added}     moved: {self._kinds('moved')}")
         without = sum(1 for layer in self.layers if layer.dropped)
         if without:
             lines.append(
