@@ -124,7 +124,7 @@ def _curve(axes: Any, runs: list[list[float]], norm: str, i: int) -> float:
     """Draw one norm and return the least value of its mean curve."""
     by_epoch = list(zip(*runs, strict=True))
     epochs = range(1, len(by_epoch) + 1)
-    mean = [statistics.mean(values) for values in by_epoch]
+    mean: list[float] = [statistics.mean(values) for values in by_epoch]
     look = {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)], "marker": MARKERS[i % len(MARKERS)]}
     axes.plot(epochs, mean, label=f"{norm}  {mean[-1]:.3f} at the end", linewidth=2, markersize=5, **look)
     if len(runs) > 1:

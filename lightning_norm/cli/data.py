@@ -147,7 +147,7 @@ class ImageData(pl.LightningDataModule):
 class Digits(ImageData):
     """scikit-learn's 1797 handwritten digits of 8 x 8 pixels: 1437 to train, 180 to validate, 180 to test.
 
-    They are padded to 12 x 12, so that the last maps of a resnet are 2 x 2 and instance statistics exist there.
+    They are padded to 10 x 10, so that the last maps of a resnet are 2 x 2 and instance statistics exist there.
 
     Args:
         batch_size: samples per batch and process.
@@ -169,7 +169,7 @@ class Digits(ImageData):
             ) from error
         data = load_digits()
         images = torch.from_numpy(data.images).to(torch.uint8).unsqueeze(1)
-        images = torch.nn.functional.pad(images, (2, 2, 2, 2))
+        images = torch.nn.functional.pad(images, (1, 1, 1, 1))
         labels = torch.from_numpy(data.target).long()
         rest, held = stratified_split(labels, 0.2)
         val, test = stratified_split(labels[held], 0.5)
