@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,7 @@ def run(argv: Sequence[str]) -> None:
         if not any(row["norm"] == norm and row["seed"] == str(seed) for row in rows)
     ]
     data = getattr(job, options.data)(batch_size=options.batch_size, root=options.root)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the Trainer introduces itself once per run
-    with tqdm(todo, desc="runs", unit="run", disable=not todo) as bar:
+    with _quiet(), tqdm(todo, desc="runs", unit="run", disable=not todo) as bar:
         for norm, seed in bar:
             bar.set_postfix_str(f"{norm}, seed {seed}")
             rows.append(append(out / "runs.csv", one_run(norm, seed, data, options)))
@@ -189,6 +189,18 @@ def append(path: Path, row: dict[str, str]) -> dict[str, str]:
             writer.writeheader()
         writer.writerow(row)
     return row
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the Trainer's introduction of itself, which would come once per run."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _check(options: argparse.Namespace, norms: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import pkgutil
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing_extensions import override
 
 from lightning_norm.cli import job
 from lightning_norm.cli.data import ImageData
+from lightning_norm.normalizers.registry import normalizers, resolve
 
 DESCRIPTION = """{what}
 
@@ -163,21 +165,19 @@ def clarify(message: str, options: Sequence[str]) -> str:
     )
     if typo is None:
         name = re.search(r"Expected a dot import path string: (\w+)", text)
+        ours = {n for key, cls in normalizers().items() for n in (key, cls.__name__)}
+        if name and name[1] in ours:  # jsonargparse looks at any class_path itself, and knows no keys
+            path = f"lightning_norm.{resolve(name[1])[0].__name__}"
+            return f"{text}. Type norm: {name[1]} with norm_args: {{...}}, or class_path: {path} in full."
         close = difflib.get_close_matches(name[1], [n for n in dir(job) if n[0].isupper()], n=1) if name else []
         return text + (f". Did you mean {close[0]!r}?" if close else "")
     known = [option.lstrip("-") for option in options]
     owner = re.findall(r"class_path '([\w.]+)'", text)
     if owner:
-        known = list(inspect.signature(_import(owner[-1])).parameters)
+        known = list(inspect.signature(pkgutil.resolve_name(owner[-1])).parameters)
     near = difflib.get_close_matches(typo[1] or typo[2], known, n=1)
     names = f" It takes {', '.join(known)}." if owner else ""
     return text + (f". Did you mean {near[0]!r}?" if near else ".") + names
-
-
-def _import(path: str) -> Any:
-    from jsonargparse._util import import_object
-
-    return import_object(path)
 
 
 def class_path(cls: type) -> str:
