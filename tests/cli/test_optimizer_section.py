@@ -5,8 +5,8 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule
 
-from lightning_norm.cli.norm_cli import NormCLI
 from lightning_norm import OptimizerError
+from lightning_norm.cli.norm_cli import NormCLI
 from tests.callbacks.toy import LateNet, Net, loader
 
 
