@@ -89,6 +89,7 @@ def draw(rows: Sequence[Row], norms: Sequence[str], path: Path, title: str) -> N
             axes.set_yscale("log")
             axes.set_ylim(bottom=0.5 * min(least))
             axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
         else:
             axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))  # no accuracy is above 1, whatever its deviation
         axes.set_title(label, loc="left")
