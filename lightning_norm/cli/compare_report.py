@@ -88,6 +88,7 @@ def draw(rows: Sequence[Row], norms: Sequence[str], path: Path, title: str) -> N
         if column == "train_loss":
             axes.set_yscale("log")
             axes.set_ylim(bottom=0.5 * min(least))
+            axes.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
         else:
