@@ -33,9 +33,11 @@ class NormMonitor(Callback):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"NormMonitor: every_n_steps must be at least 1 or None, got {every_n_steps!r}.")
         self.every_n_steps, self.prefix = every_n_steps, prefix
+        self._last = -1
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._last = -1
         if not trainer.loggers:
             warnings.warn(
                 "NormMonitor logs nothing: the Trainer has no logger. Pass logger=True.", NoEffectWarning, stacklevel=2
@@ -50,13 +52,13 @@ class NormMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step that Lightning's own monitors log at
-        if trainer.loggers and trainer.is_global_zero and step % (self.every_n_steps or trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every == 0:
             self._log(trainer, pl_module, step)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.loggers and trainer.is_global_zero:
-            self._log(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self._log(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def quantities(self, model: torch.nn.Module) -> dict[str, Tensor]:
         """Return tag -> 0-dim tensor for every layer that has something to show."""
@@ -68,6 +70,9 @@ class NormMonitor(Callback):
         }
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        if not trainer.loggers or not trainer.is_global_zero or step == self._last:  # gradients accumulate: same step
+            return
+        self._last = step
         found = self.quantities(pl_module)
         if found:
             values = torch.stack([v.float() for v in found.values()]).tolist()

@@ -16,6 +16,7 @@ from lightning_norm.callbacks.optimizers import add_missing, check_owned, optimi
 from lightning_norm.callbacks.wrap import WrappedMethods
 from lightning_norm.normalizers.registry import resolve
 from lightning_norm.ops.compiled import on_compile
+from lightning_norm.ops.sync import gather
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.select import Site
 from lightning_norm.surgery.swap import judge, try_swap
@@ -92,6 +93,7 @@ class NormSwap(Callback):
         self._model: pl.LightningModule | None = None
         self._missed: set[str] = set()
         self._sites: list[Site] = []
+        self._made: set[int] = set()
         self._wrapped = WrappedMethods()
         self._stop_observing: Callable[[], None] | None = None
 
@@ -116,6 +118,7 @@ class NormSwap(Callback):
         self._check_order(trainer)
         if self._model is not pl_module:
             self._model, self.report, self._missed, self._sites = pl_module, None, set(), []
+            self._made = set()
         self._wrapped.clear()
         fresh = self.report is None
         self._swap(pl_module)
@@ -165,8 +168,8 @@ class NormSwap(Callback):
             self._stop_observing = None
 
     def _swap(self, pl_module: pl.LightningModule) -> None:
-        report, missed, sites = try_swap(pl_module, **self.swap_arguments())
-        report.commit()
+        report, missed, sites = try_swap(pl_module, **self.swap_arguments(), leave=self._made)
+        self._made |= report.commit()
         first = self.report is None
         self._missed = set(missed) if first else self._missed & set(missed)
         self._sites = list({id(site.module): site for site in [*self._sites, *sites]}.values())
@@ -179,10 +182,29 @@ class NormSwap(Callback):
     def _late(self, pl_module: pl.LightningModule, original: Callable[[], Any], fresh: bool) -> None:
         original()
         self._swap(pl_module)
+        self._check_ranks()
         if fresh and self.report is not None:
-            judge(pl_module, self.report, sorted(self._missed), self._sites, "warn", again_is_fine=True)
+            specs = [spec for spec in [self.norm, *(self.rules or {}).values()] if spec is not None]
+            wanted = {resolve(spec)[0] for spec in specs}
+            judge(pl_module, self.report, sorted(self._missed), self._sites, "warn", fine=wanted)
             if len(self.report):
                 rank_zero_info(f"NormSwap: {self.report.summary()}")
+
+    def _check_ranks(self) -> None:
+        """Ranks that swapped different layers would wait for each other forever in the first collective."""
+        mine = [] if self.report is None else [f"{row.name} {row.norm}" for row in self.report.layers]
+        plans = gather(mine)
+        for rank, other in enumerate(plans):
+            if other != plans[0]:
+                extra = [p for p in plans[0] if p not in other]
+                more = [p for p in other if p not in plans[0]]
+                difference = (
+                    f"missing there: {extra[0]}" if extra else f"only there: {more[0]}" if more else "other order"
+                )
+                raise RuntimeError(
+                    f"ranks disagree on the swap: rank 0 has {len(plans[0])} layers, rank {rank} has {len(other)} "
+                    f"({difference}). Every rank must build the same model and use the same NormSwap."
+                )
 
     def _optimizers(self, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
         configured = original()

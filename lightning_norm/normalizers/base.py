@@ -16,7 +16,7 @@ from lightning_norm.normalizers.running import RunningStats
 from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
 from lightning_norm.ops.compiled import compiled_forward
 from lightning_norm.ops.fused import normalize
-from lightning_norm.ops.layout import layout_of
+from lightning_norm.ops.layout import at_least_float32, layout_of
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.sync import active_ranks
 
@@ -172,7 +172,7 @@ class MomentNorm(Normalizer):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x."""
         if self.compiled and not torch.compiler.is_compiling():
-            return compiled_forward(self, x, _forward, self._kind)
+            return compiled_forward(self, x, _forward)
         return _forward(self, x)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -183,8 +183,6 @@ class MomentNorm(Normalizer):
         """
         if args or kwargs:
             raise TypeError(f"{type(self).__name__}.compile() takes no arguments, got {args} {kwargs}.")
-        names = ("num_features", "eps", "affine", "track_running_stats", "channel_dim", *self.shows)
-        self._kind = (type(self), *(repr(getattr(self, n)) for n in names if n not in self.ranges))
         self.compiled = True
 
     def reset_parameters(self) -> None:
@@ -240,6 +238,19 @@ class MomentNorm(Normalizer):
             elif isinstance(old, Tensor) and old.shape != value.shape and old.numel() == value.numel():
                 state_dict[prefix + name] = old.reshape(value.shape)  # (1, C, 1, 1) in published checkpoints
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._settle()
+
+    def _settle(self) -> None:
+        """After ``load_state_dict(assign=True)``: statistics in float32 at least, nothing left on the meta device."""
+        for name in self.running_names:
+            stat = self._buffers[name]
+            if stat is not None:
+                self._buffers[name] = stat.to(at_least_float32(stat.dtype))
+        held = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None and not t.is_meta]
+        for name, t in self._buffers.items() if held else ():
+            if t is not None and t.is_meta and name in self._non_persistent_buffers_set:
+                value = self._values.get(name[1:]) if name[1:] in self.ranges else 0
+                self._buffers[name] = torch.full_like(t, value or 0, device=held[0].device)
 
 
 def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
@@ -248,7 +259,8 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
     pools = layer.uses_batch or layer.track_running_stats
     ranks = active_ranks(layer.sync, layer.training, layer.sync_group) if pools else None
     of_input = layer.training or not layer.track_running_stats
-    if of_input and ranks is None and layer.statistic_size(layout.n, layout.size) < 2:
+    pooled = ranks is not None and layer.uses_batch  # how many values there are in all is known only after pooling
+    if of_input and not pooled and layer.statistic_size(layout.n, layout.size) < 2:
         raise ValueError(
             f"{who}: expected more than one value per statistic, got {layout.n} sample(s) of {layout.size} "
             "element(s) per "

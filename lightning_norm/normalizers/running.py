@@ -40,7 +40,7 @@ class RunningStats(nn.Module):
             return m
         if not self.training:
             return self.running()
-        self._update(*self.observed(m))
+        self._update(*self.observed(m), m.count)
         return m
 
     def running(self) -> Moments:
@@ -55,8 +55,10 @@ class RunningStats(nn.Module):
         return m.mean, m.var * unbiased(m.count)
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor) -> None:
+    def _update(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
         finite = torch.isfinite(mean + var).all()
+        if isinstance(count, Tensor):  # pooled over ranks, which may all be empty
+            finite = finite & (count > 1).all()
         assert self.num_batches_tracked is not None
         assert self.skipped_updates is not None
         self.num_batches_tracked.add_(finite)

@@ -179,11 +179,9 @@ class SwitchableNorm(MomentNorm):
 
 
 def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
-    """Return the weighted sum of broadcastable tensors, the small ones first."""
-    first, *rest = sorted(
-        zip(terms, weights.to(terms[0].dtype).unbind(), strict=True), key=lambda pair: pair[0].numel()
-    )
-    total = first[0] * first[1]
-    for term, weight in rest:
+    """Return the weighted sum of broadcastable tensors, the last one first: the first is the largest by default."""
+    *rest, (term, weight) = zip(terms, weights.to(terms[0].dtype).unbind(), strict=True)
+    total = term * weight
+    for term, weight in reversed(rest):
         total = torch.addcmul(total, term, weight)
     return total

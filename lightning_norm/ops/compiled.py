@@ -26,23 +26,37 @@ _shapes: Counter[Hashable] = Counter()
 _observers: list[Callable[[str], None]] = []
 
 
-def compiled_forward(layer: nn.Module, x: Tensor, forward: Callable[[Any, Tensor], Tensor], kind: Hashable) -> Tensor:
+def compiled_forward(layer: nn.Module, x: Tensor, forward: Callable[[Any, Tensor], Tensor]) -> Tensor:
     """Run ``forward(layer, x)`` under torch.compile(fullgraph=True).
 
     Args:
         layer: the layer.
         x: its input.
         forward: the plain function to compile.
-        kind: what must agree, beside the input, for two layers to share a graph.
     """
-    kind = (forward, kind, x.dtype, x.dim(), x.device.type, x.device.index, layer.training, torch.is_grad_enabled())
-    key: Hashable = (kind, tuple(x.shape), x.stride(), x.requires_grad)
+    kind = (forward, _kind_of(layer), x.dtype, x.dim(), x.device, x.requires_grad, torch.is_grad_enabled())
+    key: Hashable = (kind, tuple(x.shape), x.stride())
+    what = f"{type(layer).__name__} {tuple(x.shape)}"
     if key not in _graphs and _shapes[kind] >= MANY_SHAPES:
         key = kind
-    graph = _graphs.get(key)
-    if graph is None:
-        graph = _graphs[key] = _new_graph(layer, forward, kind, f"{type(layer).__name__} {tuple(x.shape)}")
-    return graph(layer, x)
+    if key not in _graphs:
+        _graphs[key] = _new_graph(layer, forward, kind, what)
+    try:
+        return _graphs[key](layer, x)
+    except Exception as error:
+        if type(error).__name__ != "FailOnRecompileLimitHit":  # importing it would import the whole compiler
+            raise
+        # torch guards on something that the key does not hold: begin again with a code object that has no variants yet.
+        _graphs[key] = _new_graph(layer, forward, kind, what)
+        return _graphs[key](layer, x)
+
+
+def _kind_of(layer: nn.Module) -> Hashable:
+    """What two layers must agree in to share a graph: the class, its plain attributes, what its tensors are."""
+    plain = tuple(v for v in vars(layer).values() if isinstance(v, (bool, int, float, str, tuple, type(None))))
+    tensors = (*layer._parameters.values(), *layer._buffers.values())
+    kinds = tuple(None if t is None else (t.dtype, t.requires_grad) for t in tensors)
+    return type(layer), repr(plain), kinds
 
 
 def graphs() -> int:
@@ -63,9 +77,8 @@ def _new_graph(
     dynamic = _shapes[kind] > MANY_SHAPES
     if dynamic:
         warnings.warn(
-            f"{type(layer).__name__} met more than {MANY_SHAPES} input shapes: compiled once more for all shapes, "
-            "which is "
-            "slower than a graph per shape. Resize or bucket the inputs, or pass compile=False.",
+            f"{type(layer).__name__} met more than {MANY_SHAPES} input shapes: compiled once more for all of them, "
+            "which is slower than a graph per shape. Resize or bucket the inputs, or pass compile=False.",
             CompileWarning,
             stacklevel=5,
         )

@@ -62,13 +62,15 @@ def normalize(
 def _normalize(
     x: Tensor, algebra: Callable[[Moments], Affine], layout: Layout, given: Moments | None, ranks: Ranks | None
 ) -> Tensor:
+    flat = False
     if given is None:
         hook, mean, var, carrier = _Moments.apply(x, layout)
+        flat = eager.is_flat(x, mean.detach(), var.detach())
         given = Moments(mean, var, layout.size, ranks)
     else:
         hook, carrier = _Alias.apply(x, layout)
     center, scale, shift = algebra(given).expand(layout.n, layout.c)
-    y: Tensor = _Apply.apply(hook, carrier, x, center, scale, shift, layout)
+    y: Tensor = _Apply.apply(hook, carrier, x, center, scale, shift, layout, flat)
     return y
 
 
@@ -111,11 +113,19 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hook: Tensor, carrier: Tensor, x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout
+        ctx: Any,
+        hook: Tensor,
+        carrier: Tensor,
+        x: Tensor,
+        center: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        layout: Layout,
+        flat: bool,
     ) -> Tensor:
-        ctx.layout = layout
+        ctx.layout, ctx.flat = layout, flat
         ctx.save_for_backward(x, center, scale)
-        return eager.apply(x, center, scale, shift, layout)
+        return eager.apply(x, center, scale, shift, layout, flat)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,6 +134,6 @@ class _Apply(torch.autograd.Function):
         need = ctx.needs_input_grad
         dcenter = dscale = dshift = None
         if any(need[3:6]):
-            dshift, dscale = eager.reduce(dy, x, center, scale, ctx.layout)
+            dshift, dscale = eager.reduce(dy, x, center, ctx.layout, ctx.flat)
             dcenter = -scale * dshift
-        return dy if need[0] else None, scale if need[1] else None, None, dcenter, dscale, dshift, None
+        return dy if need[0] else None, scale if need[1] else None, None, dcenter, dscale, dshift, None, None

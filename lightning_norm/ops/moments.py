@@ -72,12 +72,9 @@ class Moments:
         if weights is None and self.ranks is None:
             mean, var = _pool(self.mean, self.var, dim=0)
             return Moments(mean, var, self.count * n)
-        if weights is None:
-            weights = self.mean.new_ones(n, 1)
+        weights = self.mean.new_ones(n, 1) if weights is None else weights.to(self.mean.dtype)
         mass = weights.sum(0).unsqueeze(1)  # (K, 1)
-        share = weights.to(self.mean.dtype).t() / mass.clamp_min(
-            torch.finfo(mass.dtype).tiny
-        )  # (K, N), rows sum to one
+        share = weights.t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
         mean = share @ self.mean  # (K, C)
         between = (self.mean - mean.unsqueeze(1)).square()  # (K, N, C)
         var = (share.unsqueeze(2) * (self.var + between)).sum(1).to(self.var.dtype)

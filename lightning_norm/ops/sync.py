@@ -51,6 +51,15 @@ def active_ranks(sync: bool, training: bool, group: str = "world") -> Ranks | No
     return Ranks(world.group_name)
 
 
+def gather(value: Any) -> list[Any]:
+    """Return what every rank passed, in their order; ``[value]`` for one process. All ranks must call it."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 class _AllReduceSum(torch.autograd.Function):
     """Sum over ranks; its transpose is the same sum over ranks."""
 

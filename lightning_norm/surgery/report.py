@@ -79,15 +79,16 @@ class SwapReport:
         self.layers.append(row)
         self._undo.append((site, layer))
 
-    def commit(self, replace: bool = True) -> None:
-        """Put the layers in place; with ``replace=False`` let them go, as after a dry run."""
+    def commit(self, replace: bool = True) -> set[int]:
+        """Put the layers in place and return their ids; with ``replace=False`` let them go, as after a dry run."""
         if not replace:
             self._undo = []
-            return
+            return set()
         self.dry_run = False
         for site, layer in self._undo:
             for parent, attribute in site.parents:
                 parent._modules[attribute] = layer
+        return {id(layer) for _, layer in self._undo}
 
     def merge(self, other: SwapReport) -> None:
         """Add the layers of a later swap of the same model."""

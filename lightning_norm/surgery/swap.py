@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -105,8 +105,12 @@ def try_swap(
     compile: bool = False,
     sync: bool = True,
     sync_group: str = "world",
+    leave: Collection[int] = (),
 ) -> tuple[SwapReport, list[str], list[Site]]:
-    """As :func:`swap`, but only prepare: returns the report, the patterns that matched nothing, and the candidates."""
+    """As :func:`swap`, but only prepare: returns the report, the patterns that matched nothing, and the candidates.
+
+    ``leave`` holds the ids of modules that are no candidates.
+    """
     if norm is None and not rules:
         raise ValueError("swap needs norm='sn' (say) or rules={'layer1.*': 'sn', ...}.")
     backend_text = _check_backend(backend)
@@ -114,6 +118,7 @@ def try_swap(
         if spec is not None:
             resolve(spec)
     sites, skipped = find_sites(model, source)
+    sites = [site for site in sites if id(site.module) not in leave]
     chosen, missed = assign(sites, norm, include, exclude, rules)
     report = SwapReport([], skipped, len(sites))
     report.total_before = sum(p.numel() for p in model.parameters() if not is_lazy(p))
@@ -174,7 +179,7 @@ def judge(
     sites: list[Site],
     on_empty: str,
     *,
-    again_is_fine: bool = False,
+    fine: Collection[type] = (),
 ) -> None:
     """Raise or warn for patterns that matched nothing and for a swap without a layer.
 
@@ -184,7 +189,7 @@ def judge(
         missed: patterns that matched nothing.
         sites: the candidates.
         on_empty: "warn" or "error".
-        again_is_fine: say nothing where the model holds normalizers of ours already.
+        fine: classes of normalizers that the model may hold already without a word.
     """
     if missed and sites:
         raise ValueError(explain_missed(missed[0], sites))
@@ -192,9 +197,17 @@ def judge(
         return
     ours = [(n.replace("_orig_mod.", ""), m) for n, m in model.named_modules() if isinstance(m, Normalizer)]
     if ours and not sites:
-        if again_is_fine:
-            return
         kinds = sorted({type(m).__name__ for _, m in ours})
+        if fine:
+            if not {type(m) for _, m in ours} & set(fine):
+                wanted = ", ".join(sorted(c.__name__ for c in fine))
+                warnings.warn(
+                    f"nothing left to swap to {wanted}: the model already holds {len(ours)} layers of this package "
+                    f"({', '.join(kinds)}). Swap them again with source={ours[0][1].key!r}, or drop one NormSwap.",
+                    NoEffectWarning,
+                    stacklevel=3,
+                )
+            return
         raise AlreadySwappedError(
             f"nothing left to swap: the model already holds {len(ours)} layers of this package ({', '.join(kinds)}; "
             "first: "

@@ -23,9 +23,10 @@ def compiled_equals_eager(make: Make) -> None:
 
 @check
 def exports(make: Make) -> None:
-    """torch.export takes the layer in evaluation, and the exported program computes the same."""
+    """torch.export takes the layer in evaluation, for any batch size, and the exported program computes the same."""
     layer = built(make).eval()
-    x = features(5, C, 7, 3)
     network = nn.Sequential(layer)  # torch 2.15 miscounts the buffers of a root module that has None among them
-    program = torch.export.export(network, (x,))
-    same(program.module()(x), layer(x), 3e-6, "exported")
+    program = torch.export.export(network, (features(5, C, 7, 3),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    for n in (2, 5, C + 4):  # fewer and more samples than channels
+        x = features(n, C, 7, 3)
+        same(program.module()(x), layer(x), 3e-6, f"exported, {n} samples")

@@ -46,6 +46,30 @@ def as_precise_as_torch(make: Make) -> None:
 
 
 @check
+def gradient_of_weight_as_precise_as_torchs(make: Make) -> None:
+    """At mean/std of 100 and 1000, whatever the weight: its gradient, and x's, no farther from float64 than torch's."""
+    if make(C).weight is None:
+        return
+    shape = (8, C, 14, 13)
+    dy = noise(*shape, seed=7)
+    for ratio in (100, 1000):
+        for gamma in (1.0, 1e-2, 0.0):
+            x = noise(*shape) + ratio
+            errors = []
+            for layer in (make(C), nn.BatchNorm2d(C)):
+                assert layer.weight is not None
+                nn.init.constant_(layer.weight, gamma)
+                wide = copy.deepcopy(layer).double()
+                got, exact = (step(f, x.to(t), dy.to(t)) for f, t in ((layer, torch.float32), (wide, torch.float64)))
+                of_weight = (got.grads["weight"] - exact.grads["weight"]).norm().item()
+                errors.append((of_weight, (got.dx - exact.dx).norm().item()))
+            for what, own, torchs in zip(("weight's gradient", "input gradient"), *errors, strict=True):
+                assert own <= torchs, (
+                    f"{what} at mean/std = {ratio}, weight {gamma}: error {own:.2e}, nn.BatchNorm2d's {torchs:.2e}"
+                )
+
+
+@check
 def half_inputs(make: Make) -> None:
     """Half inputs: output in their dtype, one rounding away from float64, also where their squares overflow."""
     for dtype in (torch.float16, torch.bfloat16):

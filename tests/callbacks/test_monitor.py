@@ -35,6 +35,15 @@ def test_cadence_and_prefix(tmp_path):
     assert [e.step for e in events.Scalars("n/bcn/iota/late")] == [0, 3, 4]
 
 
+def test_accumulated_batches_log_a_step_once(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    trainer(NormSwap("sn"), NormMonitor(every_n_steps=1), logger=logger, accumulate_grad_batches=2).fit(
+        LateNet(), loader(16)
+    )
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert [e.step for e in events.Scalars("norm/sn/mean_in/late")] == [0, 1, 2]
+
+
 def test_any_logger_will_do(tmp_path):
     logger = CSVLogger(tmp_path)
     trainer(NormSwap("sn"), NormMonitor(), logger=logger).fit(LateNet(), loader())

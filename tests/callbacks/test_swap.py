@@ -325,3 +325,22 @@ def test_callback_can_be_copied_and_pickled():
         == copy.deepcopy(swap).swap_arguments()
         == swap.swap_arguments()
     )
+
+
+def test_its_own_layers_are_never_swapped_again():
+    model, swap = Net(), NormSwap("sn", source=["BatchNorm", "sn"])
+    runner = trainer(swap)
+    runner.fit(model, loader())
+    learned = model.net[1].mean_weight.detach().clone()
+    runner.test(model, loader())
+    assert torch.equal(model.net[1].mean_weight, learned)
+    assert (len(swap.report), swap.report.candidates) == (1, 1)
+    swap.report.undo()
+    assert type(model.net[1]) is nn.BatchNorm2d
+
+
+def test_a_second_swap_that_comes_too_late_is_told():
+    with pytest.warns(
+        NoEffectWarning, match="nothing left to swap to BatchChannelNorm: the model already holds 1 layers"
+    ):
+        trainer(NormSwap("sn"), NormSwap("bcn")).test(Net(), loader())

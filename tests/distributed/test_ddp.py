@@ -27,3 +27,10 @@ def test_two_ranks_train_as_one(key, tmp_path):
     for name, value in one.items():
         # float64, six steps: rounding 1e-16 grows by the learning dynamics to about 1e-13
         torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_ranks_that_disagree_on_the_swap_are_told_at_setup():
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.disagree"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "ranks disagree on the swap: rank 0 has 3 layers, rank 1 has 2 (missing there: late" in done.stderr

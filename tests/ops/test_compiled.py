@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_norm import BatchNorm, CompileWarning, SwitchableNorm
+from lightning_norm import Affine, BatchNorm, CompileWarning, MomentNorm, SwitchableNorm
 from lightning_norm.ops import compiled
 
 
@@ -34,8 +34,9 @@ def traced():
 
 
 @pytest.mark.usefixtures("no_inductor")
-def test_many_shapes_never_fall_back():
-    layer, eager = compiled_layer(), BatchNorm(6)
+@pytest.mark.parametrize("cls", [BatchNorm, SwitchableNorm])
+def test_many_shapes_never_fall_back(cls):
+    layer, eager = compiled_layer(cls), cls(6)
     for size in range(2, 2 + compiled.MANY_SHAPES):
         x = torch.randn(3, 6, size)
         torch.testing.assert_close(layer(x), eager(x))
@@ -47,6 +48,40 @@ def test_many_shapes_never_fall_back():
         torch.testing.assert_close(layer(x), eager(x))
     assert compiled.graphs() == traced() == compiled.MANY_SHAPES + 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+class Gain(MomentNorm):
+    """A user's normalizer whose plain attribute torch guards on."""
+
+    def __init__(self, num_features, gain, **options):
+        super().__init__(num_features, **options)
+        self.gain = gain
+
+    def algebra(self, m):
+        affine = self.standardize(m.mean, m.var)
+        return Affine(affine.center, affine.scale * self.gain, affine.shift)
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_a_users_plain_attributes_never_meet_the_limit():
+    x = torch.randn(3, 6, 5)
+    for gain in range(1, 13):
+        layer = compiled_layer(Gain, gain=float(gain))
+        torch.testing.assert_close(layer(x), Gain(6, float(gain))(x))
+    assert compiled.graphs() == traced() == 12
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_what_the_key_forgets_begins_again():
+    """A list is not in the key: the ninth variant of one code object hits torch's limit and gets a new one."""
+    x = torch.randn(3, 6, 5)
+    for gain in range(1, 13):
+        layer = compiled_layer(Gain, gain=1.0)
+        layer.gains = [float(gain)]
+        layer.algebra = lambda m, layer=layer: Gain.algebra(layer, m).__class__(
+            m.mean, (m.var + 1e-5).rsqrt() * layer.gains[0]
+        )
+        torch.testing.assert_close(layer(x).std(), torch.tensor(float(gain)), rtol=0.2, atol=0)
 
 
 @pytest.mark.usefixtures("no_inductor")

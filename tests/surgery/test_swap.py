@@ -377,3 +377,163 @@ class TestBadInput:
     def test_multi_axis_layer_norm(self):
         with pytest.raises(TypeError, match="no channel axis"):
             swap(nn.Sequential(nn.LayerNorm((6, 4, 4))), "ln", source="LayerNorm")
+
+    def test_norm_args_without_norm(self):
+        with pytest.raises(ValueError, match=r"norm_args=.*momentum.* without norm.*init_args"):
+            swap(small(), rules={"1": "sn"}, norm_args={"momentum": 0.2})
+
+    def test_unknown_sync_group(self):
+        model = small()
+        with pytest.raises(ValueError, match="sync_group must be 'world', got 'node'"):
+            swap(model, "sn", sync_group="node")
+        assert type(model[1]) is nn.BatchNorm2d
+
+    def test_lazy_layer_matters_only_when_it_would_be_swapped(self):
+        model = nn.Sequential(nn.BatchNorm2d(6), nn.LazyBatchNorm2d())
+        for arguments in ({"include": ["0"]}, {"exclude": ["1"]}, {"rules": {"1": None}}):
+            assert [layer.name for layer in swap(model, "sn", **arguments, dry_run=True).layers] == ["0"]
+        with pytest.raises(TypeError, match="'1' is a LazyBatchNorm2d that has not seen an input"):
+            swap(model, "sn")
+
+    def test_numbers_that_yaml_read_as_text(self):
+        model = small()
+        report = swap(model, {"class_path": "sn", "init_args": {"eps": "1e-3", "momentum": "2e-1"}})
+        assert (model[1].eps, model[1].momentum) == (1e-3, 0.2)
+        assert report.layers[0].norm["init_args"] == {"eps": 1e-3, "momentum": 0.2}
+        with pytest.raises(ValueError, match=r"^1: SwitchableNorm: eps must be a number, got the text '1e-3x'"):
+            swap(small(), "sn", norm_args={"eps": "1e-3x"})
+
+    def test_missed_pattern_names_every_kind_of_candidate(self):
+        model = nn.Sequential(nn.BatchNorm2d(6), nn.LayerNorm(6), nn.BatchNorm2d(6))
+        with pytest.raises(ValueError, match="none of the 3 BatchNorm2d and LayerNorm layers"):
+            swap(model, "sn", include="nope", source=["BatchNorm", "LayerNorm"])
+        with pytest.raises(ValueError, match="none of the 4 BatchNorm2d, LayerNorm and GroupNorm layers"):
+            swap(model.append(nn.GroupNorm(2, 6)), "sn", include="nope", source="all")
+
+
+class TestPreserved:
+    @pytest.mark.parametrize("key", ["bn", "bcn"])
+    @pytest.mark.parametrize("argument", ["track_running_stats", "affine"])
+    def test_not_without_the_statistics_or_the_weights(self, key, argument):
+        model = warmed(small()).eval()
+        x = torch.randn(2, 3, 8, 8)
+        before = model(x)
+        report = swap(model, key, norm_args={argument: False})
+        assert not torch.allclose(model(x), before, atol=1e-3)
+        assert {(row.preserved, row.reason) for row in report.layers} == {(False, f"{argument} True -> False")}
+
+    def test_not_when_what_was_learned_stays_behind(self):
+        model = small()
+        swap(model, "sn")
+        row = swap(model, "sn", source="sn").layers[0]
+        assert (row.preserved, row.reason) == (False, "mean_weight, var_weight start anew")
+
+    def test_not_with_other_arguments_of_the_same_class(self):
+        model = nn.Sequential(lightning_norm.create("gn", 6, groups=3), lightning_norm.create("bn", 6))
+        rows = swap(model, rules={"0": {"class_path": "gn", "init_args": {"groups": 2}}}, source="gn", dry_run=True)
+        assert (rows.layers[0].preserved, rows.layers[0].reason) == (False, "groups 3 -> 2")
+        assert swap(model, rules={"0": "gn", "1": "bn"}, source=["gn", "bn"]).layers[0].preserved
+        rows = swap(model, "bn", source="bn", norm_args={"channel_dim": -1}, dry_run=True)
+        assert (rows.layers[0].preserved, rows.layers[0].reason) == (False, "channel_dim 1 -> -1")
+
+    @pytest.mark.parametrize("key", ["gn", "sn", "in"])
+    def test_not_from_another_normalizer_of_ours(self, key):
+        model = nn.Sequential(lightning_norm.create(key, 6, **NORM_ARGS.get(key, {})))
+        assert not swap(model, "bn", source=key).layers[0].preserved
+
+    def test_from_our_batch_norm(self):
+        model = small()
+        swap(model, "bn")
+        assert all(row.preserved for row in swap(model, "bcn", source="bn").layers)
+
+
+class TestUndoAfterACast:
+    @pytest.mark.parametrize("key", ["gn", "bn", "in"])
+    @pytest.mark.parametrize("cast", [nn.Module.double, nn.Module.bfloat16, lambda m: m.to("meta")])
+    def test_gives_what_the_cast_gives_without_a_swap(self, key, cast):
+        model, plain = small(), small()
+        report = swap(model, key, norm_args=NORM_ARGS.get(key))
+        cast(model)
+        report.undo()
+        want = {k: (v.dtype, v.device) for k, v in cast(plain).state_dict().items()}
+        assert {k: (v.dtype, v.device) for k, v in model.state_dict().items()} == want
+
+    def test_reaches_weights_that_the_normalizer_had_no_place_for(self):
+        model = small()
+        report = swap(model, "sn", norm_args={"affine": False})
+        model.double()
+        report.undo()
+        assert model(torch.randn(2, 3, 8, 8).double()).dtype == model[1].weight.dtype == torch.float64
+
+    def test_leaves_a_mixed_layer_as_it_was_without_a_cast(self):
+        model = small()
+        model[1].weight.data = model[1].weight.data.bfloat16()
+        stats = model[1].running_mean
+        swap(model, "gn", norm_args={"groups": 1}).undo()
+        assert model[1].running_mean is stats
+        assert stats.dtype == torch.float32
+
+    def test_keeps_the_scheduled_values_and_the_statistics_of_ours(self):
+        model = small()
+        swap(model, "sn")
+        report = swap(model, "gn", source="sn", norm_args={"groups": 1})
+        model.bfloat16()
+        report.undo()
+        assert model[1].scheduled("momentum").dtype == torch.float64
+        assert model[1].running_var.dtype == torch.float32
+        assert model[1].weight.dtype == model[1].mean_weight.dtype == torch.bfloat16
+
+
+class TestArguments:
+    def test_norm_args_belong_to_norm_and_not_to_a_rule_of_the_same_name(self):
+        model = small()
+        swap(model, "sn", rules={"1": "sn"}, norm_args={"momentum": 0.3})
+        assert (model[1].momentum, model[4].momentum) == (0.1, 0.3)
+
+    @pytest.mark.parametrize("instance", [nn.InstanceNorm2d(6, momentum=0.7), lightning_norm.create("in", 6)])
+    def test_instance_norm_does_not_turn_running_statistics_off(self, instance):
+        model = nn.Sequential(instance)
+        swap(model, "bn", source=["InstanceNorm", "in"])
+        assert (model[0].track_running_stats, model[0].momentum) == (True, 0.1)
+        assert model[0].affine == (getattr(instance, "weight", None) is not None)
+
+    def test_group_norm_hands_on_its_groups(self):
+        model = nn.Sequential(nn.GroupNorm(2, 6), nn.GroupNorm(2, 6))
+        rules = {"0": "gn", "1": {"class_path": "gn", "init_args": {"groups": 3}}}
+        report = swap(model, rules=rules, source="GroupNorm")
+        assert [m.groups for m in model] == [2, 3]
+        assert [row.preserved for row in report.layers] == [True, False]
+
+    def test_the_same_class_hands_on_its_own_arguments(self):
+        arguments = {"choices": ("ln", "bn", "gn"), "groups": 3, "correction": 1, "sparse": True, "radius": 0.4}
+        model = nn.Sequential(
+            lightning_norm.create("sn", 6, momentum=0.3, **arguments),
+            lightning_norm.create("gn", 6, groups=3),
+            lightning_norm.create("in", 6, track_running_stats=True, momentum=0.2),
+        )
+        swap(model, rules={"0": "sn", "1": "gn", "2": "in"}, source=["sn", "gn", "in"])
+        assert {name: getattr(model[0], name) for name in arguments} == arguments
+        assert (model[0].momentum, model[1].groups, model[2].track_running_stats) == (0.3, 3, True)
+        swap(model, "sn", source="sn", norm_args={"radius": 0.6, "groups": 2})
+        assert (model[0].radius, model[0].groups, model[0].sparse) == (0.6, 2, True)
+
+
+class TestPlan:
+    def plan(self, tmp_path, text):
+        path = tmp_path / "plan.yaml"
+        path.write_text(text)
+        return str(path)
+
+    @pytest.mark.parametrize("source", ["sn", "LayerNorm2d", "BatchNorm"])
+    def test_applies_to_the_kinds_it_was_made_for(self, tmp_path, source):
+        model = nn.Sequential(nn.BatchNorm2d(6), torchvision.models.convnext.LayerNorm2d(6), nn.BatchNorm2d(6))
+        swap(model, "sn", include=["2"])
+        report = swap(model, "bcn", source=source, dry_run=True)
+        callback = lightning_norm.NormSwap(plan=self.plan(tmp_path, report.to_yaml()))
+        applied = swap(model, **callback.swap_arguments())
+        assert [(row.name, row.target) for row in applied.layers] == [(report.layers[0].name, "BatchChannelNorm")]
+
+    @pytest.mark.parametrize("layers", ["[]", "[{name: '1', source: BatchNorm2d, norm: null}]"])
+    def test_an_empty_plan_is_refused(self, tmp_path, layers):
+        with pytest.raises(ValueError, match=r"plan\.yaml' swaps no layer"):
+            lightning_norm.NormSwap(plan=self.plan(tmp_path, f"layers: {layers}\n"))
