@@ -1,4 +1,4 @@
-"""Normalization layers of seven papers for PyTorch Lightning: one callback swaps, trains and logs them.
+"""Normalization layers of papers for PyTorch Lightning: one callback swaps, trains and logs them.
 
 Public names, one explicit line each.
 """
