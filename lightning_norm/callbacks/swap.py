@@ -78,8 +78,7 @@ class NormSwap(Callback):
                     "NormSwap: plan says all there is to say: leave out norm, norm_args, include, exclude, source, "
                     "rules."
                 )
-            rules = _read_plan(plan)
-            source = "all"
+            rules, source = _read_plan(plan)
         elif norm is None and not rules:
             raise ValueError("NormSwap needs norm='sn' (say), rules={'layer1.*': 'sn', ...} or plan='plan.yaml'.")
         for spec in [norm, *(rules or {}).values()]:
@@ -222,14 +221,22 @@ class NormSwap(Callback):
                 )
 
 
-def _read_plan(path: str) -> dict[str, Any]:
+def _read_plan(path: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the rules that a plan file holds, and the names of the classes that it was made for."""
     import yaml
 
     try:
-        plan = yaml.safe_load(Path(path).read_text())
-        return {re.escape(layer["name"]): layer["norm"] for layer in plan["layers"]}
+        rows = yaml.safe_load(Path(path).read_text())["layers"]
+        rules = {re.escape(row["name"]): row["norm"] for row in rows}
+        sources = list(dict.fromkeys(row["source"] for row in rows))
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(
             f"cannot read the plan {path!r}: {type(error).__name__} {error}. Expected the file that `lightning-norm "
             "plan --save` writes."
         ) from error
+    if all(norm is None for norm in rules.values()):
+        raise ValueError(
+            f"the plan {path!r} swaps no layer: it has {len(rules)} rows under layers, none with a norm. Type "
+            "norm: {class_path: sn} in a row, or leave out NormSwap."
+        )
+    return rules, sources

@@ -169,6 +169,9 @@ def test_plan_file(tmp_path):
     assert norms(model) == {"net.1": "BatchChannelNorm"}
     with pytest.raises(ValueError, match="cannot read the plan"):
         NormSwap(plan=str(tmp_path / "missing.yaml"))
+    path.write_text("layers: []\n")
+    with pytest.raises(ValueError, match=r"plan\.yaml' swaps no layer"):
+        NormSwap(plan=str(path))
     with pytest.raises(ValueError, match="plan says all"):
         NormSwap("sn", plan=str(path))
 
