@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.normalizers.group_norm import GroupNorm
 from lightning_norm.normalizers.registry import NormSpec, resolve
+from lightning_norm.surgery.select import LAZY
 
 HOOKS = (
     "_forward_hooks",
@@ -41,8 +44,13 @@ def convert(
 
     Raises:
         TypeError: an argument that the normalizer does not take, or a layer that cannot be converted.
-        ValueError: an argument out of range, with the layer's name.
+        ValueError: an argument out of range or text that is no number, with the layer's name.
     """
+    if isinstance(module, LAZY):
+        raise TypeError(
+            f"{name!r} is a {type(module).__name__} that has not seen an input and has no channels yet. Run one "
+            "forward pass through the model first, swap after it, or exclude it."
+        )
     cls, init_args = resolve(norm)
     chosen = {**init_args, **norm_args}
     known = arguments_of(cls)
@@ -53,9 +61,8 @@ def convert(
             raise TypeError(
                 f"{cls.__name__} takes no argument {argument!r}.{guess} It takes: {', '.join(sorted(known))}."
             )
-    inherited = {k: v for k, v in _arguments_from(module, name).items() if k in known}
-    if not cls.uses_batch:  # their running statistics, if any, mean something else
-        inherited = {k: v for k, v in inherited.items() if k not in ("momentum", "track_running_stats")}
+        chosen[argument] = _number(chosen[argument], known[argument], f"{name}: {cls.__name__}: {argument}")
+    inherited = {k: v for k, v in _arguments_from(module, name, cls).items() if k in known}
     try:
         layer = cls(**{**inherited, **chosen})
         layer.adopt(module)
@@ -81,6 +88,13 @@ def arguments_of(cls: type) -> dict[str, inspect.Parameter]:
     return found
 
 
+def own_arguments(layer: nn.Module) -> dict[str, Any]:
+    """Return the arguments that only the layer's class has, and the scheduled ones."""
+    cls = type(layer)
+    names = dict.fromkeys((*getattr(cls, "shows", ()), *getattr(cls, "ranges", ()), "groups"))
+    return {n: getattr(layer, n) for n in names if n in arguments_of(cls) and hasattr(layer, n)}
+
+
 def unchanged_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
     """Tell whether the layer evaluates to what the module did, and why."""
     came = type(module).__name__
@@ -91,16 +105,54 @@ def unchanged_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
         "ln": isinstance(module, nn.GroupNorm) and module.num_groups == 1,
         "in": came.startswith("InstanceNorm") and not getattr(module, "track_running_stats", False),
     }
-    if same.get(layer.key) or type(module) is type(layer):
-        return True, f"computes what {came} did"
-    if came.startswith("Instance") or not hasattr(module, "running_mean"):
-        return False, f"{came} and {type(layer).__name__} use different statistics"
-    if layer.keeps_eval():
-        return True, f"starts as the {came} it was"
-    return False, "uses each sample's own statistics" if layer.per_sample else "does not start as BatchNorm"
+    alike = same.get(layer.key) or type(module) is type(layer)
+    if not alike:
+        ours = isinstance(module, Normalizer) and module.key != "bn"
+        if ours or came.startswith("Instance") or not hasattr(module, "running_mean"):
+            return False, f"{came} and {type(layer).__name__} use different statistics"
+        if not layer.keeps_eval():
+            return False, "uses each sample's own statistics" if layer.per_sample else "does not start as BatchNorm"
+    changed = _what_changed(module, layer)
+    return not changed, changed or (f"computes what {came} did" if alike else f"starts as the {came} it was")
 
 
-def _arguments_from(module: nn.Module, name: str) -> dict[str, Any]:
+def _what_changed(module: nn.Module, layer: Normalizer) -> str:
+    stats: tuple[str, ...] = getattr(module, "running_names", ("running_mean", "running_var"))
+    tensors = ["weight", "bias", *stats]
+    before, after = _what_counts(module, stats), _what_counts(layer, layer.running_names)
+    if type(module) is type(layer):
+        tensors += layer.learns
+        before |= own_arguments(module)
+        after |= own_arguments(layer)
+    for name, old in before.items():
+        if name != "momentum" and old != after[name]:
+            return f"{name} {old} -> {after[name]}"
+    held = {name: getattr(module, name, None) for name in tensors}
+    lost = [name for name, t in held.items() if t is not None and getattr(layer, name, None) is not t]
+    return f"{', '.join(lost)} start{'s' if len(lost) == 1 else ''} anew" if lost else ""
+
+
+def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "affine": getattr(layer, "weight", None) is not None,
+        "track_running_stats": any(getattr(layer, name, None) is not None for name in stats),
+        "channel_dim": getattr(layer, "channel_dim", 1),
+    }
+
+
+def _number(value: Any, parameter: inspect.Parameter, what: str) -> Any:
+    """Return text as a number where the argument is one: YAML reads 1e-3, which has no point, as text."""
+    annotation = inspect.formatannotation(parameter.annotation)
+    is_float = isinstance(parameter.default, float) or re.search(r"\bfloat\b", annotation)
+    if not isinstance(value, str) or not is_float or re.search(r"\bstr\b", annotation):
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ValueError(f"{what} must be a number, got the text {value!r}. Type it like 1.0e-3.") from error
+
+
+def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict[str, Any]:
     features = getattr(module, "num_features", getattr(module, "num_channels", None))
     arguments: dict[str, Any] = {}
     if isinstance(module, nn.LayerNorm):
@@ -121,6 +173,16 @@ def _arguments_from(module: nn.Module, name: str) -> dict[str, Any]:
     arguments |= {"num_features": features, "affine": getattr(module, "weight", None) is not None}
     if held is not None:
         arguments |= {"device": held.device, "dtype": held.dtype}
+    if isinstance(module, nn.GroupNorm) and issubclass(cls, GroupNorm):
+        arguments["groups"] = module.num_groups
+    if type(module) is cls:
+        arguments |= own_arguments(module)
+        tracks = cls.uses_batch or bool(module.track_running_stats)
+    else:  # running statistics that are not those of batches mean something else
+        instance = type(module).__name__.startswith("InstanceNorm")
+        tracks = cls.uses_batch and not instance and getattr(module, "uses_batch", True)
+    if not tracks:
+        arguments = {k: v for k, v in arguments.items() if k not in ("momentum", "track_running_stats")}
     return arguments
 
 
@@ -133,10 +195,34 @@ def _carry_over(module: nn.Module, layer: Normalizer) -> None:
         layer.requires_grad_(False)
 
 
-def hand_back(layer: nn.Module, module: nn.Module) -> None:
-    """Give the original module what its replacement holds now: the inverse of the move."""
+def kind_of(layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Return where a layer lies and in which precision, as far as its weights or running statistics tell."""
+    weights: list[torch.Tensor] = [t for t in layer._parameters.values() if t is not None]
+    weights += [t for n, t in layer._buffers.items() if t is not None and n.startswith("running") and not weights]
+    held = [*weights, *(t for t in layer._buffers.values() if t is not None)]
+    return held[0].device if held else None, weights[0].dtype if weights else None
+
+
+def hand_back(layer: nn.Module, module: nn.Module, started: tuple[torch.device | None, torch.dtype | None]) -> None:
+    """Give the original module what its replacement holds now: the inverse of the move.
+
+    Args:
+        layer: the replacement.
+        module: the original.
+        started: ``kind_of(layer)`` at the swap; what the original held alone follows a move or a cast since.
+    """
     module.training = layer.training
     for held, back in ((layer._parameters, module._parameters), (layer._buffers, module._buffers)):
         for name, value in back.items():
             if value is not None and isinstance(held.get(name), torch.Tensor):
                 back[name] = held[name]  # type: ignore[assignment]  # parameters to parameters, buffers to buffers
+    device, dtype = kind_of(layer)
+    if (device, dtype) == started:
+        return
+    cast = dtype if dtype != started[1] else None
+    parameters = module._parameters
+    module._parameters = {n: p for n, p in parameters.items() if p is not None and layer._parameters.get(n) is not p}
+    try:
+        module._apply(lambda t: t.to(device, cast if t.is_floating_point() else None))  # type: ignore[no-untyped-call]
+    finally:
+        module._parameters = {**parameters, **module._parameters}

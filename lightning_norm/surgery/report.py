@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_norm.normalizers.base import Normalizer
-from lightning_norm.surgery.convert import hand_back
+from lightning_norm.surgery.convert import hand_back, kind_of
 from lightning_norm.surgery.select import Site
 
 
@@ -78,6 +78,7 @@ class SwapReport:
         """Add a layer that is ready to be put in place."""
         self.layers.append(row)
         self._undo.append((site, layer))
+        site.started = kind_of(layer)
 
     def commit(self, replace: bool = True) -> set[int]:
         """Put the layers in place and return their ids; with ``replace=False`` let them go, as after a dry run."""
@@ -119,7 +120,7 @@ class SwapReport:
                         f"{type(layer).__name__} of this swap. Undo later swaps first."
                     )
         for site, layer in self._undo:
-            hand_back(layer, site.module)
+            hand_back(layer, site.module, site.started)
             for parent, attribute in site.parents:
                 parent._modules[attribute] = site.module
         self._undo = []

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import torch
 from torch import nn
 
 from lightning_norm.normalizers.base import Normalizer
@@ -34,11 +35,13 @@ class Site:
         module: the module.
         names: its dotted names; several for a shared module.
         parents: the (parent, attribute) pairs to write to.
+        started: device and precision of the replacement when it was made.
     """
 
     module: nn.Module
     names: list[str] = field(default_factory=list)
     parents: list[tuple[nn.Module, str]] = field(default_factory=list)
+    started: tuple[torch.device | None, torch.dtype | None] = (None, None)
 
     @property
     def name(self) -> str:
@@ -51,7 +54,6 @@ def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[Sit
 
     Raises:
         ValueError: an unknown source.
-        TypeError: a lazy layer that has not seen an input yet.
     """
     wanted = _source_types(source)
     by_name = {s for s in _as_tuple(source) if isinstance(s, str)}
@@ -60,7 +62,8 @@ def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[Sit
     for name, module in model.named_modules(remove_duplicate=False):
         clean = name.replace("_orig_mod.", "")
         kind = type(module)
-        if kind in wanted or kind.__name__ in by_name or getattr(kind, "key", None) in by_name - {""}:
+        lazy = isinstance(module, LAZY) and module.cls_to_become in wanted
+        if lazy or kind in wanted or kind.__name__ in by_name or getattr(kind, "key", None) in by_name - {""}:
             if not name:
                 raise ValueError(
                     f"the model itself is a {kind.__name__}: build the layer with lightning_norm.create(...)."
@@ -71,12 +74,6 @@ def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[Sit
             place = (parent, name.rpartition(".")[2])
             if not any(p is parent and a == place[1] for p, a in site.parents):
                 site.parents.append(place)
-        elif isinstance(module, LAZY) and nn.BatchNorm2d in wanted:
-            raise TypeError(
-                f"{clean!r} is a {kind.__name__} that has not seen an input and has no channels yet. Run one forward "
-                "pass "
-                "through the model first, or swap after it."
-            )
         elif isinstance(module, wanted) and not isinstance(module, Normalizer):
             base = kind.__mro__[1].__name__
             why = f"a subclass of {base} may do more than normalize; pass source={kind.__name__!r} to include it"
@@ -90,22 +87,22 @@ def assign(
     include: Pattern | None,
     exclude: Pattern | None,
     rules: Mapping[str, NormSpec | None] | None,
-) -> tuple[list[tuple[Site, NormSpec]], list[str]]:
-    """Give each site its normalizer, and tell which patterns matched nothing.
+) -> tuple[list[tuple[Site, NormSpec, bool]], list[str]]:
+    """Give each site its normalizer, tell whether that is ``norm``, and tell which patterns matched nothing.
 
     ``rules`` come first, in order, the first match wins and ``None`` leaves the layer alone; then ``include`` and
     ``exclude`` choose what becomes ``norm``.
     """
     rules = dict(rules or {})
     used: set[str] = set()
-    chosen: list[tuple[Site, NormSpec]] = []
+    chosen: list[tuple[Site, NormSpec, bool]] = []
     for site in sites:
         rule = next((p for p in rules if _matches(p, site, used, f"rules[{p!r}]")), None)
         included = include is None or _matches(include, site, used, "include")
         excluded = exclude is not None and _matches(exclude, site, used, "exclude")
         spec = rules[rule] if rule is not None else norm if included and not excluded else None
         if spec is not None:
-            chosen.append((site, spec))
+            chosen.append((site, spec, rule is None))
     missed = [f"rules[{p!r}]" for p in rules]
     missed += [f"{label}[{p!r}]" for label, ps in (("include", include), ("exclude", exclude)) for p in _as_list(ps)]
     return chosen, [m for m in missed if m not in used]
@@ -116,7 +113,8 @@ def explain_missed(missed: str, sites: Sequence[Site]) -> str:
     label, pattern = missed.split("[", 1)
     pattern = pattern[:-1].strip("'\"")
     names = [n for s in sites for n in s.names]
-    kind = type(sites[0].module).__name__ if sites else "normalization"
+    kinds = list(dict.fromkeys(type(s.module).__name__ for s in sites)) or ["normalization"]
+    kind = " and ".join([", ".join(kinds[:-1])] * (len(kinds) > 1) + kinds[-1:])
     near = difflib.get_close_matches(re.sub(r"[\\^$*+?()|\[\]]", "", pattern), names, n=1, cutoff=0.0)
     hint = (
         f" The nearest name is {near[0]!r}: a string must match the whole name as a regular expression, a list entry "

@@ -50,7 +50,7 @@ def swap(
         source: which kinds of layers are candidates: "BatchNorm" (the default: 1d, 2d, 3d and SyncBatchNorm),
             "LayerNorm", "GroupNorm", "InstanceNorm", "all", a class or its name, the key of a normalizer of ours, or a
             list of these.
-        norm_args: arguments of ``norm``.
+        norm_args: arguments of ``norm``; those of a rule go in its ``init_args``.
         rules: ordered mapping from regular expression to a norm; ``None`` leaves the layer alone, the first match wins
             over ``norm``, ``include`` and ``exclude``.
         backend: "auto" or "eager". "triton" is refused until its kernels exist.
@@ -64,8 +64,8 @@ def swap(
         The report: ``len(report)``, ``print(report)``, ``report.undo()``.
 
     Raises:
-        ValueError: unknown norm, source, backend or pattern, a pattern that matches nothing, or nothing swapped with
-            ``on_empty="error"``.
+        ValueError: unknown norm, source, backend, sync_group or pattern, a pattern that matches nothing, ``norm_args``
+            without ``norm``, or nothing swapped with ``on_empty="error"``.
         TypeError: an argument that the normalizer does not take, or a layer that cannot be converted.
         AlreadySwappedError: nothing is left to swap because the model was swapped before.
 
@@ -113,7 +113,14 @@ def try_swap(
     """
     if norm is None and not rules:
         raise ValueError("swap needs norm='sn' (say) or rules={'layer1.*': 'sn', ...}.")
+    if norm is None and norm_args:
+        raise ValueError(
+            f"norm_args={dict(norm_args)!r} are arguments of norm, and swap was called without norm. Put them in the "
+            "rule: rules={'layer1.*': {'class_path': 'sn', 'init_args': {...}}}."
+        )
     backend_text = _check_backend(backend)
+    if sync_group != "world":
+        raise ValueError(f"sync_group must be 'world', got {sync_group!r}. Type sync_group='world', or sync=False.")
     for spec in [norm, *(rules or {}).values()]:
         if spec is not None:
             resolve(spec)
@@ -122,8 +129,8 @@ def try_swap(
     chosen, missed = assign(sites, norm, include, exclude, rules)
     report = SwapReport([], skipped, len(sites))
     report.total_before = sum(p.numel() for p in model.parameters() if not is_lazy(p))
-    for site, spec in chosen:
-        layer, arguments = convert(site.module, site.name, spec, (norm_args or {}) if spec is norm else {})
+    for site, spec, is_norm in chosen:
+        layer, arguments = convert(site.module, site.name, spec, (norm_args or {}) if is_norm else {})
         layer.sync, layer.sync_group, layer.backend = sync, sync_group, backend
         if compile:
             layer.compile()
