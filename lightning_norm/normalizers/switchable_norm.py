@@ -101,9 +101,9 @@ class SwitchableNorm(MomentNorm):
         if self.correction:
             m = Moments(m.mean, m.var * unbiased(m.count), m.count, m.ranks)
         statistics = [self._statistic(k, m, alone) for k in self.choices]
-        w, v = self._mix(self.mean_weight, alone), self._mix(self.var_weight, alone)
-        anchor = statistics[0].mean  # the weights sum to one but for rounding, which a large mean would multiply
-        mean = anchor + mixture(w, [s.mean - anchor for s in statistics])
+        dtype = m.mean.dtype  # float64 for float32 inputs: a sum of weights off by 1e-7 would be multiplied by the mean
+        w, v = self._mix(self.mean_weight.to(dtype), alone), self._mix(self.var_weight.to(dtype), alone)
+        mean = mixture(w, [s.mean for s in statistics])
         var = mixture(v, [s.var for s in statistics])
         return self.standardize(mean, var)
 
@@ -180,8 +180,9 @@ class SwitchableNorm(MomentNorm):
 
 def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
     """Return the weighted sum of broadcastable tensors, the last one first: the first is the largest by default."""
-    *rest, (term, weight) = zip(terms, weights.to(terms[0].dtype).unbind(), strict=True)
-    total = term * weight
+    dtype = terms[0].dtype
+    *rest, (term, weight) = zip(terms, weights.to(dtype).unbind(), strict=True)
+    total = term.to(dtype) * weight
     for term, weight in reversed(rest):
-        total = torch.addcmul(total, term, weight)
+        total = torch.addcmul(total, term.to(dtype), weight)
     return total

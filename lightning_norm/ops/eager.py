@@ -39,7 +39,7 @@ def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layou
     """Return y = scale * (x - center) + shift, a fresh tensor in x's dtype and memory format."""
     u = _wide(x)
     if u.dtype == center.dtype:
-        return _affine(u - layout.spread(center), scale, shift, layout).to(x.dtype)
+        return _affine(u - layout.spread(center), scale.to(u.dtype), shift.to(u.dtype), layout).to(x.dtype)
     pivot, scale = center.to(at_least_float32(u.dtype)), scale.to(at_least_float32(u.dtype))
     if flat and not _recording():
         return _affine(u, scale, (shift - scale * center).to(scale.dtype), layout).to(x.dtype)

@@ -71,7 +71,7 @@ class Moments:
         n = self.mean.shape[0]
         if weights is None and self.ranks is None:
             mean, var = _pool(self.mean, self.var, dim=0)
-            return Moments(mean, var, self.count * n)
+            return Moments(mean, var.to(mean.dtype), self.count * n)  # (1, C): what comes of it is exact for free
         weights = self.mean.new_ones(n, 1) if weights is None else weights.to(self.mean.dtype)
         mass = weights.sum(0).unsqueeze(1)  # (K, 1)
         share = weights.t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
@@ -114,8 +114,7 @@ class Affine:
                     f"algebra returned {name} of shape {tuple(t.shape)}, which does not broadcast to (N, C) = "
                     f"({n}, {c}). All shapes: {shapes}."
                 )
-        dtype = self.center.dtype
-        return self.center.expand(n, c), self.scale.to(dtype).expand(n, c), shift.to(dtype).expand(n, c)
+        return self.center.expand(n, c), self.scale.expand(n, c), shift.expand(n, c)
 
 
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
