@@ -1,10 +1,8 @@
 """The passes in plain PyTorch: the CPU path, what torch.compile traces, and the oracle of the kernels.
 
 Precision. For float32 inputs the (N, C) means are float64, because 1000 +- 1 rounded to float32 already costs more than
-nn.BatchNorm2d loses in all. Products with x are rounded once: eager code goes through fused multiply-adds
-(``addcmul``,
-ATen's evaluation-mode batch norm), a compiled CPU graph computes in float64 registers, since Inductor's addcmul is not
-fused.
+nn.BatchNorm2d loses in all. Products with x are rounded once: eager code goes through fused multiply-adds (``addcmul``,
+ATen's evaluation-mode batch norm), a compiled CPU graph computes in float64 registers, for Inductor fuses none.
 """
 
 from __future__ import annotations
@@ -23,16 +21,15 @@ FLAT = 8.0
 def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per (sample, channel), each (N, C)."""
     dtype = stat_dtype(x)
+    narrow = at_least_float32(x.dtype)
     if layout.size == 1:
         mean = x.reshape(layout.n, layout.c).to(dtype, copy=True)
-        return mean, torch.zeros_like(mean)
-    rough = x.mean(layout.reduced, dtype=at_least_float32(x.dtype))
+        return mean, torch.zeros_like(mean, dtype=narrow)
+    rough = x.mean(layout.reduced, dtype=narrow)
     u = x - layout.spread(rough)
-    if u.dtype == dtype:
-        return rough, _dot(u, u, layout) / layout.size
-    rest = u.mean(layout.reduced).to(dtype)  # what rounding the mean to u's dtype left over
-    var = _dot(u, u, layout).to(dtype) / layout.size - rest.square()
-    return rough + rest, var.clamp_min_(0)
+    rest = u.mean(layout.reduced) if dtype != narrow else None  # what rounding the mean left over
+    var = _dot(u, u, layout) / layout.size
+    return (rough, var) if rest is None else (rough.to(dtype) + rest, (var - rest.square()).clamp_min(0))
 
 
 def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, flat: bool = False) -> Tensor:
@@ -80,21 +77,13 @@ def combine(
     u, slope = u - layout.spread(pivot), layout.spread(slope.to(dtype))
     if _recording():
         return torch.addcmul(u * slope + offset, dy, wide).to(x.dtype)
-    return (
-        u.mul_(slope).add_(offset).addcmul_(dy, wide).to(x.dtype)
-    )  # the rest is small beside dy: only the last step counts
+    u.mul_(slope).add_(offset)  # small beside dy: only the last step counts
+    return u.addcmul_(dy, wide).to(x.dtype)
 
 
 def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
     """Return scale * u + offset, rounded once where it is not wide."""
-    if (
-        not _recording()
-        and u.is_cpu
-        and u.numel()
-        and u.dtype == scale.dtype
-        and layout.channel_dim == 1
-        and u.is_contiguous()
-    ):
+    if _by_rows(u, scale, layout):
         rows = layout.n * layout.c
         zero, one = scale.new_zeros(rows), scale.new_ones(rows)
         flat, scale, offset = u.view(1, rows, -1), scale.reshape(rows), offset.reshape(rows)

@@ -83,7 +83,7 @@ class _Moments(torch.autograd.Function):
         ctx.layout = layout
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean)
-        return x.view_as(x), mean, var, torch.zeros_like(var)
+        return x.view_as(x), mean, var, torch.zeros_like(mean)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:

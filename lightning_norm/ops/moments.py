@@ -71,7 +71,7 @@ class Moments:
         n = self.mean.shape[0]
         if weights is None and self.ranks is None:
             mean, var = _pool(self.mean, self.var, dim=0)
-            return Moments(mean, var.to(mean.dtype), self.count * n)  # (1, C): what comes of it is exact for free
+            return Moments(mean, var, self.count * n)
         weights = self.mean.new_ones(n, 1) if weights is None else weights.to(self.mean.dtype)
         mass = weights.sum(0).unsqueeze(1)  # (K, 1)
         share = weights.t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
@@ -120,4 +120,4 @@ class Affine:
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     pooled = mean.mean(dim, keepdim=True)
     between = (mean - pooled).to(var.dtype).square()  # a small difference: its square needs no more than var has
-    return pooled, (var + between).mean(dim, keepdim=True)
+    return pooled, (var + between).mean(dim, keepdim=True).to(mean.dtype)  # few numbers: what comes of them is exact
