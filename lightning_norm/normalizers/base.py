@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_norm.normalizers.running import RunningStats
 from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
-from lightning_norm.ops.compiled import compiled_forward
+from lightning_norm.ops.compiled import KIND, compiled_forward
 from lightning_norm.ops.fused import normalize
 from lightning_norm.ops.layout import at_least_float32, layout_of
 from lightning_norm.ops.moments import Affine, Moments
@@ -83,6 +83,10 @@ class Normalizer(ScheduledValues, RunningStats):
             )
         if key:
             Normalizer.registry[key] = cls
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop(KIND, None)
+        super().__setattr__(name, value)
 
     def adopt(self, source: nn.Module) -> None:
         """Take over a layer's Parameters and running statistics: the same objects, not copies."""

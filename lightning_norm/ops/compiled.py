@@ -21,6 +21,9 @@ from lightning_norm.errors import CompileWarning
 MANY_SHAPES = 16
 """Input shapes of one kind of layer beyond which it is compiled once more, for every shape."""
 
+KIND = "_compiled_kind"
+"""Name under which a layer keeps what it must agree in with others; whoever sets an attribute deletes it."""
+
 _graphs: dict[Hashable, Callable[[nn.Module, Tensor], Tensor]] = {}
 _shapes: Counter[Hashable] = Counter()
 _observers: list[Callable[[str], None]] = []
@@ -52,11 +55,18 @@ def compiled_forward(layer: nn.Module, x: Tensor, forward: Callable[[Any, Tensor
 
 
 def _kind_of(layer: nn.Module) -> Hashable:
-    """What two layers must agree in to share a graph: the class, its plain attributes, what its tensors are."""
+    """What two layers must agree in to share a graph: the class, its plain attributes, what its tensors are.
+
+    Kept on the layer until an attribute of it is set: this runs in every forward pass.
+    """
+    kind: Hashable = vars(layer).get(KIND)
+    if kind is not None:
+        return kind
     plain = tuple(v for v in vars(layer).values() if isinstance(v, (bool, int, float, str, tuple, type(None))))
     tensors = (*layer._parameters.values(), *layer._buffers.values())
     kinds = tuple(None if t is None else (t.dtype, t.requires_grad) for t in tensors)
-    return type(layer), repr(plain), kinds
+    kind = layer.__dict__[KIND] = (type(layer), repr(plain), kinds)
+    return kind
 
 
 def graphs() -> int:

@@ -67,14 +67,16 @@ def combine(
     dy, u = _wide(dy), _wide(x)
     dtype = at_least_float32(u.dtype)
     wide = layout.spread(scale.to(dtype))
-    offset = None if dmean is None else dmean / layout.size
+    offset = None if dmean is None else dmean.to(dtype) / layout.size
     if dvar is None or layout.size == 1:  # the variance of one element is constant
-        return (dy * wide if offset is None else torch.addcmul(layout.spread(offset.to(dtype)), dy, wide)).to(x.dtype)
-    slope = dvar.to(mean.dtype) * (2 / layout.size)
+        return (dy * wide if offset is None else torch.addcmul(layout.spread(offset), dy, wide)).to(x.dtype)
+    slope = dvar.to(dtype) * (2 / layout.size)
     pivot = mean.to(dtype)
-    drift = slope * (pivot - mean)
-    offset = layout.spread((drift if offset is None else offset + drift).to(dtype))
-    u, slope = u - layout.spread(pivot), layout.spread(slope.to(dtype))
+    if pivot.dtype != mean.dtype:
+        drift = slope * (pivot - mean).to(dtype)
+        offset = drift if offset is None else offset + drift
+    offset = layout.spread(torch.zeros_like(slope) if offset is None else offset)
+    u, slope = u - layout.spread(pivot), layout.spread(slope)
     if _recording():
         return torch.addcmul(u * slope + offset, dy, wide).to(x.dtype)
     u.mul_(slope).add_(offset)  # small beside dy: only the last step counts
