@@ -1,8 +1,9 @@
 """The passes in plain PyTorch: the CPU path, what torch.compile traces, and the oracle of the kernels.
 
-Precision. For float32 inputs the (N, C) means are float64, because 1000 +- 1 rounded to float32 already costs more than
-nn.BatchNorm2d loses in all. Products with x are rounded once: eager code goes through fused multiply-adds (``addcmul``,
-ATen's evaluation-mode batch norm), a compiled CPU graph computes in float64 registers, for Inductor fuses none.
+Precision. For float32 inputs the (N, C) means are float64, unless |mean| / std is small, because 1000 +- 1 rounded to
+float32 already costs more than nn.BatchNorm2d loses in all. Products with x are rounded once: eager code goes through
+fused multiply-adds (``addcmul``, ATen's evaluation-mode batch norm), a compiled CPU graph computes in float64
+registers, for Inductor fuses none.
 """
 
 from __future__ import annotations
@@ -29,13 +30,18 @@ def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     u = x - layout.spread(rough)
     rest = u.mean(layout.reduced) if dtype != narrow else None  # what rounding the mean left over
     var = _dot(u, u, layout) / layout.size
-    return (rough, var) if rest is None else (rough.to(dtype) + rest, (var - rest.square()).clamp_min(0))
+    if rest is None:
+        return rough, var
+    var = (var - rest.square()).clamp_min(0)
+    if is_flat(x, rough, var):  # a small mean keeps its digits, and float32 halves the work of the algebra
+        return rough + rest, var
+    return rough.to(dtype) + rest, var
 
 
 def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, flat: bool = False) -> Tensor:
     """Return y = scale * (x - center) + shift, a fresh tensor in x's dtype and memory format."""
     u = _wide(x)
-    if u.dtype == center.dtype:
+    if u.dtype == center.dtype and not flat:
         return _affine(u - layout.spread(center), scale.to(u.dtype), shift.to(u.dtype), layout).to(x.dtype)
     pivot, scale = center.to(at_least_float32(u.dtype)), scale.to(at_least_float32(u.dtype))
     if flat and not _recording():

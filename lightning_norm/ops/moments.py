@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_norm.ops.layout import stat_dtype
 from lightning_norm.ops.sync import Ranks
 
 
@@ -118,6 +119,7 @@ class Affine:
 
 
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    pooled = mean.mean(dim, keepdim=True)
-    between = (mean - pooled).to(var.dtype).square()  # a small difference: its square needs no more than var has
-    return pooled, (var + between).mean(dim, keepdim=True).to(mean.dtype)  # few numbers: what comes of them is exact
+    wide = stat_dtype(var)  # few numbers, exact for nothing
+    pooled = mean.mean(dim, keepdim=True, dtype=wide)
+    between = (mean - pooled.to(mean.dtype)).to(var.dtype).square()  # a small difference: narrow is enough
+    return pooled, (var + between).mean(dim, keepdim=True, dtype=wide)
