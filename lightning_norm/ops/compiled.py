@@ -39,18 +39,17 @@ def compiled_forward(layer: nn.Module, x: Tensor, forward: Callable[[Any, Tensor
     """
     kind = (forward, _kind_of(layer), x.dtype, x.dim(), x.device, x.requires_grad, torch.is_grad_enabled())
     key: Hashable = (kind, tuple(x.shape), x.stride())
-    what = f"{type(layer).__name__} {tuple(x.shape)}"
     if key not in _graphs and _shapes[kind] >= MANY_SHAPES:
         key = kind
     if key not in _graphs:
-        _graphs[key] = _new_graph(layer, forward, kind, what)
+        _graphs[key] = _new_graph(layer, x, forward, kind)
     try:
         return _graphs[key](layer, x)
     except Exception as error:
         if type(error).__name__ != "FailOnRecompileLimitHit":  # importing it would import the whole compiler
             raise
         # torch guards on something that the key does not hold: begin again with a code object that has no variants yet.
-        _graphs[key] = _new_graph(layer, forward, kind, what)
+        _graphs[key] = _new_graph(layer, x, forward, kind)
         return _graphs[key](layer, x)
 
 
@@ -81,7 +80,7 @@ def on_compile(observer: Callable[[str], None]) -> Callable[[], None]:
 
 
 def _new_graph(
-    layer: nn.Module, forward: Callable[[Any, Tensor], Tensor], kind: Hashable, what: str
+    layer: nn.Module, x: Tensor, forward: Callable[[Any, Tensor], Tensor], kind: Hashable
 ) -> Callable[[nn.Module, Tensor], Tensor]:
     _shapes[kind] += 1
     dynamic = _shapes[kind] > MANY_SHAPES
@@ -93,7 +92,7 @@ def _new_graph(
             stacklevel=5,
         )
     for observer in _observers:
-        observer(what)
+        observer(f"{type(layer).__name__} {tuple(x.shape)}")
 
     def run(layer: nn.Module, x: Tensor) -> Tensor:
         return forward(layer, x)
