@@ -6,6 +6,7 @@ rebuilds each of those and would erase ours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -16,7 +17,7 @@ from lightning_norm.normalizers.running import RunningStats
 from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
 from lightning_norm.ops.compiled import KIND, compiled_forward
 from lightning_norm.ops.fused import normalize
-from lightning_norm.ops.layout import at_least_float32, layout_of
+from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.sync import active_ranks
 
@@ -59,6 +60,8 @@ class Normalizer(ScheduledValues, RunningStats):
     """At its starting values it evaluates to what the BatchNorm it was made from evaluates to."""
     learns: ClassVar[dict[str, str]] = {}
     """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
+    converts: ClassVar[tuple[str, ...]] = ()
+    """Names of a BatchNorm's tensors that it takes over in another form: their values, not the objects."""
 
     tested_with: ClassVar[dict[str, Any]] = {}
     """Arguments that the conformance suite adds, whose layers have 6 channels."""
@@ -89,13 +92,25 @@ class Normalizer(ScheduledValues, RunningStats):
         super().__setattr__(name, value)
 
     def adopt(self, source: nn.Module) -> None:
-        """Take over a layer's Parameters and running statistics: the same objects, not copies."""
+        """Take over a layer's Parameters and running statistics: the same objects, but for those in ``converts``."""
         for name in ("weight", "bias"):
-            if getattr(source, name, None) is not None and getattr(self, name) is not None:
-                setattr(self, name, getattr(source, name))
+            held = getattr(source, name, None)
+            if held is not None and getattr(self, name) is not None and name not in self.converts:
+                setattr(self, name, held)
         for name in BATCH_NORM_BUFFERS:
-            if getattr(source, name, None) is not None and self._buffers.get(name) is not None:
-                self._buffers[name] = getattr(source, name)
+            held = getattr(source, name, None)
+            if held is not None and self._buffers.get(name) is not None and name not in self.converts:
+                self._buffers[name] = held
+
+    def give_back(self, source: nn.Module) -> None:
+        """Give a layer what was taken from it, as it is now: the inverse of :meth:`adopt`.
+
+        A class with ``converts`` writes those values into the layer's own tensors, where they changed since.
+        """
+        for held, back in ((self._parameters, source._parameters), (self._buffers, source._buffers)):
+            for name, value in back.items():
+                if value is not None and isinstance(held.get(name), Tensor) and name not in self.converts:
+                    back[name] = held[name]  # type: ignore[assignment]  # parameters to parameters, buffers to buffers
 
     def keeps_eval(self) -> bool:
         """Tell whether this layer, with its arguments, starts as the BatchNorm it was made from."""
@@ -163,6 +178,10 @@ class MomentNorm(Normalizer):
     def algebra(self, m: Moments) -> Affine:
         """Turn the moments of x into ``y = scale * (x - center) + shift``: the paper's equations."""
         raise NotImplementedError(f"{type(self).__name__} must define algebra(self, m: Moments) -> Affine.")
+
+    def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
+        """Return the algebra for this input: a method that looks at more than the moments of x binds it here."""
+        return self.algebra
 
     def standardize(self, mean: Tensor, var: Tensor) -> Affine:
         r"""Return the Affine of :math:`\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta`."""
@@ -271,4 +290,4 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
             "channel. Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
         )
     given = None if of_input or layer.per_sample else layer.running()
-    return normalize(x, layer.algebra, layout=layout, given=given, ranks=ranks)
+    return normalize(x, layer.algebra_of(x, layout), layout=layout, given=given, ranks=ranks)

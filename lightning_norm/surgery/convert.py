@@ -128,13 +128,17 @@ def _what_changed(module: nn.Module, layer: Normalizer) -> str:
         if name != "momentum" and old != after[name]:
             return f"{name} {old} -> {after[name]}"
     held = {name: getattr(module, name, None) for name in tensors}
-    lost = [name for name, t in held.items() if t is not None and getattr(layer, name, None) is not t]
+    lost = [
+        name
+        for name, t in held.items()
+        if t is not None and getattr(layer, name, None) is not t and name not in layer.converts
+    ]
     return f"{', '.join(lost)} start{'s' if len(lost) == 1 else ''} anew" if lost else ""
 
 
 def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
     return {
-        "affine": getattr(layer, "weight", None) is not None,
+        "affine": bool(getattr(layer, "affine", getattr(layer, "weight", None) is not None)),
         "track_running_stats": any(getattr(layer, name, None) is not None for name in stats),
         "channel_dim": getattr(layer, "channel_dim", 1),
     }
@@ -170,7 +174,8 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
         if hasattr(module, argument):
             arguments[argument] = getattr(module, argument)
     held = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), None)
-    arguments |= {"num_features": features, "affine": getattr(module, "weight", None) is not None}
+    affine = (isinstance(module, Normalizer) and module.affine) or getattr(module, "weight", None) is not None
+    arguments |= {"num_features": features, "affine": affine}
     if held is not None:
         arguments |= {"device": held.device, "dtype": held.dtype}
     if isinstance(module, nn.GroupNorm) and issubclass(cls, GroupNorm):
@@ -203,7 +208,7 @@ def kind_of(layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     return held[0].device if held else None, weights[0].dtype if weights else None
 
 
-def hand_back(layer: nn.Module, module: nn.Module, started: tuple[torch.device | None, torch.dtype | None]) -> None:
+def hand_back(layer: Normalizer, module: nn.Module, started: tuple[torch.device | None, torch.dtype | None]) -> None:
     """Give the original module what its replacement holds now: the inverse of the move.
 
     Args:
@@ -212,10 +217,7 @@ def hand_back(layer: nn.Module, module: nn.Module, started: tuple[torch.device |
         started: ``kind_of(layer)`` at the swap; what the original held alone follows a move or a cast since.
     """
     module.training = layer.training
-    for held, back in ((layer._parameters, module._parameters), (layer._buffers, module._buffers)):
-        for name, value in back.items():
-            if value is not None and isinstance(held.get(name), torch.Tensor):
-                back[name] = held[name]  # type: ignore[assignment]  # parameters to parameters, buffers to buffers
+    layer.give_back(module)
     device, dtype = kind_of(layer)
     if (device, dtype) == started:
         return

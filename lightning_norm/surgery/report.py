@@ -24,6 +24,7 @@ class SwappedLayer:
         preserved: evaluation output is the original's at this moment.
         reason: why, or why not.
         moved: Parameters and buffers taken over.
+        converted: those taken over in another form.
         dropped: those that the normalizer has no place for.
         added: new parameters, name -> number of elements.
         backend: of the passes, and why.
@@ -39,6 +40,7 @@ class SwappedLayer:
     preserved: bool
     reason: str
     moved: list[str]
+    converted: list[str]
     dropped: list[str]
     added: dict[str, int]
     backend: str
@@ -151,7 +153,10 @@ class SwapReport:
             return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
         total = f" ({self.total_before:,} -> {self.total_before + self.parameters_added:,})".replace(",", " ")
         added = f"+{self.parameters_added}" + (total if self.total_before else "")
-        lines.append(f"  parameters  {added}     moved: {self._kinds('moved')}")
+        converted = (
+            f"     converted: {self._kinds('converted')}" if any(layer.converted for layer in self.layers) else ""
+        )
+        lines.append(f"  parameters  {added}     moved: {self._kinds('moved')}{converted}")
         without = sum(1 for layer in self.layers if layer.dropped)
         if without:
             lines.append(
