@@ -28,7 +28,7 @@ def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         return mean, torch.zeros_like(mean, dtype=narrow)
     rough = x.mean(layout.reduced, dtype=narrow)
     u = x - layout.spread(rough)
-    rest = u.mean(layout.reduced) if dtype != narrow else None  # what rounding the mean left over
+    rest = None if dtype == narrow else u.mean(layout.reduced)  # what rounding the mean left over
     var = _dot(u, u, layout) / layout.size
     if rest is None:
         return rough, var
@@ -39,7 +39,10 @@ def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, flat: bool = False) -> Tensor:
-    """Return y = scale * (x - center) + shift, a fresh tensor in x's dtype and memory format."""
+    """Return y = scale * (x - center) + shift, a fresh tensor in x's dtype and memory format.
+
+    ``center``, ``scale`` and ``shift`` are (N, C), or 1 in place of either.
+    """
     u = _wide(x)
     if u.dtype == center.dtype and not flat:
         return _affine(u - layout.spread(center), scale.to(u.dtype), shift.to(u.dtype), layout).to(x.dtype)
@@ -50,20 +53,17 @@ def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layou
     return _affine(u - layout.spread(pivot), scale, offset, layout).to(x.dtype)
 
 
-def reduce(dy: Tensor, x: Tensor, center: Tensor, layout: Layout, flat: bool = False) -> tuple[Tensor, Tensor]:
-    """Sum of dy and of dy * (x - center) per (sample, channel), each (N, C)."""
-    pivot = center.to(at_least_float32(x.dtype))
+def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, flat: bool = False) -> tuple[Tensor, Tensor]:
+    """Sum of dy and of dy * (x - pivot) per (sample, channel), each (N, C) in the dtype of ``pivot``."""
     if flat and _by_rows(x, pivot, layout) and dy.is_contiguous() and _sums_alone():
         # Group norm's parameter gradients, each row a group: both sums in one pass and no temporary.
         rows = layout.n * layout.c
         dy, x, one = dy.view(1, rows, -1), x.view(1, rows, -1), pivot.new_ones(1, rows)
-        args = (pivot.reshape(1, rows), one, None, 1, rows, layout.size, rows, [False, True, True])
+        args = (_rows(pivot, layout).view(1, rows), one, None, 1, rows, layout.size, rows, [False, True, True])
         _, dot, total = torch.ops.aten.native_group_norm_backward(dy, x, *args)
-        total, dot = total.view_as(center).to(center.dtype), dot.view_as(center).to(center.dtype)
-    else:
-        total = dy.sum(layout.reduced, dtype=pivot.dtype) if layout.reduced else dy.to(pivot.dtype)
-        total, dot = total.to(center.dtype), _dot(x - layout.spread(pivot), dy, layout).to(center.dtype)
-    return total, dot if pivot.dtype == center.dtype else torch.addcmul(dot, pivot - center, total)
+        return total.view(layout.n, layout.c), dot.view(layout.n, layout.c)
+    total = dy.sum(layout.reduced, dtype=pivot.dtype) if layout.reduced else dy.to(pivot.dtype)
+    return total, _dot(x - layout.spread(pivot), dy, layout)
 
 
 def combine(
@@ -92,9 +92,9 @@ def combine(
 def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
     """Return scale * u + offset, rounded once where it is not wide."""
     if _by_rows(u, scale, layout):
-        rows = layout.n * layout.c
-        zero, one = scale.new_zeros(rows), scale.new_ones(rows)
-        flat, scale, offset = u.view(1, rows, -1), scale.reshape(rows), offset.reshape(rows)
+        scale, offset = _rows(scale, layout), _rows(offset, layout)
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        flat = u.view(1, scale.numel(), -1)
         flat = torch.batch_norm(flat, scale, offset, zero, one, False, 0.0, 0.0, False)
         y: Tensor = torch.ops.aten._unsafe_view(flat, layout.shape)  # no autograd view: an in-place ReLU may follow
         return y
@@ -118,6 +118,11 @@ def _by_rows(x: Tensor, stat: Tensor, layout: Layout) -> bool:
     """Whether ATen's CPU kernels can take x as (1, N * C, S), one channel per row."""
     plain = x.is_cpu and x.dtype == stat.dtype and not _recording()
     return plain and layout.channel_dim == 1 and x.is_contiguous() and x.numel() > 0
+
+
+def _rows(t: Tensor, layout: Layout) -> Tensor:
+    """Return a tensor that broadcasts to (N, C) as (N * C,)."""
+    return t.expand(layout.n, layout.c).reshape(-1)
 
 
 def is_flat(x: Tensor, mean: Tensor, var: Tensor) -> bool:

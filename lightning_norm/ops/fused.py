@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.ops import eager
-from lightning_norm.ops.layout import Layout, layout_of, stat_dtype
+from lightning_norm.ops.layout import Layout, at_least_float32, layout_of, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.sync import Ranks
 
@@ -69,7 +69,7 @@ def _normalize(
         given = Moments(mean, var, layout.size, ranks)
     else:
         hook, carrier = _Alias.apply(x, layout)
-    center, scale, shift = algebra(given).expand(layout.n, layout.c)
+    center, scale, shift = algebra(given).fields(layout.n, layout.c)
     y: Tensor = _Apply.apply(hook, carrier, x, center, scale, shift, layout, flat)
     return y
 
@@ -124,6 +124,7 @@ class _Apply(torch.autograd.Function):
         flat: bool,
     ) -> Tensor:
         ctx.layout, ctx.flat = layout, flat
+        ctx.carrier_dtype, ctx.shift_like = carrier.dtype, (shift.shape, shift.dtype)
         ctx.save_for_backward(x, center, scale)
         return eager.apply(x, center, scale, shift, layout, flat)
 
@@ -131,9 +132,28 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, center, scale = ctx.saved_tensors
-        need = ctx.needs_input_grad
+        need, layout = ctx.needs_input_grad, ctx.layout
         dcenter = dscale = dshift = None
         if any(need[3:6]):
-            dshift, dscale = eager.reduce(dy, x, center, ctx.layout, ctx.flat)
-            dcenter = -scale * dshift
-        return dy if need[0] else None, scale if need[1] else None, None, dcenter, dscale, dshift, None, None
+            pivot = center.to(at_least_float32(x.dtype))
+            total, dot = eager.reduce(dy, x, pivot, layout, ctx.flat)
+            dshift = _fit(total, *ctx.shift_like)
+            dcenter = -_fit_product(scale, total, center.shape, center.dtype)
+            dscale = _fit(dot, scale.shape, scale.dtype)
+            if pivot.dtype != center.dtype:
+                dscale = dscale + _fit_product(pivot - center, total, scale.shape, scale.dtype)
+        over = scale.to(ctx.carrier_dtype).expand(layout.n, layout.c) if need[1] else None
+        return dy if need[0] else None, over, None, dcenter, dscale, dshift, None, None
+
+
+def _fit(t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Sum an (N, C) tensor over the axes along which ``shape`` has one entry."""
+    axes = [d for d in (0, 1) if shape[d] == 1 != t.shape[d]]
+    return t.sum(axes, keepdim=True, dtype=dtype) if axes else t.to(dtype)
+
+
+def _fit_product(factor: Tensor, t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return ``_fit(factor * t, shape, dtype)``, summing first where that is the same."""
+    if all(size in (1, other) for size, other in zip(factor.shape, shape, strict=True)):
+        return factor * _fit(t, shape, dtype)
+    return _fit(factor * t, shape, dtype)

@@ -19,7 +19,6 @@ class Layout:
         c: channels.
         reduced: the axes that a (sample, channel) pair owns.
         size: elements of x behind each (sample, channel), the S of the docs.
-        wide: the shape in which an (N, C) tensor broadcasts against x.
     """
 
     shape: tuple[int, ...]
@@ -28,11 +27,12 @@ class Layout:
     c: int
     reduced: tuple[int, ...]
     size: int
-    wide: tuple[int, ...]
 
     def spread(self, t: Tensor) -> Tensor:
-        """View an (N, C) tensor so that it broadcasts against x."""
-        return t.reshape(self.wide)
+        """View an (N, C), (1, C), (N, 1) or (1, 1) tensor so that it broadcasts against x."""
+        wide = [1] * len(self.shape)
+        wide[0], wide[self.channel_dim] = t.shape
+        return t.reshape(wide)
 
 
 def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "normalize") -> Layout:
@@ -70,13 +70,12 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
         size *= shape[d]
     if size == 0:
         raise ValueError(f"{who}: input {shape} has no element per channel. Check the size of the feature map.")
-    wide = tuple(1 if d in reduced else shape[d] for d in range(len(shape)))
-    return Layout(shape, dim, shape[0], num_features, reduced, size, wide)
+    return Layout(shape, dim, shape[0], num_features, reduced, size)
 
 
 def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
     """Return ``dtype``, or float32 where that is narrower; the default dtype for ``None``."""
-    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+    return torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
 
 
 def stat_dtype(x: Tensor) -> torch.dtype:

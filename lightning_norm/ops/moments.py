@@ -16,6 +16,7 @@ Variances are pooled by the law of total variance and never as E[x^2] - E[x]^2, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,27 +100,48 @@ class Affine:
     scale: Tensor
     shift: Tensor | None = None
 
-    def expand(self, n: int, c: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return center, scale and shift as (n, c).
+    def fields(self, n: int, c: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return center, scale and shift, each of two dimensions and broadcastable to (n, c).
 
         Raises:
             ValueError: a field cannot be broadcast to (n, c).
         """
-        shift = torch.zeros_like(self.center) if self.shift is None else self.shift
-        fields = {"center": self.center, "scale": self.scale, "shift": shift}
-        for name, t in fields.items():
-            shape = (1,) * (2 - t.dim()) + tuple(t.shape)
+        shift = self.scale.new_zeros(1, 1) if self.shift is None else self.shift
+        given = {"center": self.center, "scale": self.scale, "shift": shift}
+        shapes = {name: (1,) * (2 - t.dim()) + tuple(t.shape) for name, t in given.items()}
+        for name, shape in shapes.items():
             if len(shape) != 2 or shape[0] not in (1, n) or shape[1] not in (1, c):
-                shapes = {k: tuple(v.shape) for k, v in fields.items()}
                 raise ValueError(
-                    f"algebra returned {name} of shape {tuple(t.shape)}, which does not broadcast to (N, C) = "
-                    f"({n}, {c}). All shapes: {shapes}."
+                    f"algebra returned {name} of shape {tuple(given[name].shape)}, which does not broadcast to (N, C) "
+                    f"= ({n}, {c}). All shapes: { {k: tuple(t.shape) for k, t in given.items()} }."
                 )
-        return self.center.expand(n, c), self.scale.expand(n, c), shift.expand(n, c)
+        center, scale, shift = (given[name].reshape(shape) for name, shape in shapes.items())
+        return center, scale, shift
 
 
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    wide = stat_dtype(var)  # few numbers, exact for nothing
-    pooled = mean.mean(dim, keepdim=True, dtype=wide)
-    between = (mean - pooled.to(mean.dtype)).to(var.dtype).square()  # a small difference: narrow is enough
-    return pooled, (var + between).mean(dim, keepdim=True, dtype=wide)
+    pooled: tuple[Tensor, Tensor] = _Pool.apply(mean, var, dim)
+    return pooled
+
+
+class _Pool(torch.autograd.Function):
+    """The law of total variance along one axis, which stays with size 1; the result in the dtype of means."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        wide = stat_dtype(var)  # few numbers, exact for nothing
+        pooled = mean.mean(dim, keepdim=True, dtype=wide)
+        apart = mean - pooled.to(mean.dtype)
+        ctx.size, ctx.var_dtype = mean.shape[dim], var.dtype
+        ctx.save_for_backward(mean, pooled)
+        between = apart.to(var.dtype).square()  # a small difference: narrow is enough
+        return pooled, (var + between).mean(dim, keepdim=True, dtype=wide)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        mean, pooled = ctx.saved_tensors
+        dmean, dvar = (g / ctx.size for g in grads)
+        # the mean of (mean - pooled) is zero, so pooled hands nothing on
+        dtype = mean.dtype
+        grad = torch.addcmul(dmean.to(dtype), 2 * dvar.to(dtype), mean - pooled.to(dtype))
+        return grad, dvar.to(ctx.var_dtype).expand_as(mean), None

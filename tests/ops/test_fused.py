@@ -14,8 +14,8 @@ def whole(x, algebra):
     mean = x.mean(dims) if dims else x
     var = x.var(dims, unbiased=False) if dims else torch.zeros_like(x)
     n, c = x.shape[:2]
-    fields = algebra(Moments(mean, var, x[0, 0].numel())).expand(n, c)
-    center, scale, shift = (t.reshape(n, c, *[1] * (x.dim() - 2)) for t in fields)
+    fields = algebra(Moments(mean, var, x[0, 0].numel())).fields(n, c)
+    center, scale, shift = (t.expand(n, c).reshape(n, c, *[1] * (x.dim() - 2)) for t in fields)
     return scale * (x - center) + shift
 
 

@@ -128,11 +128,12 @@ def test_affine_of_a_wrong_shape_is_refused(fields, name):
         given["scale"] = torch.zeros(3, 4)
     shape = tuple(given[name].shape)
     with pytest.raises(ValueError, match=rf"{name} of shape .*\(N, C\) = \(3, 5\)") as error:
-        Affine(**given).expand(3, 5)
+        Affine(**given).fields(3, 5)
     assert str(shape) in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 1), (1, 5), (3, 1), (3, 5)])
 def test_affine_broadcasts(shape):
-    for t in Affine(torch.ones(3, 5), torch.full(shape, 2.0), None).expand(3, 5):
-        assert t.shape == (3, 5)
+    for t in Affine(torch.ones(3, 5), torch.full(shape, 2.0), None).fields(3, 5):
+        assert t.dim() == 2
+        assert t.expand(3, 5).shape == (3, 5)
