@@ -68,7 +68,7 @@ class RunningStats(nn.Module):
         for name, new in zip(self.running_names, (mean, var), strict=True):
             old = self._buffers[name]
             assert old is not None
-            moved = (1 - weight) * old + weight * new.detach().reshape(-1).to(old.dtype)
+            moved = torch.lerp(old, new.detach().reshape(-1).to(old.dtype), weight.to(old.dtype))
             old.copy_(torch.where(finite, moved, old))
 
     def reset_running_stats(self) -> None:

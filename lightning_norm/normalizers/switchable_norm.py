@@ -179,10 +179,8 @@ class SwitchableNorm(MomentNorm):
 
 
 def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
-    """Return the weighted sum of broadcastable tensors, the last one first: the first is the largest by default."""
+    """Return the weighted sum of broadcastable tensors, the small ones first: few operations are of the full shape."""
     dtype = terms[0].dtype
-    *rest, (term, weight) = zip(terms, weights.to(dtype).unbind(), strict=True)
-    total = term.to(dtype) * weight
-    for term, weight in reversed(rest):
-        total = torch.addcmul(total, term.to(dtype), weight)
-    return total
+    weighted = [term.to(dtype) * weight for term, weight in zip(terms, weights.to(dtype).unbind(), strict=True)]
+    first, *rest = sorted(weighted, key=Tensor.numel)
+    return sum(rest, first)

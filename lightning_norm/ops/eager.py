@@ -28,13 +28,15 @@ def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         return mean, torch.zeros_like(mean, dtype=narrow)
     rough = x.mean(layout.reduced, dtype=narrow)
     u = x - layout.spread(rough)
-    rest = None if dtype == narrow else u.mean(layout.reduced)  # what rounding the mean left over
-    var = _dot(u, u, layout) / layout.size
-    if rest is None:
-        return rough, var
-    var = (var - rest.square()).clamp_min(0)
-    if is_flat(x, rough, var):  # a small mean keeps its digits, and float32 halves the work of the algebra
-        return rough + rest, var
+    if dtype == narrow:
+        return rough, _dot(u, u, layout) / layout.size
+    if may_be_flat(x):
+        var = _dot(u, u, layout) / layout.size
+        if bool((rough.square() <= FLAT**2 * var).all()):  # reading a value back costs nothing on the CPU
+            return rough, var  # a small mean keeps its digits, and float32 halves the work of the algebra
+        u = x - layout.spread(rough)
+    rest = u.mean(layout.reduced)  # what rounding the mean left over
+    var = (_dot(u, u, layout) / layout.size - rest.square()).clamp_min(0)
     return rough.to(dtype) + rest, var
 
 
@@ -48,7 +50,7 @@ def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layou
         return _affine(u - layout.spread(center), scale.to(u.dtype), shift.to(u.dtype), layout).to(x.dtype)
     pivot, scale = center.to(at_least_float32(u.dtype)), scale.to(at_least_float32(u.dtype))
     if flat and not _recording():
-        return _affine(u, scale, (shift - scale * center).to(scale.dtype), layout).to(x.dtype)
+        return _affine(u, scale, torch.addcmul(shift, scale, center, value=-1).to(scale.dtype), layout).to(x.dtype)
     offset = (shift + scale * (pivot - center)).to(scale.dtype)
     return _affine(u - layout.spread(pivot), scale, offset, layout).to(x.dtype)
 
@@ -125,11 +127,9 @@ def _rows(t: Tensor, layout: Layout) -> Tensor:
     return t.expand(layout.n, layout.c).reshape(-1)
 
 
-def is_flat(x: Tensor, mean: Tensor, var: Tensor) -> bool:
-    """Whether |mean| / std is small everywhere; asked on the CPU alone, where reading a value back costs nothing."""
-    if not x.is_cpu or torch.compiler.is_compiling() or not x.numel():
-        return False
-    return bool((mean.to(var.dtype).square() <= FLAT**2 * var).all())
+def may_be_flat(x: Tensor) -> bool:
+    """Whether it is asked, by reading a value back, if |mean| / std is small everywhere."""
+    return x.is_cpu and not torch.compiler.is_compiling() and x.numel() > 0
 
 
 def _wide(x: Tensor) -> Tensor:
