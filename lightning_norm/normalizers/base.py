@@ -101,12 +101,6 @@ class Normalizer(ScheduledValues, RunningStats):
             held = getattr(source, name, None)
             if held is not None and self._buffers.get(name) is not None and name not in self.converts:
                 self._buffers[name] = held
-        if (
-            isinstance(source, Normalizer)
-            and self._buffers.get("running_var") is not None
-            and "running_var" in source.converts
-        ):
-            self._buffers["running_var"] = source.running().var.squeeze(0)
 
     def give_back(self, source: nn.Module) -> None:
         """Give a layer what was taken from it, as it is now: the inverse of :meth:`adopt`.

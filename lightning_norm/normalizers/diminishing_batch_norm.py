@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
 from lightning_norm.normalizers.scheduled import Scheduled
+from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -39,8 +40,8 @@ class DiminishingBatchNorm(MomentNorm):
         options: affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`. There is no momentum.
 
     Raises:
-        ValueError: alpha out of range, power not positive, an unknown ``average`` or ``stat_grad``, or ``alpha`` set
-            where ``power`` rules.
+        ValueError: alpha out of range, power not positive, an unknown ``average`` or ``stat_grad``; a momentum, or an
+            alpha where ``power`` rules, set on the layer.
 
     Differs from the paper: the gradient passes through the statistics by default, so that alpha = 1 with
     ``average="var"`` is BatchNorm in value and gradient; the first batch is copied, whatever alpha, unless statistics
@@ -101,6 +102,8 @@ class DiminishingBatchNorm(MomentNorm):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "alpha" and self.__dict__.get("power") is not None:
             raise ValueError(f"DiminishingBatchNorm: power={self.power} rules alpha. Set power = None first.")
+        if name == "momentum" and value is not None:
+            raise ValueError("DiminishingBatchNorm has no momentum. Set alpha, the weight of the new batch.")
         super().__setattr__(name, value)
 
     def algebra(self, m: Moments) -> Affine:
@@ -121,8 +124,8 @@ class DiminishingBatchNorm(MomentNorm):
             return mean, spread
         if self.stat_grad == "none":
             mean, spread = mean.detach(), spread.detach()
-        steps, old = self._steps(), self._held()
-        alpha = torch.where(steps == 1, 1, self._new_weight(steps))
+        steps = self._steps()
+        alpha, *old = snapshot(torch.where(steps == 1, 1, self._new_weight(steps)), *self._held())
         mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip((mean, spread), old, strict=True)]
         self._move(mixed, mean, steps, self._usable(mean, batch.var, batch.count))
         return mixed[0], mixed[1]
@@ -191,6 +194,10 @@ class DiminishingBatchNorm(MomentNorm):
         if updates is None or drift is None:
             return {}
         return {"alpha": self._new_weight(updates.clamp_min(1)).clone(), "drift": drift}
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        return super().extra_repr().replace("momentum=None, ", "")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         std, var = state_dict.get(prefix + "running_std"), state_dict.get(prefix + "running_var")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.ops.layout import stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
 
 
@@ -87,7 +88,7 @@ class RepresentativeBatchNorm(MomentNorm):
         k = m.mean if w_m is None else torch.addcmul(m.mean, m.mean, w_m.to(m.mean.dtype))  # K(x_c) = (1 + w_m) K(x)
         b = track(Moments(k, m.var, m.count, m.ranks).over_batch())
         scale = (b.var.to(m.mean.dtype) + self.eps).rsqrt()
-        k_s = scale * (k - b.mean)  # K(x_s)
+        k_s = scale * (k - b.mean).to(scale.dtype)  # K(x_s)
         gain = self._gain(m.mean, k_s)
         if gain is not None:
             scale, k_s = scale * gain, k_s * gain
@@ -104,9 +105,11 @@ class RepresentativeBatchNorm(MomentNorm):
         """Return sigmoid(w * k + b), without k at k = 0, in units of its starting value if that was asked for."""
         w, b = (getattr(self, name) for name in self.starts[part])
         k = b.new_zeros(()) if k is None else k
-        gate = torch.addcmul(b.double(), k.double(), w.double()).sigmoid().to(k.dtype)
-        start = list(self.starts[part].values())[1]
-        return gate * (1 + math.exp(-start)) if self.gate_init == "unit" else gate
+        wide = stat_dtype(k)  # sigmoid(-100) is as far off, relative, as its argument, absolute
+        gate = torch.addcmul(b.to(wide), k.to(wide), w.to(wide)).sigmoid()
+        if self.gate_init == "unit":
+            gate = gate * (1 + math.exp(-list(self.starts[part].values())[1]))
+        return gate.to(k.dtype)
 
     def keeps_eval(self) -> bool:
         """Tell whether every gate starts at 1."""

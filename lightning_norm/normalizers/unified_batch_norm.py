@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_norm.normalizers.base import Paper
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
 from lightning_norm.normalizers.scheduled import Scheduled
+from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.condensation import condensation, squared_norms
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
@@ -113,12 +114,13 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
     def _choose(self, similarity: Tensor, batch: Moments) -> Moments:
         """Return the statistics to normalize by, and move the running ones if the batch is not condensed."""
-        condensed, held = self._condensed(similarity), self.running()
+        held = self.running()
+        mean, var, condensed = snapshot(held.mean, held.var, self._condensed(similarity))
         self._update(*self.observed(batch), batch.count, ~condensed)
         if self.mode == "gate":
             return batch
-        mean = torch.where(condensed, held.mean.to(batch.mean.dtype), batch.mean)
-        return Moments(mean, torch.where(condensed, held.var.to(batch.var.dtype), batch.var), batch.count)
+        mean = torch.where(condensed, mean.to(batch.mean.dtype), batch.mean)
+        return Moments(mean, torch.where(condensed, var.to(batch.var.dtype), batch.var), batch.count)
 
     @torch.no_grad()
     def _condensed(self, similarity: Tensor) -> Tensor:
