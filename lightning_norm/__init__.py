@@ -11,14 +11,17 @@ from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
 from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers import BatchNorm as BatchNorm
+from lightning_norm.normalizers import DiminishingBatchNorm as DiminishingBatchNorm
 from lightning_norm.normalizers import GroupNorm as GroupNorm
 from lightning_norm.normalizers import InstanceNorm as InstanceNorm
 from lightning_norm.normalizers import LayerNorm as LayerNorm
 from lightning_norm.normalizers import MomentNorm as MomentNorm
 from lightning_norm.normalizers import Normalizer as Normalizer
 from lightning_norm.normalizers import Paper as Paper
+from lightning_norm.normalizers import RepresentativeBatchNorm as RepresentativeBatchNorm
 from lightning_norm.normalizers import Scheduled as Scheduled
 from lightning_norm.normalizers import SwitchableNorm as SwitchableNorm
+from lightning_norm.normalizers import UnifiedBatchNorm as UnifiedBatchNorm
 from lightning_norm.normalizers import create as create
 from lightning_norm.normalizers import normalizers as normalizers
 from lightning_norm.ops.fused import normalize as normalize

@@ -19,6 +19,8 @@ from lightning_norm.normalizers.registry import create, normalizers
 
 SHAPES = ((32, 64, 32, 32), (32, 256, 14, 14), (32, 512, 7, 7), (128, 64))
 EXAMPLE = "lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json --save docs/benchmarks"
+ARGUMENTS: dict[str, dict[str, Any]] = {"ubn": {"threshold": 1.0}}
+"""What a contender is built with: ubn measures the condensation of every batch."""
 Run = Callable[[], Any]
 
 
@@ -26,11 +28,11 @@ class Naive(nn.Module):
     """A formula written as published: one full reduction of the whole tensor per statistic.
 
     Args:
-        key: "bn", "in", "ln", "sn" or "bcn".
+        key: "bn", "in", "ln", "sn", "bcn", "dbn", "rbn" or "ubn".
         num_features: C.
     """
 
-    KEYS = ("bn", "in", "ln", "sn", "bcn")
+    KEYS = ("bn", "in", "ln", "sn", "bcn", "dbn", "rbn", "ubn")
 
     def __init__(self, key: str, num_features: int) -> None:
         super().__init__()
@@ -41,9 +43,13 @@ class Naive(nn.Module):
             self.mean_weight, self.var_weight = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
         if key == "bcn":
             self.iota = nn.Parameter(torch.ones(num_features))
+        for name in {"rbn": ("center", "scale"), "ubn": ("center", "scale", "affine")}.get(key, ()):
+            self.register_parameter(name, nn.Parameter(torch.zeros(num_features)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (N, C, *), by the statistics of this batch."""
+        if self.key in ("dbn", "rbn", "ubn"):
+            return self._running(x)
         space = tuple(range(2, x.dim()))
         wide = (1, -1) + (1,) * len(space)
         axes = {"in": space or (1,), "ln": (1, *space), "bn": (0, *space)}
@@ -63,6 +69,26 @@ class Naive(nn.Module):
             spread = sum((a * var[k] for a, k in zip(v, needed, strict=True)), zero)
             y = (x - center) / torch.sqrt(spread + 1e-5)
         return y * self.weight.view(wide) + self.bias.view(wide)
+
+    def _running(self, x: Tensor) -> Tensor:
+        """Return what dbn (a first batch), rbn and ubn (not condensed) do to x."""
+        space = tuple(range(2, x.dim()))
+        wide = (1, -1) + (1,) * len(space)
+        gamma: Tensor = self.weight.view(wide)
+        if self.key == "dbn":
+            mean, std = x.mean((0, *space), keepdim=True), x.std((0, *space), keepdim=True, correction=0)
+            return (x - mean) / (std + 1e-5) * gamma + self.bias.view(wide)
+        unit = {start: torch.sigmoid(torch.tensor(start)) for start in (1.0, -1.0)}
+        if self.key == "ubn":
+            u = nn.functional.normalize(x.detach().flatten(1), dim=1)
+            condensed = (u @ u.t()).mean() > 1.0
+            k = x.mean(space, keepdim=True)
+            gamma = gamma * torch.sigmoid(self.affine.view(wide) * k - 1) / unit[-1.0] * (~condensed)
+        x = x + self.center.view(wide) * x.mean(space, keepdim=True)
+        mean, var = x.mean((0, *space), keepdim=True), x.var((0, *space), keepdim=True, correction=0)
+        x = (x - mean) / torch.sqrt(var + 1e-5)
+        gate = torch.sigmoid(self.scale.view(wide) * x.mean(space, keepdim=True) + 1) / unit[1.0]
+        return x * gate * gamma + self.bias.view(wide)
 
 
 def run(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -133,9 +159,10 @@ def contenders(
     for key in keys:
         if len(shape) == 2 and key in ("in",):
             continue
-        yield key, create(key, c, device=device)
+        arguments = ARGUMENTS.get(key, {})
+        yield key, create(key, c, device=device, **arguments)
         if compiled:
-            layer = create(key, c, device=device)
+            layer = create(key, c, device=device, **arguments)
             layer.compile()
             yield f"{key} compiled", layer
         if key in Naive.KEYS and len(shape) > 2:
@@ -195,7 +222,8 @@ def bench_network(keys: Sequence[str], device: str, repeats: int, compiled: bool
         torch.manual_seed(0)
         net = torchvision.models.resnet18(num_classes=10).to(device)
         if name != "torch":
-            swap(net, name.split()[0], compile=name.endswith("compiled"))
+            key = name.split()[0]
+            swap(net, key, norm_args=ARGUMENTS.get(key), compile=name.endswith("compiled"))
         optimizer = torch.optim.SGD(net.parameters(), 0.01)
 
         def step(net: nn.Module = net, optimizer: torch.optim.Optimizer = optimizer) -> None:

@@ -5,10 +5,13 @@ from lightning_norm.normalizers.base import Normalizer as Normalizer
 from lightning_norm.normalizers.base import Paper as Paper
 from lightning_norm.normalizers.batch_channel_norm import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers.batch_norm import BatchNorm as BatchNorm
+from lightning_norm.normalizers.diminishing_batch_norm import DiminishingBatchNorm as DiminishingBatchNorm
 from lightning_norm.normalizers.group_norm import GroupNorm as GroupNorm
 from lightning_norm.normalizers.group_norm import LayerNorm as LayerNorm
 from lightning_norm.normalizers.instance_norm import InstanceNorm as InstanceNorm
 from lightning_norm.normalizers.registry import create as create
 from lightning_norm.normalizers.registry import normalizers as normalizers
+from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm as RepresentativeBatchNorm
 from lightning_norm.normalizers.scheduled import Scheduled as Scheduled
 from lightning_norm.normalizers.switchable_norm import SwitchableNorm as SwitchableNorm
+from lightning_norm.normalizers.unified_batch_norm import UnifiedBatchNorm as UnifiedBatchNorm

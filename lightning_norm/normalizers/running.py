@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ class RunningStats(nn.Module):
     """Mixin: ``running_mean``, ``running_var`` (C,) and ``num_batches_tracked`` with torch's names and meaning."""
 
     running_names: ClassVar[tuple[str, str]] = ("running_mean", "running_var")
+    counters: ClassVar[tuple[str, ...]] = ()
+    """Further integers that a resumed run needs; a BatchNorm's checkpoint has none of them, and they start at 0."""
+
     num_batches_tracked: Tensor | None
     skipped_updates: Tensor | None
 
@@ -29,6 +32,8 @@ class RunningStats(nn.Module):
             self.register_buffer(name, stat if track else None)
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device) if track else None)
         self.register_buffer("skipped_updates", torch.tensor(0, device=device) if track else None, persistent=False)
+        for name in self.counters:
+            self.register_buffer(name, torch.tensor(0, device=device) if track else None)
 
     def track(self, m: Moments) -> Moments:
         """In training, fold m into the running statistics and return m; in evaluation, return the running ones.
@@ -55,14 +60,22 @@ class RunningStats(nn.Module):
         return m.mean, m.var * unbiased(m.count)
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
+    def _usable(self, mean: Tensor, var: Tensor, count: int | Tensor) -> Tensor:
+        """Tell whether statistics may move the running ones, as a 0-dim tensor; count those that may not."""
         finite = torch.isfinite(mean + var).all()
         if isinstance(count, Tensor):  # pooled over ranks, which may all be empty
             finite = finite & (count > 1).all()
-        assert self.num_batches_tracked is not None
         assert self.skipped_updates is not None
-        self.num_batches_tracked.add_(finite)
         self.skipped_updates.add_(~finite)
+        return finite
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, count: int | Tensor, wanted: Tensor | None = None) -> None:
+        """Move the running statistics, unless a 0-dim ``wanted`` is false."""
+        finite = self._usable(mean, var, count)
+        finite = finite if wanted is None else finite & wanted
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(finite)
         momentum = self._buffers["_momentum"]
         weight = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype) if momentum is None else momentum
         for name, new in zip(self.running_names, (mean, var), strict=True):
@@ -74,12 +87,16 @@ class RunningStats(nn.Module):
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the counters to 0."""
         if self.track_running_stats:
-            for name, fill in zip(
-                (*self.running_names, "num_batches_tracked", "skipped_updates"), (0, 1, 0, 0), strict=True
-            ):
+            for name in (*self.running_names, "num_batches_tracked", "skipped_updates", *self.counters):
                 buffer = self._buffers[name]
                 assert buffer is not None
-                buffer.fill_(fill)
+                buffer.fill_(name == self.running_names[1])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        names = [name for name in self.counters if self._buffers.get(name) is not None]
+        if not any(prefix + name in state_dict for name in names):
+            state_dict.update({prefix + name: torch.tensor(0) for name in names})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in self.running_names}

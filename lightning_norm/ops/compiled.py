@@ -68,6 +68,18 @@ def _kind_of(layer: nn.Module) -> Hashable:
     return kind
 
 
+def snapshot(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors as they are now, for a gradient that depends on buffers which the forward pass then changes.
+
+    Under torch.compile the backward pass may compute cheap values again from such buffers, as they are by then: a wrong
+    gradient, without a word (pytorch/pytorch#197039). It saves the result of a concatenation and never repeats one.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    parts = torch.cat([t.to(tensors[0].dtype).reshape(-1) for t in tensors]).split([t.numel() for t in tensors])
+    return tuple(part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True))
+
+
 def graphs() -> int:
     """Return how many graphs were compiled in this process."""
     return len(_graphs)

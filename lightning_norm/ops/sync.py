@@ -35,6 +35,11 @@ class Ranks:
         v = (total[:, 1 + c :] / safe - m.square()).clamp_min(0.0)
         return n.to(count.dtype), m.to(mean.dtype), v.to(var.dtype)
 
+    def sum(self, t: Tensor) -> Tensor:
+        """Return the sum of t over the ranks, the same bits on each; t has one shape on all of them."""
+        total: Tensor = _AllReduceSum.apply(t, self.group)
+        return total
+
 
 def active_ranks(sync: bool, training: bool, group: str = "world") -> Ranks | None:
     """Return the ranks to pool with, or ``None`` outside of training, with one process, or with ``sync=False``.

@@ -66,6 +66,7 @@ def convert(
     try:
         layer = cls(**{**inherited, **chosen})
         layer.adopt(module)
+        _translate_variance(module, layer)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
     _carry_over(module, layer)
@@ -189,6 +190,14 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
     if not tracks:
         arguments = {k: v for k, v in arguments.items() if k not in ("momentum", "track_running_stats")}
     return arguments
+
+
+def _translate_variance(module: nn.Module, layer: Normalizer) -> None:
+    """Give the layer the variance of one that holds it in another form."""
+    if layer._buffers.get("running_var") is None or not isinstance(module, Normalizer):
+        return
+    if "running_var" in module.converts and module.track_running_stats:
+        layer._buffers["running_var"] = module.running().var.squeeze(0)
 
 
 def _carry_over(module: nn.Module, layer: Normalizer) -> None:

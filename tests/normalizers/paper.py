@@ -21,7 +21,7 @@ def shaken(layer, seed=50):
     with torch.no_grad():
         for _, p in sorted(layer.named_parameters()):
             p += 0.4 * torch.randn(p.shape, generator=g, dtype=F64)
-        for name in ("running_mean", "running_var"):
+        for name in layer.running_names:
             if getattr(layer, name) is not None:
                 getattr(layer, name).add_(torch.rand(layer.num_features, generator=g, dtype=F64))
     return layer

@@ -1,0 +1,221 @@
+"""Diminishing batch normalization: running statistics, moved by a diminishing weight, also in training."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.scheduled import Scheduled
+from lightning_norm.ops.compiled import snapshot
+from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.moments import Affine, Moments
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+class DiminishingBatchNorm(MomentNorm):
+    r"""Normalize by running statistics, in training as in evaluation; batch m moves them by alpha(m) first.
+
+    .. math::
+        y = \gamma \frac{x - \mu^{(m)}}{\sigma^{(m)} + \epsilon} + \beta, \qquad
+        (\mu, \sigma)^{(m)} = \alpha^{(m)} (\mu_B, \sigma_B) + (1 - \alpha^{(m)}) (\mu, \sigma)^{(m-1)}
+
+    Ma and Klabjan, TNNLS 2024, arXiv 1705.08011. Not to be confused with decorrelated batch normalization, also "DBN".
+
+    When: batches too small or too varied for their own statistics. When not: with a very small alpha and a large
+    learning rate, for a gradient that hardly sees the statistics does not hold back the scale of the weights.
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        alpha: weight of the new batch, 1 for its statistics alone.
+        power: alpha(m) = 1 / m^power in place of ``alpha``, with the layer's own count m of batches; the published
+            convergence proof wants more than 2, 2.001 say.
+        average: "std", as published (eps beside the root), or "var" (eps inside the root, BatchNorm's own buffers).
+        stat_grad: "batch" lets the gradient pass through the new batch's part, "none" through no statistics.
+        eps: added to the standard deviation, or to the variance with ``average="var"``.
+        options: affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`. There is no momentum.
+
+    Raises:
+        ValueError: alpha out of range, power not positive, an unknown ``average`` or ``stat_grad``; a momentum, or an
+            alpha where ``power`` rules, set on the layer.
+
+    Differs from the paper: the gradient passes through the statistics by default, so that alpha = 1 with
+    ``average="var"`` is BatchNorm in value and gradient; the first batch is copied, whatever alpha, unless statistics
+    were moved in, which then count as the first. A batch's statistics are biased, so the buffers are.
+
+    >>> DiminishingBatchNorm(8)(torch.randn(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
+
+    key = "dbn"
+    paper = Paper("Ma and Klabjan", 2024, "Diminishing Batch Normalization", "arXiv 1705.08011")
+    per_sample: ClassVar[bool] = False
+    preserves_eval: ClassVar[bool] = True
+    counters: ClassVar[tuple[str, ...]] = ("updates",)
+    converts: ClassVar[tuple[str, ...]] = ("running_var",)
+    shows: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        alpha: Annotated[float, Scheduled(0, 1)] = 0.25,
+        power: float | None = None,
+        average: Literal["std", "var"] = "std",
+        stat_grad: Literal["batch", "none"] = "batch",
+        eps: float = 1e-5,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value, known in (("average", average, ("std", "var")), ("stat_grad", stat_grad, ("batch", "none"))):
+            if value not in known:
+                raise ValueError(f"DiminishingBatchNorm: {name} must be one of {known}, got {value!r}.")
+        if power is not None and not 0 < power < math.inf:
+            raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
+        self.average, self.stat_grad = average, stat_grad
+        if average == "var":
+            self.converts = ()  # type: ignore[misc]  # BatchNorm's own buffers, by their names
+        else:
+            self.running_names = ("running_mean", "running_std")  # type: ignore[misc]
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=None,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
+        drift = torch.zeros((), device=device) if track_running_stats else None
+        self.register_buffer("drift", drift, persistent=False)
+        self.alpha = alpha
+        self.power = None if power is None else float(power)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "alpha" and self.__dict__.get("power") is not None:
+            raise ValueError(f"DiminishingBatchNorm: power={self.power} rules alpha. Set power = None first.")
+        if name == "momentum" and value is not None:
+            raise ValueError("DiminishingBatchNorm has no momentum. Set alpha, the weight of the new batch.")
+        super().__setattr__(name, value)
+
+    def algebra(self, m: Moments) -> Affine:
+        """Return the affine map of the equation above."""
+        mean, spread = self._lambda(m)
+        scale = 1 / (spread + self.eps) if self.average == "std" else (spread + self.eps).rsqrt()
+        return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
+
+    def _lambda(self, m: Moments) -> tuple[Tensor, Tensor]:
+        """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
+        if self.track_running_stats and not self.training:
+            return self._held()
+        batch = m.over_batch()
+        mean, spread = batch.mean, batch.var
+        if self.average == "std":
+            spread = spread.clamp_min(TINY).sqrt()  # the clamp cuts the infinite slope of the root at 0
+        if not self.track_running_stats:
+            return mean, spread
+        if self.stat_grad == "none":
+            mean, spread = mean.detach(), spread.detach()
+        steps = self._steps()
+        alpha, *old = snapshot(torch.where(steps == 1, 1, self._new_weight(steps)), *self._held())
+        mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip((mean, spread), old, strict=True)]
+        self._move(mixed, mean, steps, self._usable(mean, batch.var, batch.count))
+        return mixed[0], mixed[1]
+
+    @torch.no_grad()
+    def _move(self, mixed: list[Tensor], batch_mean: Tensor, steps: Tensor, usable: Tensor) -> None:
+        scale = mixed[1] + self.eps if self.average == "std" else (mixed[1] + self.eps).sqrt()
+        news = [*mixed, steps, ((batch_mean - mixed[0]) / scale).abs().mean()]
+        for name, new in zip((*self.running_names, "updates", "drift"), news, strict=True):
+            old = self._buffers[name]
+            assert old is not None
+            old.copy_(torch.where(usable, new.reshape(old.shape).to(old.dtype), old))
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(usable)
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        mean, spread = (self._buffers[name] for name in self.running_names)
+        assert mean is not None
+        assert spread is not None
+        return mean.unsqueeze(0), spread.unsqueeze(0)
+
+    def _steps(self) -> Tensor:
+        """Return m of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
+        updates, mean = self._buffers["updates"], self._buffers["running_mean"]
+        assert updates is not None
+        assert mean is not None
+        return updates + 1 + ((updates == 0) & (mean != 0).any())
+
+    def _new_weight(self, steps: Tensor) -> Tensor:
+        alpha = self.scheduled("alpha")
+        assert alpha is not None
+        return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
+
+    def running(self) -> Moments:
+        """Return the running statistics as those of a BatchNorm: mean, and the variance that evaluates alike."""
+        mean, spread = self._held()
+        return Moments(mean, spread if self.average == "var" else to_var(spread, self.eps), 1)
+
+    def keeps_eval(self) -> bool:
+        """Tell whether evaluation is on statistics that were moved in; those of a batch have eps beside the root."""
+        return self.track_running_stats or self.average == "var"
+
+    def adopt(self, source: nn.Module) -> None:
+        """Take over a layer's Parameters and running statistics, the variance as a standard deviation."""
+        super().adopt(source)
+        if isinstance(source, DiminishingBatchNorm) and source.track_running_stats and self.track_running_stats:
+            self._buffers["updates"] = source._buffers["updates"]
+            if source.average == self.average:
+                self._buffers[self.running_names[1]] = source._buffers[self.running_names[1]]
+                return
+        held = getattr(source, "running_var", None)
+        if held is not None and self._buffers.get("running_std") is not None:
+            self._buffers["running_std"] = to_std(held, self.eps)
+
+    def give_back(self, source: nn.Module) -> None:
+        """Give a layer what was taken from it, the standard deviation as a variance, if it moved."""
+        super().give_back(source)
+        held, var = self._buffers.get("running_std"), source._buffers.get("running_var")
+        if held is not None and var is not None and not torch.equal(held.to(var), to_std(var, self.eps).to(var)):
+            var.copy_(to_var(held, self.eps))
+
+    @torch.no_grad()
+    def monitor(self) -> dict[str, Tensor]:
+        """Return alpha of the last batch, and how far its mean lay from the running one, in standard deviations."""
+        updates, drift = self._buffers["updates"], self._buffers["drift"]
+        if updates is None or drift is None:
+            return {}
+        return {"alpha": self._new_weight(updates.clamp_min(1)).clone(), "drift": drift}
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        return super().extra_repr().replace("momentum=None, ", "")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        std, var = state_dict.get(prefix + "running_std"), state_dict.get(prefix + "running_var")
+        if self.average == "std" and std is None and var is not None:
+            state_dict[prefix + "running_std"] = to_std(var, self.eps)
+        if self.average == "var" and std is not None:
+            state_dict.setdefault(prefix + "running_var", to_var(std, self.eps))
+            del state_dict[prefix + "running_std"]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@torch.no_grad()
+def to_std(var: Tensor, eps: float) -> Tensor:
+    """Return the s with s + eps = sqrt(var + eps): evaluation stays what it was."""
+    return (var.to(at_least_float32(var.dtype)) + eps).sqrt() - eps
+
+
+@torch.no_grad()
+def to_var(std: Tensor, eps: float) -> Tensor:
+    """Return the v with sqrt(v + eps) = std + eps; 0 where it would be negative, for a BatchNorm has none below."""
+    return ((std + eps).square() - eps).clamp_min(0)

@@ -1,0 +1,134 @@
+"""Representative batch normalization: centering and scaling rectified by each sample's own mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.ops.layout import stat_dtype
+from lightning_norm.ops.moments import Affine, Moments
+
+
+class RepresentativeBatchNorm(MomentNorm):
+    r"""Let each sample's own mean K strengthen or weaken it before the statistics are taken, and gate it after.
+
+    .. math::
+        x_c = x + w_m K(x), \quad x_s = \frac{x_c - \mu}{\sqrt{\sigma^2 + \epsilon}}, \quad
+        y = \gamma\, x_s\, g(w_v K(x_s) + w_b) + \beta, \qquad g = \mathrm{sigmoid}
+
+    with mu, sigma of x_c over the batch and K the mean over the positions of a sample and channel. ``center_weight``
+    w_m and ``scale_weight`` w_v start at 0, ``scale_bias`` w_b at 1, each (C,). Gao et al., CVPR 2021.
+
+    When: where the samples of a batch differ much, at hardly any cost. When not: if the layer must be folded for
+    inference, or on 1x1 maps, where centering is undone by the normalization.
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        rectify: the rectifications, out of "center" and "scale"; without both the layer is BatchNorm.
+        gate_init: "unit" divides the gate by its starting value, so that the layer starts as BatchNorm; "paper" does
+            not, and starts with outputs of sigmoid(1) = 0.731 times the size.
+        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+
+    Raises:
+        ValueError: an unknown rectification or ``gate_init``.
+
+    Differs from the paper: the unit gate; the input is never written to (the published code adds to it in place); the
+    second mean K(x_s) is ((1 + w_m) K(x) - mu) / sigma and needs no pass of its own.
+
+    >>> RepresentativeBatchNorm(8)(torch.randn(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
+
+    key = "rbn"
+    paper = Paper("Gao et al.", 2021, "Representative Batch Normalization with Feature Calibration", "CVPR 2021")
+    learns: ClassVar[dict[str, str]] = {"center_weight": "C", "scale_weight": "C", "scale_bias": "C"}
+    shows: ClassVar[tuple[str, ...]] = ("rectify", "gate_init")
+    preserves_eval: ClassVar[bool] = True
+    starts: ClassVar[dict[str, dict[str, float]]] = {
+        "center": {"center_weight": 0.0},
+        "scale": {"scale_weight": 0.0, "scale_bias": 1.0},
+    }
+    """Each rectification's parameters and their starting values."""
+
+    center_weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        rectify: Sequence[str] = ("center", "scale"),
+        gate_init: Literal["unit", "paper"] = "unit",
+        **options: Any,
+    ) -> None:
+        who, known = type(self).__name__, tuple(self.starts)
+        if isinstance(rectify, str) or set(rectify) - set(known):
+            raise ValueError(f"{who}: rectify must be a list out of {known}, got {rectify!r}.")
+        if gate_init not in ("unit", "paper"):
+            raise ValueError(f"{who}: gate_init must be 'unit' or 'paper', got {gate_init!r}.")
+        self.rectify, self.gate_init = tuple(k for k in known if k in rectify), gate_init
+        super().__init__(num_features, **options)
+        device, dtype = options.get("device"), options.get("dtype")
+        for part, values in self.starts.items():
+            for name in values:
+                value = torch.empty(num_features, device=device, dtype=dtype) if part in self.rectify else None
+                self.register_parameter(name, None if value is None else nn.Parameter(value))
+        self.reset_parameters()
+
+    def algebra(self, m: Moments) -> Affine:
+        """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
+        return self._rectified(m, self.track)
+
+    def _rectified(self, m: Moments, track: Callable[[Moments], Moments]) -> Affine:
+        w_m = self.center_weight
+        k = m.mean if w_m is None else torch.addcmul(m.mean, m.mean, w_m.to(m.mean.dtype))  # K(x_c) = (1 + w_m) K(x)
+        b = track(Moments(k, m.var, m.count, m.ranks).over_batch())
+        scale = (b.var.to(m.mean.dtype) + self.eps).rsqrt()
+        k_s = scale * (k - b.mean).to(scale.dtype)  # K(x_s)
+        gain = self._gain(m.mean, k_s)
+        if gain is not None:
+            scale, k_s = scale * gain, k_s * gain
+        if self.weight is None or self.bias is None:
+            return Affine(m.mean, scale, k_s)
+        gamma = self.weight.to(scale.dtype)
+        return Affine(m.mean, scale * gamma, torch.addcmul(self.bias.to(scale.dtype), k_s, gamma))
+
+    def _gain(self, k: Tensor, k_s: Tensor) -> Tensor | None:
+        """Return what multiplies gamma, given K(x) and K(x_s), or ``None`` for 1."""
+        return self._gate("scale", k_s) if "scale" in self.rectify else None
+
+    def _gate(self, part: str, k: Tensor | None = None) -> Tensor:
+        """Return sigmoid(w * k + b), without k at k = 0, in units of its starting value if that was asked for."""
+        w, b = (getattr(self, name) for name in self.starts[part])
+        k = b.new_zeros(()) if k is None else k
+        wide = stat_dtype(k)  # sigmoid(-100) is as far off, relative, as its argument, absolute
+        gate = torch.addcmul(b.to(wide), k.to(wide), w.to(wide)).sigmoid()
+        if self.gate_init == "unit":
+            gate = gate * (1 + math.exp(-list(self.starts[part].values())[1]))
+        return gate.to(k.dtype)
+
+    def keeps_eval(self) -> bool:
+        """Tell whether every gate starts at 1."""
+        return self.gate_init == "unit" or set(self.rectify) <= {"center"}
+
+    @torch.no_grad()
+    def monitor(self) -> dict[str, Tensor]:
+        """Return the means over the channels: of the centering weight, and of each gate and its slope at K = 0."""
+        shown: dict[str, Tensor] = {}
+        for part in self.rectify:
+            shown[f"{part}_weight"] = getattr(self, f"{part}_weight").mean()
+            if part != "center":
+                shown[f"{part}_gate"] = self._gate(part).mean()
+        return shown
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1, bias to 0 and the rectifications to their start."""
+        super().reset_parameters()
+        for name, value in ((n, v) for values in self.starts.values() for n, v in values.items()):
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                nn.init.constant_(parameter, value)

@@ -1,0 +1,158 @@
+"""Unified batch normalization: a condensation threshold chooses the statistics, and every component is rectified."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_norm.normalizers.base import Paper
+from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
+from lightning_norm.normalizers.scheduled import Scheduled
+from lightning_norm.ops.compiled import snapshot
+from lightning_norm.ops.condensation import condensation, squared_norms
+from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.moments import Affine, Moments
+
+
+class UnifiedBatchNorm(RepresentativeBatchNorm):
+    r"""Keep a batch of samples that are too alike from the statistics; rectify centering, scaling and affine.
+
+    .. math::
+        x_c = x + w_m K(x), \quad x_s = \frac{x_c - \mu}{\sqrt{\sigma^2 + \epsilon}}, \quad
+        y = \gamma\, g(w_a K(x) + b_a)\, g(w_v K(x_s) + w_b)\, x_s + \beta
+
+    .. math::
+        (\mu, \sigma^2) = \begin{cases} \text{those of the batch, which move the running ones} & s \le \tau \\
+        \text{the running ones, which stay} & s > \tau \end{cases}
+        \qquad s = \frac{1}{N(N - 1)} \sum_{i \ne j} \cos(x_i, x_j)
+
+    with g the sigmoid, K the mean over the positions of a sample and channel, and s the condensation of the layer's
+    input over the whole batch. ``affine_weight`` w_a starts at 0 and ``affine_bias`` b_a at -1, each (C,), beside those
+    of :class:`RepresentativeBatchNorm`. Wang et al. 2023, arXiv 2311.15993; the affine gate: Liang et al., AAAI 2020.
+
+    When: large batches, and features that grow alike early in training. When not: on inputs that are never negative,
+    whose condensation is high by construction; or without a look at ``condensation`` before a threshold is set.
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        threshold: tau; ``None`` for no threshold, and nothing is measured.
+        mode: "switch" normalizes a condensed batch by the running statistics; "gate" by its own, and only keeps them
+            out of the running ones.
+        min_updates: updates of the running statistics before any batch may count as condensed.
+        max_skip: after so many condensed batches in a row, one is used as if it were not.
+        rectify: the rectifications, out of "center", "scale" and "affine"; with none, the layer is BatchNorm.
+        gate_init: "unit" divides each gate by its starting value, so that the layer starts as BatchNorm; "paper" does
+            not, and starts with outputs of sigmoid(1) sigmoid(-1) = 0.197 times the size.
+        momentum: weight of the new batch in the running statistics.
+        options: eps, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+
+    Raises:
+        ValueError: threshold out of range, or without running statistics; an unknown mode, rectification or
+            ``gate_init``; ``min_updates`` or ``max_skip`` not a count.
+
+    Differs from the paper: its equations were not at hand. The measure, the switch, warm-up and lock protection, and
+    which rectifications are meant, are this package's reading of what it describes.
+
+    >>> UnifiedBatchNorm(8, threshold=0.7)(torch.randn(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
+
+    key = "ubn"
+    paper = Paper("Wang et al.", 2023, "Unified Batch Normalization", "arXiv 2311.15993")
+    learns: ClassVar[dict[str, str]] = {**RepresentativeBatchNorm.learns, "affine_weight": "C", "affine_bias": "C"}
+    shows: ClassVar[tuple[str, ...]] = ("threshold", "mode", "min_updates", "max_skip", "rectify", "gate_init")
+    starts: ClassVar[dict[str, dict[str, float]]] = {
+        **RepresentativeBatchNorm.starts,
+        "affine": {"affine_weight": 0.0, "affine_bias": -1.0},
+    }
+    counters: ClassVar[tuple[str, ...]] = ("measured", "skipped", "skipped_in_a_row")
+    tested_with: ClassVar[dict[str, Any]] = {"min_updates": 0}
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        threshold: Annotated[float | None, Scheduled(-1, 1)] = None,
+        mode: Literal["switch", "gate"] = "switch",
+        min_updates: int = 100,
+        max_skip: int = 100,
+        rectify: Sequence[str] = ("center", "scale", "affine"),
+        gate_init: Literal["unit", "paper"] = "unit",
+        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        **options: Any,
+    ) -> None:
+        if mode not in ("switch", "gate"):
+            raise ValueError(f"UnifiedBatchNorm: mode must be 'switch' or 'gate', got {mode!r}.")
+        for name, value, least in (("min_updates", min_updates, 0), ("max_skip", max_skip, 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"UnifiedBatchNorm: {name} must be an int >= {least}, got {value!r}.")
+        self.mode, self.min_updates, self.max_skip = mode, min_updates, max_skip
+        super().__init__(num_features, rectify=rectify, gate_init=gate_init, momentum=momentum, **options)
+        if threshold is not None and not self.track_running_stats:
+            raise ValueError(
+                "UnifiedBatchNorm: a threshold chooses between batch and running statistics, and this layer keeps "
+                "none. Leave out threshold, or pass track_running_stats=True."
+            )
+        measure = torch.zeros((), device=options.get("device")) if self.track_running_stats else None
+        self.register_buffer("condensation", measure, persistent=False)
+        self.threshold = threshold
+
+    def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
+        """Return the algebra; with a threshold, in training, the one that also measures the condensation of x."""
+        if self.scheduled("threshold") is None or not (self.training and self.track_running_stats):
+            return self.algebra
+
+        def algebra(m: Moments) -> Affine:
+            similarity = condensation(x, squared_norms(m), m.ranks)
+            return self._rectified(m, functools.partial(self._choose, similarity))
+
+        return algebra
+
+    def _choose(self, similarity: Tensor, batch: Moments) -> Moments:
+        """Return the statistics to normalize by, and move the running ones if the batch is not condensed."""
+        held = self.running()
+        mean, var, condensed = snapshot(held.mean, held.var, self._condensed(similarity))
+        self._update(*self.observed(batch), batch.count, ~condensed)
+        if self.mode == "gate":
+            return batch
+        mean = torch.where(condensed, mean.to(batch.mean.dtype), batch.mean)
+        return Moments(mean, torch.where(condensed, var.to(batch.var.dtype), batch.var), batch.count)
+
+    @torch.no_grad()
+    def _condensed(self, similarity: Tensor) -> Tensor:
+        """Tell whether the batch counts as condensed, as a 0-dim tensor; a similarity of NaN, undefined, does not."""
+        threshold, last = self.scheduled("threshold"), self._buffers["condensation"]
+        measured, skipped, row = (self._buffers[name] for name in self.counters)
+        assert threshold is not None
+        assert last is not None
+        assert measured is not None
+        assert skipped is not None
+        assert row is not None
+        assert self.num_batches_tracked is not None
+        defined = similarity.isfinite()
+        condensed = (similarity > threshold) & (self.num_batches_tracked >= self.min_updates) & (row < self.max_skip)
+        last.copy_(torch.where(defined, similarity.to(last.dtype), last))
+        measured.add_(defined)
+        skipped.add_(condensed)
+        row.copy_(torch.where(condensed, row + 1, 0))
+        return condensed
+
+    def _gain(self, k: Tensor, k_s: Tensor) -> Tensor | None:
+        gain = super()._gain(k, k_s)
+        if "affine" not in self.rectify:
+            return gain
+        gate = self._gate("affine", k)
+        return gate if gain is None else gain * gate
+
+    @torch.no_grad()
+    def monitor(self) -> dict[str, Tensor]:
+        """Return what the rectifications learned, the last condensation, and the share of batches it kept out."""
+        shown = super().monitor()
+        last, measured, skipped = (self._buffers[name] for name in ("condensation", "measured", "skipped"))
+        if self.threshold is None or last is None or measured is None or skipped is None:
+            return shown
+        return {**shown, "condensation": last, "skipped": skipped / measured.clamp_min(1)}

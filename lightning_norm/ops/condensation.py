@@ -1,0 +1,67 @@
+"""Feature condensation: how alike the samples of a batch are, as the mean cosine of all pairs, in O(N * D).
+
+With u_n = x_n / |x_n| and M samples that are not zero, the pairs sum to |sum_n u_n|^2 - M: one weighted sum of the
+samples, for which x is read once, and no Gram matrix. The norms follow from the moments, without reading x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.moments import Moments
+from lightning_norm.ops.sync import Ranks
+
+CHUNKS = 8
+"""A batch in half precision is widened in so many parts, one after the other."""
+
+
+@torch.no_grad()
+def condensation(x: Tensor, squares: Tensor | None = None, ranks: Ranks | None = None) -> Tensor:
+    r"""Return the mean pairwise cosine of the samples of x, a 0-dim tensor; no value leaves the device.
+
+    .. math:: \frac{\lVert \sum_n x_n / \lVert x_n \rVert \rVert^2 - M}{M (M - 1)}
+
+    Args:
+        x: (N, *), any memory format; each sample counts as one vector.
+        squares: (N,) squared norms, if they are known.
+        ranks: the ranks whose samples count as well; all must call it, with samples of one shape.
+
+    Returns:
+        A number in [-1 / (M - 1), 1], M being the samples that are not zero; NaN where M < 2.
+
+    >>> x = torch.randn(1, 3, 4, 4)
+    >>> condensation(torch.cat([x, 2 * x, -x, 0 * x])).round(decimals=5)  # one pair of three agrees, two are opposed
+    tensor(-0.3333)
+    """
+    wide = at_least_float32(x.dtype)
+    if squares is None:
+        squares = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=wide).square()
+    alive = ~(squares <= 0)  # a NaN stays visible
+    weights = torch.where(alive, squares.rsqrt(), 0).to(wide)
+    with torch.autocast(x.device.type, enabled=False):
+        total, count = _weighted_sum(x, weights), alive.sum().to(wide)
+    if ranks is not None:
+        sums = ranks.sum(torch.cat([total.reshape(-1), count.reshape(1)]))
+        total, count = sums[:-1], sums[-1]
+    similarity = (total.square().sum() - count) / (count * (count - 1))
+    return torch.where(count < 2, torch.nan, similarity)
+
+
+def squared_norms(m: Moments) -> Tensor:
+    """Return the (N,) squared norms of the samples that the (N, C) moments are of."""
+    return m.count * (m.var + m.mean.square()).sum(1)
+
+
+def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """Return sum_n weights_n * x_n, in the shape of a sample, whatever the strides of x."""
+    dims = sorted(range(1, x.dim()), key=x.stride, reverse=True)  # so that a dense sample is a row, and nothing copied
+    rows = x.permute(0, *dims).flatten(1)
+    if rows.dtype == weights.dtype:
+        total = torch.mv(rows.t(), weights)
+    else:
+        total = weights.new_zeros(rows.shape[1])
+        for part, weight in zip(rows.chunk(CHUNKS), weights.chunk(CHUNKS), strict=True):
+            total = torch.addmv(total, part.t().to(weight.dtype), weight)
+    return total.view([x.shape[d] for d in dims]).permute([dims.index(d) for d in range(1, x.dim())])
