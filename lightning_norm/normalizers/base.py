@@ -63,6 +63,9 @@ class Normalizer(ScheduledValues, RunningStats):
     converts: ClassVar[tuple[str, ...]] = ()
     """Names of a BatchNorm's tensors that it takes over in another form: their values, not the objects."""
 
+    growth_hint: ClassVar[str] = ""
+    """What the user can do about the parameters it adds, for the warning of a swap that adds many."""
+
     tested_with: ClassVar[dict[str, Any]] = {}
     """Arguments that the conformance suite adds, whose layers have 6 channels."""
 
