@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from lightning_norm.normalizers.base import MomentNorm
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.layout import at_least_float32, stat_dtype
+from lightning_norm.ops.linear import linear
 from lightning_norm.ops.moments import Affine, Moments
 
 DECODERS = {"std": ("mu", "sigma"), "rescale": ("beta", "gamma")}
@@ -107,32 +107,33 @@ class EncoderDecoderNorm(MomentNorm):
             s: the statistics mu and sigma^2.
             m: the moments of x.
         """
-        std = (s.var + self.eps).sqrt()
-        measured = torch.stack([s.mean.to(m.var.dtype), std.to(m.var.dtype)])
-        mu, sigma = self._decode("std", self.drop(measured))
-        beta, gamma = self._decode("rescale", measured)
+        wide = stat_dtype(s.var)
+        std = (s.var.to(wide) + self.eps).sqrt()
+        measured = torch.cat([s.mean.to(m.var.dtype), std.to(m.var.dtype)])
+        mu, sigma = self._decode("std", self.drop(measured), wide)
+        beta, gamma = self._decode("rescale", measured, wide)
         beta, gamma = beta.tanh(), gamma.sigmoid()
         if self.rescale_gate:
-            beta, gamma = self._parameter("lambda_beta", beta) * beta, self._parameter("lambda_gamma", gamma) * gamma
+            beta, gamma = self._held("lambda_beta", wide) * beta, self._held("lambda_gamma", wide) * gamma
         bias, weight = (0.0, 1.0) if self.bias is None or self.weight is None else (self.bias, self.weight)
-        ahead = self._parameter("lambda_mu", mu).sigmoid() * (s.mean - mu)  # mu - m
+        ahead = self._held("lambda_mu", wide).sigmoid() * (s.mean - mu)  # of m, by which mu is
         if s is not m:
             ahead = (m.mean - s.mean) + ahead
-        d = std + self._parameter("lambda_sigma", sigma).sigmoid() * (sigma.relu() - std)
+        d = std + self._held("lambda_sigma", wide).sigmoid() * (sigma.relu() - std)
         scale = (weight + gamma) / d.clamp_min(math.sqrt(self.eps))  # the least that std can be
         return Affine(m.mean, scale, scale * ahead + (bias + beta))
 
     def drop(self, statistics: Tensor) -> Tensor:
-        """Return what E_s reads of mu and sigma, (2, N or 1, C)."""
+        """Return what E_s reads of mu and sigma, one below the other, (2 N, C) or (2, C)."""
         return statistics
 
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
         """Return the gates: ``gate_mu`` and ``gate_sigma`` after the sigmoid, ``gate_beta`` and ``gate_gamma`` raw."""
         raw = {name: self._parameters[name] for name in GATES}
-        wide = {name: p.squeeze().to(at_least_float32(p.dtype)) for name, p in raw.items() if p is not None}
+        wide = {name: p.detach().squeeze().to(at_least_float32(p.dtype)) for name, p in raw.items() if p is not None}
         return {
-            name.replace("lambda", "gate"): p.sigmoid() if name in ("lambda_mu", "lambda_sigma") else p
+            name.replace("lambda", "gate"): p.sigmoid() if name in ("lambda_mu", "lambda_sigma") else p.clone()
             for name, p in wide.items()
         }
 
@@ -155,18 +156,19 @@ class EncoderDecoderNorm(MomentNorm):
                 assert bias is not None
                 yield weight, bias
 
-    def _decode(self, encoder: str, measured: Tensor) -> list[Tensor]:
-        """Return the decoders' last linear layers, each as one of ``measured``."""
+    def _decode(self, encoder: str, measured: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Return the last linear layer of both decoders, each (N, C) or (1, C) and in ``dtype``."""
         hidden = self._linear(f"{encoder}_encoder", measured).relu()
-        return [self._linear(f"{name}_decoder", h) for name, h in zip(DECODERS[encoder], hidden.unbind(), strict=True)]
+        pairs = zip(DECODERS[encoder], hidden.chunk(2), strict=True)
+        return [self._linear(f"{name}_decoder", h).to(dtype) for name, h in pairs]
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return linear(x, self._parameter(f"{name}_weight", x), self._parameter(f"{name}_bias", x))
+        return linear(x, self._held(f"{name}_weight", x.dtype), self._held(f"{name}_bias", x.dtype))
 
-    def _parameter(self, name: str, like: Tensor) -> Tensor:
+    def _held(self, name: str, dtype: torch.dtype) -> Tensor:
         parameter = self._parameters[name]
         assert parameter is not None
-        return parameter.to(like.dtype)
+        return parameter.to(dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "std_encoder_weight" in state_dict:
