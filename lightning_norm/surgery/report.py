@@ -10,7 +10,6 @@ from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.surgery.convert import hand_back, kind_of
 from lightning_norm.surgery.select import Site
 
-
 MANY = 100_000
 """Parameters that are worth a word wherever they make a model larger by more than a tenth."""
 
