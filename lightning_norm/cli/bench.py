@@ -166,9 +166,10 @@ def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
         return
     truth = Naive(key, x.shape[1]).double().to(x.device)
     truth.load_state_dict(dict(layer.named_parameters()), strict=False)  # what starts at random
-    held, truth.dropout = getattr(layer, "dropout", None), 0.0
-    if held is not None:
-        layer.dropout = 0.0
+    held = getattr(layer, "dropout", None)
+    for each in (truth, layer):
+        if hasattr(each, "dropout"):
+            each.dropout = 0.0
     wide = x.detach().double().requires_grad_()
     want = truth(wide)
     (want_dx,) = torch.autograd.grad(want, wide, dy.double())
