@@ -9,6 +9,9 @@ from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
 from lightning_norm.errors import CompileWarning as CompileWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
+from lightning_norm.errors import ParameterGrowthWarning as ParameterGrowthWarning
+from lightning_norm.normalizers import AdaptiveFusionNorm as AdaptiveFusionNorm
+from lightning_norm.normalizers import ASRNorm as ASRNorm
 from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers import BatchNorm as BatchNorm
 from lightning_norm.normalizers import DiminishingBatchNorm as DiminishingBatchNorm

@@ -11,6 +11,10 @@ class CompileWarning(UserWarning):
     """Compilation does less than was asked for."""
 
 
+class ParameterGrowthWarning(UserWarning):
+    """A swap makes the model larger by more than a tenth."""
+
+
 class AlreadySwappedError(RuntimeError):
     """The model already holds normalizers of this package."""
 

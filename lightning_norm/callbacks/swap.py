@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_norm.callbacks.optimizers import add_missing, check_owned, optimizers_in
 from lightning_norm.callbacks.wrap import WrappedMethods
+from lightning_norm.errors import ParameterGrowthWarning
 from lightning_norm.normalizers.registry import resolve
 from lightning_norm.ops.compiled import on_compile
 from lightning_norm.ops.sync import gather
@@ -186,6 +187,8 @@ class NormSwap(Callback):
             specs = [spec for spec in [self.norm, *(self.rules or {}).values()] if spec is not None]
             wanted = {resolve(spec)[0] for spec in specs}
             judge(pl_module, self.report, sorted(self._missed), self._sites, "warn", fine=wanted)
+            if self.report.growth():
+                rank_zero_warn(self.report.growth(), category=ParameterGrowthWarning)
             if len(self.report):
                 rank_zero_info(f"NormSwap: {self.report.summary()}")
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.cli.bench_naive import recoded
 from lightning_norm.cli.bench_report import rows_of, save, table
 from lightning_norm.normalizers.registry import create, normalizers
 
@@ -28,11 +29,12 @@ class Naive(nn.Module):
     """A formula written as published: one full reduction of the whole tensor per statistic.
 
     Args:
-        key: "bn", "in", "ln", "sn", "bcn", "dbn", "rbn" or "ubn".
+        key: one of ``KEYS``.
         num_features: C.
     """
 
-    KEYS = ("bn", "in", "ln", "sn", "bcn", "dbn", "rbn", "ubn")
+    dropout: float
+    KEYS = ("bn", "in", "ln", "sn", "bcn", "dbn", "rbn", "ubn", "afn", "asr")
 
     def __init__(self, key: str, num_features: int) -> None:
         super().__init__()
@@ -45,6 +47,10 @@ class Naive(nn.Module):
             self.iota = nn.Parameter(torch.ones(num_features))
         for name in {"rbn": ("center", "scale"), "ubn": ("center", "scale", "affine")}.get(key, ()):
             self.register_parameter(name, nn.Parameter(torch.zeros(num_features)))
+        self.dropout = 0.3 if key == "afn" else 0.0
+        if key in ("afn", "asr"):
+            for name, parameter in create(key, num_features).named_parameters():
+                self.register_parameter(name, parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (N, C, *), by the statistics of this batch."""
@@ -53,9 +59,12 @@ class Naive(nn.Module):
         space = tuple(range(2, x.dim()))
         wide = (1, -1) + (1,) * len(space)
         axes = {"in": space or (1,), "ln": (1, *space), "bn": (0, *space)}
-        needed = {"sn": ("in", "ln", "bn"), "bcn": ("bn", "ln")}.get(self.key, (self.key,))
+        mixed = {"sn": ("in", "ln", "bn"), "bcn": ("bn", "ln"), "afn": ("bn",), "asr": ("in",)}
+        needed = mixed.get(self.key, (self.key,))
         mean = {k: x.mean(axes[k], keepdim=True) for k in needed}
         var = {k: x.var(axes[k], keepdim=True, correction=0) for k in needed}
+        if self.key in ("afn", "asr"):
+            return recoded(x, mean[needed[0]], var[needed[0]], dict(self.named_parameters()), self.dropout)
         if self.key == "bcn":
             iota = self.iota.view(wide)
             parts = {k: (x - mean[k]) / torch.sqrt(var[k] + 1e-5) for k in needed}
@@ -183,11 +192,18 @@ def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
     if key not in Naive.KEYS or x.dim() == 2:
         return
     truth = Naive(key, x.shape[1]).double().to(x.device)
+    truth.load_state_dict(dict(layer.named_parameters()), strict=False)  # what starts at random
+    held = getattr(layer, "dropout", None)
+    for each in (truth, layer):
+        if hasattr(each, "dropout"):
+            each.dropout = 0.0
     wide = x.detach().double().requires_grad_()
     want = truth(wide)
     (want_dx,) = torch.autograd.grad(want, wide, dy.double())
     got = layer(x)
     (got_dx,) = torch.autograd.grad(got, x, dy)
+    if held is not None:
+        layer.dropout = held
     for what, a, b in (("output", got, want), ("input gradient", got_dx, want_dx)):
         error = ((a - b).norm() / b.norm()).item()
         if not error < 1e-4:

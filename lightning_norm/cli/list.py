@@ -66,11 +66,15 @@ def describe(cls: type[Normalizer]) -> dict[str, Any]:
 
 
 def added(learns: dict[str, str]) -> str:
-    """Return the sizes of the new parameters.
+    """Return the sizes of the new parameters; where there are many, their sum for 64 channels.
 
     >>> added({"mean_weight": "3", "var_weight": "3"})
     '3+3'
+    >>> added({name: "C*max(1, C//2)" for name in "abcdefg"})
+    '14336 for C=64'
     """
+    if len(learns) > 6:
+        return f"{sum(eval(size, {'C': 64}) for size in learns.values())} for C=64"  # a class's own expressions
     return "+".join(learns.values()) or "0"
 
 

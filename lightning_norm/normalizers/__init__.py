@@ -1,5 +1,7 @@
 """One file per method; a new one needs its line here."""
 
+from lightning_norm.normalizers.adaptive_fusion_norm import AdaptiveFusionNorm as AdaptiveFusionNorm
+from lightning_norm.normalizers.asr_norm import ASRNorm as ASRNorm
 from lightning_norm.normalizers.base import MomentNorm as MomentNorm
 from lightning_norm.normalizers.base import Normalizer as Normalizer
 from lightning_norm.normalizers.base import Paper as Paper

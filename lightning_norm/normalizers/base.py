@@ -63,6 +63,9 @@ class Normalizer(ScheduledValues, RunningStats):
     converts: ClassVar[tuple[str, ...]] = ()
     """Names of a BatchNorm's tensors that it takes over in another form: their values, not the objects."""
 
+    growth_hint: ClassVar[str] = ""
+    """What the user can do about the parameters it adds, for the warning of a swap that adds many."""
+
     tested_with: ClassVar[dict[str, Any]] = {}
     """Arguments that the conformance suite adds, whose layers have 6 channels."""
 
@@ -284,10 +287,12 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
     of_input = layer.training or not layer.track_running_stats
     pooled = ranks is not None and layer.uses_batch  # how many values there are in all is known only after pooling
     if of_input and not pooled and layer.statistic_size(layout.n, layout.size) < 2:
+        remedy = "Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
+        if not layer.uses_batch:
+            remedy = "Use larger feature maps, or leave this layer out of the swap: exclude=[its name]."
         raise ValueError(
             f"{who}: expected more than one value per statistic, got {layout.n} sample(s) of {layout.size} "
-            "element(s) per "
-            "channel. Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
+            f"element(s) per channel. {remedy}"
         )
     given = None if of_input or layer.per_sample else layer.running()
     return normalize(x, layer.algebra_of(x, layout), layout=layout, given=given, ranks=ranks)

@@ -34,7 +34,7 @@ class GroupNorm(MomentNorm):
     tested_with: ClassVar[dict[str, Any]] = {"groups": 3}
 
     def __init__(self, num_features: int, *, groups: int = 32, **options: Any) -> None:
-        super().__init__(num_features, **_stateless(type(self).__name__, options))
+        super().__init__(num_features, **stateless(type(self).__name__, options))
         self.groups = check_groups(type(self).__name__, num_features, groups)
 
     def algebra(self, m: Moments) -> Affine:
@@ -70,7 +70,7 @@ class LayerNorm(MomentNorm):
     uses_batch: ClassVar[bool] = False
 
     def __init__(self, num_features: int, **options: Any) -> None:
-        super().__init__(num_features, **_stateless(type(self).__name__, options))
+        super().__init__(num_features, **stateless(type(self).__name__, options))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
@@ -98,7 +98,12 @@ def check_groups(who: str, num_features: int, groups: int) -> int:
     return groups
 
 
-def _stateless(who: str, options: dict[str, Any]) -> dict[str, Any]:
+def stateless(who: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a class without running statistics.
+
+    Raises:
+        TypeError: they ask for some.
+    """
     for name in ("track_running_stats", "momentum"):
         if name in options:
             raise TypeError(f"{who} keeps no running statistics: leave out {name}={options[name]!r}.")

@@ -10,6 +10,9 @@ from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.surgery.convert import hand_back, kind_of
 from lightning_norm.surgery.select import Site
 
+MANY = 100_000
+"""Parameters that are worth a word wherever they make a model larger by more than a tenth."""
+
 
 @dataclass
 class SwappedLayer:
@@ -96,10 +99,25 @@ class SwapReport:
     def merge(self, other: SwapReport) -> None:
         """Add the layers of a later swap of the same model."""
         known = {layer.name for layer in self.layers}
+        self.total_before = max(self.total_before, other.total_before - self.parameters_added)
         self.layers += [layer for layer in other.layers if layer.name not in known]
         self.skipped = list({s[0]: s for s in [*self.skipped, *other.skipped]}.values())
-        self.total_before = max(self.total_before, other.total_before - self.parameters_added)
         self._undo += other._undo
+
+    def growth(self) -> str:
+        """Return what to tell of a model that grows by more than a tenth, and what to do about it; else "".
+
+        A few parameters per channel are no news, even in a tiny network.
+        """
+        added, before = self.parameters_added, self.total_before
+        hints = {type(layer).__name__: layer.growth_hint for _, layer in self._undo if layer.growth_hint}
+        if 10 * added <= before or not before or (not hints and added < MANY):
+            return ""
+        ways = [*(f"{name}: {hint}" for name, hint in hints.items()), "Swap fewer layers with include or exclude"]
+        return (
+            f"the swap adds {_spaced(added)} parameters to the model's {_spaced(before)} (+{added / before:.0%}); "
+            f"optimizer states and checkpoints grow with them. {'. '.join(ways)}."
+        )
 
     def undo(self) -> None:
         """Put every original module back, with the Parameters and statistics as they are now.
@@ -151,7 +169,7 @@ class SwapReport:
         lines = [f"{len(self)} of {self.candidates} {sources} layers {verb} {names or 'nothing'}"]
         if not self.layers:
             return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
-        total = f" ({self.total_before:,} -> {self.total_before + self.parameters_added:,})".replace(",", " ")
+        total = f" ({_spaced(self.total_before)} -> {_spaced(self.total_before + self.parameters_added)})"
         added = f"+{self.parameters_added}" + (total if self.total_before else "")
         converted = (
             f"     converted: {self._kinds('converted')}" if any(layer.converted for layer in self.layers) else ""
@@ -183,7 +201,8 @@ class SwapReport:
         rows = [("layer", "from", "to", "C", "added", "evaluation", "backend", "sync")]
         for layer in self.layers:
             name = layer.name + (f" (= {', '.join(layer.also)})" if layer.also else "")
-            added = "+".join(f"{k} {v}" for k, v in layer.added.items()) or "-"
+            few = "+".join(f"{k} {v}" for k, v in layer.added.items()) or "-"
+            added = few if len(layer.added) <= 6 else f"{sum(layer.added.values())} in {len(layer.added)} tensors"
             kept = "kept" if layer.preserved else f"differs: {layer.reason}"
             backend = layer.backend.split(":")[0] + (", compiled" if layer.compiled else "")
             rows.append(
@@ -210,3 +229,7 @@ def _title(target: str, key: str, count: int) -> str:
     cls = Normalizer.registry.get(key)
     paper = f", {cls.paper.authors} {cls.paper.year}" if cls is not None and cls.paper is not None else ""
     return f"{f'{count} ' if count else ''}{target} ({key}{paper})"
+
+
+def _spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_norm.errors import AlreadySwappedError, NoEffectWarning
+from lightning_norm.errors import AlreadySwappedError, NoEffectWarning, ParameterGrowthWarning
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.registry import NormSpec, resolve
 from lightning_norm.surgery.convert import convert, unchanged_eval
@@ -38,7 +38,8 @@ def swap(
     """Replace the normalization layers of a model, in place.
 
     Parameters, running statistics, training flag, hooks, ties and sharing move with each layer; an optimizer built
-    before stays valid for what moved. If anything fails, the model is exactly as it was.
+    before stays valid for what moved. If anything fails, the model is exactly as it was. A ParameterGrowthWarning tells
+    of a model that grows by more than a tenth.
 
     Args:
         model: any module.
@@ -88,6 +89,8 @@ def swap(
         sync_group=sync_group,
     )
     judge(model, report, missed, sites, on_empty)
+    if report.growth():
+        warnings.warn(report.growth(), ParameterGrowthWarning, stacklevel=2)
     report.commit(not dry_run)
     return report
 

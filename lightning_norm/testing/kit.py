@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import Normalizer
+
+T = TypeVar("T")
 
 Make: TypeAlias = Callable[..., Normalizer]
 """From the number of channels, and further arguments by name, to a fresh layer."""
@@ -24,9 +27,21 @@ REGISTRY: dict[str, Check] = {}
 
 
 def check(fn: Check) -> Check:
-    """Enter a check under its function's name."""
-    REGISTRY[fn.__name__] = fn
-    return fn
+    """Enter a check under its function's name; each layer it makes has the same random starting values."""
+
+    @functools.wraps(fn)
+    def run(make: Make) -> None:
+        fn(functools.partial(seeded, make))
+
+    REGISTRY[fn.__name__] = run
+    return run
+
+
+def seeded(make: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call ``make`` with the random numbers of seed 0, and leave those of the caller alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(*args, **kwargs)
 
 
 @dataclass(frozen=True)

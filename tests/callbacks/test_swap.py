@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from torch import nn
 
-from lightning_norm import NoEffectWarning, NormSwap, OptimizerError, SwitchableNorm
+from lightning_norm import NoEffectWarning, NormSwap, OptimizerError, ParameterGrowthWarning, SwitchableNorm
 from lightning_norm.normalizers.base import Normalizer
 from tests.callbacks.toy import LateNet, Net, loader, trainer
 
@@ -347,3 +347,16 @@ def test_a_second_swap_that_comes_too_late_is_told():
         NoEffectWarning, match="nothing left to swap to BatchChannelNorm: the model already holds 1 layers"
     ):
         trainer(NormSwap("sn"), NormSwap("bcn")).test(Net(), loader())
+
+
+def test_growth_is_told_once_with_late_layers_counted():
+    model, swap = LateNet(), NormSwap("afn")
+    runner = trainer(swap)
+    with pytest.warns(ParameterGrowthWarning) as told:
+        runner.fit(model, loader())
+    runner.test(model, loader())  # a second warning would be an error
+    texts = [str(w.message) for w in told if w.category is ParameterGrowthWarning]
+    assert len(texts) == 1
+    added = 3 * (6 * 3 + 3 + 2 * (3 * 6 + 6) + 6 + 1 + 2 * (6 + 6) + 4)
+    total = sum(p.numel() for p in model.parameters())
+    assert f"adds {added} parameters to the model's {total - added} (" in texts[0]

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+import lightning_norm
 from lightning_norm.cli import bench
 
 
@@ -21,6 +22,17 @@ def test_eager_run_prints_a_table_and_writes_data_and_picture(tmp_path, capsys):
     for row in rows:
         base = next(r for r in rows if r["shape"] == row["shape"] and r["name"] == "torch")
         assert row["ratio"] == pytest.approx(row["ms"] / base["ms"])
+
+
+def test_a_naive_formula_starts_from_the_layers_random_values():
+    rows = bench.run(["--shapes", "8x6x5x5", "--norms", "afn,asr", "--repeats", "2", "--no-compile"])
+    assert {r["name"] for r in rows} == {"torch", "afn", "afn naive", "asr", "asr naive"}
+    layer, naive = lightning_norm.create("afn", 6), bench.Naive("afn", 6)
+    x = torch.randn(8, 6, 5, 5)
+    x.requires_grad_()
+    for each in (layer, naive):
+        bench.check("afn", each, x, torch.randn_like(x))
+        assert each.dropout == 0.3  # off while the results are compared
 
 
 def test_only_x_is_kept_for_the_backward_pass():

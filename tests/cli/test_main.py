@@ -116,6 +116,7 @@ def test_fit_prints_swap_result_and_what_is_next(tmp_path):
     assert saved["model"]["init_args"]["num_classes"] == 10
 
 
+@pytest.mark.filterwarnings("ignore::lightning_norm.ParameterGrowthWarning")
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_configuration_trains(config):
     main(["fit", "--config", str(config), *QUICK])

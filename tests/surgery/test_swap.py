@@ -55,6 +55,7 @@ def same_state(a, b):
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) and v.dtype == b[k].dtype for k, v in a.items())
 
 
+@pytest.mark.filterwarnings("ignore::lightning_norm.ParameterGrowthWarning")
 @pytest.mark.parametrize(("arch", "key"), EVERY)
 def test_swaps_trains_and_undoes_bit_identically(arch, key):
     torch.manual_seed(0)
@@ -75,6 +76,22 @@ def test_swaps_trains_and_undoes_bit_identically(arch, key):
     report.undo()
     assert same_state(state, model.state_dict())
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_norm.ParameterGrowthWarning")
+@pytest.mark.parametrize(
+    "arch", [arch for arch in ARCHITECTURES if arch not in ("resnet18", "densenet121", "vgg11_bn")]
+)
+def test_afn_with_closed_gates_keeps_the_evaluation(arch):
+    torch.manual_seed(0)
+    model = warmed(network(arch)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    before = model(x).detach()
+    report = swap(model, "afn", norm_args={"gate_init": float("-inf"), "rescale_init": 0.0})
+    assert all(layer.preserved for layer in report.layers)
+    after = model(x).detach()
+    assert not torch.equal(after, before)  # another formula ran
+    assert (after - before).norm() < 1e-3 * before.norm()
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "densenet121"])

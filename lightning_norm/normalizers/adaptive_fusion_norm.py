@@ -1,0 +1,100 @@
+"""Adaptive fusion normalization: encoder-decoders on the batch statistics, gated into them."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_norm.normalizers.base import Paper
+from lightning_norm.normalizers.encoder_decoder import EncoderDecoderNorm
+from lightning_norm.normalizers.scheduled import Scheduled
+from lightning_norm.ops.moments import Affine, Moments
+
+
+class AdaptiveFusionNorm(EncoderDecoderNorm):
+    r"""Normalize by batch statistics that an encoder-decoder adapts; a second one adapts gamma and beta.
+
+    .. math::
+        y = \gamma \frac{x - m}{d} + \beta, \qquad m = \mu + g_\mu (D_\mu E_s \mu - \mu), \quad
+        d = \sigma + g_\sigma (D_\sigma E_s \sigma - \sigma), \quad
+        \beta = b_\beta + \lambda_\beta D_\beta E_r \mu, \quad \gamma = b_\gamma + \lambda_\gamma D_\gamma E_r \sigma
+
+    with mu and sigma = sqrt(variance + eps) of the batch per channel, g the sigmoid of lambda, ``weight`` b_gamma and
+    ``bias`` b_beta. An encoder is Linear, ReLU; a decoder Linear, then nothing, ReLU, tanh and sigmoid for mu, sigma,
+    beta and gamma. Zhou et al. 2023, arXiv 2308.03321.
+
+    When: domain generalization with batches large enough for BatchNorm. When not: wide networks that must not grow: a
+    layer adds about 1.7 C^2 parameters.
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        dropout: share of mu and of sigma that E_s does not see in training, scheduled.
+        std_ratio: E_s has C // std_ratio hidden units, at least one.
+        rescale_ratio: E_r has C // rescale_ratio, at least one.
+        gate_init: start of lambda_mu and lambda_sigma; ``-inf`` closes the gates for good, for it has no gradient.
+        rescale_init: start of lambda_beta and lambda_gamma, which no sigmoid bounds.
+        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+
+    Raises:
+        ValueError: a ratio, a start or dropout out of range.
+
+    Differs from the paper's code: evaluation feeds running statistics to the same encoder-decoders, so that a sample
+    does not depend on its batch mates (``track_running_stats=False`` is published: statistics of the test batch); one
+    sigmoid per gate, and not two, so that it starts near batch normalization; biased variance, eps inside the root; at
+    least one hidden unit; d is at least sqrt(eps). Without affine b_gamma is 1 and b_beta 0. Each rank of a distributed
+    run draws its own dropout mask.
+
+    >>> AdaptiveFusionNorm(8)(torch.randn(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
+
+    key = "afn"
+    paper = Paper(
+        "Zhou et al.",
+        2023,
+        "AFN: Adaptive Fusion Normalization via an Encoder-Decoder Framework",
+        "arXiv 2308.03321",
+    )
+    per_sample: ClassVar[bool] = False
+    shows: ClassVar[tuple[str, ...]] = ("dropout", *EncoderDecoderNorm.shows)
+    tested_with: ClassVar[dict[str, Any]] = {"dropout": 0.0}
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        dropout: Annotated[float, Scheduled(0, 1)] = 0.3,
+        std_ratio: int = 2,
+        rescale_ratio: int = 16,
+        gate_init: float = -3.0,
+        rescale_init: float = 0.0067,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            num_features,
+            std_ratio=std_ratio,
+            rescale_ratio=rescale_ratio,
+            gate_init=gate_init,
+            rescale_init=rescale_init,
+            **options,
+        )
+        self.dropout = dropout
+
+    def algebra(self, m: Moments) -> Affine:
+        """Return the affine map of the equation above."""
+        return self.recode(self.track(m.over_batch()), m)
+
+    def drop(self, statistics: Tensor) -> Tensor:
+        """Return ``statistics`` with a share of them 0 and the others larger, in training."""
+        p = self.scheduled("dropout")
+        if p is None or not self.training:
+            return statistics
+        keep = torch.rand_like(statistics) >= p
+        return statistics * keep / (1 - p).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def keeps_eval(self) -> bool:
+        """Tell whether all gates start closed."""
+        return self.gate_init == -math.inf and self.rescale_init == 0

@@ -1,0 +1,183 @@
+"""Two gated encoder-decoders, from statistics to statistics: what AFN and ASR-Norm share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.normalizers.base import MomentNorm
+from lightning_norm.ops.layout import at_least_float32, stat_dtype
+from lightning_norm.ops.linear import linear
+from lightning_norm.ops.moments import Affine, Moments
+
+DECODERS = {"std": ("mu", "sigma"), "rescale": ("beta", "gamma")}
+"""Each encoder, and its two decoders."""
+
+GATES = ("lambda_mu", "lambda_sigma", "lambda_beta", "lambda_gamma")
+
+
+class EncoderDecoderNorm(MomentNorm):
+    r"""Abstract: standardize and rescale by statistics that two encoder-decoders make of the measured ones.
+
+    .. math::
+        y = \gamma \frac{x - m}{d} + \beta, \qquad m = \mu + g_\mu (D_\mu E_s \mu - \mu), \quad
+        d = \sigma + g_\sigma (D_\sigma E_s \sigma - \sigma), \quad
+        \beta = b_\beta + \lambda_\beta D_\beta E_r \mu, \quad \gamma = b_\gamma + \lambda_\gamma D_\gamma E_r \sigma
+
+    with g the sigmoid of lambda. An encoder is Linear, ReLU; a decoder Linear, then nothing, ReLU, tanh and sigmoid for
+    mu, sigma, beta and gamma. ``algebra`` chooses which statistics mu and sigma are, and calls :meth:`recode`.
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        std_ratio: E_s has C // std_ratio hidden units, at least one.
+        rescale_ratio: E_r has C // rescale_ratio, at least one.
+        gate_init: start of lambda_mu and lambda_sigma.
+        rescale_init: start of lambda_beta and lambda_gamma.
+        rescale_gate: ``False`` for 1 in place of lambda_beta and lambda_gamma.
+        options: see :class:`MomentNorm`.
+
+    Raises:
+        ValueError: a ratio or a start out of range.
+    """
+
+    growth_hint: ClassVar[str] = "a larger std_ratio (norm_args={'std_ratio': 16}, say) needs fewer"
+    learns: ClassVar[dict[str, str]] = {
+        "std_encoder_weight": "max(1, C//2)*C",
+        "std_encoder_bias": "max(1, C//2)",
+        "mu_decoder_weight": "C*max(1, C//2)",
+        "mu_decoder_bias": "C",
+        "sigma_decoder_weight": "C*max(1, C//2)",
+        "sigma_decoder_bias": "C",
+        "rescale_encoder_weight": "max(1, C//16)*C",
+        "rescale_encoder_bias": "max(1, C//16)",
+        "beta_decoder_weight": "C*max(1, C//16)",
+        "beta_decoder_bias": "C",
+        "gamma_decoder_weight": "C*max(1, C//16)",
+        "gamma_decoder_bias": "C",
+        **dict.fromkeys(GATES, "1"),
+    }
+    shows: ClassVar[tuple[str, ...]] = ("std_ratio", "rescale_ratio", "gate_init", "rescale_init")
+
+    lambda_mu: nn.Parameter
+    lambda_sigma: nn.Parameter
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        std_ratio: int,
+        rescale_ratio: int,
+        gate_init: float,
+        rescale_init: float,
+        rescale_gate: bool = True,
+        **options: Any,
+    ) -> None:
+        who = type(self).__name__
+        for name, ratio in (("std_ratio", std_ratio), ("rescale_ratio", rescale_ratio)):
+            if not isinstance(ratio, int) or isinstance(ratio, bool) or ratio < 1:
+                raise ValueError(f"{who}: {name} must be a positive int, got {ratio!r}.")
+        if math.isnan(gate_init):
+            raise ValueError(f"{who}: gate_init must be a number or -inf (closed), got {gate_init!r}.")
+        if not math.isfinite(rescale_init):
+            raise ValueError(f"{who}: rescale_init must be a finite number, got {rescale_init!r}.")
+        self.std_ratio, self.rescale_ratio, self.rescale_gate = std_ratio, rescale_ratio, rescale_gate
+        self.gate_init, self.rescale_init = float(gate_init), float(rescale_init)
+        super().__init__(num_features, **options)
+        kind = {"device": options.get("device"), "dtype": options.get("dtype")}
+        for encoder, ratio in (("std", std_ratio), ("rescale", rescale_ratio)):
+            hidden = max(1, num_features // ratio)
+            shapes = {f"{encoder}_encoder": (hidden, num_features)}
+            shapes |= {f"{decoder}_decoder": (num_features, hidden) for decoder in DECODERS[encoder]}
+            for name, shape in shapes.items():
+                self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(shape, **kind)))
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape[0], **kind)))
+        for name in GATES:
+            there = rescale_gate or name in ("lambda_mu", "lambda_sigma")
+            self.register_parameter(name, nn.Parameter(torch.empty(1, **kind)) if there else None)
+        self.reset_parameters()
+
+    def recode(self, s: Moments, m: Moments) -> Affine:
+        """Return the affine map of the equation above, around m's mean, where no digit is lost.
+
+        Args:
+            s: the statistics mu and sigma^2.
+            m: the moments of x.
+        """
+        wide = stat_dtype(s.var)
+        std = (s.var.to(wide) + self.eps).sqrt()
+        measured = torch.cat([s.mean.to(m.var.dtype), std.to(m.var.dtype)])
+        mu, sigma = self._decode("std", self.drop(measured), wide)
+        beta, gamma = self._decode("rescale", measured, wide)
+        beta, gamma = beta.tanh(), gamma.sigmoid()
+        if self.rescale_gate:
+            beta, gamma = self._held("lambda_beta", wide) * beta, self._held("lambda_gamma", wide) * gamma
+        bias, weight = (0.0, 1.0) if self.bias is None or self.weight is None else (self.bias, self.weight)
+        ahead = self._held("lambda_mu", wide).sigmoid() * (s.mean - mu)  # of m, by which mu is
+        if s is not m:
+            ahead = (m.mean - s.mean) + ahead
+        d = std + self._held("lambda_sigma", wide).sigmoid() * (sigma.relu() - std)
+        scale = (weight + gamma) / d.clamp_min(math.sqrt(self.eps))  # the least that std can be
+        return Affine(m.mean, scale, scale * ahead + (bias + beta))
+
+    def drop(self, statistics: Tensor) -> Tensor:
+        """Return what E_s reads of mu and sigma, one below the other, (2 N, C) or (2, C)."""
+        return statistics
+
+    @torch.no_grad()
+    def monitor(self) -> dict[str, Tensor]:
+        """Return the gates: ``gate_mu`` and ``gate_sigma`` after the sigmoid, ``gate_beta`` and ``gate_gamma`` raw."""
+        raw = {name: self._parameters[name] for name in GATES}
+        wide = {name: p.detach().squeeze().to(at_least_float32(p.dtype)) for name, p in raw.items() if p is not None}
+        return {
+            name.replace("lambda", "gate"): p.sigmoid() if name in ("lambda_mu", "lambda_sigma") else p.clone()
+            for name, p in wide.items()
+        }
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1, bias to 0, the gates to their starts and the encoder-decoders as nn.Linear does."""
+        super().reset_parameters()
+        for weight, bias in self._linears():
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            bound = weight.shape[1] ** -0.5
+            nn.init.uniform_(bias, -bound, bound)
+        for name, start in zip(GATES, (self.gate_init,) * 2 + (self.rescale_init,) * 2, strict=True):
+            gate = self._parameters.get(name)
+            if gate is not None:
+                nn.init.constant_(gate, start)
+
+    def _linears(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        for name, weight in self._parameters.items():
+            if name.endswith("coder_weight") and weight is not None:
+                bias = self._parameters[name.replace("weight", "bias")]
+                assert bias is not None
+                yield weight, bias
+
+    def _decode(self, encoder: str, measured: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Return the last linear layer of both decoders, each (N, C) or (1, C) and in ``dtype``."""
+        hidden = self._linear(f"{encoder}_encoder", measured).relu()
+        pairs = zip(DECODERS[encoder], hidden.chunk(2), strict=True)
+        return [self._linear(f"{name}_decoder", h).to(dtype) for name, h in pairs]
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return linear(x, self._held(f"{name}_weight", x.dtype), self._held(f"{name}_bias", x.dtype))
+
+    def _held(self, name: str, dtype: torch.dtype) -> Tensor:
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return parameter.to(dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "std_encoder_weight" in state_dict:
+            tracked = prefix + "running_mean" in state_dict
+            if tracked != self.track_running_stats:
+                kinds = ("ASRNorm, or of AdaptiveFusionNorm with track_running_stats=False", "AdaptiveFusionNorm")
+                raise RuntimeError(
+                    f"checkpoint of another normalizer: {prefix[:-1] or 'this layer'} is {type(self).__name__} with "
+                    f"track_running_stats={self.track_running_stats}, the file holds that of {kinds[tracked]}. Swap "
+                    "the model to that normalizer before loading."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
