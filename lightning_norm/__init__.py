@@ -11,6 +11,7 @@ from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
 from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers import BatchNorm as BatchNorm
+from lightning_norm.normalizers import ContextNorm as ContextNorm
 from lightning_norm.normalizers import GroupNorm as GroupNorm
 from lightning_norm.normalizers import InstanceNorm as InstanceNorm
 from lightning_norm.normalizers import LayerNorm as LayerNorm
@@ -19,7 +20,9 @@ from lightning_norm.normalizers import Normalizer as Normalizer
 from lightning_norm.normalizers import Paper as Paper
 from lightning_norm.normalizers import Scheduled as Scheduled
 from lightning_norm.normalizers import SwitchableNorm as SwitchableNorm
+from lightning_norm.normalizers import contexts as contexts
 from lightning_norm.normalizers import create as create
+from lightning_norm.normalizers import fit_contexts as fit_contexts
 from lightning_norm.normalizers import normalizers as normalizers
 from lightning_norm.ops.fused import normalize as normalize
 from lightning_norm.ops.moments import Affine as Affine

@@ -17,6 +17,8 @@ class RunningStats(nn.Module):
     """Mixin: ``running_mean``, ``running_var`` (C,) and ``num_batches_tracked`` with torch's names and meaning."""
 
     running_names: ClassVar[tuple[str, str]] = ("running_mean", "running_var")
+    wide_names: ClassVar[tuple[str, ...]] = ()
+    """Further buffers that stay in float32 at least."""
     num_batches_tracked: Tensor | None
     skipped_updates: Tensor | None
 
@@ -82,10 +84,10 @@ class RunningStats(nn.Module):
                 buffer.fill_(fill)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers[name] for name in self.running_names}
+        before = {name: self._buffers.get(name) for name in (*self.running_names, *self.wide_names)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
-            new = self._buffers[name]
+            new = self._buffers.get(name)
             if old is not None and new is not None and new.dtype != at_least_float32(new.dtype):
                 self._buffers[name] = old.to(new.device, at_least_float32(old.dtype))
         return self
