@@ -141,7 +141,9 @@ class ContextNorm(PerContext):
 
     def gate(self, m: Moments) -> Tensor:
         """Return the learned shares of each sample, (N, K)."""
-        return torch.softmax(m.mean @ self.gate_weight.to(m.mean.dtype).t() + self.gate_bias.to(m.mean.dtype), 1)
+        wide = stat_dtype(m.var)  # a sum of shares off by 1e-7 would scale the output
+        logits = (m.mean.to(wide).unsqueeze(1) * self.gate_weight.to(wide)).sum(2) + self.gate_bias.to(wide)
+        return torch.softmax(logits, 1)
 
     def mixture(self, m: Moments, g: Tensor | None) -> Affine:
         """Return the affine map of each sample: a sum over contexts, around a common mean so that no digit is lost."""
@@ -161,7 +163,7 @@ class ContextNorm(PerContext):
             pivot = pooled.mean
         scale = (rows.var + self.eps).rsqrt() * weight
         shift = bias - scale * (rows.mean - pivot)
-        scale, shift = g @ scale, g @ shift
+        scale, shift = ((g.unsqueeze(2) * t).sum(1) for t in (scale, shift))  # no matmul: autocast would narrow its vjp
         return Affine(m.mean, scale, torch.addcmul(shift, scale, m.mean - pivot))
 
     def _affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
