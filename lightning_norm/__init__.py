@@ -3,6 +3,7 @@
 Public names, one explicit line each.
 """
 
+from lightning_norm.callbacks import NormContext as NormContext
 from lightning_norm.callbacks import NormMonitor as NormMonitor
 from lightning_norm.callbacks import NormSwap as NormSwap
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError

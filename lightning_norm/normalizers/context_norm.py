@@ -9,19 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import Paper
-from lightning_norm.normalizers.contexts import ContextState
-from lightning_norm.normalizers.per_context import PerContext, pool
+from lightning_norm.normalizers.contexts import ContextState, check
+from lightning_norm.normalizers.per_context import PerContext
 from lightning_norm.ops import clusters
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
 
 SOURCES, MISSING = ("input", "ids", "gate"), ("pooled", "posterior", "error")
-REMEDY = {
-    "input": "Add NormContext() to the Trainer's callbacks, or call fit_contexts(model, images) once and use "
-    "`with contexts(model, images=images):`.",
-    "ids": "Add NormContext(context_fn=...) or NormContext(key=...) to the Trainer's callbacks, or use "
-    "`with contexts(model, ids):`.",
-}
 
 
 class ContextNorm(PerContext):
@@ -91,12 +85,12 @@ class ContextNorm(PerContext):
         if missing == "posterior" and not self.track_running_stats:
             raise ValueError("ContextNorm: missing='posterior' needs track_running_stats=True.")
         device, dtype = options.get("device"), options.get("dtype")
-        wide = {"device": device, "dtype": at_least_float32(dtype)}
-        if missing == "posterior":  # of the samples' means within a context
-            self.register_buffer("running_spread", torch.ones(num_contexts, num_features, **wide))
+        wide = at_least_float32(dtype)
+        if missing == "posterior":
+            self.register_buffer("running_spread", torch.ones(num_contexts, num_features, device=device, dtype=wide))
         if context == "input":
-            self.register_buffer("centroids", torch.zeros(num_contexts, 2 * clusters.BANDS, **wide))
-            self.register_buffer("descriptor_scale", torch.zeros(2 * clusters.BANDS, **wide))
+            self.register_buffer("centroids", torch.zeros(num_contexts, 2 * clusters.BANDS, device=device, dtype=wide))
+            self.register_buffer("descriptor_scale", torch.zeros(2 * clusters.BANDS, device=device, dtype=wide))
         if context == "gate":
             self.gate_weight = nn.Parameter(torch.empty(num_contexts, num_features, device=device, dtype=dtype))
             self.gate_bias = nn.Parameter(torch.empty(num_contexts, device=device, dtype=dtype))
@@ -108,25 +102,8 @@ class ContextNorm(PerContext):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x."""
         if self.context != "gate" and isinstance(x, Tensor) and x.dim() > 1:
-            self._check(x.shape[0])
+            check(self, x.shape[0])
         return super().forward(x)
-
-    def _check(self, n: int) -> None:
-        g = self.contexts.g
-        who = f"ContextNorm {self.contexts.name!r} (context={self.context!r})"
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                f"{who} was run again in a backward pass, as activation checkpointing does: the contexts may have "
-                "changed since, and the gradient would be wrong. Leave this layer out of the checkpointed part, or use "
-                "norm_args={'context': 'gate'}."
-            )
-        if g is None and (self.training or self.missing == "error"):
-            raise RuntimeError(f"{who} was run without contexts. {REMEDY[self.context]}")
-        if g is not None and g.shape[0] != n:
-            raise ValueError(
-                f"{who} expected contexts for {n} samples, got {g.shape[0]}: contexts of another batch, or several "
-                "views of one (then pass views=m)."
-            )
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra with the contexts of this input."""
@@ -150,14 +127,15 @@ class ContextNorm(PerContext):
         wide = stat_dtype(m.var)
         if g is None and self.missing == "posterior":
             g = self.posterior(m)
-        weight, bias, share = self._affine(wide)
+        weight, bias = self._affine(wide)
         if g is None:  # in evaluation only
+            share = self.shares().to(wide)
             pooled = self.running() if self.track_running_stats else m.over_batch()
             scale = (pooled.var + self.eps).rsqrt() * (share * weight).sum(0, keepdim=True)
             return Affine(pooled.mean, scale, (share * bias).sum(0, keepdim=True).expand_as(scale))
         g = g.to(wide)
         if self.training or not self.track_running_stats:
-            rows, pivot = self._statistics(m, g)
+            rows, pivot = self.statistics(m, g)
         else:
             rows, _, pooled = self.rows()
             pivot = pooled.mean
@@ -166,52 +144,14 @@ class ContextNorm(PerContext):
         scale, shift = ((g.unsqueeze(2) * t).sum(1) for t in (scale, shift))  # no matmul: autocast would narrow its vjp
         return Affine(m.mean, scale, torch.addcmul(shift, scale, m.mean - pivot))
 
-    def _affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        share = self.rows()[1] if self.track_running_stats else self.prior_or_uniform().unsqueeze(1)
-        share = share.to(dtype)
-        weight = torch.ones_like(share) if self.weight is None else self.weight.to(dtype)
-        bias = torch.zeros_like(share) if self.bias is None else self.bias.to(dtype)
+    def _affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        one = torch.ones((), dtype=dtype, device=self.prior_or_uniform().device).expand(self.num_contexts, 1)
+        weight = one if self.weight is None else self.weight.to(dtype)
+        bias = 0 * one if self.bias is None else self.bias.to(dtype)
         if self.prior_scale:
-            factor = share.clamp_min(0.01).rsqrt()
+            factor = self.shares().to(dtype).clamp_min(0.01).rsqrt()
             weight, bias = factor * weight, factor * bias
-        return weight, bias, share
-
-    def _statistics(self, m: Moments, g: Tensor) -> tuple[Moments, Tensor]:
-        """Return the moments of the contexts in this batch, (K, C), and the mean of all, (1, C), as a constant."""
-        m = Moments(m.mean.to(g.dtype), m.var.to(g.dtype), m.count, m.ranks)
-        own = m.over_batch(g)
-        assert isinstance(own.count, Tensor)
-        total = own.count.sum()
-        share = own.count / total.clamp_min(1)
-        common = pool(own.mean, own.var, share)
-        part = (1 - own.count / self.min_count).clamp_min(0)  # of the common statistics in those of a small context
-        apart = common.mean - own.mean
-        var = own.var + part * (common.var - own.var + (1 - part) * apart.square())
-        rows = Moments(own.mean + part * apart, var, own.count + part * (total - own.count))
-        if self.training and self.track_running_stats:
-            if self.missing == "posterior":
-                self._follow(Moments(m.mean, torch.zeros_like(m.var), 1, m.ranks).over_batch(g), share)
-            self.fold(rows, share, total)
-        return rows, common.mean.detach()
-
-    @torch.no_grad()
-    def _follow(self, means: Moments, share: Tensor) -> None:
-        held = self._buffers["running_spread"]
-        assert held is not None
-        step = (self.momentum or 0.1) * (self.num_contexts * share).clamp_max(1)
-        step = torch.where(self.unseen(), (share > 0).to(step.dtype), step)
-        fine = torch.isfinite(means.var).all() & (share > 0)
-        held.copy_(torch.where(fine, torch.lerp(held.to(step.dtype), means.var, step), held).to(held.dtype))
-
-    @torch.no_grad()
-    def posterior(self, m: Moments) -> Tensor:
-        """Return the probability of each context given the means of a sample's channels, (N, K); flattened by C."""
-        rows, share, _ = self.rows()
-        spread = self._buffers["running_spread"]
-        assert spread is not None
-        var = spread.to(rows.mean.dtype) + self.eps
-        apart = (m.mean.unsqueeze(1) - rows.mean).square() / var  # (N, K, C)
-        return torch.softmax(share[:, 0].log() - 0.5 * (apart + var.log()).mean(2), 1)
+        return weight, bias
 
     def nearest(self, descriptors: Tensor) -> Tensor:
         """Return the context of each described image, (N,)."""

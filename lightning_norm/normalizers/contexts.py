@@ -11,6 +11,13 @@ from torch import Tensor, nn
 
 from lightning_norm.ops import clusters
 
+REMEDY = {
+    "input": "Add NormContext() to the Trainer's callbacks, or call fit_contexts(model, images) once and use "
+    "`with contexts(model, images=images):`.",
+    "ids": "Add NormContext(context_fn=...) or NormContext(key=...) to the Trainer's callbacks, or use "
+    "`with contexts(model, ids):`.",
+}
+
 
 class ContextState:
     """What one layer was told: the share ``g`` (N, K) of each sample in each context, and its own name for messages.
@@ -84,9 +91,7 @@ def contexts(
             state.g = g
 
 
-def assign(
-    layers: Mapping[str, Any], ids: Tensor | None = None, images: Tensor | None = None, views: int = 1
-) -> None:
+def assign(layers: Mapping[str, Any], ids: Tensor | None = None, images: Tensor | None = None, views: int = 1) -> None:
     """Set the contexts of ``layers`` until they are set again; ``None`` for those of which nothing is known."""
     if not isinstance(views, int) or views < 1:
         raise ValueError(f"views must be a positive int, got {views!r}.")
@@ -104,6 +109,30 @@ def assign(
             g = None if found is None else as_shares(found, layer.num_contexts, name).to(device)
             known[key] = g if g is None or views == 1 else g.repeat(views, 1)
         layer.contexts.g = known[key]
+
+
+def check(layer: Any, n: int) -> None:
+    """Check what a layer was told against the n samples that it is to normalize.
+
+    Raises:
+        RuntimeError: it was told nothing, or it runs again in a backward pass.
+        ValueError: it was told of another number of samples.
+    """
+    g = layer.contexts.g
+    who = f"ContextNorm {layer.contexts.name!r} (context={layer.context!r})"
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{who} was run again in a backward pass, as activation checkpointing does: the contexts may have changed "
+            "since, and the gradient would be wrong. Leave this layer out of the checkpointed part, or swap with "
+            "norm_args={'context': 'gate'}."
+        )
+    if g is None and (layer.training or layer.missing == "error"):
+        raise RuntimeError(f"{who} was run without contexts. {REMEDY[layer.context]}")
+    if g is not None and g.shape[0] != n:
+        raise ValueError(
+            f"{who} expected contexts for {n} samples, got {g.shape[0]}: contexts of another batch, or several views "
+            "of one (then pass views=m)."
+        )
 
 
 def as_shares(ids: Tensor, k: int, name: str) -> Tensor:

@@ -19,12 +19,13 @@ def describe(images: Tensor) -> Tensor:
     """Return the mean and the deviation of each image's channels, (N, C, *) -> (N, 2 * BANDS), whatever C.
 
     Raises:
-        ValueError: not a floating-point tensor with a channel axis.
+        ValueError: not a tensor with a channel axis.
     """
-    if not isinstance(images, Tensor) or images.dim() < 2 or not images.dtype.is_floating_point:
+    if not isinstance(images, Tensor) or images.dim() < 2 or images.is_complex():
         came = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images must be a floating-point tensor (N, C, *), got {came}.")
-    flat = images.to(at_least_float32(images.dtype)).flatten(2) if images.dim() > 2 else images.unsqueeze(2)
+        raise ValueError(f"images must be a tensor (N, C, *), got {came}.")
+    images = images.to(at_least_float32(images.dtype))
+    flat = images.flatten(2) if images.dim() > 2 else images.unsqueeze(2)
     var, mean = torch.var_mean(flat, dim=2, correction=0)
     parts = torch.stack([mean, var.sqrt()], dim=1)  # (N, 2, C)
     c = parts.shape[2]
@@ -52,8 +53,8 @@ def fit(descriptors: Tensor, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         raise ValueError(f"cannot find {k} contexts among {len(points)} images with {distinct} distinct descriptors.")
     centroids, chosen = kmeans(points * scale, k, torch.Generator().manual_seed(seed))
     order = torch.bincount(chosen, minlength=k).argsort(descending=True, stable=True)
-    means = torch.stack([points[chosen == cluster].mean(0) for cluster in order])
-    return means.float(), scale.float()
+    centroids = torch.where(scale > 0, centroids / scale, points.mean(0))[order]
+    return centroids.float(), scale.float()
 
 
 def kmeans(points: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
