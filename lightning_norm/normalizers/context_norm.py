@@ -101,7 +101,7 @@ class ContextNorm(PerContext):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x."""
-        if self.context != "gate" and isinstance(x, Tensor) and x.dim() > 1:
+        if self.context != "gate" and isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point():
             check(self, x.shape[0])
         return super().forward(x)
 

@@ -171,8 +171,8 @@ class TestSmallContexts:
             rate = 0.2 * min(1, 3 * share)
             mean = x[ids == k].mean((0, 2, 3))
             torch.testing.assert_close(layer.running_mean[k], (1 - rate) * before[k] + rate * mean)
-        torch.testing.assert_close(layer.prior, 0.8 * torch.tensor([0.5, 0.3, 0.2]) + 0.2 * torch.tensor([9, 2, 1]) / 12,
-                                   check_dtype=False)  # fmt: skip
+        expected = 0.8 * torch.tensor([0.5, 0.3, 0.2]) + 0.2 * torch.tensor([9, 2, 1]) / 12
+        torch.testing.assert_close(layer.prior, expected, check_dtype=False)
 
     def test_takes_its_first_samples_as_they_are(self):
         layer = ContextNorm(6, context="ids").double()
@@ -271,14 +271,16 @@ def posterior(layer, x):
 class IdsOfInput(ContextNorm):
     """Hard contexts from the sign and size of each sample's first number, through the state as a callback would."""
 
-    learns = {}  # noqa: RUF012
+    key = ""
+    learns = {}
 
     def __init__(self, num_features, **options):
         super().__init__(num_features, **{"context": "ids", **options})
 
     def shares_of(self, x):
-        first = x.movedim(-1, 1) if self.channel_dim == -1 else x
-        first = first.detach().flatten(1)[:, :1] if len(x) else x.new_zeros(0, 1)
+        if 0 in x.shape[1:]:
+            return x.new_zeros(x.shape[0], 3)
+        first = x.detach()[(slice(None), *(0,) * (x.dim() - 1))].unsqueeze(1)  # the same for images and tokens
         ids = (first > 0).long() + (first > 1.0).long()
         return (ids == torch.arange(3, device=x.device)).float()
 
