@@ -3,6 +3,7 @@
 Public names, one explicit line each.
 """
 
+from lightning_norm.callbacks import NormContext as NormContext
 from lightning_norm.callbacks import NormMonitor as NormMonitor
 from lightning_norm.callbacks import NormSwap as NormSwap
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
@@ -14,6 +15,7 @@ from lightning_norm.normalizers import AdaptiveFusionNorm as AdaptiveFusionNorm
 from lightning_norm.normalizers import ASRNorm as ASRNorm
 from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers import BatchNorm as BatchNorm
+from lightning_norm.normalizers import ContextNorm as ContextNorm
 from lightning_norm.normalizers import DiminishingBatchNorm as DiminishingBatchNorm
 from lightning_norm.normalizers import GroupNorm as GroupNorm
 from lightning_norm.normalizers import InstanceNorm as InstanceNorm
@@ -25,7 +27,9 @@ from lightning_norm.normalizers import RepresentativeBatchNorm as Representative
 from lightning_norm.normalizers import Scheduled as Scheduled
 from lightning_norm.normalizers import SwitchableNorm as SwitchableNorm
 from lightning_norm.normalizers import UnifiedBatchNorm as UnifiedBatchNorm
+from lightning_norm.normalizers import contexts as contexts
 from lightning_norm.normalizers import create as create
+from lightning_norm.normalizers import fit_contexts as fit_contexts
 from lightning_norm.normalizers import normalizers as normalizers
 from lightning_norm.ops.fused import normalize as normalize
 from lightning_norm.ops.moments import Affine as Affine

@@ -1,4 +1,5 @@
 """Lightning callbacks: thin, each hook calls down."""
 
+from lightning_norm.callbacks.context import NormContext as NormContext
 from lightning_norm.callbacks.monitor import NormMonitor as NormMonitor
 from lightning_norm.callbacks.swap import NormSwap as NormSwap

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_norm.callbacks.context import check_contexts
 from lightning_norm.callbacks.optimizers import add_missing, check_owned, optimizers_in
 from lightning_norm.callbacks.wrap import WrappedMethods
 from lightning_norm.errors import ParameterGrowthWarning
@@ -53,6 +54,7 @@ class NormSwap(Callback):
     Raises:
         ValueError, TypeError: a norm, pattern or argument that does not exist or matches nothing.
         OptimizerError: see ``check_optimizer``.
+        RuntimeError: layers that wait for contexts, and no :class:`NormContext` in the Trainer.
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[NormSwap("sn")], logger=False, enable_checkpointing=False)
@@ -130,6 +132,7 @@ class NormSwap(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._wrapped.clear()
+        check_contexts(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lightning_norm.cli.bench_naive import recoded
 from lightning_norm.cli.bench_report import rows_of, save, table
+from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.normalizers.contexts import assign, context_layers
 from lightning_norm.normalizers.registry import create, normalizers
 
 SHAPES = ((32, 64, 32, 32), (32, 256, 14, 14), (32, 512, 7, 7), (128, 64))
@@ -23,6 +25,8 @@ EXAMPLE = "lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json
 ARGUMENTS: dict[str, dict[str, Any]] = {"ubn": {"threshold": 1.0}}
 """What a contender is built with: ubn measures the condensation of every batch."""
 Run = Callable[[], Any]
+CONTEXTS = 3
+"""Of cn, given in turn to the samples of the batch."""
 
 
 class Naive(nn.Module):
@@ -34,7 +38,7 @@ class Naive(nn.Module):
     """
 
     dropout: float
-    KEYS = ("bn", "in", "ln", "sn", "bcn", "dbn", "rbn", "ubn", "afn", "asr")
+    KEYS = ("bn", "in", "ln", "sn", "bcn", "dbn", "rbn", "ubn", "afn", "asr", "cn")
 
     def __init__(self, key: str, num_features: int) -> None:
         super().__init__()
@@ -51,6 +55,9 @@ class Naive(nn.Module):
         if key in ("afn", "asr"):
             for name, parameter in create(key, num_features).named_parameters():
                 self.register_parameter(name, parameter)
+        if key == "cn":
+            self.weight = nn.Parameter(torch.ones(CONTEXTS, num_features))
+            self.bias = nn.Parameter(torch.zeros(CONTEXTS, num_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (N, C, *), by the statistics of this batch."""
@@ -58,6 +65,8 @@ class Naive(nn.Module):
             return self._running(x)
         space = tuple(range(2, x.dim()))
         wide = (1, -1) + (1,) * len(space)
+        if self.key == "cn":
+            return self._by_context(x, (0, *space), wide)
         axes = {"in": space or (1,), "ln": (1, *space), "bn": (0, *space)}
         mixed = {"sn": ("in", "ln", "bn"), "bcn": ("bn", "ln"), "afn": ("bn",), "asr": ("in",)}
         needed = mixed.get(self.key, (self.key,))
@@ -98,6 +107,16 @@ class Naive(nn.Module):
         x = (x - mean) / torch.sqrt(var + 1e-5)
         gate = torch.sigmoid(self.scale.view(wide) * x.mean(space, keepdim=True) + 1) / unit[1.0]
         return x * gate * gamma + self.bias.view(wide)
+
+    def _by_context(self, x: Tensor, axes: tuple[int, ...], wide: tuple[int, ...]) -> Tensor:
+        y, ids = torch.zeros_like(x), contexts_of(x).view(-1, *(1,) * (x.dim() - 1))
+        for k in range(CONTEXTS):
+            own = (ids == k).to(x.dtype)
+            n = own.sum() * (x[0, 0].numel())
+            mean = (own * x).sum(axes, keepdim=True) / n
+            var = (own * (x - mean).square()).sum(axes, keepdim=True) / n
+            y = y + own * ((x - mean) / torch.sqrt(var + 1e-5) * self.weight[k].view(wide) + self.bias[k].view(wide))
+        return y
 
 
 def run(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -168,10 +187,9 @@ def contenders(
     for key in keys:
         if len(shape) == 2 and key in ("in",):
             continue
-        arguments = ARGUMENTS.get(key, {})
-        yield key, create(key, c, device=device, **arguments)
+        yield key, ready(key, shape, device)
         if compiled:
-            layer = create(key, c, device=device, **arguments)
+            layer = ready(key, shape, device)
             layer.compile()
             yield f"{key} compiled", layer
         if key in Naive.KEYS and len(shape) > 2:
@@ -180,6 +198,20 @@ def contenders(
                 naive = Naive(key, c).to(device)
                 naive.compile(dynamic=False)
                 yield f"{key} naive compiled", naive
+
+
+def ready(key: str, shape: tuple[int, ...], device: str) -> Normalizer:
+    """Build a layer; cn is told the contexts of its samples."""
+    if key != "cn":
+        return create(key, shape[1], device=device, **ARGUMENTS.get(key, {}))
+    layer = create(key, shape[1], device=device, context="ids", num_contexts=CONTEXTS)
+    assign(context_layers(layer), contexts_of(torch.empty(shape, device=device)))
+    return layer
+
+
+def contexts_of(x: Tensor) -> Tensor:
+    """Return the context of each sample of the benchmark, (N,)."""
+    return torch.arange(x.shape[0], device=x.device) % CONTEXTS
 
 
 def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:

@@ -19,9 +19,10 @@ from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import override
 
-from lightning_norm.callbacks import NormSwap
+from lightning_norm.callbacks import NormContext, NormSwap
 from lightning_norm.cli import job
 from lightning_norm.cli.compare_report import draw, summarize
+from lightning_norm.normalizers.context_norm import ContextNorm
 from lightning_norm.normalizers.registry import resolve
 
 EPILOG = """'bn' is the network as it is, with torch's own BatchNorm; any other key swaps all its BatchNorm layers.
@@ -130,7 +131,9 @@ def one_run(norm: str, seed: int, data: Any, options: argparse.Namespace) -> dic
     pl.seed_everything(seed, workers=True, verbose=False)
     model = job.ImageClassifier(options.arch, data.num_classes, options.lr)
     recorder = Recorder()
-    swaps = [] if norm == BASELINE else [NormSwap(norm, compile=options.compile)]
+    swaps: list[Callback] = [] if norm == BASELINE else [NormSwap(norm, compile=options.compile)]
+    if swaps and issubclass(resolve(norm)[0], ContextNorm):
+        swaps.append(NormContext())
     trainer = pl.Trainer(
         max_epochs=options.epochs,
         callbacks=[*swaps, recorder],

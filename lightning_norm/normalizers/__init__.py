@@ -7,6 +7,9 @@ from lightning_norm.normalizers.base import Normalizer as Normalizer
 from lightning_norm.normalizers.base import Paper as Paper
 from lightning_norm.normalizers.batch_channel_norm import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers.batch_norm import BatchNorm as BatchNorm
+from lightning_norm.normalizers.context_norm import ContextNorm as ContextNorm
+from lightning_norm.normalizers.contexts import contexts as contexts
+from lightning_norm.normalizers.contexts import fit_contexts as fit_contexts
 from lightning_norm.normalizers.diminishing_batch_norm import DiminishingBatchNorm as DiminishingBatchNorm
 from lightning_norm.normalizers.group_norm import GroupNorm as GroupNorm
 from lightning_norm.normalizers.group_norm import LayerNorm as LayerNorm

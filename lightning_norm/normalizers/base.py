@@ -95,15 +95,26 @@ class Normalizer(ScheduledValues, RunningStats):
         super().__setattr__(name, value)
 
     def adopt(self, source: nn.Module) -> None:
-        """Take over a layer's Parameters and running statistics: the same objects, but for those in ``converts``."""
-        for name in ("weight", "bias"):
-            held = getattr(source, name, None)
-            if held is not None and getattr(self, name) is not None and name not in self.converts:
+        """Take over a layer's Parameters and running statistics: the same objects, but for those in ``converts``.
+
+        Where the source is a normalizer that holds them in another form, their values.
+        """
+        values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
+        for name in ("weight", "bias", *BATCH_NORM_BUFFERS):
+            held, own = getattr(source, name, None), getattr(self, name, None)
+            if own is None or name in self.converts:
+                continue
+            if name in values:
+                with torch.no_grad():
+                    own.copy_(values[name])
+            elif held is not None and isinstance(own, nn.Parameter):
                 setattr(self, name, held)
-        for name in BATCH_NORM_BUFFERS:
-            held = getattr(source, name, None)
-            if held is not None and self._buffers.get(name) is not None and name not in self.converts:
+            elif held is not None:
                 self._buffers[name] = held
+
+    def as_batch_norm(self) -> dict[str, Tensor]:
+        """Return the values, (C,), of those of a BatchNorm's tensors that this class holds in another form."""
+        return {}
 
     def give_back(self, source: nn.Module) -> None:
         """Give a layer what was taken from it, as it is now: the inverse of :meth:`adopt`.
@@ -268,8 +279,8 @@ class MomentNorm(Normalizer):
 
     def _settle(self) -> None:
         """After ``load_state_dict(assign=True)``: statistics in float32 at least, nothing left on the meta device."""
-        for name in self.running_names:
-            stat = self._buffers[name]
+        for name in (*self.running_names, *self.wide_names):
+            stat = self._buffers.get(name)
             if stat is not None:
                 self._buffers[name] = stat.to(at_least_float32(stat.dtype))
         held = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None and not t.is_meta]

@@ -20,6 +20,8 @@ class RunningStats(nn.Module):
     counters: ClassVar[tuple[str, ...]] = ()
     """Further integers that a resumed run needs; a BatchNorm's checkpoint has none of them, and they start at 0."""
 
+    wide_names: ClassVar[tuple[str, ...]] = ()
+    """Further buffers that stay in float32 at least."""
     num_batches_tracked: Tensor | None
     skipped_updates: Tensor | None
 
@@ -99,10 +101,10 @@ class RunningStats(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers[name] for name in self.running_names}
+        before = {name: self._buffers.get(name) for name in (*self.running_names, *self.wide_names)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
-            new = self._buffers[name]
+            new = self._buffers.get(name)
             if old is not None and new is not None and new.dtype != at_least_float32(new.dtype):
                 self._buffers[name] = old.to(new.device, at_least_float32(old.dtype))
         return self

@@ -77,7 +77,7 @@ class Moments:
         weights = self.mean.new_ones(n, 1) if weights is None else weights.to(self.mean.dtype)
         mass = weights.sum(0).unsqueeze(1)  # (K, 1)
         share = weights.t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
-        mean = share @ self.mean  # (K, C)
+        mean = (share.unsqueeze(2) * self.mean).sum(1)  # (K, C); no matmul, whose vjp autocast would narrow
         between = (self.mean - mean.unsqueeze(1)).square()  # (K, N, C)
         var = (share.unsqueeze(2) * (self.var + between)).sum(1).to(self.var.dtype)
         count = mass * self.count
