@@ -1,4 +1,5 @@
 """Lightning callbacks: thin, each hook calls down."""
 
 from lightning_norm.callbacks.monitor import NormMonitor as NormMonitor
+from lightning_norm.callbacks.scheduler import NormScheduler as NormScheduler
 from lightning_norm.callbacks.swap import NormSwap as NormSwap

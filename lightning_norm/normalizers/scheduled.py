@@ -65,6 +65,15 @@ class ScheduledValues(nn.Module):
         value: Tensor | None = self._buffers[f"_{name}"]
         return value
 
+    def set_scheduled(self, name: str, value: float) -> None:
+        """Set a value that follows a schedule; :meth:`was_scheduled` tells it from one that was given."""
+        setattr(self, name, value)
+        self._followed.add(name)
+
+    def was_scheduled(self, name: str) -> bool:
+        """Tell whether a schedule has set this value."""
+        return name in self._followed
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         held = {
             f"_{name}": self._buffers.pop(f"_{name}") for name in self.ranges
@@ -82,6 +91,11 @@ class ScheduledValues(nn.Module):
     def _values(self) -> dict[str, float | None]:
         values: dict[str, float | None] = self.__dict__.setdefault("_scheduled_values", {})
         return values
+
+    @property
+    def _followed(self) -> set[str]:
+        names: set[str] = self.__dict__.setdefault("_scheduled_names", set())
+        return names
 
 
 def _declared(cls: type) -> dict[str, Scheduled]:
