@@ -17,6 +17,7 @@ class Chain(Schedule):
     Args:
         schedules: all but the last with ``epochs`` or ``steps``.
 
+    >>> from lightning_norm import Exponential
     >>> chain = Chain([Linear(0, 1, epochs=2), Constant(1, epochs=3), Exponential(1, 0.5)])
     >>> [chain(t) for t in (0, 1, 2, 5, 6)]
     [0.0, 0.5, 1, 1.0, 0.5]
@@ -75,6 +76,7 @@ class Warmup(Schedule):
         epochs: length of the line, in epochs.
         steps: or in steps.
 
+    >>> from lightning_norm import Cosine
     >>> warm = Warmup(schedule=Cosine(1.0, 0.0, epochs=4), epochs=2)
     >>> [round(warm(t), 6) for t in (0, 1, 2, 4, 6)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
@@ -86,6 +88,8 @@ class Warmup(Schedule):
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        if self.epochs is None and self.steps is None:
+            raise ValueError("Warmup needs its duration: Warmup(schedule=..., epochs=5), or steps=500.")
         self.chain()
 
     def chain(self) -> Chain:
