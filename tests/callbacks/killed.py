@@ -26,11 +26,12 @@ class Resumable:
         return len(self.batches)
 
     def __iter__(self):
+        if self.done == len(self.batches):
+            self.epoch, self.done = self.epoch + 1, 0
         order = random.Random(self.epoch).sample(self.batches, len(self.batches))
         while self.done < len(order):
             self.done += 1
             yield order[self.done - 1]
-        self.epoch, self.done = self.epoch + 1, 0
 
     def state_dict(self):
         return {"epoch": self.epoch, "done": self.done}
@@ -39,7 +40,7 @@ class Resumable:
         self.epoch, self.done = state["epoch"], state["done"]
 
 
-class Momentum(LateNet):
+class Late(LateNet):
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), 0.01)
 
@@ -63,7 +64,7 @@ def train(folder, wait_at=None, resume_from=None):
     """Train and return what there is at the end: weights and statistics, optimizer state, values per step."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model, watch = Momentum(), Watch(wait_at)
+    model, watch = Late(), Watch(wait_at)
     radius = Chain([Linear(0.0, 0.3, epochs=1.5), Cosine(0.3, 0.1, steps=7), Constant(0.2)])
     schedules = {"net.*:radius": radius, "radius": Warmup(schedule=InversePower(0.5, 0.4), epochs=0.7)}
     trainer = Trainer(

@@ -48,7 +48,8 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path):
     again = train(tmp_path / "resumed", resume_from=str(left[-1]))
 
     steps = EPOCHS * BATCHES
-    assert len({tuple(v) for v in values.values()}) > steps // 2
+    assert list(values) == list(range(1, steps + 1))
+    assert len({tuple(v) for v in values.values()}) == steps
     assert again[2] == {step: values[step] for step in range(at + 1, steps + 1)}
     assert again[0].keys() == weights.keys()
     for name, value in weights.items():
@@ -57,15 +58,3 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path):
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(two[name])) if value is not None else True, name
-
-
-def test_the_comparison_can_fail(tmp_path):
-    """Other values at one step give other weights: what is compared depends on the schedule."""
-    whole = train(tmp_path / "whole")
-    torch_state = torch.load(tmp_path / "whole" / "step=8.ckpt", weights_only=True)
-    torch_state["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"][
-        "completed"
-    ] += 1
-    torch.save(torch_state, tmp_path / "off.ckpt")
-    other = train(tmp_path / "resumed", resume_from=str(tmp_path / "off.ckpt"))
-    assert any(not torch.equal(value, other[0][name]) for name, value in whole[0].items())
