@@ -88,7 +88,8 @@ class Normalizer(ScheduledValues, RunningStats):
             Normalizer.registry[key] = cls
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop(KIND, None)
+        if name not in self.ranges:  # whose new value is no new kind of layer
+            self.__dict__.pop(KIND, None)
         super().__setattr__(name, value)
 
     def adopt(self, source: nn.Module) -> None:

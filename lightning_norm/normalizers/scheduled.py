@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_norm.ops.compiled import KIND
+
 
 @dataclass(frozen=True)
 class Scheduled:
@@ -127,6 +129,7 @@ def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
             device = next(
                 (t.device for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None
             )
+            self.__dict__.pop(KIND, None)
             self.register_buffer(f"_{name}", None if value is None else _scalar(value, device), persistent=False)
         else:
             with torch.no_grad():
