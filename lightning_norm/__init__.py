@@ -34,6 +34,8 @@ from lightning_norm.schedules import Linear as Linear
 from lightning_norm.schedules import Schedule as Schedule
 from lightning_norm.schedules import Steps as Steps
 from lightning_norm.schedules import Warmup as Warmup
+from lightning_norm.surgery.groups import no_weight_decay as no_weight_decay
+from lightning_norm.surgery.groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.report import SwapReport as SwapReport
 from lightning_norm.surgery.swap import swap as swap
 
