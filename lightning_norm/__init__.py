@@ -5,6 +5,7 @@ Public names, one explicit line each.
 
 from lightning_norm.callbacks import NormContext as NormContext
 from lightning_norm.callbacks import NormMonitor as NormMonitor
+from lightning_norm.callbacks import NormScheduler as NormScheduler
 from lightning_norm.callbacks import NormSwap as NormSwap
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
 from lightning_norm.errors import CompileWarning as CompileWarning
@@ -34,6 +35,17 @@ from lightning_norm.normalizers import normalizers as normalizers
 from lightning_norm.ops.fused import normalize as normalize
 from lightning_norm.ops.moments import Affine as Affine
 from lightning_norm.ops.moments import Moments as Moments
+from lightning_norm.schedules import Chain as Chain
+from lightning_norm.schedules import Constant as Constant
+from lightning_norm.schedules import Cosine as Cosine
+from lightning_norm.schedules import Exponential as Exponential
+from lightning_norm.schedules import InversePower as InversePower
+from lightning_norm.schedules import Linear as Linear
+from lightning_norm.schedules import Schedule as Schedule
+from lightning_norm.schedules import Steps as Steps
+from lightning_norm.schedules import Warmup as Warmup
+from lightning_norm.surgery.groups import no_weight_decay as no_weight_decay
+from lightning_norm.surgery.groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.report import SwapReport as SwapReport
 from lightning_norm.surgery.swap import swap as swap
 

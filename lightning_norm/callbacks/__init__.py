@@ -2,4 +2,5 @@
 
 from lightning_norm.callbacks.context import NormContext as NormContext
 from lightning_norm.callbacks.monitor import NormMonitor as NormMonitor
+from lightning_norm.callbacks.scheduler import NormScheduler as NormScheduler
 from lightning_norm.callbacks.swap import NormSwap as NormSwap

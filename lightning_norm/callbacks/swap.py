@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_norm.callbacks.context import check_contexts
+from lightning_norm.callbacks.groups import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.optimizers import add_missing, check_owned, optimizers_in
 from lightning_norm.callbacks.wrap import WrappedMethods
 from lightning_norm.errors import ParameterGrowthWarning
@@ -45,6 +46,9 @@ class NormSwap(Callback):
         compile: compile each layer; every new input shape takes seconds once.
         sync: pool statistics over ranks in training.
         sync_group: "world".
+        norm_weight_decay: weight decay of our layers' parameters, whatever the optimizer has; 0 takes them out of it.
+        switch_lr_scale: factor of the learning rate of what our layers learn beyond weight and bias, such as the
+            control parameters of "sn"; learning-rate schedules apply on top.
         check_optimizer: stop before training if a trainable parameter of a normalizer is in no optimizer, or in
             several.
 
@@ -73,6 +77,8 @@ class NormSwap(Callback):
         compile: bool = False,
         sync: bool = True,
         sync_group: str = "world",
+        norm_weight_decay: float | None = None,
+        switch_lr_scale: float | None = None,
         check_optimizer: bool = True,
     ) -> None:
         if plan is not None:
@@ -91,6 +97,9 @@ class NormSwap(Callback):
         self.include, self.exclude, self.source = include, exclude, source
         self.backend, self.compile, self.sync, self.sync_group = backend, compile, sync, sync_group
         self.check_optimizer = check_optimizer
+        check_number("norm_weight_decay", norm_weight_decay)
+        check_number("switch_lr_scale", switch_lr_scale)
+        self.norm_weight_decay, self.switch_lr_scale = norm_weight_decay, switch_lr_scale
         self.report: SwapReport | None = None
         self._model: pl.LightningModule | None = None
         self._missed: set[str] = set()
@@ -213,7 +222,14 @@ class NormSwap(Callback):
 
     def _optimizers(self, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
         configured = original()
-        add_missing(pl_module, list(optimizers_in(configured)))
+        optimizers = list(optimizers_in(configured))
+        add_missing(pl_module, optimizers)
+        wanted = {"weight_decay": self.norm_weight_decay, "lr_scale": self.switch_lr_scale}
+        if any(value is not None for value in wanted.values()):
+            counts = regroup(pl_module, optimizers, schedulers_in(configured), **wanted)
+            rank_zero_info(
+                f"NormSwap: parameter groups {', '.join(f'{k} ({n} parameters)' for k, n in counts.items()) or 'none'}"
+            )
         return configured
 
     def _check_order(self, trainer: pl.Trainer) -> None:

@@ -91,7 +91,8 @@ class Normalizer(ScheduledValues, RunningStats):
             Normalizer.registry[key] = cls
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop(KIND, None)
+        if name not in self.ranges:  # whose new value is no new kind of layer
+            self.__dict__.pop(KIND, None)
         super().__setattr__(name, value)
 
     def adopt(self, source: nn.Module) -> None:
@@ -125,6 +126,10 @@ class Normalizer(ScheduledValues, RunningStats):
             for name, value in back.items():
                 if value is not None and isinstance(held.get(name), Tensor) and name not in self.converts:
                     back[name] = held[name]  # type: ignore[assignment]  # parameters to parameters, buffers to buffers
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that weight decay is to leave alone, as timm asks for them: all."""
+        return {name for name, _ in self.named_parameters()}
 
     def keeps_eval(self) -> bool:
         """Tell whether this layer, with its arguments, starts as the BatchNorm it was made from."""
@@ -232,16 +237,9 @@ class MomentNorm(Normalizer):
 
     def extra_repr(self) -> str:
         """Show the arguments."""
-        names = (
-            "eps",
-            "momentum",
-            "affine",
-            "track_running_stats",
-            *(("channel_dim",) if self.channel_dim != 1 else ()),
-        )
-        return ", ".join(
-            [str(self.num_features), *(f"{name}={getattr(self, name)!r}" for name in (*names, *self.shows))]
-        )
+        names = ["eps", "momentum", "affine", "track_running_stats", *["channel_dim"] * (self.channel_dim != 1)]
+        shown = [f"{name}={getattr(self, name)!r}" for name in (*names, *self.shows)]
+        return ", ".join([str(self.num_features), *shown])
 
     shows: ClassVar[tuple[str, ...]] = ()
     """A subclass's own arguments, for ``repr``."""

@@ -86,6 +86,10 @@ class RunningStats(nn.Module):
             moved = torch.lerp(old, new.detach().reshape(-1).to(old.dtype), weight.to(old.dtype))
             old.copy_(torch.where(finite, moved, old))
 
+    def without_effect(self) -> dict[str, str]:
+        """Return the scheduled arguments that do nothing in this layer as it is: name -> the argument that says so."""
+        return {} if self.track_running_stats else {"momentum": "track_running_stats=False"}
+
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the counters to 0."""
         if self.track_running_stats:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_norm.ops.compiled import KIND
+
 
 @dataclass(frozen=True)
 class Scheduled:
@@ -65,6 +67,15 @@ class ScheduledValues(nn.Module):
         value: Tensor | None = self._buffers[f"_{name}"]
         return value
 
+    def set_scheduled(self, name: str, value: float) -> None:
+        """Set a value that follows a schedule; :meth:`was_scheduled` tells it from one that was given."""
+        setattr(self, name, value)
+        self._followed.add(name)
+
+    def was_scheduled(self, name: str) -> bool:
+        """Tell whether a schedule has set this value."""
+        return name in self._followed
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         held = {
             f"_{name}": self._buffers.pop(f"_{name}") for name in self.ranges
@@ -82,6 +93,11 @@ class ScheduledValues(nn.Module):
     def _values(self) -> dict[str, float | None]:
         values: dict[str, float | None] = self.__dict__.setdefault("_scheduled_values", {})
         return values
+
+    @property
+    def _followed(self) -> set[str]:
+        names: set[str] = self.__dict__.setdefault("_scheduled_names", set())
+        return names
 
 
 def _declared(cls: type) -> dict[str, Scheduled]:
@@ -113,6 +129,7 @@ def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
             device = next(
                 (t.device for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None
             )
+            self.__dict__.pop(KIND, None)
             self.register_buffer(f"_{name}", None if value is None else _scalar(value, device), persistent=False)
         else:
             with torch.no_grad():

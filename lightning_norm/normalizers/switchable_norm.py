@@ -128,6 +128,10 @@ class SwitchableNorm(MomentNorm):
         logits = logits.to(at_least_float32(logits.dtype))
         return sparsestmax(logits, self._buffers["_radius"]) if self.sparse else torch.softmax(logits, 0)
 
+    def without_effect(self) -> dict[str, str]:
+        """Name the radius of a softmax."""
+        return {**super().without_effect(), **({} if self.sparse else {"radius": "sparse=False"})}
+
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
         """Return the importance weights of means and variances, each (len(choices),), in the order of ``choices``."""

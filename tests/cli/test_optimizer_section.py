@@ -32,7 +32,18 @@ SWAPS = {
 }
 
 
-def config_file(folder, swap, model="WithoutOptimizer"):
+SCHEDULERS = {
+    "LambdaLR": {"lr_lambda": f"{__name__}.halved"},
+    "CosineAnnealingLR": {"T_max": 4},
+    "OneCycleLR": {"max_lr": 0.2, "total_steps": 9},
+}
+
+
+def halved(epoch):
+    return 0.5**epoch
+
+
+def config_file(folder, swap, model="WithoutOptimizer", scheduler="ExponentialLR", **trainer):
     config = {
         "model": {"class_path": f"{__name__}.{model}"},
         "trainer": {
@@ -43,9 +54,13 @@ def config_file(folder, swap, model="WithoutOptimizer"):
             "enable_checkpointing": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
+            **trainer,
         },
         "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
-        "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}},
+        "lr_scheduler": {
+            "class_path": f"torch.optim.lr_scheduler.{scheduler}",
+            "init_args": SCHEDULERS.get(scheduler, {"gamma": 0.5}),
+        },
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -66,6 +81,39 @@ def test_new_parameters_are_trained_and_their_rate_follows_the_schedule(form, tm
     assert all(sum(p is q for q in group["params"]) == 1 for p in cli.model.parameters())
     assert group["lr"] == 0.1 * 0.5**2
     torch.testing.assert_close(layer.importance()["mean"].sum(), torch.tensor(1.0))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_groups_of_their_own_follow_the_schedule_and_a_resume(scheduler, tmp_path):
+    """The rates are those of the scheduler on one group, times the scale; a resumed run ends as the other did."""
+    swap = {"norm": "sn", "norm_weight_decay": 0.3, "switch_lr_scale": 0.1}
+    path = config_file(
+        tmp_path, swap, scheduler=scheduler, max_epochs=3, enable_checkpointing=True, default_root_dir=str(tmp_path)
+    )
+    cli = NormCLI(["fit", "--config", path], save_config_callback=None)
+    rest, norm, switch = cli.trainer.optimizers[0].param_groups
+    assert [g["weight_decay"] for g in (rest, norm, switch)] == [0, 0.3, 0.3]
+    assert [len(g["params"]) for g in (rest, norm, switch)] == [2, 2, 2]
+
+    one = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+    alone = getattr(torch.optim.lr_scheduler, scheduler)(
+        one, **{**SCHEDULERS[scheduler], **({"lr_lambda": halved} if scheduler == "LambdaLR" else {})}
+    )
+    for _ in range(3):  # an epoch each: the command line's default
+        one.step(), alone.step()
+    assert [g["lr"] for g in (rest, norm, switch)] == pytest.approx(
+        [s * one.param_groups[0]["lr"] for s in (1, 1, 0.1)]
+    )
+
+    cut = config_file(
+        tmp_path, swap, scheduler=scheduler, max_epochs=2, enable_checkpointing=True, default_root_dir=str(tmp_path)
+    )
+    first = NormCLI(["fit", "--config", cut], save_config_callback=None)
+    saved = first.trainer.checkpoint_callback.best_model_path
+    path = config_file(tmp_path, swap, scheduler=scheduler, max_epochs=3)
+    resumed = NormCLI(["fit", "--config", path, "--ckpt_path", saved], save_config_callback=None)
+    assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in cli.model.state_dict().items())
 
 
 def test_a_key_as_class_path_is_answered_with_what_to_type(tmp_path, capfd):

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_norm import NormSwap
+from lightning_norm import InversePower, NormScheduler, NormSwap
 from tests.callbacks.toy import LateNet
 
 
@@ -32,7 +32,10 @@ def main(key, devices, out):
         accelerator="cpu",
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
-        callbacks=[NormSwap(key, norm_args={"groups": 2} if key == "gn" else None)],
+        callbacks=[
+            NormSwap(key, norm_args={"groups": 2} if key == "gn" else None),
+            *([NormScheduler({"momentum": InversePower(0.5)}, "step")] if key == "sn" else []),
+        ],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

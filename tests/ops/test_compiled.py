@@ -120,7 +120,20 @@ def test_scheduled_values_recompile_nothing():
             setattr(eager, name, value)
             torch.testing.assert_close(layer(x), eager(x))
             torch.testing.assert_close(layer.running_mean, eager.running_mean)
+            assert compiled.KIND in vars(layer)  # nor does it cost a look at all attributes
         assert traced() == known
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_a_scheduled_value_that_appears_is_another_kind():
+    x = torch.randn(3, 6, 5)
+    layer, eager = compiled_layer(momentum=None), BatchNorm(6, momentum=None)
+    for momentum in (None, 0.3, None):
+        layer.momentum = eager.momentum = momentum
+        for _ in range(2):
+            layer(x), eager(x)
+        torch.testing.assert_close(layer.running_mean, eager.running_mean)
+    assert compiled.graphs() == traced() == 2
 
 
 def test_inductor_at_large_means():

@@ -1,0 +1,92 @@
+"""What every schedule is: a hyper-parameter's value as a pure function of the epoch or the step. No torch, no state."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class Schedule(ABC):
+    """Abstract: a value over time. ``time`` counts epochs or steps from 0, whichever the scheduler's interval says.
+
+    A schedule of your own is a subclass with ``__call__``; it must follow from its arguments alone, so that a resumed
+    run is the uninterrupted one.
+    """
+
+    @abstractmethod
+    def __call__(self, time: float, epoch: float = 1.0) -> float:
+        """Return the value at ``time``; one epoch lasts ``epoch`` units of it: 1, or the steps of an epoch."""
+
+    def length(self, epoch: float = 1.0) -> float:
+        """Return how long it lasts, in units of ``time``; afterwards its last value is held."""
+        return math.inf
+
+    def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
+        """Return times from 0 to ``last`` among which the smallest and the largest value are: all, unless known."""
+        return range(int(last) + 1) if math.isfinite(last) else (0,)
+
+    def units(self) -> set[str]:
+        """Return which of "epochs" and "steps" it was given a duration in."""
+        return set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed(Schedule):
+    """Abstract: a monotone schedule with a duration, in ``epochs`` or in ``steps``.
+
+    Args:
+        epochs: how long it lasts; a fraction is legal.
+        steps: the same in optimizer steps, for ``interval="step"``.
+    """
+
+    epochs: float | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for unit in ("epochs", "steps"):
+            given = getattr(self, unit)
+            if given is not None and not (is_number(given) and given > 0):
+                raise ValueError(f"{name}: {unit} must be a number > 0, got {given!r}.")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"{name}: give epochs={self.epochs} or steps={self.steps}, not both.")
+
+    @abstractmethod
+    def at(self, time: float, length: float) -> float:
+        """Return the value at ``time``, which lies in [0, length]."""
+
+    def __call__(self, time: float, epoch: float = 1.0) -> float:
+        """Return the value at ``time``, held before 0 and after the end."""
+        length = self.length(epoch)
+        return self.at(min(max(time, 0.0), length), length)
+
+    def length(self, epoch: float = 1.0) -> float:
+        """Return the duration in units of time."""
+        if self.steps is not None:
+            return self.steps
+        return math.inf if self.epochs is None else self.epochs * epoch
+
+    def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
+        """Return both ends: it is monotone."""
+        return (0, last)
+
+    def units(self) -> set[str]:
+        """Return "epochs" or "steps", whichever was given."""
+        return {unit for unit in ("epochs", "steps") if getattr(self, unit) is not None}
+
+    def _numbers(self, *names: str) -> None:
+        for name in names:
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"{type(self).__name__}: {name} must be a number, got {getattr(self, name)!r}.")
+
+    def _needs_end(self) -> None:
+        if not Timed.units(self):
+            name = type(self).__name__
+            raise ValueError(f"{name} needs its duration: {name}(..., epochs=10), or steps=1000 with interval='step'.")
+
+
+def is_number(value: object) -> bool:
+    """Tell whether it is a finite number, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,190 @@
+"""The elementary schedules, each its formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lightning_norm.schedules.base import Timed, is_number
+
+
+@dataclass(frozen=True)
+class Constant(Timed):
+    """The same value all the time; a plain number means the same.
+
+    Args:
+        value: the value.
+        epochs: only in a :class:`Chain`: how long.
+        steps: likewise.
+
+    >>> Constant(0.3)(7)
+    0.3
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._numbers("value")
+
+    def at(self, time: float, length: float) -> float:
+        """Return ``value``."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear(Timed):
+    r"""A straight line, :math:`start + (end - start)\,t/T`, then ``end``.
+
+    Args:
+        start: value at time 0.
+        end: value at and after the end.
+        epochs: T, in epochs.
+        steps: or T in steps.
+
+    >>> Linear(0.5, 0.9, epochs=10)(5)
+    0.7
+    """
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._numbers("start", "end")
+        self._needs_end()
+
+    def at(self, time: float, length: float) -> float:
+        """Return the value on the line."""
+        return _between(self.start, self.end, time / length)
+
+
+@dataclass(frozen=True)
+class Cosine(Timed):
+    r"""Half a cosine, :math:`end + (start - end)\,(1 + \cos(\pi t/T))/2`, then ``end``.
+
+    Args:
+        start: value at time 0.
+        end: value at and after the end.
+        epochs: T, in epochs.
+        steps: or T in steps.
+
+    >>> round(Cosine(1.0, 0.0, epochs=10)(5), 6)
+    0.5
+    """
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._numbers("start", "end")
+        self._needs_end()
+
+    def at(self, time: float, length: float) -> float:
+        """Return the value on the cosine."""
+        return _between(self.start, self.end, (1 - math.cos(math.pi * (time / length))) / 2)
+
+
+@dataclass(frozen=True)
+class Exponential(Timed):
+    r"""A constant factor per epoch (or step), :math:`start \cdot \gamma^t`.
+
+    Args:
+        start: value at time 0.
+        gamma: factor per unit of the interval.
+        epochs: after which the value is held; never by default.
+        steps: likewise.
+
+    >>> Exponential(1.0, 0.5)(2)
+    0.25
+    """
+
+    start: float
+    gamma: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._numbers("start", "gamma")
+        if self.gamma <= 0:
+            raise ValueError(f"Exponential: gamma must be > 0, got {self.gamma!r}.")
+
+    def at(self, time: float, length: float) -> float:
+        """Return the power."""
+        try:
+            return self.start * float(self.gamma**time) if self.start else 0.0
+        except OverflowError:
+            return math.copysign(math.inf, self.start)
+
+
+@dataclass(frozen=True)
+class InversePower(Timed):
+    r"""The diminishing weight :math:`scale / m^h`, with m = t + 1 counted from 1.
+
+    Args:
+        power: h.
+        scale: value in the first epoch (or step).
+        epochs: after which the value is held; never by default.
+        steps: likewise.
+
+    >>> InversePower(power=0.5)(3)
+    0.5
+    """
+
+    power: float
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._numbers("power", "scale")
+        if self.power < 0:
+            raise ValueError(f"InversePower: power must be >= 0, got {self.power!r}.")
+
+    def at(self, time: float, length: float) -> float:
+        """Return the power of m."""
+        return self.scale * float((time + 1.0) ** -self.power)
+
+
+@dataclass(frozen=True)
+class Steps(Timed):
+    """Jumps at given times, ``{0: 0.5, 10: 0.1}``, as in Lightning's GradientAccumulationScheduler.
+
+    Args:
+        values: time -> value from then on; in epochs or steps, as the interval says. The key 0 is required.
+        epochs: only in a :class:`Chain`: how long.
+        steps: likewise.
+
+    >>> Steps({0: 0.5, 10: 0.1})(9), Steps({0: 0.5, 10: 0.1})(10)
+    (0.5, 0.1)
+    """
+
+    values: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bad = [k for k in self.values if not isinstance(k, int) or k < 0]
+        if bad:
+            raise ValueError(f"Steps: each key is an epoch (or step), an int >= 0, got {bad[0]!r}.")
+        if 0 not in self.values:
+            raise ValueError(f"Steps needs the value at the start: Steps({{0: ..., {_inside(self.values)}}}).")
+        for key, value in self.values.items():
+            if not is_number(value):
+                raise ValueError(f"Steps: the value from {key} on must be a number, got {value!r}.")
+
+    def at(self, time: float, length: float) -> float:
+        """Return the value of the last key that was reached."""
+        return self.values[max(key for key in self.values if key <= time)]
+
+    def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
+        """Return the keys."""
+        return [key for key in self.values if key <= last]
+
+
+def _between(start: float, end: float, share: float) -> float:
+    value = start * (1 - share) + end * share
+    return min(max(value, min(start, end)), max(start, end))  # rounding must not leave a closed range
+
+
+def _inside(values: Mapping[int, float]) -> str:
+    return ", ".join(f"{k}: {v}" for k, v in values.items())
