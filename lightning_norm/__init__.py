@@ -5,7 +5,9 @@ Public names, one explicit line each.
 
 from lightning_norm.callbacks import NormMonitor as NormMonitor
 from lightning_norm.callbacks import NormSwap as NormSwap
+from lightning_norm.callbacks import load_from_checkpoint as load_from_checkpoint
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
+from lightning_norm.errors import CheckpointError as CheckpointError
 from lightning_norm.errors import CompileWarning as CompileWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import OptimizerError as OptimizerError

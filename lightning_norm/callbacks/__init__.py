@@ -1,4 +1,5 @@
 """Lightning callbacks: thin, each hook calls down."""
 
+from lightning_norm.callbacks.checkpoint import load_from_checkpoint as load_from_checkpoint
 from lightning_norm.callbacks.monitor import NormMonitor as NormMonitor
 from lightning_norm.callbacks.swap import NormSwap as NormSwap
