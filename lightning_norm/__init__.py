@@ -26,6 +26,9 @@ from lightning_norm.normalizers import normalizers as normalizers
 from lightning_norm.ops.fused import normalize as normalize
 from lightning_norm.ops.moments import Affine as Affine
 from lightning_norm.ops.moments import Moments as Moments
+from lightning_norm.surgery.deploy import DeployReport as DeployReport
+from lightning_norm.surgery.deploy import fold as fold
+from lightning_norm.surgery.deploy import to_plain as to_plain
 from lightning_norm.surgery.report import SwapReport as SwapReport
 from lightning_norm.surgery.swap import swap as swap
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.normalizers.evaluation import Evaluation
 from lightning_norm.normalizers.origin import Origin
 from lightning_norm.normalizers.running import RunningStats
 from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
@@ -45,7 +46,7 @@ class Paper:
         return f"{self.authors} {self.year}, {self.where}"
 
 
-class Normalizer(Origin, ScheduledValues, RunningStats):
+class Normalizer(Evaluation, Origin, ScheduledValues, RunningStats):
     """Abstract: a layer that normalizes. Subclasses that set ``key`` in their own body enter the registry.
 
     The class attributes are declarations; the conformance suite checks each against what the layer does.
