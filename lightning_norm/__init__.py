@@ -7,7 +7,9 @@ from lightning_norm.callbacks import NormContext as NormContext
 from lightning_norm.callbacks import NormMonitor as NormMonitor
 from lightning_norm.callbacks import NormScheduler as NormScheduler
 from lightning_norm.callbacks import NormSwap as NormSwap
+from lightning_norm.callbacks import load_from_checkpoint as load_from_checkpoint
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
+from lightning_norm.errors import CheckpointError as CheckpointError
 from lightning_norm.errors import CompileWarning as CompileWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
@@ -44,6 +46,9 @@ from lightning_norm.schedules import Linear as Linear
 from lightning_norm.schedules import Schedule as Schedule
 from lightning_norm.schedules import Steps as Steps
 from lightning_norm.schedules import Warmup as Warmup
+from lightning_norm.surgery.deploy import DeployReport as DeployReport
+from lightning_norm.surgery.deploy import fold as fold
+from lightning_norm.surgery.deploy import to_plain as to_plain
 from lightning_norm.surgery.groups import no_weight_decay as no_weight_decay
 from lightning_norm.surgery.groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.report import SwapReport as SwapReport

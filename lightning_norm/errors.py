@@ -19,5 +19,9 @@ class AlreadySwappedError(RuntimeError):
     """The model already holds normalizers of this package."""
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, or is of another swap than the network it is to be loaded into."""
+
+
 class OptimizerError(RuntimeError):
     """A trainable parameter of a normalizer is in no optimizer, or in several."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,14 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_norm.callbacks.checkpoint import (
+    CheckManifest,
+    ModuleHook,
+    WriteManifest,
+    reading,
+    start_from,
+    write_manifest,
+)
 from lightning_norm.callbacks.context import check_contexts
 from lightning_norm.callbacks.groups import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.optimizers import add_missing, check_owned, optimizers_in
@@ -20,6 +29,8 @@ from lightning_norm.errors import ParameterGrowthWarning
 from lightning_norm.normalizers.registry import resolve
 from lightning_norm.ops.compiled import on_compile
 from lightning_norm.ops.sync import gather
+from lightning_norm.surgery.checkpoint import manifest_in, rules_of
+from lightning_norm.surgery.files import read_checkpoint
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.select import Site
 from lightning_norm.surgery.swap import judge, try_swap
@@ -41,7 +52,8 @@ class NormSwap(Callback):
         exclude: which layers not; likewise.
         source: kinds of layers to look at; "BatchNorm" by default, see :func:`lightning_norm.swap`.
         rules: ordered mapping from regular expression to a norm or ``None`` (leave alone); the first match wins.
-        plan: path of a YAML file written by ``lightning-norm plan --save``; excludes the arguments above.
+        plan: path of a YAML file written by ``lightning-norm plan --save``, or of a checkpoint: swap as it was swapped
+            there; excludes the arguments above.
         backend: "auto" or "eager".
         compile: compile each layer; every new input shape takes seconds once.
         sync: pool statistics over ranks in training.
@@ -51,6 +63,8 @@ class NormSwap(Callback):
             control parameters of "sn"; learning-rate schedules apply on top.
         check_optimizer: stop before training if a trainable parameter of a normalizer is in no optimizer, or in
             several.
+        warm_start: path of a checkpoint whose weights the run starts from, of the network before or after the swap;
+            optimizer, epoch and step start anew. A ``ckpt_path`` given to the Trainer wins.
 
     Attributes:
         report: the :class:`lightning_norm.SwapReport` once the model was set up.
@@ -59,6 +73,7 @@ class NormSwap(Callback):
         ValueError, TypeError: a norm, pattern or argument that does not exist or matches nothing.
         OptimizerError: see ``check_optimizer``.
         RuntimeError: layers that wait for contexts, and no :class:`NormContext` in the Trainer.
+        CheckpointError: a checkpoint cannot be read or is of another swap.
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[NormSwap("sn")], logger=False, enable_checkpointing=False)
@@ -80,6 +95,7 @@ class NormSwap(Callback):
         norm_weight_decay: float | None = None,
         switch_lr_scale: float | None = None,
         check_optimizer: bool = True,
+        warm_start: str | None = None,
     ) -> None:
         if plan is not None:
             if any(a is not None for a in (norm, norm_args, include, exclude, source, rules)):
@@ -96,16 +112,18 @@ class NormSwap(Callback):
         self.norm, self.norm_args, self.rules = norm, norm_args, rules
         self.include, self.exclude, self.source = include, exclude, source
         self.backend, self.compile, self.sync, self.sync_group = backend, compile, sync, sync_group
-        self.check_optimizer = check_optimizer
         check_number("norm_weight_decay", norm_weight_decay)
         check_number("switch_lr_scale", switch_lr_scale)
         self.norm_weight_decay, self.switch_lr_scale = norm_weight_decay, switch_lr_scale
+        self.check_optimizer, self.warm_start = check_optimizer, warm_start
         self.report: SwapReport | None = None
         self._model: pl.LightningModule | None = None
         self._missed: set[str] = set()
         self._sites: list[Site] = []
         self._made: set[int] = set()
         self._wrapped = WrappedMethods()
+        self._hooks: list[ModuleHook] = []
+        self._warm = False
         self._stop_observing: Callable[[], None] | None = None
 
     def swap_arguments(self) -> dict[str, Any]:
@@ -129,12 +147,16 @@ class NormSwap(Callback):
         self._check_order(trainer)
         if self._model is not pl_module:
             self._model, self.report, self._missed, self._sites = pl_module, None, set(), []
-            self._made = set()
-        self._wrapped.clear()
+            self._made, self._warm = set(), False
+        self._clean()
         fresh = self.report is None
         self._swap(pl_module)
         self._wrapped.wrap(pl_module, "configure_model", lambda original: self._late(pl_module, original, fresh))
         self._wrapped.wrap(pl_module, "configure_optimizers", lambda original: self._optimizers(pl_module, original))
+        self._wrapped.wrap(trainer.strategy, "load_checkpoint", reading)
+        self._hooks = [WriteManifest(pl_module), CheckManifest(pl_module, resumes=stage == "fit")]
+        for hook in self._hooks:
+            hook.put_on()
         if self.compile and self._stop_observing is None:
             self._stop_observing = on_compile(lambda what: rank_zero_info(f"NormSwap: compiling {what} ..."))
 
@@ -166,6 +188,12 @@ class NormSwap(Callback):
         self._wrapped.clear()
 
     @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        write_manifest(pl_module, checkpoint)  # after the fit the module's hook is gone
+
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._clean()
 
@@ -175,6 +203,9 @@ class NormSwap(Callback):
 
     def _clean(self) -> None:
         self._wrapped.clear()
+        for hook in self._hooks:
+            hook.take_off()
+        self._hooks = []
         if self._stop_observing is not None:
             self._stop_observing()
             self._stop_observing = None
@@ -195,6 +226,9 @@ class NormSwap(Callback):
         original()
         self._swap(pl_module)
         self._check_ranks()
+        if self.warm_start is not None and not self._warm:
+            start_from(pl_module, self.warm_start)
+            self._warm = True
         if fresh and self.report is not None:
             specs = [spec for spec in [self.norm, *(self.rules or {}).values()] if spec is not None]
             wanted = {resolve(spec)[0] for spec in specs}
@@ -244,9 +278,14 @@ class NormSwap(Callback):
 
 
 def _read_plan(path: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the rules that a plan file holds, and the names of the classes that it was made for."""
+    """Return the rules that a plan file or a checkpoint holds, and the names of the classes that it was made for."""
     import yaml
 
+    if zipfile.is_zipfile(path):
+        manifest = manifest_in(read_checkpoint(path, "meta"))
+        if manifest is None:
+            raise ValueError(f"the checkpoint {path!r} is of a network that was not swapped. Type norm='sn' (say).")
+        return rules_of(manifest)
     try:
         rows = yaml.safe_load(Path(path).read_text())["layers"]
         rules = {re.escape(row["name"]): row["norm"] for row in rows}

@@ -6,12 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-BEFORE = "_lightning_norm_before"
-"""On a wrapper that was taken off: what the instance held before, in a tuple; empty for the class's own method."""
-
 
 class WrappedMethods:
-    """The methods that a callback has wrapped on a LightningModule.
+    """The methods that a callback has wrapped on a LightningModule or on what belongs to the Trainer.
 
     ``LightningModule.configure_model`` and ``configure_optimizers`` are looked up on the instance by Lightning and by
     LightningCLI, which may have put its own function there: that one is called and comes back. Several callbacks may
@@ -22,22 +19,25 @@ class WrappedMethods:
         self._undo: list[Callable[[], None]] = []
 
     def wrap(self, instance: Any, name: str, around: Callable[..., Any]) -> None:
-        """Replace ``instance.name`` by a function that calls ``around(original, *args)``."""
+        """Replace ``instance.name`` by a function that calls ``around(original, *args)`` with what it is given."""
         original = getattr(instance, name)
-        was_own = name in instance.__dict__
+        below = instance.__dict__.get(name)
 
         @functools.wraps(original)
-        def wrapper(*args: Any) -> Any:
-            return original(*args) if hasattr(wrapper, BEFORE) else around(original, *args)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs) if done(wrapper) else around(original, *args, **kwargs)
 
         del wrapper.__wrapped__  # Lightning looks through it and would find the method not overridden
+        wrapper.__dict__.update(_below=below, _done=False)
 
         def undo() -> None:
-            setattr(wrapper, BEFORE, (original,) if was_own else ())
-            while (before := getattr(instance.__dict__.get(name), BEFORE, None)) is not None:
-                del instance.__dict__[name]
-                if before:
-                    instance.__dict__[name] = before[0]
+            wrapper.__dict__["_done"] = True
+            while done(instance.__dict__.get(name)):  # a wrapper on top of it may still be in use: it undoes both
+                under = instance.__dict__[name]._below
+                if under is None:
+                    del instance.__dict__[name]
+                else:
+                    instance.__dict__[name] = under
 
         instance.__dict__[name] = wrapper
         self._undo.append(undo)
@@ -46,3 +46,8 @@ class WrappedMethods:
         """Take every wrapper off."""
         while self._undo:
             self._undo.pop()()
+
+
+def done(function: Any) -> bool:
+    """Tell whether this is a wrapper whose time is over."""
+    return bool(getattr(function, "_done", False))

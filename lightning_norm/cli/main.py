@@ -21,6 +21,9 @@ look
   list       lightning-norm list                                    the normalizers
   plan       lightning-norm plan --config examples/configs/digits_sn.yaml     what a swap would do
 
+leave
+  export     lightning-norm export --config your.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2
+
 measure
   compare    lightning-norm compare --norms bn,sn,bcn --seeds 3      accuracy, with intervals
   bench      lightning-norm bench --device cpu                       time and memory
@@ -28,7 +31,7 @@ measure
   --version  --help
 """
 TRAINING = ("fit", "validate", "test", "predict")
-OTHERS = ("list", "plan", "compare", "bench")
+OTHERS = ("list", "plan", "export", "compare", "bench")
 TRACEBACK = "LIGHTNING_NORM_TRACEBACK"
 
 
@@ -75,6 +78,8 @@ def _run(command: str, arguments: list[str]) -> None:
         from lightning_norm.cli.list import run
     elif command == "plan":
         from lightning_norm.cli.plan import run
+    elif command == "export":
+        from lightning_norm.cli.export import run
     elif command == "compare":
         from lightning_norm.cli.compare import run
     else:

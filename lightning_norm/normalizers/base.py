@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.normalizers.evaluation import Evaluation
+from lightning_norm.normalizers.origin import Origin
 from lightning_norm.normalizers.running import RunningStats
 from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
 from lightning_norm.ops.compiled import KIND, compiled_forward
@@ -44,7 +46,7 @@ class Paper:
         return f"{self.authors} {self.year}, {self.where}"
 
 
-class Normalizer(ScheduledValues, RunningStats):
+class Normalizer(Evaluation, Origin, ScheduledValues, RunningStats):
     """Abstract: a layer that normalizes. Subclasses that set ``key`` in their own body enter the registry.
 
     The class attributes are declarations; the conformance suite checks each against what the layer does.

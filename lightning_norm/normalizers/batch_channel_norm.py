@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.evaluation import per_channel
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -76,6 +77,13 @@ class BatchChannelNorm(MomentNorm):
     def keeps_eval(self) -> bool:
         """Tell whether iota starts at exactly 1."""
         return self.constraint != "sigmoid"
+
+    def eval_affine(self) -> Affine | None:
+        """Return the map of evaluation where iota is exactly 1 in every channel: batch normalization."""
+        if not self.track_running_stats or not bool((self.mixture() == 1).all()):
+            return None
+        twin = self.in_double()
+        return per_channel(twin.algebra(twin.running()), self.num_features)
 
     def mixture(self) -> Tensor:
         """Return iota (C,), constrained: 1 is batch normalization, 0 layer normalization."""

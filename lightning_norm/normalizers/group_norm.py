@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from torch import nn
+
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.evaluation import handed_on
 from lightning_norm.ops.moments import Affine, Moments
 
 
@@ -42,6 +45,10 @@ class GroupNorm(MomentNorm):
         group = m.over_channels(self.groups)
         return self.standardize(group.mean, group.var)
 
+    def plain(self, dims: int | None = None) -> nn.Module | None:
+        """Return torch's GroupNorm."""
+        return _torch_group_norm(self, self.groups)
+
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and group."""
         return size * self.num_features // self.groups
@@ -77,6 +84,10 @@ class LayerNorm(MomentNorm):
         layer = m.over_channels()
         return self.standardize(layer.mean, layer.var)
 
+    def plain(self, dims: int | None = None) -> nn.Module | None:
+        """Return torch's GroupNorm of one group."""
+        return _torch_group_norm(self, 1)
+
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample."""
         return size * self.num_features
@@ -96,6 +107,12 @@ def check_groups(who: str, num_features: int, groups: int) -> int:
             f"Divisors of {num_features} nearby: {near}."
         )
     return groups
+
+
+def _torch_group_norm(layer: MomentNorm, groups: int) -> nn.Module | None:
+    if layer.channel_dim != 1:
+        return None
+    return handed_on(layer, nn.GroupNorm(groups, layer.num_features, eps=layer.eps, affine=layer.affine))
 
 
 def stateless(who: str, options: dict[str, Any]) -> dict[str, Any]:

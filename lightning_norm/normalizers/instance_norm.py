@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.evaluation import handed_on, per_channel
 from lightning_norm.normalizers.running import unbiased
 from lightning_norm.normalizers.scheduled import Scheduled
 from lightning_norm.ops.moments import Affine, Moments
@@ -58,6 +59,18 @@ class InstanceNorm(MomentNorm):
         zero = m.var * 0
         mean = Moments(m.mean, zero, m.count, m.ranks).over_batch().mean
         return mean, Moments(m.var * unbiased(m.count), zero, m.count, m.ranks).over_batch().mean
+
+    def eval_affine(self) -> Affine | None:
+        """Return the map of evaluation where running statistics are kept."""
+        twin = self.in_double()
+        return per_channel(twin.algebra(twin.running()), self.num_features) if self.track_running_stats else None
+
+    def plain(self, dims: int | None = None) -> nn.Module | None:
+        """Return torch's InstanceNorm, or BatchNorm where running statistics are kept."""
+        kind = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}.get(dims or 0)
+        if self.track_running_stats or kind is None or self.channel_dim != 1:
+            return super().plain(dims)
+        return handed_on(self, kind(self.num_features, eps=self.eps, affine=self.affine))
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and channel."""

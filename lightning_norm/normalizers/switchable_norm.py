@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.evaluation import per_channel
 from lightning_norm.normalizers.group_norm import check_groups
 from lightning_norm.normalizers.running import unbiased
 from lightning_norm.normalizers.scheduled import Scheduled
@@ -136,6 +137,14 @@ class SwitchableNorm(MomentNorm):
     def importance(self) -> dict[str, Tensor]:
         """Return the importance weights of means and variances, each (len(choices),), in the order of ``choices``."""
         return {"mean": self._mix(self.mean_weight, False), "var": self._mix(self.var_weight, False)}
+
+    def eval_affine(self) -> Affine | None:
+        """Return the map of evaluation where all importance is on the batch statistics."""
+        w = self.importance()
+        if not self.track_running_stats or any(float(v[self.choices.index("bn")]) != 1 for v in w.values()):
+            return None
+        twin = self.in_double()
+        return per_channel(twin.standardize(twin.running().mean, twin.running().var), self.num_features)
 
     def monitor(self) -> dict[str, Tensor]:
         """Return the importance weights one by one: ``mean_in``, ``mean_ln``, ..., ``var_bn``."""

@@ -60,7 +60,7 @@ def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[Sit
     sites: dict[int, Site] = {}
     skipped: dict[str, tuple[str, str, str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        clean = name.replace("_orig_mod.", "")
+        clean = clean_name(name)
         kind = type(module)
         lazy = isinstance(module, LAZY) and module.cls_to_become in wanted
         if lazy or kind in wanted or kind.__name__ in by_name or getattr(kind, "key", None) in by_name - {""}:
@@ -79,6 +79,15 @@ def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[Sit
             why = f"a subclass of {base} may do more than normalize; pass source={kind.__name__!r} to include it"
             skipped[clean] = (clean, kind.__name__, why)
     return list(sites.values()), list(skipped.values())
+
+
+def clean_name(name: str) -> str:
+    """Return a dotted name without torch.compile's part.
+
+    >>> clean_name("net._orig_mod.1.weight")
+    'net.1.weight'
+    """
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 def assign(

@@ -137,7 +137,9 @@ def try_swap(
         layer.sync, layer.sync_group, layer.backend = sync, sync_group, backend
         if compile:
             layer.compile()
-        report.add(site, layer, _row(site, layer, arguments, backend_text))
+        row = _row(site, layer, arguments, backend_text)
+        layer.origin = _origin(site.module, row)
+        report.add(site, layer, row)
     return report, missed, sites
 
 
@@ -175,6 +177,13 @@ def _row(site: Site, layer: Normalizer, arguments: dict[str, Any], backend: str)
     )
 
 
+def _origin(module: nn.Module, row: SwappedLayer) -> dict[str, Any]:
+    earlier: dict[str, Any] | None = getattr(module, "origin", None)
+    if earlier is None:
+        return {"source": row.source, "norm": row.norm, "before": []}
+    return {"source": earlier["source"], "norm": row.norm, "before": [*earlier["before"], earlier["norm"]]}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
@@ -209,12 +218,13 @@ def judge(
     ours = [(n.replace("_orig_mod.", ""), m) for n, m in model.named_modules() if isinstance(m, Normalizer)]
     if ours and not sites:
         kinds = sorted({type(m).__name__ for _, m in ours})
+        source = ours[0][1].key or type(ours[0][1]).__name__
         if fine:
             if not {type(m) for _, m in ours} & set(fine):
                 wanted = ", ".join(sorted(c.__name__ for c in fine))
                 warnings.warn(
                     f"nothing left to swap to {wanted}: the model already holds {len(ours)} layers of this package "
-                    f"({', '.join(kinds)}). Swap them again with source={ours[0][1].key!r}, or drop one NormSwap.",
+                    f"({', '.join(kinds)}). Swap them again with source={source!r}, or drop one NormSwap.",
                     NoEffectWarning,
                     stacklevel=3,
                 )
@@ -222,7 +232,7 @@ def judge(
         raise AlreadySwappedError(
             f"nothing left to swap: the model already holds {len(ours)} layers of this package ({', '.join(kinds)}; "
             "first: "
-            f"{ours[0][0]}). Call undo() on the earlier report, or swap them again with source={ours[0][1].key!r}."
+            f"{ours[0][0]}). Call undo() on the earlier report, or swap them again with source={source!r}."
         )
     text = (
         f"swap changed nothing: {len(sites)} candidates, none chosen"

@@ -1,0 +1,118 @@
+"""``lightning-norm export``: the network for inference, as a .pt2 file of torch.export or as ONNX."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_norm.callbacks import NormSwap
+from lightning_norm.cli.norm_cli import NormCLI
+from lightning_norm.surgery.checkpoint import load_weights, manifest_in, rebuild
+from lightning_norm.surgery.deploy import fold, to_plain
+from lightning_norm.surgery.files import read_checkpoint
+from lightning_norm.surgery.swap import swap
+
+EPILOG = """The options of fit build the model: --config FILE, --model.arch resnet34, ... What is swapped is read
+from the checkpoint, or else from the configuration's NormSwap (norm: sn, or plan: plan.yaml).
+
+examples:
+  lightning-norm export --config examples/configs/digits_bcn.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2
+  lightning-norm export --config examples/configs/digits_bcn.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.onnx
+"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Export the network of a configuration.
+
+    Args:
+        argv: the arguments behind ``export``.
+
+    Raises:
+        ValueError: no input is known, or the file's ending is not .pt2 or .onnx.
+        ModuleNotFoundError: a .onnx file is asked for and onnx is not installed.
+        CheckpointError: the checkpoint cannot be read or does not fit.
+        SystemExit: an argument or a configuration file is wrong.
+    """
+    options, rest = _parser().parse_known_args(argv)
+    if not options.out.endswith((".pt2", ".onnx")):
+        raise ValueError(f"--out must end in .pt2 or .onnx, got {options.out!r}.")
+    if options.out.endswith(".onnx") and not all(importlib.util.find_spec(n) for n in ("onnx", "onnxscript")):
+        raise ModuleNotFoundError("ONNX needs onnx and onnxscript: pip install 'lightning-norm[export]'.")
+    cli = NormCLI(rest, run=False, save_config_callback=None)
+    model = prepared(cli, options.ckpt_path)
+    example = _example(model, options.shape)
+    if options.layers != "keep":
+        print({"fold": fold, "plain": to_plain}[options.layers](model, example))
+    write(model, example, options.out)
+    print(f"written to {options.out}")
+
+
+def prepared(cli: NormCLI, path: str | None) -> pl.LightningModule:
+    """Return the model of a configuration, swapped and loaded, in evaluation mode."""
+    model: pl.LightningModule = cli.model
+    if is_overridden("configure_model", model, pl.LightningModule):
+        model.configure_model()
+    checkpoint: dict[str, Any] = {} if path is None else read_checkpoint(path)
+    manifest = manifest_in(checkpoint)
+    if manifest is not None:
+        rebuild(model, manifest)
+    else:
+        for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+            if isinstance(callback, NormSwap):
+                swap(model, **callback.swap_arguments())
+    if path is not None:
+        load_weights(model, checkpoint, path)
+    return model.eval()
+
+
+def write(model: torch.nn.Module, example: Tensor, out: str) -> None:
+    """Write the model, for any batch size where its code allows that."""
+    dynamic = ({0: torch.export.Dim.AUTO},)
+    with torch.no_grad():
+        if out.endswith(".pt2"):
+            torch.export.save(torch.export.export(model, (example,), dynamic_shapes=dynamic), out)
+        else:
+            torch.onnx.export(model, (example,), out, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+
+
+def _example(model: pl.LightningModule, shape: str | None) -> Tensor:
+    if shape is not None:
+        sizes = shape.lower().split("x")
+        if not all(size.isdigit() and int(size) for size in sizes):
+            raise ValueError(f"--shape must read like 1x3x32x32, got {shape!r}.")
+        sizes[0] = str(max(2, int(sizes[0])))  # a batch of one would be taken for a constant
+        return torch.randn([int(size) for size in sizes])
+    example = model.example_input_array
+    if not isinstance(example, Tensor):
+        raise ValueError(
+            f"the input of {type(model).__name__} is not known: type --shape 1x3x32x32 (say), or set "
+            "example_input_array in it to a tensor."
+        )
+    return example
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "lightning-norm export",
+        description="Write the network for inference: normalizers folded, or as torch's own layers.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="net.pt2 (torch.export) or net.onnx")
+    parser.add_argument("--ckpt_path", metavar="FILE", help="weights, and what was swapped")
+    parser.add_argument("--shape", help="of the input, 1x3x32x32; the model's example_input_array by default")
+    parser.add_argument(
+        "--layers",
+        choices=("fold", "plain", "keep"),
+        default="fold",
+        help="fold into convolutions (default), only make plain, or keep the normalizers",
+    )
+    return parser

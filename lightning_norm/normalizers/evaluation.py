@@ -1,0 +1,131 @@
+"""What a layer is in evaluation: a fixed affine map per channel, a layer of torch's, or neither."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.moments import Affine
+
+BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+class Evaluation(nn.Module):
+    """Mixin: a class that is something else in evaluation overrides :meth:`eval_affine`, or :meth:`plain`."""
+
+    per_sample: ClassVar[bool]
+    num_features: int
+    channel_dim: int
+    eps: float
+    affine: bool
+    track_running_stats: bool
+
+    def eval_affine(self) -> Affine | None:
+        """Return the map that the layer is in evaluation, (C,) each in float64; ``None`` if it looks at the sample."""
+        if self.per_sample or not self.track_running_stats or not hasattr(self, "algebra"):
+            return None
+        twin: Any = self.in_double()
+        return per_channel(twin.algebra(twin.running()), self.num_features)
+
+    def plain(self, dims: int | None = None) -> nn.Module | None:
+        """Return torch's own layer that evaluates to the same, or ``None`` if there is none.
+
+        Parameters and running statistics are handed on as they are where torch's layer means the same by them.
+
+        Args:
+            dims: dimensions of the input, which tell BatchNorm1d, 2d and 3d apart.
+        """
+        affine = self.eval_affine() if dims in BATCH_NORMS and self.channel_dim == 1 else None
+        return None if affine is None else batch_norm(self, affine, BATCH_NORMS[dims or 4])
+
+    def why_not_plain(self, dims: int | None = None) -> str:
+        """Return why :meth:`plain` gives ``None``."""
+        if self.channel_dim != 1:
+            return "torch's own layer takes channels from axis 1, this one from the last"
+        if self.eval_affine() is None:
+            return "looks at the sample in evaluation" if self.per_sample else "has no running statistics"
+        return f"an input of {dims} dimensions" if dims else "dimensions of its input unknown: pass example_input"
+
+    def fuse(self) -> nn.Module:
+        """Return torch's own layer where there is one, else itself; timm's ``reparameterize_model`` calls it."""
+        kind = str((getattr(self, "origin", None) or {}).get("source", ""))
+        plain = self.plain(dims_of(kind))
+        return self if plain is None else plain.train(self.training)
+
+    @torch.no_grad()
+    def in_double(self) -> Self:
+        """Return a copy in float64, in evaluation, without a graph."""
+        return copy.deepcopy(self).cpu().double().eval().requires_grad_(False)
+
+
+def per_channel(affine: Affine, channels: int) -> Affine:
+    """Return an Affine with (C,) tensors of float64.
+
+    >>> affine = per_channel(Affine(torch.zeros(1, 3), torch.ones(1)), 3)
+    >>> affine.scale.shape, affine.shift.dtype
+    (torch.Size([3]), torch.float64)
+    """
+    fields = (t.detach().double().reshape(channels) for t in affine.expand(1, channels))
+    return Affine(*fields)
+
+
+def handed_on(layer: nn.Module, plain: nn.Module) -> nn.Module:
+    """Return ``plain`` with the layer's own parameters."""
+    for name in plain._parameters:
+        plain._parameters[name] = layer._parameters[name]
+    return plain
+
+
+def dims_of(kind: str) -> int | None:
+    """Return the dimensions of the input of torch's layer of that name, ``None`` where it takes several.
+
+    >>> dims_of("BatchNorm2d"), dims_of("SyncBatchNorm")
+    (4, None)
+    """
+    return {"1d": 3, "2d": 4, "3d": 5}.get(kind[-2:])
+
+
+def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Module:
+    """Return torch's BatchNorm that evaluates to ``affine``, with the layer's own tensors if those say the same."""
+    held = {**layer._parameters, **layer._buffers}
+    like = next((t for t in held.values() if t is not None and t.is_floating_point()), affine.scale)
+    wide = at_least_float32(like.dtype)  # torch's BatchNorm takes narrow inputs if all its tensors are wide
+    options = {"device": like.device, "dtype": wide}
+    c, eps = len(affine.scale), float(getattr(layer, "eps", 0.0))
+    mean, var = held.get("running_mean"), held.get("running_var")
+    if mean is not None and var is not None and mean.shape == var.shape == (c,):
+        scale = (var.detach().cpu().double() + eps).rsqrt()
+        weight, bias = (held.get(name) for name in ("weight", "bias"))
+        scale = scale if weight is None else scale * weight.detach().cpu().double()
+        shift = torch.zeros_like(scale) if bias is None else bias.detach().cpu().double()
+        mine = Affine(mean.detach().cpu().double(), scale, shift)
+        if all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in _pairs(mine, affine)):
+            plain = kind(c, eps=eps, momentum=getattr(layer, "momentum", 0.1), affine=weight is not None, **options)
+            for name, value in held.items():
+                if name in plain._parameters or name in plain._buffers:
+                    narrow = value is not None and value.is_floating_point() and value.dtype != wide
+                    setattr(plain, name, _cast(value, wide) if narrow else value)
+            return plain
+    assert affine.shift is not None
+    plain = kind(c, eps=0.0, **options)
+    with torch.no_grad():
+        plain.get_buffer("running_mean").copy_(affine.center)
+        plain.get_parameter("weight").copy_(affine.scale)
+        plain.get_parameter("bias").copy_(affine.shift)
+    return plain
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Tensor:
+    cast: Tensor = value.detach().to(dtype)
+    return nn.Parameter(cast, value.requires_grad) if isinstance(value, nn.Parameter) else cast
+
+
+def _pairs(a: Affine, b: Affine) -> list[tuple[Tensor, Tensor]]:
+    assert a.shift is not None
+    assert b.shift is not None
+    return [(a.center, b.center), (a.scale, b.scale), (a.shift, b.shift)]

@@ -1,0 +1,32 @@
+"""Where a layer came from, in plain types, and in the metadata of every ``state_dict`` that holds it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+ORIGIN = "lightning_norm"
+"""The entry of a checkpoint, and of a layer's metadata, that says what was swapped."""
+
+
+class Origin(nn.Module):
+    """Mixin: ``origin`` is ``None`` for a layer that was built as it is, and otherwise what a swap made of what.
+
+    It reads ``{"source": "BatchNorm2d", "norm": {"class_path": ..., "init_args": {...}}, "before": [...]}``, with the
+    norms that the layer was on its way under ``before``.
+    """
+
+    origin: dict[str, Any] | None = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)  # a plain dict has none
+        if metadata is not None and self.origin is not None:
+            metadata.setdefault(prefix[:-1], {})[ORIGIN] = {**copy.deepcopy(self.origin), "options": self.options()}
+
+    def options(self) -> dict[str, Any]:
+        """Return what the swap set beside the normalizer's arguments."""
+        names = {"sync": "sync", "sync_group": "sync_group", "backend": "backend", "compiled": "compile"}
+        return {written: getattr(self, name) for name, written in names.items()}

@@ -1,0 +1,282 @@
+"""Leave: turn normalizers into torch's own layers, or fold them into the convolutions before them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.normalizers.evaluation import dims_of, per_channel
+from lightning_norm.ops.moments import Affine
+from lightning_norm.surgery.convert import HOOKS
+from lightning_norm.surgery.pairs import find_pairs
+from lightning_norm.surgery.select import clean_name
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TORCH_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass
+class DeployedLayer:
+    """One row of the report.
+
+    Args:
+        name: dotted name.
+        source: class that was there.
+        target: class that is there now.
+        what: "plain", "folded" or "stays".
+        reason: into what it was folded, or why it stays.
+    """
+
+    name: str
+    source: str
+    target: str
+    what: str
+    reason: str
+
+
+class DeployReport:
+    """What :func:`to_plain` or :func:`fold` did: its length is the number of layers changed.
+
+    Args:
+        layers: one row per normalizer.
+        moved: the largest absolute difference of the outputs on the example, ``None`` without one.
+        largest: the largest absolute output on the example.
+    """
+
+    def __init__(self, layers: list[DeployedLayer], moved: float | None, largest: float | None) -> None:
+        self.layers, self.moved, self.largest = layers, moved, largest
+
+    def __len__(self) -> int:
+        return sum(layer.what != "stays" for layer in self.layers)
+
+    def names(self, what: str) -> list[str]:
+        """Return the names of the layers that became "plain", were "folded", or "stay"."""
+        return [layer.name for layer in self.layers if layer.what == what]
+
+    def __str__(self) -> str:
+        rows = [("layer", "from", "to", "", "why")]
+        rows += [(r.name, r.source, r.target, r.what, r.reason) for r in self.layers]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        counts = ", ".join(f"{n} {what}" for what in ("plain", "folded", "stays") if (n := len(self.names(what))))
+        moved = "not measured: pass example_input" if self.moved is None else f"{self.moved:.2g} of {self.largest:.2g}"
+        return "\n".join([*lines, "", f"{counts or 'nothing to do'}     outputs moved by {moved}"])
+
+    def __repr__(self) -> str:
+        return f"DeployReport({len(self)} of {len(self.layers)} layers, moved={self.moved})"
+
+
+def to_plain(model: nn.Module, example_input: Any = None) -> DeployReport:
+    """Turn every normalizer that is a layer of torch's in evaluation into that layer, in place.
+
+    Batch normalization, whatever is at that moment a fixed map per channel, and instance, group and layer
+    normalization. Parameters and running statistics are handed on as they are where torch means the same by them, so
+    that the ``state_dict`` is the original network's. The model is put into evaluation mode.
+
+    Args:
+        model: any module.
+        example_input: a tensor, or a tuple of arguments: the outputs on it are compared, and inputs of layers that
+            were built without a swap are known to be 1d, 2d or 3d.
+
+    Returns:
+        What became plain, what stays and why, and how far the outputs moved.
+
+    >>> import lightning_norm
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> _ = lightning_norm.swap(model, "bcn")
+    >>> print(len(to_plain(model)), type(model[1]).__name__)
+    1 BatchNorm2d
+    """
+    with _Watch(model, example_input) as watch:
+        return watch.report(_all_plain(model, watch))
+
+
+def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
+    """Fold what is a fixed map per channel in evaluation into the convolution or linear layer before it, in place.
+
+    torch's own BatchNorm layers are folded as well. A layer is folded where its input comes from that convolution alone
+    and goes nowhere else, which is read from the graph that torch.fx traces, part by part where the whole cannot be
+    traced. What cannot be folded becomes plain as with :func:`to_plain`. The model is put into evaluation mode.
+
+    Args:
+        model: any module.
+        example_input: as for :func:`to_plain`; needed where a linear layer is followed.
+
+    Returns:
+        What was folded, what became plain, what stays and why, and how far the outputs moved.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> print(fold(model, torch.randn(1, 3, 8, 8)).names("folded"), model[1])
+    ['1'] Identity()
+    """
+    with _Watch(model, example_input) as watch:
+        rows = []
+        reasons = {}
+        for norm, before in find_pairs(model, (Normalizer, *TORCH_BATCH_NORMS)).items():
+            affine = affine_of(norm)
+            if affine is None:
+                continue
+            why = before if isinstance(before, str) else _obstacle(norm, before, watch)
+            if why or isinstance(before, str):
+                reasons[id(norm)] = str(why)
+                continue
+            _fold_into(before, affine)
+            name = watch.name(norm)
+            into = f"into {watch.name(before)} ({type(before).__name__})"
+            rows.append(DeployedLayer(name, type(norm).__name__, "Identity", "folded", into))
+            watch.replace(norm, nn.Identity())
+        return watch.report([*rows, *_all_plain(model, watch, reasons)])
+
+
+def affine_of(module: nn.Module) -> Affine | None:
+    """Return what a layer is in evaluation, per channel in float64, or ``None`` if that depends on the sample."""
+    if isinstance(module, Normalizer):
+        return module.eval_affine()
+    mean, var = module._buffers.get("running_mean"), module._buffers.get("running_var")
+    if not isinstance(module, TORCH_BATCH_NORMS) or mean is None or var is None:
+        return None
+    center, scale = mean.detach().cpu().double(), (var.detach().cpu().double() + module.eps).rsqrt()
+    if module.weight is None:
+        return per_channel(Affine(center, scale), len(center))
+    weight, bias = (t.detach().cpu().double() for t in (module.weight, module.bias))
+    return per_channel(Affine(center, scale * weight, bias), len(center))
+
+
+class _Watch:
+    """The model before and after: names, input dimensions, outputs on the example."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model = model
+        self.arguments = None if example is None else example if isinstance(example, tuple) else (example,)
+        self.names: dict[int, str] = {}
+        self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.dims: dict[int, int] = {}
+        self.before: list[Tensor] = []
+        self.kept: list[nn.Module] = []  # so that no id is given out twice
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(id(module), clean_name(name))
+            if name:
+                place = (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+                self.parents.setdefault(id(module), []).append(place)
+
+    def __enter__(self) -> _Watch:
+        self.model.eval()
+        hooks = [m.register_forward_pre_hook(self._see) for m in self.model.modules() if not list(m.children())]
+        try:
+            self.before = self._outputs()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kept = []
+
+    def _see(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if arguments and isinstance(arguments[0], Tensor):
+            self.dims[id(module)] = arguments[0].dim()
+
+    @torch.no_grad()
+    def _outputs(self) -> list[Tensor]:
+        if self.arguments is None:
+            return []
+        return [t.clone() for t in _tensors(self.model(*copy.deepcopy(self.arguments)))]
+
+    def name(self, module: nn.Module) -> str:
+        return self.names[id(module)]
+
+    def dims_of(self, module: nn.Module) -> int | None:
+        origin: dict[str, Any] = getattr(module, "origin", None) or {}
+        return self.dims.get(id(module)) or dims_of(str(origin.get("source", "")))
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        new.training = old.training
+        for parent, attribute in self.parents[id(old)]:
+            parent._modules[attribute] = new
+        self.kept.append(old)
+
+    def report(self, rows: list[DeployedLayer]) -> DeployReport:
+        order = list(self.names.values())
+        rows.sort(key=lambda row: order.index(row.name))
+        if self.arguments is None:
+            return DeployReport(rows, None, None)
+        pairs = list(zip(self.before, self._outputs(), strict=True))
+        moved = max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
+        return DeployReport(rows, moved, max((float(a.abs().max()) for a, _ in pairs if a.numel()), default=0.0))
+
+
+def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[int, str] | None = None) -> list[DeployedLayer]:
+    rows = []
+    for module in list(model.modules()):
+        name, kind, why = watch.names.get(id(module), ""), type(module).__name__, (reasons or {}).get(id(module), "")
+        if not isinstance(module, Normalizer):
+            if why:
+                rows.append(DeployedLayer(name, kind, kind, "stays", why))
+            continue
+        dims = watch.dims_of(module)
+        plain = module.plain(dims) if name else None
+        if plain is None:
+            why = module.why_not_plain(dims) if name else "is the model itself"
+            rows.append(DeployedLayer(name, kind, kind, "stays", why))
+            continue
+        for hooks in HOOKS:
+            setattr(plain, hooks, getattr(module, hooks))
+        watch.replace(module, plain)
+        rows.append(DeployedLayer(name, kind, type(plain).__name__, "plain", why))
+    return rows
+
+
+def _obstacle(norm: nn.Module, before: nn.Module, watch: _Watch) -> str:
+    """Return why a normalizer cannot be folded into the layer before it, or nothing."""
+    if not isinstance(before, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
+        return f"follows {type(before).__name__}, no convolution or linear layer"
+    channels = getattr(norm, "num_features", None)
+    last = getattr(norm, "channel_dim", 1) == -1
+    if any(getattr(m, hooks) for m in (norm, before) for hooks in HOOKS if hooks != "_is_full_backward_hook"):
+        return "a hook is on it or on the layer before it"
+    if hasattr(before, "parametrizations"):
+        return "the weight before it is parametrized"
+    owners = [m for m in watch.model.modules() for p in m.parameters(False) if p is before.weight or p is before.bias]
+    if any(m is not before for m in owners):
+        return "the weight before it belongs to another layer as well"
+    if isinstance(before, nn.Linear):
+        if not last and watch.dims.get(id(norm)) != 2:
+            return "channels may not be the linear layer's outputs: pass example_input"
+        return "" if before.out_features == channels else "normalizes another axis than the linear layer's outputs"
+    return "" if before.out_channels == channels and not last else "normalizes another axis than the convolution's"
+
+
+@torch.no_grad()
+def _fold_into(layer: Any, affine: Affine) -> None:
+    """Let a convolution or linear layer do what the map behind it does: W' = sW, b' = s(b - c) + t."""
+    weight = layer.weight
+    wide = weight.detach().double()
+    center, scale = affine.center.to(weight.device), affine.scale.to(weight.device)
+    shift = affine.shift
+    assert shift is not None
+    if isinstance(layer, TRANSPOSED):  # (in, out / groups, ...), the input channels group by group
+        g = layer.groups
+        split = wide.reshape(g, wide.shape[0] // g, wide.shape[1], -1)
+        new = (split * scale.reshape(g, 1, -1, 1)).reshape(wide.shape)
+    else:
+        new = wide * scale.reshape(-1, *(1,) * (wide.dim() - 1))
+    bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().double()
+    bias = scale * (bias - center) + shift.to(weight.device)
+    layer.weight = nn.Parameter(new.to(weight.dtype), weight.requires_grad)
+    layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, Mapping):
+        yield from (t for v in held.values() for t in _tensors(v))
+    elif isinstance(held, (list, tuple)):
+        yield from (t for v in held for t in _tensors(v))

@@ -1,0 +1,109 @@
+"""Read a checkpoint file, or say what is wrong with it before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_norm.errors import CheckpointError
+
+File: TypeAlias = str | os.PathLike[str]
+
+
+def read_checkpoint(path: File, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a file; a ``state_dict`` by itself becomes ``{"state_dict": ...}``.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no weights.
+        FileNotFoundError: it does not exist.
+    """
+    check_file(path, weights_only)
+    try:
+        return _checked(path, torch.load(path, map_location=map_location, weights_only=_safe(weights_only)))
+    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError) as error:
+        raise unreadable(path, error) from error
+
+
+def check_file(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    """Check the archive, its checksums and what it holds, without its tensors; a remote path or a folder is let pass.
+
+    Returns:
+        The checkpoint with its tensors on the meta device; empty for a remote path, a folder or an old format.
+
+    Raises:
+        CheckpointError: what is wrong.
+        FileNotFoundError: the file does not exist.
+    """
+    if not isinstance(path, (str, os.PathLike)) or "://" in str(path) or Path(path).is_dir():
+        return {}
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"no checkpoint {str(path)!r}: the file does not exist.")
+    if file.stat().st_size == 0:
+        raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: it is empty (0 bytes).")
+    if not zipfile.is_zipfile(file):
+        with file.open("rb") as opened:
+            begins = opened.read(4)
+        if begins == b"PK\x03\x04":
+            raise CheckpointError(
+                f"cannot read the checkpoint {str(path)!r}: it begins as one and breaks off after "
+                f"{file.stat().st_size} bytes. The write or the download was interrupted."
+            )
+        return {}  # torch's format before 1.6, or no checkpoint at all: reading it tells
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            bad = archive.testzip() if torch.serialization.get_crc32_options() else None
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: damaged archive ({error}).") from error
+    if bad is not None:
+        raise CheckpointError(
+            f"cannot read the checkpoint {str(path)!r}: the checksum of {bad!r} in it does not match, so the file is "
+            "damaged. If it was written with torch.serialization.set_crc32_options(False), set that here as well."
+        )
+    if not any(name.endswith("data.pkl") for name in names):
+        raise CheckpointError(
+            f"{str(path)!r} is no checkpoint: a zip archive that torch.save did not write (first entry: {names[:1]})."
+        )
+    try:
+        return _checked(path, torch.load(file, map_location="meta", mmap=True, weights_only=_safe(weights_only)))
+    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Any, error: BaseException) -> BaseException:
+    """Return what to raise in place of torch's error: a path and a reason."""
+    if isinstance(error, CheckpointError):
+        return error
+    unsafe = re.search(r"Unsupported (?:global|class)[^\n]*?((?:[\w<>]+\.)+[\w<>]+)", str(error))
+    if unsafe:
+        return CheckpointError(
+            f"cannot read the checkpoint {str(path)!r}: it holds objects of {unsafe[1].removeprefix('GLOBAL ')}, which "
+            "torch does not load from files by default. If you trust the file, pass weights_only=False."
+        )
+    first = str(error).strip().splitlines()[:1]
+    return CheckpointError(
+        f"cannot read the checkpoint {str(path)!r}: it is damaged or no file that torch.save wrote "
+        f"({type(error).__name__}: {first[0] if first else 'end of file'})."
+    )
+
+
+def _safe(weights_only: bool | None) -> bool:
+    return True if weights_only is None else weights_only
+
+
+def _checked(path: Any, held: Any) -> dict[str, Any]:
+    if isinstance(held, Mapping) and isinstance(held.get("state_dict"), Mapping):
+        return dict(held)
+    if isinstance(held, Mapping) and held and all(isinstance(v, Tensor) for v in held.values()):
+        return {"state_dict": held}
+    what = f"a dict with the entries {list(held)[:5]}" if isinstance(held, Mapping) else f"a {type(held).__name__}"
+    raise CheckpointError(f"{str(path)!r} is no checkpoint: it holds {what}, and a checkpoint has a state_dict.")
