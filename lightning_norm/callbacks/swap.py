@@ -39,7 +39,7 @@ class NormSwap(Callback):
         source: kinds of layers to look at; "BatchNorm" by default, see :func:`lightning_norm.swap`.
         rules: ordered mapping from regular expression to a norm or ``None`` (leave alone); the first match wins.
         plan: path of a YAML file written by ``lightning-norm plan --save``; excludes the arguments above.
-        backend: "auto" or "eager".
+        backend: "auto", "eager" or "triton".
         compile: compile each layer; every new input shape takes seconds once.
         sync: pool statistics over ranks in training.
         sync_group: "world".

@@ -67,8 +67,10 @@ def others(
 def per_channel(t, c, keep, default: tl.constexpr, GIVEN: tl.constexpr):
     """A (C,) parameter, or its default."""
     if GIVEN:
-        return tl.load(t + c, mask=keep, other=0.0).to(tl.float32)
-    return tl.where(keep, default, 0.0)
+        value = tl.load(t + c, mask=keep, other=0.0).to(tl.float32)
+    else:
+        value = tl.where(keep, default, 0.0).to(tl.float32)
+    return value
 
 
 @triton.jit

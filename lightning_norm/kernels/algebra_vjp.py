@@ -17,21 +17,22 @@ def adjoint(
         rb, rl = root(bv, eps), root(lv, eps)
         qb, ql = t1 - db * t0, t1 - dl * t0
         ab, al = iota * gamma * rb, (1.0 - iota) * gamma * rl
-        return (
-            -al * t0, -0.5 * al * rl * rl * ql, -ab * t0, -0.5 * ab * rb * rb * qb,
-            iota * rb * qb + (1.0 - iota) * rl * ql, gamma * (rb * qb - rl * ql),
-        )  # fmt: skip
-    center, spread = d * 0.0, d * 0.0
-    if IN >= 0:
-        center, spread = wi * d, zi * vi
-    if LN >= 0:
-        center, spread = center + wl * dl, spread + zl * lv
-    if BN >= 0:
-        center, spread = center + wb * db, spread + zb * bv
-    r = root(spread, eps)
-    q = t1 - center * t0
-    f, e = -gamma * r * t0, -0.5 * gamma * r * r * r * q
-    return f, e, f, e, r * q, q
+        fl, el, fb, eb = -al * t0, -0.5 * al * rl * rl * ql, -ab * t0, -0.5 * ab * rb * rb * qb
+        dgamma, diota = iota * rb * qb + (1.0 - iota) * rl * ql, gamma * (rb * qb - rl * ql)
+    else:
+        center, spread = d * 0.0, d * 0.0
+        if IN >= 0:
+            center, spread = wi * d, zi * vi
+        if LN >= 0:
+            center, spread = center + wl * dl, spread + zl * lv
+        if BN >= 0:
+            center, spread = center + wb * db, spread + zb * bv
+        r = root(spread, eps)
+        q = t1 - center * t0
+        fl, el = -gamma * r * t0, -0.5 * gamma * r * r * r * q
+        fb, eb = fl, el
+        dgamma, diota = r * q, q
+    return fl, el, fb, eb, dgamma, diota
 
 
 @triton.jit

@@ -43,17 +43,20 @@ def flat_lanes(units, size, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WID
     row = origin // size
     t = (origin - row * size).to(tl.int32) + lane
     if WIDE:
-        return origin, lane, lane < left, row, t >= size
-    return origin, lane, lane < left, row, tl.umulhi((t * 4).to(tl.uint32), magic.to(tl.uint32)).to(tl.int32)
+        which = t >= size
+    else:
+        which = tl.umulhi((t * 4).to(tl.uint32), magic.to(tl.uint32)).to(tl.int32)
+    return origin, lane, lane < left, row, which
 
 
 @triton.jit
 def of_row(coefficient, row, rows, which, keep, WIDE: tl.constexpr):
     """A coefficient of each lane's row."""
     if WIDE:
-        first = tl.load(coefficient + row)
-        return tl.where(which, tl.load(coefficient + tl.minimum(row + 1, rows - 1)), first)
-    return tl.load(coefficient + row + which, mask=keep, other=0.0)
+        value = tl.where(which, tl.load(coefficient + tl.minimum(row + 1, rows - 1)), tl.load(coefficient + row))
+    else:
+        value = tl.load(coefficient + row + which, mask=keep, other=0.0)
+    return value
 
 
 @triton.jit
@@ -61,7 +64,7 @@ def apply_flat(
     x, residual, y, pivot, scale, offset, rows, size, units, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """y = act(scale * (x - pivot) + offset + residual)."""
+    """Y = act(scale * (x - pivot) + offset + residual)."""
     rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
     origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
     u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - of_row(pivot, row, rows, which, keep, WIDE)
@@ -77,7 +80,7 @@ def combine_flat(
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale * g + constant + slope * (x - pivot), or scale * g alone if PLAIN; g is dy before the activation."""
+    """Dx = scale * g + constant + slope * (x - pivot), or scale * g alone if PLAIN; g is dy before the activation."""
     rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
     origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
     g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
@@ -122,7 +125,7 @@ def apply_columns(
     x, residual, y, pivot, scale, offset, size, units, blocks, true_channels, ALIGN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """y = act(scale * (x - pivot) + offset + residual)."""
+    """Y = act(scale * (x - pivot) + offset + residual)."""
     size, units = tl.cast(size, tl.int32), tl.cast(units, tl.int32)
     origin, lane, keep, at, own = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
     k, a = tl.load(pivot + at, mask=own, other=0.0)[None, :], tl.load(scale + at, mask=own, other=0.0)[None, :]
@@ -139,7 +142,7 @@ def combine_columns(
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale * g + constant + slope * (x - pivot), or scale * g alone if PLAIN; g is dy before the activation."""
+    """Dx = scale * g + constant + slope * (x - pivot), or scale * g alone if PLAIN; g is dy before the activation."""
     size, units = tl.cast(size, tl.int32), tl.cast(units, tl.int32)
     origin, lane, keep, at, own = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
     g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.recipes import recipe_of
+from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.recipe import Recipe
 
 
 class GroupNorm(MomentNorm):
@@ -42,6 +45,10 @@ class GroupNorm(MomentNorm):
         group = m.over_channels(self.groups)
         return self.standardize(group.mean, group.var)
 
+    def recipe(self, layout: Layout) -> Recipe:
+        """Return the same equation for the kernels."""
+        return recipe_of(self, ("ln",), groups=self.groups)
+
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and group."""
         return size * self.num_features // self.groups
@@ -76,6 +83,10 @@ class LayerNorm(MomentNorm):
         """Return the affine map of the equation above."""
         layer = m.over_channels()
         return self.standardize(layer.mean, layer.var)
+
+    def recipe(self, layout: Layout) -> Recipe:
+        """Return the same equation for the kernels."""
+        return recipe_of(self, ("ln",))
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample."""
