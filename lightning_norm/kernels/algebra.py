@@ -90,45 +90,69 @@ def pool(
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
     pid = tl.program_id(0)
     if pid < column_jobs:
-        c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
-        own = c < channels
-        first = tl.load(hi + c, mask=own, other=0.0)
-        total = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
-        for begin in range(0, samples, N_BLOCK):
-            n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
-            keep = (n < samples) & own[None, :]
-            k, d, v = read_moments(hi, lo, var, n * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-            total += tl.where(keep, k - first[None, :] + d, 0.0)
-        mean = tl.sum(total, 0) / samples
-        spread = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
-        for begin in range(0, samples, N_BLOCK):
-            n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
-            keep = (n < samples) & own[None, :]
-            k, d, v = read_moments(hi, lo, var, n * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-            e = k - first[None, :] + d - mean[None, :]
-            spread += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
-        leave(batch, c, own, channels, first, mean, tl.sum(spread, 0) / samples)
+        pool_columns(
+            pid, hi, lo, var, batch, samples, channels, pieces, sample_stride, stride, piece, size, fold, factor, MERGE,
+            N_BLOCK, C_BLOCK,
+        )  # fmt: skip
     else:
-        j = (pid - column_jobs).to(tl.int64) * G_BLOCK + tl.arange(0, G_BLOCK)
-        own = j < groups_in_all
-        groups = channels // per_group
-        start = j // groups * sample_stride + j % groups * per_group
-        first = tl.load(hi + start, mask=own, other=0.0)
-        total = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
-        for begin in range(0, per_group, T_BLOCK):
-            t = begin + tl.arange(0, T_BLOCK)[None, :]
-            keep = (t < per_group) & own[:, None]
-            k, d, v = read_moments(hi, lo, var, start[:, None] + t, keep, pieces, stride, piece, size, fold, MERGE)
-            total += tl.where(keep, k - first[:, None] + d, 0.0)
-        mean = tl.sum(total, 1) / per_group
-        spread = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
-        for begin in range(0, per_group, T_BLOCK):
-            t = begin + tl.arange(0, T_BLOCK)[None, :]
-            keep = (t < per_group) & own[:, None]
-            k, d, v = read_moments(hi, lo, var, start[:, None] + t, keep, pieces, stride, piece, size, fold, MERGE)
-            e = k - first[:, None] + d - mean[:, None]
-            spread += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
-        leave(layer, j, own, groups_in_all, first, mean, tl.sum(spread, 1) / per_group)
+        pool_rows(
+            pid - column_jobs, hi, lo, var, layer, channels, groups_in_all, per_group, pieces, sample_stride, stride,
+            piece, size, fold, factor, MERGE, G_BLOCK, T_BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def pool_columns(
+    pid, hi, lo, var, batch, samples, channels, pieces, sample_stride, stride, piece, size, fold, factor,
+    MERGE: tl.constexpr, N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Batch statistics of a block of channels."""
+    c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
+    own = c < channels
+    first = tl.load(hi + c, mask=own, other=0.0)
+    total = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
+    for begin in range(0, samples, N_BLOCK):
+        n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
+        keep = (n < samples) & own[None, :]
+        k, d, v = read_moments(hi, lo, var, n * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+        total += tl.where(keep, k - first[None, :] + d, 0.0)
+    mean = tl.sum(total, 0) / samples
+    spread = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
+    for begin in range(0, samples, N_BLOCK):
+        n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
+        keep = (n < samples) & own[None, :]
+        k, d, v = read_moments(hi, lo, var, n * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+        e = k - first[None, :] + d - mean[None, :]
+        spread += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
+    leave(batch, c, own, channels, first, mean, tl.sum(spread, 0) / samples)
+
+
+@triton.jit
+def pool_rows(
+    pid, hi, lo, var, layer, channels, groups_in_all, per_group, pieces, sample_stride, stride, piece, size, fold,
+    factor, MERGE: tl.constexpr, G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics of a few groups."""
+    j = pid.to(tl.int64) * G_BLOCK + tl.arange(0, G_BLOCK)
+    own = j < groups_in_all
+    groups = channels // per_group
+    start = j // groups * sample_stride + j % groups * per_group
+    first = tl.load(hi + start, mask=own, other=0.0)
+    total = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
+    for begin in range(0, per_group, T_BLOCK):
+        t = begin + tl.arange(0, T_BLOCK)[None, :]
+        keep = (t < per_group) & own[:, None]
+        k, d, v = read_moments(hi, lo, var, start[:, None] + t, keep, pieces, stride, piece, size, fold, MERGE)
+        total += tl.where(keep, k - first[:, None] + d, 0.0)
+    mean = tl.sum(total, 1) / per_group
+    spread = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
+    for begin in range(0, per_group, T_BLOCK):
+        t = begin + tl.arange(0, T_BLOCK)[None, :]
+        keep = (t < per_group) & own[:, None]
+        k, d, v = read_moments(hi, lo, var, start[:, None] + t, keep, pieces, stride, piece, size, fold, MERGE)
+        e = k - first[:, None] + d - mean[:, None]
+        spread += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
+    leave(layer, j, own, groups_in_all, first, mean, tl.sum(spread, 1) / per_group)
 
 
 @triton.jit

@@ -77,64 +77,96 @@ def vjp_pool(
     """Gradients of what is pooled: batch's (2, C), groups' (2, N * G), gamma's, beta's, iota's, and parts of w's."""
     pid = tl.program_id(0)
     if pid < column_jobs:
-        c = (pid * C_BLOCK + tl.arange(0, C_BLOCK))[None, :]
-        f, e = tl.zeros((N_BLOCK, C_BLOCK), tl.float32), tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
-        gamma, beta, iota = f, f, f
-        m0, m1, m2, s0, s1, s2 = f, f, f, f, f, f
-        for begin in range(0, samples, N_BLOCK):
-            n = (begin + tl.arange(0, N_BLOCK))[:, None]
-            keep = (n < samples) & (c < channels)
-            t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
-                total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
-                channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
-                OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
-            )  # fmt: skip
-            f += tl.where(keep, fb, 0.0)
-            e += tl.where(keep, eb, 0.0)
-            gamma += tl.where(keep, dgamma, 0.0)
-            beta += tl.where(keep, t0, 0.0)
-            if OUTPUTS:
-                iota += tl.where(keep, diota, 0.0)
-            if K > 0:
-                m0 += tl.where(keep, f1 * d, 0.0)
-                m1 += tl.where(keep, f1 * dl, 0.0)
-                m2 += tl.where(keep, f1 * db, 0.0)
-                s0 += tl.where(keep, e1 * vi, 0.0)
-                s1 += tl.where(keep, e1 * lv, 0.0)
-                s2 += tl.where(keep, e1 * bv, 0.0)
-        c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
-        own_c = c < channels
-        tl.store(by_batch + c, tl.sum(f, 0), mask=own_c)
-        tl.store(by_batch + channels + c, tl.sum(e, 0), mask=own_c)
-        tl.store(dweight + c, tl.sum(gamma, 0), mask=own_c)
-        tl.store(dbias + c, tl.sum(beta, 0), mask=own_c)
-        if OUTPUTS:
-            tl.store(dw + c, tl.sum(iota, 0), mask=own_c)
-        if K > 0:
-            tl.store(mixed + pid, tl.sum(tl.sum(m0, 0), 0))
-            tl.store(mixed + column_jobs + pid, tl.sum(tl.sum(m1, 0), 0))
-            tl.store(mixed + 2 * column_jobs + pid, tl.sum(tl.sum(m2, 0), 0))
-            tl.store(mixed + 3 * column_jobs + pid, tl.sum(tl.sum(s0, 0), 0))
-            tl.store(mixed + 4 * column_jobs + pid, tl.sum(tl.sum(s1, 0), 0))
-            tl.store(mixed + 5 * column_jobs + pid, tl.sum(tl.sum(s2, 0), 0))
+        vjp_columns(
+            pid, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_batch, dweight,
+            dbias, dw, mixed, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride,
+            stride, eps, factor, OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT, N_BLOCK, C_BLOCK,
+        )  # fmt: skip
     else:
-        j = (pid - column_jobs) * G_BLOCK + tl.arange(0, G_BLOCK)
-        groups = channels // per_group
-        f, e = tl.zeros((G_BLOCK, T_BLOCK), tl.float32), tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
-        for begin in range(0, per_group, T_BLOCK):
-            t = begin + tl.arange(0, T_BLOCK)[None, :]
-            keep = (t < per_group) & (j[:, None] < groups_in_all)
-            n = (j // groups)[:, None] + t * 0
-            c = (j % groups * per_group)[:, None] + t
-            t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
-                total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
-                channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
-                OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
-            )  # fmt: skip
-            f += tl.where(keep, fl, 0.0)
-            e += tl.where(keep, el, 0.0)
-        tl.store(by_layer + j, tl.sum(f, 1), mask=j < groups_in_all)
-        tl.store(by_layer + groups_in_all + j, tl.sum(e, 1), mask=j < groups_in_all)
+        vjp_rows(
+            pid - column_jobs, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_layer,
+            number, channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
+            OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT, G_BLOCK, T_BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def vjp_columns(
+    pid, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_batch, dweight, dbias, dw,
+    mixed, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride, eps, factor,
+    OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
+    SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
+    N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over samples, for a block of channels."""
+    c = (pid * C_BLOCK + tl.arange(0, C_BLOCK))[None, :]
+    f, e = tl.zeros((N_BLOCK, C_BLOCK), tl.float32), tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
+    gamma, beta, iota = f, f, f
+    m0, m1, m2, s0, s1, s2 = f, f, f, f, f, f
+    for begin in range(0, samples, N_BLOCK):
+        n = (begin + tl.arange(0, N_BLOCK))[:, None]
+        keep = (n < samples) & (c < channels)
+        t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
+            total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
+            channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
+            OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
+        )  # fmt: skip
+        f += tl.where(keep, fb, 0.0)
+        e += tl.where(keep, eb, 0.0)
+        gamma += tl.where(keep, dgamma, 0.0)
+        beta += tl.where(keep, t0, 0.0)
+        if OUTPUTS:
+            iota += tl.where(keep, diota, 0.0)
+        if K > 0:
+            m0 += tl.where(keep, f1 * d, 0.0)
+            m1 += tl.where(keep, f1 * dl, 0.0)
+            m2 += tl.where(keep, f1 * db, 0.0)
+            s0 += tl.where(keep, e1 * vi, 0.0)
+            s1 += tl.where(keep, e1 * lv, 0.0)
+            s2 += tl.where(keep, e1 * bv, 0.0)
+    c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
+    own_c = c < channels
+    tl.store(by_batch + c, tl.sum(f, 0), mask=own_c)
+    tl.store(by_batch + channels + c, tl.sum(e, 0), mask=own_c)
+    tl.store(dweight + c, tl.sum(gamma, 0), mask=own_c)
+    tl.store(dbias + c, tl.sum(beta, 0), mask=own_c)
+    if OUTPUTS:
+        tl.store(dw + c, tl.sum(iota, 0), mask=own_c)
+    if K > 0:
+        tl.store(mixed + pid, tl.sum(tl.sum(m0, 0), 0))
+        tl.store(mixed + column_jobs + pid, tl.sum(tl.sum(m1, 0), 0))
+        tl.store(mixed + 2 * column_jobs + pid, tl.sum(tl.sum(m2, 0), 0))
+        tl.store(mixed + 3 * column_jobs + pid, tl.sum(tl.sum(s0, 0), 0))
+        tl.store(mixed + 4 * column_jobs + pid, tl.sum(tl.sum(s1, 0), 0))
+        tl.store(mixed + 5 * column_jobs + pid, tl.sum(tl.sum(s2, 0), 0))
+
+
+@triton.jit
+def vjp_rows(
+    pid, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_layer, number, channels,
+    groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
+    OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
+    SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
+    G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over the channels of a few groups."""
+    j = pid * G_BLOCK + tl.arange(0, G_BLOCK)
+    groups = channels // per_group
+    f, e = tl.zeros((G_BLOCK, T_BLOCK), tl.float32), tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
+    for begin in range(0, per_group, T_BLOCK):
+        t = begin + tl.arange(0, T_BLOCK)[None, :]
+        keep = (t < per_group) & (j[:, None] < groups_in_all)
+        n = (j // groups)[:, None] + t * 0
+        c = (j % groups * per_group)[:, None] + t
+        t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
+            total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
+            channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
+            OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
+        )  # fmt: skip
+        f += tl.where(keep, fl, 0.0)
+        e += tl.where(keep, el, 0.0)
+    tl.store(by_layer + j, tl.sum(f, 1), mask=j < groups_in_all)
+    tl.store(by_layer + groups_in_all + j, tl.sum(e, 1), mask=j < groups_in_all)
 
 
 @triton.jit

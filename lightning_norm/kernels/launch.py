@@ -34,7 +34,7 @@ def moments(x: Tensor, channel_dim: int) -> Tensor:
     with on(x):
         join_moments[(cdiv(number, JOIN),)](
             *parts, out, number, grid.c, grid.parts, grid.sample_stride, grid.part_stride, grid.piece, grid.length,
-            grid.fold, BLOCK=JOIN, num_warps=1,
+            grid.fold, BLOCK=JOIN, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -68,7 +68,7 @@ def sums(
     number = grid.n * grid.c
     with on(x):
         join_sums[(cdiv(number, JOIN),)](
-            *parts, out, number, grid.c, grid.parts, grid.sample_stride, grid.part_stride, BLOCK=JOIN, num_warps=1
+            *parts, out, number, grid.c, grid.parts, grid.sample_stride, grid.part_stride, BLOCK=JOIN, num_warps=4
         )
     return out
 

@@ -84,7 +84,7 @@ def coefficients(
             batch = coef.new_empty(3, grid.c)
         if plan.at_ln >= 0:
             layer = coef.new_empty(3, grid.n, plan.groups)
-        tile = _tile(grid, plan)
+        tile = _tile(grid, plan, 1024)
         columns = cdiv(grid.c, tile["C_BLOCK"]) if pooled else 0
         jobs = columns + (cdiv(grid.n * plan.groups, tile["G_BLOCK"]) if plan.at_ln >= 0 else 0)
         if jobs:
@@ -127,7 +127,7 @@ def gradients(
     own, batch, layer, coef = stats
     number, groups = grid.n * grid.c, grid.n * plan.groups
     parts = sum_parts(dy, x, coef, grid, activation, residual)
-    tile = _tile(grid, plan)
+    tile = _tile(grid, plan, 512)
     columns = cdiv(grid.c, tile["C_BLOCK"])
     rows = cdiv(groups, tile["G_BLOCK"]) if plan.at_ln >= 0 else 0
     by_batch, by_layer = coef.new_empty(2, grid.c), coef.new_empty(2, groups if rows else 0)
@@ -157,10 +157,10 @@ def gradients(
     return dx, dweight, dbias, dw, dv, coef.new_empty(0) if dresidual is None else dresidual
 
 
-def _tile(grid: Grid, plan: Plan) -> dict[str, int]:
-    """Return the tiles over which columns and rows of (N, C) are pooled."""
-    n, t = min(power(grid.n), 32), min(power(grid.c // plan.groups), 256)
+def _tile(grid: Grid, plan: Plan, most: int) -> dict[str, int]:
+    """Return the tiles over which columns and rows of (N, C) are pooled, of at most ``most`` elements."""
+    n, t = min(power(grid.n), 32), min(power(grid.c // plan.groups), most // 4)
     return {
-        "N_BLOCK": n, "C_BLOCK": max(1, min(power(grid.c), 1024 // n, 64)),
-        "G_BLOCK": max(1, min(power(grid.n * plan.groups), 1024 // t, 16)), "T_BLOCK": t,
+        "N_BLOCK": n, "C_BLOCK": max(1, min(power(grid.c), most // n, 64)),
+        "G_BLOCK": max(1, min(power(grid.n * plan.groups), most // t, 16)), "T_BLOCK": t,
     }  # fmt: skip

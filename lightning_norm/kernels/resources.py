@@ -116,13 +116,14 @@ def variants() -> Iterator[Variant]:
                 yield Variant(reductions.sums_columns, name, dtype, more, 4)
                 yield Variant(elementwise.apply_columns, name, dtype, more, 4)
                 yield Variant(elementwise.combine_columns, name, dtype, {**more, "PLAIN": False}, 4)
-    yield Variant(reductions.join_moments, "parts", "fp32", {"BLOCK": 256}, 1)
-    yield Variant(reductions.join_sums, "parts", "fp32", {"BLOCK": 256}, 1)
+    yield Variant(reductions.join_moments, "parts", "fp32", {"BLOCK": 256}, 4)
+    yield Variant(reductions.join_sums, "parts", "fp32", {"BLOCK": 256}, 4)
     yield from _algebra()
 
 
 def _algebra() -> Iterator[Variant]:
     tile = {"N_BLOCK": 32, "C_BLOCK": 32, "G_BLOCK": 4, "T_BLOCK": 256}
+    half = {"N_BLOCK": 32, "C_BLOCK": 16, "G_BLOCK": 4, "T_BLOCK": 128}
     for name, own in {
         "bn": {"IN": -1, "LN": -1, "BN": 0, "K": 0, "SOFTMAX": False, "OUTPUTS": False},
         "sn": {"IN": 0, "LN": 1, "BN": 2, "K": 3, "SOFTMAX": True, "OUTPUTS": False},
@@ -130,7 +131,9 @@ def _algebra() -> Iterator[Variant]:
     }.items():
         common = {"OWN": True, "MERGE": False, **own, "FROZEN": False, "WEIGHT": True}
         yield Variant(algebra.mix, name, "fp32", {**common, "TRACK": 1, "BIAS": True, "BLOCK": 256}, 4)
-        yield Variant(algebra_vjp.vjp_pool, name, "fp32", {**common, **tile}, 4)
+        for merge in (False, True):
+            shape = f"{name}, parts" if merge else name
+            yield Variant(algebra_vjp.vjp_pool, shape, "fp32", {**common, **half, "MERGE": merge}, 4)
         yield Variant(algebra_vjp.vjp_mix, name, "fp32", {**common, "BLOCK": 256}, 4)
     for merge in (False, True):
         yield Variant(algebra.pool, "parts" if merge else "whole", "fp32", {"MERGE": merge, **tile}, 4)
@@ -201,9 +204,10 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m lightning_norm.kernels.resources", description=main.__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities")
+    parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], help="of x: bf16, fp16, fp32")
     options = parser.parse_args()
-    chosen = [v for v in variants() if v.dtype in options.dtype]
+    chosen = [v for v in variants() if v.dtype in options.dtype and options.kernel in v.name]
     print(f"triton {triton.__version__}\n")
     print(table([]))
     for arch in options.arch:

@@ -100,8 +100,7 @@ def normalize_by(
     held = (recipe.weight, recipe.bias, recipe.w, recipe.v)
     buffers = (None,) * 5 if r is None else (r.mean, r.var, r.tracked, r.skipped, r.momentum)
     coefficients = ops.coefficients_and_track if plan[8] else ops.coefficients
-    with torch.no_grad():
-        stats = coefficients(x.detach(), *map(_detached, held), *buffers, layout.channel_dim, plan, recipe.eps)
+    stats = coefficients(x.detach(), *map(_detached, held), *buffers, layout.channel_dim, plan, recipe.eps)
     running = (r.mean, r.var) if r is not None and r.frozen else (None, None)
     y: Tensor = _Fused.apply(
         x, *held, residual, *stats, *running, layout.channel_dim, plan, recipe.eps, activation
