@@ -54,7 +54,7 @@ class NormSwap(Callback):
         rules: ordered mapping from regular expression to a norm or ``None`` (leave alone); the first match wins.
         plan: path of a YAML file written by ``lightning-norm plan --save``, or of a checkpoint: swap as it was swapped
             there; excludes the arguments above.
-        backend: "auto" or "eager".
+        backend: "auto", "eager" or "triton".
         compile: compile each layer; every new input shape takes seconds once.
         sync: pool statistics over ranks in training.
         sync_group: "world".

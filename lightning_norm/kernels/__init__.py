@@ -1,1 +1,1 @@
-"""Triton kernels; none yet. Knows pointers, strides and blocks, and no normalizer."""
+"""Triton kernels. Knows pointers, strides and blocks, and no normalizer. Only this folder imports Triton."""

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from lightning_norm.normalizers.evaluation import Evaluation
 from lightning_norm.normalizers.origin import Origin
+from lightning_norm.normalizers.recipes import same_equations
 from lightning_norm.normalizers.running import RunningStats
 from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
 from lightning_norm.ops.compiled import KIND, compiled_forward
 from lightning_norm.ops.fused import normalize
 from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.recipe import Recipe
 from lightning_norm.ops.sync import active_ranks
 
 BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -204,6 +206,10 @@ class MomentNorm(Normalizer):
         """Return the algebra for this input: a method that looks at more than the moments of x binds it here."""
         return self.algebra
 
+    def recipe(self, layout: Layout) -> Recipe | None:
+        """Return the same equations as the kernels know them; ``None`` where they do not."""
+        return None
+
     def standardize(self, mean: Tensor, var: Tensor) -> Affine:
         r"""Return the Affine of :math:`\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta`."""
         scale = (var + self.eps).rsqrt()
@@ -306,4 +312,5 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
             f"element(s) per channel. {remedy}"
         )
     given = None if of_input or layer.per_sample else layer.running()
-    return normalize(x, layer.algebra_of(x, layout), layout=layout, given=given, ranks=ranks)
+    algebra, recipe = layer.algebra_of(x, layout), layer.recipe if same_equations(type(layer)) else None
+    return normalize(x, algebra, layout=layout, given=given, ranks=ranks, backend=layer.backend, recipe=recipe)

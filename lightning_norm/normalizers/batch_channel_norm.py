@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
 from lightning_norm.normalizers.evaluation import per_channel
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.normalizers.recipes import recipe_of
+from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.recipe import Recipe
 
 
 class BatchChannelNorm(MomentNorm):
@@ -73,6 +75,10 @@ class BatchChannelNorm(MomentNorm):
         if self.weight is not None and self.bias is not None:
             scale, shift = self.weight * scale, torch.addcmul(self.bias, self.weight, shift)
         return Affine(m.mean, scale, shift)
+
+    def recipe(self, layout: Layout) -> Recipe:
+        """Return the same equation for the kernels."""
+        return recipe_of(self, ("bn", "ln"), w=self.mixture(), outputs=True)
 
     def keeps_eval(self) -> bool:
         """Tell whether iota starts at exactly 1."""

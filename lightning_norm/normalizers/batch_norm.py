@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.recipes import recipe_of
+from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.recipe import Recipe
 
 
 class BatchNorm(MomentNorm):
@@ -33,3 +36,7 @@ class BatchNorm(MomentNorm):
         """Return the affine map of the equation above."""
         batch = self.track(m.over_batch())
         return self.standardize(batch.mean, batch.var)
+
+    def recipe(self, layout: Layout) -> Recipe:
+        """Return the same equation for the kernels."""
+        return recipe_of(self, ("bn",))

@@ -8,7 +8,10 @@ from torch import nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
 from lightning_norm.normalizers.evaluation import handed_on
+from lightning_norm.normalizers.recipes import recipe_of
+from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.recipe import Recipe
 
 
 class GroupNorm(MomentNorm):
@@ -49,6 +52,10 @@ class GroupNorm(MomentNorm):
         """Return torch's GroupNorm."""
         return _torch_group_norm(self, self.groups)
 
+    def recipe(self, layout: Layout) -> Recipe:
+        """Return the same equation for the kernels."""
+        return recipe_of(self, ("ln",), groups=self.groups)
+
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and group."""
         return size * self.num_features // self.groups
@@ -87,6 +94,10 @@ class LayerNorm(MomentNorm):
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's GroupNorm of one group."""
         return _torch_group_norm(self, 1)
+
+    def recipe(self, layout: Layout) -> Recipe:
+        """Return the same equation for the kernels."""
+        return recipe_of(self, ("ln",))
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample."""

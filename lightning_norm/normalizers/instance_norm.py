@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
 from lightning_norm.normalizers.evaluation import handed_on, per_channel
+from lightning_norm.normalizers.recipes import recipe_of
 from lightning_norm.normalizers.running import unbiased
 from lightning_norm.normalizers.scheduled import Scheduled
+from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.recipe import Recipe
 
 
 class InstanceNorm(MomentNorm):
@@ -53,6 +56,10 @@ class InstanceNorm(MomentNorm):
         """Return the affine map of the equation above."""
         own = self.track(m)
         return self.standardize(own.mean, own.var)
+
+    def recipe(self, layout: Layout) -> Recipe | None:
+        """Return the same equation for the kernels, unless it keeps running statistics."""
+        return None if self.track_running_stats else recipe_of(self, ("in",))
 
     def observed(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean over samples of mean and unbiased variance."""

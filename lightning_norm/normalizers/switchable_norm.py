@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from lightning_norm.normalizers.base import MomentNorm, Paper
 from lightning_norm.normalizers.evaluation import per_channel
 from lightning_norm.normalizers.group_norm import check_groups
+from lightning_norm.normalizers.recipes import recipe_of
 from lightning_norm.normalizers.running import unbiased
 from lightning_norm.normalizers.scheduled import Scheduled
 from lightning_norm.normalizers.sparsestmax import sparsestmax
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.recipe import Recipe
 
 CHOICES = ("in", "ln", "bn", "gn")
 
@@ -107,6 +109,18 @@ class SwitchableNorm(MomentNorm):
         mean = mixture(w, [s.mean for s in statistics])
         var = mixture(v, [s.var for s in statistics])
         return self.standardize(mean, var)
+
+    def recipe(self, layout: Layout) -> Recipe | None:
+        """Return the same equation for the kernels, which know either "ln" or "gn" and more than one element."""
+        if layout.size == 1 or {"ln", "gn"} <= set(self.choices):
+            return None
+        w, v = (self._mix(t, False) if self.sparse else t for t in (self.mean_weight, self.var_weight))
+        statistics, groups = (
+            tuple(k.replace("gn", "ln") for k in self.choices),
+            self.groups if "gn" in self.choices else 1,
+        )
+        more: dict[str, Any] = {"correction": self.correction, "groups": groups, "softmax": not self.sparse}
+        return recipe_of(self, statistics, w=w, v=v, **more)
 
     def _statistic(self, k: str, m: Moments, alone: bool) -> Moments:
         if k == "in":

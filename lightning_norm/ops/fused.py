@@ -10,14 +10,17 @@ backward works.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import eager
+from lightning_norm.ops import eager, kernel_passes
+from lightning_norm.ops.backend import on_kernels
 from lightning_norm.ops.layout import Layout, at_least_float32, layout_of, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.recipe import Recipe, normalize_by
 from lightning_norm.ops.sync import Ranks
 
 
@@ -28,6 +31,10 @@ def normalize(
     layout: Layout | int = 1,
     given: Moments | None = None,
     ranks: Ranks | None = None,
+    backend: str = "auto",
+    recipe: Callable[[Layout], Recipe | None] | None = None,
+    activation: Literal["none", "relu", "silu"] = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     r"""Normalize x by what ``algebra`` makes of its moments.
 
@@ -39,12 +46,19 @@ def normalize(
         layout: the channel axis, 1 or -1 for tokens, or a :class:`lightning_norm.ops.layout.Layout` already checked.
         given: moments to use in place of those of x, which is then read once only.
         ranks: the ranks that ``Moments.over_batch`` pools with.
+        backend: "auto" for the Triton kernels where x is on CUDA and they can take it, else plain PyTorch; "eager" for
+            plain PyTorch; "triton" for the kernels or an error.
+        recipe: the same algebra as the kernels know it, used instead where they run and no ranks pool.
+        activation: applied to the result; in the same pass where a recipe is used.
+        residual: added before the activation, in the shape of x; likewise.
 
     Returns:
         A fresh tensor in the shape, dtype and memory format of x.
 
     Raises:
-        TypeError, ValueError: as :func:`lightning_norm.ops.layout.layout_of`, and for an Affine of the wrong shape.
+        TypeError, ValueError: as :func:`lightning_norm.ops.layout.layout_of`, and for an Affine or a residual of the wrong
+            shape.
+        RuntimeError: ``backend="triton"`` for an input that the kernels cannot take.
 
     >>> x = torch.randn(4, 3, 5, 5)
     >>> y = normalize(x, lambda m: Affine(m.mean, (m.var + 1e-5).rsqrt()))  # instance norm
@@ -53,59 +67,81 @@ def normalize(
     """
     if not isinstance(layout, Layout):
         layout = layout_of(x, x.shape[layout] if isinstance(x, Tensor) and x.dim() > 1 else 0, layout)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _normalize(x, algebra, layout, given, ranks)
-    return _normalize(x, algebra, layout, given, ranks)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"normalize: residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must agree.")
+    kernels = on_kernels(x, layout, backend)
+    known = recipe(layout) if kernels and ranks is None and recipe is not None else None
+    with _full_precision(x):
+        if known is not None and (residual is None or residual.dtype == x.dtype):
+            return normalize_by(x, known, layout, activation, residual)
+        y = _normalize(x, algebra, layout, given, ranks, kernels)
+    if residual is not None:
+        y = y + residual
+    return {"none": lambda t: t, "relu": torch.relu, "silu": torch.nn.functional.silu}[activation](y)
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 def _normalize(
-    x: Tensor, algebra: Callable[[Moments], Affine], layout: Layout, given: Moments | None, ranks: Ranks | None
+    x: Tensor,
+    algebra: Callable[[Moments], Affine],
+    layout: Layout,
+    given: Moments | None,
+    ranks: Ranks | None,
+    kernels: bool,
 ) -> Tensor:
     flat = False
     if given is None:
-        hook, mean, var, carrier = _Moments.apply(x, layout)
+        hook, mean, var, carrier = _Moments.apply(x, layout, kernels)
         flat = x.dtype == torch.float32 == mean.dtype and layout.size > 1 and x.is_cpu
         given = Moments(mean, var, layout.size, ranks)
     else:
-        hook, carrier = _Alias.apply(x, layout)
+        hook, carrier = _Alias.apply(x, layout, kernels)
     center, scale, shift = algebra(given).fields(layout.n, layout.c)
-    y: Tensor = _Apply.apply(hook, carrier, x, center, scale, shift, layout, flat)
+    y: Tensor = _Apply.apply(hook, carrier, x, center, scale, shift, layout, flat, kernels)
     return y
+
+
+def _passes(kernels: bool) -> Any:
+    """Return the module that runs the passes; what is differentiated once more is recorded in plain PyTorch."""
+    return kernel_passes if kernels and (torch.compiler.is_compiling() or not torch.is_grad_enabled()) else eager
 
 
 class _Moments(torch.autograd.Function):
     """x -> (alias of x, mean, var, carrier)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, var = eager.moments(x, layout)
-        ctx.layout = layout
+    def forward(ctx: Any, x: Tensor, layout: Layout, kernels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, var = (kernel_passes if kernels else eager).moments(x, layout)
+        ctx.layout, ctx.kernels = layout, kernels
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean)
         return x.view_as(x), mean, var, torch.zeros_like(mean)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         dy, dmean, dvar, scale = grads
         x, mean = ctx.saved_tensors
         if dy is None or scale is None:  # y was not used, only the moments
             dy, scale = torch.zeros_like(x), torch.zeros_like(mean)
-        return eager.combine(dy, scale, x, mean, dmean, dvar, ctx.layout), None
+        return _passes(ctx.kernels).combine(dy, scale, x, mean, dmean, dvar, ctx.layout), None, None
 
 
 class _Alias(torch.autograd.Function):
     """x -> (alias of x, carrier), where the moments of x are not asked for."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, layout: Layout, kernels: bool) -> tuple[Tensor, Tensor]:
         ctx.layout = layout
         return x.view_as(x), torch.zeros((layout.n, layout.c), dtype=stat_dtype(x), device=x.device)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         dy, scale = grads
-        return (dy * ctx.layout.spread(scale)).to(dy.dtype), None
+        return (dy * ctx.layout.spread(scale)).to(dy.dtype), None, None
 
 
 class _Apply(torch.autograd.Function):
@@ -122,11 +158,13 @@ class _Apply(torch.autograd.Function):
         shift: Tensor,
         layout: Layout,
         flat: bool,
+        kernels: bool,
     ) -> Tensor:
-        ctx.layout, ctx.flat = layout, flat
+        ctx.layout, ctx.flat, ctx.kernels = layout, flat, kernels
         ctx.carrier_dtype, ctx.shift_like = carrier.dtype, (shift.shape, shift.dtype)
         ctx.save_for_backward(x, center, scale)
-        return eager.apply(x, center, scale, shift, layout, flat)
+        y: Tensor = (kernel_passes if kernels else eager).apply(x, center, scale, shift, layout, flat)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -136,14 +174,14 @@ class _Apply(torch.autograd.Function):
         dcenter = dscale = dshift = None
         if any(need[3:6]):
             pivot = center.to(at_least_float32(x.dtype))
-            total, dot = eager.reduce(dy, x, pivot, layout, ctx.flat)
+            total, dot = _passes(ctx.kernels).reduce(dy, x, pivot, layout, ctx.flat)
             dshift = _fit(total, *ctx.shift_like)
             dcenter = -_fit_product(scale, total, center.shape, center.dtype)
             dscale = _fit(dot, scale.shape, scale.dtype)
             if pivot.dtype != center.dtype:
                 dscale = dscale + _fit_product(pivot - center, total, scale.shape, scale.dtype)
         over = scale.to(ctx.carrier_dtype).expand(layout.n, layout.c) if need[1] else None
-        return dy if need[0] else None, over, None, dcenter, dscale, dshift, None, None
+        return dy if need[0] else None, over, None, dcenter, dscale, dshift, None, None, None
 
 
 def _fit(t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

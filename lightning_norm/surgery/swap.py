@@ -12,11 +12,10 @@ from torch.nn.parameter import is_lazy
 from lightning_norm.errors import AlreadySwappedError, NoEffectWarning, ParameterGrowthWarning
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.registry import NormSpec, resolve
+from lightning_norm.ops.backend import explain
 from lightning_norm.surgery.convert import convert, unchanged_eval
 from lightning_norm.surgery.report import SwappedLayer, SwapReport
 from lightning_norm.surgery.select import Pattern, Site, Source, assign, explain_missed, find_sites
-
-BACKENDS = ("auto", "eager", "triton")
 
 
 def swap(
@@ -54,7 +53,8 @@ def swap(
         norm_args: arguments of ``norm``; those of a rule go in its ``init_args``.
         rules: ordered mapping from regular expression to a norm; ``None`` leaves the layer alone, the first match wins
             over ``norm``, ``include`` and ``exclude``.
-        backend: "auto" or "eager". "triton" is refused until its kernels exist.
+        backend: "auto" for the Triton kernels on CUDA inputs that they can take and plain PyTorch elsewhere, "eager" for
+            plain PyTorch everywhere, "triton" for the kernels or an error.
         compile: compile each layer's forward pass (the first pass of each input shape takes seconds).
         sync: pool statistics over the ranks of a distributed run, in training.
         sync_group: "world".
@@ -121,7 +121,7 @@ def try_swap(
             f"norm_args={dict(norm_args)!r} are arguments of norm, and swap was called without norm. Put them in the "
             "rule: rules={'layer1.*': {'class_path': 'sn', 'init_args': {...}}}."
         )
-    backend_text = _check_backend(backend)
+    backend_text = explain(backend)
     if sync_group != "world":
         raise ValueError(f"sync_group must be 'world', got {sync_group!r}. Type sync_group='world', or sync=False.")
     for spec in [norm, *(rules or {}).values()]:
@@ -141,14 +141,6 @@ def try_swap(
         layer.origin = _origin(site.module, row)
         report.add(site, layer, row)
     return report, missed, sites
-
-
-def _check_backend(backend: str) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
-    if backend == "triton":
-        raise ValueError("backend='triton': this version has no Triton kernels yet. Type backend='auto'.")
-    return "eager: asked for" if backend == "eager" else "eager: the only backend of this version"
 
 
 def _row(site: Site, layer: Normalizer, arguments: dict[str, Any], backend: str) -> SwappedLayer:

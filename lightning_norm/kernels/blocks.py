@@ -1,0 +1,163 @@
+"""Block sizes, from shapes alone: no autotuning, no query of the device, so results never depend on either."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BUSY = 264
+"""Programs that fill a GPU: two on each of 132 multiprocessors."""
+
+TILE = 2048
+"""Elements of x that a program holds at once: 16 for each of 128 threads."""
+
+LONGEST = 1 << 28
+"""Elements per (sample, channel) beyond which lanes could leave 32 bits."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How x lies in memory, and in which pieces it is read.
+
+    Args:
+        n: samples.
+        c: channels.
+        size: elements per (sample, channel).
+        columns: whether channels are contiguous, (n, size, c); otherwise (n, c, size).
+        align: elements that are loaded at once.
+        fold: columns only: this many neighbouring positions are taken for channels, where channels are few.
+        rows: rows of a tile.
+        block: columns of a tile.
+        piece: elements of each row, or rows of each column, that one program reduces.
+        pieces: of each row or column.
+    """
+
+    n: int
+    c: int
+    size: int
+    columns: bool
+    align: int
+    fold: int
+    rows: int
+    block: int
+    piece: int
+    pieces: int
+
+    @property
+    def units(self) -> int:
+        """Return the whole of x, or the channels, as a multiple of ``align``."""
+        return (self.c * self.fold if self.columns else self.n * self.c * self.size) // self.align
+
+    @property
+    def length(self) -> int:
+        """Return the elements per row or column that are met one after the other."""
+        return self.size // self.fold
+
+    @property
+    def parts(self) -> int:
+        """Return the numbers left for each (sample, channel)."""
+        return self.pieces * self.fold
+
+    @property
+    def sample_stride(self) -> int:
+        """Return the distance between two samples' numbers."""
+        return self.c * self.parts if self.columns else self.c
+
+    @property
+    def part_stride(self) -> int:
+        """Return the distance between two parts' numbers."""
+        return self.c if self.columns else self.n * self.c
+
+    @property
+    def warps(self) -> int:
+        """Return the warps of a program: 16 elements to a thread."""
+        return warps(self.rows * self.block)
+
+    @property
+    def block_columns(self) -> int:
+        """Return the number of blocks of channels."""
+        return cdiv(self.c * self.fold, self.block)
+
+    @property
+    def block_rows(self) -> int:
+        """Return the number of tiles along a column."""
+        return cdiv(self.length, self.rows)
+
+
+def where(x: Tensor, channel_dim: int) -> bool | None:
+    """Return False where each (sample, channel) is contiguous in x, True where channels are, None for neither."""
+    if channel_dim in (1, 1 - x.dim()) and x.is_contiguous():
+        return False
+    last = x if channel_dim in (-1, x.dim() - 1) else x.movedim(1, -1)
+    return True if last.is_contiguous() else None
+
+
+def grid_of(x: Tensor, channel_dim: int) -> Grid:
+    """Return the grid of a dense x.
+
+    Raises:
+        ValueError: x is not dense in either order.
+    """
+    columns = where(x, channel_dim)
+    if columns is None:
+        raise ValueError(f"x with strides {x.stride()} is contiguous in neither order.")
+    n, c = x.shape[0], x.shape[channel_dim]
+    size = x.numel() // max(n * c, 1)
+    vector = 16 // x.element_size()
+    return _columns(n, c, size, vector) if columns and size > 1 else _rows(n, c, size, vector)
+
+
+def _rows(n: int, c: int, size: int, vector: int) -> Grid:
+    align = vector if n * c * size % vector == 0 else 1
+    span = size if size % align == 0 else size + align - 1
+    block = min(max(power(span), align), TILE)
+    rows = TILE // block
+    while rows > 1 and n * c < rows * BUSY:
+        rows //= 2
+    piece, pieces = size, 1
+    if block == TILE and n * c < BUSY:
+        pieces = min(cdiv(2 * BUSY, n * c), cdiv(size, 2 * TILE))
+        piece = cdiv(cdiv(size, pieces), TILE) * TILE
+        pieces = cdiv(size, piece)
+    return Grid(n, c, size, False, align, 1, rows, block, piece, pieces)
+
+
+def _columns(n: int, c: int, size: int, vector: int) -> Grid:
+    fold = 1
+    for wider in (2, 4, 8, 16, 32, 64):
+        if (c * fold >= 64 and c * fold % vector == 0) or size % wider:
+            break
+        if c * fold < 64 or c * wider % vector == 0:
+            fold = wider
+    align = vector if c * fold % vector == 0 else 1
+    length = size // fold
+    block = min(power(c * fold), 64)
+    rows = min(TILE // block, power(length))
+    jobs = n * cdiv(c * fold, block)
+    pieces = max(1, min(cdiv(2 * BUSY, jobs), length // (2 * rows)))
+    piece = cdiv(cdiv(length, pieces), rows) * rows
+    return Grid(n, c, size, True, align, fold, rows, block, piece, cdiv(length, piece))
+
+
+def dense(t: Tensor, like: Tensor) -> Tensor:
+    """Return t with the strides of ``like``: a gradient may arrive expanded, or in another memory format."""
+    if t.stride() == like.stride():
+        return t
+    return torch.empty_like(like, dtype=t.dtype).copy_(t)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
+
+
+def power(n: int) -> int:
+    """Return the least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def warps(elements: int) -> int:
+    """Return 1, 2 or 4 warps, for 16 elements to a thread."""
+    return min(4, max(1, power(elements) // 512))

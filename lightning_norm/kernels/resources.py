@@ -1,0 +1,219 @@
+"""Compile every kernel ahead of time, without a GPU, and print what it uses: python -m lightning_norm.kernels.resources
+
+Registers, stack, shared memory, the width of loads and stores, and floating-point instructions in double precision, for
+each kernel, shape and architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lightning_norm.kernels import algebra, algebra_vjp, elementwise, reductions
+from lightning_norm.kernels.blocks import TILE, warps
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+WIDE = ("x", "dy", "y", "dx", "residual", "dresidual")
+"""Pointers to tensors like x; the others point to float32."""
+INTEGERS = {"tracked": "*i64", "skipped": "*i64", "eps": "fp32", "factor": "fp32", "unbias": "fp32"}
+LONG = ("rows", "number", "units")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel at one shape.
+
+    Args:
+        kernel: the device function.
+        shape: what the shape stands for.
+        dtype: of x, in Triton's letters.
+        constants: its compile-time arguments.
+        warps: of a program.
+    """
+
+    kernel: Any
+    shape: str
+    dtype: str
+    constants: dict[str, Any]
+    warps: int
+
+    @property
+    def name(self) -> str:
+        """Return the kernel's name."""
+        return str(self.kernel.fn.__name__)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel uses.
+
+    Args:
+        kernel: name.
+        shape: of x.
+        dtype: of x.
+        arch: compute capability, 90 for sm_90.
+        warps: of a program.
+        registers: of a thread.
+        stack: bytes of a thread; more than 0 is a spill.
+        shared: bytes of a program.
+        spills: local loads and stores.
+        loads128: global loads of 16 bytes.
+        loads: all global loads.
+        stores128: global stores of 16 bytes.
+        doubles: arithmetic in float64.
+    """
+
+    kernel: str
+    shape: str
+    dtype: str
+    arch: int
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    spills: int
+    loads128: int
+    loads: int
+    stores128: int
+    doubles: int
+
+
+def variants() -> Iterator[Variant]:
+    """Yield every kernel at the shapes that networks have: maps of 49, 196 and 1024, and few large rows."""
+    plain, fused = {"ACT": 0, "RESIDUAL": False}, {"ACT": 1, "RESIDUAL": True}
+    for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
+        for shape, rows, block, loop in (("49", 32, 64, False), ("196", 8, 256, False), ("1024", 2, 1024, False), ("long", 1, TILE, True)):  # noqa: E501  # fmt: skip
+            blocks = {"ALIGN": align, "ROWS": rows, "BLOCK": block, "LOOP": loop}
+            yield Variant(reductions.moments_rows, shape, dtype, blocks, warps(rows * block))
+            for act in (plain, fused):
+                name = shape + (" add relu" if act["ACT"] else "")
+                yield Variant(reductions.sums_rows, name, dtype, {**blocks, **act}, warps(rows * block))
+        for wide in (False, True):
+            for act in (plain, fused):
+                name = ("long" if wide else "any") + (" add relu" if act["ACT"] else "")
+                blocks = {"ALIGN": align, "BLOCK": TILE, "WIDE": wide, **act}
+                yield Variant(elementwise.apply_flat, name, dtype, blocks, 4)
+                yield Variant(elementwise.combine_flat, name, dtype, {**blocks, "PLAIN": False}, 4)
+        for fold in (1, 16):
+            shape = "channels last" if fold == 1 else "channels last, few"
+            blocks = {"ALIGN": align, "ROWS": TILE // 64, "BLOCK": 64}
+            yield Variant(reductions.moments_columns, shape, dtype, blocks, 4)
+            for act in (plain, fused):
+                name = shape + (" add relu" if act["ACT"] else "")
+                more = {**blocks, "FOLD": fold, **act}
+                yield Variant(reductions.sums_columns, name, dtype, more, 4)
+                yield Variant(elementwise.apply_columns, name, dtype, more, 4)
+                yield Variant(elementwise.combine_columns, name, dtype, {**more, "PLAIN": False}, 4)
+    yield Variant(reductions.join_moments, "parts", "fp32", {"BLOCK": 256}, 4)
+    yield Variant(reductions.join_sums, "parts", "fp32", {"BLOCK": 256}, 4)
+    yield from _algebra()
+
+
+def _algebra() -> Iterator[Variant]:
+    tile = {"N_BLOCK": 32, "C_BLOCK": 32, "G_BLOCK": 4, "T_BLOCK": 256}
+    half = {"N_BLOCK": 32, "C_BLOCK": 16, "G_BLOCK": 4, "T_BLOCK": 128}
+    for name, own in {
+        "bn": {"IN": -1, "LN": -1, "BN": 0, "K": 0, "SOFTMAX": False, "OUTPUTS": False},
+        "sn": {"IN": 0, "LN": 1, "BN": 2, "K": 3, "SOFTMAX": True, "OUTPUTS": False},
+        "bcn": {"IN": -1, "LN": 1, "BN": 0, "K": 0, "SOFTMAX": False, "OUTPUTS": True},
+    }.items():
+        common = {"OWN": True, "MERGE": False, **own, "FROZEN": False, "WEIGHT": True}
+        yield Variant(algebra.mix, name, "fp32", {**common, "TRACK": 1, "BIAS": True, "BLOCK": 256}, 4)
+        for merge in (False, True):
+            shape = f"{name}, parts" if merge else name
+            yield Variant(algebra_vjp.vjp_pool, shape, "fp32", {**common, **half, "MERGE": merge}, 4)
+        yield Variant(algebra_vjp.vjp_mix, name, "fp32", {**common, "BLOCK": 256}, 4)
+    for merge in (False, True):
+        yield Variant(algebra.pool, "parts" if merge else "whole", "fp32", {"MERGE": merge, **tile}, 4)
+
+
+def compiled(variant: Variant, arch: int) -> Any:
+    """Compile a variant for an architecture; needs no GPU.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET, where there is nothing to compile.
+    """
+    if not hasattr(variant.kernel, "fn") or os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET.")
+    names = list(inspect.signature(variant.kernel.fn).parameters)
+    first_integer = _first_scalar(names)
+    signature, aligned = {}, {}
+    for i, name in enumerate(names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+        elif name in INTEGERS:
+            signature[name] = INTEGERS[name]
+        elif i >= first_integer:
+            signature[name] = "i64" if name in LONG else "i32"
+        else:
+            signature[name] = f"*{variant.dtype}" if name in WIDE else "*fp32"
+        if signature[name].startswith("*"):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.warps})
+
+
+def _first_scalar(names: Sequence[str]) -> int:
+    scalars = ("rows", "size", "samples", "number")
+    return min(names.index(name) for name in scalars if name in names)
+
+
+def usage(variant: Variant, arch: int) -> Usage:
+    """Compile and disassemble."""
+    kernel = compiled(variant, arch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        resources = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
+    assert found is not None, resources
+    return Usage(
+        variant.name, variant.shape, variant.dtype, arch, variant.warps, int(found[1]), int(found[2]),
+        kernel.metadata.shared,
+        len(re.findall(r"\b(?:LDL|STL)\b", code)), len(re.findall(r"\bLDG\.E\S*\.128", code)),
+        len(re.findall(r"\bLDG\b", code)), len(re.findall(r"\bSTG\.E\S*\.128", code)),
+        len(re.findall(r"\b(?:add|sub|mul|div|fma|neg|min|max|sqrt|rcp|cvt)\S*\.f64", kernel.asm["ptx"])),
+    )  # fmt: skip
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def table(rows: Sequence[Usage]) -> str:
+    """Format as Markdown."""
+    names = [field.name for field in fields(Usage)]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    return "\n".join([*lines, *("| " + " | ".join(str(v) for v in asdict(row).values()) + " |" for row in rows)])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_norm.kernels.resources", description=main.__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities")
+    parser.add_argument("--kernel", default="", help="part of a kernel's name")
+    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], help="of x: bf16, fp16, fp32")
+    options = parser.parse_args()
+    chosen = [v for v in variants() if v.dtype in options.dtype and options.kernel in v.name]
+    print(f"triton {triton.__version__}\n")
+    print(table([]))
+    for arch in options.arch:
+        for variant in chosen:
+            print(table([usage(variant, arch)]).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

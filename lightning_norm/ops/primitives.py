@@ -1,0 +1,152 @@
+"""The kernels as torch operators, ``torch.ops.lightning_norm``: opaque to torch.compile and torch.export.
+
+Defined whether or not Triton is installed; Triton is imported when one runs. Arguments and results are plain: ``coef``
+is (3, N, C) pivot, scale and offset, ``line`` (2, N, C) constant and slope, ``plan`` the fields of
+``lightning_norm.kernels.launch_algebra.Plan``. None has an autograd formula: ``ops/fused.py`` and ``ops/recipe.py`` call
+them from autograd functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("lightning_norm", "DEF")  # lives as long as the process
+_HELD = "Tensor x, Tensor? weight, Tensor? bias, Tensor? w, Tensor? v"
+_BUFFERS = "Tensor{0}? running_mean, Tensor{1}? running_var, Tensor{2}? tracked, Tensor{3}? skipped, Tensor? momentum"
+_PLAN = "int channel_dim, int[] plan, float eps"
+SCHEMAS = {
+    "moments": "(Tensor x, int channel_dim) -> Tensor",
+    "sums": "(Tensor dy, Tensor x, Tensor coef, int channel_dim) -> Tensor",
+    "apply": "(Tensor x, Tensor coef, int channel_dim, str activation, Tensor? residual) -> Tensor",
+    "combine": "(Tensor dy, Tensor x, Tensor coef, Tensor? line, int channel_dim) -> Tensor",
+    "coefficients": f"({_HELD}, {_BUFFERS.format('', '', '', '')}, {_PLAN}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "coefficients_and_track": f"({_HELD}, {_BUFFERS.format('(a!)', '(b!)', '(c!)', '(d!)')}, {_PLAN}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "gradients": "(Tensor dy, Tensor x, Tensor own, Tensor batch, Tensor layer, Tensor coef, Tensor? weight, Tensor? w, "
+    f"Tensor? v, Tensor? running_mean, Tensor? running_var, Tensor? residual, {_PLAN}, str activation, bool need_dx) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+}
+
+
+def _moments(x: Tensor, channel_dim: int) -> Tensor:
+    from lightning_norm.kernels import launch
+
+    return launch.moments(x, channel_dim)
+
+
+def _sums(dy: Tensor, x: Tensor, coef: Tensor, channel_dim: int) -> Tensor:
+    from lightning_norm.kernels import launch
+
+    return launch.sums(dy, x, coef, channel_dim)
+
+
+def _apply(x: Tensor, coef: Tensor, channel_dim: int, activation: str, residual: Tensor | None) -> Tensor:
+    from lightning_norm.kernels import launch
+
+    return launch.apply(x, coef, channel_dim, activation, residual)
+
+
+def _combine(dy: Tensor, x: Tensor, coef: Tensor, line: Tensor | None, channel_dim: int) -> Tensor:
+    from lightning_norm.kernels import launch
+
+    return launch.combine(dy, x, coef, line, channel_dim)[0]
+
+
+def _coefficients(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    w: Tensor | None,
+    v: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    skipped: Tensor | None,
+    momentum: Tensor | None,
+    channel_dim: int,
+    plan: list[int],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from lightning_norm.kernels.launch_algebra import Plan, coefficients
+
+    running = (running_mean, running_var, tracked, skipped, momentum)
+    own, batch, layer, coef = coefficients(x, weight, bias, w, v, running, channel_dim, Plan(*plan), eps)
+    return own, batch, layer, coef
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    own: Tensor,
+    batch: Tensor,
+    layer: Tensor,
+    coef: Tensor,
+    weight: Tensor | None,
+    w: Tensor | None,
+    v: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    channel_dim: int,
+    plan: list[int],
+    eps: float,
+    activation: str,
+    need_dx: bool,
+) -> tuple[Tensor, ...]:
+    from lightning_norm.kernels.launch_algebra import Plan, gradients
+
+    stats, running = (own, batch, layer, coef), (running_mean, running_var)
+    return gradients(
+        dy, x, stats, weight, w, v, running, residual, channel_dim, Plan(*plan), eps, activation, need_dx
+    )  # fmt: skip
+
+
+def _numbers(x: Tensor, channel_dim: int, *lead: int) -> Tensor:
+    return x.new_empty((*lead, x.shape[0], x.shape[channel_dim]), dtype=torch.float32)
+
+
+def _fake_coefficients(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channel_dim, plan, _ = args[-3:]
+    coef = _numbers(x, channel_dim, 3)
+    own = torch.empty_like(coef) if plan[0] else coef.new_empty(0)
+    batch = coef.new_empty(3, x.shape[channel_dim]) if plan[0] and plan[3] >= 0 and not plan[7] else coef.new_empty(0)
+    layer = coef.new_empty(3, x.shape[0], plan[9]) if plan[0] and plan[2] >= 0 else coef.new_empty(0)
+    return own, batch, layer, coef
+
+
+def _fake_gradients(dy: Tensor, x: Tensor, own: Tensor, batch: Tensor, layer: Tensor, coef: Tensor, *args: Any) -> Any:
+    residual, channel_dim, plan, _, _, need_dx = args[-6:]
+    c = x.shape[channel_dim]
+    dx = torch.empty_like(x) if need_dx or residual is not None else coef.new_empty(0)
+    dresidual = coef.new_empty(0) if residual is None else torch.empty_like(x)
+    dw, dv = coef.new_empty(c if plan[6] else plan[4]), coef.new_empty(plan[4])
+    return dx, coef.new_empty(c), coef.new_empty(c), dw, dv, dresidual
+
+
+_REAL: dict[str, Callable[..., Any]] = {
+    "moments": _moments,
+    "sums": _sums,
+    "apply": _apply,
+    "combine": _combine,
+    "coefficients": _coefficients,
+    "coefficients_and_track": _coefficients,
+    "gradients": _gradients,
+}
+_FAKE: dict[str, Callable[..., Any]] = {
+    "moments": lambda x, channel_dim: _numbers(x, channel_dim, 3),
+    "sums": lambda dy, x, coef, channel_dim: _numbers(x, channel_dim, 2),
+    "apply": lambda x, *args: torch.empty_like(x),
+    "combine": lambda dy, x, *args: torch.empty_like(x),
+    "coefficients": _fake_coefficients,
+    "coefficients_and_track": _fake_coefficients,
+    "gradients": _fake_gradients,
+}
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _key in ("CUDA", "CPU"):
+        _library.impl(_name, _REAL[_name], _key)
+    torch.library.register_fake(f"lightning_norm::{_name}", _FAKE[_name], lib=_library)

@@ -1,0 +1,158 @@
+"""Algebras that the kernels hold themselves: forward in at most four launches, backward in at most four.
+
+A normalizer describes its equations as a :class:`Recipe`; the kernels compute the same as its readable ``algebra``, and
+move its running statistics in the same launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_norm.ops import primitives as primitives
+from lightning_norm.ops.layout import Layout
+
+ops = torch.ops.lightning_norm
+DOUBLE = "the Triton kernels have no second derivative: swap(..., backend='eager'), or layer.backend = 'eager'."
+
+
+@dataclass(frozen=True)
+class Running:
+    """Running statistics, and whether they stand in for the batch's.
+
+    Args:
+        mean: (C,).
+        var: (C,).
+        tracked: number of updates, 0-dim.
+        skipped: number of updates left out, 0-dim.
+        momentum: 0-dim; ``None`` for the average of all batches.
+        frozen: evaluate on them, do not move them.
+    """
+
+    mean: Tensor
+    var: Tensor
+    tracked: Tensor
+    skipped: Tensor
+    momentum: Tensor | None
+    frozen: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Equations the kernels know.
+
+    Args:
+        statistics: which take part, in the order of ``w`` and ``v``: "in", "ln", "bn". "ln" is per group.
+        eps: inside the root.
+        weight: gamma, (C,).
+        bias: beta, (C,).
+        w: weights of the means, one per statistic, or iota (C,) with ``outputs``.
+        v: weights of the variances.
+        softmax: w and v are logits.
+        outputs: mix the batch- and the layer-normalized output by w, not statistics.
+        groups: of "ln".
+        correction: 1 for unbiased variances within each sample.
+        running: running statistics of "bn".
+    """
+
+    statistics: tuple[str, ...]
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+    w: Tensor | None = None
+    v: Tensor | None = None
+    softmax: bool = False
+    outputs: bool = False
+    groups: int = 1
+    correction: int = 0
+    running: Running | None = None
+
+    def plan(self) -> list[int]:
+        """Return the fields of ``kernels.launch_algebra.Plan``."""
+        at = [self.statistics.index(s) if s in self.statistics else -1 for s in ("in", "ln", "bn")]
+        frozen = self.running is not None and self.running.frozen
+        track = 0
+        if self.running is not None and not frozen:
+            track = 2 if self.running.momentum is None else 1
+        k = len(self.statistics) if self.w is not None and not self.outputs else 0
+        own = not (frozen and self.statistics == ("bn",))
+        return [
+            int(own),
+            *at,
+            k,
+            int(self.softmax),
+            int(self.outputs),
+            int(frozen),
+            track,
+            self.groups,
+            self.correction,
+        ]
+
+
+def normalize_by(
+    x: Tensor, recipe: Recipe, layout: Layout, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """Return act(normalized x + residual), on the kernels."""
+    plan, r = recipe.plan(), recipe.running
+    held = (recipe.weight, recipe.bias, recipe.w, recipe.v)
+    buffers = (None,) * 5 if r is None else (r.mean, r.var, r.tracked, r.skipped, r.momentum)
+    coefficients = ops.coefficients_and_track if plan[8] else ops.coefficients
+    stats = coefficients(x.detach(), *map(_detached, held), *buffers, layout.channel_dim, plan, recipe.eps)
+    running = (r.mean, r.var) if r is not None and r.frozen else (None, None)
+    y: Tensor = _Fused.apply(
+        x, *held, residual, *stats, *running, layout.channel_dim, plan, recipe.eps, activation
+    )  # fmt: skip
+    return y
+
+
+class _Fused(torch.autograd.Function):
+    """y from x and its coefficients; all gradients at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        w: Tensor | None,
+        v: Tensor | None,
+        residual: Tensor | None,
+        own: Tensor,
+        batch: Tensor,
+        layer: Tensor,
+        coef: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        channel_dim: int,
+        plan: list[int],
+        eps: float,
+        activation: str,
+    ) -> Tensor:
+        kept = residual if activation != "none" else None  # without an activation its gradient is dy
+        ctx.save_for_backward(x, weight, bias, w, v, kept, own, batch, layer, coef, mean, var)
+        ctx.channel_dim, ctx.plan, ctx.eps, ctx.activation = channel_dim, plan, eps, activation
+        y: Tensor = ops.apply(x, coef, channel_dim, activation, residual)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(DOUBLE)
+        (dy,) = grads
+        x, weight, bias, w, v, kept, *stats, mean, var = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        dx, *rest, dresidual = ops.gradients(
+            dy, x, *stats, weight, w, v, mean, var, kept, ctx.channel_dim, ctx.plan, ctx.eps, ctx.activation, need[0]
+        )
+        given = (weight, bias, w, v)
+        held = [g.to(t.dtype) if n and t is not None else None for g, t, n in zip(rest, given, need[1:5], strict=True)]
+        if need[5] and kept is None:
+            dresidual = dy
+        return (dx if need[0] else None, *held, dresidual if need[5] else None, *(None,) * 10)
+
+
+def _detached(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()

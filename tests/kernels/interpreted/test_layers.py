@@ -1,0 +1,216 @@
+"""Whole layers on the kernels against the readable algebra in float64, and how many launches they take."""
+
+import copy
+
+import pytest
+import torch
+
+import lightning_norm
+from lightning_norm import Affine, BatchNorm, SwitchableNorm, normalize
+from lightning_norm.kernels import algebra, algebra_vjp, elementwise, reductions
+from lightning_norm.ops import recipe
+from lightning_norm.testing.kit import REGISTRY, features, noise, statistics, step
+
+RECIPES = [
+    ("bn", {}),
+    ("bn", {"affine": False, "momentum": None}),
+    ("in", {}),
+    ("ln", {}),
+    ("gn", {"groups": 3}),
+    ("sn", {}),
+    ("sn", {"choices": ("bn", "gn"), "groups": 2, "correction": 1}),
+    ("sn", {"choices": ("ln", "in"), "affine": False}),
+    ("sn", {"sparse": True, "radius": 0.3}),
+    ("bcn", {}),
+    ("bcn", {"constraint": "clamp", "affine": False}),
+]
+
+
+def pair(key, arguments, train=True, offset=0.0):
+    """A layer on the kernels and the same in float64 on plain PyTorch, everything moved from its start."""
+    layer = lightning_norm.create(key, 6, **arguments)
+    with torch.no_grad():
+        for i, p in enumerate(layer.parameters()):
+            p.add_(0.2 * noise(*p.shape, seed=300 + i))
+        if layer.track_running_stats:
+            layer.running_mean.add_(noise(6, seed=5) + offset)
+            layer.running_var.add_(noise(6, seed=6).abs())
+    layer.train(train)
+    ours, exact = layer, copy.deepcopy(layer).double()
+    ours.backend, exact.backend = "triton", "eager"
+    return ours, exact
+
+
+def compare(ours, exact, x, dy, tolerance=2e-6):
+    a, b = step(ours, x, dy), step(exact, x.double(), dy.double())
+    got = {"y": a.y, "dx": a.dx, **a.grads, **statistics(ours)}
+    want = {"y": b.y, "dx": b.dx, **b.grads, **statistics(exact)}
+    assert got.keys() == want.keys()
+    for name, t in want.items():
+        error = (got[name].double() - t.double()).norm() / t.double().norm().clamp_min(0.1)
+        assert error < tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("key", "arguments"), RECIPES, ids=str)
+def test_recipe_equals_algebra(key, arguments, train):
+    compare(*pair(key, arguments, train), features(4, 6, 5, 3), noise(4, 6, 5, 3, seed=7))
+
+
+@pytest.mark.parametrize(("key", "offset"), [("sn", 1000.0), ("bcn", 1000.0), ("bn", 1000.0)])
+def test_large_offsets(key, offset):
+    compare(*pair(key, {}, offset=offset), features(4, 6, 5, 3) + offset, noise(4, 6, 5, 3, seed=7))
+
+
+@pytest.mark.parametrize("key", ["sn", "bcn"])
+def test_channels_last(key):
+    x = features(4, 6, 5, 4).contiguous(memory_format=torch.channels_last)
+    ours, exact = pair(key, {})
+    compare(ours, exact, x, noise(4, 6, 5, 4, seed=7))
+    assert ours(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_parts_are_joined_inside():
+    x, dy = features(2, 6, 70, 61)[:, :1].contiguous(), noise(2, 1, 70, 61, seed=7)
+    layer = SwitchableNorm(1)
+    exact = copy.deepcopy(layer).double()
+    layer.backend = "triton"
+    compare(layer, exact, x, dy, 5e-6)
+
+
+def test_many_channels_and_samples():
+    """More than one block in each direction of (N, C)."""
+    x, dy = features(40, 70), noise(40, 70, seed=7)
+    layer = lightning_norm.create("bcn", 70)
+    torch.nn.init.uniform_(layer.iota)
+    exact = copy.deepcopy(layer).double()
+    layer.backend = "triton"
+    compare(layer, exact, x, dy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half(dtype):
+    ours, exact = pair("sn", {})
+    compare(ours, exact, features(4, 6, 5, 3).to(dtype), noise(4, 6, 5, 3, seed=7).to(dtype), 2.0**-7)
+
+
+def test_autocast():
+    ours, exact = pair("sn", {})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compare(ours, exact, features(4, 6, 5, 3), noise(4, 6, 5, 3, seed=7))
+
+
+def test_nan_does_not_reach_the_running_statistics():
+    layer = BatchNorm(6)
+    layer.backend = "triton"
+    x = features(4, 6, 5, 3)
+    layer(x)
+    before = statistics(layer)
+    x[1, 2, 3, 1] = float("inf")
+    assert layer(x).isnan().any()
+    after = statistics(layer)
+    assert after.pop("skipped_updates") == before.pop("skipped_updates") + 1
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def count_launches(monkeypatch):
+    launched = []
+    for module in (algebra, algebra_vjp, elementwise, reductions):
+        for name, function in vars(module).items():
+            if hasattr(function, "run") and hasattr(function, "fn"):
+                real = type(function).run
+
+                def run(self, *args, real=real, **kwargs):
+                    launched.append(self.fn.__name__)
+                    return real(self, *args, **kwargs)
+
+        break
+    monkeypatch.setattr(type(function), "run", run)
+    return launched
+
+
+@pytest.mark.parametrize(("key", "forward"), [("bn", 4), ("in", 3), ("ln", 4), ("sn", 4), ("bcn", 4)])
+def test_launches(key, forward, monkeypatch):
+    """At most 4 kernels forward and 5 backward, running statistics and every gradient included, and nothing else."""
+    layer = lightning_norm.create(key, 6)
+    layer.backend = "triton"
+    x = features(4, 6, 5, 3).requires_grad_()
+    launched = count_launches(monkeypatch)
+    y = layer(x)
+    assert len(launched) == forward, launched
+    launched.clear()
+    torch.autograd.grad(y, [x, *layer.parameters()], noise(4, 6, 5, 3, seed=7))
+    assert launched == (["sums_rows", "vjp_pool", "vjp_mix", "combine_flat"])
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "none"])
+@pytest.mark.parametrize("fused", [True, False], ids=["recipe", "algebra"])
+def test_activation_and_residual(activation, fused):
+    x, r, dy = features(4, 6, 5, 3), noise(4, 6, 5, 3, seed=9), noise(4, 6, 5, 3, seed=7)
+    layer = BatchNorm(6)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("eager", torch.float64)):
+        a, b = (t.to(dtype).requires_grad_() for t in (x, r))
+        how = {"recipe": layer.recipe} if fused and backend == "triton" else {}
+        y = normalize(a, layer.algebra, backend=backend, activation=activation, residual=b, **how)
+        results.append((y, *torch.autograd.grad(y, (a, b), dy.to(dtype))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6)
+
+
+def test_a_users_algebra_runs_on_the_passes():
+    def f(x, g, backend):
+        return normalize(x, lambda m: Affine(m.mean, g * (m.over_batch().var + m.var).rsqrt(), g), backend=backend)
+
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("eager", torch.float64)):
+        x = (features(4, 6, 5, 3) + 1000).to(dtype).requires_grad_()
+        g = noise(6, seed=3).to(dtype).requires_grad_()
+        y = f(x, g, backend)
+        results.append((y, *torch.autograd.grad(y, (x, g), noise(4, 6, 5, 3, seed=7).to(dtype))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6)
+
+
+class Halved(BatchNorm):
+    """Changes the equations and says nothing to the kernels."""
+
+    key = ""
+
+    def algebra(self, m):
+        a = super().algebra(m)
+        return Affine(a.center, a.scale / 2, a.shift)
+
+
+def test_a_subclass_with_other_equations_is_not_given_the_recipe():
+    x = features(4, 6, 5, 3)
+    layer = Halved(6)
+    layer.backend = "triton"
+    torch.testing.assert_close(layer(x), BatchNorm(6)(x) / 2)
+
+
+def test_second_derivatives_name_the_way_out():
+    layer = BatchNorm(6)
+    layer.backend = "triton"
+    x = features(4, 6, 5, 3).requires_grad_()
+    with pytest.raises(RuntimeError, match="backend='eager'"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    assert "second derivative" in recipe.DOUBLE
+
+
+def test_checkpointing_and_deepcopy():
+    layer = copy.deepcopy(pair("sn", {})[0])
+    x = features(4, 6, 5, 3).requires_grad_()
+    plain = torch.autograd.grad(layer(x).square().sum(), x)[0]
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], plain)
+
+
+@pytest.mark.parametrize("key", ["bn", "sn"])
+@pytest.mark.parametrize("check", ["as_precise_as_torch", "gradient_of_weight_as_precise_as_torchs"])
+def test_conformance_of_precision(check, key, monkeypatch):
+    """No farther from float64 than nn.BatchNorm2d at mean/std of 0, 100 and 1000."""
+    from lightning_norm.ops import backend, fused
+
+    monkeypatch.setattr(fused, "on_kernels", lambda x, layout, _: backend.obstacle(x, layout) is None)
+    REGISTRY[check](lambda c, **more: lightning_norm.create(key, c, **more))

@@ -1,0 +1,23 @@
+"""The kernels on the CPU, interpreted: each file of interpreted/ in a pytest process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_interpreted(file):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--color=no", str(file)]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout.splitlines()[-1]
