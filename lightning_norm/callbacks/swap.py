@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -24,13 +21,12 @@ from lightning_norm.callbacks.checkpoint import (
 from lightning_norm.callbacks.context import check_contexts
 from lightning_norm.callbacks.groups import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.optimizers import add_missing, check_owned, optimizers_in
+from lightning_norm.callbacks.plan import read_plan
 from lightning_norm.callbacks.wrap import WrappedMethods
 from lightning_norm.errors import ParameterGrowthWarning
 from lightning_norm.normalizers.registry import resolve
 from lightning_norm.ops.compiled import on_compile
 from lightning_norm.ops.sync import gather
-from lightning_norm.surgery.checkpoint import manifest_in, rules_of
-from lightning_norm.surgery.files import read_checkpoint
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.select import Site
 from lightning_norm.surgery.swap import judge, try_swap
@@ -103,7 +99,7 @@ class NormSwap(Callback):
                     "NormSwap: plan says all there is to say: leave out norm, norm_args, include, exclude, source, "
                     "rules."
                 )
-            rules, source = _read_plan(plan)
+            rules, source = read_plan(plan)
         elif norm is None and not rules:
             raise ValueError("NormSwap needs norm='sn' (say), rules={'layer1.*': 'sn', ...} or plan='plan.yaml'.")
         for spec in [norm, *(rules or {}).values()]:
@@ -275,29 +271,3 @@ class NormSwap(Callback):
                     "network as it was before "
                     "the swap. Put NormSwap first."
                 )
-
-
-def _read_plan(path: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the rules that a plan file or a checkpoint holds, and the names of the classes that it was made for."""
-    import yaml
-
-    if zipfile.is_zipfile(path):
-        manifest = manifest_in(read_checkpoint(path, "meta"))
-        if manifest is None:
-            raise ValueError(f"the checkpoint {path!r} is of a network that was not swapped. Type norm='sn' (say).")
-        return rules_of(manifest)
-    try:
-        rows = yaml.safe_load(Path(path).read_text())["layers"]
-        rules = {re.escape(row["name"]): row["norm"] for row in rows}
-        sources = list(dict.fromkeys(row["source"] for row in rows))
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"cannot read the plan {path!r}: {type(error).__name__} {error}. Expected the file that `lightning-norm "
-            "plan --save` writes."
-        ) from error
-    if all(norm is None for norm in rules.values()):
-        raise ValueError(
-            f"the plan {path!r} swaps no layer: it has {len(rules)} rows under layers, none with a norm. Type "
-            "norm: {class_path: sn} in a row, or leave out NormSwap."
-        )
-    return rules, sources

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.cli.bench_naive import recoded
+from lightning_norm.cli.bench_naive import CONTEXTS, FORMULAS, Naive, contexts_of
 from lightning_norm.cli.bench_report import rows_of, save, table
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.contexts import assign, context_layers
@@ -25,98 +25,6 @@ EXAMPLE = "lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json
 ARGUMENTS: dict[str, dict[str, Any]] = {"ubn": {"threshold": 1.0}}
 """What a contender is built with: ubn measures the condensation of every batch."""
 Run = Callable[[], Any]
-CONTEXTS = 3
-"""Of cn, given in turn to the samples of the batch."""
-
-
-class Naive(nn.Module):
-    """A formula written as published: one full reduction of the whole tensor per statistic.
-
-    Args:
-        key: one of ``KEYS``.
-        num_features: C.
-    """
-
-    dropout: float
-    KEYS = ("bn", "in", "ln", "sn", "bcn", "dbn", "rbn", "ubn", "afn", "asr", "cn")
-
-    def __init__(self, key: str, num_features: int) -> None:
-        super().__init__()
-        self.key = key
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        if key == "sn":
-            self.mean_weight, self.var_weight = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-        if key == "bcn":
-            self.iota = nn.Parameter(torch.ones(num_features))
-        for name in {"rbn": ("center", "scale"), "ubn": ("center", "scale", "affine")}.get(key, ()):
-            self.register_parameter(name, nn.Parameter(torch.zeros(num_features)))
-        self.dropout = 0.3 if key == "afn" else 0.0
-        if key in ("afn", "asr"):
-            for name, parameter in create(key, num_features).named_parameters():
-                self.register_parameter(name, parameter)
-        if key == "cn":
-            self.weight = nn.Parameter(torch.ones(CONTEXTS, num_features))
-            self.bias = nn.Parameter(torch.zeros(CONTEXTS, num_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x, (N, C, *), by the statistics of this batch."""
-        if self.key in ("dbn", "rbn", "ubn"):
-            return self._running(x)
-        space = tuple(range(2, x.dim()))
-        wide = (1, -1) + (1,) * len(space)
-        if self.key == "cn":
-            return self._by_context(x, (0, *space), wide)
-        axes = {"in": space or (1,), "ln": (1, *space), "bn": (0, *space)}
-        mixed = {"sn": ("in", "ln", "bn"), "bcn": ("bn", "ln"), "afn": ("bn",), "asr": ("in",)}
-        needed = mixed.get(self.key, (self.key,))
-        mean = {k: x.mean(axes[k], keepdim=True) for k in needed}
-        var = {k: x.var(axes[k], keepdim=True, correction=0) for k in needed}
-        if self.key in ("afn", "asr"):
-            return recoded(x, mean[needed[0]], var[needed[0]], dict(self.named_parameters()), self.dropout)
-        if self.key == "bcn":
-            iota = self.iota.view(wide)
-            parts = {k: (x - mean[k]) / torch.sqrt(var[k] + 1e-5) for k in needed}
-            y = iota * parts["bn"] + (1 - iota) * parts["ln"]
-        else:
-            w, v = [1.0], [1.0]
-            if self.key == "sn":
-                w, v = list(torch.softmax(self.mean_weight, 0)), list(torch.softmax(self.var_weight, 0))
-            zero = x.new_zeros(())
-            center = sum((a * mean[k] for a, k in zip(w, needed, strict=True)), zero)
-            spread = sum((a * var[k] for a, k in zip(v, needed, strict=True)), zero)
-            y = (x - center) / torch.sqrt(spread + 1e-5)
-        return y * self.weight.view(wide) + self.bias.view(wide)
-
-    def _running(self, x: Tensor) -> Tensor:
-        """Return what dbn (a first batch), rbn and ubn (not condensed) do to x."""
-        space = tuple(range(2, x.dim()))
-        wide = (1, -1) + (1,) * len(space)
-        gamma: Tensor = self.weight.view(wide)
-        if self.key == "dbn":
-            mean, std = x.mean((0, *space), keepdim=True), x.std((0, *space), keepdim=True, correction=0)
-            return (x - mean) / (std + 1e-5) * gamma + self.bias.view(wide)
-        unit = {start: torch.sigmoid(torch.tensor(start)) for start in (1.0, -1.0)}
-        if self.key == "ubn":
-            u = nn.functional.normalize(x.detach().flatten(1), dim=1)
-            condensed = (u @ u.t()).mean() > 1.0
-            k = x.mean(space, keepdim=True)
-            gamma = gamma * torch.sigmoid(self.affine.view(wide) * k - 1) / unit[-1.0] * (~condensed)
-        x = x + self.center.view(wide) * x.mean(space, keepdim=True)
-        mean, var = x.mean((0, *space), keepdim=True), x.var((0, *space), keepdim=True, correction=0)
-        x = (x - mean) / torch.sqrt(var + 1e-5)
-        gate = torch.sigmoid(self.scale.view(wide) * x.mean(space, keepdim=True) + 1) / unit[1.0]
-        return x * gate * gamma + self.bias.view(wide)
-
-    def _by_context(self, x: Tensor, axes: tuple[int, ...], wide: tuple[int, ...]) -> Tensor:
-        y, ids = torch.zeros_like(x), contexts_of(x).view(-1, *(1,) * (x.dim() - 1))
-        for k in range(CONTEXTS):
-            own = (ids == k).to(x.dtype)
-            n = own.sum() * (x[0, 0].numel())
-            mean = (own * x).sum(axes, keepdim=True) / n
-            var = (own * (x - mean).square()).sum(axes, keepdim=True) / n
-            y = y + own * ((x - mean) / torch.sqrt(var + 1e-5) * self.weight[k].view(wide) + self.bias[k].view(wide))
-        return y
 
 
 def run(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -192,10 +100,10 @@ def contenders(
             layer = ready(key, shape, device)
             layer.compile()
             yield f"{key} compiled", layer
-        if key in Naive.KEYS and len(shape) > 2:
-            yield f"{key} naive", Naive(key, c).to(device)
+        if key in FORMULAS and len(shape) > 2:
+            yield f"{key} naive", Naive(ready(key, shape, device))
             if compiled:
-                naive = Naive(key, c).to(device)
+                naive = Naive(ready(key, shape, device))
                 naive.compile(dynamic=False)
                 yield f"{key} naive compiled", naive
 
@@ -209,11 +117,6 @@ def ready(key: str, shape: tuple[int, ...], device: str) -> Normalizer:
     return layer
 
 
-def contexts_of(x: Tensor) -> Tensor:
-    """Return the context of each sample of the benchmark, (N,)."""
-    return torch.arange(x.shape[0], device=x.device) % CONTEXTS
-
-
 def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
     """Compare a layer's output and input gradient with the naive formula in float64.
 
@@ -221,21 +124,21 @@ def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
         ArithmeticError: they differ by more than 1e-4 of their norm.
     """
     key = name.split()[0].replace("torch", "bn")
-    if key not in Naive.KEYS or x.dim() == 2:
+    if key not in FORMULAS or x.dim() == 2:
         return
-    truth = Naive(key, x.shape[1]).double().to(x.device)
-    truth.load_state_dict(dict(layer.named_parameters()), strict=False)  # what starts at random
+    truth = Naive(ready(key, tuple(x.shape), x.device.type)).double()
+    truth.load_state_dict(dict(layer.named_parameters()))  # what starts at random
     held = getattr(layer, "dropout", None)
-    for each in (truth, layer):
-        if hasattr(each, "dropout"):
-            each.dropout = 0.0
+    truth.dropout = 0.0
+    if held is not None:
+        setattr(layer, "dropout", 0.0)  # noqa: B010  a property of some layers
     wide = x.detach().double().requires_grad_()
     want = truth(wide)
     (want_dx,) = torch.autograd.grad(want, wide, dy.double())
     got = layer(x)
     (got_dx,) = torch.autograd.grad(got, x, dy)
     if held is not None:
-        layer.dropout = held
+        setattr(layer, "dropout", held)  # noqa: B010
     for what, a, b in (("output", got, want), ("input gradient", got_dx, want_dx)):
         error = ((a - b).norm() / b.norm()).item()
         if not error < 1e-4:

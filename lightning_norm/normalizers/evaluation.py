@@ -70,7 +70,7 @@ def per_channel(affine: Affine, channels: int) -> Affine:
     >>> affine.scale.shape, affine.shift.dtype
     (torch.Size([3]), torch.float64)
     """
-    fields = (t.detach().double().reshape(channels) for t in affine.expand(1, channels))
+    fields = (t.detach().double().expand(1, channels).squeeze(0) for t in affine.fields(1, channels))
     return Affine(*fields)
 
 

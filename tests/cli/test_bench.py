@@ -27,7 +27,8 @@ def test_eager_run_prints_a_table_and_writes_data_and_picture(tmp_path, capsys):
 def test_a_naive_formula_starts_from_the_layers_random_values():
     rows = bench.run(["--shapes", "8x6x5x5", "--norms", "afn,asr", "--repeats", "2", "--no-compile"])
     assert {r["name"] for r in rows} == {"torch", "afn", "afn naive", "asr", "asr naive"}
-    layer, naive = lightning_norm.create("afn", 6), bench.Naive("afn", 6)
+    layer = lightning_norm.create("afn", 6)
+    naive = bench.Naive(layer)
     x = torch.randn(8, 6, 5, 5)
     x.requires_grad_()
     for each in (layer, naive):
