@@ -7,7 +7,6 @@ rebuilds each of those and would erase ours.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_norm.normalizers.evaluation import Evaluation
 from lightning_norm.normalizers.origin import Origin
+from lightning_norm.normalizers.paper import Paper as Paper
 from lightning_norm.normalizers.recipes import same_equations
 from lightning_norm.normalizers.running import RunningStats
 from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
@@ -26,26 +26,6 @@ from lightning_norm.ops.recipe import Recipe
 from lightning_norm.ops.sync import active_ranks
 
 BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-@dataclass(frozen=True)
-class Paper:
-    """Where a method comes from.
-
-    Args:
-        authors: first author "et al.".
-        year: of publication.
-        title: of the paper.
-        where: arXiv id, or journal.
-    """
-
-    authors: str
-    year: int
-    title: str
-    where: str
-
-    def __str__(self) -> str:
-        return f"{self.authors} {self.year}, {self.where}"
 
 
 class Normalizer(Evaluation, Origin, ScheduledValues, RunningStats):
