@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.cli.bench_formulas import FORMULAS, ZEROS
 from lightning_norm.cli.bench_report import rows_of, save, table
 from lightning_norm.normalizers.registry import create, normalizers
 
@@ -28,11 +29,11 @@ class Naive(nn.Module):
     """A formula written as published: one full reduction of the whole tensor per statistic.
 
     Args:
-        key: "bn", "in", "ln", "sn", "bcn", "dbn", "rbn" or "ubn".
+        key: "bn", "in", "ln", "sn", "bcn", or one of ``bench_formulas``.
         num_features: C.
     """
 
-    KEYS = ("bn", "in", "ln", "sn", "bcn", "dbn", "rbn", "ubn")
+    KEYS = ("bn", "in", "ln", "sn", "bcn", *FORMULAS)
 
     def __init__(self, key: str, num_features: int) -> None:
         super().__init__()
@@ -43,13 +44,13 @@ class Naive(nn.Module):
             self.mean_weight, self.var_weight = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
         if key == "bcn":
             self.iota = nn.Parameter(torch.ones(num_features))
-        for name in {"rbn": ("center", "scale"), "ubn": ("center", "scale", "affine")}.get(key, ()):
+        for name in ZEROS.get(key, ()):
             self.register_parameter(name, nn.Parameter(torch.zeros(num_features)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (N, C, *), by the statistics of this batch."""
-        if self.key in ("dbn", "rbn", "ubn"):
-            return self._running(x)
+        if self.key in FORMULAS:
+            return FORMULAS[self.key](x, dict(self.named_parameters()))
         space = tuple(range(2, x.dim()))
         wide = (1, -1) + (1,) * len(space)
         axes = {"in": space or (1,), "ln": (1, *space), "bn": (0, *space)}
@@ -69,26 +70,6 @@ class Naive(nn.Module):
             spread = sum((a * var[k] for a, k in zip(v, needed, strict=True)), zero)
             y = (x - center) / torch.sqrt(spread + 1e-5)
         return y * self.weight.view(wide) + self.bias.view(wide)
-
-    def _running(self, x: Tensor) -> Tensor:
-        """Return what dbn (a first batch), rbn and ubn (not condensed) do to x."""
-        space = tuple(range(2, x.dim()))
-        wide = (1, -1) + (1,) * len(space)
-        gamma: Tensor = self.weight.view(wide)
-        if self.key == "dbn":
-            mean, std = x.mean((0, *space), keepdim=True), x.std((0, *space), keepdim=True, correction=0)
-            return (x - mean) / (std + 1e-5) * gamma + self.bias.view(wide)
-        unit = {start: torch.sigmoid(torch.tensor(start)) for start in (1.0, -1.0)}
-        if self.key == "ubn":
-            u = nn.functional.normalize(x.detach().flatten(1), dim=1)
-            condensed = (u @ u.t()).mean() > 1.0
-            k = x.mean(space, keepdim=True)
-            gamma = gamma * torch.sigmoid(self.affine.view(wide) * k - 1) / unit[-1.0] * (~condensed)
-        x = x + self.center.view(wide) * x.mean(space, keepdim=True)
-        mean, var = x.mean((0, *space), keepdim=True), x.var((0, *space), keepdim=True, correction=0)
-        x = (x - mean) / torch.sqrt(var + 1e-5)
-        gate = torch.sigmoid(self.scale.view(wide) * x.mean(space, keepdim=True) + 1) / unit[1.0]
-        return x * gate * gamma + self.bias.view(wide)
 
 
 def run(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
