@@ -45,7 +45,9 @@ class RepresentativeBatchNorm(MomentNorm):
     """
 
     key = "rbn"
-    paper = Paper("Gao et al.", 2021, "Representative Batch Normalization with Feature Calibration", "CVPR 2021")
+    paper = Paper(
+        "Gao et al.", 2021, "Representative Batch Normalization with Feature Calibration", "CVPR 2021, 8669-8679"
+    )
     learns: ClassVar[dict[str, str]] = {"center_weight": "C", "scale_weight": "C", "scale_bias": "C"}
     shows: ClassVar[tuple[str, ...]] = ("rectify", "gate_init")
     preserves_eval: ClassVar[bool] = True

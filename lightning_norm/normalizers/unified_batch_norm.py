@@ -62,7 +62,13 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
     """
 
     key = "ubn"
-    paper = Paper("Wang et al.", 2023, "Unified Batch Normalization", "arXiv 2311.15993")
+    paper = Paper(
+        "Wang et al.",
+        2023,
+        "Unified Batch Normalization: Identifying and Alleviating the Feature Condensation in Batch Normalization and a "
+        "Unified Framework",
+        "arXiv 2311.15993",
+    )
     learns: ClassVar[dict[str, str]] = {**RepresentativeBatchNorm.learns, "affine_weight": "C", "affine_bias": "C"}
     shows: ClassVar[tuple[str, ...]] = ("threshold", "mode", "min_updates", "max_skip", "rectify", "gate_init")
     starts: ClassVar[dict[str, dict[str, float]]] = {
