@@ -106,9 +106,8 @@ def test_groups_of_their_own_follow_the_schedule_and_a_resume(scheduler, tmp_pat
         [s * one.param_groups[0]["lr"] for s in (1, 1, 0.1)]
     )
 
-    cut = config_file(
-        tmp_path, swap, scheduler=scheduler, max_epochs=2, enable_checkpointing=True, default_root_dir=str(tmp_path)
-    )
+    folder = {"enable_checkpointing": True, "default_root_dir": str(tmp_path / "cut")}
+    cut = config_file(tmp_path, swap, scheduler=scheduler, max_epochs=2, **folder)
     first = NormCLI(["fit", "--config", cut], save_config_callback=None)
     saved = first.trainer.checkpoint_callback.best_model_path
     path = config_file(tmp_path, swap, scheduler=scheduler, max_epochs=3)
