@@ -9,6 +9,7 @@ from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
 from lightning_norm.errors import CompileWarning as CompileWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
+from lightning_norm.normalizers import BNET as BNET
 from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers import BatchNorm as BatchNorm
 from lightning_norm.normalizers import GroupNorm as GroupNorm

@@ -5,6 +5,7 @@ from lightning_norm.normalizers.base import Normalizer as Normalizer
 from lightning_norm.normalizers.base import Paper as Paper
 from lightning_norm.normalizers.batch_channel_norm import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers.batch_norm import BatchNorm as BatchNorm
+from lightning_norm.normalizers.bnet import BNET as BNET
 from lightning_norm.normalizers.group_norm import GroupNorm as GroupNorm
 from lightning_norm.normalizers.group_norm import LayerNorm as LayerNorm
 from lightning_norm.normalizers.instance_norm import InstanceNorm as InstanceNorm

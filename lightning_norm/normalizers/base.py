@@ -183,6 +183,10 @@ class MomentNorm(Normalizer):
         """Return the algebra for this input: a method that looks at more than the moments of x binds it here."""
         return self.algebra
 
+    def recovery(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return kernel and bias of the depthwise convolution that follows, ``None`` for none."""
+        return None
+
     def standardize(self, mean: Tensor, var: Tensor) -> Affine:
         r"""Return the Affine of :math:`\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta`."""
         scale = (var + self.eps).rsqrt()
@@ -290,4 +294,5 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
             "channel. Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
         )
     given = None if of_input or layer.per_sample else layer.running()
-    return normalize(x, layer.algebra_of(x, layout), layout=layout, given=given, ranks=ranks)
+    algebra, recovery = layer.algebra_of(x, layout), layer.recovery()
+    return normalize(x, algebra, layout=layout, given=given, ranks=ranks, recovery=recovery)
