@@ -14,6 +14,7 @@ from lightning_norm.errors import CompileWarning as CompileWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
 from lightning_norm.errors import ParameterGrowthWarning as ParameterGrowthWarning
+from lightning_norm.normalizers import BNET as BNET
 from lightning_norm.normalizers import AdaptiveFusionNorm as AdaptiveFusionNorm
 from lightning_norm.normalizers import ASRNorm as ASRNorm
 from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm

@@ -19,6 +19,7 @@ from lightning_norm.callbacks.checkpoint import (
     write_manifest,
 )
 from lightning_norm.callbacks.context import check_contexts
+from lightning_norm.callbacks.freeze import KernelFreeze
 from lightning_norm.callbacks.groups import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.optimizers import add_missing, check_owned, optimizers_in
 from lightning_norm.callbacks.plan import read_plan
@@ -44,7 +45,7 @@ class NormSwap(Callback):
             ``rules`` or ``plan``.
         norm_args: arguments of ``norm``.
         include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their
-            ends.
+            ends, and "last_of_block" is the last one of each residual block of a ResNet.
         exclude: which layers not; likewise.
         source: kinds of layers to look at; "BatchNorm" by default, see :func:`lightning_norm.swap`.
         rules: ordered mapping from regular expression to a norm or ``None`` (leave alone); the first match wins.
@@ -61,6 +62,7 @@ class NormSwap(Callback):
             several.
         warm_start: path of a checkpoint whose weights the run starts from, of the network before or after the swap;
             optimizer, epoch and step start anew. A ``ckpt_path`` given to the Trainer wins.
+        freeze_kernel_at: first epoch, counted from 0, in which the kernels and biases of BNET layers move no longer.
 
     Attributes:
         report: the :class:`lightning_norm.SwapReport` once the model was set up.
@@ -92,7 +94,9 @@ class NormSwap(Callback):
         switch_lr_scale: float | None = None,
         check_optimizer: bool = True,
         warm_start: str | None = None,
+        freeze_kernel_at: int | None = None,
     ) -> None:
+        self._freeze = KernelFreeze(freeze_kernel_at)
         if plan is not None:
             if any(a is not None for a in (norm, norm_args, include, exclude, source, rules)):
                 raise ValueError(
@@ -163,6 +167,19 @@ class NormSwap(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_optimizers(trainer, pl_module)
+        self._freeze.check(pl_module)
+        self._freeze.start(trainer, pl_module)  # a resumed epoch has no on_train_epoch_start
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._freeze.start(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        self._freeze.before_step(trainer, pl_module)
+
+    def _check_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.optimizers or not self.check_optimizer:
             return
         if any(name in type(trainer.strategy).__name__ for name in ("FSDP", "DeepSpeed", "ModelParallel")):

@@ -7,6 +7,7 @@ from lightning_norm.normalizers.base import Normalizer as Normalizer
 from lightning_norm.normalizers.base import Paper as Paper
 from lightning_norm.normalizers.batch_channel_norm import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers.batch_norm import BatchNorm as BatchNorm
+from lightning_norm.normalizers.bnet import BNET as BNET
 from lightning_norm.normalizers.context_norm import ContextNorm as ContextNorm
 from lightning_norm.normalizers.contexts import contexts as contexts
 from lightning_norm.normalizers.contexts import fit_contexts as fit_contexts

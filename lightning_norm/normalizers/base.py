@@ -190,6 +190,10 @@ class MomentNorm(Normalizer):
         """Return the same equations as the kernels know them; ``None`` where they do not."""
         return None
 
+    def recovery(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return kernel and bias of the depthwise convolution that follows, ``None`` for none."""
+        return None
+
     def standardize(self, mean: Tensor, var: Tensor) -> Affine:
         r"""Return the Affine of :math:`\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta`."""
         scale = (var + self.eps).rsqrt()
@@ -293,4 +297,13 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
         )
     given = None if of_input or layer.per_sample else layer.running()
     algebra, recipe = layer.algebra_of(x, layout), layer.recipe if same_equations(type(layer)) else None
-    return normalize(x, algebra, layout=layout, given=given, ranks=ranks, backend=layer.backend, recipe=recipe)
+    return normalize(
+        x,
+        algebra,
+        layout=layout,
+        given=given,
+        ranks=ranks,
+        backend=layer.backend,
+        recipe=recipe,
+        recovery=layer.recovery(),
+    )

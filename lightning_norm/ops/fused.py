@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import eager, kernel_passes
+from lightning_norm.ops import depthwise, eager, kernel_passes
 from lightning_norm.ops.backend import on_kernels
 from lightning_norm.ops.layout import Layout, at_least_float32, layout_of, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
@@ -35,6 +35,7 @@ def normalize(
     recipe: Callable[[Layout], Recipe | None] | None = None,
     activation: Literal["none", "relu", "silu"] = "none",
     residual: Tensor | None = None,
+    recovery: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     r"""Normalize x by what ``algebra`` makes of its moments.
 
@@ -51,6 +52,8 @@ def normalize(
         recipe: the same algebra as the kernels know it, used instead where they run and no ranks pool.
         activation: applied to the result; in the same pass where a recipe is used.
         residual: added before the activation, in the shape of x; likewise.
+        recovery: kernel (C, 1, *) of odd sizes and bias (C,) of a depthwise convolution of the above, padded with
+            zeros.
 
     Returns:
         A fresh tensor in the shape, dtype and memory format of x.
@@ -69,12 +72,26 @@ def normalize(
         layout = layout_of(x, x.shape[layout] if isinstance(x, Tensor) and x.dim() > 1 else 0, layout)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"normalize: residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must agree.")
+    if recovery is not None and layout.channel_dim != 1:
+        x, turned = x.movedim(-1, 1), None if residual is None else residual.movedim(-1, 1)
+        y = normalize(
+            x,
+            algebra,
+            layout=layout_of(x, layout.c),
+            given=given,
+            ranks=ranks,
+            backend=backend,
+            activation=activation,
+            residual=turned,
+            recovery=recovery,
+        )
+        return y.movedim(1, -1)
     kernels = on_kernels(x, layout, backend)
     known = recipe(layout) if kernels and ranks is None and recipe is not None else None
     with _full_precision(x):
         if known is not None and (residual is None or residual.dtype == x.dtype):
             return normalize_by(x, known, layout, activation, residual)
-        y = _normalize(x, algebra, layout, given, ranks, kernels)
+        y = _normalize(x, algebra, layout, given, ranks, kernels, recovery)
     if residual is not None:
         y = y + residual
     return {"none": lambda t: t, "relu": torch.relu, "silu": torch.nn.functional.silu}[activation](y)
@@ -92,6 +109,7 @@ def _normalize(
     given: Moments | None,
     ranks: Ranks | None,
     kernels: bool,
+    recovery: tuple[Tensor, Tensor | None] | None,
 ) -> Tensor:
     flat = False
     if given is None:
@@ -101,7 +119,13 @@ def _normalize(
     else:
         hook, carrier = _Alias.apply(x, layout, kernels)
     center, scale, shift = algebra(given).fields(layout.n, layout.c)
-    y: Tensor = _Apply.apply(hook, carrier, x, center, scale, shift, layout, flat, kernels)
+    if recovery is None:
+        y: Tensor = _Apply.apply(hook, carrier, x, center, scale, shift, layout, flat, kernels)
+        return y
+    kernel, bias = recovery
+    kernel = depthwise.fit(kernel, len(layout.reduced)).to(at_least_float32(x.dtype))
+    bias = None if bias is None else bias.to(kernel.dtype)
+    y = _Recover.apply(hook, carrier, x, center, scale, shift, kernel, bias, layout, flat)
     return y
 
 
@@ -170,18 +194,64 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, center, scale = ctx.saved_tensors
-        need, layout = ctx.needs_input_grad, ctx.layout
-        dcenter = dscale = dshift = None
-        if any(need[3:6]):
-            pivot = center.to(at_least_float32(x.dtype))
-            total, dot = _passes(ctx.kernels).reduce(dy, x, pivot, layout, ctx.flat)
-            dshift = _fit(total, *ctx.shift_like)
-            dcenter = -_fit_product(scale, total, center.shape, center.dtype)
-            dscale = _fit(dot, scale.shape, scale.dtype)
-            if pivot.dtype != center.dtype:
-                dscale = dscale + _fit_product(pivot - center, total, scale.shape, scale.dtype)
-        over = scale.to(ctx.carrier_dtype).expand(layout.n, layout.c) if need[1] else None
-        return dy if need[0] else None, over, None, dcenter, dscale, dshift, None, None, None
+        need, passes = ctx.needs_input_grad, _passes(ctx.kernels)
+        fields = _field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
+        return dy if need[0] else None, _over(ctx, scale), None, *fields, None, None, None
+
+
+class _Recover(torch.autograd.Function):
+    """y = kernel * (scale * (x - center) + shift) + bias, * the depthwise convolution; otherwise as ``_Apply``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hook: Tensor,
+        carrier: Tensor,
+        x: Tensor,
+        center: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        kernel: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        flat: bool,
+    ) -> Tensor:
+        ctx.layout, ctx.flat = layout, flat
+        ctx.carrier_dtype, ctx.shift_like = carrier.dtype, (shift.shape, shift.dtype)
+        ctx.save_for_backward(x, center, scale, shift, kernel)
+        wide = x.to(kernel.dtype)
+        return depthwise.convolve(eager.apply(wide, center, scale, shift, layout, flat), kernel, bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, center, scale, shift, kernel = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        dkernel = dbias = None
+        x, dy = x.to(kernel.dtype), grads[0].to(kernel.dtype)
+        dx = depthwise.transposed(dy, kernel)
+        if any(need[6:8]):
+            normalized = eager.apply(x, center, scale, shift, ctx.layout, ctx.flat)
+            dkernel, dbias = depthwise.kernel_gradients(dy, normalized, kernel)
+        fields = _field_gradients(ctx, eager, dx, x, center, scale) if any(need[3:6]) else (None, None, None)
+        over = _over(ctx, scale)
+        return dx if need[0] else None, over, None, *fields, dkernel, dbias if need[7] else None, None, None
+
+
+def _over(ctx: Any, scale: Tensor) -> Tensor | None:
+    """Return scale as the gradient of the carrier."""
+    return scale.to(ctx.carrier_dtype).expand(ctx.layout.n, ctx.layout.c) if ctx.needs_input_grad[1] else None
+
+
+def _field_gradients(
+    ctx: Any, passes: Any, dy: Tensor, x: Tensor, center: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of center, scale and shift, given that of scale * (x - center) + shift."""
+    pivot = center.to(at_least_float32(x.dtype))
+    total, dot = passes.reduce(dy, x, pivot, ctx.layout, ctx.flat)
+    dscale = _fit(dot, scale.shape, scale.dtype)
+    if pivot.dtype != center.dtype:
+        dscale = dscale + _fit_product(pivot - center, total, scale.shape, scale.dtype)
+    return -_fit_product(scale, total, center.shape, center.dtype), dscale, _fit(total, *ctx.shift_like)
 
 
 def _fit(t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

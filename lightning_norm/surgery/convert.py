@@ -177,6 +177,9 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
     held = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), None)
     affine = (isinstance(module, Normalizer) and module.affine) or getattr(module, "weight", None) is not None
     arguments |= {"num_features": features, "affine": affine}
+    axes = re.search(r"([123])d$", type(module).__name__)
+    if axes:
+        arguments["spatial_dims"] = int(axes[1])
     if held is not None:
         arguments |= {"device": held.device, "dtype": held.dtype}
     if isinstance(module, nn.GroupNorm) and issubclass(cls, GroupNorm):

@@ -30,6 +30,7 @@ class SwappedLayer:
         converted: those taken over in another form.
         dropped: those that the normalizer has no place for.
         added: new parameters, name -> number of elements.
+        removed: elements of the parameters that were not moved.
         backend: of the passes, and why.
         compiled: each forward pass runs under torch.compile.
         sync: statistics are pooled over ranks in training.
@@ -49,6 +50,7 @@ class SwappedLayer:
     backend: str
     compiled: bool
     sync: bool
+    removed: int = 0
     also: list[str] = field(default_factory=list)
 
 
@@ -79,6 +81,11 @@ class SwapReport:
         """New parameters, in elements."""
         return sum(sum(layer.added.values()) for layer in self.layers)
 
+    @property
+    def total_after(self) -> int:
+        """Parameters of the model after the swap, in elements."""
+        return self.total_before + self.parameters_added - sum(layer.removed for layer in self.layers)
+
     def add(self, site: Site, layer: Normalizer, row: SwappedLayer) -> None:
         """Add a layer that is ready to be put in place."""
         self.layers.append(row)
@@ -99,9 +106,10 @@ class SwapReport:
     def merge(self, other: SwapReport) -> None:
         """Add the layers of a later swap of the same model."""
         known = {layer.name for layer in self.layers}
-        self.total_before = max(self.total_before, other.total_before - self.parameters_added)
+        changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
         self.skipped = list({s[0]: s for s in [*self.skipped, *other.skipped]}.values())
+        self.total_before = max(self.total_before, other.total_before - changed)
         self._undo += other._undo
 
     def growth(self) -> str:
@@ -169,7 +177,7 @@ class SwapReport:
         lines = [f"{len(self)} of {self.candidates} {sources} layers {verb} {names or 'nothing'}"]
         if not self.layers:
             return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
-        total = f" ({_spaced(self.total_before)} -> {_spaced(self.total_before + self.parameters_added)})"
+        total = f" ({_spaced(self.total_before)} -> {_spaced(self.total_after)})"
         added = f"+{self.parameters_added}" + (total if self.total_before else "")
         converted = (
             f"     converted: {self._kinds('converted')}" if any(layer.converted for layer in self.layers) else ""

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.registry import NormSpec
+from lightning_norm.surgery.rules import LAST_NORMS, LAST_OF_BLOCK, is_last_of_block
 
 Pattern: TypeAlias = str | Sequence[str]
 Source: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]]
@@ -121,6 +122,9 @@ def explain_missed(missed: str, sites: Sequence[Site]) -> str:
     """Return the error text for a pattern that matched nothing."""
     label, pattern = missed.split("[", 1)
     pattern = pattern[:-1].strip("'\"")
+    if pattern == LAST_OF_BLOCK:
+        blocks = " or ".join(f"{attribute} of a {block}" for block, attribute in LAST_NORMS.items())
+        return f"{label}={pattern!r} matched none of the {len(sites)} layers: none is the {blocks}, as in a ResNet."
     names = [n for s in sites for n in s.names]
     kinds = list(dict.fromkeys(type(s.module).__name__ for s in sites)) or ["normalization"]
     kind = " and ".join([", ".join(kinds[:-1])] * (len(kinds) > 1) + kinds[-1:])
@@ -141,7 +145,9 @@ def _as_list(pattern: Pattern | None) -> list[str]:
 def _matches(pattern: Pattern, site: Site, used: set[str], label: str) -> bool:
     hit = False
     for p in _as_list(pattern):
-        if isinstance(pattern, str):
+        if p == LAST_OF_BLOCK:
+            found = any(is_last_of_block(parent, attribute) for parent, attribute in site.parents)
+        elif isinstance(pattern, str):
             found = any(_fullmatch(p, n) for n in site.names)
         else:
             found = any(n == p or n.endswith(f".{p}") for n in site.names)

@@ -45,7 +45,7 @@ def swap(
         norm: a key ("sn"), a dotted path, a class, or ``{"class_path": ..., "init_args": {...}}``; may be left out
             with ``rules``.
         include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their
-            ends.
+            ends, and "last_of_block" is the last one of each residual block of a ResNet.
         exclude: which layers not; likewise.
         source: which kinds of layers are candidates: "BatchNorm" (the default: 1d, 2d, 3d and SyncBatchNorm),
             "LayerNorm", "GroupNorm", "InstanceNorm", "all", a class or its name, the key of a normalizer of ours, or a
@@ -162,6 +162,7 @@ def _row(site: Site, layer: Normalizer, arguments: dict[str, Any], backend: str)
         converted=[name for name in before if name in layer.converts],
         dropped=[name for name in before if name not in (*moved, *layer.converts)],
         added={n: p.numel() for n, p in layer.named_parameters(recurse=False) if n not in moved},
+        removed=sum(p.numel() for n, p in site.module.named_parameters(recurse=False) if n not in moved),
         backend=backend,
         compiled=layer.compiled,
         sync=layer.sync and (layer.uses_batch or layer.track_running_stats),

@@ -38,14 +38,14 @@ def uses_batch(make: Make) -> None:
 
 @check
 def per_sample(make: Make) -> None:
-    """In evaluation, one pixel's output depends on the sample's others if and only if ``per_sample`` is declared."""
+    """In evaluation, one pixel's output depends on far ones of its sample if and only if ``per_sample`` is declared."""
     layer = built(make, torch.float64).eval()
     x = features(5, C, 7, 3, dtype=torch.float64)
     other = x.clone()
-    other[:, :, 1:] += noise(5, C, 6, 3, seed=9, dtype=torch.float64)
+    other[:, :, 5:] += noise(5, C, 2, 3, seed=9, dtype=torch.float64)  # out of a 9 x 9 kernel's reach
     apart = distance(*(layer(t)[:, :, 0] for t in (x, other)))
     assert (apart > 1e-6) == layer.per_sample, (
-        f"per_sample={layer.per_sample}, but other pixels move the output by {apart:.1e}"
+        f"per_sample={layer.per_sample}, but far pixels move the output by {apart:.1e}"
     )
 
 
@@ -62,14 +62,19 @@ def evaluation_ignores_batch_mates(make: Make) -> None:
 
 @check
 def learns(make: Make) -> None:
-    """``learns`` lists every parameter beside weight and bias, with its number of elements in terms of C."""
+    """``learns`` lists every parameter beside weight and bias, its size in terms of C and the layer's arguments."""
     layer = make(C)
     found = {name: p.numel() for name, p in layer.named_parameters() if name not in ("weight", "bias")}
+    known = {
+        "C": C,
+        **{name: getattr(layer, name) for name in getattr(layer, "shows", ()) if isinstance(getattr(layer, name), int)},
+    }
+    words = "|".join(("max", "min", *known))
     for name, count in type(layer).learns.items():
-        assert re.fullmatch(r"(?:max|min|[C\d\s+*/(),-])+", count), (
-            f"learns[{name!r}] = {count!r} is not an expression in C"
+        assert re.fullmatch(rf"(?:\b(?:{words})\b|[\d\s+*/(),-])+", count), (
+            f"learns[{name!r}] = {count!r} is not an expression in {', '.join(known)}"
         )
-    declared = {name: int(eval(count, {"C": C})) for name, count in type(layer).learns.items()}  # checked above
+    declared = {name: int(eval(count, dict(known))) for name, count in type(layer).learns.items()}  # checked above
     assert found == declared, f"parameters beside weight and bias: {found}; declared for C = {C}: {declared}"
     for name in ("weight", "bias"):
         p = getattr(layer, name)

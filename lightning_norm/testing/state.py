@@ -77,7 +77,7 @@ def loads_batch_norm(make: Make) -> None:
     for name in own:
         if name in given and name not in layer.converts:
             same(own[name], given[name], 0.0, f"{name} of the BatchNorm")
-        elif name in start and name not in layer.converts:
+        elif name in start and not layer.converts:  # otherwise it may be made of what the BatchNorm held
             same(own[name], start[name], 0.0, f"{name}, absent from the BatchNorm,")
     if layer.keeps_eval():
         x = features(4, C, 7, 3, seed=9)

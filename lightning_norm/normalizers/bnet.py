@@ -1,0 +1,161 @@
+"""BNET: batch normalization whose recovery step is a depthwise convolution in place of a scale."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.ops.compiled import KIND
+from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.moments import Affine, Moments
+
+
+class BNET(MomentNorm):
+    r"""Normalize by the batch, then recover with a k x k convolution of each channel in place of a scale.
+
+    .. math::
+        \hat{x} = \frac{x - \mu_B}{\sqrt{\sigma^2_B + \epsilon}}, \qquad
+        y_{ncij} = \sum_{u,v} W_{cuv}\,\hat{x}_{n,c,i+u,j+v} + b_c
+
+    with zeros around the normalized map, that is the channel's mean around x, so borders are exact. ``kernel`` is W and
+    ``bias`` b; there is no ``weight``. With k = 1 it is batch normalization. Xu et al., TPAMI 2023, arXiv
+    2011.14150.
+
+    When: the last normalization of each residual block of a convolutional network. When not: where the receptive field
+    of the network must stay as it is.
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        kernel_size: k, odd.
+        spatial_dims: axes of the kernel: 1, 2 or 3. A map with fewer is one of size 1 along the last ones, where only
+            the kernel's middle acts; of a map with more, the first ones are separate maps.
+        init: "dirac" starts as batch normalization; "zero" starts at nothing, as published, for the end of a residual
+            branch.
+        affine: learn ``bias``; the kernel is always there.
+        options: eps, momentum, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+
+    Raises:
+        ValueError: an even kernel size, or spatial_dims or init out of their choices.
+
+    Differs from the paper: the default start is a Dirac kernel with the BatchNorm's weight as centre tap, which keeps
+    what a trained network computes (the published start is zero).
+
+    >>> BNET(8)(torch.randn(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
+
+    key = "bnet"
+    paper = Paper(
+        "Xu et al.", 2023, "BNET: Batch Normalization With Enhanced Linear Transformation", "arXiv 2011.14150"
+    )
+    per_sample: ClassVar[bool] = False
+    preserves_eval: ClassVar[bool] = True
+    learns: ClassVar[dict[str, str]] = {"kernel": "C*kernel_size**spatial_dims"}
+    converts: ClassVar[tuple[str, ...]] = ("weight",)
+    shows: ClassVar[tuple[str, ...]] = ("kernel_size", "spatial_dims", "init")
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        kernel_size: int = 3,
+        spatial_dims: Literal[1, 2, 3] = 2,
+        init: Literal["dirac", "zero"] = "dirac",
+        **options: Any,
+    ) -> None:
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(
+                f"BNET: kernel_size must be an odd int, got {kernel_size!r}: an even one has no centre and shrinks "
+                "the map. Type kernel_size=3."
+            )
+        if spatial_dims not in (1, 2, 3):
+            raise ValueError(f"BNET: spatial_dims must be 1, 2 or 3, got {spatial_dims!r}. Images: spatial_dims=2.")
+        if init not in ("dirac", "zero"):
+            raise ValueError(
+                f"BNET: init must be 'dirac' (starts as BatchNorm) or 'zero' (published), got {init!r}. Type "
+                "init='dirac'."
+            )
+        self.kernel_size, self.spatial_dims, self.init = kernel_size, spatial_dims, init
+        super().__init__(num_features, **options)
+        self.weight = None
+        if init == "zero":
+            self.__dict__["converts"] = ()  # a swapped BatchNorm's weight is left behind
+        shape = (num_features, 1, *(kernel_size,) * spatial_dims)
+        self.kernel = nn.Parameter(torch.empty(shape, device=options.get("device"), dtype=options.get("dtype")))
+        self.reset_parameters()
+
+    def algebra(self, m: Moments) -> Affine:
+        """Return the affine map from x to the normalized map."""
+        batch = self.track(m.over_batch())
+        return Affine(batch.mean, (batch.var + self.eps).rsqrt())
+
+    def recovery(self) -> tuple[Tensor, Tensor | None]:
+        """Return W and b."""
+        return self.kernel, self.bias
+
+    def keeps_eval(self) -> bool:
+        """Tell whether the kernel starts as a Dirac."""
+        return self.init == "dirac"
+
+    def freeze_kernel(self) -> None:
+        """Train kernel and bias no longer, as the authors do after 60 of 100 epochs of a ResNet-101."""
+        self.__dict__.pop(KIND, None)
+        for p in (self.kernel, self.bias):
+            if p is not None:
+                p.requires_grad_(False)
+
+    @torch.no_grad()
+    def monitor(self) -> dict[str, Tensor]:
+        """Return the share of the kernels' energy outside their centre taps, and the mean norm of a kernel."""
+        kernel = self.kernel.to(at_least_float32(self.kernel.dtype)).flatten(1)
+        energy, centre = kernel.square().sum(), kernel[:, kernel.shape[1] // 2].square().sum()
+        off = (energy - centre) / energy.clamp_min(torch.finfo(kernel.dtype).tiny)
+        return {"off_center": off, "kernel_norm": kernel.norm(dim=1).mean()}
+
+    def adopt(self, source: nn.Module) -> None:
+        """Take over a layer's bias and running statistics, and its weight as centre taps unless ``init="zero"``."""
+        super().adopt(source)
+        weight = source._parameters.get("weight")
+        if weight is not None and "weight" in self.converts:
+            self.kernel.data = self._dirac(weight.detach())
+            self.kernel.requires_grad_(weight.requires_grad)
+
+    def give_back(self, source: nn.Module) -> None:
+        """Give a layer its bias and running statistics, and the centre taps as its weight."""
+        super().give_back(source)
+        weight, centre = source._parameters.get("weight"), self.kernel.detach().flatten(1)
+        if weight is not None and "weight" in self.converts and not centre.is_meta:
+            weight.data = centre[:, centre.shape[1] // 2].clone().view_as(weight)
+
+    def reset_parameters(self) -> None:
+        """Set the kernel to a Dirac, or to 0 with ``init="zero"``, and bias to 0."""
+        super().reset_parameters()
+        if "kernel" in self._parameters:
+            ones = torch.ones(self.num_features, device=self.kernel.device, dtype=self.kernel.dtype)
+            with torch.no_grad():
+                self.kernel.copy_(self._dirac(ones if self.init == "dirac" else ones * 0))
+
+    def _dirac(self, centre: Tensor) -> Tensor:
+        """Return kernels of zeros with these centre taps."""
+        kernel = centre.new_zeros(self.num_features, self.kernel[0].numel())
+        kernel[:, kernel.shape[1] // 2] = centre.reshape(-1)
+        return kernel.view(self.kernel.shape)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for old, new in (("bnconv.weight", "kernel"), ("bnconv.bias", "bias")):  # the authors' names
+            if prefix + old in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        held, weight = state_dict.get(prefix + "kernel"), state_dict.get(prefix + "weight")
+        if held is None and isinstance(weight, Tensor) and weight.numel() == self.num_features:
+            held = state_dict[prefix + "kernel"] = self._dirac(state_dict.pop(prefix + "weight"))
+        if isinstance(held, Tensor) and held.shape != self.kernel.shape:
+            raise RuntimeError(
+                f"{prefix[:-1] or 'this layer'}: the checkpoint has a kernel {tuple(held.shape)}, this BNET one of "
+                f"{tuple(self.kernel.shape)}. Type kernel_size={held.shape[-1]}, spatial_dims={held.dim() - 2} for it."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if held is None and prefix + "bias" in state_dict:  # neither a BatchNorm's nor a BNET's
+            args[2].append(prefix + "kernel")
