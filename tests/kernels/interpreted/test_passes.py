@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lightning_norm.kernels import launch
-
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 
@@ -125,7 +124,9 @@ def test_equals_the_oracle():
     scale, shift = torch.randn_like(hi), torch.randn_like(hi)
     y = launch.apply(x, torch.stack([hi, scale, shift]), 1)
     torch.testing.assert_close(y, eager.apply(x, hi, scale, shift, layout))
-    torch.testing.assert_close(tuple(launch.sums(dy, x, hi[None], 1)), eager.reduce(dy, x, hi, layout), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        tuple(launch.sums(dy, x, hi[None], 1)), eager.reduce(dy, x, hi, layout), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_every_output_is_written():
