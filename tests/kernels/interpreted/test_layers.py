@@ -140,6 +140,14 @@ def test_launches(key, forward, monkeypatch):
     assert launched == ["sums_rows", "vjp_pool", "vjp_mix", "combine_flat"]
 
 
+def test_launches_in_evaluation(monkeypatch):
+    layer = BatchNorm(6).eval()
+    layer.backend = "triton"
+    launched = count_launches(monkeypatch)
+    layer(features(4, 6, 5, 3))
+    assert launched == ["mix", "apply_flat"]
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu", "none"])
 @pytest.mark.parametrize("known", [True, False], ids=["recipe", "algebra"])
 def test_activation_and_residual(activation, known):
