@@ -1,7 +1,7 @@
-"""Device code: a normalizer's equations on (N, C) numbers and their vector-Jacobian product, two launches each.
+"""Device code: a normalizer's equations on (N, C) numbers, in two launches; ``algebra_vjp`` holds their adjoint.
 
-One family. ``statistics``: center and variance are mixtures over k in {instance, layer or group, batch} of the means and
-variances, so one choice alone is instance, layer, group or batch normalization. ``outputs``: the batch- and the
+One family. *Statistics*: center and variance are mixtures of the means and variances of instance, layer (or group) and
+batch, so one of them alone is instance, layer, group or batch normalization. *Outputs*: the batch- and the
 layer-normalized input are mixed, channel by channel. First the statistics are pooled (``pool``; backward
 ``vjp_pool``), columns of (N, C) in some programs and rows in the others; then every (n, c) is computed from them
 (``mix``; ``vjp_mix``).
@@ -9,8 +9,8 @@ layer-normalized input are mixed, channel by channel. First the statistics are p
 All in shifted coordinates. k = hi of the sample's own mean is what the passes over x subtract, d = lo what rounding it
 left; other means enter as differences from k, so float32 is enough at any mean / std: mixing weights sum to one.
 
-The letters: w and v mix means and variances; t0 and t1 are the sums of dy and of dy * (x - k); f and e are the gradients
-of a center and of a variance.
+The letters: w and v mix means and variances; t0 and t1 are the sums of dy and of dy * (x - k); f and e are the
+gradients of a center and of a variance.
 """
 
 import triton

@@ -177,7 +177,7 @@ def vjp_mix(
     K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Constant and slope (2, N * C) of dx = scale * dy + constant + slope * (x - k). Program 0: gradients of w and v."""
+    """Constant and slope (2, N * C) of dx = scale * dy + constant + slope * (x - k). Program 0: dw and dv."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
     n = i // channels

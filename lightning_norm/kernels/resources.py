@@ -1,4 +1,6 @@
-"""Compile every kernel ahead of time, without a GPU, and print what it uses: python -m lightning_norm.kernels.resources
+"""Compile every kernel ahead of time, without a GPU, and print what it uses.
+
+Run ``python -m lightning_norm.kernels.resources``.
 
 Registers, stack, shared memory, the width of loads and stores, and floating-point instructions in double precision, for
 each kernel, shape and architecture.

@@ -115,12 +115,9 @@ class SwitchableNorm(MomentNorm):
         if layout.size == 1 or {"ln", "gn"} <= set(self.choices):
             return None
         w, v = (self._mix(t, False) if self.sparse else t for t in (self.mean_weight, self.var_weight))
-        statistics, groups = (
-            tuple(k.replace("gn", "ln") for k in self.choices),
-            self.groups if "gn" in self.choices else 1,
-        )
-        more: dict[str, Any] = {"correction": self.correction, "groups": groups, "softmax": not self.sparse}
-        return recipe_of(self, statistics, w=w, v=v, **more)
+        names, groups = (k.replace("gn", "ln") for k in self.choices), self.groups if "gn" in self.choices else 1
+        more = {"correction": self.correction, "groups": groups, "softmax": not self.sparse}
+        return recipe_of(self, tuple(names), w=w, v=v, **more)
 
     def _statistic(self, k: str, m: Moments, alone: bool) -> Moments:
         if k == "in":

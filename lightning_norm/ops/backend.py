@@ -14,7 +14,15 @@ from lightning_norm.ops.layout import Layout
 BACKENDS = ("auto", "eager", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-INSTALLED = importlib.util.find_spec("triton") is not None
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # marked as missing in sys.modules
+        return False
+
+
+INSTALLED = _installed()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads the variable when it is imported, so it holds for the whole process."""
 

@@ -59,8 +59,7 @@ def normalize(
         A fresh tensor in the shape, dtype and memory format of x.
 
     Raises:
-        TypeError, ValueError: as :func:`lightning_norm.ops.layout.layout_of`, and for an Affine or a residual of the wrong
-            shape.
+        TypeError, ValueError: as :func:`lightning_norm.ops.layout.layout_of`, and for a wrong Affine or residual.
         RuntimeError: ``backend="triton"`` for an input that the kernels cannot take.
 
     >>> x = torch.randn(4, 3, 5, 5)
@@ -94,7 +93,9 @@ def normalize(
         y = _normalize(x, algebra, layout, given, ranks, kernels, recovery)
     if residual is not None:
         y = y + residual
-    return {"none": lambda t: t, "relu": torch.relu, "silu": torch.nn.functional.silu}[activation](y)
+    if activation == "none":
+        return y
+    return torch.relu(y) if activation == "relu" else torch.nn.functional.silu(y)
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[object]:

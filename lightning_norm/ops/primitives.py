@@ -2,8 +2,8 @@
 
 Defined whether or not Triton is installed; Triton is imported when one runs. Arguments and results are plain: ``coef``
 is (3, N, C) pivot, scale and offset, ``line`` (2, N, C) constant and slope, ``plan`` the fields of
-``lightning_norm.kernels.launch_algebra.Plan``. None has an autograd formula: ``ops/fused.py`` and ``ops/recipe.py`` call
-them from autograd functions.
+``lightning_norm.kernels.launch_algebra.Plan``. None has an autograd formula: ``ops/fused.py`` and ``ops/recipe.py``
+call them from autograd functions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("lightning_norm", "DEF")  # lives as long as the process
+_library: Any = torch.library.Library("lightning_norm", "DEF")  # type: ignore[no-untyped-call]
 _HELD = "Tensor x, Tensor? weight, Tensor? bias, Tensor? w, Tensor? v"
 _BUFFERS = "Tensor{0}? running_mean, Tensor{1}? running_var, Tensor{2}? tracked, Tensor{3}? skipped, Tensor? momentum"
 _PLAN = "int channel_dim, int[] plan, float eps"
@@ -26,9 +26,9 @@ SCHEMAS = {
     "coefficients": f"({_HELD}, {_BUFFERS.format('', '', '', '')}, {_PLAN}) -> (Tensor, Tensor, Tensor, Tensor)",
     "coefficients_and_track": f"({_HELD}, {_BUFFERS.format('(a!)', '(b!)', '(c!)', '(d!)')}, {_PLAN}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    "gradients": "(Tensor dy, Tensor x, Tensor own, Tensor batch, Tensor layer, Tensor coef, Tensor? weight, Tensor? w, "
-    f"Tensor? v, Tensor? running_mean, Tensor? running_var, Tensor? residual, {_PLAN}, str activation, bool need_dx) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gradients": "(Tensor dy, Tensor x, Tensor own, Tensor batch, Tensor layer, Tensor coef, Tensor? weight, "
+    f"Tensor? w, Tensor? v, Tensor? running_mean, Tensor? running_var, Tensor? residual, {_PLAN}, str activation, "
+    "bool need_dx) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 

@@ -53,8 +53,8 @@ def swap(
         norm_args: arguments of ``norm``; those of a rule go in its ``init_args``.
         rules: ordered mapping from regular expression to a norm; ``None`` leaves the layer alone, the first match wins
             over ``norm``, ``include`` and ``exclude``.
-        backend: "auto" for the Triton kernels on CUDA inputs that they can take and plain PyTorch elsewhere, "eager" for
-            plain PyTorch everywhere, "triton" for the kernels or an error.
+        backend: "auto" for the Triton kernels on CUDA inputs that they can take and plain PyTorch elsewhere, "eager"
+            for plain PyTorch everywhere, "triton" for the kernels or an error.
         compile: compile each layer's forward pass (the first pass of each input shape takes seconds).
         sync: pool statistics over the ranks of a distributed run, in training.
         sync_group: "world".

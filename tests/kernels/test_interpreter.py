@@ -12,12 +12,22 @@ FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 ROOT = Path(__file__).parents[2]
 
 
+def interpret(file, *options):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--color=no", *options]
+    run = subprocess.run([*command, str(file)], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout.splitlines()[-1]
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_interpreted(file):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--color=no", str(file)]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout.splitlines()[-1]
+    interpret(file)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_interpreted_at_length():
+    interpret(ROOT / "tests/kernels/interpreted/test_layers.py", "-m", "slow", "--timeout", "900")

@@ -1,4 +1,4 @@
-"""Collected only where Triton interprets its kernels, which is decided for the whole process: see test_interpreter.py."""
+"""Collected only where Triton interprets its kernels, decided for the whole process: see test_interpreter.py."""
 
 import os
 

@@ -54,13 +54,13 @@ def on_triton(key, **arguments):
     return layer
 
 
-@pytest.mark.parametrize("key", ["bn", "sn", "bcn"])
+@pytest.mark.parametrize("key", ["bn", "sn"])
 def test_compile(key):
     layer = on_triton(key)
     plain = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, dy = features(4, 6, 5, 3), noise(4, 6, 5, 3, seed=7)
-    same_step(step(compiled._orig_mod if False else compiled, x, dy), _renamed(step(plain, x, dy)), 1e-7, "compiled")
+    same_step(step(compiled, x, dy), _renamed(step(plain, x, dy)), 1e-7, "compiled")
     for name, value in statistics(plain).items():
         torch.testing.assert_close(layer._buffers[name], value)
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lightning_norm.kernels import launch
-
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 
