@@ -167,7 +167,8 @@ def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
     truth = Naive(key, x.shape[1]).double().to(x.device)
     truth.load_state_dict(dict(layer.named_parameters()), strict=False)  # what starts at random
     held = getattr(layer, "dropout", None)
-    for each in (truth, layer):
+    both: tuple[Any, ...] = (truth, layer)
+    for each in both:
         if hasattr(each, "dropout"):
             each.dropout = 0.0
     wide = x.detach().double().requires_grad_()
