@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 from lightning_norm import AdaptiveFusionNorm, ASRNorm
@@ -133,6 +134,29 @@ def test_a_constant_channel_has_finite_gradients(make):
     layer(x).square().sum().backward()
     for name, grad in (("x", x.grad), *((n, p.grad) for n, p in layer.named_parameters())):
         assert grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("make", [AdaptiveFusionNorm, ASRNorm])
+def test_an_epoch_of_digits_lowers_the_loss(make):
+    digits = load_digits()
+    images, labels = torch.tensor(digits.images / 8 - 1).float().unsqueeze(1), torch.tensor(digits.target)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3), make(16), nn.ReLU(inplace=True), nn.Conv2d(16, 32, 3), make(32), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(512, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9)
+    losses = []
+    for x, target in zip(images.split(64), labels.split(64), strict=True):
+        loss = nn.functional.cross_entropy(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(math.isfinite(loss) for loss in losses)
+    assert sum(losses[-5:]) / 5 < losses[0] / 2
+    with torch.no_grad():
+        right = model.eval()(images).argmax(1) == labels
+    assert right.float().mean() > 0.7
 
 
 class TestDropout:
