@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_norm.errors import AlreadySwappedError, NoEffectWarning
 from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.normalizers.contexts import ContextState
 from lightning_norm.normalizers.registry import NormSpec, resolve
 from lightning_norm.surgery.convert import convert, unchanged_eval
 from lightning_norm.surgery.report import SwappedLayer, SwapReport
@@ -132,6 +133,8 @@ def try_swap(
     for site, spec, is_norm in chosen:
         layer, arguments = convert(site.module, site.name, spec, (norm_args or {}) if is_norm else {})
         layer.sync, layer.sync_group, layer.backend = sync, sync_group, backend
+        if isinstance(state := getattr(layer, "contexts", None), ContextState):
+            state.name = site.name
         if compile:
             layer.compile()
         report.add(site, layer, _row(site, layer, arguments, backend_text))
@@ -152,6 +155,7 @@ def _row(site: Site, layer: Normalizer, arguments: dict[str, Any], backend: str)
     moved = [name for name, value in before.items() if held.get(name) is value]
     preserved, reason = unchanged_eval(site.module, layer)
     cls = type(layer)
+    replaced = {n: value.numel() for n, value in before.items() if n in cls.converts}
     path = cls.key or f"{cls.__module__}.{cls.__qualname__}"
     return SwappedLayer(
         name=site.name,
@@ -164,7 +168,7 @@ def _row(site: Site, layer: Normalizer, arguments: dict[str, Any], backend: str)
         moved=moved,
         converted=[name for name in before if name in cls.converts],
         dropped=[name for name in before if name not in (*moved, *cls.converts)],
-        added={n: p.numel() for n, p in layer.named_parameters(recurse=False) if n not in moved},
+        added={n: p.numel() - replaced.get(n, 0) for n, p in layer.named_parameters(recurse=False) if n not in moved},
         backend=backend,
         compiled=layer.compiled,
         sync=layer.sync and (layer.uses_batch or layer.track_running_stats),
