@@ -14,16 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.cli.bench_contexts import ARGUMENTS, CONTEXTS, by_context, told
 from lightning_norm.cli.bench_report import rows_of, save, table
-from lightning_norm.normalizers.base import Normalizer
-from lightning_norm.normalizers.contexts import assign, context_layers
 from lightning_norm.normalizers.registry import create, normalizers
 
 SHAPES = ((32, 64, 32, 32), (32, 256, 14, 14), (32, 512, 7, 7), (128, 64))
 EXAMPLE = "lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json --save docs/benchmarks"
 Run = Callable[[], Any]
-CONTEXTS = 3
-"""Of cn, given in turn to the samples of the batch."""
 
 
 class Naive(nn.Module):
@@ -46,15 +43,14 @@ class Naive(nn.Module):
         if key == "bcn":
             self.iota = nn.Parameter(torch.ones(num_features))
         if key == "cn":
-            self.weight = nn.Parameter(torch.ones(CONTEXTS, num_features))
-            self.bias = nn.Parameter(torch.zeros(CONTEXTS, num_features))
+            self.weight, self.bias = (nn.Parameter(t.detach().repeat(CONTEXTS, 1)) for t in (self.weight, self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (N, C, *), by the statistics of this batch."""
         space = tuple(range(2, x.dim()))
         wide = (1, -1) + (1,) * len(space)
         if self.key == "cn":
-            return self._by_context(x, (0, *space), wide)
+            return by_context(x, self.weight, self.bias)
         axes = {"in": space or (1,), "ln": (1, *space), "bn": (0, *space)}
         needed = {"sn": ("in", "ln", "bn"), "bcn": ("bn", "ln")}.get(self.key, (self.key,))
         mean = {k: x.mean(axes[k], keepdim=True) for k in needed}
@@ -72,16 +68,6 @@ class Naive(nn.Module):
             spread = sum((a * var[k] for a, k in zip(v, needed, strict=True)), zero)
             y = (x - center) / torch.sqrt(spread + 1e-5)
         return y * self.weight.view(wide) + self.bias.view(wide)
-
-    def _by_context(self, x: Tensor, axes: tuple[int, ...], wide: tuple[int, ...]) -> Tensor:
-        y, ids = torch.zeros_like(x), contexts_of(x).view(-1, *(1,) * (x.dim() - 1))
-        for k in range(CONTEXTS):
-            own = (ids == k).to(x.dtype)
-            n = own.sum() * (x[0, 0].numel())
-            mean = (own * x).sum(axes, keepdim=True) / n
-            var = (own * (x - mean).square()).sum(axes, keepdim=True) / n
-            y = y + own * ((x - mean) / torch.sqrt(var + 1e-5) * self.weight[k].view(wide) + self.bias[k].view(wide))
-        return y
 
 
 def run(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -152,9 +138,9 @@ def contenders(
     for key in keys:
         if len(shape) == 2 and key in ("in",):
             continue
-        yield key, ready(key, shape, device)
+        yield key, told(create(key, c, device=device, **ARGUMENTS.get(key, {})), shape)
         if compiled:
-            layer = ready(key, shape, device)
+            layer = told(create(key, c, device=device, **ARGUMENTS.get(key, {})), shape)
             layer.compile()
             yield f"{key} compiled", layer
         if key in Naive.KEYS and len(shape) > 2:
@@ -163,20 +149,6 @@ def contenders(
                 naive = Naive(key, c).to(device)
                 naive.compile(dynamic=False)
                 yield f"{key} naive compiled", naive
-
-
-def ready(key: str, shape: tuple[int, ...], device: str) -> Normalizer:
-    """Build a layer; cn is told the contexts of its samples."""
-    if key != "cn":
-        return create(key, shape[1], device=device)
-    layer = create(key, shape[1], device=device, context="ids", num_contexts=CONTEXTS)
-    assign(context_layers(layer), contexts_of(torch.empty(shape, device=device)))
-    return layer
-
-
-def contexts_of(x: Tensor) -> Tensor:
-    """Return the context of each sample of the benchmark, (N,)."""
-    return torch.arange(x.shape[0], device=x.device) % CONTEXTS
 
 
 def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
