@@ -80,22 +80,16 @@ class Normalizer(Evaluation, Origin, ScheduledValues, RunningStats):
         super().__setattr__(name, value)
 
     def adopt(self, source: nn.Module) -> None:
-        """Take over a layer's Parameters and running statistics: the same objects, but for those in ``converts``.
-
-        Where the source is a normalizer that holds them in another form, their values.
-        """
+        """Take over a layer's Parameters and running statistics: the same objects, but for those in ``converts``."""
         values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
         for name in ("weight", "bias", *BATCH_NORM_BUFFERS):
             held, own = getattr(source, name, None), getattr(self, name, None)
             if own is None or name in self.converts:
                 continue
             if name in values:
-                with torch.no_grad():
-                    own.copy_(values[name])
-            elif held is not None and isinstance(own, nn.Parameter):
-                setattr(self, name, held)
+                own.data.copy_(values[name])
             elif held is not None:
-                self._buffers[name] = held
+                setattr(self, name, held)
 
     def as_batch_norm(self) -> dict[str, Tensor]:
         """Return the values, (C,), of those of a BatchNorm's tensors that this class holds in another form."""

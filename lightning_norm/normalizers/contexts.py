@@ -119,7 +119,8 @@ def check(layer: Any, n: int) -> None:
         ValueError: it was told of another number of samples.
     """
     g = layer.contexts.g
-    who = f"ContextNorm {layer.contexts.name!r} (context={layer.context!r})"
+    name = f"ContextNorm {layer.contexts.name!r}" if layer.contexts.name else "ContextNorm"
+    who = f"{name} (context={layer.context!r})"
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{who} was run again in a backward pass, as activation checkpointing does: the contexts may have changed "

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_norm.errors import AlreadySwappedError, NoEffectWarning, ParameterGrowthWarning
 from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.normalizers.contexts import ContextState
 from lightning_norm.normalizers.registry import NormSpec, resolve
 from lightning_norm.ops.backend import explain
 from lightning_norm.surgery.convert import convert, unchanged_eval
@@ -135,6 +136,8 @@ def try_swap(
     for site, spec, is_norm in chosen:
         layer, arguments = convert(site.module, site.name, spec, (norm_args or {}) if is_norm else {})
         layer.sync, layer.sync_group, layer.backend = sync, sync_group, backend
+        if isinstance(state := getattr(layer, "contexts", None), ContextState):
+            state.name = site.name
         if compile:
             layer.compile()
         row = _row(site, layer, arguments, backend_text)

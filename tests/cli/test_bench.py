@@ -64,3 +64,8 @@ def test_bad_input():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA device found"):
             bench.run(["--device", "cuda"])
+
+
+def test_context_normalization_is_timed_with_contexts():
+    rows = bench.run(["--shapes", "12x6x5x5", "--norms", "cn", "--repeats", "2", "--no-compile"])
+    assert {r["name"] for r in rows} == {"torch", "cn", "cn naive"}
