@@ -7,6 +7,7 @@ from lightning_norm.callbacks import NormMonitor as NormMonitor
 from lightning_norm.callbacks import NormSwap as NormSwap
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
 from lightning_norm.errors import CompileWarning as CompileWarning
+from lightning_norm.errors import MissingDependencyWarning as MissingDependencyWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
 from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm

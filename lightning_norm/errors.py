@@ -11,6 +11,10 @@ class CompileWarning(UserWarning):
     """Compilation does less than was asked for."""
 
 
+class MissingDependencyWarning(UserWarning):
+    """An optional dependency is not installed, and what needs it is left out."""
+
+
 class AlreadySwappedError(RuntimeError):
     """The model already holds normalizers of this package."""
 
