@@ -15,6 +15,10 @@ class ParameterGrowthWarning(UserWarning):
     """A swap makes the model larger by more than a tenth."""
 
 
+class MissingDependencyWarning(UserWarning):
+    """An optional dependency is not installed, and what needs it is left out."""
+
+
 class AlreadySwappedError(RuntimeError):
     """The model already holds normalizers of this package."""
 

@@ -126,8 +126,8 @@ def _normalize(
     kernel, bias = recovery
     kernel = depthwise.fit(kernel, len(layout.reduced)).to(at_least_float32(x.dtype))
     bias = None if bias is None else bias.to(kernel.dtype)
-    y = _Recover.apply(hook, carrier, x, center, scale, shift, kernel, bias, layout, flat)
-    return y
+    recovered: Tensor = _Recover.apply(hook, carrier, x, center, scale, shift, kernel, bias, layout, flat)
+    return recovered
 
 
 def _passes(kernels: bool) -> Any:
