@@ -4,6 +4,7 @@ Public names, one explicit line each.
 """
 
 from lightning_norm.callbacks import NormMonitor as NormMonitor
+from lightning_norm.callbacks import NormRecalibrate as NormRecalibrate
 from lightning_norm.callbacks import NormSwap as NormSwap
 from lightning_norm.callbacks import load_from_checkpoint as load_from_checkpoint
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
@@ -29,6 +30,8 @@ from lightning_norm.ops.moments import Moments as Moments
 from lightning_norm.surgery.deploy import DeployReport as DeployReport
 from lightning_norm.surgery.deploy import fold as fold
 from lightning_norm.surgery.deploy import to_plain as to_plain
+from lightning_norm.surgery.recalibrate import Recalibration as Recalibration
+from lightning_norm.surgery.recalibrate import recalibrate as recalibrate
 from lightning_norm.surgery.report import SwapReport as SwapReport
 from lightning_norm.surgery.swap import swap as swap
 

@@ -2,4 +2,5 @@
 
 from lightning_norm.callbacks.checkpoint import load_from_checkpoint as load_from_checkpoint
 from lightning_norm.callbacks.monitor import NormMonitor as NormMonitor
+from lightning_norm.callbacks.recalibrate import NormRecalibrate as NormRecalibrate
 from lightning_norm.callbacks.swap import NormSwap as NormSwap
