@@ -6,6 +6,7 @@ Public names, one explicit line each.
 from lightning_norm.callbacks import NormContext as NormContext
 from lightning_norm.callbacks import NormMonitor as NormMonitor
 from lightning_norm.callbacks import NormScheduler as NormScheduler
+from lightning_norm.callbacks import NormRecalibrate as NormRecalibrate
 from lightning_norm.callbacks import NormSwap as NormSwap
 from lightning_norm.callbacks import load_from_checkpoint as load_from_checkpoint
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
@@ -53,6 +54,8 @@ from lightning_norm.surgery.deploy import fold as fold
 from lightning_norm.surgery.deploy import to_plain as to_plain
 from lightning_norm.surgery.groups import no_weight_decay as no_weight_decay
 from lightning_norm.surgery.groups import norm_param_groups as norm_param_groups
+from lightning_norm.surgery.recalibrate import Recalibration as Recalibration
+from lightning_norm.surgery.recalibrate import recalibrate as recalibrate
 from lightning_norm.surgery.report import SwapReport as SwapReport
 from lightning_norm.surgery.swap import swap as swap
 

@@ -41,6 +41,7 @@ class InstanceNorm(MomentNorm):
     key = "in"
     paper = Paper("Ulyanov et al.", 2016, "Instance Normalization", "arXiv 1607.08022")
     uses_batch: ClassVar[bool] = False
+    pools_means: ClassVar[bool] = False
 
     def __init__(
         self,

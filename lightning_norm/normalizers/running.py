@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_norm.normalizers.pool import Pool
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Moments
 
@@ -22,6 +23,13 @@ class RunningStats(nn.Module):
 
     wide_names: ClassVar[tuple[str, ...]] = ()
     """Further buffers that stay in float32 at least."""
+    no_recalibration: ClassVar[str] = ""
+    """Why the running statistics cannot be re-estimated from some batches; empty where they can."""
+    pools_means: ClassVar[bool] = True
+    """The running variance is that of all samples together: it holds the spread of their means."""
+
+    pool: Pool | None = None
+    """Takes the statistics of each training step in place of the running ones, while those are re-estimated."""
     num_batches_tracked: Tensor | None
     skipped_updates: Tensor | None
 
@@ -47,8 +55,22 @@ class RunningStats(nn.Module):
             return m
         if not self.training:
             return self.running()
+        if self.pool is not None:
+            mean, var = (m.mean, m.var) if self.pools_means else self.observed(m)
+            self.pool.add(mean, var, m.count if mean is m.mean else m.count * m.mean.shape[0])
+            return m
         self._update(*self.observed(m), m.count)
         return m
+
+    @torch.no_grad()
+    def write_running(self, m: Moments) -> None:
+        """Set the running statistics to those of pooled moments."""
+        mean, var = self.observed(m) if self.pools_means else (m.mean, m.var)
+        for name, value in zip(self.running_names, (mean, var), strict=True):
+            stat = self._buffers[name]
+            assert stat is not None
+            seen = torch.as_tensor(m.count, device=value.device) > 0
+            stat.copy_(torch.where(seen, value, stat.to(value).reshape(value.shape)).reshape(stat.shape))
 
     def running(self) -> Moments:
         """Return the running statistics as (1, C) moments."""

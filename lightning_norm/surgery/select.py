@@ -107,9 +107,9 @@ def assign(
     used: set[str] = set()
     chosen: list[tuple[Site, NormSpec, bool]] = []
     for site in sites:
-        rule = next((p for p in rules if _matches(p, site, used, f"rules[{p!r}]")), None)
-        included = include is None or _matches(include, site, used, "include")
-        excluded = exclude is not None and _matches(exclude, site, used, "exclude")
+        rule = next((p for p in rules if matches(p, site, used, f"rules[{p!r}]")), None)
+        included = include is None or matches(include, site, used, "include")
+        excluded = exclude is not None and matches(exclude, site, used, "exclude")
         spec = rules[rule] if rule is not None else norm if included and not excluded else None
         if spec is not None:
             chosen.append((site, spec, rule is None))
@@ -142,7 +142,8 @@ def _as_list(pattern: Pattern | None) -> list[str]:
     return [] if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
 
 
-def _matches(pattern: Pattern, site: Site, used: set[str], label: str) -> bool:
+def matches(pattern: Pattern, site: Site, used: set[str], label: str) -> bool:
+    """Tell whether a site's names match, and enter the patterns that do in ``used``."""
     hit = False
     for p in _as_list(pattern):
         if p == LAST_OF_BLOCK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.surgery.recalibrate import recalibrate
 from lightning_norm.testing.kit import (
     C,
     Make,
@@ -165,3 +167,41 @@ def scheduled(make: Make) -> None:
         assert not [k for k in layer.state_dict() if k.lstrip("_") == name], (
             f"{name} is saved, but follows from the step alone"
         )
+
+
+@check
+def evaluation_form(make: Make) -> None:
+    """What ``eval_affine`` and ``plain`` say the layer is in evaluation is what it does, at the start and trained."""
+    x = features(4, C, 7, 3, seed=9, dtype=torch.float64)
+    start = make(C).double()
+    start(features(5, C, 7, 3, dtype=torch.float64))
+    for layer in (start, built(make, torch.float64)):
+        y = layer.eval()(x)
+        affine = layer.eval_affine()
+        tracks = layer.track_running_stats and not layer.per_sample
+        assert affine is not None or not tracks, "a fixed map in evaluation, and eval_affine() gives None"
+        if affine is not None:
+            center, scale, shift = (t.view(1, C, 1, 1) for t in affine.expand(1, C))
+            same(scale * (x - center) + shift, y, 1e-12, "eval_affine(), evaluation")
+        plain = layer.plain(4)
+        if plain is None:
+            assert layer.why_not_plain(4), "plain() gives None and why_not_plain() no reason"
+        else:
+            same(plain.eval()(x), y, 1e-12, "plain(), evaluation")
+
+
+@check
+def recalibrates(make: Make) -> None:
+    """Running statistics re-estimated on two batches are those of both as one, or the class says why they are not."""
+    layer = built(make, torch.float64)
+    if not layer.track_running_stats or layer.no_recalibration:
+        return
+    parts = [features(n, C, 7, 3, seed=n, dtype=torch.float64) * n for n in (3, 4)]
+    whole = copy.deepcopy(layer)
+    recalibrate(torch.nn.Sequential(layer), parts)
+    recalibrate(torch.nn.Sequential(whole), [torch.cat(parts)])
+    for name in layer.running_names:
+        got, expected = layer._buffers[name], whole._buffers[name]
+        assert got is not None
+        assert expected is not None
+        same(got, expected, 1e-12, f"{name} of two batches against one")

@@ -1,0 +1,223 @@
+"""Estimate running statistics anew, exactly, from batches of training data."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.normalizers.pool import Pool
+from lightning_norm.normalizers.running import unbiased
+from lightning_norm.ops import eager
+from lightning_norm.ops.layout import layout_of
+from lightning_norm.ops.moments import Moments
+from lightning_norm.ops.sync import Ranks, active_ranks
+from lightning_norm.surgery.select import Pattern, Site, clean_name, matches
+
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass
+class Recalibration:
+    """What :func:`recalibrate` did; its length is the number of layers.
+
+    Args:
+        layers: names of the layers whose running statistics are new.
+        unused: names of those that no batch went through, and that are as they were.
+        batches: batches behind the statistics, of all ranks.
+        skipped: batches left out by a layer, for a NaN or an infinity in its input.
+    """
+
+    layers: list[str]
+    unused: list[str]
+    batches: int
+    skipped: int
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        text = f"running statistics of {len(self)} layers re-estimated on {self.batches} batches"
+        text += f", {self.skipped} left out for a NaN or an infinity" if self.skipped else ""
+        return text + (f"; no batch reached {', '.join(self.unused)}" if self.unused else "")
+
+
+def recalibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    num_batches: int = 200,
+    *,
+    forward: Callable[[Any], Any] | None = None,
+    exclude: Pattern | None = None,
+    progress: bool = False,
+) -> Recalibration:
+    """Replace running statistics by those of ``num_batches`` batches, as if they were one batch.
+
+    The layers normalize by the statistics of each batch, as in training; everything else, dropout included, is in
+    evaluation mode, and no parameter changes. Means and variances are merged in float64, weighted by their counts, the
+    spread of the batches' means included. torch's own BatchNorm layers are re-estimated too. In a distributed run every
+    rank takes the batches of its own loader, which may be of different lengths, and all ranks end with the same
+    statistics: those of one process that takes all batches.
+
+    Args:
+        model: any module.
+        loader: batches.
+        num_batches: how many to take at most, on each rank.
+        forward: runs the model on a batch; by default the model itself on the batch, or on its first part if it is a
+            tuple or a list, moved to the model's device.
+        exclude: which layers not; as in :func:`lightning_norm.swap`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no layer has running statistics, one cannot be re-estimated (it says why), or there is no batch.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> print(recalibrate(model, [torch.randn(4, 3, 8, 8) for _ in range(5)]))
+    running statistics of 1 layers re-estimated on 5 batches
+    """
+    if num_batches < 1:
+        raise ValueError(f"recalibrate: num_batches must be at least 1, got {num_batches!r}.")
+    layers = layers_of(model, exclude)
+    if not layers:
+        raise ValueError("recalibrate: the model has no layer with running statistics (or all are excluded).")
+    ranks = active_ranks(sync=True, training=True)
+    with _estimating(model, layers) as pools, torch.no_grad(), _uncompiled():
+        for batch in _shown(itertools.islice(loader, num_batches), num_batches, loader, progress):
+            (forward or _Default(model))(batch)
+    return _settle(layers, pools, ranks)
+
+
+def layers_of(model: nn.Module, exclude: Pattern | None = None) -> dict[str, nn.Module]:
+    """Return the layers that have running statistics, by name.
+
+    Raises:
+        ValueError: the statistics of one cannot be re-estimated.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (Normalizer, BATCH_NORMS)) or not module.track_running_stats:
+            continue
+        name = clean_name(name)
+        if exclude is not None and matches(exclude, Site(module, [name]), set(), "exclude"):
+            continue
+        if isinstance(module, Normalizer) and module.no_recalibration:
+            raise ValueError(
+                f"recalibrate: {name} is {type(module).__name__}: {module.no_recalibration}. Leave it out: "
+                f"exclude={[name]!r}."
+            )
+        if module._buffers.get("running_mean") is not None:
+            found[name] = module
+    return found
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled, and importing it takes seconds
+        return contextlib.nullcontext()
+    eager_only: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager_only
+
+
+@contextlib.contextmanager
+def _estimating(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[dict[str, Pool]]:
+    """Only the layers are in training mode, each with a pool; everything is put back, whatever happens."""
+    modes = {module: module.training for module in model.modules()}
+    pools: dict[str, Pool] = {}
+    undo: list[Callable[[], None]] = []
+    try:
+        model.eval()
+        for name, layer in layers.items():
+            watch = _watch_ours if isinstance(layer, Normalizer) else _watch_torchs
+            pools[name] = watch(layer, undo)
+        yield pools
+    finally:
+        for back in reversed(undo):
+            back()
+        for module, training in modes.items():
+            module.training = training
+
+
+def _watch_ours(layer: Any, undo: list[Callable[[], None]]) -> Pool:
+    held = {name: t.clone() for name, t in layer._buffers.items() if t is not None}
+    state = {name: layer.__dict__[name] for name in ("sync", "compiled")}
+    stat = layer._buffers[layer.running_names[0]]
+    pool = layer.pool = Pool((stat.numel() // layer.num_features, layer.num_features), layer.pools_means)
+
+    def back() -> None:
+        layer.pool = None
+        for name, value in state.items():
+            setattr(layer, name, value)
+        for name, value in held.items():  # whatever else a training step counts or measures
+            layer._buffers[name].copy_(value)
+
+    undo.append(back)
+    layer.sync = layer.compiled = False  # ranks meet at the end, for their loaders may be uneven
+    layer.training = True
+    return pool
+
+
+def _watch_torchs(layer: Any, undo: list[Callable[[], None]]) -> Pool:
+    pool = Pool((1, layer.num_features))
+
+    def see(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        x = arguments[0]
+        layout = layout_of(x, layer.num_features)
+        m = Moments(*eager.moments(x.detach(), layout), layout.size).over_batch()
+        pool.add(m.mean, m.var, m.count)
+
+    held = {name: layer._buffers[name] for name in ("running_mean", "running_var")}
+    handle = layer.register_forward_pre_hook(see)
+    undo += [handle.remove, lambda: layer._buffers.update(held)]
+    layer._buffers.update(dict.fromkeys(held))  # without them it takes those of the batch, and never syncs
+    return pool
+
+
+@torch.no_grad()
+def _settle(layers: dict[str, nn.Module], pools: dict[str, Pool], ranks: Ranks | None) -> Recalibration:
+    moments = {name: pool.over(ranks) for name, pool in pools.items()}
+    batches = max(pool.batches for pool in pools.values())
+    if not batches:
+        seen = max(pool.skipped for pool in pools.values())
+        why = "every batch has a NaN or an infinity" if seen else "the loader gave no batch that reaches a layer"
+        raise ValueError(f"recalibrate: {why}. The running statistics are as they were.")
+    used = [name for name, pool in pools.items() if pool.batches]
+    for name in used:
+        layer: Any = layers[name]
+        m = moments[name]
+        if isinstance(layer, Normalizer):
+            layer.write_running(m)
+        else:
+            layer.running_mean.copy_(m.mean.reshape(-1))
+            layer.running_var.copy_((m.var * unbiased(m.count)).reshape(-1))
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(pools[name].batches)
+    skipped = max(pool.skipped for pool in pools.values())
+    return Recalibration(used, [name for name in pools if name not in used], batches, skipped)
+
+
+class _Default:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        held = next(itertools.chain(model.parameters(), model.buffers()), None)
+        self.device = None if held is None else held.device
+
+    def __call__(self, batch: Any) -> Any:
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return self.model(x.to(self.device) if isinstance(x, Tensor) else x)
+
+
+def _shown(batches: Iterable[Any], most: int, loader: Any, progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    with contextlib.suppress(TypeError, NotImplementedError):  # an iterable of unknown length
+        most = min(most, len(loader))
+    shown: Iterable[Any] = tqdm(batches, total=most, desc="Recalibrating", unit="batch", leave=False)
+    return shown

@@ -1,0 +1,221 @@
+"""NormRecalibrate in a real Trainer: after SWA and EMA, before validation, on request; nothing else notices."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from lightning_norm import MomentNorm, NormRecalibrate, NormSwap, load_from_checkpoint, recalibrate
+from tests.callbacks.toy import LateNet, Net, loader, trainer
+
+
+def expected(model):
+    """The statistics that the weights, as they are, have on the training data."""
+    twin = copy.deepcopy(model)
+    recalibrate(twin, loader())
+    return twin.state_dict()
+
+
+def same(a, b):
+    for name, value in b.items():
+        torch.testing.assert_close(a[name], value, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Dropping(Net):
+    def __init__(self):
+        super().__init__()
+        self.net.append(nn.Dropout(0.5))
+        self.net.append(nn.BatchNorm2d(6))
+
+
+@pytest.mark.parametrize("swap", [NormSwap("sn"), None])
+def test_after_the_fit(swap, caplog):
+    model, callback = Dropping(), NormRecalibrate()
+    with caplog.at_level("INFO"):
+        trainer(*[swap] if swap else [], callback, max_epochs=2).fit(model, loader())
+    assert "NormRecalibrate: running statistics of 2 layers re-estimated on 2 batches" in caplog.text
+    assert callback.result.layers == ["net.1", "net.4"]
+    same(model.state_dict(), expected(model))
+    assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("key", ["sn", "bn"])
+def test_after_swa(key):
+    class Averaged(Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.weights = copy.deepcopy(pl_module.net[0].state_dict())
+
+    model, after = Dropping(), Averaged()
+    swa = StochasticWeightAveraging(0.05, swa_epoch_start=1)
+    trainer(NormSwap(key), swa, after, NormRecalibrate(), max_epochs=2).fit(model, loader())
+    for name, value in after.weights.items():
+        assert torch.equal(model.net[0].state_dict()[name], value)
+    same(model.state_dict(), expected(model))
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback", "ignore:Checkpoint directory")
+def test_before_validation_with_ema_the_checkpoint_holds_the_new_statistics(tmp_path):
+    model = Net()
+    callbacks = [NormSwap("sn"), EMAWeightAveraging(decay=0.5), NormRecalibrate(when="before_validation")]
+    saver = ModelCheckpoint(tmp_path, filename="ema", monitor="val_loss")
+    runner = trainer(*callbacks, saver, enable_checkpointing=True, max_epochs=2)
+    runner.fit(model, loader(), loader())
+    averaged = load_from_checkpoint(Net, saver.best_model_path)
+    same(averaged.state_dict(), expected(averaged))
+
+
+def test_before_validation_without_averaging():
+    class See(Callback):
+        seen = []
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            assert not any(m.training for m in pl_module.modules())
+            self.seen.append((pl_module.state_dict()["net.1.running_mean"].clone(), expected(pl_module)))
+
+    model, see = Net(), See()
+    trainer(NormSwap("bn"), NormRecalibrate(when="before_validation"), see, max_epochs=2, num_sanity_val_steps=1).fit(
+        model, loader(), loader()
+    )
+    assert len(see.seen) == 3  # the sanity check is left alone
+    assert not torch.allclose(see.seen[0][0], see.seen[0][1]["net.1.running_mean"])
+    for mean, state in see.seen[1:]:
+        torch.testing.assert_close(mean, state["net.1.running_mean"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("when", ["before_validation", "on_request"])
+def test_the_training_does_not_notice(when):
+    """Order of the data, dropout and the loader's own generator are what they are without the callback."""
+
+    def fit(*callbacks):
+        torch.manual_seed(5)
+        model = Dropping()
+        generator = torch.Generator().manual_seed(1)
+        data = DataLoader(loader(12).dataset, 4, shuffle=True, generator=generator)
+        trainer(*callbacks, max_epochs=2, val_check_interval=1).fit(model, data, loader())
+        return dict(model.named_parameters())
+
+    class Request(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            calibrate = next(c for c in trainer.callbacks if isinstance(c, NormRecalibrate))
+            calibrate.run(trainer, pl_module)
+
+    alone = fit()
+    for name, value in fit(NormRecalibrate(when=when), *[Request()] if when == "on_request" else []).items():
+        assert torch.equal(value, alone[name]), name
+
+
+def test_workers_that_persist_are_left_alone():
+    class Twice(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.callbacks[0].run(trainer, pl_module)
+
+    data = DataLoader(loader(12).dataset, 4, num_workers=1, persistent_workers=True)
+    runner = trainer(NormRecalibrate(when="on_request"), Twice())
+    runner.fit(Net(), data)
+    assert runner.global_step == 3
+    assert runner.callbacks[0].result.batches == 3
+
+
+def test_layers_of_a_dict_batch():
+    class Named(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    rows = [{"x": x, "y": y} for x, y in loader().dataset]
+    model = Named()
+    trainer(NormRecalibrate(inputs="x")).fit(model, DataLoader(rows, 4))
+    same(model.state_dict(), expected(model))
+
+
+def test_late_layers_and_mixed_precision():
+    model = LateNet()
+    trainer(NormSwap("sn"), NormRecalibrate(), precision="bf16-mixed").fit(model, loader())
+    assert int(model.late.num_batches_tracked) == 2
+    assert model.late.running_mean.dtype == torch.float32
+
+
+def test_refused():
+    class OwnState(MomentNorm):
+        no_recalibration = "its statistics are a state of the training"
+
+        def algebra(self, m):
+            b = self.track(m.over_batch())
+            return self.standardize(b.mean, b.var)
+
+    class Swaps(Net):
+        def __init__(self):
+            super().__init__()
+            self.net[1] = OwnState(6)
+
+    runner = trainer(NormRecalibrate())
+    with pytest.raises(ValueError, match="net.1 is OwnState: its statistics are a state of the training"):
+        runner.fit(Swaps(), loader())
+    assert runner.global_step == 0, "told after the training"
+    with pytest.raises(RuntimeError, match="StochasticWeightAveraging stands behind NormRecalibrate"):
+        trainer(NormRecalibrate(), StochasticWeightAveraging(0.1)).fit(Net(), loader())
+    with pytest.raises(ValueError, match="one training loader, the Trainer has several"):
+        trainer(NormRecalibrate(inputs=None)).fit(Pair(), {"a": loader(), "b": loader()})
+    with pytest.raises(ValueError, match="num_batches must be at least 1"):
+        NormRecalibrate(0)
+    with pytest.raises(ValueError, match="when must be one of"):
+        NormRecalibrate(when="sometimes")
+
+
+class Metered(Net):
+    """No forward, logging and a metric in training_step."""
+
+    forward = LightningModule.forward
+
+    def __init__(self):
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def training_step(self, batch):
+        loss = (self.net(batch[0]).mean((1, 2, 3)) - batch[1]).square().mean()
+        self.mean(loss)
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+
+@pytest.mark.parametrize("when", ["fit_end", "before_validation"])
+def test_a_module_without_forward_runs_its_training_step_and_logs_nothing(when):
+    class Validated(Metered):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    def fit(*callbacks):
+        torch.manual_seed(0)
+        model = Validated()
+        runner = trainer(NormSwap("bn"), *callbacks)
+        runner.fit(model, loader(), loader())
+        return model, runner.callback_metrics["loss"], model.mean.compute()
+
+    model, loss, mean = fit(NormRecalibrate(when=when))
+    _, expected_loss, expected_mean = fit()
+    assert torch.equal(loss, expected_loss)
+    assert torch.equal(mean, expected_mean)
+    assert "log" not in vars(model)
+    twin = copy.deepcopy(model)
+    recalibrate(twin, loader(), forward=lambda batch: twin.net(batch[0]))
+    if when == "fit_end":
+        same(model.state_dict(), twin.state_dict())
+
+    class Manual(Validated):
+        automatic_optimization = False
+
+    with pytest.raises(ValueError, match="Manual has no forward, and its training_step optimizes by itself"):
+        trainer(NormRecalibrate()).fit(Manual(), loader())
+
+
+class Pair(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"], batch_idx)
+
+
+def test_other_stages_have_no_training_data():
+    trainer(NormSwap("sn"), NormRecalibrate(when="before_validation")).validate(Net(), loader())
