@@ -76,7 +76,8 @@ def snapshot(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if not torch.compiler.is_compiling():
         return tensors
-    parts = torch.cat([t.to(tensors[0].dtype).reshape(-1) for t in tensors]).split([t.numel() for t in tensors])
+    flat = torch.cat([t.to(tensors[0].dtype).reshape(-1) for t in tensors])
+    parts = torch.split(flat, [t.numel() for t in tensors])
     return tuple(part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True))
 
 
