@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.running import to_std, to_var
 from lightning_norm.normalizers.scheduled import Scheduled
 from lightning_norm.ops.compiled import snapshot
-from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
 
 TINY = torch.finfo(torch.float32).tiny
@@ -58,6 +58,8 @@ class DiminishingBatchNorm(MomentNorm):
     counters: ClassVar[tuple[str, ...]] = ("updates",)
     converts: ClassVar[tuple[str, ...]] = ("running_var",)
     shows: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")
+    updates: Tensor
+    drift: Tensor
 
     def __init__(
         self,
@@ -84,16 +86,9 @@ class DiminishingBatchNorm(MomentNorm):
             self.converts = ()  # type: ignore[misc]  # BatchNorm's own buffers, by their names
         else:
             self.running_names = ("running_mean", "running_std")  # type: ignore[misc]
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=None,
-            affine=affine,
-            track_running_stats=track_running_stats,
-            channel_dim=channel_dim,
-            device=device,
-            dtype=dtype,
-        )
+        options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
+        options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype}
+        super().__init__(num_features, momentum=None, **options)
         drift = torch.zeros((), device=device) if track_running_stats else None
         self.register_buffer("drift", drift, persistent=False)
         self.alpha = alpha
@@ -135,24 +130,17 @@ class DiminishingBatchNorm(MomentNorm):
         scale = mixed[1] + self.eps if self.average == "std" else (mixed[1] + self.eps).sqrt()
         news = [*mixed, steps, ((batch_mean - mixed[0]) / scale).abs().mean()]
         for name, new in zip((*self.running_names, "updates", "drift"), news, strict=True):
-            old = self._buffers[name]
-            assert old is not None
+            old: Tensor = getattr(self, name)
             old.copy_(torch.where(usable, new.reshape(old.shape).to(old.dtype), old))
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(usable)
+        self.get_buffer("num_batches_tracked").add_(usable)
 
     def _held(self) -> tuple[Tensor, Tensor]:
-        mean, spread = (self._buffers[name] for name in self.running_names)
-        assert mean is not None
-        assert spread is not None
-        return mean.unsqueeze(0), spread.unsqueeze(0)
+        mean, spread = (getattr(self, name).unsqueeze(0) for name in self.running_names)
+        return mean, spread
 
     def _steps(self) -> Tensor:
         """Return m of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
-        updates, mean = self._buffers["updates"], self._buffers["running_mean"]
-        assert updates is not None
-        assert mean is not None
-        return updates + 1 + ((updates == 0) & (mean != 0).any())
+        return self.updates + 1 + ((self.updates == 0) & (self._held()[0] != 0).any())
 
     def _new_weight(self, steps: Tensor) -> Tensor:
         alpha = self.scheduled("alpha")
@@ -172,7 +160,7 @@ class DiminishingBatchNorm(MomentNorm):
         """Take over a layer's Parameters and running statistics, the variance as a standard deviation."""
         super().adopt(source)
         if isinstance(source, DiminishingBatchNorm) and source.track_running_stats and self.track_running_stats:
-            self._buffers["updates"] = source._buffers["updates"]
+            self.updates = source.updates
             if source.average == self.average:
                 self._buffers[self.running_names[1]] = source._buffers[self.running_names[1]]
                 return
@@ -190,10 +178,9 @@ class DiminishingBatchNorm(MomentNorm):
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
         """Return alpha of the last batch, and how far its mean lay from the running one, in standard deviations."""
-        updates, drift = self._buffers["updates"], self._buffers["drift"]
-        if updates is None or drift is None:
+        if not self.track_running_stats:
             return {}
-        return {"alpha": self._new_weight(updates.clamp_min(1)).clone(), "drift": drift}
+        return {"alpha": self._new_weight(self.updates.clamp_min(1)).clone(), "drift": self.drift}
 
     def extra_repr(self) -> str:
         """Show the arguments."""
@@ -207,15 +194,3 @@ class DiminishingBatchNorm(MomentNorm):
             state_dict.setdefault(prefix + "running_var", to_var(std, self.eps))
             del state_dict[prefix + "running_std"]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-@torch.no_grad()
-def to_std(var: Tensor, eps: float) -> Tensor:
-    """Return the s with s + eps = sqrt(var + eps): evaluation stays what it was."""
-    return (var.to(at_least_float32(var.dtype)) + eps).sqrt() - eps
-
-
-@torch.no_grad()
-def to_var(std: Tensor, eps: float) -> Tensor:
-    """Return the v with sqrt(v + eps) = std + eps; 0 where it would be negative, for a BatchNorm has none below."""
-    return ((std + eps).square() - eps).clamp_min(0)

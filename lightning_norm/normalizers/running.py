@@ -141,3 +141,15 @@ def unbiased(count: int | Tensor) -> float | Tensor:
     if isinstance(count, Tensor):
         return count / (count - 1).clamp_min(1)
     return count / max(count - 1, 1)
+
+
+@torch.no_grad()
+def to_std(var: Tensor, eps: float) -> Tensor:
+    """Return the s with s + eps = sqrt(var + eps): evaluation stays what it was."""
+    return (var.to(at_least_float32(var.dtype)) + eps).sqrt() - eps
+
+
+@torch.no_grad()
+def to_var(std: Tensor, eps: float) -> Tensor:
+    """Return the v with sqrt(v + eps) = std + eps; 0 where it would be negative, for a BatchNorm has none below."""
+    return ((std + eps).square() - eps).clamp_min(0)

@@ -65,8 +65,8 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
     paper = Paper(
         "Wang et al.",
         2023,
-        "Unified Batch Normalization: Identifying and Alleviating the Feature Condensation in Batch Normalization and a "
-        "Unified Framework",
+        "Unified Batch Normalization: Identifying and Alleviating the Feature Condensation in Batch Normalization and "
+        "a Unified Framework",
         "arXiv 2311.15993",
     )
     learns: ClassVar[dict[str, str]] = {**RepresentativeBatchNorm.learns, "affine_weight": "C", "affine_bias": "C"}
