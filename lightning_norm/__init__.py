@@ -5,8 +5,8 @@ Public names, one explicit line each.
 
 from lightning_norm.callbacks import NormContext as NormContext
 from lightning_norm.callbacks import NormMonitor as NormMonitor
-from lightning_norm.callbacks import NormScheduler as NormScheduler
 from lightning_norm.callbacks import NormRecalibrate as NormRecalibrate
+from lightning_norm.callbacks import NormScheduler as NormScheduler
 from lightning_norm.callbacks import NormSwap as NormSwap
 from lightning_norm.callbacks import load_from_checkpoint as load_from_checkpoint
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError

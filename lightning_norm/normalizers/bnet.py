@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.evaluation import BATCH_NORMS, batch_norm
 from lightning_norm.ops.compiled import KIND
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
@@ -99,6 +100,33 @@ class BNET(MomentNorm):
     def keeps_eval(self) -> bool:
         """Tell whether the kernel starts as a Dirac."""
         return self.init == "dirac"
+
+    def eval_affine(self) -> Affine | None:
+        """Return the map that the layer is in evaluation, if its kernels are their centre taps alone."""
+        taps, middle = self.kernel.detach().flatten(1).cpu().double(), self.kernel[0].numel() // 2
+        normalized = super().eval_affine()
+        if normalized is None or taps.abs().sum(1).ne(taps[:, middle].abs()).any():
+            return None
+        shift = torch.zeros_like(normalized.center) if self.bias is None else self.bias.detach().cpu().double()
+        return Affine(normalized.center, normalized.scale * taps[:, middle], shift)
+
+    def plain(self, dims: int | None = None) -> nn.Module | None:
+        """Return torch's BatchNorm, followed by a depthwise convolution unless the kernels are their centre taps."""
+        found = super().plain(dims)
+        conv = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}.get(dims or 0)
+        fits = self.channel_dim == 1 and self.track_running_stats and dims == self.spatial_dims + 2
+        if found is not None or conv is None or not fits:
+            return found
+        normalized = super().eval_affine()
+        assert normalized is not None
+        c, kind = self.num_features, {"device": self.kernel.device, "dtype": self.kernel.dtype}
+        recovery = conv(c, c, self.kernel_size, padding=self.kernel_size // 2, groups=c, bias=self.affine, **kind)
+        recovery.weight, recovery.bias = self.kernel, self.bias
+        shift = torch.zeros_like(normalized.center)
+        return nn.Sequential(
+            batch_norm(self, Affine(normalized.center, normalized.scale, shift), BATCH_NORMS[self.spatial_dims + 2]),
+            recovery,
+        )
 
     def freeze_kernel(self) -> None:
         """Train kernel and bias no longer, as the authors do after 60 of 100 epochs of a ResNet-101."""

@@ -60,6 +60,7 @@ class ContextNorm(PerContext):
     shows: ClassVar[tuple[str, ...]] = ("num_contexts", "context", "missing", "prior_scale", "min_count")
     wide_names: ClassVar[tuple[str, ...]] = ("prior", "running_spread", "centroids", "descriptor_scale")
     preserves_eval: ClassVar[bool] = True
+    no_recalibration: ClassVar[str] = "each context has statistics of its own, and batches without contexts move none"
     tested_with: ClassVar[dict[str, Any]] = {"context": "gate"}
     centroids: Tensor
     descriptor_scale: Tensor

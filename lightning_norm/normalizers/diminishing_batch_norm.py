@@ -55,6 +55,7 @@ class DiminishingBatchNorm(MomentNorm):
     paper = Paper("Ma and Klabjan", 2024, "Diminishing Batch Normalization", "arXiv 1705.08011")
     per_sample: ClassVar[bool] = False
     preserves_eval: ClassVar[bool] = True
+    no_recalibration: ClassVar[str] = "its running statistics are what it trains with, moved by alpha alone"
     counters: ClassVar[tuple[str, ...]] = ("updates",)
     converts: ClassVar[tuple[str, ...]] = ("running_var",)
     shows: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")

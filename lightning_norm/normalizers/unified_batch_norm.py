@@ -109,7 +109,8 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra; with a threshold, in training, the one that also measures the condensation of x."""
-        if self.scheduled("threshold") is None or not (self.training and self.track_running_stats):
+        chooses = self.training and self.track_running_stats and self.pool is None  # recalibration takes every batch
+        if self.scheduled("threshold") is None or not chooses:
             return self.algebra
 
         def algebra(m: Moments) -> Affine:

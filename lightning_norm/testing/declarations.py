@@ -179,9 +179,10 @@ def evaluation_form(make: Make) -> None:
         y = layer.eval()(x)
         affine = layer.eval_affine()
         tracks = layer.track_running_stats and not layer.per_sample
-        assert affine is not None or not tracks, "a fixed map in evaluation, and eval_affine() gives None"
+        known = affine is not None or layer.plain(4) is not None
+        assert known or not tracks, "a fixed map in evaluation, and neither eval_affine() nor plain() gives it"
         if affine is not None:
-            center, scale, shift = (t.view(1, C, 1, 1) for t in affine.expand(1, C))
+            center, scale, shift = (t.view(1, C, 1, 1) for t in affine.fields(1, C))
             same(scale * (x - center) + shift, y, 1e-12, "eval_affine(), evaluation")
         plain = layer.plain(4)
         if plain is None:

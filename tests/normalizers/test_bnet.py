@@ -152,7 +152,7 @@ class TestAPlainBatchNorm:
         plain = BNET(6, affine=False)
         plain.load_state_dict(source.state_dict(), strict=True)
         assert plain.bias is None
-        assert list(plain.state_dict())[0] == "kernel"
+        assert next(iter(plain.state_dict())) == "kernel"
         with pytest.raises(RuntimeError, match="Missing key.*bias"):
             BNET(6).load_state_dict(source.state_dict(), strict=True)
 
