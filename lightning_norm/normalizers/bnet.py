@@ -119,7 +119,8 @@ class BNET(MomentNorm):
             return found
         normalized = super().eval_affine()
         assert normalized is not None
-        c, kind = self.num_features, {"device": self.kernel.device, "dtype": self.kernel.dtype}
+        c = self.num_features
+        kind: dict[str, Any] = {"device": self.kernel.device, "dtype": self.kernel.dtype}
         recovery = conv(c, c, self.kernel_size, padding=self.kernel_size // 2, groups=c, bias=self.affine, **kind)
         recovery.weight, recovery.bias = self.kernel, self.bias
         shift = torch.zeros_like(normalized.center)

@@ -16,7 +16,7 @@ from lightning_norm.normalizers.running import unbiased
 from lightning_norm.normalizers.scheduled import Scheduled
 from lightning_norm.normalizers.sparsestmax import sparsestmax
 from lightning_norm.ops.layout import Layout, at_least_float32
-from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.moments import Affine, Moments, mixture
 from lightning_norm.ops.recipe import Recipe
 
 CHOICES = ("in", "ln", "bn", "gn")
@@ -106,9 +106,7 @@ class SwitchableNorm(MomentNorm):
         statistics = [self._statistic(k, m, alone) for k in self.choices]
         dtype = m.mean.dtype  # float64 for float32 inputs: a sum of weights off by 1e-7 would be multiplied by the mean
         w, v = self._mix(self.mean_weight.to(dtype), alone), self._mix(self.var_weight.to(dtype), alone)
-        mean = mixture(w, [s.mean for s in statistics])
-        var = mixture(v, [s.var for s in statistics])
-        return self.standardize(mean, var)
+        return self.standardize(mixture(w, [s.mean for s in statistics]), mixture(v, [s.var for s in statistics]))
 
     def recipe(self, layout: Layout) -> Recipe | None:
         """Return the same equation for the kernels, which know either "ln" or "gn" and more than one element."""
@@ -196,15 +194,6 @@ class SwitchableNorm(MomentNorm):
             known = {2: '("in", "ln") or, for the authors\' 1d layer, ("ln", "bn")', 3: '("in", "ln", "bn")'}
             raise RuntimeError(
                 f"{prefix[:-1] or 'this layer'}: the checkpoint mixes {held.numel()} statistics, this SwitchableNorm "
-                "has choices="
-                f"{self.choices}. Type choices={known.get(held.numel(), 'those of the checkpoint')}."
+                f"has choices={self.choices}. Type choices={known.get(held.numel(), 'those of the checkpoint')}."
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
-    """Return the weighted sum of broadcastable tensors, the small ones first: few operations are of the full shape."""
-    dtype = terms[0].dtype
-    weighted = [term.to(dtype) * weight for term, weight in zip(terms, weights.to(dtype).unbind(), strict=True)]
-    first, *rest = sorted(weighted, key=Tensor.numel)
-    return sum(rest, first)

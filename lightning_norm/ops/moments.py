@@ -119,6 +119,14 @@ class Affine:
         return center, scale, shift
 
 
+def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
+    """Return the weighted sum of broadcastable tensors, the small ones first: few operations are of the full shape."""
+    dtype = terms[0].dtype
+    weighted = [term.to(dtype) * weight for term, weight in zip(terms, weights.to(dtype).unbind(), strict=True)]
+    first, *rest = sorted(weighted, key=Tensor.numel)
+    return sum(rest, first)
+
+
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     pooled: tuple[Tensor, Tensor] = _Pool.apply(mean, var, dim)
     return pooled
