@@ -43,13 +43,13 @@ def halved(epoch):
     return 0.5**epoch
 
 
-def config_file(folder, swap, model="WithoutOptimizer", scheduler="ExponentialLR", **trainer):
+def config_file(folder, swap, model="WithoutOptimizer", scheduler="ExponentialLR", more=(), **trainer):
     config = {
         "model": {"class_path": f"{__name__}.{model}"},
         "trainer": {
             "max_epochs": 2,
             "accelerator": "cpu",
-            "callbacks": [{"class_path": "NormSwap", "init_args": swap}],
+            "callbacks": [{"class_path": "NormSwap", "init_args": swap}, *more],
             "logger": False,
             "enable_checkpointing": False,
             "enable_progress_bar": False,
@@ -128,3 +128,13 @@ def test_layers_built_after_the_optimizer_stop_the_run(tmp_path):
             ["fit", "--config", config_file(tmp_path, {"norm": "sn"}, "LateWithoutOptimizer")],
             save_config_callback=None,
         )
+
+
+def test_rows_of_contexts_take_the_place_of_what_the_optimizer_held(tmp_path):
+    context = {"class_path": "NormContext", "init_args": {"context_fn": "tests.callbacks.test_context.by_sign"}}
+    swap = {"norm": "cn", "norm_args": {"context": "ids"}}
+    cli = NormCLI(["fit", "--config", config_file(tmp_path, swap, more=[context])], save_config_callback=None)
+    layer = cli.model.net[1]
+    assert not torch.equal(layer.bias[0], layer.bias[1])
+    (group,) = cli.trainer.optimizers[0].param_groups
+    assert all(sum(p is q for q in group["params"]) == 1 for p in cli.model.parameters())

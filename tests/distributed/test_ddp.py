@@ -34,3 +34,14 @@ def test_ranks_that_disagree_on_the_swap_are_told_at_setup():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "ranks disagree on the swap: rank 0 has 3 layers, rank 1 has 2 (missing there: late" in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_contexts_of_images(tmp_path):
+    out = tmp_path / "held"
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.contexts", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(f"{out}.{rank}") for rank in (0, 1))
+    assert first["net.1.centroids"].abs().sum() > 0
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
