@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.cli.bench_peers import PEERS, depthwise_peer, taps
 from lightning_norm.cli.bench_report import rows_of, save, table
 from lightning_norm.normalizers.registry import create, normalizers
 
@@ -26,16 +27,19 @@ class Naive(nn.Module):
     """A formula written as published: one full reduction of the whole tensor per statistic.
 
     Args:
-        key: "bn", "in", "ln", "sn" or "bcn".
+        key: "bn", "in", "ln", "sn", "bcn" or "bnet".
         num_features: C.
     """
 
-    KEYS = ("bn", "in", "ln", "sn", "bcn")
+    KEYS = ("bn", "in", "ln", "sn", "bcn", "bnet")
 
     def __init__(self, key: str, num_features: int) -> None:
         super().__init__()
         self.key = key
-        self.weight = nn.Parameter(torch.ones(num_features))
+        if key == "bnet":
+            self.kernel = nn.Parameter(taps(torch.empty(num_features, 1, 3, 3)))
+        else:
+            self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         if key == "sn":
             self.mean_weight, self.var_weight = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
@@ -47,7 +51,7 @@ class Naive(nn.Module):
         space = tuple(range(2, x.dim()))
         wide = (1, -1) + (1,) * len(space)
         axes = {"in": space or (1,), "ln": (1, *space), "bn": (0, *space)}
-        needed = {"sn": ("in", "ln", "bn"), "bcn": ("bn", "ln")}.get(self.key, (self.key,))
+        needed = {"sn": ("in", "ln", "bn"), "bcn": ("bn", "ln"), "bnet": ("bn",)}.get(self.key, (self.key,))
         mean = {k: x.mean(axes[k], keepdim=True) for k in needed}
         var = {k: x.var(axes[k], keepdim=True, correction=0) for k in needed}
         if self.key == "bcn":
@@ -62,6 +66,8 @@ class Naive(nn.Module):
             center = sum((a * mean[k] for a, k in zip(w, needed, strict=True)), zero)
             spread = sum((a * var[k] for a, k in zip(v, needed, strict=True)), zero)
             y = (x - center) / torch.sqrt(spread + 1e-5)
+        if self.key == "bnet":
+            return nn.functional.conv2d(y, self.kernel, self.bias, padding=1, groups=x.shape[1])
         return y * self.weight.view(wide) + self.bias.view(wide)
 
 
@@ -133,17 +139,30 @@ def contenders(
     for key in keys:
         if len(shape) == 2 and key in ("in",):
             continue
-        yield key, create(key, c, device=device)
+        if key == "bnet" and len(shape) == 4:
+            yield PEERS[key], depthwise_peer(c).to(device)
+        yield key, _ours(key, c, device)
         if compiled:
-            layer = create(key, c, device=device)
+            layer = _ours(key, c, device)
             layer.compile()
             yield f"{key} compiled", layer
-        if key in Naive.KEYS and len(shape) > 2:
+        if _has_formula(key, shape):
             yield f"{key} naive", Naive(key, c).to(device)
             if compiled:
                 naive = Naive(key, c).to(device)
                 naive.compile(dynamic=False)
                 yield f"{key} naive compiled", naive
+
+
+def _ours(key: str, c: int, device: str) -> nn.Module:
+    layer = create(key, c, device=device)
+    if key == "bnet":
+        taps(layer.get_parameter("kernel"))
+    return layer
+
+
+def _has_formula(key: str, shape: Sequence[int]) -> bool:
+    return key in Naive.KEYS and (len(shape) == 4 if key == "bnet" else len(shape) > 2)
 
 
 def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
@@ -152,8 +171,8 @@ def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
     Raises:
         ArithmeticError: they differ by more than 1e-4 of their norm.
     """
-    key = name.split()[0].replace("torch", "bn")
-    if key not in Naive.KEYS or x.dim() == 2:
+    key = next((k for k, peer in PEERS.items() if peer == name), name.split()[0].replace("torch", "bn"))
+    if not _has_formula(key, x.shape):
         return
     truth = Naive(key, x.shape[1]).double().to(x.device)
     wide = x.detach().double().requires_grad_()

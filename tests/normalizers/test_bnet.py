@@ -152,7 +152,7 @@ class TestAPlainBatchNorm:
         plain = BNET(6, affine=False)
         plain.load_state_dict(source.state_dict(), strict=True)
         assert plain.bias is None
-        assert list(plain.state_dict())[0] == "kernel"
+        assert next(iter(plain.state_dict())) == "kernel"
         with pytest.raises(RuntimeError, match="Missing key.*bias"):
             BNET(6).load_state_dict(source.state_dict(), strict=True)
 
@@ -173,7 +173,7 @@ class TestAPlainBatchNorm:
         report = swap(model, "bnet")
         row = report.layers[0]
         assert (row.preserved, row.converted, row.dropped, row.added) == (True, ["weight"], [], {"kernel": 54})
-        assert "(12 -> 60)" in report.summary()
+        assert "parameters  +54 -6 (12 -> 60)" in report.summary()
         assert report.total_after == sum(p.numel() for p in model.parameters())
         with torch.no_grad():
             model[0].kernel.add_(torch.arange(54.0).view(6, 1, 3, 3))
