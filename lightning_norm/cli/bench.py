@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.cli.bench_naive import CONTEXTS, FORMULAS, Naive, contexts_of
+from lightning_norm.cli.bench_peers import PEERS, depthwise_peer, taps
 from lightning_norm.cli.bench_report import rows_of, save, table
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.contexts import assign, context_layers
@@ -22,8 +23,11 @@ from lightning_norm.normalizers.registry import create, normalizers
 
 SHAPES = ((32, 64, 32, 32), (32, 256, 14, 14), (32, 512, 7, 7), (128, 64))
 EXAMPLE = "lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json --save docs/benchmarks"
-ARGUMENTS: dict[str, dict[str, Any]] = {"ubn": {"threshold": 1.0}}
-"""What a contender is built with: ubn measures the condensation of every batch."""
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "ubn": {"threshold": 1.0},  # the condensation of every batch is measured
+    "cn": {"context": "ids", "num_contexts": CONTEXTS},
+}
+"""What a contender is built with."""
 Run = Callable[[], Any]
 
 
@@ -95,12 +99,14 @@ def contenders(
     for key in keys:
         if len(shape) == 2 and key in ("in",):
             continue
+        if key in PEERS and len(shape) == 4:
+            yield PEERS[key], depthwise_peer(c).to(device)
         yield key, ready(key, shape, device)
         if compiled:
             layer = ready(key, shape, device)
             layer.compile()
             yield f"{key} compiled", layer
-        if key in FORMULAS and len(shape) > 2:
+        if _has_formula(key, shape):
             yield f"{key} naive", Naive(ready(key, shape, device))
             if compiled:
                 naive = Naive(ready(key, shape, device))
@@ -109,12 +115,17 @@ def contenders(
 
 
 def ready(key: str, shape: tuple[int, ...], device: str) -> Normalizer:
-    """Build a layer; cn is told the contexts of its samples."""
-    if key != "cn":
-        return create(key, shape[1], device=device, **ARGUMENTS.get(key, {}))
-    layer = create(key, shape[1], device=device, context="ids", num_contexts=CONTEXTS)
-    assign(context_layers(layer), contexts_of(torch.empty(shape, device=device)))
+    """Build a layer; cn is told the contexts of its samples, and a kernel of bnet gets distinct taps."""
+    layer = create(key, shape[1], device=device, **ARGUMENTS.get(key, {}))
+    if key == "cn":
+        assign(context_layers(layer), contexts_of(torch.empty(shape, device=device)))
+    if key == "bnet":
+        taps(layer.get_parameter("kernel"))
     return layer
+
+
+def _has_formula(key: str, shape: Sequence[int]) -> bool:
+    return key in FORMULAS and (len(shape) == 4 if key == "bnet" else len(shape) > 2)
 
 
 def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
@@ -123,11 +134,11 @@ def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
     Raises:
         ArithmeticError: they differ by more than 1e-4 of their norm.
     """
-    key = name.split()[0].replace("torch", "bn")
-    if key not in FORMULAS or x.dim() == 2:
+    key = next((k for k, peer in PEERS.items() if peer == name), name.split()[0].replace("torch", "bn"))
+    if not _has_formula(key, x.shape):
         return
     truth = Naive(ready(key, tuple(x.shape), x.device.type)).double()
-    truth.load_state_dict(dict(layer.named_parameters()))  # what starts at random
+    truth.load_state_dict(dict(layer.named_parameters()), strict=False)  # what starts at random
     held = getattr(layer, "dropout", None)
     truth.dropout = 0.0
     if held is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear, normalize
+from torch.nn.functional import conv2d, dropout, linear, normalize
 
 from lightning_norm.normalizers.base import Normalizer
 
@@ -156,6 +156,7 @@ FORMULAS: dict[str, Callable[[Tensor, Parameters], Tensor]] = {
     "ln": lambda x, p: affine(standardized(x, "ln"), p),
     "sn": switchable,
     "bcn": batch_channel,
+    "bnet": lambda x, p: conv2d(standardized(x, "bn"), p["kernel"], p["bias"], padding=1, groups=x.shape[1]),
     "dbn": diminishing,
     "rbn": representative,
     "ubn": unified,

@@ -8,6 +8,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from lightning_norm.cli.bench_peers import PEERS
+
 
 def save(result: dict[str, Any], folder: Path) -> None:
     """Write ``bench.json``, ``bench.md`` and ``bench.png`` into a folder."""
@@ -57,13 +59,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return aligned rows of text."""
-    head = ("", "median ms", "vs torch", "vs naive", "saved")
+    head = ("", "median ms", "vs torch", "vs peer", "vs naive", "saved")
     cells = [head]
     for r in rows:
-        naive = f"{r['vs_naive']:.2f} x" if r["vs_naive"] else "-"
-        saved = f"{r['saved']:.2f} x" if r["saved"] else "-"
+        peer, naive, saved = (f"{r[k]:.2f} x" if r[k] else "-" for k in ("vs_peer", "vs_naive", "saved"))
         cells.append(
-            (r["name"], f"{r['ms']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", f"{r['ratio']:.2f} x", naive, saved)
+            (r["name"], f"{r['ms']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", f"{r['ratio']:.2f} x", peer, naive, saved)
         )
     widths = [max(len(c[i]) for c in cells) for i in range(len(head))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
@@ -76,6 +77,7 @@ def rows_of(label: str, times: dict[str, list[float]], saved: dict[str, float]) 
     for name, ts in times.items():
         low, _, high = statistics.quantiles(ts, n=4)
         naive = f"{name.split()[0]} naive{' compiled' if name.endswith(' compiled') else ''}"
+        peer = PEERS.get(name.split()[0], "")
         against = medians[name] / medians[naive] if naive in medians and "naive" not in name else None
         rows.append(
             {
@@ -85,6 +87,7 @@ def rows_of(label: str, times: dict[str, list[float]], saved: dict[str, float]) 
                 "low": low,
                 "high": high,
                 "ratio": medians[name] / medians["torch"],
+                "vs_peer": medians[name] / medians[peer] if peer in medians else None,
                 "vs_naive": against,
                 "saved": saved.get(name),
             }

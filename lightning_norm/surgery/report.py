@@ -82,9 +82,14 @@ class SwapReport:
         return sum(sum(layer.added.values()) for layer in self.layers)
 
     @property
+    def parameters_removed(self) -> int:
+        """Parameters that were not moved, in elements."""
+        return sum(layer.removed for layer in self.layers)
+
+    @property
     def total_after(self) -> int:
         """Parameters of the model after the swap, in elements."""
-        return self.total_before + self.parameters_added - sum(layer.removed for layer in self.layers)
+        return self.total_before + self.parameters_added - self.parameters_removed
 
     def add(self, site: Site, layer: Normalizer, row: SwappedLayer) -> None:
         """Add a layer that is ready to be put in place."""
@@ -178,7 +183,8 @@ class SwapReport:
         if not self.layers:
             return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
         total = f" ({_spaced(self.total_before)} -> {_spaced(self.total_after)})"
-        added = f"+{self.parameters_added}" + (total if self.total_before else "")
+        removed = f" -{self.parameters_removed}" if self.parameters_removed else ""
+        added = f"+{self.parameters_added}{removed}" + (total if self.total_before else "")
         converted = (
             f"     converted: {self._kinds('converted')}" if any(layer.converted for layer in self.layers) else ""
         )

@@ -51,7 +51,7 @@ def test_from_the_start():
     assert not model.net[1].kernel.requires_grad
 
 
-@pytest.mark.filterwarnings("ignore:.*dirpath has changed")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_is_frozen_too(tmp_path):
     """Also in the middle of an epoch, which Lightning takes up without on_train_epoch_start."""
     saved = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")

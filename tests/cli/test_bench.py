@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lightning_norm
-from lightning_norm.cli import bench
+from lightning_norm.cli import bench, bench_naive
 
 
 def test_eager_run_prints_a_table_and_writes_data_and_picture(tmp_path, capsys):
@@ -43,6 +43,22 @@ def test_only_x_is_kept_for_the_backward_pass():
     assert all(1.0 <= s < 1.2 for s in ours)
 
 
+def test_bnet_stands_beside_a_batch_norm_and_a_convolution():
+    rows = bench.run(["--shapes", "4x6x9x8,9x6", "--norms", "bnet", "--repeats", "2", "--no-compile"])
+    by_name = {r["name"]: r for r in rows if r["shape"] == "4x6x9x8"}
+    assert set(by_name) == {"torch", "torch + depthwise", "bnet", "bnet naive"}
+    peer = by_name["torch + depthwise"]
+    assert by_name["bnet"]["vs_peer"] == pytest.approx(by_name["bnet"]["ms"] / peer["ms"])
+    assert peer["saved"] > 2 > by_name["bnet"]["saved"]  # it keeps the normalized map as well
+    assert {r["name"]: r["vs_peer"] for r in rows if r["shape"] == "9x6"} == {"torch": None, "bnet": None}
+
+
+def test_a_wrong_peer_stops_the_benchmark(monkeypatch):
+    monkeypatch.setattr(bench, "depthwise_peer", lambda c: torch.nn.BatchNorm2d(c))
+    with pytest.raises(ArithmeticError, match=r"torch \+ depthwise: the output differs from float64"):
+        bench.bench_shape((8, 6, 5, 5), ["bnet"], False, "cpu", 2, False)
+
+
 @pytest.mark.slow
 def test_compiled_and_network():
     rows = bench.run(["--shapes", "8x6x5x5", "--norms", "sn", "--repeats", "2", "--network"])
@@ -51,7 +67,8 @@ def test_compiled_and_network():
 
 
 def test_a_wrong_result_stops_the_benchmark(monkeypatch):
-    monkeypatch.setattr(bench, "create", lambda key, c, **_: torch.nn.Identity())
+    monkeypatch.setattr(bench, "FORMULAS", {**bench.FORMULAS, "sn": None})
+    monkeypatch.setitem(bench_naive.FORMULAS, "sn", lambda x, p: 2 * x)
     with pytest.raises(ArithmeticError, match="sn: the output differs from float64"):
         bench.bench_shape((8, 6, 5, 5), ["sn"], False, "cpu", 2, False)
 

@@ -173,7 +173,7 @@ class TestAPlainBatchNorm:
         report = swap(model, "bnet")
         row = report.layers[0]
         assert (row.preserved, row.converted, row.dropped, row.added) == (True, ["weight"], [], {"kernel": 54})
-        assert "(12 -> 60)" in report.summary()
+        assert "parameters  +54 -6 (12 -> 60)" in report.summary()
         assert report.total_after == sum(p.numel() for p in model.parameters())
         with torch.no_grad():
             model[0].kernel.add_(torch.arange(54.0).view(6, 1, 3, 3))
