@@ -110,7 +110,7 @@ class RunningStats(nn.Module):
 
     def without_effect(self) -> dict[str, str]:
         """Return the scheduled arguments that do nothing in this layer as it is: name -> the argument that says so."""
-        return {} if self.track_running_stats else {"momentum": "track_running_stats=False"}
+        return {} if vars(self).get("track_running_stats", True) else {"momentum": "track_running_stats=False"}
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the counters to 0."""
