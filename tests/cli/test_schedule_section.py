@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -135,8 +136,9 @@ def test_a_mistake_is_told(schedule, said, tmp_path, capfd):
 def test_from_the_command_line(tmp_path):
     path = config_file(tmp_path, {"radois": 0.3})
     command = [sys.executable, "-W", "ignore", "-m", "lightning_norm", "fit", "--config", path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
     assert done.returncode == 2
     assert "Did you mean 'radius'? They have: momentum (1 layers), radius (1 layers)." in done.stderr
     assert "Traceback" not in done.stderr
