@@ -92,6 +92,7 @@ class TestManifest:
                 raise ZeroDivisionError
 
         runner, path = fit(HNet(), NormSwap("sn"), tmp_path=tmp_path, save_weights_only=True)
+        assert len(torch.load(path)["lightning_norm"]["layers"]) == 3
         paths = [path]
         for name, weights_only in (("after.ckpt", False), ("after_weights.ckpt", True)):
             paths.append(str(tmp_path / name))
@@ -473,7 +474,9 @@ class TestAverages:
     def test_ema(self, tmp_path):
         model = HNet()
         swap, ema = NormSwap("sn"), EMAWeightAveraging(decay=0.5)
-        _, path = fit(model, swap, ema, tmp_path=tmp_path)
+        runner, path = fit(model, swap, ema, tmp_path=tmp_path)
+        runner.save_checkpoint(tmp_path / "after.ckpt")  # its state_dict is the averaged one, without metadata
+        load_from_checkpoint(HNet, tmp_path / "after.ckpt")
         checkpoint = torch.load(path)
         assert "current_model_state" in checkpoint
         loaded = load_from_checkpoint(HNet, path)
