@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,3 +35,13 @@ def test_ranks_that_disagree_on_the_swap_are_told_at_setup():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "ranks disagree on the swap: rank 0 has 3 layers, rank 1 has 2 (missing there: late" in done.stderr
+
+
+def test_the_monitor_reads_and_logs_on_rank_zero_alone(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.monitor", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {f.name: f.read_text() for f in tmp_path.glob("rank*")} == {"rank0": "5", "rank1": "0"}  # steps 0 to 4
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    series = EventAccumulator(str(events)).Reload().Scalars("norm/sn/mean_in/net.1")
+    assert [e.step for e in series] == [0, 1, 2, 3, 4]
