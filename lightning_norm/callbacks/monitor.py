@@ -184,7 +184,7 @@ class NormMonitor(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._active:
             return
-        self._log(trainer, pl_module)
+        self._log(trainer, pl_module, end=True)
         step = _step(trainer)
         if self.page:
             for board in self._tensorboards(trainer):
@@ -223,7 +223,7 @@ class NormMonitor(Callback):
             self._read_at = step
         return self._values
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, end: bool = False) -> None:
         step = _step(trainer)
         if step == self._logged_at:  # gradients accumulate: same step
             return
@@ -233,8 +233,9 @@ class NormMonitor(Callback):
         scalars.update({self.tag(place, "_by_depth"): value for place, value in depth_means(values).items()})
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
-        for name, value in self._bar(values).items():
-            pl_module.log(name, value, prog_bar=True, logger=False, on_step=True, on_epoch=False, rank_zero_only=True)
+        if not end:
+            for name, value in self._bar(values).items():
+                pl_module.log(name, value, prog_bar=True, logger=False, rank_zero_only=True)
 
     def _bar(self, values: dict[Place, float]) -> dict[str, float]:
         """Return the means over all layers that the progress bar shows."""

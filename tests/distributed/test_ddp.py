@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,3 +46,13 @@ def test_ranks_agree_on_the_contexts_of_images(tmp_path):
     first, second = (torch.load(f"{out}.{rank}") for rank in (0, 1))
     assert first["net.1.centroids"].abs().sum() > 0
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_the_monitor_reads_and_logs_on_rank_zero_alone(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.monitor", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {f.name: f.read_text() for f in tmp_path.glob("rank*")} == {"rank0": "5", "rank1": "0"}  # steps 0 to 4
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    series = EventAccumulator(str(events)).Reload().Scalars("norm/sn/mean_in/net.1")
+    assert [e.step for e in series] == [0, 1, 2, 3, 4]
