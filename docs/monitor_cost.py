@@ -81,9 +81,8 @@ def main() -> None:
     pairs = list(zip(clock.seconds[4::2], clock.seconds[5::2], strict=False))  # the first four warm up
     step = statistics.median(b for _, b in pairs)
     cost = statistics.median(a - b for a, b in pairs)
-    print(
-        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {len(pairs)} pairs of steps, median step {step * 1e3:.1f} ms"
-    )
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    print(f"{threads}, {len(pairs)} pairs of steps, median step {step * 1e3:.1f} ms")
     print(f"a logged step      {cost * 1e3:+.2f} ms  {cost / step:+.2%} of a step")
     print(f"every 50 steps     {cost / step / 50:+.3%} of a step")
     for what, seconds in monitor.spent.items():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import Paper
 from lightning_norm.normalizers.contexts import ContextState, check
+from lightning_norm.normalizers.evaluation import per_channel
 from lightning_norm.normalizers.per_context import PerContext
 from lightning_norm.ops import clusters
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
@@ -116,6 +117,17 @@ class ContextNorm(PerContext):
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, by the gate."""
         return self.mixture(m, self.gate(m))
+
+    def eval_affine(self) -> Affine | None:
+        """Return the pooled map, which evaluation without contexts is; ``None`` where contexts are always there."""
+        if self.context != "ids" or self.missing != "pooled" or not self.track_running_stats:
+            return None
+        twin: Any = self.in_double()
+        return per_channel(twin.mixture(twin.running(), None), self.num_features)
+
+    def why_not_plain(self, dims: int | None = None) -> str:
+        """Return why :meth:`plain` gives ``None``."""
+        return super().why_not_plain(dims) if self.context == "gate" else "its contexts choose the map in evaluation"
 
     def gate(self, m: Moments) -> Tensor:
         """Return the learned shares of each sample, (N, K)."""

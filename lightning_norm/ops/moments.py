@@ -120,10 +120,9 @@ class Affine:
 
 
 def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
-    """Return the weighted sum of broadcastable tensors, the small ones first: few operations are of the full shape."""
+    """Return the weighted sum of broadcastable tensors; each is weighted before it is broadcast."""
     dtype = terms[0].dtype
-    weighted = [term.to(dtype) * weight for term, weight in zip(terms, weights.to(dtype).unbind(), strict=True)]
-    first, *rest = sorted(weighted, key=Tensor.numel)
+    first, *rest = (term.to(dtype) * weight for term, weight in zip(terms, weights.to(dtype).unbind(), strict=True))
     return sum(rest, first)
 
 

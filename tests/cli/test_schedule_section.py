@@ -134,7 +134,7 @@ def test_a_mistake_is_told(schedule, said, tmp_path, capfd):
 
 
 def test_from_the_command_line(tmp_path):
-    path = config_file(tmp_path, {"radois": 0.3})
+    path = config_file(tmp_path, {"radois": 0.3}, name="run.yaml")  # config.yaml is what the run itself saves
     command = [sys.executable, "-W", "ignore", "-m", "lightning_norm", "fit", "--config", path]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

@@ -21,7 +21,7 @@ def shaken(layer, seed=50):
     with torch.no_grad():
         for _, p in sorted(layer.named_parameters()):
             p += 0.4 * torch.randn(p.shape, generator=g, dtype=F64)
-        for name in layer.running_names:
+        for name in getattr(layer, "running_names", ("running_mean", "running_var")):
             if getattr(layer, name) is not None:
                 getattr(layer, name).add_(torch.rand(layer.num_features, generator=g, dtype=F64))
     return layer

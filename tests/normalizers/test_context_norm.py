@@ -308,7 +308,19 @@ HEAVY = ("gradgradcheck", "formats_agree", "compiled_equals_eager", "ranks_equal
 def test_conformance_with_given_contexts(cls, name):
     if cls is SharesOfInput and name in HEAVY:
         pytest.skip("the same code as with hard contexts, and slow")
+    if name == "evaluation_form":
+        pytest.skip("contexts that follow the input leave no fixed map")
     checks()[name](functools.partial(cls))
+
+
+def test_evaluation_without_contexts_is_a_batch_norm():
+    layer = shaken(ContextNorm(4, num_contexts=3, context="ids"))
+    x = data(5, 4, 6, 3)
+    torch.testing.assert_close(layer.plain(4).eval()(x), layer.eval()(x), rtol=1e-12, atol=1e-12)
+    for arguments in ({"context": "input"}, {"context": "ids", "missing": "error"}):
+        layer = ContextNorm(4, num_contexts=3, **arguments)
+        assert layer.plain(4) is None
+        assert layer.why_not_plain(4) == "its contexts choose the map in evaluation"
 
 
 @pytest.mark.parametrize(

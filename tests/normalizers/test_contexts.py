@@ -227,8 +227,8 @@ class TestSwap:
         assert row.preserved
         assert row.converted == ["weight", "bias", "running_mean", "running_var"]
         gate = {"gate_weight": 18, "gate_bias": 3} if context == "gate" else {}
-        assert row.added == {"weight": 12, "bias": 12, **gate}
-        assert report.total_before + report.parameters_added == sum(p.numel() for p in model.parameters())
+        assert (row.added, row.removed) == ({"weight": 18, "bias": 18, **gate}, 12)
+        assert report.total_after == sum(p.numel() for p in model.parameters())
         torch.testing.assert_close(model.eval()(x), before.eval()(x), rtol=1e-14, atol=1e-14)
         if context == "ids":
             with contexts(model, torch.tensor([0, 2, 1, 1])):

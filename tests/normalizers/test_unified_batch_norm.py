@@ -233,7 +233,7 @@ def test_every_rank_takes_the_branch_of_the_whole_batch():
 
 
 def test_compiled_steps():
-    """A step that warms up, one that skips, one that must not, one that skips: the same values, gradients and buffers as eager."""
+    """Warm-up, a step that skips, one that must not, one that skips: values, gradients and buffers as in eager mode."""
     eager, compiled = (UnifiedBatchNorm(6, threshold=0.5, min_updates=1, max_skip=1) for _ in range(2))
     partitioned = torch.compile(compiled, backend="aot_eager_decomp_partition", fullgraph=True)
     for i in range(4):
