@@ -75,7 +75,14 @@ def bench_shape(
         ArithmeticError: a contender's output or input gradient is not what float64 says.
     """
     torch.manual_seed(0)
-    torch._dynamo.reset()  # the naive formulas share one code object, whose variants would meet the recompile limit
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):  # naive formulas share code
+        return _bench_shape(shape, keys, channels_last, device, repeats, compiled)
+
+
+def _bench_shape(
+    shape: tuple[int, ...], keys: Sequence[str], channels_last: bool, device: str, repeats: int, compiled: bool
+) -> list[dict[str, Any]]:
     x, dy = torch.randn(shape, device=device), torch.randn(shape, device=device)
     if channels_last:
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))

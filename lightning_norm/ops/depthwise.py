@@ -6,6 +6,10 @@ size. An odd kernel flipped along every axis is the transpose of the convolution
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,27 +27,68 @@ def fit(kernel: Tensor, spatial: int) -> Tensor:
     return kernel
 
 
-def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+def unrolled(x: Tensor, kernel: Tensor) -> bool:
+    """Tell whether a compiled graph should write the sum over taps out, which the compiler makes one loop of.
+
+    Faster than oneDNN for contiguous maps of some width, which that turns to its own format and back. To be asked in
+    the forward pass: a gradient that is being traced does not show its memory format.
+    """
+    known = x.is_cpu and x.dim() > 2 and x.is_contiguous() and x.shape[-1] >= 12 and kernel[0].numel() <= 49
+    return known and _compiling()
+
+
+def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, unroll: bool = False) -> Tensor:
     """Convolve each channel with its kernel; the result has the memory format of x."""
+    if unroll:
+        start = x.new_zeros(()) if bias is None else _per_channel(bias, x)
+        weights, windows = kernel.flatten(2).unbind(2), _windows(x, kernel)
+        return sum((_per_channel(w, x) * window for w, window in zip(weights, windows, strict=True)), start)
     if x.dim() == 2:
         y = x * kernel.squeeze(1)
         return y if bias is None else y + bias
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        y = torch.ops.lightning_norm.depthwise(x, kernel, bias)
-    else:
-        y = _convolve(x, kernel, bias)
-    return y
+    if not _compiling():
+        return _convolve(x, kernel, bias)
+    opaque: Tensor = torch.ops.lightning_norm.depthwise(x, kernel, bias)
+    return opaque
 
 
-def transposed(dy: Tensor, kernel: Tensor) -> Tensor:
+def transposed(dy: Tensor, kernel: Tensor, *, unroll: bool = False) -> Tensor:
     """Return the gradient of x, given that of ``convolve(x, kernel)``."""
-    return convolve(dy, kernel.flip(tuple(range(2, kernel.dim()))))
+    return convolve(dy, kernel.flip(tuple(range(2, kernel.dim()))), unroll=unroll)
 
 
-def kernel_gradients(dy: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+def kernel_gradients(dy: Tensor, x: Tensor, kernel: Tensor, *, unroll: bool = False) -> tuple[Tensor, Tensor]:
     """Return the gradients of kernel and bias, given that of ``convolve(x, kernel, bias)``."""
-    if x.dim() == 2:
+    over = tuple(range(2, x.dim()))
+    if unroll:
+        taps = [(dy * window).sum(over).sum(0) for window in _windows(x, kernel)]
+        return torch.stack(taps, 1).view(kernel.shape), dy.sum(over).sum(0)
+    if not over:
         return (dy * x).sum(0).unsqueeze(1), dy.sum(0)
+    run = torch.ops.lightning_norm.depthwise_kernel_gradients if _compiling() else _kernel_gradients
+    dkernel, dbias = run(dy, x, kernel)
+    return dkernel, dbias
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def _windows(x: Tensor, kernel: Tensor) -> Iterator[Tensor]:
+    """Yield what each tap sees of x and the zeros around it."""
+    edged = torch.ops.lightning_norm.edged(x, [size // 2 for size in reversed(kernel.shape[2:]) for _ in (0, 1)])
+    for at in itertools.product(*(range(size) for size in kernel.shape[2:])):
+        window = edged
+        for axis, start in enumerate(at, 2):
+            window = window.narrow(axis, start, x.shape[axis])
+        yield window
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    return t.reshape(-1, *(1,) * (x.dim() - 2))
+
+
+def _kernel_gradients(dy: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     _, dkernel, dbias = torch.ops.aten.convolution_backward(
         dy, x, kernel, [x.shape[1]], *_geometry(kernel), False, [0] * (x.dim() - 2), x.shape[1], [False, True, True]
     )
@@ -63,7 +108,19 @@ def _geometry(kernel: Tensor) -> tuple[list[int], list[int], list[int]]:
     return ones, [size // 2 for size in kernel.shape[2:]], ones
 
 
-# Opaque to the compiler, which would turn every map to channels_last and back around a convolution.
-torch.library.define("lightning_norm::depthwise", "(Tensor x, Tensor kernel, Tensor? bias) -> Tensor")
-torch.library.impl("lightning_norm::depthwise", "CompositeExplicitAutograd", _convolve)
-torch.library.register_fake("lightning_norm::depthwise", lambda x, kernel, bias: torch.empty_like(x))
+# Opaque to the compiler, which would turn every map to another format and back around a convolution, and compute an
+# edged map anew for each tap.
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name, arguments = schema.split("(", 1)
+    torch.library.define(f"lightning_norm::{name}", f"({arguments}")
+    torch.library.impl(f"lightning_norm::{name}", "CompositeExplicitAutograd", run)
+    torch.library.register_fake(f"lightning_norm::{name}", fake)
+
+
+_define("depthwise(Tensor x, Tensor kernel, Tensor? bias) -> Tensor", _convolve, lambda x, *_: torch.empty_like(x))
+_define(
+    "depthwise_kernel_gradients(Tensor dy, Tensor x, Tensor kernel) -> (Tensor, Tensor)",
+    _kernel_gradients,
+    lambda dy, x, kernel: (torch.empty_like(kernel), kernel.new_empty(kernel.shape[0])),
+)
+_define("edged(Tensor x, int[] sizes) -> Tensor", torch.constant_pad_nd, torch.constant_pad_nd)

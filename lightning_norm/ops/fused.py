@@ -220,8 +220,9 @@ class _Recover(torch.autograd.Function):
         ctx.layout, ctx.flat = layout, flat
         ctx.carrier_dtype, ctx.shift_like = carrier.dtype, (shift.shape, shift.dtype)
         ctx.save_for_backward(x, center, scale, shift, kernel)
-        wide = x.to(kernel.dtype)
-        return depthwise.convolve(eager.apply(wide, center, scale, shift, layout, flat), kernel, bias).to(x.dtype)
+        ctx.unroll = depthwise.unrolled(x, kernel)
+        normalized = eager.apply(x.to(kernel.dtype), center, scale, shift, layout, flat)
+        return depthwise.convolve(normalized, kernel, bias, unroll=ctx.unroll).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -229,10 +230,10 @@ class _Recover(torch.autograd.Function):
         need = ctx.needs_input_grad
         dkernel = dbias = None
         x, dy = x.to(kernel.dtype), grads[0].to(kernel.dtype)
-        dx = depthwise.transposed(dy, kernel)
+        dx = depthwise.transposed(dy, kernel, unroll=ctx.unroll)
         if any(need[6:8]):
             normalized = eager.apply(x, center, scale, shift, ctx.layout, ctx.flat)
-            dkernel, dbias = depthwise.kernel_gradients(dy, normalized, kernel)
+            dkernel, dbias = depthwise.kernel_gradients(dy, normalized, kernel, unroll=ctx.unroll)
         fields = _field_gradients(ctx, eager, dx, x, center, scale) if any(need[3:6]) else (None, None, None)
         over = _over(ctx, scale)
         return dx if need[0] else None, over, None, *fields, dkernel, dbias if need[7] else None, None, None

@@ -287,3 +287,26 @@ def test_the_authors_network():
     assert sum(p.numel() for p in model.parameters()) - before == 15_104 * 8 == report.total_after - report.total_before
     assert create("bnet", 4).learns == {"kernel": "C*kernel_size**spatial_dims"}
     assert data(1, 1).dtype == F64
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "dims"),
+    [((2, 4, 13), 3, 1), ((2, 4, 9, 13), 5, 2), ((2, 3, 4, 5, 12), 3, 3), ((2, 4, 6, 13), 3, 1)],
+)
+def test_compiled_wide_maps(shape, size, dims):
+    """Maps of which the compiler is given the taps written out, in both memory formats."""
+    layer = BNET(shape[1], kernel_size=size, spatial_dims=dims)
+    stretched(layer.kernel)
+    compiled = copy.deepcopy(layer)
+    compiled.compile()
+    for channels_last in (False, True)[: 1 + (len(shape) == 4)]:
+        x, dy = data(*shape).float(), data(*shape, seed=1).float()
+        if channels_last:
+            x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+        x.requires_grad_()
+        results = []
+        for each in (layer, compiled):
+            y = each(x)
+            assert y.stride() == x.stride()
+            results.append((y, *torch.autograd.grad(y, [x, *each.parameters()], dy)))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
