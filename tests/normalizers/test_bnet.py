@@ -291,7 +291,13 @@ def test_the_authors_network():
 
 @pytest.mark.parametrize(
     ("shape", "size", "dims"),
-    [((2, 4, 13), 3, 1), ((2, 4, 9, 13), 5, 2), ((2, 3, 4, 5, 12), 3, 3), ((2, 4, 6, 13), 3, 1)],
+    [
+        ((2, 4, 5, 13), 3, 2),
+        pytest.param((2, 4, 13), 3, 1, marks=pytest.mark.slow),
+        pytest.param((2, 4, 9, 13), 5, 2, marks=pytest.mark.slow),
+        pytest.param((2, 3, 4, 5, 12), 3, 3, marks=pytest.mark.slow),
+        pytest.param((2, 4, 6, 13), 3, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_wide_maps(shape, size, dims):
     """Maps of which the compiler is given the taps written out, in both memory formats."""
