@@ -90,7 +90,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
     def drop(self, statistics: Tensor) -> Tensor:
         """Return ``statistics`` with a share of them 0 and the others larger, in training."""
         p = self.scheduled("dropout")
-        if p is None or not self.training:
+        if p is None or not self.training or self.pool is not None:  # recalibration drops nothing
             return statistics
         keep = torch.rand_like(statistics) >= p
         return statistics * keep / (1 - p).clamp_min(torch.finfo(torch.float32).tiny)
