@@ -36,7 +36,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         torch.save((fn, args), here / "call")  # by value: pickled to a process, tensors would share their memory
-        context = mp.get_context("spawn")
+        context = _context()
         ranks = [
             context.Process(target=_rank, args=(rank, world_size, folder, timeout), daemon=True)
             for rank in range(world_size)
@@ -51,6 +51,14 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                     process.kill()
                 process.join()
         return [torch.load(here / f"result{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def _context() -> Any:
+    """Return a way to start processes that have imported torch already, where the system has one."""
+    context: Any = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
+    if hasattr(context, "set_forkserver_preload"):
+        context.set_forkserver_preload(["lightning_norm.testing"])
+    return context
 
 
 def _wait(ranks: list[Any], here: Path, until: float, timeout: float) -> None:
