@@ -54,7 +54,7 @@ class NormSwap(Callback):
         backend: "auto", "eager" or "triton".
         compile: compile each layer; every new input shape takes seconds once.
         sync: pool statistics over ranks in training.
-        sync_group: "world".
+        sync_group: with which ranks: "world", "node" (those of one host) or a number of consecutive ranks.
         norm_weight_decay: weight decay of our layers' parameters, whatever the optimizer has; 0 takes them out of it.
         switch_lr_scale: factor of the learning rate of what our layers learn beyond weight and bias, such as the
             control parameters of "sn"; learning-rate schedules apply on top.
@@ -89,7 +89,7 @@ class NormSwap(Callback):
         backend: Literal["auto", "eager", "triton"] = "auto",
         compile: bool = False,
         sync: bool = True,
-        sync_group: str = "world",
+        sync_group: str | int = "world",
         norm_weight_decay: float | None = None,
         switch_lr_scale: float | None = None,
         check_optimizer: bool = True,
