@@ -59,6 +59,7 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
     bias: nn.Parameter | None
     sync: bool
     sync_group: str | int
+    sync_paused: bool = False
     compiled: bool
     backend: str
 
@@ -232,7 +233,7 @@ class MomentNorm(Normalizer):
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
     pools = layer.uses_batch or layer.track_running_stats
-    return active_ranks(layer.sync, layer.training, layer.sync_group) if pools else None
+    return active_ranks(layer.sync and not layer.sync_paused, layer.training, layer.sync_group) if pools else None
 
 
 def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
