@@ -24,6 +24,7 @@ from lightning_norm.callbacks.groups import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.optimizers import add_missing, check_owned, optimizers_in
 from lightning_norm.callbacks.plan import read_plan
 from lightning_norm.callbacks.ranks import check_batches, check_layers, warn_ignored
+from lightning_norm.callbacks.spawn import swap_before_weights_return
 from lightning_norm.callbacks.wrap import WrappedMethods
 from lightning_norm.errors import ParameterGrowthWarning
 from lightning_norm.normalizers.registry import resolve
@@ -96,6 +97,7 @@ class NormSwap(Callback):
         warm_start: str | None = None,
         freeze_kernel_at: int | None = None,
     ) -> None:
+        swap_before_weights_return(NormSwap.swap_in_parent, NormSwap)
         self._freeze = KernelFreeze(freeze_kernel_at)
         if plan is not None:
             if any(a is not None for a in (norm, norm_args, include, exclude, source, rules)):
@@ -145,9 +147,7 @@ class NormSwap(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_order(trainer)
-        if self._model is not pl_module:
-            self._model, self.report, self._missed, self._sites = pl_module, None, set(), []
-            self._made, self._warm = set(), False
+        self._take(pl_module)
         self._clean()
         fresh = self.report is None
         self._swap(pl_module)
@@ -225,6 +225,16 @@ class NormSwap(Callback):
         if self._stop_observing is not None:
             self._stop_observing()
             self._stop_observing = None
+
+    def _take(self, pl_module: pl.LightningModule) -> None:
+        if self._model is not pl_module:
+            self._model, self.report, self._missed, self._sites = pl_module, None, set(), []
+            self._made, self._warm = set(), False
+
+    def swap_in_parent(self, pl_module: pl.LightningModule) -> None:
+        """Swap without more ado, in a process whose workers have checked everything."""
+        self._take(pl_module)
+        self._swap(pl_module)
 
     def _swap(self, pl_module: pl.LightningModule) -> None:
         report, missed, sites = try_swap(pl_module, **self.swap_arguments(), leave=self._made)

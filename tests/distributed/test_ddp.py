@@ -59,3 +59,11 @@ def test_the_monitor_reads_and_logs_on_rank_zero_alone(tmp_path):
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     series = EventAccumulator(str(events)).Reload().Scalars("norm/sn/mean_in/net.1")
     assert [e.step for e in series] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("strategy", ["ddp_notebook", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+def test_the_process_that_starts_the_others_gets_the_swap_and_what_was_learned(strategy, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.spawned", strategy, str(tmp_path / "held.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == "BatchNorm2d"
