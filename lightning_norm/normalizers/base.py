@@ -199,8 +199,11 @@ class MomentNorm(Normalizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x."""
-        if self.compiled and not torch.compiler.is_compiling():
-            return compiled_forward(self, x, _forward, _ranks_of(self))
+        if not torch.compiler.is_compiling():
+            self.keep_wide()
+            self.keep_exact()
+            if self.compiled:
+                return compiled_forward(self, x, _forward, _ranks_of(self))
         return _forward(self, x)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

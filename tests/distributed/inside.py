@@ -12,7 +12,7 @@ from tests.callbacks.toy import LateNet
 
 def trainer(rank, world, **kwargs):
     """A Trainer that takes this process for rank ``rank``, as one that torchrun has started."""
-    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", module=r"lightning\.")
     os.environ.update({"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"})
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     defaults = {"strategy": "ddp", "max_epochs": 2, "num_sanity_val_steps": 0, "use_distributed_sampler": False}

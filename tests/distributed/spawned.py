@@ -1,4 +1,4 @@
-"""Fit in processes that this one starts, and look at what it has then: python -m tests.distributed.spawned STRATEGY OUT."""
+"""Fit in processes that this one starts; look at what it has then: python -m tests.distributed.spawned STRATEGY OUT."""
 
 import sys
 
