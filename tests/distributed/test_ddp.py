@@ -67,3 +67,13 @@ def test_the_process_that_starts_the_others_gets_the_swap_and_what_was_learned(s
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-1] == "BatchNorm2d"
+
+
+@pytest.mark.slow
+def test_the_example_configuration_runs(tmp_path):
+    config = str(ROOT / "examples" / "configs" / "ddp.yaml")
+    command = [sys.executable, "-W", "ignore", "-m", "lightning_norm", "fit", "--config", config]
+    command += ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3", "--trainer.accelerator", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "19 of 20 BatchNorm2d layers -> SwitchableNorm" in done.stderr + done.stdout
