@@ -16,6 +16,8 @@ from lightning_norm.errors import MissingDependencyWarning as MissingDependencyW
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
 from lightning_norm.errors import ParameterGrowthWarning as ParameterGrowthWarning
+from lightning_norm.errors import SyncError as SyncError
+from lightning_norm.errors import SyncWarning as SyncWarning
 from lightning_norm.normalizers import BNET as BNET
 from lightning_norm.normalizers import AdaptiveFusionNorm as AdaptiveFusionNorm
 from lightning_norm.normalizers import ASRNorm as ASRNorm
@@ -40,6 +42,7 @@ from lightning_norm.normalizers import normalizers as normalizers
 from lightning_norm.ops.fused import normalize as normalize
 from lightning_norm.ops.moments import Affine as Affine
 from lightning_norm.ops.moments import Moments as Moments
+from lightning_norm.plugins import NormSync as NormSync
 from lightning_norm.schedules import Chain as Chain
 from lightning_norm.schedules import Constant as Constant
 from lightning_norm.schedules import Cosine as Cosine

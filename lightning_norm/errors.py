@@ -29,3 +29,11 @@ class CheckpointError(RuntimeError):
 
 class OptimizerError(RuntimeError):
     """A trainable parameter of a normalizer is in no optimizer, or in several."""
+
+
+class SyncError(RuntimeError):
+    """Ranks did not meet where their statistics are pooled: one is gone, late beyond the timeout, or elsewhere."""
+
+
+class SyncWarning(UserWarning):
+    """Layers whose statistics were to be synchronized are not."""

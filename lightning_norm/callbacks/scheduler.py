@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from typing_extensions import override
 
+from lightning_norm.callbacks.ranks import agree
 from lightning_norm.callbacks.targets import Target, check_run, check_value, find_targets, split_key
 from lightning_norm.callbacks.wrap import WrappedMethods
 from lightning_norm.schedules import Schedule, as_schedule
@@ -71,6 +72,8 @@ class NormScheduler(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._wrapped.clear()
         self._find(trainer, pl_module)
+        lines = [f"{t.name}:{t.value} {t.schedule} by {self.interval}" for t in self._targets]
+        agree("the schedules", "values", lines, "Every rank must use the same NormScheduler.")
         self._set(self._now(trainer))
 
     @override

@@ -23,11 +23,12 @@ from lightning_norm.callbacks.freeze import KernelFreeze
 from lightning_norm.callbacks.groups import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.optimizers import add_missing, check_owned, optimizers_in
 from lightning_norm.callbacks.plan import read_plan
+from lightning_norm.callbacks.ranks import check_batches, check_layers, warn_ignored
+from lightning_norm.callbacks.spawn import swap_before_weights_return
 from lightning_norm.callbacks.wrap import WrappedMethods
 from lightning_norm.errors import ParameterGrowthWarning
 from lightning_norm.normalizers.registry import resolve
 from lightning_norm.ops.compiled import on_compile
-from lightning_norm.ops.sync import gather
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.select import Site
 from lightning_norm.surgery.swap import judge, try_swap
@@ -54,7 +55,7 @@ class NormSwap(Callback):
         backend: "auto", "eager" or "triton".
         compile: compile each layer; every new input shape takes seconds once.
         sync: pool statistics over ranks in training.
-        sync_group: "world".
+        sync_group: with which ranks: "world", "node" (those of one host) or a number of consecutive ranks.
         norm_weight_decay: weight decay of our layers' parameters, whatever the optimizer has; 0 takes them out of it.
         switch_lr_scale: factor of the learning rate of what our layers learn beyond weight and bias, such as the
             control parameters of "sn"; learning-rate schedules apply on top.
@@ -89,13 +90,14 @@ class NormSwap(Callback):
         backend: Literal["auto", "eager", "triton"] = "auto",
         compile: bool = False,
         sync: bool = True,
-        sync_group: str = "world",
+        sync_group: str | int = "world",
         norm_weight_decay: float | None = None,
         switch_lr_scale: float | None = None,
         check_optimizer: bool = True,
         warm_start: str | None = None,
         freeze_kernel_at: int | None = None,
     ) -> None:
+        swap_before_weights_return(NormSwap.swap_in_parent, NormSwap)
         self._freeze = KernelFreeze(freeze_kernel_at)
         if plan is not None:
             if any(a is not None for a in (norm, norm_args, include, exclude, source, rules)):
@@ -145,13 +147,13 @@ class NormSwap(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_order(trainer)
-        if self._model is not pl_module:
-            self._model, self.report, self._missed, self._sites = pl_module, None, set(), []
-            self._made, self._warm = set(), False
+        self._take(pl_module)
         self._clean()
         fresh = self.report is None
         self._swap(pl_module)
-        self._wrapped.wrap(pl_module, "configure_model", lambda original: self._late(pl_module, original, fresh))
+        self._wrapped.wrap(
+            pl_module, "configure_model", lambda original: self._late(trainer, pl_module, original, fresh)
+        )
         self._wrapped.wrap(pl_module, "configure_optimizers", lambda original: self._optimizers(pl_module, original))
         self._wrapped.wrap(trainer.strategy, "load_checkpoint", reading)
         self._hooks = [WriteManifest(pl_module), CheckManifest(pl_module, resumes=stage == "fit")]
@@ -167,6 +169,7 @@ class NormSwap(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_batches(trainer, pl_module)
         self._check_optimizers(trainer, pl_module)
         self._freeze.check(pl_module)
         self._freeze.start(trainer, pl_module)  # a resumed epoch has no on_train_epoch_start
@@ -223,6 +226,16 @@ class NormSwap(Callback):
             self._stop_observing()
             self._stop_observing = None
 
+    def _take(self, pl_module: pl.LightningModule) -> None:
+        if self._model is not pl_module:
+            self._model, self.report, self._missed, self._sites = pl_module, None, set(), []
+            self._made, self._warm = set(), False
+
+    def swap_in_parent(self, pl_module: pl.LightningModule) -> None:
+        """Swap without more ado, in a process whose workers have checked everything."""
+        self._take(pl_module)
+        self._swap(pl_module)
+
     def _swap(self, pl_module: pl.LightningModule) -> None:
         report, missed, sites = try_swap(pl_module, **self.swap_arguments(), leave=self._made)
         self._made |= report.commit()
@@ -235,10 +248,12 @@ class NormSwap(Callback):
             self.report.merge(report)
         self.report.candidates = len(self._sites)
 
-    def _late(self, pl_module: pl.LightningModule, original: Callable[[], Any], fresh: bool) -> None:
+    def _late(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any], fresh: bool
+    ) -> None:
         original()
         self._swap(pl_module)
-        self._check_ranks()
+        check_layers(pl_module)
         if self.warm_start is not None and not self._warm:
             start_from(pl_module, self.warm_start)
             self._warm = True
@@ -248,24 +263,9 @@ class NormSwap(Callback):
             judge(pl_module, self.report, sorted(self._missed), self._sites, "warn", fine=wanted)
             if self.report.growth():
                 rank_zero_warn(self.report.growth(), category=ParameterGrowthWarning)
+            warn_ignored(trainer, pl_module)
             if len(self.report):
                 rank_zero_info(f"NormSwap: {self.report.summary()}")
-
-    def _check_ranks(self) -> None:
-        """Ranks that swapped different layers would wait for each other forever in the first collective."""
-        mine = [] if self.report is None else [f"{row.name} {row.norm}" for row in self.report.layers]
-        plans = gather(mine)
-        for rank, other in enumerate(plans):
-            if other != plans[0]:
-                extra = [p for p in plans[0] if p not in other]
-                more = [p for p in other if p not in plans[0]]
-                difference = (
-                    f"missing there: {extra[0]}" if extra else f"only there: {more[0]}" if more else "other order"
-                )
-                raise RuntimeError(
-                    f"ranks disagree on the swap: rank 0 has {len(plans[0])} layers, rank {rank} has {len(other)} "
-                    f"({difference}). Every rank must build the same model and use the same NormSwap."
-                )
 
     def _optimizers(self, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
         configured = original()

@@ -24,7 +24,7 @@ from lightning_norm.ops.fused import normalize
 from lightning_norm.ops.layout import Layout, layout_of
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.recipe import Recipe
-from lightning_norm.ops.sync import active_ranks
+from lightning_norm.ops.sync import Ranks, active_ranks
 
 
 class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
@@ -58,7 +58,8 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     sync: bool
-    sync_group: str
+    sync_group: str | int
+    sync_paused: bool = False
     compiled: bool
     backend: str
 
@@ -198,8 +199,11 @@ class MomentNorm(Normalizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x."""
-        if self.compiled and not torch.compiler.is_compiling():
-            return compiled_forward(self, x, _forward)
+        if not torch.compiler.is_compiling():
+            self.keep_wide()
+            self.keep_exact()
+            if self.compiled:
+                return compiled_forward(self, x, _forward, _ranks_of(self))
         return _forward(self, x)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -230,11 +234,15 @@ class MomentNorm(Normalizer):
     """A subclass's own arguments, for ``repr``."""
 
 
+def _ranks_of(layer: MomentNorm) -> Ranks | None:
+    pools = layer.uses_batch or layer.track_running_stats
+    return active_ranks(layer.sync and not layer.sync_paused, layer.training, layer.sync_group) if pools else None
+
+
 def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
     who = type(layer).__name__
     layout = layout_of(x, layer.num_features, layer.channel_dim, who)
-    pools = layer.uses_batch or layer.track_running_stats
-    ranks = active_ranks(layer.sync, layer.training, layer.sync_group) if pools else None
+    ranks = _ranks_of(layer)
     of_input = layer.training or not layer.track_running_stats
     pooled = ranks is not None and layer.uses_batch  # how many values there are in all is known only after pooling
     if of_input and not pooled and layer.statistic_size(layout.n, layout.size) < 2:

@@ -108,6 +108,16 @@ class RunningStats(nn.Module):
             moved = torch.lerp(old, new.detach().reshape(-1).to(old.dtype), weight.to(old.dtype))
             old.copy_(torch.where(finite, moved, old))
 
+    def keep_wide(self) -> None:
+        """Widen again what FSDP's mixed precision has narrowed: it spares the buffers of torch's BatchNorm alone."""
+        stat = self._buffers.get(self.running_names[0])
+        if stat is None or stat.dtype == at_least_float32(stat.dtype):
+            return
+        for name in (*self.running_names, *self.wide_names):
+            held = self._buffers.get(name)
+            if held is not None:
+                held.data = held.data.to(at_least_float32(held.dtype))
+
     def without_effect(self) -> dict[str, str]:
         """Return the scheduled arguments that do nothing in this layer as it is: name -> the argument that says so."""
         return {} if vars(self).get("track_running_stats", True) else {"momentum": "track_running_stats=False"}

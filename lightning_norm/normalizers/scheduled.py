@@ -72,6 +72,13 @@ class ScheduledValues(nn.Module):
         setattr(self, name, value)
         self._followed.add(name)
 
+    def keep_exact(self) -> None:
+        """Give back its digits to a value that something, such as FSDP's mixed precision, has rounded to half."""
+        for name in self.ranges:
+            held = self._buffers.get(f"_{name}")
+            if held is not None and held.dtype not in (torch.float64, torch.float32):
+                held.data = _scalar(self._values[name], held.device)
+
     def was_scheduled(self, name: str) -> bool:
         """Tell whether a schedule has set this value."""
         return name in self._followed

@@ -29,15 +29,18 @@ _shapes: Counter[Hashable] = Counter()
 _observers: list[Callable[[str], None]] = []
 
 
-def compiled_forward(layer: nn.Module, x: Tensor, forward: Callable[[Any, Tensor], Tensor]) -> Tensor:
+def compiled_forward(
+    layer: nn.Module, x: Tensor, forward: Callable[[Any, Tensor], Tensor], ranks: Hashable = None
+) -> Tensor:
     """Run ``forward(layer, x)`` under torch.compile(fullgraph=True).
 
     Args:
         layer: the layer.
         x: its input.
         forward: the plain function to compile.
+        ranks: the ranks it pools with, which a graph takes for constant.
     """
-    kind = (forward, _kind_of(layer), x.dtype, x.dim(), x.device, x.requires_grad, torch.is_grad_enabled())
+    kind = (forward, ranks, _kind_of(layer), x.dtype, x.dim(), x.device, x.requires_grad, torch.is_grad_enabled())
     key: Hashable = (kind, tuple(x.shape), x.stride())
     if key not in _graphs and _shapes[kind] >= MANY_SHAPES:
         key = kind

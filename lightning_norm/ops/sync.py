@@ -6,12 +6,18 @@ one SUM is enough. Counts travel with them, because the last batch of an epoch i
 
 from __future__ import annotations
 
+import os
+import socket
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightning_norm.errors import SyncError
 
 
 @dataclass(frozen=True)
@@ -41,19 +47,105 @@ class Ranks:
         return total
 
 
-def active_ranks(sync: bool, training: bool, group: str = "world") -> Ranks | None:
-    """Return the ranks to pool with, or ``None`` outside of training, with one process, or with ``sync=False``.
+def active_ranks(sync: bool, training: bool, group: str | int = "world") -> Ranks | None:
+    """Return the ranks to pool with, or ``None`` outside of training, with ``sync=False``, or for a rank by itself.
+
+    The first call for a group makes its process groups, which all ranks must do together.
+
+    Args:
+        sync: pool at all.
+        training: the layer is in training.
+        group: "world", "node", or a number of consecutive ranks.
 
     Raises:
-        NotImplementedError: a ``group`` other than "world".
+        ValueError: not such a group, or a number that does not divide the ranks.
     """
-    if not (sync and training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not (sync and training):
         return None
-    if group != "world":
-        raise NotImplementedError(f"sync_group={group!r}: only 'world' is supported by now. Type sync_group='world'.")
+    name = _name_of(group)
+    return Ranks(name) if name else None
+
+
+def check_group(group: Any) -> str | int:
+    """Return a ``sync_group`` that may be one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if group in ("world", "node") or (isinstance(group, int) and not isinstance(group, bool) and group > 0):
+        return group  # type: ignore[no-any-return]
+    raise ValueError(
+        f"sync_group must be 'world', 'node' or a positive number of ranks, got {group!r}. Type sync_group='world', or "
+        "sync=False for statistics of each rank by itself."
+    )
+
+
+def split(group: str | int, nodes: list[Any]) -> list[list[int]]:
+    """Return the ranks of each process group.
+
+    Args:
+        group: "world", "node" or a number.
+        nodes: the node of each rank.
+
+    Raises:
+        ValueError: a number that does not divide the ranks.
+
+    >>> split(2, ["a"] * 4), split("node", ["a", "b", "a", "b"])
+    ([[0, 1], [2, 3]], [[0, 2], [1, 3]])
+    """
+    world = len(nodes)
+    if check_group(group) == "world":
+        return [[*range(world)]]
+    if group == "node":
+        return [[rank for rank in range(world) if nodes[rank] == node] for node in dict.fromkeys(nodes)]
+    size = int(group)
+    if world % size:
+        fit = [n for n in range(1, world + 1) if world % n == 0]
+        raise ValueError(
+            f"sync_group={size} does not divide the {world} ranks of this run. Type one of {fit}, 'node' or 'world'."
+        )
+    return [[*range(first, first + size)] for first in range(0, world, size)]
+
+
+def node() -> tuple[str, str]:
+    """Return what ranks of one node have in common: the host, and the number that torchrun, Slurm or Lightning gave."""
+    numbers = (os.environ.get(name) for name in ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK"))
+    return socket.gethostname(), next((number for number in numbers if number is not None), "")
+
+
+_made: dict[str | int, str] = {}  # names alone: a process group in a layer could not be copied, pickled or saved
+_made_in: Callable[[], Any] = lambda: None  # noqa: E731  # a weak reference to the default group then
+
+
+def _name_of(group: str | int) -> str:
+    """Return the name of this rank's process group, "" where it is by itself; make it where there is none yet.
+
+    Its own group also for "world": DDP reduces gradients in the default one, in an order that is not ours. All ranks
+    make the groups of all ranks, in one order.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return ""
     world = dist.group.WORLD
     assert world is not None
-    return Ranks(world.group_name)
+    global _made_in
+    if _made_in() is not world:  # the first time, or another world than before
+        _made_in = weakref.ref(world)
+        _made.clear()
+    check_group(group)
+    if group not in _made:
+        members = split(group, gather(node()) if group == "node" else [None] * world.size())
+        mine = members[[world.rank() in ranks for ranks in members].index(True)]
+        name = ""
+        if max(map(len, members)) > 1:
+            backend = world._get_backend(torch.device(world._device_types[0]))
+            own, _ = dist.new_subgroups_by_enumeration(members, timeout=backend.options._timeout)
+            assert isinstance(own, dist.ProcessGroup)
+            name = own.group_name if len(mine) > 1 else ""
+        _made[group] = name
+    return _made[group]
+
+
+_name_of.__dict__["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result would import the compiler
 
 
 def gather(value: Any) -> list[Any]:
@@ -81,5 +173,18 @@ class _AllReduceSum(torch.autograd.Function):
 def _sum(x: Tensor, group: str) -> Tensor:
     from torch.distributed import _functional_collectives as collectives  # what torch.compile traces; no public name
 
-    total: Tensor = collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))  # type: ignore[no-untyped-call, arg-type]
-    return total
+    def total() -> Tensor:
+        pending = collectives.all_reduce(x.contiguous(), "sum", group)  # type: ignore[arg-type]
+        return collectives.wait_tensor(pending)  # type: ignore[no-untyped-call, no-any-return]
+
+    if torch.compiler.is_compiling():
+        return total()
+    try:
+        return total()
+    except RuntimeError as error:
+        raise SyncError(
+            "the ranks did not meet to pool the statistics of a normalizer: one has ended, has failed, takes fewer "
+            "batches, or skips this layer. Look at the other ranks' errors first; give each rank as many batches "
+            "(Lightning's distributed sampler does), or type sync=False. The network said: "
+            f"{error}"
+        ) from error

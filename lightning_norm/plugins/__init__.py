@@ -1,1 +1,3 @@
-"""Lightning plugins; none yet."""
+"""Lightning plugins."""
+
+from lightning_norm.plugins.norm_sync import NormSync as NormSync

@@ -14,6 +14,7 @@ from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.contexts import ContextState
 from lightning_norm.normalizers.registry import NormSpec, resolve
 from lightning_norm.ops.backend import explain
+from lightning_norm.ops.sync import check_group
 from lightning_norm.surgery.convert import convert, unchanged_eval
 from lightning_norm.surgery.report import SwappedLayer, SwapReport
 from lightning_norm.surgery.select import Pattern, Site, Source, assign, explain_missed, find_sites
@@ -31,7 +32,7 @@ def swap(
     backend: Literal["auto", "eager", "triton"] = "auto",
     compile: bool = False,
     sync: bool = True,
-    sync_group: str = "world",
+    sync_group: str | int = "world",
     dry_run: bool = False,
     on_empty: Literal["warn", "error"] = "warn",
 ) -> SwapReport:
@@ -58,7 +59,7 @@ def swap(
             for plain PyTorch everywhere, "triton" for the kernels or an error.
         compile: compile each layer's forward pass (the first pass of each input shape takes seconds).
         sync: pool statistics over the ranks of a distributed run, in training.
-        sync_group: "world".
+        sync_group: with which ranks: "world", "node" (those of one host) or a number of consecutive ranks.
         dry_run: report what would happen and change nothing.
         on_empty: what to do when no layer is swapped: "warn" (NoEffectWarning) or "error".
 
@@ -108,7 +109,7 @@ def try_swap(
     backend: str = "auto",
     compile: bool = False,
     sync: bool = True,
-    sync_group: str = "world",
+    sync_group: str | int = "world",
     leave: Collection[int] = (),
 ) -> tuple[SwapReport, list[str], list[Site]]:
     """As :func:`swap`, but only prepare: returns the report, the patterns that matched nothing, and the candidates.
@@ -123,8 +124,7 @@ def try_swap(
             "rule: rules={'layer1.*': {'class_path': 'sn', 'init_args': {...}}}."
         )
     backend_text = explain(backend)
-    if sync_group != "world":
-        raise ValueError(f"sync_group must be 'world', got {sync_group!r}. Type sync_group='world', or sync=False.")
+    check_group(sync_group)
     for spec in [norm, *(rules or {}).values()]:
         if spec is not None:
             resolve(spec)

@@ -1,5 +1,6 @@
 """Two gloo ranks through Lightning's ddp strategy equal one process on the whole batch."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,9 @@ def test_ranks_that_disagree_on_the_swap_are_told_at_setup():
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.disagree"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "ranks disagree on the swap: rank 0 has 3 layers, rank 1 has 2 (missing there: late" in done.stderr
+    plan = r"\(plan \w{8}"
+    expected = rf"ranks disagree on the swap: rank 0 has 3 layers {plan}\), rank 1 has 2 {plan}; missing there: late"
+    assert re.search(expected, done.stderr)
 
 
 @pytest.mark.slow
@@ -56,3 +59,21 @@ def test_the_monitor_reads_and_logs_on_rank_zero_alone(tmp_path):
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     series = EventAccumulator(str(events)).Reload().Scalars("norm/sn/mean_in/net.1")
     assert [e.step for e in series] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("strategy", ["ddp_notebook", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+def test_the_process_that_starts_the_others_gets_the_swap_and_what_was_learned(strategy, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.spawned", strategy, str(tmp_path / "held.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == "BatchNorm2d"
+
+
+@pytest.mark.slow
+def test_the_example_configuration_runs(tmp_path):
+    config = str(ROOT / "examples" / "configs" / "ddp.yaml")
+    command = [sys.executable, "-W", "ignore", "-m", "lightning_norm", "fit", "--config", config]
+    command += ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3", "--trainer.accelerator", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "19 of 20 BatchNorm2d layers -> SwitchableNorm" in done.stderr + done.stdout

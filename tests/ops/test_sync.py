@@ -1,10 +1,15 @@
 """Pooling over real gloo processes."""
 
+import copy
+import os
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from lightning_norm import Affine, BatchNorm, InstanceNorm, Moments, normalize
+from lightning_norm.ops import sync
 from lightning_norm.ops.sync import active_ranks
 from lightning_norm.testing.ranks import run_ranks
 
@@ -29,10 +34,7 @@ def everything(rank):
     """One group of three processes, for all of the tests: starting them is what takes time."""
     found = {"ranks": active_ranks(True, True) is not None}
     found["off"] = [active_ranks(False, True), active_ranks(True, False)]
-    try:
-        active_ranks(True, True, "node")
-    except NotImplementedError as error:
-        found["node"] = str(error)
+    found |= groups(rank)
     x, dy = (t.split(SPLIT)[rank].clone() for t in data())
     weights = WEIGHTS.split(SPLIT)[rank].clone().requires_grad_()
     x.requires_grad_()
@@ -62,6 +64,51 @@ def everything(rank):
     return found
 
 
+def mean_over(group, x):
+    layer = BatchNorm(4, momentum=1.0).double()
+    layer.sync_group = group
+    layer(x)
+    return layer.running_mean
+
+
+def groups(rank):
+    """Recipes of process groups; ranks 0 and 2 are on one node and rank 1 on another."""
+    os.environ["GROUP_RANK"] = str(rank % 2)
+    x = data()[0].split([3, 1, 2])[rank]
+    found = {f"mean over {group}": mean_over(group, x) for group in ("world", "node", 3, 1)}
+    for group in (2, 0, True, "rack"):
+        try:
+            mean_over(group, x)
+        except ValueError as error:
+            found[f"refused {group}"] = str(error)
+    layer = BatchNorm(4)
+    layer.sync_group = "node"
+    before = layer.state_dict()
+    layer(x.float())
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert copied.sync_group == "node"
+    assert layer.state_dict().keys() == before.keys()
+    names = {group: active_ranks(True, True, group) for group in ("world", "node", 3, 1)}
+    found["names"] = {group: None if ranks is None else ranks.group for group, ranks in names.items()}
+    found["default"] = dist.group.WORLD.group_name
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x):
+        return mean_of(fresh, x)
+
+    fresh = BatchNorm(4, momentum=1.0).double()
+    os.environ["GROUP_RANK"] = str(rank // 2)
+    sync._made.pop("node")  # made anew, with other nodes, while it is compiled
+    fresh.sync_group = "node"
+    found["compiled"] = step(x)
+    return found
+
+
+def mean_of(layer, x):
+    layer(x)
+    return layer.running_mean
+
+
 def refusal(rank):
     """Two ranks with one value each: the statistic has two, and nobody may refuse on what it sees alone."""
     x = torch.full((1 if rank < 2 else 0, 4), float(rank))
@@ -77,8 +124,40 @@ def test_who_is_asked(results):
     for found in results:
         assert found["ranks"]
         assert found["off"] == [None, None]
-        assert "sync_group='world'" in found["node"]
     assert active_ranks(True, True) is None  # no process group here
+
+
+def test_groups_are_recipes(results):
+    x = data()[0].split([3, 1, 2])
+    for rank, found in enumerate(results):
+        alone = x[rank].mean((0, 2))
+        node = alone if rank == 1 else torch.cat([x[0], x[2]]).mean((0, 2))
+        for group, expected in (
+            ("world", data()[0].mean((0, 2))),
+            ("node", node),
+            (3, data()[0].mean((0, 2))),
+            (1, alone),
+        ):
+            torch.testing.assert_close(found[f"mean over {group}"], expected, rtol=1e-10, atol=1e-10)
+        assert "sync_group=2 does not divide the 3 ranks of this run. Type one of [1, 3], " in found["refused 2"]
+        for group in (0, True, "rack"):
+            assert f"got {group!r}. Type sync_group='world'" in found[f"refused {group}"]
+
+
+def test_each_recipe_has_a_group_of_its_own(results):
+    for rank, found in enumerate(results):
+        names = found["names"]
+        assert names[1] is None
+        assert (names["node"] is None) == (rank == 1)
+        used = [name for name in names.values() if name is not None]
+        assert len({*used, found["default"]}) == len(used) + 1
+
+
+def test_a_group_is_made_while_compiling(results):
+    x = data()[0].split([3, 1, 2])
+    for rank, found in enumerate(results):
+        expected = x[2].mean((0, 2)) if rank == 2 else torch.cat(x[:2]).mean((0, 2))
+        torch.testing.assert_close(found["compiled"], expected, rtol=1e-10, atol=1e-10)
 
 
 def test_soft_assignments_over_uneven_and_empty_ranks(results):

@@ -401,8 +401,8 @@ class TestBadInput:
 
     def test_unknown_sync_group(self):
         model = small()
-        with pytest.raises(ValueError, match="sync_group must be 'world', got 'node'"):
-            swap(model, "sn", sync_group="node")
+        with pytest.raises(ValueError, match="sync_group must be 'world', 'node' or a positive number .*, got 'nodes'"):
+            swap(model, "sn", sync_group="nodes")
         assert type(model[1]) is nn.BatchNorm2d
 
     def test_lazy_layer_matters_only_when_it_would_be_swapped(self):

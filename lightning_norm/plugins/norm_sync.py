@@ -1,0 +1,108 @@
+"""NormSync: ``Trainer(sync_batchnorm=True)`` without harm to our layers, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from typing_extensions import override
+
+from lightning_norm.callbacks.ranks import agree
+from lightning_norm.callbacks.wrap import WrappedMethods
+from lightning_norm.errors import SyncWarning
+from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.ops.sync import check_group
+from lightning_norm.surgery.report import SwapReport
+from lightning_norm.surgery.swap import try_swap
+
+
+class NormSync(TorchSyncBatchNorm):
+    """Synchronize torch's BatchNorm layers while a model is fitted, and choose the epoch in which that starts.
+
+    Layers of this package synchronize by themselves and are left whole. torch's (BatchNorm1d to 3d, SyncBatchNorm)
+    become ``bn`` for the time of the fit, on the CPU and on CUDA alike, for torch's SyncBatchNorm cannot run on the
+    former and breaks the graph under torch.compile; after the fit the very modules are back, with what was learned.
+    Checkpoints are those of a plain network all along.
+
+    With ``Trainer(plugins=[NormSync()])``, with or without ``sync_batchnorm=True``. Of Lightning's strategies DDP and
+    FSDP call it; with others NormSwap warns.
+
+    Args:
+        sync_group: of the layers that it converts; as for :func:`lightning_norm.swap`. Others keep their own.
+        start_epoch: first epoch, counted from 0, in which statistics are synchronized, of all layers, those of NormSwap
+            included; before it, each rank has its own.
+
+    Raises:
+        ValueError: a ``sync_group`` or ``start_epoch`` that cannot be.
+        RuntimeError: ranks have different layers.
+
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(plugins=[NormSync()], sync_batchnorm=True, logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, sync_group: str | int = "world", start_epoch: int = 0) -> None:
+        self.sync_group = check_group(sync_group)
+        if not isinstance(start_epoch, int) or isinstance(start_epoch, bool) or start_epoch < 0:
+            raise ValueError(f"NormSync: start_epoch is an epoch counted from 0, got {start_epoch!r}.")
+        self.start_epoch = start_epoch
+        self._report: SwapReport | None = None
+        self._paused: list[Normalizer] = []
+        self._wrapped = WrappedMethods()
+
+    @override
+    def apply(self, model: nn.Module) -> nn.Module:
+        self.revert(model)  # if an earlier fit could not
+        report, _, _ = try_swap(model, "bn", sync_group=self.sync_group)
+        for name, kind, why in report.skipped:
+            rank_zero_warn(f"NormSync: {name} ({kind}) is not synchronized: {why}.", category=SyncWarning)
+        made = report.commit()
+        ours = [layer for layer in model.modules() if isinstance(layer, Normalizer)]
+        for layer in ours:
+            if id(layer) in made:
+                layer.origin = None  # for checkpoints it is what it was
+        self._report = report if made else None
+        lines = [f"{row.name} {row.source} {self}" for row in report.layers] or [str(self)]
+        agree("what NormSync converts", "layers", lines, "Every rank must build the same model and the same NormSync.")
+        if self.start_epoch:
+            self._follow(model, ours)
+        return model
+
+    @override
+    def revert(self, model: nn.Module) -> nn.Module:
+        self._wrapped.clear()
+        for layer in self._paused:
+            layer.sync_paused = False
+        self._paused = []
+        if self._report is not None:
+            self._report.undo()
+            self._report = None
+        return model
+
+    def _follow(self, model: nn.Module, layers: list[Normalizer]) -> None:
+        if not isinstance(model, pl.LightningModule):
+            raise TypeError(
+                f"NormSync(start_epoch={self.start_epoch}) needs the epochs of a LightningModule's Trainer."
+            )
+        self._paused = layers
+
+        def update(original: Callable[[], Any]) -> Any:
+            paused = model.current_epoch < self.start_epoch
+            changed = [layer for layer in layers if layer.sync_paused != paused]
+            for layer in changed:
+                layer.sync_paused = paused
+            if changed:
+                rank_zero_info(
+                    f"NormSync: synchronization is {'off' if paused else 'on'} in epoch {model.current_epoch}"
+                )
+
+            return original()
+
+        for hook in ("on_train_start", "on_train_epoch_start"):  # a resumed epoch has only the former
+            self._wrapped.wrap(model, hook, update)
+
+    def __repr__(self) -> str:
+        return f"NormSync(sync_group={self.sync_group!r}, start_epoch={self.start_epoch})"

@@ -1,0 +1,130 @@
+"""Ranks that do not meet, each scenario with two real processes: python -m tests.distributed.lost OUT.
+
+Prints, as JSON, scenario -> rank -> what it ended with and after how many seconds of waiting.
+"""
+
+import datetime
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lightning_norm import BatchNorm
+
+TIMEOUT = 4.0
+STEPS = 3
+
+
+def step(layer):
+    layer(torch.randn(4, 3, requires_grad=True)).square().sum().backward()
+
+
+def exhausted(rank, layer):
+    """Rank 1 has no batch left; its process goes on with something else."""
+    if rank == 1:
+        time.sleep(4 * TIMEOUT)
+    else:
+        step(layer)
+
+
+def finished(rank, layer):
+    """Rank 1 has no batch left and ends."""
+    if rank == 0:
+        step(layer)
+
+
+def killed(rank, layer):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(layer)
+
+
+def silent(rank, layer):
+    """No packet comes from rank 1 any more, and no end of the connection either."""
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    step(layer)
+
+
+def unplugged(rank, layer):
+    """The network drops every connection of rank 1."""
+    if rank == 1:
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            try:
+                socket.socket(fileno=os.dup(fd)).shutdown(socket.SHUT_RDWR)
+            except OSError:  # a file, or not connected
+                continue
+    step(layer)
+
+
+def skipped(rank, layer):
+    """Rank 1 leaves out the layer, as with stochastic depth by itself, and goes on with a collective of its own."""
+    if rank == 1:
+        dist.all_reduce(torch.ones(7))
+    else:
+        step(layer)
+
+
+def alone(rank, layer):
+    """Rank 0 evaluates while rank 1 does not."""
+    if rank == 0:
+        layer.eval()
+        for _ in range(3):
+            layer(torch.randn(4, 3))
+        layer.train()
+        layer.sync = False
+        step(layer)
+
+
+SCENARIOS = (exhausted, finished, killed, silent, unplugged, skipped, alone)
+
+
+def run(scenario, rank, here):
+    dist.init_process_group(
+        "gloo",
+        init_method=(here / f"meet_{scenario.__name__}").as_uri(),
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=TIMEOUT),
+    )
+    layer = BatchNorm(3)
+    for _ in range(STEPS):
+        step(layer)
+    start, error = time.monotonic(), None
+    try:
+        scenario(rank, layer)
+    except Exception as e:
+        error = e
+    ended = {"error": type(error).__name__, "text": str(error), "seconds": time.monotonic() - start}
+    (here / f"{scenario.__name__}_{rank}.json").write_text(json.dumps(ended))
+
+
+def main(here):
+    torch.set_num_threads(1)
+    children = {}
+    for scenario in SCENARIOS:
+        for rank in (0, 1):
+            pid = os.fork()  # what was imported is there already
+            if not pid:
+                try:
+                    run(scenario, rank, here)
+                finally:
+                    os._exit(0)
+            children[scenario.__name__, rank] = pid
+    for (_, rank), pid in children.items():
+        if rank == 0:
+            os.waitpid(pid, 0)
+    for (_, rank), pid in children.items():
+        if rank == 1:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
