@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -18,6 +18,14 @@ from lightning_norm.callbacks.checkpoint import (
     start_from,
     write_manifest,
 )
+from lightning_norm.callbacks.conflicts import (
+    check_copies,
+    check_order,
+    check_ranks,
+    check_settings,
+    check_spawn,
+    tell_frozen,
+)
 from lightning_norm.callbacks.context import check_contexts
 from lightning_norm.callbacks.freeze import KernelFreeze
 from lightning_norm.callbacks.groups import check_number, regroup, schedulers_in
@@ -27,7 +35,6 @@ from lightning_norm.callbacks.wrap import WrappedMethods
 from lightning_norm.errors import ParameterGrowthWarning
 from lightning_norm.normalizers.registry import resolve
 from lightning_norm.ops.compiled import on_compile
-from lightning_norm.ops.sync import gather
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.select import Site
 from lightning_norm.surgery.swap import judge, try_swap
@@ -71,6 +78,7 @@ class NormSwap(Callback):
         ValueError, TypeError: a norm, pattern or argument that does not exist or matches nothing.
         OptimizerError: see ``check_optimizer``.
         RuntimeError: layers that wait for contexts, and no :class:`NormContext` in the Trainer.
+        ConflictError: another callback or the strategy would lose what the layers learn; it says what to type.
         CheckpointError: a checkpoint cannot be read or is of another swap.
 
     >>> from lightning.pytorch import Trainer
@@ -123,7 +131,8 @@ class NormSwap(Callback):
         self._made: set[int] = set()
         self._wrapped = WrappedMethods()
         self._hooks: list[ModuleHook] = []
-        self._warm = False
+        self._guard = WrappedMethods()
+        self._warm = self._untold = False
         self._stop_observing: Callable[[], None] | None = None
 
     def swap_arguments(self) -> dict[str, Any]:
@@ -144,14 +153,18 @@ class NormSwap(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._check_order(trainer)
+        check_order(trainer, self)
+        check_settings(trainer, self)
         if self._model is not pl_module:
             self._model, self.report, self._missed, self._sites = pl_module, None, set(), []
             self._made, self._warm = set(), False
         self._clean()
         fresh = self.report is None
+        self._untold = self._untold or fresh
+        self._guard.clean_up(trainer.strategy, self._clean)
         self._swap(pl_module)
-        self._wrapped.wrap(pl_module, "configure_model", lambda original: self._late(pl_module, original, fresh))
+        check_spawn(trainer, self.report if fresh else None)
+        self._wrapped.wrap(pl_module, "configure_model", lambda original: self._late(pl_module, original))
         self._wrapped.wrap(pl_module, "configure_optimizers", lambda original: self._optimizers(pl_module, original))
         self._wrapped.wrap(trainer.strategy, "load_checkpoint", reading)
         self._hooks = [WriteManifest(pl_module), CheckManifest(pl_module, resumes=stage == "fit")]
@@ -167,6 +180,8 @@ class NormSwap(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_copies(trainer, pl_module)
+        tell_frozen(trainer, pl_module)
         self._check_optimizers(trainer, pl_module)
         self._freeze.check(pl_module)
         self._freeze.start(trainer, pl_module)  # a resumed epoch has no on_train_epoch_start
@@ -216,6 +231,7 @@ class NormSwap(Callback):
 
     def _clean(self) -> None:
         self._wrapped.clear()
+        self._guard.clear()
         for hook in self._hooks:
             hook.take_off()
         self._hooks = []
@@ -235,14 +251,15 @@ class NormSwap(Callback):
             self.report.merge(report)
         self.report.candidates = len(self._sites)
 
-    def _late(self, pl_module: pl.LightningModule, original: Callable[[], Any], fresh: bool) -> None:
+    def _late(self, pl_module: pl.LightningModule, original: Callable[[], Any]) -> None:
         original()
         self._swap(pl_module)
-        self._check_ranks()
+        check_ranks(self.report)
         if self.warm_start is not None and not self._warm:
             start_from(pl_module, self.warm_start)
             self._warm = True
-        if fresh and self.report is not None:
+        if self._untold and self.report is not None:
+            self._untold = False  # WeightAveraging calls configure_model once more
             specs = [spec for spec in [self.norm, *(self.rules or {}).values()] if spec is not None]
             wanted = {resolve(spec)[0] for spec in specs}
             judge(pl_module, self.report, sorted(self._missed), self._sites, "warn", fine=wanted)
@@ -250,22 +267,6 @@ class NormSwap(Callback):
                 rank_zero_warn(self.report.growth(), category=ParameterGrowthWarning)
             if len(self.report):
                 rank_zero_info(f"NormSwap: {self.report.summary()}")
-
-    def _check_ranks(self) -> None:
-        """Ranks that swapped different layers would wait for each other forever in the first collective."""
-        mine = [] if self.report is None else [f"{row.name} {row.norm}" for row in self.report.layers]
-        plans = gather(mine)
-        for rank, other in enumerate(plans):
-            if other != plans[0]:
-                extra = [p for p in plans[0] if p not in other]
-                more = [p for p in other if p not in plans[0]]
-                difference = (
-                    f"missing there: {extra[0]}" if extra else f"only there: {more[0]}" if more else "other order"
-                )
-                raise RuntimeError(
-                    f"ranks disagree on the swap: rank 0 has {len(plans[0])} layers, rank {rank} has {len(other)} "
-                    f"({difference}). Every rank must build the same model and use the same NormSwap."
-                )
 
     def _optimizers(self, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
         configured = original()
@@ -278,13 +279,3 @@ class NormSwap(Callback):
                 f"NormSwap: parameter groups {', '.join(f'{k} ({n} parameters)' for k, n in counts.items()) or 'none'}"
             )
         return configured
-
-    def _check_order(self, trainer: pl.Trainer) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-        for callback in callbacks[: callbacks.index(self)] if self in callbacks else []:
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-                raise RuntimeError(
-                    f"{type(callback).__name__} stands before NormSwap in the callbacks and would average the "
-                    "network as it was before "
-                    "the swap. Put NormSwap first."
-                )
