@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_norm.callbacks.accumulation import Accumulation
 from lightning_norm.callbacks.checkpoint import (
     CheckManifest,
     ModuleHook,
@@ -65,6 +66,8 @@ class NormSwap(Callback):
         norm_weight_decay: weight decay of our layers' parameters, whatever the optimizer has; 0 takes them out of it.
         switch_lr_scale: factor of the learning rate of what our layers learn beyond weight and bias, such as the
             control parameters of "sn"; learning-rate schedules apply on top.
+        accumulate_statistics: merge the statistics of the batches between two optimizer steps exactly, and move the
+            running ones once per step, in all layers of this package.
         check_optimizer: stop before training if a trainable parameter of a normalizer is in no optimizer, or in
             several.
         warm_start: path of a checkpoint whose weights the run starts from, of the network before or after the swap;
@@ -100,6 +103,7 @@ class NormSwap(Callback):
         sync_group: str = "world",
         norm_weight_decay: float | None = None,
         switch_lr_scale: float | None = None,
+        accumulate_statistics: bool = False,
         check_optimizer: bool = True,
         warm_start: str | None = None,
         freeze_kernel_at: int | None = None,
@@ -123,6 +127,8 @@ class NormSwap(Callback):
         check_number("norm_weight_decay", norm_weight_decay)
         check_number("switch_lr_scale", switch_lr_scale)
         self.norm_weight_decay, self.switch_lr_scale = norm_weight_decay, switch_lr_scale
+        self.accumulate_statistics = accumulate_statistics
+        self._accumulation = Accumulation(accumulate_statistics)
         self.check_optimizer, self.warm_start = check_optimizer, warm_start
         self.report: SwapReport | None = None
         self._model: pl.LightningModule | None = None
@@ -137,18 +143,8 @@ class NormSwap(Callback):
 
     def swap_arguments(self) -> dict[str, Any]:
         """Return the arguments that :func:`lightning_norm.swap` is called with."""
-        names = (
-            "norm",
-            "norm_args",
-            "include",
-            "exclude",
-            "source",
-            "rules",
-            "backend",
-            "compile",
-            "sync",
-            "sync_group",
-        )
+        names = ["norm", "norm_args", "include", "exclude", "source", "rules"]
+        names += ["backend", "compile", "sync", "sync_group"]
         return {name: getattr(self, name) for name in names}
 
     @override
@@ -185,6 +181,7 @@ class NormSwap(Callback):
         self._check_optimizers(trainer, pl_module)
         self._freeze.check(pl_module)
         self._freeze.start(trainer, pl_module)  # a resumed epoch has no on_train_epoch_start
+        self._accumulation.start(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,6 +190,12 @@ class NormSwap(Callback):
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         self._freeze.before_step(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._accumulation.after_batch(trainer)
 
     def _check_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.optimizers or not self.check_optimizer:
@@ -219,7 +222,14 @@ class NormSwap(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._accumulation.save(checkpoint)
         write_manifest(pl_module, checkpoint)  # after the fit the module's hook is gone
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._accumulation.load(checkpoint)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -232,6 +242,7 @@ class NormSwap(Callback):
     def _clean(self) -> None:
         self._wrapped.clear()
         self._guard.clear()
+        self._accumulation.stop()
         for hook in self._hooks:
             hook.take_off()
         self._hooks = []
