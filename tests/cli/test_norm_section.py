@@ -259,7 +259,7 @@ def test_compare_takes_the_job_and_the_section(monkeypatch, capsys):
     ],
 )
 def test_compare_refuses_other_jobs_and_rules(section, said, capfd):
-    more = {} if "norm" in section else {"model": "ImageClassifier", "data": "Digits"}
+    more = {} if "norm" in section else {"model": "ImageClassifier", "data": "Digits", "optimizer": None}
     with pytest.raises(SystemExit):
         main(["compare", "--config", config_file(section, **more)])
     assert said in capfd.readouterr().err
