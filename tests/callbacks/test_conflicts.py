@@ -568,6 +568,16 @@ class TestExceptions:
             runner.fit(model, loader())
         assert not WRAPPED & set(model.__dict__)
 
+    @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+    def test_in_other_stages(self, stage):
+        model = LateNet()
+        runner = trainer(
+            NormSwap("sn"), NormScheduler({"momentum": 0.2}), at(f"on_{stage.replace('date', 'dation')}_start")
+        )
+        with pytest.raises(ZeroDivisionError):
+            getattr(runner, stage)(model, loader())
+        nothing_is_left(model, runner)
+
     def test_interrupted_by_the_keyboard(self):
         def interrupt(self, trainer, pl_module, outputs, batch, batch_idx):
             raise KeyboardInterrupt
@@ -586,3 +596,5 @@ def test_a_weights_only_file_as_ckpt_path(tmp_path):
     trainer(NormSwap("sn"), saver, enable_checkpointing=True).fit(model, loader())
     trainer(NormSwap("sn")).test(fresh, loader(), ckpt_path=str(tmp_path / "weights.ckpt"))
     same(state(fresh), state(model))
+    with pytest.raises(KeyError, match="contains only the model"):  # Lightning's own answer to a resume
+        trainer(NormSwap("sn")).fit(fresh, loader(), ckpt_path=str(tmp_path / "weights.ckpt"))
