@@ -252,7 +252,9 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
             f"element(s) per channel. {remedy}"
         )
     given = None if of_input or layer.per_sample else layer.running()
-    algebra, recipe = layer.algebra_of(x, layout), layer.recipe if same_equations(type(layer)) else None
+    gathers = layer.training and (layer.pool is not None or layer.window is not None)  # which the kernels do not know
+    algebra = layer.algebra_of(x, layout)
+    recipe = layer.recipe if same_equations(type(layer)) and not gathers else None
     return normalize(
         x,
         algebra,
