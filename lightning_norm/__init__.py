@@ -12,6 +12,8 @@ from lightning_norm.callbacks import load_from_checkpoint as load_from_checkpoin
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
 from lightning_norm.errors import CheckpointError as CheckpointError
 from lightning_norm.errors import CompileWarning as CompileWarning
+from lightning_norm.errors import ConflictError as ConflictError
+from lightning_norm.errors import ConflictWarning as ConflictWarning
 from lightning_norm.errors import MissingDependencyWarning as MissingDependencyWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import OptimizerError as OptimizerError

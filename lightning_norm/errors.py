@@ -19,6 +19,14 @@ class MissingDependencyWarning(UserWarning):
     """An optional dependency is not installed, and what needs it is left out."""
 
 
+class ConflictWarning(UserWarning):
+    """Something else in the Trainer does not do with swapped layers what it does with torch's own."""
+
+
+class ConflictError(RuntimeError):
+    """Something else in the Trainer does not go together with a swap, or not in this order."""
+
+
 class AlreadySwappedError(RuntimeError):
     """The model already holds normalizers of this package."""
 

@@ -63,6 +63,7 @@ class NormScheduler(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._loaded = None
         self._wrapped.clear()
+        self._wrapped.clean_up(trainer.strategy, self._wrapped.clear)
         if stage == "fit":  # before on_fit_start, where the learning-rate and batch-size finders train
             self._wrapped.wrap(pl_module, "configure_optimizers", lambda make: self._early(trainer, pl_module, make))
         else:

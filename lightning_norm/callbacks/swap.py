@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_norm.callbacks.accumulation import Accumulation
 from lightning_norm.callbacks.checkpoint import (
     CheckManifest,
     ModuleHook,
@@ -17,6 +18,12 @@ from lightning_norm.callbacks.checkpoint import (
     reading,
     start_from,
     write_manifest,
+)
+from lightning_norm.callbacks.conflicts import (
+    check_copies,
+    check_order,
+    check_settings,
+    tell_frozen,
 )
 from lightning_norm.callbacks.context import check_contexts
 from lightning_norm.callbacks.freeze import KernelFreeze
@@ -59,6 +66,8 @@ class NormSwap(Callback):
         norm_weight_decay: weight decay of our layers' parameters, whatever the optimizer has; 0 takes them out of it.
         switch_lr_scale: factor of the learning rate of what our layers learn beyond weight and bias, such as the
             control parameters of "sn"; learning-rate schedules apply on top.
+        accumulate_statistics: merge the statistics of the batches between two optimizer steps exactly, and move the
+            running ones once per step, in all layers of this package.
         check_optimizer: stop before training if a trainable parameter of a normalizer is in no optimizer, or in
             several.
         warm_start: path of a checkpoint whose weights the run starts from, of the network before or after the swap;
@@ -72,6 +81,7 @@ class NormSwap(Callback):
         ValueError, TypeError: a norm, pattern or argument that does not exist or matches nothing.
         OptimizerError: see ``check_optimizer``.
         RuntimeError: layers that wait for contexts, and no :class:`NormContext` in the Trainer.
+        ConflictError: another callback or the strategy would lose what the layers learn; it says what to type.
         CheckpointError: a checkpoint cannot be read or is of another swap.
 
     >>> from lightning.pytorch import Trainer
@@ -93,6 +103,7 @@ class NormSwap(Callback):
         sync_group: str | int = "world",
         norm_weight_decay: float | None = None,
         switch_lr_scale: float | None = None,
+        accumulate_statistics: bool = False,
         check_optimizer: bool = True,
         warm_start: str | None = None,
         freeze_kernel_at: int | None = None,
@@ -117,6 +128,8 @@ class NormSwap(Callback):
         check_number("norm_weight_decay", norm_weight_decay)
         check_number("switch_lr_scale", switch_lr_scale)
         self.norm_weight_decay, self.switch_lr_scale = norm_weight_decay, switch_lr_scale
+        self.accumulate_statistics = accumulate_statistics
+        self._accumulation = Accumulation(accumulate_statistics)
         self.check_optimizer, self.warm_start = check_optimizer, warm_start
         self.report: SwapReport | None = None
         self._model: pl.LightningModule | None = None
@@ -125,35 +138,26 @@ class NormSwap(Callback):
         self._made: set[int] = set()
         self._wrapped = WrappedMethods()
         self._hooks: list[ModuleHook] = []
-        self._warm = False
+        self._guard = WrappedMethods()
+        self._warm = self._untold = False
         self._stop_observing: Callable[[], None] | None = None
 
     def swap_arguments(self) -> dict[str, Any]:
         """Return the arguments that :func:`lightning_norm.swap` is called with."""
-        names = (
-            "norm",
-            "norm_args",
-            "include",
-            "exclude",
-            "source",
-            "rules",
-            "backend",
-            "compile",
-            "sync",
-            "sync_group",
-        )
+        names = ["norm", "norm_args", "include", "exclude", "source", "rules"]
+        names += ["backend", "compile", "sync", "sync_group"]
         return {name: getattr(self, name) for name in names}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._check_order(trainer)
+        check_order(trainer, self)
+        check_settings(trainer, self)
         self._take(pl_module)
         self._clean()
-        fresh = self.report is None
+        self._untold = self._untold or self.report is None
+        self._guard.clean_up(trainer.strategy, self._clean)
         self._swap(pl_module)
-        self._wrapped.wrap(
-            pl_module, "configure_model", lambda original: self._late(trainer, pl_module, original, fresh)
-        )
+        self._wrapped.wrap(pl_module, "configure_model", lambda original: self._late(trainer, pl_module, original))
         self._wrapped.wrap(pl_module, "configure_optimizers", lambda original: self._optimizers(pl_module, original))
         self._wrapped.wrap(trainer.strategy, "load_checkpoint", reading)
         self._hooks = [WriteManifest(pl_module), CheckManifest(pl_module, resumes=stage == "fit")]
@@ -170,9 +174,12 @@ class NormSwap(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_batches(trainer, pl_module)
+        check_copies(trainer, pl_module)
+        tell_frozen(trainer, pl_module)
         self._check_optimizers(trainer, pl_module)
         self._freeze.check(pl_module)
         self._freeze.start(trainer, pl_module)  # a resumed epoch has no on_train_epoch_start
+        self._accumulation.start(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -181,6 +188,12 @@ class NormSwap(Callback):
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         self._freeze.before_step(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._accumulation.after_batch(trainer)
 
     def _check_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.optimizers or not self.check_optimizer:
@@ -207,7 +220,14 @@ class NormSwap(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._accumulation.save(checkpoint)
         write_manifest(pl_module, checkpoint)  # after the fit the module's hook is gone
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._accumulation.load(checkpoint)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -219,6 +239,8 @@ class NormSwap(Callback):
 
     def _clean(self) -> None:
         self._wrapped.clear()
+        self._guard.clear()
+        self._accumulation.stop()
         for hook in self._hooks:
             hook.take_off()
         self._hooks = []
@@ -248,16 +270,15 @@ class NormSwap(Callback):
             self.report.merge(report)
         self.report.candidates = len(self._sites)
 
-    def _late(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any], fresh: bool
-    ) -> None:
+    def _late(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any]) -> None:
         original()
         self._swap(pl_module)
         check_layers(pl_module)
         if self.warm_start is not None and not self._warm:
             start_from(pl_module, self.warm_start)
             self._warm = True
-        if fresh and self.report is not None:
+        if self._untold and self.report is not None:
+            self._untold = False  # WeightAveraging calls configure_model once more
             specs = [spec for spec in [self.norm, *(self.rules or {}).values()] if spec is not None]
             wanted = {resolve(spec)[0] for spec in specs}
             judge(pl_module, self.report, sorted(self._missed), self._sites, "warn", fine=wanted)
@@ -278,13 +299,3 @@ class NormSwap(Callback):
                 f"NormSwap: parameter groups {', '.join(f'{k} ({n} parameters)' for k, n in counts.items()) or 'none'}"
             )
         return configured
-
-    def _check_order(self, trainer: pl.Trainer) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-        for callback in callbacks[: callbacks.index(self)] if self in callbacks else []:
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-                raise RuntimeError(
-                    f"{type(callback).__name__} stands before NormSwap in the callbacks and would average the "
-                    "network as it was before "
-                    "the swap. Put NormSwap first."
-                )

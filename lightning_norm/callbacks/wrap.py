@@ -42,6 +42,15 @@ class WrappedMethods:
         instance.__dict__[name] = wrapper
         self._undo.append(undo)
 
+    def clean_up(self, strategy: Any, clean: Callable[[], None]) -> None:
+        """Call ``clean`` when a run fails, also where a finder has put other callbacks into the Trainer for a while."""
+
+        def failed(original: Callable[..., Any], *args: Any) -> Any:
+            clean()
+            return original(*args)
+
+        self.wrap(strategy, "on_exception", failed)
+
     def clear(self) -> None:
         """Take every wrapper off."""
         while self._undo:

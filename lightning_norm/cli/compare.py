@@ -22,6 +22,8 @@ from typing_extensions import override
 from lightning_norm.callbacks import NormContext, NormSwap
 from lightning_norm.cli import job
 from lightning_norm.cli.compare_report import draw, summarize
+from lightning_norm.cli.norm_cli import NormCLI, class_path
+from lightning_norm.cli.section import chosen
 from lightning_norm.normalizers.context_norm import ContextNorm
 from lightning_norm.normalizers.registry import resolve
 
@@ -31,10 +33,12 @@ Every finished run is a row of OUT/runs.csv. Started again with the same setting
 examples:
   lightning-norm compare --norms bn,sn,bcn --seeds 3
   lightning-norm compare --norms bn,sn --data FashionMNIST --root data --epochs 10 --out compare_fashion
+  lightning-norm compare --norms bn,sn --config examples/configs/digits_section.yaml
 """
-SETTINGS = ("data", "arch", "epochs", "batch_size", "lr", "compile", "accelerator", "limit")
+SETTINGS = ("data", "arch", "epochs", "batch_size", "lr", "compile", "accelerator", "limit", "more")
 COLUMNS = ("norm", "seed", *SETTINGS, "test_acc", "val_acc", "train_loss", "step_ms", "params", "seconds", "torch")
 BASELINE = "bn"
+DATA = ("Digits", "MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
 
 
 class Recorder(Callback):
@@ -74,10 +78,15 @@ def run(argv: Sequence[str]) -> None:
         argv: the arguments behind ``compare``.
 
     Raises:
-        ValueError: an unknown norm or data set, or an OUT that holds runs with other settings.
+        ValueError: an unknown norm or data set, a configuration of another job, or an OUT that holds runs with other
+            settings.
         SystemExit: wrong arguments.
     """
     options = parser().parse_args(argv)
+    if options.config:
+        made = parser()
+        made.set_defaults(**job_of(options.config))
+        options = made.parse_args(argv)
     norms = list(dict.fromkeys(n.strip() for n in options.norms.split(",") if n.strip()))
     _check(options, norms)
     out = Path(options.out)
@@ -111,6 +120,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--norms", default="bn,sn,bcn", help="keys, separated by commas (default: %(default)s)")
+    made.add_argument(
+        "--config", metavar="FILE", help="model, data, epochs, accelerator and norm: from there; options win"
+    )
+    made.set_defaults(more="{}")
     made.add_argument("--seeds", type=int, default=3, help="runs per norm, seeds 0, 1, ... (default: %(default)s)")
     made.add_argument("--data", default="Digits", help="Digits, MNIST, FashionMNIST, CIFAR10 or CIFAR100")
     made.add_argument("--root", default="data", help="folder of torchvision's files (default: %(default)s)")
@@ -129,9 +142,13 @@ def one_run(norm: str, seed: int, data: Any, options: argparse.Namespace) -> dic
     """Train and test once; return a row of runs.csv."""
     started = time.perf_counter()
     pl.seed_everything(seed, workers=True, verbose=False)
-    model = job.ImageClassifier(options.arch, data.num_classes, options.lr)
+    more = json.loads(options.more)
+    model = job.ImageClassifier(options.arch, data.num_classes, options.lr, **more.get("model", {}))
     recorder = Recorder()
-    swaps: list[Callback] = [] if norm == BASELINE else [NormSwap(norm, compile=options.compile)]
+    swap = {"compile": options.compile, **more.get("norm", {})}
+    if swap.pop("norm", None) != norm:
+        swap.pop("norm_args", None)
+    swaps: list[Callback] = [] if norm == BASELINE else [NormSwap(norm, **swap)]
     if swaps and issubclass(resolve(norm)[0], ContextNorm):
         swaps.append(NormContext())
     trainer = pl.Trainer(
@@ -160,6 +177,34 @@ def one_run(norm: str, seed: int, data: Any, options: argparse.Namespace) -> dic
     row["params"] = sum(p.numel() for p in model.parameters())
     row["seconds"] = round(time.perf_counter() - started, 1)
     return {name: str(row[name]) for name in COLUMNS}
+
+
+def job_of(path: str) -> dict[str, Any]:
+    """Return what a configuration says about the options of compare, and ``more``, the rest of its job as JSON.
+
+    Raises:
+        ValueError: its job is another than the built-in one, or its section names layers and not one norm.
+    """
+    config = NormCLI(["--config", path], run=False, save_config_callback=None).config
+    names = {class_path(getattr(job, name)): name for name in DATA}
+    given = config.data.class_path if config.data else None
+    if config.model.class_path != class_path(job.ImageClassifier) or given not in names or config.get("optimizer"):
+        raise ValueError(
+            f"compare trains ImageClassifier on {', '.join(DATA)} with its own optimizer; {path} has "
+            f"{config.model.class_path} on {given}{' and an optimizer:' if config.get('optimizer') else ''}."
+        )
+    model, trainer, section = config.model.init_args, config.trainer, chosen(config.norm)
+    if "rules" in section or not isinstance(section.get("norm", ""), str):
+        raise ValueError(
+            f"compare takes norms by their keys, the section norm: of {path} has more. Leave out --config."
+        )
+    found = {"data": names[given], "arch": model.arch, "lr": model.lr, "batch_size": config.data.init_args.batch_size}
+    found |= {"root": config.data.init_args.root, "accelerator": trainer.accelerator}
+    if trainer.max_epochs:
+        found["epochs"] = trainer.max_epochs
+    found["compile"] = section.pop("compile", False)
+    rest = {"momentum": model.momentum, "weight_decay": model.weight_decay}
+    return {**found, "more": json.dumps({"model": rest, "norm": section}, sort_keys=True)}
 
 
 def read_runs(path: Path, settings: dict[str, str]) -> list[dict[str, str]]:
@@ -207,9 +252,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _check(options: argparse.Namespace, norms: list[str]) -> None:
-    data = ("Digits", "MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
-    if options.data not in data:
-        raise ValueError(f"compare has no data {options.data!r}: choose one of {', '.join(data)}.")
+    if options.data not in DATA:
+        raise ValueError(f"compare has no data {options.data!r}: choose one of {', '.join(DATA)}.")
     if not norms or min(options.seeds, options.epochs) < 1:
         raise ValueError("compare needs at least one norm, one seed and one epoch: --norms bn,sn --seeds 3 --epochs 5.")
     for norm in norms:

@@ -20,7 +20,7 @@ from lightning_norm.surgery.files import read_checkpoint
 from lightning_norm.surgery.swap import swap
 
 EPILOG = """The options of fit build the model: --config FILE, --model.arch resnet34, ... What is swapped is read
-from the checkpoint, or else from the configuration's NormSwap (norm: sn, or plan: plan.yaml).
+from the checkpoint, or else from the configuration: its section norm: {norm: sn}, or a NormSwap among the callbacks.
 
 examples:
   lightning-norm export --config examples/configs/digits_bcn.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_norm.cli import job
 from lightning_norm.cli.data import ImageData
+from lightning_norm.cli.section import SECTION, add_section, swap_of, write_out_plan
 from lightning_norm.normalizers.registry import normalizers, resolve
 
 DESCRIPTION = """{what}
@@ -53,6 +54,8 @@ class NormParser(LightningArgumentParser):
 class NormCLI(LightningCLI):
     """LightningCLI for any model and data, in which ``class_path: NormSwap`` and ``ImageClassifier`` need no prefix.
 
+    The section ``norm:`` holds the arguments of a :class:`lightning_norm.NormSwap` that comes before all callbacks.
+
     Args:
         args: command line; ``sys.argv`` by default.
         run: with a subcommand, run it; otherwise only build model, data and Trainer.
@@ -78,14 +81,20 @@ class NormCLI(LightningCLI):
         )
 
     @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_core_arguments_to_parser(parser)
+        add_section(parser)
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # As LightningCLI does, without its warning on arguments that come from the caller.
         self.config = parser.parse_args(args)
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Complete the built-in job: its data are Digits, and the number of classes that of the data."""
+        """Write out a plan; complete the built-in job: its data are Digits, the number of classes is theirs."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        write_out_plan(config[SECTION])
         if config.model.class_path != class_path(job.ImageClassifier):
             return
         if config.get("data") is None:
@@ -107,7 +116,9 @@ class NormCLI(LightningCLI):
             and not any(isinstance(c, Checkpoint) for c in callbacks)
         ):
             # The Trainer compares the folder of the file that it reads with the one it would write to.
-            kwargs["callbacks"] = [*callbacks, ModelCheckpoint(dirpath=Path(path).parent)]
+            callbacks = [*callbacks, ModelCheckpoint(dirpath=Path(path).parent)]
+        swap = swap_of(self._get(self.config_init, SECTION))
+        kwargs["callbacks"] = callbacks if swap is None else [swap, *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -160,6 +171,9 @@ def clarify(message: str, options: Sequence[str]) -> str:
         if not line.strip().startswith(noise):
             kept.append(line)
     text = "\n".join(kept)
+    if re.search(r"Unable to load config ['\"]?(\w+)", text) and f'"{SECTION}"' in text:
+        key = re.findall(r"Unable to load config ['\"]?(\w+)", text)[0]
+        return f"{SECTION}: is a section with the arguments of NormSwap, got {key!r}. Type {SECTION}: {{norm: {key}}}."
     typo = re.search(
         r"(?:[Oo]ption|[Kk]ey|arguments?:?) '?-{0,2}([\w.]+)'? is not accepted|accept option '([\w.]+)'", text
     )

@@ -21,7 +21,7 @@ HELP = """usage: lightning-norm plan --config FILE [options of fit] [--save PLAN
 Build the model and the callbacks, and print what NormSwap would do to each layer. Nothing is trained or changed.
 
   --save PLAN   also write the plan as YAML. Edit a row (norm: null leaves a layer alone) and apply it with
-                  trainer.callbacks: [{class_path: NormSwap, init_args: {plan: PLAN}}]
+                  norm: {plan: PLAN}
 
 example:
   lightning-norm plan --config examples/configs/digits_sn.yaml --save plan.yaml
@@ -46,9 +46,7 @@ def run(argv: Sequence[str]) -> None:
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
     swaps = [c for c in callbacks if isinstance(c, NormSwap)]
     if not swaps:
-        raise ValueError(
-            "the configuration has no NormSwap: add trainer.callbacks: [{class_path: NormSwap, init_args: {norm: sn}}]."
-        )
+        raise ValueError("the configuration has no NormSwap: add a section norm: {norm: sn}, or type --norm.norm sn.")
     if save and len(swaps) > 1:
         raise ValueError(f"--save writes one plan, the configuration has {len(swaps)} NormSwap callbacks.")
     for callback in swaps:

@@ -80,7 +80,10 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
         super().__setattr__(name, value)
 
     def adopt(self, source: nn.Module) -> None:
-        """Take over a layer's Parameters and running statistics: the same objects, but for those in ``converts``."""
+        """Take over a layer's Parameters and running statistics: the same objects, but for those in ``converts``.
+
+        Running statistics narrower than float32 are widened.
+        """
         values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
         for name in ("weight", "bias", *BATCH_NORM_BUFFERS):
             held, own = getattr(source, name, None), getattr(self, name, None)
@@ -90,6 +93,7 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
                 own.data.copy_(values[name])
             elif held is not None:
                 setattr(self, name, held)
+        self._settle()  # a network built in bfloat16 holds its statistics in it
 
     def as_batch_norm(self) -> dict[str, Tensor]:
         """Return the values, (C,), of those of a BatchNorm's tensors that this class holds in another form."""
@@ -102,8 +106,10 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
         """
         for held, back in ((self._parameters, source._parameters), (self._buffers, source._buffers)):
             for name, value in back.items():
-                if value is not None and isinstance(held.get(name), Tensor) and name not in self.converts:
-                    back[name] = held[name]  # type: ignore[assignment]  # parameters to parameters, buffers to buffers
+                own = held.get(name)
+                if value is not None and isinstance(own, Tensor) and name not in self.converts:
+                    narrow = name in self.running_names and value.dtype.itemsize < 4
+                    back[name] = own.to(value.dtype) if narrow else own  # type: ignore[assignment]  # like to like
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay is to leave alone, as timm asks for them: all."""
@@ -254,7 +260,9 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
             f"element(s) per channel. {remedy}"
         )
     given = None if of_input or layer.per_sample else layer.running()
-    algebra, recipe = layer.algebra_of(x, layout), layer.recipe if same_equations(type(layer)) else None
+    gathers = layer.training and (layer.pool is not None or layer.window is not None)  # which the kernels do not know
+    algebra = layer.algebra_of(x, layout)
+    recipe = layer.recipe if same_equations(type(layer)) and not gathers else None
     return normalize(
         x,
         algebra,

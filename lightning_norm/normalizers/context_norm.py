@@ -89,6 +89,7 @@ class ContextNorm(PerContext):
         device, dtype = options.get("device"), options.get("dtype")
         wide = at_least_float32(dtype)
         if missing == "posterior":
+            self.no_window = "missing='posterior' follows the spread of each batch"  # type: ignore[misc]
             self.register_buffer("running_spread", torch.ones(num_contexts, num_features, device=device, dtype=wide))
         if context == "input":
             self.register_buffer("centroids", torch.zeros(num_contexts, 2 * clusters.BANDS, device=device, dtype=wide))

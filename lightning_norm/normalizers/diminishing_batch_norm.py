@@ -56,6 +56,7 @@ class DiminishingBatchNorm(MomentNorm):
     per_sample: ClassVar[bool] = False
     preserves_eval: ClassVar[bool] = True
     no_recalibration: ClassVar[str] = "its running statistics are what it trains with, moved by alpha alone"
+    no_window: ClassVar[str] = "it normalizes by its running statistics in training, which each batch has to move first"
     counters: ClassVar[tuple[str, ...]] = ("updates",)
     converts: ClassVar[tuple[str, ...]] = ("running_var",)
     shows: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")

@@ -29,18 +29,31 @@ class PerContext(ContextRows):
         m = Moments(m.mean.to(g.dtype), m.var.to(g.dtype), m.count, m.ranks)
         own = m.over_batch(g)
         assert isinstance(own.count, Tensor)
+        rows, share, common = self._drawn(own)
+        if self.training and self.track_running_stats:
+            if self.missing == "posterior":
+                self._follow(Moments(m.mean, torch.zeros_like(m.var), 1, m.ranks).over_batch(g), share)
+            if self.window is None:
+                self.fold(rows, share, own.count.sum())
+            else:
+                self.window.add(own.mean, own.var, own.count, self._usable(own.mean, own.var, own.count.sum()))
+        return rows, common.mean.detach()
+
+    def _drawn(self, own: Moments) -> tuple[Moments, Tensor, Moments]:
+        """Return the contexts' moments, small ones drawn to those of all, their shares, and the moments of all."""
+        assert isinstance(own.count, Tensor)
         total = own.count.sum()
         share = own.count / total.clamp_min(1)
         common = pool(own.mean, own.var, share)
         part = (1 - own.count / self.min_count).clamp_min(0)  # of the common statistics in those of a small context
         apart = common.mean - own.mean
         var = own.var + part * (common.var - own.var + (1 - part) * apart.square())
-        rows = Moments(own.mean + part * apart, var, own.count + part * (total - own.count))
-        if self.training and self.track_running_stats:
-            if self.missing == "posterior":
-                self._follow(Moments(m.mean, torch.zeros_like(m.var), 1, m.ranks).over_batch(g), share)
-            self.fold(rows, share, total)
-        return rows, common.mean.detach()
+        return Moments(own.mean + part * apart, var, own.count + part * (total - own.count)), share, common
+
+    def _close(self, m: Moments) -> None:
+        assert isinstance(m.count, Tensor)
+        rows, share, _ = self._drawn(m)
+        self.fold(rows, share, m.count.sum(), m.count.any())
 
     @torch.no_grad()
     def _follow(self, means: Moments, share: Tensor) -> None:
@@ -62,7 +75,7 @@ class PerContext(ContextRows):
         return torch.softmax(share[:, 0].log() - 0.5 * (apart + var.log()).mean(2), 1)
 
     @torch.no_grad()
-    def fold(self, m: Moments, share: Tensor, total: Tensor) -> None:
+    def fold(self, m: Moments, share: Tensor, total: Tensor, wanted: Tensor | None = None) -> None:
         """Move the running statistics towards those of this batch, each context in proportion to its share.
 
         The first samples of a context are taken as they are; a context without samples does not move. An update with
@@ -72,6 +85,7 @@ class PerContext(ContextRows):
             m: statistics of the contexts, (K, C).
             share: of each context in this batch, (K, 1).
             total: elements behind all of them.
+            wanted: false, 0-dim, where there is nothing to fold in.
         """
         mean, var = m.mean, m.var * unbiased(m.count)
         finite = torch.isfinite(mean + var).all() & torch.isfinite(share).all() & (total > 1)
@@ -79,7 +93,7 @@ class PerContext(ContextRows):
         assert self.num_batches_tracked is not None
         assert self.skipped_updates is not None
         self.num_batches_tracked.add_(finite)
-        self.skipped_updates.add_(~finite)
+        self.skipped_updates.add_(~finite if wanted is None else wanted & ~finite)
         momentum = self._buffers["_momentum"]
         seen = self.num_batches_tracked.clamp_min(1).to(share.dtype)
         rate = 1 / seen if momentum is None else momentum.to(share.dtype)

@@ -1,4 +1,4 @@
-"""The moments of many batches as one: merged by counts in float64, and over ranks at the end."""
+"""The moments of many batches as one, merged by their counts in float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,63 @@ from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks
 
 
+def merge(
+    held: tuple[Tensor, Tensor, Tensor], new: tuple[Tensor, Tensor, Tensor], between: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge two sets of count (K, 1), mean and biased variance (K, C), after Chan, Golub and LeVeque.
+
+    Args:
+        held: the first.
+        new: the second.
+        between: the spread of the two means is part of the variance.
+    """
+    (count, mean, var), (n, m, v) = held, new
+    total = count + n
+    share = n / total.clamp_min(1)
+    apart = m - mean
+    merged = var + share * (v - var)
+    return total, mean + share * apart, merged + share * (1 - share) * apart.square() if between else merged
+
+
+class Window:
+    """Mean and biased variance of the batches since the last optimizer step, kept where the layer is.
+
+    Args:
+        shape: of the statistics, (K, C).
+        between: the spread of the batches' means is part of the variance.
+        device: where they are.
+    """
+
+    def __init__(self, shape: tuple[int, int], between: bool, device: torch.device) -> None:
+        self.between = between
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.count = torch.zeros(shape[0], 1, dtype=wide, device=device)
+        self.mean, self.var = (torch.zeros(shape, dtype=wide, device=device) for _ in range(2))
+
+    def held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return count, mean and variance themselves."""
+        return self.count, self.mean, self.var
+
+    @torch.no_grad()
+    def add(self, mean: Tensor, var: Tensor, count: int | Tensor, usable: Tensor) -> None:
+        """Merge (K, C) moments of ``count`` elements if a 0-dim ``usable`` is true."""
+        m, v = (t.detach().to(self.mean.dtype).reshape(self.mean.shape) for t in (mean, var))
+        n = torch.as_tensor(count, device=m.device).detach().to(m.dtype).expand_as(self.count)
+        for old, new in zip(self.held(), merge(self.held(), (n, m, v), self.between), strict=True):
+            old.copy_(torch.where(usable, new, old))
+
+    def moments(self) -> Moments:
+        """Return what was gathered."""
+        return Moments(self.mean, self.var, self.count)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for t in self.held():
+            t.zero_()
+
+
 class Pool:
-    """Mean and biased variance of everything seen, by the pairwise merge of Chan, Golub and LeVeque.
+    """Mean and biased variance of everything seen, without what is not finite, and over ranks at the end.
 
     Args:
         shape: of the statistics, (K, C).
@@ -33,14 +88,7 @@ class Pool:
             self.skipped += 1
             return
         self.batches += 1
-        total = self.count + n
-        share = n / total.clamp_min(1)
-        apart = m - self.mean
-        self.mean = self.mean + share * apart
-        self.var = self.var + share * (v - self.var)
-        if self.between:
-            self.var = self.var + share * (1 - share) * apart.square()
-        self.count = total
+        self.count, self.mean, self.var = merge((self.count, self.mean, self.var), (n, m, v), self.between)
 
     def over(self, ranks: Ranks | None) -> Moments:
         """Return the moments of all ranks; every rank must call it."""

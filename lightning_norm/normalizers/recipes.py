@@ -18,6 +18,7 @@ EQUATIONS = {
     "observed",
     "statistic_size",
     "_update",
+    "_shift",
     "_mix",
 }
 """Methods whose change makes a recipe another normalizer's."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_norm.normalizers.pool import Pool
+from lightning_norm.normalizers.pool import Pool, Window
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Moments
 
@@ -25,11 +25,15 @@ class RunningStats(nn.Module):
     """Further buffers that stay in float32 at least."""
     no_recalibration: ClassVar[str] = ""
     """Why the running statistics cannot be re-estimated from some batches; empty where they can."""
+    no_window: ClassVar[str] = ""
+    """Why the running statistics cannot wait for the end of a window of batches; empty where they can."""
     pools_means: ClassVar[bool] = True
     """The running variance is that of all samples together: it holds the spread of their means."""
 
     pool: Pool | None = None
     """Takes the statistics of each training step in place of the running ones, while those are re-estimated."""
+    window: Window | None = None
+    """Gathers the statistics of several batches, which then move the running ones once: :meth:`close_window`."""
     num_batches_tracked: Tensor | None
     skipped_updates: Tensor | None
 
@@ -56,16 +60,47 @@ class RunningStats(nn.Module):
         if not self.training:
             return self.running()
         if self.pool is not None:
-            mean, var = (m.mean, m.var) if self.pools_means else self.observed(m)
-            self.pool.add(mean, var, m.count if mean is m.mean else m.count * m.mean.shape[0])
+            self.pool.add(*self._gathered(m, *self.observed(m)))
             return m
-        self._update(*self.observed(m), m.count)
+        self._update(m)
         return m
+
+    def _gathered(self, m: Moments, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Return mean, variance and count as they are pooled over batches, given what is observed."""
+        if self.pools_means:
+            return m.mean, m.var, m.count
+        return mean, var, Moments(m.mean, m.var * 0, m.count, m.ranks).over_batch().count
+
+    def _settled(self, m: Moments) -> tuple[Tensor, Tensor]:
+        """Return the mean and variance for the running statistics, given what was pooled."""
+        return self.observed(m) if self.pools_means else (m.mean, m.var)
+
+    def open_window(self) -> None:
+        """From now on, gather the statistics of each batch until :meth:`close_window`.
+
+        Raises:
+            ValueError: there are no running statistics, or they cannot wait.
+        """
+        stat = self._buffers[self.running_names[0]] if self.track_running_stats else None
+        if stat is None or self.no_window:
+            raise ValueError(f"{type(self).__name__}: {self.no_window or 'it keeps no running statistics'}.")
+        features = stat.shape[-1]
+        self.window = Window((stat.numel() // features, features), self.pools_means, stat.device)
+
+    @torch.no_grad()
+    def close_window(self) -> None:
+        """Move the running statistics by what the window gathered, as if it had been one batch, and empty it."""
+        if self.window is not None:
+            self._close(self.window.moments())
+            self.window.clear()
+
+    def _close(self, m: Moments) -> None:
+        self._shift(*self._settled(m), (torch.as_tensor(m.count) > 1).all())
 
     @torch.no_grad()
     def write_running(self, m: Moments) -> None:
         """Set the running statistics to those of pooled moments."""
-        mean, var = self.observed(m) if self.pools_means else (m.mean, m.var)
+        mean, var = self._settled(m)
         for name, value in zip(self.running_names, (mean, var), strict=True):
             stat = self._buffers[name]
             assert stat is not None
@@ -94,19 +129,27 @@ class RunningStats(nn.Module):
         return finite
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, count: int | Tensor, wanted: Tensor | None = None) -> None:
-        """Move the running statistics, unless a 0-dim ``wanted`` is false."""
-        finite = self._usable(mean, var, count)
-        finite = finite if wanted is None else finite & wanted
+    def _update(self, m: Moments, wanted: Tensor | None = None) -> None:
+        """Move the running statistics towards m, or gather it, unless a 0-dim ``wanted`` is false."""
+        mean, var = self.observed(m)
+        usable = self._usable(mean, var, m.count)
+        usable = usable if wanted is None else usable & wanted
+        if self.window is None:
+            self._shift(mean, var, usable)
+        else:
+            self.window.add(*self._gathered(m, mean, var), usable)
+
+    @torch.no_grad()
+    def _shift(self, mean: Tensor, var: Tensor, usable: Tensor) -> None:
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(finite)
+        self.num_batches_tracked.add_(usable)
         momentum = self._buffers["_momentum"]
         weight = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype) if momentum is None else momentum
         for name, new in zip(self.running_names, (mean, var), strict=True):
             old = self._buffers[name]
             assert old is not None
             moved = torch.lerp(old, new.detach().reshape(-1).to(old.dtype), weight.to(old.dtype))
-            old.copy_(torch.where(finite, moved, old))
+            old.copy_(torch.where(usable, moved, old))
 
     def keep_wide(self) -> None:
         """Widen again what FSDP's mixed precision has narrowed: it spares the buffers of torch's BatchNorm alone."""

@@ -123,7 +123,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         """Return the statistics to normalize by, and move the running ones if the batch is not condensed."""
         held = self.running()
         mean, var, condensed = snapshot(held.mean, held.var, self._condensed(similarity))
-        self._update(*self.observed(batch), batch.count, ~condensed)
+        self._update(batch, ~condensed)
         if self.mode == "gate":
             return batch
         mean = torch.where(condensed, mean.to(batch.mean.dtype), batch.mean)

@@ -174,6 +174,8 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
     for argument in ("eps", "momentum", "track_running_stats", "channel_dim"):
         if hasattr(module, argument):
             arguments[argument] = getattr(module, argument)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        arguments["track_running_stats"] = True  # it evaluates on them; Lightning's finetuning clears the flag alone
     held = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), None)
     affine = (isinstance(module, Normalizer) and module.affine) or getattr(module, "weight", None) is not None
     arguments |= {"num_features": features, "affine": affine}

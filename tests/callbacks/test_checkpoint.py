@@ -493,7 +493,7 @@ class TestAverages:
         with pytest.raises(CheckpointError, match="late is sn in the file and bcn here|net.1 is sn in the file"):
             trainer(NormSwap("bcn")).test(HNet(), loader(), ckpt_path=path)
 
-    @pytest.mark.filterwarnings("ignore:Found keys")
+    @pytest.mark.filterwarnings("ignore:Found keys", "ignore::lightning_norm.ConflictWarning")
     def test_swa(self, tmp_path):
         class Early(Net):
             pass

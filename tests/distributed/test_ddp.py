@@ -19,9 +19,7 @@ def train(key, devices, out):
     return torch.load(out)
 
 
-@pytest.mark.parametrize(
-    "key", ["sn", pytest.param("bn", marks=pytest.mark.slow), pytest.param("bcn", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("key", ["sn", *(pytest.param(key, marks=pytest.mark.slow) for key in ("bn", "bcn", "bn+"))])
 def test_two_ranks_train_as_one(key, tmp_path):
     one = train(key, 1, tmp_path / "one.pt")
     two = train(key, 2, tmp_path / "two.pt")

@@ -1,4 +1,7 @@
-"""Train a swapped network on one or two processes and save what rank 0 holds: python train.py KEY DEVICES OUT."""
+"""Train a swapped network on one or two processes and save what rank 0 holds: python train.py KEY DEVICES OUT.
+
+A KEY that ends in + accumulates gradients and statistics over two batches.
+"""
 
 import sys
 
@@ -20,6 +23,7 @@ class Double(LateNet):
 
 def main(key, devices, out):
     seed_everything(0)
+    key, more = key.removesuffix("+"), key.endswith("+")
     model = Double().double()
     model.built = nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)).double()
     model.late = nn.BatchNorm2d(6).double()
@@ -33,9 +37,10 @@ def main(key, devices, out):
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         callbacks=[
-            NormSwap(key, norm_args={"groups": 2} if key == "gn" else None),
+            NormSwap(key, norm_args={"groups": 2} if key == "gn" else None, accumulate_statistics=more),
             *([NormScheduler({"momentum": InversePower(0.5)}, "step")] if key == "sn" else []),
         ],
+        accumulate_grad_batches=1 + more,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -134,6 +134,19 @@ def test_dtype_and_eps_and_momentum_are_taken_over():
     assert (model[0].eps, model[0].momentum) == (1e-3, None)
 
 
+@pytest.mark.parametrize("key", ["sn", "dbn"])
+def test_statistics_of_a_narrow_network_are_widened_and_go_back_narrow(key):
+    model = small().bfloat16()
+    model(torch.randn(4, 3, 9, 9).bfloat16())
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    report = lightning_norm.swap(model, key)
+    for layer in (m for m in model.modules() if isinstance(m, Normalizer)):
+        assert all(layer._buffers[name].dtype == torch.float32 for name in layer.running_names)
+    report.undo()
+    assert same_state(model.state_dict(), before)
+    model(torch.randn(4, 3, 9, 9).bfloat16())
+
+
 def test_layers_without_affine_or_statistics():
     model = nn.Sequential(nn.BatchNorm2d(6, affine=False), nn.BatchNorm2d(6, track_running_stats=False))
     report = swap(model, "bn")

@@ -52,6 +52,24 @@ def compare(ours, exact, x, dy, tolerance=2e-6):
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("key", ["bn", "sn", "bcn"])
+def test_statistics_of_several_batches_are_gathered_on_the_kernels_too(key):
+    """In a window of gradient accumulation, and in a recalibration."""
+    ours, exact = pair(key, {})
+    x = features(6, 6, 5, 3)
+    for layer, part in ((ours, x), (exact, x.double())):
+        layer.open_window()
+        for batch in part.split([4, 2]):
+            layer(batch)
+        assert layer.num_batches_tracked == 0
+        layer.close_window()
+        layer.window = None
+    compare(ours, exact, x, noise(6, 6, 5, 3, seed=7))
+    mean = x.mean((0, 2, 3))
+    lightning_norm.recalibrate(ours, x.split([4, 2]))
+    torch.testing.assert_close(ours.running_mean, mean, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("key", "arguments"), RECIPES, ids=str)
 def test_recipe_equals_algebra(key, arguments, train):
