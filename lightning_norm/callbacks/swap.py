@@ -261,13 +261,12 @@ class NormSwap(Callback):
     def _swap(self, pl_module: pl.LightningModule) -> None:
         report, missed, sites = try_swap(pl_module, **self.swap_arguments(), leave=self._made)
         self._made |= report.commit()
-        first = self.report is None
-        self._missed = set(missed) if first else self._missed & set(missed)
         self._sites = list({id(site.module): site for site in [*self._sites, *sites]}.values())
         if self.report is None:
-            self.report = report
+            self.report, self._missed = report, set(missed)
         else:
             self.report.merge(report)
+            self._missed &= set(missed)
         self.report.candidates = len(self._sites)
 
     def _late(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any]) -> None:
@@ -282,8 +281,8 @@ class NormSwap(Callback):
             specs = [spec for spec in [self.norm, *(self.rules or {}).values()] if spec is not None]
             wanted = {resolve(spec)[0] for spec in specs}
             judge(pl_module, self.report, sorted(self._missed), self._sites, "warn", fine=wanted)
-            if self.report.growth():
-                rank_zero_warn(self.report.growth(), category=ParameterGrowthWarning)
+            if growth := self.report.growth():
+                rank_zero_warn(growth, category=ParameterGrowthWarning)
             warn_ignored(trainer, pl_module)
             if len(self.report):
                 rank_zero_info(f"NormSwap: {self.report.summary()}")
