@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,11 +12,12 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_norm.errors import ConflictError, ConflictWarning
 from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.surgery.select import clean_name
 
 HOLDS = {
     WeightAveraging: "average the network as it was before the swap",
@@ -60,11 +60,10 @@ def check_settings(trainer: pl.Trainer, swap: Any) -> None:
                 "package in the model. Set it in one of them."
             )
     if getattr(trainer.strategy, "_layer_sync", None) is not None and not swap.sync:
-        warnings.warn(
+        rank_zero_warn(
             "Trainer(sync_batchnorm=True) reaches torch's BatchNorm layers only, and NormSwap(sync=False) keeps the "
             "statistics of the swapped ones on each rank. Type NormSwap(sync=True), or leave out sync_batchnorm.",
-            ConflictWarning,
-            stacklevel=3,
+            category=ConflictWarning,
         )
 
 
@@ -87,14 +86,22 @@ def check_copies(trainer: pl.Trainer, model: pl.LightningModule) -> None:
                     f"{name} copied the network before {apart[0]} was built, and would mix up the parameters. Build "
                     "all layers in the module's __init__ (WeightAveraging also knows those of configure_model)."
                 )
-        if isinstance(callback, StochasticWeightAveraging) and _tracking(model) and not _recalibrates(trainer):
-            warnings.warn(
-                f"{name} re-estimates the running statistics of torch's BatchNorm layers only: after it, those of "
-                f"{len(_tracking(model))} layers of this package belong to weights that were not averaged. Add "
-                "NormRecalibrate() as the last callback.",
-                ConflictWarning,
-                stacklevel=3,
-            )
+        if isinstance(callback, StochasticWeightAveraging) and not _recalibrates(trainer):
+            _check_statistics(name, model)
+
+
+def _check_statistics(name: str, model: nn.Module) -> None:
+    layers = {clean_name(n): m for n, m in model.named_modules() if isinstance(m, Normalizer) and m.track_running_stats}
+    fixed = [n for n, layer in layers.items() if layer.no_recalibration]
+    fix = f"Add NormRecalibrate({f'exclude={fixed!r}' if fixed else ''}) as the last callback."
+    if len(fixed) == len(layers):
+        fix = "EMAWeightAveraging averages them with the weights."
+    if layers:
+        rank_zero_warn(
+            f"{name} re-estimates the running statistics of torch's BatchNorm layers only: after it, those of "
+            f"{len(layers)} layers of this package belong to weights that were not averaged. {fix}",
+            category=ConflictWarning,
+        )
 
 
 def tell_frozen(trainer: pl.Trainer, model: pl.LightningModule) -> None:
@@ -114,10 +121,6 @@ def tell_frozen(trainer: pl.Trainer, model: pl.LightningModule) -> None:
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
     return callbacks
-
-
-def _tracking(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, Normalizer) and m.track_running_stats]
 
 
 def _recalibrates(trainer: pl.Trainer) -> bool:

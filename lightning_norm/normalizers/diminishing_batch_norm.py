@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
-from lightning_norm.normalizers.running import to_std, to_var
 from lightning_norm.normalizers.scheduled import Scheduled
+from lightning_norm.normalizers.spread import to_std, to_var
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.moments import Affine, Moments
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lightning_norm.normalizers.base import MomentNorm, Paper
 from lightning_norm.normalizers.evaluation import handed_on, per_channel
 from lightning_norm.normalizers.recipes import recipe_of
-from lightning_norm.normalizers.running import unbiased
 from lightning_norm.normalizers.scheduled import Scheduled
+from lightning_norm.normalizers.spread import unbiased
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.recipe import Recipe

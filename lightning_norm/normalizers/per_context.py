@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.normalizers.context_rows import ContextRows, pool
-from lightning_norm.normalizers.running import unbiased
+from lightning_norm.normalizers.spread import unbiased
 from lightning_norm.ops.moments import Moments
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_norm.normalizers.pool import Pool, Window
+from lightning_norm.normalizers.spread import unbiased
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Moments
 
@@ -187,22 +188,3 @@ class RunningStats(nn.Module):
             if old is not None and new is not None and new.dtype != at_least_float32(new.dtype):
                 self._buffers[name] = old.to(new.device, at_least_float32(old.dtype))
         return self
-
-
-def unbiased(count: int | Tensor) -> float | Tensor:
-    """Return n / (n - 1), the factor from the biased to the unbiased variance; 1 where there is one element."""
-    if isinstance(count, Tensor):
-        return count / (count - 1).clamp_min(1)
-    return count / max(count - 1, 1)
-
-
-@torch.no_grad()
-def to_std(var: Tensor, eps: float) -> Tensor:
-    """Return the s with s + eps = sqrt(var + eps): evaluation stays what it was."""
-    return (var.to(at_least_float32(var.dtype)) + eps).sqrt() - eps
-
-
-@torch.no_grad()
-def to_var(std: Tensor, eps: float) -> Tensor:
-    """Return the v with sqrt(v + eps) = std + eps; 0 where it would be negative, for a BatchNorm has none below."""
-    return ((std + eps).square() - eps).clamp_min(0)

@@ -12,9 +12,9 @@ from lightning_norm.normalizers.base import MomentNorm, Paper
 from lightning_norm.normalizers.evaluation import per_channel
 from lightning_norm.normalizers.group_norm import check_groups
 from lightning_norm.normalizers.recipes import recipe_of
-from lightning_norm.normalizers.running import unbiased
 from lightning_norm.normalizers.scheduled import Scheduled
 from lightning_norm.normalizers.sparsestmax import sparsestmax
+from lightning_norm.normalizers.spread import unbiased
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments, mixture
 from lightning_norm.ops.recipe import Recipe

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.pool import Pool
-from lightning_norm.normalizers.running import unbiased
+from lightning_norm.normalizers.spread import unbiased
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.ops.moments import Moments

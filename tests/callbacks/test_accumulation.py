@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, GradientAccumulationScheduler, LearningRateFinder
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -310,6 +310,16 @@ class TestInTheTrainer:
         )
         one, _ = fit(NormSwap("bn"), batches(24, 12), EMAWeightAveraging(decay=0.5))
         agree(averaged, one)
+
+    @pytest.mark.filterwarnings("ignore:The number of training batches")
+    def test_the_trials_of_a_finder_leave_them_alone(self, tmp_path):
+        one, _ = fit(NormSwap("bn", include=["first"]), batches(24, 12), max_epochs=2)
+        model = Resuming(batches(24, 4))
+        model.lr, finder = 0.0, LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+        options = {"max_epochs": 2, "enable_checkpointing": True, "tmp_path": tmp_path, "accumulate_grad_batches": 3}
+        fit(NormSwap("bn", include=["first"], **ON), None, finder, model=model, **options)
+        assert len(finder.optimal_lr.results["loss"]) >= 4
+        agree(model, one)
 
     def test_two_swaps(self):
         swaps = [NormSwap("sn", include=["first"], **ON), NormSwap("bn", **ON)]

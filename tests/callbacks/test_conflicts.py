@@ -143,6 +143,17 @@ class TestAverages:
         ends = [weight for (epoch, weight), after in itertools.pairwise(see.seen) if after[0] != epoch]
         torch.testing.assert_close(model.net[1].mean_weight.detach(), torch.stack([start, *ends]).mean(0))
 
+    @pytest.mark.parametrize(
+        ("rules", "fix"),
+        [
+            ({".*1": "dbn", ".*": "sn"}, r"Add NormRecalibrate\(exclude=\['net.1'\]\) as the last"),
+            ({".*": "dbn"}, "EMAWeightAveraging averages them with the weights"),
+        ],
+    )
+    def test_swa_and_statistics_that_cannot_be_estimated_anew(self, rules, fix):
+        with pytest.warns(ConflictWarning, match=fix):
+            trainer(NormSwap(rules=rules), StochasticWeightAveraging(0.1, swa_epoch_start=1)).fit(Early(), loader())
+
     def test_swa_with_recalibration_is_fine(self):
         callbacks = [NormSwap("sn"), StochasticWeightAveraging(0.1, swa_epoch_start=1), NormRecalibrate()]
         trainer(*callbacks, max_epochs=2).fit(Early(), loader())
