@@ -29,6 +29,7 @@ def test_two_ranks_train_as_one(key, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow  # test_agree.py is quicker
 def test_ranks_that_disagree_on_the_swap_are_told_at_setup():
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.disagree"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

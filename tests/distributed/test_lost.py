@@ -38,3 +38,14 @@ def test_the_rank_that_is_left_ends_with_an_error_in_time(ended):
 def test_evaluation_on_one_rank_waits_for_nobody(ended):
     assert ended["alone"]["error"] == "NoneType"
     assert ended["alone"]["seconds"] < TIMEOUT / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["kill", "stop", "short"])
+def test_a_trainer_ends_in_time(what):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.lost_trainer", what]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    error, seconds = done.stdout.split()[-2:]
+    assert error in ("SyncError", "RuntimeError"), done.stderr[-3000:]  # the latter from DDP, where that waits first
+    assert float(seconds) < 20 + MARGIN  # lost_trainer.TIMEOUT
