@@ -83,14 +83,17 @@ class RepresentativeBatchNorm(MomentNorm):
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
-        return self._rectified(m, self.track)
+        return self._rectified(m, lambda batch: (self.track(batch), None))
 
-    def _rectified(self, m: Moments, track: Callable[[Moments], Moments]) -> Affine:
+    def _rectified(self, m: Moments, track: Callable[[Moments], tuple[Moments, Tensor | None]]) -> Affine:
+        """Return the map, given what makes the statistics to use, and perhaps an offset of x_s, of the batch's."""
         w_m = self.center_weight
         k = m.mean if w_m is None else torch.addcmul(m.mean, m.mean, w_m.to(m.mean.dtype))  # K(x_c) = (1 + w_m) K(x)
-        b = track(Moments(k, m.var, m.count, m.ranks).over_batch())
+        b, offset = track(Moments(k, m.var, m.count, m.ranks).over_batch())
         scale = (b.var.to(m.mean.dtype) + self.eps).rsqrt()
         k_s = scale * (k - b.mean).to(scale.dtype)  # K(x_s)
+        if offset is not None:
+            k_s = k_s + offset.to(scale.dtype)
         gain = self._gain(m.mean, k_s)
         if gain is not None:
             scale, k_s = scale * gain, k_s * gain

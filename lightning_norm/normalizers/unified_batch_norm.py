@@ -42,6 +42,9 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         threshold: tau; ``None`` for no threshold, and nothing is measured.
         mode: "switch" normalizes a condensed batch by the running statistics; "gate" by its own, and only keeps them
             out of the running ones.
+        condensed_grad: with "switch", the gradient of a condensed batch: "detach" none through statistics, which can
+            diverge where the running ones lag behind; "renorm" that of its own statistics, with running ones that count
+            as at most 3 times larger or smaller and 5 deviations off.
         min_updates: updates of the running statistics before any batch may count as condensed.
         max_skip: after so many condensed batches in a row, one is used as if it were not.
         rectify: the rectifications, out of "center", "scale" and "affine"; with none, the layer is BatchNorm.
@@ -70,7 +73,15 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         "arXiv 2311.15993",
     )
     learns: ClassVar[dict[str, str]] = {**RepresentativeBatchNorm.learns, "affine_weight": "C", "affine_bias": "C"}
-    shows: ClassVar[tuple[str, ...]] = ("threshold", "mode", "min_updates", "max_skip", "rectify", "gate_init")
+    shows: ClassVar[tuple[str, ...]] = (
+        "threshold",
+        "mode",
+        "condensed_grad",
+        "min_updates",
+        "max_skip",
+        "rectify",
+        "gate_init",
+    )
     starts: ClassVar[dict[str, dict[str, float]]] = {
         **RepresentativeBatchNorm.starts,
         "affine": {"affine_weight": 0.0, "affine_bias": -1.0},
@@ -84,6 +95,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         *,
         threshold: Annotated[float | None, Scheduled(-1, 1)] = None,
         mode: Literal["switch", "gate"] = "switch",
+        condensed_grad: Literal["detach", "renorm"] = "detach",
         min_updates: int = 100,
         max_skip: int = 100,
         rectify: Sequence[str] = ("center", "scale", "affine"),
@@ -93,9 +105,12 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
     ) -> None:
         if mode not in ("switch", "gate"):
             raise ValueError(f"UnifiedBatchNorm: mode must be 'switch' or 'gate', got {mode!r}.")
+        if condensed_grad not in ("renorm", "detach"):
+            raise ValueError(f"UnifiedBatchNorm: condensed_grad must be 'detach' or 'renorm', got {condensed_grad!r}.")
         for name, value, least in (("min_updates", min_updates, 0), ("max_skip", max_skip, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"UnifiedBatchNorm: {name} must be an int >= {least}, got {value!r}.")
+        self.condensed_grad = condensed_grad
         self.mode, self.min_updates, self.max_skip = mode, min_updates, max_skip
         super().__init__(num_features, rectify=rectify, gate_init=gate_init, momentum=momentum, **options)
         if threshold is not None and not self.track_running_stats:
@@ -119,15 +134,26 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
         return algebra
 
-    def _choose(self, similarity: Tensor, batch: Moments) -> Moments:
-        """Return the statistics to normalize by, and move the running ones if the batch is not condensed."""
+    def _choose(self, similarity: Tensor, batch: Moments) -> tuple[Moments, Tensor | None]:
+        """Return the statistics to normalize by, and move the running ones if the batch is not condensed.
+
+        With "renorm" those of a condensed batch are its own, for the gradient; scaled, and moved by an offset, they
+        give the value of the running ones, within the limits of batch renormalization.
+        """
         held = self.running()
         mean, var, condensed = snapshot(held.mean, held.var, self._condensed(similarity))
         self._update(batch, ~condensed)
         if self.mode == "gate":
-            return batch
-        mean = torch.where(condensed, mean.to(batch.mean.dtype), batch.mean)
-        return Moments(mean, torch.where(condensed, var.to(batch.var.dtype), batch.var), batch.count)
+            return batch, None
+        mean, var = mean.to(batch.mean.dtype), var.to(batch.var.dtype)
+        if self.condensed_grad == "detach":
+            mean, var = torch.where(condensed, mean, batch.mean), torch.where(condensed, var, batch.var)
+            return Moments(mean, var, batch.count), None
+        with torch.no_grad():
+            ratio = ((var + self.eps) / (batch.var + self.eps)).clamp(1 / 9, 9)
+            offset = ((batch.mean - mean) * (var + self.eps).rsqrt()).clamp(-5, 5)
+            ratio, offset = torch.where(condensed, ratio, 1.0), torch.where(condensed, offset, 0.0)
+        return Moments(batch.mean, (batch.var + self.eps) * ratio - self.eps, batch.count), offset
 
     @torch.no_grad()
     def _condensed(self, similarity: Tensor) -> Tensor:

@@ -61,15 +61,25 @@ def begun():
     return model
 
 
+THRESHOLD = {"threshold": 0.5, "min_updates": 10}
+
+
 @pytest.mark.filterwarnings("ignore::lightning_norm.ParameterGrowthWarning")
-@pytest.mark.parametrize("key", normalizers())
-def test_an_epoch(key):
+@pytest.mark.parametrize(
+    ("key", "arguments"),
+    [(key, {"groups": 4} if key == "gn" else {}) for key in normalizers()]
+    + [("ubn", {**THRESHOLD, "condensed_grad": "detach"}), ("ubn", {**THRESHOLD, "condensed_grad": "renorm"})],
+)
+def test_an_epoch(key, arguments):
     model = copy.deepcopy(begun())
-    assert len(swap(model, key, norm_args={"groups": 4} if key == "gn" else {})) == 3
+    assert len(swap(model, key, norm_args=arguments)) == 3
     if key == "cn":
         fit_contexts(model, digits()[0])
     losses = epoch(model, 2)
     assert losses.isfinite().all()
+    assert "threshold" not in arguments or any(
+        layer.skipped > 5 for layer in model.modules() if hasattr(layer, "skipped")
+    )
     assert losses[-10:].mean() < 0.25  # 2.3 is chance
     images, labels = digits()
     with torch.no_grad(), told(model, images):

@@ -39,7 +39,17 @@ def pooled(x):
     return x.mean(tuple(range(2, x.dim())), keepdim=True) if x.dim() > 2 else x
 
 
-def paper(rectify=PARTS, gate_init="unit", running=None, eps=1e-5):
+def renormalized(x, running, eps, most=3.0, off=5.0):
+    """Ioffe 2017: the batch's own statistics, with r and d as constants."""
+    b = [d for d in range(x.dim()) if d != 1]
+    mean, sd = x.mean(b), torch.sqrt(x.var(b, unbiased=False) + eps)
+    with torch.no_grad():
+        sd_r = torch.sqrt(running[1] + eps)
+        r, d = (sd / sd_r).clamp(1 / most, most), ((mean - running[0]) / sd_r).clamp(-off, off)
+    return (x - along(mean, x)) / along(sd, x) * along(r, x) + along(d, x)
+
+
+def paper(rectify=PARTS, gate_init="unit", running=None, eps=1e-5, renorm=False):
     def reference(x, p):
         def gate(part, k, start):
             g = torch.sigmoid(along(p[f"{part}_weight"], x) * k + along(p[f"{part}_bias"], x))
@@ -53,6 +63,8 @@ def paper(rectify=PARTS, gate_init="unit", running=None, eps=1e-5):
         b = [d for d in range(x.dim()) if d != 1]
         mean, var = running or (x.mean(b), x.var(b, unbiased=False))
         s = (x - along(mean, x)) / torch.sqrt(along(var, x) + eps)
+        if renorm:
+            s = renormalized(x, running, eps)
         if "scale" in rectify:
             s = s * gate("scale", pooled(s), 1)
         return gamma * s + along(p["bias"], x)
@@ -88,6 +100,27 @@ def test_a_condensed_batch_does_not_move_the_statistics(rectify, mode):
         assert not torch.equal(running(layer)[0], before[0])
         assert (layer.num_batches_tracked, layer.skipped, layer.measured) == (1, 1, 2)
         torch.testing.assert_close(layer.monitor()["skipped"], torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("rectify", RECTIFY)
+@pytest.mark.parametrize("size", [1.0, 0.02, 50.0])
+def test_a_condensed_batch_with_the_gradient_of_its_own_statistics(rectify, size):
+    x = condensed(5, 6, 7, 3) * size  # 0.02 and 50 are beyond the limits
+    layer = shaken(UnifiedBatchNorm(6, threshold=0.5, condensed_grad="renorm", rectify=rectify, **NOW))
+    before = running(layer)
+    agrees(layer, paper(rectify, running=before, renorm=True), x)
+    assert all(torch.equal(a, b) for a, b in zip(running(layer), before, strict=True))
+    agrees(layer, paper(rectify), data(5, 6, 7, 3))
+
+
+def test_within_the_limits_the_value_is_that_of_the_running_statistics():
+    x = data(5, 6, 7, 3)
+    layers = [UnifiedBatchNorm(6, threshold=-1.0, condensed_grad=g, **NOW).double() for g in ("detach", "renorm")]
+    for layer in layers:
+        layer.running_mean.copy_(x.mean((0, 2, 3)) + 0.5)
+        layer.running_var.copy_(x.var((0, 2, 3)) * 2)
+    torch.testing.assert_close(layers[0](x), layers[1](x), rtol=1e-12, atol=1e-12)
+    assert [layer.skipped for layer in layers] == [1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
