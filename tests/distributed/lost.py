@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from lightning_norm import BatchNorm
 
-TIMEOUT = 4.0
+TIMEOUT = 8.0
 STEPS = 3
 
 
