@@ -195,7 +195,8 @@ Median milliseconds for a layer's statistics, 8 (2C + 1) bytes.
 ## A training step
 
 ResNet-18, 20 layers, 8 images of 64 x 64 per rank, DDP; medians of interleaved steps. Throughput is relative to one
-rank without synchronization; linear scaling would be the number of ranks.
+rank without synchronization; linear scaling would be the number of ranks. With one rank there is nothing to
+synchronize: how far its ratio is from 1 is the noise of this table, for other programs ran as well (see the load).
 
 {table(head, rows)}
 

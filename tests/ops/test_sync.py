@@ -7,8 +7,9 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_norm import Affine, BatchNorm, InstanceNorm, Moments, normalize
+from lightning_norm import Affine, BatchNorm, InstanceNorm, Moments, normalize, normalizers
 from lightning_norm.ops import sync
 from lightning_norm.ops.sync import active_ranks
 from lightning_norm.testing.ranks import run_ranks
@@ -28,6 +29,31 @@ def soft(m, weights):
 
 WEIGHTS = torch.rand(6, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
 SPLIT = [2, 0, 4]
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the all-reduces that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "all_reduce" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def collectives():
+    """Normalizer -> all-reduces in the forward and in the backward pass."""
+    found = {}
+    for key, cls in normalizers().items():
+        layer, x = cls(6, **cls.tested_with), torch.randn(4, 6, 5, requires_grad=True)
+        with Collectives() as forward:
+            y = layer(x)
+        with Collectives() as backward:
+            y.square().sum().backward()
+        found[key] = (forward.count, backward.count)
+    return found
 
 
 def everything(rank):
@@ -60,6 +86,7 @@ def everything(rank):
         bad[0, 0, 0] = float("nan")
     nan(bad)
     found["skipped"] = (int(nan.skipped_updates), nan.running_mean)
+    found["collectives"] = collectives()
     found["alone"] = len(refusal(rank))
     return found
 
@@ -125,6 +152,12 @@ def test_who_is_asked(results):
         assert found["ranks"]
         assert found["off"] == [None, None]
     assert active_ranks(True, True) is None  # no process group here
+
+
+def test_one_collective_per_layer_and_direction(results):
+    for found in results:
+        for key, counts in found["collectives"].items():
+            assert counts == ((1, 1) if normalizers()[key].uses_batch else (0, 0)), key
 
 
 def test_groups_are_recipes(results):
