@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from lightning_norm.callbacks import monitor_page as page
 from lightning_norm.callbacks import monitor_pictures as pictures
-from lightning_norm.callbacks.quantities import Place, Quantities, depth_means, families, layer_names
+from lightning_norm.callbacks.quantities import Place, Quantities, depth_means, families, layer_names, scheduled
+from lightning_norm.callbacks.scheduler import NormScheduler
 from lightning_norm.callbacks.wrap import WrappedMethods
 from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning
 
@@ -34,8 +35,8 @@ class NormMonitor(Callback):
         every_n_steps: cadence; the Trainer's ``log_every_n_steps`` by default.
         prefix: first part of the tags.
         logging_interval: "step", or "epoch" to log scalars at the start of each epoch only; ``None`` is "step".
-        extras: also log, for every layer, the condition of gamma, its share near zero, and the drift of the running
-            statistics since they were last read, relative to their size.
+        extras: log for every layer the condition of gamma, its share near zero, and the drift of the running statistics
+            since they were last read, relative to their size.
         pictures: draw pictures at the end of fit; they need matplotlib.
         pictures_every_n_epochs: and during it.
         histograms: of gamma and the other learned values, at the end of each epoch.
@@ -52,7 +53,7 @@ class NormMonitor(Callback):
         every_n_steps: int | None = None,
         prefix: str = "norm",
         logging_interval: Literal["step", "epoch"] | None = None,
-        extras: bool = False,
+        extras: bool = True,
         pictures: bool = True,
         pictures_every_n_epochs: int | None = None,
         histograms: bool = True,
@@ -118,10 +119,11 @@ class NormMonitor(Callback):
         self.history = {epoch: values for epoch, values in self.history.items() if 0 < done >= epoch}
         values = self._read(pl_module, step)
         self.history.setdefault(done, values)
+        places = self._quantities.places(pl_module)
         for logger in self._tensorboards(trainer):
             if self.page:
                 joiner = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-                logger.experiment.add_custom_scalars(page.layout(values, f"{joiner}{self.prefix}_by_depth"))
+                logger.experiment.add_custom_scalars(page.layout(places, f"{joiner}{self.prefix}_by_depth"))
 
     def _has_effect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         strategy = type(trainer.strategy).__name__
@@ -135,7 +137,7 @@ class NormMonitor(Callback):
         if reason:
             warnings.warn(f"NormMonitor logs nothing: {reason}", NoEffectWarning, stacklevel=2)
             return False
-        known = {quantity for _, quantity, _ in self._values}
+        known = {quantity for _, quantity, _ in self._quantities.places(pl_module)}
         if isinstance(self.progress_bar, list) and set(self.progress_bar) - known:
             warnings.warn(
                 f"NormMonitor: progress_bar={self.progress_bar}, and the layers have {sorted(known)}.",
@@ -228,7 +230,11 @@ class NormMonitor(Callback):
         if step == self._logged_at:  # gradients accumulate: same step
             return
         self._logged_at = step
-        values = self._read(pl_module, step)
+        if not end:  # whatever the order of the callbacks, each step is logged with its own values
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+                if isinstance(callback, NormScheduler):
+                    callback.on_train_epoch_start(trainer, pl_module)
+        values = {**self._read(pl_module, step), **scheduled(pl_module, given=False)}
         scalars = {self.tag(place): value for place, value in values.items()}
         scalars.update({self.tag(place, "_by_depth"): value for place, value in depth_means(values).items()})
         for logger in trainer.loggers:

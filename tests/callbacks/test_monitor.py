@@ -55,7 +55,7 @@ def test_importance_weights_of_each_layer_reach_tensorboard(tmp_path):
     trainer(NormSwap("sn"), NormMonitor(), logger=logger, max_epochs=2).fit(model, loader())
     events = read(logger)
     tags = [t for t in events.Tags()["scalars"] if t.startswith("norm/")]
-    assert len(tags) == 3 * 6
+    assert len(tags) == 3 * (6 + 4)
     assert "norm/sn/mean_bn/built.1" in tags
     for layer in ("net.1", "built.1", "late"):
         for quantity in ("mean", "var"):
@@ -95,11 +95,6 @@ def test_any_logger_will_do(tmp_path):
 def test_nothing_to_log_is_said():
     with pytest.warns(NoEffectWarning, match="no logger"):
         trainer(NormSwap("sn"), NormMonitor()).fit(LateNet(), loader())
-
-
-def test_no_layer_to_show_is_said(tmp_path):
-    with pytest.warns(NoEffectWarning, match="no layer of the model"):
-        trainer(NormSwap("bn"), NormMonitor(), logger=CSVLogger(tmp_path)).fit(LateNet(), loader())
 
 
 def test_epochs_as_the_interval(tmp_path):
@@ -145,12 +140,14 @@ def test_the_page_has_one_chart_per_family_and_depth(prefix, tmp_path):
     charts = {c.title: {chart.title: list(chart.multiline.tag) for chart in c.chart} for c in page.category}
     assert list(charts) == ["Normalization: sn", "Normalization: bcn"]
     thirds = ("early", "middle", "late")
-    assert list(charts["Normalization: sn"]) == [f"{f}, {t} layers" for f in ("mean", "var") for t in thirds]
-    assert list(charts["Normalization: bcn"]) == ["iota, all layers"]
+    mixtures, drifts = ([f"{f}, {t} layers" for f in own for t in thirds] for own in (("mean", "var"), ("drift",)))
+    assert list(charts["Normalization: sn"]) == [*mixtures, "gamma_condition", "gamma_near_zero", *drifts]
+    gamma = ["gamma_condition", "gamma_near_zero"]
+    assert list(charts["Normalization: bcn"]) == ["iota, all layers", *gamma, "drift, all layers"]
     shown = [pattern for charts_of in charts.values() for chart in charts_of.values() for pattern in chart]
     found = [[tag for tag in scalar_tags(events) if re.match(pattern, tag)] for pattern in shown]
     assert all(len(tags) == 1 for tags in found), found  # as TensorBoard looks for them
-    assert len(shown) == len({tags[0] for tags in found}) == 2 * 3 * 3 + 3
+    assert len(shown) == len({tags[0] for tags in found}) == 3 * (6 + 4) + 3 + 4
 
 
 def test_lines_that_belong_together_share_a_chart():
@@ -183,7 +180,8 @@ def test_pictures_tables_and_histograms(tmp_path):
     assert last.histogram_value.num == 6
     assert last.histogram_value.sum == pytest.approx(model.late.weight.sum().item(), rel=1e-6)
     rows = [row.strip("| ").split(" | ") for row in text(events, "norm/sn/table").splitlines()]
-    assert rows[0] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
+    assert rows[0][:7] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
+    assert rows[0][7:] == ["gamma_condition", "gamma_near_zero", "drift_mean", "drift_var"]
     assert [row[0] for row in rows[2:]] == ["net.1", "built.1", "late"]
     weights = model.late.importance()["mean"]
     cells = [f"{w:.3g}" for w in weights.tolist()]
@@ -414,7 +412,9 @@ def test_the_progress_bar_needs_no_logger_and_takes_names():
     run = trainer(NormSwap("bcn"), NormMonitor(progress_bar=["iota_min"]))
     run.fit(Net(), loader())
     assert set(run.progress_bar_metrics) == {"bcn/iota_min"}
-    with pytest.warns(NoEffectWarning, match=r"progress_bar=\['nothing'\], and the layers have \['iota', 'iota_max'"):
+    with pytest.warns(
+        NoEffectWarning, match=r"progress_bar=\['nothing'\], and the layers have \['drift_mean', .*'iota', 'iota_max'"
+    ):
         trainer(NormSwap("bcn"), NormMonitor(progress_bar=["nothing"])).fit(Net(), loader())
 
 
@@ -429,23 +429,17 @@ def test_extras_of_every_layer(tmp_path):
     model = Spied()
     with torch.no_grad():
         model.net[1].weight.copy_(torch.tensor([1.0, -2.0, 0.5, 1.0, 1.0, 0.001]))
-    trainer(NormSwap("bn"), NormMonitor(extras=True), logger=logger).fit(model, loader())
+    trainer(NormSwap("bn"), NormMonitor(), logger=logger).fit(model, loader())
     events = read(logger)
     first = {q: events.Scalars(f"norm/bn/{q}/net.1")[0] for q in ("gamma_condition", "gamma_near_zero")}
     assert first["gamma_condition"].value == pytest.approx(2000)
     assert first["gamma_near_zero"].value == pytest.approx(1 / 6)
-    drift = events.Scalars("norm/bn/running_var_drift/net.1")
+    drift = events.Scalars("norm/bn/drift_var/net.1")
     assert [e.step for e in drift] == [1, 2]  # nothing to compare with at the first step
     old, new = statistics
     expected = (new - old).abs().sum() / max(old.sum(), new.sum())
     assert drift[0].value == pytest.approx(expected.item(), rel=1e-5)
     assert expected > 0.01
-
-
-def test_no_extras_by_default(tmp_path):
-    logger = TensorBoardLogger(tmp_path)
-    trainer(NormSwap("sn"), NormMonitor(), logger=logger).fit(Net(), loader())
-    assert len(scalar_tags(read(logger), "norm/")) == 6
 
 
 def test_a_scheduled_value_of_the_layers_own_is_shown(tmp_path):
