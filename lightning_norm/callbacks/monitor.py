@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,6 +19,7 @@ from lightning_norm.callbacks.quantities import Place, Quantities, depth_means, 
 from lightning_norm.callbacks.scheduler import NormScheduler
 from lightning_norm.callbacks.wrap import WrappedMethods
 from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning
+from lightning_norm.surgery.text import aligned
 
 
 class NormMonitor(Callback):
@@ -43,6 +45,7 @@ class NormMonitor(Callback):
         page: write the page of charts, the table and the HParams.
         metric: tag of the metric among the HParams; by default what ModelCheckpoint or EarlyStopping monitors.
         progress_bar: show two means over all layers in the progress bar, or those of the quantities listed here.
+        print_table: print the table at the end of fit, the greatest weight of a mixture between asterisks.
 
     Raises:
         ValueError: a cadence is not a positive int, or there is no such interval.
@@ -60,6 +63,7 @@ class NormMonitor(Callback):
         page: bool = True,
         metric: str | None = None,
         progress_bar: bool | list[str] = False,
+        print_table: bool = False,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("pictures_every_n_epochs", pictures_every_n_epochs)):
             if value is not None and value < 1:
@@ -71,7 +75,7 @@ class NormMonitor(Callback):
         self.every_n_steps, self.prefix, self.logging_interval = every_n_steps, prefix, logging_interval
         self.extras, self.histograms, self.page, self.metric = extras, histograms, page, metric
         self.pictures, self.pictures_every_n_epochs = pictures, pictures_every_n_epochs
-        self.progress_bar = progress_bar
+        self.progress_bar, self.print_table = progress_bar, print_table
         self.history: dict[int, dict[Place, float]] = {}
         self._quantities = Quantities(extras)
         self._wrapped = WrappedMethods()
@@ -128,7 +132,7 @@ class NormMonitor(Callback):
     def _has_effect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         strategy = type(trainer.strategy).__name__
         reason = ""
-        if not trainer.loggers and not self.progress_bar:
+        if not (trainer.loggers or self.progress_bar or self.print_table):
             reason = "the Trainer has no logger. Pass logger=True."
         elif any(name in strategy for name in ("FSDP", "DeepSpeed", "ModelParallel")):
             reason = f"{strategy} shards the parameters, and no rank holds a whole layer."
@@ -188,10 +192,15 @@ class NormMonitor(Callback):
             return
         self._log(trainer, pl_module, end=True)
         step = _step(trainer)
+        if self.print_table:
+            for key in families(self._values):
+                for rows in page.tables(self._values, key, mark="*"):
+                    rank_zero_info(f"NormMonitor: {key}\n{aligned(rows, numbers=True)}")
         if self.page:
             for board in self._tensorboards(trainer):
                 for key in families(self._values):
-                    board.experiment.add_text(f"{self.prefix}/{key}/table", page.table(self._values, key), step)
+                    text = "\n\n".join(map(page.markdown, page.tables(self._values, key, mark="**")))
+                    board.experiment.add_text(f"{self.prefix}/{key}/table", text, step)
             page.add_hparams(trainer, pl_module, self.prefix, self.metric, end=True)
         self._draw(trainer, step)
 

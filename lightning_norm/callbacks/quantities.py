@@ -18,6 +18,9 @@ Families = dict[str, dict[str, list[str]]]
 """Key -> family -> its quantities, which share a chart."""
 
 DEPTHS = {1: ("all",), 2: ("early", "late"), 3: ("early", "middle", "late")}
+STATISTICS = ("in", "ln", "gn", "bn")
+EXTRAS = ("gamma condition", "gamma near zero", "drift")
+"""Families that every layer has."""
 SHARE_NEAR_ZERO = 0.01
 NEAR_NOTHING = 1e-7  # of float32's 24 bits
 
@@ -164,10 +167,32 @@ def families(places: Iterable[Place]) -> Families:
     return found
 
 
+def split(grouped: Mapping[str, list[str]]) -> dict[str, dict[str, list[str]]]:
+    """Part the families into a "profile" of the method's own quantities, and those that "every_layer" has.
+
+    >>> split({"drift": ["drift_mean"], "iota": ["iota"]})
+    {'profile': {'iota': ['iota']}, 'every_layer': {'drift': ['drift_mean']}}
+    """
+    parts = {"profile": False, "every_layer": True}
+    found = {part: {f: q for f, q in grouped.items() if (f in EXTRAS) is extra} for part, extra in parts.items()}
+    return {part: own for part, own in found.items() if own}
+
+
+def label(quantity: str) -> str:
+    """Return what tells the members of a family apart: ``mean_bn`` -> ``BN``.
+
+    >>> [label(q) for q in ("mean_bn", "share_0", "scale_gate", "threshold")]
+    ['BN', '#0', 'gate', 'threshold']
+    """
+    tail = quantity.partition("_")[2] or quantity
+    return tail.upper() if tail in STATISTICS else f"#{tail}" if tail.isdigit() else tail
+
+
 def _family(quantity: str) -> str:
     if quantity == "threshold":
         return "condensation"  # the line that it is measured against
-    return quantity if quantity.startswith("gamma_") else quantity.split("_")[0]
+    spaced = quantity.replace("_", " ")
+    return spaced if spaced in EXTRAS else spaced.split(" ")[0]
 
 
 def layer_names(places: Iterable[Place], key: str, quantity: str | None = None) -> list[str]:

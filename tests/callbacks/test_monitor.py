@@ -140,10 +140,10 @@ def test_the_page_has_one_chart_per_family_and_depth(prefix, tmp_path):
     charts = {c.title: {chart.title: list(chart.multiline.tag) for chart in c.chart} for c in page.category}
     assert list(charts) == ["Normalization: sn", "Normalization: bcn"]
     thirds = ("early", "middle", "late")
-    mixtures, drifts = ([f"{f}, {t} layers" for f in own for t in thirds] for own in (("mean", "var"), ("drift",)))
-    assert list(charts["Normalization: sn"]) == [*mixtures, "gamma_condition", "gamma_near_zero", *drifts]
-    gamma = ["gamma_condition", "gamma_near_zero"]
-    assert list(charts["Normalization: bcn"]) == ["iota, all layers", *gamma, "drift, all layers"]
+    mixtures = [f"{f} (IN, LN, BN), {t} layers" for f in ("mean", "var") for t in thirds]
+    gamma, drift = ["gamma condition", "gamma near zero"], [f"drift (mean, var), {t} layers" for t in ("all", *thirds)]
+    assert list(charts["Normalization: sn"]) == [*mixtures, *gamma, *drift[1:]]
+    assert list(charts["Normalization: bcn"]) == ["iota (iota, min, max), all layers", *gamma, drift[0]]
     shown = [pattern for charts_of in charts.values() for chart in charts_of.values() for pattern in chart]
     found = [[tag for tag in scalar_tags(events) if re.match(pattern, tag)] for pattern in shown]
     assert all(len(tags) == 1 for tags in found), found  # as TensorBoard looks for them
@@ -158,7 +158,7 @@ def test_lines_that_belong_together_share_a_chart():
             "scale": ["scale_gate", "scale_weight"],
             "condensation": ["condensation", "threshold"],
             "skipped": ["skipped"],
-            "gamma_condition": ["gamma_condition"],
+            "gamma condition": ["gamma_condition"],
         }
     }
 
@@ -168,7 +168,7 @@ def test_pictures_tables_and_histograms(tmp_path):
     model = LateNet()
     trainer(NormSwap("sn"), NormMonitor(), logger=logger, max_epochs=2).fit(model, loader())
     events = read(logger)
-    assert events.Tags()["images"] == ["norm/sn/choice", "norm/sn/profile"]
+    assert events.Tags()["images"] == ["norm/sn/choice", "norm/sn/profile", "norm/sn/every_layer"]
     for tag in events.Tags()["images"]:
         (image,) = events.Images(tag)
         assert image.step == 4
@@ -180,9 +180,9 @@ def test_pictures_tables_and_histograms(tmp_path):
     assert last.histogram_value.num == 6
     assert last.histogram_value.sum == pytest.approx(model.late.weight.sum().item(), rel=1e-6)
     rows = [row.strip("| ").split(" | ") for row in text(events, "norm/sn/table").splitlines()]
-    assert rows[0][:7] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
-    assert rows[0][7:] == ["gamma_condition", "gamma_near_zero", "drift_mean", "drift_var"]
-    assert [row[0] for row in rows[2:]] == ["net.1", "built.1", "late"]
+    assert rows[0] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
+    assert rows[6] == ["layer", "gamma_condition", "gamma_near_zero", "drift_mean", "drift_var"]
+    assert [row[0] for row in rows[2:5]] == [row[0] for row in rows[8:]] == ["net.1", "built.1", "late"]
     weights = model.late.importance()["mean"]
     cells = [f"{w:.3g}" for w in weights.tolist()]
     cells[weights.argmax()] = f"**{cells[weights.argmax()]}**"
@@ -191,7 +191,7 @@ def test_pictures_tables_and_histograms(tmp_path):
 
 def test_pictures_during_the_run(tmp_path):
     logger = TensorBoardLogger(tmp_path)
-    monitor = NormMonitor(pictures_every_n_epochs=2, histograms=False)
+    monitor = NormMonitor(pictures_every_n_epochs=2, histograms=False, extras=False)
     trainer(NormSwap("bcn"), monitor, logger=logger, max_epochs=3).fit(Net(), loader())
     events = read(logger)
     assert [e.step for e in events.Images("norm/bcn/profile")] == [4, 6]
