@@ -49,7 +49,7 @@ def layout(places: Iterable[Place], group: str) -> Layout:
             if len(quantities) == 1:
                 tags = {family: [f"{group}/{key}/{quantities[0]}/{part}" for part in parts]}
             else:
-                title = f"{family} ({', '.join(map(label, quantities))})"
+                title = f"{family} ({', '.join(q for q in map(label, quantities) if q != family)})"
                 tags = {f"{title}, {p} layers": [f"{group}/{key}/{q}/{p}" for q in quantities] for p in parts}
             charts.update({title: ["Multiline", [f"{re.escape(t)}$" for t in own]] for title, own in tags.items()})
     return page
@@ -94,9 +94,9 @@ def norm_hparams(trainer: pl.Trainer, model: nn.Module, prefix: str) -> dict[str
     swap = next((c for c in trainer.callbacks if isinstance(c, NormSwap)), None)  # type: ignore[attr-defined]
     if swap is None:
         keys = dict.fromkeys(key_of(layer) for _, layer in layers_of(model))
-        return {f"{prefix}/norm": "+".join(keys)} if keys else {}
-    found = {"norm": swap.rules if swap.norm is None else swap.norm, **(swap.norm_args or {})}
-    return {f"{prefix}/{name}": plain(value) for name, value in found.items()}
+        return {prefix: "+".join(keys)} if keys else {}
+    arguments = {f"{prefix}/{name}": plain(value) for name, value in (swap.norm_args or {}).items()}
+    return {prefix: plain(swap.rules if swap.norm is None else swap.norm), **arguments}
 
 
 def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str, metric: str | None, end: bool) -> None:
@@ -123,7 +123,7 @@ def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str,
             theirs = {k: plain(v) for k, v in flat(initial_hparams(trainer, pl_module)).items()}
             joiner = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
             names = [f"{joiner}{m}" for m in (*metrics, *(() if end else ("hp_metric",)))]
-            _write({**theirs, **ours}, names, logger.experiment._get_file_writer())
+            _write({**ours, **theirs}, names, logger.experiment._get_file_writer())
 
 
 def _write(hparams: dict[str, Any], metrics: list[str], writer: Any) -> None:

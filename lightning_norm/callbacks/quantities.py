@@ -168,12 +168,12 @@ def families(places: Iterable[Place]) -> Families:
 
 
 def split(grouped: Mapping[str, list[str]]) -> dict[str, dict[str, list[str]]]:
-    """Part the families into a "profile" of the method's own quantities, and those that "every_layer" has.
+    """Part the families into a "profile" of the method's own quantities, and the one of what all layers have.
 
     >>> split({"drift": ["drift_mean"], "iota": ["iota"]})
-    {'profile': {'iota': ['iota']}, 'every_layer': {'drift': ['drift_mean']}}
+    {'profile': {'iota': ['iota']}, 'profile_every_layer': {'drift': ['drift_mean']}}
     """
-    parts = {"profile": False, "every_layer": True}
+    parts = {"profile": False, "profile_every_layer": True}
     found = {part: {f: q for f, q in grouped.items() if (f in EXTRAS) is extra} for part, extra in parts.items()}
     return {part: own for part, own in found.items() if own}
 

@@ -143,7 +143,7 @@ def test_the_page_has_one_chart_per_family_and_depth(prefix, tmp_path):
     mixtures = [f"{f} (IN, LN, BN), {t} layers" for f in ("mean", "var") for t in thirds]
     gamma, drift = ["gamma condition", "gamma near zero"], [f"drift (mean, var), {t} layers" for t in ("all", *thirds)]
     assert list(charts["Normalization: sn"]) == [*mixtures, *gamma, *drift[1:]]
-    assert list(charts["Normalization: bcn"]) == ["iota (iota, min, max), all layers", *gamma, drift[0]]
+    assert list(charts["Normalization: bcn"]) == ["iota (min, max), all layers", *gamma, drift[0]]
     shown = [pattern for charts_of in charts.values() for chart in charts_of.values() for pattern in chart]
     found = [[tag for tag in scalar_tags(events) if re.match(pattern, tag)] for pattern in shown]
     assert all(len(tags) == 1 for tags in found), found  # as TensorBoard looks for them
@@ -151,13 +151,13 @@ def test_the_page_has_one_chart_per_family_and_depth(prefix, tmp_path):
 
 
 def test_lines_that_belong_together_share_a_chart():
-    names = ("center_weight", "scale_gate", "scale_weight", "condensation", "skipped", "gamma_condition", "threshold")
+    names = ("condensation", "skipped", "weight_center", "gate_scale", "gate_affine", "gamma_condition", "threshold")
     assert families([("ubn", q, "a") for q in names]) == {
         "ubn": {
-            "center": ["center_weight"],
-            "scale": ["scale_gate", "scale_weight"],
             "condensation": ["condensation", "threshold"],
             "skipped": ["skipped"],
+            "weight": ["weight_center"],
+            "gate": ["gate_scale", "gate_affine"],
             "gamma condition": ["gamma_condition"],
         }
     }
@@ -168,7 +168,7 @@ def test_pictures_tables_and_histograms(tmp_path):
     model = LateNet()
     trainer(NormSwap("sn"), NormMonitor(), logger=logger, max_epochs=2).fit(model, loader())
     events = read(logger)
-    assert events.Tags()["images"] == ["norm/sn/choice", "norm/sn/profile", "norm/sn/every_layer"]
+    assert events.Tags()["images"] == ["norm/sn/choice", "norm/sn/profile", "norm/sn/profile_every_layer"]
     for tag in events.Tags()["images"]:
         (image,) = events.Images(tag)
         assert image.step == 4
@@ -254,7 +254,7 @@ def test_the_norm_joins_the_hparams_of_the_module(tmp_path):
     trainer(swap, NormMonitor(metric="val_loss"), logger=logger).fit(model, loader(), loader())
     values, metrics = hparams_of(read(logger))
     choices = "['in', 'bn']"
-    assert values == {"lr": 0.1, "optimizer/name": "sgd", "norm/norm": "sn", "norm/choices": choices}
+    assert values == {"lr": 0.1, "optimizer/name": "sgd", "norm": "sn", "norm/choices": choices}
     assert metrics == ["val_loss", "hp_metric"]
     assert read(logger).Scalars("val_loss")
     assert set(model.hparams) == {"lr", "optimizer"}
@@ -274,7 +274,7 @@ def test_a_monitored_metric_is_the_one_of_the_row(tmp_path):
     best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
     run = trainer(NormSwap("bcn"), NormMonitor(), best, logger=logger, enable_checkpointing=True)
     run.fit(Net(), loader(), loader())
-    assert hparams_of(read(logger)) == ({"norm/norm": "bcn"}, ["val_loss"])
+    assert hparams_of(read(logger)) == ({"norm": "bcn"}, ["val_loss"])
 
 
 def test_page_off(tmp_path):

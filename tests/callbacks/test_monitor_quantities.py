@@ -90,19 +90,19 @@ CASES = {
             "threshold": lambda m: -1.0,
             "condensation": lambda m: condensation(m.seen),
             "skipped": lambda m: 0.5,  # two of the four batches
-            "center_weight": lambda m: m.net[1].center_weight.mean(),
-            "scale_weight": lambda m: m.net[1].scale_weight.mean(),
-            "affine_weight": lambda m: m.net[1].affine_weight.mean(),
-            "scale_gate": lambda m: (m.net[1].scale_bias.sigmoid() / torch.tensor(1.0).sigmoid()).mean(),
-            "affine_gate": lambda m: (m.net[1].affine_bias.sigmoid() / torch.tensor(-1.0).sigmoid()).mean(),
+            "weight_center": lambda m: m.net[1].center_weight.mean(),
+            "weight_scale": lambda m: m.net[1].scale_weight.mean(),
+            "weight_affine": lambda m: m.net[1].affine_weight.mean(),
+            "gate_scale": lambda m: (m.net[1].scale_bias.sigmoid() / torch.tensor(1.0).sigmoid()).mean(),
+            "gate_affine": lambda m: (m.net[1].affine_bias.sigmoid() / torch.tensor(-1.0).sigmoid()).mean(),
         },
     ),
     "rbn": (
         {},
         {
-            "center_weight": lambda m: m.net[1].center_weight.mean(),
-            "scale_weight": lambda m: m.net[1].scale_weight.mean(),
-            "scale_gate": lambda m: (m.net[1].scale_bias.sigmoid() / torch.tensor(1.0).sigmoid()).mean(),
+            "weight_center": lambda m: m.net[1].center_weight.mean(),
+            "weight_scale": lambda m: m.net[1].scale_weight.mean(),
+            "gate_scale": lambda m: (m.net[1].scale_bias.sigmoid() / torch.tensor(1.0).sigmoid()).mean(),
         },
     ),
     "dbn": (
