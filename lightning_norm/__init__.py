@@ -16,6 +16,7 @@ from lightning_norm.errors import MissingDependencyWarning as MissingDependencyW
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
 from lightning_norm.errors import ParameterGrowthWarning as ParameterGrowthWarning
+from lightning_norm.metrics import FeatureCondensation as FeatureCondensation
 from lightning_norm.normalizers import BNET as BNET
 from lightning_norm.normalizers import AdaptiveFusionNorm as AdaptiveFusionNorm
 from lightning_norm.normalizers import ASRNorm as ASRNorm

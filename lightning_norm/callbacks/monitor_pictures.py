@@ -128,7 +128,8 @@ def _figure(panels: int, rows: int, panel: float) -> tuple[Any, list[Any]]:
     """Return a figure with three panels side by side, as high as its rows need, and room for the names at the left."""
     from matplotlib.figure import Figure
 
-    down, across = -(-panels // MOST_PANELS), min(panels, MOST_PANELS)
+    down = -(-panels // MOST_PANELS)
+    across = -(-panels // down)
     size = max(1.6 + panel * across, 4.6), down * (ROW * max(min(rows, MOST_ROWS), 4) + 1.0) + 0.4
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     axes = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
