@@ -16,6 +16,7 @@ from lightning_norm import MomentNorm, Normalizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+LONG = {"finetune.py"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -76,10 +77,13 @@ def surroundings(monkeypatch, tmp_path):
     return {"__name__": "page", "model": Network(), "data": Data()}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, id=s.name, marks=[pytest.mark.slow] if s.name in LONG else []) for s in SCRIPTS],
+)
 def test_example(script, tmp_path):
     of_lightning = [f"-Wignore:`isinstance:{kind}Warning" for kind in ("Future", "Deprecation")]
-    of_lightning.append("-Wignore:The 'train_dataloader' does not have many workers")
+    of_lightning += [f"-Wignore:The '{kind}_dataloader' does not have many workers" for kind in ("train", "val")]
     done = subprocess.run(
         [sys.executable, "-Werror", *of_lightning, script],
         cwd=tmp_path,

@@ -194,8 +194,9 @@ class NormMonitor(Callback):
         step = _step(trainer)
         if self.print_table:
             for key in families(self._values):
-                for rows in page.tables(self._values, key, mark="*"):
-                    rank_zero_info(f"NormMonitor: {key}\n{aligned(rows, numbers=True)}")
+                rows = page.tables(self._values, key, mark="*")
+                text = "\n\n".join(aligned(table, numbers=True) for table in rows)
+                rank_zero_info(f"NormMonitor: {key}\n{text}")
         if self.page:
             for board in self._tensorboards(trainer):
                 for key in families(self._values):
