@@ -126,8 +126,8 @@ class NormMonitor(Callback):
         places = self._quantities.places(pl_module)
         for logger in self._tensorboards(trainer):
             if self.page:
-                joiner = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-                logger.experiment.add_custom_scalars(page.layout(places, f"{joiner}{self.prefix}_by_depth"))
+                group = f"{page.prefix_of(logger)}{self.prefix}_by_depth"
+                logger.experiment.add_custom_scalars(page.layout(places, group))
 
     def _has_effect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         strategy = type(trainer.strategy).__name__
@@ -248,7 +248,7 @@ class NormMonitor(Callback):
         scalars = {self.tag(place): value for place, value in values.items()}
         scalars.update({self.tag(place, "_by_depth"): value for place, value in depth_means(values).items()})
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
+            page.log_scalars(logger, scalars, step)
         if not end:
             for name, value in self._bar(values).items():
                 pl_module.log(name, value, prog_bar=True, logger=False, rank_zero_only=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 
 from lightning_norm.callbacks.quantities import (
@@ -25,6 +26,21 @@ from lightning_norm.callbacks.quantities import (
 from lightning_norm.callbacks.swap import NormSwap
 
 Layout = dict[str, dict[str, list[Any]]]
+
+
+def prefix_of(logger: TensorBoardLogger) -> str:
+    """Return what the logger puts before each tag."""
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+
+
+def log_scalars(logger: Logger, scalars: Mapping[str, float], step: int) -> None:
+    """Log as ``logger.log_metrics`` does; TensorBoard gets all of a step in one event, at a tenth of the cost."""
+    if not isinstance(logger, TensorBoardLogger) or type(logger).log_metrics is not TensorBoardLogger.log_metrics:
+        logger.log_metrics(dict(scalars), step=step)
+        return
+    before = prefix_of(logger)
+    values = [Summary.Value(tag=f"{before}{tag}", simple_value=value) for tag, value in scalars.items()]
+    logger.experiment._get_file_writer().add_summary(Summary(value=values), step)
 
 
 def layout(places: Iterable[Place], group: str) -> Layout:
@@ -121,8 +137,7 @@ def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str,
     for logger in trainer.loggers:
         if ours and isinstance(logger, TensorBoardLogger) and logger._default_hp_metric is not end:
             theirs = {k: plain(v) for k, v in flat(initial_hparams(trainer, pl_module)).items()}
-            joiner = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-            names = [f"{joiner}{m}" for m in (*metrics, *(() if end else ("hp_metric",)))]
+            names = [f"{prefix_of(logger)}{m}" for m in (*metrics, *(() if end else ("hp_metric",)))]
             _write({**ours, **theirs}, names, logger.experiment._get_file_writer())
 
 

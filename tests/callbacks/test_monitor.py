@@ -92,6 +92,34 @@ def test_any_logger_will_do(tmp_path):
     assert "norm/sn/mean_bn/late" in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
 
 
+class Doubled(TensorBoardLogger):
+    def log_metrics(self, metrics, step=None):
+        super().log_metrics({tag: 2 * value for tag, value in metrics.items()}, step)
+
+
+def test_a_logger_of_the_users_own_gets_the_scalars_its_way(tmp_path):
+    logger = Doubled(tmp_path)
+    trainer(NormSwap("sn"), NormMonitor(), logger=logger).fit(Net(), loader())
+    assert read(logger).Scalars("norm/sn/mean_in/net.1")[0].value == pytest.approx(2 / 3)
+
+
+def test_the_table_is_printed_on_request(caplog):
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    model = LateNet()
+    trainer(NormSwap("sn"), NormMonitor(print_table=True)).fit(model, loader())
+    (text,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("NormMonitor: sn\n")]
+    own, every_layer = text.partition("\n")[2].split("\n\n")
+    rows = [row.split() for row in own.splitlines()]
+    assert rows[0] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
+    assert [row[0] for row in rows[1:]] == ["net.1", "built.1", "late"]
+    weights = model.late.importance()["mean"]
+    cells = [f"{w:.3g}" for w in weights.tolist()]
+    cells[weights.argmax()] = f"*{cells[weights.argmax()]}*"
+    assert rows[3][1:4] == cells
+    assert {len(row) for row in own.splitlines()} == {len(own.splitlines()[0])}  # aligned
+    assert every_layer.split()[:5] == ["layer", "gamma_condition", "gamma_near_zero", "drift_mean", "drift_var"]
+
+
 def test_nothing_to_log_is_said():
     with pytest.warns(NoEffectWarning, match="no logger"):
         trainer(NormSwap("sn"), NormMonitor()).fit(LateNet(), loader())
