@@ -1,5 +1,6 @@
 """Every example runs, and so does every python block of the README and the docs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -94,6 +95,24 @@ def test_example(script, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def table_of(command, folder):
+    paths = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
+    done = subprocess.run(
+        [sys.executable, "-Wignore", *command], cwd=folder, env=paths, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    (table,) = re.findall(r"^NormMonitor: sn\n(.*?)\n\n", done.stdout + done.stderr, re.M | re.S)
+    return table
+
+
+def test_the_trainer_script_and_its_yaml_are_the_same(tmp_path):
+    """To the last digit of what the layers learned."""
+    config = str(ROOT / "examples" / "trainer.yaml")
+    script = table_of([str(ROOT / "examples" / "trainer.py")], tmp_path)
+    assert table_of(["-m", "lightning_norm", "fit", "--config", config], tmp_path) == script
+    assert len(script.splitlines()) == 3
 
 
 @quiet
