@@ -45,7 +45,7 @@ PAGES = {  # file -> run, plugin, what must be there, what to do then, width, he
     "tensorboard_sn_table.png": ("sn", "text", "table", NOTHING, 1480, 800),
     "tensorboard_sn_hparams.png": ("sn", "hparams", "#vaadin-grid-cell-0", NOTHING, 1480, 420),
     "tensorboard_ubn_charts.png": ("ubn", "custom_scalars", "vz-line-chart2", LEGENDS, 1480, 1455),
-    "tensorboard_ubn_images.png": ("ubn", "images", "#main-image-container img", ACTUAL_SIZE, 1480, 1400),
+    "tensorboard_ubn_images.png": ("ubn", "images", "#main-image-container img", ACTUAL_SIZE, 1480, 1560),
 }
 
 
