@@ -1,5 +1,6 @@
 """Every example runs, and so does every python block of the README and the docs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from lightning_norm import MomentNorm, Normalizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+LONG = {"finetune.py"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -76,10 +78,13 @@ def surroundings(monkeypatch, tmp_path):
     return {"__name__": "page", "model": Network(), "data": Data()}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, id=s.name, marks=[pytest.mark.slow] if s.name in LONG else []) for s in SCRIPTS],
+)
 def test_example(script, tmp_path):
     of_lightning = [f"-Wignore:`isinstance:{kind}Warning" for kind in ("Future", "Deprecation")]
-    of_lightning.append("-Wignore:The 'train_dataloader' does not have many workers")
+    of_lightning += [f"-Wignore:The '{kind}_dataloader' does not have many workers" for kind in ("train", "val")]
     done = subprocess.run(
         [sys.executable, "-Werror", *of_lightning, script],
         cwd=tmp_path,
@@ -90,6 +95,24 @@ def test_example(script, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def table_of(command, folder):
+    paths = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
+    done = subprocess.run(
+        [sys.executable, "-Wignore", *command], cwd=folder, env=paths, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    (table,) = re.findall(r"^NormMonitor: sn\n(.*?)\n\n", done.stdout + done.stderr, re.M | re.S)
+    return table
+
+
+def test_the_trainer_script_and_its_yaml_are_the_same(tmp_path):
+    """To the last digit of what the layers learned."""
+    config = str(ROOT / "examples" / "trainer.yaml")
+    script = table_of([str(ROOT / "examples" / "trainer.py")], tmp_path)
+    assert table_of(["-m", "lightning_norm", "fit", "--config", config], tmp_path) == script
+    assert len(script.splitlines()) == 3
 
 
 @quiet

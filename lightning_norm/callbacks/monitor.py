@@ -9,14 +9,17 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_norm.callbacks import monitor_page as page
 from lightning_norm.callbacks import monitor_pictures as pictures
-from lightning_norm.callbacks.quantities import Place, Quantities, depth_means, families, layer_names
+from lightning_norm.callbacks.quantities import Place, Quantities, depth_means, families, layer_names, scheduled
+from lightning_norm.callbacks.scheduler import NormScheduler
 from lightning_norm.callbacks.wrap import WrappedMethods
 from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning
+from lightning_norm.surgery.text import aligned
 
 
 class NormMonitor(Callback):
@@ -34,14 +37,15 @@ class NormMonitor(Callback):
         every_n_steps: cadence; the Trainer's ``log_every_n_steps`` by default.
         prefix: first part of the tags.
         logging_interval: "step", or "epoch" to log scalars at the start of each epoch only; ``None`` is "step".
-        extras: also log, for every layer, the condition of gamma, its share near zero, and the drift of the running
-            statistics since they were last read, relative to their size.
+        extras: log for every layer the condition of gamma, its share near zero, and the drift of the running statistics
+            since they were last read, relative to their size.
         pictures: draw pictures at the end of fit; they need matplotlib.
         pictures_every_n_epochs: and during it.
         histograms: of gamma and the other learned values, at the end of each epoch.
         page: write the page of charts, the table and the HParams.
         metric: tag of the metric among the HParams; by default what ModelCheckpoint or EarlyStopping monitors.
         progress_bar: show two means over all layers in the progress bar, or those of the quantities listed here.
+        print_table: print the table at the end of fit, the greatest weight of a mixture between asterisks.
 
     Raises:
         ValueError: a cadence is not a positive int, or there is no such interval.
@@ -52,13 +56,14 @@ class NormMonitor(Callback):
         every_n_steps: int | None = None,
         prefix: str = "norm",
         logging_interval: Literal["step", "epoch"] | None = None,
-        extras: bool = False,
+        extras: bool = True,
         pictures: bool = True,
         pictures_every_n_epochs: int | None = None,
         histograms: bool = True,
         page: bool = True,
         metric: str | None = None,
         progress_bar: bool | list[str] = False,
+        print_table: bool = False,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("pictures_every_n_epochs", pictures_every_n_epochs)):
             if value is not None and value < 1:
@@ -70,7 +75,7 @@ class NormMonitor(Callback):
         self.every_n_steps, self.prefix, self.logging_interval = every_n_steps, prefix, logging_interval
         self.extras, self.histograms, self.page, self.metric = extras, histograms, page, metric
         self.pictures, self.pictures_every_n_epochs = pictures, pictures_every_n_epochs
-        self.progress_bar = progress_bar
+        self.progress_bar, self.print_table = progress_bar, print_table
         self.history: dict[int, dict[Place, float]] = {}
         self._quantities = Quantities(extras)
         self._wrapped = WrappedMethods()
@@ -118,15 +123,16 @@ class NormMonitor(Callback):
         self.history = {epoch: values for epoch, values in self.history.items() if 0 < done >= epoch}
         values = self._read(pl_module, step)
         self.history.setdefault(done, values)
+        places = self._quantities.places(pl_module)
         for logger in self._tensorboards(trainer):
             if self.page:
-                joiner = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-                logger.experiment.add_custom_scalars(page.layout(values, f"{joiner}{self.prefix}_by_depth"))
+                group = f"{page.prefix_of(logger)}{self.prefix}_by_depth"
+                logger.experiment.add_custom_scalars(page.layout(places, group))
 
     def _has_effect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         strategy = type(trainer.strategy).__name__
         reason = ""
-        if not trainer.loggers and not self.progress_bar:
+        if not (trainer.loggers or self.progress_bar or self.print_table):
             reason = "the Trainer has no logger. Pass logger=True."
         elif any(name in strategy for name in ("FSDP", "DeepSpeed", "ModelParallel")):
             reason = f"{strategy} shards the parameters, and no rank holds a whole layer."
@@ -135,7 +141,7 @@ class NormMonitor(Callback):
         if reason:
             warnings.warn(f"NormMonitor logs nothing: {reason}", NoEffectWarning, stacklevel=2)
             return False
-        known = {quantity for _, quantity, _ in self._values}
+        known = {quantity for _, quantity, _ in self._quantities.places(pl_module)}
         if isinstance(self.progress_bar, list) and set(self.progress_bar) - known:
             warnings.warn(
                 f"NormMonitor: progress_bar={self.progress_bar}, and the layers have {sorted(known)}.",
@@ -186,10 +192,16 @@ class NormMonitor(Callback):
             return
         self._log(trainer, pl_module, end=True)
         step = _step(trainer)
+        if self.print_table:
+            for key in families(self._values):
+                rows = page.tables(self._values, key, mark="*")
+                text = "\n\n".join(aligned(table, numbers=True) for table in rows)
+                rank_zero_info(f"NormMonitor: {key}\n{text}")
         if self.page:
             for board in self._tensorboards(trainer):
                 for key in families(self._values):
-                    board.experiment.add_text(f"{self.prefix}/{key}/table", page.table(self._values, key), step)
+                    text = "\n\n".join(map(page.markdown, page.tables(self._values, key, mark="**")))
+                    board.experiment.add_text(f"{self.prefix}/{key}/table", text, step)
             page.add_hparams(trainer, pl_module, self.prefix, self.metric, end=True)
         self._draw(trainer, step)
 
@@ -228,11 +240,15 @@ class NormMonitor(Callback):
         if step == self._logged_at:  # gradients accumulate: same step
             return
         self._logged_at = step
-        values = self._read(pl_module, step)
+        if not end:  # whatever the order of the callbacks, each step is logged with its own values
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+                if isinstance(callback, NormScheduler):
+                    callback.on_train_epoch_start(trainer, pl_module)
+        values = {**self._read(pl_module, step), **scheduled(pl_module, given=False)}
         scalars = {self.tag(place): value for place, value in values.items()}
         scalars.update({self.tag(place, "_by_depth"): value for place, value in depth_means(values).items()})
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
+            page.log_scalars(logger, scalars, step)
         if not end:
             for name, value in self._bar(values).items():
                 pl_module.log(name, value, prog_bar=True, logger=False, rank_zero_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_norm.callbacks.quantities import Place, families, is_choice, layer_names
+from lightning_norm.callbacks.quantities import Place, families, is_choice, label, layer_names, split
 
 Image = npt.NDArray[np.uint8]
 History = Mapping[int, Mapping[Place, float]]
@@ -24,7 +24,7 @@ OTHERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 PALEST = 0.12
 NOBODY, TIE = -1, 1e-4
 ROW, DPI = 0.24, 110  # inches
-MOST_ROWS = 60
+MOST_ROWS, MOST_PANELS = 60, 3
 
 
 def can_draw() -> bool:
@@ -40,7 +40,8 @@ def draw(history: History) -> dict[tuple[str, str], Image]:
         mixtures = {family: own for family, own in grouped.items() if is_choice(last, key, own)}
         if mixtures:
             found[key, "choice"] = draw_choice(history, key, mixtures)
-        found[key, "profile"] = draw_profile(history, key, grouped)
+        for title, part in split(grouped).items():
+            found[key, title] = draw_profile(history, key, part)
     return found
 
 
@@ -60,7 +61,7 @@ def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -
     top = max(top, equal + 0.01)
     figure, axes = _figure(len(mixtures), len(names), 2.5)
     for axis, (family, quantities) in zip(axes, mixtures.items(), strict=True):
-        cube, labels = cubes[family], [_label(q) for q in quantities]
+        cube, labels = cubes[family], [label(q) for q in quantities]
         weight = cube.max(2)
         depth = np.nan_to_num(PALEST + (1 - PALEST) * (weight - equal).clip(0) / (top - equal))
         winner = np.where(weight - np.sort(cube)[..., -2] > TIE, cube.argmax(2), NOBODY)
@@ -82,7 +83,7 @@ def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -
     _title(
         figure,
         f"{key}: what each layer chooses",
-        f"the deeper the colour, the greater the weight: {equal:.2f} to {top:.2f}",
+        f"the deeper the colour, the greater the weight: {equal:.2f} to {top:.2f}; white: none leads",
     )
     return _pixels(figure)
 
@@ -107,7 +108,7 @@ def draw_profile(history: History, key: str, grouped: Mapping[str, list[str]]) -
         if len(quantities) > 1:
             for i, quantity in enumerate(quantities):
                 axis.text(
-                    (i + 0.5) / len(quantities), 1.01, _label(quantity), transform=axis.transAxes, ha="center",
+                    (i + 0.5) / len(quantities), 1.01, label(quantity), transform=axis.transAxes, ha="center",
                     va="bottom", fontsize=9, weight="bold", color=_color(quantity, i),
                 )  # fmt: skip
         axis.set_title(family, fontsize=10.5, weight="bold", pad=16 if len(quantities) > 1 else 4)
@@ -115,19 +116,26 @@ def draw_profile(history: History, key: str, grouped: Mapping[str, list[str]]) -
         axis.grid(color="0.9", lw=0.6)
         axis.tick_params(axis="x", labelsize=8)
         axis.locator_params(axis="x", nbins=4)
+        low, high = axis.get_xlim()
+        if low < 0 <= axis.dataLim.x0:  # a share has no room below 0
+            axis.set_xlim(-0.04 * high, high)
         _layers(axis, names)
     _title(figure, f"{key}: layer by layer", "pale: at the start")
     return _pixels(figure)
 
 
 def _figure(panels: int, rows: int, panel: float) -> tuple[Any, list[Any]]:
-    """Return a figure with panels side by side, as high as its rows need, and room for the names at the left."""
+    """Return a figure with three panels side by side, as high as its rows need, and room for the names at the left."""
     from matplotlib.figure import Figure
 
-    height = ROW * max(min(rows, MOST_ROWS), 4) + 1.4
-    figure = Figure(figsize=(max(1.6 + panel * panels, 4.6), height), dpi=DPI, layout="constrained", facecolor="white")
-    axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
-    return figure, list(axes)
+    down = -(-panels // MOST_PANELS)
+    across = -(-panels // down)
+    size = max(1.6 + panel * across, 4.6), down * (ROW * max(min(rows, MOST_ROWS), 4) + 1.0) + 0.4
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+    axes = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    for unused in axes[panels:]:
+        unused.remove()
+    return figure, axes[:panels]
 
 
 def _cube(
@@ -136,12 +144,6 @@ def _cube(
     """Return the values, (layers, epochs, quantities), NaN where there is none."""
     rows = [[[history[e].get((key, q, name), math.nan) for q in quantities] for e in epochs] for name in names]
     return np.array(rows, dtype=float)
-
-
-def _label(quantity: str) -> str:
-    """Return what tells the members of a family apart: ``mean_bn`` -> ``BN``."""
-    tail = quantity.partition("_")[2] or quantity
-    return tail.upper() if tail in COLORS else f"#{tail}" if tail.isdigit() else tail
 
 
 def _color(quantity: str, i: int) -> str:
@@ -202,7 +204,7 @@ def _strips(axis: Any, quantities: list[str]) -> None:
         ramp = np.linspace(PALEST, 1, 64)[None, :, None]
         strip.imshow(1 - ramp * (1 - np.array(_rgb(_color(quantity, i)))), aspect="auto")
         strip.set_axis_off()
-        strip.text(0.5, 0.5, _label(quantity), transform=strip.transAxes, ha="center", va="center", fontsize=8.5)
+        strip.text(0.5, 0.5, label(quantity), transform=strip.transAxes, ha="center", va="center", fontsize=8.5)
 
 
 def _title(figure: Any, first: str, second: str) -> None:

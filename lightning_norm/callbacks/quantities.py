@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ Families = dict[str, dict[str, list[str]]]
 """Key -> family -> its quantities, which share a chart."""
 
 DEPTHS = {1: ("all",), 2: ("early", "late"), 3: ("early", "middle", "late")}
+STATISTICS = ("in", "ln", "gn", "bn")
+EXTRAS = ("gamma condition", "gamma near zero", "drift")
+"""Families that every layer has."""
 SHARE_NEAR_ZERO = 0.01
 NEAR_NOTHING = 1e-7  # of float32's 24 bits
 
@@ -27,15 +32,20 @@ class Quantities:
         extras: those that every layer with a weight or running statistics has, too.
     """
 
-    def __init__(self, extras: bool = False) -> None:
+    def __init__(self, extras: bool = True) -> None:
         self.extras = extras
-        self._before: dict[str, Tensor] = {}
+        self._before: dict[Place, Tensor] = {}
+
+    def places(self, model: nn.Module) -> list[Place]:
+        """Return all that :meth:`read` will find, the drift included, which takes two readings."""
+        drifts = [place for place, _ in running_statistics(model)] if self.extras else []
+        return list(dict.fromkeys((*self.tensors(model), *drifts, *scheduled(model))))
 
     def tensors(self, model: nn.Module) -> dict[Place, Tensor]:
         """Return every quantity that is held in a tensor, 0-dim."""
         found: dict[Place, Tensor] = {}
         for name, layer in layers_of(model):
-            shown = {**(gamma(layer) if self.extras else {}), **layer.monitor()}
+            shown = {**layer.monitor(), **(gamma(layer) if self.extras else {})}
             found.update({(key_of(layer), quantity, name): value for quantity, value in shown.items()})
         return found
 
@@ -47,12 +57,13 @@ class Quantities:
         learned = dict(learned_values(model)) if values else {}
         sent = [*found.values(), *learned.values()]
         if not sent:
-            return {}, {}
+            return scheduled(model), {}
         with torch.no_grad():
             flat = torch.cat([t.detach().to(sent[0].device, torch.float32).reshape(-1) for t in sent]).cpu()
         numbers = dict(zip(found, flat[: len(found)].tolist(), strict=True))
         parts = torch.split(flat[len(found) :], [t.numel() for t in learned.values()]) if learned else ()
-        return {**scheduled(model), **numbers}, dict(zip(learned, parts, strict=True))
+        given = {place: value for place, value in scheduled(model).items() if place not in numbers}
+        return {**numbers, **given}, dict(zip(learned, parts, strict=True))
 
     def restart(self) -> None:
         """Forget the running statistics that the drift is measured from."""
@@ -62,16 +73,12 @@ class Quantities:
     def _drift(self, model: nn.Module) -> dict[Place, Tensor]:
         """Return how far the running statistics moved since the last call, relative to their size: 0 to 2."""
         found: dict[Place, Tensor] = {}
-        for name, layer in layers_of(model):
-            for which in layer.running_names:
-                now = layer._buffers.get(which)
-                if now is None:
-                    continue
-                old = self._before.get(f"{name}.{which}")
-                self._before[f"{name}.{which}"] = now.clone()
-                if old is not None and old.device == now.device:
-                    size = torch.maximum(old.abs().sum(), now.abs().sum()).clamp_min(torch.finfo(now.dtype).tiny)
-                    found[key_of(layer), f"{which}_drift", name] = (now - old).abs().sum() / size
+        for place, now in running_statistics(model):
+            old = self._before.get(place)
+            self._before[place] = now.clone()
+            if old is not None and old.device == now.device:
+                size = torch.maximum(old.abs().sum(), now.abs().sum()).clamp_min(torch.finfo(now.dtype).tiny)
+                found[place] = (now - old).abs().sum() / size
         return found
 
 
@@ -85,6 +92,15 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, Normalizer]]:
 def key_of(layer: Normalizer) -> str:
     """Return the key of a normalizer, or the name of its class."""
     return layer.key or type(layer).__name__
+
+
+def running_statistics(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
+    """Yield each running statistic, under the place of its drift."""
+    for name, layer in layers_of(model):
+        for which in layer.running_names:
+            held = layer._buffers.get(which)
+            if held is not None:
+                yield (key_of(layer), which.replace("running", "drift"), name), held
 
 
 @torch.no_grad()
@@ -113,16 +129,28 @@ def learned_values(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
                 yield (key_of(layer), parameter, name), value
 
 
-def scheduled(model: nn.Module) -> dict[Place, float]:
-    """Return each layer's own hyper-parameters that may be scheduled, where they are not at their default."""
+def scheduled(model: nn.Module, given: bool = True) -> dict[Place, float]:
+    """Return the hyper-parameters that follow a schedule.
+
+    Args:
+        model: its layers are looked through.
+        given: also those of a layer's own that may be scheduled and are not at their default.
+    """
     found: dict[Place, float] = {}
     for name, layer in layers_of(model):
-        signature = inspect.signature(type(layer).__init__).parameters
-        for argument in layer.ranges.keys() - MomentNorm.ranges.keys():
+        own = defaults(type(layer).__init__) if given else {}
+        for argument in layer.ranges:
             value = getattr(layer, argument)
-            if value is not None and argument in signature and value != signature[argument].default:
+            chosen = argument in own and argument not in MomentNorm.ranges and value != own[argument]
+            if value is not None and (chosen or layer.was_scheduled(argument)):
                 found[key_of(layer), argument, name] = float(value)
     return found
+
+
+@functools.cache
+def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the defaults of a function's arguments."""
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
 def families(places: Iterable[Place]) -> Families:
@@ -139,10 +167,32 @@ def families(places: Iterable[Place]) -> Families:
     return found
 
 
+def split(grouped: Mapping[str, list[str]]) -> dict[str, dict[str, list[str]]]:
+    """Part the families into a "profile" of the method's own quantities, and the one of what all layers have.
+
+    >>> split({"drift": ["drift_mean"], "iota": ["iota"]})
+    {'profile': {'iota': ['iota']}, 'profile_every_layer': {'drift': ['drift_mean']}}
+    """
+    parts = {"profile": False, "profile_every_layer": True}
+    found = {part: {f: q for f, q in grouped.items() if (f in EXTRAS) is extra} for part, extra in parts.items()}
+    return {part: own for part, own in found.items() if own}
+
+
+def label(quantity: str) -> str:
+    """Return what tells the members of a family apart: ``mean_bn`` -> ``BN``.
+
+    >>> [label(q) for q in ("mean_bn", "share_0", "scale_gate", "threshold")]
+    ['BN', '#0', 'gate', 'threshold']
+    """
+    tail = quantity.partition("_")[2] or quantity
+    return tail.upper() if tail in STATISTICS else f"#{tail}" if tail.isdigit() else tail
+
+
 def _family(quantity: str) -> str:
     if quantity == "threshold":
         return "condensation"  # the line that it is measured against
-    return quantity if quantity.startswith("gamma_") else quantity.split("_")[0]
+    spaced = quantity.replace("_", " ")
+    return spaced if spaced in EXTRAS else spaced.split(" ")[0]
 
 
 def layer_names(places: Iterable[Place], key: str, quantity: str | None = None) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_norm.cli.bench_peers import PEERS
+from lightning_norm.surgery.text import aligned
 
 
 def save(result: dict[str, Any], folder: Path) -> None:
@@ -66,8 +67,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells.append(
             (r["name"], f"{r['ms']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", f"{r['ratio']:.2f} x", peer, naive, saved)
         )
-    widths = [max(len(c[i]) for c in cells) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return aligned(cells)
 
 
 def rows_of(label: str, times: dict[str, list[float]], saved: dict[str, float]) -> list[dict[str, Any]]:

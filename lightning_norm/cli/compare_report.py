@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_norm.cli.list import table
+from lightning_norm.surgery.text import aligned
 
 Row = dict[str, str]
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -35,7 +35,7 @@ def summarize(rows: Sequence[Row], norms: Sequence[str], baseline: str) -> str:
         lines.append((norm, f"{statistics.mean(accuracies):.4f}{spread}", against, f"{ratio:.2f} x", params))
     seeds = len(base)
     notes = [
-        table(lines),
+        aligned(lines),
         "An interval that contains 0 is no evidence of a difference.",
         f"{seeds} seed{'s' if seeds > 1 else ''}, paired; Student's t over seeds, which says nothing about other data.",
         "Step times are medians of whole training runs; `lightning-norm bench` measures side by side.",

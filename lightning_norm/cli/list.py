@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.registry import normalizers
+from lightning_norm.surgery.text import aligned
 
 EPILOG = """columns:
   added   parameters beyond weight and bias, per layer; C is its channels
@@ -45,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
     header = ("key", "class", "paper", "added", "batch", "sample", "keeps")
     cells = [[row["key"], row["class"], row["paper"] or "-", added(row["added"])] for row in rows]
     flags = [[_yes(row["uses_batch"]), _yes(row["per_sample"]), _yes(row["keeps_eval"])] for row in rows]
-    print(table([header, *(a + b for a, b in zip(cells, flags, strict=True))]))
+    print(aligned([header, *(a + b for a, b in zip(cells, flags, strict=True))]))
     print("\nadded: parameters per layer. batch: training needs batch statistics. sample: evaluation needs the")
     print("sample's own statistics, so it cannot be folded. keeps: a swap keeps the evaluation. More: --help")
 
@@ -76,18 +77,6 @@ def added(learns: dict[str, str]) -> str:
     if len(learns) > 6:
         return f"{sum(eval(size, {'C': 64}) for size in learns.values())} for C=64"  # a class's own expressions
     return "+".join(learns.values()) or "0"
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Align columns to the left.
-
-    >>> print(table([("a", "long"), ("bb", "c")]))
-    a   long
-    bb  c
-    """
-    rows = list(rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _yes(value: bool) -> str:

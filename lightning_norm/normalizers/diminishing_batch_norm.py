@@ -61,7 +61,7 @@ class DiminishingBatchNorm(MomentNorm):
     converts: ClassVar[tuple[str, ...]] = ("running_var",)
     shows: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")
     updates: Tensor
-    drift: Tensor
+    gap: Tensor
 
     def __init__(
         self,
@@ -91,8 +91,7 @@ class DiminishingBatchNorm(MomentNorm):
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype}
         super().__init__(num_features, momentum=None, **options)
-        drift = torch.zeros((), device=device) if track_running_stats else None
-        self.register_buffer("drift", drift, persistent=False)
+        self.register_buffer("gap", torch.zeros(2, device=device) if track_running_stats else None, persistent=False)
         self.alpha = alpha
         self.power = None if power is None else float(power)
 
@@ -124,14 +123,15 @@ class DiminishingBatchNorm(MomentNorm):
         steps = self._steps()
         alpha, *old = snapshot(torch.where(steps == 1, 1, self._new_weight(steps)), *self._held())
         mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip((mean, spread), old, strict=True)]
-        self._move(mixed, mean, steps, self._usable(mean, batch.var, batch.count))
+        self._move(mixed, (mean, spread), steps, self._usable(mean, batch.var, batch.count))
         return mixed[0], mixed[1]
 
     @torch.no_grad()
-    def _move(self, mixed: list[Tensor], batch_mean: Tensor, steps: Tensor, usable: Tensor) -> None:
-        scale = mixed[1] + self.eps if self.average == "std" else (mixed[1] + self.eps).sqrt()
-        news = [*mixed, steps, ((batch_mean - mixed[0]) / scale).abs().mean()]
-        for name, new in zip((*self.running_names, "updates", "drift"), news, strict=True):
+    def _move(self, mixed: list[Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor) -> None:
+        was, now = ((s if self.average == "std" else s.sqrt()) for s in (mixed[1], batch[1]))
+        gap = torch.stack([batch[0] - mixed[0], now - was]).abs() / (was + self.eps)
+        news = [*mixed, steps, gap.flatten(1).mean(1)]
+        for name, new in zip((*self.running_names, "updates", "gap"), news, strict=True):
             old: Tensor = getattr(self, name)
             old.copy_(torch.where(usable, new.reshape(old.shape).to(old.dtype), old))
         self.get_buffer("num_batches_tracked").add_(usable)
@@ -179,10 +179,11 @@ class DiminishingBatchNorm(MomentNorm):
 
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
-        """Return alpha of the last batch, and how far its mean lay from the running one, in standard deviations."""
+        """Return alpha of the last batch, and how far its mean and std lay from the running ones, in running stds."""
         if not self.track_running_stats:
             return {}
-        return {"alpha": self._new_weight(self.updates.clamp_min(1)).clone(), "drift": self.drift}
+        gap = {"gap_mean": self.gap[0], "gap_std": self.gap[1]}
+        return {"alpha": self._new_weight(self.updates.clamp_min(1)).clone(), **gap}
 
     def extra_repr(self) -> str:
         """Show the arguments."""

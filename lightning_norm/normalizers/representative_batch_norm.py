@@ -123,12 +123,9 @@ class RepresentativeBatchNorm(MomentNorm):
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
         """Return the means over the channels: of the centering weight, and of each gate and its slope at K = 0."""
-        shown: dict[str, Tensor] = {}
-        for part in self.rectify:
-            shown[f"{part}_weight"] = getattr(self, f"{part}_weight").mean()
-            if part != "center":
-                shown[f"{part}_gate"] = self._gate(part).mean()
-        return shown
+        weights = {f"weight_{part}": getattr(self, f"{part}_weight").mean() for part in self.rectify}
+        gates = {f"gate_{part}": self._gate(part).mean() for part in self.rectify if part != "center"}
+        return {**weights, **gates}
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0 and the rectifications to their start."""

@@ -183,9 +183,9 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
-        """Return what the rectifications learned, the last condensation, and the share of batches it kept out."""
+        """Return the last condensation, the share of batches it kept out, and what the rectifications learned."""
         shown = super().monitor()
         last, measured, skipped = (self._buffers[name] for name in ("condensation", "measured", "skipped"))
         if self.threshold is None or last is None or measured is None or skipped is None:
             return shown
-        return {**shown, "condensation": last, "skipped": skipped / measured.clamp_min(1)}
+        return {"condensation": last, "skipped": skipped / measured.clamp_min(1), **shown}

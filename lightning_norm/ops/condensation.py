@@ -35,16 +35,28 @@ def condensation(x: Tensor, squares: Tensor | None = None, ranks: Ranks | None =
     >>> condensation(torch.cat([x, 2 * x, -x, 0 * x])).round(decimals=5)  # one pair of three agrees, two are opposed
     tensor(-0.3333)
     """
+    total, count = unit_sum(x, squares)
+    if ranks is not None:
+        sums = ranks.sum(torch.cat([total.reshape(-1), count.reshape(1)]))
+        total, count = sums[:-1], sums[-1]
+    return mean_cosine(total, count)
+
+
+@torch.no_grad()
+def unit_sum(x: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the sum of the samples, each divided by its norm, and how many are not zero; both add up over batches."""
     wide = at_least_float32(x.dtype)
     if squares is None:
         squares = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=wide).square()
     alive = ~(squares <= 0)  # a NaN stays visible
     weights = torch.where(alive, squares.rsqrt(), 0).to(wide)
     with torch.autocast(x.device.type, enabled=False):
-        total, count = _weighted_sum(x, weights), alive.sum().to(wide)
-    if ranks is not None:
-        sums = ranks.sum(torch.cat([total.reshape(-1), count.reshape(1)]))
-        total, count = sums[:-1], sums[-1]
+        return _weighted_sum(x, weights), alive.sum().to(wide)
+
+
+@torch.no_grad()
+def mean_cosine(total: Tensor, count: Tensor) -> Tensor:
+    """Return the mean cosine of all pairs, from the sum of the unit vectors and their number; NaN below two."""
     similarity = (total.square().sum() - count) / (count * (count - 1))
     return torch.where(count < 2, torch.nan, similarity)
 

@@ -16,6 +16,7 @@ from lightning_norm.ops.moments import Affine
 from lightning_norm.surgery.convert import HOOKS
 from lightning_norm.surgery.pairs import find_pairs
 from lightning_norm.surgery.select import clean_name
+from lightning_norm.surgery.text import aligned
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -63,11 +64,9 @@ class DeployReport:
     def __str__(self) -> str:
         rows = [("layer", "from", "to", "", "why")]
         rows += [(r.name, r.source, r.target, r.what, r.reason) for r in self.layers]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         counts = ", ".join(f"{n} {what}" for what in ("plain", "folded", "stays") if (n := len(self.names(what))))
         moved = "not measured: pass example_input" if self.moved is None else f"{self.moved:.2g} of {self.largest:.2g}"
-        return "\n".join([*lines, "", f"{counts or 'nothing to do'}     outputs moved by {moved}"])
+        return "\n".join([aligned(rows), "", f"{counts or 'nothing to do'}     outputs moved by {moved}"])
 
     def __repr__(self) -> str:
         return f"DeployReport({len(self)} of {len(self.layers)} layers, moved={self.moved})"

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.surgery.convert import hand_back, kind_of
 from lightning_norm.surgery.select import Site
+from lightning_norm.surgery.text import aligned
 
 MANY = 100_000
 """Parameters that are worth a word wherever they make a model larger by more than a tenth."""
@@ -231,9 +232,7 @@ class SwapReport:
                     "on" if layer.sync else "off",
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*table, "", self.summary()])
+        return "\n".join([aligned(rows), "", self.summary()])
 
     def __repr__(self) -> str:
         return f"SwapReport({len(self)} of {self.candidates} layers{', dry run' if self.dry_run else ''})"

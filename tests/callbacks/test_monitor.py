@@ -55,7 +55,7 @@ def test_importance_weights_of_each_layer_reach_tensorboard(tmp_path):
     trainer(NormSwap("sn"), NormMonitor(), logger=logger, max_epochs=2).fit(model, loader())
     events = read(logger)
     tags = [t for t in events.Tags()["scalars"] if t.startswith("norm/")]
-    assert len(tags) == 3 * 6
+    assert len(tags) == 3 * (6 + 4)
     assert "norm/sn/mean_bn/built.1" in tags
     for layer in ("net.1", "built.1", "late"):
         for quantity in ("mean", "var"):
@@ -92,14 +92,37 @@ def test_any_logger_will_do(tmp_path):
     assert "norm/sn/mean_bn/late" in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
 
 
+class Doubled(TensorBoardLogger):
+    def log_metrics(self, metrics, step=None):
+        super().log_metrics({tag: 2 * value for tag, value in metrics.items()}, step)
+
+
+def test_a_logger_of_the_users_own_gets_the_scalars_its_way(tmp_path):
+    logger = Doubled(tmp_path)
+    trainer(NormSwap("sn"), NormMonitor(), logger=logger).fit(Net(), loader())
+    assert read(logger).Scalars("norm/sn/mean_in/net.1")[0].value == pytest.approx(2 / 3)
+
+
+def test_the_table_is_printed_on_request(caplog):
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    model = LateNet()
+    trainer(NormSwap("sn"), NormMonitor(print_table=True)).fit(model, loader())
+    (text,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("NormMonitor: sn\n")]
+    own, every_layer = text.partition("\n")[2].split("\n\n")
+    rows = [row.split() for row in own.splitlines()]
+    assert rows[0] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
+    assert [row[0] for row in rows[1:]] == ["net.1", "built.1", "late"]
+    weights = model.late.importance()["mean"]
+    cells = [f"{w:.3g}" for w in weights.tolist()]
+    cells[weights.argmax()] = f"*{cells[weights.argmax()]}*"
+    assert rows[3][1:4] == cells
+    assert {len(row) for row in own.splitlines()} == {len(own.splitlines()[0])}  # aligned
+    assert every_layer.split()[:5] == ["layer", "gamma_condition", "gamma_near_zero", "drift_mean", "drift_var"]
+
+
 def test_nothing_to_log_is_said():
     with pytest.warns(NoEffectWarning, match="no logger"):
         trainer(NormSwap("sn"), NormMonitor()).fit(LateNet(), loader())
-
-
-def test_no_layer_to_show_is_said(tmp_path):
-    with pytest.warns(NoEffectWarning, match="no layer of the model"):
-        trainer(NormSwap("bn"), NormMonitor(), logger=CSVLogger(tmp_path)).fit(LateNet(), loader())
 
 
 def test_epochs_as_the_interval(tmp_path):
@@ -145,23 +168,25 @@ def test_the_page_has_one_chart_per_family_and_depth(prefix, tmp_path):
     charts = {c.title: {chart.title: list(chart.multiline.tag) for chart in c.chart} for c in page.category}
     assert list(charts) == ["Normalization: sn", "Normalization: bcn"]
     thirds = ("early", "middle", "late")
-    assert list(charts["Normalization: sn"]) == [f"{f}, {t} layers" for f in ("mean", "var") for t in thirds]
-    assert list(charts["Normalization: bcn"]) == ["iota, all layers"]
+    mixtures = [f"{f} (IN, LN, BN), {t} layers" for f in ("mean", "var") for t in thirds]
+    gamma, drift = ["gamma condition", "gamma near zero"], [f"drift (mean, var), {t} layers" for t in ("all", *thirds)]
+    assert list(charts["Normalization: sn"]) == [*mixtures, *gamma, *drift[1:]]
+    assert list(charts["Normalization: bcn"]) == ["iota (min, max), all layers", *gamma, drift[0]]
     shown = [pattern for charts_of in charts.values() for chart in charts_of.values() for pattern in chart]
     found = [[tag for tag in scalar_tags(events) if re.match(pattern, tag)] for pattern in shown]
     assert all(len(tags) == 1 for tags in found), found  # as TensorBoard looks for them
-    assert len(shown) == len({tags[0] for tags in found}) == 2 * 3 * 3 + 3
+    assert len(shown) == len({tags[0] for tags in found}) == 3 * (6 + 4) + 3 + 4
 
 
 def test_lines_that_belong_together_share_a_chart():
-    names = ("center_weight", "scale_gate", "scale_weight", "condensation", "skipped", "gamma_condition", "threshold")
+    names = ("condensation", "skipped", "weight_center", "gate_scale", "gate_affine", "gamma_condition", "threshold")
     assert families([("ubn", q, "a") for q in names]) == {
         "ubn": {
-            "center": ["center_weight"],
-            "scale": ["scale_gate", "scale_weight"],
             "condensation": ["condensation", "threshold"],
             "skipped": ["skipped"],
-            "gamma_condition": ["gamma_condition"],
+            "weight": ["weight_center"],
+            "gate": ["gate_scale", "gate_affine"],
+            "gamma condition": ["gamma_condition"],
         }
     }
 
@@ -171,7 +196,7 @@ def test_pictures_tables_and_histograms(tmp_path):
     model = LateNet()
     trainer(NormSwap("sn"), NormMonitor(), logger=logger, max_epochs=2).fit(model, loader())
     events = read(logger)
-    assert events.Tags()["images"] == ["norm/sn/choice", "norm/sn/profile"]
+    assert events.Tags()["images"] == ["norm/sn/choice", "norm/sn/profile", "norm/sn/profile_every_layer"]
     for tag in events.Tags()["images"]:
         (image,) = events.Images(tag)
         assert image.step == 4
@@ -184,7 +209,8 @@ def test_pictures_tables_and_histograms(tmp_path):
     assert last.histogram_value.sum == pytest.approx(model.late.weight.sum().item(), rel=1e-6)
     rows = [row.strip("| ").split(" | ") for row in text(events, "norm/sn/table").splitlines()]
     assert rows[0] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
-    assert [row[0] for row in rows[2:]] == ["net.1", "built.1", "late"]
+    assert rows[6] == ["layer", "gamma_condition", "gamma_near_zero", "drift_mean", "drift_var"]
+    assert [row[0] for row in rows[2:5]] == [row[0] for row in rows[8:]] == ["net.1", "built.1", "late"]
     weights = model.late.importance()["mean"]
     cells = [f"{w:.3g}" for w in weights.tolist()]
     cells[weights.argmax()] = f"**{cells[weights.argmax()]}**"
@@ -193,7 +219,7 @@ def test_pictures_tables_and_histograms(tmp_path):
 
 def test_pictures_during_the_run(tmp_path):
     logger = TensorBoardLogger(tmp_path)
-    monitor = NormMonitor(pictures_every_n_epochs=2, histograms=False)
+    monitor = NormMonitor(pictures_every_n_epochs=2, histograms=False, extras=False)
     trainer(NormSwap("bcn"), monitor, logger=logger, max_epochs=3).fit(Net(), loader())
     events = read(logger)
     assert [e.step for e in events.Images("norm/bcn/profile")] == [4, 6]
@@ -256,7 +282,7 @@ def test_the_norm_joins_the_hparams_of_the_module(tmp_path):
     trainer(swap, NormMonitor(metric="val_loss"), logger=logger).fit(model, loader(), loader())
     values, metrics = hparams_of(read(logger))
     choices = "['in', 'bn']"
-    assert values == {"lr": 0.1, "optimizer/name": "sgd", "norm/norm": "sn", "norm/choices": choices}
+    assert values == {"lr": 0.1, "optimizer/name": "sgd", "norm": "sn", "norm/choices": choices}
     assert metrics == ["val_loss", "hp_metric"]
     assert read(logger).Scalars("val_loss")
     assert set(model.hparams) == {"lr", "optimizer"}
@@ -276,7 +302,7 @@ def test_a_monitored_metric_is_the_one_of_the_row(tmp_path):
     best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
     run = trainer(NormSwap("bcn"), NormMonitor(), best, logger=logger, enable_checkpointing=True)
     run.fit(Net(), loader(), loader())
-    assert hparams_of(read(logger)) == ({"norm/norm": "bcn"}, ["val_loss"])
+    assert hparams_of(read(logger)) == ({"norm": "bcn"}, ["val_loss"])
 
 
 def test_page_off(tmp_path):
@@ -414,7 +440,9 @@ def test_the_progress_bar_needs_no_logger_and_takes_names():
     run = trainer(NormSwap("bcn"), NormMonitor(progress_bar=["iota_min"]))
     run.fit(Net(), loader())
     assert set(run.progress_bar_metrics) == {"bcn/iota_min"}
-    with pytest.warns(NoEffectWarning, match=r"progress_bar=\['nothing'\], and the layers have \['iota', 'iota_max'"):
+    with pytest.warns(
+        NoEffectWarning, match=r"progress_bar=\['nothing'\], and the layers have \['drift_mean', .*'iota', 'iota_max'"
+    ):
         trainer(NormSwap("bcn"), NormMonitor(progress_bar=["nothing"])).fit(Net(), loader())
 
 
@@ -429,23 +457,17 @@ def test_extras_of_every_layer(tmp_path):
     model = Spied()
     with torch.no_grad():
         model.net[1].weight.copy_(torch.tensor([1.0, -2.0, 0.5, 1.0, 1.0, 0.001]))
-    trainer(NormSwap("bn"), NormMonitor(extras=True), logger=logger).fit(model, loader())
+    trainer(NormSwap("bn"), NormMonitor(), logger=logger).fit(model, loader())
     events = read(logger)
     first = {q: events.Scalars(f"norm/bn/{q}/net.1")[0] for q in ("gamma_condition", "gamma_near_zero")}
     assert first["gamma_condition"].value == pytest.approx(2000)
     assert first["gamma_near_zero"].value == pytest.approx(1 / 6)
-    drift = events.Scalars("norm/bn/running_var_drift/net.1")
+    drift = events.Scalars("norm/bn/drift_var/net.1")
     assert [e.step for e in drift] == [1, 2]  # nothing to compare with at the first step
     old, new = statistics
     expected = (new - old).abs().sum() / max(old.sum(), new.sum())
     assert drift[0].value == pytest.approx(expected.item(), rel=1e-5)
     assert expected > 0.01
-
-
-def test_no_extras_by_default(tmp_path):
-    logger = TensorBoardLogger(tmp_path)
-    trainer(NormSwap("sn"), NormMonitor(), logger=logger).fit(Net(), loader())
-    assert len(scalar_tags(read(logger), "norm/")) == 6
 
 
 def test_a_scheduled_value_of_the_layers_own_is_shown(tmp_path):

@@ -264,14 +264,22 @@ def test_without_running_statistics_alpha_is_one():
     assert layer.monitor() == {}
 
 
-def test_drift_is_how_far_the_batch_lies_from_the_running_mean():
-    layer = DiminishingBatchNorm(6, alpha=0.5, eps=0.0).double()
+@pytest.mark.parametrize("average", ["std", "var"])
+def test_the_gap_is_how_far_the_batch_lies_from_the_running_statistics(average):
+    layer = DiminishingBatchNorm(6, alpha=0.5, eps=0.0, average=average).double()
     x = data(5, 6, 7, 3)
     layer(x)
-    assert layer.monitor()["drift"] == 0
+    assert layer.monitor()["gap_mean"] == layer.monitor()["gap_std"] == 0
     layer(x + 2)
     expected = (1 / whole(x)[1].sqrt()).mean()
-    torch.testing.assert_close(layer.monitor()["drift"].double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(layer.monitor()["gap_mean"].double(), expected, rtol=1e-6, atol=0)
+    assert layer.monitor()["gap_std"] < 1e-6
+    layer.reset_running_stats()
+    layer(x)
+    layer(3 * x)
+    running = 2.0 if average == "std" else 5**0.5  # of 1 and 3, or of 1 and 9, in units of the std of x
+    expected = torch.tensor((3 - running) / running).double()
+    torch.testing.assert_close(layer.monitor()["gap_std"].double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,10 @@ def test_large_means_cost_no_digits():
 def test_monitor():
     layer = RepresentativeBatchNorm(6)
     shown = layer.monitor()
-    assert set(shown) == {"center_weight", "scale_weight", "scale_gate"}
-    torch.testing.assert_close(shown["scale_gate"], torch.tensor(1.0))
+    assert set(shown) == {"weight_center", "weight_scale", "gate_scale"}
+    torch.testing.assert_close(shown["gate_scale"], torch.tensor(1.0))
     nn.init.zeros_(layer.scale_bias)
-    torch.testing.assert_close(layer.monitor()["scale_gate"], torch.tensor(0.5 / SIGMOID_OF_1))
+    torch.testing.assert_close(layer.monitor()["gate_scale"], torch.tensor(0.5 / SIGMOID_OF_1))
 
 
 @pytest.mark.parametrize("arguments", [{"rectify": ["affine"]}, {"rectify": "center"}, {"gate_init": "one"}])
