@@ -55,7 +55,7 @@ class Loading(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._settle()
         others = likely(self.registry, given)
-        if len(missing) > before and given and not isinstance(self, tuple(others)):
+        if len(missing) > before and given and self.key not in [cls.key for cls in others]:
             last = missing[-1] = MissingKey(missing[-1])
             last.remark = f" ({self._another(given, prefix, others)})"
 
@@ -71,11 +71,12 @@ class Loading(nn.Module):
         here, there = type(self).__name__, " or ".join(cls.__name__ for cls in others)
         key = others[0].key
         names = [name for name in given if name not in {**self._parameters, **self._buffers}] or list(given)
-        came = [f"{name} {tuple(given[name].shape)}" if isinstance(given[name], Tensor) else name for name in names[:3]]
+        held = [(name, given[name]) for name in names[:3]]
+        came = [f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name for name, value in held]
         came += ["..."] * (len(names) > 3)
         return (
-            f"{prefix[:-1] or 'this layer'} is {here}, the file holds {', '.join(came)}, as of {there}. Swap to {key!r} "
-            f"before loading; swap(model, {self.key or here!r}, source={key!r}) then goes on from there."
+            f"{prefix[:-1] or 'this layer'} is {here}, the file holds {', '.join(came)}, as of {there}. "
+            f"Swap to {key!r} before loading; swap(model, {self.key or here!r}, source={key!r}) then goes on from there."
         )
 
     def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
