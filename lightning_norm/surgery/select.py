@@ -148,9 +148,9 @@ def check_source(model: nn.Module, sites: Sequence[Site], source: Source | None)
     origins = [m.origin["source"] for m in modules if isinstance(m, Normalizer) and m.origin is not None]
     known = {type(m).__name__ for m in modules} | {cls.__name__ for cls in Normalizer.registry.values()} | {*origins}
     for entry in _as_tuple(source):
-        there = isinstance(entry, type) or entry in {"all", *FAMILIES, *Normalizer.registry, *known}
-        if not there and not hasattr(nn, entry):
-            raise ValueError(f"source={entry!r} is no class in the model or in torch.nn. {_nearest(model, [entry])}")
+        if isinstance(entry, type) or entry in {"all", *FAMILIES, *Normalizer.registry, *known} or hasattr(nn, entry):
+            continue
+        raise ValueError(f"source={entry!r} is no class in the model or in torch.nn. {_nearest(model, [entry])}")
 
 
 def explain_source(model: nn.Module, source: Source | None) -> str:
