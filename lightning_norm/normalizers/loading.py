@@ -76,7 +76,7 @@ class Loading(nn.Module):
         came += ["..."] * (len(names) > 3)
         return (
             f"{prefix[:-1] or 'this layer'} is {here}, the file holds {', '.join(came)}, as of {there}. "
-            f"Swap to {key!r} before loading; swap(model, {self.key or here!r}, source={key!r}) then goes on from there."
+            f"Swap to {key!r} before loading; swap(model, {self.key or here!r}, source={key!r}) goes on from there."
         )
 
     def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
