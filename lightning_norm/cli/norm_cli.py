@@ -191,7 +191,9 @@ def clarify(message: str, options: Sequence[str]) -> str:
         r"(?:[Oo]ption|[Kk]ey|arguments?:?) '?-{0,2}([\w.]+)'? is not accepted|accept option '([\w.]+)'", text
     )
     if typo is None:
-        name = re.search(r"(?:Expected a dot import path string: |has no attribute ')(\w+)", text)
+        name = re.search(r"(?:Expected a dot import path string: |has no attribute ')(\w+)", message)
+        if name and name[0] not in text:  # below the first of several types
+            text += f"\n    - {name[0]}"
         ours = {n for key, cls in normalizers().items() for n in (key, cls.__name__)}
         if name and name[1] in ours:  # jsonargparse looks at any class_path itself, and knows no keys
             path = f"lightning_norm.{resolve(name[1])[0].__name__}"
