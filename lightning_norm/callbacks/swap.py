@@ -280,7 +280,7 @@ class NormSwap(Callback):
             self._untold = False  # WeightAveraging calls configure_model once more
             specs = [spec for spec in [self.norm, *(self.rules or {}).values()] if spec is not None]
             wanted = {resolve(spec)[0] for spec in specs}
-            judge(pl_module, self.report, sorted(self._missed), self._sites, "warn", fine=wanted)
+            judge(pl_module, self.report, sorted(self._missed), self._sites, "warn", source=self.source, fine=wanted)
             if growth := self.report.growth():
                 rank_zero_warn(growth, category=ParameterGrowthWarning)
             warn_ignored(trainer, pl_module)

@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import lightning.pytorch.callbacks
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+import lightning_norm.callbacks
+import lightning_norm.plugins
+import lightning_norm.schedules
 from lightning_norm.cli import job
 from lightning_norm.cli.data import ImageData
-from lightning_norm.cli.section import SECTION, add_section, swap_of, write_out_plan
+from lightning_norm.cli.section import SECTION, add_section, expand_norm, swap_of, write_out_keys, write_out_plan
 from lightning_norm.normalizers.registry import normalizers, resolve
 
 DESCRIPTION = """{what}
@@ -39,8 +43,17 @@ COMMANDS = {
 }
 
 
+OURS = (job, lightning_norm.callbacks, lightning_norm.schedules, lightning_norm.plugins)
+NAMED = (*OURS, lightning.pytorch.callbacks)
+"""Where the classes live that a configuration names without a prefix."""
+
+
 class NormParser(LightningArgumentParser):
     """LightningCLI's parser; an error is the few lines that matter, with the nearest name."""
+
+    @override
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
+        return super().parse_string(write_out_keys(content), *args, **kwargs)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -75,7 +88,7 @@ class NormCLI(LightningCLI):
             parser_class=NormParser,
             seed_everything_default=0,
             trainer_defaults={"max_epochs": 5},
-            args=expand_root(list(args)) if args is not None else None,
+            args=expand_root(expand_norm(list(args))) if args is not None else None,
             run=run,
             **options,
         )
@@ -171,19 +184,22 @@ def clarify(message: str, options: Sequence[str]) -> str:
         if not line.strip().startswith(noise):
             kept.append(line)
     text = "\n".join(kept)
-    if re.search(r"Unable to load config ['\"]?(\w+)", text) and f'"{SECTION}"' in text:
-        key = re.findall(r"Unable to load config ['\"]?(\w+)", text)[0]
+    if re.search(r"Unable to load config ['\"]?([\w.]+)", text) and f'"{SECTION}"' in text:
+        key = re.findall(r"Unable to load config ['\"]?([\w.]+)", text)[0]
         return f"{SECTION}: is a section with the arguments of NormSwap, got {key!r}. Type {SECTION}: {{norm: {key}}}."
     typo = re.search(
         r"(?:[Oo]ption|[Kk]ey|arguments?:?) '?-{0,2}([\w.]+)'? is not accepted|accept option '([\w.]+)'", text
     )
     if typo is None:
-        name = re.search(r"Expected a dot import path string: (\w+)", text)
+        name = re.search(r"(?:Expected a dot import path string: |has no attribute ')(\w+)", message)
+        if name and name[0] not in text:  # below the first of several types
+            text += f"\n    - {name[0]}"
         ours = {n for key, cls in normalizers().items() for n in (key, cls.__name__)}
         if name and name[1] in ours:  # jsonargparse looks at any class_path itself, and knows no keys
             path = f"lightning_norm.{resolve(name[1])[0].__name__}"
             return f"{text}. Type norm: {name[1]} with norm_args: {{...}}, or class_path: {path} in full."
-        close = difflib.get_close_matches(name[1], [n for n in dir(job) if n[0].isupper()], n=1) if name else []
+        known = [n for module in NAMED for n in dir(module) if n[0].isupper()]
+        close = difflib.get_close_matches(name[1], known, n=1) if name else []
         return text + (f". Did you mean {close[0]!r}?" if close else "")
     known = [option.lstrip("-") for option in options]
     owner = re.findall(r"class_path '([\w.]+)'", text)

@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
     swaps = [c for c in callbacks if isinstance(c, NormSwap)]
     if not swaps:
-        raise ValueError("the configuration has no NormSwap: add a section norm: {norm: sn}, or type --norm.norm sn.")
+        raise ValueError("the configuration has no NormSwap: add a section norm: sn, or type --norm sn.")
     if save and len(swaps) > 1:
         raise ValueError(f"--save writes one plan, the configuration has {len(swaps)} NormSwap callbacks.")
     for callback in swaps:

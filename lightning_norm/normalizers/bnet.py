@@ -173,7 +173,7 @@ class BNET(MomentNorm):
         kernel[:, kernel.shape[1] // 2] = centre.reshape(-1)
         return kernel.view(self.kernel.shape)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
         for old, new in (("bnconv.weight", "kernel"), ("bnconv.bias", "bias")):  # the authors' names
             if prefix + old in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
@@ -185,6 +185,9 @@ class BNET(MomentNorm):
                 f"{prefix[:-1] or 'this layer'}: the checkpoint has a kernel {tuple(held.shape)}, this BNET one of "
                 f"{tuple(self.kernel.shape)}. Type kernel_size={held.shape[-1]}, spatial_dims={held.dim() - 2} for it."
             )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        held = any(prefix + name in state_dict for name in ("kernel", "weight", "bnconv.weight"))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if held is None and prefix + "bias" in state_dict:  # neither a BatchNorm's nor a BNET's
+        if not held and prefix + "bias" in state_dict:  # neither a BatchNorm's nor a BNET's
             args[2].append(prefix + "kernel")

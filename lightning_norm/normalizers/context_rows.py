@@ -26,6 +26,7 @@ class ContextRows(MomentNorm):
 
     converts: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
     wide_names: ClassVar[tuple[str, ...]] = ("prior",)
+    has_rows: ClassVar[bool] = True
     prior: Tensor | None
 
     def __init__(self, num_features: int, *, num_contexts: int = 3, **options: Any) -> None:
@@ -136,7 +137,7 @@ class ContextRows(MomentNorm):
             with torch.no_grad():
                 back.copy_(own if isinstance(source, ContextRows) else now[name])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
         plain = False
         for name in self.converts:
             held, own = state_dict.get(prefix + name), getattr(self, name)
@@ -154,7 +155,6 @@ class ContextRows(MomentNorm):
             value = self._buffers.get(name)
             if value is not None:
                 state_dict.setdefault(prefix + name, value.detach().clone())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def pool(mean: Tensor, var: Tensor, share: Tensor) -> Moments:

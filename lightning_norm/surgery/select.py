@@ -138,6 +138,42 @@ def explain_missed(missed: str, sites: Sequence[Site]) -> str:
     return f"{label}={pattern!r} matched none of the {len(names)} {kind} layers.{hint}"
 
 
+def check_source(model: nn.Module, sites: Sequence[Site], source: Source | None) -> None:
+    """Check that each class name in ``source`` is that of something.
+
+    Raises:
+        ValueError: neither the model nor torch.nn has such a class.
+    """
+    modules = [*model.modules(), *(site.module for site in sites)]
+    origins = [m.origin["source"] for m in modules if isinstance(m, Normalizer) and m.origin is not None]
+    known = {type(m).__name__ for m in modules} | {cls.__name__ for cls in Normalizer.registry.values()} | {*origins}
+    for entry in _as_tuple(source):
+        if isinstance(entry, type) or entry in {"all", *FAMILIES, *Normalizer.registry, *known} or hasattr(nn, entry):
+            continue
+        raise ValueError(f"source={entry!r} is no class in the model or in torch.nn. {_nearest(model, [entry])}")
+
+
+def explain_source(model: nn.Module, source: Source | None) -> str:
+    """Return why no layer is a candidate, and what to type."""
+    entries = [e if isinstance(e, str) else e.__name__ for e in _as_tuple(source)] or ["BatchNorm"]
+    asked = (
+        f"source={(entries[0] if len(entries) == 1 else entries)!r}" if source else "BatchNorm layers are looked for"
+    )
+    return f"{asked}, and the model has none. {_nearest(model, entries)}"
+
+
+def _nearest(model: nn.Module, entries: Sequence[str]) -> str:
+    kinds = [type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()]
+    near = max(sorted(set(kinds)), key=lambda k: max(_likeness(k, e) for e in entries), default=None)
+    if near is None:
+        return "It holds no layer with 'Norm' in its class name; for another one, pass source=<its class>."
+    return f"The nearest class in the model is {near} ({kinds.count(near)} of them): pass source={near!r}."
+
+
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio()
+
+
 def _as_list(pattern: Pattern | None) -> list[str]:
     return [] if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
 

@@ -17,7 +17,16 @@ from lightning_norm.ops.backend import explain
 from lightning_norm.ops.sync import check_group
 from lightning_norm.surgery.convert import convert, unchanged_eval
 from lightning_norm.surgery.report import SwappedLayer, SwapReport
-from lightning_norm.surgery.select import Pattern, Site, Source, assign, explain_missed, find_sites
+from lightning_norm.surgery.select import (
+    Pattern,
+    Site,
+    Source,
+    assign,
+    check_source,
+    explain_missed,
+    explain_source,
+    find_sites,
+)
 
 
 def swap(
@@ -90,7 +99,7 @@ def swap(
         sync=sync,
         sync_group=sync_group,
     )
-    judge(model, report, missed, sites, on_empty)
+    judge(model, report, missed, sites, on_empty, source=source)
     if report.growth():
         warnings.warn(report.growth(), ParameterGrowthWarning, stacklevel=2)
     report.commit(not dry_run)
@@ -195,6 +204,7 @@ def judge(
     sites: list[Site],
     on_empty: str,
     *,
+    source: Source | None = None,
     fine: Collection[type] = (),
 ) -> None:
     """Raise or warn for patterns that matched nothing and for a swap without a layer.
@@ -205,8 +215,10 @@ def judge(
         missed: patterns that matched nothing.
         sites: the candidates.
         on_empty: "warn" or "error".
+        source: the kinds of layers that were asked for.
         fine: classes of normalizers that the model may hold already without a word.
     """
+    check_source(model, sites, source)
     if missed and sites:
         raise ValueError(explain_missed(missed[0], sites))
     if report.layers:
@@ -214,13 +226,13 @@ def judge(
     ours = [(n.replace("_orig_mod.", ""), m) for n, m in model.named_modules() if isinstance(m, Normalizer)]
     if ours and not sites:
         kinds = sorted({type(m).__name__ for _, m in ours})
-        source = ours[0][1].key or type(ours[0][1]).__name__
+        held = ours[0][1].key or type(ours[0][1]).__name__
         if fine:
             if not {type(m) for _, m in ours} & set(fine):
                 wanted = ", ".join(sorted(c.__name__ for c in fine))
                 warnings.warn(
                     f"nothing left to swap to {wanted}: the model already holds {len(ours)} layers of this package "
-                    f"({', '.join(kinds)}). Swap them again with source={source!r}, or drop one NormSwap.",
+                    f"({', '.join(kinds)}). Swap them again with source={held!r}, or drop one NormSwap.",
                     NoEffectWarning,
                     stacklevel=3,
                 )
@@ -228,7 +240,7 @@ def judge(
         raise AlreadySwappedError(
             f"nothing left to swap: the model already holds {len(ours)} layers of this package ({', '.join(kinds)}; "
             "first: "
-            f"{ours[0][0]}). Call undo() on the earlier report, or swap them again with source={source!r}."
+            f"{ours[0][0]}). Call undo() on the earlier report, or swap them again with source={held!r}."
         )
     text = (
         f"swap changed nothing: {len(sites)} candidates, none chosen"
@@ -236,10 +248,7 @@ def judge(
         else "swap changed nothing: no candidate found"
     )
     hint = "; ".join(f"{n} is a {t}: {why}" for n, t, why in report.skipped[:3])
-    hint = (
-        hint
-        or "BatchNorm layers are looked for; pass source='LayerNorm', 'GroupNorm', 'InstanceNorm' or 'all' for others"
-    )
+    hint = hint or explain_source(model, source)
     if on_empty == "error":
         raise ValueError(f"{text}. {hint}.")
     warnings.warn(f"{text}. {hint}.", NoEffectWarning, stacklevel=3)

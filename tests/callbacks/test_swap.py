@@ -116,6 +116,19 @@ def test_nothing_to_swap_warns():
         trainer(NormSwap("sn")).test(Bare(), loader())
 
 
+def test_the_source_is_a_class_that_only_the_first_swap_saw():
+    class Own(nn.BatchNorm2d):
+        pass
+
+    model = Net()
+    model.net[1] = Own(6)
+    for _ in range(2):
+        trainer(NormSwap("sn", source="Own")).test(model, loader())
+    assert isinstance(model.net[1], SwitchableNorm)
+    with pytest.raises(ValueError, match="source='Owm' is no class in the model"):
+        trainer(NormSwap("sn", source="Owm")).test(Net(), loader())
+
+
 class Broken(LateNet):
     def configure_model(self):
         raise ZeroDivisionError

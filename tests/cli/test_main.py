@@ -147,6 +147,9 @@ def test_the_printed_configuration_is_a_configuration(tmp_path, capsys):
         (("momentum: 0.9", "momentun: 0.9"), "Did you mean 'momentum'?"),
         (("compile: false", "compil: false"), "Did you mean 'compile'?"),
         (("class_path: Digits", "class_path: Digit"), "Did you mean 'Digits'?"),
+        (("class_path: NormSwap", "class_path: NormSwp"), "Did you mean 'NormSwap'?"),
+        (("class_path: NormMonitor", "class_path: lightning_norm.NormMonitr"), "Did you mean 'NormMonitor'?"),
+        (("class_path: NormMonitor", "class_path: EarlyStoping"), "Did you mean 'EarlyStopping'?"),
         (("norm: sn", "norm: switchabel"), "Did you mean 'sn' (SwitchableNorm)"),
         (("arch: resnet18", "arch: resnet17"), "Did you mean resnet18"),
     ],
@@ -156,6 +159,14 @@ def test_a_typo_is_told_with_the_nearest_name(tmp_path, capfd, change, said):
     assert said in message
     assert "Traceback" not in message
     assert "usage:" not in message
+
+
+def test_a_typo_in_a_schedule_and_a_plugin(tmp_path, capfd):
+    linear = "{class_path: NormScheduler, init_args: {schedules: {momentum: {class_path: Linaer}}}}"
+    change = ("    - class_path: NormMonitor", f"    - {linear}\n    - class_path: NormMonitor")
+    assert "Did you mean 'Linear'?" in refused(capfd, "fit", "--config", edited(tmp_path, change), *QUICK)
+    change = ("  callbacks:", "  plugins: [{class_path: NormSink}]\n  callbacks:")
+    assert "Did you mean 'NormSync'?" in refused(capfd, "fit", "--config", edited(tmp_path, change), *QUICK)
 
 
 def test_a_missing_file_and_a_missing_model_are_told(capfd):

@@ -91,6 +91,39 @@ def test_swaps_and_trains(form):
     assert all((p - 1).abs().max() > 0 for p in learned)
 
 
+def swap_callback(spec):
+    return {"callbacks": [{"class_path": "NormSwap", "init_args": {"norm": spec}}]}
+
+
+KEYED = {"class_path": "sn", "init_args": {"choices": ["in", "bn"]}}
+KEYS = {
+    "bare section": {"norm": "sn"},
+    "bare section, class name": {"norm": "SwitchableNorm"},
+    "spec in the section": {"norm": {"norm": KEYED}},
+    "spec in the callback": {"trainer": swap_callback(KEYED)},
+}
+
+
+@pytest.mark.parametrize("form", KEYS)
+def test_a_key_is_enough_and_survives_print_config(form, capsys):
+    path = config_file(**KEYS[form])
+    for i in range(2):
+        cli = fit("--config", path)
+        assert kinds(cli.model) == ["SwitchableNorm"] * 2
+        assert cli.model.net[1].choices == (("in", "bn") if "spec" in form else ("in", "ln", "bn"))
+        with pytest.raises(SystemExit):
+            fit("--config", path, "--print_config")
+        path = f"printed{i}.yaml"
+        Path(path).write_text(capsys.readouterr().out, encoding="utf-8")
+    assert Path("printed0.yaml").read_text() == Path("printed1.yaml").read_text()
+
+
+def test_a_bare_section_on_the_command_line_and_one_in_a_file():
+    assert kinds(fit("--config", config_file(), "--norm", "sn").model) == ["SwitchableNorm"] * 2
+    Path("section.yaml").write_text("{norm: bcn, exclude: [net.5]}", encoding="utf-8")
+    assert kinds(fit("--config", config_file("section.yaml")).model) == ["BatchChannelNorm", "BatchNorm2d"]
+
+
 def test_without_a_section_nothing_is_swapped():
     cli = fit("--config", config_file())
     assert kinds(cli.model) == ["BatchNorm2d"] * 2
@@ -214,7 +247,8 @@ def test_fit_test_and_export_honour_it(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--norm", "sn"], "got 'sn'. Type norm: {norm: sn}."),
+        (["--norm", "my.Norm"], "got 'my.Norm'. Type norm: {norm: my.Norm}."),
+        (["--norm", "switchabel"], "Did you mean 'sn'"),
         (["--norm.exclude", "[bn1]"], "NormSwap needs norm='sn'"),
         (["--norm.norm", "switchabel"], "Did you mean 'sn'"),
         (['--norm={"norm": "sn", "exclud": ["bn1"]}'], "Did you mean 'norm.exclude'?"),

@@ -116,8 +116,10 @@ def test_groups_of_their_own_follow_the_schedule_and_a_resume(scheduler, tmp_pat
 
 
 def test_a_key_as_class_path_is_answered_with_what_to_type(tmp_path, capfd):
+    """On the command line; in a file the key is enough."""
+    options = ["--trainer.callbacks+=NormSwap", "--trainer.callbacks.norm={class_path: sn, init_args: {sparse: true}}"]
     with pytest.raises(SystemExit):
-        NormCLI(["fit", "--config", config_file(tmp_path, {"norm": {**SPEC, "class_path": "sn"}})])
+        NormCLI(["fit", "--config", config_file(tmp_path, {"norm": "sn"}), *options])
     assert "Type norm: sn with norm_args: {...}, or class_path: lightning_norm.SwitchableNorm" in capfd.readouterr().err
 
 

@@ -350,6 +350,28 @@ class TestBadInput:
         with pytest.raises(ValueError, match="no candidate found"):
             swap(nn.Sequential(nn.Conv2d(3, 3, 1)), "sn", on_empty="error")
 
+    @pytest.mark.parametrize(
+        ("model", "source", "said"),
+        [
+            (small, "LayerNorm", r"source='LayerNorm', and the model has none.*is BatchNorm2d \(2 of them\)"),
+            (small, ["GroupNorm", "LayerNorm"], r"source=\['GroupNorm', 'LayerNorm'\].*source='BatchNorm2d'"),
+            (lambda: nn.Sequential(nn.LayerNorm(6)), None, "BatchNorm layers are looked for.*source='LayerNorm'"),
+            (lambda: nn.Sequential(nn.Conv2d(3, 3, 1)), "LayerNorm", "no layer with 'Norm' in its class name"),
+        ],
+    )
+    def test_no_candidate_names_what_was_asked_for_and_what_is_there(self, model, source, said):
+        with pytest.warns(NoEffectWarning, match=said):
+            assert not len(swap(model(), "sn", source=source))
+
+    @pytest.mark.parametrize("source", ["BatchNorm4d", "BatchNrm2d", ["BatchNorm", "BatchNorm4d"]])
+    def test_a_class_name_that_nothing_has(self, source):
+        model = small()
+        with pytest.raises(
+            ValueError, match=r"'BatchN\w+' is no class in the model or in torch.nn.*BatchNorm2d \(2 of"
+        ):
+            swap(model, "sn", source=source)
+        assert not any(isinstance(m, SwitchableNorm) for m in model.modules())
+
     def test_swap_twice(self):
         model = small()
         swap(model, "sn")

@@ -1,0 +1,75 @@
+"""``load_state_dict`` of another normalizer's checkpoint: exact, or refused with what came and what to type."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_norm import create, normalizers
+
+KEYS = [key for key, cls in normalizers().items() if cls.__module__.startswith("lightning_norm.")]
+ALIKE = [{"ln", "in", "gn"}]
+"""Their checkpoints have the same keys and shapes, and cannot be told apart."""
+EXACT = {("bn", key) for key in KEYS} | {(key, "asr") for key in ("ln", "in", "gn")}
+"""Weight, bias and, where both keep them, running statistics move; what the file lacks keeps its starting value."""
+MORE = {"cn(ids)": {"context": "ids"}, "cn(ids, no statistics)": {"context": "ids", "track_running_stats": False}}
+
+
+def layer(name):
+    key = name.partition("(")[0]
+    made = create(key, 6, **MORE.get(name, normalizers()[key].tested_with))
+    for tensor in made.state_dict().values():
+        tensor.add_(torch.rand(tensor.shape) if tensor.is_floating_point() else 1)
+    return made
+
+
+def shapes(name):
+    return {n: v.shape for n, v in layer(name).state_dict().items()}
+
+
+def test_which_cannot_be_told_apart():
+    same = {frozenset((a, b)) for a, b in itertools.combinations(KEYS, 2) if shapes(a) == shapes(b)}
+    assert same == {frozenset(pair) for keys in ALIKE for pair in itertools.combinations(keys, 2)}
+
+
+PAIRS = [
+    (file, target)
+    for file, target in itertools.product([*KEYS, *MORE], KEYS)
+    if file.partition("(")[0] != target and not any({file, target} <= keys for keys in ALIKE)
+]
+
+
+@pytest.mark.parametrize(("file", "target"), PAIRS)
+def test_loads_exactly_or_names_layer_and_normalizer(file, target):
+    source, network = layer(file), nn.Sequential(layer(target))
+    state = {f"0.{name}": value for name, value in source.state_dict().items()}
+    if (file, target) in EXACT:
+        network.load_state_dict(state)
+        now = network[0].as_batch_norm() | {
+            n: v for n, v in network[0].state_dict().items() if n not in network[0].converts
+        }
+        for name, value in source.state_dict().items():
+            if name in now:
+                torch.testing.assert_close(now[name].to(value), value, msg=name)
+        return
+    with pytest.raises(RuntimeError) as error:
+        network.load_state_dict(state)
+    message, key = str(error.value), file.partition("(")[0]
+    assert f"0 is {type(network[0]).__name__}" in message
+    assert type(source).__name__ in message.partition("the file holds")[2]
+    assert f"'{key}'" in message or key in ALIKE[0] or "Swap the model to that normalizer" in message
+
+
+def test_only_what_was_trained_loads_where_not_strict():
+    """Without buffers, as LightningModules with strict_loading=False save it."""
+    source, target = layer("ubn"), layer("ubn")
+    trained = dict(source.named_parameters())
+    del trained["affine_weight"]
+    missing, _ = target.load_state_dict(trained, strict=False)
+    assert {"running_mean", "affine_weight"} <= set(missing)
+    assert torch.equal(target.center_weight, source.center_weight)
+    assert layer("bn").load_state_dict(layer("ln").state_dict(), strict=False).missing_keys == [
+        "running_mean",
+        "running_var",
+    ]
