@@ -23,13 +23,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_norm.kernels import algebra, algebra_vjp, elementwise, reductions
+from lightning_norm.kernels import algebra, algebra_vjp, channels, channels_vjp, condensation, elementwise, reductions
 from lightning_norm.kernels.blocks import TILE, warps
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WIDE = ("x", "dy", "y", "dx", "residual", "dresidual")
 """Pointers to tensors like x; the others point to float32."""
-INTEGERS = {"tracked": "*i64", "skipped": "*i64", "eps": "fp32", "factor": "fp32", "unbias": "fp32"}
+TYPES = {
+    **dict.fromkeys(("tracked", "skipped", "updates", "measured", "kept_out", "in_a_row"), "*i64"),
+    **dict.fromkeys(("eps", "factor", "unbias", "least", "power", "unit_scale", "unit_affine"), "fp32"),
+}
 LONG = ("rows", "number", "units")
 
 
@@ -121,6 +124,7 @@ def variants() -> Iterator[Variant]:
     yield Variant(reductions.join_moments, "parts", "fp32", {"BLOCK": 256}, 4)
     yield Variant(reductions.join_sums, "parts", "fp32", {"BLOCK": 256}, 4)
     yield from _algebra()
+    yield from _channels()
 
 
 def _algebra() -> Iterator[Variant]:
@@ -141,6 +145,26 @@ def _algebra() -> Iterator[Variant]:
         yield Variant(algebra.pool, "parts" if merge else "whole", "fp32", {"MERGE": merge, **tile}, 4)
 
 
+def _channels() -> Iterator[Variant]:
+    names = ("OWN", "MERGE", "FROZEN", "BLEND", "STD", "POWER", "DETACH", "CHOOSE", "CONTEXTS", "CENTER", "SCALE", "AFFINE", "AVERAGE")  # noqa: E501  # fmt: skip
+    one, four = {"N_BLOCK": 32, "K_BLOCK": 1, "C_BLOCK": 16}, {"N_BLOCK": 32, "K_BLOCK": 4, "C_BLOCK": 8}
+    for shape, on, tile in (
+        ("ubn", {"OWN": True, "CHOOSE": 1, "CENTER": True, "SCALE": True, "AFFINE": True}, one),
+        ("dbn", {"OWN": True, "BLEND": True, "STD": True, "POWER": True}, one),
+        ("cn", {"OWN": True, "CONTEXTS": True, "MERGE": True}, four),
+    ):
+        flags = {**dict.fromkeys(names, False), "CHOOSE": 0, **on, "WEIGHT": True, "BIAS": True, "BLOCK": 1024, **tile}
+        flags["STD_OF_VAR"] = flags["STD"]
+        half = {**flags, "C_BLOCK": tile["C_BLOCK"] // (2 if shape == "cn" else 1)}
+        for kernel, given in ((channels.channels_of, flags), (channels.commit, flags), (channels_vjp.channels_vjp, half)):  # noqa: E501  # fmt: skip
+            own = inspect.signature(kernel.fn).parameters
+            yield Variant(kernel, shape, "fp32", {k: v for k, v in given.items() if k in own}, 4)
+    yield Variant(condensation.norms, "parts", "fp32", {"MERGE": True, "BLOCK": 1024}, 4)
+    for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
+        yield Variant(condensation.directions, "any", dtype, {"ALIGN": align, "BLOCK": TILE}, 4)
+    yield Variant(condensation.decide, "any", "fp32", {"BLOCK": 1024}, 4)
+
+
 def compiled(variant: Variant, arch: int) -> Any:
     """Compile a variant for an architecture; needs no GPU.
 
@@ -155,8 +179,8 @@ def compiled(variant: Variant, arch: int) -> Any:
     for i, name in enumerate(names):
         if name in variant.constants:
             signature[name] = "constexpr"
-        elif name in INTEGERS:
-            signature[name] = INTEGERS[name]
+        elif name in TYPES:
+            signature[name] = TYPES[name]
         elif i >= first_integer:
             signature[name] = "i64" if name in LONG else "i32"
         else:
@@ -168,7 +192,7 @@ def compiled(variant: Variant, arch: int) -> Any:
 
 
 def _first_scalar(names: Sequence[str]) -> int:
-    scalars = ("rows", "size", "samples", "number")
+    scalars = ("rows", "size", "samples", "number", "channels")
     return min(names.index(name) for name in scalars if name in names)
 
 

@@ -19,6 +19,7 @@ from lightning_norm.normalizers.paper import Paper as Paper
 from lightning_norm.normalizers.recipes import same_equations
 from lightning_norm.normalizers.running import RunningStats
 from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
+from lightning_norm.ops.channel_recipe import ChannelRecipe
 from lightning_norm.ops.compiled import KIND, compiled_forward
 from lightning_norm.ops.fused import normalize
 from lightning_norm.ops.layout import Layout, layout_of
@@ -179,7 +180,7 @@ class MomentNorm(Normalizer):
         """Return the algebra for this input: a method that looks at more than the moments of x binds it here."""
         return self.algebra
 
-    def recipe(self, layout: Layout) -> Recipe | None:
+    def recipe(self, layout: Layout) -> Recipe | ChannelRecipe | None:
         """Return the same equations as the kernels know them; ``None`` where they do not."""
         return None
 
@@ -246,7 +247,8 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
             f"element(s) per channel. {remedy}"
         )
     given = None if of_input or layer.per_sample else layer.running()
-    algebra, recipe = layer.algebra_of(x, layout), layer.recipe if same_equations(type(layer)) else None
+    known = layer.pool is None and same_equations(type(layer))  # what a pool takes, the kernels keep to themselves
+    algebra, recipe = layer.algebra_of(x, layout), layer.recipe if known else None
     return normalize(
         x,
         algebra,

@@ -12,6 +12,7 @@ from lightning_norm.normalizers.base import Paper
 from lightning_norm.normalizers.contexts import ContextState, check
 from lightning_norm.normalizers.evaluation import per_channel
 from lightning_norm.normalizers.per_context import PerContext
+from lightning_norm.normalizers.recipes import contextual
 from lightning_norm.ops import clusters
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
@@ -117,6 +118,8 @@ class ContextNorm(PerContext):
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, by the gate."""
         return self.mixture(m, self.gate(m))
+
+    recipe = contextual
 
     def eval_affine(self) -> Affine | None:
         """Return the pooled map, which evaluation without contexts is; ``None`` where contexts are always there."""

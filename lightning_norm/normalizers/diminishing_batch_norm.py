@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.recipes import diminishing
 from lightning_norm.normalizers.running import to_std, to_var
 from lightning_norm.normalizers.scheduled import Scheduled
 from lightning_norm.ops.compiled import snapshot
@@ -107,6 +108,8 @@ class DiminishingBatchNorm(MomentNorm):
         mean, spread = self._lambda(m)
         scale = 1 / (spread + self.eps) if self.average == "std" else (spread + self.eps).rsqrt()
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
+
+    recipe = diminishing
 
     def _lambda(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""

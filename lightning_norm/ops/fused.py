@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lightning_norm.ops import depthwise, eager, kernel_passes
 from lightning_norm.ops.backend import on_kernels
+from lightning_norm.ops.channel_recipe import ChannelRecipe
 from lightning_norm.ops.layout import Layout, at_least_float32, layout_of, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.recipe import Recipe, normalize_by
+from lightning_norm.ops.recipe import Recipe
 from lightning_norm.ops.sync import Ranks
 
 
@@ -32,7 +33,7 @@ def normalize(
     given: Moments | None = None,
     ranks: Ranks | None = None,
     backend: str = "auto",
-    recipe: Callable[[Layout], Recipe | None] | None = None,
+    recipe: Callable[[Layout], Recipe | ChannelRecipe | None] | None = None,
     activation: Literal["none", "relu", "silu"] = "none",
     residual: Tensor | None = None,
     recovery: tuple[Tensor, Tensor | None] | None = None,
@@ -89,7 +90,7 @@ def normalize(
     known = recipe(layout) if kernels and ranks is None and recipe is not None else None
     with _full_precision(x):
         if known is not None and (residual is None or residual.dtype == x.dtype):
-            return normalize_by(x, known, layout, activation, residual)
+            return known.normalize(x, layout, activation, residual)
         y = _normalize(x, algebra, layout, given, ranks, kernels, recovery)
     if residual is not None:
         y = y + residual

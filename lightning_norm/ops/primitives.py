@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DOUBLE = "the Triton kernels have no second derivative: swap(..., backend='eager'), or layer.backend = 'eager'."
 _library: Any = torch.library.Library("lightning_norm", "DEF")  # type: ignore[no-untyped-call]
 _HELD = "Tensor x, Tensor? weight, Tensor? bias, Tensor? w, Tensor? v"
 _BUFFERS = "Tensor{0}? running_mean, Tensor{1}? running_var, Tensor{2}? tracked, Tensor{3}? skipped, Tensor? momentum"
@@ -145,8 +146,25 @@ _FAKE: dict[str, Callable[..., Any]] = {
     "coefficients_and_track": _fake_coefficients,
     "gradients": _fake_gradients,
 }
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for _key in ("CUDA", "CPU"):
-        _library.impl(_name, _REAL[_name], _key)
-    torch.library.register_fake(f"lightning_norm::{_name}", _FAKE[_name], lib=_library)
+
+
+def define(schemas: dict[str, str], real: dict[str, Callable[..., Any]], fake: dict[str, Callable[..., Any]]) -> None:
+    """Define operators, for CUDA and for the interpreter on the CPU."""
+    for name, schema in schemas.items():
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CUDA", "CPU"):
+            _library.impl(name, real[name], key)
+        torch.library.register_fake(f"lightning_norm::{name}", fake[name], lib=_library)
+
+
+def refuse_second_derivatives() -> None:
+    """Name the way out where a backward pass is recorded.
+
+    Raises:
+        RuntimeError: under ``create_graph=True``.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(DOUBLE)
+
+
+define(SCHEMAS, _REAL, _FAKE)

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import primitives as primitives
+from lightning_norm.ops import primitives
 from lightning_norm.ops.layout import Layout
 
 ops = torch.ops.lightning_norm
-DOUBLE = "the Triton kernels have no second derivative: swap(..., backend='eager'), or layer.backend = 'eager'."
 
 
 @dataclass(frozen=True)
@@ -91,21 +90,18 @@ class Recipe:
             self.correction,
         ]
 
-
-def normalize_by(
-    x: Tensor, recipe: Recipe, layout: Layout, activation: str = "none", residual: Tensor | None = None
-) -> Tensor:
-    """Return act(normalized x + residual), on the kernels."""
-    plan, r = recipe.plan(), recipe.running
-    held = (recipe.weight, recipe.bias, recipe.w, recipe.v)
-    buffers = (None,) * 5 if r is None else (r.mean, r.var, r.tracked, r.skipped, r.momentum)
-    coefficients = ops.coefficients_and_track if plan[8] else ops.coefficients
-    stats = coefficients(x.detach(), *map(_detached, held), *buffers, layout.channel_dim, plan, recipe.eps)
-    running = (r.mean, r.var) if r is not None and r.frozen else (None, None)
-    y: Tensor = _Fused.apply(
-        x, *held, residual, *stats, *running, layout.channel_dim, plan, recipe.eps, activation
-    )  # fmt: skip
-    return y
+    def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
+        """Return act(normalized x + residual), on the kernels."""
+        plan, r = self.plan(), self.running
+        held = (self.weight, self.bias, self.w, self.v)
+        buffers = (None,) * 5 if r is None else (r.mean, r.var, r.tracked, r.skipped, r.momentum)
+        coefficients = ops.coefficients_and_track if plan[8] else ops.coefficients
+        stats = coefficients(x.detach(), *map(_detached, held), *buffers, layout.channel_dim, plan, self.eps)
+        running = (r.mean, r.var) if r is not None and r.frozen else (None, None)
+        y: Tensor = _Fused.apply(
+            x, *held, residual, *stats, *running, layout.channel_dim, plan, self.eps, activation
+        )  # fmt: skip
+        return y
 
 
 class _Fused(torch.autograd.Function):
@@ -139,8 +135,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(DOUBLE)
+        primitives.refuse_second_derivatives()
         (dy,) = grads
         x, weight, bias, w, v, kept, *stats, mean, var = ctx.saved_tensors
         need = ctx.needs_input_grad

@@ -9,7 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 
 import lightning_norm
 from lightning_norm import Affine, BatchNorm, SwitchableNorm, normalize
-from lightning_norm.ops import backend, fused, recipe
+from lightning_norm.ops import backend, fused, primitives
 from lightning_norm.testing.kit import REGISTRY, features, noise, statistics, step
 
 RECIPES = [
@@ -200,7 +200,7 @@ def test_second_derivatives_name_the_way_out():
     x = features(4, 6, 5, 3).requires_grad_()
     with pytest.raises(RuntimeError, match="backend='eager'"):
         torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    assert "second derivative" in recipe.DOUBLE
+    assert "second derivative" in primitives.DOUBLE
 
 
 def test_checkpointing_and_deepcopy():
