@@ -29,7 +29,7 @@ EQUATIONS = {
     "observed",
     "statistic_size",
     "_update",
-    "_mix",
+    *("_mix", "recovery"),
     *("_rectified", "_gain", "_gate", "_choose", "_condensed"),
     *("_lambda", "_move", "_held", "_steps", "_new_weight"),
     *("mixture", "statistics", "fold", "unseen"),

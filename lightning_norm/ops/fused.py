@@ -81,6 +81,7 @@ def normalize(
             given=given,
             ranks=ranks,
             backend=backend,
+            recipe=recipe,
             activation=activation,
             residual=turned,
             recovery=recovery,
@@ -89,9 +90,13 @@ def normalize(
     kernels = on_kernels(x, layout, backend)
     known = recipe(layout) if kernels and ranks is None and recipe is not None else None
     with _full_precision(x):
-        if known is not None and (residual is None or residual.dtype == x.dtype):
+        if known is not None and recovery is None and (residual is None or residual.dtype == x.dtype):
             return known.normalize(x, layout, activation, residual)
-        y = _normalize(x, algebra, layout, given, ranks, kernels, recovery)
+        taps = None if recovery is None else depthwise.fit(recovery[0], len(layout.reduced))
+        if isinstance(known, Recipe) and recovery is not None and taps is not None and depthwise.on_kernels(taps):
+            y = known.recover(x, layout, taps, recovery[1])
+        else:
+            y = _normalize(x, algebra, layout, given, ranks, kernels, recovery)
     if residual is not None:
         y = y + residual
     if activation == "none":
