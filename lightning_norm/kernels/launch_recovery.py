@@ -7,10 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.blocks import BUSY, TILE, cdiv, dense, power, where
+from lightning_norm.kernels.blocks import BUSY, cdiv, dense, power, where
 from lightning_norm.kernels.launch import on
 from lightning_norm.kernels.launch_algebra import Plan, adjoint
 from lightning_norm.kernels.recovery import join_taps, recover_apply, recover_combine, recover_sums
+
+TILE = 1024
+"""Elements of x that a program holds at once, beside those of its neighbours."""
+
+NEAR = 8192
+"""Elements that a program reads again for each group of taps, from the cache then."""
 
 JOIN = 128
 """Gradients that a program joins."""
@@ -81,11 +87,11 @@ class Stencil:
         """Return the compile-time arguments that every kernel takes."""
         kh, kw = ((1,) * 2 + tuple(kernel.shape[2:]))[-2:]
         sizes = {"ALIGN": self.align, "ROWS": self.rows, "BLOCK": self.block, "KH": kh, "KW": kw}
-        return {**sizes, "LAST": self.last, "num_warps": 4}
+        return {**sizes, "GROUP": kh * kw if kh * kw <= 9 else kw, "LAST": self.last}
 
 
-def stencil_of(x: Tensor, tile: int) -> Stencil:
-    """Return the tiling of (N, C, L) or (N, C, H, W), dense in either order, by tiles of ``tile`` elements."""
+def stencil_of(x: Tensor, taps: int, tile: int = TILE) -> Stencil:
+    """Return the tiling of (N, C, L) or (N, C, H, W), dense in either order, for so many taps, by tiles of ``tile``."""
     n, c, *space = x.shape
     height, width = [1, *space][-2:]
     size, last = height * width, bool(where(x, 1))
@@ -100,33 +106,45 @@ def stencil_of(x: Tensor, tile: int) -> Stencil:
         jobs, step = c * cdiv(n, rows), block
     repeat = max(1, min(jobs // (4 * BUSY), n if last else cdiv(n, rows)))
     pieces = max(1, min(cdiv(2 * BUSY, jobs), cdiv(size, step)))
+    if taps > 9:
+        held = power(size) * block if last else rows * power(size)
+        repeat, pieces = min(repeat, max(1, NEAR // held)), max(pieces, min(held // NEAR, cdiv(size, step)))
     return Stencil(n, c, height, width, last, align, rows, block, cdiv(cdiv(size, pieces), step) * step, repeat)
 
 
 def recover(x: Tensor, coef: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """Return the convolution of scale * (x - pivot) + offset, like x; ``coef`` is (3, N, C)."""
-    s, y = stencil_of(x, TILE), torch.empty_like(x)
+    s, y = stencil_of(x, kernel[0].numel()), torch.empty_like(x)
     with on(x):
         recover_apply[s.grid](
-            x, y, kernel, coef if bias is None else bias, *coef, *s.shape, BIAS=bias is not None, **s.constants(kernel)
+            x,
+            y,
+            kernel,
+            coef if bias is None else bias,
+            *coef,
+            *s.shape,
+            BIAS=bias is not None,
+            num_warps=4,
+            **s.constants(kernel),
         )
     return y
 
 
 def sum_parts(dy: Tensor, x: Tensor, coef: Tensor, kernel: Tensor) -> tuple[Tensor, Stencil, Tensor, Tensor]:
     """Return the sums of dx^ and dx^ (x - pivot) in parts, their tiling, and the gradients of kernel and bias."""
-    s = stencil_of(x, TILE // 2)
-    taps, chunks = kernel[0].numel(), cdiv(s.groups, s.repeat)
+    taps = kernel[0].numel()
+    s = stencil_of(x, taps, TILE // 4)
+    chunks = cdiv(s.groups, s.repeat)
     out = coef.new_empty(2, s.pieces * s.n * s.c)
-    found = coef.new_empty(chunks * s.pieces, s.c, taps + 1)
+    found = coef.new_empty(chunks * s.pieces, taps + 1, s.c)
     dkernel, dbias = torch.empty_like(kernel, dtype=torch.float32), coef.new_empty(s.c)
     with on(x):
         recover_sums[(chunks * s.blocks, s.pieces)](
-            dy, x, kernel, *coef, *out, found, *s.shape[:-1], s.blocks, s.piece, s.repeat, TAPS=power(taps + 1),
+            dy, x, kernel, *coef, *out, found, *s.shape[:-1], s.blocks, s.piece, s.repeat, num_warps=2,
             **s.constants(kernel),
         )  # fmt: skip
         join_taps[(cdiv(s.c * (taps + 1), JOIN),)](
-            found, dkernel, dbias, s.c * (taps + 1), chunks * s.pieces, T=taps, BLOCK=JOIN, num_warps=4
+            found, dkernel, dbias, s.c * (taps + 1), s.c, chunks * s.pieces, T=taps, BLOCK=JOIN, num_warps=4
         )
     return out, s, dkernel, dbias
 
@@ -148,11 +166,11 @@ def gradients(
     if need_dx:
         place = (s.pieces, s.c, s.n * s.c)
         line = adjoint(x, parts, stats, None, None, None, running, 1, plan, eps, place)[-1] if plan.own else None
-        s, dx = stencil_of(x, TILE), torch.empty_like(x)
+        dx = torch.empty_like(x)
         constant, slope = coef[:2] if line is None else line
         with on(x):
             recover_combine[s.grid](
-                dy, x, dx, kernel, coef[0], coef[1], constant, slope, *s.shape, PLAIN=line is None,
+                dy, x, dx, kernel, coef[0], coef[1], constant, slope, *s.shape, PLAIN=line is None, num_warps=4,
                 **s.constants(kernel),
             )  # fmt: skip
     return dx, dkernel, dbias

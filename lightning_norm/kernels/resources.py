@@ -23,7 +23,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_norm.kernels import algebra, algebra_vjp, channels, channels_vjp, condensation, elementwise, reductions
+from lightning_norm.kernels import (
+    algebra,
+    algebra_vjp,
+    channels,
+    channels_vjp,
+    condensation,
+    elementwise,
+    recovery,
+    reductions,
+)
 from lightning_norm.kernels.blocks import TILE, warps
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -125,6 +134,7 @@ def variants() -> Iterator[Variant]:
     yield Variant(reductions.join_sums, "parts", "fp32", {"BLOCK": 256}, 4)
     yield from _algebra()
     yield from _channels()
+    yield from _recovery()
 
 
 def _algebra() -> Iterator[Variant]:
@@ -163,6 +173,21 @@ def _channels() -> Iterator[Variant]:
     for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         yield Variant(condensation.directions, "any", dtype, {"ALIGN": align, "BLOCK": TILE}, 4)
     yield Variant(condensation.decide, "any", "fp32", {"BLOCK": 1024}, 4)
+
+
+def _recovery() -> Iterator[Variant]:
+    for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
+        for k, last in ((3, False), (3, True), (5, True), (7, False), (7, True)):
+            shape = f"{k} x {k}" + (" channels last" if last else "")
+            blocks = {"ALIGN": align if last else 1, "LAST": last, "KH": k, "KW": k, "BIAS": True, "PLAIN": False}
+            blocks["GROUP"] = 9 if k == 3 else k
+            for kernel, tile in ((recovery.recover_apply, 1024), (recovery.recover_sums, 256), (recovery.recover_combine, 1024)):  # noqa: E501  # fmt: skip
+                blocks |= {"ROWS": tile // 64, "BLOCK": 64} if last else {"ROWS": 1, "BLOCK": tile}
+                own = inspect.signature(kernel.fn).parameters
+                yield Variant(
+                    kernel, shape, dtype, {name: v for name, v in blocks.items() if name in own}, 4 if tile > 256 else 2
+                )
+    yield Variant(recovery.join_taps, "9 taps", "fp32", {"T": 9, "BLOCK": 128}, 4)
 
 
 def compiled(variant: Variant, arch: int) -> Any:
