@@ -22,7 +22,7 @@ def spot(
     sample, channel, first, end, samples, units, size, width, ALIGN: tl.constexpr, LAST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Where a tile lies: origin, offsets, mask, row and column in the map, channels, (N, C) indices, and the mask of both."""
+    """Where a tile lies: origin, offsets, mask; row and column in the map; channels, (N, C) indices, their mask."""
     channels = units * ALIGN if LAST else units
     if LAST:
         p = (first + tl.arange(0, ROWS))[:, None]
