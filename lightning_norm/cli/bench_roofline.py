@@ -1,8 +1,8 @@
 """``lightning-norm bench --roofline``: forward and backward apart, beside the memory's own speed.
 
 Each pass must read and write x so many times at least (three forward, five backward), and a machine copies so many
-bytes in a second: the floor. What a contender takes is told as a fraction of it, beside the ratio to torch's BatchNorm of the
-same run. The same code runs on a CPU, where it counts no kernels.
+bytes in a second: the floor. What a contender takes is told as a fraction of it, beside the ratio to torch's BatchNorm
+of the same run. The same code runs on a CPU, where it counts no kernels.
 """
 
 from __future__ import annotations

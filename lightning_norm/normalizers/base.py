@@ -21,7 +21,7 @@ from lightning_norm.normalizers.running import RunningStats
 from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
 from lightning_norm.ops.channel_recipe import ChannelRecipe
 from lightning_norm.ops.compiled import KIND, compiled_forward
-from lightning_norm.ops.fused import normalize
+from lightning_norm.ops.fused import activated, normalize
 from lightning_norm.ops.layout import Layout, layout_of
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.recipe import Recipe
@@ -197,11 +197,17 @@ class MomentNorm(Normalizer):
         """Return the elements behind the smallest statistic, for n samples of ``size`` elements per channel."""
         return n * size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x."""
+    def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        r"""Normalize x: :math:`\mathrm{act}(y + \mathrm{residual})`, on the GPU in the pass that writes y.
+
+        Args:
+            x: the input.
+            activation: "none", "relu" or "silu".
+            residual: added before the activation, in the shape of x.
+        """
         if self.compiled and not torch.compiler.is_compiling():
-            return compiled_forward(self, x, _forward)
-        return _forward(self, x)
+            return activated(compiled_forward(self, x, _forward), activation, residual)
+        return _forward(self, x, activation, residual)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the forward pass, fullgraph, at static shapes; layers that agree in everything share their graphs.
@@ -231,7 +237,7 @@ class MomentNorm(Normalizer):
     """A subclass's own arguments, for ``repr``."""
 
 
-def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
+def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
     who = type(layer).__name__
     layout = layout_of(x, layer.num_features, layer.channel_dim, who)
     pools = layer.uses_batch or layer.track_running_stats
@@ -258,4 +264,6 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
         backend=layer.backend,
         recipe=recipe,
         recovery=layer.recovery(),
+        activation=activation,
+        residual=residual,
     )

@@ -102,11 +102,11 @@ class ContextNorm(PerContext):
         self.per_sample = context == "gate" or missing == "posterior"  # type: ignore[misc]
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """Normalize x."""
         if self.context != "gate" and isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point():
             check(self, x.shape[0])
-        return super().forward(x)
+        return super().forward(x, activation, residual)
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra with the contexts of this input."""

@@ -140,6 +140,22 @@ def test_launches(key, forward, monkeypatch):
     assert launched == ["sums_rows", "vjp_pool", "vjp_mix", "combine_flat"]
 
 
+def test_a_layers_activation_and_residual_are_in_the_same_launches(monkeypatch):
+    layer = lightning_norm.create("sn", 6)
+    layer.backend = "triton"
+    exact = copy.deepcopy(layer).double()
+    exact.backend = "eager"
+    x, r = features(4, 6, 5, 3).requires_grad_(), noise(4, 6, 5, 3, seed=9).requires_grad_()
+    launched = count_launches(monkeypatch)
+    y = layer(x, activation="relu", residual=r)
+    got = torch.autograd.grad(y, (x, r), noise(4, 6, 5, 3, seed=7))
+    assert len(launched) == 8, launched
+    want = exact(x.double(), "relu", r.double())
+    wanted = torch.autograd.grad(want, (x, r), noise(4, 6, 5, 3, seed=7).double())
+    for a, b in zip((y, *got), (want, *wanted), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=2e-6)
+
+
 def test_launches_in_evaluation(monkeypatch):
     layer = BatchNorm(6).eval()
     layer.backend = "triton"
