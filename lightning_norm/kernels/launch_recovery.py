@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.blocks import BUSY, cdiv, dense, power, where
+from lightning_norm.kernels.blocks import BUSY, REGISTERS, cdiv, dense, power, where
 from lightning_norm.kernels.launch import on
 from lightning_norm.kernels.launch_algebra import Plan, adjoint
 from lightning_norm.kernels.recovery import join_taps, recover_apply, recover_combine, recover_sums
@@ -141,6 +141,7 @@ def sum_parts(dy: Tensor, x: Tensor, coef: Tensor, kernel: Tensor) -> tuple[Tens
     with on(x):
         recover_sums[(chunks * s.blocks, s.pieces)](
             dy, x, kernel, *coef, *out, found, *s.shape[:-1], s.blocks, s.piece, s.repeat, num_warps=2,
+            maxnreg=REGISTERS["recover_sums"],
             **s.constants(kernel),
         )  # fmt: skip
         join_taps[(cdiv(s.c * (taps + 1), JOIN),)](
@@ -171,6 +172,7 @@ def gradients(
         with on(x):
             recover_combine[s.grid](
                 dy, x, dx, kernel, coef[0], coef[1], constant, slope, *s.shape, PLAIN=line is None, num_warps=4,
+                maxnreg=REGISTERS["recover_combine"],
                 **s.constants(kernel),
             )  # fmt: skip
     return dx, dkernel, dbias

@@ -33,7 +33,7 @@ from lightning_norm.kernels import (
     recovery,
     reductions,
 )
-from lightning_norm.kernels.blocks import TILE, warps
+from lightning_norm.kernels.blocks import REGISTERS, TILE, warps
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WIDE = ("x", "dy", "y", "dx", "residual", "dresidual")
@@ -213,7 +213,8 @@ def compiled(variant: Variant, arch: int) -> Any:
         if signature[name].startswith("*"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.warps})
+    limit = {"maxnreg": REGISTERS[variant.name]} if variant.name in REGISTERS else {}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.warps, **limit})
 
 
 def _first_scalar(names: Sequence[str]) -> int:

@@ -15,20 +15,23 @@ from tests.kernels.interpreted.test_layers import compare, count_launches
 
 ops = torch.ops.lightning_norm
 TWO = torch.tensor([[0.7, 0.3], [0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
+SLOW = pytest.mark.slow
 TRAINED = [
     ("rbn", {}),
+    ("ubn", {"threshold": -0.5, "min_updates": 0}),
+    ("dbn", {}),
+    ("cn", {"context": "ids", "min_count": 60, "momentum": None, "num_contexts": 5}),
+]
+TRAINED_AT_LENGTH = [
     ("rbn", {"rectify": ["center"], "gate_init": "paper", "affine": False, "momentum": None}),
     ("ubn", {}),
     ("ubn", {"rectify": ["affine"], "track_running_stats": False}),
     ("ubn", {"threshold": 0.9, "min_updates": 0}),
-    ("ubn", {"threshold": -0.5, "min_updates": 0}),
     ("ubn", {"threshold": -0.5, "min_updates": 0, "mode": "gate"}),
-    ("dbn", {}),
     ("dbn", {"average": "var", "power": 2.001}),
     ("dbn", {"stat_grad": "none", "affine": False}),
     ("dbn", {"track_running_stats": False}),
     ("cn", {"context": "ids"}),
-    ("cn", {"context": "ids", "min_count": 60, "momentum": None, "num_contexts": 5}),
     ("cn", {"context": "ids", "num_contexts": 2, "affine": False, "track_running_stats": False}),
 ]
 EVALUATED = [("rbn", {}), ("ubn", {"threshold": 0.5}), ("dbn", {}), ("dbn", {"average": "var", "affine": False})]
@@ -59,7 +62,9 @@ def same_buffers(ours, exact, tolerance=1e-6):
         )
 
 
-@pytest.mark.parametrize(("key", "arguments"), TRAINED, ids=str)
+@pytest.mark.parametrize(
+    ("key", "arguments"), [*TRAINED, *(pytest.param(*case, marks=SLOW) for case in TRAINED_AT_LENGTH)], ids=str
+)
 def test_training(key, arguments, monkeypatch):
     ours, exact = pair(key, arguments)
     launched = count_launches(monkeypatch)
@@ -111,7 +116,7 @@ def test_condensation(last):
     torch.testing.assert_close(layer.condensation.double(), condensation.condensation(x.double()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("key", ["rbn", "dbn", "cn"])
+@pytest.mark.parametrize("key", ["rbn", *(pytest.param(k, marks=SLOW) for k in ("dbn", "cn"))])
 def test_large_offsets(key):
     """The gates see offsets of 1000 as they are, so arguments of a sigmoid are rounded by 1e-5."""
     ours, exact = pair(key, {"context": "ids"} if key == "cn" else {}, offset=1000.0)
@@ -190,7 +195,7 @@ def arguments_of(name, last):
     return (torch.rand_like(x), x, *stats, held[0], held[2], None, torch.rand_like(x), 1, plan, numbers, "relu", True)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["rows", "channels last"])
+@pytest.mark.parametrize("last", [False, pytest.param(True, marks=SLOW)], ids=["rows", "channels last"])
 @pytest.mark.parametrize("name", channel_recipe.SCHEMAS)
 def test_opcheck(name, last, monkeypatch):
     monkeypatch.undo()  # opcheck compares two runs: torch.empty as it is

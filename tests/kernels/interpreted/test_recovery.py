@@ -49,7 +49,7 @@ SLOW = pytest.mark.slow
         pytest.param(5, "rows", marks=SLOW),
         (5, "channels last"),
         pytest.param(7, "rows", marks=SLOW),
-        (7, "channels last"),
+        pytest.param(7, "channels last", marks=SLOW),
     ],
 )
 def test_kernel_sizes(k, form):
@@ -57,8 +57,15 @@ def test_kernel_sizes(k, form):
     check((2, 5, 6, 5), form, kernel_size=k)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("train", "form"),
+    [
+        pytest.param(True, "rows", marks=SLOW),
+        (True, "channels last"),
+        (False, "rows"),
+        pytest.param(False, "channels last", marks=SLOW),
+    ],
+)
 def test_modes(train, form):
     check((3, 8, 7, 7), form, train=train, affine=train)
 
@@ -94,12 +101,12 @@ def test_one_axis():
     compare(ours, exact, features(3, 11, 5), noise(3, 11, 5, seed=7), 4e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["rows", pytest.param("channels last", marks=SLOW)])
 def test_large_offsets(form):
     check((2, 3, 6, 5), form, offset=1000.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=SLOW)])
 def test_half(dtype):
     ours, exact = pair()
     compare(ours, exact, features(4, 6, 5, 4).to(dtype), noise(4, 6, 5, 4, seed=7).to(dtype), 2.0**-7)
