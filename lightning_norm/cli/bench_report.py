@@ -98,8 +98,8 @@ def rows_of(label: str, times: dict[str, list[float]], saved: dict[str, float]) 
 ROOFLINE_LEGEND = (
     "Forward and backward on the device, medians of interleaved runs, by the clock that each row names. `of floor`: "
     "the time that a copy of 3 (forward) or 5 (backward) times the size of x takes on this machine, as a share of the "
-    "time taken. `eager` is forward and backward with the work of the host. `kernels` were counted by the profiler; `peak` "
-    "is memory beyond the inputs, as a multiple of x."
+    "time taken. `eager` is forward and backward with the work of the host. `kernels` were counted by the profiler; "
+    "`peak` is memory beyond the inputs, as a multiple of x."
 )
 
 

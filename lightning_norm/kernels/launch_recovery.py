@@ -125,6 +125,7 @@ def recover(x: Tensor, coef: Tensor, kernel: Tensor, bias: Tensor | None) -> Ten
             *s.shape,
             BIAS=bias is not None,
             num_warps=4,
+            maxnreg=REGISTERS["recover_apply"],
             **s.constants(kernel),
         )
     return y
