@@ -87,6 +87,7 @@ class Usage:
         loads: all global loads.
         stores128: global stores of 16 bytes.
         doubles: arithmetic in float64.
+        atomics: additions whose order is left to chance.
     """
 
     kernel: str
@@ -102,6 +103,7 @@ class Usage:
     loads: int
     stores128: int
     doubles: int
+    atomics: int
 
 
 def variants() -> Iterator[Variant]:
@@ -238,6 +240,7 @@ def usage(variant: Variant, arch: int) -> Usage:
         len(re.findall(r"\b(?:LDL|STL)\b", code)), len(re.findall(r"\bLDG\.E\S*\.128", code)),
         len(re.findall(r"\bLDG\b", code)), len(re.findall(r"\bSTG\.E\S*\.128", code)),
         len(re.findall(r"\b(?:add|sub|mul|div|fma|neg|min|max|sqrt|rcp|cvt)\S*\.f64", kernel.asm["ptx"])),
+        len(re.findall(r"\b(?:atom|red)\.\S*(?:global|shared|gpu|cta)", kernel.asm["ptx"])),
     )  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def clean():
 def judge(u):
     assert u.stack == u.spills == 0, f"spills: {u}"
     assert u.doubles == 0, f"float64: {u}"
+    assert u.atomics == 0, f"atomics: {u}"
     assert u.registers <= BUDGET[u.kernel], f"registers: {u}"
     if u.kernel in STREAMS:
         tensors = 1 + ("sums" in u.kernel or "combine" in u.kernel) + ("relu" in u.shape)
@@ -113,8 +114,16 @@ def test_every_kernel(arch):
 def test_the_judge_can_fail():
     from lightning_norm.kernels.resources import Usage
 
-    good = Usage("apply_flat", "any", "fp32", 90, 4, 60, 0, 0, 0, 4, 50, 4, 0)
+    good = Usage("apply_flat", "any", "fp32", 90, 4, 60, 0, 0, 0, 4, 50, 4, 0, 0)
     judge(good)
-    for bad in ({"stack": 8}, {"spills": 1}, {"doubles": 1}, {"registers": 200}, {"loads128": 3}, {"stores128": 0}):
+    for bad in (
+        {"stack": 8},
+        {"spills": 1},
+        {"doubles": 1},
+        {"atomics": 1},
+        {"registers": 200},
+        {"loads128": 3},
+        {"stores128": 0},
+    ):
         with pytest.raises(AssertionError):
             judge(replace(good, **bad))

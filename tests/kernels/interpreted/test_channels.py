@@ -214,6 +214,15 @@ def test_compile_and_checkpoint():
     assert torch.equal(torch.autograd.grad(again, x, dy)[0], want)
 
 
+def test_export():
+    layer, _ = pair("rbn", {}, train=False)
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(torch.nn.Sequential(layer), (features(5, 6, 7, 3),), dynamic_shapes=shapes)
+    assert "lightning_norm.channels.default" in {str(node.target) for node in program.graph.nodes}
+    x = features(3, 6, 7, 3)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
 def test_plan_has_the_names_of_the_recipe():
     fields = list(launch_channels.ChannelPlan.__dataclass_fields__)
     for i, name in enumerate(fields):
