@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_norm.kernels.algebra import mix, pool
 from lightning_norm.kernels.algebra_vjp import vjp_mix, vjp_pool
-from lightning_norm.kernels.blocks import Grid, cdiv, grid_of, power
+from lightning_norm.kernels.blocks import REGISTERS, Grid, cdiv, grid_of, power
 from lightning_norm.kernels.launch import combine, moment_parts, on, sum_parts
 
 BLOCK = 256
@@ -170,7 +170,7 @@ def adjoint(
     with on(x):
         vjp_pool[(columns + rows,)](
             *parts, coef, own, batch, layer, *given, by_batch, by_layer, dweight, dbias, dw, mixed, grid.n, number,
-            grid.c, groups, per_group, columns, *place, eps, factor, **tile, **common,
+            grid.c, groups, per_group, columns, *place, eps, factor, maxnreg=REGISTERS["vjp_pool"], **tile, **common,
         )  # fmt: skip
         if plan.own or plan.k > 0:
             vjp_mix[(cdiv(number, BLOCK),)](
