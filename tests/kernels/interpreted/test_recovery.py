@@ -146,7 +146,7 @@ def test_nan_gets_through():
 
 
 @pytest.mark.parametrize("form", [pytest.param("rows", marks=SLOW), "channels last"])
-def test_compile_and_opcheck(form, monkeypatch):
+def test_compile(form):
     ours, _ = pair()
     plain = copy.deepcopy(ours)
     x, dy = (t.contiguous(memory_format=FORMS[form]) for t in (features(4, 6, 5, 4), noise(4, 6, 5, 4, seed=7)))
@@ -157,13 +157,6 @@ def test_compile_and_opcheck(form, monkeypatch):
     )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
-    monkeypatch.undo()
-    x, ops = x.detach(), torch.ops.lightning_norm
-    plan = plain.recipe(None).plan()
-    stats = ops.coefficients(x, *[None] * 9, 1, [*plan[:8], 0, *plan[9:]], 1e-5)
-    kernel = plain.kernel.detach()
-    torch.library.opcheck(ops.recover.default, (x, stats[-1], kernel, plain.bias.detach()))
-    torch.library.opcheck(ops.recover_gradients.default, (dy, x, *stats, kernel, None, None, plan, 1e-5, True))
 
 
 def test_export():
