@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.cli.bench_clock import machine
 from lightning_norm.cli.bench_naive import CONTEXTS, FORMULAS, Naive, contexts_of
 from lightning_norm.cli.bench_peers import PEERS, depthwise_peer, taps
-from lightning_norm.cli.bench_report import rows_of, save, table
+from lightning_norm.cli.bench_report import rows_of, save, save_roofline, table
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.contexts import assign, context_layers
 from lightning_norm.normalizers.registry import create, normalizers
@@ -44,8 +44,14 @@ def run(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(options.threads)
     shapes = [_shape(s) for s in options.shapes.split(",")] if options.shapes else list(SHAPES)
     keys = options.norms.split(",")
+    unknown = set(options.dtypes.split(",")) - {"fp32", "bf16", "fp16"}
+    if unknown:
+        raise ValueError(f"--dtypes: {sorted(unknown)} unknown. Type one or more of fp32,bf16,fp16.")
     for key in keys:
         create(key, 32)  # an unknown key is told before anything runs
+    command = " ".join(["lightning-norm bench", *(sys.argv[2:] if argv is None else argv)])
+    if options.device == "cuda" or options.roofline:
+        return _roofline(options, shapes if options.shapes else None, keys, command)
     rows = []
     for shape in shapes:
         for channels_last in (False, True) if len(shape) == 4 else (False,):
@@ -54,12 +60,42 @@ def run(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if options.network:
         rows += bench_network(keys, options.device, options.repeats, options.compile)
         _print_rows("resnet18 step", rows)
-    command = " ".join(["lightning-norm bench", *(sys.argv[2:] if argv is None else argv)])
     result = {"machine": machine(options.threads), "command": command, "rows": rows}
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1))
     if options.save:
         save(result, Path(options.save))
+    return rows
+
+
+def _roofline(
+    options: argparse.Namespace, shapes: list[tuple[int, ...]] | None, keys: list[str], command: str
+) -> list[dict[str, Any]]:
+    from lightning_norm.cli import bench_clock, bench_network, bench_roofline
+
+    cuda, dtypes = options.device == "cuda", options.dtypes.split(",")
+    budget, repeats = bench_roofline.Budget(options.minutes), options.repeats
+    given, common = shapes or (bench_roofline.SHAPES if cuda else SHAPES[:3]), (keys, options.device)
+    speed = bench_clock.copy_speed(options.device, 1000 if cuda else 50, max(5, repeats // 5))
+    print(f"copy: {speed:.0f} GB/s read and written", flush=True)
+    network = bench_network.LARGE if cuda else bench_network.SMALL
+    rows: list[dict[str, Any]] = []
+    passes: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    for compiled in (False, True) if options.compile else (False,):
+        chosen = bench_roofline.cases(given, dtypes, compiled)
+        found = bench_roofline.roofline(chosen, *common, repeats, budget, speed)
+        rows, passes = rows + found[0], passes + found[1]
+        if cuda or options.network:
+            steps += bench_network.steps(network, *common, max(3, repeats // 5), compiled, budget, ARGUMENTS)
+    result = {"machine": machine(options.threads), "command": command, "copy_gb_s": speed, "roofline": rows}
+    result |= {"passes": passes, "steps": steps, "left_out": budget.left_out}
+    for line in budget.left_out:
+        print(f"left out: {line}", flush=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1))
+    if options.save:
+        save_roofline(result, Path(options.save))
     return rows
 
 
@@ -135,11 +171,11 @@ def _has_formula(key: str, shape: Sequence[int]) -> bool:
     return key in FORMULAS and (len(shape) == 4 if key == "bnet" else len(shape) > 2)
 
 
-def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor, tolerance: float = 1e-4) -> None:
     """Compare a layer's output and input gradient with the naive formula in float64.
 
     Raises:
-        ArithmeticError: they differ by more than 1e-4 of their norm.
+        ArithmeticError: they differ by more than ``tolerance``, 1e-4, of their norm.
     """
     key = next((k for k, peer in PEERS.items() if peer == name), name.split()[0].replace("torch", "bn"))
     if not _has_formula(key, x.shape):
@@ -159,7 +195,7 @@ def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
         setattr(layer, "dropout", held)  # noqa: B010
     for what, a, b in (("output", got, want), ("input gradient", got_dx, want_dx)):
         error = ((a - b).norm() / b.norm()).item()
-        if not error < 1e-4:
+        if not error < tolerance:
             raise ArithmeticError(
                 f"{name}: the {what} differs from float64 by {error:.1e} of its norm at {tuple(x.shape)}."
             )
@@ -180,27 +216,13 @@ def saved_for_backward(layer: nn.Module, x: Tensor) -> float:
 
 def bench_network(keys: Sequence[str], device: str, repeats: int, compiled: bool) -> list[dict[str, Any]]:
     """Time whole training steps of resnet18, 16 x 3 x 64 x 64, with each normalizer against its own BatchNorm."""
-    import torchvision
+    from lightning_norm.cli.bench_network import SMALL, training_step
 
-    from lightning_norm.surgery.swap import swap
-
-    x = torch.randn(16, 3, 64, 64, device=device)
-    target = torch.arange(16, device=device) % 10
     runs: dict[str, Run] = {}
     for name in ["torch", *keys, *(f"{key} compiled" for key in keys if compiled)]:
-        torch.manual_seed(0)
-        net = torchvision.models.resnet18(num_classes=10).to(device)
-        if name != "torch":
-            key = name.split()[0]
-            swap(net, key, norm_args=ARGUMENTS.get(key), compile=name.endswith("compiled"))
-        optimizer = torch.optim.SGD(net.parameters(), 0.01)
-
-        def step(net: nn.Module = net, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            optimizer.zero_grad()
-            torch.autograd.backward(nn.functional.cross_entropy(net(x), target))
-            optimizer.step()
-
-        runs[name] = step
+        key = None if name == "torch" else name.split()[0]
+        layers_compiled = name.endswith("compiled")
+        runs[name] = training_step(SMALL, key, device, ARGUMENTS.get(key or ""), layers_compiled=layers_compiled)
     return rows_of("resnet18 step", interleave(runs, max(5, repeats // 3), device), {})
 
 
@@ -224,15 +246,6 @@ def interleave(runs: dict[str, Run], repeats: int, device: str) -> dict[str, lis
     return times
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "gpu": gpu, "threads": threads, "torch": torch.__version__, "python": platform.python_version()}
-
-
 def _print_rows(label: str, rows: list[dict[str, Any]]) -> None:
     print(f"\n{label}\n{table([r for r in rows if r['shape'] == label])}", flush=True)
 
@@ -249,13 +262,6 @@ def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Run:
     return lambda: torch.autograd.grad(layer(x), wanted, dy)
 
 
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-norm bench",
@@ -269,6 +275,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     parser.add_argument("--network", action="store_true", help="also whole training steps of resnet18")
+    parser.add_argument(
+        "--roofline",
+        action="store_true",
+        help="forward and backward apart, as fractions of what the memory allows; always so on CUDA",
+    )
+    parser.add_argument("--dtypes", default="fp32,bf16", help="with --roofline: out of fp32,bf16,fp16")
+    parser.add_argument("--minutes", type=float, default=8, help="with --roofline: what does not fit is left out")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--save", metavar="DIR", help="write bench.json, bench.md and bench.png there")
     return parser

@@ -232,9 +232,10 @@ def track(
         var = tl.load(batch + 2 * channels + c, mask=c < channels, other=0.0) * tl.cast(unbias, tl.float32)
         bad += tl.where(tl.abs(mean + var) < float("inf"), 0, 1)
     good = tl.sum(bad, 0) == 0
-    count = tl.load(tracked) + good.to(tl.int64)
+    count, missed = tl.load(tracked) + good.to(tl.int64), tl.load(skipped) + 1 - good.to(tl.int64)
+    tl.debug_barrier()  # every thread has read what is now written
     tl.store(tracked, count)
-    tl.store(skipped, tl.load(skipped) + 1 - good.to(tl.int64))
+    tl.store(skipped, missed)
     if TRACK == 2:
         step = 1.0 / tl.maximum(count, 1).to(tl.float32)
     else:

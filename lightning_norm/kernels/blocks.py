@@ -13,6 +13,16 @@ BUSY = 264
 TILE = 2048
 """Elements of x that a program holds at once: 16 for each of 128 threads."""
 
+REGISTERS = {
+    "sums_rows": 128,
+    "apply_columns": 128,
+    "recover_apply": 168,
+    "recover_sums": 192,
+    "recover_combine": 128,
+    "vjp_pool": 200,
+}
+"""Registers of a thread at most: without a limit ptxas spills 8 bytes of these for one more resident program."""
+
 LONGEST = 1 << 28
 """Elements per (sample, channel) beyond which lanes could leave 32 bits."""
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.blocks import TILE, Grid, cdiv, dense, grid_of
+from lightning_norm.kernels.blocks import REGISTERS, TILE, Grid, cdiv, dense, grid_of
 from lightning_norm.kernels.elementwise import apply_columns, apply_flat, combine_columns, combine_flat
 from lightning_norm.kernels.reductions import (
     join_moments,
@@ -90,7 +90,7 @@ def sum_parts(dy: Tensor, x: Tensor, coef: Tensor, grid: Grid, activation: str, 
         else:
             sums_rows[(cdiv(grid.n * grid.c, grid.rows), grid.pieces)](
                 dy, x, third, pivot, scale, offset, *out, grid.n * grid.c, grid.size, grid.units, grid.piece,
-                LOOP=loops(grid), num_warps=grid.warps, **blocks,
+                LOOP=loops(grid), num_warps=grid.warps, maxnreg=REGISTERS["sums_rows"], **blocks,
             )  # fmt: skip
     return out
 
@@ -107,7 +107,7 @@ def apply(
         if grid.columns:
             apply_columns[(grid.n * grid.block_rows, grid.block_columns)](
                 x, third, y, *coef, grid.length, grid.units, grid.block_rows, grid.c, ROWS=grid.rows, BLOCK=grid.block,
-                FOLD=grid.fold, num_warps=grid.warps, **blocks,
+                FOLD=grid.fold, num_warps=grid.warps, maxnreg=REGISTERS["apply_columns"], **blocks,
             )  # fmt: skip
         else:
             apply_flat[(cdiv(x.numel(), TILE),)](

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_norm.kernels.algebra import mix, pool
 from lightning_norm.kernels.algebra_vjp import vjp_mix, vjp_pool
-from lightning_norm.kernels.blocks import Grid, cdiv, grid_of, power
+from lightning_norm.kernels.blocks import REGISTERS, Grid, cdiv, grid_of, power
 from lightning_norm.kernels.launch import combine, moment_parts, on, sum_parts
 
 BLOCK = 256
@@ -123,10 +123,38 @@ def gradients(
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight, bias, w, v and the residual; ``stats`` is what ``coefficients`` returned."""
+    grid, coef = grid_of(x, channel_dim), stats[-1]
+    parts = sum_parts(dy, x, coef, grid, activation, residual)
+    place = (grid.parts, grid.sample_stride, grid.part_stride)
+    *held, line = adjoint(x, parts, stats, weight, w, v, running, channel_dim, plan, eps, place)
+    dweight, dbias, dw, dv = held
+    dx, dresidual = coef.new_empty(0), None
+    if need_dx or residual is not None:
+        moving = plan.own or plan.k > 0
+        dx, dresidual = combine(dy, x, coef, line if moving else None, channel_dim, activation, residual)
+    return dx, dweight, dbias, dw, dv, coef.new_empty(0) if dresidual is None else dresidual
+
+
+def adjoint(
+    x: Tensor,
+    parts: Tensor,
+    stats: tuple[Tensor, Tensor, Tensor, Tensor],
+    weight: Tensor | None,
+    w: Tensor | None,
+    v: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
+    channel_dim: int,
+    plan: Plan,
+    eps: float,
+    place: tuple[int, int, int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of weight, bias, w and v, and constant and slope (2, N, C), from the sums in ``parts``.
+
+    ``place`` holds the number of parts, and the distances between two samples' and two parts' numbers.
+    """
     grid = grid_of(x, channel_dim)
     own, batch, layer, coef = stats
     number, groups = grid.n * grid.c, grid.n * plan.groups
-    parts = sum_parts(dy, x, coef, grid, activation, residual)
     tile = _tile(grid, plan, 512)
     columns = cdiv(grid.c, tile["C_BLOCK"])
     rows = cdiv(groups, tile["G_BLOCK"]) if plan.at_ln >= 0 else 0
@@ -136,25 +164,20 @@ def gradients(
     mixed = coef.new_empty(6, columns)
     line = coef.new_empty(2, grid.n, grid.c)
     factor = grid.size / max(grid.size - 1, 1) if plan.correction else 1.0
-    place = (grid.parts, grid.sample_stride, grid.part_stride)
     given = tuple(coef if t is None else t for t in (weight, w, v, *running))
-    common = {**plan.constants(), "MERGE": grid.parts > 1, "WEIGHT": weight is not None, "num_warps": 4}
+    common = {**plan.constants(), "MERGE": place[0] > 1, "WEIGHT": weight is not None, "num_warps": 4}
     per_group = grid.c // plan.groups
-    moving = plan.own or plan.k > 0
     with on(x):
         vjp_pool[(columns + rows,)](
             *parts, coef, own, batch, layer, *given, by_batch, by_layer, dweight, dbias, dw, mixed, grid.n, number,
-            grid.c, groups, per_group, columns, *place, eps, factor, **tile, **common,
+            grid.c, groups, per_group, columns, *place, eps, factor, maxnreg=REGISTERS["vjp_pool"], **tile, **common,
         )  # fmt: skip
-        if moving:
+        if plan.own or plan.k > 0:
             vjp_mix[(cdiv(number, BLOCK),)](
                 *parts, coef, own, batch, layer, *given, by_batch, by_layer, mixed, dw, dv, line, grid.n, number,
                 grid.c, groups, per_group, columns, *place, grid.size, eps, factor, BLOCK=BLOCK, **common,
             )  # fmt: skip
-    dx, dresidual = coef.new_empty(0), None
-    if need_dx or residual is not None:
-        dx, dresidual = combine(dy, x, coef, line if moving else None, channel_dim, activation, residual)
-    return dx, dweight, dbias, dw, dv, coef.new_empty(0) if dresidual is None else dresidual
+    return dweight, dbias, dw, dv, line
 
 
 def _tile(grid: Grid, plan: Plan, most: int) -> dict[str, int]:

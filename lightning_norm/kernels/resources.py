@@ -23,13 +23,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_norm.kernels import algebra, algebra_vjp, elementwise, reductions
-from lightning_norm.kernels.blocks import TILE, warps
+from lightning_norm.kernels import (
+    algebra,
+    algebra_vjp,
+    channels,
+    channels_vjp,
+    condensation,
+    elementwise,
+    recovery,
+    reductions,
+)
+from lightning_norm.kernels.blocks import REGISTERS, TILE, warps
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WIDE = ("x", "dy", "y", "dx", "residual", "dresidual")
 """Pointers to tensors like x; the others point to float32."""
-INTEGERS = {"tracked": "*i64", "skipped": "*i64", "eps": "fp32", "factor": "fp32", "unbias": "fp32"}
+TYPES = {
+    **dict.fromkeys(("tracked", "skipped", "updates", "measured", "kept_out", "in_a_row"), "*i64"),
+    **dict.fromkeys(("eps", "factor", "unbias", "least", "power", "unit_scale", "unit_affine"), "fp32"),
+}
 LONG = ("rows", "number", "units")
 
 
@@ -75,6 +87,7 @@ class Usage:
         loads: all global loads.
         stores128: global stores of 16 bytes.
         doubles: arithmetic in float64.
+        atomics: additions whose order is left to chance.
     """
 
     kernel: str
@@ -90,6 +103,7 @@ class Usage:
     loads: int
     stores128: int
     doubles: int
+    atomics: int
 
 
 def variants() -> Iterator[Variant]:
@@ -121,6 +135,8 @@ def variants() -> Iterator[Variant]:
     yield Variant(reductions.join_moments, "parts", "fp32", {"BLOCK": 256}, 4)
     yield Variant(reductions.join_sums, "parts", "fp32", {"BLOCK": 256}, 4)
     yield from _algebra()
+    yield from _channels()
+    yield from _recovery()
 
 
 def _algebra() -> Iterator[Variant]:
@@ -141,6 +157,41 @@ def _algebra() -> Iterator[Variant]:
         yield Variant(algebra.pool, "parts" if merge else "whole", "fp32", {"MERGE": merge, **tile}, 4)
 
 
+def _channels() -> Iterator[Variant]:
+    names = ("OWN", "MERGE", "FROZEN", "BLEND", "STD", "POWER", "DETACH", "CHOOSE", "CONTEXTS", "CENTER", "SCALE", "AFFINE", "AVERAGE")  # noqa: E501  # fmt: skip
+    one, four = {"N_BLOCK": 32, "K_BLOCK": 1, "C_BLOCK": 16}, {"N_BLOCK": 32, "K_BLOCK": 4, "C_BLOCK": 8}
+    for shape, on, tile in (
+        ("ubn", {"OWN": True, "CHOOSE": 1, "CENTER": True, "SCALE": True, "AFFINE": True}, one),
+        ("dbn", {"OWN": True, "BLEND": True, "STD": True, "POWER": True}, one),
+        ("cn", {"OWN": True, "CONTEXTS": True, "MERGE": True}, four),
+    ):
+        flags = {**dict.fromkeys(names, False), "CHOOSE": 0, **on, "WEIGHT": True, "BIAS": True, "BLOCK": 1024, **tile}
+        flags["STD_OF_VAR"] = flags["STD"]
+        half = {**flags, "C_BLOCK": tile["C_BLOCK"] // (2 if shape == "cn" else 1)}
+        for kernel, given in ((channels.channels_of, flags), (channels.commit, flags), (channels_vjp.channels_vjp, half)):  # noqa: E501  # fmt: skip
+            own = inspect.signature(kernel.fn).parameters
+            yield Variant(kernel, shape, "fp32", {k: v for k, v in given.items() if k in own}, 4)
+    yield Variant(condensation.norms, "parts", "fp32", {"MERGE": True, "BLOCK": 1024}, 4)
+    for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
+        yield Variant(condensation.directions, "any", dtype, {"ALIGN": align, "BLOCK": TILE}, 4)
+    yield Variant(condensation.decide, "any", "fp32", {"BLOCK": 1024}, 4)
+
+
+def _recovery() -> Iterator[Variant]:
+    for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
+        for k, last in ((3, False), (3, True), (5, True), (7, False), (7, True)):
+            shape = f"{k} x {k}" + (" channels last" if last else "")
+            blocks = {"ALIGN": align if last else 1, "LAST": last, "KH": k, "KW": k, "BIAS": True, "PLAIN": False}
+            blocks["GROUP"] = 9 if k == 3 else k
+            for kernel, tile in ((recovery.recover_apply, 1024), (recovery.recover_sums, 256), (recovery.recover_combine, 1024)):  # noqa: E501  # fmt: skip
+                blocks |= {"ROWS": tile // 64, "BLOCK": 64} if last else {"ROWS": 1, "BLOCK": tile}
+                own = inspect.signature(kernel.fn).parameters
+                yield Variant(
+                    kernel, shape, dtype, {name: v for name, v in blocks.items() if name in own}, 4 if tile > 256 else 2
+                )
+    yield Variant(recovery.join_taps, "9 taps", "fp32", {"T": 9, "BLOCK": 128}, 4)
+
+
 def compiled(variant: Variant, arch: int) -> Any:
     """Compile a variant for an architecture; needs no GPU.
 
@@ -155,8 +206,8 @@ def compiled(variant: Variant, arch: int) -> Any:
     for i, name in enumerate(names):
         if name in variant.constants:
             signature[name] = "constexpr"
-        elif name in INTEGERS:
-            signature[name] = INTEGERS[name]
+        elif name in TYPES:
+            signature[name] = TYPES[name]
         elif i >= first_integer:
             signature[name] = "i64" if name in LONG else "i32"
         else:
@@ -164,11 +215,12 @@ def compiled(variant: Variant, arch: int) -> Any:
         if signature[name].startswith("*"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.warps})
+    limit = {"maxnreg": REGISTERS[variant.name]} if variant.name in REGISTERS else {}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.warps, **limit})
 
 
 def _first_scalar(names: Sequence[str]) -> int:
-    scalars = ("rows", "size", "samples", "number")
+    scalars = ("rows", "size", "samples", "number", "channels")
     return min(names.index(name) for name in scalars if name in names)
 
 
@@ -188,6 +240,7 @@ def usage(variant: Variant, arch: int) -> Usage:
         len(re.findall(r"\b(?:LDL|STL)\b", code)), len(re.findall(r"\bLDG\.E\S*\.128", code)),
         len(re.findall(r"\bLDG\b", code)), len(re.findall(r"\bSTG\.E\S*\.128", code)),
         len(re.findall(r"\b(?:add|sub|mul|div|fma|neg|min|max|sqrt|rcp|cvt)\S*\.f64", kernel.asm["ptx"])),
+        len(re.findall(r"\b(?:atom|red)\.\S*(?:global|shared|gpu|cta)", kernel.asm["ptx"])),
     )  # fmt: skip
 
 

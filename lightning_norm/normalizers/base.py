@@ -19,8 +19,9 @@ from lightning_norm.normalizers.paper import Paper as Paper
 from lightning_norm.normalizers.recipes import same_equations
 from lightning_norm.normalizers.running import RunningStats
 from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
+from lightning_norm.ops.channel_recipe import ChannelRecipe
 from lightning_norm.ops.compiled import KIND, compiled_forward
-from lightning_norm.ops.fused import normalize
+from lightning_norm.ops.fused import activated, normalize
 from lightning_norm.ops.layout import Layout, layout_of
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.recipe import Recipe
@@ -186,7 +187,7 @@ class MomentNorm(Normalizer):
         """Return the algebra for this input: a method that looks at more than the moments of x binds it here."""
         return self.algebra
 
-    def recipe(self, layout: Layout) -> Recipe | None:
+    def recipe(self, layout: Layout) -> Recipe | ChannelRecipe | None:
         """Return the same equations as the kernels know them; ``None`` where they do not."""
         return None
 
@@ -203,14 +204,20 @@ class MomentNorm(Normalizer):
         """Return the elements behind the smallest statistic, for n samples of ``size`` elements per channel."""
         return n * size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x."""
+    def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        r"""Normalize x: :math:`\mathrm{act}(y + \mathrm{residual})`, on the GPU in the pass that writes y.
+
+        Args:
+            x: the input.
+            activation: "none", "relu" or "silu".
+            residual: added before the activation, in the shape of x.
+        """
         if not torch.compiler.is_compiling():
             self.keep_wide()
             self.keep_exact()
             if self.compiled:
-                return compiled_forward(self, x, _forward, _ranks_of(self))
-        return _forward(self, x)
+                return activated(compiled_forward(self, x, _forward, _ranks_of(self)), activation, residual)
+        return _forward(self, x, activation, residual)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the forward pass, fullgraph, at static shapes; layers that agree in everything share their graphs.
@@ -245,7 +252,7 @@ def _ranks_of(layer: MomentNorm) -> Ranks | None:
     return active_ranks(layer.sync and not layer.sync_paused, layer.training, layer.sync_group) if pools else None
 
 
-def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
+def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
     who = type(layer).__name__
     layout = layout_of(x, layer.num_features, layer.channel_dim, who)
     ranks = _ranks_of(layer)
@@ -272,4 +279,6 @@ def _forward(layer: MomentNorm, x: Tensor) -> Tensor:
         backend=layer.backend,
         recipe=recipe,
         recovery=layer.recovery(),
+        activation=activation,
+        residual=residual,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
 from lightning_norm.normalizers.evaluation import BATCH_NORMS, batch_norm
+from lightning_norm.normalizers.recipes import recipe_of
 from lightning_norm.ops.compiled import KIND
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.recipe import Recipe
 
 
 class BNET(MomentNorm):
@@ -92,6 +95,10 @@ class BNET(MomentNorm):
         """Return the affine map from x to the normalized map."""
         batch = self.track(m.over_batch())
         return Affine(batch.mean, (batch.var + self.eps).rsqrt())
+
+    def recipe(self, layout: Layout) -> Recipe:
+        """Return the equation of the normalized map for the kernels."""
+        return replace(recipe_of(self, ("bn",)), weight=None, bias=None)
 
     def recovery(self) -> tuple[Tensor, Tensor | None]:
         """Return W and b."""

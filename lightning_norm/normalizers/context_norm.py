@@ -12,6 +12,7 @@ from lightning_norm.normalizers.base import Paper
 from lightning_norm.normalizers.contexts import ContextState, check
 from lightning_norm.normalizers.evaluation import per_channel
 from lightning_norm.normalizers.per_context import PerContext
+from lightning_norm.normalizers.recipes import contextual
 from lightning_norm.ops import clusters
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
@@ -102,11 +103,11 @@ class ContextNorm(PerContext):
         self.per_sample = context == "gate" or missing == "posterior"  # type: ignore[misc]
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """Normalize x."""
         if self.context != "gate" and isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point():
             check(self, x.shape[0])
-        return super().forward(x)
+        return super().forward(x, activation, residual)
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra with the contexts of this input."""
@@ -118,6 +119,8 @@ class ContextNorm(PerContext):
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, by the gate."""
         return self.mixture(m, self.gate(m))
+
+    recipe = contextual
 
     def eval_affine(self) -> Affine | None:
         """Return the pooled map, which evaluation without contexts is; ``None`` where contexts are always there."""
@@ -138,9 +141,8 @@ class ContextNorm(PerContext):
 
     def mixture(self, m: Moments, g: Tensor | None) -> Affine:
         """Return the affine map of each sample: a sum over contexts, around a common mean so that no digit is lost."""
+        g = self.posterior(m) if g is None and self.missing == "posterior" else g
         wide = stat_dtype(m.var)
-        if g is None and self.missing == "posterior":
-            g = self.posterior(m)
         weight, bias = self._affine(wide)
         if g is None:  # in evaluation only
             share = self.shares().to(wide)

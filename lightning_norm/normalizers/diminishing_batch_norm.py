@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.recipes import diminishing
 from lightning_norm.normalizers.scheduled import Scheduled
 from lightning_norm.normalizers.spread import to_std, to_var
 from lightning_norm.ops.compiled import snapshot
@@ -108,6 +109,8 @@ class DiminishingBatchNorm(MomentNorm):
         scale = 1 / (spread + self.eps) if self.average == "std" else (spread + self.eps).rsqrt()
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
 
+    recipe = diminishing
+
     def _lambda(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
         if self.track_running_stats and not self.training:
@@ -166,8 +169,7 @@ class DiminishingBatchNorm(MomentNorm):
             if source.average == self.average:
                 self._buffers[self.running_names[1]] = source._buffers[self.running_names[1]]
                 return
-        held = getattr(source, "running_var", None)
-        if held is not None and self._buffers.get("running_std") is not None:
+        if (held := getattr(source, "running_var", None)) is not None and self._buffers.get("running_std") is not None:
             self._buffers["running_std"] = to_std(held, self.eps)
 
     def give_back(self, source: nn.Module) -> None:
@@ -182,11 +184,10 @@ class DiminishingBatchNorm(MomentNorm):
         """Return alpha of the last batch, and how far its mean and std lay from the running ones, in running stds."""
         if not self.track_running_stats:
             return {}
-        gap = {"gap_mean": self.gap[0], "gap_std": self.gap[1]}
-        return {"alpha": self._new_weight(self.updates.clamp_min(1)).clone(), **gap}
+        alpha = self._new_weight(self.updates.clamp_min(1)).clone()
+        return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}
 
-    def extra_repr(self) -> str:
-        """Show the arguments."""
+    def extra_repr(self) -> str:  # noqa: D102
         return super().extra_repr().replace("momentum=None, ", "")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lightning_norm.ops.channel_recipe import GATES, ChannelRecipe
+from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.recipe import Recipe, Running
 
 if TYPE_CHECKING:
     from lightning_norm.normalizers.base import MomentNorm
+    from lightning_norm.normalizers.context_norm import ContextNorm
+    from lightning_norm.normalizers.diminishing_batch_norm import DiminishingBatchNorm
+    from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
+    from lightning_norm.normalizers.unified_batch_norm import UnifiedBatchNorm
+
+CONTEXTS = 16
+"""Contexts that a kernel holds at once."""
 
 EQUATIONS = {
     "algebra",
@@ -19,7 +30,10 @@ EQUATIONS = {
     "statistic_size",
     "_update",
     "_shift",
-    "_mix",
+    *("_mix", "recovery"),
+    *("_rectified", "_gain", "_gate", "_choose", "_condensed"),
+    *("_lambda", "_move", "_held", "_steps", "_new_weight"),
+    *("mixture", "statistics", "fold", "unseen"),
 }
 """Methods whose change makes a recipe another normalizer's."""
 
@@ -36,6 +50,63 @@ def recipe_of(layer: MomentNorm, statistics: tuple[str, ...], **more: Any) -> Re
         assert skipped is not None
         running = Running(mean, var, tracked, skipped, layer._buffers["_momentum"], not layer.training)
     return Recipe(statistics, layer.eps, layer.weight, layer.bias, running=running, **more)
+
+
+def channel_recipe_of(layer: MomentNorm, numbers: dict[str, float], **plan: int) -> ChannelRecipe:
+    """Return a recipe with the layer's weight, bias and running statistics, of equations without more in them."""
+    if not layer.track_running_stats:
+        return ChannelRecipe(layer.weight, layer.bias, plan, {"eps": layer.eps, **numbers})
+    names = (*layer.running_names, "num_batches_tracked", "skipped_updates")
+    momentum = layer._buffers.get("_momentum")
+    track = (2 if momentum is None else 1) if layer.training else 0
+    plan = {"frozen": not layer.training, "track": track, **plan}
+    running = tuple(layer._buffers[name] for name in names)
+    return ChannelRecipe(layer.weight, layer.bias, plan, {"eps": layer.eps, **numbers}, running=running, rate=momentum)
+
+
+def rectified(layer: RepresentativeBatchNorm, layout: Layout) -> ChannelRecipe:
+    """Return the recipe of rbn."""
+    unit = {f"unit_{part}": 1 + math.exp(-list(v.values())[-1]) for part, v in layer.starts.items() if len(v) == 2}
+    numbers = unit if layer.gate_init == "unit" else {}
+    found = channel_recipe_of(layer, numbers, own=1, **dict.fromkeys(layer.rectify, 1))
+    return replace(found, gates=tuple(getattr(layer, name, None) for name in GATES))
+
+
+def unified(layer: UnifiedBatchNorm, layout: Layout) -> ChannelRecipe | None:
+    """Return the recipe of ubn, which measures the condensation where a threshold is set."""
+    found, threshold = rectified(layer, layout), layer.scheduled("threshold")
+    if threshold is None or not layer.training or not layer.track_running_stats:
+        return found
+    if layer.mode == "switch" and layer.condensed_grad == "renorm":
+        return None
+    choose = {
+        "choose": 1 if layer.mode == "switch" else 2,
+        "min_updates": layer.min_updates,
+        "max_skip": layer.max_skip,
+    }
+    counters = tuple(layer._buffers[name] for name in ("condensation", *layer.counters))
+    return replace(found, plan={**found.plan, **choose}, counters=counters, threshold=threshold)
+
+
+def diminishing(layer: DiminishingBatchNorm, layout: Layout) -> ChannelRecipe:
+    """Return the recipe of dbn."""
+    kept, frozen = layer.track_running_stats, layer.track_running_stats and not layer.training
+    plan: dict[str, int] = {"own": not frozen, "std": layer.average == "std"}
+    if not kept or frozen:
+        return channel_recipe_of(layer, {}, **plan)
+    plan |= {"blend": 1, "powers": layer.power is not None, "detach": layer.stat_grad == "none", "track": 1}
+    found = channel_recipe_of(layer, {"power": layer.power or 1.0}, **plan)
+    return replace(found, counters=(layer.updates, layer.gap), rate=layer.scheduled("alpha"))
+
+
+def contextual(layer: ContextNorm, layout: Layout) -> ChannelRecipe | None:
+    """Return the recipe of cn, for contexts that were given, where the statistics are those of this batch."""
+    g, of_input = layer.contexts.g, layer.training or not layer.track_running_stats
+    plain = layer.context != "gate" and layer.missing != "posterior" and not layer.prior_scale
+    if g is None or g.requires_grad or not of_input or not plain or layer.num_contexts > CONTEXTS:
+        return None
+    found = channel_recipe_of(layer, {"least": float(layer.min_count)}, own=1, contexts=layer.num_contexts)
+    return replace(found, shares=g.float().contiguous(), counters=(layer.prior,))
 
 
 def same_equations(cls: type) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.normalizers.base import MomentNorm, Paper
+from lightning_norm.normalizers.recipes import rectified
 from lightning_norm.ops.layout import stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -84,6 +85,8 @@ class RepresentativeBatchNorm(MomentNorm):
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
         return self._rectified(m, lambda batch: (self.track(batch), None))
+
+    recipe = rectified
 
     def _rectified(self, m: Moments, track: Callable[[Moments], tuple[Moments, Tensor | None]]) -> Affine:
         """Return the map, given what makes the statistics to use, and perhaps an offset of x_s, of the batch's."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.normalizers.base import Paper
+from lightning_norm.normalizers.recipes import unified
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
 from lightning_norm.normalizers.scheduled import Scheduled
 from lightning_norm.ops.compiled import snapshot
@@ -133,6 +134,8 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
             return self._rectified(m, functools.partial(self._choose, similarity))
 
         return algebra
+
+    recipe = unified  # type: ignore[assignment]  # none for some arguments
 
     def _choose(self, similarity: Tensor, batch: Moments) -> tuple[Moments, Tensor | None]:
         """Return the statistics to normalize by, and move the running ones if the batch is not condensed.

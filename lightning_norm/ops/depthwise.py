@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LONGEST = 7
+"""Taps along an axis that the fused kernels unroll."""
+
 
 def fit(kernel: Tensor, spatial: int) -> Tensor:
     """Give a kernel as many spatial axes as the map has.
@@ -25,6 +28,11 @@ def fit(kernel: Tensor, spatial: int) -> Tensor:
     for _ in range(spatial - (kernel.dim() - 2)):
         kernel = kernel.unsqueeze(2)
     return kernel
+
+
+def on_kernels(kernel: Tensor) -> bool:
+    """Tell whether the fused kernels know a convolution: of one or two axes, of at most seven taps along each."""
+    return kernel.dim() in (3, 4) and max(kernel.shape[2:]) <= LONGEST
 
 
 def unrolled(x: Tensor, kernel: Tensor) -> bool:

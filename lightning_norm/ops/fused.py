@@ -11,17 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_norm.ops import depthwise, eager, kernel_passes
 from lightning_norm.ops.backend import on_kernels
+from lightning_norm.ops.channel_recipe import ChannelRecipe
 from lightning_norm.ops.layout import Layout, at_least_float32, layout_of, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.recipe import Recipe, normalize_by
+from lightning_norm.ops.recipe import Recipe
 from lightning_norm.ops.sync import Ranks
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+}
 
 
 def normalize(
@@ -32,8 +39,8 @@ def normalize(
     given: Moments | None = None,
     ranks: Ranks | None = None,
     backend: str = "auto",
-    recipe: Callable[[Layout], Recipe | None] | None = None,
-    activation: Literal["none", "relu", "silu"] = "none",
+    recipe: Callable[[Layout], Recipe | ChannelRecipe | None] | None = None,
+    activation: str = "none",
     residual: Tensor | None = None,
     recovery: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
@@ -50,7 +57,7 @@ def normalize(
         backend: "auto" for the Triton kernels where x is on CUDA and they can take it, else plain PyTorch; "eager" for
             plain PyTorch; "triton" for the kernels or an error.
         recipe: the same algebra as the kernels know it, used instead where they run and no ranks pool.
-        activation: applied to the result; in the same pass where a recipe is used.
+        activation: "none", "relu" or "silu", applied to the result; in the same pass where a recipe is used.
         residual: added before the activation, in the shape of x; likewise.
         recovery: kernel (C, 1, *) of odd sizes and bias (C,) of a depthwise convolution of the above, padded with
             zeros.
@@ -59,7 +66,8 @@ def normalize(
         A fresh tensor in the shape, dtype and memory format of x.
 
     Raises:
-        TypeError, ValueError: as :func:`lightning_norm.ops.layout.layout_of`, and for a wrong Affine or residual.
+        TypeError, ValueError: as :func:`lightning_norm.ops.layout.layout_of`, and for a wrong Affine, activation
+            or residual.
         RuntimeError: ``backend="triton"`` for an input that the kernels cannot take.
 
     >>> x = torch.randn(4, 3, 5, 5)
@@ -69,6 +77,8 @@ def normalize(
     """
     if not isinstance(layout, Layout):
         layout = layout_of(x, x.shape[layout] if isinstance(x, Tensor) and x.dim() > 1 else 0, layout)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}.")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"normalize: residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must agree.")
     if recovery is not None and layout.channel_dim != 1:
@@ -80,6 +90,7 @@ def normalize(
             given=given,
             ranks=ranks,
             backend=backend,
+            recipe=recipe,
             activation=activation,
             residual=turned,
             recovery=recovery,
@@ -88,14 +99,21 @@ def normalize(
     kernels = on_kernels(x, layout, backend)
     known = recipe(layout) if kernels and ranks is None and recipe is not None else None
     with _full_precision(x):
-        if known is not None and (residual is None or residual.dtype == x.dtype):
-            return normalize_by(x, known, layout, activation, residual)
-        y = _normalize(x, algebra, layout, given, ranks, kernels, recovery)
+        if known is not None and recovery is None and (residual is None or residual.dtype == x.dtype):
+            return known.normalize(x, layout, activation, residual)
+        taps = None if recovery is None else depthwise.fit(recovery[0], len(layout.reduced))
+        if isinstance(known, Recipe) and recovery is not None and taps is not None and depthwise.on_kernels(taps):
+            y = known.recover(x, layout, taps, recovery[1])
+        else:
+            y = _normalize(x, algebra, layout, given, ranks, kernels, recovery)
+    return activated(y, activation, residual)
+
+
+def activated(y: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    """Return act(y + residual), in plain PyTorch."""
     if residual is not None:
         y = y + residual
-    if activation == "none":
-        return y
-    return torch.relu(y) if activation == "relu" else torch.nn.functional.silu(y)
+    return ACTIVATIONS[activation](y)
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[object]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DOUBLE = "the Triton kernels have no second derivative: swap(..., backend='eager'), or layer.backend = 'eager'."
 _library: Any = torch.library.Library("lightning_norm", "DEF")  # type: ignore[no-untyped-call]
 _HELD = "Tensor x, Tensor? weight, Tensor? bias, Tensor? w, Tensor? v"
 _BUFFERS = "Tensor{0}? running_mean, Tensor{1}? running_var, Tensor{2}? tracked, Tensor{3}? skipped, Tensor? momentum"
@@ -29,6 +30,9 @@ SCHEMAS = {
     "gradients": "(Tensor dy, Tensor x, Tensor own, Tensor batch, Tensor layer, Tensor coef, Tensor? weight, "
     f"Tensor? w, Tensor? v, Tensor? running_mean, Tensor? running_var, Tensor? residual, {_PLAN}, str activation, "
     "bool need_dx) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "recover": "(Tensor x, Tensor coef, Tensor kernel, Tensor? bias) -> Tensor",
+    "recover_gradients": "(Tensor dy, Tensor x, Tensor own, Tensor batch, Tensor layer, Tensor coef, Tensor kernel, "
+    "Tensor? running_mean, Tensor? running_var, int[] plan, float eps, bool need_dx) -> (Tensor, Tensor, Tensor)",
 }
 
 
@@ -105,6 +109,33 @@ def _gradients(
     )  # fmt: skip
 
 
+def _recover(x: Tensor, coef: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    from lightning_norm.kernels import launch_recovery
+
+    return launch_recovery.recover(x, coef, kernel, bias)
+
+
+def _recover_gradients(
+    dy: Tensor,
+    x: Tensor,
+    own: Tensor,
+    batch: Tensor,
+    layer: Tensor,
+    coef: Tensor,
+    kernel: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    plan: list[int],
+    eps: float,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from lightning_norm.kernels.launch_algebra import Plan
+    from lightning_norm.kernels.launch_recovery import gradients
+
+    running = (running_mean, running_var)
+    return gradients(dy, x, (own, batch, layer, coef), kernel, running, Plan(*plan), eps, need_dx)
+
+
 def _numbers(x: Tensor, channel_dim: int, *lead: int) -> Tensor:
     return x.new_empty((*lead, x.shape[0], x.shape[channel_dim]), dtype=torch.float32)
 
@@ -127,6 +158,13 @@ def _fake_gradients(dy: Tensor, x: Tensor, own: Tensor, batch: Tensor, layer: Te
     return dx, coef.new_empty(c), coef.new_empty(c), dw, dv, dresidual
 
 
+def _fake_recover_gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    kernel, *_, need_dx = args[4:]
+    coef = args[3]
+    dx = torch.empty_like(x) if need_dx else coef.new_empty(0)
+    return dx, torch.empty_like(kernel, dtype=torch.float32), coef.new_empty(x.shape[1])
+
+
 _REAL: dict[str, Callable[..., Any]] = {
     "moments": _moments,
     "sums": _sums,
@@ -135,6 +173,8 @@ _REAL: dict[str, Callable[..., Any]] = {
     "coefficients": _coefficients,
     "coefficients_and_track": _coefficients,
     "gradients": _gradients,
+    "recover": _recover,
+    "recover_gradients": _recover_gradients,
 }
 _FAKE: dict[str, Callable[..., Any]] = {
     "moments": lambda x, channel_dim: _numbers(x, channel_dim, 3),
@@ -144,9 +184,28 @@ _FAKE: dict[str, Callable[..., Any]] = {
     "coefficients": _fake_coefficients,
     "coefficients_and_track": _fake_coefficients,
     "gradients": _fake_gradients,
+    "recover": lambda x, *args: torch.empty_like(x),
+    "recover_gradients": _fake_recover_gradients,
 }
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for _key in ("CUDA", "CPU"):
-        _library.impl(_name, _REAL[_name], _key)
-    torch.library.register_fake(f"lightning_norm::{_name}", _FAKE[_name], lib=_library)
+
+
+def define(schemas: dict[str, str], real: dict[str, Callable[..., Any]], fake: dict[str, Callable[..., Any]]) -> None:
+    """Define operators, for CUDA and for the interpreter on the CPU."""
+    for name, schema in schemas.items():
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CUDA", "CPU"):
+            _library.impl(name, real[name], key)
+        torch.library.register_fake(f"lightning_norm::{name}", fake[name], lib=_library)
+
+
+def refuse_second_derivatives() -> None:
+    """Name the way out where a backward pass is recorded.
+
+    Raises:
+        RuntimeError: under ``create_graph=True``.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(DOUBLE)
+
+
+define(SCHEMAS, _REAL, _FAKE)

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import primitives as primitives
+from lightning_norm.ops import primitives
 from lightning_norm.ops.layout import Layout
 
 ops = torch.ops.lightning_norm
-DOUBLE = "the Triton kernels have no second derivative: swap(..., backend='eager'), or layer.backend = 'eager'."
 
 
 @dataclass(frozen=True)
@@ -91,21 +90,28 @@ class Recipe:
             self.correction,
         ]
 
+    def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
+        """Return act(normalized x + residual), on the kernels."""
+        held = (self.weight, self.bias, self.w, self.v)
+        stats, running = self._coefficients(x, layout)
+        y: Tensor = _Fused.apply(
+            x, *held, residual, *stats, *running, layout.channel_dim, self.plan(), self.eps, activation
+        )  # fmt: skip
+        return y
 
-def normalize_by(
-    x: Tensor, recipe: Recipe, layout: Layout, activation: str = "none", residual: Tensor | None = None
-) -> Tensor:
-    """Return act(normalized x + residual), on the kernels."""
-    plan, r = recipe.plan(), recipe.running
-    held = (recipe.weight, recipe.bias, recipe.w, recipe.v)
-    buffers = (None,) * 5 if r is None else (r.mean, r.var, r.tracked, r.skipped, r.momentum)
-    coefficients = ops.coefficients_and_track if plan[8] else ops.coefficients
-    stats = coefficients(x.detach(), *map(_detached, held), *buffers, layout.channel_dim, plan, recipe.eps)
-    running = (r.mean, r.var) if r is not None and r.frozen else (None, None)
-    y: Tensor = _Fused.apply(
-        x, *held, residual, *stats, *running, layout.channel_dim, plan, recipe.eps, activation
-    )  # fmt: skip
-    return y
+    def recover(self, x: Tensor, layout: Layout, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the depthwise convolution of the normalized x, on the kernels; without weight and bias of its own."""
+        stats, running = self._coefficients(x, layout)
+        y: Tensor = _Recovered.apply(x, kernel.contiguous(), bias, *stats, *running, self.plan(), self.eps)
+        return y
+
+    def _coefficients(self, x: Tensor, layout: Layout) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        plan, r = self.plan(), self.running
+        held = (self.weight, self.bias, self.w, self.v)
+        buffers = (None,) * 5 if r is None else (r.mean, r.var, r.tracked, r.skipped, r.momentum)
+        coefficients = ops.coefficients_and_track if plan[8] else ops.coefficients
+        stats = coefficients(x.detach(), *map(_detached, held), *buffers, layout.channel_dim, plan, self.eps)
+        return stats, (r.mean, r.var) if r is not None and r.frozen else (None, None)
 
 
 class _Fused(torch.autograd.Function):
@@ -139,8 +145,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(DOUBLE)
+        primitives.refuse_second_derivatives()
         (dy,) = grads
         x, weight, bias, w, v, kept, *stats, mean, var = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -152,6 +157,27 @@ class _Fused(torch.autograd.Function):
         if need[5] and kept is None:
             dresidual = dy
         return (dx if need[0] else None, *held, dresidual if need[5] else None, *(None,) * 10)
+
+
+class _Recovered(torch.autograd.Function):
+    """y = kernel * x^ + bias from x and the coefficients of x^; all gradients at once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        *stats, mean, var, plan, eps = rest
+        ctx.save_for_backward(x, kernel, bias, *stats, mean, var)
+        ctx.plan, ctx.eps = plan, eps
+        y: Tensor = ops.recover(x, stats[-1], kernel, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        primitives.refuse_second_derivatives()
+        x, kernel, bias, *stats, mean, var = ctx.saved_tensors
+        need, (dy,) = ctx.needs_input_grad, grads
+        dx, dkernel, dbias = ops.recover_gradients(dy, x, *stats, kernel, mean, var, ctx.plan, ctx.eps, need[0])
+        held = (dkernel.to(kernel.dtype) if need[1] else None, dbias.to(bias.dtype) if need[2] else None)
+        return (dx if need[0] else None, *held, *(None,) * 8)
 
 
 def _detached(t: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 
 import lightning_norm
 from lightning_norm import Affine, BatchNorm, SwitchableNorm, normalize
-from lightning_norm.ops import backend, fused, recipe
+from lightning_norm.ops import backend, fused, primitives
 from lightning_norm.testing.kit import REGISTRY, features, noise, statistics, step
 
 RECIPES = [
@@ -158,6 +158,22 @@ def test_launches(key, forward, monkeypatch):
     assert launched == ["sums_rows", "vjp_pool", "vjp_mix", "combine_flat"]
 
 
+def test_a_layers_activation_and_residual_are_in_the_same_launches(monkeypatch):
+    layer = lightning_norm.create("sn", 6)
+    layer.backend = "triton"
+    exact = copy.deepcopy(layer).double()
+    exact.backend = "eager"
+    x, r = features(4, 6, 5, 3).requires_grad_(), noise(4, 6, 5, 3, seed=9).requires_grad_()
+    launched = count_launches(monkeypatch)
+    y = layer(x, activation="relu", residual=r)
+    got = torch.autograd.grad(y, (x, r), noise(4, 6, 5, 3, seed=7))
+    assert len(launched) == 8, launched
+    want = exact(x.double(), "relu", r.double())
+    wanted = torch.autograd.grad(want, (x, r), noise(4, 6, 5, 3, seed=7).double())
+    for a, b in zip((y, *got), (want, *wanted), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=2e-6)
+
+
 def test_launches_in_evaluation(monkeypatch):
     layer = BatchNorm(6).eval()
     layer.backend = "triton"
@@ -218,7 +234,7 @@ def test_second_derivatives_name_the_way_out():
     x = features(4, 6, 5, 3).requires_grad_()
     with pytest.raises(RuntimeError, match="backend='eager'"):
         torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    assert "second derivative" in recipe.DOUBLE
+    assert "second derivative" in primitives.DOUBLE
 
 
 def test_checkpointing_and_deepcopy():

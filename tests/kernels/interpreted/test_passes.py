@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from lightning_norm.kernels import launch
+from lightning_norm.kernels.recovery import spot
+from lightning_norm.kernels.reductions import row_span
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 
@@ -27,6 +31,8 @@ CASES = [
     ((1, 64, 14, 14), LAST),  # parts
     ((2, 9, 24), -1),
     ((2, 5, 4, 6), -1),
+    ((1, 4096, 2, 1), LAST),
+    pytest.param((1, 4096, 3, 1), 1, marks=pytest.mark.slow),
 ]
 
 
@@ -153,6 +159,28 @@ def test_gradients_in_another_layout():
     assert torch.equal(launch.combine(other, x, coef, None, 1)[0], expected[1])
     one = torch.ones(()).expand(2, 4, 6, 5)
     assert torch.equal(launch.sums(one, x, coef, 1)[0], torch.full((2, 4), 30.0))
+
+
+@triton.jit
+def offsets(out, row, sample, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the row kernels and the convolution's tiles would read, far into a tensor that nobody allocates."""
+    size = tl.cast(size, tl.int32)
+    lane = tl.arange(0, ROWS)
+    row, piece, units = tl.cast(row, tl.int64), size, tl.cast(1 << 40, tl.int64)
+    found = row_span(row, size, piece, tl.program_id(0), units, 8, ROWS)
+    tl.store(out + lane, found[0] + found[2])
+    samples, channels = tl.cast(1 << 20, tl.int32), tl.cast(64, tl.int32)
+    place = spot(tl.cast(sample, tl.int32), 0, 0, size, samples, channels, size, 7, 1, True, ROWS, BLOCK)
+    tl.store(out + ROWS + lane[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], place[0] + place[1])
+
+
+def test_offsets_beyond_32_bits():
+    out = torch.zeros(4 + 4 * 8, dtype=torch.int64)
+    offsets[(1,)](out, (1 << 33) // 49, 3 << 18, 49, ROWS=4, BLOCK=8)
+    rows = ((1 << 33) // 49 + torch.arange(4)) * 49
+    assert torch.equal(out[:4], rows)
+    assert torch.equal(out[4:].view(4, 8), (3 << 18) * 49 * 64 + torch.arange(4)[:, None] * 64 + torch.arange(8))
+    assert out.min() > 1 << 31
 
 
 def test_row_of_every_element():

@@ -1,0 +1,138 @@
+"""How long, how many kernels, how much memory: on a CUDA device by replayed graphs, on a CPU by the wall clock."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+WARM = 3
+"""Calls before anything is timed or captured."""
+
+LEAST_MS = 1.0
+"""A CUDA graph is replayed so often between two events that they are at least so far apart."""
+
+
+class Timed:
+    """Something to be timed again and again; ``how`` says by which clock.
+
+    Args:
+        run: what is timed.
+        device: "cpu" or "cuda".
+        graph: whether to capture it; what cannot be captured is run as it is, between CUDA events.
+    """
+
+    def __init__(self, run: Run, device: str, graph: bool = True) -> None:
+        self.run, self.device, self.how, self.loops = run, device, "wall clock", 1
+        self.calls: Run = run
+        for _ in range(WARM):
+            run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            self.how = "events"
+            if graph:
+                self._capture()
+            self.loops = max(1, round(LEAST_MS / max(self.once(), 1e-3)))
+
+    def _capture(self) -> None:
+        stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM):
+                self.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=_pool()):
+                self.run()  # the result is given up: the next graph may take its memory
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            self.how = f"events ({str(error).splitlines()[0]})"
+            return
+        self.calls, self.how = graph.replay, "graph replay"
+
+    def once(self) -> float:
+        """Return the milliseconds of one call, the mean of a few in a row where they are short."""
+        if self.device == "cpu":
+            start = time.perf_counter()
+            self.calls()
+            return (time.perf_counter() - start) * 1e3
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        for _ in range(self.loops):
+            self.calls()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / self.loops
+
+
+@functools.cache
+def _pool() -> Any:
+    return torch.cuda.graph_pool_handle()
+
+
+def interleaved(runs: dict[str, Timed], repeats: int) -> dict[str, list[float]]:
+    """Time each once per round, in turn, so that a slow moment of the machine meets all of them; milliseconds."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(run.once())
+    return times
+
+
+def copy_speed(device: str, megabytes: int, repeats: int) -> float:
+    """Return the GB/s, read and written, of copying a tensor: what this machine's memory gives."""
+    source = torch.randn(megabytes * 250_000, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": Timed(lambda: target.copy_(source), device)}, repeats)["copy"]
+    return 2 * source.numel() * 4 / (sorted(times)[len(times) // 2] * 1e6)
+
+
+def launches(run: Run, device: str) -> int | None:
+    """Return how many kernels a call launches, as the profiler counts them; ``None`` on a CPU."""
+    if device != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    events = [e.name for e in seen.events() if e.device_type.name == "CUDA"]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in events)
+
+
+def peak_memory(run: Run, device: str) -> int | None:
+    """Return the bytes that a call needs beyond what is there before; ``None`` on a CPU."""
+    if device != "cuda":
+        return None
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "gpu": gpu, "threads": threads, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,157 @@
+"""Equations in which each channel stands alone, on the kernels: four launches forward, three backward.
+
+The operators take ``plan`` and ``numbers``, the fields of ``lightning_norm.kernels.launch_channels.ChannelPlan`` and
+``Numbers``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_norm.ops import primitives
+from lightning_norm.ops.layout import Layout
+
+ops = torch.ops.lightning_norm
+GATES = ("center_weight", "scale_weight", "scale_bias", "affine_weight", "affine_bias")
+_COUNTERS = ("tracked", "skipped", "more0", "more1", "more2", "more3")
+SCHEMAS = {
+    name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, "
+    + ", ".join(f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcdefgh", ("mean", "spread", *_COUNTERS)))  # noqa: B905
+    + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] plan, float[] numbers) -> (Tensor, Tensor, Tensor)"
+    for name, moves in (("channels", False), ("channels_and_track", True))
+} | {
+    "channel_gradients": "(Tensor dy, Tensor x, Tensor own, Tensor stats, Tensor coef, Tensor? weight, "
+    "Tensor?[] gates, Tensor? shares, Tensor? residual, int channel_dim, int[] plan, float[] numbers, str activation, "
+    "bool need_dx) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+}
+
+
+@dataclass(frozen=True)
+class ChannelRecipe:
+    """Equations the kernels know; see ``lightning_norm.kernels.channels``.
+
+    Args:
+        weight: gamma, (C,) or (K, C).
+        bias: beta, likewise.
+        plan: fields of ``ChannelPlan`` that are not 0.
+        numbers: fields of ``Numbers``, of which ``eps`` must be given.
+        gates: the parameters of the rectifications, in the order of ``GATES``.
+        shares: of each sample in each context, (N, K); no gradient.
+        running: mean, spread, number of updates, number of skipped ones.
+        counters: see ``launch_channels.coefficients``.
+        rate: momentum or alpha, 0-dim.
+        threshold: of the condensation, 0-dim.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    plan: dict[str, int]
+    numbers: dict[str, float]
+    gates: tuple[Tensor | None, ...] = (None,) * 5
+    shares: Tensor | None = None
+    running: tuple[Tensor | None, ...] = (None,) * 4
+    counters: tuple[Tensor | None, ...] = ()
+    rate: Tensor | None = None
+    threshold: Tensor | None = None
+
+    def fields(self) -> tuple[list[int], list[float]]:
+        """Return plan and numbers as the operators take them."""
+        names = ("own", "frozen", "blend", "std", "powers", "detach", "choose", "track", "contexts")
+        more = ("center", "scale", "affine", "min_updates", "max_skip")
+        ones = {"eps": 1.0, "least": 1.0, "power": 1.0, "unit_scale": 1.0, "unit_affine": 1.0}
+        numbers = [float(v) for v in (ones | self.numbers).values()]
+        return [int(self.plan.get(name, 0)) for name in (*names, *more)], numbers
+
+    def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
+        """Return act(normalized x + residual), on the kernels."""
+        plan, numbers = self.fields()
+        held = tuple(None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
+        counters = (*self.counters, *(None,) * (4 - len(self.counters)))
+        op = ops.channels_and_track if self.plan.get("track") else ops.channels
+        stats = op(
+            x.detach(), *held[:2], list(held[2:]), self.shares, *self.running, *counters, self.rate, self.threshold,
+            layout.channel_dim, plan, numbers,
+        )  # fmt: skip
+        y: Tensor = _Channels.apply(
+            x, self.weight, self.bias, *self.gates, residual, *stats, self.shares, layout.channel_dim, plan, numbers,
+            activation,
+        )  # fmt: skip
+        return y
+
+
+class _Channels(torch.autograd.Function):
+    """y from x and its coefficients; all gradients at once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        weight, bias, *gates, residual, own, stats, coef, shares, channel_dim, plan, numbers, activation = rest
+        kept = residual if activation != "none" else None  # without an activation its gradient is dy
+        ctx.save_for_backward(x, weight, bias, *gates, kept, own, stats, coef, shares)
+        ctx.channel_dim, ctx.plan, ctx.numbers, ctx.activation = channel_dim, plan, numbers, activation
+        y: Tensor = ops.apply(x, coef, channel_dim, activation, residual)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        primitives.refuse_second_derivatives()
+        x, weight, bias, *gates, kept, own, stats, coef, shares = ctx.saved_tensors
+        need, (dy,) = ctx.needs_input_grad, grads
+        dx, *held, dresidual = ops.channel_gradients(
+            dy, x, own, stats, coef, weight, gates, shares, kept, ctx.channel_dim, ctx.plan, ctx.numbers,
+            ctx.activation, need[0],
+        )  # fmt: skip
+        given = (weight, bias, *gates)
+        back = [
+            g.view(t.shape).to(t.dtype) if n and t is not None else None
+            for g, t, n in zip(held, given, need[1:8], strict=True)
+        ]
+        if need[8] and kept is None:
+            dresidual = dy
+        return (dx if need[0] else None, *back, dresidual if need[8] else None, *(None,) * 8)
+
+
+def _channels(x: Tensor, weight: Any, bias: Any, gates: Any, shares: Any, *args: Any) -> tuple[Tensor, ...]:
+    from lightning_norm.kernels.launch_channels import ChannelPlan, Numbers, coefficients
+
+    *buffers, rate, threshold, channel_dim, plan, numbers = args
+    return coefficients(
+        x, weight, bias, gates, shares, buffers[:4], buffers[4:], rate, threshold, channel_dim, ChannelPlan(*plan),
+        Numbers(*numbers),
+    )  # fmt: skip
+
+
+def _gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    from lightning_norm.kernels.launch_channels import ChannelPlan, Numbers, gradients
+
+    own, stats, coef, weight, gates, shares, residual, channel_dim, plan, numbers, activation, need_dx = args
+    return gradients(
+        dy, x, own, stats, coef, weight, gates, shares, residual, channel_dim, ChannelPlan(*plan), Numbers(*numbers),
+        activation, need_dx,
+    )  # fmt: skip
+
+
+def _fake_channels(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    channel_dim, plan, _ = args[-3:]
+    n, c = x.shape[0], x.shape[channel_dim]
+    coef = x.new_empty((3, n, c), dtype=torch.float32)
+    return torch.empty_like(coef) if plan[0] else coef.new_empty(0), coef.new_empty(9, max(plan[8], 1), c), coef
+
+
+def _fake_gradients(dy: Tensor, x: Tensor, own: Tensor, stats: Tensor, coef: Tensor, *args: Any) -> Any:
+    _, gates, _, residual, _, plan, _, _, need_dx = args
+    c, rows = coef.shape[2], max(plan[8], 1)
+    dx = torch.empty_like(x) if need_dx or residual is not None else coef.new_empty(0)
+    dgates = [coef.new_empty(0 if t is None else c) for t in gates]
+    dresidual = coef.new_empty(0) if residual is None else torch.empty_like(x)
+    return dx, coef.new_empty(rows, c), coef.new_empty(rows, c), *dgates, dresidual
+
+
+primitives.define(
+    SCHEMAS,
+    {"channels": _channels, "channels_and_track": _channels, "channel_gradients": _gradients},
+    {"channels": _fake_channels, "channels_and_track": _fake_channels, "channel_gradients": _fake_gradients},
+)
