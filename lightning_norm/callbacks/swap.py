@@ -49,8 +49,8 @@ class NormSwap(Callback):
     beforehand, and before training starts it is proved that none was forgotten.
 
     Args:
-        norm: a key ("sn"), a dotted path, or ``{"class_path": ..., "init_args": {...}}``; may be left out with
-            ``rules`` or ``plan``.
+        norm: a key ("sn"), a dotted path, or ``{"class_path": ..., "init_args": {...}}``, in YAML with the key or path
+            as ``class_path`` (Lightning's own CLI wants a path); may be left out with ``rules`` or ``plan``.
         norm_args: arguments of ``norm``.
         include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their
             ends, and "last_of_block" is the last one of each residual block of a ResNet.
