@@ -102,6 +102,7 @@ class NormMonitor(Callback):
         self._wrapped.clear()
         if self.page and trainer.is_global_zero:  # after the user's own hook, before Lightning's hyper-parameters
             self._wrapped.wrap(pl_module, "on_fit_start", lambda original: self._hparams(trainer, pl_module, original))
+            self._wrapped.clean_up(trainer.strategy, self._wrapped.clear)
 
     def _hparams(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Any) -> Any:
         returned = original()

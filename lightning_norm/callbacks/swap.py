@@ -38,7 +38,7 @@ from lightning_norm.normalizers.registry import resolve
 from lightning_norm.ops.compiled import on_compile
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.select import Site
-from lightning_norm.surgery.swap import judge, try_swap
+from lightning_norm.surgery.swap import check_specs, judge, try_swap
 
 
 class NormSwap(Callback):
@@ -49,8 +49,8 @@ class NormSwap(Callback):
     beforehand, and before training starts it is proved that none was forgotten.
 
     Args:
-        norm: a key ("sn"), a dotted path, or ``{"class_path": ..., "init_args": {...}}``; may be left out with
-            ``rules`` or ``plan``.
+        norm: a key ("sn"), a dotted path, or ``{"class_path": ..., "init_args": {...}}``, in YAML with the key or path
+            as ``class_path`` (Lightning's own CLI wants a path); may be left out with ``rules`` or ``plan``.
         norm_args: arguments of ``norm``.
         include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their
             ends, and "last_of_block" is the last one of each residual block of a ResNet.
@@ -119,9 +119,7 @@ class NormSwap(Callback):
             rules, source = read_plan(plan)
         elif norm is None and not rules:
             raise ValueError("NormSwap needs norm='sn' (say), rules={'layer1.*': 'sn', ...} or plan='plan.yaml'.")
-        for spec in [norm, *(rules or {}).values()]:
-            if spec is not None:
-                resolve(spec)
+        check_specs(norm, norm_args, rules)
         self.norm, self.norm_args, self.rules = norm, norm_args, rules
         self.include, self.exclude, self.source = include, exclude, source
         self.backend, self.compile, self.sync, self.sync_group = backend, compile, sync, sync_group

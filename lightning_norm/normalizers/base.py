@@ -166,7 +166,7 @@ class MomentNorm(Normalizer):
         name = type(self).__name__
         if not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 1:
             raise ValueError(f"{name}: num_features must be a positive int, got {num_features!r}.")
-        if not 0 <= eps < float("inf"):
+        if isinstance(eps, str) or not 0 <= eps < float("inf"):
             raise ValueError(f"{name}: eps must be a number >= 0, got {eps!r}.")
         if channel_dim not in (1, -1):
             raise ValueError(f"{name}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim!r}.")

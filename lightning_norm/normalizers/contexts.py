@@ -151,7 +151,8 @@ def as_shares(ids: Tensor, k: int, name: str) -> Tensor:
         )
     if not ids.dtype.is_floating_point:
         if ids.dim() != 1:
-            raise ValueError(f"{who} must have the shape (N,), got {tuple(ids.shape)}. Type ids.flatten().")
+            remedy = "ids.float()" if ids.dim() == 2 and ids.shape[1] == k > 1 else "ids.flatten()"
+            raise ValueError(f"{who}: integers must have the shape (N,), got {tuple(ids.shape)}. Type {remedy}.")
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
         if low < 0 or high >= k:
             raise ValueError(f"{who} must lie in [0, {k - 1}], got {low} to {high}.")

@@ -51,9 +51,12 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
         raise ValueError(f"{who}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim}.")
     shape = tuple(x.shape)
     if not 2 <= len(shape) <= 5:
+        remedy = "A single sample needs a batch axis: x.unsqueeze(0)."
+        if len(shape) > 5:
+            remedy = f"Merge axes: x.flatten({'4' if channel_dim == 1 else '1, -2'})."
         raise ValueError(
             f"{who} expects (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), "
-            f"got {len(shape)} dimensions: {shape}. A single image needs a batch axis: x.unsqueeze(0)."
+            f"got {len(shape)} dimensions: {shape}. {remedy}"
         )
     dim = 1 if channel_dim == 1 else len(shape) - 1
     if shape[dim] != num_features:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from lightning_norm.errors import CheckpointError
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.origin import ORIGIN
-from lightning_norm.normalizers.registry import normalizers
-from lightning_norm.surgery.convert import arguments_of
+from lightning_norm.normalizers.registry import arguments_of, normalizers
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.select import clean_name
 from lightning_norm.surgery.swap import try_swap

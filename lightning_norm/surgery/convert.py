@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +11,7 @@ from torch import nn
 
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.group_norm import GroupNorm
-from lightning_norm.normalizers.registry import NormSpec, resolve
+from lightning_norm.normalizers.registry import NormSpec, arguments_of, checked_arguments, resolve
 from lightning_norm.surgery.select import LAZY
 
 HOOKS = (
@@ -52,16 +50,8 @@ def convert(
             "forward pass through the model first, swap after it, or exclude it."
         )
     cls, init_args = resolve(norm)
-    chosen = {**init_args, **norm_args}
+    chosen = checked_arguments(cls, {**init_args, **norm_args}, f"{name}: ")
     known = arguments_of(cls)
-    for argument in chosen:
-        if argument not in known:
-            near = difflib.get_close_matches(argument, known, n=1)
-            guess = f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(
-                f"{cls.__name__} takes no argument {argument!r}.{guess} It takes: {', '.join(sorted(known))}."
-            )
-        chosen[argument] = _number(chosen[argument], known[argument], f"{name}: {cls.__name__}: {argument}")
     inherited = {k: v for k, v in _arguments_from(module, name, cls).items() if k in known}
     try:
         layer = cls(**{**inherited, **chosen})
@@ -71,22 +61,6 @@ def convert(
         raise type(error)(f"{name}: {error}") from error
     _carry_over(module, layer)
     return layer, chosen
-
-
-def arguments_of(cls: type) -> dict[str, inspect.Parameter]:
-    """Return the arguments of a class's ``__init__``, following ``**options`` to its bases."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        init = base.__dict__.get("__init__")
-        if init is None:
-            continue
-        parameters = inspect.signature(init).parameters
-        for name, parameter in parameters.items():
-            if name != "self" and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                found.setdefault(name, parameter)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            break
-    return found
 
 
 def own_arguments(layer: nn.Module) -> dict[str, Any]:
@@ -143,18 +117,6 @@ def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
         "track_running_stats": any(getattr(layer, name, None) is not None for name in stats),
         "channel_dim": getattr(layer, "channel_dim", 1),
     }
-
-
-def _number(value: Any, parameter: inspect.Parameter, what: str) -> Any:
-    """Return text as a number where the argument is one: YAML reads 1e-3, which has no point, as text."""
-    annotation = inspect.formatannotation(parameter.annotation)
-    is_float = isinstance(parameter.default, float) or re.search(r"\bfloat\b", annotation)
-    if not isinstance(value, str) or not is_float or re.search(r"\bstr\b", annotation):
-        return value
-    try:
-        return float(value)
-    except ValueError as error:
-        raise ValueError(f"{what} must be a number, got the text {value!r}. Type it like 1.0e-3.") from error
 
 
 def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict[str, Any]:

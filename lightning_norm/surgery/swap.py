@@ -78,7 +78,8 @@ def swap(
     Raises:
         ValueError: unknown norm, source, backend, sync_group or pattern, a pattern that matches nothing, ``norm_args``
             without ``norm``, or nothing swapped with ``on_empty="error"``.
-        TypeError: an argument that the normalizer does not take, or a layer that cannot be converted.
+        TypeError: ``model`` is no module, ``rules`` or ``norm_args`` no mapping, an argument that the normalizer does
+            not take, or a layer that cannot be converted.
         AlreadySwappedError: nothing is left to swap because the model was swapped before.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -125,6 +126,9 @@ def try_swap(
 
     ``leave`` holds the ids of modules that are no candidates.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"swap expects a torch.nn.Module, got {type(model).__name__}. Type swap(model, {norm!r}).")
+    check_specs(norm, norm_args, rules)
     if norm is None and not rules:
         raise ValueError("swap needs norm='sn' (say) or rules={'layer1.*': 'sn', ...}.")
     if norm is None and norm_args:
@@ -134,9 +138,6 @@ def try_swap(
         )
     backend_text = explain(backend)
     check_group(sync_group)
-    for spec in [norm, *(rules or {}).values()]:
-        if spec is not None:
-            resolve(spec)
     sites, skipped = find_sites(model, source)
     sites = [site for site in sites if id(site.module) not in leave]
     chosen, missed = assign(sites, norm, include, exclude, rules)
@@ -153,6 +154,22 @@ def try_swap(
         layer.origin = _origin(site.module, row)
         report.add(site, layer, row)
     return report, missed, sites
+
+
+def check_specs(norm: NormSpec | None, norm_args: Any, rules: Any) -> None:
+    """Check what layers are to become.
+
+    Raises:
+        ValueError: unknown norm.
+        TypeError: not a normalizer, or a form that is none.
+    """
+    forms = (("norm_args", norm_args, "{'momentum': 0.2}"), ("rules", rules, "{'layer1.*': 'sn'}"))
+    for name, value, example in forms:
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a mapping such as {example}, got {value!r}.")
+    for spec in [norm, *(rules or {}).values()]:
+        if spec is not None:
+            resolve(spec)
 
 
 def _row(site: Site, layer: Normalizer, arguments: dict[str, Any], backend: str) -> SwappedLayer:

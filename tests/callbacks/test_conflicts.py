@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import nn
 from torch.utils.data import DataLoader
@@ -28,6 +29,7 @@ import lightning_norm
 from lightning_norm import (
     ConflictError,
     ConflictWarning,
+    NormMonitor,
     NormRecalibrate,
     NormScheduler,
     NormSwap,
@@ -348,6 +350,32 @@ class TestFinders:
         with pytest.raises(ZeroDivisionError):
             runner.fit(model)
         nothing_is_left(model, runner)
+
+    @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+    def test_an_exception_while_they_train_leaves_nothing_of_the_monitor(self, hook, tmp_path):
+        """Lightning puts them first: in ``on_train_start`` the monitor has wrapped, and not yet cleared."""
+
+        class Finder(LearningRateFinder):
+            def on_fit_start(self, *args):
+                self.run_in("on_fit_start", *args)
+
+            def on_train_start(self, *args):
+                self.run_in("on_train_start", *args)
+
+            def run_in(self, now, *args):
+                if now == hook:
+                    self.lr_find(*args)
+
+        model = Tunable()
+        model.fail_at = 3
+        runner = trainer(
+            NormSwap("sn"), NormMonitor(), Finder(), tmp_path=tmp_path, enable_checkpointing=True,
+            logger=TensorBoardLogger(tmp_path),
+        )  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            runner.fit(model)
+        nothing_is_left(model, runner)
+        assert "on_fit_start" not in model.__dict__
 
 
 class TestConfigureCallbacks:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_norm import NormSwap
 from tests.callbacks.toy import Net
 
-WHAT = sys.argv[1]
+WHAT = sys.argv[-1]
 TIMEOUT = 20.0
 """Seconds: Lightning starts the second process within it as well."""
 

@@ -88,6 +88,7 @@ class TestRefused:
         [
             (torch.tensor([0, 3, 1]), ValueError, r"'1' with num_contexts=3 must lie in \[0, 2\], got 0 to 3"),
             (torch.tensor([0, -1, 1]), ValueError, r"got -1 to 1"),
+            (torch.eye(3, dtype=torch.long), ValueError, r"shape \(N,\), got \(3, 3\). Type ids.float\(\)"),
             (torch.tensor([[0], [1], [2]]), ValueError, r"shape \(N,\), got \(3, 1\). Type ids.flatten\(\)"),
             (torch.rand(3, 2), ValueError, r"probabilities \(N, 3\) or integers \(N,\), got torch.float32 \(3, 2\)"),
             (torch.ones(3, 3), ValueError, "each row must sum to 1"),

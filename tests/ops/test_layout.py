@@ -49,6 +49,16 @@ def test_rank_error(shape):
         layout_of(torch.zeros(shape), 6)
 
 
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_the_remedy_for_many_axes_is_one(channel_dim):
+    x = torch.zeros(2, 6, 3, 3, 3, 6)
+    with pytest.raises(ValueError, match="Merge axes: ") as error:
+        layout_of(x, 6, channel_dim)
+    remedy = str(error.value).partition("Merge axes: ")[2].rstrip(".")
+    merged = eval(remedy, {"x": x})
+    assert layout_of(merged, 6, channel_dim).c == 6
+
+
 def test_channel_errors_name_what_to_type():
     with pytest.raises(ValueError, match=r"num_features=6, but axis 1 of input \(5, 7, 6\) has 7.*pass channel_dim=-1"):
         layout_of(torch.zeros(5, 7, 6), 6)

@@ -398,6 +398,15 @@ class TestBadInput:
         assert "0 (BatchNormAct): a subclass of BatchNorm2d" in report.summary()
         assert len(swap(model, "sn", source="BatchNormAct")) == 1
 
+    def test_forms_that_are_none(self):
+        for rules in (["bn1"], "bn1"):
+            with pytest.raises(TypeError, match=r"rules must be a mapping such as \{'layer1.\*': 'sn'\}, got"):
+                swap(small(), rules=rules)
+        with pytest.raises(TypeError, match=r"norm_args must be a mapping such as \{'momentum': 0.2\}, got \['eps'\]"):
+            swap(small(), "sn", norm_args=["eps"])
+        with pytest.raises(TypeError, match=r"expects a torch.nn.Module, got str. Type swap\(model, 'sn'\)"):
+            swap("x", "sn")
+
     def test_unknown_argument_source_and_backend(self):
         with pytest.raises(TypeError, match="SwitchableNorm takes no argument 'choicse'. Did you mean 'choices'"):
             swap(small(), "sn", norm_args={"choicse": ["in"]})
