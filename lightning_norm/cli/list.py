@@ -12,7 +12,8 @@ from lightning_norm.normalizers.registry import normalizers
 from lightning_norm.surgery.text import aligned
 
 EPILOG = """columns:
-  added   parameters beyond weight and bias, per layer; C is its channels
+  added   parameters of a layer of 64 channels beyond BatchNorm's 128, with the default arguments
+  needs   what must be there beside NormSwap
   batch   training needs statistics of the batch: small batches hurt, ranks are pooled
   sample  evaluation needs the sample's own statistics: cannot be folded into a convolution
   keeps   a swapped BatchNorm evaluates as before, until training changes it
@@ -43,12 +44,15 @@ def run(argv: Sequence[str]) -> None:
     if parser.parse_args(argv).json:
         print(json.dumps(rows, indent=2))
         return
-    header = ("key", "class", "paper", "added", "batch", "sample", "keeps")
-    cells = [[row["key"], row["class"], row["paper"] or "-", added(row["added"])] for row in rows]
-    flags = [[_yes(row["uses_batch"]), _yes(row["per_sample"]), _yes(row["keeps_eval"])] for row in rows]
+    header = ("key", "class", "paper", "added", "batch", "sample", "keeps", "needs")
+    cells = [[row["key"], row["class"], row["paper"] or "-", _signed(row["added_to_64"])] for row in rows]
+    names = ("uses_batch", "per_sample", "keeps_eval")
+    flags = [[*(_yes(row[name]) for name in names), row["needs"] or "-"] for row in rows]
     print(aligned([header, *(a + b for a, b in zip(cells, flags, strict=True))]))
-    print("\nadded: parameters per layer. batch: training needs batch statistics. sample: evaluation needs the")
-    print("sample's own statistics, so it cannot be folded. keeps: a swap keeps the evaluation. More: --help")
+    print(
+        "\nadded: parameters to a BatchNorm of 64 channels. batch: training needs batch statistics. sample: evaluation"
+    )
+    print("needs the sample's own statistics, so it cannot be folded. keeps: a swap keeps the evaluation. More: --help")
 
 
 def describe(cls: type[Normalizer]) -> dict[str, Any]:
@@ -60,23 +64,30 @@ def describe(cls: type[Normalizer]) -> dict[str, Any]:
         "paper": str(cls.paper) if cls.paper else None,
         "title": cls.paper.title if cls.paper else None,
         "added": dict(cls.learns),
+        "added_to_64": added_to(64, cls),
+        "needs": cls.needs,
         "uses_batch": cls.uses_batch,
         "per_sample": cls.per_sample,
         "keeps_eval": cls.preserves_eval,
     }
 
 
-def added(learns: dict[str, str]) -> str:
-    """Return the sizes of the new parameters; where there are many, their sum for 64 channels.
+def added_to(channels: int, cls: type[Normalizer]) -> int | None:
+    """Return how many parameters a layer has beyond a BatchNorm's, ``None`` if it cannot be built by its channels.
 
-    >>> added({"mean_weight": "3", "var_weight": "3"})
-    '3+3'
-    >>> added({name: "C*max(1, C//2)" for name in "abcdefg"})
-    '14336 for C=64'
+    >>> from lightning_norm import SwitchableNorm
+    >>> added_to(64, SwitchableNorm)
+    6
     """
-    if len(learns) > 6:
-        return f"{sum(eval(size, {'C': 64}) for size in learns.values())} for C=64"  # a class's own expressions
-    return "+".join(learns.values()) or "0"
+    try:
+        layer = cls(channels)
+    except TypeError:
+        return None
+    return sum(p.numel() for p in layer.parameters()) - 2 * channels
+
+
+def _signed(number: int | None) -> str:
+    return "?" if number is None else f"+{number}" if number else "0"
 
 
 def _yes(value: bool) -> str:

@@ -44,6 +44,8 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
     """At its starting values it evaluates to what the BatchNorm it was made from evaluates to."""
     learns: ClassVar[dict[str, str]] = {}
     """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
+    needs: ClassVar[str] = ""
+    """What it does not work without, such as a callback."""
     converts: ClassVar[tuple[str, ...]] = ()
     """Names of a BatchNorm's tensors that it takes over in another form: their values, not the objects."""
 

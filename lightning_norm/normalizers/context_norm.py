@@ -63,6 +63,7 @@ class ContextNorm(PerContext):
     wide_names: ClassVar[tuple[str, ...]] = ("prior", "running_spread", "centroids", "descriptor_scale")
     preserves_eval: ClassVar[bool] = True
     no_recalibration: ClassVar[str] = "each context has statistics of its own, and batches without contexts move none"
+    needs: ClassVar[str] = "NormContext"
     tested_with: ClassVar[dict[str, Any]] = {"context": "gate"}
     centroids: Tensor
     descriptor_scale: Tensor

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,14 @@ class Scheduled:
     low: float
     high: float
 
-    def check(self, who: str, name: str, value: float) -> float:
+    def check(self, who: str, name: str, value: float | None) -> float:
         """Return ``value`` as a float.
 
         Raises:
             ValueError: the value is outside the range or not a number.
         """
         try:
-            number = float(value)
+            number = float(value)  # type: ignore[arg-type]  # None is refused below
         except (TypeError, ValueError):
             number = math.nan
         if not self.low <= number <= self.high:
@@ -54,11 +54,13 @@ class ScheduledValues(nn.Module):
     """
 
     ranges: ClassVar[dict[str, Scheduled]] = {}
+    may_be_none: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        found = _declared(cls)
+        found, optional = _declared(cls)
         cls.ranges = {**cls.ranges, **found}
+        cls.may_be_none = (cls.may_be_none - found.keys()) | optional
         for name in found:
             setattr(cls, name, property(_getter(name), _setter(name)))
 
@@ -107,11 +109,13 @@ class ScheduledValues(nn.Module):
         return names
 
 
-def _declared(cls: type) -> dict[str, Scheduled]:
+def _declared(cls: type) -> tuple[dict[str, Scheduled], set[str]]:
+    """Return the scheduled arguments of a class's own ``__init__``, and those of them that may be ``None``."""
     init = cls.__dict__.get("__init__")
     found: dict[str, Scheduled] = {}
+    optional: set[str] = set()
     if init is None:
-        return found
+        return found, optional
     for name, parameter in inspect.signature(init).parameters.items():
         annotation = parameter.annotation
         if isinstance(annotation, str) and "Scheduled" in annotation:
@@ -119,7 +123,8 @@ def _declared(cls: type) -> dict[str, Scheduled]:
         for extra in getattr(annotation, "__metadata__", ()):
             if isinstance(extra, Scheduled):
                 found[name] = extra
-    return found
+                optional |= {name} if type(None) in get_args(get_args(annotation)[0]) else set()
+    return found, optional
 
 
 def _getter(name: str) -> Callable[[ScheduledValues], float | None]:
@@ -128,7 +133,7 @@ def _getter(name: str) -> Callable[[ScheduledValues], float | None]:
 
 def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
     def set_value(self: ScheduledValues, value: float | None) -> None:
-        if value is not None:
+        if value is not None or name not in self.may_be_none:
             value = self.ranges[name].check(type(self).__name__, name, value)
         self._values[name] = value
         held = self._buffers.get(f"_{name}")

@@ -159,7 +159,8 @@ def scheduled(make: Make) -> None:
         moved = [distance(outcome(a), outcome(b)) for a, b in fresh]
         assert max(moved) > 1e-6, f"{name} has no effect at {low} against {high}, whatever flag is set"
         layer = make(C)
-        for bad in (span.low - 0.1, span.high + 0.1, float("nan"), "x"):
+        nothing = () if name in layer.may_be_none else (None,)
+        for bad in (span.low - 0.1, span.high + 0.1, float("nan"), "x", *nothing):
             held = getattr(layer, name)
             with refused(ValueError, f"{name} = {bad!r}", name, str(bad)):
                 setattr(layer, name, bad)
