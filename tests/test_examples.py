@@ -80,7 +80,11 @@ def surroundings(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(s, id=s.name, marks=[pytest.mark.slow] if s.name in LONG else []) for s in SCRIPTS],
+    [
+        pytest.param(s, id=s.name, marks=[pytest.mark.slow] if s.name in LONG else [])
+        for s in SCRIPTS
+        if s.name != "trainer.py"  # runs in the next test
+    ],
 )
 def test_example(script, tmp_path):
     of_lightning = [f"-Wignore:`isinstance:{kind}Warning" for kind in ("Future", "Deprecation")]
@@ -107,6 +111,7 @@ def table_of(command, folder):
     return table
 
 
+@pytest.mark.slow
 def test_the_trainer_script_and_its_yaml_are_the_same(tmp_path):
     """To the last digit of what the layers learned."""
     config = str(ROOT / "examples" / "trainer.yaml")

@@ -143,8 +143,7 @@ class ContextNorm(PerContext):
     def mixture(self, m: Moments, g: Tensor | None) -> Affine:
         """Return the affine map of each sample: a sum over contexts, around a common mean so that no digit is lost."""
         g = self.posterior(m) if g is None and self.missing == "posterior" else g
-        wide = stat_dtype(m.var)
-        weight, bias = self._affine(wide)
+        weight, bias = self._affine(wide := stat_dtype(m.var))
         if g is None:  # in evaluation only
             share = self.shares().to(wide)
             pooled = self.running() if self.track_running_stats else m.over_batch()

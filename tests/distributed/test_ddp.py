@@ -50,6 +50,7 @@ def test_ranks_agree_on_the_contexts_of_images(tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_the_monitor_reads_and_logs_on_rank_zero_alone(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.monitor", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)

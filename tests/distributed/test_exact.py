@@ -30,7 +30,7 @@ TWO = {
     "static graph": every(static_graph=True, gradient_as_bucket_view=True),
     "float32": every(dtype=torch.float32),
     "the network compiled as one graph": [
-        {"key": key, "case": "plain", "compiled": "network"} for key in ("bn", "sn", "ubn", "cn", "dbn", "afn")
+        {"key": key, "case": "plain", "compiled": "network"} for key in ("bn", "sn", "cn")
     ],
     "layers compiled, with activation checkpointing": [{"key": "sn", "case": "checkpoint", "compiled": "layers"}],
 }
