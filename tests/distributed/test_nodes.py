@@ -1,9 +1,9 @@
 """Two nodes of two ranks on this machine: two torchrun agents, one rendezvous."""
 
 import os
-import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,17 @@ def free_port():
 
 @pytest.mark.slow
 def test_statistics_of_the_world_and_of_the_node(tmp_path):
-    launch = [shutil.which("torchrun"), "--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+    ]
     launch += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "nodes", "--local-addr", "127.0.0.1"]
     launch += ["-m", "tests.distributed.nodes", str(tmp_path / "held")]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

@@ -75,8 +75,10 @@ def clean():
 
 
 def judge(u):
-    if u.arch == 100:  # one variant spills a register there; the limits are those of sm_80 and sm_90
-        assert u.stack <= 8, f"spills: {u}"
+    if (
+        u.arch == 100
+    ):  # 5 x 5 taps in half precision spill some registers there; the limits are those of sm_80 and sm_90
+        assert u.stack <= 16, f"spills: {u}"
     else:
         assert u.stack == u.spills == 0, f"spills: {u}"
     assert u.doubles == 0, f"float64: {u}"
