@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.cli.bench_clock import machine
+from lightning_norm.cli.bench_clock import Run, Timed, interleaved, machine
 from lightning_norm.cli.bench_naive import CONTEXTS, FORMULAS, Naive, contexts_of
 from lightning_norm.cli.bench_peers import PEERS, depthwise_peer, taps
 from lightning_norm.cli.bench_report import rows_of, save, save_roofline, table
@@ -28,7 +27,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "cn": {"context": "ids", "num_contexts": CONTEXTS},
 }
 """What a contender is built with."""
-Run = Callable[[], Any]
 
 
 def run(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -127,7 +125,7 @@ def _bench_shape(
     for name, layer in layers.items():
         check(name, layer, x, dy)
     runs = {name: _step(layer, x, dy) for name, layer in layers.items()}
-    times = interleave(runs, repeats, device)
+    times = interleaved({name: Timed(run, device, graph=False) for name, run in runs.items()}, repeats)
     label = "x".join(map(str, shape)) + (" channels_last" if channels_last else "")
     saved = {name: saved_for_backward(layer, x) for name, layer in layers.items() if "naive" not in name}
     return rows_of(label, times, saved)
@@ -218,32 +216,13 @@ def bench_network(keys: Sequence[str], device: str, repeats: int, compiled: bool
     """Time whole training steps of resnet18, 16 x 3 x 64 x 64, with each normalizer against its own BatchNorm."""
     from lightning_norm.cli.bench_network import SMALL, training_step
 
-    runs: dict[str, Run] = {}
+    runs: dict[str, Timed] = {}
     for name in ["torch", *keys, *(f"{key} compiled" for key in keys if compiled)]:
         key = None if name == "torch" else name.split()[0]
         layers_compiled = name.endswith("compiled")
-        runs[name] = training_step(SMALL, key, device, ARGUMENTS.get(key or ""), layers_compiled=layers_compiled)
-    return rows_of("resnet18 step", interleave(runs, max(5, repeats // 3), device), {})
-
-
-def interleave(runs: dict[str, Run], repeats: int, device: str) -> dict[str, list[float]]:
-    """Time each run once per round, in turn, so that a slow moment of the machine meets all of them; milliseconds."""
-
-    def once(run: Run) -> float:
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3
-
-    for run in runs.values():
-        for _ in range(3):
-            once(run)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(once(run))
-    return times
+        step = training_step(SMALL, key, device, ARGUMENTS.get(key or ""), layers_compiled=layers_compiled)
+        runs[name] = Timed(step, device, graph=False)
+    return rows_of("resnet18 step", interleaved(runs, max(5, repeats // 3)), {})
 
 
 def _print_rows(label: str, rows: list[dict[str, Any]]) -> None:

@@ -7,11 +7,12 @@ size. An odd kernel flipped along every axis is the transpose of the convolution
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from lightning_norm.ops import primitives
 
 LONGEST = 7
 """Taps along an axis that the fused kernels unroll."""
@@ -118,17 +119,20 @@ def _geometry(kernel: Tensor) -> tuple[list[int], list[int], list[int]]:
 
 # Opaque to the compiler, which would turn every map to another format and back around a convolution, and compute an
 # edged map anew for each tap.
-def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    name, arguments = schema.split("(", 1)
-    torch.library.define(f"lightning_norm::{name}", f"({arguments}")
-    torch.library.impl(f"lightning_norm::{name}", "CompositeExplicitAutograd", run)
-    torch.library.register_fake(f"lightning_norm::{name}", fake)
-
-
-_define("depthwise(Tensor x, Tensor kernel, Tensor? bias) -> Tensor", _convolve, lambda x, *_: torch.empty_like(x))
-_define(
-    "depthwise_kernel_gradients(Tensor dy, Tensor x, Tensor kernel) -> (Tensor, Tensor)",
-    _kernel_gradients,
-    lambda dy, x, kernel: (torch.empty_like(kernel), kernel.new_empty(kernel.shape[0])),
+primitives.define(
+    {
+        "depthwise": "(Tensor x, Tensor kernel, Tensor? bias) -> Tensor",
+        "depthwise_kernel_gradients": "(Tensor dy, Tensor x, Tensor kernel) -> (Tensor, Tensor)",
+        "edged": "(Tensor x, int[] sizes) -> Tensor",
+    },
+    {"depthwise": _convolve, "depthwise_kernel_gradients": _kernel_gradients, "edged": torch.constant_pad_nd},
+    {
+        "depthwise": lambda x, kernel, bias: torch.empty_like(x),
+        "depthwise_kernel_gradients": lambda dy, x, kernel: (
+            torch.empty_like(kernel),
+            kernel.new_empty(kernel.shape[0]),
+        ),
+        "edged": torch.constant_pad_nd,
+    },
+    ("CompositeExplicitAutograd",),
 )
-_define("edged(Tensor x, int[] sizes) -> Tensor", torch.constant_pad_nd, torch.constant_pad_nd)

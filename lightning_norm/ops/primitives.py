@@ -189,11 +189,16 @@ _FAKE: dict[str, Callable[..., Any]] = {
 }
 
 
-def define(schemas: dict[str, str], real: dict[str, Callable[..., Any]], fake: dict[str, Callable[..., Any]]) -> None:
-    """Define operators, for CUDA and for the interpreter on the CPU."""
+def define(
+    schemas: dict[str, str],
+    real: dict[str, Callable[..., Any]],
+    fake: dict[str, Callable[..., Any]],
+    keys: tuple[str, ...] = ("CUDA", "CPU"),
+) -> None:
+    """Define operators, by default for CUDA and for the interpreter on the CPU."""
     for name, schema in schemas.items():
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for key in ("CUDA", "CPU"):
+        for key in keys:
             _library.impl(name, real[name], key)
         torch.library.register_fake(f"lightning_norm::{name}", fake[name], lib=_library)
 
