@@ -30,6 +30,7 @@ from lightning_norm.kernels import (
     channels_vjp,
     condensation,
     elementwise,
+    ranks,
     recovery,
     reductions,
 )
@@ -39,8 +40,10 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WIDE = ("x", "dy", "y", "dx", "residual", "dresidual")
 """Pointers to tensors like x; the others point to float32."""
 TYPES = {
+    **dict.fromkeys(("message", "gathered"), "*fp64"),
     **dict.fromkeys(("tracked", "skipped", "updates", "measured", "kept_out", "in_a_row"), "*i64"),
     **dict.fromkeys(("eps", "factor", "unbias", "least", "power", "unit_scale", "unit_affine"), "fp32"),
+    "count": "i64",
 }
 LONG = ("rows", "number", "units")
 
@@ -148,13 +151,17 @@ def _algebra() -> Iterator[Variant]:
         "bcn": {"IN": -1, "LN": 1, "BN": 0, "K": 0, "SOFTMAX": False, "OUTPUTS": True},
     }.items():
         common = {"OWN": True, "MERGE": False, **own, "FROZEN": False, "WEIGHT": True}
-        yield Variant(algebra.mix, name, "fp32", {**common, "TRACK": 1, "BIAS": True, "BLOCK": 256}, 4)
+        tracks = {**common, "TRACK": 1, "BIAS": True, "BLOCK": 256}
+        yield Variant(algebra.mix, name, "fp32", {**tracks, "RANKS": False}, 4)
+        yield Variant(algebra.mix, f"{name}, ranks", "fp32", {**tracks, "RANKS": True}, 4)
         for merge in (False, True):
             shape = f"{name}, parts" if merge else name
             yield Variant(algebra_vjp.vjp_pool, shape, "fp32", {**common, **half, "MERGE": merge}, 4)
         yield Variant(algebra_vjp.vjp_mix, name, "fp32", {**common, "BLOCK": 256}, 4)
     for merge in (False, True):
         yield Variant(algebra.pool, "parts" if merge else "whole", "fp32", {"MERGE": merge, **tile}, 4)
+    for kernel in (ranks.pack, ranks.unpack, ranks.pack_gradient, ranks.unpack_gradient):
+        yield Variant(kernel, "ranks", "fp32", {"BLOCK": 256}, 4)
 
 
 def _channels() -> Iterator[Variant]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_norm.ops import primitives
 from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.sync import Ranks
 
 ops = torch.ops.lightning_norm
 GATES = ("center_weight", "scale_weight", "scale_bias", "affine_weight", "affine_bias")
@@ -57,6 +58,9 @@ class ChannelRecipe:
     counters: tuple[Tensor | None, ...] = ()
     rate: Tensor | None = None
     threshold: Tensor | None = None
+
+    def over(self, ranks: Ranks) -> None:
+        """Return ``None``: a program holds all samples of a channel, and those of other ranks are not here."""
 
     def fields(self) -> tuple[list[int], list[float]]:
         """Return plan and numbers as the operators take them."""

@@ -40,6 +40,10 @@ BUDGET = {
     "pool": 200,
     "vjp_pool": 216,
     "vjp_mix": 96,
+    "pack": 48,
+    "unpack": 48,
+    "pack_gradient": 52,
+    "unpack_gradient": 48,
     "channels_of": 96,
     "commit": 88,
     "channels_vjp": 120,
@@ -81,7 +85,7 @@ def judge(u):
         assert u.stack <= 16, f"spills: {u}"
     else:
         assert u.stack == u.spills == 0, f"spills: {u}"
-    assert u.doubles == 0, f"float64: {u}"
+    assert u.doubles == 0 or "ranks" in u.shape, f"float64: {u}"  # what travels between ranks: C numbers
     assert u.atomics == 0, f"atomics: {u}"
     assert u.registers <= BUDGET[u.kernel], f"registers: {u}"
     if u.kernel in STREAMS:
