@@ -34,12 +34,11 @@ def masses(shares, stride, samples, contexts, N_BLOCK: tl.constexpr, K_BLOCK: tl
 
 
 @triton.jit
-def weights_at(
-    shares, stride, mass, n, samples, contexts, size, least, CONTEXTS: tl.constexpr, K_BLOCK: tl.constexpr
-):
+def weights_at(shares, stride, mass, n, samples, contexts, size, least, CONTEXTS: tl.constexpr, K_BLOCK: tl.constexpr):
     """A sample's share in each context, and its weight in that context's statistics, (N, K, 1) each.
 
-    The shares of two samples lie ``stride`` apart. A context of fewer than ``least`` elements is drawn towards all samples.
+    The shares of two samples lie ``stride`` apart. A context of fewer than ``least`` elements is drawn towards all
+    samples.
     """
     q = tl.arange(0, K_BLOCK)
     inside = (n[:, None] < samples) & (q[None, :] < contexts)
@@ -62,9 +61,7 @@ def by_share(seen, contexts, K_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def running_of(
-    running_mean, running_spread, seen, at, kept, contexts, POOLED: tl.constexpr, K_BLOCK: tl.constexpr
-):
+def running_of(running_mean, running_spread, seen, at, kept, contexts, POOLED: tl.constexpr, K_BLOCK: tl.constexpr):
     """The mean of all contexts, (C,), and each context's mean, from there, and variance, (K, C).
 
     A new context has those of all together, with ``POOLED`` every one.
@@ -79,9 +76,8 @@ def running_of(
     rest = tl.sum(share * away, 0)[None, :]
     pooled = tl.sum(share * (var + (away - rest) * (away - rest)), 0)[None, :]
     if POOLED:
-        return first, rest + away * 0.0, pooled + var * 0.0
-    else:
-        return first, tl.where(new, rest, away), tl.where(new, pooled, var)
+        new = new | (share >= 0.0)
+    return first, tl.where(new, rest, away), tl.where(new, pooled, var)
 
 
 @triton.jit

@@ -167,7 +167,7 @@ def channels_vjp(
                 v = tl.load(own + 2 * number + i, mask=keep, other=0.0)[:, None, :]
                 by_weight = tl.sum(dbatch[None, :, :] * e + dspread[None, :, :] * (v + e * e), 2)
                 mine = tl.sum((t1[:, None, :] + t0[:, None, :] * (z - d[:, None, :])) * (gamma * r)[None, :, :] + t0[:, None, :] * beta_[None, :, :], 2)  # noqa: E501  # fmt: skip
-                share = (tl.sum(g, 2) / wide[None, :])
+                share = tl.sum(g, 2) / wide[None, :]
                 every += by_weight * (dpart[None, :] * (1.0 / samples - share) - (1.0 - part)[None, :] * share / wide[None, :])  # noqa: E501  # fmt: skip
                 here = (n[:, None] < samples) & (q_[None, :] < contexts)
                 mine += by_weight * ((1.0 - part) / wide)[None, :]

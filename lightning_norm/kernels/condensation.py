@@ -18,9 +18,7 @@ def directions(x, inverse, out, samples, units, ALIGN: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def decide(
-    seen, parts, last, measured, kept_out, in_a_row, threshold, samples, jobs, BLOCK: tl.constexpr
-):
+def decide(seen, parts, last, measured, kept_out, in_a_row, threshold, samples, jobs, BLOCK: tl.constexpr):
     """Tell whether the batch is condensed: every program for itself, of which the first moves the counters."""
     alive, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, samples, BLOCK):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.blocks import BUSY, TILE, Grid, cdiv, grid_of, power
+from lightning_norm.kernels.blocks import BUSY, REGISTERS, TILE, Grid, cdiv, grid_of, power
 from lightning_norm.kernels.channel_plan import ChannelPlan, Numbers
 from lightning_norm.kernels.channels import channels_of
 from lightning_norm.kernels.channels_vjp import channels_vjp, gate_logits_vjp, gate_vjp
@@ -54,7 +54,8 @@ def coefficients(
     """
     grid = grid_of(x, channel_dim)
     coef = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
-    stats, own, seen = coef.new_empty(plan.lines, plan.rows, grid.c), coef.new_empty(0), coef.new_empty(plan.seen(grid.n))
+    own, seen = coef.new_empty(0), coef.new_empty(plan.seen(grid.n))
+    stats = coef.new_empty(plan.lines, plan.rows, grid.c)
     parts, merge = coef, False
     if plan.own:
         parts, merge = moment_parts(x, grid), grid.parts > 1
@@ -70,7 +71,8 @@ def coefficients(
                 *parts, *(coef if t is None else t for t in gates[5:]), mean, spread, tracked, last, more[0], seen,
                 grid.n, grid.c, plan.rows, *place, plan.min_updates, plan.max_skip, LOOK=plan.looks, MERGE=merge,
                 NORM=plan.choose > 0, GATE=bool(plan.gate), MOVE=plan.moves, CONTEXTS=bool(plan.contexts),
-                KNOWN=running[0] is not None, K_BLOCK=k, BLOCK=min(power(grid.c), BLOCK // k), num_warps=4,
+                KNOWN=running[0] is not None, K_BLOCK=k, BLOCK=min(power(grid.c), BLOCK // k),
+                num_warps=4, maxnreg=REGISTERS["survey"],
             )  # fmt: skip
         found = _found(x, seen, grid, plan) if plan.choose else coef
         held, stride = _shares(shares, seen, grid.n, plan)

@@ -18,16 +18,22 @@ from lightning_norm.ops.layout import Layout
 ops = torch.ops.lightning_norm
 GATES = ("center_weight", "scale_weight", "scale_bias", "affine_weight", "affine_bias", "gate_weight", "gate_bias")
 _COUNTERS = ("tracked", "skipped", "more0", "more1", "more2", "more3")
-SCHEMAS = {
-    name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, "
-    + ", ".join(f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcdefgh", ("mean", "spread", *_COUNTERS)))  # noqa: B905
-    + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] plan, float[] numbers) -> (Tensor, Tensor, Tensor, Tensor)"
-    for name, moves in (("channels", False), ("channels_and_track", True))
-} | {
-    "channel_gradients": "(Tensor dy, Tensor x, Tensor own, Tensor stats, Tensor coef, Tensor seen, "
-    "Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, Tensor? residual, int channel_dim, int[] plan, float[] numbers, str activation, "
-    "bool need_dx) -> (" + ", ".join(["Tensor"] * 11) + ")",
-}
+SCHEMAS = (
+    {
+        name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, "
+        + ", ".join(
+            f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcdefgh", ("mean", "spread", *_COUNTERS))
+        )  # noqa: B905
+        + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] plan, float[] numbers) -> "
+        "(Tensor, Tensor, Tensor, Tensor)"
+        for name, moves in (("channels", False), ("channels_and_track", True))
+    }
+    | {
+        "channel_gradients": "(Tensor dy, Tensor x, Tensor own, Tensor stats, Tensor coef, Tensor seen, "
+        "Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, Tensor? residual, int channel_dim, int[] plan, "
+        "float[] numbers, str activation, bool need_dx) -> (" + ", ".join(["Tensor"] * 11) + ")",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,13 @@ def _channels(x: Tensor, weight: Any, bias: Any, gates: Any, shares: Any, *args:
 def _gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from lightning_norm.kernels.launch_channels import gradients
 
-    *held, channel_dim, plan, numbers, activation, need_dx = args
-    return gradients(dy, x, *held, channel_dim, ChannelPlan(*plan), Numbers(*numbers), activation, need_dx)
+    own, stats, coef, seen, weight, bias, gates, shares, residual, channel_dim, plan, numbers, activation, need_dx = (
+        args
+    )
+    return gradients(
+        dy, x, own, stats, coef, seen, weight, bias, gates, shares, residual, channel_dim, ChannelPlan(*plan),
+        Numbers(*numbers), activation, need_dx,
+    )  # fmt: skip
 
 
 def _fake_channels(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

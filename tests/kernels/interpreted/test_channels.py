@@ -90,7 +90,11 @@ def test_launches(key, monkeypatch):
     ours, _ = pair(key, {"context": "ids"} if key == "cn" else {})
     x, launched = features(4, 6, 5, 3).requires_grad_(), count_launches(monkeypatch)
     y = ours(x)
-    assert launched == ["moments_rows", *(["channels_of", "commit"] if key == "dbn" else ["survey", "channels_of"]), "apply_flat"]  # noqa: E501
+    assert launched == [
+        "moments_rows",
+        *(["channels_of", "commit"] if key == "dbn" else ["survey", "channels_of"]),
+        "apply_flat",
+    ]  # noqa: E501
     launched.clear()
     torch.autograd.grad(y, [x, *ours.parameters()], noise(4, 6, 5, 3, seed=7))
     assert launched == ["sums_rows", "channels_vjp", "combine_flat"]
@@ -177,8 +181,7 @@ def arguments_of(name, layer, x):
     if name == "channels":
         return (x, *given, *buffers, 1, still, numbers)
     stats = ops.channels(x, *given, *buffers, 1, still, numbers)
-    more = (None, torch.rand_like(x), 1, still, numbers, "relu", True)
-    return (torch.rand_like(x), x, *stats, *given[:3], *more)
+    return (torch.rand_like(x), x, *stats, *given, torch.rand_like(x), 1, still, numbers, "relu", True)
 
 
 @pytest.mark.parametrize("last", [False, pytest.param(True, marks=SLOW)], ids=["rows", "channels last"])
