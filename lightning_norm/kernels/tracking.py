@@ -85,7 +85,10 @@ def move(
     target, spread, share, off, running_mean, running_spread, tracked, skipped, prior, rate, seen, at, kept, samples,
     contexts, CONTEXTS: tl.constexpr, AVERAGE: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Move a program's own channels (K, C), unless x has a NaN or an infinity; the first program moves the counters."""
+    """Move a program's own channels (K, C), unless x has a NaN or an infinity; the first program moves the counters.
+
+    A channel whose statistics are not finite though x is, as with a NaN among the parameters, stays by itself.
+    """
     bad = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, samples, BLOCK):
         n = begin + tl.arange(0, BLOCK)
@@ -99,7 +102,8 @@ def move(
         speed = tl.load(rate).to(tl.float32)
     q = tl.arange(0, K_BLOCK)
     first, real = tl.program_id(0) == 0, q < contexts
-    step, may = tl.zeros((K_BLOCK,), tl.float32) + speed, kept & fine
+    step = tl.zeros((K_BLOCK,), tl.float32) + speed
+    may = kept & fine & (tl.abs(target + spread) < float("inf"))
     new = step
     if CONTEXTS:
         old = tl.load(seen + 2 + q, mask=real, other=0.0)

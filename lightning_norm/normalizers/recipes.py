@@ -35,7 +35,8 @@ EQUATIONS = {
     *("_mix", "recovery"),
     *("_rectified", "_gain", "_gate", "_choose", "_condensed"),
     *("_lambda", "_move", "_held", "_steps", "_new_weight"),
-    *("mixture", "statistics", "fold", "unseen"),
+    *("mixture", "statistics", "fold", "unseen", "_drawn"),
+    *("gate", "_affine", "rows", "shares", "prior_or_uniform", "posterior"),
 }
 """Methods whose change makes a recipe another normalizer's."""
 

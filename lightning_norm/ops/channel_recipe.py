@@ -17,22 +17,18 @@ from lightning_norm.ops.layout import Layout
 
 ops = torch.ops.lightning_norm
 GATES = ("center_weight", "scale_weight", "scale_bias", "affine_weight", "affine_bias", "gate_weight", "gate_bias")
-_COUNTERS = ("tracked", "skipped", "more0", "more1", "more2", "more3")
-SCHEMAS = (
-    {
-        name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, "
-        + ", ".join(
-            f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcdefgh", ("mean", "spread", *_COUNTERS))
-        )  # noqa: B905
-        + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] plan, float[] numbers) -> "
-        "(Tensor, Tensor, Tensor, Tensor)"
-        for name, moves in (("channels", False), ("channels_and_track", True))
-    }
-    | {
-        "channel_gradients": "(Tensor dy, Tensor x, Tensor own, Tensor stats, Tensor coef, Tensor seen, "
-        "Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, Tensor? residual, int channel_dim, int[] plan, "
-        "float[] numbers, str activation, bool need_dx) -> (" + ", ".join(["Tensor"] * 11) + ")",
-    }
+_BUFFERS = dict(zip("abcdefgh", ("mean", "spread", "tracked", "skipped", *(f"more{i}" for i in range(4))), strict=True))
+SCHEMAS = {
+    name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, "
+    + ", ".join(f"Tensor{f'({letter}!)' if moves else ''}? {buffer}" for letter, buffer in _BUFFERS.items())
+    + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] plan, float[] numbers) -> (Tensor, Tensor, Tensor, "
+    "Tensor)"
+    for name, moves in (("channels", False), ("channels_and_track", True))
+}
+SCHEMAS["channel_gradients"] = (
+    "(Tensor dy, Tensor x, Tensor own, Tensor stats, Tensor coef, Tensor seen, Tensor? weight, Tensor? bias, "
+    "Tensor?[] gates, Tensor? shares, Tensor? residual, int channel_dim, int[] plan, float[] numbers, str activation, "
+    f"bool need_dx) -> ({', '.join(['Tensor'] * 11)})"
 )
 
 

@@ -38,9 +38,9 @@ TRAINED_AT_LENGTH = [
 EVALUATED = [("rbn", {}), ("ubn", {"threshold": 0.5}), ("dbn", {}), ("dbn", {"average": "var", "affine": False})]
 
 
-def pair(key, arguments, train=True, offset=0.0):
+def pair(key, arguments, train=True, offset=0.0, channels=6):
     """A layer on the kernels and its twin in float64, moved from their start; the second batch meets moved buffers."""
-    layer = lightning_norm.create(key, 6, **arguments)
+    layer = lightning_norm.create(key, channels, **arguments)
     with torch.no_grad():
         for i, p in enumerate(layer.parameters()):
             p.add_(0.2 * noise(*p.shape, seed=300 + i))
@@ -90,11 +90,8 @@ def test_launches(key, monkeypatch):
     ours, _ = pair(key, {"context": "ids"} if key == "cn" else {})
     x, launched = features(4, 6, 5, 3).requires_grad_(), count_launches(monkeypatch)
     y = ours(x)
-    assert launched == [
-        "moments_rows",
-        *(["channels_of", "commit"] if key == "dbn" else ["survey", "channels_of"]),
-        "apply_flat",
-    ]  # noqa: E501
+    algebra = ["channels_of", "commit"] if key == "dbn" else ["survey", "channels_of"]
+    assert launched == ["moments_rows", *algebra, "apply_flat"]
     launched.clear()
     torch.autograd.grad(y, [x, *ours.parameters()], noise(4, 6, 5, 3, seed=7))
     assert launched == ["sums_rows", "channels_vjp", "combine_flat"]
@@ -135,6 +132,18 @@ def test_nan_does_not_reach_the_buffers(key):
             assert value == before[name] + 1
         elif name not in ("condensation", "gap"):
             assert torch.equal(value, before[name]), name
+
+
+def test_a_nan_among_the_parameters_stays_in_its_channel():
+    layer = lightning_norm.create("rbn", 6)
+    layer.backend = "triton"
+    with torch.no_grad():
+        layer.center_weight[2] = float("nan")
+    layer(features(4, 6, 5, 3))
+    assert layer.running_mean.isfinite().all()
+    assert layer.running_var.isfinite().all()
+    assert layer.running_var[2] == 1
+    assert layer.running_var[3] != 1
 
 
 def test_recalibration_is_not_on_the_recipe():

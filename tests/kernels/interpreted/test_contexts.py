@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lightning_norm
+from lightning_norm.kernels.blocks import grid_of
 from lightning_norm.normalizers.contexts import assign, context_layers
 from lightning_norm.ops import channel_recipe
 from lightning_norm.testing.kit import features, noise
@@ -122,6 +123,7 @@ def test_gate_over_blocks_and_parts(samples):
     layer.backend = "triton"
     shape = (samples, 20, 8, 4) if samples == 33 else (samples, 20, 16, 4)
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (features(*shape), noise(*shape, seed=7)))
+    assert grid_of(x, 1).parts > 1
     compare(layer, exact, x, dy, 1e-5)
     same_buffers(layer, exact, 1e-5)
 
@@ -164,6 +166,21 @@ def test_nan_reaches_no_buffer():
     assert ours.skipped_updates == 1
 
 
+class Sharp(lightning_norm.ContextNorm):
+    """Has a gate of its own."""
+
+    def gate(self, m):
+        return super().gate(m).square()
+
+
+def test_a_gate_of_ones_own_runs_as_written(monkeypatch):
+    layer = Sharp(6, **GATE)
+    exact = copy.deepcopy(layer).double()
+    layer.backend, launched = "triton", count_launches(monkeypatch)
+    compare(layer, exact, features(4, 6, 5, 3), noise(4, 6, 5, 3, seed=7))
+    assert "channels_of" not in launched
+
+
 def test_what_stays_in_pytorch(monkeypatch):
     """The posterior, contexts with a gradient, and more of them than a program holds."""
     launched = count_launches(monkeypatch)
@@ -173,6 +190,11 @@ def test_what_stays_in_pytorch(monkeypatch):
     layer, _ = contexts({**IDS, "missing": "posterior"}, train=False)
     assign(context_layers(layer))
     layer(features(4, 6, 5, 3))
+    layer, _ = contexts(IDS, train=True)
+    assign(context_layers(layer), torch.rand(4, 3).softmax(1))
+    layer.contexts.g.requires_grad_()
+    layer(features(4, 6, 5, 3)).sum().backward()
+    assert layer.contexts.g.grad is not None
     assert "channels_of" not in launched
 
 
