@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
 import lightning_norm
 from lightning_norm.ops import condensation
@@ -79,3 +80,26 @@ def test_nan(how):
     same_buffers(ours, exact)
     assert ours.skipped_updates == before.skipped_updates + 1
     assert torch.equal(ours.running_mean, before.running_mean)
+
+
+@pytest.mark.parametrize(
+    ("key", "arguments"),
+    [
+        ("ubn", {"threshold": -0.9, "min_updates": 1}),
+        ("cn", {"context": "gate", "prior_scale": True, "momentum": None}),
+    ],
+)
+def test_programs_may_run_in_any_order(key, arguments, monkeypatch):
+    """No program reads what another one of its launch writes: the last first, every number is the same."""
+    layers = [pair(key, arguments, channels=20)[0] for _ in range(2)]
+    real, found = InterpreterBuilder.set_grid_idx, []
+    for layer in layers:
+        for i in range(2):
+            x = (features(4, 20, 2, 2) + 0.1 * i).requires_grad_()
+            found.append(torch.autograd.grad(layer(x), [x, *layer.parameters()], noise(4, 20, 2, 2, seed=7)))
+        found.append(tuple(layer.buffers()))
+        monkeypatch.setattr(
+            InterpreterBuilder, "set_grid_idx", lambda self, x, y, z: real(self, self.grid_dim[0] - 1 - x, y, z)
+        )
+    for a, b in zip(found[:3], found[3:], strict=True):
+        assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
