@@ -57,7 +57,7 @@ def test_a_run_of_condensed_batches():
     ours, exact = pair("ubn", arguments, channels=20)
     seen = []
     for i in range(6):
-        x = features(4, 20, 2, 2) + 0.1 * i
+        x = (features(4, 20, 2, 2) + 0.1 * i).contiguous(memory_format=torch.channels_last)
         compare(ours, exact, x, noise(4, 20, 2, 2, seed=7), 4e-6)
         same_buffers(ours, exact)
         seen.append(int(ours.num_batches_tracked))
@@ -95,7 +95,7 @@ def test_programs_may_run_in_any_order(key, arguments, monkeypatch):
     real, found = InterpreterBuilder.set_grid_idx, []
     for layer in layers:
         for i in range(2):
-            x = (features(4, 20, 2, 2) + 0.1 * i).requires_grad_()
+            x = (features(4, 20, 2, 2) + 0.1 * i).contiguous(memory_format=torch.channels_last).requires_grad_()
             found.append(torch.autograd.grad(layer(x), [x, *layer.parameters()], noise(4, 20, 2, 2, seed=7)))
         found.append(tuple(layer.buffers()))
         monkeypatch.setattr(
