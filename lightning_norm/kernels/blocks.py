@@ -20,6 +20,7 @@ REGISTERS = {
     "recover_sums": 192,
     "recover_combine": 128,
     "vjp_pool": 200,
+    "survey": 128,
 }
 """Registers of a thread at most: without a limit ptxas spills 8 bytes of these for one more resident program."""
 

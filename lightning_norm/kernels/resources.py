@@ -33,6 +33,7 @@ from lightning_norm.kernels import (
     ranks,
     recovery,
     reductions,
+    tracking,
 )
 from lightning_norm.kernels.blocks import REGISTERS, TILE, warps
 
@@ -165,23 +166,39 @@ def _algebra() -> Iterator[Variant]:
 
 
 def _channels() -> Iterator[Variant]:
-    names = ("OWN", "MERGE", "FROZEN", "BLEND", "STD", "POWER", "DETACH", "CHOOSE", "CONTEXTS", "CENTER", "SCALE", "AFFINE", "AVERAGE")  # noqa: E501  # fmt: skip
-    one, four = {"N_BLOCK": 32, "K_BLOCK": 1, "C_BLOCK": 16}, {"N_BLOCK": 32, "K_BLOCK": 4, "C_BLOCK": 8}
+    names = ("OWN", "MERGE", "FROZEN", "BLEND", "STD", "POWER", "DETACH", "CONTEXTS", "PRIOR", "POOLED", "CENTER", "SCALE", "AFFINE", "NORM", "GATE")  # noqa: E501  # fmt: skip
+    one, four, many = ({"N_BLOCK": 32, "K_BLOCK": k, "C_BLOCK": c} for k, c in ((1, 16), (4, 8), (16, 2)))
+    rectified = {"OWN": True, "CENTER": True, "SCALE": True, "AFFINE": True, "MOVE": 1}
+    grouped = {"OWN": True, "CONTEXTS": True, "MERGE": True, "MOVE": 2}
     for shape, on, tile in (
-        ("ubn", {"OWN": True, "CHOOSE": 1, "CENTER": True, "SCALE": True, "AFFINE": True}, one),
+        ("rbn", rectified, one),
+        ("ubn", {**rectified, "CHOOSE": 1, "NORM": True}, one),
+        ("ubn renorm, parts", {**rectified, "CHOOSE": 3, "NORM": True, "MERGE": True}, one),
         ("dbn", {"OWN": True, "BLEND": True, "STD": True, "POWER": True}, one),
-        ("cn", {"OWN": True, "CONTEXTS": True, "MERGE": True}, four),
+        ("cn", grouped, four),
+        ("cn gate", {**grouped, "GATE": True, "PRIOR": True}, four),
+        ("cn gate of 16", {**grouped, "GATE": True, "PRIOR": True}, many),
+        ("cn evaluation", {"CONTEXTS": True, "FROZEN": True, "POOLED": True}, four),
     ):
-        flags = {**dict.fromkeys(names, False), "CHOOSE": 0, **on, "WEIGHT": True, "BIAS": True, "BLOCK": 1024, **tile}
-        flags["STD_OF_VAR"] = flags["STD"]
-        half = {**flags, "C_BLOCK": tile["C_BLOCK"] // (2 if shape == "cn" else 1)}
-        for kernel, given in ((channels.channels_of, flags), (channels.commit, flags), (channels_vjp.channels_vjp, half)):  # noqa: E501  # fmt: skip
+        flags = {**dict.fromkeys(names, False), "CHOOSE": 0, "MOVE": 0, **on, "WEIGHT": True, "BIAS": True, **tile}
+        flags |= {"STD_OF_VAR": flags["STD"], "RENORM": flags["CHOOSE"] == 3}
+        half = {**flags, "C_BLOCK": tile["C_BLOCK"] // (1 if tile is one else 2)}
+        wide = {**flags, "LOOK": bool(flags["MOVE"]), "KNOWN": True, "BLOCK": 1024 // tile["K_BLOCK"]}
+        for kernel, given in (
+            (tracking.survey, wide),
+            (channels.channels_of, flags),
+            (tracking.commit, wide),
+            (channels_vjp.channels_vjp, half),
+            (channels_vjp.gate_logits_vjp, wide),
+            (channels_vjp.gate_vjp, half),
+        ):
+            unused = {tracking.survey: flags["BLEND"], tracking.commit: not flags["BLEND"]}
+            if unused.get(kernel, "gate" in kernel.fn.__name__ and not flags["GATE"]):
+                continue
             own = inspect.signature(kernel.fn).parameters
             yield Variant(kernel, shape, "fp32", {k: v for k, v in given.items() if k in own}, 4)
-    yield Variant(condensation.norms, "parts", "fp32", {"MERGE": True, "BLOCK": 1024}, 4)
     for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         yield Variant(condensation.directions, "any", dtype, {"ALIGN": align, "BLOCK": TILE}, 4)
-    yield Variant(condensation.decide, "any", "fp32", {"BLOCK": 1024}, 4)
 
 
 def _recovery() -> Iterator[Variant]:
