@@ -22,7 +22,7 @@ from lightning_norm.kernels.reductions import read_moments
 
 @triton.jit
 def times(a, w, R_BLOCK: tl.constexpr):
-    """a w^T for a (R, K) and w (J, K)."""
+    """The product a w^T of a (R, K) and w (J, K)."""
     if R_BLOCK == 1:
         y = tl.sum(a * w, 1)[None, :]
     else:
@@ -84,6 +84,17 @@ def passed(noise, share, q, c, channels):
     u = tl.load(noise + q * channels + c, mask=c < channels, other=0.0)[None, :]
     left = tl.maximum(1.0 - p, 1.1754943508222875e-38)
     return tl.where(u >= p, tl.div_rn(tl.full((), 1.0, tl.float32), left), 0.0)
+
+
+@triton.jit
+def spread(out, a, b, c, samples, channels, N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr):
+    """Store two rows (1, C) for every sample, (2, N * C)."""
+    number = samples * channels.to(tl.int64)
+    for begin in range(0, samples, N_BLOCK):
+        n = begin + tl.arange(0, N_BLOCK)[:, None]
+        to, keep = out + n.to(tl.int64) * channels + c[None, :], (n < samples) & (c[None, :] < channels)
+        tl.store(to, tl.broadcast_to(a, (N_BLOCK, C_BLOCK)), mask=keep)
+        tl.store(to + number, tl.broadcast_to(b, (N_BLOCK, C_BLOCK)), mask=keep)
 
 
 @triton.jit
@@ -209,14 +220,8 @@ def decode(
     tl.store(coded + 2 * number + at, beta, mask=keep)
     tl.store(coded + 3 * number + at, gamma, mask=keep)
     if BATCH:
-        number = samples * channels.to(tl.int64)
-        for begin in range(0, samples, N_BLOCK):
-            n = begin + tl.arange(0, N_BLOCK)[:, None]
-            at = n.to(tl.int64) * channels + c[None, :]
-            keep = (n < samples) & (c[None, :] < channels)
-            tl.store(coef + at, tl.broadcast_to(k, (N_BLOCK, C_BLOCK)), mask=keep)
-            tl.store(coef + number + at, tl.broadcast_to(scale, (N_BLOCK, C_BLOCK)), mask=keep)
-            tl.store(coef + 2 * number + at, tl.broadcast_to(offset, (N_BLOCK, C_BLOCK)), mask=keep)
+        spread(coef + samples * channels.to(tl.int64), scale, offset, c, samples, channels, N_BLOCK, C_BLOCK)
+        spread(coef, k, scale, c, samples, channels, N_BLOCK, C_BLOCK)
     else:
         tl.store(coef + at, k, mask=keep)
         tl.store(coef + number + at, scale, mask=keep)

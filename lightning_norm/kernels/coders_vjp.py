@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 
 from lightning_norm.kernels.algebra import per_channel
-from lightning_norm.kernels.coders import gate_of, linear_at, measured, passed, sigmoid, spans_at, times
+from lightning_norm.kernels.coders import gate_of, linear_at, measured, passed, sigmoid, spans_at, spread, times
 from lightning_norm.kernels.reductions import read_sum
 
 
 @triton.jit
 def outer(p, a, R_BLOCK: tl.constexpr):
-    """p^T a for p (R, J) and a (R, K)."""
+    """The product p^T a of p (R, J) and a (R, K)."""
     if R_BLOCK == 1:
         y = tl.trans(p) * a
     else:
@@ -29,7 +29,7 @@ def vjp_affine(
     eps, BATCH: tl.constexpr, MERGE: tl.constexpr, GATED: tl.constexpr, WEIGHT: tl.constexpr, N_BLOCK: tl.constexpr,
     R_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the decoders' ends (4, R, C), of mean and deviation beside them (2, R, C), of gamma, beta and biases.
+    """Gradients of the decoders' ends (4, R, C), of mean and deviation beside them (2, R, C), of gamma, beta, biases.
 
     ``gates`` (4, programs) are the parts of the gates' gradients.
     """
@@ -175,70 +175,89 @@ def through_encoder(
 
 
 @triton.jit
+def vjp_statistics(
+    job, parts, hidden, stats, direct, noise, share, std_weight, rescale_weight, line, samples, rows, channels,
+    std_units, rescale_units, size, eps, BATCH: tl.constexpr, DROP: tl.constexpr, SPANS: tl.constexpr,
+    N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Constant and slope (2, N * C) of dx = scale dy + constant + slope (x - k), for a tile of (R, C)."""
+    blocks, number, total = tl.cdiv(channels, C_BLOCK), rows * channels, std_units + rescale_units
+    r, c = job // blocks * R_BLOCK + tl.arange(0, R_BLOCK), job % blocks * C_BLOCK + tl.arange(0, C_BLOCK)
+    dmean, dstd = through_encoder(parts, hidden, std_weight, r, c, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    if DROP:
+        dmean, dstd = dmean * passed(noise, share, 0, c, channels), dstd * passed(noise, share, 1, c, channels)
+    more, most = through_encoder(parts, hidden, rescale_weight, r, c, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    keep = (r[:, None] < rows) & (c[None, :] < channels)
+    at = r[:, None].to(tl.int64) * channels + c[None, :]
+    dmean += more + tl.load(direct + at, mask=keep, other=0.0)
+    dstd += most + tl.load(direct + number + at, mask=keep, other=0.0)
+    k, lo, std, v = measured(stats, r, c, rows, channels, eps)
+    count = tl.cast(size, tl.float32)
+    if BATCH:
+        count = count * samples
+    slope = tl.div_rn(dstd, tl.where(keep, std, 1.0)) / count
+    constant = dmean / count - slope * lo
+    if BATCH:
+        spread(line, constant, slope, c, samples, channels, N_BLOCK, C_BLOCK)
+    else:
+        tl.store(line + at, constant, mask=keep)
+        tl.store(line + number + at, slope, mask=keep)
+
+
+@triton.jit
+def vjp_encoder(
+    job, parts, hidden, stats, noise, share, dstd_weight, dstd_bias, drescale_weight, drescale_bias, rows, channels,
+    std_units, rescale_units, eps, DROP: tl.constexpr, SPANS: tl.constexpr, R_BLOCK: tl.constexpr,
+    H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradients of an encoder's weight, and of its bias."""
+    blocks, of_std = tl.cdiv(channels, C_BLOCK), tl.cdiv(std_units, H_BLOCK)
+    j = job // blocks
+    second = j >= of_std
+    units, before = tl.where(second, rescale_units, std_units), tl.where(second, std_units, 0)
+    dweight, dbias = dstd_weight, dstd_bias
+    if second:
+        dweight, dbias = drescale_weight, drescale_bias
+    h = (j - tl.where(second, of_std, 0)) * H_BLOCK + tl.arange(0, H_BLOCK)
+    c = job % blocks * C_BLOCK + tl.arange(0, C_BLOCK)
+    dw, db = tl.zeros((H_BLOCK, C_BLOCK), tl.float32), tl.zeros((R_BLOCK, H_BLOCK), tl.float32)
+    for begin in range(0, rows, R_BLOCK):
+        r = begin + tl.arange(0, R_BLOCK)
+        mean, lo, std, v = measured(stats, r, c, rows, channels, eps)
+        if DROP:
+            mean = tl.where(second, mean, mean * passed(noise, share, 0, c, channels))
+            std = tl.where(second, std, std * passed(noise, share, 1, c, channels))
+        z = hidden_gradient(parts, hidden, r, h, 0, before, rows, units, std_units + rescale_units, SPANS)
+        y = hidden_gradient(parts, hidden, r, h, 1, before, rows, units, std_units + rescale_units, SPANS)
+        dw += outer(z, mean, R_BLOCK) + outer(y, std, R_BLOCK)
+        db += z + y
+    at = h[:, None].to(tl.int64) * channels + c[None, :]
+    tl.store(dweight + at, dw, mask=(h[:, None] < units) & (c[None, :] < channels))
+    tl.store(dbias + h, tl.sum(db, 0), mask=(h < units) & (job % blocks == 0))
+
+
+@triton.jit
 def vjp_encode(
     parts, hidden, stats, direct, gates, noise, share, std_weight, rescale_weight, dstd_weight, dstd_bias,
     drescale_weight, drescale_bias, dgates, line, samples, rows, channels, std_units, rescale_units, lines, shares,
     size, eps, BATCH: tl.constexpr, DROP: tl.constexpr, SPANS: tl.constexpr, N_BLOCK: tl.constexpr,
     R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In the first ``lines`` programs constant and slope (2, N * C), in the others tiles of the encoders' gradients.
+    """Gradients of the statistics in the first ``lines`` programs, of the encoders in the others.
 
-    Program 0 adds the ``shares`` parts of each gate's gradient.
+    Program 0 adds the ``shares`` parts of each gate's.
     """
-    rows, channels = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32)
-    pid, blocks, total = tl.program_id(0), tl.cdiv(channels, C_BLOCK), std_units + rescale_units
-    number = rows * channels
+    rows, channels, pid = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32), tl.program_id(0)
     if pid < lines:
-        r, c = pid // blocks * R_BLOCK + tl.arange(0, R_BLOCK), pid % blocks * C_BLOCK + tl.arange(0, C_BLOCK)
-        dmean, dstd = through_encoder(parts, hidden, std_weight, r, c, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
-        if DROP:
-            dmean, dstd = dmean * passed(noise, share, 0, c, channels), dstd * passed(noise, share, 1, c, channels)
-        more, most = through_encoder(parts, hidden, rescale_weight, r, c, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
-        keep = (r[:, None] < rows) & (c[None, :] < channels)
-        at = r[:, None].to(tl.int64) * channels + c[None, :]
-        dmean += more + tl.load(direct + at, mask=keep, other=0.0)
-        dstd += most + tl.load(direct + number + at, mask=keep, other=0.0)
-        k, lo, std, v = measured(stats, r, c, rows, channels, eps)
-        count = tl.cast(size, tl.float32)
-        if BATCH:
-            count = count * samples
-        slope = tl.div_rn(dstd, tl.where(keep, std, 1.0)) / count
-        constant = dmean / count - slope * lo
-        if BATCH:
-            many = samples * channels.to(tl.int64)
-            for begin in range(0, samples, N_BLOCK):
-                n = begin + tl.arange(0, N_BLOCK)[:, None]
-                at, keep = n.to(tl.int64) * channels + c[None, :], (n < samples) & (c[None, :] < channels)
-                tl.store(line + at, tl.broadcast_to(constant, (N_BLOCK, C_BLOCK)), mask=keep)
-                tl.store(line + many + at, tl.broadcast_to(slope, (N_BLOCK, C_BLOCK)), mask=keep)
-        else:
-            tl.store(line + at, constant, mask=keep)
-            tl.store(line + number + at, slope, mask=keep)
+        vjp_statistics(
+            pid, parts, hidden, stats, direct, noise, share, std_weight, rescale_weight, line, samples, rows, channels,
+            std_units, rescale_units, size, eps, BATCH, DROP, SPANS, N_BLOCK, R_BLOCK, H_BLOCK, C_BLOCK,
+        )  # fmt: skip
     else:
-        job = pid - lines
-        of_std = tl.cdiv(std_units, H_BLOCK)
-        j = job // blocks
-        second = j >= of_std
-        units, before = tl.where(second, rescale_units, std_units), tl.where(second, std_units, 0)
-        dweight, dbias = dstd_weight, dstd_bias
-        if second:
-            dweight, dbias = drescale_weight, drescale_bias
-        h = (j - tl.where(second, of_std, 0)) * H_BLOCK + tl.arange(0, H_BLOCK)
-        c = job % blocks * C_BLOCK + tl.arange(0, C_BLOCK)
-        dw, db = tl.zeros((H_BLOCK, C_BLOCK), tl.float32), tl.zeros((R_BLOCK, H_BLOCK), tl.float32)
-        for begin in range(0, rows, R_BLOCK):
-            r = begin + tl.arange(0, R_BLOCK)
-            mean, lo, std, v = measured(stats, r, c, rows, channels, eps)
-            if DROP:
-                mean = tl.where(second, mean, mean * passed(noise, share, 0, c, channels))
-                std = tl.where(second, std, std * passed(noise, share, 1, c, channels))
-            z = hidden_gradient(parts, hidden, r, h, 0, before, rows, units, total, SPANS)
-            y = hidden_gradient(parts, hidden, r, h, 1, before, rows, units, total, SPANS)
-            dw += outer(z, mean, R_BLOCK) + outer(y, std, R_BLOCK)
-            db += z + y
-        at = h[:, None].to(tl.int64) * channels + c[None, :]
-        tl.store(dweight + at, dw, mask=(h[:, None] < units) & (c[None, :] < channels))
-        tl.store(dbias + h, tl.sum(db, 0), mask=(h < units) & (job % blocks == 0))
+        vjp_encoder(
+            pid - lines, parts, hidden, stats, noise, share, dstd_weight, dstd_bias, drescale_weight, drescale_bias,
+            rows, channels, std_units, rescale_units, eps, DROP, SPANS, R_BLOCK, H_BLOCK, C_BLOCK,
+        )  # fmt: skip
     if pid == 0:
         for q in tl.static_range(4):
             part = tl.zeros((T_BLOCK,), tl.float32)

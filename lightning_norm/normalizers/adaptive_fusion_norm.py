@@ -103,7 +103,6 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         return self.gate_init == -math.inf and self.rescale_init == 0
 
     def _dropped(self) -> Tensor | None:
-        """Return the share of the statistics that is dropped, 0-dim, ``None`` where nothing ever is."""
         if not self.training or self.pool is not None:  # recalibration drops nothing
             return None
         return self.scheduled("dropout") if self.was_scheduled("dropout") or self.dropout != 0 else None

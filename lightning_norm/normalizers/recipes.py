@@ -119,10 +119,8 @@ def coded(layer: EncoderDecoderNorm, layout: Layout) -> CoderRecipe | None:
         return None
     gates = tuple(layer._parameters[f"lambda_{name}"] for name in ("mu", "sigma", "beta", "gamma"))
     found = CoderRecipe(layer.weight, layer.bias, gates, coders, [int(layer.uses_batch), 0, 0], layer.eps)
-    if not layer.uses_batch:
-        return found
     found = replace(found, share=layer._dropped())
-    if not layer.track_running_stats:
+    if not layer.uses_batch or not layer.track_running_stats:
         return found
     names = (*layer.running_names, "num_batches_tracked", "skipped_updates", "_momentum")
     running = tuple(layer._buffers[name] for name in names)
