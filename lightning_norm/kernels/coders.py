@@ -40,12 +40,12 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """By its series near 0, where 1 - exp(-2 x) would lose digits."""
+    """The hyperbolic tangent and its slope, by the series near 0, where 1 - exp(-2 x) would lose digits."""
     s = x * x
     near = x + x * s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
     e = tl.exp(-2.0 * tl.abs(x))
     far = tl.div_rn(1.0 - e, 1.0 + e)
-    return tl.where(s < 0.0625, near, tl.where(x < 0.0, -far, far))
+    return tl.where(s < 0.0625, near, tl.where(x < 0.0, -far, far)), tl.div_rn(4.0 * e, (1.0 + e) * (1.0 + e))
 
 
 @triton.jit
@@ -204,7 +204,8 @@ def decode(
     sigma = decoded(parts, std_bias, sigma_weight, sigma_bias, hidden, leaves, r, c, 1, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
     beta = decoded(parts, rescale_bias, beta_weight, beta_bias, hidden, leaves, r, c, 0, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
     gamma = decoded(parts, rescale_bias, gamma_weight, gamma_bias, hidden, leaves, r, c, 1, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
-    sigma, beta, gamma = tl.where(sigma <= 0.0, 0.0, sigma), tanh(beta), sigmoid(gamma)
+    sigma = tl.where(sigma <= 0.0, 0.0, sigma)
+    bent, slope = tanh(beta)
     k, lo, std, v = measured(stats, r, c, rows, channels, eps)
     ahead = sigmoid(gate_of(lambda_mu, 0.0, True)) * (k - mu + lo)
     d = std + sigmoid(gate_of(lambda_sigma, 0.0, True)) * (sigma - std)
@@ -212,8 +213,10 @@ def decode(
     w = per_channel(weight, c, c < channels, 1.0, WEIGHT)[None, :]
     b = per_channel(bias, c, c < channels, 0.0, BIAS)[None, :]
     keep = (r[:, None] < rows) & (c[None, :] < channels)
-    scale = tl.div_rn(w + gate_of(lambda_gamma, 1.0, GATED) * gamma, tl.where(keep, tl.where(d < least, least, d), 1.0))
-    offset = scale * (ahead - lo) + (b + gate_of(lambda_beta, 1.0, GATED) * beta)
+    scale = tl.div_rn(
+        w + gate_of(lambda_gamma, 1.0, GATED) * sigmoid(gamma), tl.where(keep, tl.where(d < least, least, d), 1.0)
+    )
+    offset = scale * (ahead - lo) + (b + gate_of(lambda_beta, 1.0, GATED) * bent)
     at, number = r[:, None].to(tl.int64) * channels + c[None, :], rows * channels
     tl.store(coded + at, mu, mask=keep)
     tl.store(coded + number + at, sigma, mask=keep)

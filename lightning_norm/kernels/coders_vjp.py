@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from lightning_norm.kernels.algebra import per_channel
-from lightning_norm.kernels.coders import gate_of, linear_at, measured, passed, sigmoid, spans_at, spread, times
+from lightning_norm.kernels.coders import gate_of, linear_at, measured, passed, sigmoid, spans_at, spread, tanh, times
 from lightning_norm.kernels.reductions import read_sum
 
 
@@ -38,7 +38,8 @@ def vjp_affine(
     c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
     inside = c < channels
     w = per_channel(weight, c, inside, 1.0, WEIGHT)[None, :]
-    g_mu, g_sigma = sigmoid(gate_of(lambda_mu, 0.0, True)), sigmoid(gate_of(lambda_sigma, 0.0, True))
+    l_mu, l_sigma = gate_of(lambda_mu, 0.0, True), gate_of(lambda_sigma, 0.0, True)
+    g_mu, g_sigma, rest_mu, rest_sigma = sigmoid(l_mu), sigmoid(l_sigma), sigmoid(-l_mu), sigmoid(-l_sigma)
     l_beta, l_gamma = gate_of(lambda_beta, 1.0, GATED), gate_of(lambda_gamma, 1.0, GATED)
     least = tl.sqrt_rn(tl.zeros((), tl.float32) + tl.cast(eps, tl.float32))
     by = tl.zeros((R_BLOCK, C_BLOCK), tl.float32)
@@ -67,13 +68,14 @@ def vjp_affine(
         away = k - mu + lo
         d = std + g_sigma * (sigma - std)
         floor = tl.where(keep, tl.where(d < least, least, d), 1.0)
-        scale = tl.div_rn(w + l_gamma * gamma, floor)
+        (bent, slope), opened = tanh(beta), sigmoid(gamma)
+        scale = tl.div_rn(w + l_gamma * opened, floor)
         q = tl.where(keep, tl.div_rn(t1 + t0 * (g_mu * away - lo), floor), 0.0)
         dd = tl.where((d >= least) & keep, -q * scale, 0.0)
         da = tl.where(keep, t0 * scale, 0.0)
         end_mu = -g_mu * da
         end_sigma = tl.where(sigma <= 0.0, 0.0, g_sigma * dd)
-        end_beta, end_gamma = l_beta * t0 * (1.0 - beta * beta), l_gamma * q * gamma * (1.0 - gamma)
+        end_beta, end_gamma = l_beta * t0 * slope, l_gamma * q * opened * sigmoid(-gamma)
         by_w += q
         by_b += t0
         by_mu += end_mu
@@ -82,14 +84,14 @@ def vjp_affine(
         by_gamma += end_gamma
         of_mu += da * away
         of_sigma += dd * tl.where(keep, sigma - std, 0.0)
-        of_beta += t0 * beta
-        of_gamma += q * gamma
+        of_beta += t0 * bent
+        of_gamma += q * opened
         tl.store(ends + at, end_mu, mask=keep)
         tl.store(ends + number + at, end_sigma, mask=keep)
         tl.store(ends + 2 * number + at, end_beta, mask=keep)
         tl.store(ends + 3 * number + at, end_gamma, mask=keep)
-        tl.store(direct + at, (g_mu - 1.0) * da, mask=keep)
-        tl.store(direct + number + at, (1.0 - g_sigma) * dd, mask=keep)
+        tl.store(direct + at, -rest_mu * da, mask=keep)
+        tl.store(direct + number + at, rest_sigma * dd, mask=keep)
     tl.store(dweight + c, tl.sum(by_w, 0), mask=inside)
     tl.store(dbias + c, tl.sum(by_b, 0), mask=inside)
     tl.store(dmu_bias + c, tl.sum(by_mu, 0), mask=inside)
@@ -97,8 +99,8 @@ def vjp_affine(
     tl.store(dbeta_bias + c, tl.sum(by_beta, 0), mask=inside)
     tl.store(dgamma_bias + c, tl.sum(by_gamma, 0), mask=inside)
     jobs = tl.num_programs(0)
-    tl.store(gates + pid, tl.sum(tl.sum(of_mu, 0), 0) * g_mu * (1.0 - g_mu))
-    tl.store(gates + jobs + pid, tl.sum(tl.sum(of_sigma, 0), 0) * g_sigma * (1.0 - g_sigma))
+    tl.store(gates + pid, tl.sum(tl.sum(of_mu, 0), 0) * g_mu * rest_mu)
+    tl.store(gates + jobs + pid, tl.sum(tl.sum(of_sigma, 0), 0) * g_sigma * rest_sigma)
     tl.store(gates + 2 * jobs + pid, tl.sum(tl.sum(of_beta, 0), 0))
     tl.store(gates + 3 * jobs + pid, tl.sum(tl.sum(of_gamma, 0), 0))
 
