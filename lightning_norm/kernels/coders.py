@@ -78,10 +78,16 @@ def measured(stats, r, c, rows, channels, eps):
 
 
 @triton.jit
-def passed(noise, share, q, c, channels):
-    """What the mean or the standard deviation is multiplied by before E_s, (1, C): 0 where it is dropped."""
+def passed(noise, share, seed, q, c, channels, DROP: tl.constexpr):
+    """What the mean or the standard deviation is multiplied by before E_s, (1, C): 0 where it is dropped.
+
+    ``noise`` (2, C) is uniform in [0, 1); where DROP is 2 it is drawn here, the same in every kernel with this seed.
+    """
     p = tl.load(share).to(tl.float32)
-    u = tl.load(noise + q * channels + c, mask=c < channels, other=0.0)[None, :]
+    if DROP == 2:
+        u = tl.rand(seed, q * channels + c)[None, :]
+    else:
+        u = tl.load(noise + q * channels + c, mask=c < channels, other=0.0)[None, :]
     left = tl.maximum(1.0 - p, 1.1754943508222875e-38)
     return tl.where(u >= p, tl.div_rn(tl.full((), 1.0, tl.float32), left), 0.0)
 
@@ -97,10 +103,10 @@ def spread(out, a, b, c, samples, channels, N_BLOCK: tl.constexpr, C_BLOCK: tl.c
         tl.store(to + number, tl.broadcast_to(b, (N_BLOCK, C_BLOCK)), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def encode(
     hi, lo, var, running_mean, running_var, noise, share, std_weight, rescale_weight, stats, parts, samples, rows,
-    channels, std_units, rescale_units, span, pieces, sample_stride, stride, piece, size, fold, eps,
+    channels, std_units, rescale_units, span, pieces, sample_stride, stride, piece, size, fold, seed, eps,
     BATCH: tl.constexpr, FROZEN: tl.constexpr, MERGE: tl.constexpr, DROP: tl.constexpr, N_BLOCK: tl.constexpr,
     R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -142,9 +148,9 @@ def encode(
                 tl.store(stats + number + at, d, mask=keep)
                 tl.store(stats + 2 * number + at, v, mask=keep)
             s = tl.sqrt_rn(v + tl.cast(eps, tl.float32))
-        if DROP:
-            k = tl.where(second, k, k * passed(noise, share, 0, c, channels))
-            s = tl.where(second, s, s * passed(noise, share, 1, c, channels))
+        if DROP != 0:
+            k = tl.where(second, k, k * passed(noise, share, seed, 0, c, channels, DROP))
+            s = tl.where(second, s, s * passed(noise, share, seed, 1, c, channels, DROP))
         w = linear_at(weight, h, c, channels, units, channels)
         mean += times(tl.where(keep, k, 0.0), w, R_BLOCK)
         std += times(tl.where(keep, s, 0.0), w, R_BLOCK)
@@ -213,9 +219,8 @@ def decode(
     w = per_channel(weight, c, c < channels, 1.0, WEIGHT)[None, :]
     b = per_channel(bias, c, c < channels, 0.0, BIAS)[None, :]
     keep = (r[:, None] < rows) & (c[None, :] < channels)
-    scale = tl.div_rn(
-        w + gate_of(lambda_gamma, 1.0, GATED) * sigmoid(gamma), tl.where(keep, tl.where(d < least, least, d), 1.0)
-    )
+    floor = tl.where(keep, tl.where(d < least, least, d), 1.0)
+    scale = tl.div_rn(w + gate_of(lambda_gamma, 1.0, GATED) * sigmoid(gamma), floor)
     offset = scale * (ahead - lo) + (b + gate_of(lambda_beta, 1.0, GATED) * bent)
     at, number = r[:, None].to(tl.int64) * channels + c[None, :], rows * channels
     tl.store(coded + at, mu, mask=keep)

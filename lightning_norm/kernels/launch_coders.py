@@ -83,6 +83,7 @@ def coefficients(
     bias: Optional,
     noise: Optional,
     share: Optional,
+    seed: int,
     running: Sequence[Optional],
     channel_dim: int,
     plan: CoderPlan,
@@ -96,8 +97,9 @@ def coefficients(
         gates: lambda of mu, sigma, beta and gamma; the last two may be absent.
         weight: gamma.
         bias: beta.
-        noise: (2, C), uniform in [0, 1): what is below ``share`` is dropped before E_s; ``None`` drops nothing.
-        share: 0-dim.
+        noise: (2, C), uniform in [0, 1); ``None`` where it is drawn from ``seed``.
+        share: where the noise is below it, a statistic is dropped before E_s, 0-dim; ``None`` drops nothing.
+        seed: of the noise, below 2^31.
         running: mean, variance, the two counters and the momentum; moved if ``plan.track``.
         channel_dim: the channel axis.
         plan: the statistics.
@@ -120,7 +122,7 @@ def coefficients(
     with on(x):
         encode[(e.across, sum(e.units), e.spans)](
             *parts, mean, var, *_given((noise, share), coef), coders[0], coders[6], own, sums, *size, e.span, *place,
-            eps, BATCH=bool(plan.batch), FROZEN=bool(plan.frozen), MERGE=merge, DROP=noise is not None,
+            seed, eps, BATCH=bool(plan.batch), FROZEN=bool(plan.frozen), MERGE=merge, DROP=_drop(noise, share),
             N_BLOCK=min(power(grid.n), 16), num_warps=4, **e.blocks,
         )  # fmt: skip
         decode[(d.across, d.along)](
@@ -142,6 +144,7 @@ def gradients(
     weight: Optional,
     noise: Optional,
     share: Optional,
+    seed: int,
     residual: Optional,
     channel_dim: int,
     plan: CoderPlan,
@@ -179,9 +182,9 @@ def gradients(
         )  # fmt: skip
         vjp_encode[(lines + e.along * sum(e.units),)](
             sums, hidden, own, direct, parted, *_given((noise, share), coef), coders[0], coders[6],
-            *(back[i] for i in (0, 1, 6, 7)), dgates, line, grid.n, *size, *units, lines, a.along, grid.size, eps,
-            BATCH=bool(plan.batch), DROP=noise is not None, SPANS=d.spans, N_BLOCK=n_block, T_BLOCK=BLOCK, num_warps=4,
-            **e.blocks,
+            *(back[i] for i in (0, 1, 6, 7)), dgates, line, grid.n, *size, *units, lines, a.along, grid.size, seed, eps,
+            BATCH=bool(plan.batch), DROP=_drop(noise, share), SPANS=d.spans, N_BLOCK=n_block, T_BLOCK=BLOCK,
+            num_warps=4, **e.blocks,
         )  # fmt: skip
     dx, dresidual = coef.new_empty(0), None
     if need_dx or residual is not None:
@@ -193,6 +196,11 @@ def _sizes(x: Tensor, coders: Sequence[Tensor], channel_dim: int, plan: CoderPla
     """Return the grid, the hidden units of both encoders, and R."""
     grid = grid_of(x, channel_dim)
     return grid, (coders[0].shape[0], coders[6].shape[0]), 1 if plan.batch else grid.n
+
+
+def _drop(noise: Optional, share: Optional) -> int:
+    """Return 0 where nothing is dropped, 1 where noise is given, 2 where it is drawn."""
+    return 0 if share is None else 2 if noise is None else 1
 
 
 def _given(tensors: Sequence[Optional], other: Tensor) -> list[Tensor]:

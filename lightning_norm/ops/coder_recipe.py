@@ -18,12 +18,13 @@ ops = torch.ops.lightning_norm
 _BUFFERS = ("running_mean", "running_var", "tracked", "skipped")
 SCHEMAS = {
     name: "(Tensor x, Tensor[] coders, Tensor?[] gates, Tensor? weight, Tensor? bias, Tensor? noise, Tensor? share, "
-    + ", ".join(f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcd", _BUFFERS, strict=True))
+    "int seed, "
+    + ", ".join(f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcd", _BUFFERS))  # noqa: B905
     + ", Tensor? momentum, int channel_dim, int[] plan, float eps) -> (Tensor, Tensor, Tensor, Tensor)"
     for name, moves in (("coders", False), ("coders_and_track", True))
 } | {
     "coder_gradients": "(Tensor dy, Tensor x, Tensor stats, Tensor hidden, Tensor coded, Tensor coef, Tensor[] coders, "
-    "Tensor?[] gates, Tensor? weight, Tensor? noise, Tensor? share, Tensor? residual, int channel_dim, int[] plan, "
+    "Tensor?[] gates, Tensor? weight, Tensor? noise, Tensor? share, int seed, Tensor? residual, int channel_dim, int[] plan, "
     "float eps, str activation, bool need_dx) -> (Tensor, Tensor[], Tensor)",
 }
 
@@ -54,8 +55,7 @@ class CoderRecipe:
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
-        noise = None if self.share is None else torch.rand(2, layout.c, device=x.device)
-        dropped = (noise, self.share)
+        dropped = self._noise(x, layout.c)
         gates, coders = ([None if t is None else t.detach() for t in held] for held in (self.gates, self.coders))
         weight, bias = (None if t is None else t.detach() for t in (self.weight, self.bias))
         op = ops.coders_and_track if self.plan[2] else ops.coders
@@ -68,15 +68,23 @@ class CoderRecipe:
         )  # fmt: skip
         return y
 
+    def _noise(self, x: Tensor, channels: int) -> tuple[Tensor | None, Tensor | None, int]:
+        """Return noise, share and seed: the kernels draw by themselves, but for graphs, which would repeat a seed."""
+        if self.share is None:
+            return None, None, 0
+        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return torch.rand(2, channels, device=x.device), self.share, 0
+        return None, self.share, int(torch.randint(1 << 31, (), device="cpu"))
+
 
 class _Coders(torch.autograd.Function):
     """y from x and its coefficients; all gradients at once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        held, (residual, *kept, channel_dim, plan, eps, activation) = rest[:18], rest[18:]
+        held, (residual, *kept, seed, channel_dim, plan, eps, activation) = rest[:18], rest[18:]
         ctx.save_for_backward(x, *held, residual if activation != "none" else None, *kept)  # else its gradient is dy
-        ctx.channel_dim, ctx.plan, ctx.eps, ctx.activation = channel_dim, plan, eps, activation
+        ctx.seed, ctx.channel_dim, ctx.plan, ctx.eps, ctx.activation = seed, channel_dim, plan, eps, activation
         y: Tensor = ops.apply(x, kept[3], channel_dim, activation, residual)
         return y
 
@@ -87,8 +95,8 @@ class _Coders(torch.autograd.Function):
         held, (kept, *stats, noise, share) = held[:18], held[18:]
         need, (dy,) = ctx.needs_input_grad, grads
         dx, (dweight, dbias, dgates, *dcoders), dresidual = ops.coder_gradients(
-            dy, x, *stats, held[6:], held[2:6], held[0], noise, share, kept, ctx.channel_dim, ctx.plan, ctx.eps,
-            ctx.activation, need[0],
+            dy, x, *stats, held[6:], held[2:6], held[0], noise, share, ctx.seed, kept, ctx.channel_dim,
+            ctx.plan, ctx.eps, ctx.activation, need[0],
         )  # fmt: skip
         back = [
             g.view(t.shape).to(t.dtype) if n and t is not None else None
@@ -96,25 +104,25 @@ class _Coders(torch.autograd.Function):
         ]
         if need[19] and kept is None:
             dresidual = dy
-        return (dx if need[0] else None, *back, dresidual if need[19] else None, *(None,) * 10)
+        return (dx if need[0] else None, *back, dresidual if need[19] else None, *(None,) * 11)
 
 
 def _coders(x: Tensor, coders: Any, gates: Any, weight: Any, bias: Any, *args: Any) -> tuple[Tensor, ...]:
     from lightning_norm.kernels.launch_coders import CoderPlan, coefficients
 
-    noise, share, *running, channel_dim, plan, eps = args
+    noise, share, seed, *running, channel_dim, plan, eps = args
     return coefficients(
-        x, coders, gates, weight, bias, noise, share, running, channel_dim, CoderPlan(*plan), eps
+        x, coders, gates, weight, bias, noise, share, seed, running, channel_dim, CoderPlan(*plan), eps
     )  # fmt: skip
 
 
 def _gradients(dy: Tensor, x: Tensor, *args: Any) -> Any:
     from lightning_norm.kernels.launch_coders import CoderPlan, gradients
 
-    *stats, coders, gates, weight, noise, share, residual, channel_dim, plan, eps, activation, need_dx = args
+    *stats, coders, gates, weight, noise, share, seed, residual, channel_dim, plan, eps, activation, need_dx = args
     own, hidden, coded, coef = stats
     return gradients(
-        dy, x, (own, hidden, coded, coef), coders, gates, weight, noise, share, residual, channel_dim,
+        dy, x, (own, hidden, coded, coef), coders, gates, weight, noise, share, seed, residual, channel_dim,
         CoderPlan(*plan), eps, activation, need_dx,
     )  # fmt: skip
 
@@ -127,7 +135,7 @@ def _fake_coders(x: Tensor, coders: list[Tensor], *args: Any) -> tuple[Tensor, T
 
 
 def _fake_gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], Tensor]:
-    coef, coders, residual, need_dx = args[3], args[4], args[9], args[-1]
+    coef, coders, residual, need_dx = args[3], args[4], args[10], args[-1]
     c = coef.shape[2]
     dx = torch.empty_like(x) if need_dx or residual is not None else coef.new_empty(0)
     dresidual = coef.new_empty(0) if residual is None else torch.empty_like(x)
