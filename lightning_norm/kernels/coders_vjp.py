@@ -71,7 +71,7 @@ def vjp_affine(
         (bent, slope), opened = tanh(beta), sigmoid(gamma)
         scale = tl.div_rn(w + l_gamma * opened, floor)
         q = tl.where(keep, tl.div_rn(t1 + t0 * (g_mu * away - lo), floor), 0.0)
-        dd = tl.where((d >= least) & keep, -q * scale, 0.0)
+        dd = tl.where((d > least) & keep, -q * scale, 0.0)
         da = tl.where(keep, t0 * scale, 0.0)
         end_mu = -g_mu * da
         end_sigma = tl.where(sigma <= 0.0, 0.0, g_sigma * dd)

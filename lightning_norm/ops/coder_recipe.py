@@ -24,8 +24,8 @@ SCHEMAS = {
     for name, moves in (("coders", False), ("coders_and_track", True))
 } | {
     "coder_gradients": "(Tensor dy, Tensor x, Tensor stats, Tensor hidden, Tensor coded, Tensor coef, Tensor[] coders, "
-    "Tensor?[] gates, Tensor? weight, Tensor? noise, Tensor? share, int seed, Tensor? residual, int channel_dim, int[] plan, "
-    "float eps, str activation, bool need_dx) -> (Tensor, Tensor[], Tensor)",
+    "Tensor?[] gates, Tensor? weight, Tensor? noise, Tensor? share, int seed, Tensor? residual, int channel_dim, "
+    "int[] plan, float eps, str activation, bool need_dx) -> (Tensor, Tensor[], Tensor)",
 }
 
 
