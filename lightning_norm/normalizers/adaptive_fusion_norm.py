@@ -105,4 +105,5 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
     def _dropped(self) -> Tensor | None:
         if not self.training or self.pool is not None:  # recalibration drops nothing
             return None
-        return self.scheduled("dropout") if self.was_scheduled("dropout") or self.dropout != 0 else None
+        changes = torch.compiler.is_compiling() or self.was_scheduled("dropout")  # a graph holds for every share
+        return self.scheduled("dropout") if changes or self.dropout else None
