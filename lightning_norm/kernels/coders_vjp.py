@@ -68,7 +68,8 @@ def vjp_affine(
         away = k - mu + lo
         d = std + g_sigma * (sigma - std)
         floor = tl.where(keep, tl.where(d < least, least, d), 1.0)
-        (bent, slope), opened = tanh(beta), sigmoid(gamma)
+        bent, slope = tanh(beta)
+        opened = sigmoid(gamma)
         scale = tl.div_rn(w + l_gamma * opened, floor)
         q = tl.where(keep, tl.div_rn(t1 + t0 * (g_mu * away - lo), floor), 0.0)
         dd = tl.where((d > least) & keep, -q * scale, 0.0)
