@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -28,6 +29,8 @@ from lightning_norm.kernels import (
     algebra_vjp,
     channels,
     channels_vjp,
+    coders,
+    coders_vjp,
     condensation,
     elementwise,
     ranks,
@@ -140,6 +143,7 @@ def variants() -> Iterator[Variant]:
     yield Variant(reductions.join_sums, "parts", "fp32", {"BLOCK": 256}, 4)
     yield from _algebra()
     yield from _channels()
+    yield from _coders()
     yield from _recovery()
 
 
@@ -199,6 +203,24 @@ def _channels() -> Iterator[Variant]:
             yield Variant(kernel, shape, "fp32", {k: v for k, v in given.items() if k in own}, 4)
     for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         yield Variant(condensation.directions, "any", dtype, {"ALIGN": align, "BLOCK": TILE}, 4)
+
+
+def _coders() -> Iterator[Variant]:
+    kernels = (coders.encode, coders.decode, coders_vjp.vjp_affine, coders_vjp.vjp_decode, coders_vjp.vjp_encode)
+    for shape, tiles in (
+        ("afn", ((1, 16, 64), (1, 64, 16), (1, 32, 16), (1, 32, 32), (1, 32, 32))),
+        ("asr", ((32, 32, 16), (32, 16, 32), (16, 32, 16), (32, 32, 32), (16, 16, 32))),
+    ):
+        batch = shape == "afn"
+        given = {"BATCH": batch, "FROZEN": False, "TRACK": int(batch), "DROP": 2 * batch, "GATED": True, "WEIGHT": True}
+        given |= {"BIAS": True, "SPANS": 4, "T_BLOCK": 256}
+        for (kernel, tile), merge in itertools.product(zip(kernels, tiles, strict=True), (False, True)):
+            own = inspect.signature(kernel.fn).parameters
+            given |= dict(zip(("R_BLOCK", "H_BLOCK", "C_BLOCK"), tile, strict=True))
+            given |= {"N_BLOCK": 16 if kernel is coders.encode else 32, "MERGE": merge}
+            if "MERGE" in own or not merge:
+                name = f"{shape}, parts" if merge else shape
+                yield Variant(kernel, name, "fp32", {k: v for k, v in given.items() if k in own}, 4)
 
 
 def _recovery() -> Iterator[Variant]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_norm.normalizers.base import Paper
 from lightning_norm.normalizers.encoder_decoder import EncoderDecoderNorm
+from lightning_norm.normalizers.recipes import coded
 from lightning_norm.normalizers.scheduled import Scheduled
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -87,10 +88,12 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         """Return the affine map of the equation above."""
         return self.recode(self.track(m.over_batch()), m)
 
+    recipe = coded
+
     def drop(self, statistics: Tensor) -> Tensor:
         """Return ``statistics`` with a share of them 0 and the others larger, in training."""
-        p = self.scheduled("dropout")
-        if p is None or not self.training or self.pool is not None:  # recalibration drops nothing
+        p = self._dropped()
+        if p is None:
             return statistics
         keep = torch.rand_like(statistics) >= p
         return statistics * keep / (1 - p).clamp_min(torch.finfo(torch.float32).tiny)
@@ -98,3 +101,9 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
     def keeps_eval(self) -> bool:
         """Tell whether all gates start closed."""
         return self.gate_init == -math.inf and self.rescale_init == 0
+
+    def _dropped(self) -> Tensor | None:
+        if not self.training or self.pool is not None:  # recalibration drops nothing
+            return None
+        changes = torch.compiler.is_compiling() or self.was_scheduled("dropout")  # a graph holds for every share
+        return self.scheduled("dropout") if changes or self.dropout else None

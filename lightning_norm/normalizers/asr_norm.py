@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from lightning_norm.normalizers.base import Paper
 from lightning_norm.normalizers.encoder_decoder import EncoderDecoderNorm
 from lightning_norm.normalizers.group_norm import stateless
+from lightning_norm.normalizers.recipes import coded
 from lightning_norm.ops.moments import Affine, Moments
 
 
@@ -78,6 +79,8 @@ class ASRNorm(EncoderDecoderNorm):
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
         return self.recode(m, m)
+
+    recipe = coded
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and channel."""

@@ -20,6 +20,7 @@ from lightning_norm.normalizers.recipes import same_equations
 from lightning_norm.normalizers.running import RunningStats
 from lightning_norm.normalizers.scheduled import Scheduled, ScheduledValues
 from lightning_norm.ops.channel_recipe import ChannelRecipe
+from lightning_norm.ops.coder_recipe import CoderRecipe
 from lightning_norm.ops.compiled import KIND, compiled_forward
 from lightning_norm.ops.fused import activated, normalize
 from lightning_norm.ops.layout import Layout, layout_of
@@ -189,7 +190,7 @@ class MomentNorm(Normalizer):
         """Return the algebra for this input: a method that looks at more than the moments of x binds it here."""
         return self.algebra
 
-    def recipe(self, layout: Layout) -> Recipe | ChannelRecipe | None:
+    def recipe(self, layout: Layout) -> Recipe | ChannelRecipe | CoderRecipe | None:
         """Return the same equations as the kernels know them; ``None`` where they do not."""
         return None
 

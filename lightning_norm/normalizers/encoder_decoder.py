@@ -162,6 +162,10 @@ class EncoderDecoderNorm(MomentNorm):
         pairs = zip(DECODERS[encoder], hidden.chunk(2), strict=True)
         return [self._linear(f"{name}_decoder", h).to(dtype) for name, h in pairs]
 
+    def _dropped(self) -> Tensor | None:
+        """Return the share of what E_s reads that :meth:`drop` drops, 0-dim; ``None`` for none."""
+        return None
+
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return linear(x, self._held(f"{name}_weight", x.dtype), self._held(f"{name}_bias", x.dtype))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_norm.ops.channel_recipe import GATES, ChannelRecipe
+from lightning_norm.ops.coder_recipe import CoderRecipe
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.recipe import Recipe, Running
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_norm.normalizers.base import MomentNorm
     from lightning_norm.normalizers.context_norm import ContextNorm
     from lightning_norm.normalizers.diminishing_batch_norm import DiminishingBatchNorm
+    from lightning_norm.normalizers.encoder_decoder import EncoderDecoderNorm
     from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
     from lightning_norm.normalizers.unified_batch_norm import UnifiedBatchNorm
 
@@ -35,6 +37,7 @@ EQUATIONS = {
     *("_mix", "recovery"),
     *("_rectified", "_gain", "_gate", "_choose", "_condensed"),
     *("_lambda", "_move", "_held", "_steps", "_new_weight"),
+    *("recode", "drop", "_dropped", "_decode", "_linear"),
     *("mixture", "statistics", "fold", "unseen", "_drawn"),
     *("gate", "_affine", "rows", "shares", "prior_or_uniform", "posterior"),
 }
@@ -114,6 +117,22 @@ def contextual(layer: ContextNorm, layout: Layout) -> ChannelRecipe | None:
     gates = tuple(getattr(layer, name, None) for name in GATES)
     shares = None if gated or g is None else g.float().contiguous()
     return replace(found, gates=gates, shares=shares, counters=(layer.prior,))
+
+
+def coded(layer: EncoderDecoderNorm, layout: Layout) -> CoderRecipe | None:
+    """Return the recipe of afn and asr, for encoders and decoders of one dtype."""
+    coders = tuple(p for pair in layer._linears() for p in pair)
+    if len({p.dtype for p in coders}) > 1:
+        return None
+    gates = tuple(layer._parameters[f"lambda_{name}"] for name in ("mu", "sigma", "beta", "gamma"))
+    found = CoderRecipe(layer.weight, layer.bias, gates, coders, [int(layer.uses_batch), 0, 0], layer.eps)
+    found = replace(found, share=layer._dropped())
+    if not layer.uses_batch or not layer.track_running_stats:
+        return found
+    names = (*layer.running_names, "num_batches_tracked", "skipped_updates", "_momentum")
+    running = tuple(layer._buffers[name] for name in names)
+    track = (2 if running[4] is None else 1) if layer.training else 0
+    return replace(found, plan=[1, int(not layer.training), track], running=running)
 
 
 def same_equations(cls: type) -> bool:

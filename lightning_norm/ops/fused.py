@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_norm.ops import depthwise, eager, kernel_passes
 from lightning_norm.ops.backend import on_kernels
 from lightning_norm.ops.channel_recipe import ChannelRecipe
+from lightning_norm.ops.coder_recipe import CoderRecipe
 from lightning_norm.ops.layout import Layout, at_least_float32, layout_of, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.recipe import Recipe
@@ -39,7 +40,7 @@ def normalize(
     given: Moments | None = None,
     ranks: Ranks | None = None,
     backend: str = "auto",
-    recipe: Callable[[Layout], Recipe | ChannelRecipe | None] | None = None,
+    recipe: Callable[[Layout], Recipe | ChannelRecipe | CoderRecipe | None] | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
     recovery: tuple[Tensor, Tensor | None] | None = None,
