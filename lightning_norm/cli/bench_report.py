@@ -99,20 +99,32 @@ ROOFLINE_LEGEND = (
     "Forward and backward on the device, medians of interleaved runs, by the clock that each row names. `of floor`: "
     "the time that a copy of 3 (forward) or 5 (backward) times the size of x takes on this machine, as a share of the "
     "time taken. `eager` is forward and backward with the work of the host. `kernels` were counted by the profiler; "
-    "`peak` is memory beyond the inputs, as a multiple of x."
+    "`peak` is memory beyond the inputs, as a multiple of x; `error` that of output and input gradient "
+    "against float64, relative to their norms."
 )
 
 
 def roofline_table(rows: list[dict[str, Any]]) -> str:
     """Return aligned rows of text for the contenders of one case."""
-    head = ("", "forward ms", "of floor", "backward ms", "of floor", "vs torch", "eager ms", "kernels", "peak", "clock")
-    cells = [head]
+    head = " |forward ms|of floor|backward ms|of floor|vs torch|eager ms|kernels|peak|error|clock"
+    cells = [tuple(head.split("|"))]
     for r in rows:
         kernels = "-" if r["kernels_forward"] is None else f"{r['kernels_forward']} + {r['kernels_backward']}"
         peak = "-" if r["peak"] is None else f"{r['peak']:.2f} x"
+        error = "-" if r["error_y"] is None else f"{r['error_y']:.1e} {r['error_dx']:.1e}"
         parts = [(_or_dash(r[f"{p}_ms"], ".4f"), _or_dash(r[f"{p}_of_floor"], ".0%")) for p in ("forward", "backward")]
-        shown = (*parts[0], *parts[1], f"{r['ratio']:.2f} x", f"{r['eager_ms']:.4f}", kernels, peak, r["clock"])
+        shown = (*parts[0], *parts[1], f"{r['ratio']:.2f} x", f"{r['eager_ms']:.4f}", kernels, peak, error, r["clock"])
         cells.append((r["name"], *shown))
+    return aligned(cells)
+
+
+BARS = "Bars on an H200"
+
+
+def bars_table(bars: list[dict[str, Any]]) -> str:
+    """Return aligned rows of text: each bar, the worst figure, where it was measured, the verdict."""
+    cells = [("bar", "figure", "verdict", "worst at")]
+    cells += [(b["bar"], _or_dash(b["figure"], ".3g"), b["verdict"], b["where"] or "-") for b in bars]
     return aligned(cells)
 
 
@@ -125,7 +137,8 @@ def save_roofline(result: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "roofline.json").write_text(json.dumps(result, indent=1))
     where = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v)
-    text = [f"# Roofline\n\n`{result['command']}`\n\n{where}, copy {result['copy_gb_s']:.0f} GB/s\n\n{ROOFLINE_LEGEND}"]
+    copies = ", ".join(f"copy {d} {s:.0f} GB/s" for d, s in result["copy_gb_s"].items())
+    text = [f"# Roofline\n\n`{result['command']}`\n\n{where}, {copies}\n\n{ROOFLINE_LEGEND}"]
     for case in dict.fromkeys(r["case"] for r in result["roofline"]):
         text.append(
             f"### {case}\n\n```text\n{roofline_table([r for r in result['roofline'] if r['case'] == case])}\n```"
@@ -142,8 +155,9 @@ def save_roofline(result: dict[str, Any], folder: Path) -> None:
     text.append(f"## Training steps\n\n```text\n{aligned(steps)}\n```")
     if result["left_out"]:
         text.append("## Left out\n\n" + "\n".join(f"- {line}" for line in result["left_out"]))
+    text.append(f"## {BARS}\n\n```text\n{bars_table(result['bars'])}\n```")
     (folder / "roofline.md").write_text("\n\n".join(text) + "\n")
-    plot_roofline(result["roofline"], result["copy_gb_s"], folder / "roofline.png")
+    plot_roofline(result["roofline"], max(result["copy_gb_s"].values()), folder / "roofline.png")
 
 
 def plot_roofline(rows: list[dict[str, Any]], speed: float, path: Path) -> None:
@@ -170,5 +184,6 @@ def plot_roofline(rows: list[dict[str, Any]], speed: float, path: Path) -> None:
         axes.set_xlabel("size of x in MB")
         axes.set_title(part, fontsize=11)
     figure.axes[0].set_ylabel("GB/s, at 3 (5) times the size of x; line: a copy")
-    figure.axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if names:
+        figure.axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
