@@ -93,7 +93,7 @@ def test_passes(shape, last):
 
 def test_condensation():
     """The sum over samples of x / norm, squared and summed over the positions of a program."""
-    n, length = 5, cdiv(BEYOND, 5 * TILE) * TILE
+    n, length = 3, cdiv(BEYOND, 2 * TILE) * TILE  # the last sample begins beyond
     x = torch.empty(n, length, dtype=torch.bfloat16)
     assert x.numel() > 1 << 31
     for i, part in itertools.product(range(n), (slice(0, 4 * TILE), slice(-4 * TILE, None))):
