@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.blocks import BUSY, REGISTERS, cdiv, dense, power, where
+from lightning_norm.kernels.blocks import BUSY, REGISTERS, cdiv, dense, power, registers, where
 from lightning_norm.kernels.launch import on
 from lightning_norm.kernels.launch_algebra import Plan, adjoint
 from lightning_norm.kernels.recovery import join_taps, recover_apply, recover_combine, recover_sums
@@ -114,7 +114,8 @@ def stencil_of(x: Tensor, taps: int, tile: int = TILE) -> Stencil:
 
 def recover(x: Tensor, coef: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """Return the convolution of scale * (x - pivot) + offset, like x; ``coef`` is (3, N, C)."""
-    s, y = stencil_of(x, kernel[0].numel()), torch.empty_like(x)
+    taps = kernel[0].numel()
+    s, y = stencil_of(x, taps), torch.empty_like(x)
     with on(x):
         recover_apply[s.grid](
             x,
@@ -125,7 +126,7 @@ def recover(x: Tensor, coef: Tensor, kernel: Tensor, bias: Tensor | None) -> Ten
             *s.shape,
             BIAS=bias is not None,
             num_warps=4,
-            maxnreg=REGISTERS["recover_apply"],
+            maxnreg=registers("recover_apply", taps, s.last),
             **s.constants(kernel),
         )
     return y

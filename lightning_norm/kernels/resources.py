@@ -33,7 +33,7 @@ from lightning_norm.kernels import (
     recovery,
     reductions,
 )
-from lightning_norm.kernels.blocks import REGISTERS, TILE, warps
+from lightning_norm.kernels.blocks import TILE, registers, warps
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WIDE = ("x", "dy", "y", "dx", "residual", "dresidual")
@@ -179,7 +179,7 @@ def _channels() -> Iterator[Variant]:
 
 def _recovery() -> Iterator[Variant]:
     for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
-        for k, last in ((3, False), (3, True), (5, True), (7, False), (7, True)):
+        for k, last in ((3, False), (3, True), (5, False), (5, True), (7, False), (7, True)):
             shape = f"{k} x {k}" + (" channels last" if last else "")
             blocks = {"ALIGN": align if last else 1, "LAST": last, "KH": k, "KW": k, "BIAS": True, "PLAIN": False}
             blocks["GROUP"] = 9 if k == 3 else k
@@ -215,8 +215,10 @@ def compiled(variant: Variant, arch: int) -> Any:
         if signature[name].startswith("*"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=aligned)
-    limit = {"maxnreg": REGISTERS[variant.name]} if variant.name in REGISTERS else {}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.warps, **limit})
+    held = variant.constants
+    limit = registers(variant.name, held.get("KH", 0) * held.get("KW", 0), bool(held.get("LAST")))
+    options = {"num_warps": variant.warps, **({} if limit is None else {"maxnreg": limit})}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def _first_scalar(names: Sequence[str]) -> int:

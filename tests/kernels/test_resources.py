@@ -46,7 +46,7 @@ BUDGET = {
     "norms": 104,
     "directions": 56,
     "decide": 40,
-    "recover_apply": 190,
+    "recover_apply": 200,
     "recover_sums": 210,
     "recover_combine": 160,
     "join_taps": 40,
@@ -75,12 +75,7 @@ def clean():
 
 
 def judge(u):
-    if (
-        u.arch == 100
-    ):  # 5 x 5 taps in half precision spill some registers there; the limits are those of sm_80 and sm_90
-        assert u.stack <= 16, f"spills: {u}"
-    else:
-        assert u.stack == u.spills == 0, f"spills: {u}"
+    assert u.stack == u.spills == 0, f"spills: {u}"
     assert u.doubles == 0, f"float64: {u}"
     assert u.atomics == 0, f"atomics: {u}"
     assert u.registers <= BUDGET[u.kernel], f"registers: {u}"
@@ -108,7 +103,7 @@ def test_a_stream_on_hopper():
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_every_kernel(arch):
-    wanted = set(STREAMS) | set(STENCILS) if arch == "100" else set(BUDGET)
+    wanted = set(BUDGET)
     found, lines = usages(arch, ",".join(sorted(wanted)))
     if arch == "100" and not found:
         pytest.skip(f"this Triton cannot compile for sm_100: {lines[0]}")
