@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _roofline(
                 rows += found[0]
                 passes += found[1]
             if stage.keys:
-                step = (options.device, max(3, repeats // 5), stage.compiled, budget, ARGUMENTS)
+                step = (options.device, max(3, repeats // (2 if cuda else 5)), stage.compiled, budget, ARGUMENTS)
                 steps += bench_network.steps(network, stage.keys, *step)
     finally:  # whatever happens, what was measured is kept
         result["bars"] = bench_bars.verdicts(rows, passes, steps)
@@ -119,8 +120,7 @@ def bench_shape(
         ArithmeticError: a contender's output or input gradient is not what float64 says.
     """
     torch.manual_seed(0)
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):  # naive formulas share code
+    with shared_code():
         return _bench_shape(shape, keys, channels_last, device, repeats, compiled)
 
 
@@ -139,6 +139,14 @@ def _bench_shape(
     label = "x".join(map(str, shape)) + (" channels_last" if channels_last else "")
     saved = {name: saved_for_backward(layer, x) for name, layer in layers.items() if "naive" not in name}
     return rows_of(label, times, saved)
+
+
+@contextmanager
+def shared_code() -> Iterator[None]:
+    """Let torch.compile make a graph of each naive formula, which share their code, or fail; forget earlier graphs."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
 
 
 def contenders(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
@@ -49,11 +50,13 @@ class Timed:
             self.loops = max(1, round(LEAST_MS / max(self.once() * self.held, 1e-3)))
 
     def _capture(self) -> None:
+        stream = torch.cuda.current_stream()
         try:
             self._graph(1)
             if self.once() < SHORT_MS:
                 self._graph(MANY)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a failed capture leaves its own
             torch.cuda.synchronize()
             self.calls, self.held, self.how = self.run, 1, f"events ({str(error).splitlines()[0]})"
 
@@ -146,7 +149,15 @@ def machine(threads: int) -> dict[str, Any]:
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
     )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "gpu": gpu, "threads": threads, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"torch": torch.__version__, "triton": _triton(), "python": platform.python_version()}
+    return {"cpu": cpu, "gpu": gpu, "threads": threads, **versions}
+
+
+def _triton() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpuinfo() -> list[str]:

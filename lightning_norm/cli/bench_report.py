@@ -148,10 +148,10 @@ def save_roofline(result: dict[str, Any], folder: Path) -> None:
         (r["case"], r["name"], f"{r['ms']:.4f}", f"{r['gb_s']:.0f}", f"{r['of_copy']:.0%}") for r in result["passes"]
     ]
     text.append(f"## Passes\n\n```text\n{aligned(passes)}\n```")
-    steps = [
-        ("", "", "ms", "vs torch"),
-        *((r["case"], r["name"], f"{r['ms']:.1f}", f"{r['ratio']:.2f} x") for r in result["steps"]),
-    ]
+    steps = [("", "", "ms", "vs torch", "peak GB")]
+    for r in result["steps"]:
+        peak = _or_dash(None if r["peak"] is None else r["peak"] / 1e9, ".2f")
+        steps.append((r["case"], r["name"], f"{r['ms']:.1f}", f"{r['ratio']:.2f} x", peak))
     text.append(f"## Training steps\n\n```text\n{aligned(steps)}\n```")
     if result["left_out"]:
         text.append("## Left out\n\n" + "\n".join(f"- {line}" for line in result["left_out"]))

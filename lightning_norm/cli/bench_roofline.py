@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.cli.bench import check, contenders
+from lightning_norm.cli.bench import check, contenders, shared_code
 from lightning_norm.cli.bench_clock import Timed, interleaved, launches, peak_memory
 from lightning_norm.cli.bench_peers import PEERS, others
 from lightning_norm.cli.bench_plan import DTYPES, Budget, Case
@@ -124,8 +124,14 @@ def measure(
     case: Case, keys: Sequence[str], device: str, repeats: int, speed: float, budget: Budget, compiled: bool = False
 ) -> list[Row]:
     """Check every contender of a case, then time all in turn; what cannot run is noted in the budget."""
+    with shared_code():
+        return _measure(case, keys, device, repeats, speed, budget, compiled)
+
+
+def _measure(
+    case: Case, keys: Sequence[str], device: str, repeats: int, speed: float, budget: Budget, compiled: bool
+) -> list[Row]:
     x, dy = inputs(case, device)
-    torch._dynamo.reset()
     entered: dict[str, Contender] = {}
     dims, both = len(case.shape), case.compiled or (compiled and case.small)
     for name, layer in chain(

@@ -158,6 +158,8 @@ def test_bad_dtypes():
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("default")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda(tmp_path):
     shapes = ["--shapes", "8x64x14x14,8x64x7x7", "--norms", "bn,sn", "--minutes", "3"]
