@@ -161,29 +161,38 @@ def save_roofline(result: dict[str, Any], folder: Path) -> None:
 
 
 def plot_roofline(rows: list[dict[str, Any]], speed: float, path: Path) -> None:
-    """Draw the GB/s that each contender reaches over the size of x, below the copy's."""
+    """Draw the GB/s that each contender reaches over the size of x, below the copy's; channels-last hollow."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    names = [n for n in dict.fromkeys(r["name"] for r in rows) if "naive" not in n]
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    shown = [r for r in rows if "naive" not in r["name"] and not r["case"].endswith("compiled")]
+    names = list(dict.fromkeys(r["name"] for r in shown))
+    torchs = [name for name in names if name.startswith("torch")]
+    ours = [name for name in names if name not in torchs]
+    styles = {name: ("black", "x+*1^"[i % 5]) for i, name in enumerate(torchs)}
+    styles |= {name: (colormaps["tab20"](i % 20), "o") for i, name in enumerate(ours)}
     for axes, part in zip(figure.subplots(1, 2, sharey=True), ("forward", "backward"), strict=True):
-        for i, name in enumerate(names):
-            mine = sorted((r["mb"], r[f"{part}_gb_s"]) for r in rows if r["name"] == name and r[f"{part}_gb_s"])
-            style = {"color": "black", "marker": "x"} if name.startswith("torch") else {"color": f"C{i}", "marker": "o"}
-            axes.plot(
-                [m for m, _ in mine],
-                [g for _, g in mine],
-                linestyle="none",
-                label=name,
-                markersize=4,
-                alpha=0.8,
-                **style,
-            )
+        for name, (color, marker) in styles.items():
+            for form, fill in (("contiguous", "full"), ("channels_last", "none")):
+                mine = [r for r in shown if r["name"] == name and r["format"] == form and r[f"{part}_gb_s"]]
+                axes.plot(
+                    [r["mb"] for r in mine],
+                    [r[f"{part}_gb_s"] for r in mine],
+                    linestyle="none",
+                    label=name if form == "contiguous" else None,
+                    markersize=5,
+                    alpha=0.8,
+                    color=color,
+                    marker=marker,
+                    fillstyle=fill,
+                )
         axes.axhline(speed, color="black", linewidth=1)
+        axes.axhline(0.8 * speed, color="black", linewidth=1, linestyle="dotted")
         axes.set_xscale("log")
         axes.set_xlabel("size of x in MB")
         axes.set_title(part, fontsize=11)
-    figure.axes[0].set_ylabel("GB/s, at 3 (5) times the size of x; line: a copy")
+    figure.axes[0].set_ylabel("GB/s, at 3 (5) times the size of x; lines: a copy, and 80 % of it")
     if names:
         figure.axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)

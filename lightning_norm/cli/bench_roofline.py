@@ -141,7 +141,7 @@ def _measure(
         kind = "compiled" if "compiled" in name else "naive" if "naive" in name else ""
         if kind and not budget.allows(f"{case}: {name}", kind):
             continue
-        if name == "bnet naive" or any(isinstance(m, nn.Conv2d) for m in layer.modules()):
+        if name.startswith("bnet naive") or any(isinstance(m, nn.Conv2d) for m in layer.modules()):
             layer.to(x.dtype)  # a convolution does not mix dtypes
         tolerance = TOLERANCE[case.dtype] * (1 if ours or name == "torch" else PEERS_TOLERANCE)
         try:
