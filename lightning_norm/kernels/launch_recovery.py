@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.blocks import BUSY, REGISTERS, cdiv, dense, power, where
+from lightning_norm.kernels.blocks import BUSY, REGISTERS, cdiv, dense, power, registers, where
 from lightning_norm.kernels.launch import on
 from lightning_norm.kernels.launch_algebra import Plan, adjoint, empty_gradient
 from lightning_norm.kernels.launch_ranks import Sum
@@ -118,7 +118,8 @@ def recover(x: Tensor, coef: Tensor, kernel: Tensor, bias: Tensor | None) -> Ten
     y = torch.empty_like(x)
     if not x.numel():
         return y
-    s = stencil_of(x, kernel[0].numel())
+    taps = kernel[0].numel()
+    s = stencil_of(x, taps)
     with on(x):
         recover_apply[s.grid](
             x,
@@ -129,7 +130,7 @@ def recover(x: Tensor, coef: Tensor, kernel: Tensor, bias: Tensor | None) -> Ten
             *s.shape,
             BIAS=bias is not None,
             num_warps=4,
-            maxnreg=REGISTERS["recover_apply"],
+            maxnreg=registers("recover_apply", taps, s.last),
             **s.constants(kernel),
         )
     return y
