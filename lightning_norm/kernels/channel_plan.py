@@ -28,6 +28,7 @@ class ChannelPlan:
         prior: weight and bias of a context are multiplied by 1 / sqrt(its running share).
         pooled: all contexts have the same statistics, and a sample the running share in each.
         gate: the shares are the softmax of a linear map of a sample's means.
+        ranks: the batch lies on several ranks.
     """
 
     own: int = 0
@@ -47,6 +48,7 @@ class ChannelPlan:
     prior: int = 0
     pooled: int = 0
     gate: int = 0
+    ranks: int = 0
 
     @property
     def rows(self) -> int:
@@ -56,7 +58,7 @@ class ChannelPlan:
     @property
     def lines(self) -> int:
         """Return how many statistics ``channels_of`` leaves."""
-        return 9 if self.blend else 7
+        return (9 if self.blend else 7) + self.ranks
 
     @property
     def moves(self) -> bool:

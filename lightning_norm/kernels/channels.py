@@ -88,20 +88,73 @@ def gate(w, b, k, unit):
 
 
 @triton.jit
+def batch_of(
+    hi, lo, var, shares, mass, first, c, samples, channels, contexts, share_stride, pieces, sample_stride, stride,
+    piece, size, fold, least, MERGE: tl.constexpr, CONTEXTS: tl.constexpr, N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Mean, counted from ``first``, and variance within and between samples, (K, C) each."""
+    inside, whole = c < channels, size * fold
+    total = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
+    for begin in range(0, samples, N_BLOCK):
+        n = begin + tl.arange(0, N_BLOCK)
+        keep = (n[:, None] < samples) & inside[None, :]
+        k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+        g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
+        total += a * tl.where(keep, k - first[None, :] + d, 0.0)[:, None, :]
+    mean = tl.sum(total, 0)
+    inner = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
+    outer = inner
+    for begin in range(0, samples, N_BLOCK):
+        n = begin + tl.arange(0, N_BLOCK)
+        keep = (n[:, None] < samples) & inside[None, :]
+        k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+        g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
+        e = (k - first[None, :] + d)[:, None, :] - mean[None, :, :]
+        inner += a * v[:, None, :]
+        outer += a * e * e
+    return mean, tl.sum(inner, 0), tl.sum(outer, 0)
+
+
+@triton.jit
+def pool_channels(
+    hi, lo, var, center_weight, batch, samples, channels, pieces, sample_stride, stride, piece, size, fold,
+    MERGE: tl.constexpr, CENTER: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """U of this rank's samples as hi and lo, and their V, (3, C); without contexts, so K is 1."""
+    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
+    inside = c < channels
+    first = tl.load(hi + c, mask=inside, other=0.0)
+    w_m = per_channel(center_weight, c, inside, 0.0, CENTER)
+    mean, within, between = batch_of(
+        hi, lo, var, hi, 0.0, first, c, samples, channels, 1, 1, pieces, sample_stride, stride, piece, size, fold, 1.0,
+        MERGE, False, N_BLOCK, K_BLOCK, C_BLOCK,
+    )  # fmt: skip
+    away = w_m * first + (1.0 + w_m) * tl.sum(mean, 0)
+    rounded = first + away
+    tl.store(batch + c, rounded, mask=inside)
+    tl.store(batch + channels + c, away - (rounded - first), mask=inside)
+    tl.store(batch + 2 * channels + c, tl.sum(within + ((1.0 + w_m) * (1.0 + w_m))[None, :] * between, 0), mask=inside)
+
+
+@triton.jit
 def channels_of(
     hi, lo, var, shares, weight, bias, center_weight, scale_weight, scale_bias, affine_weight, affine_bias,
     running_mean, running_spread, tracked, skipped, updates, prior, last, measured, kept_out, in_a_row, rate,
-    threshold, seen, parts, own, stats, coef, samples, number, channels, contexts, share_stride, jobs, pieces,
-    sample_stride, stride, piece, size, fold, eps, least, power, unit_scale, unit_affine,
+    threshold, seen, parts, pooled, gathered, own, stats, coef, samples, number, channels, contexts, share_stride,
+    jobs, pieces, sample_stride, stride, piece, size, fold, eps, least, power, unit_scale, unit_affine,
     OWN: tl.constexpr, MERGE: tl.constexpr, FROZEN: tl.constexpr, BLEND: tl.constexpr, STD: tl.constexpr,
     POWER: tl.constexpr, DETACH: tl.constexpr, CHOOSE: tl.constexpr, MOVE: tl.constexpr, CONTEXTS: tl.constexpr,
     PRIOR: tl.constexpr, POOLED: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr, AFFINE: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pivot, scale and offset (3, N * C), and ``stats`` (7 or 9, K, C); the running statistics move, see ``tracking``.
 
     Their rows: mean as hi and lo, variance between samples, variance, delta, r, share of the batch in what was
-    used, and with ``BLEND`` what the running mean and spread become.
+    used, and with ``BLEND`` what the running mean and spread become. With ``RANKS`` U and V are those of all ranks,
+    ``pooled`` (3, C), delta holds how far that U is from f mean_B of this one, and a last row that alone.
     """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
     eps, whole = tl.cast(eps, tl.float32), size * fold
@@ -120,40 +173,35 @@ def channels_of(
     if CONTEXTS:
         mass = masses(shares, share_stride, samples, contexts, N_BLOCK, K_BLOCK)
     mean = tl.zeros((K_BLOCK, C_BLOCK), tl.float32)
-    within, between = mean, mean
+    within, between, apart = mean, mean, mean
     if not FROZEN:
-        total = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
-        for begin in range(0, samples, N_BLOCK):
-            n = begin + tl.arange(0, N_BLOCK)
-            keep = (n[:, None] < samples) & inside[None, :]
-            k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-            g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
-            total += a * tl.where(keep, k - first[None, :] + d, 0.0)[:, None, :]
-        mean = tl.sum(total, 0)
-        inner = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
-        outer = inner
-        for begin in range(0, samples, N_BLOCK):
-            n = begin + tl.arange(0, N_BLOCK)
-            keep = (n[:, None] < samples) & inside[None, :]
-            k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-            g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
-            e = (k - first[None, :] + d)[:, None, :] - mean[None, :, :]
-            inner += a * v[:, None, :]
-            outer += a * e * e
-        within, between = tl.sum(inner, 0), tl.sum(outer, 0)
+        mean, within, between = batch_of(
+            hi, lo, var, shares, mass, first, c, samples, channels, contexts, share_stride, pieces, sample_stride,
+            stride, piece, size, fold, least, MERGE, CONTEXTS, N_BLOCK, K_BLOCK, C_BLOCK,
+        )  # fmt: skip
     spread = within + (f * f)[None, :] * between
-    used, delta, p = spread, mean * 0.0, mean * 0.0 + 1.0
+    if RANKS:
+        of_all, rest = (
+            tl.load(pooled + c, mask=inside, other=0.0),
+            tl.load(pooled + channels + c, mask=inside, other=0.0),
+        )
+        spread = tl.load(pooled + 2 * channels + c, mask=inside, other=0.0)[None, :] + mean * 0.0
+        apart = (of_all - first + rest - w_m * first)[None, :] - f[None, :] * mean
+    used, delta, p = spread, apart, mean * 0.0 + 1.0
     if BLEND or CHOOSE % 2 == 1 or (FROZEN and not CONTEXTS):
         old = tl.load(running_spread + c, mask=inside, other=0.0).to(tl.float32)[None, :] + mean * 0.0
         away = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32) - first - w_m * first
         away = away[None, :] - f[None, :] * mean
+        if RANKS:
+            away = (tl.load(running_mean + c, mask=inside, other=0.0) - of_all - rest)[None, :] + mean * 0.0
     if STD and not FROZEN:
         used = tl.sqrt_rn(tl.maximum(spread, TINY))
     if FROZEN:
         used, delta, p = old, away, mean * 0.0
     elif BLEND:
         alpha, steps = new_weight(running_mean, updates, rate, channels, power, POWER, 256)
-        delta, used, p = (1.0 - alpha) * away, alpha * used + (1.0 - alpha) * old, p * alpha
+        blend = (1.0 - alpha) * away
+        delta, used, p = blend + apart, alpha * used + (1.0 - alpha) * old, p * alpha
     off = tl.program_id(0) < 0
     if CHOOSE != 0:
         off = decide(seen, parts, last, measured, kept_out, in_a_row, threshold, samples, jobs, 256)
@@ -179,6 +227,10 @@ def channels_of(
         alone = mass * whole
         count = (alone + tl.maximum(1.0 - alone / tl.cast(least, tl.float32), 0.0) * (count - alone))[:, None]
     base = first[None, :] + mean
+    target = f[None, :] * base
+    if RANKS:
+        count, target = tl.load(gathered).to(tl.float32), (of_all + rest)[None, :] + mean * 0.0
+        spread = tl.where(count > 1.0, spread, float("nan"))  # too few for a variance: nothing moves
     rows = contexts * channels
     tl.store(stats + at, base, mask=kept)
     tl.store(stats + rows + at, mean - (base - first[None, :]), mask=kept)
@@ -188,13 +240,19 @@ def channels_of(
     tl.store(stats + 5 * rows + at, r, mask=kept)
     tl.store(stats + 6 * rows + at, p, mask=kept)
     if BLEND:
-        tl.store(stats + 7 * rows + at, f[None, :] * base + delta, mask=kept)
+        if RANKS:
+            target = of_all[None, :] + (rest[None, :] + blend)
+        else:
+            target = target + blend
+        tl.store(stats + 7 * rows + at, target, mask=kept)
         tl.store(stats + 8 * rows + at, used, mask=kept)
+    if RANKS:
+        tl.store(stats + (9 if BLEND else 7) * rows + at, apart, mask=kept)
     if MOVE:
         move(
-            f[None, :] * base, spread * (count / tl.maximum(count - 1.0, 1.0)), mass / samples, off, running_mean,
-            running_spread, tracked, skipped, prior, rate, seen, at, kept, samples, contexts, CONTEXTS, MOVE == 2,
-            K_BLOCK, 256,
+            target, spread * (count / tl.maximum(count - 1.0, 1.0)), mass / samples, off, running_mean, running_spread,
+            tracked, skipped, prior, rate, seen, pooled, count > 1.0, at, kept, samples, channels, contexts, CONTEXTS,
+            MOVE == 2, RANKS, K_BLOCK, 256,
         )  # fmt: skip
     gamma = per_channel(weight, at, kept, 1.0, WEIGHT)[None, :, :]
     beta = per_channel(bias, at, kept, 0.0, BIAS)[None, :, :]

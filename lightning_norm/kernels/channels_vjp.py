@@ -53,17 +53,18 @@ def parts_at(
 def channels_vjp(
     total, dot, coef, own, stats, shares, seen, weight, bias, center_weight, scale_weight, scale_bias, affine_weight,
     affine_bias, dweight, dbias, dcenter_weight, dscale_weight, dscale_bias, daffine_weight, daffine_bias, line,
-    dshares, samples, number, channels, contexts, share_stride, pieces, sample_stride, stride, size, least, unit_scale,
-    unit_affine,
+    dshares, apart, by, centered, samples, number, channels, contexts, share_stride, pieces, sample_stride, stride,
+    size, least, unit_scale, unit_affine,
     OWN: tl.constexpr, MERGE: tl.constexpr, STD: tl.constexpr, STD_OF_VAR: tl.constexpr, RENORM: tl.constexpr,
-    CONTEXTS: tl.constexpr, PRIOR: tl.constexpr, GATE: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr,
-    AFFINE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-    C_BLOCK: tl.constexpr,
+    CONTEXTS: tl.constexpr, PRIOR: tl.constexpr, GATE: tl.constexpr, RANKS: tl.constexpr, CENTER: tl.constexpr,
+    SCALE: tl.constexpr, AFFINE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters, and constant and slope (2, N * C) of dx = scale dy + constant + slope (x - k).
 
     With ``GATE`` a program also leaves what its channels add to the gradient of the shares, (1 + N, K): the first row
-    is that of every sample.
+    is that of every sample. Where the batch lies on several ranks there are two launches: with ``RANKS`` 1 it leaves
+    the gradients of U and V in ``by`` (2, C), and with 2 it takes those of all ranks from there.
     """
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
     inside = c < channels
@@ -86,59 +87,77 @@ def channels_vjp(
     mass = tl.zeros((K_BLOCK,), tl.float32)
     if CONTEXTS:
         mass = masses(shares, share_stride, samples, contexts, N_BLOCK, K_BLOCK)
-    zero = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
-    by_gamma, by_beta, by_r, by_center = zero, zero, zero, zero
-    by_m, by_v, by_b, by_a, by_c = zero, zero, zero, zero, zero
-    for begin in range(0, samples, N_BLOCK):
-        n = begin + tl.arange(0, N_BLOCK)
-        keep = (n[:, None] < samples) & inside[None, :]
-        g, a = weights_at(shares, share_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK)
-        mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
-            total, dot, coef, own, n, c, keep, number, channels, pieces, sample_stride, stride, g, base[None, :, :],
-            rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b, w_a, b_a, unit_scale,
-            unit_affine, OWN, MERGE, SCALE, AFFINE,
-        )  # fmt: skip
-        by_gamma += q * gain
-        by_beta += beta
-        by_center -= dz
-        if CENTER:
-            by_m += dz * e
+    if RANKS != 2:
+        zero = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
+        by_gamma, by_beta, by_r, by_center = zero, zero, zero, zero
+        by_m, by_v, by_b, by_a, by_c = zero, zero, zero, zero, zero
+        for begin in range(0, samples, N_BLOCK):
+            n = begin + tl.arange(0, N_BLOCK)
+            keep = (n[:, None] < samples) & inside[None, :]
+            g, a = weights_at(shares, share_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK)
+            mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
+                total, dot, coef, own, n, c, keep, number, channels, pieces, sample_stride, stride, g, base[None, :, :],
+                rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b, w_a, b_a,
+                unit_scale, unit_affine, OWN, MERGE, SCALE, AFFINE,
+            )  # fmt: skip
+            by_gamma += q * gain
+            by_beta += beta
+            by_center -= dz
+            if CENTER:
+                by_m += dz * e
+            if SCALE:
+                by_r += u1 * w_v * z
+                by_v += u1 * r[None, :, :] * z
+                by_b += u1
+            if AFFINE:
+                by_a += u2 * mean
+                by_c += u2
+        dgamma = tl.sum(by_gamma, 0)
+        dr = dgamma * gamma + tl.sum(by_r, 0)
+        dcenter = tl.sum(by_center, 0)
+        spread = tl.load(stats + 3 * rows + at, mask=kept, other=0.0)
+        p = tl.load(stats + 6 * rows + at, mask=kept, other=0.0)
+        if RENORM:  # delta is a constant in units of 1 / r
+            dr -= dcenter * tl.div_rn(delta, tl.where(kept, r, 1.0))
+        dspread = -0.5 * dr * r * r * r
+        if STD:
+            dspread = -dr * r * r
+        dspread = dspread * p
+        if RENORM:
+            p = p * 0.0 + 1.0
+        if STD_OF_VAR:
+            dspread = tl.where(spread >= TINY, 0.5 * tl.div_rn(dspread, tl.sqrt_rn(tl.maximum(spread, TINY))), 0.0)
+        tl.store(dweight + at, dgamma * r * factor, mask=kept)
+        tl.store(dbias + at, tl.sum(by_beta, 0) * factor, mask=kept)
+        if RANKS == 1:
+            tl.store(by + at, p * dcenter, mask=kept)
+            tl.store(by + channels + at, dspread, mask=kept)
+            tl.store(centered + at, tl.sum(by_m, 0), mask=kept)
+            tl.store(centered + channels + at, dcenter, mask=kept)
+        elif CENTER:
+            between = tl.load(stats + 2 * rows + at, mask=kept, other=0.0)
+            dm = tl.sum(by_m, 0) - (1.0 - p) * (base + rest) * dcenter + 2.0 * f[None, :] * between * dspread
+            tl.store(dcenter_weight + c, tl.sum(dm, 0), mask=inside)
         if SCALE:
-            by_r += u1 * w_v * z
-            by_v += u1 * r[None, :, :] * z
-            by_b += u1
+            tl.store(dscale_weight + c, tl.sum(tl.sum(by_v, 0), 0), mask=inside)
+            tl.store(dscale_bias + c, tl.sum(tl.sum(by_b, 0), 0), mask=inside)
         if AFFINE:
-            by_a += u2 * mean
-            by_c += u2
-    dgamma = tl.sum(by_gamma, 0)
-    dr = dgamma * gamma + tl.sum(by_r, 0)
-    dcenter = tl.sum(by_center, 0)
-    spread = tl.load(stats + 3 * rows + at, mask=kept, other=0.0)
-    p = tl.load(stats + 6 * rows + at, mask=kept, other=0.0)
-    if RENORM:  # delta is a constant in units of 1 / r
-        dr -= dcenter * tl.div_rn(delta, tl.where(kept, r, 1.0))
-    dspread = -0.5 * dr * r * r * r
-    if STD:
-        dspread = -dr * r * r
-    dspread = dspread * p
-    if RENORM:
-        p = p * 0.0 + 1.0
-    if STD_OF_VAR:
-        dspread = tl.where(spread >= TINY, 0.5 * tl.div_rn(dspread, tl.sqrt_rn(tl.maximum(spread, TINY))), 0.0)
-    tl.store(dweight + at, dgamma * r * factor, mask=kept)
-    tl.store(dbias + at, tl.sum(by_beta, 0) * factor, mask=kept)
-    if CENTER:
-        between = tl.load(stats + 2 * rows + at, mask=kept, other=0.0)
-        dm = tl.sum(by_m, 0) - (1.0 - p) * (base + rest) * dcenter + 2.0 * f[None, :] * between * dspread
-        tl.store(dcenter_weight + c, tl.sum(dm, 0), mask=inside)
-    if SCALE:
-        tl.store(dscale_weight + c, tl.sum(tl.sum(by_v, 0), 0), mask=inside)
-        tl.store(dscale_bias + c, tl.sum(tl.sum(by_b, 0), 0), mask=inside)
-    if AFFINE:
-        tl.store(daffine_weight + c, tl.sum(tl.sum(by_a, 0), 0), mask=inside)
-        tl.store(daffine_bias + c, tl.sum(tl.sum(by_c, 0), 0), mask=inside)
-    if OWN:
+            tl.store(daffine_weight + c, tl.sum(tl.sum(by_a, 0), 0), mask=inside)
+            tl.store(daffine_bias + c, tl.sum(tl.sum(by_c, 0), 0), mask=inside)
+    if RANKS == 2:
+        far = tl.load(apart + at, mask=kept, other=0.0)
+        dmean_, dspread = tl.load(by + at, mask=kept, other=0.0), tl.load(by + channels + at, mask=kept, other=0.0)
+        dbatch = f[None, :] * (dmean_ - 2.0 * far * dspread)
+        if CENTER:
+            between = tl.load(stats + 2 * rows + at, mask=kept, other=0.0)
+            dm = tl.load(centered + at, mask=kept, other=0.0)
+            dm += (base + rest) * (
+                dmean_ - 2.0 * far * dspread - tl.load(centered + channels + at, mask=kept, other=0.0)
+            )
+            tl.store(dcenter_weight + c, tl.sum(dm + 2.0 * f[None, :] * between * dspread, 0), mask=inside)
+    else:
         dbatch = p * f[None, :] * dcenter
+    if OWN and RANKS != 1:
         curve = 2.0 * (f * f)[None, :] * dspread
         if GATE:
             beta_ = per_channel(bias, at, kept, 0.0, BIAS) * factor

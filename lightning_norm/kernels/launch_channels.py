@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lightning_norm.kernels.blocks import BUSY, REGISTERS, TILE, Grid, cdiv, grid_of, power
 from lightning_norm.kernels.channel_plan import ChannelPlan, Numbers
-from lightning_norm.kernels.channels import channels_of
+from lightning_norm.kernels.channels import channels_of, pool_channels
 from lightning_norm.kernels.channels_vjp import channels_vjp, gate_logits_vjp, gate_vjp
 from lightning_norm.kernels.condensation import directions
 from lightning_norm.kernels.launch import combine, moment_parts, on, sum_parts
+from lightning_norm.kernels.launch_ranks import Sum, pool, pool_gradient
 from lightning_norm.kernels.tracking import commit, survey
 
 BLOCK = 1024
@@ -34,8 +35,11 @@ def coefficients(
     channel_dim: int,
     plan: ChannelPlan,
     numbers: Numbers,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    over_ranks: Sum | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the moments of x, the statistics (7 or 9, K, C), (3, N, C) pivot, scale and offset, and what was surveyed.
+
+    Then, with ``over_ranks``, U and V (3, C) of the batch on all ranks, and what these added up. A share may be empty.
 
     Args:
         x: the input.
@@ -51,13 +55,17 @@ def coefficients(
         channel_dim: the channel axis.
         plan: the equations.
         numbers: their numbers.
+        over_ranks: adds up over the ranks.
     """
     grid = grid_of(x, channel_dim)
     coef = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
     own, seen = coef.new_empty(0), coef.new_empty(plan.seen(grid.n))
     stats = coef.new_empty(plan.lines, plan.rows, grid.c)
+    batch, total = coef.new_zeros(3, grid.c if plan.ranks else 0), coef.new_empty(0, dtype=torch.float64)
     parts, merge = coef, False
-    if plan.own:
+    if grid.n == 0:
+        parts, own = torch.zeros_like(batch), torch.empty_like(coef)
+    elif plan.own:
         parts, merge = moment_parts(x, grid), grid.parts > 1
         own = parts.view(3, grid.n, grid.c) if not merge else torch.empty_like(coef)
     place = (grid.parts, grid.sample_stride, grid.part_stride, grid.piece, grid.length, grid.fold)
@@ -65,6 +73,16 @@ def coefficients(
     more = [coef if t is None else t for t in counters]
     last = more[3] if plan.choose else coef
     k = power(plan.rows)
+    tile = _tile(grid, plan, 1024)
+    blocks = cdiv(grid.c, tile["C_BLOCK"])
+    if over_ranks is not None:
+        with on(x):
+            if grid.n:
+                pool_channels[(blocks,)](
+                    *parts, coef if gates[0] is None else gates[0], batch, grid.n, grid.c, *place, MERGE=merge,
+                    CENTER=bool(plan.center), num_warps=4, **tile,
+                )  # fmt: skip
+        total = pool(batch, grid.n * grid.size, over_ranks)
     with on(x):
         if plan.surveys:
             survey[((grid.n if plan.looks else 0) + 1,)](
@@ -77,22 +95,22 @@ def coefficients(
         found = _found(x, seen, grid, plan) if plan.choose else coef
         held, stride = _shares(shares, seen, grid.n, plan)
         given = [coef if t is None else t for t in (held, weight, bias, *gates[:5])]
-        tile, rate = _tile(grid, plan, 1024), coef if rate is None else rate
-        channels_of[(cdiv(grid.c, tile["C_BLOCK"]),)](
+        rate = coef if rate is None else rate
+        channels_of[(blocks,)](
             *parts, *given, mean, spread, tracked, skipped, more[0], more[0], *more, rate,
-            coef if threshold is None else threshold, seen, found, own, stats, coef, grid.n, grid.n * grid.c, grid.c,
-            plan.rows, stride, found.numel(), *place, numbers.eps, numbers.least, numbers.power, numbers.unit_scale,
+            coef if threshold is None else threshold, seen, found, batch, total, own, stats, coef,
+            grid.n, grid.n * grid.c, grid.c, plan.rows, stride, found.numel(), *place, numbers.eps, numbers.least, numbers.power, numbers.unit_scale,
             numbers.unit_affine, MERGE=merge, FROZEN=bool(plan.frozen), BLEND=bool(plan.blend),
             POWER=bool(plan.powers), DETACH=bool(plan.detach), CHOOSE=plan.choose, MOVE=plan.track * plan.moves,
-            POOLED=bool(plan.pooled), WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4, **tile,
-            **plan.constants(),
+            POOLED=bool(plan.pooled), RANKS=bool(plan.ranks), WEIGHT=weight is not None, BIAS=bias is not None,
+            num_warps=4, **tile, **plan.constants(),
         )  # fmt: skip
         if plan.blend:
             commit[(1,)](
                 stats, mean, spread, tracked, skipped, *more[:2], rate, grid.c, numbers.eps, numbers.power,
-                STD=bool(plan.std), POWER=bool(plan.powers), BLOCK=BLOCK, num_warps=4,
+                STD=bool(plan.std), POWER=bool(plan.powers), RANKS=bool(plan.ranks), BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
-    return own, stats, coef, seen
+    return own, stats, coef, seen, batch, total
 
 
 def _found(x: Tensor, seen: Tensor, grid: Grid, plan: ChannelPlan) -> Tensor:
@@ -120,6 +138,8 @@ def gradients(
     stats: Tensor,
     coef: Tensor,
     seen: Tensor,
+    batch: Tensor,
+    total: Tensor,
     weight: Optional,
     bias: Optional,
     gates: Sequence[Optional],
@@ -130,9 +150,17 @@ def gradients(
     numbers: Numbers,
     activation: str,
     need_dx: bool,
+    over_ranks: Sum | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x, weight, bias, the seven gate parameters and the residual."""
+    """Return the gradients of x, weight, bias, the seven gate parameters and the residual; ``over_ranks`` to meet."""
     grid = grid_of(x, channel_dim)
+    if grid.n == 0:
+        nothing = torch.zeros_like(batch)
+        if over_ranks is not None:
+            pool_gradient(nothing, batch, total, 0, over_ranks)
+        zeros = [torch.zeros_like(batch[:1]), torch.zeros_like(batch[:1])]
+        zeros += [coef.new_empty(0) if t is None else torch.zeros_like(t, dtype=torch.float32) for t in gates]
+        return torch.empty_like(x), *zeros, torch.empty_like(coef if residual is None else residual)
     parts = sum_parts(dy, x, coef, grid, activation, residual)
     dweight, dbias = coef.new_empty(plan.rows, grid.c), coef.new_empty(plan.rows, grid.c)
     dgates = [coef.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]
@@ -142,14 +170,24 @@ def gradients(
     dshares = coef.new_empty(blocks if plan.gate else 0, grid.n + 1, plan.rows)
     held, stride = _shares(shares, seen, grid.n, plan)
     given = [coef if t is None else t for t in (held, seen, weight, bias, *gates[:5])]
-    with on(x):
+    by, centered = coef.new_empty(2, grid.c), coef.new_empty(2, grid.c)
+
+    def vjp(ranks: int) -> None:
         channels_vjp[(blocks,)](
-            *parts, coef, own, stats, *given, dweight, dbias, *dgates[:5], line, dshares, grid.n, grid.n * grid.c,
-            grid.c, plan.rows, stride, grid.parts, grid.sample_stride, grid.part_stride, grid.size, numbers.least,
-            numbers.unit_scale, numbers.unit_affine, MERGE=grid.parts > 1,
-            STD_OF_VAR=bool(plan.std and not plan.frozen), RENORM=plan.choose == 3, GATE=bool(plan.gate),
+            *parts, coef, own, stats, *given, dweight, dbias, *dgates[:5], line, dshares, stats[-1], by, centered,
+            grid.n, grid.n * grid.c, grid.c, plan.rows, stride, grid.parts, grid.sample_stride, grid.part_stride,
+            grid.size, numbers.least, numbers.unit_scale, numbers.unit_affine, MERGE=grid.parts > 1,
+            STD_OF_VAR=bool(plan.std and not plan.frozen), RENORM=plan.choose == 3, GATE=bool(plan.gate), RANKS=ranks,
             WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4, **tile, **plan.constants(),
         )  # fmt: skip
+
+    with on(x):
+        vjp(0 if over_ranks is None else 1)
+    if over_ranks is not None:
+        pool_gradient(by, batch, total, grid.n * grid.size, over_ranks)
+    with on(x):
+        if over_ranks is not None:
+            vjp(2)
         if plan.gate:
             dlogits = coef.new_empty(grid.n, plan.rows)
             k = tile["K_BLOCK"]

@@ -82,18 +82,28 @@ def survey(
 
 @triton.jit
 def move(
-    target, spread, share, off, running_mean, running_spread, tracked, skipped, prior, rate, seen, at, kept, samples,
-    contexts, CONTEXTS: tl.constexpr, AVERAGE: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    target, spread, share, off, running_mean, running_spread, tracked, skipped, prior, rate, seen, pooled, enough, at,
+    kept, samples, channels, contexts, CONTEXTS: tl.constexpr, AVERAGE: tl.constexpr, RANKS: tl.constexpr,
+    K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move a program's own channels (K, C), unless x has a NaN or an infinity; the first program moves the counters.
 
     A channel whose statistics are not finite though x is, as with a NaN among the parameters, stays by itself.
     """
     bad = tl.zeros((BLOCK,), tl.int32)
-    for begin in range(0, samples, BLOCK):
-        n = begin + tl.arange(0, BLOCK)
-        bad += tl.where(tl.load(seen + 2 + 3 * contexts + n, mask=n < samples, other=0.0) == 0.0, 0, 1)
+    if RANKS:  # of which all see the same
+        for begin in range(0, channels, BLOCK):
+            c = begin + tl.arange(0, BLOCK)
+            mean = tl.load(pooled + c, mask=c < channels, other=0.0)
+            var = tl.load(pooled + 2 * channels + c, mask=c < channels, other=0.0)
+            bad += tl.where(tl.abs(mean + var) < float("inf"), 0, 1)
+    else:
+        for begin in range(0, samples, BLOCK):
+            n = begin + tl.arange(0, BLOCK)
+            bad += tl.where(tl.load(seen + 2 + 3 * contexts + n, mask=n < samples, other=0.0) == 0.0, 0, 1)
     good = tl.sum(bad, 0) == 0
+    if RANKS:
+        good = good & enough
     fine = good & ~off
     times = tl.maximum(tl.load(seen) + fine.to(tl.float32), 1.0)
     if AVERAGE:
@@ -148,14 +158,16 @@ def new_weight(running_mean, updates, rate, channels, power, POWER: tl.constexpr
 @triton.jit
 def commit(
     stats, running_mean, running_spread, tracked, skipped, updates, gap, rate, channels, eps, power,
-    STD: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
+    STD: tl.constexpr, POWER: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store blended statistics and how far they were from the batch's, unless one is NaN or infinite. One program."""
     bad = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, channels, BLOCK):
         c = begin + tl.arange(0, BLOCK)
         keep = c < channels
-        seen = tl.load(stats + c, mask=keep, other=0.0) + tl.load(stats + 3 * channels + c, mask=keep, other=0.0)
+        seen = tl.load(stats + 3 * channels + c, mask=keep, other=0.0)
+        if not RANKS:
+            seen += tl.load(stats + c, mask=keep, other=0.0)
         bad += tl.where(tl.abs(seen) < float("inf"), 0, 1)
     good = tl.sum(bad, 0) == 0
     missed, count = tl.load(skipped) + 1 - good.to(tl.int64), tl.load(tracked) + good.to(tl.int64)
@@ -172,7 +184,10 @@ def commit(
         else:
             was = tl.sqrt_rn(was)
         r = 1.0 / (was + tl.cast(eps, tl.float32))
-        far += tl.abs(tl.load(stats + 4 * channels + c, mask=keep, other=0.0) * r)
+        delta = tl.load(stats + 4 * channels + c, mask=keep, other=0.0)
+        if RANKS:
+            delta -= tl.load(stats + 9 * channels + c, mask=keep, other=0.0)
+        far += tl.abs(delta * r)
         wide += tl.where(keep, tl.abs(tl.sqrt_rn(now) - was) * r, 0.0)
     tl.debug_barrier()  # every thread has read what is now written
     tl.store(skipped, missed)

@@ -115,24 +115,41 @@ def _channels() -> Iterator[Variant]:
         ("ubn", {**rectified, "CHOOSE": 1, "NORM": True}, one),
         ("ubn renorm, parts", {**rectified, "CHOOSE": 3, "NORM": True, "MERGE": True}, one),
         ("dbn", {"OWN": True, "BLEND": True, "STD": True, "POWER": True}, one),
+        ("rbn, ranks", {**rectified, "RANKS": 1}, one),
+        ("rbn, ranks afterwards", {**rectified, "RANKS": 2}, one),
+        ("dbn, ranks", {"OWN": True, "BLEND": True, "STD": True, "POWER": True, "RANKS": 1}, one),
         ("cn", grouped, four),
         ("cn gate", {**grouped, "GATE": True, "PRIOR": True}, four),
         ("cn gate of 16", {**grouped, "GATE": True, "PRIOR": True}, many),
         ("cn evaluation", {"CONTEXTS": True, "FROZEN": True, "POOLED": True}, four),
     ):
-        flags = {**dict.fromkeys(names, False), "CHOOSE": 0, "MOVE": 0, **on, "WEIGHT": True, "BIAS": True, **tile}
+        flags = {
+            **dict.fromkeys(names, False),
+            "CHOOSE": 0,
+            "MOVE": 0,
+            "RANKS": 0,
+            **on,
+            "WEIGHT": True,
+            "BIAS": True,
+            **tile,
+        }
         flags |= {"STD_OF_VAR": flags["STD"], "RENORM": flags["CHOOSE"] == 3}
         half = {**flags, "C_BLOCK": tile["C_BLOCK"] // (1 if tile is one else 2)}
         wide = {**flags, "LOOK": bool(flags["MOVE"]), "KNOWN": True, "BLOCK": 1024 // tile["K_BLOCK"]}
         for kernel, given in (
             (tracking.survey, wide),
+            (channels.pool_channels, flags),
             (channels.channels_of, flags),
             (tracking.commit, wide),
             (channels_vjp.channels_vjp, half),
             (channels_vjp.gate_logits_vjp, wide),
             (channels_vjp.gate_vjp, half),
         ):
-            unused = {tracking.survey: flags["BLEND"], tracking.commit: not flags["BLEND"]}
+            unused = {
+                tracking.survey: flags["BLEND"],
+                tracking.commit: not flags["BLEND"],
+                channels.pool_channels: not flags["RANKS"],
+            }
             if unused.get(kernel, "gate" in kernel.fn.__name__ and not flags["GATE"]):
                 continue
             own = inspect.signature(kernel.fn).parameters

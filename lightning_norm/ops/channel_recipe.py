@@ -5,7 +5,7 @@ The operators take ``plan`` and ``numbers``, the fields of ``ChannelPlan`` and `
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ _BUFFERS = dict(zip("abcdefgh", ("mean", "spread", "tracked", "skipped", *(f"mor
 SCHEMAS = {
     name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, "
     + ", ".join(f"Tensor{f'({letter}!)' if moves else ''}? {buffer}" for letter, buffer in _BUFFERS.items())
-    + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] plan, float[] numbers) -> (Tensor, Tensor, Tensor, "
-    "Tensor)"
+    + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] plan, float[] numbers, str group) -> "
+    f"({', '.join(['Tensor'] * 6)})"
     for name, moves in (("channels", False), ("channels_and_track", True))
 }
 SCHEMAS["channel_gradients"] = (
-    "(Tensor dy, Tensor x, Tensor own, Tensor stats, Tensor coef, Tensor seen, Tensor? weight, Tensor? bias, "
-    "Tensor?[] gates, Tensor? shares, Tensor? residual, int channel_dim, int[] plan, float[] numbers, str activation, "
-    f"bool need_dx) -> ({', '.join(['Tensor'] * 11)})"
+    "(Tensor dy, Tensor x, Tensor own, Tensor stats, Tensor coef, Tensor seen, Tensor batch, Tensor total, "
+    "Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, Tensor? residual, int channel_dim, int[] plan, "
+    f"float[] numbers, str activation, bool need_dx, str group) -> ({', '.join(['Tensor'] * 11)})"
 )
 
 
@@ -48,6 +48,7 @@ class ChannelRecipe:
         counters: see ``launch_channels.coefficients``.
         rate: momentum or alpha, 0-dim.
         threshold: of the condensation, 0-dim.
+        group: name of the ranks that pool the batch's statistics; "" for this process alone.
     """
 
     weight: Tensor | None
@@ -60,9 +61,13 @@ class ChannelRecipe:
     counters: tuple[Tensor | None, ...] = ()
     rate: Tensor | None = None
     threshold: Tensor | None = None
+    group: str = ""
 
-    def over(self, ranks: Ranks) -> None:
-        """Return ``None``: a program holds all samples of a channel, and those of other ranks are not here."""
+    def over(self, ranks: Ranks) -> ChannelRecipe | None:
+        """Return the same equations for a batch that lies on several ranks; ``None`` with contexts or a threshold."""
+        if self.plan.get("contexts") or self.plan.get("choose"):
+            return None
+        return replace(self, plan={**self.plan, "ranks": 1}, group=ranks.group)
 
     def fields(self) -> tuple[list[int], list[float]]:
         """Return plan and numbers as the operators take them."""
@@ -77,11 +82,11 @@ class ChannelRecipe:
         op = ops.channels_and_track if self.plan.get("track") else ops.channels
         stats = op(
             x.detach(), *held[:2], list(held[2:]), self.shares, *self.running, *counters, self.rate, self.threshold,
-            layout.channel_dim, plan, numbers,
+            layout.channel_dim, plan, numbers, self.group,
         )  # fmt: skip
         y: Tensor = _Channels.apply(
             x, self.weight, self.bias, *self.gates, residual, *stats, self.shares, layout.channel_dim, plan, numbers,
-            activation,
+            activation, self.group,
         )  # fmt: skip
         return y
 
@@ -91,64 +96,70 @@ class _Channels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        weight, bias, *gates, residual, own, stats, coef, seen, shares, channel_dim, plan, numbers, activation = rest
+        held, (residual, *stats, shares, channel_dim, plan, numbers, activation, group) = rest[:9], rest[9:]
         kept = residual if activation != "none" else None  # without an activation its gradient is dy
-        ctx.save_for_backward(x, weight, bias, *gates, kept, own, stats, coef, seen, shares)
-        ctx.channel_dim, ctx.plan, ctx.numbers, ctx.activation = channel_dim, plan, numbers, activation
-        y: Tensor = ops.apply(x, coef, channel_dim, activation, residual)
+        ctx.save_for_backward(x, *held, kept, *stats, shares)
+        ctx.channel_dim, ctx.plan, ctx.numbers, ctx.activation, ctx.group = (
+            channel_dim,
+            plan,
+            numbers,
+            activation,
+            group,
+        )
+        y: Tensor = ops.apply(x, stats[2], channel_dim, activation, residual)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         primitives.refuse_second_derivatives()
-        x, weight, bias, *gates, kept, own, stats, coef, seen, shares = ctx.saved_tensors
+        x, *rest = ctx.saved_tensors
+        (weight, bias, *gates), (kept, *stats, shares) = rest[:9], rest[9:]
         need, (dy,) = ctx.needs_input_grad, grads
-        dx, *held, dresidual = ops.channel_gradients(
-            dy, x, own, stats, coef, seen, weight, bias, gates, shares, kept, ctx.channel_dim, ctx.plan, ctx.numbers,
-            ctx.activation, need[0],
+        meet = (need[0] or need[3]) and not ChannelPlan(*ctx.plan).detach  # the batch's statistics have a gradient
+        dx, *found, dresidual = ops.channel_gradients(
+            dy, x, *stats, weight, bias, gates, shares, kept, ctx.channel_dim, ctx.plan, ctx.numbers, ctx.activation,
+            need[0], ctx.group if meet else "",
         )  # fmt: skip
-        given = (weight, bias, *gates)
         back = [
             g.view(t.shape).to(t.dtype) if n and t is not None else None
-            for g, t, n in zip(held, given, need[1:10], strict=True)
+            for g, t, n in zip(found, rest[:9], need[1:10], strict=True)
         ]
         if need[10] and kept is None:
             dresidual = dy
-        return (dx if need[0] else None, *back, dresidual if need[10] else None, *(None,) * 9)
+        return (dx if need[0] else None, *back, dresidual if need[10] else None, *(None,) * 12)
 
 
 def _channels(x: Tensor, weight: Any, bias: Any, gates: Any, shares: Any, *args: Any) -> tuple[Tensor, ...]:
     from lightning_norm.kernels.launch_channels import coefficients
 
-    *buffers, rate, threshold, channel_dim, plan, numbers = args
+    *buffers, rate, threshold, channel_dim, plan, numbers, group = args
     return coefficients(
         x, weight, bias, gates, shares, buffers[:4], buffers[4:], rate, threshold, channel_dim, ChannelPlan(*plan),
-        Numbers(*numbers),
+        Numbers(*numbers), primitives.over(group),
     )  # fmt: skip
 
 
 def _gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from lightning_norm.kernels.launch_channels import gradients
 
-    own, stats, coef, seen, weight, bias, gates, shares, residual, channel_dim, plan, numbers, activation, need_dx = (
-        args
-    )
+    *given, channel_dim, plan, numbers, activation, need_dx, group = args
     return gradients(
-        dy, x, own, stats, coef, seen, weight, bias, gates, shares, residual, channel_dim, ChannelPlan(*plan),
-        Numbers(*numbers), activation, need_dx,
-    )  # fmt: skip
+        dy, x, *given, channel_dim, ChannelPlan(*plan), Numbers(*numbers), activation, need_dx, primitives.over(group)
+    )
 
 
-def _fake_channels(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channel_dim, plan, _ = args[-3:]
+def _fake_channels(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    channel_dim, plan, _, group = args[-4:]
     held, n, c = ChannelPlan(*plan), x.shape[0], x.shape[channel_dim]
     coef = x.new_empty((3, n, c), dtype=torch.float32)
     own = torch.empty_like(coef) if held.own else coef.new_empty(0)
-    return own, coef.new_empty(held.lines, held.rows, c), coef, coef.new_empty(held.seen(n))
+    total = coef.new_empty((1, 1 + 2 * c) if group else (0,), dtype=torch.float64)
+    batch = coef.new_empty(3, c if group else 0)
+    return own, coef.new_empty(held.lines, held.rows, c), coef, coef.new_empty(held.seen(n)), batch, total
 
 
 def _fake_gradients(dy: Tensor, x: Tensor, own: Tensor, stats: Tensor, coef: Tensor, *args: Any) -> Any:
-    _, _, _, gates, _, residual, _, plan, _, _, need_dx = args
+    gates, _, residual, _, plan, _, _, need_dx, _ = args[-9:]
     c, rows = coef.shape[2], ChannelPlan(*plan).rows
     dx = torch.empty_like(x) if need_dx or residual is not None else coef.new_empty(0)
     dgates = [coef.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]

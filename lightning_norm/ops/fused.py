@@ -102,7 +102,7 @@ def normalize(
         known = recipe(layout)
     if known is not None and ranks is not None:
         known = known.over(ranks)
-    if not x.numel() and not isinstance(known, Recipe):
+    if not x.numel() and known is None:
         kernels = False
     with _full_precision(x):
         if known is not None and recovery is None and (residual is None or residual.dtype == x.dtype):

@@ -82,7 +82,7 @@ def _coefficients(
     from lightning_norm.kernels.launch_algebra import Plan, coefficients
 
     running = (running_mean, running_var, tracked, skipped, momentum)
-    return coefficients(x, weight, bias, w, v, running, channel_dim, Plan(*plan), eps, _over(group))
+    return coefficients(x, weight, bias, w, v, running, channel_dim, Plan(*plan), eps, over(group))
 
 
 def _gradients(
@@ -110,7 +110,7 @@ def _gradients(
 
     stats, running = (own, batch, layer, coef, total), (running_mean, running_var)
     return gradients(
-        dy, x, stats, weight, w, v, running, residual, channel_dim, Plan(*plan), eps, activation, need_dx, _over(group)
+        dy, x, stats, weight, w, v, running, residual, channel_dim, Plan(*plan), eps, activation, need_dx, over(group)
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def _recover_gradients(
     from lightning_norm.kernels.launch_recovery import gradients
 
     stats, running = (own, batch, layer, coef, total), (running_mean, running_var)
-    return gradients(dy, x, stats, kernel, running, Plan(*plan), eps, need_dx, _over(group))
+    return gradients(dy, x, stats, kernel, running, Plan(*plan), eps, need_dx, over(group))
 
 
 def _over(group: str) -> Callable[[Tensor], Tensor] | None:

@@ -46,6 +46,7 @@ BUDGET = {
     "pack_gradient": 52,
     "unpack_gradient": 48,
     "survey": 124,
+    "pool_channels": 96,
     "channels_of": 112,
     "commit": 96,
     "channels_vjp": 120,

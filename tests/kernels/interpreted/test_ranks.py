@@ -18,6 +18,13 @@ CASES = [
     ("sn", {"choices": ("bn", "gn"), "groups": 2, "correction": 1}),
     ("bcn", {}),
     ("bnet", {}),
+    ("rbn", {}),
+    ("rbn", {"rectify": ["center"], "momentum": None, "affine": False}),
+    ("ubn", {}),
+    ("dbn", {}),
+    ("dbn", {"average": "var", "power": None, "alpha": 0.3}),
+    ("dbn", {"stat_grad": "none"}),
+    ("dbn", {"track_running_stats": False}),
 ]
 
 
