@@ -20,10 +20,11 @@ def directions(x, inverse, out, samples, units, ALIGN: tl.constexpr, BLOCK: tl.c
 @triton.jit
 def decide(seen, parts, last, measured, kept_out, in_a_row, threshold, samples, jobs, BLOCK: tl.constexpr):
     """Tell whether the batch is condensed: every program for itself, of which the first moves the counters."""
+    inverse = seen + 2 + 3 + samples  # of a batch without contexts, see ``tracking``
     alive, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, samples, BLOCK):
         n = begin + tl.arange(0, BLOCK)
-        alive += tl.where(tl.load(seen + 5 + samples + n, mask=n < samples, other=0.0) == 0.0, 0.0, 1.0)
+        alive += tl.where(tl.load(inverse + n, mask=n < samples, other=0.0) == 0.0, 0.0, 1.0)
     for begin in range(0, jobs, BLOCK):
         i = begin + tl.arange(0, BLOCK)
         total += tl.load(parts + i, mask=i < jobs, other=0.0)

@@ -153,6 +153,23 @@ def test_launches(arguments, train, forward, more, monkeypatch):
     assert launched == ["sums_rows", "channels_vjp", *more, "combine_flat"]
 
 
+@SLOW
+def test_compile_and_export():
+    ours, _ = contexts(GATE, train=True)
+    plain = copy.deepcopy(ours)
+    x, dy = features(4, 6, 5, 3).requires_grad_(), noise(4, 6, 5, 3, seed=7)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    got, want = (torch.autograd.grad(f(x), [x, *f.parameters()], dy) for f in (compiled, plain))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    same_buffers(ours, plain)
+    plain.eval()
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(torch.nn.Sequential(plain), (features(5, 6, 7, 3),), dynamic_shapes=shapes)
+    x = features(3, 6, 7, 3)
+    torch.testing.assert_close(program.module()(x), plain(x))
+
+
 def test_nan_reaches_no_buffer():
     ours, exact = contexts(GATE, train=True)
     x = features(4, 6, 5, 3)
