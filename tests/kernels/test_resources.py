@@ -44,7 +44,7 @@ BUDGET = {
     "commit": 88,
     "channels_vjp": 120,
     "encode": 200,
-    "decode": 230,
+    "decode": 190,
     "vjp_affine": 180,
     "vjp_decode": 136,
     "vjp_encode": 246,
