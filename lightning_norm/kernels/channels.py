@@ -48,7 +48,7 @@ def weights_at(shares, stride, mass, n, samples, contexts, size, least, CONTEXTS
         a = (1.0 - part) * g / tl.maximum(mass, TINY)[None, :] + part / samples
     else:
         g = tl.where(inside, 1.0, 0.0)
-        a = g / samples
+        a = g / tl.maximum(samples, 1)
     return g[:, :, None], tl.where(inside, a, 0.0)[:, :, None]
 
 
@@ -250,9 +250,9 @@ def channels_of(
         tl.store(stats + (9 if BLEND else 7) * rows + at, apart, mask=kept)
     if MOVE:
         move(
-            target, spread * (count / tl.maximum(count - 1.0, 1.0)), mass / samples, off, running_mean, running_spread,
-            tracked, skipped, prior, rate, seen, pooled, count > 1.0, at, kept, samples, channels, contexts, CONTEXTS,
-            MOVE == 2, RANKS, K_BLOCK, 256,
+            target, spread * (count / tl.maximum(count - 1.0, 1.0)), mass / tl.maximum(samples, 1), off, running_mean,
+            running_spread, tracked, skipped, prior, rate, seen, pooled, count > 1.0, at, kept, samples, channels,
+            contexts, CONTEXTS, MOVE == 2, RANKS, K_BLOCK, 256,
         )  # fmt: skip
     gamma = per_channel(weight, at, kept, 1.0, WEIGHT)[None, :, :]
     beta = per_channel(bias, at, kept, 0.0, BIAS)[None, :, :]

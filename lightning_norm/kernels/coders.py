@@ -214,13 +214,21 @@ def decode(
     bent, slope = tanh(beta)
     k, lo, std, v = measured(stats, r, c, rows, channels, eps)
     ahead = sigmoid(gate_of(lambda_mu, 0.0, True)) * (k - mu + lo)
-    d = std + sigmoid(gate_of(lambda_sigma, 0.0, True)) * (sigma - std)
-    least = tl.sqrt_rn(tl.zeros((), tl.float32) + tl.cast(eps, tl.float32))
+    g, e = sigmoid(gate_of(lambda_sigma, 0.0, True)), tl.cast(eps, tl.float32)
+    change = g * (sigma - std)
+    d = std + change
+    least = tl.sqrt_rn(tl.zeros((), tl.float32) + e)
     w = per_channel(weight, c, c < channels, 1.0, WEIGHT)[None, :]
     b = per_channel(bias, c, c < channels, 0.0, BIAS)[None, :]
     keep = (r[:, None] < rows) & (c[None, :] < channels)
-    floor = tl.where(keep, tl.where(d < least, least, d), 1.0)
-    scale = tl.div_rn(w + gate_of(lambda_gamma, 1.0, GATED) * sigmoid(gamma), floor)
+    more = gate_of(lambda_gamma, 1.0, GATED) * sigmoid(gamma)
+    up, down = w + more, tl.where(keep, tl.where(d < least, least, d), 1.0)
+    # what rounding left of std, d and the sum, so that the quotient is rounded once
+    s = v + e
+    left = tl.where(std > 0.0, tl.div_rn(tl.fma(-std, std, s) + (e - (s - v)), 2.0 * std), 0.0)
+    left = tl.where((d > least) & keep, change - (d - std) + (1.0 - g) * left, 0.0)
+    scale = tl.div_rn(up, down)
+    scale += tl.div_rn(tl.fma(-scale, down, up) + (more - (up - w)) - scale * left, down)
     offset = scale * (ahead - lo) + (b + gate_of(lambda_beta, 1.0, GATED) * bent)
     at, number = r[:, None].to(tl.int64) * channels + c[None, :], rows * channels
     tl.store(coded + at, mu, mask=keep)

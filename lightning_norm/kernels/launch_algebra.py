@@ -11,7 +11,7 @@ from lightning_norm.kernels.algebra import mix, pool
 from lightning_norm.kernels.algebra_vjp import vjp_mix, vjp_pool
 from lightning_norm.kernels.blocks import REGISTERS, Grid, cdiv, grid_of, power
 from lightning_norm.kernels.launch import combine, moment_parts, on, sum_parts
-from lightning_norm.kernels.launch_ranks import Sum
+from lightning_norm.kernels.launch_ranks import Sum, empty_gradient, empty_maps
 from lightning_norm.kernels.launch_ranks import pool as pool_ranks
 from lightning_norm.kernels.launch_ranks import pool_gradient as pool_ranks_gradient
 
@@ -139,9 +139,10 @@ def gradients(
     """
     grid, coef = grid_of(x, channel_dim), stats[3]
     if grid.n == 0:
-        nothing = empty_gradient(stats, over_ranks if need_dx else None)
-        zeros = (nothing, nothing, coef.new_zeros(grid.c if plan.outputs else plan.k), coef.new_zeros(plan.k))
-        return torch.empty_like(x), *zeros, torch.empty_like(coef if residual is None else residual)
+        zero = empty_gradient(stats[1], stats[4], over_ranks if need_dx else None)
+        dw, dv = coef.new_zeros(grid.c if plan.outputs else plan.k), coef.new_zeros(plan.k)
+        maps = empty_maps(x, residual, need_dx)
+        return maps[0], zero, zero.clone(), dw, dv, maps[1]
     parts = sum_parts(dy, x, coef, grid, activation, residual)
     place = (grid.parts, grid.sample_stride, grid.part_stride)
     meet = over_ranks if need_dx else None
@@ -152,15 +153,6 @@ def gradients(
         moving = plan.own or plan.k > 0
         dx, dresidual = combine(dy, x, coef, line if moving else None, channel_dim, activation, residual)
     return dx, dweight, dbias, dw, dv, coef.new_empty(0) if dresidual is None else dresidual
-
-
-def empty_gradient(stats: tuple[Tensor, ...], over_ranks: Sum | None) -> Tensor:
-    """Meet the other ranks, with nothing to add, and return zeros (C,): the gradient of a parameter."""
-    _, batch, _, _, total = stats
-    zeros = torch.zeros_like(batch[:2])
-    if over_ranks is not None:
-        pool_ranks_gradient(zeros, batch, total, 0, over_ranks)
-    return torch.zeros_like(batch[0])
 
 
 def adjoint(

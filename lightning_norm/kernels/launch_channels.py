@@ -13,7 +13,7 @@ from lightning_norm.kernels.channels import channels_of, pool_channels
 from lightning_norm.kernels.channels_vjp import channels_vjp, gate_logits_vjp, gate_vjp
 from lightning_norm.kernels.condensation import directions
 from lightning_norm.kernels.launch import combine, moment_parts, on, sum_parts
-from lightning_norm.kernels.launch_ranks import Sum, pool, pool_gradient
+from lightning_norm.kernels.launch_ranks import Sum, empty_gradient, empty_maps, pool, pool_gradient
 from lightning_norm.kernels.tracking import commit, survey
 
 BLOCK = 1024
@@ -98,12 +98,12 @@ def coefficients(
         rate = coef if rate is None else rate
         channels_of[(blocks,)](
             *parts, *given, mean, spread, tracked, skipped, more[0], more[0], *more, rate,
-            coef if threshold is None else threshold, seen, found, batch, total, own, stats, coef,
-            grid.n, grid.n * grid.c, grid.c, plan.rows, stride, found.numel(), *place, numbers.eps, numbers.least, numbers.power, numbers.unit_scale,
-            numbers.unit_affine, MERGE=merge, FROZEN=bool(plan.frozen), BLEND=bool(plan.blend),
-            POWER=bool(plan.powers), DETACH=bool(plan.detach), CHOOSE=plan.choose, MOVE=plan.track * plan.moves,
-            POOLED=bool(plan.pooled), RANKS=bool(plan.ranks), WEIGHT=weight is not None, BIAS=bias is not None,
-            num_warps=4, **tile, **plan.constants(),
+            coef if threshold is None else threshold, seen, found, batch, total, own, stats, coef, grid.n,
+            grid.n * grid.c, grid.c, plan.rows, stride, found.numel(), *place, numbers.eps, numbers.least,
+            numbers.power, numbers.unit_scale, numbers.unit_affine, MERGE=merge, FROZEN=bool(plan.frozen),
+            BLEND=bool(plan.blend), POWER=bool(plan.powers), DETACH=bool(plan.detach), CHOOSE=plan.choose,
+            MOVE=plan.track * plan.moves, POOLED=bool(plan.pooled), RANKS=bool(plan.ranks), WEIGHT=weight is not None,
+            BIAS=bias is not None, num_warps=4, **tile, **plan.constants(),
         )  # fmt: skip
         if plan.blend:
             commit[(1,)](
@@ -155,12 +155,10 @@ def gradients(
     """Return the gradients of x, weight, bias, the seven gate parameters and the residual; ``over_ranks`` to meet."""
     grid = grid_of(x, channel_dim)
     if grid.n == 0:
-        nothing = torch.zeros_like(batch)
-        if over_ranks is not None:
-            pool_gradient(nothing, batch, total, 0, over_ranks)
-        zeros = [torch.zeros_like(batch[:1]), torch.zeros_like(batch[:1])]
-        zeros += [coef.new_empty(0) if t is None else torch.zeros_like(t, dtype=torch.float32) for t in gates]
-        return torch.empty_like(x), *zeros, torch.empty_like(coef if residual is None else residual)
+        zero = empty_gradient(batch, total, over_ranks)[None]
+        dgates = [coef.new_empty(0) if t is None else torch.zeros_like(t, dtype=torch.float32) for t in gates]
+        maps = empty_maps(x, residual, need_dx)
+        return maps[0], zero, zero.clone(), *dgates, maps[1]
     parts = sum_parts(dy, x, coef, grid, activation, residual)
     dweight, dbias = coef.new_empty(plan.rows, grid.c), coef.new_empty(plan.rows, grid.c)
     dgates = [coef.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]
@@ -183,10 +181,8 @@ def gradients(
 
     with on(x):
         vjp(0 if over_ranks is None else 1)
-    if over_ranks is not None:
-        pool_gradient(by, batch, total, grid.n * grid.size, over_ranks)
-    with on(x):
         if over_ranks is not None:
+            pool_gradient(by, batch, total, grid.n * grid.size, over_ranks)
             vjp(2)
         if plan.gate:
             dlogits = coef.new_empty(grid.n, plan.rows)

@@ -107,7 +107,7 @@ def coefficients(
     """
     grid, units, rows = _sizes(x, coders, channel_dim, plan)
     out, deep = (16, 64) if rows == 1 else (32, 16)  # of a result, and of what is summed
-    e, d = (tiles_of(rows, grid.c, units, 32, h, c) for h, c in ((out, deep), (deep, out)))
+    e, d = (tiles_of(rows, grid.c, units, *most) for most in ((32, out, deep), (16, deep, out)))
     coef = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
     parts, merge = coef, False
     if not plan.frozen:

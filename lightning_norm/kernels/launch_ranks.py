@@ -40,3 +40,18 @@ def pool_gradient(by_batch: Tensor, batch: Tensor, total: Tensor, count: int, ov
     found = over_ranks(message)
     with on(batch):
         unpack_gradient[grid](found, batch, by_batch, count, channels, BLOCK=BLOCK, num_warps=4)
+
+
+def empty_gradient(batch: Tensor, total: Tensor, over_ranks: Sum | None) -> Tensor:
+    """Meet the other ranks, with nothing to add, and return zeros (C,): the gradient of a parameter."""
+    zeros = torch.zeros_like(batch[:2])
+    if over_ranks is not None:
+        pool_gradient(zeros, batch, total, 0, over_ranks)
+    return torch.zeros_like(batch[0])
+
+
+def empty_maps(x: Tensor, residual: Tensor | None, need_dx: bool) -> tuple[Tensor, Tensor]:
+    """Return the gradients of an x without samples and of its residual; an empty tensor for none."""
+    nothing = torch.empty(0, device=x.device, dtype=torch.float32)
+    dx = torch.empty_like(x) if need_dx or residual is not None else nothing
+    return dx, torch.empty_like(nothing) if residual is None else torch.empty_like(x)

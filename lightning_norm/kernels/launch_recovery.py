@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_norm.kernels.blocks import BUSY, REGISTERS, cdiv, dense, power, registers, where
 from lightning_norm.kernels.launch import on
-from lightning_norm.kernels.launch_algebra import Plan, adjoint, empty_gradient
-from lightning_norm.kernels.launch_ranks import Sum
+from lightning_norm.kernels.launch_algebra import Plan, adjoint
+from lightning_norm.kernels.launch_ranks import Sum, empty_gradient, empty_maps
 from lightning_norm.kernels.recovery import join_taps, recover_apply, recover_combine, recover_sums
 
 TILE = 1024
@@ -170,8 +170,8 @@ def gradients(
     """Return the gradients of x, kernel and bias; ``stats`` is what ``launch_algebra.coefficients`` returned."""
     coef, dy = stats[3], dense(dy, x)
     if not x.numel():
-        dbias = empty_gradient(stats, over_ranks if need_dx else None)
-        return torch.empty_like(x), torch.zeros_like(kernel, dtype=torch.float32), dbias
+        dbias = empty_gradient(stats[1], stats[4], over_ranks if need_dx else None)
+        return empty_maps(x, None, need_dx)[0], torch.zeros_like(kernel, dtype=torch.float32), dbias
     parts, s, dkernel, dbias = sum_parts(dy, x, coef, kernel)
     dx = coef.new_empty(0)
     if need_dx:

@@ -162,7 +162,7 @@ def _coders() -> Iterator[Variant]:
     kernels = (coders.encode, coders.decode, coders_vjp.vjp_affine, coders_vjp.vjp_decode, coders_vjp.vjp_encode)
     for shape, tiles in (
         ("afn", ((1, 16, 64), (1, 64, 16), (1, 32, 16), (1, 32, 32), (1, 32, 32))),
-        ("asr", ((32, 32, 16), (32, 16, 32), (16, 32, 16), (32, 32, 32), (16, 16, 32))),
+        ("asr", ((32, 32, 16), (16, 16, 32), (16, 32, 16), (32, 32, 32), (16, 16, 32))),
     ):
         batch = shape == "afn"
         given = {"BATCH": batch, "FROZEN": False, "TRACK": int(batch), "DROP": 2 * batch, "GATED": True, "WEIGHT": True}

@@ -142,10 +142,12 @@ def _channels(x: Tensor, weight: Any, bias: Any, gates: Any, shares: Any, *args:
 def _gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from lightning_norm.kernels.launch_channels import gradients
 
-    *given, channel_dim, plan, numbers, activation, need_dx, group = args
+    own, stats, coef, seen, batch, total, weight, bias, gates, shares, residual, channel_dim, plan, numbers, *how = args
+    activation, need_dx, group = how
     return gradients(
-        dy, x, *given, channel_dim, ChannelPlan(*plan), Numbers(*numbers), activation, need_dx, primitives.over(group)
-    )
+        dy, x, own, stats, coef, seen, batch, total, weight, bias, gates, shares, residual, channel_dim,
+        ChannelPlan(*plan), Numbers(*numbers), activation, need_dx, primitives.over(group),
+    )  # fmt: skip
 
 
 def _fake_channels(x: Tensor, *args: Any) -> tuple[Tensor, ...]:

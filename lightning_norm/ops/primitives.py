@@ -143,7 +143,8 @@ def _recover_gradients(
     return gradients(dy, x, stats, kernel, running, Plan(*plan), eps, need_dx, over(group))
 
 
-def _over(group: str) -> Callable[[Tensor], Tensor] | None:
+def over(group: str) -> Callable[[Tensor], Tensor] | None:
+    """Return what adds a tensor up over the ranks of that name."""
     return Ranks(group).sum if group else None
 
 

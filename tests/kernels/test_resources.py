@@ -53,7 +53,7 @@ BUDGET = {
     "gate_logits_vjp": 40,
     "gate_vjp": 52,
     "encode": 200,
-    "decode": 230,
+    "decode": 190,
     "vjp_affine": 180,
     "vjp_decode": 136,
     "vjp_encode": 246,

@@ -8,14 +8,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder
 
 import lightning_norm
 from lightning_norm.kernels import launch_coders
-from lightning_norm.ops import coder_recipe
+from lightning_norm.ops import backend, coder_recipe, fused
 from lightning_norm.ops.layout import layout_of
-from lightning_norm.testing.kit import features, noise, statistics, step
+from lightning_norm.testing.kit import REGISTRY, features, noise, statistics, step
 from tests.kernels.interpreted.test_channels import same_buffers
-from tests.kernels.interpreted.test_layers import compare, count_launches, pair
+from tests.kernels.interpreted.test_layers import compare, count_launches, pair, rounded_once
 
 ops = torch.ops.lightning_norm
 SLOW = pytest.mark.slow
@@ -293,6 +294,21 @@ def test_second_derivatives_name_the_way_out():
     x = features(4, 6, 5, 3).requires_grad_()
     with pytest.raises(RuntimeError, match="backend='eager'"):
         torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("check", "key"),
+    [
+        ("as_precise_as_torch", "asr"),
+        *((check, "afn") for check in ("formats_agree", "tokens_agree", "small_inputs", "expanded_gradient")),
+    ],
+)
+def test_conformance(check, key, monkeypatch):
+    """Checks of the conformance kit that a backend could fail."""
+    monkeypatch.setattr(fused, "on_kernels", lambda x, layout, _: backend.obstacle(x, layout) is None)
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", rounded_once)
+    REGISTRY[check](lambda c, **more: lightning_norm.create(key, c, **(PLAIN if key == "afn" else {}), **more))
 
 
 @pytest.mark.parametrize(("n", "c"), [(1, 2048), (64, 2048), (64, 64), (256, 512)])
