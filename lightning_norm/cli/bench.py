@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.cli.bench_clock import Run, Timed, interleaved, machine
-from lightning_norm.cli.bench_naive import CONTEXTS, FORMULAS, Naive, contexts_of
+from lightning_norm.cli.bench_naive import CONTEXTS, FORMULAS, Naive, contexts_of, groups_of
 from lightning_norm.cli.bench_peers import PEERS, depthwise_peer, taps
-from lightning_norm.cli.bench_report import rows_of, save, save_roofline, table
+from lightning_norm.cli.bench_report import BARS, bars_table, rows_of, save, save_roofline, table
 from lightning_norm.normalizers.base import Normalizer
 from lightning_norm.normalizers.contexts import assign, context_layers
 from lightning_norm.normalizers.registry import create, normalizers
@@ -41,22 +42,24 @@ def run(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         raise RuntimeError("no CUDA device found. Type --device cpu.")
     torch.set_num_threads(options.threads)
     shapes = [_shape(s) for s in options.shapes.split(",")] if options.shapes else list(SHAPES)
-    keys = options.norms.split(",")
+    cuda = options.device == "cuda"
+    keys = options.norms.split(",") if options.norms else list(normalizers()) if cuda else ["bn", "sn", "bcn"]
+    repeats = options.repeats or (20 if cuda else 50)
     unknown = set(options.dtypes.split(",")) - {"fp32", "bf16", "fp16"}
     if unknown:
         raise ValueError(f"--dtypes: {sorted(unknown)} unknown. Type one or more of fp32,bf16,fp16.")
     for key in keys:
         create(key, 32)  # an unknown key is told before anything runs
     command = " ".join(["lightning-norm bench", *(sys.argv[2:] if argv is None else argv)])
-    if options.device == "cuda" or options.roofline:
-        return _roofline(options, shapes if options.shapes else None, keys, command)
+    if cuda or options.roofline:
+        return _roofline(options, shapes if options.shapes else None, keys, repeats, command)
     rows = []
     for shape in shapes:
         for channels_last in (False, True) if len(shape) == 4 else (False,):
-            rows += bench_shape(shape, keys, channels_last, options.device, options.repeats, options.compile)
+            rows += bench_shape(shape, keys, channels_last, options.device, repeats, options.compile)
             _print_rows(rows[-1]["shape"], rows)
     if options.network:
-        rows += bench_network(keys, options.device, options.repeats, options.compile)
+        rows += bench_network(keys, options.device, repeats, options.compile)
         _print_rows("resnet18 step", rows)
     result = {"machine": machine(options.threads), "command": command, "rows": rows}
     if options.json:
@@ -67,33 +70,41 @@ def run(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def _roofline(
-    options: argparse.Namespace, shapes: list[tuple[int, ...]] | None, keys: list[str], command: str
+    options: argparse.Namespace, shapes: list[tuple[int, ...]] | None, keys: list[str], repeats: int, command: str
 ) -> list[dict[str, Any]]:
-    from lightning_norm.cli import bench_clock, bench_network, bench_roofline
+    from lightning_norm.cli import bench_bars, bench_clock, bench_network, bench_plan, bench_roofline
 
     cuda, dtypes = options.device == "cuda", options.dtypes.split(",")
-    budget, repeats = bench_roofline.Budget(options.minutes), options.repeats
-    given, common = shapes or (bench_roofline.SHAPES if cuda else SHAPES[:3]), (keys, options.device)
-    speed = bench_clock.copy_speed(options.device, 1000 if cuda else 50, max(5, repeats // 5))
-    print(f"copy: {speed:.0f} GB/s read and written", flush=True)
+    budget = bench_plan.Budget(options.minutes)
+    given, common = shapes or (bench_plan.SHAPES if cuda else SHAPES[:3]), (keys, options.device)
+    size, rounds = 1000 if cuda else 50, max(5, repeats // 5)
+    speed = {d: bench_clock.copy_speed(options.device, size, rounds, bench_plan.DTYPES[d]) for d in dtypes}
+    print("copy: " + ", ".join(f"{d} {s:.0f}" for d, s in speed.items()) + " GB/s read and written", flush=True)
     network = bench_network.LARGE if cuda else bench_network.SMALL
     rows: list[dict[str, Any]] = []
     passes: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
-    for compiled in (False, True) if options.compile else (False,):
-        chosen = bench_roofline.cases(given, dtypes, compiled)
-        found = bench_roofline.roofline(chosen, *common, repeats, budget, speed)
-        rows, passes = rows + found[0], passes + found[1]
-        if cuda or options.network:
-            steps += bench_network.steps(network, *common, max(3, repeats // 5), compiled, budget, ARGUMENTS)
-    result = {"machine": machine(options.threads), "command": command, "copy_gb_s": speed, "roofline": rows}
-    result |= {"passes": passes, "steps": steps, "left_out": budget.left_out}
-    for line in budget.left_out:
-        print(f"left out: {line}", flush=True)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1))
-    if options.save:
-        save_roofline(result, Path(options.save))
+    result: dict[str, Any] = {"machine": machine(options.threads), "command": command, "copy_gb_s": speed}
+    result |= {"roofline": rows, "passes": passes, "steps": steps, "left_out": budget.left_out}
+    try:
+        for stage in bench_plan.stages(given, dtypes, keys, options.compile, cuda or options.network):
+            for found in bench_roofline.roofline(stage.cases, *common, repeats, budget, speed, options.compile):
+                rows += found[0]
+                passes += found[1]
+            if stage.keys:
+                step = (options.device, max(3, repeats // (2 if cuda else 5)), stage.compiled, budget, ARGUMENTS)
+                steps += bench_network.steps(network, stage.keys, *step)
+    finally:  # whatever happens, what was measured is kept
+        result["bars"] = bench_bars.verdicts(rows, passes, steps)
+        for line in budget.left_out:
+            print(f"left out: {line}", flush=True)
+        print(f"\n{BARS}\n{bars_table(result['bars'])}", flush=True)
+        if options.json:
+            Path(options.json).write_text(json.dumps(result, indent=1))
+        if options.save:
+            save_roofline(result, Path(options.save))
+    if budget.failed:
+        raise ArithmeticError("the benchmark is done, but not all of it ran:\n" + "\n".join(budget.failed))
     return rows
 
 
@@ -109,8 +120,7 @@ def bench_shape(
         ArithmeticError: a contender's output or input gradient is not what float64 says.
     """
     torch.manual_seed(0)
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):  # naive formulas share code
+    with shared_code():
         return _bench_shape(shape, keys, channels_last, device, repeats, compiled)
 
 
@@ -131,8 +141,16 @@ def _bench_shape(
     return rows_of(label, times, saved)
 
 
+@contextmanager
+def shared_code() -> Iterator[None]:
+    """Let torch.compile make a graph of each naive formula, which share their code, or fail; forget earlier graphs."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
+
+
 def contenders(
-    shape: tuple[int, ...], keys: Sequence[str], device: str, compiled: bool
+    shape: tuple[int, ...], keys: Sequence[str], device: str, compiled: bool, naive: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and layer: torch's, ours eager and compiled, and the naive formula eager and compiled."""
     c = shape[1]
@@ -147,17 +165,18 @@ def contenders(
             layer = ready(key, shape, device)
             layer.compile()
             yield f"{key} compiled", layer
-        if _has_formula(key, shape):
+        if naive and _has_formula(key, shape):
             yield f"{key} naive", Naive(ready(key, shape, device))
             if compiled:
-                naive = Naive(ready(key, shape, device))
-                naive.compile(dynamic=False)
-                yield f"{key} naive compiled", naive
+                formula = Naive(ready(key, shape, device))
+                formula.compile(dynamic=False)
+                yield f"{key} naive compiled", formula
 
 
 def ready(key: str, shape: tuple[int, ...], device: str) -> Normalizer:
     """Build a layer; cn is told the contexts of its samples, and a kernel of bnet gets distinct taps."""
-    layer = create(key, shape[1], device=device, **ARGUMENTS.get(key, {}))
+    more = {"groups": groups_of(shape[1])} if key == "gn" else {}
+    layer = create(key, shape[1], device=device, **ARGUMENTS.get(key, {}), **more)
     if key == "cn":
         assign(context_layers(layer), contexts_of(torch.empty(shape, device=device)))
     if key == "bnet":
@@ -169,15 +188,18 @@ def _has_formula(key: str, shape: Sequence[int]) -> bool:
     return key in FORMULAS and (len(shape) == 4 if key == "bnet" else len(shape) > 2)
 
 
-def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor, tolerance: float = 1e-4) -> None:
+def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor, tolerance: float = 1e-4) -> tuple[float, float] | None:
     """Compare a layer's output and input gradient with the naive formula in float64.
+
+    Returns:
+        Both errors, relative to the norms; ``None`` where there is no formula.
 
     Raises:
         ArithmeticError: they differ by more than ``tolerance``, 1e-4, of their norm.
     """
     key = next((k for k, peer in PEERS.items() if peer == name), name.split()[0].replace("torch", "bn"))
     if not _has_formula(key, x.shape):
-        return
+        return None
     truth = Naive(ready(key, tuple(x.shape), x.device.type)).double()
     truth.load_state_dict(dict(layer.named_parameters()), strict=False)  # what starts at random
     held = getattr(layer, "dropout", None)
@@ -191,12 +213,14 @@ def check(name: str, layer: nn.Module, x: Tensor, dy: Tensor, tolerance: float =
     (got_dx,) = torch.autograd.grad(got, x, dy)
     if held is not None:
         setattr(layer, "dropout", held)  # noqa: B010
+    errors = []
     for what, a, b in (("output", got, want), ("input gradient", got_dx, want_dx)):
-        error = ((a - b).norm() / b.norm()).item()
-        if not error < tolerance:
+        errors.append(((a - b).norm() / b.norm()).item())
+        if not errors[-1] < tolerance:
             raise ArithmeticError(
-                f"{name}: the {what} differs from float64 by {error:.1e} of its norm at {tuple(x.shape)}."
+                f"{name}: the {what} differs from float64 by {errors[-1]:.1e} of its norm at {tuple(x.shape)}."
             )
+    return errors[0], errors[1]
 
 
 def saved_for_backward(layer: nn.Module, x: Tensor) -> float:
@@ -248,9 +272,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"example: {EXAMPLE}",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--norms", default="bn,sn,bcn", help=f"comma-separated keys out of {','.join(normalizers())}")
+    keys = ",".join(normalizers())
+    parser.add_argument("--norms", help=f"comma-separated keys out of {keys}; all on CUDA, bn,sn,bcn on the CPU")
     parser.add_argument("--shapes", help="comma-separated, e.g. 32x64x32x32,128x64; the four of the docs by default")
-    parser.add_argument("--repeats", type=int, default=50, help="rounds; every contender runs once in each")
+    parser.add_argument(
+        "--repeats", type=int, help="rounds, in each of which every contender runs; 20 on CUDA, else 50"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     parser.add_argument("--network", action="store_true", help="also whole training steps of resnet18")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
@@ -18,6 +19,14 @@ WARM = 3
 LEAST_MS = 1.0
 """A CUDA graph is replayed so often between two events that they are at least so far apart."""
 
+SHORT_MS = 0.1
+"""A graph shorter than that holds ``MANY`` calls, so that the time of starting it does not show."""
+
+MANY = 16
+
+NO_KERNELS = ("Memcpy", "Memset", "Activity Buffer", "Command Buffer", "Context Sync", "Stream Sync", "Event Sync")
+"""What a profile lists on the device beside kernels."""
+
 
 class Timed:
     """Something to be timed again and again; ``how`` says by which clock.
@@ -29,7 +38,7 @@ class Timed:
     """
 
     def __init__(self, run: Run, device: str, graph: bool = True) -> None:
-        self.run, self.device, self.how, self.loops = run, device, "wall clock", 1
+        self.run, self.device, self.how, self.loops, self.held = run, device, "wall clock", 1, 1
         self.calls: Run = run
         for _ in range(WARM):
             run()
@@ -38,24 +47,30 @@ class Timed:
             self.how = "events"
             if graph:
                 self._capture()
-            self.loops = max(1, round(LEAST_MS / max(self.once(), 1e-3)))
+            self.loops = max(1, round(LEAST_MS / max(self.once() * self.held, 1e-3)))
 
     def _capture(self) -> None:
+        stream = torch.cuda.current_stream()
+        try:
+            self._graph(1)
+            if self.once() < SHORT_MS:
+                self._graph(MANY)
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a failed capture leaves its own
+            torch.cuda.synchronize()
+            self.calls, self.held, self.how = self.run, 1, f"events ({str(error).splitlines()[0]})"
+
+    def _graph(self, calls: int) -> None:
         stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM):
-                self.run()
+            self.run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=_pool()):
-                self.run()  # the result is given up: the next graph may take its memory
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            self.how = f"events ({str(error).splitlines()[0]})"
-            return
-        self.calls, self.how = graph.replay, "graph replay"
+        with torch.cuda.graph(graph, pool=_keeper().pool()):
+            for _ in range(calls):
+                self.run()  # the result is given up: the next call, and the next graph, may take its memory
+        self.calls, self.held, self.how = graph.replay, calls, "graph replay"
 
     def once(self) -> float:
         """Return the milliseconds of one call, the mean of a few in a row where they are short."""
@@ -69,12 +84,16 @@ class Timed:
             self.calls()
         last.record()
         last.synchronize()
-        return float(first.elapsed_time(last)) / self.loops
+        return float(first.elapsed_time(last)) / (self.loops * self.held)
 
 
 @functools.cache
-def _pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+def _keeper() -> torch.cuda.CUDAGraph:
+    """Return a graph that keeps the memory pool of all others: a pool that no graph uses cannot be used again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda")
+    return graph
 
 
 def interleaved(runs: dict[str, Timed], repeats: int) -> dict[str, list[float]]:
@@ -86,16 +105,18 @@ def interleaved(runs: dict[str, Timed], repeats: int) -> dict[str, list[float]]:
     return times
 
 
-def copy_speed(device: str, megabytes: int, repeats: int) -> float:
-    """Return the GB/s, read and written, of copying a tensor: what this machine's memory gives."""
-    source = torch.randn(megabytes * 250_000, device=device)
+def copy_speed(device: str, megabytes: int, repeats: int, dtype: torch.dtype = torch.float32) -> float:
+    """Return the GB/s, read and written, of copying a tensor: the driver's copy or a kernel's, whichever is faster."""
+    source = torch.ones(megabytes * 10**6 // dtype.itemsize, device=device, dtype=dtype)
     target = torch.empty_like(source)
-    times = interleaved({"copy": Timed(lambda: target.copy_(source), device)}, repeats)["copy"]
-    return 2 * source.numel() * 4 / (sorted(times)[len(times) // 2] * 1e6)
+    runs = {"driver": lambda: target.copy_(source), "kernel": lambda: torch.neg(source, out=target)}
+    times = interleaved({name: Timed(run, device) for name, run in runs.items()}, repeats)
+    fastest = min(sorted(t)[len(t) // 2] for t in times.values())
+    return 2 * source.numel() * dtype.itemsize / (fastest * 1e6)
 
 
 def launches(run: Run, device: str) -> int | None:
-    """Return how many kernels a call launches, as the profiler counts them; ``None`` on a CPU."""
+    """Return how many kernels a call launches, as the profiler counts them; ``None`` where it sees none."""
     if device != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -105,8 +126,8 @@ def launches(run: Run, device: str) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         run()
         torch.cuda.synchronize()
-    events = [e.name for e in seen.events() if e.device_type.name == "CUDA"]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in events)
+    names = [e.name for e in seen.events() if e.device_type.name == "CUDA"]
+    return sum(not name.startswith(NO_KERNELS) for name in names) or None
 
 
 def peak_memory(run: Run, device: str) -> int | None:
@@ -128,7 +149,15 @@ def machine(threads: int) -> dict[str, Any]:
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
     )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "gpu": gpu, "threads": threads, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"torch": torch.__version__, "triton": _triton(), "python": platform.python_version()}
+    return {"cpu": cpu, "gpu": gpu, "threads": threads, **versions}
+
+
+def _triton() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpuinfo() -> list[str]:

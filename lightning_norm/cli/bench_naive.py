@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -67,6 +68,17 @@ def standardized(x: Tensor, statistic: str) -> Tensor:
 def affine(y: Tensor, p: Parameters) -> Tensor:
     """Return gamma * y + beta."""
     return y * along(p["weight"], y) + along(p["bias"], y)
+
+
+def grouped(x: Tensor, p: Parameters) -> Tensor:
+    """Gn, of as many groups as :func:`groups_of` says."""
+    parts = x.reshape(x.shape[0], groups_of(x.shape[1]), -1)
+    return affine(standardized(parts, "in").reshape(x.shape), p)
+
+
+def groups_of(channels: int) -> int:
+    """Return the groups of gn in the benchmark: 32, or the most that divide the channels."""
+    return math.gcd(32, channels)
 
 
 def switchable(x: Tensor, p: Parameters) -> Tensor:
@@ -153,6 +165,7 @@ def contexts_of(x: Tensor) -> Tensor:
 FORMULAS: dict[str, Callable[[Tensor, Parameters], Tensor]] = {
     "bn": lambda x, p: affine(standardized(x, "bn"), p),
     "in": lambda x, p: affine(standardized(x, "in"), p),
+    "gn": grouped,
     "ln": lambda x, p: affine(standardized(x, "ln"), p),
     "sn": switchable,
     "bcn": batch_channel,

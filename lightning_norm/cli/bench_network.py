@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.cli.bench_clock import Timed, interleaved, peak_memory
-from lightning_norm.cli.bench_roofline import Budget
+from lightning_norm.cli.bench_naive import contexts_of
+from lightning_norm.cli.bench_plan import Budget
+from lightning_norm.normalizers.contexts import assign, context_layers
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def training_step(
     target = torch.arange(network.batch, device=device) % 10
     if key is not None:
         swap(net, key, norm_args=arguments, compile=layers_compiled)
+    if key == "cn":
+        assign(context_layers(net), contexts_of(x))
     if last:
         net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
@@ -94,16 +98,22 @@ def steps(
     for mode, options in MODES.items():
         if ("compiled" in options) != compiled:
             continue
+        torch._dynamo.reset()
         runs: dict[str, Timed] = {}
         peaks: dict[str, int | None] = {}
-        for key in (None, *(k for k in keys if k != "cn")):  # cn would have to be told the contexts of each image
+        for key in (None, *keys):
             name = key or "torch"
-            if not budget.allows(f"{network.name} {mode} {name}", kind):
+            what = f"{network.name} {mode} {name}"
+            if not budget.allows(what, kind):
                 continue
             start = time.monotonic()
-            step = training_step(network, key, device, arguments.get(name), **options)
-            runs[name] = Timed(step, device, graph=False)
-            peaks[name] = peak_memory(step, device)
+            try:
+                step = training_step(network, key, device, arguments.get(name), **options)
+                runs[name] = Timed(step, device, graph=False)
+                peaks[name] = peak_memory(step, device)
+            except Exception as error:
+                budget.fell(what, error, True)
+                runs.pop(name, None)
             budget.took(start, kind)
         if "torch" not in runs:
             continue

@@ -27,18 +27,18 @@ def taps(kernel: Tensor) -> Tensor:
     return kernel.detach().copy_(torch.arange(kernel.numel()).cos().view_as(kernel))
 
 
-def others(num_features: int, device: str, compiled: bool) -> Iterator[tuple[str, nn.Module]]:
+def others(num_features: int, dims: int, device: str, compiled: bool) -> Iterator[tuple[str, nn.Module]]:
     """Yield what else normalizes a batch: torch's layer compiled, its synchronized kernels, apex if it is installed."""
-    if compiled:
-        layer = nn.BatchNorm2d(num_features).to(device)
+    if compiled and dims in (3, 4, 5):
+        layer = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 3](num_features).to(device)
         layer.compile(dynamic=False)
         yield "torch compiled", layer
     if device == "cuda":
         yield "torch sync", SyncKernels(num_features).to(device)
-        if importlib.util.find_spec("apex") is not None:
-            from apex.parallel import SyncBatchNorm
+    if device == "cuda" and importlib.util.find_spec("apex") is not None:
+        from apex.parallel import SyncBatchNorm
 
-            yield "torch apex", SyncBatchNorm(num_features).to(device)
+        yield "torch apex", SyncBatchNorm(num_features).to(device)
 
 
 class SyncKernels(nn.BatchNorm2d):

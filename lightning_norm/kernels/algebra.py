@@ -166,11 +166,11 @@ def leave(out, at, keep, number, first, mean, var):
 
 @triton.jit
 def mix(
-    hi, lo, var, batch, layer, weight, bias, w, v, running_mean, running_var, tracked, skipped, momentum, own, coef,
-    number, channels, groups_in_all, per_group, pieces, sample_stride, stride, piece, size, fold, eps, factor, unbias,
-    OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
-    SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, TRACK: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    hi, lo, var, batch, layer, gathered, weight, bias, w, v, running_mean, running_var, tracked, skipped, momentum, own,
+    coef, number, channels, groups_in_all, per_group, pieces, sample_stride, stride, piece, size, fold, eps, factor,
+    unbias, OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr,
+    K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, TRACK: tl.constexpr,
+    RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pivot, scale and offset (3, N * C): y = scale * (x - pivot) + offset. Program 0 moves the running statistics."""
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
@@ -216,7 +216,12 @@ def mix(
     tl.store(coef + number + i, scale, mask=keep)
     tl.store(coef + 2 * number + i, offset, mask=keep)
     if TRACK != 0 and tl.program_id(0) == 0:
-        track(batch, running_mean, running_var, tracked, skipped, momentum, channels, unbias, TRACK, BLOCK)
+        factor = tl.cast(unbias, tl.float32)
+        if RANKS:
+            count = tl.load(gathered).to(tl.float32)
+            factor = tl.where(factor > 0.0, count / tl.maximum(count - 1.0, 1.0), 1.0)
+            factor = tl.where(count > 1.0, factor, float("nan"))  # too few for a variance: nothing moves
+        track(batch, running_mean, running_var, tracked, skipped, momentum, channels, factor, TRACK, BLOCK)
 
 
 @triton.jit
@@ -229,7 +234,7 @@ def track(
     for begin in range(0, channels, BLOCK):
         c = begin + tl.arange(0, BLOCK)
         mean = tl.load(batch + c, mask=c < channels, other=0.0)
-        var = tl.load(batch + 2 * channels + c, mask=c < channels, other=0.0) * tl.cast(unbias, tl.float32)
+        var = tl.load(batch + 2 * channels + c, mask=c < channels, other=0.0) * unbias
         bad += tl.where(tl.abs(mean + var) < float("inf"), 0, 1)
     good = tl.sum(bad, 0) == 0
     count, missed = tl.load(tracked) + good.to(tl.int64), tl.load(skipped) + 1 - good.to(tl.int64)
@@ -244,7 +249,7 @@ def track(
         c = begin + tl.arange(0, BLOCK)
         keep = c < channels
         mean = tl.load(batch + c, mask=keep, other=0.0) + tl.load(batch + channels + c, mask=keep, other=0.0)
-        var = tl.load(batch + 2 * channels + c, mask=keep, other=0.0) * tl.cast(unbias, tl.float32)
+        var = tl.load(batch + 2 * channels + c, mask=keep, other=0.0) * unbias
         old = tl.load(running_mean + c, mask=keep, other=0.0)
         tl.store(running_mean + c, (1.0 - step) * old + step * mean, mask=keep & good)
         old = tl.load(running_var + c, mask=keep, other=0.0)

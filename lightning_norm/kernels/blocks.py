@@ -20,8 +20,12 @@ REGISTERS = {
     "recover_sums": 192,
     "recover_combine": 128,
     "vjp_pool": 200,
+    "survey": 128,
 }
 """Registers of a thread at most: without a limit ptxas spills 8 bytes of these for one more resident program."""
+
+MANY_TAPS = 192
+"""The same for ``recover_apply`` with more than nine taps, channels last, which would spill on sm_100."""
 
 LONGEST = 1 << 28
 """Elements per (sample, channel) beyond which lanes could leave 32 bits."""
@@ -156,6 +160,11 @@ def dense(t: Tensor, like: Tensor) -> Tensor:
     if t.stride() == like.stride():
         return t
     return torch.empty_like(like, dtype=t.dtype).copy_(t)
+
+
+def registers(kernel: str, taps: int = 0, last: bool = False) -> int | None:
+    """Return the registers that a thread of a kernel may use, ``None`` for as many as it likes."""
+    return MANY_TAPS if kernel == "recover_apply" and taps > 9 and last else REGISTERS.get(kernel)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -8,47 +8,76 @@ weaken it before (centering) and gate it after (scaling, affine):
     z = f mean_n - U, U = f mean_B + delta, r = 1 / sqrt(V + eps)
     y = gamma g1(r z) g2(mean_n) r (x - mean_n + z) + beta, summed over contexts by the shares of a sample
 
-A program holds all samples of a few channels, so nothing is handed from one program to another; whether all channels
-are finite, and so the running statistics may move, is seen by ``commit`` afterwards.
+A program holds all samples of a few channels, so nothing is handed from one program to another; what concerns all
+channels was seen by ``tracking.survey`` before.
 """
 
 import triton
 import triton.language as tl
 
 from lightning_norm.kernels.algebra import per_channel
+from lightning_norm.kernels.condensation import decide
 from lightning_norm.kernels.reductions import read_moments
-
-TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
+from lightning_norm.kernels.tracking import TINY, move, new_weight
 
 
 @triton.jit
-def masses(shares, samples, contexts, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):
+def masses(shares, stride, samples, contexts, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):
     """Samples in each context, (K,)."""
     q = tl.arange(0, K_BLOCK)
     mass = tl.zeros((N_BLOCK, K_BLOCK), tl.float32)
     for begin in range(0, samples, N_BLOCK):
         n = begin + tl.arange(0, N_BLOCK)
         inside = (n[:, None] < samples) & (q[None, :] < contexts)
-        mass += tl.load(shares + n[:, None] * contexts + q[None, :], mask=inside, other=0.0)
+        mass += tl.load(shares + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
     return tl.sum(mass, 0)
 
 
 @triton.jit
-def weights_at(shares, mass, n, samples, contexts, size, least, CONTEXTS: tl.constexpr, K_BLOCK: tl.constexpr):
+def weights_at(shares, stride, mass, n, samples, contexts, size, least, CONTEXTS: tl.constexpr, K_BLOCK: tl.constexpr):
     """A sample's share in each context, and its weight in that context's statistics, (N, K, 1) each.
 
-    A context of fewer than ``least`` elements is drawn towards all samples.
+    The shares of two samples lie ``stride`` apart. A context of fewer than ``least`` elements is drawn towards all
+    samples.
     """
     q = tl.arange(0, K_BLOCK)
     inside = (n[:, None] < samples) & (q[None, :] < contexts)
     if CONTEXTS:
-        g = tl.load(shares + n[:, None] * contexts + q[None, :], mask=inside, other=0.0)
+        g = tl.load(shares + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
         part = tl.maximum(1.0 - mass * size / tl.cast(least, tl.float32), 0.0)[None, :]
         a = (1.0 - part) * g / tl.maximum(mass, TINY)[None, :] + part / samples
     else:
         g = tl.where(inside, 1.0, 0.0)
         a = g / samples
     return g[:, :, None], tl.where(inside, a, 0.0)[:, :, None]
+
+
+@triton.jit
+def by_share(seen, contexts, K_BLOCK: tl.constexpr):
+    """1 / sqrt of the running share of each context, (K,)."""
+    q = tl.arange(0, K_BLOCK)
+    share = tl.load(seen + 2 + 2 * contexts + q, mask=q < contexts, other=1.0)
+    return tl.rsqrt(tl.maximum(share, 0.01))
+
+
+@triton.jit
+def running_of(running_mean, running_spread, seen, at, kept, contexts, POOLED: tl.constexpr, K_BLOCK: tl.constexpr):
+    """The mean of all contexts, (C,), and each context's mean, from there, and variance, (K, C).
+
+    A new context has those of all together, with ``POOLED`` every one.
+    """
+    q = tl.arange(0, K_BLOCK)
+    share = tl.load(seen + 2 + 2 * contexts + q, mask=q < contexts, other=0.0)[:, None]
+    new = tl.load(seen + 2 + contexts + q, mask=q < contexts, other=0.0)[:, None] != 0.0
+    mean = tl.load(running_mean + at, mask=kept, other=0.0)
+    var = tl.load(running_spread + at, mask=kept, other=0.0)
+    first = tl.sum(share * mean, 0)
+    away = mean - first[None, :]
+    rest = tl.sum(share * away, 0)[None, :]
+    pooled = tl.sum(share * (var + (away - rest) * (away - rest)), 0)[None, :]
+    if POOLED:
+        new = new | (share >= 0.0)
+    return first, tl.where(new, rest, away), tl.where(new, pooled, var)
 
 
 @triton.jit
@@ -59,36 +88,20 @@ def gate(w, b, k, unit):
 
 
 @triton.jit
-def new_weight(running_mean, updates, rate, channels, power, POWER: tl.constexpr, BLOCK: tl.constexpr):
-    """Alpha and number of this batch: 1 for the first, 2 where statistics were moved in."""
-    steps = tl.load(updates) + 1
-    if steps == 1:
-        moved = tl.zeros((BLOCK,), tl.int32)
-        for begin in range(0, channels, BLOCK):
-            c = begin + tl.arange(0, BLOCK)
-            moved += tl.where(tl.load(running_mean + c, mask=c < channels, other=0.0) != 0.0, 1, 0)
-        steps += (tl.sum(moved, 0) > 0).to(tl.int64)
-    if POWER:
-        alpha = tl.exp(-tl.cast(power, tl.float32) * tl.log(steps.to(tl.float32)))
-    else:
-        alpha = tl.load(rate).to(tl.float32)
-    return tl.where(steps == 1, 1.0, alpha), steps
-
-
-@triton.jit
 def channels_of(
     hi, lo, var, shares, weight, bias, center_weight, scale_weight, scale_bias, affine_weight, affine_bias,
-    running_mean, running_spread, updates, rate, condensed, own, stats, coef, samples, number, channels, contexts,
-    pieces, sample_stride, stride, piece, size, fold, eps, least, power, unit_scale, unit_affine,
+    running_mean, running_spread, tracked, skipped, updates, prior, last, measured, kept_out, in_a_row, rate,
+    threshold, seen, parts, own, stats, coef, samples, number, channels, contexts, share_stride, jobs, pieces,
+    sample_stride, stride, piece, size, fold, eps, least, power, unit_scale, unit_affine,
     OWN: tl.constexpr, MERGE: tl.constexpr, FROZEN: tl.constexpr, BLEND: tl.constexpr, STD: tl.constexpr,
-    POWER: tl.constexpr, DETACH: tl.constexpr, CHOOSE: tl.constexpr, CONTEXTS: tl.constexpr, CENTER: tl.constexpr,
-    SCALE: tl.constexpr, AFFINE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr,
-    K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    POWER: tl.constexpr, DETACH: tl.constexpr, CHOOSE: tl.constexpr, MOVE: tl.constexpr, CONTEXTS: tl.constexpr,
+    PRIOR: tl.constexpr, POOLED: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr, AFFINE: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pivot, scale and offset (3, N * C), and ``stats`` (9, K, C).
+    """Pivot, scale and offset (3, N * C), and ``stats`` (7 or 9, K, C); the running statistics move, see ``tracking``.
 
     Their rows: mean as hi and lo, variance between samples, variance, delta, r, share of the batch in what was
-    used, and what the running mean and spread move towards.
+    used, and with ``BLEND`` what the running mean and spread become.
     """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
     eps, whole = tl.cast(eps, tl.float32), size * fold
@@ -97,12 +110,15 @@ def channels_of(
     q = tl.arange(0, K_BLOCK)
     kept = (q[:, None] < contexts) & inside[None, :]
     at = q[:, None] * channels + c[None, :]
-    first = tl.load((hi if OWN else running_mean) + c, mask=inside, other=0.0).to(tl.float32)
+    if FROZEN and CONTEXTS:
+        first, away, old = running_of(running_mean, running_spread, seen, at, kept, contexts, POOLED, K_BLOCK)
+    else:
+        first = tl.load((hi if OWN else running_mean) + c, mask=inside, other=0.0).to(tl.float32)
     w_m = per_channel(center_weight, c, inside, 0.0, CENTER)
     f = 1.0 + w_m
     mass = tl.zeros((K_BLOCK,), tl.float32)
     if CONTEXTS:
-        mass = masses(shares, samples, contexts, N_BLOCK, K_BLOCK)
+        mass = masses(shares, share_stride, samples, contexts, N_BLOCK, K_BLOCK)
     mean = tl.zeros((K_BLOCK, C_BLOCK), tl.float32)
     within, between = mean, mean
     if not FROZEN:
@@ -111,7 +127,7 @@ def channels_of(
             n = begin + tl.arange(0, N_BLOCK)
             keep = (n[:, None] < samples) & inside[None, :]
             k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-            g, a = weights_at(shares, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
+            g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
             total += a * tl.where(keep, k - first[None, :] + d, 0.0)[:, None, :]
         mean = tl.sum(total, 0)
         inner = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
@@ -120,14 +136,14 @@ def channels_of(
             n = begin + tl.arange(0, N_BLOCK)
             keep = (n[:, None] < samples) & inside[None, :]
             k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-            g, a = weights_at(shares, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
+            g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
             e = (k - first[None, :] + d)[:, None, :] - mean[None, :, :]
             inner += a * v[:, None, :]
             outer += a * e * e
         within, between = tl.sum(inner, 0), tl.sum(outer, 0)
     spread = within + (f * f)[None, :] * between
     used, delta, p = spread, mean * 0.0, mean * 0.0 + 1.0
-    if BLEND or FROZEN or CHOOSE == 1:
+    if BLEND or CHOOSE % 2 == 1 or (FROZEN and not CONTEXTS):
         old = tl.load(running_spread + c, mask=inside, other=0.0).to(tl.float32)[None, :] + mean * 0.0
         away = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32) - first - w_m * first
         away = away[None, :] - f[None, :] * mean
@@ -138,22 +154,31 @@ def channels_of(
     elif BLEND:
         alpha, steps = new_weight(running_mean, updates, rate, channels, power, POWER, 256)
         delta, used, p = (1.0 - alpha) * away, alpha * used + (1.0 - alpha) * old, p * alpha
-    elif CHOOSE == 1:
-        off = tl.load(condensed) != 0.0
+    off = tl.program_id(0) < 0
+    if CHOOSE != 0:
+        off = decide(seen, parts, last, measured, kept_out, in_a_row, threshold, samples, jobs, 256)
+    if CHOOSE == 1:
         used, delta = tl.where(off, old, used), tl.where(off, away, delta)
         p = tl.where(off, 0.0, p)
+    if CHOOSE == 3:  # p is the ratio of the variances, and delta a constant in units of 1 / r
+        p = tl.minimum(tl.maximum(tl.div_rn(old + eps, spread + eps), 1.0 / 9.0), 9.0)
+        p = tl.where(off, p, 1.0)
     if DETACH:
         p = p * 0.0
     one = tl.full((), 1.0, tl.float32)
-    r = tl.div_rn(one, used + eps) if STD else tl.div_rn(one, tl.sqrt_rn(used + eps))
+    if CHOOSE == 3:
+        r = tl.div_rn(one, tl.sqrt_rn((spread + eps) * p))
+        apart = tl.div_rn(away, tl.sqrt_rn(old + eps))
+        delta = tl.where(off, tl.div_rn(tl.minimum(tl.maximum(apart, -5.0), 5.0), r), 0.0)
+    elif STD:
+        r = tl.div_rn(one, used + eps)
+    else:
+        r = tl.div_rn(one, tl.sqrt_rn(used + eps))
     count = tl.cast(samples, tl.float32) * whole
     if CONTEXTS:
         alone = mass * whole
         count = (alone + tl.maximum(1.0 - alone / tl.cast(least, tl.float32), 0.0) * (count - alone))[:, None]
     base = first[None, :] + mean
-    target, moved = f[None, :] * base + delta, used
-    if not BLEND:
-        target, moved = f[None, :] * base, spread * (count / tl.maximum(count - 1.0, 1.0))
     rows = contexts * channels
     tl.store(stats + at, base, mask=kept)
     tl.store(stats + rows + at, mean - (base - first[None, :]), mask=kept)
@@ -162,10 +187,20 @@ def channels_of(
     tl.store(stats + 4 * rows + at, delta, mask=kept)
     tl.store(stats + 5 * rows + at, r, mask=kept)
     tl.store(stats + 6 * rows + at, p, mask=kept)
-    tl.store(stats + 7 * rows + at, target, mask=kept)
-    tl.store(stats + 8 * rows + at, moved, mask=kept)
+    if BLEND:
+        tl.store(stats + 7 * rows + at, f[None, :] * base + delta, mask=kept)
+        tl.store(stats + 8 * rows + at, used, mask=kept)
+    if MOVE:
+        move(
+            f[None, :] * base, spread * (count / tl.maximum(count - 1.0, 1.0)), mass / samples, off, running_mean,
+            running_spread, tracked, skipped, prior, rate, seen, at, kept, samples, contexts, CONTEXTS, MOVE == 2,
+            K_BLOCK, 256,
+        )  # fmt: skip
     gamma = per_channel(weight, at, kept, 1.0, WEIGHT)[None, :, :]
     beta = per_channel(bias, at, kept, 0.0, BIAS)[None, :, :]
+    if PRIOR:
+        factor = by_share(seen, contexts, K_BLOCK)[None, :, None]
+        gamma, beta = gamma * factor, beta * factor
     for begin in range(0, samples, N_BLOCK):
         n = begin + tl.arange(0, N_BLOCK)
         keep = (n[:, None] < samples) & inside[None, :]
@@ -179,7 +214,7 @@ def channels_of(
         else:
             k = first[None, :] + tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
             d = k * 0.0
-        g, a = weights_at(shares, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
+        g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
         z = f[None, None, :] * ((k - first[None, :] + d)[:, None, :] - mean[None, :, :]) - delta[None, :, :]
         scale = gamma * r[None, :, :]
         if SCALE:
@@ -194,84 +229,3 @@ def channels_of(
         tl.store(coef + i, k, mask=keep)
         tl.store(coef + number + i, tl.sum(g * scale, 1), mask=keep)
         tl.store(coef + 2 * number + i, tl.sum(offset, 1), mask=keep)
-
-
-@triton.jit
-def commit(
-    stats, shares, condensed, running_mean, running_spread, tracked, skipped, updates, gap, prior, rate, samples,
-    channels, contexts, eps, power, BLEND: tl.constexpr, STD: tl.constexpr, POWER: tl.constexpr, CHOOSE: tl.constexpr,
-    CONTEXTS: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Move the running statistics, unless a batch statistic is NaN or infinite. One program."""
-    rows = contexts * channels
-    bad = tl.zeros((BLOCK,), tl.int32)
-    for begin in range(0, rows, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        seen = tl.load(stats + i, mask=i < rows, other=0.0) + tl.load(stats + 3 * rows + i, mask=i < rows, other=0.0)
-        bad += tl.where(tl.abs(seen) < float("inf"), 0, 1)
-    good = tl.sum(bad, 0) == 0
-    missed = tl.load(skipped) + 1 - good.to(tl.int64)
-    if CHOOSE != 0:
-        good = good & (tl.load(condensed) == 0.0)
-    count = tl.load(tracked) + good.to(tl.int64)
-    seen = tl.maximum(count, 1).to(tl.float32)
-    if AVERAGE:
-        speed = 1.0 / seen
-    else:
-        speed = tl.load(rate).to(tl.float32)
-    if BLEND:
-        alpha, steps = new_weight(running_mean, updates, rate, channels, power, POWER, BLOCK)
-        far = tl.zeros((BLOCK,), tl.float32)
-        wide = tl.zeros((BLOCK,), tl.float32)
-        for begin in range(0, channels, BLOCK):
-            i = begin + tl.arange(0, BLOCK)
-            now = tl.load(stats + 3 * rows + i, mask=i < rows, other=0.0)
-            was = tl.load(stats + 8 * rows + i, mask=i < rows, other=0.0)
-            if STD:
-                now = tl.maximum(now, TINY)
-            else:
-                was = tl.sqrt_rn(was)
-            r = 1.0 / (was + tl.cast(eps, tl.float32))
-            far += tl.abs(tl.load(stats + 4 * rows + i, mask=i < rows, other=0.0) * r)
-            wide += tl.where(i < rows, tl.abs(tl.sqrt_rn(now) - was) * r, 0.0)
-    tl.debug_barrier()  # every thread has read what is now written
-    tl.store(skipped, missed)
-    tl.store(tracked, count)
-    if BLEND:
-        tl.store(updates, steps, mask=good)
-        tl.store(gap, tl.sum(far, 0) / channels, mask=good)
-        tl.store(gap + 1, tl.sum(wide, 0) / channels, mask=good)
-    for context in range(0, contexts):
-        step, move = speed, good
-        if CONTEXTS:
-            held = tl.zeros((BLOCK,), tl.float32)
-            for begin in range(0, samples, BLOCK):
-                n = begin + tl.arange(0, BLOCK)
-                held += tl.load(shares + n * contexts + context, mask=n < samples, other=0.0)
-            share = tl.sum(held, 0) / samples
-            old = tl.load(prior + context).to(tl.float32)
-            new = old + speed * (share - old)
-            if AVERAGE:
-                step = share / tl.maximum(seen * new, TINY)
-            else:
-                step = speed * tl.minimum(contexts * share, 1.0)
-            moved = tl.zeros((BLOCK,), tl.int32)
-            for begin in range(0, channels, BLOCK):
-                c = begin + tl.arange(0, BLOCK)
-                m = tl.load(running_mean + context * channels + c, mask=c < channels, other=0.0)
-                v = tl.load(running_spread + context * channels + c, mask=c < channels, other=1.0)
-                moved += tl.where((m == 0.0) & (v == 1.0), 0, 1)
-            move = good & (share > 0.0)
-            step = tl.where(tl.sum(moved, 0) == 0, 1.0, step)
-            tl.debug_barrier()
-            tl.store(prior + context, new, mask=good)
-        for begin in range(0, channels, BLOCK):
-            c = begin + tl.arange(0, BLOCK)
-            i, keep = context * channels + c, c < channels
-            mean = tl.load(stats + 7 * rows + i, mask=keep, other=0.0)
-            spread = tl.load(stats + 8 * rows + i, mask=keep, other=0.0)
-            if not BLEND:
-                mean = (1.0 - step) * tl.load(running_mean + i, mask=keep, other=0.0) + step * mean
-                spread = (1.0 - step) * tl.load(running_spread + i, mask=keep, other=0.0) + step * spread
-            tl.store(running_mean + i, mean, mask=keep & move)
-            tl.store(running_spread + i, spread, mask=keep & move)

@@ -1,11 +1,16 @@
-"""Device code: the vector-Jacobian product of the equations in ``channels``, in one launch. Letters as there."""
+"""Device code: the vector-Jacobian product of the equations in ``channels``, in one launch. Letters as there.
+
+Where the shares come from a gate, two small launches more: from what each block of channels leaves to the gradient of
+the logits, and on to the gate's parameters and the samples' means.
+"""
 
 import triton
 import triton.language as tl
 
 from lightning_norm.kernels.algebra import per_channel
-from lightning_norm.kernels.channels import TINY, gate, masses, weights_at
+from lightning_norm.kernels.channels import by_share, gate, masses, weights_at
 from lightning_norm.kernels.reductions import read_sum
+from lightning_norm.kernels.tracking import TINY
 
 
 @triton.jit
@@ -41,19 +46,25 @@ def parts_at(
     dz = direct
     if SCALE:
         dz = direct + u1 * w_v * r
-    return (k + d)[:, None, :], d, e, z, gain, beta, q, direct, u1, u2, dz
+    return (k + d)[:, None, :], d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz
 
 
 @triton.jit
 def channels_vjp(
-    total, dot, coef, own, stats, shares, weight, center_weight, scale_weight, scale_bias, affine_weight, affine_bias,
-    dweight, dbias, dcenter_weight, dscale_weight, dscale_bias, daffine_weight, daffine_bias, line, samples, number,
-    channels, contexts, pieces, sample_stride, stride, size, least, unit_scale, unit_affine,
-    OWN: tl.constexpr, MERGE: tl.constexpr, STD: tl.constexpr, STD_OF_VAR: tl.constexpr, CONTEXTS: tl.constexpr,
-    CENTER: tl.constexpr, SCALE: tl.constexpr, AFFINE: tl.constexpr, WEIGHT: tl.constexpr, N_BLOCK: tl.constexpr,
-    K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    total, dot, coef, own, stats, shares, seen, weight, bias, center_weight, scale_weight, scale_bias, affine_weight,
+    affine_bias, dweight, dbias, dcenter_weight, dscale_weight, dscale_bias, daffine_weight, daffine_bias, line,
+    dshares, samples, number, channels, contexts, share_stride, pieces, sample_stride, stride, size, least, unit_scale,
+    unit_affine,
+    OWN: tl.constexpr, MERGE: tl.constexpr, STD: tl.constexpr, STD_OF_VAR: tl.constexpr, RENORM: tl.constexpr,
+    CONTEXTS: tl.constexpr, PRIOR: tl.constexpr, GATE: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr,
+    AFFINE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the parameters, and constant and slope (2, N * C) of dx = scale dy + constant + slope (x - k)."""
+    """Gradients of the parameters, and constant and slope (2, N * C) of dx = scale dy + constant + slope (x - k).
+
+    With ``GATE`` a program also leaves what its channels add to the gradient of the shares, (1 + N, K): the first row
+    is that of every sample.
+    """
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
     inside = c < channels
     q_ = tl.arange(0, K_BLOCK)
@@ -65,21 +76,24 @@ def channels_vjp(
         tl.load(stats + 4 * rows + at, mask=kept, other=0.0),
         tl.load(stats + 5 * rows + at, mask=kept, other=0.0),
     )
-    gamma = per_channel(weight, at, kept, 1.0, WEIGHT)
+    gamma, factor = per_channel(weight, at, kept, 1.0, WEIGHT), 1.0
+    if PRIOR:
+        factor = by_share(seen, contexts, K_BLOCK)[:, None]
+        gamma = gamma * factor
     w_v, w_b = per_channel(scale_weight, c, inside, 0.0, SCALE), per_channel(scale_bias, c, inside, 0.0, SCALE)
     w_a, b_a = per_channel(affine_weight, c, inside, 0.0, AFFINE), per_channel(affine_bias, c, inside, 0.0, AFFINE)
     f = 1.0 + per_channel(center_weight, c, inside, 0.0, CENTER)
     mass = tl.zeros((K_BLOCK,), tl.float32)
     if CONTEXTS:
-        mass = masses(shares, samples, contexts, N_BLOCK, K_BLOCK)
+        mass = masses(shares, share_stride, samples, contexts, N_BLOCK, K_BLOCK)
     zero = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
     by_gamma, by_beta, by_r, by_center = zero, zero, zero, zero
     by_m, by_v, by_b, by_a, by_c = zero, zero, zero, zero, zero
     for begin in range(0, samples, N_BLOCK):
         n = begin + tl.arange(0, N_BLOCK)
         keep = (n[:, None] < samples) & inside[None, :]
-        g, a = weights_at(shares, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK)
-        mean, d, e, z, gain, beta, q, direct, u1, u2, dz = parts_at(
+        g, a = weights_at(shares, share_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK)
+        mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
             total, dot, coef, own, n, c, keep, number, channels, pieces, sample_stride, stride, g, base[None, :, :],
             rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b, w_a, b_a, unit_scale,
             unit_affine, OWN, MERGE, SCALE, AFFINE,
@@ -101,14 +115,18 @@ def channels_vjp(
     dcenter = tl.sum(by_center, 0)
     spread = tl.load(stats + 3 * rows + at, mask=kept, other=0.0)
     p = tl.load(stats + 6 * rows + at, mask=kept, other=0.0)
+    if RENORM:  # delta is a constant in units of 1 / r
+        dr -= dcenter * tl.div_rn(delta, tl.where(kept, r, 1.0))
     dspread = -0.5 * dr * r * r * r
     if STD:
         dspread = -dr * r * r
     dspread = dspread * p
+    if RENORM:
+        p = p * 0.0 + 1.0
     if STD_OF_VAR:
         dspread = tl.where(spread >= TINY, 0.5 * tl.div_rn(dspread, tl.sqrt_rn(tl.maximum(spread, TINY))), 0.0)
-    tl.store(dweight + at, dgamma * r, mask=kept)
-    tl.store(dbias + at, tl.sum(by_beta, 0), mask=kept)
+    tl.store(dweight + at, dgamma * r * factor, mask=kept)
+    tl.store(dbias + at, tl.sum(by_beta, 0) * factor, mask=kept)
     if CENTER:
         between = tl.load(stats + 2 * rows + at, mask=kept, other=0.0)
         dm = tl.sum(by_m, 0) - (1.0 - p) * (base + rest) * dcenter + 2.0 * f[None, :] * between * dspread
@@ -122,11 +140,18 @@ def channels_vjp(
     if OWN:
         dbatch = p * f[None, :] * dcenter
         curve = 2.0 * (f * f)[None, :] * dspread
+        if GATE:
+            beta_ = per_channel(bias, at, kept, 0.0, BIAS) * factor
+            dshares += tl.program_id(0).to(tl.int64) * ((samples + 1) * contexts)
+            part = tl.maximum(1.0 - mass * size / tl.cast(least, tl.float32), 0.0)
+            wide = tl.maximum(mass, TINY)
+            dpart = tl.where(part > 0.0, -1.0 * size / tl.cast(least, tl.float32), 0.0)
+            every = tl.zeros((N_BLOCK, K_BLOCK), tl.float32)
         for begin in range(0, samples, N_BLOCK):
             n = begin + tl.arange(0, N_BLOCK)
             keep = (n[:, None] < samples) & inside[None, :]
-            g, a = weights_at(shares, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK)
-            mean, d, e, z, gain, beta, q, direct, u1, u2, dz = parts_at(
+            g, a = weights_at(shares, share_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK)
+            mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
                 total, dot, coef, own, n, c, keep, number, channels, pieces, sample_stride, stride, g, base[None, :, :],
                 rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b, w_a, b_a,
                 unit_scale, unit_affine, OWN, MERGE, SCALE, AFFINE,
@@ -138,3 +163,57 @@ def channels_vjp(
             i = n[:, None] * channels + c[None, :]
             tl.store(line + i, tl.sum(dmean, 1) / size - slope * d, mask=keep)
             tl.store(line + number + i, slope, mask=keep)
+            if GATE:
+                v = tl.load(own + 2 * number + i, mask=keep, other=0.0)[:, None, :]
+                by_weight = tl.sum(dbatch[None, :, :] * e + dspread[None, :, :] * (v + e * e), 2)
+                mine = tl.sum((t1[:, None, :] + t0[:, None, :] * (z - d[:, None, :])) * (gamma * r)[None, :, :] + t0[:, None, :] * beta_[None, :, :], 2)  # noqa: E501  # fmt: skip
+                share = tl.sum(g, 2) / wide[None, :]
+                every += by_weight * (dpart[None, :] * (1.0 / samples - share) - (1.0 - part)[None, :] * share / wide[None, :])  # noqa: E501  # fmt: skip
+                here = (n[:, None] < samples) & (q_[None, :] < contexts)
+                mine += by_weight * ((1.0 - part) / wide)[None, :]
+                tl.store(dshares + (n[:, None] + 1) * contexts + q_[None, :], mine, mask=here)
+        if GATE:
+            tl.store(dshares + q_, tl.sum(every, 0), mask=q_ < contexts)
+
+
+@triton.jit
+def gate_logits_vjp(dshares, shares, dlogits, samples, contexts, blocks, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of a sample's logits, (N, K), all blocks of channels added up."""
+    n, q = tl.program_id(0), tl.arange(0, K_BLOCK)
+    total = tl.zeros((BLOCK, K_BLOCK), tl.float32)
+    for begin in range(0, blocks, BLOCK):
+        b = begin + tl.arange(0, BLOCK)
+        keep = (b[:, None] < blocks) & (q[None, :] < contexts)
+        at = b[:, None].to(tl.int64) * ((samples + 1) * contexts) + q[None, :]
+        total += tl.load(dshares + at, mask=keep, other=0.0)
+        total += tl.load(dshares + at + (n + 1) * contexts, mask=keep, other=0.0)
+    dg = tl.sum(total, 0)
+    g = tl.load(shares + n * contexts + q, mask=q < contexts, other=0.0)
+    tl.store(dlogits + n * contexts + q, g * (dg - tl.sum(g * dg, 0)), mask=q < contexts)
+
+
+@triton.jit
+def gate_vjp(
+    dlogits, coef, own, gate_weight, dgate_weight, dgate_bias, line, samples, number, channels, contexts, size,
+    N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the gate's weight and bias, (K, C) and (K,), and the means' part of the constant of dx."""
+    c, q = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK), tl.arange(0, K_BLOCK)
+    at = q[:, None] * channels + c[None, :]
+    inside = (q[:, None] < contexts) & (c[None, :] < channels)
+    w = tl.load(gate_weight + at, mask=inside, other=0.0).to(tl.float32)
+    dw = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
+    db = tl.zeros((N_BLOCK, K_BLOCK), tl.float32)
+    for begin in range(0, samples, N_BLOCK):
+        n = begin + tl.arange(0, N_BLOCK)
+        keep = (n[:, None] < samples) & (c[None, :] < channels)
+        i = n[:, None] * channels + c[None, :]
+        here = (n[:, None] < samples) & (q[None, :] < contexts)
+        dl = tl.load(dlogits + n[:, None] * contexts + q[None, :], mask=here, other=0.0)
+        mean = tl.load(coef + i, mask=keep, other=0.0) + tl.load(own + number + i, mask=keep, other=0.0)
+        dw += dl[:, :, None] * mean[:, None, :]
+        db += dl
+        constant = tl.load(line + i, mask=keep, other=0.0)
+        tl.store(line + i, constant + tl.sum(dl[:, :, None] * w[None, :, :], 1) / size, mask=keep)
+    tl.store(dgate_weight + at, tl.sum(dw, 0), mask=inside)
+    tl.store(dgate_bias + q, tl.sum(db, 0), mask=(q < contexts) & (tl.program_id(0) == 0))

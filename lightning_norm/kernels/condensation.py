@@ -3,26 +3,6 @@
 import triton
 import triton.language as tl
 
-from lightning_norm.kernels.reductions import read_moments
-
-
-@triton.jit
-def norms(
-    hi, lo, var, out, channels, pieces, sample_stride, stride, piece, size, fold, MERGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """1 / norm of each sample, from its moments; 0 for a sample of zeros, NaN stays."""
-    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
-    n = tl.program_id(0)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for begin in range(0, channels, BLOCK):
-        c = begin + tl.arange(0, BLOCK)
-        keep = c < channels
-        k, d, v = read_moments(hi, lo, var, n.to(tl.int64) * sample_stride + c, keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-        squares += tl.where(keep, v + (k + d) * (k + d), 0.0)
-    square = tl.sum(squares, 0) * (size * fold)
-    tl.store(out + n, tl.where(square <= 0.0, 0.0, tl.rsqrt(tl.where(square <= 0.0, 1.0, square))))
-
 
 @triton.jit
 def directions(x, inverse, out, samples, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
@@ -38,27 +18,24 @@ def directions(x, inverse, out, samples, units, ALIGN: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def decide(
-    inverse, parts, condensed, last, measured, kept_out, in_a_row, tracked, threshold, samples, jobs, min_updates,
-    max_skip, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The mean pairwise cosine, whether it makes the batch condensed, and the counters. One program."""
+def decide(seen, parts, last, measured, kept_out, in_a_row, threshold, samples, jobs, BLOCK: tl.constexpr):
+    """Tell whether the batch is condensed: every program for itself, of which the first moves the counters."""
     alive, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, samples, BLOCK):
         n = begin + tl.arange(0, BLOCK)
-        alive += tl.where(tl.load(inverse + n, mask=n < samples, other=0.0) == 0.0, 0.0, 1.0)
+        alive += tl.where(tl.load(seen + 5 + samples + n, mask=n < samples, other=0.0) == 0.0, 0.0, 1.0)
     for begin in range(0, jobs, BLOCK):
         i = begin + tl.arange(0, BLOCK)
         total += tl.load(parts + i, mask=i < jobs, other=0.0)
     m = tl.sum(alive, 0)
     similarity = (tl.sum(total, 0) - m) / tl.maximum(m * (m - 1.0), 1.0)
     defined = (tl.abs(similarity) < float("inf")) & (m >= 2.0)
-    row = tl.load(in_a_row)
-    yes = defined & (similarity > tl.load(threshold).to(tl.float32))
-    yes = yes & (tl.load(tracked) >= min_updates) & (row < max_skip)
+    yes = defined & (similarity > tl.load(threshold).to(tl.float32)) & (tl.load(seen + 1) != 0.0)
+    first = tl.program_id(0) == 0
+    row, number, kept = tl.load(in_a_row), tl.load(measured), tl.load(kept_out)
     tl.debug_barrier()  # every thread has read what is now written
-    tl.store(condensed, yes.to(tl.float32))
-    tl.store(last, similarity, mask=defined)
-    tl.store(measured, tl.load(measured) + defined.to(tl.int64))
-    tl.store(kept_out, tl.load(kept_out) + yes.to(tl.int64))
-    tl.store(in_a_row, tl.where(yes, row + 1, 0))
+    tl.store(last, similarity, mask=defined & first)
+    tl.store(measured, number + defined.to(tl.int64), mask=first)
+    tl.store(kept_out, kept + yes.to(tl.int64), mask=first)
+    tl.store(in_a_row, tl.where(yes, row + 1, 0), mask=first)
+    return yes

@@ -101,6 +101,8 @@ def apply(
     """Return act(scale * (x - pivot) + offset + residual), like x; ``coef`` is (3, N, C): pivot, scale, offset."""
     grid = grid_of(x, channel_dim)
     y = torch.empty_like(x)
+    if not x.numel():
+        return y
     third = x if residual is None else dense(residual, x)
     blocks = {"ALIGN": grid.align, "ACT": ACTIVATIONS.index(activation), "RESIDUAL": residual is not None}
     with on(x):

@@ -11,6 +11,9 @@ from lightning_norm.kernels.algebra import mix, pool
 from lightning_norm.kernels.algebra_vjp import vjp_mix, vjp_pool
 from lightning_norm.kernels.blocks import REGISTERS, Grid, cdiv, grid_of, power
 from lightning_norm.kernels.launch import combine, moment_parts, on, sum_parts
+from lightning_norm.kernels.launch_ranks import Sum
+from lightning_norm.kernels.launch_ranks import pool as pool_ranks
+from lightning_norm.kernels.launch_ranks import pool_gradient as pool_ranks_gradient
 
 BLOCK = 256
 """(n, c) pairs of a program."""
@@ -64,19 +67,24 @@ def coefficients(
     channel_dim: int,
     plan: Plan,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the moments of x, the batch's and the groups' statistics, and (3, N, C) pivot, scale and offset.
+    over_ranks: Sum | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the moments of x, statistics of batch and groups, (3, N, C) pivot, scale and offset, and ranks' sums.
 
-    ``running`` holds the running mean and variance, the two counters and the momentum; moved if ``plan.track``.
+    ``running`` holds the running mean and variance, the two counters and the momentum; moved if ``plan.track``. With
+    ``over_ranks`` the batch is that of all ranks, and this one's share of it may be empty.
     """
     grid = grid_of(x, channel_dim)
     number = grid.n * grid.c
     coef = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
     batch, layer, own = coef.new_empty(0), coef.new_empty(0), coef.new_empty(0)
+    total = coef.new_empty(0, dtype=torch.float64)
     parts, merge = coef, False
     factor = grid.size / max(grid.size - 1, 1) if plan.correction else 1.0
     place = (grid.parts, grid.sample_stride, grid.part_stride, grid.piece, grid.length, grid.fold)
-    if plan.own:
+    if grid.n == 0:
+        own, batch, layer = torch.empty_like(coef), coef.new_zeros(3, grid.c), coef.new_empty(3, 0, plan.groups)
+    elif plan.own:
         parts, merge = moment_parts(x, grid), grid.parts > 1
         own = parts.view(3, grid.n, grid.c) if not merge else torch.empty_like(coef)
         pooled = plan.at_bn >= 0 and not plan.frozen
@@ -95,22 +103,24 @@ def coefficients(
                 )  # fmt: skip
     count = grid.n * grid.size
     unbias = 1.0 if plan.correction else count / max(count - 1, 1)
+    if over_ranks is not None:
+        total, unbias = pool_ranks(batch, count, over_ranks), float(not plan.correction)
     mean, var, tracked, skipped, momentum = (coef if t is None else t for t in running)
-    hi, lo, spread = parts if plan.own else coef
+    hi, lo, spread = parts if plan.own and grid.n else coef
     with on(x):
-        mix[(cdiv(number, BLOCK),)](
-            hi, lo, spread, batch, layer, *(coef if t is None else t for t in (weight, bias, w, v)), mean, var,
+        mix[(max(1, cdiv(number, BLOCK)),)](
+            hi, lo, spread, batch, layer, total, *(coef if t is None else t for t in (weight, bias, w, v)), mean, var,
             tracked, skipped, momentum, own, coef, number, grid.c, grid.n * plan.groups, grid.c // plan.groups,
-            *place, eps, factor, unbias, MERGE=merge, TRACK=plan.track, WEIGHT=weight is not None,
-            BIAS=bias is not None, BLOCK=BLOCK, num_warps=4, **plan.constants(),
+            *place, eps, factor, unbias, MERGE=merge, TRACK=plan.track, RANKS=over_ranks is not None,
+            WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=BLOCK, num_warps=4, **plan.constants(),
         )  # fmt: skip
-    return own, batch, layer, coef
+    return own, batch, layer, coef, total
 
 
 def gradients(
     dy: Tensor,
     x: Tensor,
-    stats: tuple[Tensor, Tensor, Tensor, Tensor],
+    stats: tuple[Tensor, ...],
     weight: Tensor | None,
     w: Tensor | None,
     v: Tensor | None,
@@ -121,12 +131,21 @@ def gradients(
     eps: float,
     activation: str,
     need_dx: bool,
+    over_ranks: Sum | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight, bias, w, v and the residual; ``stats`` is what ``coefficients`` returned."""
-    grid, coef = grid_of(x, channel_dim), stats[-1]
+    """Return the gradients of x, weight, bias, w, v and the residual; ``stats`` is what ``coefficients`` returned.
+
+    With ``over_ranks`` the ranks meet if x needs a gradient: those of the parameters are this rank's own.
+    """
+    grid, coef = grid_of(x, channel_dim), stats[3]
+    if grid.n == 0:
+        nothing = empty_gradient(stats, over_ranks if need_dx else None)
+        zeros = (nothing, nothing, coef.new_zeros(grid.c if plan.outputs else plan.k), coef.new_zeros(plan.k))
+        return torch.empty_like(x), *zeros, torch.empty_like(coef if residual is None else residual)
     parts = sum_parts(dy, x, coef, grid, activation, residual)
     place = (grid.parts, grid.sample_stride, grid.part_stride)
-    *held, line = adjoint(x, parts, stats, weight, w, v, running, channel_dim, plan, eps, place)
+    meet = over_ranks if need_dx else None
+    *held, line = adjoint(x, parts, stats, weight, w, v, running, channel_dim, plan, eps, place, meet)
     dweight, dbias, dw, dv = held
     dx, dresidual = coef.new_empty(0), None
     if need_dx or residual is not None:
@@ -135,10 +154,19 @@ def gradients(
     return dx, dweight, dbias, dw, dv, coef.new_empty(0) if dresidual is None else dresidual
 
 
+def empty_gradient(stats: tuple[Tensor, ...], over_ranks: Sum | None) -> Tensor:
+    """Meet the other ranks, with nothing to add, and return zeros (C,): the gradient of a parameter."""
+    _, batch, _, _, total = stats
+    zeros = torch.zeros_like(batch[:2])
+    if over_ranks is not None:
+        pool_ranks_gradient(zeros, batch, total, 0, over_ranks)
+    return torch.zeros_like(batch[0])
+
+
 def adjoint(
     x: Tensor,
     parts: Tensor,
-    stats: tuple[Tensor, Tensor, Tensor, Tensor],
+    stats: tuple[Tensor, ...],
     weight: Tensor | None,
     w: Tensor | None,
     v: Tensor | None,
@@ -147,13 +175,14 @@ def adjoint(
     plan: Plan,
     eps: float,
     place: tuple[int, int, int],
+    over_ranks: Sum | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of weight, bias, w and v, and constant and slope (2, N, C), from the sums in ``parts``.
 
     ``place`` holds the number of parts, and the distances between two samples' and two parts' numbers.
     """
     grid = grid_of(x, channel_dim)
-    own, batch, layer, coef = stats
+    own, batch, layer, coef, total = stats
     number, groups = grid.n * grid.c, grid.n * plan.groups
     tile = _tile(grid, plan, 512)
     columns = cdiv(grid.c, tile["C_BLOCK"])
@@ -172,6 +201,8 @@ def adjoint(
             *parts, coef, own, batch, layer, *given, by_batch, by_layer, dweight, dbias, dw, mixed, grid.n, number,
             grid.c, groups, per_group, columns, *place, eps, factor, maxnreg=REGISTERS["vjp_pool"], **tile, **common,
         )  # fmt: skip
+        if over_ranks is not None:
+            pool_ranks_gradient(by_batch, batch, total, grid.n * grid.size, over_ranks)
         if plan.own or plan.k > 0:
             vjp_mix[(cdiv(number, BLOCK),)](
                 *parts, coef, own, batch, layer, *given, by_batch, by_layer, mixed, dw, dv, line, grid.n, number,

@@ -3,87 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.blocks import BUSY, TILE, Grid, cdiv, grid_of, power
-from lightning_norm.kernels.channels import channels_of, commit
-from lightning_norm.kernels.channels_vjp import channels_vjp
-from lightning_norm.kernels.condensation import decide, directions, norms
+from lightning_norm.kernels.blocks import BUSY, REGISTERS, TILE, Grid, cdiv, grid_of, power
+from lightning_norm.kernels.channel_plan import ChannelPlan, Numbers
+from lightning_norm.kernels.channels import channels_of
+from lightning_norm.kernels.channels_vjp import channels_vjp, gate_logits_vjp, gate_vjp
+from lightning_norm.kernels.condensation import directions
 from lightning_norm.kernels.launch import combine, moment_parts, on, sum_parts
+from lightning_norm.kernels.tracking import commit, survey
 
 BLOCK = 1024
-"""Numbers that the single program of ``commit`` and ``decide`` takes at once."""
+"""Numbers that a program of ``survey`` and ``commit`` takes at once."""
 
 Optional = Tensor | None
-
-
-@dataclass(frozen=True)
-class ChannelPlan:
-    """Which equations, in integers, for they pass through an operator's schema.
-
-    Args:
-        own: the moments of x are needed.
-        frozen: the statistics are the running ones.
-        blend: they are mixed with the running ones by alpha.
-        std: the spread is a standard deviation, with eps beside the root.
-        powers: alpha follows from the number of batches.
-        detach: no gradient passes through the batch's statistics.
-        choose: 1 where running statistics replace those of a condensed batch, 2 where it only does not move them.
-        track: 0 leaves the running statistics, 1 moves them by the momentum or alpha, 2 averages all batches.
-        contexts: K; 0 for the whole batch.
-        center: a sample's mean strengthens it.
-        scale: the normalized mean gates it.
-        affine: the mean gates it.
-        min_updates: of the running statistics before a batch may count as condensed.
-        max_skip: condensed batches in a row.
-    """
-
-    own: int
-    frozen: int
-    blend: int
-    std: int
-    powers: int
-    detach: int
-    choose: int
-    track: int
-    contexts: int
-    center: int
-    scale: int
-    affine: int
-    min_updates: int
-    max_skip: int
-
-    @property
-    def rows(self) -> int:
-        """Return the rows of the statistics: contexts, or 1."""
-        return max(self.contexts, 1)
-
-    def constants(self) -> dict[str, bool]:
-        """Return the compile-time arguments that both directions share."""
-        names = ("own", "std", "contexts", "center", "scale", "affine")
-        return {name.upper(): bool(getattr(self, name)) for name in names}
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The real numbers of a plan.
-
-    Args:
-        eps: inside the root, or beside it.
-        least: elements below which a context is drawn towards all samples.
-        power: alpha(m) = 1 / m^power.
-        unit_scale: what the gate of the normalized mean is multiplied by.
-        unit_affine: what the gate of the mean is multiplied by.
-    """
-
-    eps: float
-    least: float
-    power: float
-    unit_scale: float
-    unit_affine: float
 
 
 def coefficients(
@@ -99,14 +34,14 @@ def coefficients(
     channel_dim: int,
     plan: ChannelPlan,
     numbers: Numbers,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the moments of x, the statistics (9, K, C), and (3, N, C) pivot, scale and offset.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the moments of x, the statistics (7 or 9, K, C), (3, N, C) pivot, scale and offset, and what was surveyed.
 
     Args:
         x: the input.
         weight: gamma.
         bias: beta.
-        gates: weight of the centering, weight and bias of the scaling and of the affine gate.
+        gates: weight of the centering, weight and bias of the scaling, of the affine gate and of the contexts' gate.
         shares: of each sample in each context, (N, K).
         running: mean, spread, number of updates, number of skipped ones; moved if ``plan.track``.
         counters: with ``blend``, batches and the two gaps; with ``choose``, the last condensation and three counters;
@@ -119,64 +54,63 @@ def coefficients(
     """
     grid = grid_of(x, channel_dim)
     coef = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
-    stats, own = coef.new_empty(9, plan.rows, grid.c), coef.new_empty(0)
+    own, seen = coef.new_empty(0), coef.new_empty(plan.seen(grid.n))
+    stats = coef.new_empty(plan.lines, plan.rows, grid.c)
     parts, merge = coef, False
     if plan.own:
         parts, merge = moment_parts(x, grid), grid.parts > 1
         own = parts.view(3, grid.n, grid.c) if not merge else torch.empty_like(coef)
     place = (grid.parts, grid.sample_stride, grid.part_stride, grid.piece, grid.length, grid.fold)
-    condensed = _condensed(x, parts, grid, counters, running[2], threshold, plan, merge) if plan.choose else coef
     mean, spread, tracked, skipped = (coef if t is None else t for t in running)
     more = [coef if t is None else t for t in counters]
-    given = [coef if t is None else t for t in (shares, weight, bias, *gates)]
-    tile, rate = _tile(grid, plan, 1024), coef if rate is None else rate
-    common = {**plan.constants(), "BLEND": bool(plan.blend), "CHOOSE": plan.choose, "POWER": bool(plan.powers)}
-    size = (grid.n, grid.n * grid.c, grid.c, plan.rows)
+    last = more[3] if plan.choose else coef
+    k = power(plan.rows)
     with on(x):
-        channels_of[(cdiv(grid.c, tile["C_BLOCK"]),)](
-            *parts, *given, mean, spread, more[0], rate, condensed, own, stats, coef, *size, *place, numbers.eps,
-            numbers.least, numbers.power, numbers.unit_scale, numbers.unit_affine, MERGE=merge,
-            FROZEN=bool(plan.frozen), DETACH=bool(plan.detach), WEIGHT=weight is not None, BIAS=bias is not None,
-            num_warps=4, **tile, **common,
-        )  # fmt: skip
-        if plan.track:
-            commit[(1,)](
-                stats, given[0], condensed, mean, spread, tracked, skipped, more[0], more[1], more[0], rate, grid.n,
-                grid.c, plan.rows, numbers.eps, numbers.power, BLEND=bool(plan.blend), STD=bool(plan.std),
-                POWER=bool(plan.powers), CHOOSE=plan.choose, CONTEXTS=bool(plan.contexts), AVERAGE=plan.track == 2,
-                BLOCK=BLOCK, num_warps=4,
+        if plan.surveys:
+            survey[((grid.n if plan.looks else 0) + 1,)](
+                *parts, *(coef if t is None else t for t in gates[5:]), mean, spread, tracked, last, more[0], seen,
+                grid.n, grid.c, plan.rows, *place, plan.min_updates, plan.max_skip, LOOK=plan.looks, MERGE=merge,
+                NORM=plan.choose > 0, GATE=bool(plan.gate), MOVE=plan.moves, CONTEXTS=bool(plan.contexts),
+                KNOWN=running[0] is not None, K_BLOCK=k, BLOCK=min(power(grid.c), BLOCK // k),
+                num_warps=4, maxnreg=REGISTERS["survey"],
             )  # fmt: skip
-    return own, stats, coef
+        found = _found(x, seen, grid, plan) if plan.choose else coef
+        held, stride = _shares(shares, seen, grid.n, plan)
+        given = [coef if t is None else t for t in (held, weight, bias, *gates[:5])]
+        tile, rate = _tile(grid, plan, 1024), coef if rate is None else rate
+        channels_of[(cdiv(grid.c, tile["C_BLOCK"]),)](
+            *parts, *given, mean, spread, tracked, skipped, more[0], more[0], *more, rate,
+            coef if threshold is None else threshold, seen, found, own, stats, coef, grid.n, grid.n * grid.c, grid.c,
+            plan.rows, stride, found.numel(), *place, numbers.eps, numbers.least, numbers.power, numbers.unit_scale,
+            numbers.unit_affine, MERGE=merge, FROZEN=bool(plan.frozen), BLEND=bool(plan.blend),
+            POWER=bool(plan.powers), DETACH=bool(plan.detach), CHOOSE=plan.choose, MOVE=plan.track * plan.moves,
+            POOLED=bool(plan.pooled), WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4, **tile,
+            **plan.constants(),
+        )  # fmt: skip
+        if plan.blend:
+            commit[(1,)](
+                stats, mean, spread, tracked, skipped, *more[:2], rate, grid.c, numbers.eps, numbers.power,
+                STD=bool(plan.std), POWER=bool(plan.powers), BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
+    return own, stats, coef, seen
 
 
-def _condensed(
-    x: Tensor,
-    parts: Tensor,
-    grid: Grid,
-    counters: Sequence[Optional],
-    tracked: Optional,
-    threshold: Optional,
-    plan: ChannelPlan,
-    merge: bool,
-) -> Tensor:
-    """Return whether the batch is condensed, 1 or 0, after one more read of x."""
-    inverse, condensed = parts.new_empty(grid.n), parts.new_empty(())
+def _found(x: Tensor, seen: Tensor, grid: Grid, plan: ChannelPlan) -> Tensor:
+    """Return the parts of the squared length of the sum of all directions, after one more read of x."""
     length = grid.c * grid.size
     align = 16 // x.element_size() if length % (16 // x.element_size()) == 0 else 1
     block = max(min(TILE, power(cdiv(length, 2 * BUSY))), 256)
-    jobs = cdiv(length, block)
-    found = parts.new_empty(jobs)
-    with on(x):
-        norms[(grid.n,)](
-            *parts, inverse, grid.c, grid.parts, grid.sample_stride, grid.part_stride, grid.piece, grid.length,
-            grid.fold, MERGE=merge, BLOCK=min(power(grid.c), BLOCK), num_warps=4,
-        )  # fmt: skip
-        directions[(jobs,)](x, inverse, found, grid.n, length // align, ALIGN=align, BLOCK=block, num_warps=4)
-        decide[(1,)](
-            inverse, found, condensed, *counters, tracked, threshold, grid.n, jobs, plan.min_updates, plan.max_skip,
-            BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
-    return condensed
+    found = seen.new_empty(cdiv(length, block))
+    inverse = seen[2 + 3 * plan.rows + grid.n :]
+    directions[(found.numel(),)](x, inverse, found, grid.n, length // align, ALIGN=align, BLOCK=block, num_warps=4)
+    return found
+
+
+def _shares(shares: Optional, seen: Tensor, n: int, plan: ChannelPlan) -> tuple[Optional, int]:
+    """Return the share of each sample in each context, and how far apart those of two samples lie."""
+    if plan.pooled:
+        return seen[2 + 2 * plan.rows :], 0
+    return seen[2 + 3 * plan.rows + n :] if plan.gate else shares, plan.rows
 
 
 def gradients(
@@ -185,7 +119,9 @@ def gradients(
     own: Tensor,
     stats: Tensor,
     coef: Tensor,
+    seen: Tensor,
     weight: Optional,
+    bias: Optional,
     gates: Sequence[Optional],
     shares: Optional,
     residual: Optional,
@@ -195,21 +131,36 @@ def gradients(
     activation: str,
     need_dx: bool,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x, weight, bias, the five gate parameters and the residual."""
+    """Return the gradients of x, weight, bias, the seven gate parameters and the residual."""
     grid = grid_of(x, channel_dim)
     parts = sum_parts(dy, x, coef, grid, activation, residual)
     dweight, dbias = coef.new_empty(plan.rows, grid.c), coef.new_empty(plan.rows, grid.c)
-    dgates = [coef.new_empty(0 if t is None else grid.c) for t in gates]
+    dgates = [coef.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]
     line = coef.new_empty(2, grid.n, grid.c)
     tile = _tile(grid, plan, 512)
-    given = [coef if t is None else t for t in (shares, weight, *gates)]
+    blocks = cdiv(grid.c, tile["C_BLOCK"])
+    dshares = coef.new_empty(blocks if plan.gate else 0, grid.n + 1, plan.rows)
+    held, stride = _shares(shares, seen, grid.n, plan)
+    given = [coef if t is None else t for t in (held, seen, weight, bias, *gates[:5])]
     with on(x):
-        channels_vjp[(cdiv(grid.c, tile["C_BLOCK"]),)](
-            *parts, coef, own, stats, *given, dweight, dbias, *dgates, line, grid.n, grid.n * grid.c, grid.c,
-            plan.rows, grid.parts, grid.sample_stride, grid.part_stride, grid.size, numbers.least, numbers.unit_scale,
-            numbers.unit_affine, MERGE=grid.parts > 1, STD_OF_VAR=bool(plan.std and not plan.frozen),
-            WEIGHT=weight is not None, num_warps=4, **tile, **plan.constants(),
+        channels_vjp[(blocks,)](
+            *parts, coef, own, stats, *given, dweight, dbias, *dgates[:5], line, dshares, grid.n, grid.n * grid.c,
+            grid.c, plan.rows, stride, grid.parts, grid.sample_stride, grid.part_stride, grid.size, numbers.least,
+            numbers.unit_scale, numbers.unit_affine, MERGE=grid.parts > 1,
+            STD_OF_VAR=bool(plan.std and not plan.frozen), RENORM=plan.choose == 3, GATE=bool(plan.gate),
+            WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4, **tile, **plan.constants(),
         )  # fmt: skip
+        if plan.gate:
+            dlogits = coef.new_empty(grid.n, plan.rows)
+            k = tile["K_BLOCK"]
+            gate_logits_vjp[(grid.n,)](
+                dshares, held, dlogits, grid.n, plan.rows, blocks, K_BLOCK=k, BLOCK=min(power(blocks), BLOCK // k),
+                num_warps=4,
+            )  # fmt: skip
+            gate_vjp[(blocks,)](
+                dlogits, coef, own, gates[5], *dgates[5:], line, grid.n, grid.n * grid.c, grid.c, plan.rows, grid.size,
+                num_warps=4, **tile,
+            )  # fmt: skip
     dx, dresidual = coef.new_empty(0), None
     if need_dx or residual is not None:
         dx, dresidual = combine(dy, x, coef, line if plan.own else None, channel_dim, activation, residual)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.blocks import BUSY, REGISTERS, cdiv, dense, power, where
+from lightning_norm.kernels.blocks import BUSY, REGISTERS, cdiv, dense, power, registers, where
 from lightning_norm.kernels.launch import on
-from lightning_norm.kernels.launch_algebra import Plan, adjoint
+from lightning_norm.kernels.launch_algebra import Plan, adjoint, empty_gradient
+from lightning_norm.kernels.launch_ranks import Sum
 from lightning_norm.kernels.recovery import join_taps, recover_apply, recover_combine, recover_sums
 
 TILE = 1024
@@ -114,7 +115,11 @@ def stencil_of(x: Tensor, taps: int, tile: int = TILE) -> Stencil:
 
 def recover(x: Tensor, coef: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """Return the convolution of scale * (x - pivot) + offset, like x; ``coef`` is (3, N, C)."""
-    s, y = stencil_of(x, kernel[0].numel()), torch.empty_like(x)
+    y = torch.empty_like(x)
+    if not x.numel():
+        return y
+    taps = kernel[0].numel()
+    s = stencil_of(x, taps)
     with on(x):
         recover_apply[s.grid](
             x,
@@ -125,7 +130,7 @@ def recover(x: Tensor, coef: Tensor, kernel: Tensor, bias: Tensor | None) -> Ten
             *s.shape,
             BIAS=bias is not None,
             num_warps=4,
-            maxnreg=REGISTERS["recover_apply"],
+            maxnreg=registers("recover_apply", taps, s.last),
             **s.constants(kernel),
         )
     return y
@@ -154,20 +159,26 @@ def sum_parts(dy: Tensor, x: Tensor, coef: Tensor, kernel: Tensor) -> tuple[Tens
 def gradients(
     dy: Tensor,
     x: Tensor,
-    stats: tuple[Tensor, Tensor, Tensor, Tensor],
+    stats: tuple[Tensor, ...],
     kernel: Tensor,
     running: tuple[Tensor | None, Tensor | None],
     plan: Plan,
     eps: float,
     need_dx: bool,
+    over_ranks: Sum | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, kernel and bias; ``stats`` is what ``launch_algebra.coefficients`` returned."""
-    coef, dy = stats[-1], dense(dy, x)
+    coef, dy = stats[3], dense(dy, x)
+    if not x.numel():
+        dbias = empty_gradient(stats, over_ranks if need_dx else None)
+        return torch.empty_like(x), torch.zeros_like(kernel, dtype=torch.float32), dbias
     parts, s, dkernel, dbias = sum_parts(dy, x, coef, kernel)
     dx = coef.new_empty(0)
     if need_dx:
         place = (s.pieces, s.c, s.n * s.c)
-        line = adjoint(x, parts, stats, None, None, None, running, 1, plan, eps, place)[-1] if plan.own else None
+        line = None
+        if plan.own:
+            line = adjoint(x, parts, stats, None, None, None, running, 1, plan, eps, place, over_ranks)[-1]
         dx = torch.empty_like(x)
         constant, slope = coef[:2] if line is None else line
         with on(x):

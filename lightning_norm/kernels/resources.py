@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import itertools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,52 +23,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_norm.kernels import (
-    algebra,
-    algebra_vjp,
-    channels,
-    channels_vjp,
-    coders,
-    coders_vjp,
-    condensation,
-    elementwise,
-    recovery,
-    reductions,
-)
-from lightning_norm.kernels.blocks import REGISTERS, TILE, warps
+from lightning_norm.kernels.blocks import registers
+from lightning_norm.kernels.variants import Variant, variants
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WIDE = ("x", "dy", "y", "dx", "residual", "dresidual")
 """Pointers to tensors like x; the others point to float32."""
 TYPES = {
+    **dict.fromkeys(("message", "gathered"), "*fp64"),
     **dict.fromkeys(("tracked", "skipped", "updates", "measured", "kept_out", "in_a_row"), "*i64"),
     **dict.fromkeys(("eps", "factor", "unbias", "least", "power", "unit_scale", "unit_affine"), "fp32"),
+    "count": "i64",
 }
 LONG = ("rows", "number", "units")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel at one shape.
-
-    Args:
-        kernel: the device function.
-        shape: what the shape stands for.
-        dtype: of x, in Triton's letters.
-        constants: its compile-time arguments.
-        warps: of a program.
-    """
-
-    kernel: Any
-    shape: str
-    dtype: str
-    constants: dict[str, Any]
-    warps: int
-
-    @property
-    def name(self) -> str:
-        """Return the kernel's name."""
-        return str(self.kernel.fn.__name__)
 
 
 @dataclass(frozen=True)
@@ -109,113 +75,13 @@ class Usage:
     atomics: int
 
 
-def variants() -> Iterator[Variant]:
-    """Yield every kernel at the shapes that networks have: maps of 49, 196 and 1024, and few large rows."""
-    plain, fused = {"ACT": 0, "RESIDUAL": False}, {"ACT": 1, "RESIDUAL": True}
-    for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
-        for shape, rows, block, loop in (("49", 32, 64, False), ("196", 8, 256, False), ("1024", 2, 1024, False), ("long", 1, TILE, True)):  # noqa: E501  # fmt: skip
-            blocks = {"ALIGN": align, "ROWS": rows, "BLOCK": block, "LOOP": loop}
-            yield Variant(reductions.moments_rows, shape, dtype, blocks, warps(rows * block))
-            for act in (plain, fused):
-                name = shape + (" add relu" if act["ACT"] else "")
-                yield Variant(reductions.sums_rows, name, dtype, {**blocks, **act}, warps(rows * block))
-        for wide in (False, True):
-            for act in (plain, fused):
-                name = ("long" if wide else "any") + (" add relu" if act["ACT"] else "")
-                blocks = {"ALIGN": align, "BLOCK": TILE, "WIDE": wide, **act}
-                yield Variant(elementwise.apply_flat, name, dtype, blocks, 4)
-                yield Variant(elementwise.combine_flat, name, dtype, {**blocks, "PLAIN": False}, 4)
-        for fold in (1, 16):
-            shape = "channels last" if fold == 1 else "channels last, few"
-            blocks = {"ALIGN": align, "ROWS": TILE // 64, "BLOCK": 64}
-            yield Variant(reductions.moments_columns, shape, dtype, blocks, 4)
-            for act in (plain, fused):
-                name = shape + (" add relu" if act["ACT"] else "")
-                more = {**blocks, "FOLD": fold, **act}
-                yield Variant(reductions.sums_columns, name, dtype, more, 4)
-                yield Variant(elementwise.apply_columns, name, dtype, more, 4)
-                yield Variant(elementwise.combine_columns, name, dtype, {**more, "PLAIN": False}, 4)
-    yield Variant(reductions.join_moments, "parts", "fp32", {"BLOCK": 256}, 4)
-    yield Variant(reductions.join_sums, "parts", "fp32", {"BLOCK": 256}, 4)
-    yield from _algebra()
-    yield from _channels()
-    yield from _coders()
-    yield from _recovery()
-
-
-def _algebra() -> Iterator[Variant]:
-    tile = {"N_BLOCK": 32, "C_BLOCK": 32, "G_BLOCK": 4, "T_BLOCK": 256}
-    half = {"N_BLOCK": 32, "C_BLOCK": 16, "G_BLOCK": 4, "T_BLOCK": 128}
-    for name, own in {
-        "bn": {"IN": -1, "LN": -1, "BN": 0, "K": 0, "SOFTMAX": False, "OUTPUTS": False},
-        "sn": {"IN": 0, "LN": 1, "BN": 2, "K": 3, "SOFTMAX": True, "OUTPUTS": False},
-        "bcn": {"IN": -1, "LN": 1, "BN": 0, "K": 0, "SOFTMAX": False, "OUTPUTS": True},
-    }.items():
-        common = {"OWN": True, "MERGE": False, **own, "FROZEN": False, "WEIGHT": True}
-        yield Variant(algebra.mix, name, "fp32", {**common, "TRACK": 1, "BIAS": True, "BLOCK": 256}, 4)
-        for merge in (False, True):
-            shape = f"{name}, parts" if merge else name
-            yield Variant(algebra_vjp.vjp_pool, shape, "fp32", {**common, **half, "MERGE": merge}, 4)
-        yield Variant(algebra_vjp.vjp_mix, name, "fp32", {**common, "BLOCK": 256}, 4)
-    for merge in (False, True):
-        yield Variant(algebra.pool, "parts" if merge else "whole", "fp32", {"MERGE": merge, **tile}, 4)
-
-
-def _channels() -> Iterator[Variant]:
-    names = ("OWN", "MERGE", "FROZEN", "BLEND", "STD", "POWER", "DETACH", "CHOOSE", "CONTEXTS", "CENTER", "SCALE", "AFFINE", "AVERAGE")  # noqa: E501  # fmt: skip
-    one, four = {"N_BLOCK": 32, "K_BLOCK": 1, "C_BLOCK": 16}, {"N_BLOCK": 32, "K_BLOCK": 4, "C_BLOCK": 8}
-    for shape, on, tile in (
-        ("ubn", {"OWN": True, "CHOOSE": 1, "CENTER": True, "SCALE": True, "AFFINE": True}, one),
-        ("dbn", {"OWN": True, "BLEND": True, "STD": True, "POWER": True}, one),
-        ("cn", {"OWN": True, "CONTEXTS": True, "MERGE": True}, four),
-    ):
-        flags = {**dict.fromkeys(names, False), "CHOOSE": 0, **on, "WEIGHT": True, "BIAS": True, "BLOCK": 1024, **tile}
-        flags["STD_OF_VAR"] = flags["STD"]
-        half = {**flags, "C_BLOCK": tile["C_BLOCK"] // (2 if shape == "cn" else 1)}
-        for kernel, given in ((channels.channels_of, flags), (channels.commit, flags), (channels_vjp.channels_vjp, half)):  # noqa: E501  # fmt: skip
-            own = inspect.signature(kernel.fn).parameters
-            yield Variant(kernel, shape, "fp32", {k: v for k, v in given.items() if k in own}, 4)
-    yield Variant(condensation.norms, "parts", "fp32", {"MERGE": True, "BLOCK": 1024}, 4)
-    for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
-        yield Variant(condensation.directions, "any", dtype, {"ALIGN": align, "BLOCK": TILE}, 4)
-    yield Variant(condensation.decide, "any", "fp32", {"BLOCK": 1024}, 4)
-
-
-def _coders() -> Iterator[Variant]:
-    kernels = (coders.encode, coders.decode, coders_vjp.vjp_affine, coders_vjp.vjp_decode, coders_vjp.vjp_encode)
-    for shape, tiles in (
-        ("afn", ((1, 16, 64), (1, 64, 16), (1, 32, 16), (1, 32, 32), (1, 32, 32))),
-        ("asr", ((32, 32, 16), (16, 16, 32), (16, 32, 16), (32, 32, 32), (16, 16, 32))),
-    ):
-        batch = shape == "afn"
-        given = {"BATCH": batch, "FROZEN": False, "TRACK": int(batch), "DROP": 2 * batch, "GATED": True, "WEIGHT": True}
-        given |= {"BIAS": True, "SPANS": 4, "T_BLOCK": 256}
-        for (kernel, tile), merge in itertools.product(zip(kernels, tiles, strict=True), (False, True)):
-            own = inspect.signature(kernel.fn).parameters
-            given |= dict(zip(("R_BLOCK", "H_BLOCK", "C_BLOCK"), tile, strict=True))
-            given |= {"N_BLOCK": 16 if kernel is coders.encode else 32, "MERGE": merge}
-            if "MERGE" in own or not merge:
-                name = f"{shape}, parts" if merge else shape
-                yield Variant(kernel, name, "fp32", {k: v for k, v in given.items() if k in own}, 4)
-
-
-def _recovery() -> Iterator[Variant]:
-    for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
-        for k, last in ((3, False), (3, True), (5, True), (7, False), (7, True)):
-            shape = f"{k} x {k}" + (" channels last" if last else "")
-            blocks = {"ALIGN": align if last else 1, "LAST": last, "KH": k, "KW": k, "BIAS": True, "PLAIN": False}
-            blocks["GROUP"] = 9 if k == 3 else k
-            for kernel, tile in ((recovery.recover_apply, 1024), (recovery.recover_sums, 256), (recovery.recover_combine, 1024)):  # noqa: E501  # fmt: skip
-                blocks |= {"ROWS": tile // 64, "BLOCK": 64} if last else {"ROWS": 1, "BLOCK": tile}
-                own = inspect.signature(kernel.fn).parameters
-                yield Variant(
-                    kernel, shape, dtype, {name: v for name, v in blocks.items() if name in own}, 4 if tile > 256 else 2
-                )
-    yield Variant(recovery.join_taps, "9 taps", "fp32", {"T": 9, "BLOCK": 128}, 4)
-
-
-def compiled(variant: Variant, arch: int) -> Any:
+def compiled(variant: Variant, arch: int, *, ones: bool = False) -> Any:
     """Compile a variant for an architecture; needs no GPU.
+
+    Args:
+        variant: the kernel.
+        arch: compute capability, 90 for sm_90.
+        ones: every integer is 1, which the launcher makes a compile-time constant.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET, where there is nothing to compile.
@@ -224,7 +90,7 @@ def compiled(variant: Variant, arch: int) -> Any:
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET.")
     names = list(inspect.signature(variant.kernel.fn).parameters)
     first_integer = _first_scalar(names)
-    signature, aligned = {}, {}
+    signature, aligned, constants = {}, {}, dict(variant.constants)
     for i, name in enumerate(names):
         if name in variant.constants:
             signature[name] = "constexpr"
@@ -234,11 +100,15 @@ def compiled(variant: Variant, arch: int) -> Any:
             signature[name] = "i64" if name in LONG else "i32"
         else:
             signature[name] = f"*{variant.dtype}" if name in WIDE else "*fp32"
+        if ones and signature[name].startswith("i"):
+            signature[name], constants[name] = "constexpr", 1
         if signature[name].startswith("*"):
             aligned[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=aligned)
-    limit = {"maxnreg": REGISTERS[variant.name]} if variant.name in REGISTERS else {}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.warps, **limit})
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    held = variant.constants
+    limit = registers(variant.name, held.get("KH", 0) * held.get("KW", 0), bool(held.get("LAST")))
+    options = {"num_warps": variant.warps, **({} if limit is None else {"maxnreg": limit})}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def _first_scalar(names: Sequence[str]) -> int:

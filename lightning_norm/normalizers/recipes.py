@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lightning_norm.ops.channel_recipe import GATES, ChannelRecipe
 from lightning_norm.ops.coder_recipe import CoderRecipe
 from lightning_norm.ops.layout import Layout
@@ -36,7 +38,8 @@ EQUATIONS = {
     *("_rectified", "_gain", "_gate", "_choose", "_condensed"),
     *("_lambda", "_move", "_held", "_steps", "_new_weight"),
     *("recode", "drop", "_dropped", "_decode", "_linear"),
-    *("mixture", "statistics", "fold", "unseen"),
+    *("mixture", "statistics", "fold", "unseen", "_drawn"),
+    *("gate", "_affine", "rows", "shares", "prior_or_uniform", "posterior"),
 }
 """Methods whose change makes a recipe another normalizer's."""
 
@@ -75,18 +78,13 @@ def rectified(layer: RepresentativeBatchNorm, layout: Layout) -> ChannelRecipe:
     return replace(found, gates=tuple(getattr(layer, name, None) for name in GATES))
 
 
-def unified(layer: UnifiedBatchNorm, layout: Layout) -> ChannelRecipe | None:
+def unified(layer: UnifiedBatchNorm, layout: Layout) -> ChannelRecipe:
     """Return the recipe of ubn, which measures the condensation where a threshold is set."""
     found, threshold = rectified(layer, layout), layer.scheduled("threshold")
     if threshold is None or not layer.training or not layer.track_running_stats:
         return found
-    if layer.mode == "switch" and layer.condensed_grad == "renorm":
-        return None
-    choose = {
-        "choose": 1 if layer.mode == "switch" else 2,
-        "min_updates": layer.min_updates,
-        "max_skip": layer.max_skip,
-    }
+    how = 2 if layer.mode == "gate" else {"detach": 1, "renorm": 3}[layer.condensed_grad]
+    choose = {"choose": how, "min_updates": layer.min_updates, "max_skip": layer.max_skip}
     counters = tuple(layer._buffers[name] for name in ("condensation", *layer.counters))
     return replace(found, plan={**found.plan, **choose}, counters=counters, threshold=threshold)
 
@@ -103,13 +101,22 @@ def diminishing(layer: DiminishingBatchNorm, layout: Layout) -> ChannelRecipe:
 
 
 def contextual(layer: ContextNorm, layout: Layout) -> ChannelRecipe | None:
-    """Return the recipe of cn, for contexts that were given, where the statistics are those of this batch."""
-    g, of_input = layer.contexts.g, layer.training or not layer.track_running_stats
-    plain = layer.context != "gate" and layer.missing != "posterior" and not layer.prior_scale
-    if g is None or g.requires_grad or not of_input or not plain or layer.num_contexts > CONTEXTS:
+    """Return the recipe of cn; what concerns the posterior is computed in PyTorch."""
+    g, gated, kept = layer.contexts.g, layer.context == "gate", layer.track_running_stats
+    frozen, posterior = kept and not layer.training, layer.missing == "posterior"
+    if layer.num_contexts > CONTEXTS or (posterior and not frozen):
         return None
-    found = channel_recipe_of(layer, {"least": float(layer.min_count)}, own=1, contexts=layer.num_contexts)
-    return replace(found, shares=g.float().contiguous(), counters=(layer.prior,))
+    pooled, needs_grad = not gated and g is None, not gated and g is not None and g.requires_grad
+    if needs_grad or (pooled and posterior):
+        return None
+    plan = {"own": gated or not frozen, "contexts": layer.num_contexts, "prior": layer.prior_scale, "gate": gated}
+    found = channel_recipe_of(layer, {"least": float(layer.min_count)}, pooled=pooled and frozen, **plan)
+    if pooled and not frozen:  # evaluation without running statistics: the batch's, and all contexts alike
+        held = layer.prior_or_uniform()
+        g = held.new_full((layout.n, layer.num_contexts), 1 / layer.num_contexts, dtype=torch.float32)
+    gates = tuple(getattr(layer, name, None) for name in GATES)
+    shares = None if gated or g is None else g.float().contiguous()
+    return replace(found, gates=gates, shares=shares, counters=(layer.prior,))
 
 
 def coded(layer: EncoderDecoderNorm, layout: Layout) -> CoderRecipe | None:

@@ -135,7 +135,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
         return algebra
 
-    recipe = unified  # type: ignore[assignment]  # none for some arguments
+    recipe = unified
 
     def _choose(self, similarity: Tensor, batch: Moments) -> tuple[Moments, Tensor | None]:
         """Return the statistics to normalize by, and move the running ones if the batch is not condensed.

@@ -27,22 +27,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads the variable when it is imported, so it holds for the whole process."""
 
 
-def on_kernels(x: Tensor, layout: Layout, backend: str) -> bool:
-    """Tell whether x goes to the Triton kernels.
+def on_kernels(x: Tensor, layout: Layout, backend: str, empty: bool = False) -> bool:
+    """Tell whether x goes to the Triton kernels; one without samples only if ``empty``.
 
     Raises:
         RuntimeError: ``backend="triton"`` and it cannot.
     """
     if backend == "eager" or (backend == "auto" and not x.is_cuda):
         return False
-    reason = obstacle(x, layout)
+    reason = obstacle(x, layout, empty)
     if reason is not None and backend == "triton":
         raise RuntimeError(f"backend='triton' cannot take this input: {reason}. Type backend='auto'.")
     return reason is None
 
 
-def obstacle(x: Tensor, layout: Layout) -> str | None:
-    """Return what keeps x from the kernels, ``None`` for nothing."""
+def obstacle(x: Tensor, layout: Layout, empty: bool = False) -> str | None:
+    """Return what keeps x from the kernels, ``None`` for nothing; ``empty`` allows no samples."""
     if not INSTALLED:
         return "Triton is not installed"
     if not x.is_cuda and not (INTERPRETED and x.is_cpu):
@@ -51,7 +51,7 @@ def obstacle(x: Tensor, layout: Layout) -> str | None:
         return f"its dtype is {x.dtype}, and the kernels take float32, bfloat16 and float16"
     if x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_properties(x.device).major < 8:
         return "bfloat16 needs compute capability 8.0"
-    if layout.n * layout.c == 0:
+    if layout.n * layout.c == 0 and not empty:
         return "it is empty"
     if where(x, layout.channel_dim) is None:
         return f"its strides {x.stride()} are neither contiguous nor channels_last"

@@ -1,33 +1,36 @@
 """Equations in which each channel stands alone, on the kernels: four launches forward, three backward.
 
-The operators take ``plan`` and ``numbers``, the fields of ``lightning_norm.kernels.launch_channels.ChannelPlan`` and
-``Numbers``.
+The operators take ``plan`` and ``numbers``, the fields of ``ChannelPlan`` and ``Numbers``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels.channel_plan import ChannelPlan, Numbers
 from lightning_norm.ops import primitives
 from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.sync import Ranks
 
 ops = torch.ops.lightning_norm
-GATES = ("center_weight", "scale_weight", "scale_bias", "affine_weight", "affine_bias")
-_COUNTERS = ("tracked", "skipped", "more0", "more1", "more2", "more3")
+GATES = ("center_weight", "scale_weight", "scale_bias", "affine_weight", "affine_bias", "gate_weight", "gate_bias")
+_BUFFERS = dict(zip("abcdefgh", ("mean", "spread", "tracked", "skipped", *(f"more{i}" for i in range(4))), strict=True))
 SCHEMAS = {
     name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, "
-    + ", ".join(f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcdefgh", ("mean", "spread", *_COUNTERS)))  # noqa: B905
-    + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] plan, float[] numbers) -> (Tensor, Tensor, Tensor)"
+    + ", ".join(f"Tensor{f'({letter}!)' if moves else ''}? {buffer}" for letter, buffer in _BUFFERS.items())
+    + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] plan, float[] numbers) -> (Tensor, Tensor, Tensor, "
+    "Tensor)"
     for name, moves in (("channels", False), ("channels_and_track", True))
-} | {
-    "channel_gradients": "(Tensor dy, Tensor x, Tensor own, Tensor stats, Tensor coef, Tensor? weight, "
-    "Tensor?[] gates, Tensor? shares, Tensor? residual, int channel_dim, int[] plan, float[] numbers, str activation, "
-    "bool need_dx) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
+SCHEMAS["channel_gradients"] = (
+    "(Tensor dy, Tensor x, Tensor own, Tensor stats, Tensor coef, Tensor seen, Tensor? weight, Tensor? bias, "
+    "Tensor?[] gates, Tensor? shares, Tensor? residual, int channel_dim, int[] plan, float[] numbers, str activation, "
+    f"bool need_dx) -> ({', '.join(['Tensor'] * 11)})"
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class ChannelRecipe:
         bias: beta, likewise.
         plan: fields of ``ChannelPlan`` that are not 0.
         numbers: fields of ``Numbers``, of which ``eps`` must be given.
-        gates: the parameters of the rectifications, in the order of ``GATES``.
-        shares: of each sample in each context, (N, K); no gradient.
+        gates: the parameters of the rectifications and of the contexts' gate, in the order of ``GATES``.
+        shares: of each sample in each context, (N, K), where they are given; no gradient.
         running: mean, spread, number of updates, number of skipped ones.
         counters: see ``launch_channels.coefficients``.
         rate: momentum or alpha, 0-dim.
@@ -51,20 +54,20 @@ class ChannelRecipe:
     bias: Tensor | None
     plan: dict[str, int]
     numbers: dict[str, float]
-    gates: tuple[Tensor | None, ...] = (None,) * 5
+    gates: tuple[Tensor | None, ...] = (None,) * 7
     shares: Tensor | None = None
     running: tuple[Tensor | None, ...] = (None,) * 4
     counters: tuple[Tensor | None, ...] = ()
     rate: Tensor | None = None
     threshold: Tensor | None = None
 
+    def over(self, ranks: Ranks) -> None:
+        """Return ``None``: a program holds all samples of a channel, and those of other ranks are not here."""
+
     def fields(self) -> tuple[list[int], list[float]]:
         """Return plan and numbers as the operators take them."""
-        names = ("own", "frozen", "blend", "std", "powers", "detach", "choose", "track", "contexts")
-        more = ("center", "scale", "affine", "min_updates", "max_skip")
-        ones = {"eps": 1.0, "least": 1.0, "power": 1.0, "unit_scale": 1.0, "unit_affine": 1.0}
-        numbers = [float(v) for v in (ones | self.numbers).values()]
-        return [int(self.plan.get(name, 0)) for name in (*names, *more)], numbers
+        plan = (int(v) for v in astuple(ChannelPlan(**self.plan)))
+        return list(plan), [float(v) for v in astuple(Numbers(**self.numbers))]
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
@@ -88,9 +91,9 @@ class _Channels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        weight, bias, *gates, residual, own, stats, coef, shares, channel_dim, plan, numbers, activation = rest
+        weight, bias, *gates, residual, own, stats, coef, seen, shares, channel_dim, plan, numbers, activation = rest
         kept = residual if activation != "none" else None  # without an activation its gradient is dy
-        ctx.save_for_backward(x, weight, bias, *gates, kept, own, stats, coef, shares)
+        ctx.save_for_backward(x, weight, bias, *gates, kept, own, stats, coef, seen, shares)
         ctx.channel_dim, ctx.plan, ctx.numbers, ctx.activation = channel_dim, plan, numbers, activation
         y: Tensor = ops.apply(x, coef, channel_dim, activation, residual)
         return y
@@ -98,24 +101,24 @@ class _Channels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         primitives.refuse_second_derivatives()
-        x, weight, bias, *gates, kept, own, stats, coef, shares = ctx.saved_tensors
+        x, weight, bias, *gates, kept, own, stats, coef, seen, shares = ctx.saved_tensors
         need, (dy,) = ctx.needs_input_grad, grads
         dx, *held, dresidual = ops.channel_gradients(
-            dy, x, own, stats, coef, weight, gates, shares, kept, ctx.channel_dim, ctx.plan, ctx.numbers,
+            dy, x, own, stats, coef, seen, weight, bias, gates, shares, kept, ctx.channel_dim, ctx.plan, ctx.numbers,
             ctx.activation, need[0],
         )  # fmt: skip
         given = (weight, bias, *gates)
         back = [
             g.view(t.shape).to(t.dtype) if n and t is not None else None
-            for g, t, n in zip(held, given, need[1:8], strict=True)
+            for g, t, n in zip(held, given, need[1:10], strict=True)
         ]
-        if need[8] and kept is None:
+        if need[10] and kept is None:
             dresidual = dy
-        return (dx if need[0] else None, *back, dresidual if need[8] else None, *(None,) * 8)
+        return (dx if need[0] else None, *back, dresidual if need[10] else None, *(None,) * 9)
 
 
 def _channels(x: Tensor, weight: Any, bias: Any, gates: Any, shares: Any, *args: Any) -> tuple[Tensor, ...]:
-    from lightning_norm.kernels.launch_channels import ChannelPlan, Numbers, coefficients
+    from lightning_norm.kernels.launch_channels import coefficients
 
     *buffers, rate, threshold, channel_dim, plan, numbers = args
     return coefficients(
@@ -125,27 +128,30 @@ def _channels(x: Tensor, weight: Any, bias: Any, gates: Any, shares: Any, *args:
 
 
 def _gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    from lightning_norm.kernels.launch_channels import ChannelPlan, Numbers, gradients
+    from lightning_norm.kernels.launch_channels import gradients
 
-    own, stats, coef, weight, gates, shares, residual, channel_dim, plan, numbers, activation, need_dx = args
+    own, stats, coef, seen, weight, bias, gates, shares, residual, channel_dim, plan, numbers, activation, need_dx = (
+        args
+    )
     return gradients(
-        dy, x, own, stats, coef, weight, gates, shares, residual, channel_dim, ChannelPlan(*plan), Numbers(*numbers),
-        activation, need_dx,
+        dy, x, own, stats, coef, seen, weight, bias, gates, shares, residual, channel_dim, ChannelPlan(*plan),
+        Numbers(*numbers), activation, need_dx,
     )  # fmt: skip
 
 
-def _fake_channels(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_channels(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channel_dim, plan, _ = args[-3:]
-    n, c = x.shape[0], x.shape[channel_dim]
+    held, n, c = ChannelPlan(*plan), x.shape[0], x.shape[channel_dim]
     coef = x.new_empty((3, n, c), dtype=torch.float32)
-    return torch.empty_like(coef) if plan[0] else coef.new_empty(0), coef.new_empty(9, max(plan[8], 1), c), coef
+    own = torch.empty_like(coef) if held.own else coef.new_empty(0)
+    return own, coef.new_empty(held.lines, held.rows, c), coef, coef.new_empty(held.seen(n))
 
 
 def _fake_gradients(dy: Tensor, x: Tensor, own: Tensor, stats: Tensor, coef: Tensor, *args: Any) -> Any:
-    _, gates, _, residual, _, plan, _, _, need_dx = args
-    c, rows = coef.shape[2], max(plan[8], 1)
+    _, _, _, gates, _, residual, _, plan, _, _, need_dx = args
+    c, rows = coef.shape[2], ChannelPlan(*plan).rows
     dx = torch.empty_like(x) if need_dx or residual is not None else coef.new_empty(0)
-    dgates = [coef.new_empty(0 if t is None else c) for t in gates]
+    dgates = [coef.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]
     dresidual = coef.new_empty(0) if residual is None else torch.empty_like(x)
     return dx, coef.new_empty(rows, c), coef.new_empty(rows, c), *dgates, dresidual
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_norm.ops import primitives
 from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.sync import Ranks
 
 ops = torch.ops.lightning_norm
 _BUFFERS = ("running_mean", "running_var", "tracked", "skipped")
@@ -52,6 +53,9 @@ class CoderRecipe:
     eps: float
     share: Tensor | None = None
     running: tuple[Tensor | None, ...] = (None,) * 5
+
+    def over(self, ranks: Ranks) -> None:
+        """Return ``None``: the one row of statistics would be that of all ranks, which the kernels do not ask for."""
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""

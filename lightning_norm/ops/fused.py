@@ -57,7 +57,7 @@ def normalize(
         ranks: the ranks that ``Moments.over_batch`` pools with.
         backend: "auto" for the Triton kernels where x is on CUDA and they can take it, else plain PyTorch; "eager" for
             plain PyTorch; "triton" for the kernels or an error.
-        recipe: the same algebra as the kernels know it, used instead where they run and no ranks pool.
+        recipe: the same algebra as the kernels know it, used instead where they run.
         activation: "none", "relu" or "silu", applied to the result; in the same pass where a recipe is used.
         residual: added before the activation, in the shape of x; likewise.
         recovery: kernel (C, 1, *) of odd sizes and bias (C,) of a depthwise convolution of the above, padded with
@@ -97,8 +97,13 @@ def normalize(
             recovery=recovery,
         )
         return y.movedim(1, -1)
-    kernels = on_kernels(x, layout, backend)
-    known = recipe(layout) if kernels and ranks is None and recipe is not None else None
+    kernels, known = on_kernels(x, layout, backend, empty=ranks is not None), None
+    if kernels and recipe is not None:
+        known = recipe(layout)
+    if known is not None and ranks is not None:
+        known = known.over(ranks)
+    if not x.numel() and not isinstance(known, Recipe):
+        kernels = False
     with _full_precision(x):
         if known is not None and recovery is None and (residual is None or residual.dtype == x.dtype):
             return known.normalize(x, layout, activation, residual)

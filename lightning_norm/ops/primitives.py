@@ -14,25 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_norm.ops.sync import Ranks
+
 DOUBLE = "the Triton kernels have no second derivative: swap(..., backend='eager'), or layer.backend = 'eager'."
 _library: Any = torch.library.Library("lightning_norm", "DEF")  # type: ignore[no-untyped-call]
 _HELD = "Tensor x, Tensor? weight, Tensor? bias, Tensor? w, Tensor? v"
 _BUFFERS = "Tensor{0}? running_mean, Tensor{1}? running_var, Tensor{2}? tracked, Tensor{3}? skipped, Tensor? momentum"
 _PLAN = "int channel_dim, int[] plan, float eps"
+_STATS = "Tensor own, Tensor batch, Tensor layer, Tensor coef, Tensor total"
+_GROUP = "str group) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 SCHEMAS = {
     "moments": "(Tensor x, int channel_dim) -> Tensor",
     "sums": "(Tensor dy, Tensor x, Tensor coef, int channel_dim) -> Tensor",
     "apply": "(Tensor x, Tensor coef, int channel_dim, str activation, Tensor? residual) -> Tensor",
     "combine": "(Tensor dy, Tensor x, Tensor coef, Tensor? line, int channel_dim) -> Tensor",
-    "coefficients": f"({_HELD}, {_BUFFERS.format('', '', '', '')}, {_PLAN}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "coefficients_and_track": f"({_HELD}, {_BUFFERS.format('(a!)', '(b!)', '(c!)', '(d!)')}, {_PLAN}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "gradients": "(Tensor dy, Tensor x, Tensor own, Tensor batch, Tensor layer, Tensor coef, Tensor? weight, "
-    f"Tensor? w, Tensor? v, Tensor? running_mean, Tensor? running_var, Tensor? residual, {_PLAN}, str activation, "
-    "bool need_dx) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "coefficients": f"({_HELD}, {_BUFFERS.format('', '', '', '')}, {_PLAN}, {_GROUP}",
+    "coefficients_and_track": f"({_HELD}, {_BUFFERS.format('(a!)', '(b!)', '(c!)', '(d!)')}, {_PLAN}, {_GROUP}",
+    "gradients": f"(Tensor dy, Tensor x, {_STATS}, Tensor? weight, Tensor? w, "
+    f"Tensor? v, Tensor? running_mean, Tensor? running_var, Tensor? residual, {_PLAN}, str activation, "
+    "bool need_dx, str group) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "recover": "(Tensor x, Tensor coef, Tensor kernel, Tensor? bias) -> Tensor",
-    "recover_gradients": "(Tensor dy, Tensor x, Tensor own, Tensor batch, Tensor layer, Tensor coef, Tensor kernel, "
-    "Tensor? running_mean, Tensor? running_var, int[] plan, float eps, bool need_dx) -> (Tensor, Tensor, Tensor)",
+    "recover_gradients": f"(Tensor dy, Tensor x, {_STATS}, Tensor kernel, Tensor? running_mean, "
+    "Tensor? running_var, int[] plan, float eps, bool need_dx, str group) -> (Tensor, Tensor, Tensor)",
 }
 
 
@@ -74,12 +77,12 @@ def _coefficients(
     channel_dim: int,
     plan: list[int],
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    group: str,
+) -> tuple[Tensor, ...]:
     from lightning_norm.kernels.launch_algebra import Plan, coefficients
 
     running = (running_mean, running_var, tracked, skipped, momentum)
-    own, batch, layer, coef = coefficients(x, weight, bias, w, v, running, channel_dim, Plan(*plan), eps)
-    return own, batch, layer, coef
+    return coefficients(x, weight, bias, w, v, running, channel_dim, Plan(*plan), eps, _over(group))
 
 
 def _gradients(
@@ -89,6 +92,7 @@ def _gradients(
     batch: Tensor,
     layer: Tensor,
     coef: Tensor,
+    total: Tensor,
     weight: Tensor | None,
     w: Tensor | None,
     v: Tensor | None,
@@ -100,12 +104,13 @@ def _gradients(
     eps: float,
     activation: str,
     need_dx: bool,
+    group: str,
 ) -> tuple[Tensor, ...]:
     from lightning_norm.kernels.launch_algebra import Plan, gradients
 
-    stats, running = (own, batch, layer, coef), (running_mean, running_var)
+    stats, running = (own, batch, layer, coef, total), (running_mean, running_var)
     return gradients(
-        dy, x, stats, weight, w, v, running, residual, channel_dim, Plan(*plan), eps, activation, need_dx
+        dy, x, stats, weight, w, v, running, residual, channel_dim, Plan(*plan), eps, activation, need_dx, _over(group)
     )  # fmt: skip
 
 
@@ -122,35 +127,42 @@ def _recover_gradients(
     batch: Tensor,
     layer: Tensor,
     coef: Tensor,
+    total: Tensor,
     kernel: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     plan: list[int],
     eps: float,
     need_dx: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from lightning_norm.kernels.launch_algebra import Plan
     from lightning_norm.kernels.launch_recovery import gradients
 
-    running = (running_mean, running_var)
-    return gradients(dy, x, (own, batch, layer, coef), kernel, running, Plan(*plan), eps, need_dx)
+    stats, running = (own, batch, layer, coef, total), (running_mean, running_var)
+    return gradients(dy, x, stats, kernel, running, Plan(*plan), eps, need_dx, _over(group))
+
+
+def _over(group: str) -> Callable[[Tensor], Tensor] | None:
+    return Ranks(group).sum if group else None
 
 
 def _numbers(x: Tensor, channel_dim: int, *lead: int) -> Tensor:
     return x.new_empty((*lead, x.shape[0], x.shape[channel_dim]), dtype=torch.float32)
 
 
-def _fake_coefficients(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channel_dim, plan, _ = args[-3:]
+def _fake_coefficients(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    channel_dim, plan, _, group = args[-4:]
     coef = _numbers(x, channel_dim, 3)
     own = torch.empty_like(coef) if plan[0] else coef.new_empty(0)
     batch = coef.new_empty(3, x.shape[channel_dim]) if plan[0] and plan[3] >= 0 and not plan[7] else coef.new_empty(0)
     layer = coef.new_empty(3, x.shape[0], plan[9]) if plan[0] and plan[2] >= 0 else coef.new_empty(0)
-    return own, batch, layer, coef
+    total = coef.new_empty((1, 1 + 2 * x.shape[channel_dim]) if group else (0,), dtype=torch.float64)
+    return own, batch, layer, coef, total
 
 
 def _fake_gradients(dy: Tensor, x: Tensor, own: Tensor, batch: Tensor, layer: Tensor, coef: Tensor, *args: Any) -> Any:
-    residual, channel_dim, plan, _, _, need_dx = args[-6:]
+    residual, channel_dim, plan, _, _, need_dx, _ = args[-7:]
     c = x.shape[channel_dim]
     dx = torch.empty_like(x) if need_dx or residual is not None else coef.new_empty(0)
     dresidual = coef.new_empty(0) if residual is None else torch.empty_like(x)
@@ -159,7 +171,7 @@ def _fake_gradients(dy: Tensor, x: Tensor, own: Tensor, batch: Tensor, layer: Te
 
 
 def _fake_recover_gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    kernel, *_, need_dx = args[4:]
+    kernel, *_, need_dx, _ = args[5:]
     coef = args[3]
     dx = torch.empty_like(x) if need_dx else coef.new_empty(0)
     return dx, torch.empty_like(kernel, dtype=torch.float32), coef.new_empty(x.shape[1])

@@ -6,7 +6,7 @@ move its running statistics in the same launch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_norm.ops import primitives
 from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.sync import Ranks
 
 ops = torch.ops.lightning_norm
 
@@ -55,6 +56,7 @@ class Recipe:
         groups: of "ln".
         correction: 1 for unbiased variances within each sample.
         running: running statistics of "bn".
+        group: name of the ranks that pool the batch's statistics; "" for this process alone.
     """
 
     statistics: tuple[str, ...]
@@ -68,6 +70,11 @@ class Recipe:
     groups: int = 1
     correction: int = 0
     running: Running | None = None
+    group: str = ""
+
+    def over(self, ranks: Ranks) -> Recipe:
+        """Return the same equations for a batch that lies on several ranks."""
+        return replace(self, group=ranks.group) if "bn" in self.statistics else self
 
     def plan(self) -> list[int]:
         """Return the fields of ``kernels.launch_algebra.Plan``."""
@@ -95,14 +102,14 @@ class Recipe:
         held = (self.weight, self.bias, self.w, self.v)
         stats, running = self._coefficients(x, layout)
         y: Tensor = _Fused.apply(
-            x, *held, residual, *stats, *running, layout.channel_dim, self.plan(), self.eps, activation
+            x, *held, residual, *stats, *running, layout.channel_dim, self.plan(), self.eps, activation, self.group
         )  # fmt: skip
         return y
 
     def recover(self, x: Tensor, layout: Layout, kernel: Tensor, bias: Tensor | None) -> Tensor:
         """Return the depthwise convolution of the normalized x, on the kernels; without weight and bias of its own."""
         stats, running = self._coefficients(x, layout)
-        y: Tensor = _Recovered.apply(x, kernel.contiguous(), bias, *stats, *running, self.plan(), self.eps)
+        y: Tensor = _Recovered.apply(x, kernel.contiguous(), bias, *stats, *running, self.plan(), self.eps, self.group)
         return y
 
     def _coefficients(self, x: Tensor, layout: Layout) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
@@ -110,7 +117,9 @@ class Recipe:
         held = (self.weight, self.bias, self.w, self.v)
         buffers = (None,) * 5 if r is None else (r.mean, r.var, r.tracked, r.skipped, r.momentum)
         coefficients = ops.coefficients_and_track if plan[8] else ops.coefficients
-        stats = coefficients(x.detach(), *map(_detached, held), *buffers, layout.channel_dim, plan, self.eps)
+        stats = coefficients(
+            x.detach(), *map(_detached, held), *buffers, layout.channel_dim, plan, self.eps, self.group
+        )
         return stats, (r.mean, r.var) if r is not None and r.frozen else (None, None)
 
 
@@ -130,16 +139,18 @@ class _Fused(torch.autograd.Function):
         batch: Tensor,
         layer: Tensor,
         coef: Tensor,
+        total: Tensor,
         mean: Tensor | None,
         var: Tensor | None,
         channel_dim: int,
         plan: list[int],
         eps: float,
         activation: str,
+        group: str,
     ) -> Tensor:
         kept = residual if activation != "none" else None  # without an activation its gradient is dy
-        ctx.save_for_backward(x, weight, bias, w, v, kept, own, batch, layer, coef, mean, var)
-        ctx.channel_dim, ctx.plan, ctx.eps, ctx.activation = channel_dim, plan, eps, activation
+        ctx.save_for_backward(x, weight, bias, w, v, kept, own, batch, layer, coef, total, mean, var)
+        ctx.channel_dim, ctx.plan, ctx.eps, ctx.activation, ctx.group = channel_dim, plan, eps, activation, group
         y: Tensor = ops.apply(x, coef, channel_dim, activation, residual)
         return y
 
@@ -150,13 +161,14 @@ class _Fused(torch.autograd.Function):
         x, weight, bias, w, v, kept, *stats, mean, var = ctx.saved_tensors
         need = ctx.needs_input_grad
         dx, *rest, dresidual = ops.gradients(
-            dy, x, *stats, weight, w, v, mean, var, kept, ctx.channel_dim, ctx.plan, ctx.eps, ctx.activation, need[0]
-        )
+            dy, x, *stats, weight, w, v, mean, var, kept, ctx.channel_dim, ctx.plan, ctx.eps, ctx.activation, need[0],
+            ctx.group,
+        )  # fmt: skip
         given = (weight, bias, w, v)
         held = [g.to(t.dtype) if n and t is not None else None for g, t, n in zip(rest, given, need[1:5], strict=True)]
         if need[5] and kept is None:
             dresidual = dy
-        return (dx if need[0] else None, *held, dresidual if need[5] else None, *(None,) * 10)
+        return (dx if need[0] else None, *held, dresidual if need[5] else None, *(None,) * 12)
 
 
 class _Recovered(torch.autograd.Function):
@@ -164,10 +176,10 @@ class _Recovered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        *stats, mean, var, plan, eps = rest
+        *stats, mean, var, plan, eps, group = rest
         ctx.save_for_backward(x, kernel, bias, *stats, mean, var)
-        ctx.plan, ctx.eps = plan, eps
-        y: Tensor = ops.recover(x, stats[-1], kernel, bias)
+        ctx.plan, ctx.eps, ctx.group = plan, eps, group
+        y: Tensor = ops.recover(x, stats[3], kernel, bias)
         return y
 
     @staticmethod
@@ -175,9 +187,11 @@ class _Recovered(torch.autograd.Function):
         primitives.refuse_second_derivatives()
         x, kernel, bias, *stats, mean, var = ctx.saved_tensors
         need, (dy,) = ctx.needs_input_grad, grads
-        dx, dkernel, dbias = ops.recover_gradients(dy, x, *stats, kernel, mean, var, ctx.plan, ctx.eps, need[0])
+        dx, dkernel, dbias = ops.recover_gradients(
+            dy, x, *stats, kernel, mean, var, ctx.plan, ctx.eps, need[0], ctx.group
+        )
         held = (dkernel.to(kernel.dtype) if need[1] else None, dbias.to(bias.dtype) if need[2] else None)
-        return (dx if need[0] else None, *held, *(None,) * 8)
+        return (dx if need[0] else None, *held, *(None,) * 10)
 
 
 def _detached(t: Tensor | None) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Two gloo ranks through Lightning's ddp strategy equal one process on the whole batch."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parents[2]
 
 
-def train(key, devices, out):
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.train", key, str(devices), str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+def train(key, devices, out, *backend):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.train", key, str(devices), str(out), *backend]
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if backend else {})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
@@ -27,6 +29,17 @@ def test_two_ranks_train_as_one(key, tmp_path):
     for name, value in one.items():
         # float64, six steps: rounding 1e-16 grows by the learning dynamics to about 1e-13
         torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow  # tests/kernels/interpreted/test_ranks.py is quicker
+@pytest.mark.parametrize("key", ["bn", "sn"])
+def test_two_ranks_train_as_one_on_the_kernels(key, tmp_path):
+    pytest.importorskip("triton")
+    one = train(key, 1, tmp_path / "one.pt")
+    two = train(key, 2, tmp_path / "two.pt", "triton")
+    for name, value in one.items():
+        # float32, six steps of a network that starts far from its optimum
+        torch.testing.assert_close(two[name].to(value.dtype), value, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow  # test_agree.py is quicker

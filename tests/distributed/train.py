@@ -1,6 +1,8 @@
-"""Train a swapped network on one or two processes and save what rank 0 holds: python train.py KEY DEVICES OUT.
+"""Train a swapped network on one or two processes and save what rank 0 holds.
 
-A KEY that ends in + accumulates gradients and statistics over two batches.
+Run it as python train.py KEY DEVICES OUT [BACKEND].
+
+A KEY that ends in + accumulates gradients and statistics over two batches. BACKEND "triton" trains in float32.
 """
 
 import sys
@@ -21,15 +23,20 @@ class Double(LateNet):
         return super().features(x) + self.net[1](x.repeat(1, 2, 1, 1)).mean((2, 3), keepdim=True)
 
 
-def main(key, devices, out):
+def main(key, devices, out, backend="auto"):
     seed_everything(0)
     key, more = key.removesuffix("+"), key.endswith("+")
+    dtype = torch.float32 if backend == "triton" else torch.float64
     model = Double().double()
     model.built = nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)).double()
     model.late = nn.BatchNorm2d(6).double()
+    model.to(dtype)
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(
-        torch.randn(24, 3, 8, 8, generator=generator).double() * 3 + 5, torch.randn(24, generator=generator).double()
+        *(
+            t.to(dtype)
+            for t in (torch.randn(24, 3, 8, 8, generator=generator) * 3 + 5, torch.randn(24, generator=generator))
+        )
     )
     trainer = Trainer(
         max_epochs=2,
@@ -37,7 +44,9 @@ def main(key, devices, out):
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         callbacks=[
-            NormSwap(key, norm_args={"groups": 2} if key == "gn" else None, accumulate_statistics=more),
+            NormSwap(
+                key, norm_args={"groups": 2} if key == "gn" else None, accumulate_statistics=more, backend=backend
+            ),
             *([NormScheduler({"momentum": InversePower(0.5)}, "step")] if key == "sn" else []),
         ],
         accumulate_grad_batches=1 + more,
@@ -58,4 +67,4 @@ def main(key, devices, out):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

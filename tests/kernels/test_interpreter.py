@@ -29,6 +29,6 @@ def test_interpreted(file):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["layers", "channels", "coders", "recovery", "passes"])
+@pytest.mark.parametrize("name", ["layers", "channels", "coders", "condensation", "contexts", "recovery", "passes"])
 def test_interpreted_at_length(name):
     interpret(ROOT / f"tests/kernels/interpreted/test_{name}.py", "-m", "slow", "--timeout", "900")

@@ -27,20 +27,20 @@ def sample_inputs(x):
     coef, three = torch.rand(3, n, c), torch.rand(3)
     held = (torch.rand(c), torch.rand(c), three, three.clone())
     buffers = torch.zeros(c), torch.ones(c), torch.tensor(0), torch.tensor(0), torch.tensor(0.1)
-    own, batch, layer, of_layer = ops.coefficients(x, *held, *buffers, 1, [*PLAN[:8], 0, *PLAN[9:]], 1e-5)
-    g = (torch.rand_like(x), x, own, batch, layer, of_layer, held[0], three, three.clone(), None, None)
+    stats = ops.coefficients(x, *held, *buffers, 1, [*PLAN[:8], 0, *PLAN[9:]], 1e-5, "")
+    g = (torch.rand_like(x), x, *stats, held[0], three, three.clone(), None, None)
     of_bn, kernel = [1, -1, -1, 0, 0, 0, 0, 0, 0, 1, 0], torch.rand(c, 1, 3, 3)
-    bn = ops.coefficients(x, *[None] * 9, 1, of_bn, 1e-5)
+    bn = ops.coefficients(x, *[None] * 9, 1, of_bn, 1e-5, "")
     return {
         "recover": (x, coef, kernel, torch.rand(c)),
-        "recover_gradients": (torch.rand_like(x), x, *bn, kernel, None, None, of_bn, 1e-5, True),
+        "recover_gradients": (torch.rand_like(x), x, *bn, kernel, None, None, of_bn, 1e-5, True, ""),
         "moments": (x, 1),
         "sums": (torch.rand_like(x), x, coef, 1),
         "apply": (x, coef, 1, "relu", torch.rand_like(x)),
         "combine": (torch.rand_like(x), x, coef, torch.rand(2, n, c), 1),
-        "coefficients": (x, *held, *buffers, 1, [*PLAN[:8], 0, *PLAN[9:]], 1e-5),
-        "coefficients_and_track": (x, *held, *buffers, 1, PLAN, 1e-5),
-        "gradients": (*g, torch.rand_like(x), 1, PLAN, 1e-5, "relu", True),
+        "coefficients": (x, *held, *buffers, 1, [*PLAN[:8], 0, *PLAN[9:]], 1e-5, ""),
+        "coefficients_and_track": (x, *held, *buffers, 1, PLAN, 1e-5, ""),
+        "gradients": (*g, torch.rand_like(x), 1, PLAN, 1e-5, "relu", True, ""),
     }
 
 

@@ -1,0 +1,68 @@
+"""Device code: statistics of a batch on their way to other ranks and back, C numbers each.
+
+What travels is what ``lightning_norm.ops.sync.Ranks.pool`` sends for an algebra in PyTorch, so that ranks on either may
+meet: elements, their sums and their sums of squares, (1 + 2 C) in float64, the only float64 in any kernel; and on the
+way back the gradient of these.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pack(batch, message, count, channels, BLOCK: tl.constexpr):
+    """From this rank's statistics (3, C), hi, lo and variance, to what travels."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = c < channels
+    n = tl.cast(count, tl.float64)
+    mean = tl.load(batch + c, mask=keep, other=0.0).to(tl.float64)
+    mean += tl.load(batch + channels + c, mask=keep, other=0.0).to(tl.float64)
+    var = tl.load(batch + 2 * channels + c, mask=keep, other=0.0).to(tl.float64)
+    tl.store(message + 1 + c, n * mean, mask=keep)
+    tl.store(message + 1 + channels + c, n * (var + mean * mean), mask=keep)
+    if tl.program_id(0) == 0:
+        tl.store(message, n)
+
+
+@triton.jit
+def unpack(gathered, batch, channels, BLOCK: tl.constexpr):
+    """From the sum over ranks to the statistics of all of them."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = c < channels
+    n = tl.load(gathered)
+    mean = tl.load(gathered + 1 + c, mask=keep, other=0.0) / n
+    var = tl.load(gathered + 1 + channels + c, mask=keep, other=0.0) / n - mean * mean
+    hi = mean.to(tl.float32)
+    tl.store(batch + c, hi, mask=keep)
+    tl.store(batch + channels + c, (mean - hi.to(tl.float64)).to(tl.float32), mask=keep)
+    tl.store(batch + 2 * channels + c, tl.where(var < 0.0, 0.0, var).to(tl.float32), mask=keep)
+
+
+@triton.jit
+def pack_gradient(by_batch, batch, gathered, message, channels, BLOCK: tl.constexpr):
+    """From the gradients (2, C) of mean and variance of all ranks to that of the sums; none of the count."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = c < channels
+    n = tl.load(gathered)
+    mean = tl.load(batch + c, mask=keep, other=0.0).to(tl.float64)
+    mean += tl.load(batch + channels + c, mask=keep, other=0.0).to(tl.float64)
+    f = tl.load(by_batch + c, mask=keep, other=0.0).to(tl.float64)
+    e = tl.load(by_batch + channels + c, mask=keep, other=0.0).to(tl.float64)
+    tl.store(message + 1 + c, (f - 2.0 * mean * e) / n, mask=keep)
+    tl.store(message + 1 + channels + c, e / n, mask=keep)
+    if tl.program_id(0) == 0:
+        tl.store(message, n * 0.0)
+
+
+@triton.jit
+def unpack_gradient(gathered, batch, by_batch, count, channels, BLOCK: tl.constexpr):
+    """From the sum over ranks to the gradients of mean and variance, for the ``count`` elements of this rank."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = c < channels
+    n = tl.cast(count, tl.float64)
+    mean = tl.load(batch + c, mask=keep, other=0.0).to(tl.float64)
+    mean += tl.load(batch + channels + c, mask=keep, other=0.0).to(tl.float64)
+    of_sum = tl.load(gathered + 1 + c, mask=keep, other=0.0)
+    of_square = tl.load(gathered + 1 + channels + c, mask=keep, other=0.0)
+    tl.store(by_batch + c, ((of_sum + 2.0 * mean * of_square) * n).to(tl.float32), mask=keep)
+    tl.store(by_batch + channels + c, (of_square * n).to(tl.float32), mask=keep)

@@ -1,0 +1,97 @@
+"""Layers on the kernels whose batch lies on two ranks, against one process with the whole batch in float64."""
+
+import copy
+
+import pytest
+import torch
+
+import lightning_norm
+from lightning_norm.testing.kit import C, Step, features, noise, same, same_step, statistics, step
+from lightning_norm.testing.ranks import run_ranks
+from tests.kernels.interpreted.test_layers import count_launches
+
+SPLITS = ((3, 2), (5, 0), (1, 4))
+CASES = [
+    ("bn", {}),
+    ("bn", {"momentum": None, "affine": False}),
+    ("sn", {}),
+    ("sn", {"choices": ("bn", "gn"), "groups": 2, "correction": 1}),
+    ("bcn", {}),
+    ("bnet", {}),
+]
+
+
+def layers_of(key, arguments):
+    """One layer on the kernels per split, moved from its start, and its twin in float64."""
+    layer = lightning_norm.create(key, C, **arguments)
+    with torch.no_grad():
+        for i, p in enumerate(layer.parameters()):
+            p.add_(0.2 * noise(*p.shape, seed=300 + i))
+    exact = copy.deepcopy(layer).double()
+    layer.backend, exact.backend = "triton", "eager"
+    return [copy.deepcopy(layer) for _ in SPLITS], exact
+
+
+def steps(rank, cases, x, dy):
+    found = []
+    for layers in cases:
+        for layer, split in zip(layers, SPLITS, strict=True):
+            part, grad = (torch.split(t, list(split))[rank] for t in (x, dy))
+            with pytest.MonkeyPatch.context() as patch:
+                launched = count_launches(patch)
+                found.append((step(layer, part, grad), statistics(layer), launched))
+    return found
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_two_ranks_equal_one_process(offset):
+    x, dy = features(5, C, 3, 2) + offset, noise(5, C, 3, 2, seed=7)
+    made = [layers_of(*case) for case in CASES]
+    results = run_ranks(steps, 2, [layers for layers, _ in made], x, dy)
+    results = [iter(found) for found in results]
+    for (key, _), (_, exact) in zip(CASES, made, strict=True):
+        for split in SPLITS:
+            whole = copy.deepcopy(exact)
+            expected, running = step(whole, x.double(), dy.double()), statistics(whole)
+            (a, held, launched), (b, also, _) = (next(found) for found in results)
+            joined = Step(torch.cat([a.y, b.y]), torch.cat([a.dx, b.dx]), {k: a.grads[k] + b.grads[k] for k in a.grads})
+            what = f"{key}, batch split {split}"
+            same_step(joined, expected, 1e-5, what)
+            for name, value in running.items():
+                same(held[name], value, 1e-6, f"{what}: {name} on rank 0")
+                same(also[name], held[name], 0.0, f"{what}: {name} of rank 1 against rank 0")
+            assert [n for n in launched if "pack" in n] == ["pack", "unpack", "pack_gradient", "unpack_gradient"], what
+            assert len(launched) == 12 + (key == "bnet"), what
+
+
+def frozen_input(rank, layer, x):
+    """The first layer of a network: x takes no gradient, so only the way forward meets."""
+    layer.backend = "triton"
+    with pytest.MonkeyPatch.context() as patch:
+        launched = count_launches(patch)
+        y = layer(x.chunk(2)[rank])
+        torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+    return launched
+
+
+def test_the_ranks_meet_on_the_way_back_only_where_the_input_takes_a_gradient():
+    for launched in run_ranks(frozen_input, 2, lightning_norm.create("sn", C), features(6, C, 3, 2)):
+        assert "unpack" in launched
+        assert "pack_gradient" not in launched
+
+
+def compiled(rank, layer, x, dy):
+    plain = copy.deepcopy(layer)
+    part, grad = x.chunk(2)[rank], dy.chunk(2)[rank]
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = [step(run, part, grad), step(plain, part, grad)]
+    return [(r.y, r.dx, *r.grads.values()) for r in results], [statistics(layer), statistics(plain)]
+
+
+def test_compiled():
+    layer = lightning_norm.create("sn", C)
+    layer.backend = "triton"
+    for results, held in run_ranks(compiled, 2, layer, features(6, C, 3, 2), noise(6, C, 3, 2, seed=7)):
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+        assert all(torch.equal(held[0][name], held[1][name]) for name in held[0])
