@@ -243,4 +243,5 @@ def decode(
         tl.store(coef + number + at, scale, mask=keep)
         tl.store(coef + 2 * number + at, offset, mask=keep)
     if TRACK != 0 and tl.program_id(0) + tl.program_id(1) == 0:
-        track(stats, running_mean, running_var, tracked, skipped, momentum, channels, unbias, TRACK, T_BLOCK)
+        factor = tl.cast(unbias, tl.float32)
+        track(stats, running_mean, running_var, tracked, skipped, momentum, channels, factor, TRACK, T_BLOCK)
