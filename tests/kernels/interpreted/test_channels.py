@@ -186,11 +186,11 @@ def arguments_of(name, layer, x):
     buffers = (*(t if t is None else t.clone() for t in (*found.running, *counters)), found.rate, found.threshold)
     still = [*plan[:6], 0, 0, *plan[8:]]
     if name == "channels_and_track":
-        return (x, *given, *buffers, 1, plan, numbers)
+        return (x, *given, *buffers, 1, plan, numbers, "")
     if name == "channels":
-        return (x, *given, *buffers, 1, still, numbers)
-    stats = ops.channels(x, *given, *buffers, 1, still, numbers)
-    return (torch.rand_like(x), x, *stats, *given, torch.rand_like(x), 1, still, numbers, "relu", True)
+        return (x, *given, *buffers, 1, still, numbers, "")
+    stats = ops.channels(x, *given, *buffers, 1, still, numbers, "")
+    return (torch.rand_like(x), x, *stats, *given, torch.rand_like(x), 1, still, numbers, "relu", True, "")
 
 
 @pytest.mark.parametrize("last", [False, pytest.param(True, marks=SLOW)], ids=["rows", "channels last"])
