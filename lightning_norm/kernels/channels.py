@@ -131,10 +131,12 @@ def pool_channels(
         hi, lo, var, hi, 0.0, first, c, samples, channels, 1, 1, pieces, sample_stride, stride, piece, size, fold, 1.0,
         MERGE, False, N_BLOCK, K_BLOCK, C_BLOCK,
     )  # fmt: skip
-    away = w_m * first + (1.0 + w_m) * tl.sum(mean, 0)
-    rounded = first + away
+    more = w_m * first
+    near = first + more  # and what rounding both has left
+    away = tl.fma(w_m, first, -more) + (more - (near - first)) + (1.0 + w_m) * tl.sum(mean, 0)
+    rounded = near + away
     tl.store(batch + c, rounded, mask=inside)
-    tl.store(batch + channels + c, away - (rounded - first), mask=inside)
+    tl.store(batch + channels + c, away - (rounded - near), mask=inside)
     tl.store(batch + 2 * channels + c, tl.sum(within + ((1.0 + w_m) * (1.0 + w_m))[None, :] * between, 0), mask=inside)
 
 
@@ -186,7 +188,7 @@ def channels_of(
             tl.load(pooled + channels + c, mask=inside, other=0.0),
         )
         spread = tl.load(pooled + 2 * channels + c, mask=inside, other=0.0)[None, :] + mean * 0.0
-        apart = (of_all - first + rest - w_m * first)[None, :] - f[None, :] * mean
+        apart = (tl.fma(-w_m, first, of_all - first) + rest)[None, :] - f[None, :] * mean
     used, delta, p = spread, apart, mean * 0.0 + 1.0
     if BLEND or CHOOSE % 2 == 1 or (FROZEN and not CONTEXTS):
         old = tl.load(running_spread + c, mask=inside, other=0.0).to(tl.float32)[None, :] + mean * 0.0

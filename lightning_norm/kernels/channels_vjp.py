@@ -64,7 +64,7 @@ def channels_vjp(
 
     With ``GATE`` a program also leaves what its channels add to the gradient of the shares, (1 + N, K): the first row
     is that of every sample. Where the batch lies on several ranks there are two launches: with ``RANKS`` 1 it leaves
-    the gradients of U and V in ``by`` (2, C), and with 2 it takes those of all ranks from there.
+    the gradients of U and V in ``by``, and with 2 it takes those of all ranks from there, see ``ranks``.
     """
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
     inside = c < channels
@@ -133,7 +133,6 @@ def channels_vjp(
             tl.store(by + at, p * dcenter, mask=kept)
             tl.store(by + channels + at, dspread, mask=kept)
             tl.store(centered + at, tl.sum(by_m, 0), mask=kept)
-            tl.store(centered + channels + at, dcenter, mask=kept)
         elif CENTER:
             between = tl.load(stats + 2 * rows + at, mask=kept, other=0.0)
             dm = tl.sum(by_m, 0) - (1.0 - p) * (base + rest) * dcenter + 2.0 * f[None, :] * between * dspread
@@ -145,16 +144,14 @@ def channels_vjp(
             tl.store(daffine_weight + c, tl.sum(tl.sum(by_a, 0), 0), mask=inside)
             tl.store(daffine_bias + c, tl.sum(tl.sum(by_c, 0), 0), mask=inside)
     if RANKS == 2:
-        far = tl.load(apart + at, mask=kept, other=0.0)
-        dmean_, dspread = tl.load(by + at, mask=kept, other=0.0), tl.load(by + channels + at, mask=kept, other=0.0)
-        dbatch = f[None, :] * (dmean_ - 2.0 * far * dspread)
+        dspread = tl.load(by + channels + at, mask=kept, other=0.0)
+        far = 2.0 * tl.load(apart + at, mask=kept, other=0.0) * dspread
+        dbatch = f[None, :] * (tl.load(by + at, mask=kept, other=0.0) - far)
         if CENTER:
-            between = tl.load(stats + 2 * rows + at, mask=kept, other=0.0)
             dm = tl.load(centered + at, mask=kept, other=0.0)
-            dm += (base + rest) * (
-                dmean_ - 2.0 * far * dspread - tl.load(centered + channels + at, mask=kept, other=0.0)
-            )
-            tl.store(dcenter_weight + c, tl.sum(dm + 2.0 * f[None, :] * between * dspread, 0), mask=inside)
+            dm += (base + rest) * (tl.load(by + 2 * channels + at, mask=kept, other=0.0) - far)
+            dm += 2.0 * f[None, :] * tl.load(stats + 2 * rows + at, mask=kept, other=0.0) * dspread
+            tl.store(dcenter_weight + c, tl.sum(dm, 0), mask=inside)
     else:
         dbatch = p * f[None, :] * dcenter
     if OWN and RANKS != 1:

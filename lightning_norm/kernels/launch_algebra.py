@@ -179,7 +179,7 @@ def adjoint(
     tile = _tile(grid, plan, 512)
     columns = cdiv(grid.c, tile["C_BLOCK"])
     rows = cdiv(groups, tile["G_BLOCK"]) if plan.at_ln >= 0 else 0
-    by_batch, by_layer = coef.new_empty(2, grid.c), coef.new_empty(2, groups if rows else 0)
+    by_batch, by_layer = coef.new_empty(3, grid.c), coef.new_empty(2, groups if rows else 0)
     dweight, dbias = coef.new_empty(grid.c), coef.new_empty(grid.c)
     dw, dv = coef.new_empty(grid.c if plan.outputs else plan.k), coef.new_empty(plan.k)
     mixed = coef.new_empty(6, columns)

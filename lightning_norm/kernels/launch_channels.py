@@ -168,7 +168,7 @@ def gradients(
     dshares = coef.new_empty(blocks if plan.gate else 0, grid.n + 1, plan.rows)
     held, stride = _shares(shares, seen, grid.n, plan)
     given = [coef if t is None else t for t in (held, seen, weight, bias, *gates[:5])]
-    by, centered = coef.new_empty(2, grid.c), coef.new_empty(2, grid.c)
+    by, centered = coef.new_empty(3, grid.c), coef.new_empty(grid.c)
 
     def vjp(ranks: int) -> None:
         channels_vjp[(blocks,)](

@@ -32,7 +32,7 @@ def pool(batch: Tensor, count: int, over_ranks: Sum) -> Tensor:
 
 
 def pool_gradient(by_batch: Tensor, batch: Tensor, total: Tensor, count: int, over_ranks: Sum) -> None:
-    """Turn the gradients (2, C) of the mean and variance of all ranks into those for this rank's ``count`` elements."""
+    """Turn the gradients (3, C) of mean and variance of all ranks into those for ``count`` elements of this rank."""
     channels, message = batch.shape[1], torch.empty_like(total)
     grid = (cdiv(channels, BLOCK),)
     with on(batch):
@@ -44,7 +44,7 @@ def pool_gradient(by_batch: Tensor, batch: Tensor, total: Tensor, count: int, ov
 
 def empty_gradient(batch: Tensor, total: Tensor, over_ranks: Sum | None) -> Tensor:
     """Meet the other ranks, with nothing to add, and return zeros (C,): the gradient of a parameter."""
-    zeros = torch.zeros_like(batch[:2])
+    zeros = torch.zeros_like(batch)
     if over_ranks is not None:
         pool_gradient(zeros, batch, total, 0, over_ranks)
     return torch.zeros_like(batch[0])

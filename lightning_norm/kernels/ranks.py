@@ -56,7 +56,10 @@ def pack_gradient(by_batch, batch, gathered, message, channels, BLOCK: tl.conste
 
 @triton.jit
 def unpack_gradient(gathered, batch, by_batch, count, channels, BLOCK: tl.constexpr):
-    """From the sum over ranks to the gradients of mean and variance, for the ``count`` elements of this rank."""
+    """From the sum over ranks to the gradients of mean and variance, for the ``count`` elements of this rank.
+
+    A third row is how much the mean's exceeds what this rank gave, which float32 could not tell afterwards.
+    """
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = c < channels
     n = tl.cast(count, tl.float64)
@@ -64,5 +67,8 @@ def unpack_gradient(gathered, batch, by_batch, count, channels, BLOCK: tl.conste
     mean += tl.load(batch + channels + c, mask=keep, other=0.0).to(tl.float64)
     of_sum = tl.load(gathered + 1 + c, mask=keep, other=0.0)
     of_square = tl.load(gathered + 1 + channels + c, mask=keep, other=0.0)
-    tl.store(by_batch + c, ((of_sum + 2.0 * mean * of_square) * n).to(tl.float32), mask=keep)
+    of_mean = (of_sum + 2.0 * mean * of_square) * n
+    excess = of_mean - tl.load(by_batch + c, mask=keep, other=0.0).to(tl.float64)
+    tl.store(by_batch + 2 * channels + c, excess.to(tl.float32), mask=keep)
+    tl.store(by_batch + c, of_mean.to(tl.float32), mask=keep)
     tl.store(by_batch + channels + c, (of_square * n).to(tl.float32), mask=keep)
