@@ -56,6 +56,9 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
     tested_with: ClassVar[dict[str, Any]] = {}
     """Arguments that the conformance suite adds, whose layers have 6 channels."""
 
+    follows_recipe: ClassVar[bool] = False
+    """Its class has the equations that its ``recipe`` tells the kernels."""
+
     registry: ClassVar[dict[str, type[Normalizer]]] = {}
 
     num_features: int
@@ -69,6 +72,7 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.follows_recipe = same_equations(cls)
         key = cls.__dict__.get("key", "")
         other = Normalizer.registry.get(key)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -272,7 +276,7 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
     given = None if of_input or layer.per_sample else layer.running()
     gathers = layer.training and (layer.pool is not None or layer.window is not None)  # which the kernels do not know
     algebra = layer.algebra_of(x, layout)
-    recipe = layer.recipe if same_equations(type(layer)) and not gathers else None
+    recipe = layer.recipe if layer.follows_recipe and not gathers else None
     return normalize(
         x,
         algebra,

@@ -14,6 +14,9 @@ from lightning_norm.ops.moments import Affine
 
 BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
+EPS = 2.0**-20
+"""torch takes no eps of 0; with this one, 1 - eps and their sum 1 are exact in float32."""
+
 
 class Evaluation(nn.Module):
     """Mixin: a class that is something else in evaluation overrides :meth:`eval_affine`, or :meth:`plain`."""
@@ -112,9 +115,10 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
                     setattr(plain, name, _cast(value, wide) if narrow else value)
             return plain
     assert affine.shift is not None
-    plain = kind(c, eps=0.0, **options)
+    plain = kind(c, eps=EPS, **options)
     with torch.no_grad():
         plain.get_buffer("running_mean").copy_(affine.center)
+        plain.get_buffer("running_var").fill_(1 - EPS)
         plain.get_parameter("weight").copy_(affine.scale)
         plain.get_parameter("bias").copy_(affine.shift)
     return plain

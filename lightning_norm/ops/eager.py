@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
+from lightning_norm.ops.layout import Layout, at_least_float32, cast, stat_dtype
 
 FLAT = 8.0
 """|mean| / std up to which scale * x + offset loses nothing against scale * (x - mean)."""
@@ -47,12 +47,13 @@ def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layou
     """
     u = _wide(x)
     if u.dtype == center.dtype and not flat:
-        return _affine(u - layout.spread(center), scale.to(u.dtype), shift.to(u.dtype), layout).to(x.dtype)
+        return cast(_affine(u - layout.spread(center), scale.to(u.dtype), shift.to(u.dtype), layout), x.dtype)
     pivot, scale = center.to(at_least_float32(u.dtype)), scale.to(at_least_float32(u.dtype))
     if flat and not _recording():
-        return _affine(u, scale, torch.addcmul(shift, scale, center, value=-1).to(scale.dtype), layout).to(x.dtype)
+        offset = torch.addcmul(shift, scale, center, value=-1).to(scale.dtype)
+        return cast(_affine(u, scale, offset, layout), x.dtype)
     offset = (shift + scale * (pivot - center)).to(scale.dtype)
-    return _affine(u - layout.spread(pivot), scale, offset, layout).to(x.dtype)
+    return cast(_affine(u - layout.spread(pivot), scale, offset, layout), x.dtype)
 
 
 def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, flat: bool = False) -> tuple[Tensor, Tensor]:

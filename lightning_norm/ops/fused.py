@@ -20,7 +20,7 @@ from lightning_norm.ops import depthwise, eager, kernel_passes
 from lightning_norm.ops.backend import on_kernels
 from lightning_norm.ops.channel_recipe import ChannelRecipe
 from lightning_norm.ops.coder_recipe import CoderRecipe
-from lightning_norm.ops.layout import Layout, at_least_float32, layout_of, stat_dtype
+from lightning_norm.ops.layout import Layout, at_least_float32, cast, layout_of, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.recipe import Recipe
 from lightning_norm.ops.sync import Ranks
@@ -246,7 +246,7 @@ class _Recover(torch.autograd.Function):
         ctx.save_for_backward(x, center, scale, shift, kernel)
         ctx.unroll = depthwise.unrolled(x, kernel)
         normalized = eager.apply(x.to(kernel.dtype), center, scale, shift, layout, flat)
-        return depthwise.convolve(normalized, kernel, bias, unroll=ctx.unroll).to(x.dtype)
+        return cast(depthwise.convolve(normalized, kernel, bias, unroll=ctx.unroll), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -81,6 +81,14 @@ def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
     return torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
 
 
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return t in ``dtype``, itself where it is: for what an autograd function returns.
+
+    There the Dynamo of torch 2.11 loses the gradient, without a word, of a tensor that ``to`` was asked of for nothing.
+    """
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def stat_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of x's means: float64 for float32 inputs where the device has it, else at least float32."""
     if x.dtype == torch.float32 and x.device.type == "mps":

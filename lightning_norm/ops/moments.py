@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_norm.ops.layout import stat_dtype
+from lightning_norm.ops.layout import cast, stat_dtype
 from lightning_norm.ops.sync import Ranks
 
 
@@ -138,7 +138,7 @@ class _Pool(torch.autograd.Function):
     def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         wide = stat_dtype(var)  # few numbers, exact for nothing
         pooled = mean.mean(dim, keepdim=True, dtype=wide)
-        apart = mean - pooled.to(mean.dtype)
+        apart = mean - cast(pooled, mean.dtype)
         ctx.size, ctx.var_dtype = mean.shape[dim], var.dtype
         ctx.save_for_backward(mean, pooled)
         between = apart.to(var.dtype).square()  # a small difference: narrow is enough
