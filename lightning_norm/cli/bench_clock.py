@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -50,14 +51,11 @@ class Timed:
             self.loops = max(1, round(LEAST_MS / max(self.once() * self.held, 1e-3)))
 
     def _capture(self) -> None:
-        stream = torch.cuda.current_stream()
         try:
             self._graph(1)
             if self.once() < SHORT_MS:
                 self._graph(MANY)
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # a failed capture leaves its own
-            torch.cuda.synchronize()
             self.calls, self.held, self.how = self.run, 1, f"events ({str(error).splitlines()[0]})"
 
     def _graph(self, calls: int) -> None:
@@ -66,10 +64,17 @@ class Timed:
         with torch.cuda.stream(stream):
             self.run()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_keeper().pool()):
-            for _ in range(calls):
-                self.run()  # the result is given up: the next call, and the next graph, may take its memory
+        graph, pool, before = torch.cuda.CUDAGraph(), _keeper().pool(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                for _ in range(calls):
+                    self.run()  # the result is given up: the next call, and the next graph, may take its memory
+        except RuntimeError:
+            torch.cuda.set_stream(before)  # a failed capture leaves its own
+            _abandon(graph, pool)
+            raise
+        graph.replay()  # the first time it is sent to the device as well
+        torch.cuda.synchronize()
         self.calls, self.held, self.how = graph.replay, calls, "graph replay"
 
     def once(self) -> float:
@@ -94,6 +99,22 @@ def _keeper() -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         torch.zeros(1, device="cuda")
     return graph
+
+
+_abandoned: list[Any] = []
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Begin again after a capture that failed: the allocator and the random generator still take it for running.
+
+    A capture that succeeds, into a new pool, ends that.
+    """
+    _abandoned.append((graph, _keeper()))  # the allocator still refers to it
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    torch.cuda.synchronize()
+    _keeper.cache_clear()
+    _keeper()
 
 
 def interleaved(runs: dict[str, Timed], repeats: int) -> dict[str, list[float]]:

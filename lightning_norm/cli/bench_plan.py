@@ -65,6 +65,11 @@ class Case:
         return len(self.shape) == 4 and math.prod(self.shape[2:]) <= SMALL
 
     @property
+    def needed(self) -> bool:
+        """Tell whether a bar asks for it."""
+        return self.bytes >= LARGE * 1e6 or self.small
+
+    @property
     def facts(self) -> dict[str, Any]:
         """Return what every row of the case repeats."""
         size = {"mb": self.bytes / 1e6, "small": self.small}
@@ -81,7 +86,7 @@ def cases(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], compiled: bo
         for shape in shapes
         for last in ((False, True) if len(shape) == 4 else (False,))
     ]
-    return sorted(found, key=lambda case: case.bytes < LARGE * 1e6 and not case.small)
+    return sorted(found, key=lambda case: not case.needed)
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,12 @@ def stages(
     plain, graphs = cases(shapes, dtypes, False), cases(shapes, dtypes, True) if compiled else []
     first = tuple(key for key in keys if key == "sn") or tuple(keys[:1])
     rest = tuple(key for key in keys if key not in first)
-    yield Stage(tuple(plain))
+    yield Stage(tuple(case for case in plain if case.needed))
     if network:
         yield Stage(keys=first)
         if compiled:
             yield Stage(keys=first, compiled=True)
+    yield Stage(tuple(case for case in plain if not case.needed))
     yield Stage(tuple(graphs[:1]))
     if network and rest:
         yield Stage(keys=rest)

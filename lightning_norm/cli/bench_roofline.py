@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -134,9 +134,10 @@ def _measure(
     x, dy = inputs(case, device)
     entered: dict[str, Contender] = {}
     dims, both = len(case.shape), case.compiled or (compiled and case.small)
-    for name, layer in chain(
+    found = chain(
         contenders(case.shape, keys, device, case.compiled, case.naive), others(case.shape[1], dims, device, both)
-    ):
+    )
+    for name, layer in _as_far_as_it_goes(found, lambda error: budget.fell(f"{case}: the next one", error, True)):
         ours, start = name.split()[0] in keys and "naive" not in name, time.monotonic()
         kind = "compiled" if "compiled" in name else "naive" if "naive" in name else ""
         if kind and not budget.allows(f"{case}: {name}", kind):
@@ -154,6 +155,14 @@ def _measure(
     times = interleaved({f"{n}\0{p}": getattr(c, p) for n, c in entered.items() for p in parts}, repeats)
     medians = {name: statistics.median(t) for name, t in times.items()}
     return [_row(case, name, c, medians, speed) for name, c in entered.items()] if "torch" in entered else []
+
+
+def _as_far_as_it_goes(items: Iterator[Any], fell: Callable[[Exception], None]) -> Iterator[Any]:
+    """Yield what an iterator gives until it raises, which is told and not passed on."""
+    try:
+        yield from items
+    except Exception as error:
+        fell(error)
 
 
 def _row(case: Case, name: str, contender: Contender, medians: Mapping[str, float], speed: float) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ REGISTERS = {
     "recover_combine": 128,
     "vjp_pool": 200,
     "survey": 128,
+    "channels_of": 112,
 }
 """Registers of a thread at most: without a limit ptxas spills 8 bytes of these for one more resident program."""
 
@@ -123,6 +125,7 @@ def grid_of(x: Tensor, channel_dim: int) -> Grid:
     return _columns(n, c, size, vector) if columns and size > 1 else _rows(n, c, size, vector)
 
 
+@functools.lru_cache(4096)
 def _rows(n: int, c: int, size: int, vector: int) -> Grid:
     align = vector if n * c * size % vector == 0 else 1
     span = size if size % align == 0 else size + align - 1
@@ -138,6 +141,7 @@ def _rows(n: int, c: int, size: int, vector: int) -> Grid:
     return Grid(n, c, size, False, align, 1, rows, block, piece, pieces)
 
 
+@functools.lru_cache(4096)
 def _columns(n: int, c: int, size: int, vector: int) -> Grid:
     fold = 1
     for wider in (2, 4, 8, 16, 32, 64):

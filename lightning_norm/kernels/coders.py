@@ -78,16 +78,15 @@ def measured(stats, r, c, rows, channels, eps):
 
 
 @triton.jit
-def passed(noise, share, seed, q, c, channels, DROP: tl.constexpr):
+def passed(noise, share, seed, drawn, q, c, channels):
     """What the mean or the standard deviation is multiplied by before E_s, (1, C): 0 where it is dropped.
 
-    ``noise`` (2, C) is uniform in [0, 1); where DROP is 2 it is drawn here, the same in every kernel with this seed.
+    ``noise`` (2, C) is uniform in [0, 1); where ``drawn`` is not 0 it is drawn here, the same in every kernel with this
+    seed. Not a constant: a kernel that was not loaded before cannot be launched while a CUDA graph is recorded.
     """
     p = tl.load(share).to(tl.float32)
-    if DROP == 2:
-        u = tl.rand(seed, q * channels + c)[None, :]
-    else:
-        u = tl.load(noise + q * channels + c, mask=c < channels, other=0.0)[None, :]
+    u = tl.load(noise + q * channels + c, mask=(c < channels) & (drawn == 0), other=0.0)
+    u = tl.where(drawn == 0, u, tl.rand(seed, q * channels + c))[None, :]
     left = tl.maximum(1.0 - p, 1.1754943508222875e-38)
     return tl.where(u >= p, tl.div_rn(tl.full((), 1.0, tl.float32), left), 0.0)
 
@@ -103,10 +102,10 @@ def spread(out, a, b, c, samples, channels, N_BLOCK: tl.constexpr, C_BLOCK: tl.c
         tl.store(to + number, tl.broadcast_to(b, (N_BLOCK, C_BLOCK)), mask=keep)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "drawn"])
 def encode(
     hi, lo, var, running_mean, running_var, noise, share, std_weight, rescale_weight, stats, parts, samples, rows,
-    channels, std_units, rescale_units, span, pieces, sample_stride, stride, piece, size, fold, seed, eps,
+    channels, std_units, rescale_units, span, pieces, sample_stride, stride, piece, size, fold, seed, drawn, eps,
     BATCH: tl.constexpr, FROZEN: tl.constexpr, MERGE: tl.constexpr, DROP: tl.constexpr, N_BLOCK: tl.constexpr,
     R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -148,9 +147,9 @@ def encode(
                 tl.store(stats + number + at, d, mask=keep)
                 tl.store(stats + 2 * number + at, v, mask=keep)
             s = tl.sqrt_rn(v + tl.cast(eps, tl.float32))
-        if DROP != 0:
-            k = tl.where(second, k, k * passed(noise, share, seed, 0, c, channels, DROP))
-            s = tl.where(second, s, s * passed(noise, share, seed, 1, c, channels, DROP))
+        if DROP:
+            k = tl.where(second, k, k * passed(noise, share, seed, drawn, 0, c, channels))
+            s = tl.where(second, s, s * passed(noise, share, seed, drawn, 1, c, channels))
         w = linear_at(weight, h, c, channels, units, channels)
         mean += times(tl.where(keep, k, 0.0), w, R_BLOCK)
         std += times(tl.where(keep, s, 0.0), w, R_BLOCK)

@@ -180,16 +180,16 @@ def through_encoder(
 @triton.jit
 def vjp_statistics(
     job, parts, hidden, stats, direct, noise, share, std_weight, rescale_weight, line, samples, rows, channels,
-    std_units, rescale_units, size, seed, eps, BATCH: tl.constexpr, DROP: tl.constexpr, SPANS: tl.constexpr,
+    std_units, rescale_units, size, seed, drawn, eps, BATCH: tl.constexpr, DROP: tl.constexpr, SPANS: tl.constexpr,
     N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Constant and slope (2, N * C) of dx = scale dy + constant + slope (x - k), for a tile of (R, C)."""
     blocks, number, total = tl.cdiv(channels, C_BLOCK), rows * channels, std_units + rescale_units
     r, c = job // blocks * R_BLOCK + tl.arange(0, R_BLOCK), job % blocks * C_BLOCK + tl.arange(0, C_BLOCK)
     dmean, dstd = through_encoder(parts, hidden, std_weight, r, c, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
-    if DROP != 0:
-        dmean *= passed(noise, share, seed, 0, c, channels, DROP)
-        dstd *= passed(noise, share, seed, 1, c, channels, DROP)
+    if DROP:
+        dmean *= passed(noise, share, seed, drawn, 0, c, channels)
+        dstd *= passed(noise, share, seed, drawn, 1, c, channels)
     more, most = through_encoder(parts, hidden, rescale_weight, r, c, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
     keep = (r[:, None] < rows) & (c[None, :] < channels)
     at = r[:, None].to(tl.int64) * channels + c[None, :]
@@ -211,7 +211,7 @@ def vjp_statistics(
 @triton.jit
 def vjp_encoder(
     job, parts, hidden, stats, noise, share, dstd_weight, dstd_bias, drescale_weight, drescale_bias, rows, channels,
-    std_units, rescale_units, seed, eps, DROP: tl.constexpr, SPANS: tl.constexpr, R_BLOCK: tl.constexpr,
+    std_units, rescale_units, seed, drawn, eps, DROP: tl.constexpr, SPANS: tl.constexpr, R_BLOCK: tl.constexpr,
     H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradients of an encoder's weight, and of its bias."""
@@ -228,9 +228,9 @@ def vjp_encoder(
     for begin in range(0, rows, R_BLOCK):
         r = begin + tl.arange(0, R_BLOCK)
         mean, lo, std, v = measured(stats, r, c, rows, channels, eps)
-        if DROP != 0:
-            mean = tl.where(second, mean, mean * passed(noise, share, seed, 0, c, channels, DROP))
-            std = tl.where(second, std, std * passed(noise, share, seed, 1, c, channels, DROP))
+        if DROP:
+            mean = tl.where(second, mean, mean * passed(noise, share, seed, drawn, 0, c, channels))
+            std = tl.where(second, std, std * passed(noise, share, seed, drawn, 1, c, channels))
         z = hidden_gradient(parts, hidden, r, h, 0, before, rows, units, std_units + rescale_units, SPANS)
         y = hidden_gradient(parts, hidden, r, h, 1, before, rows, units, std_units + rescale_units, SPANS)
         dw += outer(z, mean, R_BLOCK) + outer(y, std, R_BLOCK)
@@ -240,11 +240,11 @@ def vjp_encoder(
     tl.store(dbias + h, tl.sum(db, 0), mask=(h < units) & (job % blocks == 0))
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "drawn"])
 def vjp_encode(
     parts, hidden, stats, direct, gates, noise, share, std_weight, rescale_weight, dstd_weight, dstd_bias,
     drescale_weight, drescale_bias, dgates, line, samples, rows, channels, std_units, rescale_units, lines, shares,
-    size, seed, eps, BATCH: tl.constexpr, DROP: tl.constexpr, SPANS: tl.constexpr, N_BLOCK: tl.constexpr,
+    size, seed, drawn, eps, BATCH: tl.constexpr, DROP: tl.constexpr, SPANS: tl.constexpr, N_BLOCK: tl.constexpr,
     R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the statistics in the first ``lines`` programs, of the encoders in the others.
@@ -255,12 +255,12 @@ def vjp_encode(
     if pid < lines:
         vjp_statistics(
             pid, parts, hidden, stats, direct, noise, share, std_weight, rescale_weight, line, samples, rows, channels,
-            std_units, rescale_units, size, seed, eps, BATCH, DROP, SPANS, N_BLOCK, R_BLOCK, H_BLOCK, C_BLOCK,
+            std_units, rescale_units, size, seed, drawn, eps, BATCH, DROP, SPANS, N_BLOCK, R_BLOCK, H_BLOCK, C_BLOCK,
         )  # fmt: skip
     else:
         vjp_encoder(
             pid - lines, parts, hidden, stats, noise, share, dstd_weight, dstd_bias, drescale_weight, drescale_bias,
-            rows, channels, std_units, rescale_units, seed, eps, DROP, SPANS, R_BLOCK, H_BLOCK, C_BLOCK,
+            rows, channels, std_units, rescale_units, seed, drawn, eps, DROP, SPANS, R_BLOCK, H_BLOCK, C_BLOCK,
         )  # fmt: skip
     if pid == 0:
         for q in tl.static_range(4):

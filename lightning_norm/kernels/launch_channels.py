@@ -103,7 +103,7 @@ def coefficients(
             numbers.power, numbers.unit_scale, numbers.unit_affine, MERGE=merge, FROZEN=bool(plan.frozen),
             BLEND=bool(plan.blend), POWER=bool(plan.powers), DETACH=bool(plan.detach), CHOOSE=plan.choose,
             MOVE=plan.track * plan.moves, POOLED=bool(plan.pooled), RANKS=bool(plan.ranks), WEIGHT=weight is not None,
-            BIAS=bias is not None, num_warps=4, **tile, **plan.constants(),
+            BIAS=bias is not None, num_warps=4, maxnreg=REGISTERS["channels_of"], **tile, **plan.constants(),
         )  # fmt: skip
         if plan.blend:
             commit[(1,)](

@@ -122,8 +122,8 @@ def coefficients(
     with on(x):
         encode[(e.across, sum(e.units), e.spans)](
             *parts, mean, var, *_given((noise, share), coef), coders[0], coders[6], own, sums, *size, e.span, *place,
-            seed, eps, BATCH=bool(plan.batch), FROZEN=bool(plan.frozen), MERGE=merge, DROP=_drop(noise, share),
-            N_BLOCK=min(power(grid.n), 16), num_warps=4, **e.blocks,
+            seed, int(noise is None), eps, BATCH=bool(plan.batch), FROZEN=bool(plan.frozen), MERGE=merge,
+            DROP=share is not None, N_BLOCK=min(power(grid.n), 16), num_warps=4, **e.blocks,
         )  # fmt: skip
         decode[(d.across, d.along)](
             sums, own, coders[1], coders[7], *coders[2:6], *coders[8:], *_given((*gates, weight, bias), coef), mean,
@@ -182,9 +182,9 @@ def gradients(
         )  # fmt: skip
         vjp_encode[(lines + e.along * sum(e.units),)](
             sums, hidden, own, direct, parted, *_given((noise, share), coef), coders[0], coders[6],
-            *(back[i] for i in (0, 1, 6, 7)), dgates, line, grid.n, *size, *units, lines, a.along, grid.size, seed, eps,
-            BATCH=bool(plan.batch), DROP=_drop(noise, share), SPANS=d.spans, N_BLOCK=n_block, T_BLOCK=BLOCK,
-            num_warps=4, **e.blocks,
+            *(back[i] for i in (0, 1, 6, 7)), dgates, line, grid.n, *size, *units, lines, a.along, grid.size, seed,
+            int(noise is None), eps, BATCH=bool(plan.batch), DROP=share is not None, SPANS=d.spans, N_BLOCK=n_block,
+            T_BLOCK=BLOCK, num_warps=4, **e.blocks,
         )  # fmt: skip
     dx, dresidual = coef.new_empty(0), None
     if need_dx or residual is not None:
@@ -196,11 +196,6 @@ def _sizes(x: Tensor, coders: Sequence[Tensor], channel_dim: int, plan: CoderPla
     """Return the grid, the hidden units of both encoders, and R."""
     grid = grid_of(x, channel_dim)
     return grid, (coders[0].shape[0], coders[6].shape[0]), 1 if plan.batch else grid.n
-
-
-def _drop(noise: Optional, share: Optional) -> int:
-    """Return 0 where nothing is dropped, 1 where noise is given, 2 where it is drawn."""
-    return 0 if share is None else 2 if noise is None else 1
 
 
 def _given(tensors: Sequence[Optional], other: Tensor) -> list[Tensor]:

@@ -165,7 +165,7 @@ def _coders() -> Iterator[Variant]:
         ("asr", ((32, 32, 16), (16, 16, 32), (16, 32, 16), (32, 32, 32), (16, 16, 32))),
     ):
         batch = shape == "afn"
-        given = {"BATCH": batch, "FROZEN": False, "TRACK": int(batch), "DROP": 2 * batch, "GATED": True, "WEIGHT": True}
+        given = {"BATCH": batch, "FROZEN": False, "TRACK": int(batch), "DROP": batch, "GATED": True, "WEIGHT": True}
         given |= {"BIAS": True, "SPANS": 4, "T_BLOCK": 256}
         for (kernel, tile), merge in itertools.product(zip(kernels, tiles, strict=True), (False, True)):
             own = inspect.signature(kernel.fn).parameters

@@ -16,6 +16,8 @@ from lightning_norm.ops import primitives
 
 LONGEST = 7
 """Taps along an axis that the fused kernels unroll."""
+LARGEST = 1 << 25
+"""Positions of a map at most, for a grid has at most 65535 programs along its second axis."""
 
 
 def fit(kernel: Tensor, spatial: int) -> Tensor:
@@ -31,9 +33,9 @@ def fit(kernel: Tensor, spatial: int) -> Tensor:
     return kernel
 
 
-def on_kernels(kernel: Tensor) -> bool:
-    """Tell whether the fused kernels know a convolution: of one or two axes, of at most seven taps along each."""
-    return kernel.dim() in (3, 4) and max(kernel.shape[2:]) <= LONGEST
+def on_kernels(kernel: Tensor, size: int) -> bool:
+    """Tell whether the fused kernels know a convolution: one or two axes, at most seven taps along each, such maps."""
+    return kernel.dim() in (3, 4) and max(kernel.shape[2:]) <= LONGEST and size <= LARGEST
 
 
 def unrolled(x: Tensor, kernel: Tensor) -> bool:

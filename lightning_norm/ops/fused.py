@@ -108,7 +108,8 @@ def normalize(
         if known is not None and recovery is None and (residual is None or residual.dtype == x.dtype):
             return known.normalize(x, layout, activation, residual)
         taps = None if recovery is None else depthwise.fit(recovery[0], len(layout.reduced))
-        if isinstance(known, Recipe) and recovery is not None and taps is not None and depthwise.on_kernels(taps):
+        fused = taps is not None and depthwise.on_kernels(taps, layout.size)
+        if isinstance(known, Recipe) and recovery is not None and taps is not None and fused:
             y = known.recover(x, layout, taps, recovery[1])
         else:
             y = _normalize(x, algebra, layout, given, ranks, kernels, recovery)

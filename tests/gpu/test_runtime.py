@@ -71,6 +71,25 @@ def steps_of(layer, run, device, form):
     return found
 
 
+def test_dropout_in_a_cuda_graph(cuda, plain_memory):
+    """A graph recorded after eager steps, each replay of which draws anew."""
+    layer = layer_of("afn", {"dropout": 0.3}, cuda)
+    x, dy, _ = inputs(cuda)
+    x.requires_grad_()
+    for _ in range(3):
+        torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        torch.autograd.grad(y, [x, *layer.parameters()], dy)
+    seen = []
+    for _ in range(8):
+        graph.replay()
+        seen.append(y.detach().clone())
+    assert all(t.isfinite().all() for t in seen)
+    assert any(not torch.equal(seen[0], t) for t in seen[1:])
+
+
 @pytest.mark.parametrize("form", ["contiguous", "channels_last"])
 @each
 def test_compiled(key, arguments, form, device, plain_memory):
