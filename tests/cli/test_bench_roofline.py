@@ -162,7 +162,7 @@ def test_bad_dtypes():
 @pytest.mark.filterwarnings("default")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda(tmp_path):
-    shapes = ["--shapes", "8x64x14x14,8x64x7x7", "--norms", "bn,sn", "--minutes", "3"]
+    shapes = ["--shapes", "8x64x14x14,8x64x7x7", "--norms", "bn,sn,afn", "--minutes", "3"]
     rows = bench.run(["--device", "cuda", *shapes, "--save", str(tmp_path)])
     sn = next(r for r in rows if r["name"] == "sn")
     assert sn["clock"] == "graph replay"
