@@ -5,7 +5,7 @@ The operators take ``plan`` and ``numbers``, the fields of ``ChannelPlan`` and `
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from lightning_norm.ops.sync import Ranks
 
 ops = torch.ops.lightning_norm
 GATES = ("center_weight", "scale_weight", "scale_bias", "affine_weight", "affine_bias", "gate_weight", "gate_bias")
+PLAN = tuple(field.name for field in fields(ChannelPlan))
+NUMBERS = {field.name: 0.0 if field.default is MISSING else field.default for field in fields(Numbers)}
 _BUFFERS = dict(zip("abcdefgh", ("mean", "spread", "tracked", "skipped", *(f"more{i}" for i in range(4))), strict=True))
 SCHEMAS = {
     name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, "
@@ -71,8 +73,8 @@ class ChannelRecipe:
 
     def fields(self) -> tuple[list[int], list[float]]:
         """Return plan and numbers as the operators take them."""
-        plan = (int(v) for v in astuple(ChannelPlan(**self.plan)))
-        return list(plan), [float(v) for v in astuple(Numbers(**self.numbers))]
+        plan = [int(self.plan.get(name, 0)) for name in PLAN]
+        return plan, [float(self.numbers.get(name, default)) for name, default in NUMBERS.items()]
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""

@@ -109,8 +109,7 @@ def _kernel_gradients(dy: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Te
 def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     zeros = [0] * (x.dim() - 2)  # aten's own name is the one that autocast does not know
     y: Tensor = torch.ops.aten.convolution(x, kernel, bias, *_geometry(kernel), False, zeros, x.shape[1])
-    like = torch.empty_like(x)
-    return y if y.stride() == like.stride() else like.copy_(y)
+    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
 
 def _geometry(kernel: Tensor) -> tuple[list[int], list[int], list[int]]:
