@@ -131,9 +131,11 @@ def combine(
     """Return dx = scale * g + constant + slope * (x - pivot), and g for the residual; ``line`` is (2, N, C)."""
     grid = grid_of(x, channel_dim)
     dx = torch.empty_like(x)
+    dthird = dx if residual is None else torch.empty_like(x)
+    if not x.numel():
+        return dx, None if residual is None else dthird
     dy = dense(dy, x)
     third = x if residual is None else dense(residual, x)
-    dthird = dx if residual is None else torch.empty_like(x)
     constant, slope = (coef[0], coef[0]) if line is None else line
     act = ACTIVATIONS.index(activation)
     blocks = {"ALIGN": grid.align, "ACT": act, "RESIDUAL": residual is not None, "PLAIN": line is None}
@@ -149,6 +151,23 @@ def combine(
                 magic(grid.size), BLOCK=TILE, WIDE=grid.size >= TILE, num_warps=4, **blocks,
             )  # fmt: skip
     return dx, None if residual is None else dthird
+
+
+def input_gradients(
+    dy: Tensor,
+    x: Tensor,
+    coef: Tensor,
+    line: Tensor | None,
+    channel_dim: int,
+    activation: str,
+    residual: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the residual as ``combine`` does; an empty tensor for what nobody asks for."""
+    dx, dresidual = coef.new_empty(0), None
+    if need_dx or residual is not None:
+        dx, dresidual = combine(dy, x, coef, line, channel_dim, activation, residual)
+    return dx, coef.new_empty(0) if dresidual is None else dresidual
 
 
 def loops(grid: Grid) -> bool:

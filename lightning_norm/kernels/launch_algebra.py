@@ -10,10 +10,8 @@ from torch import Tensor
 from lightning_norm.kernels.algebra import mix, pool
 from lightning_norm.kernels.algebra_vjp import vjp_mix, vjp_pool
 from lightning_norm.kernels.blocks import REGISTERS, Grid, cdiv, grid_of, power
-from lightning_norm.kernels.launch import combine, moment_parts, on, sum_parts
-from lightning_norm.kernels.launch_ranks import Sum, empty_gradient, empty_maps
-from lightning_norm.kernels.launch_ranks import pool as pool_ranks
-from lightning_norm.kernels.launch_ranks import pool_gradient as pool_ranks_gradient
+from lightning_norm.kernels.launch import input_gradients, moment_parts, on, sum_parts
+from lightning_norm.kernels.launch_ranks import Sum, empty_gradient, pool_ranks, pool_ranks_gradient
 
 BLOCK = 256
 """(n, c) pairs of a program."""
@@ -138,21 +136,18 @@ def gradients(
     With ``over_ranks`` the ranks meet if x needs a gradient: those of the parameters are this rank's own.
     """
     grid, coef = grid_of(x, channel_dim), stats[3]
-    if grid.n == 0:
-        zero = empty_gradient(stats[1], stats[4], over_ranks if need_dx else None)
-        dw, dv = coef.new_zeros(grid.c if plan.outputs else plan.k), coef.new_zeros(plan.k)
-        maps = empty_maps(x, residual, need_dx)
-        return maps[0], zero, zero.clone(), dw, dv, maps[1]
-    parts = sum_parts(dy, x, coef, grid, activation, residual)
-    place = (grid.parts, grid.sample_stride, grid.part_stride)
     meet = over_ranks if need_dx else None
-    *held, line = adjoint(x, parts, stats, weight, w, v, running, channel_dim, plan, eps, place, meet)
-    dweight, dbias, dw, dv = held
-    dx, dresidual = coef.new_empty(0), None
-    if need_dx or residual is not None:
-        moving = plan.own or plan.k > 0
-        dx, dresidual = combine(dy, x, coef, line if moving else None, channel_dim, activation, residual)
-    return dx, dweight, dbias, dw, dv, coef.new_empty(0) if dresidual is None else dresidual
+    if grid.n == 0:
+        dweight, line = empty_gradient(stats[1], stats[4], meet), None
+        dbias, dw, dv = dweight.clone(), coef.new_zeros(grid.c if plan.outputs else plan.k), coef.new_zeros(plan.k)
+    else:
+        parts = sum_parts(dy, x, coef, grid, activation, residual)
+        place = (grid.parts, grid.sample_stride, grid.part_stride)
+        *held, line = adjoint(x, parts, stats, weight, w, v, running, channel_dim, plan, eps, place, meet)
+        dweight, dbias, dw, dv = held
+    moving = plan.own or plan.k > 0
+    maps = input_gradients(dy, x, coef, line if moving else None, channel_dim, activation, residual, need_dx)
+    return maps[0], dweight, dbias, dw, dv, maps[1]
 
 
 def adjoint(

@@ -12,8 +12,8 @@ from lightning_norm.kernels.channel_plan import ChannelPlan, Numbers
 from lightning_norm.kernels.channels import channels_of, pool_channels
 from lightning_norm.kernels.channels_vjp import channels_vjp, gate_logits_vjp, gate_vjp
 from lightning_norm.kernels.condensation import directions
-from lightning_norm.kernels.launch import combine, moment_parts, on, sum_parts
-from lightning_norm.kernels.launch_ranks import Sum, empty_gradient, empty_maps, pool, pool_gradient
+from lightning_norm.kernels.launch import input_gradients, moment_parts, on, sum_parts
+from lightning_norm.kernels.launch_ranks import Sum, empty_gradient, pool_ranks, pool_ranks_gradient
 from lightning_norm.kernels.tracking import commit, survey
 
 BLOCK = 1024
@@ -82,7 +82,7 @@ def coefficients(
                     *parts, coef if gates[0] is None else gates[0], batch, grid.n, grid.c, *place, MERGE=merge,
                     CENTER=bool(plan.center), num_warps=4, **tile,
                 )  # fmt: skip
-        total = pool(batch, grid.n * grid.size, over_ranks)
+        total = pool_ranks(batch, grid.n * grid.size, over_ranks)
     with on(x):
         if plan.surveys:
             survey[((grid.n if plan.looks else 0) + 1,)](
@@ -157,7 +157,7 @@ def gradients(
     if grid.n == 0:
         zero = empty_gradient(batch, total, over_ranks)[None]
         dgates = [coef.new_empty(0) if t is None else torch.zeros_like(t, dtype=torch.float32) for t in gates]
-        maps = empty_maps(x, residual, need_dx)
+        maps = input_gradients(dy, x, coef, None, channel_dim, activation, residual, need_dx)
         return maps[0], zero, zero.clone(), *dgates, maps[1]
     parts = sum_parts(dy, x, coef, grid, activation, residual)
     dweight, dbias = coef.new_empty(plan.rows, grid.c), coef.new_empty(plan.rows, grid.c)
@@ -182,7 +182,7 @@ def gradients(
     with on(x):
         vjp(0 if over_ranks is None else 1)
         if over_ranks is not None:
-            pool_gradient(by, batch, total, grid.n * grid.size, over_ranks)
+            pool_ranks_gradient(by, batch, total, grid.n * grid.size, over_ranks)
             vjp(2)
         if plan.gate:
             dlogits = coef.new_empty(grid.n, plan.rows)
@@ -195,10 +195,8 @@ def gradients(
                 dlogits, coef, own, gates[5], *dgates[5:], line, grid.n, grid.n * grid.c, grid.c, plan.rows, grid.size,
                 num_warps=4, **tile,
             )  # fmt: skip
-    dx, dresidual = coef.new_empty(0), None
-    if need_dx or residual is not None:
-        dx, dresidual = combine(dy, x, coef, line if plan.own else None, channel_dim, activation, residual)
-    return dx, dweight, dbias, *dgates, coef.new_empty(0) if dresidual is None else dresidual
+    maps = input_gradients(dy, x, coef, line if plan.own else None, channel_dim, activation, residual, need_dx)
+    return maps[0], dweight, dbias, *dgates, maps[1]
 
 
 def _tile(grid: Grid, plan: ChannelPlan, most: int) -> dict[str, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_norm.kernels.blocks import BUSY, Grid, cdiv, grid_of, power
 from lightning_norm.kernels.coders import decode, encode
 from lightning_norm.kernels.coders_vjp import vjp_affine, vjp_decode, vjp_encode
-from lightning_norm.kernels.launch import combine, moment_parts, on, sum_parts
+from lightning_norm.kernels.launch import input_gradients, moment_parts, on, sum_parts
 
 BLOCK = 256
 """Numbers that one program takes at once where it moves the running statistics or adds parts of gates."""
@@ -186,10 +186,9 @@ def gradients(
             int(noise is None), eps, BATCH=bool(plan.batch), DROP=share is not None, SPANS=d.spans, N_BLOCK=n_block,
             T_BLOCK=BLOCK, num_warps=4, **e.blocks,
         )  # fmt: skip
-    dx, dresidual = coef.new_empty(0), None
-    if need_dx or residual is not None:
-        dx, dresidual = combine(dy, x, coef, None if plan.frozen else line, channel_dim, activation, residual)
-    return dx, [dweight, dbias, dgates, *back], coef.new_empty(0) if dresidual is None else dresidual
+    last = None if plan.frozen else line
+    dx, dresidual = input_gradients(dy, x, coef, last, channel_dim, activation, residual, need_dx)
+    return dx, [dweight, dbias, dgates, *back], dresidual
 
 
 def _sizes(x: Tensor, coders: Sequence[Tensor], channel_dim: int, plan: CoderPlan) -> tuple[Grid, tuple[int, int], int]:

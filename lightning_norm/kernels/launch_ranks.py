@@ -18,7 +18,7 @@ Sum = Callable[[Tensor], Tensor]
 """Adds a tensor up over the ranks."""
 
 
-def pool(batch: Tensor, count: int, over_ranks: Sum) -> Tensor:
+def pool_ranks(batch: Tensor, count: int, over_ranks: Sum) -> Tensor:
     """Turn the statistics (3, C) of ``count`` elements of this rank into those of all ranks; return the sums."""
     channels = batch.shape[1]
     message = torch.empty(1, 1 + 2 * channels, device=batch.device, dtype=torch.float64)
@@ -31,7 +31,7 @@ def pool(batch: Tensor, count: int, over_ranks: Sum) -> Tensor:
     return total
 
 
-def pool_gradient(by_batch: Tensor, batch: Tensor, total: Tensor, count: int, over_ranks: Sum) -> None:
+def pool_ranks_gradient(by_batch: Tensor, batch: Tensor, total: Tensor, count: int, over_ranks: Sum) -> None:
     """Turn the gradients (3, C) of mean and variance of all ranks into those for ``count`` elements of this rank."""
     channels, message = batch.shape[1], torch.empty_like(total)
     grid = (cdiv(channels, BLOCK),)
@@ -46,12 +46,5 @@ def empty_gradient(batch: Tensor, total: Tensor, over_ranks: Sum | None) -> Tens
     """Meet the other ranks, with nothing to add, and return zeros (C,): the gradient of a parameter."""
     zeros = torch.zeros_like(batch)
     if over_ranks is not None:
-        pool_gradient(zeros, batch, total, 0, over_ranks)
+        pool_ranks_gradient(zeros, batch, total, 0, over_ranks)
     return torch.zeros_like(batch[0])
-
-
-def empty_maps(x: Tensor, residual: Tensor | None, need_dx: bool) -> tuple[Tensor, Tensor]:
-    """Return the gradients of an x without samples and of its residual; an empty tensor for none."""
-    nothing = torch.empty(0, device=x.device, dtype=torch.float32)
-    dx = torch.empty_like(x) if need_dx or residual is not None else nothing
-    return dx, torch.empty_like(nothing) if residual is None else torch.empty_like(x)

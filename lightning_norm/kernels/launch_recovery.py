@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_norm.kernels.blocks import BUSY, REGISTERS, cdiv, dense, power, registers, where
 from lightning_norm.kernels.launch import on
 from lightning_norm.kernels.launch_algebra import Plan, adjoint
-from lightning_norm.kernels.launch_ranks import Sum, empty_gradient, empty_maps
+from lightning_norm.kernels.launch_ranks import Sum, empty_gradient
 from lightning_norm.kernels.recovery import join_taps, recover_apply, recover_combine, recover_sums
 
 TILE = 1024
@@ -171,7 +171,8 @@ def gradients(
     coef, dy = stats[3], dense(dy, x)
     if not x.numel():
         dbias = empty_gradient(stats[1], stats[4], over_ranks if need_dx else None)
-        return empty_maps(x, None, need_dx)[0], torch.zeros_like(kernel, dtype=torch.float32), dbias
+        dx = torch.empty_like(x) if need_dx else coef.new_empty(0)
+        return dx, torch.zeros_like(kernel, dtype=torch.float32), dbias
     parts, s, dkernel, dbias = sum_parts(dy, x, coef, kernel)
     dx = coef.new_empty(0)
     if need_dx:

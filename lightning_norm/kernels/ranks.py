@@ -10,13 +10,19 @@ import triton.language as tl
 
 
 @triton.jit
+def mean_of(batch, c, channels, keep):
+    """The mean, hi + lo."""
+    hi = tl.load(batch + c, mask=keep, other=0.0).to(tl.float64)
+    return hi + tl.load(batch + channels + c, mask=keep, other=0.0).to(tl.float64)
+
+
+@triton.jit
 def pack(batch, message, count, channels, BLOCK: tl.constexpr):
     """From this rank's statistics (3, C), hi, lo and variance, to what travels."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = c < channels
     n = tl.cast(count, tl.float64)
-    mean = tl.load(batch + c, mask=keep, other=0.0).to(tl.float64)
-    mean += tl.load(batch + channels + c, mask=keep, other=0.0).to(tl.float64)
+    mean = mean_of(batch, c, channels, keep)
     var = tl.load(batch + 2 * channels + c, mask=keep, other=0.0).to(tl.float64)
     tl.store(message + 1 + c, n * mean, mask=keep)
     tl.store(message + 1 + channels + c, n * (var + mean * mean), mask=keep)
@@ -44,8 +50,7 @@ def pack_gradient(by_batch, batch, gathered, message, channels, BLOCK: tl.conste
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = c < channels
     n = tl.load(gathered)
-    mean = tl.load(batch + c, mask=keep, other=0.0).to(tl.float64)
-    mean += tl.load(batch + channels + c, mask=keep, other=0.0).to(tl.float64)
+    mean = mean_of(batch, c, channels, keep)
     f = tl.load(by_batch + c, mask=keep, other=0.0).to(tl.float64)
     e = tl.load(by_batch + channels + c, mask=keep, other=0.0).to(tl.float64)
     tl.store(message + 1 + c, (f - 2.0 * mean * e) / n, mask=keep)
@@ -63,8 +68,7 @@ def unpack_gradient(gathered, batch, by_batch, count, channels, BLOCK: tl.conste
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = c < channels
     n = tl.cast(count, tl.float64)
-    mean = tl.load(batch + c, mask=keep, other=0.0).to(tl.float64)
-    mean += tl.load(batch + channels + c, mask=keep, other=0.0).to(tl.float64)
+    mean = mean_of(batch, c, channels, keep)
     of_sum = tl.load(gathered + 1 + c, mask=keep, other=0.0)
     of_square = tl.load(gathered + 1 + channels + c, mask=keep, other=0.0)
     of_mean = (of_sum + 2.0 * mean * of_square) * n

@@ -165,9 +165,8 @@ def _fake_channels(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _fake_gradients(dy: Tensor, x: Tensor, own: Tensor, stats: Tensor, coef: Tensor, *args: Any) -> Any:
     gates, _, residual, _, plan, _, _, need_dx, _ = args[-9:]
     c, rows = coef.shape[2], ChannelPlan(*plan).rows
-    dx = torch.empty_like(x) if need_dx or residual is not None else coef.new_empty(0)
+    dx, dresidual = primitives.fake_input_gradients(x, coef, residual, need_dx)
     dgates = [coef.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]
-    dresidual = coef.new_empty(0) if residual is None else torch.empty_like(x)
     return dx, coef.new_empty(rows, c), coef.new_empty(rows, c), *dgates, dresidual
 
 

@@ -141,8 +141,7 @@ def _fake_coders(x: Tensor, coders: list[Tensor], *args: Any) -> tuple[Tensor, T
 def _fake_gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], Tensor]:
     coef, coders, residual, need_dx = args[3], args[4], args[10], args[-1]
     c = coef.shape[2]
-    dx = torch.empty_like(x) if need_dx or residual is not None else coef.new_empty(0)
-    dresidual = coef.new_empty(0) if residual is None else torch.empty_like(x)
+    dx, dresidual = primitives.fake_input_gradients(x, coef, residual, need_dx)
     held = [coef.new_empty(size) for size in (c, c, 4, *(p.shape for p in coders))]
     return dx, held, dresidual
 

@@ -165,10 +165,15 @@ def _fake_coefficients(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _fake_gradients(dy: Tensor, x: Tensor, own: Tensor, batch: Tensor, layer: Tensor, coef: Tensor, *args: Any) -> Any:
     residual, channel_dim, plan, _, _, need_dx, _ = args[-7:]
     c = x.shape[channel_dim]
-    dx = torch.empty_like(x) if need_dx or residual is not None else coef.new_empty(0)
-    dresidual = coef.new_empty(0) if residual is None else torch.empty_like(x)
+    dx, dresidual = fake_input_gradients(x, coef, residual, need_dx)
     dw, dv = coef.new_empty(c if plan[6] else plan[4]), coef.new_empty(plan[4])
     return dx, coef.new_empty(c), coef.new_empty(c), dw, dv, dresidual
+
+
+def fake_input_gradients(x: Tensor, coef: Tensor, residual: Tensor | None, need_dx: bool) -> tuple[Tensor, Tensor]:
+    """Return what ``kernels.launch.input_gradients`` returns, of the same shapes."""
+    dx = torch.empty_like(x) if need_dx or residual is not None else coef.new_empty(0)
+    return dx, coef.new_empty(0) if residual is None else torch.empty_like(x)
 
 
 def _fake_recover_gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

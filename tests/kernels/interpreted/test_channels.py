@@ -11,7 +11,7 @@ from lightning_norm.normalizers.contexts import assign, context_layers
 from lightning_norm.ops import channel_recipe
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.testing.kit import features, noise
-from tests.kernels.interpreted.test_layers import compare, count_launches
+from tests.kernels.interpreted.test_layers import compare, count_launches, exports
 
 ops = torch.ops.lightning_norm
 TWO = torch.tensor([[0.7, 0.3], [0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
@@ -215,12 +215,7 @@ def test_compile_and_checkpoint():
 
 
 def test_export():
-    layer, _ = pair("rbn", {}, train=False)
-    shapes = ({0: torch.export.Dim.DYNAMIC},)
-    program = torch.export.export(torch.nn.Sequential(layer), (features(5, 6, 7, 3),), dynamic_shapes=shapes)
-    assert "lightning_norm.channels.default" in {str(node.target) for node in program.graph.nodes}
-    x = features(3, 6, 7, 3)
-    torch.testing.assert_close(program.module()(x), layer(x))
+    exports(pair("rbn", {}, train=False)[0], "channels")
 
 
 def test_plan_has_the_names_of_the_recipe():

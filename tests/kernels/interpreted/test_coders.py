@@ -3,7 +3,6 @@
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -14,9 +13,9 @@ import lightning_norm
 from lightning_norm.kernels import launch_coders
 from lightning_norm.ops import backend, coder_recipe, fused
 from lightning_norm.ops.layout import layout_of
-from lightning_norm.testing.kit import REGISTRY, features, noise, statistics, step
+from lightning_norm.testing.kit import REGISTRY, features, noise, step
 from tests.kernels.interpreted.test_channels import same_buffers
-from tests.kernels.interpreted.test_layers import compare, count_launches, pair, rounded_once
+from tests.kernels.interpreted.test_layers import compare, count_launches, exports, keeps_nan_out, pair, rounded_once
 
 ops = torch.ops.lightning_norm
 SLOW = pytest.mark.slow
@@ -204,16 +203,7 @@ def test_frozen_parameters_and_inputs():
 
 
 def test_nan_does_not_reach_the_running_statistics():
-    ours, _ = pair("afn", PLAIN)
-    x = features(4, 6, 5, 3)
-    ours(x)
-    before = {k: v.clone() for k, v in statistics(ours).items()}
-    x[1, 2, 3, 1] = float("inf")
-    with np.errstate(invalid="ignore"):
-        assert ours(x).isnan().any()
-    after = statistics(ours)
-    assert after.pop("skipped_updates") == before.pop("skipped_updates") + 1
-    assert all(torch.equal(after[k], v) for k, v in before.items())
+    keeps_nan_out(pair("afn", PLAIN)[0])
 
 
 def test_nan_stays_in_its_sample():
@@ -285,12 +275,7 @@ def test_compile_deepcopy_and_checkpoint(key):
 
 @pytest.mark.parametrize("key", [pytest.param("afn", marks=SLOW), "asr"])
 def test_export(key):
-    layer, _ = pair(key, {}, train=False)
-    shapes = ({0: torch.export.Dim.DYNAMIC},)
-    program = torch.export.export(torch.nn.Sequential(layer), (features(5, 6, 7, 3),), dynamic_shapes=shapes)
-    assert "lightning_norm.coders.default" in {str(node.target) for node in program.graph.nodes}
-    x = features(3, 6, 7, 3)
-    torch.testing.assert_close(program.module()(x), layer(x))
+    exports(pair(key, {}, train=False)[0], "coders")
 
 
 def test_second_derivatives_name_the_way_out():

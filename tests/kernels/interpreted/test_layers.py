@@ -119,9 +119,8 @@ def test_autocast():
         compare(ours, exact, features(4, 6, 5, 3), noise(4, 6, 5, 3, seed=7))
 
 
-def test_nan_does_not_reach_the_running_statistics():
-    layer = BatchNorm(6)
-    layer.backend = "triton"
+def keeps_nan_out(layer):
+    """A NaN reaches y and not the running statistics."""
     x = features(4, 6, 5, 3)
     layer(x)
     before = statistics(layer)
@@ -131,6 +130,21 @@ def test_nan_does_not_reach_the_running_statistics():
     after = statistics(layer)
     assert after.pop("skipped_updates") == before.pop("skipped_updates") + 1
     assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_nan_does_not_reach_the_running_statistics():
+    layer = BatchNorm(6)
+    layer.backend = "triton"
+    keeps_nan_out(layer)
+
+
+def exports(layer, operator):
+    """The layer is exported for batches of every size, as an operator."""
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(torch.nn.Sequential(layer), (features(5, 6, 7, 3),), dynamic_shapes=shapes)
+    assert f"lightning_norm.{operator}.default" in {str(node.target) for node in program.graph.nodes}
+    x = features(3, 6, 7, 3)
+    torch.testing.assert_close(program.module()(x), layer(x))
 
 
 def count_launches(monkeypatch):
