@@ -75,6 +75,26 @@ def test_two_ranks_equal_one_process(offset):
             assert len(launched) == number, f"{what}: {launched}"
 
 
+def after_nan(rank, layers, x):
+    for layer in layers:
+        layer.backend = "triton"
+        layer(x.chunk(2)[rank])
+    before = [statistics(layer) for layer in layers]
+    bad = x.clone()
+    bad[0, 2, 1, 1] = float("nan")  # on the first rank alone
+    for layer in layers:
+        layer(bad.chunk(2)[rank])
+    return list(zip(before, map(statistics, layers), strict=True))
+
+
+def test_a_nan_on_one_rank_moves_the_running_statistics_of_none():
+    layers = [lightning_norm.create(key, C) for key in ("bn", "sn", "rbn", "dbn")]
+    for found in run_ranks(after_nan, 2, layers, features(6, C, 3, 2)):
+        for before, after in found:
+            assert after.pop("skipped_updates") == before.pop("skipped_updates") + 1
+            assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def frozen_input(rank, layer, x):
     """The first layer of a network: x takes no gradient, so only the way forward meets."""
     layer.backend = "triton"
