@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_norm import NormMonitor, NormSwap
-from lightning_norm.cli.data import Digits
+from lightning_norm.demo.data import Digits
 
 
 class Classifier(pl.LightningModule):

@@ -42,9 +42,9 @@ from lightning_norm.normalizers import contexts as contexts
 from lightning_norm.normalizers import create as create
 from lightning_norm.normalizers import fit_contexts as fit_contexts
 from lightning_norm.normalizers import normalizers as normalizers
-from lightning_norm.ops.fused import normalize as normalize
 from lightning_norm.ops.moments import Affine as Affine
 from lightning_norm.ops.moments import Moments as Moments
+from lightning_norm.ops.normalize import normalize as normalize
 from lightning_norm.plugins import NormSync as NormSync
 from lightning_norm.schedules import Chain as Chain
 from lightning_norm.schedules import Constant as Constant
@@ -58,8 +58,8 @@ from lightning_norm.schedules import Warmup as Warmup
 from lightning_norm.surgery.deploy import DeployReport as DeployReport
 from lightning_norm.surgery.deploy import fold as fold
 from lightning_norm.surgery.deploy import to_plain as to_plain
-from lightning_norm.surgery.groups import no_weight_decay as no_weight_decay
-from lightning_norm.surgery.groups import norm_param_groups as norm_param_groups
+from lightning_norm.surgery.param_groups import no_weight_decay as no_weight_decay
+from lightning_norm.surgery.param_groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.recalibrate import Recalibration as Recalibration
 from lightning_norm.surgery.recalibrate import recalibrate as recalibrate
 from lightning_norm.surgery.report import SwapReport as SwapReport

@@ -20,12 +20,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import override
 
 from lightning_norm.callbacks import NormContext, NormSwap
-from lightning_norm.cli import job
 from lightning_norm.cli.compare_report import draw, summarize
 from lightning_norm.cli.norm_cli import NormCLI, class_path
 from lightning_norm.cli.section import chosen
-from lightning_norm.normalizers.context_norm import ContextNorm
-from lightning_norm.normalizers.registry import resolve
+from lightning_norm.demo import job
+from lightning_norm.normalizers import resolve
+from lightning_norm.normalizers.context.context_norm import ContextNorm
 
 EPILOG = """'bn' is the network as it is, with torch's own BatchNorm; any other key swaps all its BatchNorm layers.
 Every finished run is a row of OUT/runs.csv. Started again with the same settings, it goes on where it stopped.

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_norm.normalizers.base import Normalizer
-from lightning_norm.normalizers.registry import normalizers
+from lightning_norm.layers.base import Normalizer
+from lightning_norm.normalizers import normalizers
 from lightning_norm.surgery.text import aligned
 
 EPILOG = """columns:

@@ -83,7 +83,7 @@ def _run(command: str, arguments: list[str]) -> None:
     elif command == "compare":
         from lightning_norm.cli.compare import run
     else:
-        from lightning_norm.cli import bench
+        from lightning_norm.bench import run as bench
 
         bench.run(arguments[1:])
         return

@@ -22,10 +22,10 @@ from typing_extensions import override
 import lightning_norm.callbacks
 import lightning_norm.plugins
 import lightning_norm.schedules
-from lightning_norm.cli import job
-from lightning_norm.cli.data import ImageData
 from lightning_norm.cli.section import SECTION, add_section, expand_norm, swap_of, write_out_keys, write_out_plan
-from lightning_norm.normalizers.registry import normalizers, resolve
+from lightning_norm.demo import job
+from lightning_norm.demo.data import ImageData
+from lightning_norm.normalizers import normalizers, resolve
 
 DESCRIPTION = """{what}
 

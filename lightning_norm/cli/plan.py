@@ -11,8 +11,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_norm.callbacks import NormSwap
-from lightning_norm.cli.job import ImageClassifier
 from lightning_norm.cli.norm_cli import NormCLI
+from lightning_norm.demo.job import ImageClassifier
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import swap
 

@@ -11,8 +11,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_norm.callbacks import NormSwap
-from lightning_norm.callbacks.plan import read_plan
-from lightning_norm.normalizers.registry import normalizers, resolve
+from lightning_norm.callbacks.swap.saved_plan import read_plan
+from lightning_norm.normalizers import normalizers, resolve
 
 SECTION = "norm"
 """Its name; the swap comes first among the callbacks, where it belongs."""

@@ -1,23 +1,24 @@
 """One file per method; a new one needs its line here."""
 
+from lightning_norm.layers.base import MomentNorm as MomentNorm
+from lightning_norm.layers.base import Normalizer as Normalizer
+from lightning_norm.layers.base import Paper as Paper
+from lightning_norm.layers.registry import create as create
+from lightning_norm.layers.registry import normalizers as normalizers
+from lightning_norm.layers.registry import resolve as resolve
+from lightning_norm.layers.scheduled import Scheduled as Scheduled
 from lightning_norm.normalizers.adaptive_fusion_norm import AdaptiveFusionNorm as AdaptiveFusionNorm
 from lightning_norm.normalizers.asr_norm import ASRNorm as ASRNorm
-from lightning_norm.normalizers.base import MomentNorm as MomentNorm
-from lightning_norm.normalizers.base import Normalizer as Normalizer
-from lightning_norm.normalizers.base import Paper as Paper
 from lightning_norm.normalizers.batch_channel_norm import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers.batch_norm import BatchNorm as BatchNorm
 from lightning_norm.normalizers.bnet import BNET as BNET
-from lightning_norm.normalizers.context_norm import ContextNorm as ContextNorm
-from lightning_norm.normalizers.contexts import contexts as contexts
-from lightning_norm.normalizers.contexts import fit_contexts as fit_contexts
+from lightning_norm.normalizers.context.assignment import contexts as contexts
+from lightning_norm.normalizers.context.assignment import fit_contexts as fit_contexts
+from lightning_norm.normalizers.context.context_norm import ContextNorm as ContextNorm
 from lightning_norm.normalizers.diminishing_batch_norm import DiminishingBatchNorm as DiminishingBatchNorm
 from lightning_norm.normalizers.group_norm import GroupNorm as GroupNorm
 from lightning_norm.normalizers.group_norm import LayerNorm as LayerNorm
 from lightning_norm.normalizers.instance_norm import InstanceNorm as InstanceNorm
-from lightning_norm.normalizers.registry import create as create
-from lightning_norm.normalizers.registry import normalizers as normalizers
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm as RepresentativeBatchNorm
-from lightning_norm.normalizers.scheduled import Scheduled as Scheduled
 from lightning_norm.normalizers.switchable_norm import SwitchableNorm as SwitchableNorm
 from lightning_norm.normalizers.unified_batch_norm import UnifiedBatchNorm as UnifiedBatchNorm

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_norm.normalizers.base import Paper
+from lightning_norm.layers.base import Paper
+from lightning_norm.layers.fused_specs import coded
+from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.normalizers.encoder_decoder import EncoderDecoderNorm
-from lightning_norm.normalizers.recipes import coded
-from lightning_norm.normalizers.scheduled import Scheduled
 from lightning_norm.ops.moments import Affine, Moments
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from lightning_norm.normalizers.base import Paper
+from lightning_norm.layers.base import Paper
+from lightning_norm.layers.fused_specs import coded
 from lightning_norm.normalizers.encoder_decoder import EncoderDecoderNorm
 from lightning_norm.normalizers.group_norm import stateless
-from lightning_norm.normalizers.recipes import coded
 from lightning_norm.ops.moments import Affine, Moments
 
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.normalizers.base import MomentNorm, Paper
-from lightning_norm.normalizers.evaluation import per_channel
-from lightning_norm.normalizers.recipes import recipe_of
+from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.fused_specs import recipe_of
+from lightning_norm.layers.inference import per_channel
+from lightning_norm.ops.fused.mixture import Recipe
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.recipe import Recipe
 
 
 class BatchChannelNorm(MomentNorm):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lightning_norm.normalizers.base import MomentNorm, Paper
-from lightning_norm.normalizers.recipes import recipe_of
+from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.fused_specs import recipe_of
+from lightning_norm.ops.fused.mixture import Recipe
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.recipe import Recipe
 
 
 class BatchNorm(MomentNorm):

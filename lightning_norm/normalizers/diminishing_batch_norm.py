@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.normalizers.base import MomentNorm, Paper
-from lightning_norm.normalizers.recipes import diminishing
-from lightning_norm.normalizers.scheduled import Scheduled
-from lightning_norm.normalizers.spread import to_std, to_var
+from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.fused_specs import diminishing
+from lightning_norm.layers.scheduled import Scheduled
+from lightning_norm.layers.variance import to_std, to_var
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.moments import Affine, Moments
 

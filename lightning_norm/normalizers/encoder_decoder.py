@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.normalizers.base import MomentNorm
+from lightning_norm.layers.base import MomentNorm
 from lightning_norm.ops.layout import at_least_float32, stat_dtype
 from lightning_norm.ops.linear import linear
 from lightning_norm.ops.moments import Affine, Moments

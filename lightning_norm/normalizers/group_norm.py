@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_norm.normalizers.base import MomentNorm, Paper
-from lightning_norm.normalizers.evaluation import handed_on
-from lightning_norm.normalizers.recipes import recipe_of
+from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.fused_specs import recipe_of
+from lightning_norm.layers.inference import handed_on
+from lightning_norm.ops.fused.mixture import Recipe
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.recipe import Recipe
 
 
 class GroupNorm(MomentNorm):

@@ -6,14 +6,14 @@ from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_norm.normalizers.base import MomentNorm, Paper
-from lightning_norm.normalizers.evaluation import handed_on, per_channel
-from lightning_norm.normalizers.recipes import recipe_of
-from lightning_norm.normalizers.scheduled import Scheduled
-from lightning_norm.normalizers.spread import unbiased
+from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.fused_specs import recipe_of
+from lightning_norm.layers.inference import handed_on, per_channel
+from lightning_norm.layers.scheduled import Scheduled
+from lightning_norm.layers.variance import unbiased
+from lightning_norm.ops.fused.mixture import Recipe
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.recipe import Recipe
 
 
 class InstanceNorm(MomentNorm):

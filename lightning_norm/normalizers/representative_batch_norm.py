@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.normalizers.base import MomentNorm, Paper
-from lightning_norm.normalizers.recipes import rectified
+from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.fused_specs import rectified
 from lightning_norm.ops.layout import stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
 

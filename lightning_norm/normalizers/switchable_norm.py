@@ -8,16 +8,16 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.normalizers.base import MomentNorm, Paper
-from lightning_norm.normalizers.evaluation import per_channel
+from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.fused_specs import recipe_of
+from lightning_norm.layers.inference import per_channel
+from lightning_norm.layers.scheduled import Scheduled
+from lightning_norm.layers.variance import unbiased
 from lightning_norm.normalizers.group_norm import check_groups
-from lightning_norm.normalizers.recipes import recipe_of
-from lightning_norm.normalizers.scheduled import Scheduled
-from lightning_norm.normalizers.sparsestmax import sparsestmax
-from lightning_norm.normalizers.spread import unbiased
+from lightning_norm.ops.fused.mixture import Recipe
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments, mixture
-from lightning_norm.ops.recipe import Recipe
+from lightning_norm.ops.sparsestmax import sparsestmax
 
 CHOICES = ("in", "ln", "bn", "gn")
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_norm.normalizers.base import Paper
-from lightning_norm.normalizers.recipes import unified
+from lightning_norm.layers.base import Paper
+from lightning_norm.layers.fused_specs import unified
+from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
-from lightning_norm.normalizers.scheduled import Scheduled
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.condensation import condensation, squared_norms
 from lightning_norm.ops.layout import Layout

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.blocks import LONGEST, where
+from lightning_norm.kernels.grid import LONGEST, where
 from lightning_norm.ops.layout import Layout
 
 BACKENDS = ("auto", "eager", "triton")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import primitives
+from lightning_norm.ops.fused import operators
 
 LONGEST = 7
 """Taps along an axis that the fused kernels unroll."""
@@ -120,7 +120,7 @@ def _geometry(kernel: Tensor) -> tuple[list[int], list[int], list[int]]:
 
 # Opaque to the compiler, which would turn every map to another format and back around a convolution, and compute an
 # edged map anew for each tap.
-primitives.define(
+operators.define(
     {
         "depthwise": "(Tensor x, Tensor kernel, Tensor? bias) -> Tensor",
         "depthwise_kernel_gradients": "(Tensor dy, Tensor x, Tensor kernel) -> (Tensor, Tensor)",

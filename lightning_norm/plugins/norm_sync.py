@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_norm.callbacks.ranks import agree
-from lightning_norm.callbacks.wrap import WrappedMethods
+from lightning_norm.callbacks.agreement import agree
+from lightning_norm.callbacks.patching import WrappedMethods
 from lightning_norm.errors import SyncWarning
-from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.layers.base import Normalizer
 from lightning_norm.ops.sync import check_group
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import try_swap

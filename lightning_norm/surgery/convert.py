@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.registry import NormSpec, arguments_of, checked_arguments
+from lightning_norm.normalizers import resolve
 from lightning_norm.normalizers.group_norm import GroupNorm
-from lightning_norm.normalizers.registry import NormSpec, arguments_of, checked_arguments, resolve
 from lightning_norm.surgery.select import LAZY
 
 HOOKS = (

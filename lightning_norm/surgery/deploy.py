@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.normalizers.base import Normalizer
-from lightning_norm.normalizers.evaluation import dims_of, per_channel
+from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.inference import dims_of, per_channel
 from lightning_norm.ops.moments import Affine
 from lightning_norm.surgery.convert import HOOKS
 from lightning_norm.surgery.pairs import find_pairs

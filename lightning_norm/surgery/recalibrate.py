@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.normalizers.base import Normalizer
-from lightning_norm.normalizers.pool import Pool
-from lightning_norm.normalizers.spread import unbiased
+from lightning_norm.layers.accumulators import Pool
+from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.variance import unbiased
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.ops.moments import Moments

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.convert import hand_back, kind_of
 from lightning_norm.surgery.select import Site
 from lightning_norm.surgery.text import aligned

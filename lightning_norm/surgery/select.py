@@ -11,8 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from lightning_norm.normalizers.base import Normalizer
-from lightning_norm.normalizers.registry import NormSpec
+from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.registry import NormSpec
 from lightning_norm.surgery.rules import LAST_NORMS, LAST_OF_BLOCK, is_last_of_block
 
 Pattern: TypeAlias = str | Sequence[str]

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_norm.errors import AlreadySwappedError, NoEffectWarning, ParameterGrowthWarning
-from lightning_norm.normalizers.base import Normalizer
-from lightning_norm.normalizers.contexts import ContextState
-from lightning_norm.normalizers.registry import NormSpec, resolve
+from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.registry import NormSpec
+from lightning_norm.normalizers import resolve
+from lightning_norm.normalizers.context.assignment import ContextState
 from lightning_norm.ops.backend import explain
 from lightning_norm.ops.sync import check_group
 from lightning_norm.surgery.convert import convert, unchanged_eval

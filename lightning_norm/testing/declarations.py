@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.recalibrate import recalibrate
 from lightning_norm.testing.kit import (
     C,

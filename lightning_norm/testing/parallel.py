@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.layers.base import Normalizer
 from lightning_norm.testing.kit import (
     C,
     Make,

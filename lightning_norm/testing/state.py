@@ -9,7 +9,7 @@ import pickle
 import torch
 from torch import nn
 
-from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.layers.base import Normalizer
 from lightning_norm.testing.kit import C, Make, built, check, features, noise, same, same_step, step
 
 

@@ -133,7 +133,7 @@ def test_layers_built_after_the_optimizer_stop_the_run(tmp_path):
 
 
 def test_rows_of_contexts_take_the_place_of_what_the_optimizer_held(tmp_path):
-    context = {"class_path": "NormContext", "init_args": {"context_fn": "tests.callbacks.test_context.by_sign"}}
+    context = {"class_path": "NormContext", "init_args": {"context_fn": "tests.callbacks.test_norm_context.by_sign"}}
     swap = {"norm": "cn", "norm_args": {"context": "ids"}}
     cli = NormCLI(["fit", "--config", config_file(tmp_path, swap, more=[context])], save_config_callback=None)
     layer = cli.model.net[1]

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_norm import NormMonitor, NormSwap
-from lightning_norm.callbacks.quantities import Quantities
+from lightning_norm.callbacks.monitor.quantities import Quantities
 from tests.callbacks.toy import Net, loader
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from lightning_norm import NormScheduler, NormSwap, NormSync
-from lightning_norm.callbacks.ranks import agree
+from lightning_norm.callbacks.agreement import agree
 from lightning_norm.testing.ranks import run_ranks
 from tests.distributed.inside import STEPS, Uneven, batches, trainer
 

@@ -5,7 +5,7 @@ import copy
 import torch
 
 import lightning_norm
-from lightning_norm.normalizers.contexts import assign, context_layers
+from lightning_norm.normalizers.context.assignment import assign, context_layers
 from lightning_norm.testing.kit import distance, features, noise, statistics
 
 C = 24

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 SHORT = """
 import sys
-from lightning_norm.kernels.resources import usage, variants
+from benchmarks.aot_report import usage, variants
 archs, names, shapes, dtypes = (text.split(",") for text in sys.argv[1:])
 for arch in map(int, archs):
     for v in variants():
@@ -78,7 +78,7 @@ STENCILS = {"recover_apply", "recover_combine"}
 
 def usages(archs, names="", shapes="", dtypes="fp32,bf16,fp16"):
     """Compile in a process that does not interpret."""
-    from lightning_norm.kernels.resources import Usage
+    from benchmarks.aot_report import Usage
 
     command = [sys.executable, "-c", SHORT, archs, names, shapes, dtypes]
     run = subprocess.run(command, capture_output=True, text=True, env=clean())
@@ -135,7 +135,7 @@ def test_every_kernel(arch):
 
 
 ONES = """
-from lightning_norm.kernels.resources import compiled, variants
+from benchmarks.aot_report import compiled, variants
 seen = set()
 for v in variants():
     if v.dtype == "fp32" and (v.name, v.shape) not in seen:
@@ -155,7 +155,7 @@ def test_every_kernel_where_all_sizes_are_1():
 
 
 def test_the_judge_can_fail():
-    from lightning_norm.kernels.resources import Usage
+    from benchmarks.aot_report import Usage
 
     good = Usage("apply_flat", "any", "fp32", 90, 4, 60, 0, 0, 0, 4, 50, 4, 0, 0)
     judge(good)

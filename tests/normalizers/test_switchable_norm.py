@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_norm import SwitchableNorm
-from lightning_norm.normalizers.sparsestmax import sparsemax, sparsestmax
+from lightning_norm.ops.sparsestmax import sparsemax, sparsestmax
 from tests.normalizers.paper import F64, agrees, along, data, shaken
 
 SHAPES = [(5, 6, 7), (5, 6, 7, 3), (3, 6, 2, 5, 3)]

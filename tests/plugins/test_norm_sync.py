@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_norm import BatchNorm, NormSwap, NormSync, SwitchableNorm, SyncWarning, load_from_checkpoint
 from lightning_norm.cli.norm_cli import NormCLI
-from lightning_norm.surgery.checkpoint import manifest_of
+from lightning_norm.surgery.manifest import manifest_of
 from lightning_norm.testing.ranks import run_ranks
 from tests.callbacks.toy import loader
 from tests.callbacks.toy import trainer as one_process

@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from lightning_norm import swap
-from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.layers.base import Normalizer
 from lightning_norm.ops import compiled
 
 

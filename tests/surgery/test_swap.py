@@ -8,7 +8,7 @@ from torch import nn
 
 import lightning_norm
 from lightning_norm import AlreadySwappedError, NoEffectWarning, SwitchableNorm, swap
-from lightning_norm.normalizers.base import Normalizer
+from lightning_norm.layers.base import Normalizer
 
 ARCHITECTURES = [
     "resnet18",

@@ -6,8 +6,11 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from lightning_norm.kernels import condensation, elementwise, launch, launch_recovery, recovery, reductions
-from lightning_norm.kernels.blocks import TILE, cdiv, grid_of
+from lightning_norm.kernels.depthwise import conv
+from lightning_norm.kernels.depthwise import launch as depthwise_launch
+from lightning_norm.kernels.grid import TILE, cdiv, grid_of
+from lightning_norm.kernels.passes import elementwise, launch, reductions
+from lightning_norm.kernels.per_channel import condensation
 
 BEYOND = (1 << 31) + 4096
 FEW, ENDS = 64, 2
@@ -17,7 +20,7 @@ FEW, ENDS = 64, 2
 @pytest.fixture(autouse=True)
 def _both_ends_only(monkeypatch):
     monkeypatch.undo()  # torch.empty as it is: filling fresh memory would touch it
-    for module in (condensation, elementwise, recovery, reductions):  # loops of a kernel are not its grid
+    for module in (condensation, elementwise, conv, reductions):  # loops of a kernel are not its grid
         monkeypatch.setattr(module, "range", range, raising=False)
     monkeypatch.setattr(interpreter, "range", ends, raising=False)
     restore = interpreter.GridExecutor._restore_args_dev
@@ -112,14 +115,14 @@ def test_convolution(last, monkeypatch):
     x, dy = (huge(shape, last, c * h * w) for _ in range(2))
     coef, line, kernel, bias = numbers(3, n, c), numbers(2, n, c), torch.randn(c, 1, 3, 3), torch.randn(c)
     convolve = torch.nn.functional.conv2d
-    y = launch_recovery.recover(x, coef, kernel, bias)
-    s, dx = launch_recovery.stencil_of(x, 9), torch.empty_like(x)
-    recovery.recover_combine[s.grid](
+    y = depthwise_launch.recover(x, coef, kernel, bias)
+    s, dx = depthwise_launch.stencil_of(x, 9), torch.empty_like(x)
+    conv.recover_combine[s.grid](
         dy, x, dx, kernel, coef[0], coef[1], *line, *s.shape, PLAIN=False, num_warps=4, **s.constants(kernel)
     )
-    monkeypatch.setattr(launch_recovery, "BUSY", 1 << 20)  # one sample to a program, and short pieces
-    monkeypatch.setattr(launch_recovery, "join_taps", {(cdiv(c * 10, launch_recovery.JOIN),): lambda *a, **k: None})
-    (total, dot), s, _, _ = launch_recovery.sum_parts(dy, x, coef, kernel)
+    monkeypatch.setattr(depthwise_launch, "BUSY", 1 << 20)  # one sample to a program, and short pieces
+    monkeypatch.setattr(depthwise_launch, "join_taps", {(cdiv(c * 10, depthwise_launch.JOIN),): lambda *a, **k: None})
+    (total, dot), s, _, _ = depthwise_launch.sum_parts(dy, x, coef, kernel)
     total, dot = (t.view(s.pieces, n, c) for t in (total, dot))
     assert s.repeat == 1
     for i, channel in ((0, 0), (n - 1, c - 1)):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lightning_norm
-from lightning_norm.kernels import channel_plan
-from lightning_norm.normalizers.contexts import assign, context_layers
-from lightning_norm.ops import channel_recipe
+from lightning_norm.kernels.per_channel import flags
+from lightning_norm.normalizers.context.assignment import assign, context_layers
+from lightning_norm.ops.fused import per_channel
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.testing.kit import features, noise
 from tests.kernels.interpreted.test_layers import compare, count_launches, exports
@@ -194,7 +194,7 @@ def arguments_of(name, layer, x):
 
 
 @pytest.mark.parametrize("last", [False, pytest.param(True, marks=SLOW)], ids=["rows", "channels last"])
-@pytest.mark.parametrize("name", channel_recipe.SCHEMAS)
+@pytest.mark.parametrize("name", per_channel.SCHEMAS)
 def test_opcheck(name, last, monkeypatch):
     monkeypatch.undo()  # opcheck compares two runs: torch.empty as it is
     x = features(4, 6, 4, 5).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -219,8 +219,8 @@ def test_export():
 
 
 def test_plan_has_the_names_of_the_recipe():
-    fields = list(channel_plan.ChannelPlan.__dataclass_fields__)
+    fields = list(flags.ChannelPlan.__dataclass_fields__)
     for i, name in enumerate(fields):
-        plan, numbers = channel_recipe.ChannelRecipe(None, None, {name: 7}, {"eps": 0.1}).fields()
+        plan, numbers = per_channel.ChannelRecipe(None, None, {name: 7}, {"eps": 0.1}).fields()
         assert plan[i] == 7
-        assert len(numbers) == len(channel_plan.Numbers.__dataclass_fields__)
+        assert len(numbers) == len(flags.Numbers.__dataclass_fields__)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder
 
 import lightning_norm
-from lightning_norm.kernels import launch_coders
-from lightning_norm.ops import backend, coder_recipe, fused
+from lightning_norm.kernels.encoder_decoder import launch
+from lightning_norm.ops import backend
+from lightning_norm.ops.fused import encoder_decoder
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.testing.kit import REGISTRY, features, noise, step
 from tests.kernels.interpreted.test_channels import same_buffers
@@ -246,7 +248,7 @@ def arguments_of(name, last):
 
 
 @pytest.mark.parametrize("last", [False, pytest.param(True, marks=SLOW)], ids=["rows", "channels last"])
-@pytest.mark.parametrize("name", coder_recipe.SCHEMAS)
+@pytest.mark.parametrize("name", encoder_decoder.SCHEMAS)
 def test_opcheck(name, last, monkeypatch):
     monkeypatch.undo()  # opcheck compares two runs: torch.empty as it is
     torch.library.opcheck(getattr(ops, name).default, arguments_of(name, last))
@@ -295,7 +297,11 @@ def test_second_derivatives_name_the_way_out():
 )
 def test_conformance(check, key, monkeypatch):
     """Checks of the conformance kit that a backend could fail."""
-    monkeypatch.setattr(fused, "on_kernels", lambda x, layout, *_, **__: backend.obstacle(x, layout) is None)
+    monkeypatch.setattr(
+        sys.modules["lightning_norm.ops.normalize"],
+        "on_kernels",
+        lambda x, layout, *_, **__: backend.obstacle(x, layout) is None,
+    )
     monkeypatch.setattr(InterpreterBuilder, "create_fma", rounded_once)
     REGISTRY[check](lambda c, **more: lightning_norm.create(key, c, **(PLAIN if key == "afn" else {}), **more))
 
@@ -303,8 +309,8 @@ def test_conformance(check, key, monkeypatch):
 @pytest.mark.parametrize(("n", "c"), [(1, 2048), (64, 2048), (64, 64), (256, 512)])
 def test_tiles(n, c):
     """Enough programs at every size, whole tiles in a span, and all channels in the spans."""
-    t = launch_coders.tiles_of(n, c, (c // 2, c // 16), 32, 32, 32)
+    t = launch.tiles_of(n, c, (c // 2, c // 16), 32, 32, 32)
     assert t.span % t.c == 0
     assert t.span * t.spans >= c
-    assert t.spans == 1 or t.spans * t.across * sum(t.units) < 2 * launch_coders.BUSY
+    assert t.spans == 1 or t.spans * t.across * sum(t.units) < 2 * launch.BUSY
     assert t.across * t.r >= n

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lightning_norm
-from lightning_norm.kernels.blocks import grid_of
-from lightning_norm.normalizers.contexts import assign, context_layers
-from lightning_norm.ops import channel_recipe
+from lightning_norm.kernels.grid import grid_of
+from lightning_norm.normalizers.context.assignment import assign, context_layers
+from lightning_norm.ops.fused import per_channel
 from lightning_norm.testing.kit import features, noise
 from tests.kernels.interpreted.test_channels import arguments_of, pair, same_buffers
 from tests.kernels.interpreted.test_layers import compare, count_launches
@@ -215,7 +215,7 @@ def test_what_stays_in_pytorch(monkeypatch):
     assert "channels_of" not in launched
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW) for n in channel_recipe.SCHEMAS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW) for n in per_channel.SCHEMAS])
 @pytest.mark.parametrize("arguments", [{**GATE, "prior_scale": True}, IDS], ids=["gate", "ids"])
 def test_opcheck(name, arguments, monkeypatch):
     monkeypatch.undo()  # opcheck compares two runs: torch.empty as it is

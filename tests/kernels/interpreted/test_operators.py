@@ -7,7 +7,8 @@ import torch
 
 import lightning_norm
 from lightning_norm import Affine, normalize
-from lightning_norm.ops import backend, primitives
+from lightning_norm.ops import backend
+from lightning_norm.ops.fused import operators
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.testing.kit import features, noise, same_step, statistics, step
 
@@ -45,7 +46,7 @@ def sample_inputs(x):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", primitives.SCHEMAS)
+@pytest.mark.parametrize("name", operators.SCHEMAS)
 def test_opcheck(name, form, monkeypatch):
     monkeypatch.undo()  # opcheck compares two runs: torch.empty as it is
     arguments = sample_inputs(FORMS[form]())[name]

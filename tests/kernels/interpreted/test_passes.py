@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lightning_norm.kernels import launch
-from lightning_norm.kernels.recovery import spot
-from lightning_norm.kernels.reductions import row_span
+from lightning_norm.kernels.depthwise.conv import spot
+from lightning_norm.kernels.passes import launch
+from lightning_norm.kernels.passes.reductions import row_span
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 

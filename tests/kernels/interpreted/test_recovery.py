@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lightning_norm
-from lightning_norm.kernels import launch_recovery
+from lightning_norm.kernels.depthwise import launch
 from lightning_norm.testing.kit import features, noise
 from tests.kernels.interpreted.test_layers import compare, count_launches
 
@@ -87,11 +87,11 @@ def test_pieces(shape, form):
 
 def test_samples_of_one_program(monkeypatch):
     """A program that takes several groups of samples, the last of which are not there."""
-    monkeypatch.setattr(launch_recovery, "BUSY", 1)
+    monkeypatch.setattr(launch, "BUSY", 1)
     check((5, 3, 2, 2), "channels last")
-    monkeypatch.setattr(launch_recovery, "TILE", 64)
+    monkeypatch.setattr(launch, "TILE", 64)
     check((5, 2, 5, 5), "rows")
-    monkeypatch.setattr(launch_recovery, "NEAR", 32)
+    monkeypatch.setattr(launch, "NEAR", 32)
     check((2, 1, 4, 5), "channels last", kernel_size=5)  # few positions at once, so several pieces
 
 

@@ -1,0 +1,215 @@
+"""Measure what synchronized statistics cost between the processes of this machine, and model what they cost beyond it.
+
+    python benchmarks/ranks_cost.py [--steps 20] [--save docs/benchmarks/distributed.md]
+
+Every rank trains the same network (DDP, gloo, one thread), every second step without synchronization, so that whatever
+else the machine does falls on both kinds of step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_norm import Normalizer, create, normalizers, swap
+from lightning_norm.testing.ranks import run_ranks
+
+WORLDS = (1, 2, 4)
+CHANNELS = 64
+KEYS = ("bn", "sn")
+WIDTHS = (64, 256, 1024)
+LINKS = (("one node, NVLink", 2e-6, 200e9), ("nodes, InfiniBand", 5e-6, 25e9), ("nodes, Ethernet", 25e-6, 3e9))
+"""Assumed: seconds from one rank to the next, and bytes per second."""
+
+
+class Collectives(TorchDispatchMode):
+    """Note the bytes of every all-reduce."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at one operator."""
+        if "all_reduce" in str(func):
+            self.bytes.append(args[0].numel() * args[0].element_size())
+        return func(*args, **(kwargs or {}))
+
+
+def count(rank: int) -> list[tuple[str, list[int], list[int]]]:
+    """Return the collectives of each normalizer's forward and backward pass."""
+    found = []
+    for key, cls in normalizers().items():
+        options = {**cls.tested_with, **({"groups": 4} if key == "gn" else {})}
+        cases = {key: options} | ({f"{key}, threshold=0.5": {**options, "threshold": 0.5}} if key == "ubn" else {})
+        for name, arguments in cases.items():
+            layer, x = create(key, CHANNELS, **arguments), torch.randn(4, CHANNELS, 8, 8, requires_grad=True)
+            with Collectives() as forward:
+                y = layer(x)
+            with Collectives() as backward:
+                y.square().sum().backward()
+            found.append((name, forward.bytes, backward.bytes))
+    return found
+
+
+def latency(rank: int, repeats: int = 200) -> list[float]:
+    """Return the median milliseconds of one all-reduce of a layer's statistics, per width."""
+    if dist.get_world_size() == 1:
+        return [0.0 for _ in WIDTHS]
+    found = []
+    for c in WIDTHS:
+        t, seconds = torch.ones(2 * c + 1, dtype=torch.float64), []
+        for _ in range(repeats):
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_reduce(t)
+            seconds.append(time.perf_counter() - begin)
+            t.fill_(1)
+        found.append(statistics.median(seconds) * 1e3)
+    return found
+
+
+def steps(rank: int, key: str, repeats: int) -> tuple[float, float, int]:
+    """Return the median milliseconds of a step with and without synchronization, and the number of layers."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(num_classes=10)
+    swap(net, key, norm_args=normalizers()[key].tested_with)
+    layers = [m for m in net.modules() if isinstance(m, Normalizer)]
+    run: nn.Module = DistributedDataParallel(net) if dist.get_world_size() > 1 else net
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    x, target = torch.randn(8, 3, 64, 64), torch.arange(8)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(4 + 2 * repeats):
+        for layer in layers:
+            layer.sync = number % 2 == 0
+        begin = time.perf_counter()
+        nn.functional.cross_entropy(run(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number >= 4:  # the first ones warm up
+            seconds[number % 2 == 0].append(time.perf_counter() - begin)
+    return statistics.median(seconds[True]) * 1e3, statistics.median(seconds[False]) * 1e3, len(layers)
+
+
+def measure(rank: int, repeats: int) -> dict[str, Any]:
+    """Measure everything on one rank."""
+    return {"latency": latency(rank), "steps": {key: steps(rank, key, repeats) for key in KEYS}}
+
+
+def model(ranks: int, layers: int, width: int, hop: float, bandwidth: float) -> tuple[float, float]:
+    """Return the milliseconds that a step waits for statistics, all-reduced in a ring and in a tree.
+
+    Args:
+        ranks: p.
+        layers: each with one all-reduce forward and one backward.
+        width: channels of a layer.
+        hop: seconds from one rank to the next.
+        bandwidth: bytes per second of one link.
+    """
+    size = 8 * (2 * width + 1)
+    ring = 2 * (ranks - 1) * hop + 2 * (ranks - 1) / ranks * size / bandwidth
+    depth = (ranks - 1).bit_length()
+    tree = 2 * depth * hop + 2 * size / bandwidth
+    return 2 * layers * ring * 1e3, 2 * layers * tree * 1e3
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines)
+
+
+def sizes(found: Sequence[int]) -> str:
+    """Return the number of collectives and their bytes."""
+    return f"{len(found)} ({' + '.join(map(str, found))} B)" if found else "0"
+
+
+def modelled() -> str:
+    """Return the table of the model: a ResNet-50, 53 layers of 512 channels on average."""
+    rows = []
+    for where, hop, bandwidth in LINKS:
+        for p in (8, 64, 1024):
+            if p == 8 or where != "one node, NVLink":
+                ring, tree = model(p, 53, 512, hop, bandwidth)
+                rows.append((where, str(p), f"{ring:.1f}", f"{tree:.1f}"))
+    return table(("between", "ranks", "ring, ms per step", "tree, ms per step"), rows)
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="steps of each kind")
+    parser.add_argument("--save", type=Path, help="Markdown file")
+    options = parser.parse_args()
+    counts = run_ranks(count, 2)[0]
+    results = {world: run_ranks(measure, world, options.steps, timeout=900)[0] for world in WORLDS}
+    base = {key: results[1]["steps"][key][1] for key in KEYS}
+    rows, waits = [], []
+    for world, found in results.items():
+        for key in KEYS:
+            on, off, layers = found["steps"][key]
+            each = f"{(on - off) / layers:.2f}" if world > 1 else "-"
+            rate = [f"{world * base[key] / t:.2f} x" for t in (on, off)]
+            rows.append((str(world), key, f"{off:.0f}", f"{on:.0f}", f"{on / off:.2f} x", each, *rate[::-1]))
+        if world > 1:
+            waits.append((str(world), *(f"{ms:.2f}" for ms in found["latency"])))
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    machine = f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end"
+    versions = f"torch {torch.__version__}, python {platform.python_version()}"
+    head = ("ranks", "norm", "ms without", "ms with", "ratio", "ms per layer", "throughput without", "throughput with")
+    text = f"""# Cost of synchronized statistics
+
+`python benchmarks/ranks_cost.py --steps {options.steps} --save docs/benchmarks/distributed.md`
+
+{machine}; {versions}, gloo over the loopback device, one thread per rank. More ranks than
+cores share them: their steps are longer whatever is synchronized.
+
+## Collectives of one layer
+
+{CHANNELS} channels; counted as operators are dispatched, on one of two ranks.
+
+{table(("normalizer", "forward", "backward"), [(name, sizes(f), sizes(b)) for name, f, b in counts])}
+
+## One all-reduce
+
+Median milliseconds for a layer's statistics, 8 (2C + 1) bytes.
+
+{table(("ranks", *(f"C = {c}" for c in WIDTHS)), waits)}
+
+## A training step
+
+ResNet-18, 20 layers, 8 images of 64 x 64 per rank, DDP; medians of interleaved steps. Throughput is relative to one
+rank without synchronization; linear scaling would be the number of ranks. With one rank there is nothing to
+synchronize: how far its ratio is from 1 is the noise of this table, for other programs ran as well (see the load).
+
+{table(head, rows)}
+
+## Model
+
+See [Many ranks](../distributed.md) for the assumptions.
+
+{modelled()}
+"""
+    print(text)
+    if options.save:
+        options.save.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Take the pictures of docs/monitor.md anew: train, start TensorBoard, photograph its pages in a headless Chromium.
+
+    python benchmarks/screenshots.py [--logdir DIR] [--epochs 5]
+
+It needs the extra ``examples`` and a ``chromium`` (or Chrome) on the path: ``apt-get install chromium``. A ``--logdir``
+that already holds runs (folders ``sn`` and ``ubn``) is photographed as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tensorboard import program
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = ROOT / "docs" / "img"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PATIENCE = 60  # seconds
+COLORS = 192
+FIND = """
+const all = (selector, root = document) => [...root.querySelectorAll(selector),
+  ...[...root.querySelectorAll('*')].flatMap(e => e.shadowRoot ? all(selector, e.shadowRoot) : [])];
+const seen = selector => all(selector).filter(e => e.getBoundingClientRect().width > 0);
+"""
+LEGENDS = "seen('.toggle-matches-button').forEach(e => e.click())"
+ACTUAL_SIZE = "seen('paper-checkbox')[0].click()"
+NOTHING = "0"
+PAGES = {  # file -> run, plugin, what must be there, what to do then, width, height
+    "tensorboard_sn_charts.png": ("sn", "custom_scalars", "vz-line-chart2", LEGENDS, 1480, 1455),
+    "tensorboard_sn_images.png": ("sn", "images", "#main-image-container img", ACTUAL_SIZE, 1480, 960),
+    "tensorboard_sn_table.png": ("sn", "text", "table", NOTHING, 1480, 800),
+    "tensorboard_sn_hparams.png": ("sn", "hparams", "#vaadin-grid-cell-0", NOTHING, 1480, 420),
+    "tensorboard_ubn_charts.png": ("ubn", "custom_scalars", "vz-line-chart2", LEGENDS, 1480, 1455),
+    "tensorboard_ubn_images.png": ("ubn", "images", "#main-image-container img", ACTUAL_SIZE, 1480, 1560),
+}
+
+
+class Browser:
+    """A headless Chromium that is told what to do over a pipe, in the DevTools protocol.
+
+    Args:
+        program: the executable.
+        profile: an empty folder.
+    """
+
+    def __init__(self, program: str, profile: str) -> None:
+        commands, self._out = os.pipe()
+        self._in, answers = os.pipe()
+        high = [os.dup(commands), os.dup(answers)]  # Chromium takes descriptors 3 and 4
+
+        def place() -> None:
+            os.dup2(high[0], 103), os.dup2(high[1], 104), os.dup2(103, 3), os.dup2(104, 4)
+
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
+        self._process = subprocess.Popen(
+            [program, *options, f"--user-data-dir={profile}"],
+            preexec_fn=place,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._number, self._buffer, self._session = 0, b"", ""
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send a command and return its result."""
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self._buffer:
+                self._buffer += os.read(self._in, 1 << 20)
+            answer, _, self._buffer = self._buffer.partition(b"\0")
+            reply = json.loads(answer)
+            if reply.get("id") == self._number:
+                if "error" in reply:
+                    raise RuntimeError(f"{method}: {reply['error']['message']}")
+                result: dict[str, Any] = reply["result"]
+                return result
+
+    def run(self, script: str) -> Any:
+        """Run a script in the page and return its value."""
+        result = self.send("Runtime.evaluate", expression=f"{{{FIND}{script}}}", returnByValue=True)
+        if "exceptionDetails" in result:
+            raise RuntimeError(f"{script}: {result['exceptionDetails']}")
+        return result["result"].get("value")
+
+    def close(self) -> None:
+        """End the browser."""
+        self.send("Browser.close")
+        self._process.wait(PATIENCE)
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """Start the first browser that is installed."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        sys.exit(f"No browser: none of {', '.join(BROWSERS)} is on the path. Debian: apt-get install chromium.")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        opened = Browser(found, profile)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+def train(logdir: Path, norm: str, epochs: int) -> None:
+    """Train the digits as examples/configs has it."""
+    command = [sys.executable, "-m", "lightning_norm", "fit", "--config", f"examples/configs/digits_{norm}.yaml"]
+    options = ["--trainer.max_epochs", str(epochs), "--trainer.default_root_dir", str(logdir / norm)]
+    subprocess.run([*command, *options], cwd=ROOT, check=True)
+
+
+def serve(logdir: Path) -> str:
+    """Start TensorBoard on a free port and return its address."""
+    board = program.TensorBoard()
+    board.configure(argv=[None, "--logdir", str(logdir), "--port", "0", "--load_fast", "false"])
+    return str(board.launch())
+
+
+def photograph(tab: Browser, address: str, wanted: str, action: str, file: Path, width: int, height: int) -> None:
+    """Let the page render, save what is seen, and reduce it to few colours."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    tab.send("Emulation.setDeviceMetricsOverride", **size)
+    tab.send("Page.navigate", url="about:blank")
+    tab.send("Page.navigate", url=address)
+    end = time.monotonic() + PATIENCE
+    while not tab.run(f"seen('{wanted}').length"):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{address}: no {wanted} after {PATIENCE} s.")
+        time.sleep(0.5)
+    time.sleep(3)  # charts are drawn
+    tab.run(action)
+    time.sleep(2)
+    picture = base64.b64decode(tab.send("Page.captureScreenshot", format="png")["data"])
+    with Image.open(io.BytesIO(picture)) as image:
+        image.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(file, optimize=True)
+    print(f"{file.relative_to(ROOT)}: {file.stat().st_size // 1024} KB")
+
+
+def main() -> None:
+    """Train if need be, and write docs/img/tensorboard_*.png."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--logdir", type=Path, help="folder of the runs; trained into if it is empty")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--only", default="", help="part of the names of the pictures to take")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch, browser() as tab:
+        logdir = arguments.logdir or Path(scratch)
+        pages = {name: page for name, page in PAGES.items() if arguments.only in name}
+        addresses = {}
+        for norm in dict.fromkeys(run for run, *_ in pages.values()):
+            if not any((logdir / norm).rglob("events.out.tfevents.*")):
+                train(logdir, norm, arguments.epochs)
+            addresses[norm] = serve(logdir / norm)
+        IMAGES.mkdir(parents=True, exist_ok=True)
+        for name, (run, plugin, wanted, action, width, height) in pages.items():
+            photograph(tab, f"{addresses[run]}#{plugin}", wanted, action, IMAGES / name, width, height)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `lightning-norm bench` runs."""

@@ -1,0 +1,179 @@
+"""The formulas as published, for ``lightning-norm bench``: whole tensors, one full reduction per statistic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, dropout, linear, normalize
+
+from lightning_norm.layers.base import Normalizer
+
+CONTEXTS = 3
+"""Of cn, given in turn to the samples of the batch."""
+
+Parameters = Mapping[str, Tensor]
+
+
+class Naive(nn.Module):
+    """A layer of ours, written naively, with parameters of its own that start alike.
+
+    Args:
+        layer: the layer.
+
+    Attributes:
+        dropout: share of the statistics that afn does not see.
+    """
+
+    dropout: float
+
+    def __init__(self, layer: Normalizer) -> None:
+        super().__init__()
+        self.key, self.dropout = layer.key, float(getattr(layer, "dropout", 0.0))
+        for name, parameter in layer.named_parameters():
+            self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x, (N, C, *), by the statistics of this batch."""
+        p = dict(self.named_parameters())
+        if self.key in ("afn", "asr"):
+            return recoded(x, p, self.key, self.dropout)
+        return FORMULAS[self.key](x, p)
+
+
+def along(t: Tensor, x: Tensor) -> Tensor:
+    """Return a (C,) or (1, C) tensor so that it broadcasts against x."""
+    return t.reshape(1, -1, *(1,) * (x.dim() - 2))
+
+
+def space(x: Tensor) -> tuple[int, ...]:
+    """Return the axes of the positions."""
+    return tuple(range(2, x.dim()))
+
+
+def moments(x: Tensor, statistic: str) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of instance, layer or batch."""
+    axes = {"in": space(x), "ln": (1, *space(x)), "bn": (0, *space(x))}[statistic]
+    return x.mean(axes, keepdim=True), x.var(axes, keepdim=True, correction=0)
+
+
+def standardized(x: Tensor, statistic: str) -> Tensor:
+    """Return (x - mean) / sqrt(variance + eps)."""
+    mean, var = moments(x, statistic)
+    return (x - mean) / torch.sqrt(var + 1e-5)
+
+
+def affine(y: Tensor, p: Parameters) -> Tensor:
+    """Return gamma * y + beta."""
+    return y * along(p["weight"], y) + along(p["bias"], y)
+
+
+def grouped(x: Tensor, p: Parameters) -> Tensor:
+    """Gn, of as many groups as :func:`groups_of` says."""
+    parts = x.reshape(x.shape[0], groups_of(x.shape[1]), -1)
+    return affine(standardized(parts, "in").reshape(x.shape), p)
+
+
+def groups_of(channels: int) -> int:
+    """Return the groups of gn in the benchmark: 32, or the most that divide the channels."""
+    return math.gcd(32, channels)
+
+
+def switchable(x: Tensor, p: Parameters) -> Tensor:
+    """Sn: mix three pairs of statistics."""
+    w, v = torch.softmax(p["mean_weight"], 0), torch.softmax(p["var_weight"], 0)
+    known = [moments(x, statistic) for statistic in ("in", "ln", "bn")]
+    zero = x.new_zeros(())
+    mean = sum((a * m for a, (m, _) in zip(w, known, strict=True)), zero)
+    var = sum((a * s for a, (_, s) in zip(v, known, strict=True)), zero)
+    return affine((x - mean) / torch.sqrt(var + 1e-5), p)
+
+
+def batch_channel(x: Tensor, p: Parameters) -> Tensor:
+    """Bcn: mix two normalized outputs."""
+    iota = along(p["iota"], x)
+    return affine(iota * standardized(x, "bn") + (1 - iota) * standardized(x, "ln"), p)
+
+
+def diminishing(x: Tensor, p: Parameters) -> Tensor:
+    """Dbn, of a first batch."""
+    mean, var = moments(x, "bn")
+    return affine((x - mean) / (var.sqrt() + 1e-5), p)
+
+
+def representative(x: Tensor, p: Parameters) -> Tensor:
+    """Rbn, with unit gates."""
+    x = x + along(p["center_weight"], x) * x.mean(space(x), keepdim=True)
+    x = standardized(x, "bn")
+    gate = along(p["scale_weight"], x) * x.mean(space(x), keepdim=True) + along(p["scale_bias"], x)
+    return affine(x * gate.sigmoid() / torch.sigmoid(torch.tensor(1.0)), p)
+
+
+def unified(x: Tensor, p: Parameters) -> Tensor:
+    """Ubn, with unit gates, of a batch that is not condensed."""
+    u = normalize(x.detach().flatten(1), dim=1)
+    condensed = (u @ u.t()).mean() > 1.0
+    gate = along(p["affine_weight"], x) * x.mean(space(x), keepdim=True) + along(p["affine_bias"], x)
+    gamma = gate.sigmoid() / torch.sigmoid(torch.tensor(-1.0)) * (~condensed)
+    inner = representative(x, {**p, "bias": torch.zeros_like(p["bias"])})
+    return gamma * inner + along(p["bias"], x)
+
+
+def contextual(x: Tensor, p: Parameters) -> Tensor:
+    """Cn: one pass over the whole tensor per context."""
+    y, ids = torch.zeros_like(x), contexts_of(x).view(-1, *(1,) * (x.dim() - 1))
+    for k in range(CONTEXTS):
+        own = (ids == k).to(x.dtype)
+        n = own.sum() * x[0, 0].numel()
+        mean = (own * x).sum((0, *space(x)), keepdim=True) / n
+        var = (own * (x - mean).square()).sum((0, *space(x)), keepdim=True) / n
+        y = y + own * affine((x - mean) / torch.sqrt(var + 1e-5), {n: t[k] for n, t in p.items()})
+    return y
+
+
+def recoded(x: Tensor, p: Parameters, key: str, share: float) -> Tensor:
+    """Afn and asr: normalize by what two encoder-decoders make of the statistics.
+
+    Args:
+        x: (N, C, *).
+        p: the parameters.
+        key: "afn" or "asr".
+        share: of the statistics that the first encoder does not see.
+    """
+    mean, var = moments(x, "bn" if key == "afn" else "in")
+
+    def decoded(encoder: str, decoder: str, v: Tensor) -> Tensor:
+        hidden = linear(v, p[f"{encoder}_encoder_weight"], p[f"{encoder}_encoder_bias"]).relu()
+        return linear(hidden, p[f"{decoder}_decoder_weight"], p[f"{decoder}_decoder_bias"])
+
+    mu, sigma = mean.flatten(1), torch.sqrt(var.flatten(1) + 1e-5)
+    center = torch.lerp(mu, decoded("std", "mu", dropout(mu, share)), p["lambda_mu"].sigmoid())
+    spread = torch.lerp(sigma, decoded("std", "sigma", dropout(sigma, share)).relu(), p["lambda_sigma"].sigmoid())
+    beta = p["lambda_beta"] * decoded("rescale", "beta", mu).tanh() + p["bias"]
+    gamma = p["lambda_gamma"] * decoded("rescale", "gamma", sigma).sigmoid() + p["weight"]
+    center, spread, beta, gamma = (t.view(t.shape + (1,) * (x.dim() - 2)) for t in (center, spread, beta, gamma))
+    return (x - center) / spread * gamma + beta
+
+
+def contexts_of(x: Tensor) -> Tensor:
+    """Return the context of each sample of the benchmark, (N,)."""
+    return torch.arange(x.shape[0], device=x.device) % CONTEXTS
+
+
+FORMULAS: dict[str, Callable[[Tensor, Parameters], Tensor]] = {
+    "bn": lambda x, p: affine(standardized(x, "bn"), p),
+    "in": lambda x, p: affine(standardized(x, "in"), p),
+    "gn": grouped,
+    "ln": lambda x, p: affine(standardized(x, "ln"), p),
+    "sn": switchable,
+    "bcn": batch_channel,
+    "bnet": lambda x, p: conv2d(standardized(x, "bn"), p["kernel"], p["bias"], padding=1, groups=x.shape[1]),
+    "dbn": diminishing,
+    "rbn": representative,
+    "ubn": unified,
+    "cn": contextual,
+    "afn": lambda x, p: recoded(x, p, "afn", 0.0),
+    "asr": lambda x, p: recoded(x, p, "asr", 0.0),
+}

@@ -1,0 +1,224 @@
+"""Pictures of what the layers learned: the choice of a mixture over layers and epochs, and profiles over the depth.
+
+Drawn with matplotlib's objects on Agg; ``pyplot`` and its global state are not used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_norm.callbacks.monitor.quantities import Place, families, is_choice, label, layer_names, split
+
+Image = npt.NDArray[np.uint8]
+History = Mapping[int, Mapping[Place, float]]
+"""Epochs that were finished -> the values then."""
+
+COLORS = {"bn": "#0072B2", "in": "#D55E00", "ln": "#009E73", "gn": "#CC79A7"}  # apart for colour-blind readers too
+OTHERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PALEST = 0.12
+NOBODY, TIE = -1, 1e-4
+ROW, DPI = 0.24, 110  # inches
+MOST_ROWS, MOST_PANELS = 60, 3
+
+
+def can_draw() -> bool:
+    """Tell whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def draw(history: History) -> dict[tuple[str, str], Image]:
+    """Return every picture of a run: (key, title) -> (height, width, 3)."""
+    last = history[max(history)]
+    found: dict[tuple[str, str], Image] = {}
+    for key, grouped in families(last).items():
+        mixtures = {family: own for family, own in grouped.items() if is_choice(last, key, own)}
+        if mixtures:
+            found[key, "choice"] = draw_choice(history, key, mixtures)
+        for title, part in split(grouped).items():
+            found[key, title] = draw_profile(history, key, part)
+    return found
+
+
+def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -> Image:
+    """Draw one heat map per mixture: layers down, epochs across, the colour of the winner, deeper as its weight grows.
+
+    Args:
+        history: the values at the end of each epoch.
+        key: of the normalizers.
+        mixtures: family -> its quantities.
+    """
+    epochs, last = sorted(history), history[max(history)]
+    names = layer_names(last, key)
+    cubes = {family: _cube(history, epochs, names, key, own) for family, own in mixtures.items()}
+    top = max(float(np.nanmax(cube)) for cube in cubes.values())
+    equal = min(1 / len(own) for own in mixtures.values())
+    top = max(top, equal + 0.01)
+    figure, axes = _figure(len(mixtures), len(names), 2.5)
+    for axis, (family, quantities) in zip(axes, mixtures.items(), strict=True):
+        cube, labels = cubes[family], [label(q) for q in quantities]
+        weight = cube.max(2)
+        depth = np.nan_to_num(PALEST + (1 - PALEST) * (weight - equal).clip(0) / (top - equal))
+        winner = np.where(weight - np.sort(cube)[..., -2] > TIE, cube.argmax(2), NOBODY)
+        depth[winner == NOBODY] = 0
+        hues = np.array([_rgb(_color(q, i)) for i, q in enumerate(quantities)])
+        axis.imshow(
+            1 - depth[..., None] * (1 - hues[winner]),
+            aspect="auto",
+            interpolation="nearest",
+            extent=(-0.5, len(epochs) - 0.5, len(names) - 0.5, -0.5),
+        )
+        _name_runs(axis, winner, depth, labels)
+        _epochs_below(axis, epochs)
+        _layers(axis, names)
+        now = zip(winner[:, -1], weight[:, -1], strict=True)
+        _final(axis, [f"{'all' if w == NOBODY else labels[w]} {v:.2f}" for w, v in now])
+        axis.set_title(family, fontsize=10.5, weight="bold", pad=20)
+        _strips(axis, quantities)
+    _title(
+        figure,
+        f"{key}: what each layer chooses",
+        f"the deeper the colour, the greater the weight: {equal:.2f} to {top:.2f}; white: none leads",
+    )
+    return _pixels(figure)
+
+
+def draw_profile(history: History, key: str, grouped: Mapping[str, list[str]]) -> Image:
+    """Draw each family over the depth: layers down, values across, the start of the run in pale.
+
+    Args:
+        history: the values at the end of each epoch.
+        key: of the normalizers.
+        grouped: family -> its quantities.
+    """
+    first, last = history[min(history)], history[max(history)]
+    names = layer_names(last, key)
+    figure, axes = _figure(len(grouped), len(names), 2.1)
+    for axis, (family, quantities) in zip(axes, grouped.items(), strict=True):
+        for i, quantity in enumerate(quantities):
+            color = _color(quantity, i)
+            for values, alpha in ((first, 0.3), (last, 1.0)):
+                x = [values.get((key, quantity, name), math.nan) for name in names]
+                axis.plot(x, range(len(names)), color=color, alpha=alpha, lw=1.3, marker="o", ms=3.2)
+        if len(quantities) > 1:
+            for i, quantity in enumerate(quantities):
+                axis.text(
+                    (i + 0.5) / len(quantities), 1.01, label(quantity), transform=axis.transAxes, ha="center",
+                    va="bottom", fontsize=9, weight="bold", color=_color(quantity, i),
+                )  # fmt: skip
+        axis.set_title(family, fontsize=10.5, weight="bold", pad=16 if len(quantities) > 1 else 4)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.grid(color="0.9", lw=0.6)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.locator_params(axis="x", nbins=4)
+        low, high = axis.get_xlim()
+        if low < 0 <= axis.dataLim.x0:  # a share has no room below 0
+            axis.set_xlim(-0.04 * high, high)
+        _layers(axis, names)
+    _title(figure, f"{key}: layer by layer", "pale: at the start")
+    return _pixels(figure)
+
+
+def _figure(panels: int, rows: int, panel: float) -> tuple[Any, list[Any]]:
+    """Return a figure with three panels side by side, as high as its rows need, and room for the names at the left."""
+    from matplotlib.figure import Figure
+
+    down = -(-panels // MOST_PANELS)
+    across = -(-panels // down)
+    size = max(1.6 + panel * across, 4.6), down * (ROW * max(min(rows, MOST_ROWS), 4) + 1.0) + 0.4
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+    axes = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    for unused in axes[panels:]:
+        unused.remove()
+    return figure, axes[:panels]
+
+
+def _cube(
+    history: History, epochs: list[int], names: list[str], key: str, quantities: list[str]
+) -> npt.NDArray[np.float64]:
+    """Return the values, (layers, epochs, quantities), NaN where there is none."""
+    rows = [[[history[e].get((key, q, name), math.nan) for q in quantities] for e in epochs] for name in names]
+    return np.array(rows, dtype=float)
+
+
+def _color(quantity: str, i: int) -> str:
+    return COLORS.get(quantity.rpartition("_")[2], OTHERS[i % len(OTHERS)])
+
+
+def _rgb(color: str) -> tuple[float, ...]:
+    from matplotlib.colors import to_rgb
+
+    return tuple(to_rgb(color))
+
+
+def _layers(axis: Any, names: list[str]) -> None:
+    """Name the rows, without the part that all names begin with; every second or third one where they are many."""
+    shared = 0
+    for level in zip(*(name.split(".")[:-1] for name in names), strict=False):  # of one name, all but the last part
+        if len(set(level)) > 1:
+            break
+        shared += 1
+    shown = [".".join(name.split(".")[shared:]) for name in names]
+    every = -(-len(names) // MOST_ROWS)
+    axis.set_yticks(range(0, len(names), every), shown[::every], fontsize=9)
+    axis.tick_params(axis="y", length=0)
+
+
+def _epochs_below(axis: Any, epochs: list[int]) -> None:
+    every = -(-len(epochs) // 8)
+    axis.set_xticks(range(0, len(epochs), every), ["start" if e == 0 else str(e) for e in epochs[::every]], fontsize=9)
+    axis.set_xlabel("epochs", fontsize=9)
+
+
+def _name_runs(axis: Any, winner: npt.NDArray[Any], depth: npt.NDArray[Any], labels: list[str]) -> None:
+    """Write the winner where a row begins and where it changes."""
+    if winner.shape[0] > MOST_ROWS:
+        return
+    for row, choices in enumerate(winner):
+        for column, choice in enumerate(choices):
+            if choice == NOBODY or (column and choices[column - 1] == choice):
+                continue
+            color = "white" if depth[row, column] > 0.55 else "black"
+            axis.text(column, row, labels[choice], ha="center", va="center", fontsize=7.5, color=color)
+
+
+def _final(axis: Any, texts: list[str]) -> None:
+    """Write at the right of each row what it is now."""
+    if len(texts) > MOST_ROWS:
+        return
+    twin = axis.secondary_yaxis("right")
+    twin.set_yticks(range(len(texts)), texts, fontsize=8.5)
+    twin.tick_params(length=0)
+
+
+def _strips(axis: Any, quantities: list[str]) -> None:
+    """Draw above a panel one strip per choice, from its palest to its deepest colour, with its name in it."""
+    n = len(quantities)
+    for i, quantity in enumerate(quantities):
+        strip = axis.inset_axes([i / n + 0.02, 1.015, 1 / n - 0.04, 0.16 / (ROW * _rows(axis))])
+        ramp = np.linspace(PALEST, 1, 64)[None, :, None]
+        strip.imshow(1 - ramp * (1 - np.array(_rgb(_color(quantity, i)))), aspect="auto")
+        strip.set_axis_off()
+        strip.text(0.5, 0.5, label(quantity), transform=strip.transAxes, ha="center", va="center", fontsize=8.5)
+
+
+def _title(figure: Any, first: str, second: str) -> None:
+    figure.suptitle(f"{first}\n{second}", x=0.02, ha="left", fontsize=10)
+
+
+def _rows(axis: Any) -> int:
+    bottom, top = axis.get_ylim()
+    return int(max(min(round(bottom - top), MOST_ROWS), 4))
+
+
+def _pixels(figure: Any) -> Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

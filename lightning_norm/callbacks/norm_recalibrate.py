@@ -1,0 +1,175 @@
+"""NormRecalibrate: running statistics estimated anew from training batches, at the right moment of a run."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_norm.callbacks.patching import WrappedMethods
+from lightning_norm.surgery.recalibrate import Recalibration, layers_of, recalibrate
+
+WHEN = ("fit_end", "before_validation", "on_request")
+
+
+class NormRecalibrate(Callback):
+    """Re-estimate running statistics over training batches, exactly: see :func:`lightning_norm.recalibrate`.
+
+    For weights that were averaged (SWA, EMA), whose running statistics belong to no network that ever ran; for small or
+    noisy batches; for switchable normalization, whose authors evaluate on batch averages.
+
+    Args:
+        num_batches: training batches to take at most, on each rank.
+        when: "fit_end", once after training; "before_validation", each time, so that checkpoints written after it hold
+            the new statistics; "on_request", when somebody calls :meth:`run`.
+        exclude: which layers not; as in :func:`lightning_norm.swap`.
+        inputs: which part of a batch ``forward`` is called with: an index, a key, or ``None`` for the whole batch. By
+            default the first part of a tuple or list, and else the whole. A module without ``forward`` runs its
+            ``training_step``, with logging off and metrics as they were.
+
+    Attributes:
+        result: what the last call did.
+
+    Raises:
+        ValueError: ``num_batches`` or ``when`` out of range, or statistics that cannot be re-estimated.
+        RuntimeError: a callback that averages weights stands behind this one.
+
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(callbacks=[NormRecalibrate(100)], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        num_batches: int = 200,
+        when: Literal["fit_end", "before_validation", "on_request"] = "fit_end",
+        exclude: str | list[str] | None = None,
+        inputs: int | str | None = "first",
+    ) -> None:
+        if num_batches < 1:
+            raise ValueError(f"NormRecalibrate: num_batches must be at least 1, got {num_batches!r}.")
+        if when not in WHEN:
+            raise ValueError(f"NormRecalibrate: when must be one of {WHEN}, got {when!r}.")
+        self.num_batches, self.when, self.exclude, self.inputs = num_batches, when, exclude, inputs
+        self.result: Recalibration | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+        behind = callbacks[callbacks.index(self) :] if self in callbacks else []
+        for callback in behind:
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                raise RuntimeError(
+                    f"{type(callback).__name__} stands behind NormRecalibrate in the callbacks and would put its "
+                    "weights in place after the statistics were estimated. Put NormRecalibrate last."
+                )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        layers_of(pl_module, self.exclude)  # what cannot be re-estimated is told before the training, not after it
+
+    @override
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.when == "before_validation" and not trainer.sanity_checking and trainer.train_dataloader is not None:
+            self.run(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.when == "fit_end":
+            self.run(trainer, pl_module)
+
+    def run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Recalibration:
+        """Re-estimate now, on the Trainer's training batches, which the training itself does not notice.
+
+        Raises:
+            ValueError: there is no training data, or there are several loaders.
+        """
+        loader = trainer.train_dataloader
+        if loader is None or isinstance(loader, (dict, list, tuple)):
+            count = "none" if loader is None else "several"
+            raise ValueError(
+                f"NormRecalibrate needs one training loader, the Trainer has {count}. "
+                "Call lightning_norm.recalibrate(model, loader) with the one to use."
+            )
+        with isolate_rng(), _own_iterator(loader) as batches, _unlogged(pl_module):
+            self.result = recalibrate(
+                pl_module,
+                batches,
+                self.num_batches,
+                forward=self._forward(trainer, pl_module),
+                exclude=self.exclude,
+                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            )
+        rank_zero_info(f"NormRecalibrate: {self.result}")
+        return self.result
+
+    def _forward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[Any], Any]:
+        own = is_overridden("forward", pl_module, pl.LightningModule)
+        if not own and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"NormRecalibrate: {type(pl_module).__name__} has no forward, and its training_step optimizes by "
+                "itself. Define forward, or call lightning_norm.recalibrate(model, loader, forward=...)."
+            )
+
+        def forward(batch: Any) -> Any:
+            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            if not own:
+                with trainer.precision_plugin.forward_context():
+                    return pl_module.training_step(*(batch, 0)[: _arguments(pl_module.training_step)])
+            if self.inputs == "first":
+                x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            else:
+                x = batch if self.inputs is None else batch[self.inputs]
+            with trainer.precision_plugin.forward_context():
+                return pl_module(x)
+
+        return forward
+
+
+def _arguments(step: Callable[..., Any]) -> int:
+    """Return whether a training_step takes the batch alone or its index as well."""
+    return min(2, len(inspect.signature(step).parameters))
+
+
+@contextmanager
+def _unlogged(module: pl.LightningModule) -> Iterator[None]:
+    """Nothing is logged, and metrics end as they were."""
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    names = [(m, name) for m in metrics for name in (*m._defaults, "_update_count", "_computed")]
+    held = [(m, name, copy.deepcopy(getattr(m, name))) for m, name in names]
+    silent = WrappedMethods()
+    for name in ("log", "log_dict"):
+        silent.wrap(module, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        silent.clear()
+        for metric, name, value in held:
+            setattr(metric, name, value)
+
+
+@contextmanager
+def _own_iterator(loader: Any) -> Iterator[Any]:
+    """A loader whose iteration leaves that of the training as it is: its workers, and the generators of its order."""
+    generators = {id(g): g for o in (loader, getattr(loader, "sampler", None)) for g in [getattr(o, "generator", None)]}
+    states = [(g, g.get_state()) for g in generators.values() if isinstance(g, torch.Generator)]
+    twin = loader
+    if isinstance(loader, DataLoader):
+        twin = copy.copy(loader)
+        twin._iterator = None  # persistent workers belong to the loader that started them
+    try:
+        yield twin
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -1,0 +1,3 @@
+"""The callback that drives scheduled values."""
+
+from lightning_norm.callbacks.scheduler.norm_scheduler import NormScheduler as NormScheduler

@@ -1,0 +1,98 @@
+"""Every trainable parameter of every normalizer belongs in exactly one optimizer: add the new ones, then prove it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_norm.errors import OptimizerError
+from lightning_norm.layers.base import Normalizer
+
+
+def optimizers_in(configured: Any) -> Iterator[Optimizer]:
+    """Yield the optimizers in whatever ``configure_optimizers`` returned."""
+    if isinstance(configured, Optimizer):
+        yield configured
+    elif isinstance(configured, Mapping):
+        yield from optimizers_in(configured.get("optimizer"))
+    elif isinstance(configured, (list, tuple)):
+        for item in configured:
+            yield from optimizers_in(item)
+
+
+def add_missing(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
+    """Put new parameters of normalizers in the group that holds the layer's weight or bias.
+
+    A group grows in place, so learning-rate schedulers built before stay valid. A layer without weight and bias follows
+    the nearest parent that has a parameter in an optimizer. A layer whose own weight was left out of every optimizer is
+    left alone.
+
+    Returns:
+        The names of the parameters that were added.
+    """
+    groups = [g for optimizer in optimizers for g in optimizer.param_groups]
+    owner = {id(p): g for g in groups for p in g["params"]}
+    added: list[str] = []
+    for prefix, layer in _normalizers(model):
+        own = dict(layer.named_parameters(recurse=False))
+        new = {n: p for n, p in own.items() if n in (*layer.learns, *layer.converts) or n not in ("weight", "bias")}
+        known = [owner[id(p)] for p in own.values() if id(p) in owner]
+        if not known and not (own.keys() - new.keys()):
+            known = _nearest_group(model, prefix, owner)
+        for name, parameter in new.items():
+            if known and parameter.requires_grad and id(parameter) not in owner:
+                known[0]["params"].append(parameter)
+                if "param_names" in known[0]:
+                    known[0]["param_names"].append(f"{prefix}.{name}")
+                owner[id(parameter)] = known[0]
+                added.append(f"{prefix}.{name}")
+    return added
+
+
+def check_owned(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Prove that each trainable parameter of each normalizer is in exactly one optimizer.
+
+    Raises:
+        OptimizerError: one is in none or in several; all are named or counted.
+    """
+    counts = Counter(id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"])
+    names = {
+        id(p): f"{prefix}.{n}"
+        for prefix, layer in _normalizers(model)
+        for n, p in layer.named_parameters(recurse=False)
+        if p.requires_grad
+    }
+    lost = [name for key, name in names.items() if counts[key] == 0]
+    twice = [name for key, name in names.items() if counts[key] > 1]
+    if lost:
+        raise OptimizerError(
+            f"{len(lost)} parameters of normalizers are in no optimizer (first: {', '.join(lost[:3])}) and would "
+            "never be trained. "
+            "Return an optimizer from configure_optimizers that holds them, call lightning_norm.swap(model, ...) "
+            "before building "
+            "it by hand, or freeze what is not to be trained: parameter.requires_grad_(False). "
+            "NormSwap(check_optimizer=False) skips this check."
+        )
+    if twice:
+        raise OptimizerError(
+            f"{len(twice)} parameters of normalizers are in several optimizers or groups (first: "
+            f"{', '.join(twice[:3])}). Give each "
+            "parameter to one. NormSwap(check_optimizer=False) skips this check."
+        )
+
+
+def _normalizers(model: nn.Module) -> list[tuple[str, Normalizer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Normalizer)]
+
+
+def _nearest_group(model: nn.Module, name: str, owner: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    while name:
+        name = name.rpartition(".")[0]
+        found = [owner[id(p)] for p in model.get_submodule(name).parameters() if id(p) in owner]
+        if found:
+            return found
+    return []

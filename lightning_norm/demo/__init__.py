@@ -1,0 +1,1 @@
+"""The built-in job: a classifier of images and its data."""

@@ -1,0 +1,1 @@
+"""BNET's depthwise convolution behind the normalization."""

@@ -1,0 +1,191 @@
+"""Launches of the kernels in ``recovery``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_norm.kernels.depthwise.conv import join_taps, recover_apply, recover_combine, recover_sums
+from lightning_norm.kernels.grid import BUSY, REGISTERS, cdiv, dense, power, registers, where
+from lightning_norm.kernels.mixture.launch import Plan, adjoint
+from lightning_norm.kernels.passes.launch import on
+from lightning_norm.kernels.ranks.launch import Sum, empty_gradient
+
+TILE = 1024
+"""Elements of x that a program holds at once, beside those of its neighbours."""
+
+NEAR = 8192
+"""Elements that a program reads again for each group of taps, from the cache then."""
+
+JOIN = 128
+"""Gradients that a program joins."""
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """How the maps of x are tiled.
+
+    Args:
+        n: samples.
+        c: channels.
+        height: of a map; 1 for (N, C, L).
+        width: of a map.
+        last: whether channels are contiguous.
+        align: elements that are loaded at once.
+        rows: samples of a tile, or positions with ``last``.
+        block: positions of a tile, or channels with ``last``.
+        piece: positions that one program reduces.
+        repeat: groups of samples that it reduces.
+    """
+
+    n: int
+    c: int
+    height: int
+    width: int
+    last: bool
+    align: int
+    rows: int
+    block: int
+    piece: int
+    repeat: int
+
+    @property
+    def size(self) -> int:
+        """Return the positions of a map."""
+        return self.height * self.width
+
+    @property
+    def pieces(self) -> int:
+        """Return the pieces of a map."""
+        return cdiv(self.size, self.piece)
+
+    @property
+    def groups(self) -> int:
+        """Return the groups of samples that a program takes at once."""
+        return self.n if self.last else cdiv(self.n, self.rows)
+
+    @property
+    def blocks(self) -> int:
+        """Return the blocks of channels."""
+        return cdiv(self.c, self.block) if self.last else self.c
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Return the programs of a pass that writes."""
+        if self.last:
+            return self.n * cdiv(self.size, self.rows), self.blocks
+        return self.c * self.groups, cdiv(self.size, self.block)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the scalars that every kernel takes."""
+        blocks = cdiv(self.size, self.rows) if self.last else 1
+        return self.n, self.c // self.align if self.last else self.c, self.size, self.height, self.width, blocks
+
+    def constants(self, kernel: Tensor) -> dict[str, int]:
+        """Return the compile-time arguments that every kernel takes."""
+        kh, kw = ((1,) * 2 + tuple(kernel.shape[2:]))[-2:]
+        sizes = {"ALIGN": self.align, "ROWS": self.rows, "BLOCK": self.block, "KH": kh, "KW": kw}
+        return {**sizes, "GROUP": kh * kw if kh * kw <= 9 else kw, "LAST": self.last}
+
+
+def stencil_of(x: Tensor, taps: int, tile: int = TILE) -> Stencil:
+    """Return the tiling of (N, C, L) or (N, C, H, W), dense in either order, for so many taps, by tiles of ``tile``."""
+    n, c, *space = x.shape
+    height, width = [1, *space][-2:]
+    size, last = height * width, bool(where(x, 1))
+    vector = 16 // x.element_size()
+    if last:
+        block, align = min(power(c), 64), vector if c % vector == 0 else 1
+        rows = min(tile // block, power(size))
+        jobs, step = n * cdiv(c, block), rows
+    else:
+        block, align = min(power(size), tile), 1
+        rows = max(1, min(tile // block, power(n)))
+        jobs, step = c * cdiv(n, rows), block
+    repeat = max(1, min(jobs // (4 * BUSY), n if last else cdiv(n, rows)))
+    pieces = max(1, min(cdiv(2 * BUSY, jobs), cdiv(size, step)))
+    if taps > 9:
+        held = power(size) * block if last else rows * power(size)
+        repeat, pieces = min(repeat, max(1, NEAR // held)), max(pieces, min(held // NEAR, cdiv(size, step)))
+    return Stencil(n, c, height, width, last, align, rows, block, cdiv(cdiv(size, pieces), step) * step, repeat)
+
+
+def recover(x: Tensor, coef: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the convolution of scale * (x - pivot) + offset, like x; ``coef`` is (3, N, C)."""
+    y = torch.empty_like(x)
+    if not x.numel():
+        return y
+    taps = kernel[0].numel()
+    s = stencil_of(x, taps)
+    with on(x):
+        recover_apply[s.grid](
+            x,
+            y,
+            kernel,
+            coef if bias is None else bias,
+            *coef,
+            *s.shape,
+            BIAS=bias is not None,
+            num_warps=4,
+            maxnreg=registers("recover_apply", taps, s.last),
+            **s.constants(kernel),
+        )
+    return y
+
+
+def sum_parts(dy: Tensor, x: Tensor, coef: Tensor, kernel: Tensor) -> tuple[Tensor, Stencil, Tensor, Tensor]:
+    """Return the sums of dx^ and dx^ (x - pivot) in parts, their tiling, and the gradients of kernel and bias."""
+    taps = kernel[0].numel()
+    s = stencil_of(x, taps, TILE // 4)
+    chunks = cdiv(s.groups, s.repeat)
+    out = coef.new_empty(2, s.pieces * s.n * s.c)
+    found = coef.new_empty(chunks * s.pieces, taps + 1, s.c)
+    dkernel, dbias = torch.empty_like(kernel, dtype=torch.float32), coef.new_empty(s.c)
+    with on(x):
+        recover_sums[(chunks * s.blocks, s.pieces)](
+            dy, x, kernel, *coef, *out, found, *s.shape[:-1], s.blocks, s.piece, s.repeat, num_warps=2,
+            maxnreg=REGISTERS["recover_sums"],
+            **s.constants(kernel),
+        )  # fmt: skip
+        join_taps[(cdiv(s.c * (taps + 1), JOIN),)](
+            found, dkernel, dbias, s.c * (taps + 1), s.c, chunks * s.pieces, T=taps, BLOCK=JOIN, num_warps=4
+        )
+    return out, s, dkernel, dbias
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    stats: tuple[Tensor, ...],
+    kernel: Tensor,
+    running: tuple[Tensor | None, Tensor | None],
+    plan: Plan,
+    eps: float,
+    need_dx: bool,
+    over_ranks: Sum | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, kernel and bias; ``stats`` is what ``launch_algebra.coefficients`` returned."""
+    coef, dy = stats[3], dense(dy, x)
+    if not x.numel():
+        dbias = empty_gradient(stats[1], stats[4], over_ranks if need_dx else None)
+        dx = torch.empty_like(x) if need_dx else coef.new_empty(0)
+        return dx, torch.zeros_like(kernel, dtype=torch.float32), dbias
+    parts, s, dkernel, dbias = sum_parts(dy, x, coef, kernel)
+    dx = coef.new_empty(0)
+    if need_dx:
+        place = (s.pieces, s.c, s.n * s.c)
+        line = None
+        if plan.own:
+            line = adjoint(x, parts, stats, None, None, None, running, 1, plan, eps, place, over_ranks)[-1]
+        dx = torch.empty_like(x)
+        constant, slope = coef[:2] if line is None else line
+        with on(x):
+            recover_combine[s.grid](
+                dy, x, dx, kernel, coef[0], coef[1], constant, slope, *s.shape, PLAIN=line is None, num_warps=4,
+                maxnreg=REGISTERS["recover_combine"],
+                **s.constants(kernel),
+            )  # fmt: skip
+    return dx, dkernel, dbias

@@ -1,0 +1,1 @@
+"""Normalizers with encoder-decoders: afn and asr."""

@@ -1,0 +1,246 @@
+"""Device code: the equations of two gated encoder-decoders, in two launches; ``coders_vjp`` holds their adjoint.
+
+The statistics are rows of (R, C) numbers: each sample's own (R = N), or the one row of a batch or of the running ones,
+of which every program pools the channels that it needs. ``encode`` leaves the sums over channels behind the hidden
+units of both encoders, ``decode`` makes of them
+
+    m = mean + g (D_mu E_s mean - mean), d = std + g (relu(D_sigma E_s std) - std)
+    scale = (weight + l sigmoid(D_gamma E_r std)) / max(d, sqrt(eps)), offset = bias + l tanh(D_beta E_r mean)
+
+and y = scale (x - m) + offset, around k = hi of the mean. A matrix product over one row is a sum of products, over more
+rows a dot in full float32. Long sums over channels are cut into spans, which are added where they are read, in order.
+
+The letters: r, c, h count rows, channels and hidden units; q is 0 for the mean and what follows from it, else 1.
+"""
+
+import triton
+import triton.language as tl
+
+from lightning_norm.kernels.mixture.forward import per_channel, pool_columns, track
+from lightning_norm.kernels.passes.reductions import read_moments
+
+
+@triton.jit
+def times(a, w, R_BLOCK: tl.constexpr):
+    """The product a w^T of a (R, K) and w (J, K)."""
+    if R_BLOCK == 1:
+        y = tl.sum(a * w, 1)[None, :]
+    else:
+        y = tl.dot(a, tl.trans(w), input_precision="ieee")
+    return y
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), without an overflow on the way; 0 at -inf."""
+    e = tl.exp(-tl.abs(x))
+    one = tl.full((), 1.0, tl.float32)
+    return tl.where(x >= 0.0, tl.div_rn(one, 1.0 + e), tl.div_rn(e, 1.0 + e))
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent and its slope, by the series near 0, where 1 - exp(-2 x) would lose digits."""
+    s = x * x
+    near = x + x * s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = tl.div_rn(1.0 - e, 1.0 + e)
+    return tl.where(s < 0.0625, near, tl.where(x < 0.0, -far, far)), tl.div_rn(4.0 * e, (1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def gate_of(t, default: tl.constexpr, GIVEN: tl.constexpr):
+    """A gate's parameter, or its default."""
+    if GIVEN:
+        value = tl.load(t).to(tl.float32)
+    else:
+        value = tl.full((), default, tl.float32)
+    return value
+
+
+@triton.jit
+def linear_at(weight, j, k, width, rows, columns):
+    """A tile (J, K) of a matrix whose rows are ``width`` apart."""
+    keep = (j[:, None] < rows) & (k[None, :] < columns)
+    return tl.load(weight + j[:, None].to(tl.int64) * width + k[None, :], mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def measured(stats, r, c, rows, channels, eps):
+    """Mean as hi and lo, standard deviation and variance, (R, C)."""
+    keep = (r[:, None] < rows) & (c[None, :] < channels)
+    at = r[:, None].to(tl.int64) * channels + c[None, :]
+    number = rows * channels.to(tl.int64)
+    k = tl.load(stats + at, mask=keep, other=0.0)
+    d = tl.load(stats + number + at, mask=keep, other=0.0)
+    v = tl.load(stats + 2 * number + at, mask=keep, other=0.0)
+    return k, d, tl.sqrt_rn(v + tl.cast(eps, tl.float32)), v
+
+
+@triton.jit
+def passed(noise, share, seed, drawn, q, c, channels):
+    """What the mean or the standard deviation is multiplied by before E_s, (1, C): 0 where it is dropped.
+
+    ``noise`` (2, C) is uniform in [0, 1); where ``drawn`` is not 0 it is drawn here, the same in every kernel with this
+    seed. Not a constant: a kernel that was not loaded before cannot be launched while a CUDA graph is recorded.
+    """
+    p = tl.load(share).to(tl.float32)
+    u = tl.load(noise + q * channels + c, mask=(c < channels) & (drawn == 0), other=0.0)
+    u = tl.where(drawn == 0, u, tl.rand(seed, q * channels + c))[None, :]
+    left = tl.maximum(1.0 - p, 1.1754943508222875e-38)
+    return tl.where(u >= p, tl.div_rn(tl.full((), 1.0, tl.float32), left), 0.0)
+
+
+@triton.jit
+def spread(out, a, b, c, samples, channels, N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr):
+    """Store two rows (1, C) for every sample, (2, N * C)."""
+    number = samples * channels.to(tl.int64)
+    for begin in range(0, samples, N_BLOCK):
+        n = begin + tl.arange(0, N_BLOCK)[:, None]
+        to, keep = out + n.to(tl.int64) * channels + c[None, :], (n < samples) & (c[None, :] < channels)
+        tl.store(to, tl.broadcast_to(a, (N_BLOCK, C_BLOCK)), mask=keep)
+        tl.store(to + number, tl.broadcast_to(b, (N_BLOCK, C_BLOCK)), mask=keep)
+
+
+@triton.jit(do_not_specialize=["seed", "drawn"])
+def encode(
+    hi, lo, var, running_mean, running_var, noise, share, std_weight, rescale_weight, stats, parts, samples, rows,
+    channels, std_units, rescale_units, span, pieces, sample_stride, stride, piece, size, fold, seed, drawn, eps,
+    BATCH: tl.constexpr, FROZEN: tl.constexpr, MERGE: tl.constexpr, DROP: tl.constexpr, N_BLOCK: tl.constexpr,
+    R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over a span of channels behind the hidden units, (spans, 2, R, H), and ``stats`` (3, R, C): hi, lo, var."""
+    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    rows, channels = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32)
+    r = tl.program_id(0) * R_BLOCK + tl.arange(0, R_BLOCK)
+    j, of_std = tl.program_id(1), tl.cdiv(std_units, H_BLOCK)
+    second = j >= of_std
+    units, before = tl.where(second, rescale_units, std_units), tl.where(second, std_units, 0)
+    h = (j - tl.where(second, of_std, 0)) * H_BLOCK + tl.arange(0, H_BLOCK)
+    weight = std_weight
+    if second:
+        weight = rescale_weight
+    mean, std = tl.zeros((R_BLOCK, H_BLOCK), tl.float32), tl.zeros((R_BLOCK, H_BLOCK), tl.float32)
+    number = rows * channels
+    for begin in range(0, span, C_BLOCK):
+        start = tl.program_id(2) * span + begin
+        c = start + tl.arange(0, C_BLOCK)
+        keep = (r[:, None] < rows) & (c[None, :] < channels)
+        if BATCH and not FROZEN:  # in every program alike: the same numbers are written, and read back
+            pool_columns(
+                start // C_BLOCK, hi, lo, var, stats, samples, channels, pieces, sample_stride, stride, piece, size,
+                fold, 1.0, MERGE, N_BLOCK, C_BLOCK,
+            )  # fmt: skip
+            tl.debug_barrier()
+            k, d, s, v = measured(stats, r, c, rows, channels, eps)
+        else:
+            if FROZEN:
+                k = tl.load(running_mean + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+                v = tl.load(running_var + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+                d = k * 0.0
+            else:
+                at = r[:, None].to(tl.int64) * sample_stride + c[None, :]
+                k, d, v = read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE)
+            if (FROZEN or MERGE) and j == 0:
+                at = r[:, None].to(tl.int64) * channels + c[None, :]
+                tl.store(stats + at, k, mask=keep)
+                tl.store(stats + number + at, d, mask=keep)
+                tl.store(stats + 2 * number + at, v, mask=keep)
+            s = tl.sqrt_rn(v + tl.cast(eps, tl.float32))
+        if DROP:
+            k = tl.where(second, k, k * passed(noise, share, seed, drawn, 0, c, channels))
+            s = tl.where(second, s, s * passed(noise, share, seed, drawn, 1, c, channels))
+        w = linear_at(weight, h, c, channels, units, channels)
+        mean += times(tl.where(keep, k, 0.0), w, R_BLOCK)
+        std += times(tl.where(keep, s, 0.0), w, R_BLOCK)
+    total = std_units + rescale_units
+    keep = (r[:, None] < rows) & (h[None, :] < units)
+    at = (tl.program_id(2) * 2 * rows + r[:, None]) * total + before + h[None, :]
+    tl.store(parts + at, mean, mask=keep)
+    tl.store(parts + rows * total + at, std, mask=keep)
+
+
+@triton.jit
+def spans_at(parts, at, keep, stride, SPANS: tl.constexpr):
+    """A tile of sums, its spans added up."""
+    total = tl.load(parts + at, mask=keep, other=0.0)
+    for s in tl.static_range(1, SPANS):
+        total += tl.load(parts + s * stride + at, mask=keep, other=0.0)
+    return total
+
+
+@triton.jit
+def decoded(
+    parts, first_bias, weight, bias, hidden, leaves, r, c, q, before, rows, channels, units, total,
+    SPANS: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last linear layer of a decoder, (R, C); the hidden units before it are left where ``leaves``."""
+    y = tl.zeros((R_BLOCK, C_BLOCK), tl.float32)
+    for begin in range(0, units, H_BLOCK):
+        h = begin + tl.arange(0, H_BLOCK)
+        keep = (r[:, None] < rows) & (h[None, :] < units)
+        at = (q * rows + r[:, None]) * total + before + h[None, :]
+        a = spans_at(parts, at, keep, 2 * rows * total, SPANS)
+        a += tl.load(first_bias + h, mask=h < units, other=0.0).to(tl.float32)[None, :]
+        a = tl.where((a <= 0.0) | (keep == 0), 0.0, a)  # NaN stays NaN
+        tl.store(hidden + at, a, mask=keep & leaves)
+        y += times(a, linear_at(weight, c, h, units, channels, units), R_BLOCK)
+    return y + tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def decode(
+    parts, stats, std_bias, rescale_bias, mu_weight, mu_bias, sigma_weight, sigma_bias, beta_weight, beta_bias,
+    gamma_weight, gamma_bias, lambda_mu, lambda_sigma, lambda_beta, lambda_gamma, weight, bias, running_mean,
+    running_var, tracked, skipped, momentum, hidden, coded, coef, samples, rows, channels, std_units, rescale_units,
+    eps, unbias, BATCH: tl.constexpr, TRACK: tl.constexpr, GATED: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, SPANS: tl.constexpr, N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr,
+    C_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pivot, scale and offset (3, N * C), ``hidden`` (2, R, H), and the four decoders' ends (4, R, C).
+
+    Program 0 moves the running statistics, which no other reads.
+    """
+    rows, channels = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32)
+    r = tl.program_id(0) * R_BLOCK + tl.arange(0, R_BLOCK)
+    c = tl.program_id(1) * C_BLOCK + tl.arange(0, C_BLOCK)
+    leaves, total = tl.program_id(1) == 0, std_units + rescale_units
+    mu = decoded(parts, std_bias, mu_weight, mu_bias, hidden, leaves, r, c, 0, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    sigma = decoded(parts, std_bias, sigma_weight, sigma_bias, hidden, leaves, r, c, 1, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    beta = decoded(parts, rescale_bias, beta_weight, beta_bias, hidden, leaves, r, c, 0, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    gamma = decoded(parts, rescale_bias, gamma_weight, gamma_bias, hidden, leaves, r, c, 1, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    sigma = tl.where(sigma <= 0.0, 0.0, sigma)
+    bent, slope = tanh(beta)
+    k, lo, std, v = measured(stats, r, c, rows, channels, eps)
+    ahead = sigmoid(gate_of(lambda_mu, 0.0, True)) * (k - mu + lo)
+    g, e = sigmoid(gate_of(lambda_sigma, 0.0, True)), tl.cast(eps, tl.float32)
+    change = g * (sigma - std)
+    d = std + change
+    least = tl.sqrt_rn(tl.zeros((), tl.float32) + e)
+    w = per_channel(weight, c, c < channels, 1.0, WEIGHT)[None, :]
+    b = per_channel(bias, c, c < channels, 0.0, BIAS)[None, :]
+    keep = (r[:, None] < rows) & (c[None, :] < channels)
+    more = gate_of(lambda_gamma, 1.0, GATED) * sigmoid(gamma)
+    up, down = w + more, tl.where(keep, tl.where(d < least, least, d), 1.0)
+    # what rounding left of std, d and the sum, so that the quotient is rounded once
+    s = v + e
+    left = tl.where(std > 0.0, tl.div_rn(tl.fma(-std, std, s) + (e - (s - v)), 2.0 * std), 0.0)
+    left = tl.where((d > least) & keep, change - (d - std) + (1.0 - g) * left, 0.0)
+    scale = tl.div_rn(up, down)
+    scale += tl.div_rn(tl.fma(-scale, down, up) + (more - (up - w)) - scale * left, down)
+    offset = scale * (ahead - lo) + (b + gate_of(lambda_beta, 1.0, GATED) * bent)
+    at, number = r[:, None].to(tl.int64) * channels + c[None, :], rows * channels
+    tl.store(coded + at, mu, mask=keep)
+    tl.store(coded + number + at, sigma, mask=keep)
+    tl.store(coded + 2 * number + at, beta, mask=keep)
+    tl.store(coded + 3 * number + at, gamma, mask=keep)
+    if BATCH:
+        spread(coef + samples * channels.to(tl.int64), scale, offset, c, samples, channels, N_BLOCK, C_BLOCK)
+        spread(coef, k, scale, c, samples, channels, N_BLOCK, C_BLOCK)
+    else:
+        tl.store(coef + at, k, mask=keep)
+        tl.store(coef + number + at, scale, mask=keep)
+        tl.store(coef + 2 * number + at, offset, mask=keep)
+    if TRACK != 0 and tl.program_id(0) + tl.program_id(1) == 0:
+        factor = tl.cast(unbias, tl.float32)
+        track(stats, running_mean, running_var, tracked, skipped, momentum, channels, factor, TRACK, T_BLOCK)

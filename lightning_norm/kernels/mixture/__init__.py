@@ -1,0 +1,1 @@
+"""Mixtures of statistics: bn, in, ln, gn, sn, bcn and bnet."""

@@ -1,0 +1,233 @@
+"""Device code: the vector-Jacobian product of the equations in ``algebra``, in two launches. Letters as there."""
+
+import triton
+import triton.language as tl
+
+from lightning_norm.kernels.mixture.forward import others, per_channel, root, weights_of
+from lightning_norm.kernels.passes.reductions import read_sum
+
+
+@triton.jit
+def adjoint(
+    t0, t1, gamma, iota, d, vi, dl, lv, db, bv, wi, wl, wb, zi, zl, zb, eps, IN: tl.constexpr, LN: tl.constexpr,
+    BN: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """From the sums to layer's (f, e), batch's (f, e), and what this (n, c) adds to gamma's and iota's gradient."""
+    if OUTPUTS:
+        rb, rl = root(bv, eps), root(lv, eps)
+        qb, ql = t1 - db * t0, t1 - dl * t0
+        ab, al = iota * gamma * rb, (1.0 - iota) * gamma * rl
+        fl, el, fb, eb = -al * t0, -0.5 * al * rl * rl * ql, -ab * t0, -0.5 * ab * rb * rb * qb
+        dgamma, diota = iota * rb * qb + (1.0 - iota) * rl * ql, gamma * (rb * qb - rl * ql)
+    else:
+        center, spread = d * 0.0, d * 0.0
+        if IN >= 0:
+            center, spread = wi * d, zi * vi
+        if LN >= 0:
+            center, spread = center + wl * dl, spread + zl * lv
+        if BN >= 0:
+            center, spread = center + wb * db, spread + zb * bv
+        r = root(spread, eps)
+        q = t1 - center * t0
+        fl, el = -gamma * r * t0, -0.5 * gamma * r * r * r * q
+        fb, eb = fl, el
+        dgamma, diota = r * q, q
+    return fl, el, fb, eb, dgamma, diota
+
+
+@triton.jit
+def adjoint_at(
+    total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number, channels,
+    groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
+    OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
+    SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """As ``adjoint``, read from memory for a tile of (n, c); also t0 and what the mixing weights' gradients need."""
+    i = n * channels + c
+    at = n.to(tl.int64) * sample_stride + c
+    t0 = read_sum(total, at, keep, pieces, stride, MERGE)
+    t1 = read_sum(dot, at, keep, pieces, stride, MERGE)
+    k = tl.load(coef + i, mask=keep, other=0.0)
+    d, vi = k * 0.0, k * 0.0
+    if OWN:
+        d = tl.load(own + number + i, mask=keep, other=0.0)
+        vi = tl.load(own + 2 * number + i, mask=keep, other=0.0) * tl.cast(factor, tl.float32)
+    j = n * (channels // per_group) + c // per_group
+    dl, lv, db, bv = others(
+        layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels, LN, BN, FROZEN
+    )
+    gamma = per_channel(weight, c, keep, 1.0, WEIGHT)
+    iota = per_channel(w, c, keep, 1.0, OUTPUTS)
+    wi, wl, wb = weights_of(w, IN, LN, BN, K, SOFTMAX)
+    zi, zl, zb = weights_of(v, IN, LN, BN, K, SOFTMAX)
+    fl, el, fb, eb, dgamma, diota = adjoint(
+        t0, t1, gamma, iota, d, vi, dl, lv, db, bv, wi, wl, wb, zi, zl, zb, eps, IN, LN, BN, OUTPUTS
+    )
+    return t0, d, vi, dl, lv, db, bv, wl * fl, zl * el, wb * fb, zb * eb, wi * fl, zi * el, fl, el, dgamma, diota
+
+
+@triton.jit
+def vjp_pool(
+    total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_batch, by_layer, dweight, dbias,
+    dw, mixed, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride, eps,
+    factor, OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr,
+    K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
+    N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what is pooled: batch's (2, C), groups' (2, N * G), gamma's, beta's, iota's, and parts of w's."""
+    pid = tl.program_id(0)
+    if pid < column_jobs:
+        vjp_columns(
+            pid, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_batch, dweight,
+            dbias, dw, mixed, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride,
+            stride, eps, factor, OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT, N_BLOCK, C_BLOCK,
+        )  # fmt: skip
+    else:
+        vjp_rows(
+            pid - column_jobs, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_layer,
+            number, channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
+            OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT, G_BLOCK, T_BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def vjp_columns(
+    pid, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_batch, dweight, dbias, dw,
+    mixed, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride, eps, factor,
+    OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
+    SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
+    N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over samples, for a block of channels."""
+    c = (pid * C_BLOCK + tl.arange(0, C_BLOCK))[None, :]
+    f, e = tl.zeros((N_BLOCK, C_BLOCK), tl.float32), tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
+    gamma, beta, iota = f, f, f
+    m0, m1, m2, s0, s1, s2 = f, f, f, f, f, f
+    for begin in range(0, samples, N_BLOCK):
+        n = (begin + tl.arange(0, N_BLOCK))[:, None]
+        keep = (n < samples) & (c < channels)
+        t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
+            total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
+            channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
+            OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
+        )  # fmt: skip
+        f += tl.where(keep, fb, 0.0)
+        e += tl.where(keep, eb, 0.0)
+        gamma += tl.where(keep, dgamma, 0.0)
+        beta += tl.where(keep, t0, 0.0)
+        if OUTPUTS:
+            iota += tl.where(keep, diota, 0.0)
+        if K > 0:
+            m0 += tl.where(keep, f1 * d, 0.0)
+            m1 += tl.where(keep, f1 * dl, 0.0)
+            m2 += tl.where(keep, f1 * db, 0.0)
+            s0 += tl.where(keep, e1 * vi, 0.0)
+            s1 += tl.where(keep, e1 * lv, 0.0)
+            s2 += tl.where(keep, e1 * bv, 0.0)
+    c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
+    own_c = c < channels
+    tl.store(by_batch + c, tl.sum(f, 0), mask=own_c)
+    tl.store(by_batch + channels + c, tl.sum(e, 0), mask=own_c)
+    tl.store(dweight + c, tl.sum(gamma, 0), mask=own_c)
+    tl.store(dbias + c, tl.sum(beta, 0), mask=own_c)
+    if OUTPUTS:
+        tl.store(dw + c, tl.sum(iota, 0), mask=own_c)
+    if K > 0:
+        tl.store(mixed + pid, tl.sum(tl.sum(m0, 0), 0))
+        tl.store(mixed + column_jobs + pid, tl.sum(tl.sum(m1, 0), 0))
+        tl.store(mixed + 2 * column_jobs + pid, tl.sum(tl.sum(m2, 0), 0))
+        tl.store(mixed + 3 * column_jobs + pid, tl.sum(tl.sum(s0, 0), 0))
+        tl.store(mixed + 4 * column_jobs + pid, tl.sum(tl.sum(s1, 0), 0))
+        tl.store(mixed + 5 * column_jobs + pid, tl.sum(tl.sum(s2, 0), 0))
+
+
+@triton.jit
+def vjp_rows(
+    pid, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_layer, number, channels,
+    groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
+    OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
+    SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
+    G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over the channels of a few groups."""
+    j = pid * G_BLOCK + tl.arange(0, G_BLOCK)
+    groups = channels // per_group
+    f, e = tl.zeros((G_BLOCK, T_BLOCK), tl.float32), tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
+    for begin in range(0, per_group, T_BLOCK):
+        t = begin + tl.arange(0, T_BLOCK)[None, :]
+        keep = (t < per_group) & (j[:, None] < groups_in_all)
+        n = (j // groups)[:, None] + t * 0
+        c = (j % groups * per_group)[:, None] + t
+        t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
+            total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
+            channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
+            OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
+        )  # fmt: skip
+        f += tl.where(keep, fl, 0.0)
+        e += tl.where(keep, el, 0.0)
+    tl.store(by_layer + j, tl.sum(f, 1), mask=j < groups_in_all)
+    tl.store(by_layer + groups_in_all + j, tl.sum(e, 1), mask=j < groups_in_all)
+
+
+@triton.jit
+def vjp_mix(
+    total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_batch, by_layer, mixed, dw, dv,
+    out, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride, size, eps,
+    factor, OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr,
+    K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Constant and slope (2, N * C) of dx = scale * dy + constant + slope * (x - k). Program 0: dw and dv."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = i < number
+    n = i // channels
+    c = i - n * channels
+    t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
+        total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
+        channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
+        OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
+    )  # fmt: skip
+    dmean, dvar = d * 0.0, d * 0.0
+    if IN >= 0:
+        dmean, dvar = fi, ei
+    if LN >= 0:
+        j = n * (channels // per_group) + c // per_group
+        f = tl.load(by_layer + j, mask=keep, other=0.0) / per_group
+        e = tl.load(by_layer + groups_in_all + j, mask=keep, other=0.0) / per_group
+        dmean, dvar = dmean + f + 2.0 * (d - dl) * e, dvar + e
+    if BN >= 0 and not FROZEN:
+        f = tl.load(by_batch + c, mask=keep, other=0.0) / samples
+        e = tl.load(by_batch + channels + c, mask=keep, other=0.0) / samples
+        dmean, dvar = dmean + f + 2.0 * (d - db) * e, dvar + e
+    slope = dvar * (2.0 * tl.cast(factor, tl.float32)) / size
+    tl.store(out + i, dmean / size - slope * d, mask=keep)
+    tl.store(out + number + i, slope, mask=keep)
+    if K > 0 and tl.program_id(0) == 0:
+        leave_weights(mixed, w, dw, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
+        leave_weights(mixed + 3 * column_jobs, v, dv, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
+
+
+@triton.jit
+def leave_weights(
+    mixed, t, dt, jobs, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr, SOFTMAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the mixing weights, or of the logits behind them, from each column program's part."""
+    part = tl.zeros((BLOCK,), tl.float32)
+    p0, p1, p2 = part, part, part
+    for begin in range(0, jobs, BLOCK):
+        q = begin + tl.arange(0, BLOCK)
+        p0 += tl.load(mixed + q, mask=q < jobs, other=0.0)
+        p1 += tl.load(mixed + jobs + q, mask=q < jobs, other=0.0)
+        p2 += tl.load(mixed + 2 * jobs + q, mask=q < jobs, other=0.0)
+    g0, g1, g2 = tl.sum(p0, 0), tl.sum(p1, 0), tl.sum(p2, 0)
+    if SOFTMAX:
+        a, b, c = weights_of(t, IN, LN, BN, K, SOFTMAX)
+        mean = a * g0 + b * g1 + c * g2
+        g0, g1, g2 = a * (g0 - mean), b * (g1 - mean), c * (g2 - mean)
+    if IN >= 0:
+        tl.store(dt + IN, g0)
+    if LN >= 0:
+        tl.store(dt + LN, g1)
+    if BN >= 0:
+        tl.store(dt + BN, g2)

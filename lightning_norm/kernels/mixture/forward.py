@@ -1,0 +1,256 @@
+"""Device code: a normalizer's equations on (N, C) numbers, in two launches; ``algebra_vjp`` holds their adjoint.
+
+One family. *Statistics*: center and variance are mixtures of the means and variances of instance, layer (or group) and
+batch, so one of them alone is instance, layer, group or batch normalization. *Outputs*: the batch- and the
+layer-normalized input are mixed, channel by channel. First the statistics are pooled (``pool``; backward
+``vjp_pool``), columns of (N, C) in some programs and rows in the others; then every (n, c) is computed from them
+(``mix``; ``vjp_mix``).
+
+All in shifted coordinates. k = hi of the sample's own mean is what the passes over x subtract, d = lo what rounding it
+left; other means enter as differences from k, so float32 is enough at any mean / std: mixing weights sum to one.
+
+The letters: w and v mix means and variances; t0 and t1 are the sums of dy and of dy * (x - k); f and e are the
+gradients of a center and of a variance.
+"""
+
+import triton
+import triton.language as tl
+
+from lightning_norm.kernels.passes.reductions import read_moments
+
+
+@triton.jit
+def weights_of(t, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr, SOFTMAX: tl.constexpr):
+    """The mixing weights of instance, layer and batch; 1 for each where nothing is mixed (K = 0)."""
+    one = tl.full((), 1.0, tl.float32)
+    a, b, c = one, one, one
+    if K > 0:
+        low = tl.full((), float("-inf"), tl.float32)
+        if not SOFTMAX:
+            low = tl.full((), 0.0, tl.float32)
+        a, b, c = low, low, low
+        if IN >= 0:
+            a = tl.load(t + IN).to(tl.float32)
+        if LN >= 0:
+            b = tl.load(t + LN).to(tl.float32)
+        if BN >= 0:
+            c = tl.load(t + BN).to(tl.float32)
+        if SOFTMAX:
+            top = tl.maximum(tl.maximum(a, b), c)
+            a, b, c = tl.exp(a - top), tl.exp(b - top), tl.exp(c - top)
+            total = a + b + c
+            a, b, c = tl.div_rn(a, total), tl.div_rn(b, total), tl.div_rn(c, total)
+    return a, b, c
+
+
+@triton.jit
+def others(
+    layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels,
+    LN: tl.constexpr, BN: tl.constexpr, FROZEN: tl.constexpr,
+):  # fmt: skip
+    """Layer's and batch's mean minus k, and their variances, for each element of a tile."""
+    dl, lv, db, bv = k * 0.0, k * 0.0, k * 0.0, k * 0.0
+    if LN >= 0:
+        dl = tl.load(layer + j, mask=keep, other=0.0) - k + tl.load(layer + groups_in_all + j, mask=keep, other=0.0)
+        lv = tl.load(layer + 2 * groups_in_all + j, mask=keep, other=0.0)
+    if BN >= 0:
+        if FROZEN:
+            db = tl.load(running_mean + c, mask=keep, other=0.0).to(tl.float32) - k
+            bv = tl.load(running_var + c, mask=keep, other=0.0).to(tl.float32)
+        else:
+            db = tl.load(batch + c, mask=keep, other=0.0) - k + tl.load(batch + channels + c, mask=keep, other=0.0)
+            bv = tl.load(batch + 2 * channels + c, mask=keep, other=0.0)
+    return dl, lv, db, bv
+
+
+@triton.jit
+def per_channel(t, c, keep, default: tl.constexpr, GIVEN: tl.constexpr):
+    """A (C,) parameter, or its default."""
+    if GIVEN:
+        value = tl.load(t + c, mask=keep, other=0.0).to(tl.float32)
+    else:
+        value = tl.where(keep, default, 0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def root(v, eps):
+    """1 / sqrt(v + eps), correctly rounded twice."""
+    one = tl.full((), 1.0, tl.float32)
+    return tl.div_rn(one, tl.sqrt_rn(v + tl.cast(eps, tl.float32)))
+
+
+@triton.jit
+def pool(
+    hi, lo, var, batch, layer, samples, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride,
+    piece, size, fold, factor, MERGE: tl.constexpr, N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Batch statistics (3, C) in the first ``column_jobs`` programs, group statistics (3, N * G) in the others."""
+    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    pid = tl.program_id(0)
+    if pid < column_jobs:
+        pool_columns(
+            pid, hi, lo, var, batch, samples, channels, pieces, sample_stride, stride, piece, size, fold, factor, MERGE,
+            N_BLOCK, C_BLOCK,
+        )  # fmt: skip
+    else:
+        pool_rows(
+            pid - column_jobs, hi, lo, var, layer, channels, groups_in_all, per_group, pieces, sample_stride, stride,
+            piece, size, fold, factor, MERGE, G_BLOCK, T_BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def pool_columns(
+    pid, hi, lo, var, batch, samples, channels, pieces, sample_stride, stride, piece, size, fold, factor,
+    MERGE: tl.constexpr, N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Batch statistics of a block of channels."""
+    c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
+    own = c < channels
+    first = tl.load(hi + c, mask=own, other=0.0)
+    total = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
+    for begin in range(0, samples, N_BLOCK):
+        n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
+        keep = (n < samples) & own[None, :]
+        k, d, v = read_moments(hi, lo, var, n * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+        total += tl.where(keep, k - first[None, :] + d, 0.0)
+    mean = tl.sum(total, 0) / samples
+    spread = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
+    for begin in range(0, samples, N_BLOCK):
+        n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
+        keep = (n < samples) & own[None, :]
+        k, d, v = read_moments(hi, lo, var, n * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+        e = k - first[None, :] + d - mean[None, :]
+        spread += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
+    leave(batch, c, own, channels, first, mean, tl.sum(spread, 0) / samples)
+
+
+@triton.jit
+def pool_rows(
+    pid, hi, lo, var, layer, channels, groups_in_all, per_group, pieces, sample_stride, stride, piece, size, fold,
+    factor, MERGE: tl.constexpr, G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics of a few groups."""
+    j = pid.to(tl.int64) * G_BLOCK + tl.arange(0, G_BLOCK)
+    own = j < groups_in_all
+    groups = channels // per_group
+    start = j // groups * sample_stride + j % groups * per_group
+    first = tl.load(hi + start, mask=own, other=0.0)
+    total = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
+    for begin in range(0, per_group, T_BLOCK):
+        t = begin + tl.arange(0, T_BLOCK)[None, :]
+        keep = (t < per_group) & own[:, None]
+        k, d, v = read_moments(hi, lo, var, start[:, None] + t, keep, pieces, stride, piece, size, fold, MERGE)
+        total += tl.where(keep, k - first[:, None] + d, 0.0)
+    mean = tl.sum(total, 1) / per_group
+    spread = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
+    for begin in range(0, per_group, T_BLOCK):
+        t = begin + tl.arange(0, T_BLOCK)[None, :]
+        keep = (t < per_group) & own[:, None]
+        k, d, v = read_moments(hi, lo, var, start[:, None] + t, keep, pieces, stride, piece, size, fold, MERGE)
+        e = k - first[:, None] + d - mean[:, None]
+        spread += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
+    leave(layer, j, own, groups_in_all, first, mean, tl.sum(spread, 1) / per_group)
+
+
+@triton.jit
+def leave(out, at, keep, number, first, mean, var):
+    """Store hi, lo and variance."""
+    rounded = first + mean
+    tl.store(out + at, rounded, mask=keep)
+    tl.store(out + number + at, mean - (rounded - first), mask=keep)
+    tl.store(out + 2 * number + at, var, mask=keep)
+
+
+@triton.jit
+def mix(
+    hi, lo, var, batch, layer, gathered, weight, bias, w, v, running_mean, running_var, tracked, skipped, momentum, own,
+    coef, number, channels, groups_in_all, per_group, pieces, sample_stride, stride, piece, size, fold, eps, factor,
+    unbias, OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr,
+    K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, TRACK: tl.constexpr,
+    RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pivot, scale and offset (3, N * C): y = scale * (x - pivot) + offset. Program 0 moves the running statistics."""
+    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = i < number
+    n = i // channels
+    c = i - n * channels
+    j = n * (channels // per_group) + c // per_group
+    if OWN:
+        at = n.to(tl.int64) * sample_stride + c
+        k, d, vi = read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE)
+        if MERGE:
+            tl.store(own + i, k, mask=keep)
+            tl.store(own + number + i, d, mask=keep)
+            tl.store(own + 2 * number + i, vi, mask=keep)
+        vi = vi * tl.cast(factor, tl.float32)
+    else:
+        k = tl.load(running_mean + c, mask=keep, other=0.0).to(tl.float32)
+        d, vi = k * 0.0, k * 0.0
+    tl.store(coef + i, k, mask=keep)
+    dl, lv, db, bv = others(
+        layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels, LN, BN, FROZEN
+    )
+    gamma = per_channel(weight, c, keep, 1.0, WEIGHT)
+    beta = per_channel(bias, c, keep, 0.0, BIAS)
+    if OUTPUTS:
+        iota = tl.load(w + c, mask=keep, other=0.0).to(tl.float32)
+        x, y = iota * root(bv, eps), (1.0 - iota) * root(lv, eps)
+        scale = gamma * (x + y)
+        offset = beta - gamma * (x * db + y * dl)
+    else:
+        wi, wl, wb = weights_of(w, IN, LN, BN, K, SOFTMAX)
+        zi, zl, zb = weights_of(v, IN, LN, BN, K, SOFTMAX)
+        center, spread = k * 0.0, k * 0.0
+        if IN >= 0:
+            center, spread = wi * d, zi * vi
+        if LN >= 0:
+            center, spread = center + wl * dl, spread + zl * lv
+        if BN >= 0:
+            center, spread = center + wb * db, spread + zb * bv
+        scale = gamma * root(spread, eps)
+        offset = beta - scale * center
+    tl.store(coef + number + i, scale, mask=keep)
+    tl.store(coef + 2 * number + i, offset, mask=keep)
+    if TRACK != 0 and tl.program_id(0) == 0:
+        factor = tl.cast(unbias, tl.float32)
+        if RANKS:
+            count = tl.load(gathered).to(tl.float32)
+            factor = tl.where(factor > 0.0, count / tl.maximum(count - 1.0, 1.0), 1.0)
+            factor = tl.where(count > 1.0, factor, float("nan"))  # too few for a variance: nothing moves
+        track(batch, running_mean, running_var, tracked, skipped, momentum, channels, factor, TRACK, BLOCK)
+
+
+@triton.jit
+def track(
+    batch, running_mean, running_var, tracked, skipped, momentum, channels, unbias, TRACK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Move the running statistics towards the batch's, unless one of these is NaN or infinite."""
+    bad = tl.zeros((BLOCK,), tl.int32)
+    for begin in range(0, channels, BLOCK):
+        c = begin + tl.arange(0, BLOCK)
+        mean = tl.load(batch + c, mask=c < channels, other=0.0)
+        var = tl.load(batch + 2 * channels + c, mask=c < channels, other=0.0) * unbias
+        bad += tl.where(tl.abs(mean + var) < float("inf"), 0, 1)
+    good = tl.sum(bad, 0) == 0
+    count, missed = tl.load(tracked) + good.to(tl.int64), tl.load(skipped) + 1 - good.to(tl.int64)
+    tl.debug_barrier()  # every thread has read what is now written
+    tl.store(tracked, count)
+    tl.store(skipped, missed)
+    if TRACK == 2:
+        step = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    else:
+        step = tl.load(momentum).to(tl.float32)
+    for begin in range(0, channels, BLOCK):
+        c = begin + tl.arange(0, BLOCK)
+        keep = c < channels
+        mean = tl.load(batch + c, mask=keep, other=0.0) + tl.load(batch + channels + c, mask=keep, other=0.0)
+        var = tl.load(batch + 2 * channels + c, mask=keep, other=0.0) * unbias
+        old = tl.load(running_mean + c, mask=keep, other=0.0)
+        tl.store(running_mean + c, (1.0 - step) * old + step * mean, mask=keep & good)
+        old = tl.load(running_var + c, mask=keep, other=0.0)
+        tl.store(running_var + c, (1.0 - step) * old + step * var, mask=keep & good)

@@ -1,0 +1,1 @@
+"""The passes over x: moments, sums, apply, combine."""

@@ -1,0 +1,1 @@
+"""Normalizers whose coefficients are computed channel by channel: rbn, ubn, dbn, cn."""

@@ -1,0 +1,291 @@
+"""Device code: equations in which each channel stands alone, in one launch; ``channels_vjp`` holds their adjoint.
+
+One family. Statistics of the batch, or of K contexts in it, per channel; running ones may be mixed in (diminishing
+batch normalization) or stand in for them (a condensed batch, evaluation). Then a sample's own mean may strengthen or
+weaken it before (centering) and gate it after (scaling, affine):
+
+    V = sum_n a_n (var_n + f^2 (mean_n - mean_B)^2), f = 1 + center_weight
+    z = f mean_n - U, U = f mean_B + delta, r = 1 / sqrt(V + eps)
+    y = gamma g1(r z) g2(mean_n) r (x - mean_n + z) + beta, summed over contexts by the shares of a sample
+
+A program holds all samples of a few channels, so nothing is handed from one program to another; what concerns all
+channels was seen by ``tracking.survey`` before.
+"""
+
+import triton
+import triton.language as tl
+
+from lightning_norm.kernels.mixture.forward import per_channel
+from lightning_norm.kernels.passes.reductions import read_moments
+from lightning_norm.kernels.per_channel.condensation import decide
+from lightning_norm.kernels.per_channel.running_stats import TINY, move, new_weight
+
+
+@triton.jit
+def masses(shares, stride, samples, contexts, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):
+    """Samples in each context, (K,)."""
+    q = tl.arange(0, K_BLOCK)
+    mass = tl.zeros((N_BLOCK, K_BLOCK), tl.float32)
+    for begin in range(0, samples, N_BLOCK):
+        n = begin + tl.arange(0, N_BLOCK)
+        inside = (n[:, None] < samples) & (q[None, :] < contexts)
+        mass += tl.load(shares + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
+    return tl.sum(mass, 0)
+
+
+@triton.jit
+def weights_at(shares, stride, mass, n, samples, contexts, size, least, CONTEXTS: tl.constexpr, K_BLOCK: tl.constexpr):
+    """A sample's share in each context, and its weight in that context's statistics, (N, K, 1) each.
+
+    The shares of two samples lie ``stride`` apart. A context of fewer than ``least`` elements is drawn towards all
+    samples.
+    """
+    q = tl.arange(0, K_BLOCK)
+    inside = (n[:, None] < samples) & (q[None, :] < contexts)
+    if CONTEXTS:
+        g = tl.load(shares + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
+        part = tl.maximum(1.0 - mass * size / tl.cast(least, tl.float32), 0.0)[None, :]
+        a = (1.0 - part) * g / tl.maximum(mass, TINY)[None, :] + part / samples
+    else:
+        g = tl.where(inside, 1.0, 0.0)
+        a = g / tl.maximum(samples, 1)
+    return g[:, :, None], tl.where(inside, a, 0.0)[:, :, None]
+
+
+@triton.jit
+def by_share(seen, contexts, K_BLOCK: tl.constexpr):
+    """1 / sqrt of the running share of each context, (K,)."""
+    q = tl.arange(0, K_BLOCK)
+    share = tl.load(seen + 2 + 2 * contexts + q, mask=q < contexts, other=1.0)
+    return tl.rsqrt(tl.maximum(share, 0.01))
+
+
+@triton.jit
+def running_of(running_mean, running_spread, seen, at, kept, contexts, POOLED: tl.constexpr, K_BLOCK: tl.constexpr):
+    """The mean of all contexts, (C,), and each context's mean, from there, and variance, (K, C).
+
+    A new context has those of all together, with ``POOLED`` every one.
+    """
+    q = tl.arange(0, K_BLOCK)
+    share = tl.load(seen + 2 + 2 * contexts + q, mask=q < contexts, other=0.0)[:, None]
+    new = tl.load(seen + 2 + contexts + q, mask=q < contexts, other=0.0)[:, None] != 0.0
+    mean = tl.load(running_mean + at, mask=kept, other=0.0)
+    var = tl.load(running_spread + at, mask=kept, other=0.0)
+    first = tl.sum(share * mean, 0)
+    away = mean - first[None, :]
+    rest = tl.sum(share * away, 0)[None, :]
+    pooled = tl.sum(share * (var + (away - rest) * (away - rest)), 0)[None, :]
+    if POOLED:
+        new = new | (share >= 0.0)
+    return first, tl.where(new, rest, away), tl.where(new, pooled, var)
+
+
+@triton.jit
+def gate(w, b, k, unit):
+    """The sigmoid of w * k + b and that in units of its starting value."""
+    s = 1.0 / (1.0 + tl.exp(-(w * k + b)))
+    return s, s * tl.cast(unit, tl.float32)
+
+
+@triton.jit
+def batch_of(
+    hi, lo, var, shares, mass, first, c, samples, channels, contexts, share_stride, pieces, sample_stride, stride,
+    piece, size, fold, least, MERGE: tl.constexpr, CONTEXTS: tl.constexpr, N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Mean, counted from ``first``, and variance within and between samples, (K, C) each."""
+    inside, whole = c < channels, size * fold
+    total = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
+    for begin in range(0, samples, N_BLOCK):
+        n = begin + tl.arange(0, N_BLOCK)
+        keep = (n[:, None] < samples) & inside[None, :]
+        k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+        g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
+        total += a * tl.where(keep, k - first[None, :] + d, 0.0)[:, None, :]
+    mean = tl.sum(total, 0)
+    inner = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
+    outer = inner
+    for begin in range(0, samples, N_BLOCK):
+        n = begin + tl.arange(0, N_BLOCK)
+        keep = (n[:, None] < samples) & inside[None, :]
+        k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+        g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
+        e = (k - first[None, :] + d)[:, None, :] - mean[None, :, :]
+        inner += a * v[:, None, :]
+        outer += a * e * e
+    return mean, tl.sum(inner, 0), tl.sum(outer, 0)
+
+
+@triton.jit
+def pool_channels(
+    hi, lo, var, center_weight, batch, samples, channels, pieces, sample_stride, stride, piece, size, fold,
+    MERGE: tl.constexpr, CENTER: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """U of this rank's samples as hi and lo, and their V, (3, C); without contexts, so K is 1."""
+    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
+    inside = c < channels
+    first = tl.load(hi + c, mask=inside, other=0.0)
+    w_m = per_channel(center_weight, c, inside, 0.0, CENTER)
+    mean, within, between = batch_of(
+        hi, lo, var, hi, 0.0, first, c, samples, channels, 1, 1, pieces, sample_stride, stride, piece, size, fold, 1.0,
+        MERGE, False, N_BLOCK, K_BLOCK, C_BLOCK,
+    )  # fmt: skip
+    more = w_m * first
+    near = first + more  # and what rounding both has left
+    away = tl.fma(w_m, first, -more) + (more - (near - first)) + (1.0 + w_m) * tl.sum(mean, 0)
+    rounded = near + away
+    tl.store(batch + c, rounded, mask=inside)
+    tl.store(batch + channels + c, away - (rounded - near), mask=inside)
+    tl.store(batch + 2 * channels + c, tl.sum(within + ((1.0 + w_m) * (1.0 + w_m))[None, :] * between, 0), mask=inside)
+
+
+@triton.jit
+def channels_of(
+    hi, lo, var, shares, weight, bias, center_weight, scale_weight, scale_bias, affine_weight, affine_bias,
+    running_mean, running_spread, tracked, skipped, updates, prior, last, measured, kept_out, in_a_row, rate,
+    threshold, seen, parts, pooled, gathered, own, stats, coef, samples, number, channels, contexts, share_stride,
+    jobs, pieces, sample_stride, stride, piece, size, fold, eps, least, power, unit_scale, unit_affine,
+    OWN: tl.constexpr, MERGE: tl.constexpr, FROZEN: tl.constexpr, BLEND: tl.constexpr, STD: tl.constexpr,
+    POWER: tl.constexpr, DETACH: tl.constexpr, CHOOSE: tl.constexpr, MOVE: tl.constexpr, CONTEXTS: tl.constexpr,
+    PRIOR: tl.constexpr, POOLED: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr, AFFINE: tl.constexpr,
+    RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pivot, scale and offset (3, N * C), and ``stats`` (7 or 9, K, C); the running statistics move, see ``tracking``.
+
+    Their rows: mean as hi and lo, variance between samples, variance, delta, r, share of the batch in what was
+    used, and with ``BLEND`` what the running mean and spread become. With ``RANKS`` U and V are those of all ranks,
+    ``pooled`` (3, C), delta holds how far that U is from f mean_B of this one, and a last row that alone.
+    """
+    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    eps, whole = tl.cast(eps, tl.float32), size * fold
+    c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
+    inside = c < channels
+    q = tl.arange(0, K_BLOCK)
+    kept = (q[:, None] < contexts) & inside[None, :]
+    at = q[:, None] * channels + c[None, :]
+    if FROZEN and CONTEXTS:
+        first, away, old = running_of(running_mean, running_spread, seen, at, kept, contexts, POOLED, K_BLOCK)
+    else:
+        first = tl.load((hi if OWN else running_mean) + c, mask=inside, other=0.0).to(tl.float32)
+    w_m = per_channel(center_weight, c, inside, 0.0, CENTER)
+    f = 1.0 + w_m
+    mass = tl.zeros((K_BLOCK,), tl.float32)
+    if CONTEXTS:
+        mass = masses(shares, share_stride, samples, contexts, N_BLOCK, K_BLOCK)
+    mean = tl.zeros((K_BLOCK, C_BLOCK), tl.float32)
+    within, between, apart = mean, mean, mean
+    if not FROZEN:
+        mean, within, between = batch_of(
+            hi, lo, var, shares, mass, first, c, samples, channels, contexts, share_stride, pieces, sample_stride,
+            stride, piece, size, fold, least, MERGE, CONTEXTS, N_BLOCK, K_BLOCK, C_BLOCK,
+        )  # fmt: skip
+    spread = within + (f * f)[None, :] * between
+    if RANKS:
+        of_all, rest = (
+            tl.load(pooled + c, mask=inside, other=0.0),
+            tl.load(pooled + channels + c, mask=inside, other=0.0),
+        )
+        spread = tl.load(pooled + 2 * channels + c, mask=inside, other=0.0)[None, :] + mean * 0.0
+        apart = (tl.fma(-w_m, first, of_all - first) + rest)[None, :] - f[None, :] * mean
+    used, delta, p = spread, apart, mean * 0.0 + 1.0
+    if BLEND or CHOOSE % 2 == 1 or (FROZEN and not CONTEXTS):
+        old = tl.load(running_spread + c, mask=inside, other=0.0).to(tl.float32)[None, :] + mean * 0.0
+        away = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32) - first - w_m * first
+        away = away[None, :] - f[None, :] * mean
+        if RANKS:
+            away = (tl.load(running_mean + c, mask=inside, other=0.0) - of_all - rest)[None, :] + mean * 0.0
+    if STD and not FROZEN:
+        used = tl.sqrt_rn(tl.maximum(spread, TINY))
+    if FROZEN:
+        used, delta, p = old, away, mean * 0.0
+    elif BLEND:
+        alpha, steps = new_weight(running_mean, updates, rate, channels, power, POWER, 256)
+        blend = (1.0 - alpha) * away
+        delta, used, p = blend + apart, alpha * used + (1.0 - alpha) * old, p * alpha
+    off = tl.program_id(0) < 0
+    if CHOOSE != 0:
+        off = decide(seen, parts, last, measured, kept_out, in_a_row, threshold, samples, jobs, 256)
+    if CHOOSE == 1:
+        used, delta = tl.where(off, old, used), tl.where(off, away, delta)
+        p = tl.where(off, 0.0, p)
+    if CHOOSE == 3:  # p is the ratio of the variances, and delta a constant in units of 1 / r
+        p = tl.minimum(tl.maximum(tl.div_rn(old + eps, spread + eps), 1.0 / 9.0), 9.0)
+        p = tl.where(off, p, 1.0)
+    if DETACH:
+        p = p * 0.0
+    one = tl.full((), 1.0, tl.float32)
+    if CHOOSE == 3:
+        r = tl.div_rn(one, tl.sqrt_rn((spread + eps) * p))
+        apart = tl.div_rn(away, tl.sqrt_rn(old + eps))
+        delta = tl.where(off, tl.div_rn(tl.minimum(tl.maximum(apart, -5.0), 5.0), r), 0.0)
+    elif STD:
+        r = tl.div_rn(one, used + eps)
+    else:
+        r = tl.div_rn(one, tl.sqrt_rn(used + eps))
+    count = tl.cast(samples, tl.float32) * whole
+    if CONTEXTS:
+        alone = mass * whole
+        count = (alone + tl.maximum(1.0 - alone / tl.cast(least, tl.float32), 0.0) * (count - alone))[:, None]
+    base = first[None, :] + mean
+    target = f[None, :] * base
+    if RANKS:
+        count, target = tl.load(gathered).to(tl.float32), (of_all + rest)[None, :] + mean * 0.0
+        spread = tl.where(count > 1.0, spread, float("nan"))  # too few for a variance: nothing moves
+    rows = contexts * channels
+    tl.store(stats + at, base, mask=kept)
+    tl.store(stats + rows + at, mean - (base - first[None, :]), mask=kept)
+    tl.store(stats + 2 * rows + at, between, mask=kept)
+    tl.store(stats + 3 * rows + at, spread, mask=kept)
+    tl.store(stats + 4 * rows + at, delta, mask=kept)
+    tl.store(stats + 5 * rows + at, r, mask=kept)
+    tl.store(stats + 6 * rows + at, p, mask=kept)
+    if BLEND:
+        if RANKS:
+            target = of_all[None, :] + (rest[None, :] + blend)
+        else:
+            target = target + blend
+        tl.store(stats + 7 * rows + at, target, mask=kept)
+        tl.store(stats + 8 * rows + at, used, mask=kept)
+    if RANKS:
+        tl.store(stats + (9 if BLEND else 7) * rows + at, apart, mask=kept)
+    if MOVE:
+        move(
+            target, spread * (count / tl.maximum(count - 1.0, 1.0)), mass / tl.maximum(samples, 1), off, running_mean,
+            running_spread, tracked, skipped, prior, rate, seen, pooled, count > 1.0, at, kept, samples, channels,
+            contexts, CONTEXTS, MOVE == 2, RANKS, K_BLOCK, 256,
+        )  # fmt: skip
+    gamma = per_channel(weight, at, kept, 1.0, WEIGHT)[None, :, :]
+    beta = per_channel(bias, at, kept, 0.0, BIAS)[None, :, :]
+    if PRIOR:
+        factor = by_share(seen, contexts, K_BLOCK)[None, :, None]
+        gamma, beta = gamma * factor, beta * factor
+    for begin in range(0, samples, N_BLOCK):
+        n = begin + tl.arange(0, N_BLOCK)
+        keep = (n[:, None] < samples) & inside[None, :]
+        i = n[:, None] * channels + c[None, :]
+        if OWN:
+            k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+            if MERGE:
+                tl.store(own + i, k, mask=keep)
+                tl.store(own + number + i, d, mask=keep)
+                tl.store(own + 2 * number + i, v, mask=keep)
+        else:
+            k = first[None, :] + tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
+            d = k * 0.0
+        g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
+        z = f[None, None, :] * ((k - first[None, :] + d)[:, None, :] - mean[None, :, :]) - delta[None, :, :]
+        scale = gamma * r[None, :, :]
+        if SCALE:
+            w, b = tl.load(scale_weight + c, mask=inside, other=0.0), tl.load(scale_bias + c, mask=inside, other=0.0)
+            s, h = gate(w.to(tl.float32), b.to(tl.float32), r[None, :, :] * z, unit_scale)
+            scale = scale * h
+        if AFFINE:
+            w, b = tl.load(affine_weight + c, mask=inside, other=0.0), tl.load(affine_bias + c, mask=inside, other=0.0)
+            s, h = gate(w.to(tl.float32), b.to(tl.float32), (k + d)[:, None, :], unit_affine)
+            scale = scale * h
+        offset = g * (beta + scale * (z - d[:, None, :]))
+        tl.store(coef + i, k, mask=keep)
+        tl.store(coef + number + i, tl.sum(g * scale, 1), mask=keep)
+        tl.store(coef + 2 * number + i, tl.sum(offset, 1), mask=keep)

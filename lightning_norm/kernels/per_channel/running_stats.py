@@ -1,0 +1,202 @@
+"""Device code: what must be known before each channel can stand alone, and how running statistics move.
+
+``survey`` looks at whole samples and at the running statistics of all channels. It leaves one row of numbers, K being
+the contexts: batches counted, whether a batch may count as condensed, of each context its running share, whether it is
+new and its share among those that are not, (K,) each; then of each sample how many channels are NaN or infinite, and 1
+/ norm or its shares (K,). So ``move`` may write what other programs would have to read.
+"""
+
+import triton
+import triton.language as tl
+
+from lightning_norm.kernels.passes.reductions import read_moments
+
+TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def survey(
+    hi, lo, var, gate_weight, gate_bias, running_mean, running_spread, tracked, in_a_row, prior, seen, samples,
+    channels, contexts, pieces, sample_stride, stride, piece, size, fold, min_updates, max_skip,
+    LOOK: tl.constexpr, MERGE: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, MOVE: tl.constexpr,
+    CONTEXTS: tl.constexpr, KNOWN: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per sample; the last one looks at the running statistics."""
+    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    n, q = tl.program_id(0), tl.arange(0, K_BLOCK)
+    real = q < contexts
+    if n == tl.num_programs(0) - 1:
+        count, allowed = tl.zeros((), tl.int64), tl.zeros((), tl.int32)
+        old, share, new = tl.zeros((K_BLOCK,), tl.float32), tl.zeros((K_BLOCK,), tl.float32), q < 0
+        if MOVE:
+            count = tl.load(tracked)
+        if NORM:
+            allowed = ((count >= min_updates) & (tl.load(in_a_row) < max_skip)).to(tl.int32)
+        if CONTEXTS:
+            old = tl.where(real, tl.cast(1.0, tl.float32) / contexts, 0.0)
+            if KNOWN:
+                old = tl.load(prior + q, mask=real, other=0.0)
+                moved = tl.zeros((K_BLOCK, BLOCK), tl.int32)
+                for begin in range(0, channels, BLOCK):
+                    c = begin + tl.arange(0, BLOCK)
+                    at, keep = q[:, None] * channels + c[None, :], real[:, None] & (c < channels)[None, :]
+                    m = tl.load(running_mean + at, mask=keep, other=0.0)
+                    v = tl.load(running_spread + at, mask=keep, other=1.0)
+                    moved += tl.where((m == 0.0) & (v == 1.0), 0, 1)
+                new = tl.sum(moved, 1) == 0
+            any_old = tl.sum(tl.where(new, 0, 1), 0) > 0
+            share = tl.where(new & any_old, 0.0, old)
+            share = share / tl.maximum(tl.sum(share, 0), TINY)
+        tl.store(seen, count.to(tl.float32))
+        tl.store(seen + 1, allowed.to(tl.float32))
+        tl.store(seen + 2 + q, old, mask=real)
+        tl.store(seen + 2 + contexts + q, new.to(tl.float32), mask=real)
+        tl.store(seen + 2 + 2 * contexts + q, share, mask=real)
+    else:
+        if LOOK:
+            bad = tl.zeros((BLOCK,), tl.int32)
+            squares = tl.zeros((BLOCK,), tl.float32)
+            logits = tl.zeros((K_BLOCK, BLOCK), tl.float32)
+            for begin in range(0, channels, BLOCK):
+                c = begin + tl.arange(0, BLOCK)
+                keep = c < channels
+                k, d, v = read_moments(hi, lo, var, n.to(tl.int64) * sample_stride + c, keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+                bad += tl.where(keep & ~(tl.abs(k + v) < float("inf")), 1, 0)
+                if NORM:
+                    squares += tl.where(keep, v + (k + d) * (k + d), 0.0)
+                if GATE:
+                    inside = real[:, None] & keep[None, :]
+                    w = tl.load(gate_weight + q[:, None] * channels + c[None, :], mask=inside, other=0.0)
+                    logits += tl.where(inside, w.to(tl.float32) * (k + d)[None, :], 0.0)
+            left = seen + 2 + 3 * contexts
+            tl.store(left + n, tl.sum(bad, 0).to(tl.float32))
+            if NORM:  # 0 for a sample of zeros, NaN stays
+                square = tl.sum(squares, 0) * (size * fold)
+                tl.store(left + samples + n, tl.where(square <= 0.0, 0.0, tl.rsqrt(tl.where(square <= 0.0, 1.0, square))))  # noqa: E501  # fmt: skip
+            if GATE:
+                logit = tl.sum(logits, 1) + tl.load(gate_bias + q, mask=real, other=0.0).to(tl.float32)
+                logit = tl.where(real, logit, -1e30)
+                g = tl.where(real, tl.exp(logit - tl.max(logit, 0)), 0.0)
+                tl.store(left + samples + n * contexts + q, tl.div_rn(g, tl.sum(g, 0) + g * 0.0), mask=real)
+
+
+@triton.jit
+def move(
+    target, spread, share, off, running_mean, running_spread, tracked, skipped, prior, rate, seen, pooled, enough, at,
+    kept, samples, channels, contexts, CONTEXTS: tl.constexpr, AVERAGE: tl.constexpr, RANKS: tl.constexpr,
+    K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Move a program's own channels (K, C), unless x has a NaN or an infinity; the first program moves the counters.
+
+    A channel whose statistics are not finite though x is, as with a NaN among the parameters, stays by itself.
+    """
+    bad = tl.zeros((BLOCK,), tl.int32)
+    if RANKS:  # of which all see the same
+        for begin in range(0, channels, BLOCK):
+            c = begin + tl.arange(0, BLOCK)
+            mean = tl.load(pooled + c, mask=c < channels, other=0.0)
+            var = tl.load(pooled + 2 * channels + c, mask=c < channels, other=0.0)
+            bad += tl.where(tl.abs(mean + var) < float("inf"), 0, 1)
+    else:
+        for begin in range(0, samples, BLOCK):
+            n = begin + tl.arange(0, BLOCK)
+            bad += tl.where(tl.load(seen + 2 + 3 * contexts + n, mask=n < samples, other=0.0) == 0.0, 0, 1)
+    good = tl.sum(bad, 0) == 0
+    if RANKS:
+        good = good & enough
+    fine = good & ~off
+    times = tl.maximum(tl.load(seen) + fine.to(tl.float32), 1.0)
+    if AVERAGE:
+        speed = 1.0 / times
+    else:
+        speed = tl.load(rate).to(tl.float32)
+    q = tl.arange(0, K_BLOCK)
+    first, real = tl.program_id(0) == 0, q < contexts
+    step = tl.zeros((K_BLOCK,), tl.float32) + speed
+    may = kept & fine & (tl.abs(target + spread) < float("inf"))
+    new = step
+    if CONTEXTS:
+        old = tl.load(seen + 2 + q, mask=real, other=0.0)
+        new = old + speed * (share - old)
+        if AVERAGE:
+            step = share / tl.maximum(times * new, TINY)
+        else:
+            step = speed * tl.minimum(contexts * share, 1.0)
+        step = tl.where(tl.load(seen + 2 + contexts + q, mask=real, other=0.0) != 0.0, 1.0, step)
+        may = may & (share > 0.0)[:, None]
+    mean = tl.load(running_mean + at, mask=kept, other=0.0)
+    var = tl.load(running_spread + at, mask=kept, other=0.0)
+    mean = (1.0 - step)[:, None] * mean + step[:, None] * target
+    var = (1.0 - step)[:, None] * var + step[:, None] * spread
+    count, missed = tl.load(tracked) + fine.to(tl.int64), tl.load(skipped) + 1 - good.to(tl.int64)
+    tl.debug_barrier()  # every thread has read what is now written
+    tl.store(running_mean + at, mean, mask=may)
+    tl.store(running_spread + at, var, mask=may)
+    tl.store(tracked, count, mask=first)
+    tl.store(skipped, missed, mask=first)
+    if CONTEXTS:
+        tl.store(prior + q, new, mask=real & good & first)
+
+
+@triton.jit
+def new_weight(running_mean, updates, rate, channels, power, POWER: tl.constexpr, BLOCK: tl.constexpr):
+    """Alpha and number of this batch: 1 for the first, 2 where statistics were moved in."""
+    steps = tl.load(updates) + 1
+    if steps == 1:
+        moved = tl.zeros((BLOCK,), tl.int32)
+        for begin in range(0, channels, BLOCK):
+            c = begin + tl.arange(0, BLOCK)
+            moved += tl.where(tl.load(running_mean + c, mask=c < channels, other=0.0) != 0.0, 1, 0)
+        steps += (tl.sum(moved, 0) > 0).to(tl.int64)
+    if POWER:
+        alpha = tl.exp(-tl.cast(power, tl.float32) * tl.log(steps.to(tl.float32)))
+    else:
+        alpha = tl.load(rate).to(tl.float32)
+    return tl.where(steps == 1, 1.0, alpha), steps
+
+
+@triton.jit
+def commit(
+    stats, running_mean, running_spread, tracked, skipped, updates, gap, rate, channels, eps, power,
+    STD: tl.constexpr, POWER: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store blended statistics and how far they were from the batch's, unless one is NaN or infinite. One program."""
+    bad = tl.zeros((BLOCK,), tl.int32)
+    for begin in range(0, channels, BLOCK):
+        c = begin + tl.arange(0, BLOCK)
+        keep = c < channels
+        seen = tl.load(stats + 3 * channels + c, mask=keep, other=0.0)
+        if not RANKS:
+            seen += tl.load(stats + c, mask=keep, other=0.0)
+        bad += tl.where(tl.abs(seen) < float("inf"), 0, 1)
+    good = tl.sum(bad, 0) == 0
+    missed, count = tl.load(skipped) + 1 - good.to(tl.int64), tl.load(tracked) + good.to(tl.int64)
+    alpha, steps = new_weight(running_mean, updates, rate, channels, power, POWER, BLOCK)
+    far = tl.zeros((BLOCK,), tl.float32)
+    wide = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, channels, BLOCK):
+        c = begin + tl.arange(0, BLOCK)
+        keep = c < channels
+        now = tl.load(stats + 3 * channels + c, mask=keep, other=0.0)
+        was = tl.load(stats + 8 * channels + c, mask=keep, other=0.0)
+        if STD:
+            now = tl.maximum(now, TINY)
+        else:
+            was = tl.sqrt_rn(was)
+        r = 1.0 / (was + tl.cast(eps, tl.float32))
+        delta = tl.load(stats + 4 * channels + c, mask=keep, other=0.0)
+        if RANKS:
+            delta -= tl.load(stats + 9 * channels + c, mask=keep, other=0.0)
+        far += tl.abs(delta * r)
+        wide += tl.where(keep, tl.abs(tl.sqrt_rn(now) - was) * r, 0.0)
+    tl.debug_barrier()  # every thread has read what is now written
+    tl.store(skipped, missed)
+    tl.store(tracked, count)
+    tl.store(updates, steps, mask=good)
+    tl.store(gap, tl.sum(far, 0) / channels, mask=good)
+    tl.store(gap + 1, tl.sum(wide, 0) / channels, mask=good)
+    for begin in range(0, channels, BLOCK):
+        c = begin + tl.arange(0, BLOCK)
+        keep = (c < channels) & good
+        tl.store(running_mean + c, tl.load(stats + 7 * channels + c, mask=keep, other=0.0), mask=keep)
+        tl.store(running_spread + c, tl.load(stats + 8 * channels + c, mask=keep, other=0.0), mask=keep)

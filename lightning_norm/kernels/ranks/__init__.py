@@ -1,0 +1,1 @@
+"""Statistics on their way to other ranks and back."""

@@ -1,0 +1,1 @@
+"""What every normalizer is made of."""

@@ -1,0 +1,291 @@
+"""What every normalizer shares: its arguments, its place in the registry, how it is loaded and how it is converted.
+
+A normalizer is a plain ``nn.Module`` and never a subclass of torch's ``_BatchNorm``: ``Trainer(sync_batchnorm=True)``
+rebuilds each of those and would erase ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.layers.fused_specs import same_equations
+from lightning_norm.layers.inference import Evaluation
+from lightning_norm.layers.paper import Paper as Paper
+from lightning_norm.layers.running_stats import RunningStats
+from lightning_norm.layers.scheduled import Scheduled, ScheduledValues
+from lightning_norm.layers.state import BATCH_NORM_BUFFERS, Loading
+from lightning_norm.layers.swap_record import Origin
+from lightning_norm.ops.compiled import KIND, compiled_forward
+from lightning_norm.ops.fused.encoder_decoder import CoderRecipe
+from lightning_norm.ops.fused.mixture import Recipe
+from lightning_norm.ops.fused.per_channel import ChannelRecipe
+from lightning_norm.ops.layout import Layout, layout_of
+from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.normalize import activated, normalize
+from lightning_norm.ops.sync import Ranks, active_ranks
+
+
+class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
+    """Abstract: a layer that normalizes. Subclasses that set ``key`` in their own body enter the registry.
+
+    The class attributes are declarations; the conformance suite checks each against what the layer does.
+    """
+
+    key: ClassVar[str] = ""
+    paper: ClassVar[Paper | None] = None
+    uses_batch: ClassVar[bool] = True
+    """In training, the output for one sample depends on the other samples."""
+    per_sample: ClassVar[bool] = True
+    """In evaluation, the output depends on the sample's own statistics."""
+    preserves_eval: ClassVar[bool] = False
+    """At its starting values it evaluates to what the BatchNorm it was made from evaluates to."""
+    learns: ClassVar[dict[str, str]] = {}
+    """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
+    needs: ClassVar[str] = ""
+    """What it does not work without, such as a callback."""
+    converts: ClassVar[tuple[str, ...]] = ()
+    """Names of a BatchNorm's tensors that it takes over in another form: their values, not the objects."""
+
+    growth_hint: ClassVar[str] = ""
+    """What the user can do about the parameters it adds, for the warning of a swap that adds many."""
+
+    tested_with: ClassVar[dict[str, Any]] = {}
+    """Arguments that the conformance suite adds, whose layers have 6 channels."""
+
+    follows_recipe: ClassVar[bool] = False
+    """Its class has the equations that its ``recipe`` tells the kernels."""
+
+    registry: ClassVar[dict[str, type[Normalizer]]] = {}
+
+    num_features: int
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    sync: bool
+    sync_group: str | int
+    sync_paused: bool = False
+    compiled: bool
+    backend: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.follows_recipe = same_equations(cls)
+        key = cls.__dict__.get("key", "")
+        other = Normalizer.registry.get(key)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"the key {key!r} is taken by {other.__module__}.{other.__qualname__}. Choose another key."
+            )
+        if key:
+            Normalizer.registry[key] = cls
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.ranges:  # whose new value is no new kind of layer
+            self.__dict__.pop(KIND, None)
+        super().__setattr__(name, value)
+
+    def adopt(self, source: nn.Module) -> None:
+        """Take over a layer's Parameters and running statistics: the same objects, but for those in ``converts``.
+
+        Running statistics narrower than float32 are widened.
+        """
+        values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
+        for name in ("weight", "bias", *BATCH_NORM_BUFFERS):
+            held, own = getattr(source, name, None), getattr(self, name, None)
+            if own is None or name in self.converts:
+                continue
+            if name in values:
+                own.data.copy_(values[name])
+            elif held is not None:
+                setattr(self, name, held)
+        self._settle()  # a network built in bfloat16 holds its statistics in it
+
+    def as_batch_norm(self) -> dict[str, Tensor]:
+        """Return the values, (C,), of those of a BatchNorm's tensors that this class holds in another form."""
+        return {}
+
+    def give_back(self, source: nn.Module) -> None:
+        """Give a layer what was taken from it, as it is now: the inverse of :meth:`adopt`.
+
+        A class with ``converts`` writes those values into the layer's own tensors, where they changed since.
+        """
+        for held, back in ((self._parameters, source._parameters), (self._buffers, source._buffers)):
+            for name, value in back.items():
+                own = held.get(name)
+                if value is not None and isinstance(own, Tensor) and name not in self.converts:
+                    narrow = name in self.running_names and value.dtype.itemsize < 4
+                    back[name] = own.to(value.dtype) if narrow else own  # type: ignore[assignment]  # like to like
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that weight decay is to leave alone, as timm asks for them: all."""
+        return {name for name, _ in self.named_parameters()}
+
+    def keeps_eval(self) -> bool:
+        """Tell whether this layer, with its arguments, starts as the BatchNorm it was made from."""
+        return self.preserves_eval
+
+    def monitor(self) -> dict[str, Tensor]:
+        """Return what the layer has learned, as quantity -> 0-dim tensor, for the loggers."""
+        return {}
+
+
+class MomentNorm(Normalizer):
+    r"""Abstract: a normalizer whose output is affine in x, with coefficients that depend on the moments of x alone.
+
+    Write :meth:`algebra`; gradients, precision, ranks, swap and tests follow.
+
+    .. math:: y = s\,(x - c) + t, \qquad (c, s, t) = \mathrm{algebra}(\mu_{nc}, \sigma^2_{nc})
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        eps: added to the variance, inside the root.
+        momentum: weight of the new batch in the running statistics; ``None`` for the average of all batches.
+        affine: learn ``weight`` (gamma) and ``bias`` (beta), each (C,).
+        track_running_stats: keep running statistics and evaluate on them; otherwise always use those of the input.
+        channel_dim: 1, or -1 for tokens (N, L, C).
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), or (N, ..., C) with ``channel_dim=-1``; output as input.
+
+    Raises:
+        TypeError: the input is not a floating-point tensor.
+        ValueError: an argument out of range, a wrong number of dimensions or channels, or one value per statistic.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 1:
+            raise ValueError(f"{name}: num_features must be a positive int, got {num_features!r}.")
+        if isinstance(eps, str) or not 0 <= eps < float("inf"):
+            raise ValueError(f"{name}: eps must be a number >= 0, got {eps!r}.")
+        if channel_dim not in (1, -1):
+            raise ValueError(f"{name}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim!r}.")
+        self.num_features, self.eps, self.affine, self.channel_dim = num_features, float(eps), affine, channel_dim
+        self.sync, self.sync_group, self.compiled, self.backend = True, "world", False, "auto"
+        for parameter in ("weight", "bias"):
+            value = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+            self.register_parameter(parameter, value)
+        self._make_running_stats(num_features, track_running_stats, device, dtype)
+        self.momentum = momentum
+        self.reset_parameters()
+
+    def algebra(self, m: Moments) -> Affine:
+        """Turn the moments of x into ``y = scale * (x - center) + shift``: the paper's equations."""
+        raise NotImplementedError(f"{type(self).__name__} must define algebra(self, m: Moments) -> Affine.")
+
+    def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
+        """Return the algebra for this input: a method that looks at more than the moments of x binds it here."""
+        return self.algebra
+
+    def recipe(self, layout: Layout) -> Recipe | ChannelRecipe | CoderRecipe | None:
+        """Return the same equations as the kernels know them; ``None`` where they do not."""
+        return None
+
+    def recovery(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return kernel and bias of the depthwise convolution that follows, ``None`` for none."""
+        return None
+
+    def standardize(self, mean: Tensor, var: Tensor) -> Affine:
+        r"""Return the Affine of :math:`\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta`."""
+        scale = (var + self.eps).rsqrt()
+        return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
+
+    def statistic_size(self, n: int, size: int) -> int:
+        """Return the elements behind the smallest statistic, for n samples of ``size`` elements per channel."""
+        return n * size
+
+    def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        r"""Normalize x: :math:`\mathrm{act}(y + \mathrm{residual})`, on the GPU in the pass that writes y.
+
+        Args:
+            x: the input.
+            activation: "none", "relu" or "silu".
+            residual: added before the activation, in the shape of x.
+        """
+        if not torch.compiler.is_compiling():
+            self.keep_wide()
+            self.keep_exact()
+            if self.compiled:
+                return activated(compiled_forward(self, x, _forward, _ranks_of(self)), activation, residual)
+        return _forward(self, x, activation, residual)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the forward pass, fullgraph, at static shapes; layers that agree in everything share their graphs.
+
+        Raises:
+            TypeError: any argument of ``torch.nn.Module.compile`` was given.
+        """
+        if args or kwargs:
+            raise TypeError(f"{type(self).__name__}.compile() takes no arguments, got {args} {kwargs}.")
+        self.compiled = True
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1, bias to 0 and the running statistics to their start."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        names = ["eps", "momentum", "affine", "track_running_stats", *["channel_dim"] * (self.channel_dim != 1)]
+        shown = [f"{name}={getattr(self, name)!r}" for name in (*names, *self.shows)]
+        return ", ".join([str(self.num_features), *shown])
+
+    shows: ClassVar[tuple[str, ...]] = ()
+    """A subclass's own arguments, for ``repr``."""
+
+
+def _ranks_of(layer: MomentNorm) -> Ranks | None:
+    pools = layer.uses_batch or layer.track_running_stats
+    return active_ranks(layer.sync and not layer.sync_paused, layer.training, layer.sync_group) if pools else None
+
+
+def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    who = type(layer).__name__
+    layout = layout_of(x, layer.num_features, layer.channel_dim, who)
+    ranks = _ranks_of(layer)
+    of_input = layer.training or not layer.track_running_stats
+    pooled = ranks is not None and layer.uses_batch  # how many values there are in all is known only after pooling
+    if of_input and not pooled and layer.statistic_size(layout.n, layout.size) < 2:
+        remedy = "Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
+        if not layer.uses_batch:
+            remedy = "Use larger feature maps, or leave this layer out of the swap: exclude=[its name]."
+        raise ValueError(
+            f"{who}: expected more than one value per statistic, got {layout.n} sample(s) of {layout.size} "
+            f"element(s) per channel. {remedy}"
+        )
+    given = None if of_input or layer.per_sample else layer.running()
+    gathers = layer.training and (layer.pool is not None or layer.window is not None)  # which the kernels do not know
+    algebra = layer.algebra_of(x, layout)
+    recipe = layer.recipe if layer.follows_recipe and not gathers else None
+    return normalize(
+        x,
+        algebra,
+        layout=layout,
+        given=given,
+        ranks=ranks,
+        backend=layer.backend,
+        recipe=recipe,
+        recovery=layer.recovery(),
+        activation=activation,
+        residual=residual,
+    )

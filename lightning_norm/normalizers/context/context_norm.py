@@ -1,0 +1,200 @@
+"""Context normalization: each context, a component of the data's mixture, has its own statistics and affine map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.layers.base import Paper
+from lightning_norm.layers.fused_specs import contextual
+from lightning_norm.layers.inference import per_channel
+from lightning_norm.normalizers.context.assignment import ContextState, check
+from lightning_norm.normalizers.context.statistics import PerContext
+from lightning_norm.ops import kmeans
+from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
+from lightning_norm.ops.moments import Affine, Moments
+
+SOURCES, MISSING = ("input", "ids", "gate"), ("pooled", "posterior", "error")
+
+
+class ContextNorm(PerContext):
+    r"""Normalize each sample by the statistics of its context, or by a mixture of contexts.
+
+    .. math::
+        y_n = \sum_k g_{nk} \left[\gamma_k \frac{x_n - \mu_k}{\sqrt{\sigma^2_k + \epsilon}} + \beta_k\right], \qquad
+        \mu_k = \frac{\sum_n g_{nk}\,\bar x_n}{\sum_n g_{nk}}
+
+    with sigma_k^2 alike and g_nk the share of sample n in context k: 0 or 1 for hard contexts. ``weight``, ``bias``,
+    ``running_mean`` and ``running_var`` are (K, C), ``prior`` (K,) is the running share of the contexts. Faye et al.
+    2023, arXiv 2303.07651, and its successors.
+
+    When: the data are a mixture, such as several domains, and the context is known in inference as well. When not: if
+    the context follows from the label, for then the layer is told part of the answer.
+
+    Args:
+        num_features: channels, the C of an input (N, C, *).
+        num_contexts: K.
+        context: where g comes from: "input" (the nearest centroid of the input image), "ids" (given by NormContext or
+            :func:`lightning_norm.contexts`), or "gate" (learned from the layer's own input).
+        missing: what evaluation does without a context: "pooled" moments of all contexts, the "posterior" of the
+            contexts given the layer's input, or "error". Training without contexts is always an error.
+        prior_scale: multiply context k by 1 / sqrt(prior_k), as published.
+        min_count: elements per channel below which a context's statistics are drawn to those of all contexts.
+        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+
+    Raises:
+        ValueError: an unknown context or missing, a bad num_contexts or min_count, contexts of the wrong length.
+        RuntimeError: training without contexts, or a recomputation by activation checkpointing.
+
+    Differs from the paper: ``prior_scale`` is off, for it multiplies the variance by K; rare contexts borrow from the
+    others and move their statistics less; evaluation without contexts is defined; momentum has torch's meaning.
+
+    >>> ContextNorm(8, context="gate")(torch.randn(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+    """
+
+    key = "cn"
+    paper = Paper("Faye et al.", 2023, "Context Normalization Layer with Applications", "arXiv 2303.07651")
+    learns: ClassVar[dict[str, str]] = {"gate_weight": "3 * C", "gate_bias": "3"}
+    shows: ClassVar[tuple[str, ...]] = ("num_contexts", "context", "missing", "prior_scale", "min_count")
+    wide_names: ClassVar[tuple[str, ...]] = ("prior", "running_spread", "centroids", "descriptor_scale")
+    preserves_eval: ClassVar[bool] = True
+    no_recalibration: ClassVar[str] = "each context has statistics of its own, and batches without contexts move none"
+    needs: ClassVar[str] = "NormContext"
+    tested_with: ClassVar[dict[str, Any]] = {"context": "gate"}
+    centroids: Tensor
+    descriptor_scale: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        num_contexts: int = 3,
+        context: Literal["input", "ids", "gate"] = "input",
+        missing: Literal["pooled", "posterior", "error"] = "pooled",
+        prior_scale: bool = False,
+        min_count: int = 16,
+        **options: Any,
+    ) -> None:
+        for name, value, known in (("context", context, SOURCES), ("missing", missing, MISSING)):
+            if value not in known:
+                raise ValueError(f"ContextNorm: {name} must be one of {known}, got {value!r}.")
+        if not min_count >= 1:
+            raise ValueError(f"ContextNorm: min_count must be at least 1, got {min_count!r}.")
+        self.context, self.missing, self.prior_scale, self.min_count = context, missing, prior_scale, min_count
+        super().__init__(num_features, num_contexts=num_contexts, **options)
+        if missing == "posterior" and not self.track_running_stats:
+            raise ValueError("ContextNorm: missing='posterior' needs track_running_stats=True.")
+        device, dtype = options.get("device"), options.get("dtype")
+        wide = at_least_float32(dtype)
+        if missing == "posterior":
+            self.no_window = "missing='posterior' follows the spread of each batch"  # type: ignore[misc]
+            self.register_buffer("running_spread", torch.ones(num_contexts, num_features, device=device, dtype=wide))
+        if context == "input":
+            self.register_buffer("centroids", torch.zeros(num_contexts, 2 * kmeans.BANDS, device=device, dtype=wide))
+            self.register_buffer("descriptor_scale", torch.zeros(2 * kmeans.BANDS, device=device, dtype=wide))
+        if context == "gate":
+            self.gate_weight = nn.Parameter(torch.empty(num_contexts, num_features, device=device, dtype=dtype))
+            self.gate_bias = nn.Parameter(torch.empty(num_contexts, device=device, dtype=dtype))
+        self.contexts = ContextState()
+        # Evaluation on given or pooled contexts does not look at the sample's own statistics.
+        self.per_sample = context == "gate" or missing == "posterior"  # type: ignore[misc]
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        """Normalize x."""
+        if self.context != "gate" and isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point():
+            check(self, x.shape[0])
+        return super().forward(x, activation, residual)
+
+    def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
+        """Return the algebra with the contexts of this input."""
+        if self.context == "gate":
+            return self.algebra
+        g = self.contexts.g
+        return lambda m: self.mixture(m, g)
+
+    def algebra(self, m: Moments) -> Affine:
+        """Return the affine map of the equation above, by the gate."""
+        return self.mixture(m, self.gate(m))
+
+    recipe = contextual
+
+    def eval_affine(self) -> Affine | None:
+        """Return the pooled map, which evaluation without contexts is; ``None`` where contexts are always there."""
+        if self.context != "ids" or self.missing != "pooled" or not self.track_running_stats:
+            return None
+        twin: Any = self.in_double()
+        return per_channel(twin.mixture(twin.running(), None), self.num_features)
+
+    def why_not_plain(self, dims: int | None = None) -> str:
+        """Return why :meth:`plain` gives ``None``."""
+        return super().why_not_plain(dims) if self.context == "gate" else "its contexts choose the map in evaluation"
+
+    def gate(self, m: Moments) -> Tensor:
+        """Return the learned shares of each sample, (N, K)."""
+        wide = stat_dtype(m.var)  # a sum of shares off by 1e-7 would scale the output
+        logits = (m.mean.to(wide).unsqueeze(1) * self.gate_weight.to(wide)).sum(2) + self.gate_bias.to(wide)
+        return torch.softmax(logits, 1)
+
+    def mixture(self, m: Moments, g: Tensor | None) -> Affine:
+        """Return the affine map of each sample: a sum over contexts, around a common mean so that no digit is lost."""
+        g = self.posterior(m) if g is None and self.missing == "posterior" else g
+        weight, bias = self._affine(wide := stat_dtype(m.var))
+        if g is None:  # in evaluation only
+            share = self.shares().to(wide)
+            pooled = self.running() if self.track_running_stats else m.over_batch()
+            scale = (pooled.var + self.eps).rsqrt() * (share * weight).sum(0, keepdim=True)
+            return Affine(pooled.mean, scale, (share * bias).sum(0, keepdim=True).expand_as(scale))
+        g = g.to(wide)
+        if self.training or not self.track_running_stats:
+            rows, pivot = self.statistics(m, g)
+        else:
+            rows, _, pooled = self.rows()
+            pivot = pooled.mean
+        scale = (rows.var + self.eps).rsqrt() * weight
+        shift = bias - scale * (rows.mean - pivot)
+        scale, shift = ((g.unsqueeze(2) * t).sum(1) for t in (scale, shift))  # no matmul: autocast would narrow its vjp
+        return Affine(m.mean, scale, torch.addcmul(shift, scale, m.mean - pivot))
+
+    def _affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        one = torch.ones((), dtype=dtype, device=self.prior_or_uniform().device).expand(self.num_contexts, 1)
+        weight = one if self.weight is None else self.weight.to(dtype)
+        bias = 0 * one if self.bias is None else self.bias.to(dtype)
+        if self.prior_scale:
+            factor = self.shares().to(dtype).clamp_min(0.01).rsqrt()
+            weight, bias = factor * weight, factor * bias
+        return weight, bias
+
+    def nearest(self, descriptors: Tensor) -> Tensor:
+        """Return the context of each described image, (N,)."""
+        return kmeans.nearest(descriptors, self.centroids, self.descriptor_scale)
+
+    def is_fitted(self) -> bool:
+        """Tell whether the centroids were fitted, or loaded from a checkpoint."""
+        return bool(self.descriptor_scale.any())
+
+    def keeps_eval(self) -> bool:
+        """Tell whether all contexts start alike, without the factor 1 / sqrt(prior)."""
+        return not self.prior_scale
+
+    @torch.no_grad()
+    def monitor(self) -> dict[str, Tensor]:
+        """Return the share of each context, and the entropy of the shares: log K where all are alike."""
+        if self.prior is None:
+            return {}
+        shares = {f"share_{k}": share for k, share in enumerate(self.prior)}
+        return {**shares, "entropy": torch.special.entr(self.prior).sum()}
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1, bias to 0, and the gate to small numbers which are the same for layers of one size."""
+        super().reset_parameters()
+        if "gate_weight" in self._parameters:
+            generator = torch.Generator().manual_seed(0)
+            start = 0.01 * torch.randn(self.gate_weight.shape, generator=generator)
+            with torch.no_grad():
+                self.gate_weight.copy_(start)
+                self.gate_bias.zero_()

@@ -1,0 +1,1 @@
+"""What the kernels are told, and the operators of torch.library that stand before them."""

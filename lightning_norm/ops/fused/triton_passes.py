@@ -1,0 +1,50 @@
+"""The passes on the Triton kernels, with the signatures of ``eager``: for algebras written in PyTorch.
+
+The kernels work in float32 on shifted coordinates, and a mean is hi + lo there. An algebra meets it as one float64
+number where x is float32; its center goes back as the nearest float32 and a correction in the offset.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_norm.ops.layout import Layout, stat_dtype
+
+ops = torch.ops.lightning_norm
+
+
+def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per (sample, channel), each (N, C)."""
+    hi, lo, var = ops.moments(x, layout.channel_dim).unbind(0)
+    return (hi.double() + lo if stat_dtype(x) == torch.float64 else hi.clone()), var.clone()
+
+
+def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, flat: bool = False) -> Tensor:
+    """Return y = scale * (x - center) + shift, a fresh tensor in x's dtype and memory format."""
+    pivot = center.float()
+    parts = (pivot, scale.float(), (shift + scale * (pivot - center)).float())
+    coef = torch.stack([t.expand(layout.n, layout.c) for t in parts])
+    y: Tensor = ops.apply(x, coef, layout.channel_dim, "none", None)
+    return y
+
+
+def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, flat: bool = False) -> tuple[Tensor, Tensor]:
+    """Sum of dy and of dy * (x - pivot) per (sample, channel), each (N, C)."""
+    wide = pivot.float().expand(1, layout.n, layout.c).contiguous()
+    total, dot = ops.sums(dy, x, wide, layout.channel_dim).to(pivot.dtype).unbind(0)
+    return total, dot
+
+
+def combine(
+    dy: Tensor, scale: Tensor, x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None, layout: Layout
+) -> Tensor:
+    """Return dx = scale * dy + dmean / S + (2 * dvar / S) * (x - mean), in x's dtype."""
+    pivot, line = mean.float(), None
+    if dmean is not None or dvar is not None:
+        slope = torch.zeros_like(pivot) if dvar is None or layout.size == 1 else dvar.float() * (2 / layout.size)
+        constant = slope * (pivot - mean).float()
+        line = torch.stack([constant if dmean is None else constant + dmean.float() / layout.size, slope])
+    wide = scale.float()
+    dx: Tensor = ops.combine(dy, x, torch.stack([pivot, wide, wide]), line, layout.channel_dim)
+    return dx

@@ -1,0 +1,119 @@
+"""Parameter groups: which parameters weight decay is to leave alone, and which have a learning rate of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from lightning_norm.layers.base import Normalizer
+
+TORCH_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Return the dotted names of the normalizers' parameters that weight decay is to leave alone.
+
+    timm's optimizers ask the model for them. A model with other such parameters adds their names::
+
+        def no_weight_decay(self):
+            return {"pos_embed"} | lightning_norm.no_weight_decay(self)
+
+    >>> from lightning_norm import create
+    >>> sorted(no_weight_decay(nn.Sequential(nn.Linear(3, 4), create("sn", 4))))
+    ['1.bias', '1.mean_weight', '1.var_weight', '1.weight']
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in model.named_modules()
+        if isinstance(layer, Normalizer)
+        for name in layer.no_weight_decay()
+    }
+
+
+def switch_parameters(model: nn.Module) -> set[str]:
+    """Return the dotted names of what the normalizers learn beyond weight and bias.
+
+    >>> from lightning_norm import create
+    >>> sorted(switch_parameters(nn.Sequential(create("sn", 4))))
+    ['0.mean_weight', '0.var_weight']
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in model.named_modules()
+        if isinstance(layer, Normalizer)
+        for name, _ in layer.named_parameters()
+        if name in layer.learns
+    }
+
+
+def norm_param_groups(
+    model: nn.Module,
+    weight_decay: float = 1e-4,
+    *,
+    norm_weight_decay: float = 0.0,
+    bias_weight_decay: float = 0.0,
+    switch_lr: float | None = None,
+) -> list[dict[str, Any]]:
+    """Return all parameters of a model in groups for a torch optimizer, each parameter once.
+
+    The groups are named "decay", "no_decay" (biases, other parameters of one dimension, and what the model's own
+    ``no_weight_decay()`` names), "norm" (parameters of our layers and of torch's normalization layers) and, with
+    ``switch_lr``, "switch". An empty group is left out.
+
+    Args:
+        model: any module, swapped or not: what a later swap adds joins the group of its layer.
+        weight_decay: of the group "decay".
+        norm_weight_decay: of "norm" and "switch".
+        bias_weight_decay: of "no_decay".
+        switch_lr: learning rate of what the layers learn beyond weight and bias, such as the control parameters of
+            switchable normalization; by default that of the others.
+
+    Raises:
+        ValueError: a number is negative or not a number.
+
+    >>> import lightning_norm
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), lightning_norm.SwitchableNorm(8))
+    >>> [(g["name"], len(g["params"]), g["weight_decay"]) for g in norm_param_groups(model, 0.05, switch_lr=0.01)]
+    [('decay', 1, 0.05), ('no_decay', 1, 0.0), ('norm', 2, 0.0), ('switch', 2, 0.0)]
+    """
+    given = {
+        "weight_decay": weight_decay,
+        "norm_weight_decay": norm_weight_decay,
+        "bias_weight_decay": bias_weight_decay,
+        "switch_lr": 0.0 if switch_lr is None else switch_lr,
+    }
+    for name, value in given.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"norm_param_groups: {name} must be a number >= 0, got {value!r}.")
+    kinds = _kinds(model, switch=switch_lr is not None)
+    options: dict[str, dict[str, Any]] = {
+        "decay": {"weight_decay": weight_decay},
+        "no_decay": {"weight_decay": bias_weight_decay},
+        "norm": {"weight_decay": norm_weight_decay},
+        "switch": {"weight_decay": norm_weight_decay, "lr": switch_lr},
+    }
+    groups = [{"params": [p for p, k in kinds if k == kind], "name": kind, **options[kind]} for kind in options]
+    return [group for group in groups if group["params"]]
+
+
+def _kinds(model: nn.Module, switch: bool) -> list[tuple[nn.Parameter, str]]:
+    """Return each parameter once, with the name of its group."""
+    ours, switches = no_weight_decay(model), switch_parameters(model) if switch else set()
+    asked = getattr(model, "no_weight_decay", None)
+    spared = set(asked()) if callable(asked) else set()
+    torchs = {id(p) for m in model.modules() if isinstance(m, TORCH_NORMS) for p in m.parameters(recurse=False)}
+    found = []
+    for name, parameter in model.named_parameters():
+        if name in switches:
+            kind = "switch"
+        elif name in ours or id(parameter) in torchs:
+            kind = "norm"
+        elif name in spared or name.rpartition(".")[2] == "bias" or (not is_lazy(parameter) and parameter.ndim <= 1):
+            kind = "no_decay"
+        else:
+            kind = "decay"
+        found.append((parameter, kind))
+    return found

@@ -1,0 +1,499 @@
+import csv
+import io
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.tuner import Tuner
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams import metadata
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_norm import MissingDependencyWarning, NoEffectWarning, NormMonitor, NormSwap
+from lightning_norm.callbacks.monitor import pictures
+from lightning_norm.callbacks.monitor.quantities import Quantities, families
+from lightning_norm.normalizers import normalizers
+from tests.callbacks.toy import LateNet, Net, loader, trainer
+
+ALL = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+
+
+def read(logger):
+    return EventAccumulator(logger.log_dir, ALL).Reload()
+
+
+def scalar_tags(events, start=""):
+    return [tag for tag in events.Tags()["scalars"] if tag.startswith(start)]
+
+
+def text(events, tag):
+    return events.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
+
+
+def hparams_of(events):
+    """What TensorBoard shows on its HParams page: the columns, and the values of this run."""
+    contents = {tag: events.SummaryMetadata(tag).plugin_data.content for tag in events.PluginTagToContent("hparams")}
+    columns = metadata.parse_experiment_plugin_data(contents[metadata.EXPERIMENT_TAG])
+    start = metadata.parse_session_start_info_plugin_data(contents[metadata.SESSION_START_INFO_TAG])
+    values = {k: v.string_value or v.number_value for k, v in start.hparams.items()}
+    assert {info.name for info in columns.hparam_infos} == set(values)
+    return values, [info.name.tag for info in columns.metric_infos]
+
+
+def test_importance_weights_of_each_layer_reach_tensorboard(tmp_path):
+    model = LateNet()
+    logger = TensorBoardLogger(tmp_path)
+    trainer(NormSwap("sn"), NormMonitor(), logger=logger, max_epochs=2).fit(model, loader())
+    events = read(logger)
+    tags = [t for t in events.Tags()["scalars"] if t.startswith("norm/")]
+    assert len(tags) == 3 * (6 + 4)
+    assert "norm/sn/mean_bn/built.1" in tags
+    for layer in ("net.1", "built.1", "late"):
+        for quantity in ("mean", "var"):
+            series = [events.Scalars(f"norm/sn/{quantity}_{k}/{layer}") for k in ("in", "ln", "bn")]
+            assert [e.step for e in series[0]] == [0, 1, 2, 3, 4]
+            sums = torch.tensor([[e.value for e in s] for s in series]).sum(0)
+            torch.testing.assert_close(sums, torch.ones(5), atol=1e-6, rtol=0)  # three float32 roundings
+    last = events.Scalars("norm/sn/mean_in/net.1")[-1].value
+    assert last == pytest.approx(model.net[1].importance()["mean"][0].item(), abs=1e-6)
+    assert last != pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_cadence_and_prefix(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    trainer(NormSwap("bcn"), NormMonitor(every_n_steps=3, prefix="n"), logger=logger, max_epochs=2).fit(
+        LateNet(), loader()
+    )
+    events = read(logger)
+    assert [e.step for e in events.Scalars("n/bcn/iota/late")] == [0, 3, 4]
+
+
+def test_accumulated_batches_log_a_step_once(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    trainer(NormSwap("sn"), NormMonitor(every_n_steps=1), logger=logger, accumulate_grad_batches=2).fit(
+        LateNet(), loader(16)
+    )
+    events = read(logger)
+    assert [e.step for e in events.Scalars("norm/sn/mean_in/late")] == [0, 1, 2]
+
+
+def test_any_logger_will_do(tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer(NormSwap("sn"), NormMonitor(), logger=logger).fit(LateNet(), loader())
+    assert "norm/sn/mean_bn/late" in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+
+
+class Doubled(TensorBoardLogger):
+    def log_metrics(self, metrics, step=None):
+        super().log_metrics({tag: 2 * value for tag, value in metrics.items()}, step)
+
+
+def test_a_logger_of_the_users_own_gets_the_scalars_its_way(tmp_path):
+    logger = Doubled(tmp_path)
+    trainer(NormSwap("sn"), NormMonitor(), logger=logger).fit(Net(), loader())
+    assert read(logger).Scalars("norm/sn/mean_in/net.1")[0].value == pytest.approx(2 / 3)
+
+
+def test_the_table_is_printed_on_request(caplog):
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    model = LateNet()
+    trainer(NormSwap("sn"), NormMonitor(print_table=True)).fit(model, loader())
+    (text,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("NormMonitor: sn\n")]
+    own, every_layer = text.partition("\n")[2].split("\n\n")
+    rows = [row.split() for row in own.splitlines()]
+    assert rows[0] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
+    assert [row[0] for row in rows[1:]] == ["net.1", "built.1", "late"]
+    weights = model.late.importance()["mean"]
+    cells = [f"{w:.3g}" for w in weights.tolist()]
+    cells[weights.argmax()] = f"*{cells[weights.argmax()]}*"
+    assert rows[3][1:4] == cells
+    assert {len(row) for row in own.splitlines()} == {len(own.splitlines()[0])}  # aligned
+    assert every_layer.split()[:5] == ["layer", "gamma_condition", "gamma_near_zero", "drift_mean", "drift_var"]
+
+
+def test_nothing_to_log_is_said():
+    with pytest.warns(NoEffectWarning, match="no logger"):
+        trainer(NormSwap("sn"), NormMonitor()).fit(LateNet(), loader())
+
+
+def test_epochs_as_the_interval(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    monitor = NormMonitor(logging_interval="epoch", every_n_steps=1)
+    trainer(NormSwap("sn"), monitor, logger=logger, max_epochs=2).fit(LateNet(), loader(12))
+    assert [e.step for e in read(logger).Scalars("norm/sn/mean_in/late")] == [0, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1 or None, got 0"),
+        ({"pictures_every_n_epochs": 0}, "pictures_every_n_epochs must be at least 1 or None, got 0"),
+        ({"logging_interval": "batch"}, "must be 'step', 'epoch' or None, got 'batch'"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NormMonitor(**arguments)
+
+
+def test_depths_average_their_layers(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    model = deep_net()
+    trainer(NormSwap("sn"), NormMonitor(), logger=logger).fit(model, loader())
+    events = read(logger)
+    names = [f"net.{i}" for i in range(1, 12, 3)]
+    last = {n: events.Scalars(f"norm/sn/var_ln/{n}")[-1].value for n in names}
+    for depth, own in {"early": names[:2], "middle": names[2:3], "late": names[3:]}.items():
+        got = events.Scalars(f"norm_by_depth/sn/var_ln/{depth}")[-1].value
+        assert got == pytest.approx(sum(last[n] for n in own) / len(own), rel=1e-6)
+    assert len({round(v, 7) for v in last.values()}) > 1  # otherwise any average would do
+
+
+@pytest.mark.parametrize("prefix", ["", "run"])
+def test_the_page_has_one_chart_per_family_and_depth(prefix, tmp_path):
+    logger = TensorBoardLogger(tmp_path, prefix=prefix)
+    monitor = NormMonitor(prefix="n.")
+    trainer(NormSwap(rules={"net.10": "bcn", ".*": "sn"}), monitor, logger=logger).fit(deep_net(), loader())
+    events = read(logger)
+    page = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {c.title: {chart.title: list(chart.multiline.tag) for chart in c.chart} for c in page.category}
+    assert list(charts) == ["Normalization: sn", "Normalization: bcn"]
+    thirds = ("early", "middle", "late")
+    mixtures = [f"{f} (IN, LN, BN), {t} layers" for f in ("mean", "var") for t in thirds]
+    gamma, drift = ["gamma condition", "gamma near zero"], [f"drift (mean, var), {t} layers" for t in ("all", *thirds)]
+    assert list(charts["Normalization: sn"]) == [*mixtures, *gamma, *drift[1:]]
+    assert list(charts["Normalization: bcn"]) == ["iota (min, max), all layers", *gamma, drift[0]]
+    shown = [pattern for charts_of in charts.values() for chart in charts_of.values() for pattern in chart]
+    found = [[tag for tag in scalar_tags(events) if re.match(pattern, tag)] for pattern in shown]
+    assert all(len(tags) == 1 for tags in found), found  # as TensorBoard looks for them
+    assert len(shown) == len({tags[0] for tags in found}) == 3 * (6 + 4) + 3 + 4
+
+
+def test_lines_that_belong_together_share_a_chart():
+    names = ("condensation", "skipped", "weight_center", "gate_scale", "gate_affine", "gamma_condition", "threshold")
+    assert families([("ubn", q, "a") for q in names]) == {
+        "ubn": {
+            "condensation": ["condensation", "threshold"],
+            "skipped": ["skipped"],
+            "weight": ["weight_center"],
+            "gate": ["gate_scale", "gate_affine"],
+            "gamma condition": ["gamma_condition"],
+        }
+    }
+
+
+def test_pictures_tables_and_histograms(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    model = LateNet()
+    trainer(NormSwap("sn"), NormMonitor(), logger=logger, max_epochs=2).fit(model, loader())
+    events = read(logger)
+    assert events.Tags()["images"] == ["norm/sn/choice", "norm/sn/profile", "norm/sn/profile_every_layer"]
+    for tag in events.Tags()["images"]:
+        (image,) = events.Images(tag)
+        assert image.step == 4
+        assert Image.open(io.BytesIO(image.encoded_image_string)).size == (image.width, image.height)
+        assert image.width > 400
+    assert len(events.Tags()["histograms"]) == 3 * 3
+    first, last = events.Histograms("norm_histograms/sn/weight/late")
+    assert (first.step, last.step) == (2, 4)
+    assert last.histogram_value.num == 6
+    assert last.histogram_value.sum == pytest.approx(model.late.weight.sum().item(), rel=1e-6)
+    rows = [row.strip("| ").split(" | ") for row in text(events, "norm/sn/table").splitlines()]
+    assert rows[0] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
+    assert rows[6] == ["layer", "gamma_condition", "gamma_near_zero", "drift_mean", "drift_var"]
+    assert [row[0] for row in rows[2:5]] == [row[0] for row in rows[8:]] == ["net.1", "built.1", "late"]
+    weights = model.late.importance()["mean"]
+    cells = [f"{w:.3g}" for w in weights.tolist()]
+    cells[weights.argmax()] = f"**{cells[weights.argmax()]}**"
+    assert rows[4][1:4] == cells
+
+
+def test_pictures_during_the_run(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    monitor = NormMonitor(pictures_every_n_epochs=2, histograms=False, extras=False)
+    trainer(NormSwap("bcn"), monitor, logger=logger, max_epochs=3).fit(Net(), loader())
+    events = read(logger)
+    assert [e.step for e in events.Images("norm/bcn/profile")] == [4, 6]
+    assert events.Tags()["images"] == ["norm/bcn/profile"]  # iota is no mixture of several weights
+    assert events.Tags()["histograms"] == []
+
+
+def test_the_heat_map_has_the_colour_of_the_winner_as_deep_as_its_weight():
+    def history(bn):
+        weights = {"in": (1 - bn) / 2, "ln": (1 - bn) / 2, "bn": bn}
+        start = {("sn", f"mean_{k}", layer): 1 / 3 for k in weights for layer in ("a", "b")}
+        now = {("sn", f"mean_{k}", layer): w for k, w in weights.items() for layer in ("a", "b")}
+        strong = {("sn", f"mean_{k}", "b"): w for k, w in {"in": 1.0, "ln": 0.0, "bn": 0.0}.items()}
+        return {0: start, 1: {**now, **strong}}
+
+    def share(image, color, tolerance=12):
+        wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+        return (np.abs(image.astype(int) - wanted).max(2) <= tolerance).mean()
+
+    deep = pictures.draw(history(1.0))["sn", "choice"]
+    pale = pictures.draw(history(0.4))["sn", "choice"]
+    blue, orange, green = (pictures.COLORS[k] for k in ("bn", "in", "ln"))
+    cell = share(deep, orange)
+    assert cell > 0.04  # half of a column of two, less its label
+    assert share(deep, blue) == pytest.approx(cell, rel=0.15)
+    assert share(deep, green) < cell / 5  # its strip in the legend only
+    assert share(pale, orange) == pytest.approx(cell, rel=0.15)
+    assert share(pale, blue) < cell / 5
+
+
+def test_without_matplotlib_the_scalars_go_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    logger = TensorBoardLogger(tmp_path)
+    with pytest.warns(MissingDependencyWarning, match=r"pip install 'lightning-norm\[examples\]'"):
+        trainer(NormSwap("sn"), NormMonitor(), logger=logger).fit(Net(), loader())
+    events = read(logger)
+    assert events.Tags()["images"] == []
+    assert [e.step for e in events.Scalars("norm/sn/mean_in/net.1")] == [0, 1, 2]
+    assert "**" in text(events, "norm/sn/table")
+
+
+class Tunable(Net):
+    def __init__(self, lr=0.1, optimizer=None):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.hparams.lr)
+
+
+class WithOwnRow(Tunable):
+    def on_fit_start(self):
+        self.logger.log_hyperparams(self.hparams, {"my_metric": 1.0})
+
+
+def test_the_norm_joins_the_hparams_of_the_module(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    model = Tunable(optimizer={"name": "sgd"})
+    swap = NormSwap("sn", norm_args={"choices": ["in", "bn"]})
+    trainer(swap, NormMonitor(metric="val_loss"), logger=logger).fit(model, loader(), loader())
+    values, metrics = hparams_of(read(logger))
+    choices = "['in', 'bn']"
+    assert values == {"lr": 0.1, "optimizer/name": "sgd", "norm": "sn", "norm/choices": choices}
+    assert metrics == ["val_loss", "hp_metric"]
+    assert read(logger).Scalars("val_loss")
+    assert set(model.hparams) == {"lr", "optimizer"}
+    assert set(yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())) == {"lr", "optimizer"}
+    assert "on_fit_start" not in vars(model)
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_a_row_of_the_users_own_stands(default, tmp_path):
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=default)
+    trainer(NormSwap("sn"), NormMonitor(metric="val_loss"), logger=logger).fit(WithOwnRow(), loader())
+    assert hparams_of(read(logger)) == ({"lr": 0.1, "optimizer": "None"}, ["my_metric"])
+
+
+def test_a_monitored_metric_is_the_one_of_the_row(tmp_path):
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
+    best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
+    run = trainer(NormSwap("bcn"), NormMonitor(), best, logger=logger, enable_checkpointing=True)
+    run.fit(Net(), loader(), loader())
+    assert hparams_of(read(logger)) == ({"norm": "bcn"}, ["val_loss"])
+
+
+def test_page_off(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    trainer(NormSwap("sn"), NormMonitor(page=False, pictures=False), logger=logger).fit(Tunable(), loader())
+    events = read(logger)
+    assert events.Tags()["tensors"] == events.Tags()["images"] == []
+    assert hparams_of(events)[0] == {"lr": 0.1, "optimizer": "None"}
+
+
+def test_a_logger_other_than_tensorboard_gets_the_scalars_alone(tmp_path):
+    logger = CSVLogger(tmp_path)
+    monitor = NormMonitor()
+    trainer(NormSwap("sn"), monitor, logger=logger).fit(Net(), loader())
+    assert [p.name for p in Path(logger.log_dir).iterdir()] == ["metrics.csv"]
+    with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["norm/sn/mean_bn/net.1"]]
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    for row in rows:
+        assert sum(float(row[f"norm/sn/var_{k}/net.1"]) for k in ("in", "ln", "bn")) == pytest.approx(1)
+        assert float(row["norm_by_depth/sn/var_in/all"]) == float(row["norm/sn/var_in/net.1"])
+
+
+def test_sanity_check_and_learning_rate_finder_do_not_log(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    model = Tunable()
+    run = trainer(NormSwap("sn"), NormMonitor(), logger=logger, num_sanity_val_steps=1, default_root_dir=tmp_path)
+    Tuner(run).lr_find(model, loader(), loader(), num_training=8, update_attr=False)
+    run.fit(model, loader(), loader())
+    events = read(logger)
+    assert [e.step for e in events.Scalars("norm/sn/mean_in/net.1")] == [0, 1, 2]
+    assert [e.step for e in events.Images("norm/sn/choice")] == [2]
+
+
+def test_a_second_fit_goes_on(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    monitor = NormMonitor()
+    model = Net()
+    run = trainer(NormSwap("sn"), monitor, logger=logger)
+    run.fit(model, loader())
+    run.fit_loop.max_epochs = 3
+    run.fit(model, loader())
+    assert [e.step for e in read(logger).Scalars("norm/sn/mean_in/net.1")] == [0, 1, 2, 3, 4, 5, 6]
+    assert list(monitor.history) == [0, 1, 2, 3]
+    other = TensorBoardLogger(tmp_path)
+    trainer(NormSwap("sn"), monitor, logger=other).fit(Net(), loader())
+    assert [e.step for e in read(other).Scalars("norm/sn/mean_in/net.1")] == [0, 1, 2]
+    assert list(monitor.history) == [0, 1]
+    assert monitor.history[0]["sn", "mean_in", "net.1"] == pytest.approx(1 / 3)
+
+
+def test_a_resumed_run_has_its_whole_history(tmp_path):
+    def job(epochs, **fit):
+        monitor = NormMonitor()
+        torch.manual_seed(0)
+        run = trainer(NormSwap("sn"), monitor, logger=TensorBoardLogger(tmp_path), max_epochs=epochs)
+        run.fit(Net(), loader(), **fit)
+        return run, monitor.history
+
+    _, whole = job(4)
+    first, _ = job(2)
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    _, resumed = job(4, ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert list(resumed) == list(whole) == [0, 1, 2, 3, 4]
+    for epoch in whole:
+        assert resumed[epoch] == pytest.approx(whole[epoch], abs=1e-6)
+
+
+def test_two_monitors_with_their_own_prefixes(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    run = trainer(NormSwap("sn"), NormMonitor(), NormMonitor(prefix="other"), logger=logger)
+    run.fit(Net(), loader())
+    tags = scalar_tags(read(logger))
+    assert "norm/sn/mean_in/net.1" in tags
+    assert "other/sn/mean_in/net.1" in tags
+
+
+class ScalarReads(TorchDispatchMode):
+    """Count what makes the host wait for one number of a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "_local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("key", normalizers())
+def test_no_quantity_is_read_by_itself(key):
+    cls = normalizers()[key]
+    layer = cls(6, **cls.tested_with)
+    layer(torch.randn(4, 6, 5, 5))
+    quantities = Quantities(extras=True)
+    with ScalarReads() as reads:
+        quantities.read(layer)
+        layer(torch.randn(4, 6, 5, 5))
+        reads.count = 0
+        quantities.read(layer, values=True)
+    assert reads.count == 0
+    with ScalarReads() as reads:
+        torch.ones(1).item()
+    assert reads.count == 1
+
+
+@pytest.mark.parametrize("board", [False, True])
+def test_the_device_is_read_at_the_cadence_and_at_the_end_of_an_epoch(board, tmp_path, monkeypatch):
+    steps = []
+    original = Quantities.read
+
+    def counting(self, *args):
+        steps.append(run.fit_loop.epoch_loop._batches_that_stepped)
+        return original(self, *args)
+
+    monkeypatch.setattr(Quantities, "read", counting)
+    logger = TensorBoardLogger(tmp_path) if board else CSVLogger(tmp_path)
+    run = trainer(NormSwap("sn"), NormMonitor(every_n_steps=4), logger=logger, max_epochs=2)
+    run.fit(Net(), loader(20))  # 5 steps per epoch: 0, 4, 8 by cadence, 5 by epoch, 10 at the end
+    assert steps == ([0, 4, 5, 8, 10] if board else [0, 4, 8, 10])
+    assert len(steps) == len(set(steps))
+
+
+def test_the_progress_bar_shows_two_means_on_request(tmp_path):
+    model = LateNet()
+    run = trainer(NormSwap("sn"), NormMonitor(progress_bar=True), logger=CSVLogger(tmp_path))
+    run.fit(model, loader())
+    shown = run.progress_bar_metrics
+    assert set(shown) == {"sn/mean_bn", "sn/var_bn"}
+    assert 0.2 < shown["sn/mean_bn"] < 0.5
+    assert "sn/mean_bn" not in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().split("\n")[
+        0
+    ].split(",")
+
+
+def test_the_progress_bar_needs_no_logger_and_takes_names():
+    run = trainer(NormSwap("bcn"), NormMonitor(progress_bar=["iota_min"]))
+    run.fit(Net(), loader())
+    assert set(run.progress_bar_metrics) == {"bcn/iota_min"}
+    with pytest.warns(
+        NoEffectWarning, match=r"progress_bar=\['nothing'\], and the layers have \['drift_mean', .*'iota', 'iota_max'"
+    ):
+        trainer(NormSwap("bcn"), NormMonitor(progress_bar=["nothing"])).fit(Net(), loader())
+
+
+def test_extras_of_every_layer(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    statistics = []
+
+    class Spied(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            statistics.append(self.net[1].running_var.clone())
+
+    model = Spied()
+    with torch.no_grad():
+        model.net[1].weight.copy_(torch.tensor([1.0, -2.0, 0.5, 1.0, 1.0, 0.001]))
+    trainer(NormSwap("bn"), NormMonitor(), logger=logger).fit(model, loader())
+    events = read(logger)
+    first = {q: events.Scalars(f"norm/bn/{q}/net.1")[0] for q in ("gamma_condition", "gamma_near_zero")}
+    assert first["gamma_condition"].value == pytest.approx(2000)
+    assert first["gamma_near_zero"].value == pytest.approx(1 / 6)
+    drift = events.Scalars("norm/bn/drift_var/net.1")
+    assert [e.step for e in drift] == [1, 2]  # nothing to compare with at the first step
+    old, new = statistics
+    expected = (new - old).abs().sum() / max(old.sum(), new.sum())
+    assert drift[0].value == pytest.approx(expected.item(), rel=1e-5)
+    assert expected > 0.01
+
+
+def test_a_scheduled_value_of_the_layers_own_is_shown(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    trainer(NormSwap("sn", {"sparse": True, "radius": 0.25}), NormMonitor(), logger=logger).fit(Net(), loader())
+    assert {e.value for e in read(logger).Scalars("norm/sn/radius/net.1")} == {0.25}
+
+
+class FSDPLikeStrategy(SingleDeviceStrategy):
+    pass
+
+
+def test_sharded_parameters_are_left_alone(tmp_path):
+    strategy = FSDPLikeStrategy("cpu")
+    swap = NormSwap("sn", check_optimizer=False)
+    with pytest.warns(NoEffectWarning, match="FSDPLikeStrategy shards the parameters"):
+        trainer(swap, NormMonitor(), logger=CSVLogger(tmp_path), strategy=strategy).fit(Net(), loader())
+    assert not (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").exists()
+
+
+def deep_net():
+    model = Net()
+    blocks = [
+        m
+        for i in range(4)
+        for m in (torch.nn.Conv2d(6 if i else 3, 6, 3, padding=1), torch.nn.BatchNorm2d(6), torch.nn.ReLU())
+    ]
+    model.net = torch.nn.Sequential(*blocks)
+    return model
