@@ -91,8 +91,8 @@ def test_the_table_holds_every_normalizer(page):
 def test_the_index_says_which_depend_on_the_batch():
     for row in rows((ROOT / "docs/index.md").read_text(encoding="utf-8"), "key | class"):
         cls = OURS[re.search(r"\[(\w+)\]", row[0])[1]]
-        assert row[3] == ("yes" if cls.uses_batch else "no")
-        if not cls.per_sample:
+        assert row[3] == ("yes" if cls.train_uses_batch_stats else "no")
+        if not cls.eval_uses_input_stats:
             assert row[4] == "running statistics"
 
 
@@ -123,7 +123,7 @@ def test_each_card_has_the_own_arguments_and_their_defaults(key):
 @pytest.mark.parametrize("key", OURS)
 def test_every_learned_parameter_is_in_the_card(key):
     card = (ROOT / "docs" / "cards" / f"{key}.md").read_text(encoding="utf-8")
-    for name in OURS[key].learns:
+    for name in OURS[key].extra_parameters:
         assert f"`{name}`" in card.split("## Arguments and starting values")[1]
 
 

@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
         return
     header = ("key", "class", "paper", "added", "batch", "sample", "keeps", "needs")
     cells = [[row["key"], row["class"], row["paper"] or "-", _signed(row["added_to_64"])] for row in rows]
-    names = ("uses_batch", "per_sample", "keeps_eval")
+    names = ("train_uses_batch_stats", "eval_uses_input_stats", "keeps_eval")
     flags = [[*(_yes(row[name]) for name in names), row["needs"] or "-"] for row in rows]
     print(aligned([header, *(a + b for a, b in zip(cells, flags, strict=True))]))
     print(
@@ -63,11 +63,11 @@ def describe(cls: type[Normalizer]) -> dict[str, Any]:
         "class_path": f"{cls.__module__}.{cls.__qualname__}",
         "paper": str(cls.paper) if cls.paper else None,
         "title": cls.paper.title if cls.paper else None,
-        "added": dict(cls.learns),
+        "added": dict(cls.extra_parameters),
         "added_to_64": added_to(64, cls),
         "needs": cls.needs,
-        "uses_batch": cls.uses_batch,
-        "per_sample": cls.per_sample,
+        "train_uses_batch_stats": cls.train_uses_batch_stats,
+        "eval_uses_input_stats": cls.eval_uses_input_stats,
         "keeps_eval": cls.preserves_eval,
     }
 

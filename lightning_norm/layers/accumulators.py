@@ -27,7 +27,7 @@ def merge(
     return total, mean + share * apart, merged + share * (1 - share) * apart.square() if between else merged
 
 
-class Window:
+class AccumulationWindow:
     """Mean and biased variance of the batches since the last optimizer step, kept where the layer is.
 
     Args:
@@ -64,7 +64,7 @@ class Window:
             t.zero_()
 
 
-class Pool:
+class StatisticsAccumulator:
     """Mean and biased variance of everything seen, without what is not finite, and over ranks at the end.
 
     Args:

@@ -18,18 +18,18 @@ from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.running_stats import RunningStats
 from lightning_norm.layers.scheduled import Scheduled, ScheduledValues
 from lightning_norm.layers.state import BATCH_NORM_BUFFERS, Loading
-from lightning_norm.layers.swap_record import Origin
+from lightning_norm.layers.swap_record import SwapRecord
 from lightning_norm.ops.compiled import KIND, compiled_forward
-from lightning_norm.ops.fused.encoder_decoder import CoderRecipe
-from lightning_norm.ops.fused.mixture import Recipe
-from lightning_norm.ops.fused.per_channel import ChannelRecipe
+from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
+from lightning_norm.ops.fused.mixture import MixtureSpec
+from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout, layout_of
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.normalize import activated, normalize
 from lightning_norm.ops.sync import Ranks, active_ranks
 
 
-class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
+class Normalizer(Loading, Evaluation, SwapRecord, ScheduledValues, RunningStats):
     """Abstract: a layer that normalizes. Subclasses that set ``key`` in their own body enter the registry.
 
     The class attributes are declarations; the conformance suite checks each against what the layer does.
@@ -37,17 +37,17 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
 
     key: ClassVar[str] = ""
     paper: ClassVar[Paper | None] = None
-    uses_batch: ClassVar[bool] = True
+    train_uses_batch_stats: ClassVar[bool] = True
     """In training, the output for one sample depends on the other samples."""
-    per_sample: ClassVar[bool] = True
+    eval_uses_input_stats: ClassVar[bool] = True
     """In evaluation, the output depends on the sample's own statistics."""
     preserves_eval: ClassVar[bool] = False
     """At its starting values it evaluates to what the BatchNorm it was made from evaluates to."""
-    learns: ClassVar[dict[str, str]] = {}
+    extra_parameters: ClassVar[dict[str, str]] = {}
     """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
     needs: ClassVar[str] = ""
     """What it does not work without, such as a callback."""
-    converts: ClassVar[tuple[str, ...]] = ()
+    translated_tensors: ClassVar[tuple[str, ...]] = ()
     """Names of a BatchNorm's tensors that it takes over in another form: their values, not the objects."""
 
     growth_hint: ClassVar[str] = ""
@@ -57,7 +57,7 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
     """Arguments that the conformance suite adds, whose layers have 6 channels."""
 
     follows_recipe: ClassVar[bool] = False
-    """Its class has the equations that its ``recipe`` tells the kernels."""
+    """Its class has the equations that its ``fused_spec`` tells the kernels."""
 
     registry: ClassVar[dict[str, type[Normalizer]]] = {}
 
@@ -87,15 +87,15 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
             self.__dict__.pop(KIND, None)
         super().__setattr__(name, value)
 
-    def adopt(self, source: nn.Module) -> None:
-        """Take over a layer's Parameters and running statistics: the same objects, but for those in ``converts``.
+    def take_from(self, source: nn.Module) -> None:
+        """Take over Parameters and running statistics: the same objects, but for ``translated_tensors``.
 
         Running statistics narrower than float32 are widened.
         """
         values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
         for name in ("weight", "bias", *BATCH_NORM_BUFFERS):
             held, own = getattr(source, name, None), getattr(self, name, None)
-            if own is None or name in self.converts:
+            if own is None or name in self.translated_tensors:
                 continue
             if name in values:
                 own.data.copy_(values[name])
@@ -107,15 +107,15 @@ class Normalizer(Loading, Evaluation, Origin, ScheduledValues, RunningStats):
         """Return the values, (C,), of those of a BatchNorm's tensors that this class holds in another form."""
         return {}
 
-    def give_back(self, source: nn.Module) -> None:
-        """Give a layer what was taken from it, as it is now: the inverse of :meth:`adopt`.
+    def return_to(self, source: nn.Module) -> None:
+        """Give a layer what was taken from it, as it is now: the inverse of :meth:`take_from`.
 
-        A class with ``converts`` writes those values into the layer's own tensors, where they changed since.
+        A class with ``translated_tensors`` writes those values into the layer's own tensors, where they changed since.
         """
         for held, back in ((self._parameters, source._parameters), (self._buffers, source._buffers)):
             for name, value in back.items():
                 own = held.get(name)
-                if value is not None and isinstance(own, Tensor) and name not in self.converts:
+                if value is not None and isinstance(own, Tensor) and name not in self.translated_tensors:
                     narrow = name in self.running_names and value.dtype.itemsize < 4
                     back[name] = own.to(value.dtype) if narrow else own  # type: ignore[assignment]  # like to like
 
@@ -194,11 +194,11 @@ class MomentNorm(Normalizer):
         """Return the algebra for this input: a method that looks at more than the moments of x binds it here."""
         return self.algebra
 
-    def recipe(self, layout: Layout) -> Recipe | ChannelRecipe | CoderRecipe | None:
+    def fused_spec(self, layout: Layout) -> MixtureSpec | PerChannelSpec | EncoderDecoderSpec | None:
         """Return the same equations as the kernels know them; ``None`` where they do not."""
         return None
 
-    def recovery(self) -> tuple[Tensor, Tensor | None] | None:
+    def depthwise_conv(self) -> tuple[Tensor, Tensor | None] | None:
         """Return kernel and bias of the depthwise convolution that follows, ``None`` for none."""
         return None
 
@@ -247,15 +247,15 @@ class MomentNorm(Normalizer):
     def extra_repr(self) -> str:
         """Show the arguments."""
         names = ["eps", "momentum", "affine", "track_running_stats", *["channel_dim"] * (self.channel_dim != 1)]
-        shown = [f"{name}={getattr(self, name)!r}" for name in (*names, *self.shows)]
+        shown = [f"{name}={getattr(self, name)!r}" for name in (*names, *self.repr_arguments)]
         return ", ".join([str(self.num_features), *shown])
 
-    shows: ClassVar[tuple[str, ...]] = ()
+    repr_arguments: ClassVar[tuple[str, ...]] = ()
     """A subclass's own arguments, for ``repr``."""
 
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
-    pools = layer.uses_batch or layer.track_running_stats
+    pools = layer.train_uses_batch_stats or layer.track_running_stats
     return active_ranks(layer.sync and not layer.sync_paused, layer.training, layer.sync_group) if pools else None
 
 
@@ -264,19 +264,21 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
     layout = layout_of(x, layer.num_features, layer.channel_dim, who)
     ranks = _ranks_of(layer)
     of_input = layer.training or not layer.track_running_stats
-    pooled = ranks is not None and layer.uses_batch  # how many values there are in all is known only after pooling
+    pooled = (
+        ranks is not None and layer.train_uses_batch_stats
+    )  # how many values there are in all is known only after pooling
     if of_input and not pooled and layer.statistic_size(layout.n, layout.size) < 2:
         remedy = "Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
-        if not layer.uses_batch:
+        if not layer.train_uses_batch_stats:
             remedy = "Use larger feature maps, or leave this layer out of the swap: exclude=[its name]."
         raise ValueError(
             f"{who}: expected more than one value per statistic, got {layout.n} sample(s) of {layout.size} "
             f"element(s) per channel. {remedy}"
         )
-    given = None if of_input or layer.per_sample else layer.running()
+    given = None if of_input or layer.eval_uses_input_stats else layer.running()
     gathers = layer.training and (layer.pool is not None or layer.window is not None)  # which the kernels do not know
     algebra = layer.algebra_of(x, layout)
-    recipe = layer.recipe if layer.follows_recipe and not gathers else None
+    fused_spec = layer.fused_spec if layer.follows_recipe and not gathers else None
     return normalize(
         x,
         algebra,
@@ -284,8 +286,8 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
         given=given,
         ranks=ranks,
         backend=layer.backend,
-        recipe=recipe,
-        recovery=layer.recovery(),
+        fused_spec=fused_spec,
+        depthwise_conv=layer.depthwise_conv(),
         activation=activation,
         residual=residual,
     )

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from lightning_norm.ops.fused.encoder_decoder import CoderRecipe
-from lightning_norm.ops.fused.mixture import Recipe, Running
-from lightning_norm.ops.fused.per_channel import GATES, ChannelRecipe
+from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
+from lightning_norm.ops.fused.mixture import MixtureSpec, Running
+from lightning_norm.ops.fused.per_channel import GATES, PerChannelSpec
 from lightning_norm.ops.layout import Layout
 
 CONTEXTS = 16
@@ -22,11 +22,11 @@ EQUATIONS = {
     "standardize",
     "track",
     "running",
-    "observed",
+    "running_target",
     "statistic_size",
     "_update",
     "_shift",
-    *("_mix", "recovery"),
+    *("_mix", "depthwise_conv"),
     *("_rectified", "_gain", "_gate", "_choose", "_condensed"),
     *("_lambda", "_move", "_held", "_steps", "_new_weight"),
     *("recode", "drop", "_dropped", "_decode", "_linear"),
@@ -36,7 +36,7 @@ EQUATIONS = {
 """Methods whose change makes a recipe another normalizer's."""
 
 
-def recipe_of(layer: Any, statistics: tuple[str, ...], **more: Any) -> Recipe:
+def mixture_spec(layer: Any, statistics: tuple[str, ...], **more: Any) -> MixtureSpec:
     """Return a recipe with the layer's eps, weight, bias and running statistics; ``more`` are further fields."""
     running = None
     if layer.track_running_stats and "bn" in statistics:
@@ -47,30 +47,30 @@ def recipe_of(layer: Any, statistics: tuple[str, ...], **more: Any) -> Recipe:
         assert tracked is not None
         assert skipped is not None
         running = Running(mean, var, tracked, skipped, layer._buffers["_momentum"], not layer.training)
-    return Recipe(statistics, layer.eps, layer.weight, layer.bias, running=running, **more)
+    return MixtureSpec(statistics, layer.eps, layer.weight, layer.bias, running=running, **more)
 
 
-def channel_recipe_of(layer: Any, numbers: dict[str, float], **plan: int) -> ChannelRecipe:
+def per_channel_spec(layer: Any, numbers: dict[str, float], **plan: int) -> PerChannelSpec:
     """Return a recipe with the layer's weight, bias and running statistics, of equations without more in them."""
     if not layer.track_running_stats:
-        return ChannelRecipe(layer.weight, layer.bias, plan, {"eps": layer.eps, **numbers})
+        return PerChannelSpec(layer.weight, layer.bias, plan, {"eps": layer.eps, **numbers})
     names = (*layer.running_names, "num_batches_tracked", "skipped_updates")
     momentum = layer._buffers.get("_momentum")
     track = (2 if momentum is None else 1) if layer.training else 0
     plan = {"frozen": not layer.training, "track": track, **plan}
     running = tuple(layer._buffers[name] for name in names)
-    return ChannelRecipe(layer.weight, layer.bias, plan, {"eps": layer.eps, **numbers}, running=running, rate=momentum)
+    return PerChannelSpec(layer.weight, layer.bias, plan, {"eps": layer.eps, **numbers}, running=running, rate=momentum)
 
 
-def rectified(layer: Any, layout: Layout) -> ChannelRecipe:
+def rectified(layer: Any, layout: Layout) -> PerChannelSpec:
     """Return the recipe of rbn."""
     unit = {f"unit_{part}": 1 + math.exp(-list(v.values())[-1]) for part, v in layer.starts.items() if len(v) == 2}
     numbers = unit if layer.gate_init == "unit" else {}
-    found = channel_recipe_of(layer, numbers, own=1, **dict.fromkeys(layer.rectify, 1))
+    found = per_channel_spec(layer, numbers, own=1, **dict.fromkeys(layer.rectify, 1))
     return replace(found, gates=tuple(getattr(layer, name, None) for name in GATES))
 
 
-def unified(layer: Any, layout: Layout) -> ChannelRecipe:
+def unified(layer: Any, layout: Layout) -> PerChannelSpec:
     """Return the recipe of ubn, which measures the condensation where a threshold is set."""
     found, threshold = rectified(layer, layout), layer.scheduled("threshold")
     if threshold is None or not layer.training or not layer.track_running_stats:
@@ -81,18 +81,18 @@ def unified(layer: Any, layout: Layout) -> ChannelRecipe:
     return replace(found, plan={**found.plan, **choose}, counters=counters, threshold=threshold)
 
 
-def diminishing(layer: Any, layout: Layout) -> ChannelRecipe:
+def diminishing(layer: Any, layout: Layout) -> PerChannelSpec:
     """Return the recipe of dbn."""
     kept, frozen = layer.track_running_stats, layer.track_running_stats and not layer.training
     plan: dict[str, int] = {"own": not frozen, "std": layer.average == "std"}
     if not kept or frozen:
-        return channel_recipe_of(layer, {}, **plan)
+        return per_channel_spec(layer, {}, **plan)
     plan |= {"blend": 1, "powers": layer.power is not None, "detach": layer.stat_grad == "none", "track": 1}
-    found = channel_recipe_of(layer, {"power": layer.power or 1.0}, **plan)
+    found = per_channel_spec(layer, {"power": layer.power or 1.0}, **plan)
     return replace(found, counters=(layer.updates, layer.gap), rate=layer.scheduled("alpha"))
 
 
-def contextual(layer: Any, layout: Layout) -> ChannelRecipe | None:
+def contextual(layer: Any, layout: Layout) -> PerChannelSpec | None:
     """Return the recipe of cn; what concerns the posterior is computed in PyTorch."""
     g, gated, kept = layer.contexts.g, layer.context == "gate", layer.track_running_stats
     frozen, posterior = kept and not layer.training, layer.missing == "posterior"
@@ -102,7 +102,7 @@ def contextual(layer: Any, layout: Layout) -> ChannelRecipe | None:
     if needs_grad or (pooled and posterior):
         return None
     plan = {"own": gated or not frozen, "contexts": layer.num_contexts, "prior": layer.prior_scale, "gate": gated}
-    found = channel_recipe_of(layer, {"least": float(layer.min_count)}, pooled=pooled and frozen, **plan)
+    found = per_channel_spec(layer, {"least": float(layer.min_count)}, pooled=pooled and frozen, **plan)
     if pooled and not frozen:  # evaluation without running statistics: the batch's, and all contexts alike
         held = layer.prior_or_uniform()
         g = held.new_full((layout.n, layer.num_contexts), 1 / layer.num_contexts, dtype=torch.float32)
@@ -111,15 +111,17 @@ def contextual(layer: Any, layout: Layout) -> ChannelRecipe | None:
     return replace(found, gates=gates, shares=shares, counters=(layer.prior,))
 
 
-def coded(layer: Any, layout: Layout) -> CoderRecipe | None:
+def coded(layer: Any, layout: Layout) -> EncoderDecoderSpec | None:
     """Return the recipe of afn and asr, for encoders and decoders of one dtype."""
     coders = tuple(p for pair in layer._linears() for p in pair)
     if len({p.dtype for p in coders}) > 1:
         return None
     gates = tuple(layer._parameters[f"lambda_{name}"] for name in ("mu", "sigma", "beta", "gamma"))
-    found = CoderRecipe(layer.weight, layer.bias, gates, coders, [int(layer.uses_batch), 0, 0], layer.eps)
+    found = EncoderDecoderSpec(
+        layer.weight, layer.bias, gates, coders, [int(layer.train_uses_batch_stats), 0, 0], layer.eps
+    )
     found = replace(found, share=layer._dropped())
-    if not layer.uses_batch or not layer.track_running_stats:
+    if not layer.train_uses_batch_stats or not layer.track_running_stats:
         return found
     names = (*layer.running_names, "num_batches_tracked", "skipped_updates", "_momentum")
     running = tuple(layer._buffers[name] for name in names)
@@ -130,7 +132,7 @@ def coded(layer: Any, layout: Layout) -> CoderRecipe | None:
 def same_equations(cls: type) -> bool:
     """Tell whether no class below the one with the recipe changes what the recipe describes."""
     for base in cls.__mro__:
-        if "recipe" in vars(base):
+        if "fused_spec" in vars(base):
             return True
         if EQUATIONS & vars(base).keys():
             return False

@@ -21,7 +21,7 @@ EPS = 2.0**-20
 class Evaluation(nn.Module):
     """Mixin: a class that is something else in evaluation overrides :meth:`eval_affine`, or :meth:`plain`."""
 
-    per_sample: ClassVar[bool]
+    eval_uses_input_stats: ClassVar[bool]
     num_features: int
     channel_dim: int
     eps: float
@@ -30,7 +30,7 @@ class Evaluation(nn.Module):
 
     def eval_affine(self) -> Affine | None:
         """Return the map that the layer is in evaluation, (C,) each in float64; ``None`` if it looks at the sample."""
-        if self.per_sample or not self.track_running_stats or not hasattr(self, "algebra"):
+        if self.eval_uses_input_stats or not self.track_running_stats or not hasattr(self, "algebra"):
             return None
         twin: Any = self.in_double()
         return per_channel(twin.algebra(twin.running()), self.num_features)
@@ -51,7 +51,7 @@ class Evaluation(nn.Module):
         if self.channel_dim != 1:
             return "torch's own layer takes channels from axis 1, this one from the last"
         if self.eval_affine() is None:
-            return "looks at the sample in evaluation" if self.per_sample else "has no running statistics"
+            return "looks at the sample in evaluation" if self.eval_uses_input_stats else "has no running statistics"
         return f"an input of {dims} dimensions" if dims else "dimensions of its input unknown: pass example_input"
 
     def fuse(self) -> nn.Module:
@@ -77,7 +77,7 @@ def per_channel(affine: Affine, channels: int) -> Affine:
     return Affine(*fields)
 
 
-def handed_on(layer: nn.Module, plain: nn.Module) -> nn.Module:
+def share_parameters(layer: nn.Module, plain: nn.Module) -> nn.Module:
     """Return ``plain`` with the layer's own parameters."""
     for name in plain._parameters:
         plain._parameters[name] = layer._parameters[name]

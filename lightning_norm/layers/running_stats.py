@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_norm.layers.accumulators import Pool, Window
+from lightning_norm.layers.accumulators import AccumulationWindow, StatisticsAccumulator
 from lightning_norm.layers.variance import unbiased
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Moments
@@ -22,7 +22,7 @@ class RunningStats(nn.Module):
     counters: ClassVar[tuple[str, ...]] = ()
     """Further integers that a resumed run needs; a BatchNorm's checkpoint has none of them, and they start at 0."""
 
-    wide_names: ClassVar[tuple[str, ...]] = ()
+    float32_buffers: ClassVar[tuple[str, ...]] = ()
     """Further buffers that stay in float32 at least."""
     no_recalibration: ClassVar[str] = ""
     """Why the running statistics cannot be re-estimated from some batches; empty where they can."""
@@ -31,9 +31,9 @@ class RunningStats(nn.Module):
     pools_means: ClassVar[bool] = True
     """The running variance is that of all samples together: it holds the spread of their means."""
 
-    pool: Pool | None = None
+    pool: StatisticsAccumulator | None = None
     """Takes the statistics of each training step in place of the running ones, while those are re-estimated."""
-    window: Window | None = None
+    window: AccumulationWindow | None = None
     """Gathers the statistics of several batches, which then move the running ones once: :meth:`close_window`."""
     num_batches_tracked: Tensor | None
     skipped_updates: Tensor | None
@@ -61,20 +61,20 @@ class RunningStats(nn.Module):
         if not self.training:
             return self.running()
         if self.pool is not None:
-            self.pool.add(*self._gathered(m, *self.observed(m)))
+            self.pool.add(*self._gathered(m, *self.running_target(m)))
             return m
         self._update(m)
         return m
 
     def _gathered(self, m: Moments, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
-        """Return mean, variance and count as they are pooled over batches, given what is observed."""
+        """Return mean, variance and count as they are pooled over batches, given what was observed."""
         if self.pools_means:
             return m.mean, m.var, m.count
         return mean, var, Moments(m.mean, m.var * 0, m.count, m.ranks).over_batch().count
 
     def _settled(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean and variance for the running statistics, given what was pooled."""
-        return self.observed(m) if self.pools_means else (m.mean, m.var)
+        return self.running_target(m) if self.pools_means else (m.mean, m.var)
 
     def open_window(self) -> None:
         """From now on, gather the statistics of each batch until :meth:`close_window`.
@@ -86,7 +86,7 @@ class RunningStats(nn.Module):
         if stat is None or self.no_window:
             raise ValueError(f"{type(self).__name__}: {self.no_window or 'it keeps no running statistics'}.")
         features = stat.shape[-1]
-        self.window = Window((stat.numel() // features, features), self.pools_means, stat.device)
+        self.window = AccumulationWindow((stat.numel() // features, features), self.pools_means, stat.device)
 
     @torch.no_grad()
     def close_window(self) -> None:
@@ -115,7 +115,7 @@ class RunningStats(nn.Module):
         assert var is not None
         return Moments(mean.unsqueeze(0), var.unsqueeze(0), 1)
 
-    def observed(self, m: Moments) -> tuple[Tensor, Tensor]:
+    def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean and the unbiased variance that the running statistics move towards."""
         return m.mean, m.var * unbiased(m.count)
 
@@ -132,7 +132,7 @@ class RunningStats(nn.Module):
     @torch.no_grad()
     def _update(self, m: Moments, wanted: Tensor | None = None) -> None:
         """Move the running statistics towards m, or gather it, unless a 0-dim ``wanted`` is false."""
-        mean, var = self.observed(m)
+        mean, var = self.running_target(m)
         usable = self._usable(mean, var, m.count)
         usable = usable if wanted is None else usable & wanted
         if self.window is None:
@@ -157,7 +157,7 @@ class RunningStats(nn.Module):
         stat = self._buffers.get(self.running_names[0])
         if stat is None or stat.dtype == at_least_float32(stat.dtype):
             return
-        for name in (*self.running_names, *self.wide_names):
+        for name in (*self.running_names, *self.float32_buffers):
             held = self._buffers.get(name)
             if held is not None:
                 held.data = held.data.to(at_least_float32(held.dtype))
@@ -181,7 +181,7 @@ class RunningStats(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers.get(name) for name in (*self.running_names, *self.wide_names)}
+        before = {name: self._buffers.get(name) for name in (*self.running_names, *self.float32_buffers)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers.get(name)

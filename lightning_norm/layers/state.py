@@ -18,10 +18,10 @@ class Loading(nn.Module):
     """Mixin: what ``load_state_dict`` accepts."""
 
     registry: ClassVar[dict[str, Any]]
-    learns: ClassVar[dict[str, str]]
+    extra_parameters: ClassVar[dict[str, str]]
     ranges: ClassVar[dict[str, Scheduled]]
     running_names: ClassVar[tuple[str, str]]
-    wide_names: ClassVar[tuple[str, ...]]
+    float32_buffers: ClassVar[tuple[str, ...]]
     key: ClassVar[str]
     has_rows: ClassVar[bool] = False
     """Weight and bias are (K, C)."""
@@ -43,7 +43,8 @@ class Loading(nn.Module):
             if value is None:
                 continue
             if old is None and (
-                name == "num_batches_tracked" or (name in self.learns and not given.keys() & self.learns.keys())
+                name == "num_batches_tracked"
+                or (name in self.extra_parameters and not given.keys() & self.extra_parameters.keys())
             ):
                 state_dict[prefix + name] = (
                     value.detach().clone()
@@ -84,7 +85,7 @@ class Loading(nn.Module):
 
     def _settle(self) -> None:
         """After ``load_state_dict(assign=True)``: statistics in float32 at least, nothing left on the meta device."""
-        for name in (*self.running_names, *self.wide_names):
+        for name in (*self.running_names, *self.float32_buffers):
             stat = self._buffers.get(name)
             if stat is not None:
                 self._buffers[name] = stat.to(at_least_float32(stat.dtype))
@@ -106,7 +107,7 @@ class MissingKey(str):
 
 def marks(cls: Any) -> set[str]:
     """Return the names in a normalizer's checkpoint that a BatchNorm's has not."""
-    return {*cls.learns, *cls.counters, *cls.wide_names}
+    return {*cls.extra_parameters, *cls.counters, *cls.float32_buffers}
 
 
 def rows_in(given: Mapping[str, Any]) -> bool:
@@ -125,7 +126,7 @@ def likely(registry: Mapping[str, Any], given: Mapping[str, Any]) -> list[Any]:
             cls.has_rows == rows_in(given),
             len(own & given.keys()),
             -len(own - given.keys()),
-            cls.uses_batch == tracked,
+            cls.train_uses_batch_stats == tracked,
         )
 
     best = max(fit(cls) for cls in registry.values())

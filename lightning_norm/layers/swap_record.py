@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-ORIGIN = "lightning_norm"
+MANIFEST_KEY = "lightning_norm"
 """The entry of a checkpoint, and of a layer's metadata, that says what was swapped."""
 
 
-class Origin(nn.Module):
+class SwapRecord(nn.Module):
     """Mixin: ``origin`` is ``None`` for a layer that was built as it is, and otherwise what a swap made of what.
 
     It reads ``{"source": "BatchNorm2d", "norm": {"class_path": ..., "init_args": {...}}, "before": [...]}``, with the
@@ -24,7 +24,10 @@ class Origin(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)  # a plain dict has none
         if metadata is not None and self.origin is not None:
-            metadata.setdefault(prefix[:-1], {})[ORIGIN] = {**copy.deepcopy(self.origin), "options": self.options()}
+            metadata.setdefault(prefix[:-1], {})[MANIFEST_KEY] = {
+                **copy.deepcopy(self.origin),
+                "options": self.options(),
+            }
 
     def options(self) -> dict[str, Any]:
         """Return what the swap set beside the normalizer's arguments."""

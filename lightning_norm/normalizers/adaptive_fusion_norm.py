@@ -59,8 +59,8 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         "AFN: Adaptive Fusion Normalization via an Encoder-Decoder Framework",
         "arXiv 2308.03321",
     )
-    per_sample: ClassVar[bool] = False
-    shows: ClassVar[tuple[str, ...]] = ("dropout", *EncoderDecoderNorm.shows)
+    eval_uses_input_stats: ClassVar[bool] = False
+    repr_arguments: ClassVar[tuple[str, ...]] = ("dropout", *EncoderDecoderNorm.repr_arguments)
     tested_with: ClassVar[dict[str, Any]] = {"dropout": 0.0}
 
     def __init__(
@@ -88,7 +88,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         """Return the affine map of the equation above."""
         return self.recode(self.track(m.over_batch()), m)
 
-    recipe = coded
+    fused_spec = coded
 
     def drop(self, statistics: Tensor) -> Tensor:
         """Return ``statistics`` with a share of them 0 and the others larger, in training."""

@@ -52,8 +52,8 @@ class ASRNorm(EncoderDecoderNorm):
         "Adversarially Adaptive Normalization for Single Domain Generalization",
         "arXiv 2106.01899",
     )
-    uses_batch: ClassVar[bool] = False
-    shows: ClassVar[tuple[str, ...]] = (*EncoderDecoderNorm.shows, "rescale_gate")
+    train_uses_batch_stats: ClassVar[bool] = False
+    repr_arguments: ClassVar[tuple[str, ...]] = (*EncoderDecoderNorm.repr_arguments, "rescale_gate")
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class ASRNorm(EncoderDecoderNorm):
         """Return the affine map of the equation above."""
         return self.recode(m, m)
 
-    recipe = coded
+    fused_spec = coded
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and channel."""

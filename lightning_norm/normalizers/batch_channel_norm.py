@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Paper
-from lightning_norm.layers.fused_specs import recipe_of
+from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.inference import per_channel
-from lightning_norm.ops.fused.mixture import Recipe
+from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -50,8 +50,8 @@ class BatchChannelNorm(MomentNorm):
     paper = Paper(
         "Khaled et al.", 2023, "BCN: Batch Channel Normalization for Image Classification", "arXiv 2312.00596"
     )
-    learns: ClassVar[dict[str, str]] = {"iota": "C"}
-    shows: ClassVar[tuple[str, ...]] = ("constraint",)
+    extra_parameters: ClassVar[dict[str, str]] = {"iota": "C"}
+    repr_arguments: ClassVar[tuple[str, ...]] = ("constraint",)
     preserves_eval: ClassVar[bool] = True
 
     def __init__(
@@ -76,9 +76,9 @@ class BatchChannelNorm(MomentNorm):
             scale, shift = self.weight * scale, torch.addcmul(self.bias, self.weight, shift)
         return Affine(m.mean, scale, shift)
 
-    def recipe(self, layout: Layout) -> Recipe:
+    def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the same equation for the kernels."""
-        return recipe_of(self, ("bn", "ln"), w=self.mixture(), outputs=True)
+        return mixture_spec(self, ("bn", "ln"), w=self.mixture(), outputs=True)
 
     def keeps_eval(self) -> bool:
         """Tell whether iota starts at exactly 1."""

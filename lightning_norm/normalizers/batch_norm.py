@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lightning_norm.layers.base import MomentNorm, Paper
-from lightning_norm.layers.fused_specs import recipe_of
-from lightning_norm.ops.fused.mixture import Recipe
+from lightning_norm.layers.fused_specs import mixture_spec
+from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -29,7 +29,7 @@ class BatchNorm(MomentNorm):
 
     key = "bn"
     paper = Paper("Ioffe and Szegedy", 2015, "Batch Normalization", "arXiv 1502.03167")
-    per_sample: ClassVar[bool] = False
+    eval_uses_input_stats: ClassVar[bool] = False
     preserves_eval: ClassVar[bool] = True
 
     def algebra(self, m: Moments) -> Affine:
@@ -37,6 +37,6 @@ class BatchNorm(MomentNorm):
         batch = self.track(m.over_batch())
         return self.standardize(batch.mean, batch.var)
 
-    def recipe(self, layout: Layout) -> Recipe:
+    def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the same equation for the kernels."""
-        return recipe_of(self, ("bn",))
+        return mixture_spec(self, ("bn",))

@@ -1,4 +1,4 @@
-"""BNET: batch normalization whose recovery step is a depthwise convolution in place of a scale."""
+"""BNET: batch normalization whose depthwise_conv step is a depthwise convolution in place of a scale."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Paper
-from lightning_norm.layers.fused_specs import recipe_of
+from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.inference import BATCH_NORMS, batch_norm
 from lightning_norm.ops.compiled import KIND
-from lightning_norm.ops.fused.mixture import Recipe
+from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -55,11 +55,11 @@ class BNET(MomentNorm):
     paper = Paper(
         "Xu et al.", 2023, "BNET: Batch Normalization With Enhanced Linear Transformation", "arXiv 2011.14150"
     )
-    per_sample: ClassVar[bool] = False
+    eval_uses_input_stats: ClassVar[bool] = False
     preserves_eval: ClassVar[bool] = True
-    learns: ClassVar[dict[str, str]] = {"kernel": "C*kernel_size**spatial_dims"}
-    converts: ClassVar[tuple[str, ...]] = ("weight",)
-    shows: ClassVar[tuple[str, ...]] = ("kernel_size", "spatial_dims", "init")
+    extra_parameters: ClassVar[dict[str, str]] = {"kernel": "C*kernel_size**spatial_dims"}
+    translated_tensors: ClassVar[tuple[str, ...]] = ("weight",)
+    repr_arguments: ClassVar[tuple[str, ...]] = ("kernel_size", "spatial_dims", "init")
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class BNET(MomentNorm):
         super().__init__(num_features, **options)
         self.weight = None
         if init == "zero":
-            self.__dict__["converts"] = ()  # a swapped BatchNorm's weight is left behind
+            self.__dict__["translated_tensors"] = ()  # a swapped BatchNorm's weight is left behind
         shape = (num_features, 1, *(kernel_size,) * spatial_dims)
         self.kernel = nn.Parameter(torch.empty(shape, device=options.get("device"), dtype=options.get("dtype")))
         self.reset_parameters()
@@ -96,11 +96,11 @@ class BNET(MomentNorm):
         batch = self.track(m.over_batch())
         return Affine(batch.mean, (batch.var + self.eps).rsqrt())
 
-    def recipe(self, layout: Layout) -> Recipe:
+    def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the equation of the normalized map for the kernels."""
-        return replace(recipe_of(self, ("bn",)), weight=None, bias=None)
+        return replace(mixture_spec(self, ("bn",)), weight=None, bias=None)
 
-    def recovery(self) -> tuple[Tensor, Tensor | None]:
+    def depthwise_conv(self) -> tuple[Tensor, Tensor | None]:
         """Return W and b."""
         return self.kernel, self.bias
 
@@ -128,12 +128,12 @@ class BNET(MomentNorm):
         assert normalized is not None
         c = self.num_features
         kind: dict[str, Any] = {"device": self.kernel.device, "dtype": self.kernel.dtype}
-        recovery = conv(c, c, self.kernel_size, padding=self.kernel_size // 2, groups=c, bias=self.affine, **kind)
-        recovery.weight, recovery.bias = self.kernel, self.bias
+        depthwise_conv = conv(c, c, self.kernel_size, padding=self.kernel_size // 2, groups=c, bias=self.affine, **kind)
+        depthwise_conv.weight, depthwise_conv.bias = self.kernel, self.bias
         shift = torch.zeros_like(normalized.center)
         return nn.Sequential(
             batch_norm(self, Affine(normalized.center, normalized.scale, shift), BATCH_NORMS[self.spatial_dims + 2]),
-            recovery,
+            depthwise_conv,
         )
 
     def freeze_kernel(self) -> None:
@@ -151,19 +151,19 @@ class BNET(MomentNorm):
         off = (energy - centre) / energy.clamp_min(torch.finfo(kernel.dtype).tiny)
         return {"off_center": off, "kernel_norm": kernel.norm(dim=1).mean()}
 
-    def adopt(self, source: nn.Module) -> None:
+    def take_from(self, source: nn.Module) -> None:
         """Take over a layer's bias and running statistics, and its weight as centre taps unless ``init="zero"``."""
-        super().adopt(source)
+        super().take_from(source)
         weight = source._parameters.get("weight")
-        if weight is not None and "weight" in self.converts:
+        if weight is not None and "weight" in self.translated_tensors:
             self.kernel.data = self._dirac(weight.detach())
             self.kernel.requires_grad_(weight.requires_grad)
 
-    def give_back(self, source: nn.Module) -> None:
+    def return_to(self, source: nn.Module) -> None:
         """Give a layer its bias and running statistics, and the centre taps as its weight."""
-        super().give_back(source)
+        super().return_to(source)
         weight, centre = source._parameters.get("weight"), self.kernel.detach().flatten(1)
-        if weight is not None and "weight" in self.converts and not centre.is_meta:
+        if weight is not None and "weight" in self.translated_tensors and not centre.is_meta:
             weight.data = centre[:, centre.shape[1] // 2].clone().view_as(weight)
 
     def reset_parameters(self) -> None:

@@ -54,13 +54,13 @@ class DiminishingBatchNorm(MomentNorm):
 
     key = "dbn"
     paper = Paper("Ma and Klabjan", 2024, "Diminishing Batch Normalization", "arXiv 1705.08011")
-    per_sample: ClassVar[bool] = False
+    eval_uses_input_stats: ClassVar[bool] = False
     preserves_eval: ClassVar[bool] = True
     no_recalibration: ClassVar[str] = "its running statistics are what it trains with, moved by alpha alone"
     no_window: ClassVar[str] = "it normalizes by its running statistics in training, which each batch has to move first"
     counters: ClassVar[tuple[str, ...]] = ("updates",)
-    converts: ClassVar[tuple[str, ...]] = ("running_var",)
-    shows: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")
+    translated_tensors: ClassVar[tuple[str, ...]] = ("running_var",)
+    repr_arguments: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")
     updates: Tensor
     gap: Tensor
 
@@ -86,7 +86,7 @@ class DiminishingBatchNorm(MomentNorm):
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
         self.average, self.stat_grad = average, stat_grad
         if average == "var":
-            self.converts = ()  # type: ignore[misc]  # BatchNorm's own buffers, by their names
+            self.translated_tensors = ()  # type: ignore[misc]  # BatchNorm's own buffers, by their names
         else:
             self.running_names = ("running_mean", "running_std")  # type: ignore[misc]
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
@@ -109,7 +109,7 @@ class DiminishingBatchNorm(MomentNorm):
         scale = 1 / (spread + self.eps) if self.average == "std" else (spread + self.eps).rsqrt()
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
 
-    recipe = diminishing
+    fused_spec = diminishing
 
     def _lambda(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
@@ -161,9 +161,9 @@ class DiminishingBatchNorm(MomentNorm):
         """Tell whether evaluation is on statistics that were moved in; those of a batch have eps beside the root."""
         return self.track_running_stats or self.average == "var"
 
-    def adopt(self, source: nn.Module) -> None:
+    def take_from(self, source: nn.Module) -> None:
         """Take over a layer's Parameters and running statistics, the variance as a standard deviation."""
-        super().adopt(source)
+        super().take_from(source)
         if isinstance(source, DiminishingBatchNorm) and source.track_running_stats and self.track_running_stats:
             self.updates = source.updates
             if source.average == self.average:
@@ -172,9 +172,9 @@ class DiminishingBatchNorm(MomentNorm):
         if (held := getattr(source, "running_var", None)) is not None and self._buffers.get("running_std") is not None:
             self._buffers["running_std"] = to_std(held, self.eps)
 
-    def give_back(self, source: nn.Module) -> None:
+    def return_to(self, source: nn.Module) -> None:
         """Give a layer what was taken from it, the standard deviation as a variance, if it moved."""
-        super().give_back(source)
+        super().return_to(source)
         held, var = self._buffers.get("running_std"), source._buffers.get("running_var")
         if held is not None and var is not None and not torch.equal(held.to(var), to_std(var, self.eps).to(var)):
             var.copy_(to_var(held, self.eps))

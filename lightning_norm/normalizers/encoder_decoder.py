@@ -45,7 +45,7 @@ class EncoderDecoderNorm(MomentNorm):
     """
 
     growth_hint: ClassVar[str] = "a larger std_ratio (norm_args={'std_ratio': 16}, say) needs fewer"
-    learns: ClassVar[dict[str, str]] = {
+    extra_parameters: ClassVar[dict[str, str]] = {
         "std_encoder_weight": "max(1, C//2)*C",
         "std_encoder_bias": "max(1, C//2)",
         "mu_decoder_weight": "C*max(1, C//2)",
@@ -60,7 +60,7 @@ class EncoderDecoderNorm(MomentNorm):
         "gamma_decoder_bias": "C",
         **dict.fromkeys(GATES, "1"),
     }
-    shows: ClassVar[tuple[str, ...]] = ("std_ratio", "rescale_ratio", "gate_init", "rescale_init")
+    repr_arguments: ClassVar[tuple[str, ...]] = ("std_ratio", "rescale_ratio", "gate_init", "rescale_init")
 
     lambda_mu: nn.Parameter
     lambda_sigma: nn.Parameter

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lightning_norm.layers.base import MomentNorm, Paper
-from lightning_norm.layers.fused_specs import recipe_of
-from lightning_norm.layers.inference import handed_on
-from lightning_norm.ops.fused.mixture import Recipe
+from lightning_norm.layers.fused_specs import mixture_spec
+from lightning_norm.layers.inference import share_parameters
+from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -35,8 +35,8 @@ class GroupNorm(MomentNorm):
 
     key = "gn"
     paper = Paper("Wu and He", 2018, "Group Normalization", "arXiv 1803.08494")
-    uses_batch: ClassVar[bool] = False
-    shows: ClassVar[tuple[str, ...]] = ("groups",)
+    train_uses_batch_stats: ClassVar[bool] = False
+    repr_arguments: ClassVar[tuple[str, ...]] = ("groups",)
     tested_with: ClassVar[dict[str, Any]] = {"groups": 3}
 
     def __init__(self, num_features: int, *, groups: int = 32, **options: Any) -> None:
@@ -52,9 +52,9 @@ class GroupNorm(MomentNorm):
         """Return torch's GroupNorm."""
         return _torch_group_norm(self, self.groups)
 
-    def recipe(self, layout: Layout) -> Recipe:
+    def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the same equation for the kernels."""
-        return recipe_of(self, ("ln",), groups=self.groups)
+        return mixture_spec(self, ("ln",), groups=self.groups)
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and group."""
@@ -81,7 +81,7 @@ class LayerNorm(MomentNorm):
 
     key = "ln"
     paper = Paper("Ba et al.", 2016, "Layer Normalization", "arXiv 1607.06450")
-    uses_batch: ClassVar[bool] = False
+    train_uses_batch_stats: ClassVar[bool] = False
 
     def __init__(self, num_features: int, **options: Any) -> None:
         super().__init__(num_features, **stateless(type(self).__name__, options))
@@ -95,9 +95,9 @@ class LayerNorm(MomentNorm):
         """Return torch's GroupNorm of one group."""
         return _torch_group_norm(self, 1)
 
-    def recipe(self, layout: Layout) -> Recipe:
+    def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the same equation for the kernels."""
-        return recipe_of(self, ("ln",))
+        return mixture_spec(self, ("ln",))
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample."""
@@ -123,7 +123,7 @@ def check_groups(who: str, num_features: int, groups: int) -> int:
 def _torch_group_norm(layer: MomentNorm, groups: int) -> nn.Module | None:
     if layer.channel_dim != 1:
         return None
-    return handed_on(layer, nn.GroupNorm(groups, layer.num_features, eps=layer.eps, affine=layer.affine))
+    return share_parameters(layer, nn.GroupNorm(groups, layer.num_features, eps=layer.eps, affine=layer.affine))
 
 
 def stateless(who: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Paper
-from lightning_norm.layers.fused_specs import recipe_of
-from lightning_norm.layers.inference import handed_on, per_channel
+from lightning_norm.layers.fused_specs import mixture_spec
+from lightning_norm.layers.inference import per_channel, share_parameters
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.layers.variance import unbiased
-from lightning_norm.ops.fused.mixture import Recipe
+from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -40,7 +40,7 @@ class InstanceNorm(MomentNorm):
 
     key = "in"
     paper = Paper("Ulyanov et al.", 2016, "Instance Normalization", "arXiv 1607.08022")
-    uses_batch: ClassVar[bool] = False
+    train_uses_batch_stats: ClassVar[bool] = False
     pools_means: ClassVar[bool] = False
 
     def __init__(
@@ -58,11 +58,11 @@ class InstanceNorm(MomentNorm):
         own = self.track(m)
         return self.standardize(own.mean, own.var)
 
-    def recipe(self, layout: Layout) -> Recipe | None:
+    def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, unless it keeps running statistics."""
-        return None if self.track_running_stats else recipe_of(self, ("in",))
+        return None if self.track_running_stats else mixture_spec(self, ("in",))
 
-    def observed(self, m: Moments) -> tuple[Tensor, Tensor]:
+    def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean over samples of mean and unbiased variance."""
         zero = m.var * 0
         mean = Moments(m.mean, zero, m.count, m.ranks).over_batch().mean
@@ -78,7 +78,7 @@ class InstanceNorm(MomentNorm):
         kind = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}.get(dims or 0)
         if self.track_running_stats or kind is None or self.channel_dim != 1:
             return super().plain(dims)
-        return handed_on(self, kind(self.num_features, eps=self.eps, affine=self.affine))
+        return share_parameters(self, kind(self.num_features, eps=self.eps, affine=self.affine))
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and channel."""

@@ -49,8 +49,8 @@ class RepresentativeBatchNorm(MomentNorm):
     paper = Paper(
         "Gao et al.", 2021, "Representative Batch Normalization with Feature Calibration", "CVPR 2021, 8669-8679"
     )
-    learns: ClassVar[dict[str, str]] = {"center_weight": "C", "scale_weight": "C", "scale_bias": "C"}
-    shows: ClassVar[tuple[str, ...]] = ("rectify", "gate_init")
+    extra_parameters: ClassVar[dict[str, str]] = {"center_weight": "C", "scale_weight": "C", "scale_bias": "C"}
+    repr_arguments: ClassVar[tuple[str, ...]] = ("rectify", "gate_init")
     preserves_eval: ClassVar[bool] = True
     starts: ClassVar[dict[str, dict[str, float]]] = {
         "center": {"center_weight": 0.0},
@@ -86,7 +86,7 @@ class RepresentativeBatchNorm(MomentNorm):
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
         return self._rectified(m, lambda batch: (self.track(batch), None))
 
-    recipe = rectified
+    fused_spec = rectified
 
     def _rectified(self, m: Moments, track: Callable[[Moments], tuple[Moments, Tensor | None]]) -> Affine:
         """Return the map, given what makes the statistics to use, and perhaps an offset of x_s, of the batch's."""

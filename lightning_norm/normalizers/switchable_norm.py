@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Paper
-from lightning_norm.layers.fused_specs import recipe_of
+from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.inference import per_channel
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.layers.variance import unbiased
 from lightning_norm.normalizers.group_norm import check_groups
-from lightning_norm.ops.fused.mixture import Recipe
+from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments, mixture
 from lightning_norm.ops.sparsestmax import sparsestmax
@@ -64,8 +64,8 @@ class SwitchableNorm(MomentNorm):
     paper = Paper(
         "Luo et al.", 2021, "Switchable Normalization for Learning-to-Normalize Deep Representation", "arXiv 1806.10779"
     )
-    learns: ClassVar[dict[str, str]] = {"mean_weight": "3", "var_weight": "3"}
-    shows: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse")
+    extra_parameters: ClassVar[dict[str, str]] = {"mean_weight": "3", "var_weight": "3"}
+    repr_arguments: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse")
 
     def __init__(
         self,
@@ -108,14 +108,14 @@ class SwitchableNorm(MomentNorm):
         w, v = self._mix(self.mean_weight.to(dtype), alone), self._mix(self.var_weight.to(dtype), alone)
         return self.standardize(mixture(w, [s.mean for s in statistics]), mixture(v, [s.var for s in statistics]))
 
-    def recipe(self, layout: Layout) -> Recipe | None:
+    def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, which know either "ln" or "gn" and more than one element."""
         if layout.size == 1 or {"ln", "gn"} <= set(self.choices):
             return None
         w, v = (self._mix(t, False) if self.sparse else t for t in (self.mean_weight, self.var_weight))
         names, groups = (k.replace("gn", "ln") for k in self.choices), self.groups if "gn" in self.choices else 1
         more = {"correction": self.correction, "groups": groups, "softmax": not self.sparse}
-        return recipe_of(self, tuple(names), w=w, v=v, **more)
+        return mixture_spec(self, tuple(names), w=w, v=v, **more)
 
     def _statistic(self, k: str, m: Moments, alone: bool) -> Moments:
         if k == "in":
@@ -125,9 +125,9 @@ class SwitchableNorm(MomentNorm):
             s = Moments(s.mean, s.var * unbiased(s.count), s.count, s.ranks)
         return self.track(s) if k == "bn" else s
 
-    def observed(self, m: Moments) -> tuple[Tensor, Tensor]:
+    def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean and variance that the running ones move towards; the authors' estimator as it is."""
-        return (m.mean, m.var) if self.correction else super().observed(m)
+        return (m.mean, m.var) if self.correction else super().running_target(m)
 
     def _mix(self, logits: Tensor, alone: bool) -> Tensor:
         """Return the importance weights, (len(choices),), non-negative with sum 1."""
@@ -165,7 +165,7 @@ class SwitchableNorm(MomentNorm):
             return n * size
         return size if self.choices == ("in",) else size * self.num_features
 
-    def adopt(self, source: nn.Module) -> None:
+    def take_from(self, source: nn.Module) -> None:
         """Take over a layer's Parameters and running statistics.
 
         Raises:
@@ -177,7 +177,7 @@ class SwitchableNorm(MomentNorm):
                 "with its "
                 "own zero-init option (torchvision: zero_init_residual=True) and leave zero_weight out."
             )
-        super().adopt(source)
+        super().take_from(source)
 
     def reset_parameters(self) -> None:
         """Set weight to 1 (0 with ``zero_weight``), bias to 0, lambda and lambda' to 1."""

@@ -73,8 +73,12 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         "a Unified Framework",
         "arXiv 2311.15993",
     )
-    learns: ClassVar[dict[str, str]] = {**RepresentativeBatchNorm.learns, "affine_weight": "C", "affine_bias": "C"}
-    shows: ClassVar[tuple[str, ...]] = (
+    extra_parameters: ClassVar[dict[str, str]] = {
+        **RepresentativeBatchNorm.extra_parameters,
+        "affine_weight": "C",
+        "affine_bias": "C",
+    }
+    repr_arguments: ClassVar[tuple[str, ...]] = (
         "threshold",
         "mode",
         "condensed_grad",
@@ -135,7 +139,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
         return algebra
 
-    recipe = unified
+    fused_spec = unified
 
     def _choose(self, similarity: Tensor, batch: Moments) -> tuple[Moments, Tensor | None]:
         """Return the statistics to normalize by, and move the running ones if the batch is not condensed.

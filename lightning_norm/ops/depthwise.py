@@ -1,4 +1,4 @@
-"""The depthwise convolution of BNET's recovery step: its one home, for a fused kernel to replace.
+"""The depthwise convolution of BNET's depthwise_conv step: its one home, for a fused kernel to replace.
 
 A map is (N, C, *), a kernel (C, 1, *) with one odd size per spatial axis, and the map is padded with zeros to its own
 size. An odd kernel flipped along every axis is the transpose of the convolution.

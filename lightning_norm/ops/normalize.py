@@ -19,9 +19,9 @@ from torch import Tensor
 from lightning_norm.ops import depthwise, eager
 from lightning_norm.ops.backend import on_kernels
 from lightning_norm.ops.fused import triton_passes
-from lightning_norm.ops.fused.encoder_decoder import CoderRecipe
-from lightning_norm.ops.fused.mixture import Recipe
-from lightning_norm.ops.fused.per_channel import ChannelRecipe
+from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
+from lightning_norm.ops.fused.mixture import MixtureSpec
+from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, cast, layout_of, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.sync import Ranks
@@ -41,10 +41,10 @@ def normalize(
     given: Moments | None = None,
     ranks: Ranks | None = None,
     backend: str = "auto",
-    recipe: Callable[[Layout], Recipe | ChannelRecipe | CoderRecipe | None] | None = None,
+    fused_spec: Callable[[Layout], MixtureSpec | PerChannelSpec | EncoderDecoderSpec | None] | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
-    recovery: tuple[Tensor, Tensor | None] | None = None,
+    depthwise_conv: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     r"""Normalize x by what ``algebra`` makes of its moments.
 
@@ -58,10 +58,10 @@ def normalize(
         ranks: the ranks that ``Moments.over_batch`` pools with.
         backend: "auto" for the Triton kernels where x is on CUDA and they can take it, else plain PyTorch; "eager" for
             plain PyTorch; "triton" for the kernels or an error.
-        recipe: the same algebra as the kernels know it, used instead where they run.
-        activation: "none", "relu" or "silu", applied to the result; in the same pass where a recipe is used.
+        fused_spec: the same algebra as the kernels know it, used instead where they run.
+        activation: "none", "relu" or "silu", applied to the result; in the same pass where a fused description is used.
         residual: added before the activation, in the shape of x; likewise.
-        recovery: kernel (C, 1, *) of odd sizes and bias (C,) of a depthwise convolution of the above, padded with
+        depthwise_conv: kernel (C, 1, *) of odd sizes and bias (C,) of a depthwise convolution of the above, padded with
             zeros.
 
     Returns:
@@ -83,7 +83,7 @@ def normalize(
         raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}.")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"normalize: residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must agree.")
-    if recovery is not None and layout.channel_dim != 1:
+    if depthwise_conv is not None and layout.channel_dim != 1:
         x, turned = x.movedim(-1, 1), None if residual is None else residual.movedim(-1, 1)
         y = normalize(
             x,
@@ -92,28 +92,28 @@ def normalize(
             given=given,
             ranks=ranks,
             backend=backend,
-            recipe=recipe,
+            fused_spec=fused_spec,
             activation=activation,
             residual=turned,
-            recovery=recovery,
+            depthwise_conv=depthwise_conv,
         )
         return y.movedim(1, -1)
     kernels, known = on_kernels(x, layout, backend, empty=ranks is not None), None
-    if kernels and recipe is not None:
-        known = recipe(layout)
+    if kernels and fused_spec is not None:
+        known = fused_spec(layout)
     if known is not None and ranks is not None:
         known = known.over(ranks)
     if not x.numel() and known is None:
         kernels = False
     with _full_precision(x):
-        if known is not None and recovery is None and (residual is None or residual.dtype == x.dtype):
+        if known is not None and depthwise_conv is None and (residual is None or residual.dtype == x.dtype):
             return known.normalize(x, layout, activation, residual)
-        taps = None if recovery is None else depthwise.fit(recovery[0], len(layout.reduced))
+        taps = None if depthwise_conv is None else depthwise.fit(depthwise_conv[0], len(layout.reduced))
         fused = taps is not None and depthwise.on_kernels(taps, layout.size)
-        if isinstance(known, Recipe) and recovery is not None and taps is not None and fused:
-            y = known.recover(x, layout, taps, recovery[1])
+        if isinstance(known, MixtureSpec) and depthwise_conv is not None and taps is not None and fused:
+            y = known.recover(x, layout, taps, depthwise_conv[1])
         else:
-            y = _normalize(x, algebra, layout, given, ranks, kernels, recovery)
+            y = _normalize(x, algebra, layout, given, ranks, kernels, depthwise_conv)
     return activated(y, activation, residual)
 
 
@@ -136,7 +136,7 @@ def _normalize(
     given: Moments | None,
     ranks: Ranks | None,
     kernels: bool,
-    recovery: tuple[Tensor, Tensor | None] | None,
+    depthwise_conv: tuple[Tensor, Tensor | None] | None,
 ) -> Tensor:
     flat = False
     if given is None:
@@ -146,10 +146,10 @@ def _normalize(
     else:
         hook, carrier = _Alias.apply(x, layout, kernels)
     center, scale, shift = algebra(given).fields(layout.n, layout.c)
-    if recovery is None:
+    if depthwise_conv is None:
         y: Tensor = _Apply.apply(hook, carrier, x, center, scale, shift, layout, flat, kernels)
         return y
-    kernel, bias = recovery
+    kernel, bias = depthwise_conv
     kernel = depthwise.fit(kernel, len(layout.reduced)).to(at_least_float32(x.dtype))
     bias = None if bias is None else bias.to(kernel.dtype)
     recovered: Tensor = _Recover.apply(hook, carrier, x, center, scale, shift, kernel, bias, layout, flat)

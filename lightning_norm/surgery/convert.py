@@ -56,7 +56,7 @@ def convert(
     inherited = {k: v for k, v in _arguments_from(module, name, cls).items() if k in known}
     try:
         layer = cls(**{**inherited, **chosen})
-        layer.adopt(module)
+        layer.take_from(module)
         _translate_variance(module, layer)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
@@ -67,7 +67,7 @@ def convert(
 def own_arguments(layer: nn.Module) -> dict[str, Any]:
     """Return the arguments that only the layer's class has, and the scheduled ones."""
     cls = type(layer)
-    names = dict.fromkeys((*getattr(cls, "shows", ()), *getattr(cls, "ranges", ()), "groups"))
+    names = dict.fromkeys((*getattr(cls, "repr_arguments", ()), *getattr(cls, "ranges", ()), "groups"))
     return {n: getattr(layer, n) for n in names if n in arguments_of(cls) and hasattr(layer, n)}
 
 
@@ -87,7 +87,10 @@ def unchanged_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
         if ours or came.startswith("Instance") or not hasattr(module, "running_mean"):
             return False, f"{came} and {type(layer).__name__} use different statistics"
         if not layer.keeps_eval():
-            return False, "uses each sample's own statistics" if layer.per_sample else "does not start as BatchNorm"
+            return (
+                False,
+                "uses each sample's own statistics" if layer.eval_uses_input_stats else "does not start as BatchNorm",
+            )
     changed = _what_changed(module, layer)
     return not changed, changed or (f"computes what {came} did" if alike else f"starts as the {came} it was")
 
@@ -97,7 +100,7 @@ def _what_changed(module: nn.Module, layer: Normalizer) -> str:
     tensors = ["weight", "bias", *stats]
     before, after = _what_counts(module, stats), _what_counts(layer, layer.running_names)
     if type(module) is type(layer):
-        tensors += layer.learns
+        tensors += layer.extra_parameters
         before |= own_arguments(module)
         after |= own_arguments(layer)
     for name, old in before.items():
@@ -107,7 +110,7 @@ def _what_changed(module: nn.Module, layer: Normalizer) -> str:
     lost = [
         name
         for name, t in held.items()
-        if t is not None and getattr(layer, name, None) is not t and name not in layer.converts
+        if t is not None and getattr(layer, name, None) is not t and name not in layer.translated_tensors
     ]
     return f"{', '.join(lost)} start{'s' if len(lost) == 1 else ''} anew" if lost else ""
 
@@ -151,10 +154,10 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
         arguments["groups"] = module.num_groups
     if type(module) is cls:
         arguments |= own_arguments(module)
-        tracks = cls.uses_batch or bool(module.track_running_stats)
+        tracks = cls.train_uses_batch_stats or bool(module.track_running_stats)
     else:  # running statistics that are not those of batches mean something else
         instance = type(module).__name__.startswith("InstanceNorm")
-        tracks = cls.uses_batch and not instance and getattr(module, "uses_batch", True)
+        tracks = cls.train_uses_batch_stats and not instance and getattr(module, "train_uses_batch_stats", True)
     if not tracks:
         arguments = {k: v for k, v in arguments.items() if k not in ("momentum", "track_running_stats")}
     return arguments
@@ -164,7 +167,7 @@ def _translate_variance(module: nn.Module, layer: Normalizer) -> None:
     """Give the layer the variance of one that holds it in another form."""
     if layer._buffers.get("running_var") is None or not isinstance(module, Normalizer):
         return
-    if "running_var" in module.converts and module.track_running_stats:
+    if "running_var" in module.translated_tensors and module.track_running_stats:
         layer._buffers["running_var"] = module.running().var.squeeze(0)
 
 
@@ -194,7 +197,7 @@ def hand_back(layer: Normalizer, module: nn.Module, started: tuple[torch.device 
         started: ``kind_of(layer)`` at the swap; what the original held alone follows a move or a cast since.
     """
     module.training = layer.training
-    layer.give_back(module)
+    layer.return_to(module)
     device, dtype = kind_of(layer)
     if (device, dtype) == started:
         return

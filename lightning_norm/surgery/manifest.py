@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_norm.errors import CheckpointError
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.registry import arguments_of
-from lightning_norm.layers.swap_record import ORIGIN
+from lightning_norm.layers.swap_record import MANIFEST_KEY
 from lightning_norm.normalizers import normalizers
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.select import clean_name
@@ -45,14 +45,16 @@ def manifest_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it is of a later format, or not one.
     """
-    manifest = checkpoint.get(ORIGIN)
+    manifest = checkpoint.get(MANIFEST_KEY)
     if manifest is None:
         metadata = getattr(checkpoint.get("state_dict"), "_metadata", None) or {}
-        held = [(clean_name(name), entry[ORIGIN]) for name, entry in metadata.items() if ORIGIN in entry]
+        held = [(clean_name(name), entry[MANIFEST_KEY]) for name, entry in metadata.items() if MANIFEST_KEY in entry]
         layers = [_entry([name], origin, origin.get("options", {}), "", None) for name, origin in held]
         return _manifest(layers, "unknown") if layers else None
     if not isinstance(manifest, Mapping) or not isinstance(manifest.get("layers"), list):
-        raise CheckpointError(f"the checkpoint's entry {ORIGIN!r} is not a list of swapped layers: {manifest!r:.80}.")
+        raise CheckpointError(
+            f"the checkpoint's entry {MANIFEST_KEY!r} is not a list of swapped layers: {manifest!r:.80}."
+        )
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"the checkpoint's manifest has format {manifest.get('format')}, written by lightning_norm "
@@ -163,7 +165,7 @@ def lacks_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> list[st
 
 def learned_without_a_place(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, str]:
     """Return parameters that only a normalizer has and whose layer in the model has none: name -> key."""
-    learned = {name: key for key, cls in normalizers().items() for name in cls.learns}
+    learned = {name: key for key, cls in normalizers().items() for name in cls.extra_parameters}
     modules = _named(model)
     found: dict[str, str] = {}
     for name in state_dict:

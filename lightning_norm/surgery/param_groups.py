@@ -45,7 +45,7 @@ def switch_parameters(model: nn.Module) -> set[str]:
         for prefix, layer in model.named_modules()
         if isinstance(layer, Normalizer)
         for name, _ in layer.named_parameters()
-        if name in layer.learns
+        if name in layer.extra_parameters
     }
 
 

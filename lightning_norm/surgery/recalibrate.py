@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.layers.accumulators import Pool
+from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.variance import unbiased
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks, active_ranks
-from lightning_norm.surgery.select import Pattern, Site, clean_name, matches
+from lightning_norm.surgery.select import ModuleSlot, Pattern, clean_name, matches
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -105,7 +105,7 @@ def layers_of(model: nn.Module, exclude: Pattern | None = None) -> dict[str, nn.
         if not isinstance(module, (Normalizer, BATCH_NORMS)) or not module.track_running_stats:
             continue
         name = clean_name(name)
-        if exclude is not None and matches(exclude, Site(module, [name]), set(), "exclude"):
+        if exclude is not None and matches(exclude, ModuleSlot(module, [name]), set(), "exclude"):
             continue
         if isinstance(module, Normalizer) and module.no_recalibration:
             raise ValueError(
@@ -125,10 +125,10 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _estimating(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[dict[str, Pool]]:
+def _estimating(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[dict[str, StatisticsAccumulator]]:
     """Only the layers are in training mode, each with a pool; everything is put back, whatever happens."""
     modes = {module: module.training for module in model.modules()}
-    pools: dict[str, Pool] = {}
+    pools: dict[str, StatisticsAccumulator] = {}
     undo: list[Callable[[], None]] = []
     try:
         model.eval()
@@ -143,11 +143,13 @@ def _estimating(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[dict
             module.training = training
 
 
-def _watch_ours(layer: Any, undo: list[Callable[[], None]]) -> Pool:
+def _watch_ours(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccumulator:
     held = {name: t.clone() for name, t in layer._buffers.items() if t is not None}
     state = {name: layer.__dict__[name] for name in ("sync", "compiled")}
     stat = layer._buffers[layer.running_names[0]]
-    pool = layer.pool = Pool((stat.numel() // layer.num_features, layer.num_features), layer.pools_means)
+    pool = layer.pool = StatisticsAccumulator(
+        (stat.numel() // layer.num_features, layer.num_features), layer.pools_means
+    )
 
     def back() -> None:
         layer.pool = None
@@ -162,8 +164,8 @@ def _watch_ours(layer: Any, undo: list[Callable[[], None]]) -> Pool:
     return pool
 
 
-def _watch_torchs(layer: Any, undo: list[Callable[[], None]]) -> Pool:
-    pool = Pool((1, layer.num_features))
+def _watch_torchs(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccumulator:
+    pool = StatisticsAccumulator((1, layer.num_features))
 
     def see(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         x = arguments[0]
@@ -179,7 +181,9 @@ def _watch_torchs(layer: Any, undo: list[Callable[[], None]]) -> Pool:
 
 
 @torch.no_grad()
-def _settle(layers: dict[str, nn.Module], pools: dict[str, Pool], ranks: Ranks | None) -> Recalibration:
+def _settle(
+    layers: dict[str, nn.Module], pools: dict[str, StatisticsAccumulator], ranks: Ranks | None
+) -> Recalibration:
     moments = {name: pool.over(ranks) for name, pool in pools.items()}
     batches = max(pool.batches for pool in pools.values())
     if not batches:

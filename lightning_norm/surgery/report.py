@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.convert import hand_back, kind_of
-from lightning_norm.surgery.select import Site
+from lightning_norm.surgery.select import ModuleSlot
 from lightning_norm.surgery.text import aligned
 
 MANY = 100_000
@@ -72,7 +72,7 @@ class SwapReport:
         self.layers, self.skipped, self.candidates = layers, skipped, candidates
         self.dry_run = True
         self.total_before = 0
-        self._undo: list[tuple[Site, Normalizer]] = []
+        self._undo: list[tuple[ModuleSlot, Normalizer]] = []
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -92,7 +92,7 @@ class SwapReport:
         """Parameters of the model after the swap, in elements."""
         return self.total_before + self.parameters_added - self.parameters_removed
 
-    def add(self, site: Site, layer: Normalizer, row: SwappedLayer) -> None:
+    def add(self, site: ModuleSlot, layer: Normalizer, row: SwappedLayer) -> None:
         """Add a layer that is ready to be put in place."""
         self.layers.append(row)
         self._undo.append((site, layer))

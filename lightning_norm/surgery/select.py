@@ -29,7 +29,7 @@ FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 @dataclass
-class Site:
+class ModuleSlot:
     """One module, wherever the model holds it.
 
     Args:
@@ -50,7 +50,7 @@ class Site:
         return self.names[0]
 
 
-def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[Site], list[tuple[str, str, str]]]:
+def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[ModuleSlot], list[tuple[str, str, str]]]:
     """Find the candidates, each once, and the near misses: (name, type, why it was left alone).
 
     Raises:
@@ -58,7 +58,7 @@ def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[Sit
     """
     wanted = _source_types(source)
     by_name = {s for s in _as_tuple(source) if isinstance(s, str)}
-    sites: dict[int, Site] = {}
+    sites: dict[int, ModuleSlot] = {}
     skipped: dict[str, tuple[str, str, str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         clean = clean_name(name)
@@ -69,7 +69,7 @@ def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[Sit
                 raise ValueError(
                     f"the model itself is a {kind.__name__}: build the layer with lightning_norm.create(...)."
                 )
-            site = sites.setdefault(id(module), Site(module))
+            site = sites.setdefault(id(module), ModuleSlot(module))
             site.names.append(clean)
             parent = model.get_submodule(name.rpartition(".")[0])
             place = (parent, name.rpartition(".")[2])
@@ -92,12 +92,12 @@ def clean_name(name: str) -> str:
 
 
 def assign(
-    sites: Sequence[Site],
+    sites: Sequence[ModuleSlot],
     norm: NormSpec | None,
     include: Pattern | None,
     exclude: Pattern | None,
     rules: Mapping[str, NormSpec | None] | None,
-) -> tuple[list[tuple[Site, NormSpec, bool]], list[str]]:
+) -> tuple[list[tuple[ModuleSlot, NormSpec, bool]], list[str]]:
     """Give each site its normalizer, tell whether that is ``norm``, and tell which patterns matched nothing.
 
     ``rules`` come first, in order, the first match wins and ``None`` leaves the layer alone; then ``include`` and
@@ -105,7 +105,7 @@ def assign(
     """
     rules = dict(rules or {})
     used: set[str] = set()
-    chosen: list[tuple[Site, NormSpec, bool]] = []
+    chosen: list[tuple[ModuleSlot, NormSpec, bool]] = []
     for site in sites:
         rule = next((p for p in rules if matches(p, site, used, f"rules[{p!r}]")), None)
         included = include is None or matches(include, site, used, "include")
@@ -118,7 +118,7 @@ def assign(
     return chosen, [m for m in missed if m not in used]
 
 
-def explain_missed(missed: str, sites: Sequence[Site]) -> str:
+def explain_missed(missed: str, sites: Sequence[ModuleSlot]) -> str:
     """Return the error text for a pattern that matched nothing."""
     label, pattern = missed.split("[", 1)
     pattern = pattern[:-1].strip("'\"")
@@ -138,7 +138,7 @@ def explain_missed(missed: str, sites: Sequence[Site]) -> str:
     return f"{label}={pattern!r} matched none of the {len(names)} {kind} layers.{hint}"
 
 
-def check_source(model: nn.Module, sites: Sequence[Site], source: Source | None) -> None:
+def check_source(model: nn.Module, sites: Sequence[ModuleSlot], source: Source | None) -> None:
     """Check that each class name in ``source`` is that of something.
 
     Raises:
@@ -178,7 +178,7 @@ def _as_list(pattern: Pattern | None) -> list[str]:
     return [] if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
 
 
-def matches(pattern: Pattern, site: Site, used: set[str], label: str) -> bool:
+def matches(pattern: Pattern, site: ModuleSlot, used: set[str], label: str) -> bool:
     """Tell whether a site's names match, and enter the patterns that do in ``used``."""
     hit = False
     for p in _as_list(pattern):

@@ -19,8 +19,8 @@ from lightning_norm.ops.sync import check_group
 from lightning_norm.surgery.convert import convert, unchanged_eval
 from lightning_norm.surgery.report import SwappedLayer, SwapReport
 from lightning_norm.surgery.select import (
+    ModuleSlot,
     Pattern,
-    Site,
     Source,
     assign,
     check_source,
@@ -101,7 +101,7 @@ def swap(
         sync=sync,
         sync_group=sync_group,
     )
-    judge(model, report, missed, sites, on_empty, source=source)
+    check_result(model, report, missed, sites, on_empty, source=source)
     if report.growth():
         warnings.warn(report.growth(), ParameterGrowthWarning, stacklevel=2)
     report.commit(not dry_run)
@@ -122,7 +122,7 @@ def try_swap(
     sync: bool = True,
     sync_group: str | int = "world",
     leave: Collection[int] = (),
-) -> tuple[SwapReport, list[str], list[Site]]:
+) -> tuple[SwapReport, list[str], list[ModuleSlot]]:
     """As :func:`swap`, but only prepare: returns the report, the patterns that matched nothing, and the candidates.
 
     ``leave`` holds the ids of modules that are no candidates.
@@ -173,7 +173,7 @@ def check_specs(norm: NormSpec | None, norm_args: Any, rules: Any) -> None:
             resolve(spec)
 
 
-def _row(site: Site, layer: Normalizer, arguments: dict[str, Any], backend: str) -> SwappedLayer:
+def _row(site: ModuleSlot, layer: Normalizer, arguments: dict[str, Any], backend: str) -> SwappedLayer:
     before = site.module.state_dict(keep_vars=True)
     held = {**layer._parameters, **layer._buffers}
     moved = [name for name, value in before.items() if held.get(name) is value]
@@ -189,13 +189,13 @@ def _row(site: Site, layer: Normalizer, arguments: dict[str, Any], backend: str)
         preserved=preserved,
         reason=reason,
         moved=moved,
-        converted=[name for name in before if name in layer.converts],
-        dropped=[name for name in before if name not in (*moved, *layer.converts)],
+        converted=[name for name in before if name in layer.translated_tensors],
+        dropped=[name for name in before if name not in (*moved, *layer.translated_tensors)],
         added={n: p.numel() for n, p in layer.named_parameters(recurse=False) if n not in moved},
         removed=sum(p.numel() for n, p in site.module.named_parameters(recurse=False) if n not in moved),
         backend=backend,
         compiled=layer.compiled,
-        sync=layer.sync and (layer.uses_batch or layer.track_running_stats),
+        sync=layer.sync and (layer.train_uses_batch_stats or layer.track_running_stats),
         also=site.names[1:],
     )
 
@@ -215,11 +215,11 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def judge(
+def check_result(
     model: nn.Module,
     report: SwapReport,
     missed: list[str],
-    sites: list[Site],
+    sites: list[ModuleSlot],
     on_empty: str,
     *,
     source: Source | None = None,

@@ -27,27 +27,27 @@ from lightning_norm.testing.kit import (
 
 
 @check
-def uses_batch(make: Make) -> None:
-    """In training, a sample's output depends on its batch mates if and only if ``uses_batch`` is declared."""
+def train_uses_batch_stats(make: Make) -> None:
+    """In training, a sample depends on its batch mates if and only if ``train_uses_batch_stats`` is declared."""
     layer = built(make, torch.float64)
     x = features(5, C, 7, 3, dtype=torch.float64)
     others = torch.cat([x[:1], features(4, C, 7, 3, seed=9, dtype=torch.float64) * 3])
     apart = distance(*(built(make, torch.float64)(t)[:1] for t in (x, others)))
-    assert (apart > 1e-6) == layer.uses_batch, (
-        f"uses_batch={layer.uses_batch}, but other batch mates move the output by {apart:.1e}"
+    assert (apart > 1e-6) == layer.train_uses_batch_stats, (
+        f"train_uses_batch_stats={layer.train_uses_batch_stats}, but other batch mates move the output by {apart:.1e}"
     )
 
 
 @check
-def per_sample(make: Make) -> None:
-    """In evaluation, one pixel's output depends on far ones of its sample if and only if ``per_sample`` is declared."""
+def eval_uses_input_stats(make: Make) -> None:
+    """In evaluation, a pixel depends on far ones of its sample if and only if ``eval_uses_input_stats`` is declared."""
     layer = built(make, torch.float64).eval()
     x = features(5, C, 7, 3, dtype=torch.float64)
     other = x.clone()
     other[:, :, 5:] += noise(5, C, 2, 3, seed=9, dtype=torch.float64)  # out of a 9 x 9 kernel's reach
     apart = distance(*(layer(t)[:, :, 0] for t in (x, other)))
-    assert (apart > 1e-6) == layer.per_sample, (
-        f"per_sample={layer.per_sample}, but far pixels move the output by {apart:.1e}"
+    assert (apart > 1e-6) == layer.eval_uses_input_stats, (
+        f"eval_uses_input_stats={layer.eval_uses_input_stats}, but far pixels move the output by {apart:.1e}"
     )
 
 
@@ -63,20 +63,26 @@ def evaluation_ignores_batch_mates(make: Make) -> None:
 
 
 @check
-def learns(make: Make) -> None:
-    """``learns`` lists every parameter beside weight and bias, its size in terms of C and the layer's arguments."""
+def extra_parameters(make: Make) -> None:
+    """``extra_parameters`` lists each parameter beside weight and bias, its size in terms of C and the arguments."""
     layer = make(C)
     found = {name: p.numel() for name, p in layer.named_parameters() if name not in ("weight", "bias")}
     known = {
         "C": C,
-        **{name: getattr(layer, name) for name in getattr(layer, "shows", ()) if isinstance(getattr(layer, name), int)},
+        **{
+            name: getattr(layer, name)
+            for name in getattr(layer, "repr_arguments", ())
+            if isinstance(getattr(layer, name), int)
+        },
     }
     words = "|".join(("max", "min", *known))
-    for name, count in type(layer).learns.items():
+    for name, count in type(layer).extra_parameters.items():
         assert re.fullmatch(rf"(?:\b(?:{words})\b|[\d\s+*/(),-])+", count), (
-            f"learns[{name!r}] = {count!r} is not an expression in {', '.join(known)}"
+            f"extra_parameters[{name!r}] = {count!r} is not an expression in {', '.join(known)}"
         )
-    declared = {name: int(eval(count, dict(known))) for name, count in type(layer).learns.items()}  # checked above
+    declared = {
+        name: int(eval(count, dict(known))) for name, count in type(layer).extra_parameters.items()
+    }  # checked above
     assert found == declared, f"parameters beside weight and bias: {found}; declared for C = {C}: {declared}"
     for name in ("weight", "bias"):
         p = getattr(layer, name)
@@ -93,10 +99,10 @@ def preserves_eval(make: Make) -> None:
         for i, p in enumerate(bn.parameters()):
             p.add_(0.3 * noise(C, seed=500 + i, dtype=torch.float64))
     layer = make(C).double()
-    layer.adopt(bn)
+    layer.take_from(bn)
     for name in ("weight", "bias"):
         own = getattr(layer, name)
-        assert own is None or name in layer.converts or own is getattr(bn, name), (
+        assert own is None or name in layer.translated_tensors or own is getattr(bn, name), (
             f"{name} was copied, not moved: an optimizer still holds the old one"
         )
     x = features(4, C, 7, 3, seed=9, dtype=torch.float64)
@@ -179,7 +185,7 @@ def evaluation_form(make: Make) -> None:
     for layer in (start, built(make, torch.float64)):
         y = layer.eval()(x)
         affine = layer.eval_affine()
-        tracks = layer.track_running_stats and not layer.per_sample
+        tracks = layer.track_running_stats and not layer.eval_uses_input_stats
         known = affine is not None or layer.plain(4) is not None
         assert known or not tracks, "a fixed map in evaluation, and neither eval_affine() nor plain() gives it"
         if affine is not None:

@@ -37,7 +37,7 @@ def ranks_equal_one_process(make: Make) -> None:
     """Two uneven gloo ranks, one of them empty at times, equal one process: values, gradients, running statistics."""
     x, dy = features(5, C, 3, 2, dtype=torch.float64), noise(5, C, 3, 2, seed=7, dtype=torch.float64)
     whole = built(make, torch.float64)
-    if not (whole.uses_batch or whole.track_running_stats):
+    if not (whole.train_uses_batch_stats or whole.track_running_stats):
         return  # nothing to exchange
     expected, running = step(whole, x, dy), statistics(whole)
     first, second = run_ranks(_steps, 2, [built(make, torch.float64) for _ in SPLITS], x, dy)

@@ -75,9 +75,9 @@ def loads_batch_norm(make: Make) -> None:
     assert set(given) == set(bn.state_dict()), "loading changed the caller's state_dict"
     own = layer.state_dict()
     for name in own:
-        if name in given and name not in layer.converts:
+        if name in given and name not in layer.translated_tensors:
             same(own[name], given[name], 0.0, f"{name} of the BatchNorm")
-        elif name in start and not layer.converts:  # otherwise it may be made of what the BatchNorm held
+        elif name in start and not layer.translated_tensors:  # otherwise it may be made of what the BatchNorm held
             same(own[name], start[name], 0.0, f"{name}, absent from the BatchNorm,")
     if layer.keeps_eval():
         x = features(4, C, 7, 3, seed=9)

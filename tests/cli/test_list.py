@@ -24,8 +24,8 @@ def test_json_holds_the_declarations(capsys):
     rows = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
     assert list(rows) == list(normalizers())
     for key, cls in normalizers().items():
-        assert rows[key]["added"] == cls.learns
-        assert rows[key]["uses_batch"] is cls.uses_batch
+        assert rows[key]["added"] == cls.extra_parameters
+        assert rows[key]["train_uses_batch_stats"] is cls.train_uses_batch_stats
         assert rows[key]["paper"] == (str(cls.paper) if cls.paper else None)
 
 

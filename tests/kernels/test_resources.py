@@ -91,7 +91,7 @@ def clean():
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
-def judge(u):
+def check_result(u):
     assert u.stack <= SPILL, f"spills: {u}"
     assert u.doubles == 0 or "ranks" in u.shape, f"float64: {u}"  # what travels between ranks: C numbers
     assert u.atomics == 0, f"atomics: {u}"
@@ -113,7 +113,7 @@ def test_a_stream_on_hopper():
     found, _ = usages("90", "apply_flat", "any")
     assert {u.dtype for u in found} == {"fp32", "bf16", "fp16"}
     for u in found:
-        judge(u)
+        check_result(u)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_every_kernel(arch):
         streams = [u for u in found if u.kernel in STREAMS and any(size in u.shape for size in sizes)]
         assert len(streams) >= 3 * (2 * 2 + 2 + 4 + 1)  # dtypes x (rows at two sizes, flat, columns, condensation)
     for u in found:
-        judge(u)
+        check_result(u)
 
 
 ONES = """
@@ -158,7 +158,7 @@ def test_the_judge_can_fail():
     from benchmarks.aot_report import Usage
 
     good = Usage("apply_flat", "any", "fp32", 90, 4, 60, 0, 0, 0, 4, 50, 4, 0, 0)
-    judge(good)
+    check_result(good)
     for bad in (
         {"stack": SPILL + 8},
         {"doubles": 1},
@@ -168,4 +168,4 @@ def test_the_judge_can_fail():
         {"stores128": 0},
     ):
         with pytest.raises(AssertionError):
-            judge(replace(good, **bad))
+            check_result(replace(good, **bad))

@@ -47,7 +47,7 @@ def test_loads_exactly_or_names_layer_and_normalizer(file, target):
     if (file, target) in EXACT:
         network.load_state_dict(state)
         now = network[0].as_batch_norm() | {
-            n: v for n, v in network[0].state_dict().items() if n not in network[0].converts
+            n: v for n, v in network[0].state_dict().items() if n not in network[0].translated_tensors
         }
         for name, value in source.state_dict().items():
             if name in now:

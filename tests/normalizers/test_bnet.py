@@ -285,7 +285,7 @@ def test_the_authors_network():
     report = swap(model, "bnet", include="last_of_block", norm_args={"init": "zero"})
     assert len(report) == 16
     assert sum(p.numel() for p in model.parameters()) - before == 15_104 * 8 == report.total_after - report.total_before
-    assert create("bnet", 4).learns == {"kernel": "C*kernel_size**spatial_dims"}
+    assert create("bnet", 4).extra_parameters == {"kernel": "C*kernel_size**spatial_dims"}
     assert data(1, 1).dtype == F64
 
 

@@ -272,7 +272,7 @@ class IdsOfInput(ContextNorm):
     """Hard contexts from the sign and size of each sample's first number, through the state as a callback would."""
 
     key = ""
-    learns = {}
+    extra_parameters = {}
 
     def __init__(self, num_features, **options):
         super().__init__(num_features, **{"context": "ids", **options})

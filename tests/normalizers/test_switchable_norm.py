@@ -52,14 +52,14 @@ def authors(x, p, running=None, eps=1e-5):
     square = var_in + mean_in**2
     mean_ln, mean_bn = mean_in.mean(1, keepdim=True), mean_in.mean(0, keepdim=True)
     var_ln, var_bn = square.mean(1, keepdim=True) - mean_ln**2, square.mean(0, keepdim=True) - mean_bn**2
-    observed = mean_bn.flatten(), var_bn.flatten()
+    running_target = mean_bn.flatten(), var_bn.flatten()
     if running:
         mean_bn, var_bn = (t.reshape(1, c, 1) for t in running)
     w, v = torch.softmax(p["mean_weight"], 0), torch.softmax(p["var_weight"], 0)
     mean = w[0] * mean_in + w[1] * mean_ln + w[2] * mean_bn
     var = v[0] * var_in + v[1] * var_ln + v[2] * var_bn
     y = ((flat - mean) / (var + eps).sqrt()).reshape(x.shape)
-    return along(p["weight"], x) * y + along(p["bias"], x), observed
+    return along(p["weight"], x) * y + along(p["bias"], x), running_target
 
 
 def authors_1d(x, p, eps=1e-5):
@@ -222,7 +222,7 @@ def test_zero_weight():
     layer.reset_parameters()
     assert not layer.weight.any()
     with pytest.raises(ValueError, match="zero_weight=True would overwrite"):
-        layer.adopt(nn.BatchNorm2d(6))
+        layer.take_from(nn.BatchNorm2d(6))
 
 
 # --- sparse ---------------------------------------------------------------------------------------------------------

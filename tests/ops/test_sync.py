@@ -157,7 +157,7 @@ def test_who_is_asked(results):
 def test_one_collective_per_layer_and_direction(results):
     for found in results:
         for key, counts in found["collectives"].items():
-            assert counts == ((1, 1) if normalizers()[key].uses_batch else (0, 0)), key
+            assert counts == ((1, 1) if normalizers()[key].train_uses_batch_stats else (0, 0)), key
 
 
 def test_groups_are_recipes(results):

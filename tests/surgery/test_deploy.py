@@ -15,7 +15,7 @@ from lightning_norm.testing.kit import features, noise
 class RunningStd(MomentNorm):
     """Evaluates with eps outside the root: affine, and no BatchNorm of the same tensors."""
 
-    per_sample = False
+    eval_uses_input_stats = False
 
     def algebra(self, m):
         b = self.track(m.over_batch())

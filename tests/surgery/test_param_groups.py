@@ -80,7 +80,7 @@ def test_names_for_timm():
 class Kernel(lightning_norm.BatchNorm):
     """A parameter that is to decay, beside weight and bias."""
 
-    learns = {"mix": "C"}
+    extra_parameters = {"mix": "C"}
 
     def __init__(self, num_features, **options):
         super().__init__(num_features, **options)

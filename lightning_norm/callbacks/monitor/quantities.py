@@ -123,7 +123,7 @@ def gamma(layer: Normalizer) -> dict[str, Tensor]:
 def learned_values(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
     """Yield gamma and what else a layer learns, where it is more than one number."""
     for name, layer in layers_of(model):
-        for parameter in ("weight", *layer.learns):
+        for parameter in ("weight", *layer.extra_parameters):
             value = layer._parameters.get(parameter)
             if value is not None and value.numel() > 1:
                 yield (key_of(layer), parameter, name), value

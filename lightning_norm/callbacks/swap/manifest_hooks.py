@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_norm.errors import CheckpointError
-from lightning_norm.layers.swap_record import ORIGIN
+from lightning_norm.layers.swap_record import MANIFEST_KEY
 from lightning_norm.surgery.files import File, check_file, read_checkpoint, unreadable
 from lightning_norm.surgery.manifest import (
     difference,
@@ -128,7 +128,7 @@ def write_manifest(module: pl.LightningModule, checkpoint: dict[str, Any]) -> No
     """Add the manifest to a checkpoint, if the module holds swapped layers."""
     manifest = manifest_of(module)
     if manifest is not None:
-        checkpoint[ORIGIN] = manifest
+        checkpoint[MANIFEST_KEY] = manifest
 
 
 def reading(original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -37,8 +37,8 @@ from lightning_norm.errors import ParameterGrowthWarning
 from lightning_norm.normalizers import resolve
 from lightning_norm.ops.compiled import on_compile
 from lightning_norm.surgery.report import SwapReport
-from lightning_norm.surgery.select import Site
-from lightning_norm.surgery.swap import check_specs, judge, try_swap
+from lightning_norm.surgery.select import ModuleSlot
+from lightning_norm.surgery.swap import check_result, check_specs, try_swap
 
 
 class NormSwap(Callback):
@@ -132,7 +132,7 @@ class NormSwap(Callback):
         self.report: SwapReport | None = None
         self._model: pl.LightningModule | None = None
         self._missed: set[str] = set()
-        self._sites: list[Site] = []
+        self._sites: list[ModuleSlot] = []
         self._made: set[int] = set()
         self._wrapped = WrappedMethods()
         self._hooks: list[ModuleHook] = []
@@ -278,7 +278,9 @@ class NormSwap(Callback):
             self._untold = False  # WeightAveraging calls configure_model once more
             specs = [spec for spec in [self.norm, *(self.rules or {}).values()] if spec is not None]
             wanted = {resolve(spec)[0] for spec in specs}
-            judge(pl_module, self.report, sorted(self._missed), self._sites, "warn", source=self.source, fine=wanted)
+            check_result(
+                pl_module, self.report, sorted(self._missed), self._sites, "warn", source=self.source, fine=wanted
+            )
             if growth := self.report.growth():
                 rank_zero_warn(growth, category=ParameterGrowthWarning)
             warn_ignored(trainer, pl_module)

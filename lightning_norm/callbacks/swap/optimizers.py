@@ -39,7 +39,11 @@ def add_missing(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
     added: list[str] = []
     for prefix, layer in _normalizers(model):
         own = dict(layer.named_parameters(recurse=False))
-        new = {n: p for n, p in own.items() if n in (*layer.learns, *layer.converts) or n not in ("weight", "bias")}
+        new = {
+            n: p
+            for n, p in own.items()
+            if n in (*layer.extra_parameters, *layer.translated_tensors) or n not in ("weight", "bias")
+        }
         known = [owner[id(p)] for p in own.values() if id(p) in owner]
         if not known and not (own.keys() - new.keys()):
             known = _nearest_group(model, prefix, owner)

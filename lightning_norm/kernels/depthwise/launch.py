@@ -1,4 +1,4 @@
-"""Launches of the kernels in ``recovery``."""
+"""Launches of the kernels in ``depthwise_conv``."""
 
 from __future__ import annotations
 

@@ -58,9 +58,9 @@ class ContextNorm(PerContext):
 
     key = "cn"
     paper = Paper("Faye et al.", 2023, "Context Normalization Layer with Applications", "arXiv 2303.07651")
-    learns: ClassVar[dict[str, str]] = {"gate_weight": "3 * C", "gate_bias": "3"}
-    shows: ClassVar[tuple[str, ...]] = ("num_contexts", "context", "missing", "prior_scale", "min_count")
-    wide_names: ClassVar[tuple[str, ...]] = ("prior", "running_spread", "centroids", "descriptor_scale")
+    extra_parameters: ClassVar[dict[str, str]] = {"gate_weight": "3 * C", "gate_bias": "3"}
+    repr_arguments: ClassVar[tuple[str, ...]] = ("num_contexts", "context", "missing", "prior_scale", "min_count")
+    float32_buffers: ClassVar[tuple[str, ...]] = ("prior", "running_spread", "centroids", "descriptor_scale")
     preserves_eval: ClassVar[bool] = True
     no_recalibration: ClassVar[str] = "each context has statistics of its own, and batches without contexts move none"
     needs: ClassVar[str] = "NormContext"
@@ -101,7 +101,7 @@ class ContextNorm(PerContext):
             self.gate_bias = nn.Parameter(torch.empty(num_contexts, device=device, dtype=dtype))
         self.contexts = ContextState()
         # Evaluation on given or pooled contexts does not look at the sample's own statistics.
-        self.per_sample = context == "gate" or missing == "posterior"  # type: ignore[misc]
+        self.eval_uses_input_stats = context == "gate" or missing == "posterior"  # type: ignore[misc]
         self.reset_parameters()
 
     def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
@@ -121,7 +121,7 @@ class ContextNorm(PerContext):
         """Return the affine map of the equation above, by the gate."""
         return self.mixture(m, self.gate(m))
 
-    recipe = contextual
+    fused_spec = contextual
 
     def eval_affine(self) -> Affine | None:
         """Return the pooled map, which evaluation without contexts is; ``None`` where contexts are always there."""

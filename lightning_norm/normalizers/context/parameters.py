@@ -24,8 +24,8 @@ class ContextRows(MomentNorm):
         ValueError: ``num_contexts`` is not a positive int.
     """
 
-    converts: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
-    wide_names: ClassVar[tuple[str, ...]] = ("prior",)
+    translated_tensors: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
+    float32_buffers: ClassVar[tuple[str, ...]] = ("prior",)
     has_rows: ClassVar[bool] = True
     prior: Tensor | None
 
@@ -103,20 +103,20 @@ class ContextRows(MomentNorm):
                 found[name] = (share * held.detach()).sum(0)
         return found
 
-    def adopt(self, source: nn.Module) -> None:
+    def take_from(self, source: nn.Module) -> None:
         """Start every context from the layer's own weight, bias and running statistics.
 
         Raises:
             ValueError: the layer has another number of contexts.
         """
-        super().adopt(source)
+        super().take_from(source)
         alike = isinstance(source, ContextRows)
         if isinstance(source, ContextRows) and source.num_contexts != self.num_contexts:
             raise ValueError(
                 f"cannot turn {source.num_contexts} contexts into {self.num_contexts}: type "
                 f"num_contexts={source.num_contexts}, or undo the first swap."
             )
-        for name in (*self.converts, "prior") if alike else self.converts:
+        for name in (*self.translated_tensors, "prior") if alike else self.translated_tensors:
             held, own = getattr(source, name, None), getattr(self, name)
             if held is None or own is None:
                 continue
@@ -125,11 +125,11 @@ class ContextRows(MomentNorm):
             if isinstance(own, nn.Parameter):
                 own.requires_grad_(held.requires_grad)
 
-    def give_back(self, source: nn.Module) -> None:
+    def return_to(self, source: nn.Module) -> None:
         """Give the layer what is not converted, and the rows' common value where a row changed."""
-        super().give_back(source)
+        super().return_to(source)
         now: dict[str, Tensor] = {}
-        for name in self.converts:
+        for name in self.translated_tensors:
             own, back = getattr(self, name), getattr(source, name, None)
             if own is None or back is None or own.is_meta or torch.equal(own, back.to(own).expand_as(own)):
                 continue
@@ -139,7 +139,7 @@ class ContextRows(MomentNorm):
 
     def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
         plain = False
-        for name in self.converts:
+        for name in self.translated_tensors:
             held, own = state_dict.get(prefix + name), getattr(self, name)
             if not isinstance(held, Tensor) or own is None:
                 continue
@@ -151,7 +151,9 @@ class ContextRows(MomentNorm):
                     f"{prefix[:-1] or 'this layer'}: the checkpoint has {held.shape[0]} contexts, this "
                     f"{type(self).__name__} {self.num_contexts}. Type num_contexts={held.shape[0]}."
                 )
-        for name in self.wide_names if plain else ():  # absent from a BatchNorm's checkpoint: keep the starting value
+        for name in (
+            self.float32_buffers if plain else ()
+        ):  # absent from a BatchNorm's checkpoint: keep the starting value
             value = self._buffers.get(name)
             if value is not None:
                 state_dict.setdefault(prefix + name, value.detach().clone())

@@ -31,7 +31,7 @@ SCHEMAS = {
 
 
 @dataclass(frozen=True)
-class CoderRecipe:
+class EncoderDecoderSpec:
     """Equations the kernels know; see ``lightning_norm.kernels.coders``.
 
     Args:

@@ -1,7 +1,7 @@
-"""Algebras that the kernels hold themselves: forward in at most four launches, backward in at most four.
+"""Normalizers whose equations also exist as Triton kernels: at most four launches forward and four backward.
 
-A normalizer describes its equations as a :class:`Recipe`; the kernels compute the same as its readable ``algebra``, and
-move its running statistics in the same launch.
+A normalizer describes its equations as a :class:`MixtureSpec`; the kernels compute the same as its readable
+``algebra``, and move its running statistics in the same launch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MixtureSpec:
     """Equations the kernels know.
 
     Args:
@@ -72,7 +72,7 @@ class Recipe:
     running: Running | None = None
     group: str = ""
 
-    def over(self, ranks: Ranks) -> Recipe:
+    def over(self, ranks: Ranks) -> MixtureSpec:
         """Return the same equations for a batch that lies on several ranks."""
         return replace(self, group=ranks.group) if "bn" in self.statistics else self
 

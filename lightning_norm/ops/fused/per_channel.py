@@ -36,7 +36,7 @@ SCHEMAS["channel_gradients"] = (
 
 
 @dataclass(frozen=True)
-class ChannelRecipe:
+class PerChannelSpec:
     """Equations the kernels know; see ``lightning_norm.kernels.channels``.
 
     Args:
@@ -65,7 +65,7 @@ class ChannelRecipe:
     threshold: Tensor | None = None
     group: str = ""
 
-    def over(self, ranks: Ranks) -> ChannelRecipe | None:
+    def over(self, ranks: Ranks) -> PerChannelSpec | None:
         """Return the same equations for a batch that lies on several ranks; ``None`` with contexts or a threshold."""
         if self.plan.get("contexts") or self.plan.get("choose"):
             return None

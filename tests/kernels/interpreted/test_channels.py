@@ -179,7 +179,7 @@ def held(t):
 
 def arguments_of(name, layer, x):
     """What a layer hands to an operator."""
-    found = layer.recipe(layout_of(x, 6))
+    found = layer.fused_spec(layout_of(x, 6))
     plan, numbers = found.fields()
     given = (held(found.weight), held(found.bias), [held(t) for t in found.gates], found.shares)
     counters = (*found.counters, *(None,) * (4 - len(found.counters)))
@@ -221,6 +221,6 @@ def test_export():
 def test_plan_has_the_names_of_the_recipe():
     fields = list(flags.ChannelPlan.__dataclass_fields__)
     for i, name in enumerate(fields):
-        plan, numbers = per_channel.ChannelRecipe(None, None, {name: 7}, {"eps": 0.1}).fields()
+        plan, numbers = per_channel.PerChannelSpec(None, None, {name: 7}, {"eps": 0.1}).fields()
         assert plan[i] == 7
         assert len(numbers) == len(flags.Numbers.__dataclass_fields__)

@@ -234,7 +234,7 @@ def test_a_subclass_that_drops_otherwise_is_not_given_the_recipe():
 
 def arguments_of(name, last):
     x = features(4, 6, 4, 5).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    found = pair("afn", {})[0].recipe(layout_of(x, 6))
+    found = pair("afn", {})[0].fused_spec(layout_of(x, 6))
     gates, coders = ([t.detach() for t in held] for held in (found.gates, found.coders))
     dropped = (torch.rand(2, 6), found.share, 0) if name == "coders" else (None, found.share, 9)
     rest = (1, found.plan if name == "coders_and_track" else [found.plan[0], 0, 0], found.eps)

@@ -199,14 +199,14 @@ def test_launches_in_evaluation(monkeypatch):
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "none"])
-@pytest.mark.parametrize("known", [True, False], ids=["recipe", "algebra"])
+@pytest.mark.parametrize("known", [True, False], ids=["fused_spec", "algebra"])
 def test_activation_and_residual(activation, known):
     x, r, dy = features(4, 6, 5, 3), noise(4, 6, 5, 3, seed=9), noise(4, 6, 5, 3, seed=7)
     layer = BatchNorm(6)
     results = []
     for name, dtype in (("triton", torch.float32), ("eager", torch.float64)):
         a, b = (t.to(dtype).requires_grad_() for t in (x, r))
-        how = {"recipe": layer.recipe} if known and name == "triton" else {}
+        how = {"fused_spec": layer.fused_spec} if known and name == "triton" else {}
         y = normalize(a, layer.algebra, backend=name, activation=activation, residual=b, **how)
         results.append((y, *torch.autograd.grad(y, (a, b), dy.to(dtype))))
     for got, want in zip(*results, strict=True):
