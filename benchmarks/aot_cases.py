@@ -1,4 +1,4 @@
-"""Every kernel at the shapes and dtypes of real networks, for ``lightning_norm.kernels.resources`` to compile."""
+"""Every kernel at the shapes and dtypes of real networks, for ``benchmarks.aot_report`` to compile."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_norm.kernels.depthwise import conv
+from lightning_norm.kernels.depthwise import backward as depthwise_backward
+from lightning_norm.kernels.depthwise import forward as depthwise_forward
 from lightning_norm.kernels.encoder_decoder import backward as encoder_decoder_backward
 from lightning_norm.kernels.encoder_decoder import forward as encoder_decoder_forward
 from lightning_norm.kernels.grid import TILE, warps
 from lightning_norm.kernels.mixture import backward as mixture_backward
 from lightning_norm.kernels.mixture import forward as mixture_forward
-from lightning_norm.kernels.passes import elementwise, reductions
+from lightning_norm.kernels.passes import backward as passes_backward
+from lightning_norm.kernels.passes import forward as passes_forward
 from lightning_norm.kernels.per_channel import backward as per_channel_backward
 from lightning_norm.kernels.per_channel import condensation, running_stats
 from lightning_norm.kernels.per_channel import forward as per_channel_forward
@@ -51,43 +53,43 @@ def variants() -> Iterator[Variant]:
     for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         for shape, rows, block, loop in (("49", 32, 64, False), ("196", 8, 256, False), ("1024", 2, 1024, False), ("long", 1, TILE, True)):  # noqa: E501  # fmt: skip
             blocks = {"ALIGN": align, "ROWS": rows, "BLOCK": block, "LOOP": loop}
-            yield Variant(reductions.moments_rows, shape, dtype, blocks, warps(rows * block))
+            yield Variant(passes_forward.moments_rows, shape, dtype, blocks, warps(rows * block))
             for act in (plain, fused):
                 name = shape + (" add relu" if act["ACT"] else "")
-                yield Variant(reductions.sums_rows, name, dtype, {**blocks, **act}, warps(rows * block))
+                yield Variant(passes_backward.sums_rows, name, dtype, {**blocks, **act}, warps(rows * block))
         for wide in (False, True):
             for act in (plain, fused):
                 name = ("long" if wide else "any") + (" add relu" if act["ACT"] else "")
                 blocks = {"ALIGN": align, "BLOCK": TILE, "WIDE": wide, **act}
-                yield Variant(elementwise.apply_flat, name, dtype, blocks, 4)
-                yield Variant(elementwise.combine_flat, name, dtype, {**blocks, "PLAIN": False}, 4)
+                yield Variant(passes_forward.apply_flat, name, dtype, blocks, 4)
+                yield Variant(passes_backward.combine_flat, name, dtype, {**blocks, "PLAIN": False}, 4)
         for fold in (1, 16):
             shape = "channels last" if fold == 1 else "channels last, few"
             blocks = {"ALIGN": align, "ROWS": TILE // 64, "BLOCK": 64}
-            yield Variant(reductions.moments_columns, shape, dtype, blocks, 4)
+            yield Variant(passes_forward.moments_columns, shape, dtype, blocks, 4)
             for act in (plain, fused):
                 name = shape + (" add relu" if act["ACT"] else "")
                 more = {**blocks, "FOLD": fold, **act}
-                yield Variant(reductions.sums_columns, name, dtype, more, 4)
-                yield Variant(elementwise.apply_columns, name, dtype, more, 4)
-                yield Variant(elementwise.combine_columns, name, dtype, {**more, "PLAIN": False}, 4)
-    yield Variant(reductions.join_moments, "parts", "fp32", {"BLOCK": 256}, 4)
-    yield Variant(reductions.join_sums, "parts", "fp32", {"BLOCK": 256}, 4)
-    yield from _algebra()
-    yield from _channels()
-    yield from _coders()
-    yield from _recovery()
+                yield Variant(passes_backward.sums_columns, name, dtype, more, 4)
+                yield Variant(passes_forward.apply_columns, name, dtype, more, 4)
+                yield Variant(passes_backward.combine_columns, name, dtype, {**more, "PLAIN": False}, 4)
+    yield Variant(passes_forward.join_moments, "parts", "fp32", {"BLOCK": 256}, 4)
+    yield Variant(passes_backward.join_sums, "parts", "fp32", {"BLOCK": 256}, 4)
+    yield from _mixture()
+    yield from _per_channel()
+    yield from _encoder_decoder()
+    yield from _depthwise()
 
 
-def _algebra() -> Iterator[Variant]:
+def _mixture() -> Iterator[Variant]:
     tile = {"N_BLOCK": 32, "C_BLOCK": 32, "G_BLOCK": 4, "T_BLOCK": 256}
     half = {"N_BLOCK": 32, "C_BLOCK": 16, "G_BLOCK": 4, "T_BLOCK": 128}
-    for name, own in {
+    for name, equations in {
         "bn": {"IN": -1, "LN": -1, "BN": 0, "K": 0, "SOFTMAX": False, "OUTPUTS": False},
         "sn": {"IN": 0, "LN": 1, "BN": 2, "K": 3, "SOFTMAX": True, "OUTPUTS": False},
         "bcn": {"IN": -1, "LN": 1, "BN": 0, "K": 0, "SOFTMAX": False, "OUTPUTS": True},
     }.items():
-        common = {"OWN": True, "MERGE": False, **own, "FROZEN": False, "WEIGHT": True}
+        common = {"MOMENTS": True, "MERGE": False, **equations, "FROZEN": False, "WEIGHT": True}
         tracks = {**common, "TRACK": 1, "BIAS": True, "BLOCK": 256}
         yield Variant(mixture_forward.mix, name, "fp32", {**tracks, "RANKS": False}, 4)
         yield Variant(mixture_forward.mix, f"{name}, ranks", "fp32", {**tracks, "RANKS": True}, 4)
@@ -101,19 +103,19 @@ def _algebra() -> Iterator[Variant]:
         yield Variant(kernel, "ranks", "fp32", {"BLOCK": 256}, 4)
 
 
-def _channels() -> Iterator[Variant]:
-    names = ("OWN", "MERGE", "FROZEN", "BLEND", "STD", "POWER", "DETACH", "CONTEXTS", "PRIOR", "POOLED", "CENTER", "SCALE", "AFFINE", "NORM", "GATE")  # noqa: E501  # fmt: skip
+def _per_channel() -> Iterator[Variant]:
+    names = ("MOMENTS", "MERGE", "FROZEN", "BLEND", "STD", "POWER", "DETACH", "CONTEXTS", "PRIOR", "POOLED", "CENTER", "SCALE", "AFFINE", "NORM", "GATE")  # noqa: E501  # fmt: skip
     one, four, many = ({"N_BLOCK": 32, "K_BLOCK": k, "C_BLOCK": c} for k, c in ((1, 16), (4, 8), (16, 2)))
-    rectified = {"OWN": True, "CENTER": True, "SCALE": True, "AFFINE": True, "MOVE": 1}
-    grouped = {"OWN": True, "CONTEXTS": True, "MERGE": True, "MOVE": 2}
+    rectified = {"MOMENTS": True, "CENTER": True, "SCALE": True, "AFFINE": True, "MOVE": 1}
+    grouped = {"MOMENTS": True, "CONTEXTS": True, "MERGE": True, "MOVE": 2}
     for shape, on, tile in (
         ("rbn", rectified, one),
-        ("ubn", {**rectified, "CHOOSE": 1, "NORM": True}, one),
-        ("ubn renorm, parts", {**rectified, "CHOOSE": 3, "NORM": True, "MERGE": True}, one),
-        ("dbn", {"OWN": True, "BLEND": True, "STD": True, "POWER": True}, one),
+        ("ubn", {**rectified, "CONDENSED": 1, "NORM": True}, one),
+        ("ubn renorm, parts", {**rectified, "CONDENSED": 3, "NORM": True, "MERGE": True}, one),
+        ("dbn", {"MOMENTS": True, "BLEND": True, "STD": True, "POWER": True}, one),
         ("rbn, ranks", {**rectified, "RANKS": 1}, one),
         ("rbn, ranks afterwards", {**rectified, "RANKS": 2}, one),
-        ("dbn, ranks", {"OWN": True, "BLEND": True, "STD": True, "POWER": True, "RANKS": 1}, one),
+        ("dbn, ranks", {"MOMENTS": True, "BLEND": True, "STD": True, "POWER": True, "RANKS": 1}, one),
         ("cn", grouped, four),
         ("cn gate", {**grouped, "GATE": True, "PRIOR": True}, four),
         ("cn gate of 16", {**grouped, "GATE": True, "PRIOR": True}, many),
@@ -121,7 +123,7 @@ def _channels() -> Iterator[Variant]:
     ):
         flags = {
             **dict.fromkeys(names, False),
-            "CHOOSE": 0,
+            "CONDENSED": 0,
             "MOVE": 0,
             "RANKS": 0,
             **on,
@@ -129,10 +131,10 @@ def _channels() -> Iterator[Variant]:
             "BIAS": True,
             **tile,
         }
-        flags |= {"STD_OF_VAR": flags["STD"], "RENORM": flags["CHOOSE"] == 3}
+        flags |= {"STD_OF_VAR": flags["STD"], "RENORM": flags["CONDENSED"] == 3}
         half = {**flags, "C_BLOCK": tile["C_BLOCK"] // (1 if tile is one else 2)}
         wide = {**flags, "LOOK": bool(flags["MOVE"]), "KNOWN": True, "BLOCK": 1024 // tile["K_BLOCK"]}
-        for kernel, given in (
+        for kernel, constants in (
             (running_stats.survey, wide),
             (per_channel_forward.pool_channels, flags),
             (per_channel_forward.channels_of, flags),
@@ -148,13 +150,13 @@ def _channels() -> Iterator[Variant]:
             }
             if unused.get(kernel, "gate" in kernel.fn.__name__ and not flags["GATE"]):
                 continue
-            own = inspect.signature(kernel.fn).parameters
-            yield Variant(kernel, shape, "fp32", {k: v for k, v in given.items() if k in own}, 4)
+            takes = inspect.signature(kernel.fn).parameters
+            yield Variant(kernel, shape, "fp32", {k: v for k, v in constants.items() if k in takes}, 4)
     for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         yield Variant(condensation.directions, "any", dtype, {"ALIGN": align, "BLOCK": TILE}, 4)
 
 
-def _coders() -> Iterator[Variant]:
+def _encoder_decoder() -> Iterator[Variant]:
     kernels = (
         encoder_decoder_forward.encode,
         encoder_decoder_forward.decode,
@@ -167,28 +169,36 @@ def _coders() -> Iterator[Variant]:
         ("asr", ((32, 32, 16), (16, 16, 32), (16, 32, 16), (32, 32, 32), (16, 16, 32))),
     ):
         batch = shape == "afn"
-        given = {"BATCH": batch, "FROZEN": False, "TRACK": int(batch), "DROP": batch, "GATED": True, "WEIGHT": True}
-        given |= {"BIAS": True, "SPANS": 4, "T_BLOCK": 256}
+        constants = {"BATCH": batch, "FROZEN": False, "TRACK": int(batch), "DROP": batch, "GATED": True, "WEIGHT": True}
+        constants |= {"BIAS": True, "SPANS": 4, "T_BLOCK": 256}
         for (kernel, tile), merge in itertools.product(zip(kernels, tiles, strict=True), (False, True)):
-            own = inspect.signature(kernel.fn).parameters
-            given |= dict(zip(("R_BLOCK", "H_BLOCK", "C_BLOCK"), tile, strict=True))
-            given |= {"N_BLOCK": 16 if kernel is encoder_decoder_forward.encode else 32, "MERGE": merge}
-            if "MERGE" in own or not merge:
+            takes = inspect.signature(kernel.fn).parameters
+            constants |= dict(zip(("R_BLOCK", "H_BLOCK", "C_BLOCK"), tile, strict=True))
+            constants |= {"N_BLOCK": 16 if kernel is encoder_decoder_forward.encode else 32, "MERGE": merge}
+            if "MERGE" in takes or not merge:
                 name = f"{shape}, parts" if merge else shape
-                yield Variant(kernel, name, "fp32", {k: v for k, v in given.items() if k in own}, 4)
+                yield Variant(kernel, name, "fp32", {k: v for k, v in constants.items() if k in takes}, 4)
 
 
-def _recovery() -> Iterator[Variant]:
+def _depthwise() -> Iterator[Variant]:
     for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         for k, last in ((3, False), (3, True), (5, False), (5, True), (7, False), (7, True)):
             shape = f"{k} x {k}" + (" channels last" if last else "")
             blocks = {"ALIGN": align if last else 1, "LAST": last, "KH": k, "KW": k, "BIAS": True, "PLAIN": False}
             blocks["GROUP"] = 9 if k == 3 else k
-            kernels = ((conv.recover_apply, 1024), (conv.recover_sums, 256), (conv.recover_combine, 1024))
+            kernels = (
+                (depthwise_forward.depthwise_apply, 1024),
+                (depthwise_backward.depthwise_sums, 256),
+                (depthwise_backward.depthwise_combine, 1024),
+            )
             for kernel, tile in kernels:
                 blocks |= {"ROWS": tile // 64, "BLOCK": 64} if last else {"ROWS": 1, "BLOCK": tile}
-                own = inspect.signature(kernel.fn).parameters
+                takes = inspect.signature(kernel.fn).parameters
                 yield Variant(
-                    kernel, shape, dtype, {name: v for name, v in blocks.items() if name in own}, 4 if tile > 256 else 2
+                    kernel,
+                    shape,
+                    dtype,
+                    {name: v for name, v in blocks.items() if name in takes},
+                    4 if tile > 256 else 2,
                 )
-    yield Variant(conv.join_taps, "9 taps", "fp32", {"T": 9, "BLOCK": 128}, 4)
+    yield Variant(depthwise_backward.join_taps, "9 taps", "fp32", {"T": 9, "BLOCK": 128}, 4)

@@ -31,7 +31,7 @@ WIDE = ("x", "dy", "y", "dx", "residual", "dresidual")
 """Pointers to tensors like x; the others point to float32."""
 TYPES = {
     **dict.fromkeys(("message", "gathered"), "*fp64"),
-    **dict.fromkeys(("tracked", "skipped", "updates", "measured", "kept_out", "in_a_row"), "*i64"),
+    **dict.fromkeys(("tracked", "skipped", "updates", "measured", "skipped_condensed", "in_a_row"), "*i64"),
     **dict.fromkeys(("eps", "factor", "unbias", "least", "power", "unit_scale", "unit_affine"), "fp32"),
     "count": "i64",
 }
@@ -105,8 +105,8 @@ def compiled(variant: Variant, arch: int, *, ones: bool = False) -> Any:
         if signature[name].startswith("*"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    held = variant.constants
-    limit = registers(variant.name, held.get("KH", 0) * held.get("KW", 0), bool(held.get("LAST")))
+    taps = constants.get("KH", 0) * constants.get("KW", 0)
+    limit = registers(variant.name, taps, bool(constants.get("LAST")))
     options = {"num_warps": variant.warps, **({} if limit is None else {"maxnreg": limit})}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -124,10 +124,10 @@ def usage(variant: Variant, arch: int) -> Usage:
         file.flush()
         resources = _run("cuobjdump", "-res-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
-    assert found is not None, resources
+    match = re.search(r"REG:(\d+) STACK:(\d+)", resources)
+    assert match is not None, resources
     return Usage(
-        variant.name, variant.shape, variant.dtype, arch, variant.warps, int(found[1]), int(found[2]),
+        variant.name, variant.shape, variant.dtype, arch, variant.warps, int(match[1]), int(match[2]),
         kernel.metadata.shared,
         len(re.findall(r"\b(?:LDL|STL)\b", code)), len(re.findall(r"\bLDG\.E\S*\.128", code)),
         len(re.findall(r"\bLDG\b", code)), len(re.findall(r"\bSTG\.E\S*\.128", code)),

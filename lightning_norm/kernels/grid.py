@@ -17,9 +17,9 @@ TILE = 2048
 REGISTERS = {
     "sums_rows": 128,
     "apply_columns": 128,
-    "recover_apply": 168,
-    "recover_sums": 192,
-    "recover_combine": 128,
+    "depthwise_apply": 168,
+    "depthwise_sums": 192,
+    "depthwise_combine": 128,
     "vjp_pool": 200,
     "survey": 128,
     "channels_of": 112,
@@ -27,7 +27,7 @@ REGISTERS = {
 """Registers of a thread at most: without a limit ptxas spills 8 bytes of these for one more resident program."""
 
 MANY_TAPS = 192
-"""The same for ``recover_apply`` with more than nine taps, channels last, which would spill on sm_100."""
+"""The same for ``depthwise_apply`` with more than nine taps, channels last, which would spill on sm_100."""
 
 LONGEST = 1 << 28
 """Elements per (sample, channel) beyond which lanes could leave 32 bits."""
@@ -87,6 +87,16 @@ class Grid:
         return self.c if self.columns else self.n * self.c
 
     @property
+    def partial_layout(self) -> tuple[int, int, int]:
+        """Return where sums lie: the parts of each, and the distances between two samples' and two parts' numbers."""
+        return self.parts, self.sample_stride, self.part_stride
+
+    @property
+    def moment_layout(self) -> tuple[int, int, int, int, int, int]:
+        """Return where moments lie: as ``partial_layout``, and what the size of each part follows from."""
+        return *self.partial_layout, self.piece, self.length, self.fold
+
+    @property
     def warps(self) -> int:
         """Return the warps of a program: 16 elements to a thread."""
         return warps(self.rows * self.block)
@@ -102,7 +112,7 @@ class Grid:
         return cdiv(self.length, self.rows)
 
 
-def where(x: Tensor, channel_dim: int) -> bool | None:
+def is_channels_last(x: Tensor, channel_dim: int) -> bool | None:
     """Return False where each (sample, channel) is contiguous in x, True where channels are, None for neither."""
     if channel_dim in (1, 1 - x.dim()) and x.is_contiguous():
         return False
@@ -116,7 +126,7 @@ def grid_of(x: Tensor, channel_dim: int) -> Grid:
     Raises:
         ValueError: x is not dense in either order.
     """
-    columns = where(x, channel_dim)
+    columns = is_channels_last(x, channel_dim)
     if columns is None:
         raise ValueError(f"x with strides {x.stride()} is contiguous in neither order.")
     n, c = x.shape[0], x.shape[channel_dim]
@@ -168,7 +178,7 @@ def dense(t: Tensor, like: Tensor) -> Tensor:
 
 def registers(kernel: str, taps: int = 0, last: bool = False) -> int | None:
     """Return the registers that a thread of a kernel may use, ``None`` for as many as it likes."""
-    return MANY_TAPS if kernel == "recover_apply" and taps > 9 and last else REGISTERS.get(kernel)
+    return MANY_TAPS if kernel == "depthwise_apply" and taps > 9 and last else REGISTERS.get(kernel)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -283,7 +283,7 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
         x,
         algebra,
         layout=layout,
-        given=given,
+        moments=given,
         ranks=ranks,
         backend=layer.backend,
         fused_spec=fused_spec,

@@ -54,7 +54,7 @@ class GroupNorm(MomentNorm):
 
     def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the same equation for the kernels."""
-        return mixture_spec(self, ("ln",), groups=self.groups)
+        return mixture_spec(self, ("ln",), num_groups=self.groups)
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and group."""

@@ -114,7 +114,7 @@ class SwitchableNorm(MomentNorm):
             return None
         w, v = (self._mix(t, False) if self.sparse else t for t in (self.mean_weight, self.var_weight))
         names, groups = (k.replace("gn", "ln") for k in self.choices), self.groups if "gn" in self.choices else 1
-        more = {"correction": self.correction, "groups": groups, "softmax": not self.sparse}
+        more = {"correction": self.correction, "num_groups": groups, "softmax": not self.sparse}
         return mixture_spec(self, tuple(names), w=w, v=v, **more)
 
     def _statistic(self, k: str, m: Moments, alone: bool) -> Moments:

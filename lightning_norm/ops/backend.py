@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.grid import LONGEST, where
+from lightning_norm.kernels.grid import LONGEST, is_channels_last
 from lightning_norm.ops.layout import Layout
 
 BACKENDS = ("auto", "eager", "triton")
@@ -53,7 +53,7 @@ def obstacle(x: Tensor, layout: Layout, empty: bool = False) -> str | None:
         return "bfloat16 needs compute capability 8.0"
     if layout.n * layout.c == 0 and not empty:
         return "it is empty"
-    if where(x, layout.channel_dim) is None:
+    if is_channels_last(x, layout.channel_dim) is None:
         return f"its strides {x.stride()} are neither contiguous nor channels_last"
     if layout.size >= LONGEST or layout.n * layout.c >= LONGEST or layout.size * layout.c >= 1 << 31:
         return "one sample of it leaves 32-bit offsets"

@@ -20,7 +20,7 @@ LARGEST = 1 << 25
 """Positions of a map at most, for a grid has at most 65535 programs along its second axis."""
 
 
-def fit(kernel: Tensor, spatial: int) -> Tensor:
+def with_spatial_axes(kernel: Tensor, spatial: int) -> Tensor:
     """Give a kernel as many spatial axes as the map has.
 
     A map with fewer is one of size 1 along the last ones, where only the kernel's middle acts; of a map with more, the

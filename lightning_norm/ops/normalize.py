@@ -1,16 +1,27 @@
 """normalize(x, algebra): moments -> algebra -> apply, as one autograd graph.
 
-Where is the backward? The algebra's own is autograd on (N, C) tensors. The two passes over x are the two autograd nodes
-below, tied by a carrier: ``_Apply`` hands back dy itself, unscaled, as the gradient of ``hook`` (an alias of x), and
-scale as the gradient of the carrier; ``_Moments`` then holds dy, scale, dmean and dvar at once and writes dx in one
-pass. Only x is kept for the backward pass. Under ``create_graph=True`` the same formulas are recorded, so double
-backward works.
+The two passes over x are two autograd nodes, ``_Moments`` and ``_Apply``; between them the algebra is ordinary autograd
+on (N, C) tensors. With y = scale * (x - center) + shift, and S elements per (sample, channel), the gradient of x is
+
+    dx = scale * dy + dmean / S + (2 * dvar / S) * (x - mean)
+
+where dmean and dvar reach x through the algebra. No node knows all of it: ``_Apply`` knows dy and scale, ``_Moments``
+gets dmean and dvar. Left to autograd, each would write a tensor like x and a third pass would add them. So ``_Apply``
+sends what it knows to ``_Moments`` and lets that one write dx, in one pass. It sends them as gradients, which is the
+only thing a node can send:
+
+* ``x_alias``, a second output of ``_Moments`` that is x itself, receives dy, **unscaled**;
+* ``scale_carrier``, an (N, C) output that nothing reads, receives **scale**.
+
+Forward, both are inputs of ``_Apply`` that it does not use. Only x is saved for the backward pass, never y. Under
+``create_graph=True`` the same formulas are recorded in plain PyTorch, so double backward works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +37,8 @@ from lightning_norm.ops.layout import Layout, at_least_float32, cast, layout_of,
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.sync import Ranks
 
+Algebra = Callable[[Moments], Affine]
+FusedSpec = MixtureSpec | PerChannelSpec | EncoderDecoderSpec
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": torch.relu,
@@ -33,15 +46,35 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of :func:`normalize`; its arguments of the same names."""
+
+    algebra: Algebra
+    layout: Layout
+    moments: Moments | None
+    ranks: Ranks | None
+    backend: str
+    fused_spec: Callable[[Layout], FusedSpec | None] | None
+    activation: str
+    residual: Tensor | None
+    depthwise_conv: tuple[Tensor, Tensor | None] | None
+
+    def channels_second(self, x: Tensor) -> _Call:
+        """Return the same call for x with its channels moved from the last axis to the second."""
+        residual = None if self.residual is None else self.residual.movedim(-1, 1)
+        return replace(self, layout=layout_of(x, self.layout.c), residual=residual)
+
+
 def normalize(
     x: Tensor,
-    algebra: Callable[[Moments], Affine],
+    algebra: Algebra,
     *,
     layout: Layout | int = 1,
-    given: Moments | None = None,
+    moments: Moments | None = None,
     ranks: Ranks | None = None,
     backend: str = "auto",
-    fused_spec: Callable[[Layout], MixtureSpec | PerChannelSpec | EncoderDecoderSpec | None] | None = None,
+    fused_spec: Callable[[Layout], FusedSpec | None] | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
     depthwise_conv: tuple[Tensor, Tensor | None] | None = None,
@@ -54,7 +87,7 @@ def normalize(
         x: (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), any memory format; (N, ..., C) with ``layout=-1``.
         algebra: from :class:`Moments` to :class:`Affine`, written with differentiable PyTorch on (N, C) tensors.
         layout: the channel axis, 1 or -1 for tokens, or a :class:`lightning_norm.ops.layout.Layout` already checked.
-        given: moments to use in place of those of x, which is then read once only.
+        moments: used in place of those of x, as running statistics are; x is then read once only.
         ranks: the ranks that ``Moments.over_batch`` pools with.
         backend: "auto" for the Triton kernels where x is on CUDA and they can take it, else plain PyTorch; "eager" for
             plain PyTorch; "triton" for the kernels or an error.
@@ -83,38 +116,12 @@ def normalize(
         raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}.")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"normalize: residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must agree.")
-    if depthwise_conv is not None and layout.channel_dim != 1:
-        x, turned = x.movedim(-1, 1), None if residual is None else residual.movedim(-1, 1)
-        y = normalize(
-            x,
-            algebra,
-            layout=layout_of(x, layout.c),
-            given=given,
-            ranks=ranks,
-            backend=backend,
-            fused_spec=fused_spec,
-            activation=activation,
-            residual=turned,
-            depthwise_conv=depthwise_conv,
-        )
-        return y.movedim(1, -1)
-    kernels, known = on_kernels(x, layout, backend, empty=ranks is not None), None
-    if kernels and fused_spec is not None:
-        known = fused_spec(layout)
-    if known is not None and ranks is not None:
-        known = known.over(ranks)
-    if not x.numel() and known is None:
-        kernels = False
-    with _full_precision(x):
-        if known is not None and depthwise_conv is None and (residual is None or residual.dtype == x.dtype):
-            return known.normalize(x, layout, activation, residual)
-        taps = None if depthwise_conv is None else depthwise.fit(depthwise_conv[0], len(layout.reduced))
-        fused = taps is not None and depthwise.on_kernels(taps, layout.size)
-        if isinstance(known, MixtureSpec) and depthwise_conv is not None and taps is not None and fused:
-            y = known.recover(x, layout, taps, depthwise_conv[1])
-        else:
-            y = _normalize(x, algebra, layout, given, ranks, kernels, depthwise_conv)
-    return activated(y, activation, residual)
+    call = _Call(algebra, layout, moments, ranks, backend, fused_spec, activation, residual, depthwise_conv)
+    if depthwise_conv is None or layout.channel_dim == 1:
+        return _run(x, call)
+    # A convolution takes its channels on the second axis: a view of tokens has them there.
+    x = x.movedim(-1, 1)
+    return _run(x, call.channels_second(x)).movedim(1, -1)
 
 
 def activated(y: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
@@ -124,36 +131,64 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
     return ACTIVATIONS[activation](y)
 
 
+def _run(x: Tensor, call: _Call) -> Tensor:
+    """Choose between the equations on the kernels, and the passes around the algebra in PyTorch."""
+    kernels = on_kernels(x, call.layout, call.backend, empty=call.ranks is not None)
+    spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
+    if spec is not None and call.ranks is not None:
+        spec = spec.over(call.ranks)
+    if spec is None and not x.numel():
+        kernels = False  # an empty x meets the other ranks in plain PyTorch, whose passes take it
+    with _full_precision(x):
+        if call.depthwise_conv is not None:
+            y = _normalize_and_convolve(x, call, call.depthwise_conv, spec)
+        elif spec is not None and (call.residual is None or call.residual.dtype == x.dtype):
+            return spec.normalize(x, call.layout, call.activation, call.residual)
+        else:
+            y = _normalize(x, call, kernels)
+    return activated(y, call.activation, call.residual)
+
+
+def _normalize_and_convolve(
+    x: Tensor, call: _Call, depthwise_conv: tuple[Tensor, Tensor | None], spec: FusedSpec | None
+) -> Tensor:
+    """Return the depthwise convolution of the normalized x, by one kernel where it can."""
+    kernel, bias = depthwise_conv
+    kernel = depthwise.with_spatial_axes(kernel, len(call.layout.reduced))
+    if isinstance(spec, MixtureSpec) and depthwise.on_kernels(kernel, call.layout.size):
+        return spec.normalize_depthwise(x, kernel, bias, call.layout)
+    x_alias, scale_carrier, fields, mean_is_small = _fields(x, call, kernels=False)
+    kernel = kernel.to(at_least_float32(x.dtype))
+    bias = None if bias is None else bias.to(kernel.dtype)
+    y: Tensor = _ApplyDepthwise.apply(x_alias, scale_carrier, x, *fields, kernel, bias, call.layout, mean_is_small)
+    return y
+
+
+def _normalize(x: Tensor, call: _Call, kernels: bool) -> Tensor:
+    """Run the passes, on the kernels or not, with the algebra in PyTorch between them."""
+    x_alias, scale_carrier, fields, mean_is_small = _fields(x, call, kernels)
+    y: Tensor = _Apply.apply(x_alias, scale_carrier, x, *fields, call.layout, mean_is_small, kernels)
+    return y
+
+
+def _fields(x: Tensor, call: _Call, kernels: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], bool]:
+    """Return alias and carrier, the center, scale and shift that the algebra makes, and whether the mean is small.
+
+    A mean is small where eager's moments kept it in float32: then scale * x + offset loses nothing.
+    """
+    layout, moments, mean_is_small = call.layout, call.moments, False
+    if moments is None:
+        x_alias, mean, var, scale_carrier = _Moments.apply(x, layout, kernels)
+        mean_is_small = x.dtype == torch.float32 == mean.dtype and layout.size > 1 and x.is_cpu
+        moments = Moments(mean, var, layout.size, call.ranks)
+    else:
+        x_alias, scale_carrier = _Alias.apply(x, layout)
+    return x_alias, scale_carrier, call.algebra(moments).fields(layout.n, layout.c), mean_is_small
+
+
 def _full_precision(x: Tensor) -> AbstractContextManager[object]:
     on = torch.is_autocast_enabled(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
-
-
-def _normalize(
-    x: Tensor,
-    algebra: Callable[[Moments], Affine],
-    layout: Layout,
-    given: Moments | None,
-    ranks: Ranks | None,
-    kernels: bool,
-    depthwise_conv: tuple[Tensor, Tensor | None] | None,
-) -> Tensor:
-    flat = False
-    if given is None:
-        hook, mean, var, carrier = _Moments.apply(x, layout, kernels)
-        flat = x.dtype == torch.float32 == mean.dtype and layout.size > 1 and x.is_cpu
-        given = Moments(mean, var, layout.size, ranks)
-    else:
-        hook, carrier = _Alias.apply(x, layout, kernels)
-    center, scale, shift = algebra(given).fields(layout.n, layout.c)
-    if depthwise_conv is None:
-        y: Tensor = _Apply.apply(hook, carrier, x, center, scale, shift, layout, flat, kernels)
-        return y
-    kernel, bias = depthwise_conv
-    kernel = depthwise.fit(kernel, len(layout.reduced)).to(at_least_float32(x.dtype))
-    bias = None if bias is None else bias.to(kernel.dtype)
-    recovered: Tensor = _Recover.apply(hook, carrier, x, center, scale, shift, kernel, bias, layout, flat)
-    return recovered
 
 
 def _passes(kernels: bool) -> Any:
@@ -162,7 +197,7 @@ def _passes(kernels: bool) -> Any:
 
 
 class _Moments(torch.autograd.Function):
-    """x -> (alias of x, mean, var, carrier)."""
+    """First node: x -> (x_alias, mean, var, scale_carrier); its backward writes dx."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout, kernels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,6 +209,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        # What autograd calls the gradients of x_alias and scale_carrier are dy and scale, from the second node.
         dy, dmean, dvar, scale = grads
         x, mean = ctx.saved_tensors
         if dy is None or scale is None:  # y was not used, only the moments
@@ -182,39 +218,44 @@ class _Moments(torch.autograd.Function):
 
 
 class _Alias(torch.autograd.Function):
-    """x -> (alias of x, carrier), where the moments of x are not asked for."""
+    """First node where the moments do not come from x: x -> (x_alias, scale_carrier), and dx = scale * dy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, kernels: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         ctx.layout = layout
         return x.view_as(x), torch.zeros((layout.n, layout.c), dtype=stat_dtype(x), device=x.device)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         dy, scale = grads
-        return (dy * ctx.layout.spread(scale)).to(dy.dtype), None, None
+        return (dy * ctx.layout.spread(scale)).to(dy.dtype), None
 
 
 class _Apply(torch.autograd.Function):
-    """y = scale * (x - center) + shift. ``hook`` only routes dy; the x that is read is the input itself."""
+    """Second node: y = scale * (x - center) + shift.
+
+    It reads x as a plain input that gets no gradient here; what autograd takes for the gradient of x goes through
+    ``x_alias`` and ``scale_carrier`` to the first node. Its backward reads dy and x once, for two sums per
+    (sample, channel): the gradients of center, scale and shift.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hook: Tensor,
-        carrier: Tensor,
+        x_alias: Tensor,
+        scale_carrier: Tensor,
         x: Tensor,
         center: Tensor,
         scale: Tensor,
         shift: Tensor,
         layout: Layout,
-        flat: bool,
+        mean_is_small: bool,
         kernels: bool,
     ) -> Tensor:
-        ctx.layout, ctx.flat, ctx.kernels = layout, flat, kernels
-        ctx.carrier_dtype, ctx.shift_like = carrier.dtype, (shift.shape, shift.dtype)
+        ctx.layout, ctx.mean_is_small, ctx.kernels = layout, mean_is_small, kernels
+        ctx.carrier_dtype, ctx.shift_like = scale_carrier.dtype, (shift.shape, shift.dtype)
         ctx.save_for_backward(x, center, scale)
-        y: Tensor = (triton_passes if kernels else eager).apply(x, center, scale, shift, layout, flat)
+        y: Tensor = (triton_passes if kernels else eager).apply(x, center, scale, shift, layout, mean_is_small)
         return y
 
     @staticmethod
@@ -223,17 +264,20 @@ class _Apply(torch.autograd.Function):
         x, center, scale = ctx.saved_tensors
         need, passes = ctx.needs_input_grad, _passes(ctx.kernels)
         fields = _field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
-        return dy if need[0] else None, _over(ctx, scale), None, *fields, None, None, None
+        return dy if need[0] else None, _carrier_grad(ctx, scale), None, *fields, None, None, None
 
 
-class _Recover(torch.autograd.Function):
-    """y = kernel * (scale * (x - center) + shift) + bias, * the depthwise convolution; otherwise as ``_Apply``."""
+class _ApplyDepthwise(torch.autograd.Function):
+    """Second node with a depthwise convolution: y = bias + kernel * (scale * (x - center) + shift).
+
+    What it sends for dy is the gradient of the normalized map, dy through the transposed convolution.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hook: Tensor,
-        carrier: Tensor,
+        x_alias: Tensor,
+        scale_carrier: Tensor,
         x: Tensor,
         center: Tensor,
         scale: Tensor,
@@ -241,13 +285,13 @@ class _Recover(torch.autograd.Function):
         kernel: Tensor,
         bias: Tensor | None,
         layout: Layout,
-        flat: bool,
+        mean_is_small: bool,
     ) -> Tensor:
-        ctx.layout, ctx.flat = layout, flat
-        ctx.carrier_dtype, ctx.shift_like = carrier.dtype, (shift.shape, shift.dtype)
+        ctx.layout, ctx.mean_is_small = layout, mean_is_small
+        ctx.carrier_dtype, ctx.shift_like = scale_carrier.dtype, (shift.shape, shift.dtype)
         ctx.save_for_backward(x, center, scale, shift, kernel)
         ctx.unroll = depthwise.unrolled(x, kernel)
-        normalized = eager.apply(x.to(kernel.dtype), center, scale, shift, layout, flat)
+        normalized = eager.apply(x.to(kernel.dtype), center, scale, shift, layout, mean_is_small)
         return cast(depthwise.convolve(normalized, kernel, bias, unroll=ctx.unroll), x.dtype)
 
     @staticmethod
@@ -256,40 +300,46 @@ class _Recover(torch.autograd.Function):
         need = ctx.needs_input_grad
         dkernel = dbias = None
         x, dy = x.to(kernel.dtype), grads[0].to(kernel.dtype)
-        dx = depthwise.transposed(dy, kernel, unroll=ctx.unroll)
+        dnormalized = depthwise.transposed(dy, kernel, unroll=ctx.unroll)
         if any(need[6:8]):
-            normalized = eager.apply(x, center, scale, shift, ctx.layout, ctx.flat)
+            # The normalized map was not saved: it is computed again.
+            normalized = eager.apply(x, center, scale, shift, ctx.layout, ctx.mean_is_small)
             dkernel, dbias = depthwise.kernel_gradients(dy, normalized, kernel, unroll=ctx.unroll)
-        fields = _field_gradients(ctx, eager, dx, x, center, scale) if any(need[3:6]) else (None, None, None)
-        over = _over(ctx, scale)
-        return dx if need[0] else None, over, None, *fields, dkernel, dbias if need[7] else None, None, None
+        wanted = any(need[3:6])
+        fields = _field_gradients(ctx, eager, dnormalized, x, center, scale) if wanted else (None, None, None)
+        gradients = dnormalized if need[0] else None, _carrier_grad(ctx, scale), None, *fields
+        return *gradients, dkernel, dbias if need[7] else None, None, None
 
 
-def _over(ctx: Any, scale: Tensor) -> Tensor | None:
-    """Return scale as the gradient of the carrier."""
+def _carrier_grad(ctx: Any, scale: Tensor) -> Tensor | None:
+    """Return scale in the shape and dtype of the carrier, as its gradient."""
     return scale.to(ctx.carrier_dtype).expand(ctx.layout.n, ctx.layout.c) if ctx.needs_input_grad[1] else None
 
 
 def _field_gradients(
     ctx: Any, passes: Any, dy: Tensor, x: Tensor, center: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of center, scale and shift, given that of scale * (x - center) + shift."""
+    """Return the gradients of center, scale and shift, given dy of scale * (x - center) + shift.
+
+    They are -scale * sum dy, sum dy * (x - center) and sum dy over what each field was broadcast along.
+    """
     pivot = center.to(at_least_float32(x.dtype))
-    total, dot = passes.reduce(dy, x, pivot, ctx.layout, ctx.flat)
-    dscale = _fit(dot, scale.shape, scale.dtype)
+    total, dot = passes.reduce(dy, x, pivot, ctx.layout, ctx.mean_is_small)
+    dscale = _sum_to(dot, scale.shape, scale.dtype)
     if pivot.dtype != center.dtype:
-        dscale = dscale + _fit_product(pivot - center, total, scale.shape, scale.dtype)
-    return -_fit_product(scale, total, center.shape, center.dtype), dscale, _fit(total, *ctx.shift_like)
+        # The pass subtracted the center rounded to pivot's dtype: add what rounding left.
+        dscale = dscale + _sum_product_to(pivot - center, total, scale.shape, scale.dtype)
+    return -_sum_product_to(scale, total, center.shape, center.dtype), dscale, _sum_to(total, *ctx.shift_like)
 
 
-def _fit(t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _sum_to(t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Sum an (N, C) tensor over the axes along which ``shape`` has one entry."""
     axes = [d for d in (0, 1) if shape[d] == 1 != t.shape[d]]
     return t.sum(axes, keepdim=True, dtype=dtype) if axes else t.to(dtype)
 
 
-def _fit_product(factor: Tensor, t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return ``_fit(factor * t, shape, dtype)``, summing first where that is the same."""
+def _sum_product_to(factor: Tensor, t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return ``_sum_to(factor * t, shape, dtype)``, summing first where that is the same."""
     if all(size in (1, other) for size, other in zip(factor.shape, shape, strict=True)):
-        return factor * _fit(t, shape, dtype)
-    return _fit(factor * t, shape, dtype)
+        return factor * _sum_to(t, shape, dtype)
+    return _sum_to(factor * t, shape, dtype)

@@ -102,6 +102,6 @@ def test_coverage_counted(shape, last):
 
 
 def test_registers():
-    assert registers("recover_apply", 9, True) == registers("recover_apply", 49, False) == 168
-    assert registers("recover_apply", 25, True) == 192
+    assert registers("depthwise_apply", 9, True) == registers("depthwise_apply", 49, False) == 168
+    assert registers("depthwise_apply", 25, True) == 192
     assert registers("moments_rows") is None

@@ -30,7 +30,7 @@ def test_interpreted(file):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "name", ["layers", "channels", "coders", "condensation", "contexts", "depthwise_conv", "passes"]
+    "name", ["layers", "per_channel", "encoder_decoder", "condensation", "contexts", "depthwise", "passes"]
 )
 def test_interpreted_at_length(name):
     interpret(ROOT / f"tests/kernels/interpreted/test_{name}.py", "-m", "slow", "--timeout", "900")

@@ -60,9 +60,9 @@ BUDGET = {
     "vjp_decode": 136,
     "vjp_encode": 246,
     "directions": 56,
-    "recover_apply": 200,
-    "recover_sums": 210,
-    "recover_combine": 160,
+    "depthwise_apply": 200,
+    "depthwise_sums": 210,
+    "depthwise_combine": 160,
     "join_taps": 40,
 }
 """Registers of a thread, about a fifth above what triton 3.8 uses; 128 threads may have 255 each without a spill."""
@@ -73,7 +73,7 @@ SPILL = 0 if version("triton").startswith("3.8.") else 16
 STREAMS = {"moments_rows", "sums_rows", "moments_columns", "sums_columns", "apply_flat", "apply_columns", "combine_flat", "combine_columns", "directions"}  # noqa: E501  # fmt: skip
 
 
-STENCILS = {"recover_apply", "recover_combine"}
+STENCILS = {"depthwise_apply", "depthwise_combine"}
 
 
 def usages(archs, names="", shapes="", dtypes="fp32,bf16,fp16"):

@@ -89,7 +89,7 @@ def test_moments_used_beside_the_output():
 def test_given_moments_are_used_and_x_is_read_as_it_is():
     x = torch.randn(4, 6, 5, dtype=F64, requires_grad=True)
     given = Moments(torch.full((1, 6), 2.0, dtype=F64), torch.full((1, 6), 4.0, dtype=F64), 1)
-    y = normalize(x, lambda m: Affine(m.mean, m.var.rsqrt()), given=given)
+    y = normalize(x, lambda m: Affine(m.mean, m.var.rsqrt()), moments=given)
     torch.testing.assert_close(y, (x - 2) / 2)
     dy = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], dy / 2)

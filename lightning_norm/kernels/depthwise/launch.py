@@ -1,4 +1,4 @@
-"""Launches of the kernels in ``depthwise_conv``."""
+"""Launches of the normalization with a depthwise convolution behind it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.depthwise.conv import join_taps, recover_apply, recover_combine, recover_sums
-from lightning_norm.kernels.grid import BUSY, REGISTERS, cdiv, dense, power, registers, where
-from lightning_norm.kernels.mixture.launch import Plan, adjoint
-from lightning_norm.kernels.passes.launch import on
-from lightning_norm.kernels.ranks.launch import Sum, empty_gradient
+from lightning_norm.kernels.depthwise.backward import depthwise_combine, depthwise_sums, join_taps
+from lightning_norm.kernels.depthwise.forward import depthwise_apply
+from lightning_norm.kernels.grid import BUSY, REGISTERS, cdiv, dense, is_channels_last, power, registers
+from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
+from lightning_norm.kernels.mixture.launch import adjoint
+from lightning_norm.kernels.passes.launch import device_of
+from lightning_norm.kernels.ranks.launch import AllReduce, empty_gradient
 
 TILE = 1024
 """Elements of x that a program holds at once, beside those of its neighbours."""
@@ -95,7 +97,7 @@ def stencil_of(x: Tensor, taps: int, tile: int = TILE) -> Stencil:
     """Return the tiling of (N, C, L) or (N, C, H, W), dense in either order, for so many taps, by tiles of ``tile``."""
     n, c, *space = x.shape
     height, width = [1, *space][-2:]
-    size, last = height * width, bool(where(x, 1))
+    size, last = height * width, bool(is_channels_last(x, 1))
     vector = 16 // x.element_size()
     if last:
         block, align = min(power(c), 64), vector if c % vector == 0 else 1
@@ -108,50 +110,50 @@ def stencil_of(x: Tensor, taps: int, tile: int = TILE) -> Stencil:
     repeat = max(1, min(jobs // (4 * BUSY), n if last else cdiv(n, rows)))
     pieces = max(1, min(cdiv(2 * BUSY, jobs), cdiv(size, step)))
     if taps > 9:
-        held = power(size) * block if last else rows * power(size)
-        repeat, pieces = min(repeat, max(1, NEAR // held)), max(pieces, min(held // NEAR, cdiv(size, step)))
+        positions = power(size) * block if last else rows * power(size)
+        repeat, pieces = min(repeat, max(1, NEAR // positions)), max(pieces, min(positions // NEAR, cdiv(size, step)))
     return Stencil(n, c, height, width, last, align, rows, block, cdiv(cdiv(size, pieces), step) * step, repeat)
 
 
-def recover(x: Tensor, coef: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the convolution of scale * (x - pivot) + offset, like x; ``coef`` is (3, N, C)."""
+def apply_depthwise(x: Tensor, affine: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the convolution of scale * (x - pivot) + offset, like x; ``affine`` is (3, N, C)."""
     y = torch.empty_like(x)
     if not x.numel():
         return y
     taps = kernel[0].numel()
     s = stencil_of(x, taps)
-    with on(x):
-        recover_apply[s.grid](
+    with device_of(x):
+        depthwise_apply[s.grid](
             x,
             y,
             kernel,
-            coef if bias is None else bias,
-            *coef,
+            affine if bias is None else bias,
+            *affine,
             *s.shape,
             BIAS=bias is not None,
             num_warps=4,
-            maxnreg=registers("recover_apply", taps, s.last),
+            maxnreg=registers("depthwise_apply", taps, s.last),
             **s.constants(kernel),
         )
     return y
 
 
-def sum_parts(dy: Tensor, x: Tensor, coef: Tensor, kernel: Tensor) -> tuple[Tensor, Stencil, Tensor, Tensor]:
+def sum_parts(dy: Tensor, x: Tensor, affine: Tensor, kernel: Tensor) -> tuple[Tensor, Stencil, Tensor, Tensor]:
     """Return the sums of dx^ and dx^ (x - pivot) in parts, their tiling, and the gradients of kernel and bias."""
     taps = kernel[0].numel()
     s = stencil_of(x, taps, TILE // 4)
     chunks = cdiv(s.groups, s.repeat)
-    out = coef.new_empty(2, s.pieces * s.n * s.c)
-    found = coef.new_empty(chunks * s.pieces, taps + 1, s.c)
-    dkernel, dbias = torch.empty_like(kernel, dtype=torch.float32), coef.new_empty(s.c)
-    with on(x):
-        recover_sums[(chunks * s.blocks, s.pieces)](
-            dy, x, kernel, *coef, *out, found, *s.shape[:-1], s.blocks, s.piece, s.repeat, num_warps=2,
-            maxnreg=REGISTERS["recover_sums"],
+    out = affine.new_empty(2, s.pieces * s.n * s.c)
+    tap_parts = affine.new_empty(chunks * s.pieces, taps + 1, s.c)
+    dkernel, dbias = torch.empty_like(kernel, dtype=torch.float32), affine.new_empty(s.c)
+    with device_of(x):
+        depthwise_sums[(chunks * s.blocks, s.pieces)](
+            dy, x, kernel, *affine, *out, tap_parts, *s.shape[:-1], s.blocks, s.piece, s.repeat, num_warps=2,
+            maxnreg=REGISTERS["depthwise_sums"],
             **s.constants(kernel),
         )  # fmt: skip
         join_taps[(cdiv(s.c * (taps + 1), JOIN),)](
-            found, dkernel, dbias, s.c * (taps + 1), s.c, chunks * s.pieces, T=taps, BLOCK=JOIN, num_warps=4
+            tap_parts, dkernel, dbias, s.c * (taps + 1), s.c, chunks * s.pieces, T=taps, BLOCK=JOIN, num_warps=4
         )
     return out, s, dkernel, dbias
 
@@ -159,33 +161,34 @@ def sum_parts(dy: Tensor, x: Tensor, coef: Tensor, kernel: Tensor) -> tuple[Tens
 def gradients(
     dy: Tensor,
     x: Tensor,
-    stats: tuple[Tensor, ...],
+    stats: MixtureStatistics,
     kernel: Tensor,
     running: tuple[Tensor | None, Tensor | None],
-    plan: Plan,
+    flags: MixtureFlags,
     eps: float,
     need_dx: bool,
-    over_ranks: Sum | None = None,
+    over_ranks: AllReduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, kernel and bias; ``stats`` is what ``launch_algebra.coefficients`` returned."""
-    coef, dy = stats[3], dense(dy, x)
+    """Return the gradients of x, kernel and bias; ``stats`` is what ``mixture.launch.affine_of`` returned."""
+    affine, dy = stats.affine, dense(dy, x)
     if not x.numel():
-        dbias = empty_gradient(stats[1], stats[4], over_ranks if need_dx else None)
-        dx = torch.empty_like(x) if need_dx else coef.new_empty(0)
+        dbias = empty_gradient(stats.batch, stats.rank_sums, over_ranks if need_dx else None)
+        dx = torch.empty_like(x) if need_dx else affine.new_empty(0)
         return dx, torch.zeros_like(kernel, dtype=torch.float32), dbias
-    parts, s, dkernel, dbias = sum_parts(dy, x, coef, kernel)
-    dx = coef.new_empty(0)
+    parts, s, dkernel, dbias = sum_parts(dy, x, affine, kernel)
+    dx = affine.new_empty(0)
     if need_dx:
-        place = (s.pieces, s.c, s.n * s.c)
-        line = None
-        if plan.own:
-            line = adjoint(x, parts, stats, None, None, None, running, 1, plan, eps, place, over_ranks)[-1]
+        partial_layout = (s.pieces, s.c, s.n * s.c)
+        dx_affine = None
+        if flags.needs_moments:
+            *_, dx_affine = adjoint(
+                x, parts, stats, None, None, None, running, 1, flags, eps, partial_layout, over_ranks
+            )
         dx = torch.empty_like(x)
-        constant, slope = coef[:2] if line is None else line
-        with on(x):
-            recover_combine[s.grid](
-                dy, x, dx, kernel, coef[0], coef[1], constant, slope, *s.shape, PLAIN=line is None, num_warps=4,
-                maxnreg=REGISTERS["recover_combine"],
-                **s.constants(kernel),
+        constant, slope = affine[:2] if dx_affine is None else dx_affine
+        with device_of(x):
+            depthwise_combine[s.grid](
+                dy, x, dx, kernel, affine[0], affine[1], constant, slope, *s.shape, PLAIN=dx_affine is None,
+                num_warps=4, maxnreg=REGISTERS["depthwise_combine"], **s.constants(kernel),
             )  # fmt: skip
     return dx, dkernel, dbias

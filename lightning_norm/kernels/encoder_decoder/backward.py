@@ -8,18 +8,18 @@ import triton
 import triton.language as tl
 
 from lightning_norm.kernels.encoder_decoder.forward import (
+    dropout_factor,
     gate_of,
     linear_at,
-    measured,
-    passed,
+    read_statistics,
     sigmoid,
     spans_at,
-    spread,
+    store_for_all_samples,
     tanh,
     times,
 )
 from lightning_norm.kernels.mixture.forward import per_channel
-from lightning_norm.kernels.passes.reductions import read_sum
+from lightning_norm.kernels.passes.backward import read_sum
 
 
 @triton.jit
@@ -34,10 +34,10 @@ def outer(p, a, R_BLOCK: tl.constexpr):
 
 @triton.jit
 def vjp_affine(
-    total, dot, stats, coded, weight, lambda_mu, lambda_sigma, lambda_beta, lambda_gamma, dweight, dbias, dmu_bias,
-    dsigma_bias, dbeta_bias, dgamma_bias, gates, ends, direct, samples, rows, channels, pieces, sample_stride, stride,
-    eps, BATCH: tl.constexpr, MERGE: tl.constexpr, GATED: tl.constexpr, WEIGHT: tl.constexpr, N_BLOCK: tl.constexpr,
-    R_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    total, dot, stats, outputs, weight, lambda_mu, lambda_sigma, lambda_beta, lambda_gamma, dweight, dbias, dmu_bias,
+    dsigma_bias, dbeta_bias, dgamma_bias, gates, doutputs, direct, samples, rows, channels, pieces, sample_stride,
+    stride, eps, BATCH: tl.constexpr, MERGE: tl.constexpr, GATED: tl.constexpr, WEIGHT: tl.constexpr,
+    N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the decoders' ends (4, R, C), of mean and deviation beside them (2, R, C), of gamma, beta, biases.
 
@@ -63,18 +63,18 @@ def vjp_affine(
             s0, s1 = tl.zeros((N_BLOCK, C_BLOCK), tl.float32), tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
             for start in range(0, samples, N_BLOCK):
                 n = (start + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
-                here, own = n * sample_stride + c[None, :], (n < samples) & inside[None, :]
-                s0 += read_sum(total, here, own, pieces, stride, MERGE)
-                s1 += read_sum(dot, here, own, pieces, stride, MERGE)
+                here, sample_mask = n * sample_stride + c[None, :], (n < samples) & inside[None, :]
+                s0 += read_sum(total, here, sample_mask, pieces, stride, MERGE)
+                s1 += read_sum(dot, here, sample_mask, pieces, stride, MERGE)
             t0, t1 = tl.sum(s0, 0)[None, :], tl.sum(s1, 0)[None, :]
         else:
             here = r[:, None].to(tl.int64) * sample_stride + c[None, :]
             t0 = read_sum(total, here, keep, pieces, stride, MERGE)
             t1 = read_sum(dot, here, keep, pieces, stride, MERGE)
-        k, lo, std, v = measured(stats, r, c, rows, channels, eps)
-        mu, sigma = tl.load(coded + at, mask=keep, other=0.0), tl.load(coded + number + at, mask=keep, other=0.0)
-        beta = tl.load(coded + 2 * number + at, mask=keep, other=0.0)
-        gamma = tl.load(coded + 3 * number + at, mask=keep, other=0.0)
+        k, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)
+        mu, sigma = tl.load(outputs + at, mask=keep, other=0.0), tl.load(outputs + number + at, mask=keep, other=0.0)
+        beta = tl.load(outputs + 2 * number + at, mask=keep, other=0.0)
+        gamma = tl.load(outputs + 3 * number + at, mask=keep, other=0.0)
         away = k - mu + lo
         d = std + g_sigma * (sigma - std)
         floor = tl.where(keep, tl.where(d < least, least, d), 1.0)
@@ -97,10 +97,10 @@ def vjp_affine(
         of_sigma += dd * tl.where(keep, sigma - std, 0.0)
         of_beta += t0 * bent
         of_gamma += q * opened
-        tl.store(ends + at, end_mu, mask=keep)
-        tl.store(ends + number + at, end_sigma, mask=keep)
-        tl.store(ends + 2 * number + at, end_beta, mask=keep)
-        tl.store(ends + 3 * number + at, end_gamma, mask=keep)
+        tl.store(doutputs + at, end_mu, mask=keep)
+        tl.store(doutputs + number + at, end_sigma, mask=keep)
+        tl.store(doutputs + 2 * number + at, end_beta, mask=keep)
+        tl.store(doutputs + 3 * number + at, end_gamma, mask=keep)
         tl.store(direct + at, -rest_mu * da, mask=keep)
         tl.store(direct + number + at, rest_sigma * dd, mask=keep)
     tl.store(dweight + c, tl.sum(by_w, 0), mask=inside)
@@ -118,7 +118,7 @@ def vjp_affine(
 
 @triton.jit
 def vjp_decode(
-    ends, hidden, mu_weight, sigma_weight, beta_weight, gamma_weight, dmu_weight, dsigma_weight, dbeta_weight,
+    doutputs, hidden, mu_weight, sigma_weight, beta_weight, gamma_weight, dmu_weight, dsigma_weight, dbeta_weight,
     dgamma_weight, parts, rows, channels, std_units, rescale_units, span,
     SPANS: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def vjp_decode(
         weight, dweight = beta_weight, dbeta_weight
     if j == 3:
         weight, dweight = gamma_weight, dgamma_weight
-    ends += j * rows * channels
+    doutputs += j * rows * channels
     total, blocks = std_units + rescale_units, tl.cdiv(units, H_BLOCK)
     sums = blocks * tl.cdiv(rows, R_BLOCK).to(tl.int32) * SPANS
     job = tl.where(pid < sums, pid, pid - sums)
@@ -148,7 +148,7 @@ def vjp_decode(
         dh = tl.zeros((R_BLOCK, H_BLOCK), tl.float32)
         for begin in range(0, span, C_BLOCK):
             c = part * span + begin + tl.arange(0, C_BLOCK)
-            p = linear_at(ends, r, c, channels, rows, channels)
+            p = linear_at(doutputs, r, c, channels, rows, channels)
             dh += times(p, tl.trans(linear_at(weight, c, h, units, channels, units)), R_BLOCK)
         at = (part * 2 * rows + side + r[:, None]) * total + before + h[None, :]
         tl.store(parts + at, dh, mask=(r[:, None] < rows) & (h[None, :] < units))
@@ -158,7 +158,7 @@ def vjp_decode(
         for begin in range(0, rows, R_BLOCK):
             r = begin + tl.arange(0, R_BLOCK)
             a = linear_at(hidden + side * total + before, r, h, total, rows, units)
-            dw += outer(linear_at(ends, r, c, channels, rows, channels), a, R_BLOCK)
+            dw += outer(linear_at(doutputs, r, c, channels, rows, channels), a, R_BLOCK)
         at = c[:, None].to(tl.int64) * units + h[None, :]
         tl.store(dweight + at, dw, mask=(c[:, None] < channels) & (h[None, :] < units))
 
@@ -189,7 +189,7 @@ def through_encoder(
 
 @triton.jit
 def vjp_statistics(
-    job, parts, hidden, stats, direct, noise, share, std_weight, rescale_weight, line, samples, rows, channels,
+    job, parts, hidden, stats, direct, noise, drop_prob, std_weight, rescale_weight, dx_affine, samples, rows, channels,
     std_units, rescale_units, size, seed, drawn, eps, BATCH: tl.constexpr, DROP: tl.constexpr, SPANS: tl.constexpr,
     N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -198,29 +198,29 @@ def vjp_statistics(
     r, c = job // blocks * R_BLOCK + tl.arange(0, R_BLOCK), job % blocks * C_BLOCK + tl.arange(0, C_BLOCK)
     dmean, dstd = through_encoder(parts, hidden, std_weight, r, c, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
     if DROP:
-        dmean *= passed(noise, share, seed, drawn, 0, c, channels)
-        dstd *= passed(noise, share, seed, drawn, 1, c, channels)
+        dmean *= dropout_factor(noise, drop_prob, seed, drawn, 0, c, channels)
+        dstd *= dropout_factor(noise, drop_prob, seed, drawn, 1, c, channels)
     more, most = through_encoder(parts, hidden, rescale_weight, r, c, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
     keep = (r[:, None] < rows) & (c[None, :] < channels)
     at = r[:, None].to(tl.int64) * channels + c[None, :]
     dmean += more + tl.load(direct + at, mask=keep, other=0.0)
     dstd += most + tl.load(direct + number + at, mask=keep, other=0.0)
-    k, lo, std, v = measured(stats, r, c, rows, channels, eps)
+    k, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)
     count = tl.cast(size, tl.float32)
     if BATCH:
         count = count * samples
     slope = tl.div_rn(dstd, tl.where(keep, std, 1.0)) / count
     constant = dmean / count - slope * lo
     if BATCH:
-        spread(line, constant, slope, c, samples, channels, N_BLOCK, C_BLOCK)
+        store_for_all_samples(dx_affine, constant, slope, c, samples, channels, N_BLOCK, C_BLOCK)
     else:
-        tl.store(line + at, constant, mask=keep)
-        tl.store(line + number + at, slope, mask=keep)
+        tl.store(dx_affine + at, constant, mask=keep)
+        tl.store(dx_affine + number + at, slope, mask=keep)
 
 
 @triton.jit
 def vjp_encoder(
-    job, parts, hidden, stats, noise, share, dstd_weight, dstd_bias, drescale_weight, drescale_bias, rows, channels,
+    job, parts, hidden, stats, noise, drop_prob, dstd_weight, dstd_bias, drescale_weight, drescale_bias, rows, channels,
     std_units, rescale_units, seed, drawn, eps, DROP: tl.constexpr, SPANS: tl.constexpr, R_BLOCK: tl.constexpr,
     H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -237,10 +237,10 @@ def vjp_encoder(
     dw, db = tl.zeros((H_BLOCK, C_BLOCK), tl.float32), tl.zeros((R_BLOCK, H_BLOCK), tl.float32)
     for begin in range(0, rows, R_BLOCK):
         r = begin + tl.arange(0, R_BLOCK)
-        mean, lo, std, v = measured(stats, r, c, rows, channels, eps)
+        mean, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)
         if DROP:
-            mean = tl.where(second, mean, mean * passed(noise, share, seed, drawn, 0, c, channels))
-            std = tl.where(second, std, std * passed(noise, share, seed, drawn, 1, c, channels))
+            mean = tl.where(second, mean, mean * dropout_factor(noise, drop_prob, seed, drawn, 0, c, channels))
+            std = tl.where(second, std, std * dropout_factor(noise, drop_prob, seed, drawn, 1, c, channels))
         z = hidden_gradient(parts, hidden, r, h, 0, before, rows, units, std_units + rescale_units, SPANS)
         y = hidden_gradient(parts, hidden, r, h, 1, before, rows, units, std_units + rescale_units, SPANS)
         dw += outer(z, mean, R_BLOCK) + outer(y, std, R_BLOCK)
@@ -252,30 +252,32 @@ def vjp_encoder(
 
 @triton.jit(do_not_specialize=["seed", "drawn"])
 def vjp_encode(
-    parts, hidden, stats, direct, gates, noise, share, std_weight, rescale_weight, dstd_weight, dstd_bias,
-    drescale_weight, drescale_bias, dgates, line, samples, rows, channels, std_units, rescale_units, lines, shares,
-    size, seed, drawn, eps, BATCH: tl.constexpr, DROP: tl.constexpr, SPANS: tl.constexpr, N_BLOCK: tl.constexpr,
-    R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
+    parts, hidden, stats, direct, gates, noise, drop_prob, std_weight, rescale_weight, dstd_weight, dstd_bias,
+    drescale_weight, drescale_bias, dgates, dx_affine, samples, rows, channels, std_units, rescale_units,
+    statistics_jobs, gate_parts, size, seed, drawn, eps, BATCH: tl.constexpr, DROP: tl.constexpr, SPANS: tl.constexpr,
+    N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the statistics in the first ``lines`` programs, of the encoders in the others.
+    """Gradients of the statistics in the first ``statistics_jobs`` programs, of the encoders in the others.
 
-    Program 0 adds the ``shares`` parts of each gate's.
+    Program 0 adds the ``gate_parts`` parts of each gate's.
     """
     rows, channels, pid = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32), tl.program_id(0)
-    if pid < lines:
+    if pid < statistics_jobs:
         vjp_statistics(
-            pid, parts, hidden, stats, direct, noise, share, std_weight, rescale_weight, line, samples, rows, channels,
-            std_units, rescale_units, size, seed, drawn, eps, BATCH, DROP, SPANS, N_BLOCK, R_BLOCK, H_BLOCK, C_BLOCK,
+            pid, parts, hidden, stats, direct, noise, drop_prob, std_weight, rescale_weight, dx_affine, samples, rows,
+            channels, std_units, rescale_units, size, seed, drawn, eps, BATCH, DROP, SPANS, N_BLOCK, R_BLOCK, H_BLOCK,
+            C_BLOCK,
         )  # fmt: skip
     else:
         vjp_encoder(
-            pid - lines, parts, hidden, stats, noise, share, dstd_weight, dstd_bias, drescale_weight, drescale_bias,
-            rows, channels, std_units, rescale_units, seed, drawn, eps, DROP, SPANS, R_BLOCK, H_BLOCK, C_BLOCK,
+            pid - statistics_jobs, parts, hidden, stats, noise, drop_prob, dstd_weight, dstd_bias, drescale_weight,
+            drescale_bias, rows, channels, std_units, rescale_units, seed, drawn, eps, DROP, SPANS, R_BLOCK, H_BLOCK,
+            C_BLOCK,
         )  # fmt: skip
     if pid == 0:
         for q in tl.static_range(4):
             part = tl.zeros((T_BLOCK,), tl.float32)
-            for begin in range(0, shares, T_BLOCK):
+            for begin in range(0, gate_parts, T_BLOCK):
                 i = begin + tl.arange(0, T_BLOCK)
-                part += tl.load(gates + q * shares + i, mask=i < shares, other=0.0)
+                part += tl.load(gates + q * gate_parts + i, mask=i < gate_parts, other=0.0)
             tl.store(dgates + q, tl.sum(part, 0))

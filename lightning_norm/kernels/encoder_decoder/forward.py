@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from lightning_norm.kernels.mixture.forward import per_channel, pool_columns, track
-from lightning_norm.kernels.passes.reductions import read_moments
+from lightning_norm.kernels.passes.forward import read_moments
 
 
 @triton.jit
@@ -49,9 +49,9 @@ def tanh(x):
 
 
 @triton.jit
-def gate_of(t, default: tl.constexpr, GIVEN: tl.constexpr):
+def gate_of(t, default: tl.constexpr, PRESENT: tl.constexpr):
     """A gate's parameter, or its default."""
-    if GIVEN:
+    if PRESENT:
         value = tl.load(t).to(tl.float32)
     else:
         value = tl.full((), default, tl.float32)
@@ -66,7 +66,7 @@ def linear_at(weight, j, k, width, rows, columns):
 
 
 @triton.jit
-def measured(stats, r, c, rows, channels, eps):
+def read_statistics(stats, r, c, rows, channels, eps):
     """Mean as hi and lo, standard deviation and variance, (R, C)."""
     keep = (r[:, None] < rows) & (c[None, :] < channels)
     at = r[:, None].to(tl.int64) * channels + c[None, :]
@@ -78,13 +78,13 @@ def measured(stats, r, c, rows, channels, eps):
 
 
 @triton.jit
-def passed(noise, share, seed, drawn, q, c, channels):
+def dropout_factor(noise, drop_prob, seed, drawn, q, c, channels):
     """What the mean or the standard deviation is multiplied by before E_s, (1, C): 0 where it is dropped.
 
     ``noise`` (2, C) is uniform in [0, 1); where ``drawn`` is not 0 it is drawn here, the same in every kernel with this
     seed. Not a constant: a kernel that was not loaded before cannot be launched while a CUDA graph is recorded.
     """
-    p = tl.load(share).to(tl.float32)
+    p = tl.load(drop_prob).to(tl.float32)
     u = tl.load(noise + q * channels + c, mask=(c < channels) & (drawn == 0), other=0.0)
     u = tl.where(drawn == 0, u, tl.rand(seed, q * channels + c))[None, :]
     left = tl.maximum(1.0 - p, 1.1754943508222875e-38)
@@ -92,7 +92,7 @@ def passed(noise, share, seed, drawn, q, c, channels):
 
 
 @triton.jit
-def spread(out, a, b, c, samples, channels, N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr):
+def store_for_all_samples(out, a, b, c, samples, channels, N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr):
     """Store two rows (1, C) for every sample, (2, N * C)."""
     number = samples * channels.to(tl.int64)
     for begin in range(0, samples, N_BLOCK):
@@ -104,7 +104,7 @@ def spread(out, a, b, c, samples, channels, N_BLOCK: tl.constexpr, C_BLOCK: tl.c
 
 @triton.jit(do_not_specialize=["seed", "drawn"])
 def encode(
-    hi, lo, var, running_mean, running_var, noise, share, std_weight, rescale_weight, stats, parts, samples, rows,
+    hi, lo, var, running_mean, running_var, noise, drop_prob, std_weight, rescale_weight, stats, parts, samples, rows,
     channels, std_units, rescale_units, span, pieces, sample_stride, stride, piece, size, fold, seed, drawn, eps,
     BATCH: tl.constexpr, FROZEN: tl.constexpr, MERGE: tl.constexpr, DROP: tl.constexpr, N_BLOCK: tl.constexpr,
     R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
@@ -132,7 +132,7 @@ def encode(
                 fold, 1.0, MERGE, N_BLOCK, C_BLOCK,
             )  # fmt: skip
             tl.debug_barrier()
-            k, d, s, v = measured(stats, r, c, rows, channels, eps)
+            k, d, s, v = read_statistics(stats, r, c, rows, channels, eps)
         else:
             if FROZEN:
                 k = tl.load(running_mean + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
@@ -148,8 +148,8 @@ def encode(
                 tl.store(stats + 2 * number + at, v, mask=keep)
             s = tl.sqrt_rn(v + tl.cast(eps, tl.float32))
         if DROP:
-            k = tl.where(second, k, k * passed(noise, share, seed, drawn, 0, c, channels))
-            s = tl.where(second, s, s * passed(noise, share, seed, drawn, 1, c, channels))
+            k = tl.where(second, k, k * dropout_factor(noise, drop_prob, seed, drawn, 0, c, channels))
+            s = tl.where(second, s, s * dropout_factor(noise, drop_prob, seed, drawn, 1, c, channels))
         w = linear_at(weight, h, c, channels, units, channels)
         mean += times(tl.where(keep, k, 0.0), w, R_BLOCK)
         std += times(tl.where(keep, s, 0.0), w, R_BLOCK)
@@ -170,11 +170,11 @@ def spans_at(parts, at, keep, stride, SPANS: tl.constexpr):
 
 
 @triton.jit
-def decoded(
-    parts, first_bias, weight, bias, hidden, leaves, r, c, q, before, rows, channels, units, total,
+def decoder_output(
+    parts, first_bias, weight, bias, hidden, stores_hidden, r, c, q, before, rows, channels, units, total,
     SPANS: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The last linear layer of a decoder, (R, C); the hidden units before it are left where ``leaves``."""
+    """The last linear layer of a decoder, (R, C); the hidden units before it are left where ``stores_hidden``."""
     y = tl.zeros((R_BLOCK, C_BLOCK), tl.float32)
     for begin in range(0, units, H_BLOCK):
         h = begin + tl.arange(0, H_BLOCK)
@@ -183,7 +183,7 @@ def decoded(
         a = spans_at(parts, at, keep, 2 * rows * total, SPANS)
         a += tl.load(first_bias + h, mask=h < units, other=0.0).to(tl.float32)[None, :]
         a = tl.where((a <= 0.0) | (keep == 0), 0.0, a)  # NaN stays NaN
-        tl.store(hidden + at, a, mask=keep & leaves)
+        tl.store(hidden + at, a, mask=keep & stores_hidden)
         y += times(a, linear_at(weight, c, h, units, channels, units), R_BLOCK)
     return y + tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
 
@@ -192,7 +192,7 @@ def decoded(
 def decode(
     parts, stats, std_bias, rescale_bias, mu_weight, mu_bias, sigma_weight, sigma_bias, beta_weight, beta_bias,
     gamma_weight, gamma_bias, lambda_mu, lambda_sigma, lambda_beta, lambda_gamma, weight, bias, running_mean,
-    running_var, tracked, skipped, momentum, hidden, coded, coef, samples, rows, channels, std_units, rescale_units,
+    running_var, tracked, skipped, momentum, hidden, outputs, affine, samples, rows, channels, std_units, rescale_units,
     eps, unbias, BATCH: tl.constexpr, TRACK: tl.constexpr, GATED: tl.constexpr, WEIGHT: tl.constexpr,
     BIAS: tl.constexpr, SPANS: tl.constexpr, N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr,
     C_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
@@ -204,14 +204,14 @@ def decode(
     rows, channels = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32)
     r = tl.program_id(0) * R_BLOCK + tl.arange(0, R_BLOCK)
     c = tl.program_id(1) * C_BLOCK + tl.arange(0, C_BLOCK)
-    leaves, total = tl.program_id(1) == 0, std_units + rescale_units
-    mu = decoded(parts, std_bias, mu_weight, mu_bias, hidden, leaves, r, c, 0, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
-    sigma = decoded(parts, std_bias, sigma_weight, sigma_bias, hidden, leaves, r, c, 1, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
-    beta = decoded(parts, rescale_bias, beta_weight, beta_bias, hidden, leaves, r, c, 0, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
-    gamma = decoded(parts, rescale_bias, gamma_weight, gamma_bias, hidden, leaves, r, c, 1, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    stores_hidden, total = tl.program_id(1) == 0, std_units + rescale_units
+    mu = decoder_output(parts, std_bias, mu_weight, mu_bias, hidden, stores_hidden, r, c, 0, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    sigma = decoder_output(parts, std_bias, sigma_weight, sigma_bias, hidden, stores_hidden, r, c, 1, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    beta = decoder_output(parts, rescale_bias, beta_weight, beta_bias, hidden, stores_hidden, r, c, 0, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    gamma = decoder_output(parts, rescale_bias, gamma_weight, gamma_bias, hidden, stores_hidden, r, c, 1, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
     sigma = tl.where(sigma <= 0.0, 0.0, sigma)
     bent, slope = tanh(beta)
-    k, lo, std, v = measured(stats, r, c, rows, channels, eps)
+    k, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)
     ahead = sigmoid(gate_of(lambda_mu, 0.0, True)) * (k - mu + lo)
     g, e = sigmoid(gate_of(lambda_sigma, 0.0, True)), tl.cast(eps, tl.float32)
     change = g * (sigma - std)
@@ -230,17 +230,19 @@ def decode(
     scale += tl.div_rn(tl.fma(-scale, down, up) + (more - (up - w)) - scale * left, down)
     offset = scale * (ahead - lo) + (b + gate_of(lambda_beta, 1.0, GATED) * bent)
     at, number = r[:, None].to(tl.int64) * channels + c[None, :], rows * channels
-    tl.store(coded + at, mu, mask=keep)
-    tl.store(coded + number + at, sigma, mask=keep)
-    tl.store(coded + 2 * number + at, beta, mask=keep)
-    tl.store(coded + 3 * number + at, gamma, mask=keep)
+    tl.store(outputs + at, mu, mask=keep)
+    tl.store(outputs + number + at, sigma, mask=keep)
+    tl.store(outputs + 2 * number + at, beta, mask=keep)
+    tl.store(outputs + 3 * number + at, gamma, mask=keep)
     if BATCH:
-        spread(coef + samples * channels.to(tl.int64), scale, offset, c, samples, channels, N_BLOCK, C_BLOCK)
-        spread(coef, k, scale, c, samples, channels, N_BLOCK, C_BLOCK)
+        store_for_all_samples(
+            affine + samples * channels.to(tl.int64), scale, offset, c, samples, channels, N_BLOCK, C_BLOCK
+        )
+        store_for_all_samples(affine, k, scale, c, samples, channels, N_BLOCK, C_BLOCK)
     else:
-        tl.store(coef + at, k, mask=keep)
-        tl.store(coef + number + at, scale, mask=keep)
-        tl.store(coef + 2 * number + at, offset, mask=keep)
+        tl.store(affine + at, k, mask=keep)
+        tl.store(affine + number + at, scale, mask=keep)
+        tl.store(affine + 2 * number + at, offset, mask=keep)
     if TRACK != 0 and tl.program_id(0) + tl.program_id(1) == 0:
         factor = tl.cast(unbias, tl.float32)
         track(stats, running_mean, running_var, tracked, skipped, momentum, channels, factor, TRACK, T_BLOCK)

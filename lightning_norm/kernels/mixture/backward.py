@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from lightning_norm.kernels.mixture.forward import others, per_channel, root, weights_of
-from lightning_norm.kernels.passes.reductions import read_sum
+from lightning_norm.kernels.mixture.forward import layer_and_batch, per_channel, root, weights_of
+from lightning_norm.kernels.passes.backward import read_sum
 
 
 @triton.jit
@@ -20,14 +20,14 @@ def adjoint(
         fl, el, fb, eb = -al * t0, -0.5 * al * rl * rl * ql, -ab * t0, -0.5 * ab * rb * rb * qb
         dgamma, diota = iota * rb * qb + (1.0 - iota) * rl * ql, gamma * (rb * qb - rl * ql)
     else:
-        center, spread = d * 0.0, d * 0.0
+        center, variance = d * 0.0, d * 0.0
         if IN >= 0:
-            center, spread = wi * d, zi * vi
+            center, variance = wi * d, zi * vi
         if LN >= 0:
-            center, spread = center + wl * dl, spread + zl * lv
+            center, variance = center + wl * dl, variance + zl * lv
         if BN >= 0:
-            center, spread = center + wb * db, spread + zb * bv
-        r = root(spread, eps)
+            center, variance = center + wb * db, variance + zb * bv
+        r = root(variance, eps)
         q = t1 - center * t0
         fl, el = -gamma * r * t0, -0.5 * gamma * r * r * r * q
         fb, eb = fl, el
@@ -37,9 +37,9 @@ def adjoint(
 
 @triton.jit
 def adjoint_at(
-    total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number, channels,
+    total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number, channels,
     groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
-    OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
+    MOMENTS: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
     SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """As ``adjoint``, read from memory for a tile of (n, c); also t0 and what the mixing weights' gradients need."""
@@ -47,13 +47,13 @@ def adjoint_at(
     at = n.to(tl.int64) * sample_stride + c
     t0 = read_sum(total, at, keep, pieces, stride, MERGE)
     t1 = read_sum(dot, at, keep, pieces, stride, MERGE)
-    k = tl.load(coef + i, mask=keep, other=0.0)
+    k = tl.load(affine + i, mask=keep, other=0.0)
     d, vi = k * 0.0, k * 0.0
-    if OWN:
-        d = tl.load(own + number + i, mask=keep, other=0.0)
-        vi = tl.load(own + 2 * number + i, mask=keep, other=0.0) * tl.cast(factor, tl.float32)
+    if MOMENTS:
+        d = tl.load(moments + number + i, mask=keep, other=0.0)
+        vi = tl.load(moments + 2 * number + i, mask=keep, other=0.0) * tl.cast(factor, tl.float32)
     j = n * (channels // per_group) + c // per_group
-    dl, lv, db, bv = others(
+    dl, lv, db, bv = layer_and_batch(
         layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels, LN, BN, FROZEN
     )
     gamma = per_channel(weight, c, keep, 1.0, WEIGHT)
@@ -68,34 +68,35 @@ def adjoint_at(
 
 @triton.jit
 def vjp_pool(
-    total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_batch, by_layer, dweight, dbias,
-    dw, mixed, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride, eps,
-    factor, OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr,
-    K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
-    N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
+    total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, dbatch, dlayer, dweight, dbias,
+    dw, weight_partials, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride,
+    stride, eps, factor, MOMENTS: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr,
+    BN: tl.constexpr, K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr,
+    WEIGHT: tl.constexpr, N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what is pooled: batch's (2, C), groups' (2, N * G), gamma's, beta's, iota's, and parts of w's."""
     pid = tl.program_id(0)
     if pid < column_jobs:
         vjp_columns(
-            pid, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_batch, dweight,
-            dbias, dw, mixed, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride,
-            stride, eps, factor, OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT, N_BLOCK, C_BLOCK,
+            pid, total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, dbatch, dweight,
+            dbias, dw, weight_partials, samples, number, channels, groups_in_all, per_group, column_jobs, pieces,
+            sample_stride, stride, eps, factor, MOMENTS, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
+            N_BLOCK, C_BLOCK,
         )  # fmt: skip
     else:
         vjp_rows(
-            pid - column_jobs, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_layer,
-            number, channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
-            OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT, G_BLOCK, T_BLOCK,
+            pid - column_jobs, total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var,
+            dlayer, number, channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor, MOMENTS,
+            MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT, G_BLOCK, T_BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
 def vjp_columns(
-    pid, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_batch, dweight, dbias, dw,
-    mixed, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride, eps, factor,
-    OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
-    SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
+    pid, total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, dbatch, dweight, dbias, dw,
+    weight_partials, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride,
+    eps, factor, MOMENTS: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr,
+    K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
     N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over samples, for a block of channels."""
@@ -107,9 +108,9 @@ def vjp_columns(
         n = (begin + tl.arange(0, N_BLOCK))[:, None]
         keep = (n < samples) & (c < channels)
         t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
-            total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
+            total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
             channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
-            OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
+            MOMENTS, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
         )  # fmt: skip
         f += tl.where(keep, fb, 0.0)
         e += tl.where(keep, eb, 0.0)
@@ -125,27 +126,27 @@ def vjp_columns(
             s1 += tl.where(keep, e1 * lv, 0.0)
             s2 += tl.where(keep, e1 * bv, 0.0)
     c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
-    own_c = c < channels
-    tl.store(by_batch + c, tl.sum(f, 0), mask=own_c)
-    tl.store(by_batch + channels + c, tl.sum(e, 0), mask=own_c)
-    tl.store(dweight + c, tl.sum(gamma, 0), mask=own_c)
-    tl.store(dbias + c, tl.sum(beta, 0), mask=own_c)
+    channel_mask = c < channels
+    tl.store(dbatch + c, tl.sum(f, 0), mask=channel_mask)
+    tl.store(dbatch + channels + c, tl.sum(e, 0), mask=channel_mask)
+    tl.store(dweight + c, tl.sum(gamma, 0), mask=channel_mask)
+    tl.store(dbias + c, tl.sum(beta, 0), mask=channel_mask)
     if OUTPUTS:
-        tl.store(dw + c, tl.sum(iota, 0), mask=own_c)
+        tl.store(dw + c, tl.sum(iota, 0), mask=channel_mask)
     if K > 0:
-        tl.store(mixed + pid, tl.sum(tl.sum(m0, 0), 0))
-        tl.store(mixed + column_jobs + pid, tl.sum(tl.sum(m1, 0), 0))
-        tl.store(mixed + 2 * column_jobs + pid, tl.sum(tl.sum(m2, 0), 0))
-        tl.store(mixed + 3 * column_jobs + pid, tl.sum(tl.sum(s0, 0), 0))
-        tl.store(mixed + 4 * column_jobs + pid, tl.sum(tl.sum(s1, 0), 0))
-        tl.store(mixed + 5 * column_jobs + pid, tl.sum(tl.sum(s2, 0), 0))
+        tl.store(weight_partials + pid, tl.sum(tl.sum(m0, 0), 0))
+        tl.store(weight_partials + column_jobs + pid, tl.sum(tl.sum(m1, 0), 0))
+        tl.store(weight_partials + 2 * column_jobs + pid, tl.sum(tl.sum(m2, 0), 0))
+        tl.store(weight_partials + 3 * column_jobs + pid, tl.sum(tl.sum(s0, 0), 0))
+        tl.store(weight_partials + 4 * column_jobs + pid, tl.sum(tl.sum(s1, 0), 0))
+        tl.store(weight_partials + 5 * column_jobs + pid, tl.sum(tl.sum(s2, 0), 0))
 
 
 @triton.jit
 def vjp_rows(
-    pid, total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_layer, number, channels,
+    pid, total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, dlayer, number, channels,
     groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
-    OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
+    MOMENTS: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
     SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
     G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -159,21 +160,21 @@ def vjp_rows(
         n = (j // groups)[:, None] + t * 0
         c = (j % groups * per_group)[:, None] + t
         t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
-            total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
+            total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
             channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
-            OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
+            MOMENTS, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
         )  # fmt: skip
         f += tl.where(keep, fl, 0.0)
         e += tl.where(keep, el, 0.0)
-    tl.store(by_layer + j, tl.sum(f, 1), mask=j < groups_in_all)
-    tl.store(by_layer + groups_in_all + j, tl.sum(e, 1), mask=j < groups_in_all)
+    tl.store(dlayer + j, tl.sum(f, 1), mask=j < groups_in_all)
+    tl.store(dlayer + groups_in_all + j, tl.sum(e, 1), mask=j < groups_in_all)
 
 
 @triton.jit
 def vjp_mix(
-    total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, by_batch, by_layer, mixed, dw, dv,
-    out, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride, size, eps,
-    factor, OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr,
+    total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, dbatch, dlayer, weight_partials,
+    dw, dv, out, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride, size,
+    eps, factor, MOMENTS: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr,
     K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -183,43 +184,43 @@ def vjp_mix(
     n = i // channels
     c = i - n * channels
     t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
-        total, dot, coef, own, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
+        total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
         channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
-        OWN, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
+        MOMENTS, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
     )  # fmt: skip
     dmean, dvar = d * 0.0, d * 0.0
     if IN >= 0:
         dmean, dvar = fi, ei
     if LN >= 0:
         j = n * (channels // per_group) + c // per_group
-        f = tl.load(by_layer + j, mask=keep, other=0.0) / per_group
-        e = tl.load(by_layer + groups_in_all + j, mask=keep, other=0.0) / per_group
+        f = tl.load(dlayer + j, mask=keep, other=0.0) / per_group
+        e = tl.load(dlayer + groups_in_all + j, mask=keep, other=0.0) / per_group
         dmean, dvar = dmean + f + 2.0 * (d - dl) * e, dvar + e
     if BN >= 0 and not FROZEN:
-        f = tl.load(by_batch + c, mask=keep, other=0.0) / samples
-        e = tl.load(by_batch + channels + c, mask=keep, other=0.0) / samples
+        f = tl.load(dbatch + c, mask=keep, other=0.0) / samples
+        e = tl.load(dbatch + channels + c, mask=keep, other=0.0) / samples
         dmean, dvar = dmean + f + 2.0 * (d - db) * e, dvar + e
     slope = dvar * (2.0 * tl.cast(factor, tl.float32)) / size
     tl.store(out + i, dmean / size - slope * d, mask=keep)
     tl.store(out + number + i, slope, mask=keep)
     if K > 0 and tl.program_id(0) == 0:
-        leave_weights(mixed, w, dw, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
-        leave_weights(mixed + 3 * column_jobs, v, dv, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
+        store_weight_gradients(weight_partials, w, dw, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
+        store_weight_gradients(weight_partials + 3 * column_jobs, v, dv, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
 
 
 @triton.jit
-def leave_weights(
-    mixed, t, dt, jobs, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr, SOFTMAX: tl.constexpr,
-    BLOCK: tl.constexpr,
+def store_weight_gradients(
+    weight_partials, t, dt, jobs, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
+    SOFTMAX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the mixing weights, or of the logits behind them, from each column program's part."""
     part = tl.zeros((BLOCK,), tl.float32)
     p0, p1, p2 = part, part, part
     for begin in range(0, jobs, BLOCK):
         q = begin + tl.arange(0, BLOCK)
-        p0 += tl.load(mixed + q, mask=q < jobs, other=0.0)
-        p1 += tl.load(mixed + jobs + q, mask=q < jobs, other=0.0)
-        p2 += tl.load(mixed + 2 * jobs + q, mask=q < jobs, other=0.0)
+        p0 += tl.load(weight_partials + q, mask=q < jobs, other=0.0)
+        p1 += tl.load(weight_partials + jobs + q, mask=q < jobs, other=0.0)
+        p2 += tl.load(weight_partials + 2 * jobs + q, mask=q < jobs, other=0.0)
     g0, g1, g2 = tl.sum(p0, 0), tl.sum(p1, 0), tl.sum(p2, 0)
     if SOFTMAX:
         a, b, c = weights_of(t, IN, LN, BN, K, SOFTMAX)

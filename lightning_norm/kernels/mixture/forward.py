@@ -16,7 +16,7 @@ gradients of a center and of a variance.
 import triton
 import triton.language as tl
 
-from lightning_norm.kernels.passes.reductions import read_moments
+from lightning_norm.kernels.passes.forward import read_moments
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def weights_of(t, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.co
 
 
 @triton.jit
-def others(
+def layer_and_batch(
     layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels,
     LN: tl.constexpr, BN: tl.constexpr, FROZEN: tl.constexpr,
 ):  # fmt: skip
@@ -64,9 +64,9 @@ def others(
 
 
 @triton.jit
-def per_channel(t, c, keep, default: tl.constexpr, GIVEN: tl.constexpr):
+def per_channel(t, c, keep, default: tl.constexpr, PRESENT: tl.constexpr):
     """A (C,) parameter, or its default."""
-    if GIVEN:
+    if PRESENT:
         value = tl.load(t + c, mask=keep, other=0.0).to(tl.float32)
     else:
         value = tl.where(keep, default, 0.0).to(tl.float32)
@@ -108,23 +108,23 @@ def pool_columns(
 ):  # fmt: skip
     """Batch statistics of a block of channels."""
     c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
-    own = c < channels
-    first = tl.load(hi + c, mask=own, other=0.0)
+    moments = c < channels
+    first = tl.load(hi + c, mask=moments, other=0.0)
     total = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
     for begin in range(0, samples, N_BLOCK):
         n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
-        keep = (n < samples) & own[None, :]
+        keep = (n < samples) & moments[None, :]
         k, d, v = read_moments(hi, lo, var, n * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
         total += tl.where(keep, k - first[None, :] + d, 0.0)
     mean = tl.sum(total, 0) / samples
-    spread = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
+    variance = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
     for begin in range(0, samples, N_BLOCK):
         n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
-        keep = (n < samples) & own[None, :]
+        keep = (n < samples) & moments[None, :]
         k, d, v = read_moments(hi, lo, var, n * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
         e = k - first[None, :] + d - mean[None, :]
-        spread += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
-    leave(batch, c, own, channels, first, mean, tl.sum(spread, 0) / samples)
+        variance += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
+    store_statistics(batch, c, moments, channels, first, mean, tl.sum(variance, 0) / samples)
 
 
 @triton.jit
@@ -134,29 +134,29 @@ def pool_rows(
 ):  # fmt: skip
     """Statistics of a few groups."""
     j = pid.to(tl.int64) * G_BLOCK + tl.arange(0, G_BLOCK)
-    own = j < groups_in_all
+    moments = j < groups_in_all
     groups = channels // per_group
     start = j // groups * sample_stride + j % groups * per_group
-    first = tl.load(hi + start, mask=own, other=0.0)
+    first = tl.load(hi + start, mask=moments, other=0.0)
     total = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
     for begin in range(0, per_group, T_BLOCK):
         t = begin + tl.arange(0, T_BLOCK)[None, :]
-        keep = (t < per_group) & own[:, None]
+        keep = (t < per_group) & moments[:, None]
         k, d, v = read_moments(hi, lo, var, start[:, None] + t, keep, pieces, stride, piece, size, fold, MERGE)
         total += tl.where(keep, k - first[:, None] + d, 0.0)
     mean = tl.sum(total, 1) / per_group
-    spread = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
+    variance = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
     for begin in range(0, per_group, T_BLOCK):
         t = begin + tl.arange(0, T_BLOCK)[None, :]
-        keep = (t < per_group) & own[:, None]
+        keep = (t < per_group) & moments[:, None]
         k, d, v = read_moments(hi, lo, var, start[:, None] + t, keep, pieces, stride, piece, size, fold, MERGE)
         e = k - first[:, None] + d - mean[:, None]
-        spread += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
-    leave(layer, j, own, groups_in_all, first, mean, tl.sum(spread, 1) / per_group)
+        variance += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
+    store_statistics(layer, j, moments, groups_in_all, first, mean, tl.sum(variance, 1) / per_group)
 
 
 @triton.jit
-def leave(out, at, keep, number, first, mean, var):
+def store_statistics(out, at, keep, number, first, mean, var):
     """Store hi, lo and variance."""
     rounded = first + mean
     tl.store(out + at, rounded, mask=keep)
@@ -166,9 +166,9 @@ def leave(out, at, keep, number, first, mean, var):
 
 @triton.jit
 def mix(
-    hi, lo, var, batch, layer, gathered, weight, bias, w, v, running_mean, running_var, tracked, skipped, momentum, own,
-    coef, number, channels, groups_in_all, per_group, pieces, sample_stride, stride, piece, size, fold, eps, factor,
-    unbias, OWN: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr,
+    hi, lo, var, batch, layer, gathered, weight, bias, w, v, running_mean, running_var, tracked, skipped, momentum,
+    moments, affine, number, channels, groups_in_all, per_group, pieces, sample_stride, stride, piece, size, fold, eps,
+    factor, unbias, MOMENTS: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr,
     K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, TRACK: tl.constexpr,
     RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -179,19 +179,19 @@ def mix(
     n = i // channels
     c = i - n * channels
     j = n * (channels // per_group) + c // per_group
-    if OWN:
+    if MOMENTS:
         at = n.to(tl.int64) * sample_stride + c
         k, d, vi = read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE)
         if MERGE:
-            tl.store(own + i, k, mask=keep)
-            tl.store(own + number + i, d, mask=keep)
-            tl.store(own + 2 * number + i, vi, mask=keep)
+            tl.store(moments + i, k, mask=keep)
+            tl.store(moments + number + i, d, mask=keep)
+            tl.store(moments + 2 * number + i, vi, mask=keep)
         vi = vi * tl.cast(factor, tl.float32)
     else:
         k = tl.load(running_mean + c, mask=keep, other=0.0).to(tl.float32)
         d, vi = k * 0.0, k * 0.0
-    tl.store(coef + i, k, mask=keep)
-    dl, lv, db, bv = others(
+    tl.store(affine + i, k, mask=keep)
+    dl, lv, db, bv = layer_and_batch(
         layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels, LN, BN, FROZEN
     )
     gamma = per_channel(weight, c, keep, 1.0, WEIGHT)
@@ -204,17 +204,17 @@ def mix(
     else:
         wi, wl, wb = weights_of(w, IN, LN, BN, K, SOFTMAX)
         zi, zl, zb = weights_of(v, IN, LN, BN, K, SOFTMAX)
-        center, spread = k * 0.0, k * 0.0
+        center, variance = k * 0.0, k * 0.0
         if IN >= 0:
-            center, spread = wi * d, zi * vi
+            center, variance = wi * d, zi * vi
         if LN >= 0:
-            center, spread = center + wl * dl, spread + zl * lv
+            center, variance = center + wl * dl, variance + zl * lv
         if BN >= 0:
-            center, spread = center + wb * db, spread + zb * bv
-        scale = gamma * root(spread, eps)
+            center, variance = center + wb * db, variance + zb * bv
+        scale = gamma * root(variance, eps)
         offset = beta - scale * center
-    tl.store(coef + number + i, scale, mask=keep)
-    tl.store(coef + 2 * number + i, offset, mask=keep)
+    tl.store(affine + number + i, scale, mask=keep)
+    tl.store(affine + 2 * number + i, offset, mask=keep)
     if TRACK != 0 and tl.program_id(0) == 0:
         factor = tl.cast(unbias, tl.float32)
         if RANKS:
@@ -237,10 +237,10 @@ def track(
         var = tl.load(batch + 2 * channels + c, mask=c < channels, other=0.0) * unbias
         bad += tl.where(tl.abs(mean + var) < float("inf"), 0, 1)
     good = tl.sum(bad, 0) == 0
-    count, missed = tl.load(tracked) + good.to(tl.int64), tl.load(skipped) + 1 - good.to(tl.int64)
+    count, skips = tl.load(tracked) + good.to(tl.int64), tl.load(skipped) + 1 - good.to(tl.int64)
     tl.debug_barrier()  # every thread has read what is now written
     tl.store(tracked, count)
-    tl.store(skipped, missed)
+    tl.store(skipped, skips)
     if TRACK == 2:
         step = 1.0 / tl.maximum(count, 1).to(tl.float32)
     else:

@@ -1,61 +1,22 @@
-"""Launches of the equations: from x to the coefficients of apply, and from dy to all gradients."""
+"""Launches of the mixture family: from x to the affine map of apply, and from dy to all gradients."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_norm.kernels.grid import REGISTERS, Grid, cdiv, grid_of, power
 from lightning_norm.kernels.mixture.backward import vjp_mix, vjp_pool
+from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
 from lightning_norm.kernels.mixture.forward import mix, pool
-from lightning_norm.kernels.passes.launch import input_gradients, moment_parts, on, sum_parts
-from lightning_norm.kernels.ranks.launch import Sum, empty_gradient, pool_ranks, pool_ranks_gradient
+from lightning_norm.kernels.passes.launch import device_of, input_gradients, moment_parts, sum_parts
+from lightning_norm.kernels.ranks.launch import AllReduce, empty_gradient, pool_ranks, pool_ranks_gradient
 
 BLOCK = 256
 """(n, c) pairs of a program."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which equations, in numbers, for they pass through an operator's schema.
-
-    Args:
-        own: the moments of x are needed.
-        at_in: place of the instance in w and v; -1 if it takes no part.
-        at_ln: of the layer or group.
-        at_bn: of the batch.
-        k: length of w and v; 0 where nothing is mixed.
-        softmax: w and v are logits.
-        outputs: outputs are mixed, and w is iota.
-        frozen: the batch's statistics are the running ones.
-        track: 0 leaves the running statistics, 1 moves them by ``momentum``, 2 averages all batches.
-        groups: of the layer's statistics.
-        correction: 1 for unbiased variances within each sample.
-    """
-
-    own: int
-    at_in: int
-    at_ln: int
-    at_bn: int
-    k: int
-    softmax: int
-    outputs: int
-    frozen: int
-    track: int
-    groups: int
-    correction: int
-
-    def constants(self) -> dict[str, object]:
-        """Return the compile-time arguments that all kernels share."""
-        return {
-            "OWN": bool(self.own), "IN": self.at_in, "LN": self.at_ln, "BN": self.at_bn, "K": self.k,
-            "SOFTMAX": bool(self.softmax), "OUTPUTS": bool(self.outputs), "FROZEN": bool(self.frozen),
-        }  # fmt: skip
-
-
-def coefficients(
+def affine_of(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -63,145 +24,152 @@ def coefficients(
     v: Tensor | None,
     running: tuple[Tensor | None, ...],
     channel_dim: int,
-    plan: Plan,
+    flags: MixtureFlags,
     eps: float,
-    over_ranks: Sum | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the moments of x, statistics of batch and groups, (3, N, C) pivot, scale and offset, and ranks' sums.
+    over_ranks: AllReduce | None = None,
+) -> MixtureStatistics:
+    """Return the statistics of x, and pivot, scale and offset of y = scale * (x - pivot) + offset.
 
-    ``running`` holds the running mean and variance, the two counters and the momentum; moved if ``plan.track``. With
-    ``over_ranks`` the batch is that of all ranks, and this one's share of it may be empty.
+    ``running`` holds the running mean and variance, the two counters and the momentum; moved if ``flags.track``. With
+    ``over_ranks`` the batch is that of all ranks, and this rank may have none of its samples.
     """
     grid = grid_of(x, channel_dim)
     number = grid.n * grid.c
-    coef = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
-    batch, layer, own = coef.new_empty(0), coef.new_empty(0), coef.new_empty(0)
-    total = coef.new_empty(0, dtype=torch.float64)
-    parts, merge = coef, False
-    factor = grid.size / max(grid.size - 1, 1) if plan.correction else 1.0
-    place = (grid.parts, grid.sample_stride, grid.part_stride, grid.piece, grid.length, grid.fold)
+    affine = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
+    batch, layer, moments = affine.new_empty(0), affine.new_empty(0), affine.new_empty(0)
+    rank_sums = affine.new_empty(0, dtype=torch.float64)
+    parts, merge = affine, False
+    factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0
     if grid.n == 0:
-        own, batch, layer = torch.empty_like(coef), coef.new_zeros(3, grid.c), coef.new_empty(3, 0, plan.groups)
-    elif plan.own:
+        moments, batch, layer = (
+            torch.empty_like(affine),
+            affine.new_zeros(3, grid.c),
+            affine.new_empty(3, 0, flags.num_groups),
+        )
+    elif flags.needs_moments:
         parts, merge = moment_parts(x, grid), grid.parts > 1
-        own = parts.view(3, grid.n, grid.c) if not merge else torch.empty_like(coef)
-        pooled = plan.at_bn >= 0 and not plan.frozen
-        if pooled:
-            batch = coef.new_empty(3, grid.c)
-        if plan.at_ln >= 0:
-            layer = coef.new_empty(3, grid.n, plan.groups)
-        tile = _tile(grid, plan, 1024)
-        columns = cdiv(grid.c, tile["C_BLOCK"]) if pooled else 0
-        jobs = columns + (cdiv(grid.n * plan.groups, tile["G_BLOCK"]) if plan.at_ln >= 0 else 0)
+        moments = parts.view(3, grid.n, grid.c) if not merge else torch.empty_like(affine)
+        if flags.pools_batch:
+            batch = affine.new_empty(3, grid.c)
+        if flags.pools_layer:
+            layer = affine.new_empty(3, grid.n, flags.num_groups)
+        tile = _tile(grid, flags, 1024)
+        columns = cdiv(grid.c, tile["C_BLOCK"]) if flags.pools_batch else 0
+        jobs = columns + (cdiv(grid.n * flags.num_groups, tile["G_BLOCK"]) if flags.pools_layer else 0)
         if jobs:
-            with on(x):
+            with device_of(x):
                 pool[(jobs,)](
-                    *parts, batch, layer, grid.n, grid.c, grid.n * plan.groups, grid.c // plan.groups, columns, *place,
-                    factor, MERGE=merge, num_warps=4, **tile,
+                    *parts, batch, layer, grid.n, grid.c, grid.n * flags.num_groups, grid.c // flags.num_groups,
+                    columns, *grid.moment_layout, factor, MERGE=merge, num_warps=4, **tile,
                 )  # fmt: skip
     count = grid.n * grid.size
-    unbias = 1.0 if plan.correction else count / max(count - 1, 1)
+    unbias = 1.0 if flags.correction else count / max(count - 1, 1)
     if over_ranks is not None:
-        total, unbias = pool_ranks(batch, count, over_ranks), float(not plan.correction)
-    mean, var, tracked, skipped, momentum = (coef if t is None else t for t in running)
-    hi, lo, spread = parts if plan.own and grid.n else coef
-    with on(x):
+        rank_sums, unbias = pool_ranks(batch, count, over_ranks), float(not flags.correction)
+    mean, var, tracked, skipped, momentum = (affine if t is None else t for t in running)
+    hi, lo, variance = parts if flags.needs_moments and grid.n else affine
+    with device_of(x):
         mix[(max(1, cdiv(number, BLOCK)),)](
-            hi, lo, spread, batch, layer, total, *(coef if t is None else t for t in (weight, bias, w, v)), mean, var,
-            tracked, skipped, momentum, own, coef, number, grid.c, grid.n * plan.groups, grid.c // plan.groups,
-            *place, eps, factor, unbias, MERGE=merge, TRACK=plan.track, RANKS=over_ranks is not None,
-            WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=BLOCK, num_warps=4, **plan.constants(),
+            hi, lo, variance, batch, layer, rank_sums, *(affine if t is None else t for t in (weight, bias, w, v)),
+            mean, var, tracked, skipped, momentum, moments, affine, number, grid.c, grid.n * flags.num_groups,
+            grid.c // flags.num_groups, *grid.moment_layout, eps, factor, unbias, MERGE=merge, TRACK=flags.track,
+            RANKS=over_ranks is not None, WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=BLOCK, num_warps=4,
+            **flags.constants(),
         )  # fmt: skip
-    return own, batch, layer, coef, total
+    return MixtureStatistics(moments, batch, layer, affine, rank_sums)
 
 
 def gradients(
     dy: Tensor,
     x: Tensor,
-    stats: tuple[Tensor, ...],
+    stats: MixtureStatistics,
     weight: Tensor | None,
     w: Tensor | None,
     v: Tensor | None,
     running: tuple[Tensor | None, Tensor | None],
     residual: Tensor | None,
     channel_dim: int,
-    plan: Plan,
+    flags: MixtureFlags,
     eps: float,
     activation: str,
     need_dx: bool,
-    over_ranks: Sum | None = None,
+    over_ranks: AllReduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight, bias, w, v and the residual; ``stats`` is what ``coefficients`` returned.
+    """Return the gradients of x, weight, bias, w, v and the residual; ``stats`` is what ``affine_of`` returned.
 
-    With ``over_ranks`` the ranks meet if x needs a gradient: those of the parameters are this rank's own.
+    With ``over_ranks`` the ranks meet if x needs a gradient. Gradients of parameters are those of this rank's samples.
     """
-    grid, coef = grid_of(x, channel_dim), stats[3]
+    grid, affine = grid_of(x, channel_dim), stats.affine
     meet = over_ranks if need_dx else None
     if grid.n == 0:
-        dweight, line = empty_gradient(stats[1], stats[4], meet), None
-        dbias, dw, dv = dweight.clone(), coef.new_zeros(grid.c if plan.outputs else plan.k), coef.new_zeros(plan.k)
+        dweight, dx_affine = empty_gradient(stats.batch, stats.rank_sums, meet), None
+        dbias, dv = dweight.clone(), affine.new_zeros(flags.num_weights)
+        dw = affine.new_zeros(grid.c) if flags.outputs else dv.clone()
     else:
-        parts = sum_parts(dy, x, coef, grid, activation, residual)
-        place = (grid.parts, grid.sample_stride, grid.part_stride)
-        *held, line = adjoint(x, parts, stats, weight, w, v, running, channel_dim, plan, eps, place, meet)
-        dweight, dbias, dw, dv = held
-    moving = plan.own or plan.k > 0
-    maps = input_gradients(dy, x, coef, line if moving else None, channel_dim, activation, residual, need_dx)
-    return maps[0], dweight, dbias, dw, dv, maps[1]
+        parts = sum_parts(dy, x, affine, grid, activation, residual)
+        dweight, dbias, dw, dv, dx_affine = adjoint(
+            x, parts, stats, weight, w, v, running, channel_dim, flags, eps, grid.partial_layout, meet
+        )
+    if not (flags.needs_moments or flags.num_weights > 0):
+        dx_affine = None  # the statistics are constants: dx = scale * dy
+    dx, dresidual = input_gradients(dy, x, affine, dx_affine, channel_dim, activation, residual, need_dx)
+    return dx, dweight, dbias, dw, dv, dresidual
 
 
 def adjoint(
     x: Tensor,
     parts: Tensor,
-    stats: tuple[Tensor, ...],
+    stats: MixtureStatistics,
     weight: Tensor | None,
     w: Tensor | None,
     v: Tensor | None,
     running: tuple[Tensor | None, Tensor | None],
     channel_dim: int,
-    plan: Plan,
+    flags: MixtureFlags,
     eps: float,
-    place: tuple[int, int, int],
-    over_ranks: Sum | None = None,
+    partial_layout: tuple[int, int, int],
+    over_ranks: AllReduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of weight, bias, w and v, and constant and slope (2, N, C), from the sums in ``parts``.
 
-    ``place`` holds the number of parts, and the distances between two samples' and two parts' numbers.
+    ``partial_layout`` is the ``Grid.partial_layout`` of those sums.
     """
     grid = grid_of(x, channel_dim)
-    own, batch, layer, coef, total = stats
-    number, groups = grid.n * grid.c, grid.n * plan.groups
-    tile = _tile(grid, plan, 512)
+    moments, batch, layer, affine, rank_sums = stats
+    number, groups = grid.n * grid.c, grid.n * flags.num_groups
+    tile = _tile(grid, flags, 512)
     columns = cdiv(grid.c, tile["C_BLOCK"])
-    rows = cdiv(groups, tile["G_BLOCK"]) if plan.at_ln >= 0 else 0
-    by_batch, by_layer = coef.new_empty(3, grid.c), coef.new_empty(2, groups if rows else 0)
-    dweight, dbias = coef.new_empty(grid.c), coef.new_empty(grid.c)
-    dw, dv = coef.new_empty(grid.c if plan.outputs else plan.k), coef.new_empty(plan.k)
-    mixed = coef.new_empty(6, columns)
-    line = coef.new_empty(2, grid.n, grid.c)
-    factor = grid.size / max(grid.size - 1, 1) if plan.correction else 1.0
-    given = tuple(coef if t is None else t for t in (weight, w, v, *running))
-    common = {**plan.constants(), "MERGE": place[0] > 1, "WEIGHT": weight is not None, "num_warps": 4}
-    per_group = grid.c // plan.groups
-    with on(x):
+    rows = cdiv(groups, tile["G_BLOCK"]) if flags.at_ln >= 0 else 0
+    dbatch, dlayer = affine.new_empty(3, grid.c), affine.new_empty(2, groups if rows else 0)
+    dweight, dbias = affine.new_empty(grid.c), affine.new_empty(grid.c)
+    dw, dv = affine.new_empty(grid.c if flags.outputs else flags.num_weights), affine.new_empty(flags.num_weights)
+    weight_partials = affine.new_empty(6, columns)
+    dx_affine = affine.new_empty(2, grid.n, grid.c)
+    factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0
+    parameters = tuple(affine if t is None else t for t in (weight, w, v, *running))
+    common = {**flags.constants(), "MERGE": partial_layout[0] > 1, "WEIGHT": weight is not None, "num_warps": 4}
+    per_group = grid.c // flags.num_groups
+    with device_of(x):
         vjp_pool[(columns + rows,)](
-            *parts, coef, own, batch, layer, *given, by_batch, by_layer, dweight, dbias, dw, mixed, grid.n, number,
-            grid.c, groups, per_group, columns, *place, eps, factor, maxnreg=REGISTERS["vjp_pool"], **tile, **common,
+            *parts, affine, moments, batch, layer, *parameters, dbatch, dlayer, dweight, dbias, dw, weight_partials,
+            grid.n, number, grid.c, groups, per_group, columns, *partial_layout, eps, factor,
+            maxnreg=REGISTERS["vjp_pool"], **tile, **common,
         )  # fmt: skip
         if over_ranks is not None:
-            pool_ranks_gradient(by_batch, batch, total, grid.n * grid.size, over_ranks)
-        if plan.own or plan.k > 0:
+            pool_ranks_gradient(dbatch, batch, rank_sums, grid.n * grid.size, over_ranks)
+        if flags.needs_moments or flags.num_weights > 0:
             vjp_mix[(cdiv(number, BLOCK),)](
-                *parts, coef, own, batch, layer, *given, by_batch, by_layer, mixed, dw, dv, line, grid.n, number,
-                grid.c, groups, per_group, columns, *place, grid.size, eps, factor, BLOCK=BLOCK, **common,
+                *parts, affine, moments, batch, layer, *parameters, dbatch, dlayer, weight_partials, dw, dv, dx_affine,
+                grid.n, number, grid.c, groups, per_group, columns, *partial_layout, grid.size, eps, factor,
+                BLOCK=BLOCK, **common,
             )  # fmt: skip
-    return dweight, dbias, dw, dv, line
+    return dweight, dbias, dw, dv, dx_affine
 
 
-def _tile(grid: Grid, plan: Plan, most: int) -> dict[str, int]:
+def _tile(grid: Grid, flags: MixtureFlags, most: int) -> dict[str, int]:
     """Return the tiles over which columns and rows of (N, C) are pooled, of at most ``most`` elements."""
-    n, t = min(power(grid.n), 32), min(power(grid.c // plan.groups), most // 4)
+    n, t = min(power(grid.n), 32), min(power(grid.c // flags.num_groups), most // 4)
     return {
         "N_BLOCK": n, "C_BLOCK": max(1, min(power(grid.c), most // n, 64)),
-        "G_BLOCK": max(1, min(power(grid.n * plan.groups), most // t, 16)), "T_BLOCK": t,
+        "G_BLOCK": max(1, min(power(grid.n * flags.num_groups), most // t, 16)), "T_BLOCK": t,
     }  # fmt: skip

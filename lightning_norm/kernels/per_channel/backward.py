@@ -8,26 +8,26 @@ import triton
 import triton.language as tl
 
 from lightning_norm.kernels.mixture.forward import per_channel
-from lightning_norm.kernels.passes.reductions import read_sum
-from lightning_norm.kernels.per_channel.forward import by_share, gate, masses, weights_at
+from lightning_norm.kernels.passes.backward import read_sum
+from lightning_norm.kernels.per_channel.forward import gate, masses, prior_scale, weights_at
 from lightning_norm.kernels.per_channel.running_stats import TINY
 
 
 @triton.jit
 def parts_at(
-    total, dot, coef, own, n, c, keep, number, channels, pieces, sample_stride, stride, g, base, rest, delta, r, f,
-    gamma, w_v, w_b, w_a, b_a, unit_scale, unit_affine,
-    OWN: tl.constexpr, MERGE: tl.constexpr, SCALE: tl.constexpr, AFFINE: tl.constexpr,
+    total, dot, affine, moments, n, c, keep, number, channels, pieces, sample_stride, stride, g, base, rest, delta, r,
+    f, gamma, w_v, w_b, w_a, b_a, unit_scale, unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr,
+    SCALE: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
     """For a tile (N, K, C): what each sample hands to the sums over samples; ``e`` is mean_n - mean_B."""
     i = n[:, None] * channels + c[None, :]
     at = n[:, None].to(tl.int64) * sample_stride + c[None, :]
     t0 = read_sum(total, at, keep, pieces, stride, MERGE)
     t1 = read_sum(dot, at, keep, pieces, stride, MERGE)
-    k = tl.load(coef + i, mask=keep, other=0.0)
+    k = tl.load(affine + i, mask=keep, other=0.0)
     d = k * 0.0
-    if OWN:
-        d = tl.load(own + number + i, mask=keep, other=0.0)
+    if MOMENTS:
+        d = tl.load(moments + number + i, mask=keep, other=0.0)
     e = tl.where(keep[:, None, :], k[:, None, :] - base + d[:, None, :] - rest, 0.0)
     z = f * e - delta
     inner = gamma * r
@@ -51,42 +51,42 @@ def parts_at(
 
 @triton.jit
 def channels_vjp(
-    total, dot, coef, own, stats, shares, seen, weight, bias, center_weight, scale_weight, scale_bias, affine_weight,
-    affine_bias, dweight, dbias, dcenter_weight, dscale_weight, dscale_bias, daffine_weight, daffine_bias, line,
-    dshares, apart, by, centered, samples, number, channels, contexts, share_stride, pieces, sample_stride, stride,
-    size, least, unit_scale, unit_affine,
-    OWN: tl.constexpr, MERGE: tl.constexpr, STD: tl.constexpr, STD_OF_VAR: tl.constexpr, RENORM: tl.constexpr,
-    CONTEXTS: tl.constexpr, PRIOR: tl.constexpr, GATE: tl.constexpr, RANKS: tl.constexpr, CENTER: tl.constexpr,
-    SCALE: tl.constexpr, AFFINE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr,
-    K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    total, dot, affine, moments, stats, responsibilities, survey_out, weight, bias, center_weight, scale_weight,
+    scale_bias, affine_weight, affine_bias, dweight, dbias, dcenter_weight, dscale_weight, dscale_bias, daffine_weight,
+    daffine_bias, dx_affine, dresponsibilities, apart, dpooled, centered, samples, number, channels, contexts,
+    responsibility_stride, pieces, sample_stride, stride, size, least, unit_scale, unit_affine, MOMENTS: tl.constexpr,
+    MERGE: tl.constexpr, STD: tl.constexpr, STD_OF_VAR: tl.constexpr, RENORM: tl.constexpr, CONTEXTS: tl.constexpr,
+    PRIOR: tl.constexpr, GATE: tl.constexpr, RANKS: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr,
+    AFFINE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters, and constant and slope (2, N * C) of dx = scale dy + constant + slope (x - k).
 
     With ``GATE`` a program also leaves what its channels add to the gradient of the shares, (1 + N, K): the first row
     is that of every sample. Where the batch lies on several ranks there are two launches: with ``RANKS`` 1 it leaves
-    the gradients of U and V in ``by``, and with 2 it takes those of all ranks from there, see ``ranks``.
+    the gradients of U and V in ``dpooled``, and with 2 it takes those of all ranks from there, see ``ranks``.
     """
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
     inside = c < channels
     q_ = tl.arange(0, K_BLOCK)
-    kept = (q_[:, None] < contexts) & inside[None, :]
+    kc_mask = (q_[:, None] < contexts) & inside[None, :]
     at = q_[:, None] * channels + c[None, :]
     rows = contexts * channels
-    base, rest = tl.load(stats + at, mask=kept, other=0.0), tl.load(stats + rows + at, mask=kept, other=0.0)
+    base, rest = tl.load(stats + at, mask=kc_mask, other=0.0), tl.load(stats + rows + at, mask=kc_mask, other=0.0)
     delta, r = (
-        tl.load(stats + 4 * rows + at, mask=kept, other=0.0),
-        tl.load(stats + 5 * rows + at, mask=kept, other=0.0),
+        tl.load(stats + 4 * rows + at, mask=kc_mask, other=0.0),
+        tl.load(stats + 5 * rows + at, mask=kc_mask, other=0.0),
     )
-    gamma, factor = per_channel(weight, at, kept, 1.0, WEIGHT), 1.0
+    gamma, factor = per_channel(weight, at, kc_mask, 1.0, WEIGHT), 1.0
     if PRIOR:
-        factor = by_share(seen, contexts, K_BLOCK)[:, None]
+        factor = prior_scale(survey_out, contexts, K_BLOCK)[:, None]
         gamma = gamma * factor
     w_v, w_b = per_channel(scale_weight, c, inside, 0.0, SCALE), per_channel(scale_bias, c, inside, 0.0, SCALE)
     w_a, b_a = per_channel(affine_weight, c, inside, 0.0, AFFINE), per_channel(affine_bias, c, inside, 0.0, AFFINE)
     f = 1.0 + per_channel(center_weight, c, inside, 0.0, CENTER)
     mass = tl.zeros((K_BLOCK,), tl.float32)
     if CONTEXTS:
-        mass = masses(shares, share_stride, samples, contexts, N_BLOCK, K_BLOCK)
+        mass = masses(responsibilities, responsibility_stride, samples, contexts, N_BLOCK, K_BLOCK)
     if RANKS != 2:
         zero = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
         by_gamma, by_beta, by_r, by_center = zero, zero, zero, zero
@@ -94,11 +94,13 @@ def channels_vjp(
         for begin in range(0, samples, N_BLOCK):
             n = begin + tl.arange(0, N_BLOCK)
             keep = (n[:, None] < samples) & inside[None, :]
-            g, a = weights_at(shares, share_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK)
+            g, a = weights_at(
+                responsibilities, responsibility_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK
+            )
             mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
-                total, dot, coef, own, n, c, keep, number, channels, pieces, sample_stride, stride, g, base[None, :, :],
-                rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b, w_a, b_a,
-                unit_scale, unit_affine, OWN, MERGE, SCALE, AFFINE,
+                total, dot, affine, moments, n, c, keep, number, channels, pieces, sample_stride, stride, g,
+                base[None, :, :], rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b,
+                w_a, b_a, unit_scale, unit_affine, MOMENTS, MERGE, SCALE, AFFINE,
             )  # fmt: skip
             by_gamma += q * gain
             by_beta += beta
@@ -115,27 +117,29 @@ def channels_vjp(
         dgamma = tl.sum(by_gamma, 0)
         dr = dgamma * gamma + tl.sum(by_r, 0)
         dcenter = tl.sum(by_center, 0)
-        spread = tl.load(stats + 3 * rows + at, mask=kept, other=0.0)
-        p = tl.load(stats + 6 * rows + at, mask=kept, other=0.0)
+        variance = tl.load(stats + 3 * rows + at, mask=kc_mask, other=0.0)
+        p = tl.load(stats + 6 * rows + at, mask=kc_mask, other=0.0)
         if RENORM:  # delta is a constant in units of 1 / r
-            dr -= dcenter * tl.div_rn(delta, tl.where(kept, r, 1.0))
-        dspread = -0.5 * dr * r * r * r
+            dr -= dcenter * tl.div_rn(delta, tl.where(kc_mask, r, 1.0))
+        dvariance = -0.5 * dr * r * r * r
         if STD:
-            dspread = -dr * r * r
-        dspread = dspread * p
+            dvariance = -dr * r * r
+        dvariance = dvariance * p
         if RENORM:
             p = p * 0.0 + 1.0
         if STD_OF_VAR:
-            dspread = tl.where(spread >= TINY, 0.5 * tl.div_rn(dspread, tl.sqrt_rn(tl.maximum(spread, TINY))), 0.0)
-        tl.store(dweight + at, dgamma * r * factor, mask=kept)
-        tl.store(dbias + at, tl.sum(by_beta, 0) * factor, mask=kept)
+            dvariance = tl.where(
+                variance >= TINY, 0.5 * tl.div_rn(dvariance, tl.sqrt_rn(tl.maximum(variance, TINY))), 0.0
+            )
+        tl.store(dweight + at, dgamma * r * factor, mask=kc_mask)
+        tl.store(dbias + at, tl.sum(by_beta, 0) * factor, mask=kc_mask)
         if RANKS == 1:
-            tl.store(by + at, p * dcenter, mask=kept)
-            tl.store(by + channels + at, dspread, mask=kept)
-            tl.store(centered + at, tl.sum(by_m, 0), mask=kept)
+            tl.store(dpooled + at, p * dcenter, mask=kc_mask)
+            tl.store(dpooled + channels + at, dvariance, mask=kc_mask)
+            tl.store(centered + at, tl.sum(by_m, 0), mask=kc_mask)
         elif CENTER:
-            between = tl.load(stats + 2 * rows + at, mask=kept, other=0.0)
-            dm = tl.sum(by_m, 0) - (1.0 - p) * (base + rest) * dcenter + 2.0 * f[None, :] * between * dspread
+            between = tl.load(stats + 2 * rows + at, mask=kc_mask, other=0.0)
+            dm = tl.sum(by_m, 0) - (1.0 - p) * (base + rest) * dcenter + 2.0 * f[None, :] * between * dvariance
             tl.store(dcenter_weight + c, tl.sum(dm, 0), mask=inside)
         if SCALE:
             tl.store(dscale_weight + c, tl.sum(tl.sum(by_v, 0), 0), mask=inside)
@@ -144,21 +148,21 @@ def channels_vjp(
             tl.store(daffine_weight + c, tl.sum(tl.sum(by_a, 0), 0), mask=inside)
             tl.store(daffine_bias + c, tl.sum(tl.sum(by_c, 0), 0), mask=inside)
     if RANKS == 2:
-        dspread = tl.load(by + channels + at, mask=kept, other=0.0)
-        far = 2.0 * tl.load(apart + at, mask=kept, other=0.0) * dspread
-        dbatch = f[None, :] * (tl.load(by + at, mask=kept, other=0.0) - far)
+        dvariance = tl.load(dpooled + channels + at, mask=kc_mask, other=0.0)
+        far = 2.0 * tl.load(apart + at, mask=kc_mask, other=0.0) * dvariance
+        dbatch = f[None, :] * (tl.load(dpooled + at, mask=kc_mask, other=0.0) - far)
         if CENTER:
-            dm = tl.load(centered + at, mask=kept, other=0.0)
-            dm += (base + rest) * (tl.load(by + 2 * channels + at, mask=kept, other=0.0) - far)
-            dm += 2.0 * f[None, :] * tl.load(stats + 2 * rows + at, mask=kept, other=0.0) * dspread
+            dm = tl.load(centered + at, mask=kc_mask, other=0.0)
+            dm += (base + rest) * (tl.load(dpooled + 2 * channels + at, mask=kc_mask, other=0.0) - far)
+            dm += 2.0 * f[None, :] * tl.load(stats + 2 * rows + at, mask=kc_mask, other=0.0) * dvariance
             tl.store(dcenter_weight + c, tl.sum(dm, 0), mask=inside)
     else:
         dbatch = p * f[None, :] * dcenter
-    if OWN and RANKS != 1:
-        curve = 2.0 * (f * f)[None, :] * dspread
+    if MOMENTS and RANKS != 1:
+        curve = 2.0 * (f * f)[None, :] * dvariance
         if GATE:
-            beta_ = per_channel(bias, at, kept, 0.0, BIAS) * factor
-            dshares += tl.program_id(0).to(tl.int64) * ((samples + 1) * contexts)
+            beta_ = per_channel(bias, at, kc_mask, 0.0, BIAS) * factor
+            dresponsibilities += tl.program_id(0).to(tl.int64) * ((samples + 1) * contexts)
             part = tl.maximum(1.0 - mass * size / tl.cast(least, tl.float32), 0.0)
             wide = tl.maximum(mass, TINY)
             dpart = tl.where(part > 0.0, -1.0 * size / tl.cast(least, tl.float32), 0.0)
@@ -166,34 +170,38 @@ def channels_vjp(
         for begin in range(0, samples, N_BLOCK):
             n = begin + tl.arange(0, N_BLOCK)
             keep = (n[:, None] < samples) & inside[None, :]
-            g, a = weights_at(shares, share_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK)
+            g, a = weights_at(
+                responsibilities, responsibility_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK
+            )
             mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
-                total, dot, coef, own, n, c, keep, number, channels, pieces, sample_stride, stride, g, base[None, :, :],
-                rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b, w_a, b_a,
-                unit_scale, unit_affine, OWN, MERGE, SCALE, AFFINE,
+                total, dot, affine, moments, n, c, keep, number, channels, pieces, sample_stride, stride, g,
+                base[None, :, :], rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b,
+                w_a, b_a, unit_scale, unit_affine, MOMENTS, MERGE, SCALE, AFFINE,
             )  # fmt: skip
             dmean = f * dz - direct + a * (dbatch[None, :, :] + curve[None, :, :] * e)
             if AFFINE:
                 dmean += u2 * w_a
-            slope = tl.sum(a * dspread[None, :, :], 1) * 2.0 / size
+            slope = tl.sum(a * dvariance[None, :, :], 1) * 2.0 / size
             i = n[:, None] * channels + c[None, :]
-            tl.store(line + i, tl.sum(dmean, 1) / size - slope * d, mask=keep)
-            tl.store(line + number + i, slope, mask=keep)
+            tl.store(dx_affine + i, tl.sum(dmean, 1) / size - slope * d, mask=keep)
+            tl.store(dx_affine + number + i, slope, mask=keep)
             if GATE:
-                v = tl.load(own + 2 * number + i, mask=keep, other=0.0)[:, None, :]
-                by_weight = tl.sum(dbatch[None, :, :] * e + dspread[None, :, :] * (v + e * e), 2)
-                mine = tl.sum((t1[:, None, :] + t0[:, None, :] * (z - d[:, None, :])) * (gamma * r)[None, :, :] + t0[:, None, :] * beta_[None, :, :], 2)  # noqa: E501  # fmt: skip
-                share = tl.sum(g, 2) / wide[None, :]
-                every += by_weight * (dpart[None, :] * (1.0 / samples - share) - (1.0 - part)[None, :] * share / wide[None, :])  # noqa: E501  # fmt: skip
+                v = tl.load(moments + 2 * number + i, mask=keep, other=0.0)[:, None, :]
+                by_weight = tl.sum(dbatch[None, :, :] * e + dvariance[None, :, :] * (v + e * e), 2)
+                dresponsibility = tl.sum((t1[:, None, :] + t0[:, None, :] * (z - d[:, None, :])) * (gamma * r)[None, :, :] + t0[:, None, :] * beta_[None, :, :], 2)  # noqa: E501  # fmt: skip
+                fraction = tl.sum(g, 2) / wide[None, :]
+                every += by_weight * (dpart[None, :] * (1.0 / samples - fraction) - (1.0 - part)[None, :] * fraction / wide[None, :])  # noqa: E501  # fmt: skip
                 here = (n[:, None] < samples) & (q_[None, :] < contexts)
-                mine += by_weight * ((1.0 - part) / wide)[None, :]
-                tl.store(dshares + (n[:, None] + 1) * contexts + q_[None, :], mine, mask=here)
+                dresponsibility += by_weight * ((1.0 - part) / wide)[None, :]
+                tl.store(dresponsibilities + (n[:, None] + 1) * contexts + q_[None, :], dresponsibility, mask=here)
         if GATE:
-            tl.store(dshares + q_, tl.sum(every, 0), mask=q_ < contexts)
+            tl.store(dresponsibilities + q_, tl.sum(every, 0), mask=q_ < contexts)
 
 
 @triton.jit
-def gate_logits_vjp(dshares, shares, dlogits, samples, contexts, blocks, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+def gate_logits_vjp(
+    dresponsibilities, responsibilities, dlogits, samples, contexts, blocks, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):
     """The gradient of a sample's logits, (N, K), all blocks of channels added up."""
     n, q = tl.program_id(0), tl.arange(0, K_BLOCK)
     total = tl.zeros((BLOCK, K_BLOCK), tl.float32)
@@ -201,17 +209,17 @@ def gate_logits_vjp(dshares, shares, dlogits, samples, contexts, blocks, K_BLOCK
         b = begin + tl.arange(0, BLOCK)
         keep = (b[:, None] < blocks) & (q[None, :] < contexts)
         at = b[:, None].to(tl.int64) * ((samples + 1) * contexts) + q[None, :]
-        total += tl.load(dshares + at, mask=keep, other=0.0)
-        total += tl.load(dshares + at + (n + 1) * contexts, mask=keep, other=0.0)
+        total += tl.load(dresponsibilities + at, mask=keep, other=0.0)
+        total += tl.load(dresponsibilities + at + (n + 1) * contexts, mask=keep, other=0.0)
     dg = tl.sum(total, 0)
-    g = tl.load(shares + n * contexts + q, mask=q < contexts, other=0.0)
+    g = tl.load(responsibilities + n * contexts + q, mask=q < contexts, other=0.0)
     tl.store(dlogits + n * contexts + q, g * (dg - tl.sum(g * dg, 0)), mask=q < contexts)
 
 
 @triton.jit
 def gate_vjp(
-    dlogits, coef, own, gate_weight, dgate_weight, dgate_bias, line, samples, number, channels, contexts, size,
-    N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    dlogits, affine, moments, gate_weight, dgate_weight, dgate_bias, dx_affine, samples, number, channels, contexts,
+    size, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gate's weight and bias, (K, C) and (K,), and the means' part of the constant of dx."""
     c, q = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK), tl.arange(0, K_BLOCK)
@@ -226,10 +234,10 @@ def gate_vjp(
         i = n[:, None] * channels + c[None, :]
         here = (n[:, None] < samples) & (q[None, :] < contexts)
         dl = tl.load(dlogits + n[:, None] * contexts + q[None, :], mask=here, other=0.0)
-        mean = tl.load(coef + i, mask=keep, other=0.0) + tl.load(own + number + i, mask=keep, other=0.0)
+        mean = tl.load(affine + i, mask=keep, other=0.0) + tl.load(moments + number + i, mask=keep, other=0.0)
         dw += dl[:, :, None] * mean[:, None, :]
         db += dl
-        constant = tl.load(line + i, mask=keep, other=0.0)
-        tl.store(line + i, constant + tl.sum(dl[:, :, None] * w[None, :, :], 1) / size, mask=keep)
+        constant = tl.load(dx_affine + i, mask=keep, other=0.0)
+        tl.store(dx_affine + i, constant + tl.sum(dl[:, :, None] * w[None, :, :], 1) / size, mask=keep)
     tl.store(dgate_weight + at, tl.sum(dw, 0), mask=inside)
     tl.store(dgate_bias + q, tl.sum(db, 0), mask=(q < contexts) & (tl.program_id(0) == 0))

@@ -18,9 +18,11 @@ def directions(x, inverse, out, samples, units, ALIGN: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def decide(seen, parts, last, measured, kept_out, in_a_row, threshold, samples, jobs, BLOCK: tl.constexpr):
+def decide(
+    survey_out, parts, last, measured, skipped_condensed, in_a_row, threshold, samples, jobs, BLOCK: tl.constexpr
+):
     """Tell whether the batch is condensed: every program for itself, of which the first moves the counters."""
-    inverse = seen + 2 + 3 + samples  # of a batch without contexts, see ``tracking``
+    inverse = survey_out + 2 + 3 + samples  # of a batch without contexts, see ``tracking``
     alive, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, samples, BLOCK):
         n = begin + tl.arange(0, BLOCK)
@@ -31,12 +33,12 @@ def decide(seen, parts, last, measured, kept_out, in_a_row, threshold, samples, 
     m = tl.sum(alive, 0)
     similarity = (tl.sum(total, 0) - m) / tl.maximum(m * (m - 1.0), 1.0)
     defined = (tl.abs(similarity) < float("inf")) & (m >= 2.0)
-    yes = defined & (similarity > tl.load(threshold).to(tl.float32)) & (tl.load(seen + 1) != 0.0)
+    yes = defined & (similarity > tl.load(threshold).to(tl.float32)) & (tl.load(survey_out + 1) != 0.0)
     first = tl.program_id(0) == 0
-    row, number, kept = tl.load(in_a_row), tl.load(measured), tl.load(kept_out)
+    row, number, skips = tl.load(in_a_row), tl.load(measured), tl.load(skipped_condensed)
     tl.debug_barrier()  # every thread has read what is now written
     tl.store(last, similarity, mask=defined & first)
     tl.store(measured, number + defined.to(tl.int64), mask=first)
-    tl.store(kept_out, kept + yes.to(tl.int64), mask=first)
+    tl.store(skipped_condensed, skips + yes.to(tl.int64), mask=first)
     tl.store(in_a_row, tl.where(yes, row + 1, 0), mask=first)
     return yes

@@ -1,4 +1,4 @@
-"""Which equations of ``channels`` run, and with which numbers; passed through an operator's schema as plain numbers."""
+"""Which equations of the per-channel family run, and with which numbers."""
 
 from __future__ import annotations
 
@@ -6,96 +6,101 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class ChannelPlan:
-    """Which equations, in integers.
+class PerChannelFlags:
+    """Which equations run; all off is batch normalization without parameters, on given statistics.
 
     Args:
-        own: the moments of x are needed.
-        frozen: the statistics are the running ones.
-        blend: they are mixed with the running ones by alpha.
-        std: the spread is a standard deviation, with eps beside the root.
-        powers: alpha follows from the number of batches.
-        detach: no gradient passes through the batch's statistics.
-        choose: 1 where running statistics replace those of a condensed batch, 2 where it only does not move them, 3
-            where it is normalized by its own, scaled and moved to the value of the running ones.
-        track: 0 leaves the running statistics, 1 moves them by the momentum or alpha, 2 averages all batches.
-        contexts: K; 0 for the whole batch.
-        center: a sample's mean strengthens it.
-        scale: the normalized mean gates it.
-        affine: the mean gates it.
-        min_updates: of the running statistics before a batch may count as condensed.
-        max_skip: condensed batches in a row.
-        prior: weight and bias of a context are multiplied by 1 / sqrt(its running share).
-        pooled: all contexts have the same statistics, and a sample the running share in each.
-        gate: the shares are the softmax of a linear map of a sample's means.
+        needs_moments: the moments of x are needed; not so where everything comes from the running statistics.
+        frozen: the running statistics stand in for the batch's.
+        blend: the batch's statistics are mixed with the running ones by alpha (dbn).
+        std: what is divided by is a standard deviation plus eps, not sqrt(variance + eps) (dbn).
+        powers: alpha follows from the number of batches, alpha(m) = 1 / m^power (dbn).
+        detach: no gradient passes through the batch's statistics (dbn).
+        condensed: what happens to a batch that is condensed (ubn). 0: it is not measured. 1: the running statistics
+            replace its own. 2: it does not move the running statistics. 3: it is normalized by its own, scaled and
+            moved to the value of the running ones.
+        track: 0 leaves the running statistics as they are, 1 moves them by the momentum or alpha, 2 averages all
+            batches.
+        contexts: number of contexts K, each with statistics of its own (cn); 0 for one set of the whole batch.
+        center: a sample's mean strengthens it (rbn, ubn).
+        scale: the normalized mean gates it (rbn, ubn).
+        affine: the mean gates it (ubn).
+        min_updates: updates of the running statistics before a batch may count as condensed.
+        max_skip: condensed batches in a row before one counts all the same.
+        prior: weight and bias of a context are multiplied by 1 / sqrt(its prior), the running mean of its
+            responsibilities.
+        pooled: all contexts have the same statistics, and each sample's responsibilities are the priors.
+        gate: the responsibilities are the softmax of a linear map of a sample's means.
         ranks: the batch lies on several ranks.
     """
 
-    own: int = 0
-    frozen: int = 0
-    blend: int = 0
-    std: int = 0
-    powers: int = 0
-    detach: int = 0
-    choose: int = 0
+    needs_moments: bool = False
+    frozen: bool = False
+    blend: bool = False
+    std: bool = False
+    powers: bool = False
+    detach: bool = False
+    condensed: int = 0
     track: int = 0
     contexts: int = 0
-    center: int = 0
-    scale: int = 0
-    affine: int = 0
+    center: bool = False
+    scale: bool = False
+    affine: bool = False
     min_updates: int = 0
     max_skip: int = 0
-    prior: int = 0
-    pooled: int = 0
-    gate: int = 0
-    ranks: int = 0
+    prior: bool = False
+    pooled: bool = False
+    gate: bool = False
+    ranks: bool = False
 
     @property
     def rows(self) -> int:
-        """Return the rows of the statistics: contexts, or 1."""
+        """Return the sets of statistics: K, or 1."""
         return max(self.contexts, 1)
 
     @property
-    def lines(self) -> int:
-        """Return how many statistics ``channels_of`` leaves."""
+    def num_statistics(self) -> int:
+        """Return how many numbers ``channels_of`` stores for each context and channel."""
         return (9 if self.blend else 7) + self.ranks
 
     @property
-    def moves(self) -> bool:
-        """Return whether channels move their running statistics themselves; blended ones are moved afterwards."""
+    def moves_with_channels(self) -> bool:
+        """Return whether each program moves the running statistics of its channels; ``commit`` moves blended ones."""
         return bool(self.track and not self.blend)
 
     @property
-    def looks(self) -> bool:
+    def surveys_samples(self) -> bool:
         """Return whether whole samples must be looked at before each channel can stand alone."""
-        return bool(self.moves or self.choose or self.gate)
+        return bool(self.moves_with_channels or self.condensed or self.gate)
 
     @property
     def surveys(self) -> bool:
         """Return whether anything must be known before each channel can stand alone."""
-        return bool(self.looks or self.prior or (self.contexts and self.frozen))
+        return bool(self.surveys_samples or self.prior or (self.contexts and self.frozen))
 
-    def seen(self, n: int) -> int:
-        """Return how many numbers ``survey`` leaves for n samples."""
-        of_sample = self.looks + (self.choose > 0) + self.gate * self.rows
+    def survey_size(self, n: int) -> int:
+        """Return how many numbers ``survey`` stores for n samples."""
+        of_sample = self.surveys_samples + (self.condensed > 0) + self.gate * self.rows
         return 2 + 3 * self.rows + n * of_sample if self.surveys else 0
 
     def constants(self) -> dict[str, bool]:
         """Return the compile-time arguments that both directions share."""
-        names = ("own", "std", "contexts", "center", "scale", "affine", "prior")
-        return {name.upper(): bool(getattr(self, name)) for name in names}
+        return {
+            "MOMENTS": self.needs_moments, "STD": self.std, "CONTEXTS": self.contexts > 0, "CENTER": self.center,
+            "SCALE": self.scale, "AFFINE": self.affine, "PRIOR": self.prior,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """The real numbers of a plan.
+class PerChannelNumbers:
+    """The real numbers in the equations.
 
     Args:
-        eps: inside the root, or beside it.
-        least: elements below which a context is drawn towards all samples.
-        power: alpha(m) = 1 / m^power.
-        unit_scale: what the gate of the normalized mean is multiplied by.
-        unit_affine: what the gate of the mean is multiplied by.
+        eps: inside the root, or beside it with ``std``.
+        least: elements below which a context's statistics are drawn towards those of all samples (cn).
+        power: alpha(m) = 1 / m^power (dbn).
+        unit_scale: what the gate of the normalized mean is multiplied by, so that it starts at 1 (rbn, ubn).
+        unit_affine: what the gate of the mean is multiplied by, likewise (ubn).
     """
 
     eps: float

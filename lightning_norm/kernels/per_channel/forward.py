@@ -16,25 +16,27 @@ import triton
 import triton.language as tl
 
 from lightning_norm.kernels.mixture.forward import per_channel
-from lightning_norm.kernels.passes.reductions import read_moments
+from lightning_norm.kernels.passes.forward import read_moments
 from lightning_norm.kernels.per_channel.condensation import decide
 from lightning_norm.kernels.per_channel.running_stats import TINY, move, new_weight
 
 
 @triton.jit
-def masses(shares, stride, samples, contexts, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):
+def masses(responsibilities, stride, samples, contexts, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):
     """Samples in each context, (K,)."""
     q = tl.arange(0, K_BLOCK)
     mass = tl.zeros((N_BLOCK, K_BLOCK), tl.float32)
     for begin in range(0, samples, N_BLOCK):
         n = begin + tl.arange(0, N_BLOCK)
         inside = (n[:, None] < samples) & (q[None, :] < contexts)
-        mass += tl.load(shares + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
+        mass += tl.load(responsibilities + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
     return tl.sum(mass, 0)
 
 
 @triton.jit
-def weights_at(shares, stride, mass, n, samples, contexts, size, least, CONTEXTS: tl.constexpr, K_BLOCK: tl.constexpr):
+def weights_at(
+    responsibilities, stride, mass, n, samples, contexts, size, least, CONTEXTS: tl.constexpr, K_BLOCK: tl.constexpr
+):
     """A sample's share in each context, and its weight in that context's statistics, (N, K, 1) each.
 
     The shares of two samples lie ``stride`` apart. A context of fewer than ``least`` elements is drawn towards all
@@ -43,7 +45,7 @@ def weights_at(shares, stride, mass, n, samples, contexts, size, least, CONTEXTS
     q = tl.arange(0, K_BLOCK)
     inside = (n[:, None] < samples) & (q[None, :] < contexts)
     if CONTEXTS:
-        g = tl.load(shares + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
+        g = tl.load(responsibilities + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
         part = tl.maximum(1.0 - mass * size / tl.cast(least, tl.float32), 0.0)[None, :]
         a = (1.0 - part) * g / tl.maximum(mass, TINY)[None, :] + part / samples
     else:
@@ -53,30 +55,32 @@ def weights_at(shares, stride, mass, n, samples, contexts, size, least, CONTEXTS
 
 
 @triton.jit
-def by_share(seen, contexts, K_BLOCK: tl.constexpr):
+def prior_scale(survey_out, contexts, K_BLOCK: tl.constexpr):
     """1 / sqrt of the running share of each context, (K,)."""
     q = tl.arange(0, K_BLOCK)
-    share = tl.load(seen + 2 + 2 * contexts + q, mask=q < contexts, other=1.0)
-    return tl.rsqrt(tl.maximum(share, 0.01))
+    prior = tl.load(survey_out + 2 + 2 * contexts + q, mask=q < contexts, other=1.0)
+    return tl.rsqrt(tl.maximum(prior, 0.01))
 
 
 @triton.jit
-def running_of(running_mean, running_spread, seen, at, kept, contexts, POOLED: tl.constexpr, K_BLOCK: tl.constexpr):
+def running_of(
+    running_mean, running_var, survey_out, at, kc_mask, contexts, POOLED: tl.constexpr, K_BLOCK: tl.constexpr
+):
     """The mean of all contexts, (C,), and each context's mean, from there, and variance, (K, C).
 
     A new context has those of all together, with ``POOLED`` every one.
     """
     q = tl.arange(0, K_BLOCK)
-    share = tl.load(seen + 2 + 2 * contexts + q, mask=q < contexts, other=0.0)[:, None]
-    new = tl.load(seen + 2 + contexts + q, mask=q < contexts, other=0.0)[:, None] != 0.0
-    mean = tl.load(running_mean + at, mask=kept, other=0.0)
-    var = tl.load(running_spread + at, mask=kept, other=0.0)
-    first = tl.sum(share * mean, 0)
+    prior = tl.load(survey_out + 2 + 2 * contexts + q, mask=q < contexts, other=0.0)[:, None]
+    new = tl.load(survey_out + 2 + contexts + q, mask=q < contexts, other=0.0)[:, None] != 0.0
+    mean = tl.load(running_mean + at, mask=kc_mask, other=0.0)
+    var = tl.load(running_var + at, mask=kc_mask, other=0.0)
+    first = tl.sum(prior * mean, 0)
     away = mean - first[None, :]
-    rest = tl.sum(share * away, 0)[None, :]
-    pooled = tl.sum(share * (var + (away - rest) * (away - rest)), 0)[None, :]
+    rest = tl.sum(prior * away, 0)[None, :]
+    pooled = tl.sum(prior * (var + (away - rest) * (away - rest)), 0)[None, :]
     if POOLED:
-        new = new | (share >= 0.0)
+        new = new | (prior >= 0.0)
     return first, tl.where(new, rest, away), tl.where(new, pooled, var)
 
 
@@ -89,8 +93,8 @@ def gate(w, b, k, unit):
 
 @triton.jit
 def batch_of(
-    hi, lo, var, shares, mass, first, c, samples, channels, contexts, share_stride, pieces, sample_stride, stride,
-    piece, size, fold, least, MERGE: tl.constexpr, CONTEXTS: tl.constexpr, N_BLOCK: tl.constexpr,
+    hi, lo, var, responsibilities, mass, first, c, samples, channels, contexts, responsibility_stride, pieces,
+    sample_stride, stride, piece, size, fold, least, MERGE: tl.constexpr, CONTEXTS: tl.constexpr, N_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mean, counted from ``first``, and variance within and between samples, (K, C) each."""
@@ -100,7 +104,9 @@ def batch_of(
         n = begin + tl.arange(0, N_BLOCK)
         keep = (n[:, None] < samples) & inside[None, :]
         k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-        g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
+        g, a = weights_at(
+            responsibilities, responsibility_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK
+        )
         total += a * tl.where(keep, k - first[None, :] + d, 0.0)[:, None, :]
     mean = tl.sum(total, 0)
     inner = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
@@ -109,7 +115,9 @@ def batch_of(
         n = begin + tl.arange(0, N_BLOCK)
         keep = (n[:, None] < samples) & inside[None, :]
         k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-        g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
+        g, a = weights_at(
+            responsibilities, responsibility_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK
+        )
         e = (k - first[None, :] + d)[:, None, :] - mean[None, :, :]
         inner += a * v[:, None, :]
         outer += a * e * e
@@ -142,15 +150,15 @@ def pool_channels(
 
 @triton.jit
 def channels_of(
-    hi, lo, var, shares, weight, bias, center_weight, scale_weight, scale_bias, affine_weight, affine_bias,
-    running_mean, running_spread, tracked, skipped, updates, prior, last, measured, kept_out, in_a_row, rate,
-    threshold, seen, parts, pooled, gathered, own, stats, coef, samples, number, channels, contexts, share_stride,
-    jobs, pieces, sample_stride, stride, piece, size, fold, eps, least, power, unit_scale, unit_affine,
-    OWN: tl.constexpr, MERGE: tl.constexpr, FROZEN: tl.constexpr, BLEND: tl.constexpr, STD: tl.constexpr,
-    POWER: tl.constexpr, DETACH: tl.constexpr, CHOOSE: tl.constexpr, MOVE: tl.constexpr, CONTEXTS: tl.constexpr,
-    PRIOR: tl.constexpr, POOLED: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr, AFFINE: tl.constexpr,
-    RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-    C_BLOCK: tl.constexpr,
+    hi, lo, var, responsibilities, weight, bias, center_weight, scale_weight, scale_bias, affine_weight, affine_bias,
+    running_mean, running_var, tracked, skipped, updates, prior, last, measured, skipped_condensed, in_a_row, rate,
+    threshold, survey_out, parts, pooled, gathered, moments, stats, affine, samples, number, channels, contexts,
+    responsibility_stride, jobs, pieces, sample_stride, stride, piece, size, fold, eps, least, power, unit_scale,
+    unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr, FROZEN: tl.constexpr, BLEND: tl.constexpr,
+    STD: tl.constexpr, POWER: tl.constexpr, DETACH: tl.constexpr, CONDENSED: tl.constexpr, MOVE: tl.constexpr,
+    CONTEXTS: tl.constexpr, PRIOR: tl.constexpr, POOLED: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr,
+    AFFINE: tl.constexpr, RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pivot, scale and offset (3, N * C), and ``stats`` (7 or 9, K, C); the running statistics move, see ``tracking``.
 
@@ -163,41 +171,41 @@ def channels_of(
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
     inside = c < channels
     q = tl.arange(0, K_BLOCK)
-    kept = (q[:, None] < contexts) & inside[None, :]
+    kc_mask = (q[:, None] < contexts) & inside[None, :]
     at = q[:, None] * channels + c[None, :]
     if FROZEN and CONTEXTS:
-        first, away, old = running_of(running_mean, running_spread, seen, at, kept, contexts, POOLED, K_BLOCK)
+        first, away, old = running_of(running_mean, running_var, survey_out, at, kc_mask, contexts, POOLED, K_BLOCK)
     else:
-        first = tl.load((hi if OWN else running_mean) + c, mask=inside, other=0.0).to(tl.float32)
+        first = tl.load((hi if MOMENTS else running_mean) + c, mask=inside, other=0.0).to(tl.float32)
     w_m = per_channel(center_weight, c, inside, 0.0, CENTER)
     f = 1.0 + w_m
     mass = tl.zeros((K_BLOCK,), tl.float32)
     if CONTEXTS:
-        mass = masses(shares, share_stride, samples, contexts, N_BLOCK, K_BLOCK)
+        mass = masses(responsibilities, responsibility_stride, samples, contexts, N_BLOCK, K_BLOCK)
     mean = tl.zeros((K_BLOCK, C_BLOCK), tl.float32)
     within, between, apart = mean, mean, mean
     if not FROZEN:
         mean, within, between = batch_of(
-            hi, lo, var, shares, mass, first, c, samples, channels, contexts, share_stride, pieces, sample_stride,
-            stride, piece, size, fold, least, MERGE, CONTEXTS, N_BLOCK, K_BLOCK, C_BLOCK,
+            hi, lo, var, responsibilities, mass, first, c, samples, channels, contexts, responsibility_stride, pieces,
+            sample_stride, stride, piece, size, fold, least, MERGE, CONTEXTS, N_BLOCK, K_BLOCK, C_BLOCK,
         )  # fmt: skip
-    spread = within + (f * f)[None, :] * between
+    variance = within + (f * f)[None, :] * between
     if RANKS:
         of_all, rest = (
             tl.load(pooled + c, mask=inside, other=0.0),
             tl.load(pooled + channels + c, mask=inside, other=0.0),
         )
-        spread = tl.load(pooled + 2 * channels + c, mask=inside, other=0.0)[None, :] + mean * 0.0
+        variance = tl.load(pooled + 2 * channels + c, mask=inside, other=0.0)[None, :] + mean * 0.0
         apart = (tl.fma(-w_m, first, of_all - first) + rest)[None, :] - f[None, :] * mean
-    used, delta, p = spread, apart, mean * 0.0 + 1.0
-    if BLEND or CHOOSE % 2 == 1 or (FROZEN and not CONTEXTS):
-        old = tl.load(running_spread + c, mask=inside, other=0.0).to(tl.float32)[None, :] + mean * 0.0
+    used, delta, p = variance, apart, mean * 0.0 + 1.0
+    if BLEND or CONDENSED % 2 == 1 or (FROZEN and not CONTEXTS):
+        old = tl.load(running_var + c, mask=inside, other=0.0).to(tl.float32)[None, :] + mean * 0.0
         away = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32) - first - w_m * first
         away = away[None, :] - f[None, :] * mean
         if RANKS:
             away = (tl.load(running_mean + c, mask=inside, other=0.0) - of_all - rest)[None, :] + mean * 0.0
     if STD and not FROZEN:
-        used = tl.sqrt_rn(tl.maximum(spread, TINY))
+        used = tl.sqrt_rn(tl.maximum(variance, TINY))
     if FROZEN:
         used, delta, p = old, away, mean * 0.0
     elif BLEND:
@@ -205,19 +213,19 @@ def channels_of(
         blend = (1.0 - alpha) * away
         delta, used, p = blend + apart, alpha * used + (1.0 - alpha) * old, p * alpha
     off = tl.program_id(0) < 0
-    if CHOOSE != 0:
-        off = decide(seen, parts, last, measured, kept_out, in_a_row, threshold, samples, jobs, 256)
-    if CHOOSE == 1:
+    if CONDENSED != 0:
+        off = decide(survey_out, parts, last, measured, skipped_condensed, in_a_row, threshold, samples, jobs, 256)
+    if CONDENSED == 1:
         used, delta = tl.where(off, old, used), tl.where(off, away, delta)
         p = tl.where(off, 0.0, p)
-    if CHOOSE == 3:  # p is the ratio of the variances, and delta a constant in units of 1 / r
-        p = tl.minimum(tl.maximum(tl.div_rn(old + eps, spread + eps), 1.0 / 9.0), 9.0)
+    if CONDENSED == 3:  # p is the ratio of the variances, and delta a constant in units of 1 / r
+        p = tl.minimum(tl.maximum(tl.div_rn(old + eps, variance + eps), 1.0 / 9.0), 9.0)
         p = tl.where(off, p, 1.0)
     if DETACH:
         p = p * 0.0
     one = tl.full((), 1.0, tl.float32)
-    if CHOOSE == 3:
-        r = tl.div_rn(one, tl.sqrt_rn((spread + eps) * p))
+    if CONDENSED == 3:
+        r = tl.div_rn(one, tl.sqrt_rn((variance + eps) * p))
         apart = tl.div_rn(away, tl.sqrt_rn(old + eps))
         delta = tl.where(off, tl.div_rn(tl.minimum(tl.maximum(apart, -5.0), 5.0), r), 0.0)
     elif STD:
@@ -232,49 +240,51 @@ def channels_of(
     target = f[None, :] * base
     if RANKS:
         count, target = tl.load(gathered).to(tl.float32), (of_all + rest)[None, :] + mean * 0.0
-        spread = tl.where(count > 1.0, spread, float("nan"))  # too few for a variance: nothing moves
+        variance = tl.where(count > 1.0, variance, float("nan"))  # too few for a variance: nothing moves
     rows = contexts * channels
-    tl.store(stats + at, base, mask=kept)
-    tl.store(stats + rows + at, mean - (base - first[None, :]), mask=kept)
-    tl.store(stats + 2 * rows + at, between, mask=kept)
-    tl.store(stats + 3 * rows + at, spread, mask=kept)
-    tl.store(stats + 4 * rows + at, delta, mask=kept)
-    tl.store(stats + 5 * rows + at, r, mask=kept)
-    tl.store(stats + 6 * rows + at, p, mask=kept)
+    tl.store(stats + at, base, mask=kc_mask)
+    tl.store(stats + rows + at, mean - (base - first[None, :]), mask=kc_mask)
+    tl.store(stats + 2 * rows + at, between, mask=kc_mask)
+    tl.store(stats + 3 * rows + at, variance, mask=kc_mask)
+    tl.store(stats + 4 * rows + at, delta, mask=kc_mask)
+    tl.store(stats + 5 * rows + at, r, mask=kc_mask)
+    tl.store(stats + 6 * rows + at, p, mask=kc_mask)
     if BLEND:
         if RANKS:
             target = of_all[None, :] + (rest[None, :] + blend)
         else:
             target = target + blend
-        tl.store(stats + 7 * rows + at, target, mask=kept)
-        tl.store(stats + 8 * rows + at, used, mask=kept)
+        tl.store(stats + 7 * rows + at, target, mask=kc_mask)
+        tl.store(stats + 8 * rows + at, used, mask=kc_mask)
     if RANKS:
-        tl.store(stats + (9 if BLEND else 7) * rows + at, apart, mask=kept)
+        tl.store(stats + (9 if BLEND else 7) * rows + at, apart, mask=kc_mask)
     if MOVE:
         move(
-            target, spread * (count / tl.maximum(count - 1.0, 1.0)), mass / tl.maximum(samples, 1), off, running_mean,
-            running_spread, tracked, skipped, prior, rate, seen, pooled, count > 1.0, at, kept, samples, channels,
+            target, variance * (count / tl.maximum(count - 1.0, 1.0)), mass / tl.maximum(samples, 1), off, running_mean,
+            running_var, tracked, skipped, prior, rate, survey_out, pooled, count > 1.0, at, kc_mask, samples, channels,
             contexts, CONTEXTS, MOVE == 2, RANKS, K_BLOCK, 256,
         )  # fmt: skip
-    gamma = per_channel(weight, at, kept, 1.0, WEIGHT)[None, :, :]
-    beta = per_channel(bias, at, kept, 0.0, BIAS)[None, :, :]
+    gamma = per_channel(weight, at, kc_mask, 1.0, WEIGHT)[None, :, :]
+    beta = per_channel(bias, at, kc_mask, 0.0, BIAS)[None, :, :]
     if PRIOR:
-        factor = by_share(seen, contexts, K_BLOCK)[None, :, None]
+        factor = prior_scale(survey_out, contexts, K_BLOCK)[None, :, None]
         gamma, beta = gamma * factor, beta * factor
     for begin in range(0, samples, N_BLOCK):
         n = begin + tl.arange(0, N_BLOCK)
         keep = (n[:, None] < samples) & inside[None, :]
         i = n[:, None] * channels + c[None, :]
-        if OWN:
+        if MOMENTS:
             k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
             if MERGE:
-                tl.store(own + i, k, mask=keep)
-                tl.store(own + number + i, d, mask=keep)
-                tl.store(own + 2 * number + i, v, mask=keep)
+                tl.store(moments + i, k, mask=keep)
+                tl.store(moments + number + i, d, mask=keep)
+                tl.store(moments + 2 * number + i, v, mask=keep)
         else:
             k = first[None, :] + tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
             d = k * 0.0
-        g, a = weights_at(shares, share_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK)
+        g, a = weights_at(
+            responsibilities, responsibility_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK
+        )
         z = f[None, None, :] * ((k - first[None, :] + d)[:, None, :] - mean[None, :, :]) - delta[None, :, :]
         scale = gamma * r[None, :, :]
         if SCALE:
@@ -286,6 +296,6 @@ def channels_of(
             s, h = gate(w.to(tl.float32), b.to(tl.float32), (k + d)[:, None, :], unit_affine)
             scale = scale * h
         offset = g * (beta + scale * (z - d[:, None, :]))
-        tl.store(coef + i, k, mask=keep)
-        tl.store(coef + number + i, tl.sum(g * scale, 1), mask=keep)
-        tl.store(coef + 2 * number + i, tl.sum(offset, 1), mask=keep)
+        tl.store(affine + i, k, mask=keep)
+        tl.store(affine + number + i, tl.sum(g * scale, 1), mask=keep)
+        tl.store(affine + 2 * number + i, tl.sum(offset, 1), mask=keep)

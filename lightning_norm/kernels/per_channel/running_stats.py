@@ -9,14 +9,14 @@ new and its share among those that are not, (K,) each; then of each sample how m
 import triton
 import triton.language as tl
 
-from lightning_norm.kernels.passes.reductions import read_moments
+from lightning_norm.kernels.passes.forward import read_moments
 
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
 def survey(
-    hi, lo, var, gate_weight, gate_bias, running_mean, running_spread, tracked, in_a_row, prior, seen, samples,
+    hi, lo, var, gate_weight, gate_bias, running_mean, running_var, tracked, in_a_row, prior, survey_out, samples,
     channels, contexts, pieces, sample_stride, stride, piece, size, fold, min_updates, max_skip,
     LOOK: tl.constexpr, MERGE: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, MOVE: tl.constexpr,
     CONTEXTS: tl.constexpr, KNOWN: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
@@ -27,7 +27,7 @@ def survey(
     real = q < contexts
     if n == tl.num_programs(0) - 1:
         count, allowed = tl.zeros((), tl.int64), tl.zeros((), tl.int32)
-        old, share, new = tl.zeros((K_BLOCK,), tl.float32), tl.zeros((K_BLOCK,), tl.float32), q < 0
+        old, known_prior, new = tl.zeros((K_BLOCK,), tl.float32), tl.zeros((K_BLOCK,), tl.float32), q < 0
         if MOVE:
             count = tl.load(tracked)
         if NORM:
@@ -41,17 +41,17 @@ def survey(
                     c = begin + tl.arange(0, BLOCK)
                     at, keep = q[:, None] * channels + c[None, :], real[:, None] & (c < channels)[None, :]
                     m = tl.load(running_mean + at, mask=keep, other=0.0)
-                    v = tl.load(running_spread + at, mask=keep, other=1.0)
+                    v = tl.load(running_var + at, mask=keep, other=1.0)
                     moved += tl.where((m == 0.0) & (v == 1.0), 0, 1)
                 new = tl.sum(moved, 1) == 0
             any_old = tl.sum(tl.where(new, 0, 1), 0) > 0
-            share = tl.where(new & any_old, 0.0, old)
-            share = share / tl.maximum(tl.sum(share, 0), TINY)
-        tl.store(seen, count.to(tl.float32))
-        tl.store(seen + 1, allowed.to(tl.float32))
-        tl.store(seen + 2 + q, old, mask=real)
-        tl.store(seen + 2 + contexts + q, new.to(tl.float32), mask=real)
-        tl.store(seen + 2 + 2 * contexts + q, share, mask=real)
+            known_prior = tl.where(new & any_old, 0.0, old)
+            known_prior = known_prior / tl.maximum(tl.sum(known_prior, 0), TINY)
+        tl.store(survey_out, count.to(tl.float32))
+        tl.store(survey_out + 1, allowed.to(tl.float32))
+        tl.store(survey_out + 2 + q, old, mask=real)
+        tl.store(survey_out + 2 + contexts + q, new.to(tl.float32), mask=real)
+        tl.store(survey_out + 2 + 2 * contexts + q, known_prior, mask=real)
     else:
         if LOOK:
             bad = tl.zeros((BLOCK,), tl.int32)
@@ -68,7 +68,7 @@ def survey(
                     inside = real[:, None] & keep[None, :]
                     w = tl.load(gate_weight + q[:, None] * channels + c[None, :], mask=inside, other=0.0)
                     logits += tl.where(inside, w.to(tl.float32) * (k + d)[None, :], 0.0)
-            left = seen + 2 + 3 * contexts
+            left = survey_out + 2 + 3 * contexts
             tl.store(left + n, tl.sum(bad, 0).to(tl.float32))
             if NORM:  # 0 for a sample of zeros, NaN stays
                 square = tl.sum(squares, 0) * (size * fold)
@@ -82,9 +82,9 @@ def survey(
 
 @triton.jit
 def move(
-    target, spread, share, off, running_mean, running_spread, tracked, skipped, prior, rate, seen, pooled, enough, at,
-    kept, samples, channels, contexts, CONTEXTS: tl.constexpr, AVERAGE: tl.constexpr, RANKS: tl.constexpr,
-    K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    target, variance, fraction, off, running_mean, running_var, tracked, skipped, prior, rate, survey_out, pooled,
+    enough, at, kc_mask, samples, channels, contexts, CONTEXTS: tl.constexpr, AVERAGE: tl.constexpr,
+    RANKS: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move a program's own channels (K, C), unless x has a NaN or an infinity; the first program moves the counters.
 
@@ -100,12 +100,12 @@ def move(
     else:
         for begin in range(0, samples, BLOCK):
             n = begin + tl.arange(0, BLOCK)
-            bad += tl.where(tl.load(seen + 2 + 3 * contexts + n, mask=n < samples, other=0.0) == 0.0, 0, 1)
-    good = tl.sum(bad, 0) == 0
+            bad += tl.where(tl.load(survey_out + 2 + 3 * contexts + n, mask=n < samples, other=0.0) == 0.0, 0, 1)
+    finite = tl.sum(bad, 0) == 0
     if RANKS:
-        good = good & enough
-    fine = good & ~off
-    times = tl.maximum(tl.load(seen) + fine.to(tl.float32), 1.0)
+        finite = finite & enough
+    counts = finite & ~off
+    times = tl.maximum(tl.load(survey_out) + counts.to(tl.float32), 1.0)
     if AVERAGE:
         speed = 1.0 / times
     else:
@@ -113,29 +113,29 @@ def move(
     q = tl.arange(0, K_BLOCK)
     first, real = tl.program_id(0) == 0, q < contexts
     step = tl.zeros((K_BLOCK,), tl.float32) + speed
-    may = kept & fine & (tl.abs(target + spread) < float("inf"))
+    may = kc_mask & counts & (tl.abs(target + variance) < float("inf"))
     new = step
     if CONTEXTS:
-        old = tl.load(seen + 2 + q, mask=real, other=0.0)
-        new = old + speed * (share - old)
+        old = tl.load(survey_out + 2 + q, mask=real, other=0.0)
+        new = old + speed * (fraction - old)
         if AVERAGE:
-            step = share / tl.maximum(times * new, TINY)
+            step = fraction / tl.maximum(times * new, TINY)
         else:
-            step = speed * tl.minimum(contexts * share, 1.0)
-        step = tl.where(tl.load(seen + 2 + contexts + q, mask=real, other=0.0) != 0.0, 1.0, step)
-        may = may & (share > 0.0)[:, None]
-    mean = tl.load(running_mean + at, mask=kept, other=0.0)
-    var = tl.load(running_spread + at, mask=kept, other=0.0)
+            step = speed * tl.minimum(contexts * fraction, 1.0)
+        step = tl.where(tl.load(survey_out + 2 + contexts + q, mask=real, other=0.0) != 0.0, 1.0, step)
+        may = may & (fraction > 0.0)[:, None]
+    mean = tl.load(running_mean + at, mask=kc_mask, other=0.0)
+    var = tl.load(running_var + at, mask=kc_mask, other=0.0)
     mean = (1.0 - step)[:, None] * mean + step[:, None] * target
-    var = (1.0 - step)[:, None] * var + step[:, None] * spread
-    count, missed = tl.load(tracked) + fine.to(tl.int64), tl.load(skipped) + 1 - good.to(tl.int64)
+    var = (1.0 - step)[:, None] * var + step[:, None] * variance
+    count, skips = tl.load(tracked) + counts.to(tl.int64), tl.load(skipped) + 1 - finite.to(tl.int64)
     tl.debug_barrier()  # every thread has read what is now written
     tl.store(running_mean + at, mean, mask=may)
-    tl.store(running_spread + at, var, mask=may)
+    tl.store(running_var + at, var, mask=may)
     tl.store(tracked, count, mask=first)
-    tl.store(skipped, missed, mask=first)
+    tl.store(skipped, skips, mask=first)
     if CONTEXTS:
-        tl.store(prior + q, new, mask=real & good & first)
+        tl.store(prior + q, new, mask=real & finite & first)
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def new_weight(running_mean, updates, rate, channels, power, POWER: tl.constexpr
 
 @triton.jit
 def commit(
-    stats, running_mean, running_spread, tracked, skipped, updates, gap, rate, channels, eps, power,
+    stats, running_mean, running_var, tracked, skipped, updates, gap, rate, channels, eps, power,
     STD: tl.constexpr, POWER: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store blended statistics and how far they were from the batch's, unless one is NaN or infinite. One program."""
@@ -165,12 +165,12 @@ def commit(
     for begin in range(0, channels, BLOCK):
         c = begin + tl.arange(0, BLOCK)
         keep = c < channels
-        seen = tl.load(stats + 3 * channels + c, mask=keep, other=0.0)
+        survey_out = tl.load(stats + 3 * channels + c, mask=keep, other=0.0)
         if not RANKS:
-            seen += tl.load(stats + c, mask=keep, other=0.0)
-        bad += tl.where(tl.abs(seen) < float("inf"), 0, 1)
-    good = tl.sum(bad, 0) == 0
-    missed, count = tl.load(skipped) + 1 - good.to(tl.int64), tl.load(tracked) + good.to(tl.int64)
+            survey_out += tl.load(stats + c, mask=keep, other=0.0)
+        bad += tl.where(tl.abs(survey_out) < float("inf"), 0, 1)
+    finite = tl.sum(bad, 0) == 0
+    skips, count = tl.load(skipped) + 1 - finite.to(tl.int64), tl.load(tracked) + finite.to(tl.int64)
     alpha, steps = new_weight(running_mean, updates, rate, channels, power, POWER, BLOCK)
     far = tl.zeros((BLOCK,), tl.float32)
     wide = tl.zeros((BLOCK,), tl.float32)
@@ -190,13 +190,13 @@ def commit(
         far += tl.abs(delta * r)
         wide += tl.where(keep, tl.abs(tl.sqrt_rn(now) - was) * r, 0.0)
     tl.debug_barrier()  # every thread has read what is now written
-    tl.store(skipped, missed)
+    tl.store(skipped, skips)
     tl.store(tracked, count)
-    tl.store(updates, steps, mask=good)
-    tl.store(gap, tl.sum(far, 0) / channels, mask=good)
-    tl.store(gap + 1, tl.sum(wide, 0) / channels, mask=good)
+    tl.store(updates, steps, mask=finite)
+    tl.store(gap, tl.sum(far, 0) / channels, mask=finite)
+    tl.store(gap + 1, tl.sum(wide, 0) / channels, mask=finite)
     for begin in range(0, channels, BLOCK):
         c = begin + tl.arange(0, BLOCK)
-        keep = (c < channels) & good
+        keep = (c < channels) & finite
         tl.store(running_mean + c, tl.load(stats + 7 * channels + c, mask=keep, other=0.0), mask=keep)
-        tl.store(running_spread + c, tl.load(stats + 8 * channels + c, mask=keep, other=0.0), mask=keep)
+        tl.store(running_var + c, tl.load(stats + 8 * channels + c, mask=keep, other=0.0), mask=keep)

@@ -45,14 +45,14 @@ def unpack(gathered, batch, channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def pack_gradient(by_batch, batch, gathered, message, channels, BLOCK: tl.constexpr):
+def pack_gradient(dbatch, batch, gathered, message, channels, BLOCK: tl.constexpr):
     """From the gradients (2, C) of mean and variance of all ranks to that of the sums; none of the count."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = c < channels
     n = tl.load(gathered)
     mean = mean_of(batch, c, channels, keep)
-    f = tl.load(by_batch + c, mask=keep, other=0.0).to(tl.float64)
-    e = tl.load(by_batch + channels + c, mask=keep, other=0.0).to(tl.float64)
+    f = tl.load(dbatch + c, mask=keep, other=0.0).to(tl.float64)
+    e = tl.load(dbatch + channels + c, mask=keep, other=0.0).to(tl.float64)
     tl.store(message + 1 + c, (f - 2.0 * mean * e) / n, mask=keep)
     tl.store(message + 1 + channels + c, e / n, mask=keep)
     if tl.program_id(0) == 0:
@@ -60,7 +60,7 @@ def pack_gradient(by_batch, batch, gathered, message, channels, BLOCK: tl.conste
 
 
 @triton.jit
-def unpack_gradient(gathered, batch, by_batch, count, channels, BLOCK: tl.constexpr):
+def unpack_gradient(gathered, batch, dbatch, count, channels, BLOCK: tl.constexpr):
     """From the sum over ranks to the gradients of mean and variance, for the ``count`` elements of this rank.
 
     A third row is how much the mean's exceeds what this rank gave, which float32 could not tell afterwards.
@@ -72,7 +72,7 @@ def unpack_gradient(gathered, batch, by_batch, count, channels, BLOCK: tl.conste
     of_sum = tl.load(gathered + 1 + c, mask=keep, other=0.0)
     of_square = tl.load(gathered + 1 + channels + c, mask=keep, other=0.0)
     of_mean = (of_sum + 2.0 * mean * of_square) * n
-    excess = of_mean - tl.load(by_batch + c, mask=keep, other=0.0).to(tl.float64)
-    tl.store(by_batch + 2 * channels + c, excess.to(tl.float32), mask=keep)
-    tl.store(by_batch + c, of_mean.to(tl.float32), mask=keep)
-    tl.store(by_batch + channels + c, (of_square * n).to(tl.float32), mask=keep)
+    excess = of_mean - tl.load(dbatch + c, mask=keep, other=0.0).to(tl.float64)
+    tl.store(dbatch + 2 * channels + c, excess.to(tl.float32), mask=keep)
+    tl.store(dbatch + c, of_mean.to(tl.float32), mask=keep)
+    tl.store(dbatch + channels + c, (of_square * n).to(tl.float32), mask=keep)

@@ -1,7 +1,7 @@
-"""Normalizers whose equations also exist as Triton kernels: at most four launches forward and four backward.
+"""Mixtures of statistics on the kernels: bn, in, ln, gn, sn and bcn; at most four launches forward, four backward.
 
-A normalizer describes its equations as a :class:`MixtureSpec`; the kernels compute the same as its readable
-``algebra``, and move its running statistics in the same launch.
+A normalizer describes its equations as a :class:`MixtureSpec`. The kernels compute the same as its readable
+``algebra``, and move its running statistics in the same launches.
 """
 
 from __future__ import annotations
@@ -12,24 +12,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
 from lightning_norm.ops.fused import operators
+from lightning_norm.ops.fused.apply_depthwise import apply_depthwise
+from lightning_norm.ops.fused.operators import from_numbers, to_numbers
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.sync import Ranks
 
 ops = torch.ops.lightning_norm
+_BUFFERS = ("running_mean", "running_var", "tracked", "skipped")
+_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+SCHEMAS = {
+    name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor? w, Tensor? v, "
+    + ", ".join(f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcd", _BUFFERS, strict=False))
+    + f", Tensor? momentum, int channel_dim, int[] flags, float eps, str group) -> {_FIVE}"
+    for name, moves in (("mixture_affine", False), ("mixture_affine_and_track", True))
+}
+SCHEMAS["mixture_gradients"] = (
+    "(Tensor dy, Tensor x, Tensor moments, Tensor batch, Tensor layer, Tensor affine, Tensor rank_sums, "
+    "Tensor? weight, Tensor? w, Tensor? v, Tensor? running_mean, Tensor? running_var, Tensor? residual, "
+    "int channel_dim, int[] flags, float eps, str activation, bool need_dx, str group) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 @dataclass(frozen=True)
 class Running:
-    """Running statistics, and whether they stand in for the batch's.
+    """Running statistics of the batch.
 
     Args:
         mean: (C,).
         var: (C,).
         tracked: number of updates, 0-dim.
-        skipped: number of updates left out, 0-dim.
+        skipped: number of updates left out because a statistic was NaN or infinite, 0-dim.
         momentum: 0-dim; ``None`` for the average of all batches.
-        frozen: evaluate on them, do not move them.
     """
 
     mean: Tensor
@@ -37,94 +53,67 @@ class Running:
     tracked: Tensor
     skipped: Tensor
     momentum: Tensor | None
-    frozen: bool
 
 
 @dataclass(frozen=True)
 class MixtureSpec:
-    """Equations the kernels know.
+    """The equations of one layer, for one call.
 
     Args:
-        statistics: which take part, in the order of ``w`` and ``v``: "in", "ln", "bn". "ln" is per group.
+        flags: which equations.
         eps: inside the root.
         weight: gamma, (C,).
         bias: beta, (C,).
-        w: weights of the means, one per statistic, or iota (C,) with ``outputs``.
+        w: weights of the means, one per statistic, or iota (C,) with ``flags.outputs``.
         v: weights of the variances.
-        softmax: w and v are logits.
-        outputs: mix the batch- and the layer-normalized output by w, not statistics.
-        groups: of "ln".
-        correction: 1 for unbiased variances within each sample.
         running: running statistics of "bn".
         group: name of the ranks that pool the batch's statistics; "" for this process alone.
     """
 
-    statistics: tuple[str, ...]
+    flags: MixtureFlags
     eps: float
     weight: Tensor | None
     bias: Tensor | None
     w: Tensor | None = None
     v: Tensor | None = None
-    softmax: bool = False
-    outputs: bool = False
-    groups: int = 1
-    correction: int = 0
     running: Running | None = None
     group: str = ""
 
     def over(self, ranks: Ranks) -> MixtureSpec:
         """Return the same equations for a batch that lies on several ranks."""
-        return replace(self, group=ranks.group) if "bn" in self.statistics else self
-
-    def plan(self) -> list[int]:
-        """Return the fields of ``kernels.launch_algebra.Plan``."""
-        at = [self.statistics.index(s) if s in self.statistics else -1 for s in ("in", "ln", "bn")]
-        frozen = self.running is not None and self.running.frozen
-        track = 0
-        if self.running is not None and not frozen:
-            track = 2 if self.running.momentum is None else 1
-        k = len(self.statistics) if self.w is not None and not self.outputs else 0
-        own = not (frozen and self.statistics == ("bn",))
-        return [
-            int(own),
-            *at,
-            k,
-            int(self.softmax),
-            int(self.outputs),
-            int(frozen),
-            track,
-            self.groups,
-            self.correction,
-        ]
+        return replace(self, group=ranks.group) if self.flags.at_bn >= 0 else self
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
-        held = (self.weight, self.bias, self.w, self.v)
-        stats, running = self._coefficients(x, layout)
-        y: Tensor = _Fused.apply(
-            x, *held, residual, *stats, *running, layout.channel_dim, self.plan(), self.eps, activation, self.group
+        y: Tensor = _Mixture.apply(
+            x, self.weight, self.bias, self.w, self.v, residual, *self._statistics(x, layout), *self._frozen(),
+            layout.channel_dim, self.flags, self.eps, activation, self.group,
         )  # fmt: skip
         return y
 
-    def recover(self, x: Tensor, layout: Layout, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the depthwise convolution of the normalized x, on the kernels; without weight and bias of its own."""
-        stats, running = self._coefficients(x, layout)
-        y: Tensor = _Recovered.apply(x, kernel.contiguous(), bias, *stats, *running, self.plan(), self.eps, self.group)
-        return y
+    def normalize_depthwise(self, x: Tensor, kernel: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+        """Return the depthwise convolution of the normalized x, on the kernels, of a spec without weight and bias."""
+        stats = self._statistics(x, layout)
+        return apply_depthwise(x, kernel, bias, stats, self._frozen(), self.flags, self.eps, self.group)
 
-    def _coefficients(self, x: Tensor, layout: Layout) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        plan, r = self.plan(), self.running
-        held = (self.weight, self.bias, self.w, self.v)
+    def _statistics(self, x: Tensor, layout: Layout) -> MixtureStatistics:
+        """Return the statistics of x, and move the running ones."""
+        r = self.running
+        parameters = (None if t is None else t.detach() for t in (self.weight, self.bias, self.w, self.v))
         buffers = (None,) * 5 if r is None else (r.mean, r.var, r.tracked, r.skipped, r.momentum)
-        coefficients = ops.coefficients_and_track if plan[8] else ops.coefficients
-        stats = coefficients(
-            x.detach(), *map(_detached, held), *buffers, layout.channel_dim, plan, self.eps, self.group
+        op = ops.mixture_affine_and_track if self.flags.track else ops.mixture_affine
+        return MixtureStatistics(
+            *op(x.detach(), *parameters, *buffers, layout.channel_dim, to_numbers(self.flags), self.eps, self.group)
         )
-        return stats, (r.mean, r.var) if r is not None and r.frozen else (None, None)
+
+    def _frozen(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the running statistics where y depends on them, for the backward pass."""
+        r = self.running
+        return (r.mean, r.var) if r is not None and self.flags.frozen else (None, None)
 
 
-class _Fused(torch.autograd.Function):
-    """y from x and its coefficients; all gradients at once."""
+class _Mixture(torch.autograd.Function):
+    """y from x and its statistics; one operator returns all gradients."""
 
     @staticmethod
     def forward(
@@ -135,64 +124,89 @@ class _Fused(torch.autograd.Function):
         w: Tensor | None,
         v: Tensor | None,
         residual: Tensor | None,
-        own: Tensor,
+        moments: Tensor,
         batch: Tensor,
         layer: Tensor,
-        coef: Tensor,
-        total: Tensor,
+        affine: Tensor,
+        rank_sums: Tensor,
         mean: Tensor | None,
         var: Tensor | None,
         channel_dim: int,
-        plan: list[int],
+        flags: MixtureFlags,
         eps: float,
         activation: str,
         group: str,
     ) -> Tensor:
-        kept = residual if activation != "none" else None  # without an activation its gradient is dy
-        ctx.save_for_backward(x, weight, bias, w, v, kept, own, batch, layer, coef, total, mean, var)
-        ctx.channel_dim, ctx.plan, ctx.eps, ctx.activation, ctx.group = channel_dim, plan, eps, activation, group
-        y: Tensor = ops.apply(x, coef, channel_dim, activation, residual)
+        # Without an activation the gradient of the residual is dy, and the residual itself is not needed.
+        saved = residual if activation != "none" else None
+        ctx.save_for_backward(x, weight, bias, w, v, saved, moments, batch, layer, affine, rank_sums, mean, var)
+        ctx.channel_dim, ctx.flags, ctx.eps, ctx.activation, ctx.group = channel_dim, flags, eps, activation, group
+        y: Tensor = ops.apply(x, affine, channel_dim, activation, residual)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         operators.refuse_second_derivatives()
         (dy,) = grads
-        x, weight, bias, w, v, kept, *stats, mean, var = ctx.saved_tensors
+        x, weight, bias, w, v, residual, *stats, mean, var = ctx.saved_tensors
         need = ctx.needs_input_grad
-        dx, *rest, dresidual = ops.gradients(
-            dy, x, *stats, weight, w, v, mean, var, kept, ctx.channel_dim, ctx.plan, ctx.eps, ctx.activation, need[0],
-            ctx.group,
+        dx, *gradients, dresidual = ops.mixture_gradients(
+            dy, x, *stats, weight, w, v, mean, var, residual, ctx.channel_dim, to_numbers(ctx.flags), ctx.eps,
+            ctx.activation, need[0], ctx.group,
         )  # fmt: skip
-        given = (weight, bias, w, v)
-        held = [g.to(t.dtype) if n and t is not None else None for g, t, n in zip(rest, given, need[1:5], strict=True)]
-        if need[5] and kept is None:
+        gradients = [
+            g.to(t.dtype) if needed and t is not None else None
+            for g, t, needed in zip(gradients, (weight, bias, w, v), need[1:5], strict=True)
+        ]
+        if need[5] and residual is None:
             dresidual = dy
-        return (dx if need[0] else None, *held, dresidual if need[5] else None, *(None,) * 12)
+        return (dx if need[0] else None, *gradients, dresidual if need[5] else None, *(None,) * 12)
 
 
-class _Recovered(torch.autograd.Function):
-    """y = kernel * x^ + bias from x and the coefficients of x^; all gradients at once."""
+def _affine(x: Tensor, weight: Any, bias: Any, w: Any, v: Any, *args: Any) -> tuple[Tensor, ...]:
+    from lightning_norm.kernels.mixture.launch import affine_of
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        *stats, mean, var, plan, eps, group = rest
-        ctx.save_for_backward(x, kernel, bias, *stats, mean, var)
-        ctx.plan, ctx.eps, ctx.group = plan, eps, group
-        y: Tensor = ops.recover(x, stats[3], kernel, bias)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        operators.refuse_second_derivatives()
-        x, kernel, bias, *stats, mean, var = ctx.saved_tensors
-        need, (dy,) = ctx.needs_input_grad, grads
-        dx, dkernel, dbias = ops.recover_gradients(
-            dy, x, *stats, kernel, mean, var, ctx.plan, ctx.eps, need[0], ctx.group
-        )
-        held = (dkernel.to(kernel.dtype) if need[1] else None, dbias.to(bias.dtype) if need[2] else None)
-        return (dx if need[0] else None, *held, *(None,) * 10)
+    *running, channel_dim, numbers, eps, group = args
+    flags = from_numbers(MixtureFlags, numbers)
+    return affine_of(
+        x, weight, bias, w, v, tuple(running), channel_dim, flags, eps, operators.over_ranks(group)
+    )  # fmt: skip
 
 
-def _detached(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach()
+def _gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    from lightning_norm.kernels.mixture.launch import gradients
+
+    stats, (weight, w, v, mean, var, residual, channel_dim, numbers, *rest) = MixtureStatistics(*args[:5]), args[5:]
+    eps, activation, need_dx, group = rest
+    return gradients(
+        dy, x, stats, weight, w, v, (mean, var), residual, channel_dim, from_numbers(MixtureFlags, numbers), eps,
+        activation, need_dx, operators.over_ranks(group),
+    )  # fmt: skip
+
+
+def _fake_affine(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    channel_dim, numbers, _, group = args[-4:]
+    flags, n, c = from_numbers(MixtureFlags, numbers), x.shape[0], x.shape[channel_dim]
+    affine = operators.per_sample_and_channel(x, channel_dim, 3)
+    moments = torch.empty_like(affine) if flags.needs_moments else affine.new_empty(0)
+    batch = affine.new_empty(3, c) if flags.pools_batch else affine.new_empty(0)
+    layer = affine.new_empty(3, n, flags.num_groups) if flags.pools_layer else affine.new_empty(0)
+    rank_sums = affine.new_empty((1, 1 + 2 * c) if group else (0,), dtype=torch.float64)
+    return moments, batch, layer, affine, rank_sums
+
+
+def _fake_gradients(
+    dy: Tensor, x: Tensor, moments: Tensor, batch: Tensor, layer: Tensor, affine: Tensor, *args: Any
+) -> Any:
+    residual, channel_dim, numbers, _, _, need_dx, _ = args[-7:]
+    flags, c = from_numbers(MixtureFlags, numbers), x.shape[channel_dim]
+    dx, dresidual = operators.fake_input_gradients(x, affine, residual, need_dx)
+    dw = affine.new_empty(c if flags.outputs else flags.num_weights)
+    return dx, affine.new_empty(c), affine.new_empty(c), dw, affine.new_empty(flags.num_weights), dresidual
+
+
+operators.define(
+    SCHEMAS,
+    {"mixture_affine": _affine, "mixture_affine_and_track": _affine, "mixture_gradients": _gradients},
+    {"mixture_affine": _fake_affine, "mixture_affine_and_track": _fake_affine, "mixture_gradients": _fake_gradients},
+)

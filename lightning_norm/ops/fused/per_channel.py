@@ -1,53 +1,53 @@
-"""Equations in which each channel stands alone, on the kernels: four launches forward, three backward.
+"""Equations in which each channel stands alone, on the kernels: rbn, ubn, dbn and cn.
 
-The operators take ``plan`` and ``numbers``, the fields of ``ChannelPlan`` and ``Numbers``.
+At most five launches forward and five backward; four and three where nothing is gated by contexts or measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.per_channel.flags import ChannelPlan, Numbers
+from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
 from lightning_norm.ops.fused import operators
+from lightning_norm.ops.fused.operators import from_numbers, to_numbers
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.sync import Ranks
 
 ops = torch.ops.lightning_norm
 GATES = ("center_weight", "scale_weight", "scale_bias", "affine_weight", "affine_bias", "gate_weight", "gate_bias")
-PLAN = tuple(field.name for field in fields(ChannelPlan))
-NUMBERS = {field.name: 0.0 if field.default is MISSING else field.default for field in fields(Numbers)}
-_BUFFERS = dict(zip("abcdefgh", ("mean", "spread", "tracked", "skipped", *(f"more{i}" for i in range(4))), strict=True))
+_BUFFERS = ("running_mean", "running_var", "tracked", "skipped", *(f"counter{i}" for i in range(4)))
 SCHEMAS = {
-    name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, "
-    + ", ".join(f"Tensor{f'({letter}!)' if moves else ''}? {buffer}" for letter, buffer in _BUFFERS.items())
-    + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] plan, float[] numbers, str group) -> "
+    name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? responsibilities, "
+    + ", ".join(f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcdefgh", _BUFFERS, strict=True))
+    + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] flags, float[] numbers, str group) -> "
     f"({', '.join(['Tensor'] * 6)})"
-    for name, moves in (("channels", False), ("channels_and_track", True))
+    for name, moves in (("per_channel_affine", False), ("per_channel_affine_and_track", True))
 }
-SCHEMAS["channel_gradients"] = (
-    "(Tensor dy, Tensor x, Tensor own, Tensor stats, Tensor coef, Tensor seen, Tensor batch, Tensor total, "
-    "Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? shares, Tensor? residual, int channel_dim, int[] plan, "
-    f"float[] numbers, str activation, bool need_dx, str group) -> ({', '.join(['Tensor'] * 11)})"
+SCHEMAS["per_channel_gradients"] = (
+    "(Tensor dy, Tensor x, Tensor moments, Tensor stats, Tensor affine, Tensor survey_out, Tensor batch, "
+    "Tensor rank_sums, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? responsibilities, Tensor? residual, "
+    "int channel_dim, int[] flags, float[] numbers, str activation, bool need_dx, str group) "
+    f"-> ({', '.join(['Tensor'] * 11)})"
 )
 
 
 @dataclass(frozen=True)
 class PerChannelSpec:
-    """Equations the kernels know; see ``lightning_norm.kernels.channels``.
+    """The equations of one layer, for one call.
 
     Args:
         weight: gamma, (C,) or (K, C).
         bias: beta, likewise.
-        plan: fields of ``ChannelPlan`` that are not 0.
-        numbers: fields of ``Numbers``, of which ``eps`` must be given.
+        flags: which equations.
+        numbers: their real numbers.
         gates: the parameters of the rectifications and of the contexts' gate, in the order of ``GATES``.
-        shares: of each sample in each context, (N, K), where they are given; no gradient.
-        running: mean, spread, number of updates, number of skipped ones.
-        counters: see ``launch_channels.coefficients``.
+        responsibilities: of each context for each sample, (N, K), where they are known; they have no gradient.
+        running: mean, variance (or deviation), number of updates, number of skipped ones.
+        counters: see ``lightning_norm.kernels.per_channel.launch.affine_of``.
         rate: momentum or alpha, 0-dim.
         threshold: of the condensation, 0-dim.
         group: name of the ranks that pool the batch's statistics; "" for this process alone.
@@ -55,10 +55,10 @@ class PerChannelSpec:
 
     weight: Tensor | None
     bias: Tensor | None
-    plan: dict[str, int]
-    numbers: dict[str, float]
+    flags: PerChannelFlags
+    numbers: PerChannelNumbers
     gates: tuple[Tensor | None, ...] = (None,) * 7
-    shares: Tensor | None = None
+    responsibilities: Tensor | None = None
     running: tuple[Tensor | None, ...] = (None,) * 4
     counters: tuple[Tensor | None, ...] = ()
     rate: Tensor | None = None
@@ -67,111 +67,116 @@ class PerChannelSpec:
 
     def over(self, ranks: Ranks) -> PerChannelSpec | None:
         """Return the same equations for a batch that lies on several ranks; ``None`` with contexts or a threshold."""
-        if self.plan.get("contexts") or self.plan.get("choose"):
+        if self.flags.contexts or self.flags.condensed:
             return None
-        return replace(self, plan={**self.plan, "ranks": 1}, group=ranks.group)
-
-    def fields(self) -> tuple[list[int], list[float]]:
-        """Return plan and numbers as the operators take them."""
-        plan = [int(self.plan.get(name, 0)) for name in PLAN]
-        return plan, [float(self.numbers.get(name, default)) for name, default in NUMBERS.items()]
+        return replace(self, flags=replace(self.flags, ranks=True), group=ranks.group)
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
-        plan, numbers = self.fields()
-        held = tuple(None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
+        weight, bias, *gates = (None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
         counters = (*self.counters, *(None,) * (4 - len(self.counters)))
-        op = ops.channels_and_track if self.plan.get("track") else ops.channels
+        op = ops.per_channel_affine_and_track if self.flags.track else ops.per_channel_affine
         stats = op(
-            x.detach(), *held[:2], list(held[2:]), self.shares, *self.running, *counters, self.rate, self.threshold,
-            layout.channel_dim, plan, numbers, self.group,
+            x.detach(), weight, bias, gates, self.responsibilities, *self.running, *counters, self.rate,
+            self.threshold, layout.channel_dim, to_numbers(self.flags), to_numbers(self.numbers), self.group,
         )  # fmt: skip
-        y: Tensor = _Channels.apply(
-            x, self.weight, self.bias, *self.gates, residual, *stats, self.shares, layout.channel_dim, plan, numbers,
-            activation, self.group,
+        y: Tensor = _PerChannel.apply(
+            x, self.weight, self.bias, *self.gates, residual, *stats, self.responsibilities, layout.channel_dim,
+            self.flags, self.numbers, activation, self.group,
         )  # fmt: skip
         return y
 
 
-class _Channels(torch.autograd.Function):
-    """y from x and its coefficients; all gradients at once."""
+class _PerChannel(torch.autograd.Function):
+    """y from x and its statistics; one operator returns all gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        held, (residual, *stats, shares, channel_dim, plan, numbers, activation, group) = rest[:9], rest[9:]
-        kept = residual if activation != "none" else None  # without an activation its gradient is dy
-        ctx.save_for_backward(x, *held, kept, *stats, shares)
-        ctx.channel_dim, ctx.plan, ctx.numbers, ctx.activation, ctx.group = (
-            channel_dim,
-            plan,
-            numbers,
-            activation,
-            group,
+        parameters, (residual, *stats, responsibilities, channel_dim, flags, numbers, activation, group) = (
+            rest[:9],
+            rest[9:],
         )
-        y: Tensor = ops.apply(x, stats[2], channel_dim, activation, residual)
+        # Without an activation the gradient of the residual is dy, and the residual itself is not needed.
+        saved = residual if activation != "none" else None
+        ctx.save_for_backward(x, *parameters, saved, *stats, responsibilities)
+        ctx.channel_dim, ctx.flags, ctx.numbers = channel_dim, flags, numbers
+        ctx.activation, ctx.group = activation, group
+        _, _, affine, *_ = stats
+        y: Tensor = ops.apply(x, affine, channel_dim, activation, residual)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         operators.refuse_second_derivatives()
         x, *rest = ctx.saved_tensors
-        (weight, bias, *gates), (kept, *stats, shares) = rest[:9], rest[9:]
+        parameters, (residual, *stats, responsibilities) = rest[:9], rest[9:]
+        weight, bias, *gates = parameters
         need, (dy,) = ctx.needs_input_grad, grads
-        meet = (need[0] or need[3]) and not ChannelPlan(*ctx.plan).detach  # the batch's statistics have a gradient
-        dx, *found, dresidual = ops.channel_gradients(
-            dy, x, *stats, weight, bias, gates, shares, kept, ctx.channel_dim, ctx.plan, ctx.numbers, ctx.activation,
-            need[0], ctx.group if meet else "",
+        # The ranks meet only where the batch's statistics have a gradient: for x, or for the weight of the centering.
+        meet = (need[0] or need[3]) and not ctx.flags.detach
+        dx, *gradients, dresidual = ops.per_channel_gradients(
+            dy, x, *stats, weight, bias, gates, responsibilities, residual, ctx.channel_dim, to_numbers(ctx.flags),
+            to_numbers(ctx.numbers), ctx.activation, need[0], ctx.group if meet else "",
         )  # fmt: skip
-        back = [
-            g.view(t.shape).to(t.dtype) if n and t is not None else None
-            for g, t, n in zip(found, rest[:9], need[1:10], strict=True)
+        gradients = [
+            g.view(t.shape).to(t.dtype) if needed and t is not None else None
+            for g, t, needed in zip(gradients, parameters, need[1:10], strict=True)
         ]
-        if need[10] and kept is None:
+        if need[10] and residual is None:
             dresidual = dy
-        return (dx if need[0] else None, *back, dresidual if need[10] else None, *(None,) * 12)
+        return (dx if need[0] else None, *gradients, dresidual if need[10] else None, *(None,) * 12)
 
 
-def _channels(x: Tensor, weight: Any, bias: Any, gates: Any, shares: Any, *args: Any) -> tuple[Tensor, ...]:
-    from lightning_norm.kernels.per_channel.launch import coefficients
+def _affine(x: Tensor, weight: Any, bias: Any, gates: Any, responsibilities: Any, *args: Any) -> tuple[Tensor, ...]:
+    from lightning_norm.kernels.per_channel.launch import affine_of
 
-    *buffers, rate, threshold, channel_dim, plan, numbers, group = args
-    return coefficients(
-        x, weight, bias, gates, shares, buffers[:4], buffers[4:], rate, threshold, channel_dim, ChannelPlan(*plan),
-        Numbers(*numbers), operators.over(group),
+    *buffers, rate, threshold, channel_dim, flags, numbers, group = args
+    return affine_of(
+        x, weight, bias, gates, responsibilities, buffers[:4], buffers[4:], rate, threshold, channel_dim,
+        from_numbers(PerChannelFlags, flags), from_numbers(PerChannelNumbers, numbers), operators.over_ranks(group),
     )  # fmt: skip
 
 
 def _gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from lightning_norm.kernels.per_channel.launch import gradients
 
-    own, stats, coef, seen, batch, total, weight, bias, gates, shares, residual, channel_dim, plan, numbers, *how = args
-    activation, need_dx, group = how
+    (moments, stats, affine, survey_out, batch, rank_sums, weight, bias, *rest) = args
+    gates, responsibilities, residual, channel_dim, flags, numbers, activation, need_dx, group = rest
     return gradients(
-        dy, x, own, stats, coef, seen, batch, total, weight, bias, gates, shares, residual, channel_dim,
-        ChannelPlan(*plan), Numbers(*numbers), activation, need_dx, operators.over(group),
+        dy, x, moments, stats, affine, survey_out, batch, rank_sums, weight, bias, gates, responsibilities, residual,
+        channel_dim, from_numbers(PerChannelFlags, flags), from_numbers(PerChannelNumbers, numbers), activation,
+        need_dx, operators.over_ranks(group),
     )  # fmt: skip
 
 
-def _fake_channels(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    channel_dim, plan, _, group = args[-4:]
-    held, n, c = ChannelPlan(*plan), x.shape[0], x.shape[channel_dim]
-    coef = x.new_empty((3, n, c), dtype=torch.float32)
-    own = torch.empty_like(coef) if held.own else coef.new_empty(0)
-    total = coef.new_empty((1, 1 + 2 * c) if group else (0,), dtype=torch.float64)
-    batch = coef.new_empty(3, c if group else 0)
-    return own, coef.new_empty(held.lines, held.rows, c), coef, coef.new_empty(held.seen(n)), batch, total
+def _fake_affine(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    channel_dim, ints, _, group = args[-4:]
+    flags, n, c = from_numbers(PerChannelFlags, ints), x.shape[0], x.shape[channel_dim]
+    affine = operators.per_sample_and_channel(x, channel_dim, 3)
+    moments = torch.empty_like(affine) if flags.needs_moments else affine.new_empty(0)
+    stats, survey_out = affine.new_empty(flags.num_statistics, flags.rows, c), affine.new_empty(flags.survey_size(n))
+    rank_sums = affine.new_empty((1, 1 + 2 * c) if group else (0,), dtype=torch.float64)
+    return moments, stats, affine, survey_out, affine.new_empty(3, c if group else 0), rank_sums
 
 
-def _fake_gradients(dy: Tensor, x: Tensor, own: Tensor, stats: Tensor, coef: Tensor, *args: Any) -> Any:
-    gates, _, residual, _, plan, _, _, need_dx, _ = args[-9:]
-    c, rows = coef.shape[2], ChannelPlan(*plan).rows
-    dx, dresidual = operators.fake_input_gradients(x, coef, residual, need_dx)
-    dgates = [coef.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]
-    return dx, coef.new_empty(rows, c), coef.new_empty(rows, c), *dgates, dresidual
+def _fake_gradients(dy: Tensor, x: Tensor, moments: Tensor, stats: Tensor, affine: Tensor, *args: Any) -> Any:
+    gates, _, residual, _, ints, _, _, need_dx, _ = args[-9:]
+    c, rows = affine.shape[2], from_numbers(PerChannelFlags, ints).rows
+    dx, dresidual = operators.fake_input_gradients(x, affine, residual, need_dx)
+    dgates = [affine.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]
+    return dx, affine.new_empty(rows, c), affine.new_empty(rows, c), *dgates, dresidual
 
 
 operators.define(
     SCHEMAS,
-    {"channels": _channels, "channels_and_track": _channels, "channel_gradients": _gradients},
-    {"channels": _fake_channels, "channels_and_track": _fake_channels, "channel_gradients": _fake_gradients},
+    {
+        "per_channel_affine": _affine,
+        "per_channel_affine_and_track": _affine,
+        "per_channel_gradients": _gradients,
+    },
+    {
+        "per_channel_affine": _fake_affine,
+        "per_channel_affine_and_track": _fake_affine,
+        "per_channel_gradients": _fake_gradients,
+    },
 )

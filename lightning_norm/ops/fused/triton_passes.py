@@ -20,16 +20,18 @@ def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     return (hi.double() + lo if stat_dtype(x) == torch.float64 else hi.clone()), var.clone()
 
 
-def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, flat: bool = False) -> Tensor:
+def apply(
+    x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, mean_is_small: bool = False
+) -> Tensor:
     """Return y = scale * (x - center) + shift, a fresh tensor in x's dtype and memory format."""
     pivot = center.float()
     parts = (pivot, scale.float(), (shift + scale * (pivot - center)).float())
-    coef = torch.stack([t.expand(layout.n, layout.c) for t in parts])
-    y: Tensor = ops.apply(x, coef, layout.channel_dim, "none", None)
+    affine = torch.stack([t.expand(layout.n, layout.c) for t in parts])
+    y: Tensor = ops.apply(x, affine, layout.channel_dim, "none", None)
     return y
 
 
-def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, flat: bool = False) -> tuple[Tensor, Tensor]:
+def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: bool = False) -> tuple[Tensor, Tensor]:
     """Sum of dy and of dy * (x - pivot) per (sample, channel), each (N, C)."""
     wide = pivot.float().expand(1, layout.n, layout.c).contiguous()
     total, dot = ops.sums(dy, x, wide, layout.channel_dim).to(pivot.dtype).unbind(0)
@@ -40,11 +42,11 @@ def combine(
     dy: Tensor, scale: Tensor, x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None, layout: Layout
 ) -> Tensor:
     """Return dx = scale * dy + dmean / S + (2 * dvar / S) * (x - mean), in x's dtype."""
-    pivot, line = mean.float(), None
+    pivot, dx_affine = mean.float(), None
     if dmean is not None or dvar is not None:
         slope = torch.zeros_like(pivot) if dvar is None or layout.size == 1 else dvar.float() * (2 / layout.size)
         constant = slope * (pivot - mean).float()
-        line = torch.stack([constant if dmean is None else constant + dmean.float() / layout.size, slope])
+        dx_affine = torch.stack([constant if dmean is None else constant + dmean.float() / layout.size, slope])
     wide = scale.float()
-    dx: Tensor = ops.combine(dy, x, torch.stack([pivot, wide, wide]), line, layout.channel_dim)
+    dx: Tensor = ops.combine(dy, x, torch.stack([pivot, wide, wide]), dx_affine, layout.channel_dim)
     return dx

@@ -6,10 +6,11 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from lightning_norm.kernels.depthwise import conv
+from lightning_norm.kernels.depthwise import backward as depthwise_backward
+from lightning_norm.kernels.depthwise import forward as depthwise_forward
 from lightning_norm.kernels.depthwise import launch as depthwise_launch
 from lightning_norm.kernels.grid import TILE, cdiv, grid_of
-from lightning_norm.kernels.passes import elementwise, launch, reductions
+from lightning_norm.kernels.passes import backward, forward, launch
 from lightning_norm.kernels.per_channel import condensation
 
 BEYOND = (1 << 31) + 4096
@@ -20,7 +21,13 @@ FEW, ENDS = 64, 2
 @pytest.fixture(autouse=True)
 def _both_ends_only(monkeypatch):
     monkeypatch.undo()  # torch.empty as it is: filling fresh memory would touch it
-    for module in (condensation, elementwise, conv, reductions):  # loops of a kernel are not its grid
+    for module in (
+        condensation,
+        forward,
+        backward,
+        depthwise_forward,
+        depthwise_backward,
+    ):  # loops of a kernel are not its grid
         monkeypatch.setattr(module, "range", range, raising=False)
     monkeypatch.setattr(interpreter, "range", ends, raising=False)
     restore = interpreter.GridExecutor._restore_args_dev
@@ -72,15 +79,15 @@ def test_passes(shape, last):
     x, dy = huge(shape, last), huge(shape, last)
     grid = grid_of(x, 1)
     assert grid.columns == last
-    coef, line = numbers(3, n, c), numbers(2, n, c)
+    affine, dx_affine = numbers(3, n, c), numbers(2, n, c)
     hi, lo, var = launch.moments(x, 1)
-    total, dot = launch.sums(dy, x, coef, 1)
-    y = launch.apply(x, coef, 1)
-    dx, _ = launch.combine(dy, x, coef, line, 1)
+    total, dot = launch.sums(dy, x, affine, 1)
+    y = launch.apply(x, affine, 1)
+    dx, _ = launch.combine(dy, x, affine, dx_affine, 1)
     for i in (0, n - 1):
         wide, g = x[i].double(), dy[i].double()
-        k, a, b = coef[:, i, :, None, None].double().unbind(0)
-        e, s = line[:, i, :, None, None].double().unbind(0)
+        k, a, b = affine[:, i, :, None, None].double().unbind(0)
+        e, s = dx_affine[:, i, :, None, None].double().unbind(0)
         u = wide - k
         channels = slice(None) if last else slice(0, 1) if i == 0 else slice(c - 1, c)
         for got, want in (
@@ -113,22 +120,22 @@ def test_condensation():
 def test_convolution(last, monkeypatch):
     n, c, h, w = shape = (cdiv(BEYOND, 64 << 12), 64, 64, 64)
     x, dy = (huge(shape, last, c * h * w) for _ in range(2))
-    coef, line, kernel, bias = numbers(3, n, c), numbers(2, n, c), torch.randn(c, 1, 3, 3), torch.randn(c)
+    affine, dx_affine, kernel, bias = numbers(3, n, c), numbers(2, n, c), torch.randn(c, 1, 3, 3), torch.randn(c)
     convolve = torch.nn.functional.conv2d
-    y = depthwise_launch.recover(x, coef, kernel, bias)
+    y = depthwise_launch.apply_depthwise(x, affine, kernel, bias)
     s, dx = depthwise_launch.stencil_of(x, 9), torch.empty_like(x)
-    conv.recover_combine[s.grid](
-        dy, x, dx, kernel, coef[0], coef[1], *line, *s.shape, PLAIN=False, num_warps=4, **s.constants(kernel)
+    depthwise_backward.depthwise_combine[s.grid](
+        dy, x, dx, kernel, affine[0], affine[1], *dx_affine, *s.shape, PLAIN=False, num_warps=4, **s.constants(kernel)
     )
     monkeypatch.setattr(depthwise_launch, "BUSY", 1 << 20)  # one sample to a program, and short pieces
     monkeypatch.setattr(depthwise_launch, "join_taps", {(cdiv(c * 10, depthwise_launch.JOIN),): lambda *a, **k: None})
-    (total, dot), s, _, _ = depthwise_launch.sum_parts(dy, x, coef, kernel)
+    (total, dot), s, _, _ = depthwise_launch.sum_parts(dy, x, affine, kernel)
     total, dot = (t.view(s.pieces, n, c) for t in (total, dot))
     assert s.repeat == 1
     for i, channel in ((0, 0), (n - 1, c - 1)):
         wide, g = x[i : i + 1].double(), dy[i : i + 1].double()
-        k, a, b = coef[:, i, :, None, None].double().unbind(0)
-        e, slope = line[:, i, :, None, None].double().unbind(0)
+        k, a, b = affine[:, i, :, None, None].double().unbind(0)
+        e, slope = dx_affine[:, i, :, None, None].double().unbind(0)
         u = wide - k
         compare(y[i], convolve(a * u + b, kernel.double(), bias.double(), padding=1, groups=c)[0], i == 0)
         back = torch.nn.functional.conv_transpose2d(g, kernel.double(), padding=1, groups=c)

@@ -9,8 +9,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 import lightning_norm
 from lightning_norm.ops import condensation
 from lightning_norm.testing.kit import features, noise
-from tests.kernels.interpreted.test_channels import pair, same_buffers
 from tests.kernels.interpreted.test_layers import compare, count_launches
+from tests.kernels.interpreted.test_per_channel import pair, same_buffers
 
 SLOW = pytest.mark.slow
 

@@ -10,8 +10,8 @@ from lightning_norm.kernels.grid import grid_of
 from lightning_norm.normalizers.context.assignment import assign, context_layers
 from lightning_norm.ops.fused import per_channel
 from lightning_norm.testing.kit import features, noise
-from tests.kernels.interpreted.test_channels import arguments_of, pair, same_buffers
 from tests.kernels.interpreted.test_layers import compare, count_launches
+from tests.kernels.interpreted.test_per_channel import arguments_of, pair, same_buffers
 
 ops = torch.ops.lightning_norm
 SLOW = pytest.mark.slow

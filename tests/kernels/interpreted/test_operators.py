@@ -1,14 +1,17 @@
 """The operators under torch.library's checks, torch.compile and torch.export."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 import lightning_norm
 from lightning_norm import Affine, normalize
+from lightning_norm.kernels.mixture.flags import MixtureFlags
 from lightning_norm.ops import backend
-from lightning_norm.ops.fused import operators
+from lightning_norm.ops.fused import apply_depthwise, mixture, operators
+from lightning_norm.ops.fused.operators import to_numbers
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.testing.kit import features, noise, same_step, statistics, step
 
@@ -19,34 +22,35 @@ FORMS = {
     "channels last": lambda: features(2, 3, 4, 5).contiguous(memory_format=LAST),
     "ambiguous": lambda: features(1, 1, 1, 1).contiguous(memory_format=LAST),
 }
-PLAN = [1, 0, 1, 2, 3, 1, 0, 0, 1, 1, 0]  # sn in training
+SN = MixtureFlags.of(("in", "ln", "bn"), weighted=True, softmax=True, track=1)
+BN = MixtureFlags.of(("bn",))
 
 
 def sample_inputs(x):
     """A set of arguments for every operator."""
     n, c = x.shape[:2]
-    coef, three = torch.rand(3, n, c), torch.rand(3)
-    held = (torch.rand(c), torch.rand(c), three, three.clone())
+    affine, three, kernel = torch.rand(3, n, c), torch.rand(3), torch.rand(c, 1, 3, 3)
+    parameters = (torch.rand(c), torch.rand(c), three, three.clone())
     buffers = torch.zeros(c), torch.ones(c), torch.tensor(0), torch.tensor(0), torch.tensor(0.1)
-    stats = ops.coefficients(x, *held, *buffers, 1, [*PLAN[:8], 0, *PLAN[9:]], 1e-5, "")
-    g = (torch.rand_like(x), x, *stats, held[0], three, three.clone(), None, None)
-    of_bn, kernel = [1, -1, -1, 0, 0, 0, 0, 0, 0, 1, 0], torch.rand(c, 1, 3, 3)
-    bn = ops.coefficients(x, *[None] * 9, 1, of_bn, 1e-5, "")
+    still, moving, of_bn = (to_numbers(flags) for flags in (replace(SN, track=0), SN, BN))
+    sn = ops.mixture_affine(x, *parameters, *buffers, 1, still, 1e-5, "")
+    bn = ops.mixture_affine(x, *[None] * 9, 1, of_bn, 1e-5, "")
+    g = (torch.rand_like(x), x, *sn, parameters[0], three, three.clone(), None, None)
     return {
-        "recover": (x, coef, kernel, torch.rand(c)),
-        "recover_gradients": (torch.rand_like(x), x, *bn, kernel, None, None, of_bn, 1e-5, True, ""),
         "moments": (x, 1),
-        "sums": (torch.rand_like(x), x, coef, 1),
-        "apply": (x, coef, 1, "relu", torch.rand_like(x)),
-        "combine": (torch.rand_like(x), x, coef, torch.rand(2, n, c), 1),
-        "coefficients": (x, *held, *buffers, 1, [*PLAN[:8], 0, *PLAN[9:]], 1e-5, ""),
-        "coefficients_and_track": (x, *held, *buffers, 1, PLAN, 1e-5, ""),
-        "gradients": (*g, torch.rand_like(x), 1, PLAN, 1e-5, "relu", True, ""),
+        "sums": (torch.rand_like(x), x, affine, 1),
+        "apply": (x, affine, 1, "relu", torch.rand_like(x)),
+        "combine": (torch.rand_like(x), x, affine, torch.rand(2, n, c), 1),
+        "mixture_affine": (x, *parameters, *buffers, 1, still, 1e-5, ""),
+        "mixture_affine_and_track": (x, *parameters, *buffers, 1, moving, 1e-5, ""),
+        "mixture_gradients": (*g, torch.rand_like(x), 1, moving, 1e-5, "relu", True, ""),
+        "apply_depthwise": (x, affine, kernel, torch.rand(c)),
+        "apply_depthwise_gradients": (torch.rand_like(x), x, *bn, kernel, None, None, of_bn, 1e-5, True, ""),
     }
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", operators.SCHEMAS)
+@pytest.mark.parametrize("name", [*operators.SCHEMAS, *mixture.SCHEMAS, *apply_depthwise.SCHEMAS])
 def test_opcheck(name, form, monkeypatch):
     monkeypatch.undo()  # opcheck compares two runs: torch.empty as it is
     arguments = sample_inputs(FORMS[form]())[name]
@@ -101,7 +105,7 @@ def test_export(key):
     network = torch.nn.Sequential(layer)
     program = torch.export.export(network, (features(5, 6, 7, 3),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     names = {str(node.target) for node in program.graph.nodes}
-    assert {"lightning_norm.coefficients.default", "lightning_norm.apply.default"} <= names
+    assert {"lightning_norm.mixture_affine.default", "lightning_norm.apply.default"} <= names
     for n in (2, 7):
         x = features(n, 6, 7, 3)
         torch.testing.assert_close(program.module()(x), layer(x))

@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lightning_norm.kernels.depthwise.conv import spot
+from lightning_norm.kernels.depthwise.forward import tile_lanes
 from lightning_norm.kernels.passes import launch
-from lightning_norm.kernels.passes.reductions import row_span
+from lightning_norm.kernels.passes.forward import row_span
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 
@@ -170,7 +170,7 @@ def offsets(out, row, sample, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     found = row_span(row, size, piece, tl.program_id(0), units, 8, ROWS)
     tl.store(out + lane, found[0] + found[2])
     samples, channels = tl.cast(1 << 20, tl.int32), tl.cast(64, tl.int32)
-    place = spot(tl.cast(sample, tl.int32), 0, 0, size, samples, channels, size, 7, 1, True, ROWS, BLOCK)
+    place = tile_lanes(tl.cast(sample, tl.int32), 0, 0, size, samples, channels, size, 7, 1, True, ROWS, BLOCK)
     tl.store(out + ROWS + lane[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], place[0] + place[1])
 
 

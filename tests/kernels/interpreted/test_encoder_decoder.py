@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ import lightning_norm
 from lightning_norm.kernels.encoder_decoder import launch
 from lightning_norm.ops import backend
 from lightning_norm.ops.fused import encoder_decoder
+from lightning_norm.ops.fused.operators import to_numbers
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.testing.kit import REGISTRY, features, noise, step
-from tests.kernels.interpreted.test_channels import same_buffers
 from tests.kernels.interpreted.test_layers import compare, count_launches, exports, keeps_nan_out, pair, rounded_once
+from tests.kernels.interpreted.test_per_channel import same_buffers
 
 ops = torch.ops.lightning_norm
 SLOW = pytest.mark.slow
@@ -234,16 +236,19 @@ def test_a_subclass_that_drops_otherwise_is_not_given_the_recipe():
 
 def arguments_of(name, last):
     x = features(4, 6, 4, 5).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    found = pair("afn", {})[0].fused_spec(layout_of(x, 6))
-    gates, coders = ([t.detach() for t in held] for held in (found.gates, found.coders))
-    dropped = (torch.rand(2, 6), found.share, 0) if name == "coders" else (None, found.share, 9)
-    rest = (1, found.plan if name == "coders_and_track" else [found.plan[0], 0, 0], found.eps)
-    running = tuple(None if t is None else t.clone() for t in found.running)
-    given = (x, coders, gates, found.weight.detach(), found.bias.detach(), *dropped, *running)
-    if name != "coder_gradients":
-        return (*given, *rest)
-    stats = ops.coders(*given, *rest)
-    more = (coders, gates, given[3], *dropped, torch.rand_like(x), *rest)
+    spec = pair("afn", {})[0].fused_spec(layout_of(x, 6))
+    gates, linears = ([t.detach() for t in tensors] for tensors in (spec.gates, spec.linears))
+    weight, bias = spec.weight.detach(), spec.bias.detach()
+    noise, seed = (torch.rand(2, 6), 0) if name == "encoder_decoder_affine" else (None, 9)
+    dropout = (noise, spec.drop_prob, seed)
+    flags = spec.flags if name == "encoder_decoder_affine_and_track" else replace(spec.flags, frozen=False, track=0)
+    rest = (1, to_numbers(flags), spec.eps)
+    running = tuple(None if t is None else t.clone() for t in spec.running)
+    forward = (x, linears, gates, weight, bias, *dropout, *running, *rest)
+    if name != "encoder_decoder_gradients":
+        return forward
+    stats = ops.encoder_decoder_affine(*forward)
+    more = (linears, gates, weight, *dropout, torch.rand_like(x), *rest)
     return (torch.rand_like(x), x, *stats, *more, "relu", True)
 
 

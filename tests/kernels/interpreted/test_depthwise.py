@@ -116,17 +116,17 @@ def test_what_the_kernels_do_not_know_runs_composed(monkeypatch):
     launched = count_launches(monkeypatch)
     check((2, 3, 4, 4, 4), spatial_dims=3, kernel_size=1)
     check((2, 3, 11, 9), kernel_size=9)
-    assert not [name for name in launched if name.startswith("recover")]
+    assert not [name for name in launched if name.startswith("depthwise")]
 
 
 def test_launches(monkeypatch):
     ours, _ = pair()
     x, launched = features(4, 6, 5, 3).requires_grad_(), count_launches(monkeypatch)
     y = ours(x)
-    assert launched == ["moments_rows", "pool", "mix", "recover_apply"]
+    assert launched == ["moments_rows", "pool", "mix", "depthwise_apply"]
     launched.clear()
     torch.autograd.grad(y, [x, *ours.parameters()], noise(4, 6, 5, 3, seed=7))
-    assert launched == ["recover_sums", "join_taps", "vjp_pool", "vjp_mix", "recover_combine"]
+    assert launched == ["depthwise_sums", "join_taps", "vjp_pool", "vjp_mix", "depthwise_combine"]
 
 
 def test_only_x_is_kept():
@@ -163,5 +163,5 @@ def test_export():
     ours, _ = pair(train=False)
     x = features(4, 6, 5, 4)
     program = torch.export.export(torch.nn.Sequential(ours), (x,))
-    assert "lightning_norm.recover.default" in {str(node.target) for node in program.graph.nodes}
+    assert "lightning_norm.apply_depthwise.default" in {str(node.target) for node in program.graph.nodes}
     torch.testing.assert_close(program.module()(x), ours(x))

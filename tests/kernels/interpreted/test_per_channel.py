@@ -1,14 +1,15 @@
 """Equations in which each channel stands alone, on the kernels against the readable algebra in float64."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 import lightning_norm
-from lightning_norm.kernels.per_channel import flags
 from lightning_norm.normalizers.context.assignment import assign, context_layers
 from lightning_norm.ops.fused import per_channel
+from lightning_norm.ops.fused.operators import to_numbers
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.testing.kit import features, noise
 from tests.kernels.interpreted.test_layers import compare, count_launches, exports
@@ -173,24 +174,24 @@ def test_a_subclass_with_another_gate_is_not_given_the_recipe():
     torch.testing.assert_close(layer(x), lightning_norm.BatchNorm(6)(x))
 
 
-def held(t):
+def detached(t):
     return t if t is None else t.detach()
 
 
 def arguments_of(name, layer, x):
     """What a layer hands to an operator."""
-    found = layer.fused_spec(layout_of(x, 6))
-    plan, numbers = found.fields()
-    given = (held(found.weight), held(found.bias), [held(t) for t in found.gates], found.shares)
-    counters = (*found.counters, *(None,) * (4 - len(found.counters)))
-    buffers = (*(t if t is None else t.clone() for t in (*found.running, *counters)), found.rate, found.threshold)
-    still = [*plan[:6], 0, 0, *plan[8:]]
-    if name == "channels_and_track":
-        return (x, *given, *buffers, 1, plan, numbers, "")
-    if name == "channels":
-        return (x, *given, *buffers, 1, still, numbers, "")
-    stats = ops.channels(x, *given, *buffers, 1, still, numbers, "")
-    return (torch.rand_like(x), x, *stats, *given, torch.rand_like(x), 1, still, numbers, "relu", True, "")
+    spec = layer.fused_spec(layout_of(x, 6))
+    parameters = (detached(spec.weight), detached(spec.bias), [detached(t) for t in spec.gates], spec.responsibilities)
+    counters = (*spec.counters, *(None,) * (4 - len(spec.counters)))
+    buffers = (*(t if t is None else t.clone() for t in (*spec.running, *counters)), spec.rate, spec.threshold)
+    numbers, flags = to_numbers(spec.numbers), to_numbers(spec.flags)
+    still = to_numbers(replace(spec.flags, condensed=0, track=0))
+    if name == "per_channel_affine_and_track":
+        return (x, *parameters, *buffers, 1, flags, numbers, "")
+    if name == "per_channel_affine":
+        return (x, *parameters, *buffers, 1, still, numbers, "")
+    stats = ops.per_channel_affine(x, *parameters, *buffers, 1, still, numbers, "")
+    return (torch.rand_like(x), x, *stats, *parameters, torch.rand_like(x), 1, still, numbers, "relu", True, "")
 
 
 @pytest.mark.parametrize("last", [False, pytest.param(True, marks=SLOW)], ids=["rows", "channels last"])
@@ -215,12 +216,4 @@ def test_compile_and_checkpoint():
 
 
 def test_export():
-    exports(pair("rbn", {}, train=False)[0], "channels")
-
-
-def test_plan_has_the_names_of_the_recipe():
-    fields = list(flags.ChannelPlan.__dataclass_fields__)
-    for i, name in enumerate(fields):
-        plan, numbers = per_channel.PerChannelSpec(None, None, {name: 7}, {"eps": 0.1}).fields()
-        assert plan[i] == 7
-        assert len(numbers) == len(flags.Numbers.__dataclass_fields__)
+    exports(pair("rbn", {}, train=False)[0], "per_channel_affine")

@@ -1,0 +1,137 @@
+"""BACKWARD."""
+
+import triton
+import triton.language as tl
+
+from lightning_norm.kernels.depthwise.forward import neighbour, tile_lanes, tile_start
+
+
+@triton.jit
+def depthwise_sums(
+    dy, x, kernel, pivot, scale, offset, total, dot, taps, samples, units, size, height, width, blocks, piece, repeat,
+    ALIGN: tl.constexpr, LAST: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of dx^ and dx^ (x - pivot), (pieces, N, C), and of each tap's gradient and of dy, (parts, taps + 1, C).
+
+    A program takes one piece of the map, of ``repeat`` groups of samples; once for each group of taps.
+    """
+    samples, units, size = tl.cast(samples, tl.int32), tl.cast(units, tl.int32), tl.cast(size, tl.int32)
+    job, p = tl.program_id(0), tl.program_id(1)
+    chunk = job // blocks
+    channel = job % blocks * BLOCK if LAST else job % blocks
+    end = tl.minimum(size, (p + 1) * piece)
+    channels = units * ALIGN if LAST else units
+    step = channels if LAST else 1
+    pair = tl.cast(p, tl.int64) * samples * channels
+    c_out = channel + tl.arange(0, BLOCK if LAST else 1)[None, :]
+    out = taps + tl.cast(chunk * tl.num_programs(1) + p, tl.int64) * (KH * KW + 1) * channels + c_out
+    zero = tl.zeros((ROWS, BLOCK), tl.float32)
+    for group in range(0, KH * KW // GROUP):
+        a0, a1, a2, a3, a4, a5, a6, a7, a8, of_dy = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
+        for again in range(0, repeat):
+            sample = (chunk * repeat + again) * (1 if LAST else ROWS)
+            g0, g1 = zero, zero
+            for first in range(p * piece, end, ROWS if LAST else BLOCK):
+                origin, lane, keep, i, j, c, at, stat_mask, _ = tile_lanes(sample, channel, first, end, samples, units, size, width, ALIGN, LAST, ROWS, BLOCK)  # noqa: E501  # fmt: skip
+                k = tl.load(pivot + at, mask=stat_mask, other=0.0)
+                a, o = tl.load(scale + at, mask=stat_mask, other=0.0), tl.load(offset + at, mask=stat_mask, other=0.0)
+                g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
+                for s in tl.static_range(GROUP):
+                    ok, away = neighbour(i, j, group, s, 1, height, width, KH, KW, GROUP)
+                    ok = keep & ok
+                    w = tl.load(kernel + c * (KH * KW) + group * GROUP + s, mask=stat_mask, other=0.0).to(tl.float32)
+                    u = tl.load(x + origin + lane + away * step, mask=ok, other=0.0).to(tl.float32) - k
+                    h = tl.where(ok, g, 0.0)
+                    g0 += w * h
+                    g1 += w * h * u
+                    h *= a * u + o
+                    if s == 0:
+                        a0 += h
+                    if s == 1:
+                        a1 += h
+                    if s == 2:
+                        a2 += h
+                    if s == 3:
+                        a3 += h
+                    if s == 4:
+                        a4 += h
+                    if s == 5:
+                        a5 += h
+                    if s == 6:
+                        a6 += h
+                    if s == 7:
+                        a7 += h
+                    if s == 8:
+                        a8 += h
+                of_dy += g
+            origin, lane, keep, i, j, c, at, stat_mask, _ = tile_lanes(sample, channel, 0, end, samples, units, size, width, ALIGN, LAST, ROWS, BLOCK)  # noqa: E501  # fmt: skip
+            add_to(total + pair + at, tl.sum(g0, 0 if LAST else 1, keep_dims=True), stat_mask, group)
+            add_to(dot + pair + at, tl.sum(g1, 0 if LAST else 1, keep_dims=True), stat_mask, group)
+        store_tap(out + group * GROUP * channels, a0, 0, c_out < channels, channels, LAST, GROUP)
+        store_tap(out + group * GROUP * channels, a1, 1, c_out < channels, channels, LAST, GROUP)
+        store_tap(out + group * GROUP * channels, a2, 2, c_out < channels, channels, LAST, GROUP)
+        store_tap(out + group * GROUP * channels, a3, 3, c_out < channels, channels, LAST, GROUP)
+        store_tap(out + group * GROUP * channels, a4, 4, c_out < channels, channels, LAST, GROUP)
+        store_tap(out + group * GROUP * channels, a5, 5, c_out < channels, channels, LAST, GROUP)
+        store_tap(out + group * GROUP * channels, a6, 6, c_out < channels, channels, LAST, GROUP)
+        store_tap(out + group * GROUP * channels, a7, 7, c_out < channels, channels, LAST, GROUP)
+        store_tap(out + group * GROUP * channels, a8, 8, c_out < channels, channels, LAST, GROUP)
+        store_tap(out + KH * KW * channels, of_dy, 0, c_out < channels, channels, LAST, 1)
+
+
+@triton.jit
+def add_to(at, value, keep, group):
+    """Store a value in the first group of taps, and add it to what is there in the others."""
+    tl.store(at, value + tl.load(at, mask=keep & (group > 0), other=0.0), mask=keep)
+    tl.debug_barrier()
+
+
+@triton.jit
+def store_tap(out, t, s: tl.constexpr, keep, channels, LAST: tl.constexpr, GROUP: tl.constexpr):
+    """Store a tile's sum over its positions, and over its samples where they are in it, as the row of tap ``s``."""
+    if s < GROUP:
+        total = tl.sum(t, 0, keep_dims=True)
+        if not LAST:
+            total = tl.sum(total, 1, keep_dims=True)
+        tl.store(out + s * channels, total, mask=keep)
+
+
+@triton.jit
+def join_taps(taps, dkernel, dbias, number, channels, parts, T: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the parts of the gradients of kernel, (C, T), and bias, (C,); ``number`` is C * (T + 1)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = i < number
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(0, parts):
+        total += tl.load(taps + tl.cast(part, tl.int64) * number + i, mask=keep, other=0.0)
+    t = i // channels
+    c = i - t * channels
+    tl.store(dkernel + c * T + t, total, mask=keep & (t < T))
+    tl.store(dbias + c, total, mask=keep & (t == T))
+
+
+@triton.jit
+def depthwise_combine(
+    dy, x, dx, kernel, pivot, scale, constant, slope, samples, units, size, height, width, blocks,
+    ALIGN: tl.constexpr, LAST: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
+    PLAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Dx = scale * g + constant + slope * (x - pivot), or scale * g alone if PLAIN; g = sum_t w_t dy(p - t)."""
+    samples, units, size = tl.cast(samples, tl.int32), tl.cast(units, tl.int32), tl.cast(size, tl.int32)
+    sample, channel, first = tile_start(units, blocks, LAST, ROWS, BLOCK)
+    origin, lane, keep, i, j, c, at, stat_mask, channels = tile_lanes(sample, channel, first, size, samples, units, size, width, ALIGN, LAST, ROWS, BLOCK)  # noqa: E501  # fmt: skip
+    step = channels if LAST else 1
+    g = tl.zeros((ROWS, BLOCK), tl.float32)
+    for group in range(0, KH * KW // GROUP):
+        for s in tl.static_range(GROUP):
+            ok, away = neighbour(i, j, group, s, -1, height, width, KH, KW, GROUP)
+            w = tl.load(kernel + c * (KH * KW) + group * GROUP + s, mask=stat_mask, other=0.0).to(tl.float32)
+            g += w * tl.load(dy + origin + lane + away * step, mask=keep & ok, other=0.0).to(tl.float32)
+    d = tl.load(scale + at, mask=stat_mask, other=0.0) * g
+    if not PLAIN:
+        u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - tl.load(
+            pivot + at, mask=stat_mask, other=0.0
+        )
+        d += tl.load(slope + at, mask=stat_mask, other=0.0) * u + tl.load(constant + at, mask=stat_mask, other=0.0)
+    tl.store(dx + origin + lane, d.to(dx.dtype.element_ty), mask=keep)

@@ -1,0 +1,117 @@
+"""Which equations of the mixture family run, and the statistics that its launches hand on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MixtureFlags:
+    """Which equations of a mixture run; ``MixtureFlags.of`` fills the positions in.
+
+    Args:
+        needs_moments: the moments of x are needed; not so where everything comes from the running statistics.
+        at_in: position of the instance's statistics in the weights w and v; -1 where they take no part.
+        at_ln: position of those of the layer or group.
+        at_bn: position of those of the batch.
+        num_weights: length of w and v; 0 where nothing is mixed.
+        softmax: w and v are logits, and their softmax is what mixes.
+        outputs: normalized outputs are mixed, not statistics, and w is iota (C,).
+        frozen: the running statistics stand in for the batch's.
+        track: 0 leaves the running statistics as they are, 1 moves them by the momentum, 2 averages all batches.
+        num_groups: groups of channels of the layer's statistics.
+        correction: 1 for unbiased variances within each sample.
+    """
+
+    needs_moments: bool
+    at_in: int
+    at_ln: int
+    at_bn: int
+    num_weights: int
+    softmax: bool
+    outputs: bool
+    frozen: bool
+    track: int
+    num_groups: int
+    correction: int
+
+    @classmethod
+    def of(
+        cls,
+        statistics: tuple[str, ...],
+        *,
+        weighted: bool = False,
+        softmax: bool = False,
+        outputs: bool = False,
+        frozen: bool = False,
+        track: int = 0,
+        num_groups: int = 1,
+        correction: int = 0,
+    ) -> MixtureFlags:
+        """Return the flags of a mixture of ``statistics``.
+
+        Args:
+            statistics: which of "in", "ln" and "bn" take part, in the order of the weights; "ln" is per group.
+            weighted: they are mixed by weights w and v.
+            softmax: as in the class.
+            outputs: as in the class.
+            frozen: as in the class.
+            track: as in the class.
+            num_groups: as in the class.
+            correction: as in the class.
+
+        >>> MixtureFlags.of(("bn", "ln"), weighted=True).at_ln
+        1
+        """
+        at_in, at_ln, at_bn = (statistics.index(s) if s in statistics else -1 for s in ("in", "ln", "bn"))
+        return cls(
+            needs_moments=not (frozen and statistics == ("bn",)),
+            at_in=at_in,
+            at_ln=at_ln,
+            at_bn=at_bn,
+            num_weights=len(statistics) if weighted and not outputs else 0,
+            softmax=softmax,
+            outputs=outputs,
+            frozen=frozen,
+            track=track,
+            num_groups=num_groups,
+            correction=correction,
+        )
+
+    @property
+    def pools_batch(self) -> bool:
+        """Return whether the batch's own statistics take part."""
+        return self.needs_moments and self.at_bn >= 0 and not self.frozen
+
+    @property
+    def pools_layer(self) -> bool:
+        """Return whether statistics of layers or groups take part."""
+        return self.needs_moments and self.at_ln >= 0
+
+    def constants(self) -> dict[str, object]:
+        """Return the compile-time arguments that all kernels share."""
+        return {
+            "MOMENTS": self.needs_moments, "IN": self.at_in, "LN": self.at_ln, "BN": self.at_bn, "K": self.num_weights,
+            "SOFTMAX": self.softmax, "OUTPUTS": self.outputs, "FROZEN": self.frozen,
+        }  # fmt: skip
+
+
+class MixtureStatistics(NamedTuple):
+    """What the forward launches hand to the backward ones; a part that is not needed is empty.
+
+    Args:
+        moments: (3, N, C), those of x: the mean as hi and lo, and the variance.
+        batch: (3, C), likewise of the whole batch, on all ranks.
+        layer: (3, N, G), likewise of each sample's groups.
+        affine: (3, N, C), pivot, scale and offset: y = scale * (x - pivot) + offset.
+        rank_sums: (1, 1 + 2 C) in float64, what the ranks added up.
+    """
+
+    moments: Tensor
+    batch: Tensor
+    layer: Tensor
+    affine: Tensor
+    rank_sums: Tensor

@@ -1,0 +1,221 @@
+"""FORWARD."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_span(row, size, piece, p, units, ALIGN: tl.constexpr, ROWS: tl.constexpr):
+    """Where a program's rows lie: (origin, int64 scalar) and, counted from it, base, start, end, and end of loading."""
+    first = row * size + p * piece.to(tl.int64)
+    unit = first // ALIGN
+    shift = (first - unit * ALIGN).to(tl.int32)
+    start = shift + tl.arange(0, ROWS) * size
+    end = start + tl.minimum(piece, size - p * piece)
+    left = tl.minimum(units - unit, 1 << 26).to(tl.int32)  # units in the tensor, so that nothing behind it is read
+    base = start // ALIGN * ALIGN
+    stop = tl.minimum((end + ALIGN - 1) // ALIGN, left) * ALIGN
+    return unit * ALIGN, base, start, end, stop
+
+
+@triton.jit
+def moments_rows(
+    x, hi, lo, var, rows, size, units, piece, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LOOP: tl.constexpr,
+):  # fmt: skip
+    """Mean, as hi + lo, and biased variance of each piece of each row, (pieces, rows) each."""
+    rows, size, units, piece = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64), tl.cast(piece, tl.int32)  # noqa: E501  # fmt: skip
+    row, p = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
+    origin, base, start, end, stop = row_span(row, size, piece, p, units, ALIGN, ROWS)
+    x += origin
+    lane = base[:, None] + tl.arange(0, BLOCK)[None, :]
+    keep = (lane >= start[:, None]) & (lane < end[:, None])
+    v = tl.load(x + lane, mask=lane < stop[:, None], other=0.0).to(tl.float32)
+    first_count = tl.minimum(base + BLOCK, end) - start
+    pivot = tl.sum(tl.where(keep, v, 0.0), 1) / first_count.to(tl.float32)
+    total = tl.where(keep, v - pivot[:, None], 0.0)
+    square = total * total
+    if LOOP:
+        for first in range(BLOCK, piece + ALIGN - 1, BLOCK):
+            at = lane + first
+            v = tl.load(x + at, mask=at < stop[:, None], other=0.0).to(tl.float32)
+            u = tl.where(at < end[:, None], v - pivot[:, None], 0.0)
+            total += u
+            square += u * u
+    store_moments(
+        hi, lo, var, p * rows + row + tl.arange(0, ROWS), row + tl.arange(0, ROWS) < rows,
+        pivot, tl.sum(total, 1), tl.sum(square, 1), (end - start).to(tl.float32),
+    )  # fmt: skip
+
+
+@triton.jit
+def moments_columns(
+    x, hi, lo, var, size, units, piece, pieces, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Mean, as hi + lo, and biased variance of each piece of each column, (samples, pieces, channels) each."""
+    size, units, piece = tl.cast(size, tl.int32), tl.cast(units, tl.int32), tl.cast(piece, tl.int32)
+    job = tl.program_id(0).to(tl.int64)
+    begin = (job % pieces).to(tl.int32) * piece
+    count = tl.minimum(piece, size - begin)
+    channels = units * ALIGN
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    s = tl.arange(0, ROWS)
+    x += (job // pieces * size + begin) * channels
+    lane = s[:, None] * channels + c[None, :]
+    keep = (s[:, None] < count) & (c[None, :] < channels)
+    v = tl.load(x + lane, mask=keep, other=0.0).to(tl.float32)
+    pivot = tl.sum(v, 0) / tl.minimum(count, ROWS).to(tl.float32)
+    total = tl.where(keep, v - pivot[None, :], 0.0)
+    square = total * total
+    for first in range(ROWS, count, ROWS):
+        x += ROWS * channels.to(tl.int64)
+        keep = (s[:, None] < count - first) & (c[None, :] < channels)
+        v = tl.load(x + lane, mask=keep, other=0.0).to(tl.float32)
+        u = tl.where(keep, v - pivot[None, :], 0.0)
+        total += u
+        square += u * u
+    store_moments(
+        hi, lo, var, job * channels + c, c < channels, pivot, tl.sum(total, 0), tl.sum(square, 0), count.to(tl.float32)
+    )
+
+
+@triton.jit
+def store_moments(hi, lo, var, at, keep, pivot, total, square, count):
+    """Store mean = hi + lo, hi being the mean rounded to float32, and the variance; NaN stays NaN."""
+    rest = tl.div_rn(total, count)
+    m2 = square - total * rest
+    rounded = pivot + rest
+    tl.store(hi + at, rounded, mask=keep)
+    tl.store(lo + at, rest - (rounded - pivot), mask=keep)
+    tl.store(var + at, tl.div_rn(tl.where(m2 < 0.0, 0.0, m2), count), mask=keep)
+
+
+@triton.jit
+def read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE: tl.constexpr):
+    """Mean, as hi + lo, and biased variance, the pieces joined by the law of total variance."""
+    k = tl.load(hi + at, mask=keep, other=0.0)
+    d = tl.load(lo + at, mask=keep, other=0.0)
+    v = tl.load(var + at, mask=keep, other=0.0)
+    if MERGE:
+        inverse_size = tl.cast(1.0, tl.float32) / (size * fold)
+        n = tl.minimum(piece, size).to(tl.float32)
+        mean = d * (n * inverse_size)
+        for p in range(1, pieces):
+            n = tl.minimum(piece, size - p // fold * piece).to(tl.float32)
+            e = tl.load(hi + at + p * stride, mask=keep, other=0.0) - k
+            mean += (e + tl.load(lo + at + p * stride, mask=keep, other=0.0)) * (n * inverse_size)
+        n = tl.minimum(piece, size).to(tl.float32)
+        v = (v + (d - mean) * (d - mean)) * (n * inverse_size)
+        for p in range(1, pieces):
+            n = tl.minimum(piece, size - p // fold * piece).to(tl.float32)
+            e = tl.load(hi + at + p * stride, mask=keep, other=0.0) - k
+            e = e + tl.load(lo + at + p * stride, mask=keep, other=0.0) - mean
+            v += (tl.load(var + at + p * stride, mask=keep, other=0.0) + e * e) * (n * inverse_size)
+        rounded = k + mean
+        d = mean - (rounded - k)
+        k = rounded
+    return k, d, v
+
+
+@triton.jit
+def join_moments(
+    hi, lo, var, out, number, channels, pieces, sample_stride, stride, piece, size, fold, BLOCK: tl.constexpr
+):
+    """Join the pieces into ``out``, (3, samples * channels): hi, lo, variance."""
+    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = i < number
+    at = i // channels * sample_stride + i % channels
+    k, d, v = read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, True)
+    tl.store(out + i, k, mask=keep)
+    tl.store(out + number + i, d, mask=keep)
+    tl.store(out + 2 * tl.cast(number, tl.int64) + i, v, mask=keep)
+
+
+@triton.jit
+def activation(z, ACT: tl.constexpr):
+    """0: nothing, 1: ReLU, 2: SiLU. NaN stays NaN."""
+    if ACT == 1:
+        z = tl.where(z <= 0.0, 0.0, z)
+    if ACT == 2:
+        z = z / (1.0 + tl.exp(-z))
+    return z
+
+
+@triton.jit
+def flat_lanes(units, size, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """A program's origin, lanes, mask, first row, and each lane's row counted from it (a Boolean where WIDE)."""
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    origin = pid.to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    left = tl.minimum(units - origin // ALIGN, BLOCK).to(tl.int32) * ALIGN
+    row = origin // size
+    t = (origin - row * size).to(tl.int32) + lane
+    if WIDE:
+        which = t >= size
+    else:
+        which = tl.umulhi((t * 4).to(tl.uint32), magic.to(tl.uint32)).to(tl.int32)
+    return origin, lane, lane < left, row, which
+
+
+@triton.jit
+def of_row(coefficient, row, rows, which, keep, WIDE: tl.constexpr):
+    """A coefficient of each lane's row."""
+    if WIDE:
+        value = tl.where(which, tl.load(coefficient + tl.minimum(row + 1, rows - 1)), tl.load(coefficient + row))
+    else:
+        value = tl.load(coefficient + row + which, mask=keep, other=0.0)
+    return value
+
+
+@triton.jit
+def column_lanes(
+    size, units, blocks, true_channels, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
+):  # fmt: skip
+    """A program's origin, lanes, mask, and the (N, C) index of each of its channels with its mask."""
+    job = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    n = job // blocks
+    begin = (job % blocks).to(tl.int32) * ROWS
+    channels = units * ALIGN
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    s = tl.arange(0, ROWS)
+    at = n * channels + c
+    if FOLD > 1:
+        at = n * true_channels + c % true_channels
+    keep = (s[:, None] < size - begin) & (c[None, :] < channels)
+    return (n * size + begin) * channels, s[:, None] * channels + c[None, :], keep, at, c < channels
+
+
+@triton.jit
+def apply_flat(
+    x, residual, y, pivot, scale, offset, rows, size, units, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Y = act(scale * (x - pivot) + offset + residual)."""
+    rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
+    origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
+    u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - of_row(pivot, row, rows, which, keep, WIDE)
+    z = tl.fma(of_row(scale, row, rows, which, keep, WIDE), u, of_row(offset, row, rows, which, keep, WIDE))
+    if RESIDUAL:
+        z += tl.load(residual + origin + lane, mask=keep, other=0.0).to(tl.float32)
+    tl.store(y + origin + lane, activation(z, ACT).to(y.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def apply_columns(
+    x, residual, y, pivot, scale, offset, size, units, blocks, true_channels, ALIGN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Y = act(scale * (x - pivot) + offset + residual)."""
+    size, units = tl.cast(size, tl.int32), tl.cast(units, tl.int32)
+    origin, lane, keep, at, channel_mask = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
+    k, a = (
+        tl.load(pivot + at, mask=channel_mask, other=0.0)[None, :],
+        tl.load(scale + at, mask=channel_mask, other=0.0)[None, :],
+    )
+    b = tl.load(offset + at, mask=channel_mask, other=0.0)[None, :]
+    z = tl.fma(a, tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - k, b)
+    if RESIDUAL:
+        z += tl.load(residual + origin + lane, mask=keep, other=0.0).to(tl.float32)
+    tl.store(y + origin + lane, activation(z, ACT).to(y.dtype.element_ty), mask=keep)
