@@ -1,4 +1,7 @@
-"""Block sizes, from shapes alone: no autotuning, no query of the device, so results never depend on either."""
+"""In which pieces x is read: block sizes from shapes alone.
+
+No autotuning and no query of the device, so results never depend on either, and a CUDA graph may record any launch.
+"""
 
 from __future__ import annotations
 
@@ -116,6 +119,7 @@ def is_channels_last(x: Tensor, channel_dim: int) -> bool | None:
     """Return False where each (sample, channel) is contiguous in x, True where channels are, None for neither."""
     if channel_dim in (1, 1 - x.dim()) and x.is_contiguous():
         return False
+    # Tokens have their channels last already.
     last = x if channel_dim in (-1, x.dim() - 1) else x.movedim(1, -1)
     return True if last.is_contiguous() else None
 
@@ -131,6 +135,7 @@ def grid_of(x: Tensor, channel_dim: int) -> Grid:
         raise ValueError(f"x with strides {x.stride()} is contiguous in neither order.")
     n, c = x.shape[0], x.shape[channel_dim]
     size = x.numel() // max(n * c, 1)
+    # Elements of a load of 16 bytes.
     vector = 16 // x.element_size()
     return _columns(n, c, size, vector) if columns and size > 1 else _rows(n, c, size, vector)
 
@@ -138,12 +143,15 @@ def grid_of(x: Tensor, channel_dim: int) -> Grid:
 @functools.lru_cache(4096)
 def _rows(n: int, c: int, size: int, vector: int) -> Grid:
     align = vector if n * c * size % vector == 0 else 1
+    # Rows that begin anywhere are loaded from up to align - 1 elements earlier.
     span = size if size % align == 0 else size + align - 1
     block = min(max(power(span), align), TILE)
     rows = TILE // block
+    # Many short rows to a program, unless that leaves multiprocessors idle.
     while rows > 1 and n * c < rows * BUSY:
         rows //= 2
     piece, pieces = size, 1
+    # Few large rows: cut them until about two waves of programs run.
     if block == TILE and n * c < BUSY:
         pieces = min(cdiv(2 * BUSY, n * c), cdiv(size, 2 * TILE))
         piece = cdiv(cdiv(size, pieces), TILE) * TILE
@@ -154,6 +162,7 @@ def _rows(n: int, c: int, size: int, vector: int) -> Grid:
 @functools.lru_cache(4096)
 def _columns(n: int, c: int, size: int, vector: int) -> Grid:
     fold = 1
+    # Few channels: take positions for channels, as far as that makes vectors aligned.
     for wider in (2, 4, 8, 16, 32, 64):
         if (c * fold >= 64 and c * fold % vector == 0) or size % wider:
             break
@@ -163,6 +172,7 @@ def _columns(n: int, c: int, size: int, vector: int) -> Grid:
     length = size // fold
     block = min(power(c * fold), 64)
     rows = min(TILE // block, power(length))
+    # Long columns are cut like long rows.
     jobs = n * cdiv(c * fold, block)
     pieces = max(1, min(cdiv(2 * BUSY, jobs), length // (2 * rows)))
     piece = cdiv(cdiv(length, pieces), rows) * rows

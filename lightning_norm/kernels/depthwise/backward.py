@@ -1,4 +1,8 @@
-"""BACKWARD."""
+"""Device code: the backward passes of ``forward``. Equations and letters as there.
+
+``depthwise_sums`` reads dy and x once and leaves all sums, ``join_taps`` adds up what it leaves for the taps, and
+``depthwise_combine`` writes dx.
+"""
 
 import triton
 import triton.language as tl
@@ -14,7 +18,8 @@ def depthwise_sums(
 ):  # fmt: skip
     """Sums of dx^ and dx^ (x - pivot), (pieces, N, C), and of each tap's gradient and of dy, (parts, taps + 1, C).
 
-    A program takes one piece of the map, of ``repeat`` groups of samples; once for each group of taps.
+    A program takes one piece of the map, of ``repeat`` groups of samples; once for each group of taps. The grid is
+    (chunks of samples * blocks of channels, pieces).
     """
     samples, units, size = tl.cast(samples, tl.int32), tl.cast(units, tl.int32), tl.cast(size, tl.int32)
     job, p = tl.program_id(0), tl.program_id(1)
@@ -23,17 +28,22 @@ def depthwise_sums(
     end = tl.minimum(size, (p + 1) * piece)
     channels = units * ALIGN if LAST else units
     step = channels if LAST else 1
+    # Where this piece's sums, and this program's gradients of taps, are stored.
     pair = tl.cast(p, tl.int64) * samples * channels
     c_out = channel + tl.arange(0, BLOCK if LAST else 1)[None, :]
     out = taps + tl.cast(chunk * tl.num_programs(1) + p, tl.int64) * (KH * KW + 1) * channels + c_out
     zero = tl.zeros((ROWS, BLOCK), tl.float32)
+    # dy and x are read again for each group of taps, from the cache then: a piece is chosen small enough.
     for group in range(0, KH * KW // GROUP):
+        # One accumulator per tap, by name: device code has no arrays of tiles.
         a0, a1, a2, a3, a4, a5, a6, a7, a8, of_dy = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
         for again in range(0, repeat):
             sample = (chunk * repeat + again) * (1 if LAST else ROWS)
+            # The two sums belong to a sample, so they begin anew with each.
             g0, g1 = zero, zero
             for first in range(p * piece, end, ROWS if LAST else BLOCK):
                 origin, lane, keep, i, j, c, at, stat_mask, _ = tile_lanes(sample, channel, first, end, samples, units, size, width, ALIGN, LAST, ROWS, BLOCK)  # noqa: E501  # fmt: skip
+                # Statistics change with the sample, and with LAST with the channel.
                 k = tl.load(pivot + at, mask=stat_mask, other=0.0)
                 a, o = tl.load(scale + at, mask=stat_mask, other=0.0), tl.load(offset + at, mask=stat_mask, other=0.0)
                 g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
@@ -42,10 +52,12 @@ def depthwise_sums(
                     ok = keep & ok
                     w = tl.load(kernel + c * (KH * KW) + group * GROUP + s, mask=stat_mask, other=0.0).to(tl.float32)
                     u = tl.load(x + origin + lane + away * step, mask=ok, other=0.0).to(tl.float32) - k
+                    # h is dy where the neighbour lies in the map; then times x^(p + t).
                     h = tl.where(ok, g, 0.0)
                     g0 += w * h
                     g1 += w * h * u
                     h *= a * u + o
+                    # Resolved when the kernel is compiled: s is a constant.
                     if s == 0:
                         a0 += h
                     if s == 1:
@@ -65,9 +77,11 @@ def depthwise_sums(
                     if s == 8:
                         a8 += h
                 of_dy += g
+            # Where the sample's sums go, whatever position came last.
             origin, lane, keep, i, j, c, at, stat_mask, _ = tile_lanes(sample, channel, 0, end, samples, units, size, width, ALIGN, LAST, ROWS, BLOCK)  # noqa: E501  # fmt: skip
             add_to(total + pair + at, tl.sum(g0, 0 if LAST else 1, keep_dims=True), stat_mask, group)
             add_to(dot + pair + at, tl.sum(g1, 0 if LAST else 1, keep_dims=True), stat_mask, group)
+        # Each tap's accumulator, summed over the tile.
         store_tap(out + group * GROUP * channels, a0, 0, c_out < channels, channels, LAST, GROUP)
         store_tap(out + group * GROUP * channels, a1, 1, c_out < channels, channels, LAST, GROUP)
         store_tap(out + group * GROUP * channels, a2, 2, c_out < channels, channels, LAST, GROUP)
@@ -99,12 +113,16 @@ def store_tap(out, t, s: tl.constexpr, keep, channels, LAST: tl.constexpr, GROUP
 
 @triton.jit
 def join_taps(taps, dkernel, dbias, number, channels, parts, T: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the parts of the gradients of kernel, (C, T), and bias, (C,); ``number`` is C * (T + 1)."""
+    """Add up the parts of the gradients of kernel, (C, T), and bias, (C,); ``number`` is C * (T + 1).
+
+    JOIN numbers to a program, in the order of the parts: the same result in every run.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(0, parts):
         total += tl.load(taps + tl.cast(part, tl.int64) * number + i, mask=keep, other=0.0)
+    # Parts are stored by tap and the gradient by channel; the last row is the bias's.
     t = i // channels
     c = i - t * channels
     tl.store(dkernel + c * T + t, total, mask=keep & (t < T))
@@ -117,12 +135,16 @@ def depthwise_combine(
     ALIGN: tl.constexpr, LAST: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
     PLAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Dx = scale * g + constant + slope * (x - pivot), or scale * g alone if PLAIN; g = sum_t w_t dy(p - t)."""
+    """dx = scale * g + constant + slope * (x - pivot), PLAIN: scale * g alone; g = sum_t w_t dy(p - t).
+
+    Grid, tiles and coefficients as ``depthwise_apply``.
+    """
     samples, units, size = tl.cast(samples, tl.int32), tl.cast(units, tl.int32), tl.cast(size, tl.int32)
     sample, channel, first = tile_start(units, blocks, LAST, ROWS, BLOCK)
     origin, lane, keep, i, j, c, at, stat_mask, channels = tile_lanes(sample, channel, first, size, samples, units, size, width, ALIGN, LAST, ROWS, BLOCK)  # noqa: E501  # fmt: skip
     step = channels if LAST else 1
     g = tl.zeros((ROWS, BLOCK), tl.float32)
+    # The transposed convolution of dy: the same taps, from the other side.
     for group in range(0, KH * KW // GROUP):
         for s in tl.static_range(GROUP):
             ok, away = neighbour(i, j, group, s, -1, height, width, KH, KW, GROUP)

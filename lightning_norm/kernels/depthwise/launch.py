@@ -99,6 +99,7 @@ def stencil_of(x: Tensor, taps: int, tile: int = TILE) -> Stencil:
     height, width = [1, *space][-2:]
     size, last = height * width, bool(is_channels_last(x, 1))
     vector = 16 // x.element_size()
+    # Positions by channels where channels are contiguous, else samples by positions.
     if last:
         block, align = min(power(c), 64), vector if c % vector == 0 else 1
         rows = min(tile // block, power(size))
@@ -107,8 +108,10 @@ def stencil_of(x: Tensor, taps: int, tile: int = TILE) -> Stencil:
         block, align = min(power(size), tile), 1
         rows = max(1, min(tile // block, power(n)))
         jobs, step = c * cdiv(n, rows), block
+    # A program takes several groups of samples once there are programs enough.
     repeat = max(1, min(jobs // (4 * BUSY), n if last else cdiv(n, rows)))
     pieces = max(1, min(cdiv(2 * BUSY, jobs), cdiv(size, step)))
+    # Each group of taps reads the piece again, so it must stay in the cache.
     if taps > 9:
         positions = power(size) * block if last else rows * power(size)
         repeat, pieces = min(repeat, max(1, NEAR // positions)), max(pieces, min(positions // NEAR, cdiv(size, step)))
@@ -141,6 +144,7 @@ def apply_depthwise(x: Tensor, affine: Tensor, kernel: Tensor, bias: Tensor | No
 def sum_parts(dy: Tensor, x: Tensor, affine: Tensor, kernel: Tensor) -> tuple[Tensor, Stencil, Tensor, Tensor]:
     """Return the sums of dx^ and dx^ (x - pivot) in parts, their tiling, and the gradients of kernel and bias."""
     taps = kernel[0].numel()
+    # Smaller tiles than forward: an accumulator per tap waits in registers.
     s = stencil_of(x, taps, TILE // 4)
     chunks = cdiv(s.groups, s.repeat)
     out = affine.new_empty(2, s.pieces * s.n * s.c)
@@ -172,6 +176,7 @@ def gradients(
     """Return the gradients of x, kernel and bias; ``stats`` is what ``mixture.launch.affine_of`` returned."""
     affine, dy = stats.affine, dense(dy, x)
     if not x.numel():
+        # Weight and bias are absent: the adjoint of the statistics alone.
         dbias = empty_gradient(stats.batch, stats.rank_sums, over_ranks if need_dx else None)
         dx = torch.empty_like(x) if need_dx else affine.new_empty(0)
         return dx, torch.zeros_like(kernel, dtype=torch.float32), dbias

@@ -1,7 +1,8 @@
-"""Device code: the vector-Jacobian product of the equations in ``coders``, in three launches. Letters as there.
+"""Device code: the vector-Jacobian product of the equations in ``forward``, in three launches. Letters as there.
 
-``vjp_affine`` turns the sums over x into the gradients of the decoders' ends, ``vjp_decode`` these into the decoders'
-weights' and the hidden units', ``vjp_encode`` these into the encoders' weights' and the statistics'.
+``vjp_affine`` turns the sums over x into the gradients of the decoders' outputs, ``vjp_decode`` these into the
+decoders' weights' and the hidden units', ``vjp_encode`` these into the encoders' weights' and the statistics'. A
+decoder and an encoder cannot share a launch, for every channel looks at all others.
 """
 
 import triton
@@ -24,7 +25,7 @@ from lightning_norm.kernels.passes.backward import read_sum
 
 @triton.jit
 def outer(p, a, R_BLOCK: tl.constexpr):
-    """The product p^T a of p (R, J) and a (R, K)."""
+    """Return the product p^T a of p (R, J) and a (R, K)."""
     if R_BLOCK == 1:
         y = tl.trans(p) * a
     else:
@@ -39,9 +40,9 @@ def vjp_affine(
     stride, eps, BATCH: tl.constexpr, MERGE: tl.constexpr, GATED: tl.constexpr, WEIGHT: tl.constexpr,
     N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the decoders' ends (4, R, C), of mean and deviation beside them (2, R, C), of gamma, beta, biases.
+    """Gradients of the decoders' outputs (4, R, C), of mean and deviation past them (2, R, C), of the parameters.
 
-    ``gates`` (4, programs) are the parts of the gates' gradients.
+    ``gates`` (4, programs) are the parts of the gates' gradients. A program takes a block of channels, all rows.
     """
     rows, channels = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32)
     pid, number = tl.program_id(0), rows * channels
@@ -49,9 +50,11 @@ def vjp_affine(
     inside = c < channels
     w = per_channel(weight, c, inside, 1.0, WEIGHT)[None, :]
     l_mu, l_sigma = gate_of(lambda_mu, 0.0, True), gate_of(lambda_sigma, 0.0, True)
+    # The gates, and 1 - g as a sigmoid of its own, which keeps its digits.
     g_mu, g_sigma, rest_mu, rest_sigma = sigmoid(l_mu), sigmoid(l_sigma), sigmoid(-l_mu), sigmoid(-l_sigma)
     l_beta, l_gamma = gate_of(lambda_beta, 1.0, GATED), gate_of(lambda_gamma, 1.0, GATED)
     least = tl.sqrt_rn(tl.zeros((), tl.float32) + tl.cast(eps, tl.float32))
+    # One accumulator per gradient that is summed over rows.
     by = tl.zeros((R_BLOCK, C_BLOCK), tl.float32)
     by_w, by_b, by_mu, by_sigma, by_beta, by_gamma = by, by, by, by, by, by
     of_mu, of_sigma, of_beta, of_gamma = by, by, by, by
@@ -59,6 +62,7 @@ def vjp_affine(
         r = begin + tl.arange(0, R_BLOCK)
         keep = (r[:, None] < rows) & inside[None, :]
         at = r[:, None].to(tl.int64) * channels + c[None, :]
+        # The one row of statistics gets the sums of all samples.
         if BATCH:
             s0, s1 = tl.zeros((N_BLOCK, C_BLOCK), tl.float32), tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
             for start in range(0, samples, N_BLOCK):
@@ -75,18 +79,22 @@ def vjp_affine(
         mu, sigma = tl.load(outputs + at, mask=keep, other=0.0), tl.load(outputs + number + at, mask=keep, other=0.0)
         beta = tl.load(outputs + 2 * number + at, mask=keep, other=0.0)
         gamma = tl.load(outputs + 3 * number + at, mask=keep, other=0.0)
+        # The affine map again, as ``decode`` had it.
         away = k - mu + lo
         d = std + g_sigma * (sigma - std)
         floor = tl.where(keep, tl.where(d < least, least, d), 1.0)
         bent, slope = tanh(beta)
         opened = sigmoid(gamma)
         scale = tl.div_rn(w + l_gamma * opened, floor)
+        # q is the gradient of the numerator; dd of d, da of m.
         q = tl.where(keep, tl.div_rn(t1 + t0 * (g_mu * away - lo), floor), 0.0)
         dd = tl.where((d > least) & keep, -q * scale, 0.0)
         da = tl.where(keep, t0 * scale, 0.0)
+        # Through the gates to the decoders' outputs, ...
         end_mu = -g_mu * da
         end_sigma = tl.where(sigma <= 0.0, 0.0, g_sigma * dd)
         end_beta, end_gamma = l_beta * t0 * slope, l_gamma * q * opened * sigmoid(-gamma)
+        # ... to what is summed over rows, ...
         by_w += q
         by_b += t0
         by_mu += end_mu
@@ -101,6 +109,7 @@ def vjp_affine(
         tl.store(doutputs + number + at, end_sigma, mask=keep)
         tl.store(doutputs + 2 * number + at, end_beta, mask=keep)
         tl.store(doutputs + 3 * number + at, end_gamma, mask=keep)
+        # ... and past the decoders to mean and deviation themselves.
         tl.store(direct + at, -rest_mu * da, mask=keep)
         tl.store(direct + number + at, rest_sigma * dd, mask=keep)
     tl.store(dweight + c, tl.sum(by_w, 0), mask=inside)
@@ -109,6 +118,7 @@ def vjp_affine(
     tl.store(dsigma_bias + c, tl.sum(by_sigma, 0), mask=inside)
     tl.store(dbeta_bias + c, tl.sum(by_beta, 0), mask=inside)
     tl.store(dgamma_bias + c, tl.sum(by_gamma, 0), mask=inside)
+    # This program's part of each gate's gradient; ``vjp_encode`` adds the parts up.
     jobs = tl.num_programs(0)
     tl.store(gates + pid, tl.sum(tl.sum(of_mu, 0), 0) * g_mu * rest_mu)
     tl.store(gates + jobs + pid, tl.sum(tl.sum(of_sigma, 0), 0) * g_sigma * rest_sigma)
@@ -122,13 +132,15 @@ def vjp_decode(
     dgamma_weight, parts, rows, channels, std_units, rescale_units, span,
     SPANS: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One decoder per second index: in some programs sums over a span of channels of the gradients of its hidden units.
+    """The adjoint of one decoder per second index: its hidden units' gradients, and its weight's.
 
-    They are (spans, 2, R, H). In the others a tile of its weight's gradient.
+    In the first programs sums over a span of channels of the gradients of the hidden units, (spans, 2, R, H); in the
+    others a tile of the weight's gradient.
     """
     rows, channels = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32)
     pid, j = tl.program_id(0), tl.program_id(1)
     units, before = tl.where(j < 2, std_units, rescale_units), tl.where(j < 2, 0, std_units)
+    # Which decoder: mu, sigma, beta or gamma.
     weight, dweight = mu_weight, dmu_weight
     if j == 1:
         weight, dweight = sigma_weight, dsigma_weight
@@ -142,6 +154,7 @@ def vjp_decode(
     job = tl.where(pid < sums, pid, pid - sums)
     h = job % blocks * H_BLOCK + tl.arange(0, H_BLOCK)
     side = j % 2 * rows
+    # dh = p W, over the channels of a span.
     if pid < sums:
         part = job // blocks % SPANS
         r = job // blocks // SPANS * R_BLOCK + tl.arange(0, R_BLOCK)
@@ -152,6 +165,7 @@ def vjp_decode(
             dh += times(p, tl.trans(linear_at(weight, c, h, units, channels, units)), R_BLOCK)
         at = (part * 2 * rows + side + r[:, None]) * total + before + h[None, :]
         tl.store(parts + at, dh, mask=(r[:, None] < rows) & (h[None, :] < units))
+    # dW = p^T a, over all rows.
     elif job // blocks * C_BLOCK < channels:
         c = job // blocks * C_BLOCK + tl.arange(0, C_BLOCK)
         dw = tl.zeros((C_BLOCK, H_BLOCK), tl.float32)
@@ -165,7 +179,7 @@ def vjp_decode(
 
 @triton.jit
 def hidden_gradient(parts, hidden, r, h, q, before, rows, units, total, SPANS: tl.constexpr):
-    """Gradient of the hidden units (R, H) before their ReLU."""
+    """Return the gradient of the hidden units (R, H) before their ReLU."""
     keep = (r[:, None] < rows) & (h[None, :] < units)
     at = (q * rows + r[:, None]) * total + before + h[None, :]
     a = tl.load(hidden + at, mask=keep, other=0.0)
@@ -177,7 +191,7 @@ def through_encoder(
     parts, hidden, weight, r, c, before, rows, channels, units, total,
     SPANS: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What an encoder hands to the gradients of the mean and of the standard deviation, (R, C) each."""
+    """Return what an encoder sends to the gradients of the mean and of the standard deviation, (R, C) each."""
     dmean, dstd = tl.zeros((R_BLOCK, C_BLOCK), tl.float32), tl.zeros((R_BLOCK, C_BLOCK), tl.float32)
     for begin in range(0, units, H_BLOCK):
         h = begin + tl.arange(0, H_BLOCK)
@@ -196,6 +210,7 @@ def vjp_statistics(
     """Constant and slope (2, N * C) of dx = scale dy + constant + slope (x - k), for a tile of (R, C)."""
     blocks, number, total = tl.cdiv(channels, C_BLOCK), rows * channels, std_units + rescale_units
     r, c = job // blocks * R_BLOCK + tl.arange(0, R_BLOCK), job % blocks * C_BLOCK + tl.arange(0, C_BLOCK)
+    # Through E_s with its dropout, through E_r, and past both.
     dmean, dstd = through_encoder(parts, hidden, std_weight, r, c, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
     if DROP:
         dmean *= dropout_factor(noise, drop_prob, seed, drawn, 0, c, channels)
@@ -206,9 +221,11 @@ def vjp_statistics(
     dmean += more + tl.load(direct + at, mask=keep, other=0.0)
     dstd += most + tl.load(direct + number + at, mask=keep, other=0.0)
     k, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)
+    # Elements behind each statistic.
     count = tl.cast(size, tl.float32)
     if BATCH:
         count = count * samples
+    # d std / d x = (x - mean) / (count std), and x - mean = (x - k) - lo.
     slope = tl.div_rn(dstd, tl.where(keep, std, 1.0)) / count
     constant = dmean / count - slope * lo
     if BATCH:
@@ -227,6 +244,7 @@ def vjp_encoder(
     """A tile of the gradients of an encoder's weight, and of its bias."""
     blocks, of_std = tl.cdiv(channels, C_BLOCK), tl.cdiv(std_units, H_BLOCK)
     j = job // blocks
+    # Which encoder, and which of its hidden units.
     second = j >= of_std
     units, before = tl.where(second, rescale_units, std_units), tl.where(second, std_units, 0)
     dweight, dbias = dstd_weight, dstd_bias
@@ -235,6 +253,7 @@ def vjp_encoder(
     h = (j - tl.where(second, of_std, 0)) * H_BLOCK + tl.arange(0, H_BLOCK)
     c = job % blocks * C_BLOCK + tl.arange(0, C_BLOCK)
     dw, db = tl.zeros((H_BLOCK, C_BLOCK), tl.float32), tl.zeros((R_BLOCK, H_BLOCK), tl.float32)
+    # dW = z^T input, over all rows: mean and deviation are two inputs of one layer.
     for begin in range(0, rows, R_BLOCK):
         r = begin + tl.arange(0, R_BLOCK)
         mean, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)
@@ -259,7 +278,7 @@ def vjp_encode(
 ):  # fmt: skip
     """Gradients of the statistics in the first ``statistics_jobs`` programs, of the encoders in the others.
 
-    Program 0 adds the ``gate_parts`` parts of each gate's.
+    Program 0 adds up the ``gate_parts`` parts of each gate's gradient, (4,).
     """
     rows, channels, pid = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32), tl.program_id(0)
     if pid < statistics_jobs:
@@ -274,6 +293,7 @@ def vjp_encode(
             drescale_bias, rows, channels, std_units, rescale_units, seed, drawn, eps, DROP, SPANS, R_BLOCK, H_BLOCK,
             C_BLOCK,
         )  # fmt: skip
+    # The parts were stored two launches before.
     if pid == 0:
         for q in tl.static_range(4):
             part = tl.zeros((T_BLOCK,), tl.float32)

@@ -1,14 +1,15 @@
-"""Device code: the equations of two gated encoder-decoders, in two launches; ``coders_vjp`` holds their adjoint.
+"""Device code: the equations of two gated encoder-decoders, in two launches; ``backward`` holds their adjoint.
 
-The statistics are rows of (R, C) numbers: each sample's own (R = N), or the one row of a batch or of the running ones,
-of which every program pools the channels that it needs. ``encode`` leaves the sums over channels behind the hidden
-units of both encoders, ``decode`` makes of them
+The statistics are rows of (R, C) numbers: those of each sample (R = N, asr), or the one row of the batch or of the
+running ones (afn), of which every program pools the channels that it needs. ``encode`` leaves sums over channels behind
+the hidden units of both encoders, ``decode`` makes of them
 
     m = mean + g (D_mu E_s mean - mean), d = std + g (relu(D_sigma E_s std) - std)
     scale = (weight + l sigmoid(D_gamma E_r std)) / max(d, sqrt(eps)), offset = bias + l tanh(D_beta E_r mean)
 
-and y = scale (x - m) + offset, around k = hi of the mean. A matrix product over one row is a sum of products, over more
-rows a dot in full float32. Long sums over channels are cut into spans, which are added where they are read, in order.
+and y = scale (x - m) + offset, around k = hi of the mean. E is a linear layer and a ReLU, D a linear layer, g the
+sigmoid of a gate's parameter. A matrix product over one row is a sum of products, over more rows a dot in full float32.
+Long sums over channels are cut into spans, which are added where they are read, in order.
 
 The letters: r, c, h count rows, channels and hidden units; q is 0 for the mean and what follows from it, else 1.
 """
@@ -22,7 +23,7 @@ from lightning_norm.kernels.passes.forward import read_moments
 
 @triton.jit
 def times(a, w, R_BLOCK: tl.constexpr):
-    """The product a w^T of a (R, K) and w (J, K)."""
+    """Return the product a w^T of a (R, K) and w (J, K); a dot needs 16 rows or more, and one row has none to spare."""
     if R_BLOCK == 1:
         y = tl.sum(a * w, 1)[None, :]
     else:
@@ -32,7 +33,8 @@ def times(a, w, R_BLOCK: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), without an overflow on the way; 0 at -inf."""
+    """Return 1 / (1 + exp(-x)), without an overflow on the way; 0 at -inf."""
+    # exp of a number that is never positive.
     e = tl.exp(-tl.abs(x))
     one = tl.full((), 1.0, tl.float32)
     return tl.where(x >= 0.0, tl.div_rn(one, 1.0 + e), tl.div_rn(e, 1.0 + e))
@@ -40,17 +42,19 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """The hyperbolic tangent and its slope, by the series near 0, where 1 - exp(-2 x) would lose digits."""
+    """Return the hyperbolic tangent and its slope."""
     s = x * x
+    # Near 0 by the series, where 1 - exp(-2 x) would lose digits.
     near = x + x * s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
     e = tl.exp(-2.0 * tl.abs(x))
+    # The slope as 4 e / (1 + e)^2: 1 - tanh^2 would lose its digits where tanh saturates.
     far = tl.div_rn(1.0 - e, 1.0 + e)
     return tl.where(s < 0.0625, near, tl.where(x < 0.0, -far, far)), tl.div_rn(4.0 * e, (1.0 + e) * (1.0 + e))
 
 
 @triton.jit
 def gate_of(t, default: tl.constexpr, PRESENT: tl.constexpr):
-    """A gate's parameter, or its default."""
+    """Return a gate's parameter, or its default where the layer has none."""
     if PRESENT:
         value = tl.load(t).to(tl.float32)
     else:
@@ -60,14 +64,14 @@ def gate_of(t, default: tl.constexpr, PRESENT: tl.constexpr):
 
 @triton.jit
 def linear_at(weight, j, k, width, rows, columns):
-    """A tile (J, K) of a matrix whose rows are ``width`` apart."""
+    """Return a tile (J, K) of a matrix whose rows are ``width`` apart."""
     keep = (j[:, None] < rows) & (k[None, :] < columns)
     return tl.load(weight + j[:, None].to(tl.int64) * width + k[None, :], mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def read_statistics(stats, r, c, rows, channels, eps):
-    """Mean as hi and lo, standard deviation and variance, (R, C)."""
+    """Return the mean as hi and lo, the standard deviation sqrt(var + eps) and the variance, (R, C) each."""
     keep = (r[:, None] < rows) & (c[None, :] < channels)
     at = r[:, None].to(tl.int64) * channels + c[None, :]
     number = rows * channels.to(tl.int64)
@@ -79,21 +83,24 @@ def read_statistics(stats, r, c, rows, channels, eps):
 
 @triton.jit
 def dropout_factor(noise, drop_prob, seed, drawn, q, c, channels):
-    """What the mean or the standard deviation is multiplied by before E_s, (1, C): 0 where it is dropped.
+    """Return what mean or standard deviation is multiplied by before E_s, (1, C): 0 with probability ``drop_prob``.
 
     ``noise`` (2, C) is uniform in [0, 1); where ``drawn`` is not 0 it is drawn here, the same in every kernel with this
-    seed. Not a constant: a kernel that was not loaded before cannot be launched while a CUDA graph is recorded.
+    seed.
     """
     p = tl.load(drop_prob).to(tl.float32)
+    # ``drawn`` is no compile-time constant: a kernel that was not loaded before cannot be launched while a CUDA graph
+    # is recorded.
     u = tl.load(noise + q * channels + c, mask=(c < channels) & (drawn == 0), other=0.0)
     u = tl.where(drawn == 0, u, tl.rand(seed, q * channels + c))[None, :]
+    # What is not dropped is scaled up, so that the expectation stays.
     left = tl.maximum(1.0 - p, 1.1754943508222875e-38)
     return tl.where(u >= p, tl.div_rn(tl.full((), 1.0, tl.float32), left), 0.0)
 
 
 @triton.jit
 def store_for_all_samples(out, a, b, c, samples, channels, N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr):
-    """Store two rows (1, C) for every sample, (2, N * C)."""
+    """Store two rows (1, C) for every sample, (2, N * C): all samples share the statistics."""
     number = samples * channels.to(tl.int64)
     for begin in range(0, samples, N_BLOCK):
         n = begin + tl.arange(0, N_BLOCK)[:, None]
@@ -109,11 +116,16 @@ def encode(
     BATCH: tl.constexpr, FROZEN: tl.constexpr, MERGE: tl.constexpr, DROP: tl.constexpr, N_BLOCK: tl.constexpr,
     R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a span of channels behind the hidden units, (spans, 2, R, H), and ``stats`` (3, R, C): hi, lo, var."""
+    """Sums over a span of channels behind the hidden units, (spans, 2, R, H), and ``stats`` (3, R, C): hi, lo, var.
+
+    The hidden units of E_s come first in H, then those of E_r. The grid is (blocks of rows, blocks of hidden units,
+    spans).
+    """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
     rows, channels = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32)
     r = tl.program_id(0) * R_BLOCK + tl.arange(0, R_BLOCK)
     j, of_std = tl.program_id(1), tl.cdiv(std_units, H_BLOCK)
+    # Which encoder this block of hidden units belongs to, and where it begins in it.
     second = j >= of_std
     units, before = tl.where(second, rescale_units, std_units), tl.where(second, std_units, 0)
     h = (j - tl.where(second, of_std, 0)) * H_BLOCK + tl.arange(0, H_BLOCK)
@@ -122,11 +134,13 @@ def encode(
         weight = rescale_weight
     mean, std = tl.zeros((R_BLOCK, H_BLOCK), tl.float32), tl.zeros((R_BLOCK, H_BLOCK), tl.float32)
     number = rows * channels
+    # Walk over the channels of the span.
     for begin in range(0, span, C_BLOCK):
         start = tl.program_id(2) * span + begin
         c = start + tl.arange(0, C_BLOCK)
         keep = (r[:, None] < rows) & (c[None, :] < channels)
-        if BATCH and not FROZEN:  # in every program alike: the same numbers are written, and read back
+        if BATCH and not FROZEN:
+            # Every program alike: the same numbers are written, and read back behind the barrier.
             pool_columns(
                 start // C_BLOCK, hi, lo, var, stats, samples, channels, pieces, sample_stride, stride, piece, size,
                 fold, 1.0, MERGE, N_BLOCK, C_BLOCK,
@@ -134,6 +148,7 @@ def encode(
             tl.debug_barrier()
             k, d, s, v = read_statistics(stats, r, c, rows, channels, eps)
         else:
+            # Running statistics, or each sample's moments; the first block of units stores them for ``decode``.
             if FROZEN:
                 k = tl.load(running_mean + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
                 v = tl.load(running_var + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
@@ -147,12 +162,14 @@ def encode(
                 tl.store(stats + number + at, d, mask=keep)
                 tl.store(stats + 2 * number + at, v, mask=keep)
             s = tl.sqrt_rn(v + tl.cast(eps, tl.float32))
+        # Dropout acts before E_s alone, not before E_r.
         if DROP:
             k = tl.where(second, k, k * dropout_factor(noise, drop_prob, seed, drawn, 0, c, channels))
             s = tl.where(second, s, s * dropout_factor(noise, drop_prob, seed, drawn, 1, c, channels))
         w = linear_at(weight, h, c, channels, units, channels)
         mean += times(tl.where(keep, k, 0.0), w, R_BLOCK)
         std += times(tl.where(keep, s, 0.0), w, R_BLOCK)
+    # Sums of the mean (q = 0), and of the deviation behind them.
     total = std_units + rescale_units
     keep = (r[:, None] < rows) & (h[None, :] < units)
     at = (tl.program_id(2) * 2 * rows + r[:, None]) * total + before + h[None, :]
@@ -162,7 +179,7 @@ def encode(
 
 @triton.jit
 def spans_at(parts, at, keep, stride, SPANS: tl.constexpr):
-    """A tile of sums, its spans added up."""
+    """Return a tile of sums, its spans added up in order."""
     total = tl.load(parts + at, mask=keep, other=0.0)
     for s in tl.static_range(1, SPANS):
         total += tl.load(parts + s * stride + at, mask=keep, other=0.0)
@@ -174,12 +191,13 @@ def decoder_output(
     parts, first_bias, weight, bias, hidden, stores_hidden, r, c, q, before, rows, channels, units, total,
     SPANS: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The last linear layer of a decoder, (R, C); the hidden units before it are left where ``stores_hidden``."""
+    """Return a decoder's linear layer, (R, C); the hidden units before it are stored where ``stores_hidden``."""
     y = tl.zeros((R_BLOCK, C_BLOCK), tl.float32)
     for begin in range(0, units, H_BLOCK):
         h = begin + tl.arange(0, H_BLOCK)
         keep = (r[:, None] < rows) & (h[None, :] < units)
         at = (q * rows + r[:, None]) * total + before + h[None, :]
+        # The encoder's sums, its bias and its ReLU, whose comparison keeps NaN.
         a = spans_at(parts, at, keep, 2 * rows * total, SPANS)
         a += tl.load(first_bias + h, mask=h < units, other=0.0).to(tl.float32)[None, :]
         a = tl.where((a <= 0.0) | (keep == 0), 0.0, a)  # NaN stays NaN
@@ -197,14 +215,15 @@ def decode(
     BIAS: tl.constexpr, SPANS: tl.constexpr, N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr,
     C_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pivot, scale and offset (3, N * C), ``hidden`` (2, R, H), and the four decoders' ends (4, R, C).
+    """Pivot, scale and offset (3, N * C), ``hidden`` (2, R, H), and the four decoders' outputs (4, R, C).
 
-    Program 0 moves the running statistics, which no other reads.
+    The grid is (blocks of rows, blocks of channels). Program 0 moves the running statistics, which no other reads.
     """
     rows, channels = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32)
     r = tl.program_id(0) * R_BLOCK + tl.arange(0, R_BLOCK)
     c = tl.program_id(1) * C_BLOCK + tl.arange(0, C_BLOCK)
     stores_hidden, total = tl.program_id(1) == 0, std_units + rescale_units
+    # mu and sigma come from E_s; beta and gamma from E_r, whose units are behind those of E_s.
     mu = decoder_output(parts, std_bias, mu_weight, mu_bias, hidden, stores_hidden, r, c, 0, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
     sigma = decoder_output(parts, std_bias, sigma_weight, sigma_bias, hidden, stores_hidden, r, c, 1, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
     beta = decoder_output(parts, rescale_bias, beta_weight, beta_bias, hidden, stores_hidden, r, c, 0, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
@@ -212,28 +231,33 @@ def decode(
     sigma = tl.where(sigma <= 0.0, 0.0, sigma)
     bent, slope = tanh(beta)
     k, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)
+    # m is counted from k: lo and the gated difference, both small.
     ahead = sigmoid(gate_of(lambda_mu, 0.0, True)) * (k - mu + lo)
     g, e = sigmoid(gate_of(lambda_sigma, 0.0, True)), tl.cast(eps, tl.float32)
     change = g * (sigma - std)
     d = std + change
+    # d is bounded below by sqrt(eps).
     least = tl.sqrt_rn(tl.zeros((), tl.float32) + e)
     w = per_channel(weight, c, c < channels, 1.0, WEIGHT)[None, :]
     b = per_channel(bias, c, c < channels, 0.0, BIAS)[None, :]
     keep = (r[:, None] < rows) & (c[None, :] < channels)
     more = gate_of(lambda_gamma, 1.0, GATED) * sigmoid(gamma)
     up, down = w + more, tl.where(keep, tl.where(d < least, least, d), 1.0)
-    # what rounding left of std, d and the sum, so that the quotient is rounded once
+    # What rounding left of std, d and the sum, so that the quotient is rounded once.
     s = v + e
     left = tl.where(std > 0.0, tl.div_rn(tl.fma(-std, std, s) + (e - (s - v)), 2.0 * std), 0.0)
     left = tl.where((d > least) & keep, change - (d - std) + (1.0 - g) * left, 0.0)
+    # The quotient, and one Newton step with what its parts have left.
     scale = tl.div_rn(up, down)
     scale += tl.div_rn(tl.fma(-scale, down, up) + (more - (up - w)) - scale * left, down)
     offset = scale * (ahead - lo) + (b + gate_of(lambda_beta, 1.0, GATED) * bent)
+    # What the backward pass needs.
     at, number = r[:, None].to(tl.int64) * channels + c[None, :], rows * channels
     tl.store(outputs + at, mu, mask=keep)
     tl.store(outputs + number + at, sigma, mask=keep)
     tl.store(outputs + 2 * number + at, beta, mask=keep)
     tl.store(outputs + 3 * number + at, gamma, mask=keep)
+    # One row for all samples, or one for each.
     if BATCH:
         store_for_all_samples(
             affine + samples * channels.to(tl.int64), scale, offset, c, samples, channels, N_BLOCK, C_BLOCK

@@ -52,9 +52,11 @@ class Tiles:
 
 def tiles_of(rows: int, channels: int, units: tuple[int, int], r: int, h: int, c: int) -> Tiles:
     """Return tiles of at most ``r`` rows, ``h`` hidden units and ``c`` channels; a dot takes 16 of each, or more."""
+    # One row is summed without a dot.
     least = 1 if rows == 1 else 16
     r, h, c = (max(least, min(power(n), most)) for n, most in ((rows, r), (max(units), h), (channels, c)))
     across, blocks = cdiv(rows, r), (cdiv(units[0], h), cdiv(units[1], h))
+    # Wide layers have few programs for much work: cut the channels.
     spans = 1
     while spans < 4 and spans * across * sum(blocks) < BUSY and spans * 128 < channels:
         spans *= 2
@@ -93,6 +95,7 @@ def affine_of(
     """
     grid, units, rows = _sizes(x, linears, channel_dim, flags)
     out, deep = (16, 64) if rows == 1 else (32, 16)  # of a result, and of what is summed
+    # Tiles of ``encode`` and ``decode``.
     e, d = (tiles_of(rows, grid.c, units, *most) for most in ((32, out, deep), (16, deep, out)))
     affine = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
     parts, merge = affine, False
@@ -143,6 +146,7 @@ def gradients(
     """
     grid, units, rows = _sizes(x, linears, channel_dim, flags)
     most = (16, 32, 16), (32, 32, 32), (16, 32 if rows == 1 else 16, 32)
+    # Tiles of the three launches.
     a, d, e = (tiles_of(rows, grid.c, units, *each) for each in most)
     statistics, hidden, outputs, affine = stats
     parts = sum_parts(dy, x, affine, grid, activation, residual)
@@ -155,6 +159,8 @@ def gradients(
         torch.empty_like(affine[:2]),
     )
     sums, gate_parts = affine.new_empty(d.spans, 2, rows, sum(units)), affine.new_empty(4, a.along)
+    # Frozen statistics have no gradient: no programs for them.
+    # Programs for the hidden units' sums, then for the weights' tiles, of the larger decoder.
     statistics_jobs = 0 if flags.frozen else e.across * e.along
     jobs = max(h * (d.across * d.spans + d.along) for h in d.units)
     n_block, size = min(power(grid.n), 32), (rows, grid.c)

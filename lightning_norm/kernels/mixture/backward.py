@@ -1,4 +1,8 @@
-"""Device code: the vector-Jacobian product of the equations in ``algebra``, in two launches. Letters as there."""
+"""Device code: the vector-Jacobian product of the equations in ``forward``, in two launches. Letters as there.
+
+``vjp_pool`` sums over samples and over groups of channels what each (n, c) sends to the statistics that it shares with
+others, and leaves the parameters' gradients; ``vjp_mix`` spreads the sums again over (n, c).
+"""
 
 import triton
 import triton.language as tl
@@ -12,8 +16,14 @@ def adjoint(
     t0, t1, gamma, iota, d, vi, dl, lv, db, bv, wi, wl, wb, zi, zl, zb, eps, IN: tl.constexpr, LN: tl.constexpr,
     BN: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """From the sums to layer's (f, e), batch's (f, e), and what this (n, c) adds to gamma's and iota's gradient."""
+    """Return the layer's (f, e), the batch's (f, e), and what this (n, c) adds to the gradients of gamma and iota.
+
+    With scale = gamma r, r = 1 / sqrt(V + eps) and q = t1 - (c - k) t0 = sum dy (x - c):
+
+        f = dL/dc = -gamma r t0, e = dL/dV = -gamma r^3 q / 2, dL/dgamma = r q
+    """
     if OUTPUTS:
+        # Two normalized outputs, each with a scale of its own.
         rb, rl = root(bv, eps), root(lv, eps)
         qb, ql = t1 - db * t0, t1 - dl * t0
         ab, al = iota * gamma * rb, (1.0 - iota) * gamma * rl
@@ -27,6 +37,7 @@ def adjoint(
             center, variance = center + wl * dl, variance + zl * lv
         if BN >= 0:
             center, variance = center + wb * db, variance + zb * bv
+        # One scale, so layer and batch get the same gradients, to be weighted by w and v.
         r = root(variance, eps)
         q = t1 - center * t0
         fl, el = -gamma * r * t0, -0.5 * gamma * r * r * r * q
@@ -42,12 +53,14 @@ def adjoint_at(
     MOMENTS: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
     SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """As ``adjoint``, read from memory for a tile of (n, c); also t0 and what the mixing weights' gradients need."""
+    """Return ``adjoint`` for a tile of (n, c) read from memory, t0, and what the gradients of w and v need."""
     i = n * channels + c
     at = n.to(tl.int64) * sample_stride + c
+    # The sums that the pass over dy and x left.
     t0 = read_sum(total, at, keep, pieces, stride, MERGE)
     t1 = read_sum(dot, at, keep, pieces, stride, MERGE)
     k = tl.load(affine + i, mask=keep, other=0.0)
+    # The sample's moments; where only running statistics count there are none.
     d, vi = k * 0.0, k * 0.0
     if MOMENTS:
         d = tl.load(moments + number + i, mask=keep, other=0.0)
@@ -74,7 +87,10 @@ def vjp_pool(
     BN: tl.constexpr, K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr,
     WEIGHT: tl.constexpr, N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what is pooled: batch's (2, C), groups' (2, N * G), gamma's, beta's, iota's, and parts of w's."""
+    """Gradients of what is pooled: the batch's (2, C), the groups' (2, N * G), the parameters'; parts of w's, v's.
+
+    The first ``column_jobs`` programs take blocks of channels, the others blocks of groups, as in ``pool``.
+    """
     pid = tl.program_id(0)
     if pid < column_jobs:
         vjp_columns(
@@ -99,10 +115,15 @@ def vjp_columns(
     K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
     N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over samples, for a block of channels."""
+    """Sums over samples, for a block of channels.
+
+    ``weight_partials`` (6, column_jobs) receives this block's part of the gradients of w and v, three each.
+    """
     c = (pid * C_BLOCK + tl.arange(0, C_BLOCK))[None, :]
+    # One accumulator per sum; the tile is summed once, at the end.
     f, e = tl.zeros((N_BLOCK, C_BLOCK), tl.float32), tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
     gamma, beta, iota = f, f, f
+    # For w and v: what each statistic's mean and variance contributed.
     m0, m1, m2, s0, s1, s2 = f, f, f, f, f, f
     for begin in range(0, samples, N_BLOCK):
         n = (begin + tl.arange(0, N_BLOCK))[:, None]
@@ -127,6 +148,7 @@ def vjp_columns(
             s2 += tl.where(keep, e1 * bv, 0.0)
     c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
     channel_mask = c < channels
+    # Each program owns its channels: nothing is added to by two.
     tl.store(dbatch + c, tl.sum(f, 0), mask=channel_mask)
     tl.store(dbatch + channels + c, tl.sum(e, 0), mask=channel_mask)
     tl.store(dweight + c, tl.sum(gamma, 0), mask=channel_mask)
@@ -150,7 +172,7 @@ def vjp_rows(
     SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
     G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the channels of a few groups."""
+    """Sums over the channels of a few groups: the gradients of the groups' means and variances."""
     j = pid * G_BLOCK + tl.arange(0, G_BLOCK)
     groups = channels // per_group
     f, e = tl.zeros((G_BLOCK, T_BLOCK), tl.float32), tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
@@ -178,7 +200,11 @@ def vjp_mix(
     K: tl.constexpr, SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Constant and slope (2, N * C) of dx = scale * dy + constant + slope * (x - k). Program 0: dw and dv."""
+    """Constant and slope (2, N * C) of dx = scale * dy + constant + slope * (x - k). Program 0: dw and dv.
+
+    A pooled mean or variance sends 1 / (number of its members) of its gradient to each of them, and a pooled variance
+    also 2 (mean_n - mean) / number to the member's mean.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
     n = i // channels
@@ -188,21 +214,26 @@ def vjp_mix(
         channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
         MOMENTS, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
     )  # fmt: skip
+    # Gradients of this (n, c)'s mean and variance: of the instance itself, ...
     dmean, dvar = d * 0.0, d * 0.0
     if IN >= 0:
         dmean, dvar = fi, ei
     if LN >= 0:
+        # ... through the group's statistics, ...
         j = n * (channels // per_group) + c // per_group
         f = tl.load(dlayer + j, mask=keep, other=0.0) / per_group
         e = tl.load(dlayer + groups_in_all + j, mask=keep, other=0.0) / per_group
         dmean, dvar = dmean + f + 2.0 * (d - dl) * e, dvar + e
     if BN >= 0 and not FROZEN:
+        # ... and through the batch's. Frozen ones are constants.
         f = tl.load(dbatch + c, mask=keep, other=0.0) / samples
         e = tl.load(dbatch + channels + c, mask=keep, other=0.0) / samples
         dmean, dvar = dmean + f + 2.0 * (d - db) * e, dvar + e
+    # dx = dmean / S + 2 dvar / S (x - mean), and x - mean = (x - k) - d.
     slope = dvar * (2.0 * tl.cast(factor, tl.float32)) / size
     tl.store(out + i, dmean / size - slope * d, mask=keep)
     tl.store(out + number + i, slope, mask=keep)
+    # All parts were stored by the launch before.
     if K > 0 and tl.program_id(0) == 0:
         store_weight_gradients(weight_partials, w, dw, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
         store_weight_gradients(weight_partials + 3 * column_jobs, v, dv, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
@@ -222,6 +253,7 @@ def store_weight_gradients(
         p1 += tl.load(weight_partials + jobs + q, mask=q < jobs, other=0.0)
         p2 += tl.load(weight_partials + 2 * jobs + q, mask=q < jobs, other=0.0)
     g0, g1, g2 = tl.sum(p0, 0), tl.sum(p1, 0), tl.sum(p2, 0)
+    # The softmax's adjoint: w_k (g_k - sum_j w_j g_j).
     if SOFTMAX:
         a, b, c = weights_of(t, IN, LN, BN, K, SOFTMAX)
         mean = a * g0 + b * g1 + c * g2

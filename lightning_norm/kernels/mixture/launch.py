@@ -39,7 +39,9 @@ def affine_of(
     batch, layer, moments = affine.new_empty(0), affine.new_empty(0), affine.new_empty(0)
     rank_sums = affine.new_empty(0, dtype=torch.float64)
     parts, merge = affine, False
+    # What makes a sample's variance the unbiased one.
     factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0
+    # No samples on this rank: it adds nothing, and meets the others.
     if grid.n == 0:
         moments, batch, layer = (
             torch.empty_like(affine),
@@ -53,6 +55,7 @@ def affine_of(
             batch = affine.new_empty(3, grid.c)
         if flags.pools_layer:
             layer = affine.new_empty(3, grid.n, flags.num_groups)
+        # One launch pools the batch's statistics (columns) and the groups' (rows).
         tile = _tile(grid, flags, 1024)
         columns = cdiv(grid.c, tile["C_BLOCK"]) if flags.pools_batch else 0
         jobs = columns + (cdiv(grid.n * flags.num_groups, tile["G_BLOCK"]) if flags.pools_layer else 0)
@@ -63,6 +66,7 @@ def affine_of(
                     columns, *grid.moment_layout, factor, MERGE=merge, num_warps=4, **tile,
                 )  # fmt: skip
     count = grid.n * grid.size
+    # Running variances are unbiased; across ranks the kernel knows the number of elements.
     unbias = 1.0 if flags.correction else count / max(count - 1, 1)
     if over_ranks is not None:
         rank_sums, unbias = pool_ranks(batch, count, over_ranks), float(not flags.correction)
@@ -100,6 +104,7 @@ def gradients(
     With ``over_ranks`` the ranks meet if x needs a gradient. Gradients of parameters are those of this rank's samples.
     """
     grid, affine = grid_of(x, channel_dim), stats.affine
+    # Without a gradient of x nothing depends on other ranks' dy.
     meet = over_ranks if need_dx else None
     if grid.n == 0:
         dweight, dx_affine = empty_gradient(stats.batch, stats.rank_sums, meet), None
@@ -139,6 +144,7 @@ def adjoint(
     number, groups = grid.n * grid.c, grid.n * flags.num_groups
     tile = _tile(grid, flags, 512)
     columns = cdiv(grid.c, tile["C_BLOCK"])
+    # Programs for channels, and for groups where they take part.
     rows = cdiv(groups, tile["G_BLOCK"]) if flags.at_ln >= 0 else 0
     dbatch, dlayer = affine.new_empty(3, grid.c), affine.new_empty(2, groups if rows else 0)
     dweight, dbias = affine.new_empty(grid.c), affine.new_empty(grid.c)
@@ -155,6 +161,7 @@ def adjoint(
             grid.n, number, grid.c, groups, per_group, columns, *partial_layout, eps, factor,
             maxnreg=REGISTERS["vjp_pool"], **tile, **common,
         )  # fmt: skip
+        # Between the two launches: pooled gradients are summed over the ranks.
         if over_ranks is not None:
             pool_ranks_gradient(dbatch, batch, rank_sums, grid.n * grid.size, over_ranks)
         if flags.needs_moments or flags.num_weights > 0:

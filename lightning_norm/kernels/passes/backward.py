@@ -1,4 +1,9 @@
-"""BACKWARD."""
+"""Device code: the two backward passes over x. *Sums* reads dy and x, *combine* reads them again and writes dx.
+
+Sums leaves sum g and sum g * (x - pivot) per (sample, channel), from which the algebra's adjoint makes a constant and a
+slope; combine writes dx = scale * g + constant + slope * (x - pivot). g is dy before the activation: no mask is stored,
+it follows from x and the coefficients once more. Shapes and orders as in ``forward``.
+"""
 
 import triton
 import triton.language as tl
@@ -8,7 +13,7 @@ from lightning_norm.kernels.passes.forward import column_lanes, flat_lanes, of_r
 
 @triton.jit
 def activation_grad(g, z, ACT: tl.constexpr):
-    """The gradient before the activation, from that behind it; the mask is rebuilt from z."""
+    """Return the gradient before the activation, given that behind it; the mask follows from z."""
     if ACT == 1:
         g = tl.where(z <= 0.0, 0.0, g)
     if ACT == 2:
@@ -19,9 +24,13 @@ def activation_grad(g, z, ACT: tl.constexpr):
 
 @triton.jit
 def products(dy, x, residual, at, loaded, keep, pivot, scale, offset, ACT: tl.constexpr, RESIDUAL: tl.constexpr):
-    """One tile's g and g * (x - pivot), 0 outside ``keep``."""
+    """Return one tile's g and g * (x - pivot), 0 outside ``keep``.
+
+    ``loaded`` may reach further than ``keep``: into a neighbouring row, for the sake of aligned loads.
+    """
     g = tl.load(dy + at, mask=loaded, other=0.0).to(tl.float32)
     u = tl.load(x + at, mask=loaded, other=0.0).to(tl.float32) - pivot
+    # z as ``apply`` had it, and with it the activation's mask or slope.
     if ACT != 0:
         z = tl.fma(scale, u, offset)
         if RESIDUAL:
@@ -36,16 +45,21 @@ def sums_rows(
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and of g * (x - pivot) over each piece of each row; g is dy before the activation."""
+    """Sums of g and of g * (x - pivot) over each piece of each row: (pieces, rows) each.
+
+    Grid and tiles as ``moments_rows``. pivot, scale and offset are (rows,); the last two serve the activation alone.
+    """
     rows, size, units, piece = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64), tl.cast(piece, tl.int32)  # noqa: E501  # fmt: skip
     row, p = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
     r = tl.arange(0, ROWS)
     inside = row + r < rows
     origin, base, start, end, stop = row_span(row, size, piece, p, units, ALIGN, ROWS)
+    # 64-bit pointers once, 32-bit offsets within the tile.
     x += origin
     dy += origin
     if RESIDUAL:
         residual += origin
+    # One coefficient per row, for all its elements.
     k = tl.load(pivot + row + r, mask=inside, other=0.0)[:, None]
     a, b = k, k
     if ACT != 0:
@@ -54,6 +68,7 @@ def sums_rows(
     lane = base[:, None] + tl.arange(0, BLOCK)[None, :]
     keep = (lane >= start[:, None]) & (lane < end[:, None])
     g, gu = products(dy, x, residual, lane, lane < stop[:, None], keep, k, a, b, ACT, RESIDUAL)
+    # The rest of a long piece.
     if LOOP:
         for first in range(BLOCK, piece + ALIGN - 1, BLOCK):
             at = lane + first
@@ -70,7 +85,11 @@ def sums_columns(
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and of g * (x - pivot) over each piece of each column; g is dy before the activation."""
+    """Sums of g and of g * (x - pivot) over each piece of each column: (samples, pieces, channels) each.
+
+    Grid and tiles as ``moments_columns``. With FOLD a sum is that of every FOLD-th position; whoever reads them adds
+    up.
+    """
     size, units, piece = tl.cast(size, tl.int32), tl.cast(units, tl.int32), tl.cast(piece, tl.int32)
     job = tl.program_id(0).to(tl.int64)
     begin = (job % pieces).to(tl.int32) * piece
@@ -79,6 +98,7 @@ def sums_columns(
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     s = tl.arange(0, ROWS)
     origin = (job // pieces * size + begin) * channels
+    # Where coefficients of this sample's channels lie.
     at = job // pieces * channels + c
     if FOLD > 1:
         at = job // pieces * true_channels + c % true_channels
@@ -86,6 +106,7 @@ def sums_columns(
     dy += origin
     if RESIDUAL:
         residual += origin
+    # One coefficient per channel, for all its positions.
     k = tl.load(pivot + at, mask=c < channels, other=0.0)[None, :]
     a, b = k, k
     if ACT != 0:
@@ -94,6 +115,7 @@ def sums_columns(
     lane = s[:, None] * channels + c[None, :]
     keep = (s[:, None] < count) & (c[None, :] < channels)
     g, gu = products(dy, x, residual, lane, keep, keep, k, a, b, ACT, RESIDUAL)
+    # The rest of the piece; all three pointers move together.
     for first in range(ROWS, count, ROWS):
         x += ROWS * channels.to(tl.int64)
         dy += ROWS * channels.to(tl.int64)
@@ -109,7 +131,7 @@ def sums_columns(
 
 @triton.jit
 def read_sum(t, at, keep, pieces, stride, MERGE: tl.constexpr):
-    """A sum, its pieces added up."""
+    """Read a sum, its pieces added up in order where MERGE."""
     total = tl.load(t + at, mask=keep, other=0.0)
     if MERGE:
         for p in range(1, pieces):
@@ -119,7 +141,7 @@ def read_sum(t, at, keep, pieces, stride, MERGE: tl.constexpr):
 
 @triton.jit
 def join_sums(total, dot, out, number, channels, pieces, sample_stride, stride, BLOCK: tl.constexpr):
-    """Join the pieces into ``out``, (2, samples * channels)."""
+    """Add the pieces up into ``out``, (2, samples * channels); for an algebra in PyTorch, as ``join_moments``."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
     at = i // channels * sample_stride + i % channels
@@ -133,14 +155,19 @@ def combine_flat(
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """Dx = scale * g + constant + slope * (x - pivot), or scale * g alone if PLAIN; g is dy before the activation."""
+    """dx = scale * g + constant + slope * (x - pivot) for x in rows; PLAIN: scale * g alone.
+
+    Also g itself for the residual. Grid and coefficients as ``apply_flat``.
+    """
     rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
     origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
     g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
     a = of_row(scale, row, rows, which, keep, WIDE)
     u = g
+    # x is not read where neither the activation nor the slope asks for it.
     if ACT != 0 or not PLAIN:
         u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - of_row(pivot, row, rows, which, keep, WIDE)  # noqa: E501  # fmt: skip
+    # g before the activation.
     if ACT != 0:
         z = tl.fma(a, u, of_row(offset, row, rows, which, keep, WIDE))
         if RESIDUAL:
@@ -149,6 +176,7 @@ def combine_flat(
     if RESIDUAL:
         tl.store(dresidual + origin + lane, g.to(dresidual.dtype.element_ty), mask=keep)
     d = a * g
+    # The large term last: it alone is rounded at full size.
     if not PLAIN:
         d = tl.fma(a, g, tl.fma(of_row(slope, row, rows, which, keep, WIDE), u, of_row(constant, row, rows, which, keep, WIDE)))  # noqa: E501  # fmt: skip
     tl.store(dx + origin + lane, d.to(dx.dtype.element_ty), mask=keep)
@@ -160,15 +188,20 @@ def combine_columns(
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """Dx = scale * g + constant + slope * (x - pivot), or scale * g alone if PLAIN; g is dy before the activation."""
+    """dx = scale * g + constant + slope * (x - pivot) for x in columns; PLAIN: scale * g alone.
+
+    Also g itself for the residual. Grid and coefficients as ``apply_columns``.
+    """
     size, units = tl.cast(size, tl.int32), tl.cast(units, tl.int32)
     origin, lane, keep, at, channel_mask = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
     g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
     a = tl.load(scale + at, mask=channel_mask, other=0.0)[None, :]
     u = g
+    # x is not read where neither the activation nor the slope asks for it.
     if ACT != 0 or not PLAIN:
         k = tl.load(pivot + at, mask=channel_mask, other=0.0)[None, :]
         u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - k
+    # g before the activation.
     if ACT != 0:
         z = tl.fma(a, u, tl.load(offset + at, mask=channel_mask, other=0.0)[None, :])
         if RESIDUAL:
@@ -177,6 +210,7 @@ def combine_columns(
     if RESIDUAL:
         tl.store(dresidual + origin + lane, g.to(dresidual.dtype.element_ty), mask=keep)
     d = a * g
+    # The large term last: it alone is rounded at full size.
     if not PLAIN:
         e = tl.load(constant + at, mask=channel_mask, other=0.0)[None, :]
         d = tl.fma(a, g, tl.fma(tl.load(slope + at, mask=channel_mask, other=0.0)[None, :], u, e))

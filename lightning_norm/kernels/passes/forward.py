@@ -1,4 +1,16 @@
-"""FORWARD."""
+"""Device code: the two forward passes over x. *Moments* reads x once, *apply* reads it again and writes y.
+
+x is read in one of two orders. *Rows*: x is (rows, size), a contiguous row per (sample, channel). *Columns*: x is
+(samples, size, channels), channels contiguous. What is per (sample, channel) is (N, C) and contiguous in both.
+
+Moments, one number per (sample, channel) or per piece of it: a long row or column is cut into pieces, one program
+reduces each, and whoever reads the numbers joins the pieces, always in the same order. So no atomics, and the same
+result in every run. Sums are taken around a pivot, the mean of the program's first tile, so float32 loses nothing at a
+large mean; for a row of one tile that is the exact two-pass formula.
+
+Apply in rows runs *flat*: a program takes BLOCK elements wherever rows begin, so that every load and store is of 16
+bytes. It runs from the end of x to its start: moments went the other way, and what it read last is still in the cache.
+"""
 
 import triton
 import triton.language as tl
@@ -6,13 +18,22 @@ import triton.language as tl
 
 @triton.jit
 def row_span(row, size, piece, p, units, ALIGN: tl.constexpr, ROWS: tl.constexpr):
-    """Where a program's rows lie: (origin, int64 scalar) and, counted from it, base, start, end, and end of loading."""
+    """Return where a program's rows lie.
+
+    Rows begin anywhere (49 half numbers are 98 bytes), and a load of 16 bytes must not. So each row's tile begins at
+    the last multiple of ALIGN elements before it, and what belongs to the neighbour is masked after the load.
+
+    Returns the origin (an int64 scalar) and, counted from it in int32 for each row: where loading begins, where the row
+    begins and ends, and where loading ends.
+    """
+    # 64 bits for the program's origin alone: all that is counted from it fits 32.
     first = row * size + p * piece.to(tl.int64)
     unit = first // ALIGN
     shift = (first - unit * ALIGN).to(tl.int32)
     start = shift + tl.arange(0, ROWS) * size
     end = start + tl.minimum(piece, size - p * piece)
-    left = tl.minimum(units - unit, 1 << 26).to(tl.int32)  # units in the tensor, so that nothing behind it is read
+    # Units that the tensor still has, so that nothing behind its end is read.
+    left = tl.minimum(units - unit, 1 << 26).to(tl.int32)
     base = start // ALIGN * ALIGN
     stop = tl.minimum((end + ALIGN - 1) // ALIGN, left) * ALIGN
     return unit * ALIGN, base, start, end, stop
@@ -23,18 +44,26 @@ def moments_rows(
     x, hi, lo, var, rows, size, units, piece, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     LOOP: tl.constexpr,
 ):  # fmt: skip
-    """Mean, as hi + lo, and biased variance of each piece of each row, (pieces, rows) each."""
+    """Mean, as hi + lo, and biased variance of each piece of each row: (pieces, rows) each.
+
+    mean = k + sum(u) / S and var = (sum u^2 - (sum u)^2 / S) / S with u = x - k. A program takes ROWS rows of one
+    piece; the grid is (blocks of rows, pieces). LOOP: a piece needs more than one tile.
+    """
+    # A size of 1 arrives as a constant, which has no dtype of its own.
     rows, size, units, piece = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64), tl.cast(piece, tl.int32)  # noqa: E501  # fmt: skip
+    # One block of rows, and one piece of each.
     row, p = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
     origin, base, start, end, stop = row_span(row, size, piece, p, units, ALIGN, ROWS)
     x += origin
     lane = base[:, None] + tl.arange(0, BLOCK)[None, :]
     keep = (lane >= start[:, None]) & (lane < end[:, None])
     v = tl.load(x + lane, mask=lane < stop[:, None], other=0.0).to(tl.float32)
+    # The pivot: the mean of what the first tile holds of each row.
     first_count = tl.minimum(base + BLOCK, end) - start
     pivot = tl.sum(tl.where(keep, v, 0.0), 1) / first_count.to(tl.float32)
     total = tl.where(keep, v - pivot[:, None], 0.0)
     square = total * total
+    # The rest of a long piece, around the same pivot.
     if LOOP:
         for first in range(BLOCK, piece + ALIGN - 1, BLOCK):
             at = lane + first
@@ -52,8 +81,13 @@ def moments_rows(
 def moments_columns(
     x, hi, lo, var, size, units, piece, pieces, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Mean, as hi + lo, and biased variance of each piece of each column, (samples, pieces, channels) each."""
+    """Mean, as hi + lo, and biased variance of each piece of each column: (samples, pieces, channels) each.
+
+    As ``moments_rows``; a program takes BLOCK channels of one piece of one sample, ROWS positions at a time. The grid
+    is (samples * pieces, blocks of channels).
+    """
     size, units, piece = tl.cast(size, tl.int32), tl.cast(units, tl.int32), tl.cast(piece, tl.int32)
+    # Which sample and which piece of it.
     job = tl.program_id(0).to(tl.int64)
     begin = (job % pieces).to(tl.int32) * piece
     count = tl.minimum(piece, size - begin)
@@ -64,9 +98,11 @@ def moments_columns(
     lane = s[:, None] * channels + c[None, :]
     keep = (s[:, None] < count) & (c[None, :] < channels)
     v = tl.load(x + lane, mask=keep, other=0.0).to(tl.float32)
+    # The pivot: the mean of the first ROWS positions of each column.
     pivot = tl.sum(v, 0) / tl.minimum(count, ROWS).to(tl.float32)
     total = tl.where(keep, v - pivot[None, :], 0.0)
     square = total * total
+    # The rest of the piece: the pointer moves, the offsets within a tile stay in 32 bits.
     for first in range(ROWS, count, ROWS):
         x += ROWS * channels.to(tl.int64)
         keep = (s[:, None] < count - first) & (c[None, :] < channels)
@@ -81,22 +117,32 @@ def moments_columns(
 
 @triton.jit
 def store_moments(hi, lo, var, at, keep, pivot, total, square, count):
-    """Store mean = hi + lo, hi being the mean rounded to float32, and the variance; NaN stays NaN."""
+    """Store mean = hi + lo, hi being the mean rounded to float32, and the variance.
+
+    ``total`` and ``square`` are the sums of u and u^2, u = x - pivot.
+    """
     rest = tl.div_rn(total, count)
+    # sum (u - rest)^2 = sum u^2 - rest * sum u: u is small, so little cancels.
     m2 = square - total * rest
+    # lo is what rounding pivot + rest to float32 has left of rest, exactly.
     rounded = pivot + rest
     tl.store(hi + at, rounded, mask=keep)
     tl.store(lo + at, rest - (rounded - pivot), mask=keep)
+    # Rounding may leave a variance slightly below 0; the comparison keeps a NaN.
     tl.store(var + at, tl.div_rn(tl.where(m2 < 0.0, 0.0, m2), count), mask=keep)
 
 
 @triton.jit
 def read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE: tl.constexpr):
-    """Mean, as hi + lo, and biased variance, the pieces joined by the law of total variance."""
+    """Read mean, as hi + lo, and biased variance, joining the pieces by the law of total variance where MERGE.
+
+    var = sum_p n_p / S (var_p + (mean_p - mean)^2), n_p being the elements of piece p.
+    """
     k = tl.load(hi + at, mask=keep, other=0.0)
     d = tl.load(lo + at, mask=keep, other=0.0)
     v = tl.load(var + at, mask=keep, other=0.0)
     if MERGE:
+        # The mean first, as a difference from the first piece's hi. All pieces but the last have ``piece`` elements.
         inverse_size = tl.cast(1.0, tl.float32) / (size * fold)
         n = tl.minimum(piece, size).to(tl.float32)
         mean = d * (n * inverse_size)
@@ -105,12 +151,14 @@ def read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE
             e = tl.load(hi + at + p * stride, mask=keep, other=0.0) - k
             mean += (e + tl.load(lo + at + p * stride, mask=keep, other=0.0)) * (n * inverse_size)
         n = tl.minimum(piece, size).to(tl.float32)
+        # Then what each piece's mean is away from it.
         v = (v + (d - mean) * (d - mean)) * (n * inverse_size)
         for p in range(1, pieces):
             n = tl.minimum(piece, size - p // fold * piece).to(tl.float32)
             e = tl.load(hi + at + p * stride, mask=keep, other=0.0) - k
             e = e + tl.load(lo + at + p * stride, mask=keep, other=0.0) - mean
             v += (tl.load(var + at + p * stride, mask=keep, other=0.0) + e * e) * (n * inverse_size)
+        # Again as hi and what rounding it has left.
         rounded = k + mean
         d = mean - (rounded - k)
         k = rounded
@@ -121,7 +169,10 @@ def read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE
 def join_moments(
     hi, lo, var, out, number, channels, pieces, sample_stride, stride, piece, size, fold, BLOCK: tl.constexpr
 ):
-    """Join the pieces into ``out``, (3, samples * channels): hi, lo, variance."""
+    """Join the pieces into ``out``, (3, samples * channels): hi, lo, variance. BLOCK numbers to a program.
+
+    Only for an algebra in PyTorch: the kernels of a family join the pieces where they read them.
+    """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
@@ -134,7 +185,7 @@ def join_moments(
 
 @triton.jit
 def activation(z, ACT: tl.constexpr):
-    """0: nothing, 1: ReLU, 2: SiLU. NaN stays NaN."""
+    """Apply the activation: 0 is none, 1 ReLU, 2 SiLU. The comparison is written so that NaN stays NaN."""
     if ACT == 1:
         z = tl.where(z <= 0.0, 0.0, z)
     if ACT == 2:
@@ -144,10 +195,17 @@ def activation(z, ACT: tl.constexpr):
 
 @triton.jit
 def flat_lanes(units, size, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """A program's origin, lanes, mask, first row, and each lane's row counted from it (a Boolean where WIDE)."""
+    """Return a program's origin, lanes, mask, first row, and each lane's row counted from that.
+
+    WIDE: rows are longer than BLOCK, so that a program meets two of them at most, and the last result is a Boolean.
+    Otherwise a lane finds its row by one multiplication in place of a division, see ``launch.magic``.
+    """
+    # From the end to the start: what the pass before read last is still in the cache.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     origin = pid.to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
+    # What is left of x behind the origin, in whole vectors.
+    # Position within the first row, and on into the rows behind it.
     left = tl.minimum(units - origin // ALIGN, BLOCK).to(tl.int32) * ALIGN
     row = origin // size
     t = (origin - row * size).to(tl.int32) + lane
@@ -160,8 +218,9 @@ def flat_lanes(units, size, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WID
 
 @triton.jit
 def of_row(coefficient, row, rows, which, keep, WIDE: tl.constexpr):
-    """A coefficient of each lane's row."""
+    """Return each lane's coefficient, one per row of x."""
     if WIDE:
+        # Two scalar loads and a selection. The next row may lie behind the last one.
         value = tl.where(which, tl.load(coefficient + tl.minimum(row + 1, rows - 1)), tl.load(coefficient + row))
     else:
         value = tl.load(coefficient + row + which, mask=keep, other=0.0)
@@ -173,7 +232,12 @@ def column_lanes(
     size, units, blocks, true_channels, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
 ):  # fmt: skip
-    """A program's origin, lanes, mask, and the (N, C) index of each of its channels with its mask."""
+    """Return a program's origin, lanes and mask, and the (N, C) index of each of its channels with its mask.
+
+    FOLD neighbouring positions are taken for channels where channels are few, so that vectors stay aligned: then
+    channel c of the tile is channel c % true_channels of x.
+    """
+    # From the end to the start, as ``flat_lanes``.
     job = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     n = job // blocks
     begin = (job % blocks).to(tl.int32) * ROWS
@@ -192,9 +256,13 @@ def apply_flat(
     x, residual, y, pivot, scale, offset, rows, size, units, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Y = act(scale * (x - pivot) + offset + residual)."""
+    """y = act(scale * (x - pivot) + offset + residual) for x in rows.
+
+    pivot, scale and offset are (rows,). A program takes BLOCK elements; the grid is (blocks,).
+    """
     rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
     origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
+    # The pivot is subtracted first, exactly where x is near it; then one rounding in the multiply-add.
     u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - of_row(pivot, row, rows, which, keep, WIDE)
     z = tl.fma(of_row(scale, row, rows, which, keep, WIDE), u, of_row(offset, row, rows, which, keep, WIDE))
     if RESIDUAL:
@@ -207,9 +275,13 @@ def apply_columns(
     x, residual, y, pivot, scale, offset, size, units, blocks, true_channels, ALIGN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Y = act(scale * (x - pivot) + offset + residual)."""
+    """y = act(scale * (x - pivot) + offset + residual) for x in columns.
+
+    A program takes ROWS x BLOCK of one sample; the grid is (samples * blocks of rows, blocks of channels).
+    """
     size, units = tl.cast(size, tl.int32), tl.cast(units, tl.int32)
     origin, lane, keep, at, channel_mask = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
+    # One coefficient per channel, for all rows of the tile.
     k, a = (
         tl.load(pivot + at, mask=channel_mask, other=0.0)[None, :],
         tl.load(scale + at, mask=channel_mask, other=0.0)[None, :],

@@ -1,4 +1,8 @@
-"""Tensors in, tensors out, one launch or two. Importing this module imports Triton."""
+"""Launches of the passes over x: tensors in, tensors out, one launch or two. Importing this module imports Triton.
+
+``affine`` is (3, N, C): pivot, scale and offset. ``dx_affine`` is (2, N, C): constant and slope. Where a kernel does
+not read one of its tensors, another one stands in: Triton wants a pointer for each.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,7 @@ def moments(x: Tensor, channel_dim: int) -> Tensor:
     parts = moment_parts(x, grid)
     if grid.parts == 1:
         return parts.view(3, grid.n, grid.c)
+    # Rows or columns in pieces: a second launch joins them.
     out = parts.new_empty(3, grid.n, grid.c)
     number = grid.n * grid.c
     with device_of(x):
@@ -42,6 +47,7 @@ def moment_parts(x: Tensor, grid: Grid) -> Tensor:
     """Return the moments of each part, (3, parts * N * C)."""
     out = torch.empty(3, grid.parts * grid.n * grid.c, device=x.device, dtype=torch.float32)
     with device_of(x):
+        # The first axis of the grid may be long, the second holds at most 65535 programs.
         if grid.columns:
             moments_columns[(grid.n * grid.pieces, grid.block_columns)](
                 x, *out, grid.length, grid.units, grid.piece, grid.pieces, ALIGN=grid.align, ROWS=grid.rows,
@@ -76,8 +82,10 @@ def sum_parts(dy: Tensor, x: Tensor, affine: Tensor, grid: Grid, activation: str
     """Return the sums of each part, (2, parts * N * C); ``affine`` is pivot, scale and offset, or the pivot alone."""
     out = torch.empty(2, grid.parts * grid.n * grid.c, device=x.device, dtype=torch.float32)
     act = ACTIVATIONS.index(activation)
+    # The kernel reads dy and the residual at the offsets of x.
     dy = dense(dy, x)
     residual_or_x = x if residual is None else dense(residual, x)
+    # Without an activation only the pivot is read.
     pivot, scale, offset = affine[0], affine[min(1, len(affine) - 1)], affine[-1]
     blocks = {"ALIGN": grid.align, "ROWS": grid.rows, "BLOCK": grid.block, "ACT": act, "RESIDUAL": act > 0 and residual is not None}  # noqa: E501  # fmt: skip
     with device_of(x):
@@ -103,6 +111,7 @@ def apply(
     if not x.numel():
         return y
     residual_or_x = x if residual is None else dense(residual, x)
+    # In rows x is taken flat: tiles begin anywhere, and each element finds its row.
     blocks = {"ALIGN": grid.align, "ACT": ACTIVATIONS.index(activation), "RESIDUAL": residual is not None}
     with device_of(x):
         if grid.columns:
@@ -135,6 +144,7 @@ def combine(
         return dx, None if residual is None else dresidual_or_dx
     dy = dense(dy, x)
     residual_or_x = x if residual is None else dense(residual, x)
+    # Statistics that are constants send nothing to x: dx = scale * g.
     constant, slope = (affine[0], affine[0]) if dx_affine is None else dx_affine
     act = ACTIVATIONS.index(activation)
     blocks = {"ALIGN": grid.align, "ACT": act, "RESIDUAL": residual is not None, "PLAIN": dx_affine is None}
@@ -177,6 +187,7 @@ def loops(grid: Grid) -> bool:
 
 def magic(size: int) -> int:
     """Return m with t // size = (4 * t * m) >> 32 for t below 4096 and sizes below 2048."""
+    # 4 * t < 2^14 and m >= 2^30 / size: the error of rounding m up stays below 1 / size.
     return cdiv(1 << 30, size)
 
 

@@ -1,7 +1,7 @@
-"""Device code: the vector-Jacobian product of the equations in ``channels``, in one launch. Letters as there.
+"""Device code: the vector-Jacobian product of the equations in ``forward``, in one launch. Letters as there.
 
-Where the shares come from a gate, two small launches more: from what each block of channels leaves to the gradient of
-the logits, and on to the gate's parameters and the samples' means.
+Where the responsibilities come from a gate, two small launches more: from what each block of channels leaves to the
+gradient of the logits (``gate_logits_vjp``), and on to the gate's parameters and the samples' means (``gate_vjp``).
 """
 
 import triton
@@ -19,7 +19,8 @@ def parts_at(
     f, gamma, w_v, w_b, w_a, b_a, unit_scale, unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr,
     SCALE: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    """For a tile (N, K, C): what each sample hands to the sums over samples; ``e`` is mean_n - mean_B."""
+    """Return, for a tile (N, K, C), what each sample sends to the sums over samples; ``e`` is mean_n - mean_B."""
+    # The two sums that the pass over dy and x left for each (n, c).
     i = n[:, None] * channels + c[None, :]
     at = n[:, None].to(tl.int64) * sample_stride + c[None, :]
     t0 = read_sum(total, at, keep, pieces, stride, MERGE)
@@ -28,8 +29,10 @@ def parts_at(
     d = k * 0.0
     if MOMENTS:
         d = tl.load(moments + number + i, mask=keep, other=0.0)
+    # z of the equations again, from hi and lo: differences of large means.
     e = tl.where(keep[:, None, :], k[:, None, :] - base + d[:, None, :] - rest, 0.0)
     z = f * e - delta
+    # y = scale (x - mean_n + z): the gates and what their slopes need.
     inner = gamma * r
     gain = 1.0 + e * 0.0
     s1, s2 = gain, gain
@@ -39,9 +42,11 @@ def parts_at(
     if AFFINE:
         s2, h = gate(w_a, b_a, (k + d)[:, None, :], unit_affine)
         gain = gain * h
+    # q is the gradient of the whole scale, ``direct`` that of z where it is added to x.
     beta = g * t0[:, None, :]
     q = g * t1[:, None, :] + beta * (z - d[:, None, :])
     direct = beta * inner * gain
+    # Of the gates' arguments: s' = s (1 - s).
     u1, u2 = q * inner * gain * (1.0 - s1), q * inner * gain * (1.0 - s2)
     dz = direct
     if SCALE:
@@ -62,8 +67,11 @@ def channels_vjp(
 ):  # fmt: skip
     """Gradients of the parameters, and constant and slope (2, N * C) of dx = scale dy + constant + slope (x - k).
 
-    With ``GATE`` a program also leaves what its channels add to the gradient of the shares, (1 + N, K): the first row
-    is that of every sample. Where the batch lies on several ranks there are two launches: with ``RANKS`` 1 it leaves
+    Two walks over the samples: the first sums what they send to the channel's statistics and parameters, the second
+    turns the statistics' gradients into those of each sample's mean and variance.
+
+    With GATE a program also leaves what its channels add to the gradient of the responsibilities, (1 + N, K): the first
+    row is that of every sample. Where the batch lies on several ranks there are two launches: with RANKS 1 it leaves
     the gradients of U and V in ``dpooled``, and with 2 it takes those of all ranks from there, see ``ranks``.
     """
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
@@ -72,6 +80,7 @@ def channels_vjp(
     kc_mask = (q_[:, None] < contexts) & inside[None, :]
     at = q_[:, None] * channels + c[None, :]
     rows = contexts * channels
+    # What ``channels_of`` stored: mean, delta and r; then the parameters.
     base, rest = tl.load(stats + at, mask=kc_mask, other=0.0), tl.load(stats + rows + at, mask=kc_mask, other=0.0)
     delta, r = (
         tl.load(stats + 4 * rows + at, mask=kc_mask, other=0.0),
@@ -87,6 +96,7 @@ def channels_vjp(
     mass = tl.zeros((K_BLOCK,), tl.float32)
     if CONTEXTS:
         mass = masses(responsibilities, responsibility_stride, samples, contexts, N_BLOCK, K_BLOCK)
+    # First walk.
     if RANKS != 2:
         zero = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
         by_gamma, by_beta, by_r, by_center = zero, zero, zero, zero
@@ -105,6 +115,7 @@ def channels_vjp(
             by_gamma += q * gain
             by_beta += beta
             by_center -= dz
+            # Only what a rectification asks for.
             if CENTER:
                 by_m += dz * e
             if SCALE:
@@ -114,11 +125,13 @@ def channels_vjp(
             if AFFINE:
                 by_a += u2 * mean
                 by_c += u2
+        # Gradients of r, of U and of V, and with them the parameters'.
         dgamma = tl.sum(by_gamma, 0)
         dr = dgamma * gamma + tl.sum(by_r, 0)
         dcenter = tl.sum(by_center, 0)
         variance = tl.load(stats + 3 * rows + at, mask=kc_mask, other=0.0)
         p = tl.load(stats + 6 * rows + at, mask=kc_mask, other=0.0)
+        # The scale's clamped ratio p is a constant, and delta one in units of 1 / r.
         if RENORM:  # delta is a constant in units of 1 / r
             dr -= dcenter * tl.div_rn(delta, tl.where(kc_mask, r, 1.0))
         dvariance = -0.5 * dr * r * r * r
@@ -127,12 +140,14 @@ def channels_vjp(
         dvariance = dvariance * p
         if RENORM:
             p = p * 0.0 + 1.0
+        # From the deviation to the variance below it; flat where the variance was clamped.
         if STD_OF_VAR:
             dvariance = tl.where(
                 variance >= TINY, 0.5 * tl.div_rn(dvariance, tl.sqrt_rn(tl.maximum(variance, TINY))), 0.0
             )
         tl.store(dweight + at, dgamma * r * factor, mask=kc_mask)
         tl.store(dbias + at, tl.sum(by_beta, 0) * factor, mask=kc_mask)
+        # The gradients of U and V go to the other ranks before anything follows from them.
         if RANKS == 1:
             tl.store(dpooled + at, p * dcenter, mask=kc_mask)
             tl.store(dpooled + channels + at, dvariance, mask=kc_mask)
@@ -147,6 +162,7 @@ def channels_vjp(
         if AFFINE:
             tl.store(daffine_weight + c, tl.sum(tl.sum(by_a, 0), 0), mask=inside)
             tl.store(daffine_bias + c, tl.sum(tl.sum(by_c, 0), 0), mask=inside)
+    # Back from the other ranks: ``far`` is what moving the center of V's squares costs.
     if RANKS == 2:
         dvariance = tl.load(dpooled + channels + at, mask=kc_mask, other=0.0)
         far = 2.0 * tl.load(apart + at, mask=kc_mask, other=0.0) * dvariance
@@ -158,8 +174,10 @@ def channels_vjp(
             tl.store(dcenter_weight + c, tl.sum(dm, 0), mask=inside)
     else:
         dbatch = p * f[None, :] * dcenter
+    # Second walk.
     if MOMENTS and RANKS != 1:
         curve = 2.0 * (f * f)[None, :] * dvariance
+        # How a responsibility enters a sample's weight, its context's mass included.
         if GATE:
             beta_ = per_channel(bias, at, kc_mask, 0.0, BIAS) * factor
             dresponsibilities += tl.program_id(0).to(tl.int64) * ((samples + 1) * contexts)
@@ -178,6 +196,7 @@ def channels_vjp(
                 base[None, :, :], rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b,
                 w_a, b_a, unit_scale, unit_affine, MOMENTS, MERGE, SCALE, AFFINE,
             )  # fmt: skip
+            # Through z, through the gates, and through mean_B and the variance between samples.
             dmean = f * dz - direct + a * (dbatch[None, :, :] + curve[None, :, :] * e)
             if AFFINE:
                 dmean += u2 * w_a
@@ -185,6 +204,7 @@ def channels_vjp(
             i = n[:, None] * channels + c[None, :]
             tl.store(dx_affine + i, tl.sum(dmean, 1) / size - slope * d, mask=keep)
             tl.store(dx_affine + number + i, slope, mask=keep)
+            # By the sample's own weight, and by its share of the affine map.
             if GATE:
                 v = tl.load(moments + 2 * number + i, mask=keep, other=0.0)[:, None, :]
                 by_weight = tl.sum(dbatch[None, :, :] * e + dvariance[None, :, :] * (v + e * e), 2)
@@ -202,16 +222,18 @@ def channels_vjp(
 def gate_logits_vjp(
     dresponsibilities, responsibilities, dlogits, samples, contexts, blocks, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The gradient of a sample's logits, (N, K), all blocks of channels added up."""
+    """Return the gradient of a sample's logits, (N, K): all blocks of channels added up, then the softmax's adjoint."""
     n, q = tl.program_id(0), tl.arange(0, K_BLOCK)
     total = tl.zeros((BLOCK, K_BLOCK), tl.float32)
     for begin in range(0, blocks, BLOCK):
         b = begin + tl.arange(0, BLOCK)
         keep = (b[:, None] < blocks) & (q[None, :] < contexts)
         at = b[:, None].to(tl.int64) * ((samples + 1) * contexts) + q[None, :]
+        # What holds for every sample, then what this one's affine map adds.
         total += tl.load(dresponsibilities + at, mask=keep, other=0.0)
         total += tl.load(dresponsibilities + at + (n + 1) * contexts, mask=keep, other=0.0)
     dg = tl.sum(total, 0)
+    # The softmax's adjoint: g_k (dg_k - sum_j g_j dg_j).
     g = tl.load(responsibilities + n * contexts + q, mask=q < contexts, other=0.0)
     tl.store(dlogits + n * contexts + q, g * (dg - tl.sum(g * dg, 0)), mask=q < contexts)
 
@@ -221,7 +243,7 @@ def gate_vjp(
     dlogits, affine, moments, gate_weight, dgate_weight, dgate_bias, dx_affine, samples, number, channels, contexts,
     size, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the gate's weight and bias, (K, C) and (K,), and the means' part of the constant of dx."""
+    """Gradients of the gate's weight and bias, (K, C) and (K,); and the logits' part of dx, added to its constant."""
     c, q = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK), tl.arange(0, K_BLOCK)
     at = q[:, None] * channels + c[None, :]
     inside = (q[:, None] < contexts) & (c[None, :] < channels)
@@ -237,6 +259,7 @@ def gate_vjp(
         mean = tl.load(affine + i, mask=keep, other=0.0) + tl.load(moments + number + i, mask=keep, other=0.0)
         dw += dl[:, :, None] * mean[:, None, :]
         db += dl
+        # A logit depends on the sample's mean: dmean / S joins the constant.
         constant = tl.load(dx_affine + i, mask=keep, other=0.0)
         tl.store(dx_affine + i, constant + tl.sum(dl[:, :, None] * w[None, :, :], 1) / size, mask=keep)
     tl.store(dgate_weight + at, tl.sum(dw, 0), mask=inside)

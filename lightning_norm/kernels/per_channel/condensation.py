@@ -6,11 +6,15 @@ import triton.language as tl
 
 @triton.jit
 def directions(x, inverse, out, samples, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum over a block of positions of (sum over samples of x / norm)^2; a sample is ``units`` * ALIGN elements."""
+    """Parts of |sum_n x_n / |x_n||^2: each program's sum over BLOCK positions of (sum over samples of x / norm)^2.
+
+    A sample is ``units`` * ALIGN elements, ``inverse`` (N,) is 1 / norm. The grid is (blocks of positions,).
+    """
     units = tl.cast(units, tl.int64)
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = lane < units * ALIGN
     total = tl.zeros((BLOCK,), tl.float32)
+    # One position of all samples after the other: no sum over samples leaves the program.
     for n in range(0, samples):
         v = tl.load(x + tl.cast(n, tl.int64) * units * ALIGN + lane, mask=keep, other=0.0).to(tl.float32)
         total = tl.fma(v, tl.load(inverse + n), total)
@@ -21,8 +25,13 @@ def directions(x, inverse, out, samples, units, ALIGN: tl.constexpr, BLOCK: tl.c
 def decide(
     survey_out, parts, last, measured, skipped_condensed, in_a_row, threshold, samples, jobs, BLOCK: tl.constexpr
 ):
-    """Tell whether the batch is condensed: every program for itself, of which the first moves the counters."""
+    """Return whether the batch is condensed: its mean cosine similarity exceeds the threshold.
+
+    similarity = (|sum_n x_n / |x_n||^2 - m) / (m (m - 1)) over the m samples that are not zero. Every program computes
+    it for itself, and the first moves the counters.
+    """
     inverse = survey_out + 2 + 3 + samples  # of a batch without contexts, see ``tracking``
+    # A sample of zeros has no direction and does not count.
     alive, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, samples, BLOCK):
         n = begin + tl.arange(0, BLOCK)
@@ -32,9 +41,11 @@ def decide(
         total += tl.load(parts + i, mask=i < jobs, other=0.0)
     m = tl.sum(alive, 0)
     similarity = (tl.sum(total, 0) - m) / tl.maximum(m * (m - 1.0), 1.0)
+    # Not for fewer than two samples, nor with a NaN among them.
     defined = (tl.abs(similarity) < float("inf")) & (m >= 2.0)
     yes = defined & (similarity > tl.load(threshold).to(tl.float32)) & (tl.load(survey_out + 1) != 0.0)
     first = tl.program_id(0) == 0
+    # Other warps still read the counters that are written below.
     row, number, skips = tl.load(in_a_row), tl.load(measured), tl.load(skipped_condensed)
     tl.debug_barrier()  # every thread has read what is now written
     tl.store(last, similarity, mask=defined & first)

@@ -1,15 +1,15 @@
-"""Device code: equations in which each channel stands alone, in one launch; ``channels_vjp`` holds their adjoint.
+"""Device code: equations in which each channel stands alone, in one launch; ``backward`` holds their adjoint.
 
-One family. Statistics of the batch, or of K contexts in it, per channel; running ones may be mixed in (diminishing
-batch normalization) or stand in for them (a condensed batch, evaluation). Then a sample's own mean may strengthen or
-weaken it before (centering) and gate it after (scaling, affine):
+Statistics of the batch, or of K contexts in it, per channel. Running ones may be mixed in (dbn), or stand in for them
+(a condensed batch of ubn, evaluation). Then a sample's mean may strengthen or weaken it before (centering) and gate it
+after (scaling, affine; rbn and ubn). With a_n the weight of a sample in a context's statistics:
 
     V = sum_n a_n (var_n + f^2 (mean_n - mean_B)^2), f = 1 + center_weight
     z = f mean_n - U, U = f mean_B + delta, r = 1 / sqrt(V + eps)
-    y = gamma g1(r z) g2(mean_n) r (x - mean_n + z) + beta, summed over contexts by the shares of a sample
+    y = gamma g1(r z) g2(mean_n) r (x - mean_n + z) + beta, summed over contexts by a sample's responsibilities
 
-A program holds all samples of a few channels, so nothing is handed from one program to another; what concerns all
-channels was seen by ``tracking.survey`` before.
+A program holds all samples of a few channels, so nothing is handed from one program to another. What concerns all
+channels was seen by ``running_stats.survey`` before.
 """
 
 import triton
@@ -23,7 +23,7 @@ from lightning_norm.kernels.per_channel.running_stats import TINY, move, new_wei
 
 @triton.jit
 def masses(responsibilities, stride, samples, contexts, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):
-    """Samples in each context, (K,)."""
+    """Return the sum over samples of each context's responsibilities, (K,)."""
     q = tl.arange(0, K_BLOCK)
     mass = tl.zeros((N_BLOCK, K_BLOCK), tl.float32)
     for begin in range(0, samples, N_BLOCK):
@@ -37,18 +37,20 @@ def masses(responsibilities, stride, samples, contexts, N_BLOCK: tl.constexpr, K
 def weights_at(
     responsibilities, stride, mass, n, samples, contexts, size, least, CONTEXTS: tl.constexpr, K_BLOCK: tl.constexpr
 ):
-    """A sample's share in each context, and its weight in that context's statistics, (N, K, 1) each.
+    """Return each context's responsibility for a sample, and the sample's weight in its statistics: (N, K, 1) each.
 
-    The shares of two samples lie ``stride`` apart. A context of fewer than ``least`` elements is drawn towards all
-    samples.
+    The responsibilities of two samples lie ``stride`` apart. A context of fewer than ``least`` elements is drawn
+    towards all samples, by the part that it lacks.
     """
     q = tl.arange(0, K_BLOCK)
     inside = (n[:, None] < samples) & (q[None, :] < contexts)
     if CONTEXTS:
+        # ``part`` is 0 for a context that is large enough.
         g = tl.load(responsibilities + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
         part = tl.maximum(1.0 - mass * size / tl.cast(least, tl.float32), 0.0)[None, :]
         a = (1.0 - part) * g / tl.maximum(mass, TINY)[None, :] + part / samples
     else:
+        # Without contexts there is one, and every sample belongs to it.
         g = tl.where(inside, 1.0, 0.0)
         a = g / tl.maximum(samples, 1)
     return g[:, :, None], tl.where(inside, a, 0.0)[:, :, None]
@@ -56,7 +58,7 @@ def weights_at(
 
 @triton.jit
 def prior_scale(survey_out, contexts, K_BLOCK: tl.constexpr):
-    """1 / sqrt of the running share of each context, (K,)."""
+    """Return 1 / sqrt of each context's prior, (K,), at most 10."""
     q = tl.arange(0, K_BLOCK)
     prior = tl.load(survey_out + 2 + 2 * contexts + q, mask=q < contexts, other=1.0)
     return tl.rsqrt(tl.maximum(prior, 0.01))
@@ -66,15 +68,16 @@ def prior_scale(survey_out, contexts, K_BLOCK: tl.constexpr):
 def running_of(
     running_mean, running_var, survey_out, at, kc_mask, contexts, POOLED: tl.constexpr, K_BLOCK: tl.constexpr
 ):
-    """The mean of all contexts, (C,), and each context's mean, from there, and variance, (K, C).
+    """Return the mean of all contexts, (C,), and each context's mean, counted from there, and variance, (K, C).
 
-    A new context has those of all together, with ``POOLED`` every one.
+    A new context has those of all together, and with POOLED every one has.
     """
     q = tl.arange(0, K_BLOCK)
     prior = tl.load(survey_out + 2 + 2 * contexts + q, mask=q < contexts, other=0.0)[:, None]
     new = tl.load(survey_out + 2 + contexts + q, mask=q < contexts, other=0.0)[:, None] != 0.0
     mean = tl.load(running_mean + at, mask=kc_mask, other=0.0)
     var = tl.load(running_var + at, mask=kc_mask, other=0.0)
+    # All contexts together, by the law of total variance with their priors as weights.
     first = tl.sum(prior * mean, 0)
     away = mean - first[None, :]
     rest = tl.sum(prior * away, 0)[None, :]
@@ -86,7 +89,7 @@ def running_of(
 
 @triton.jit
 def gate(w, b, k, unit):
-    """The sigmoid of w * k + b and that in units of its starting value."""
+    """Return s = sigmoid(w k + b) and s * unit, which is 1 at the gate's starting value."""
     s = 1.0 / (1.0 + tl.exp(-(w * k + b)))
     return s, s * tl.cast(unit, tl.float32)
 
@@ -97,8 +100,12 @@ def batch_of(
     sample_stride, stride, piece, size, fold, least, MERGE: tl.constexpr, CONTEXTS: tl.constexpr, N_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Mean, counted from ``first``, and variance within and between samples, (K, C) each."""
+    """Return the mean, counted from ``first``, and the variance within and between samples: (K, C) each.
+
+    mean = sum_n a_n mean_n; within = sum_n a_n var_n; between = sum_n a_n (mean_n - mean)^2.
+    """
     inside, whole = c < channels, size * fold
+    # The means, as differences from ``first``: float32 is enough at any mean.
     total = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
     for begin in range(0, samples, N_BLOCK):
         n = begin + tl.arange(0, N_BLOCK)
@@ -109,6 +116,7 @@ def batch_of(
         )
         total += a * tl.where(keep, k - first[None, :] + d, 0.0)[:, None, :]
     mean = tl.sum(total, 0)
+    # A second walk over the samples, around the mean: nothing cancels.
     inner = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
     outer = inner
     for begin in range(0, samples, N_BLOCK):
@@ -129,7 +137,10 @@ def pool_channels(
     hi, lo, var, center_weight, batch, samples, channels, pieces, sample_stride, stride, piece, size, fold,
     MERGE: tl.constexpr, CENTER: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """U of this rank's samples as hi and lo, and their V, (3, C); without contexts, so K is 1."""
+    """U of this rank's samples as hi and lo, and their V, (3, C): what other ranks need. Without contexts, so K is 1.
+
+    The grid is (blocks of channels,), as in ``channels_of``.
+    """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
     inside = c < channels
@@ -139,6 +150,7 @@ def pool_channels(
         hi, lo, var, hi, 0.0, first, c, samples, channels, 1, 1, pieces, sample_stride, stride, piece, size, fold, 1.0,
         MERGE, False, N_BLOCK, K_BLOCK, C_BLOCK,
     )  # fmt: skip
+    # U = (1 + w) mean with what each rounding leaves, for mean may be large.
     more = w_m * first
     near = first + more  # and what rounding both has left
     away = tl.fma(w_m, first, -more) + (more - (near - first)) + (1.0 + w_m) * tl.sum(mean, 0)
@@ -160,11 +172,12 @@ def channels_of(
     AFFINE: tl.constexpr, RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pivot, scale and offset (3, N * C), and ``stats`` (7 or 9, K, C); the running statistics move, see ``tracking``.
+    """Pivot, scale and offset (3, N * C), and ``stats`` (7 to 10, K, C); with MOVE the running statistics move.
 
-    Their rows: mean as hi and lo, variance between samples, variance, delta, r, share of the batch in what was
-    used, and with ``BLEND`` what the running mean and spread become. With ``RANKS`` U and V are those of all ranks,
-    ``pooled`` (3, C), delta holds how far that U is from f mean_B of this one, and a last row that alone.
+    Rows of ``stats``: mean as hi and lo, variance between samples, V, delta, r, the weight p of the batch in what was
+    used, and with BLEND what the running mean and variance become. With RANKS U and V are those of all ranks,
+    ``pooled`` (3, C); delta holds how far that U is from f mean_B of this one, and a last row that alone. One block of
+    channels to a program.
     """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
     eps, whole = tl.cast(eps, tl.float32), size * fold
@@ -173,6 +186,7 @@ def channels_of(
     q = tl.arange(0, K_BLOCK)
     kc_mask = (q[:, None] < contexts) & inside[None, :]
     at = q[:, None] * channels + c[None, :]
+    # Everything is counted from ``first``, a mean near all others of the channel.
     if FROZEN and CONTEXTS:
         first, away, old = running_of(running_mean, running_var, survey_out, at, kc_mask, contexts, POOLED, K_BLOCK)
     else:
@@ -184,12 +198,14 @@ def channels_of(
         mass = masses(responsibilities, responsibility_stride, samples, contexts, N_BLOCK, K_BLOCK)
     mean = tl.zeros((K_BLOCK, C_BLOCK), tl.float32)
     within, between, apart = mean, mean, mean
+    # Statistics of the batch.
     if not FROZEN:
         mean, within, between = batch_of(
             hi, lo, var, responsibilities, mass, first, c, samples, channels, contexts, responsibility_stride, pieces,
             sample_stride, stride, piece, size, fold, least, MERGE, CONTEXTS, N_BLOCK, K_BLOCK, C_BLOCK,
         )  # fmt: skip
     variance = within + (f * f)[None, :] * between
+    # V and U of all ranks; ``apart`` is how far that U is from this rank's.
     if RANKS:
         of_all, rest = (
             tl.load(pooled + c, mask=inside, other=0.0),
@@ -198,12 +214,14 @@ def channels_of(
         variance = tl.load(pooled + 2 * channels + c, mask=inside, other=0.0)[None, :] + mean * 0.0
         apart = (tl.fma(-w_m, first, of_all - first) + rest)[None, :] - f[None, :] * mean
     used, delta, p = variance, apart, mean * 0.0 + 1.0
+    # Where running statistics take part, ``away`` is how far they are from U.
     if BLEND or CONDENSED % 2 == 1 or (FROZEN and not CONTEXTS):
         old = tl.load(running_var + c, mask=inside, other=0.0).to(tl.float32)[None, :] + mean * 0.0
         away = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32) - first - w_m * first
         away = away[None, :] - f[None, :] * mean
         if RANKS:
             away = (tl.load(running_mean + c, mask=inside, other=0.0) - of_all - rest)[None, :] + mean * 0.0
+    # From here on ``used`` is what is divided by, ``delta`` the shift of U, ``p`` the weight of the batch.
     if STD and not FROZEN:
         used = tl.sqrt_rn(tl.maximum(variance, TINY))
     if FROZEN:
@@ -212,17 +230,21 @@ def channels_of(
         alpha, steps = new_weight(running_mean, updates, rate, channels, power, POWER, 256)
         blend = (1.0 - alpha) * away
         delta, used, p = blend + apart, alpha * used + (1.0 - alpha) * old, p * alpha
+    # A Boolean tensor that is False.
     off = tl.program_id(0) < 0
     if CONDENSED != 0:
         off = decide(survey_out, parts, last, measured, skipped_condensed, in_a_row, threshold, samples, jobs, 256)
+    # A condensed batch: the running statistics replace its own, ...
     if CONDENSED == 1:
         used, delta = tl.where(off, old, used), tl.where(off, away, delta)
         p = tl.where(off, 0.0, p)
+    # ... or it keeps its own and is scaled and moved to the value of theirs, both clamped.
     if CONDENSED == 3:  # p is the ratio of the variances, and delta a constant in units of 1 / r
         p = tl.minimum(tl.maximum(tl.div_rn(old + eps, variance + eps), 1.0 / 9.0), 9.0)
         p = tl.where(off, p, 1.0)
     if DETACH:
         p = p * 0.0
+    # r, with an eps inside the root or beside the deviation.
     one = tl.full((), 1.0, tl.float32)
     if CONDENSED == 3:
         r = tl.div_rn(one, tl.sqrt_rn((variance + eps) * p))
@@ -232,6 +254,7 @@ def channels_of(
         r = tl.div_rn(one, used + eps)
     else:
         r = tl.div_rn(one, tl.sqrt_rn(used + eps))
+    # Elements behind each statistic, for the unbiased variance.
     count = tl.cast(samples, tl.float32) * whole
     if CONTEXTS:
         alone = mass * whole
@@ -241,6 +264,7 @@ def channels_of(
     if RANKS:
         count, target = tl.load(gathered).to(tl.float32), (of_all + rest)[None, :] + mean * 0.0
         variance = tl.where(count > 1.0, variance, float("nan"))  # too few for a variance: nothing moves
+    # What the backward pass needs; r and p also tell it what was chosen.
     rows = contexts * channels
     tl.store(stats + at, base, mask=kc_mask)
     tl.store(stats + rows + at, mean - (base - first[None, :]), mask=kc_mask)
@@ -258,12 +282,14 @@ def channels_of(
         tl.store(stats + 8 * rows + at, used, mask=kc_mask)
     if RANKS:
         tl.store(stats + (9 if BLEND else 7) * rows + at, apart, mask=kc_mask)
+    # The programs own their channels, and ``survey`` saw what concerns all of them.
     if MOVE:
         move(
             target, variance * (count / tl.maximum(count - 1.0, 1.0)), mass / tl.maximum(samples, 1), off, running_mean,
             running_var, tracked, skipped, prior, rate, survey_out, pooled, count > 1.0, at, kc_mask, samples, channels,
             contexts, CONTEXTS, MOVE == 2, RANKS, K_BLOCK, 256,
         )  # fmt: skip
+    # The affine map of each sample: walk over the samples once more.
     gamma = per_channel(weight, at, kc_mask, 1.0, WEIGHT)[None, :, :]
     beta = per_channel(bias, at, kc_mask, 0.0, BIAS)[None, :, :]
     if PRIOR:
@@ -274,6 +300,7 @@ def channels_of(
         keep = (n[:, None] < samples) & inside[None, :]
         i = n[:, None] * channels + c[None, :]
         if MOMENTS:
+            # The moments of x, joined here for the backward pass.
             k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
             if MERGE:
                 tl.store(moments + i, k, mask=keep)
@@ -285,6 +312,7 @@ def channels_of(
         g, a = weights_at(
             responsibilities, responsibility_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK
         )
+        # z of the equations, from differences only.
         z = f[None, None, :] * ((k - first[None, :] + d)[:, None, :] - mean[None, :, :]) - delta[None, :, :]
         scale = gamma * r[None, :, :]
         if SCALE:
@@ -295,6 +323,7 @@ def channels_of(
             w, b = tl.load(affine_weight + c, mask=inside, other=0.0), tl.load(affine_bias + c, mask=inside, other=0.0)
             s, h = gate(w.to(tl.float32), b.to(tl.float32), (k + d)[:, None, :], unit_affine)
             scale = scale * h
+        # The sum over contexts of responsibility times affine map is one affine map.
         offset = g * (beta + scale * (z - d[:, None, :]))
         tl.store(affine + i, k, mask=keep)
         tl.store(affine + number + i, tl.sum(g * scale, 1), mask=keep)

@@ -64,6 +64,7 @@ def affine_of(
     stats = affine.new_empty(flags.num_statistics, flags.rows, grid.c)
     batch, rank_sums = affine.new_zeros(3, grid.c if flags.ranks else 0), affine.new_empty(0, dtype=torch.float64)
     parts, merge = affine, False
+    # No samples on this rank: it adds nothing, and meets the others.
     if grid.n == 0:
         parts, moments = torch.zeros_like(batch), torch.empty_like(affine)
     elif flags.needs_moments:
@@ -71,10 +72,12 @@ def affine_of(
         moments = parts.view(3, grid.n, grid.c) if not merge else torch.empty_like(affine)
     mean, running_var, tracked, skipped = (affine if t is None else t for t in running)
     more = [affine if t is None else t for t in counters]
+    # The fourth counter is that of condensed batches in a row.
     last = more[3] if flags.condensed else affine
     k = power(flags.rows)
     tile = _tile(grid, flags, 1024)
     blocks = cdiv(grid.c, tile["C_BLOCK"])
+    # With ranks U and V are pooled first, then summed, and read by the equations.
     if over_ranks is not None:
         with device_of(x):
             if grid.n:
@@ -92,6 +95,7 @@ def affine_of(
                 MOVE=flags.moves_with_channels, CONTEXTS=flags.contexts > 0, KNOWN=running[0] is not None, K_BLOCK=k,
                 BLOCK=min(power(grid.c), BLOCK // k), num_warps=4, maxnreg=REGISTERS["survey"],
             )  # fmt: skip
+        # Condensation takes one more read of x, behind the norms that ``survey`` leaves.
         direction_parts = _direction_parts(x, survey_out, grid, flags) if flags.condensed else affine
         responsibilities_used, stride = _responsibilities(responsibilities, survey_out, grid.n, flags)
         parameters = [affine if t is None else t for t in (responsibilities_used, weight, bias, *gates[:5])]
@@ -106,6 +110,7 @@ def affine_of(
             WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4, maxnreg=REGISTERS["channels_of"], **tile,
             **flags.constants(),
         )  # fmt: skip
+        # Blended statistics move together, or not at all: one program looks at all channels.
         if flags.blend:
             commit[(1,)](
                 stats, mean, running_var, tracked, skipped, *more[:2], rate, grid.c, numbers.eps, numbers.power,
@@ -118,6 +123,7 @@ def _direction_parts(x: Tensor, survey_out: Tensor, grid: Grid, flags: PerChanne
     """Return the parts of the squared length of the sum of all directions, after one more read of x."""
     length = grid.c * grid.size
     align = 16 // x.element_size() if length % (16 // x.element_size()) == 0 else 1
+    # Two programs or more for each multiprocessor, of 256 positions at least.
     block = max(min(TILE, power(cdiv(length, 2 * BUSY))), 256)
     parts = survey_out.new_empty(cdiv(length, block))
     inverse = survey_out[2 + 3 * flags.rows + grid.n :]
@@ -184,10 +190,12 @@ def gradients(
         )  # fmt: skip
 
     with device_of(x):
+        # The gradients of U and V go to the other ranks between two launches of the same kernel.
         vjp(0 if over_ranks is None else 1)
         if over_ranks is not None:
             pool_ranks_gradient(dpooled, batch, rank_sums, grid.n * grid.size, over_ranks)
             vjp(2)
+        # From the gradient of the responsibilities to the gate's parameters and dx.
         if flags.gate:
             dlogits = affine.new_empty(grid.n, flags.rows)
             k = tile["K_BLOCK"]

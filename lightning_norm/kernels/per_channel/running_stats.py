@@ -1,9 +1,14 @@
 """Device code: what must be known before each channel can stand alone, and how running statistics move.
 
-``survey`` looks at whole samples and at the running statistics of all channels. It leaves one row of numbers, K being
-the contexts: batches counted, whether a batch may count as condensed, of each context its running share, whether it is
-new and its share among those that are not, (K,) each; then of each sample how many channels are NaN or infinite, and 1
-/ norm or its shares (K,). So ``move`` may write what other programs would have to read.
+``survey`` looks at whole samples and at the running statistics of all channels, in a launch of its own: so the programs
+of ``channels_of`` may write running statistics that others would have to read. It leaves one row of numbers,
+``survey_out``, K being the contexts (1 without):
+
+* the batches counted, and whether a batch may count as condensed;
+* (K,) each context's prior, its running mean responsibility; (K,) whether the context is new; (K,) the priors among
+  those that are not new;
+* (N,) how many channels of each sample are NaN or infinite;
+* (N,) 1 / norm of each sample, or (N, K) its responsibilities, those of the contexts' gate.
 """
 
 import triton
@@ -21,10 +26,14 @@ def survey(
     LOOK: tl.constexpr, MERGE: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, MOVE: tl.constexpr,
     CONTEXTS: tl.constexpr, KNOWN: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per sample; the last one looks at the running statistics."""
+    """Fill ``survey_out``, see above. One program per sample (LOOK), and a last one for the running statistics.
+
+    With GATE the responsibilities are softmax(gate_weight mean_n + gate_bias).
+    """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
     n, q = tl.program_id(0), tl.arange(0, K_BLOCK)
     real = q < contexts
+    # The last program: counters, priors, and which contexts have never been met.
     if n == tl.num_programs(0) - 1:
         count, allowed = tl.zeros((), tl.int64), tl.zeros((), tl.int32)
         old, known_prior, new = tl.zeros((K_BLOCK,), tl.float32), tl.zeros((K_BLOCK,), tl.float32), q < 0
@@ -36,6 +45,7 @@ def survey(
             old = tl.where(real, tl.cast(1.0, tl.float32) / contexts, 0.0)
             if KNOWN:
                 old = tl.load(prior + q, mask=real, other=0.0)
+                # A context is new while its statistics are as they were made: means 0 and variances 1.
                 moved = tl.zeros((K_BLOCK, BLOCK), tl.int32)
                 for begin in range(0, channels, BLOCK):
                     c = begin + tl.arange(0, BLOCK)
@@ -44,6 +54,7 @@ def survey(
                     v = tl.load(running_var + at, mask=keep, other=1.0)
                     moved += tl.where((m == 0.0) & (v == 1.0), 0, 1)
                 new = tl.sum(moved, 1) == 0
+            # New contexts count for nothing as long as there is an old one.
             any_old = tl.sum(tl.where(new, 0, 1), 0) > 0
             known_prior = tl.where(new & any_old, 0.0, old)
             known_prior = known_prior / tl.maximum(tl.sum(known_prior, 0), TINY)
@@ -54,6 +65,7 @@ def survey(
         tl.store(survey_out + 2 + 2 * contexts + q, known_prior, mask=real)
     else:
         if LOOK:
+            # A sample: its norm, its NaNs and infinities, its logits, all channels at once.
             bad = tl.zeros((BLOCK,), tl.int32)
             squares = tl.zeros((BLOCK,), tl.float32)
             logits = tl.zeros((K_BLOCK, BLOCK), tl.float32)
@@ -68,12 +80,14 @@ def survey(
                     inside = real[:, None] & keep[None, :]
                     w = tl.load(gate_weight + q[:, None] * channels + c[None, :], mask=inside, other=0.0)
                     logits += tl.where(inside, w.to(tl.float32) * (k + d)[None, :], 0.0)
+            # Behind the numbers about contexts.
             left = survey_out + 2 + 3 * contexts
             tl.store(left + n, tl.sum(bad, 0).to(tl.float32))
             if NORM:  # 0 for a sample of zeros, NaN stays
                 square = tl.sum(squares, 0) * (size * fold)
                 tl.store(left + samples + n, tl.where(square <= 0.0, 0.0, tl.rsqrt(tl.where(square <= 0.0, 1.0, square))))  # noqa: E501  # fmt: skip
             if GATE:
+                # Lanes beyond K get a logit so low that they take no part.
                 logit = tl.sum(logits, 1) + tl.load(gate_bias + q, mask=real, other=0.0).to(tl.float32)
                 logit = tl.where(real, logit, -1e30)
                 g = tl.where(real, tl.exp(logit - tl.max(logit, 0)), 0.0)
@@ -86,10 +100,13 @@ def move(
     enough, at, kc_mask, samples, channels, contexts, CONTEXTS: tl.constexpr, AVERAGE: tl.constexpr,
     RANKS: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Move a program's own channels (K, C), unless x has a NaN or an infinity; the first program moves the counters.
+    """Move this program's channels (K, C) towards ``target`` and ``variance``, unless x has a NaN or an infinity.
 
-    A channel whose statistics are not finite though x is, as with a NaN among the parameters, stays by itself.
+    running += step (target - running). Without contexts step is the momentum, or 1 / number of batches (AVERAGE). With
+    contexts it is scaled by the context's ``fraction`` of the batch, and the priors move too. The first program moves
+    the counters. A channel whose statistics are not finite though x is, as with a NaN among the parameters, stays.
     """
+    # Whether x is finite is the same for all programs, or some channels would move and others not.
     bad = tl.zeros((BLOCK,), tl.int32)
     if RANKS:  # of which all see the same
         for begin in range(0, channels, BLOCK):
@@ -104,6 +121,7 @@ def move(
     finite = tl.sum(bad, 0) == 0
     if RANKS:
         finite = finite & enough
+    # A condensed batch is finite, but does not count (``off``).
     counts = finite & ~off
     times = tl.maximum(tl.load(survey_out) + counts.to(tl.float32), 1.0)
     if AVERAGE:
@@ -115,6 +133,7 @@ def move(
     step = tl.zeros((K_BLOCK,), tl.float32) + speed
     may = kc_mask & counts & (tl.abs(target + variance) < float("inf"))
     new = step
+    # A context moves as far as samples of it were met, at once where it is new.
     if CONTEXTS:
         old = tl.load(survey_out + 2 + q, mask=real, other=0.0)
         new = old + speed * (fraction - old)
@@ -124,6 +143,7 @@ def move(
             step = speed * tl.minimum(contexts * fraction, 1.0)
         step = tl.where(tl.load(survey_out + 2 + contexts + q, mask=real, other=0.0) != 0.0, 1.0, step)
         may = may & (fraction > 0.0)[:, None]
+    # Read, compute, and only then write, behind the barrier.
     mean = tl.load(running_mean + at, mask=kc_mask, other=0.0)
     var = tl.load(running_var + at, mask=kc_mask, other=0.0)
     mean = (1.0 - step)[:, None] * mean + step[:, None] * target
@@ -140,9 +160,13 @@ def move(
 
 @triton.jit
 def new_weight(running_mean, updates, rate, channels, power, POWER: tl.constexpr, BLOCK: tl.constexpr):
-    """Alpha and number of this batch: 1 for the first, 2 where statistics were moved in."""
+    """Return alpha and the number of this batch: 1 / m^power with POWER, else the rate; 1 for the first batch.
+
+    Statistics that were moved in from another layer count as one batch.
+    """
     steps = tl.load(updates) + 1
     if steps == 1:
+        # Means that are not 0 were moved in.
         moved = tl.zeros((BLOCK,), tl.int32)
         for begin in range(0, channels, BLOCK):
             c = begin + tl.arange(0, BLOCK)
@@ -160,7 +184,11 @@ def commit(
     stats, running_mean, running_var, tracked, skipped, updates, gap, rate, channels, eps, power,
     STD: tl.constexpr, POWER: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store blended statistics and how far they were from the batch's, unless one is NaN or infinite. One program."""
+    """Store blended statistics and how far they were from the batch's, unless one is NaN or infinite. One program.
+
+    gap[0] is the mean over channels of |mean_B - mean| / std, gap[1] of |std_B - std| / std; mean and std are blended.
+    """
+    # First look at all channels: either all of them move or none.
     bad = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, channels, BLOCK):
         c = begin + tl.arange(0, BLOCK)
@@ -172,6 +200,7 @@ def commit(
     finite = tl.sum(bad, 0) == 0
     skips, count = tl.load(skipped) + 1 - finite.to(tl.int64), tl.load(tracked) + finite.to(tl.int64)
     alpha, steps = new_weight(running_mean, updates, rate, channels, power, POWER, BLOCK)
+    # How far the blended statistics are from the batch's own.
     far = tl.zeros((BLOCK,), tl.float32)
     wide = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, channels, BLOCK):
@@ -179,6 +208,7 @@ def commit(
         keep = c < channels
         now = tl.load(stats + 3 * channels + c, mask=keep, other=0.0)
         was = tl.load(stats + 8 * channels + c, mask=keep, other=0.0)
+        # What is stored is a deviation already, or a variance.
         if STD:
             now = tl.maximum(now, TINY)
         else:

@@ -21,6 +21,7 @@ AllReduce = Callable[[Tensor], Tensor]
 def pool_ranks(batch: Tensor, count: int, over_ranks: AllReduce) -> Tensor:
     """Turn the statistics (3, C) of ``count`` elements of this rank into those of all ranks; return the sums."""
     channels = batch.shape[1]
+    # In float64, the same message as an algebra in PyTorch sends, so that ranks on either may meet.
     message = torch.empty(1, 1 + 2 * channels, device=batch.device, dtype=torch.float64)
     grid = (cdiv(channels, BLOCK),)
     with device_of(batch):
