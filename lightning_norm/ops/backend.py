@@ -1,4 +1,4 @@
-"""Which backend runs a pass, kernels or plain PyTorch, and why: decided here and nowhere else."""
+"""Which backend runs a pass, the kernels or plain PyTorch, and why. Decided here and nowhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _installed() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
-    except ValueError:  # marked as missing in sys.modules
+    except ValueError:  # a test has put None for it into sys.modules
         return False
 
 
@@ -28,7 +28,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def on_kernels(x: Tensor, layout: Layout, backend: str, empty: bool = False) -> bool:
-    """Tell whether x goes to the Triton kernels; one without samples only if ``empty``.
+    """Return whether x goes to the Triton kernels; an x without samples only if ``empty``.
 
     Raises:
         RuntimeError: ``backend="triton"`` and it cannot.
@@ -42,7 +42,7 @@ def on_kernels(x: Tensor, layout: Layout, backend: str, empty: bool = False) -> 
 
 
 def obstacle(x: Tensor, layout: Layout, empty: bool = False) -> str | None:
-    """Return what keeps x from the kernels, ``None`` for nothing; ``empty`` allows no samples."""
+    """Return why the kernels cannot take x, ``None`` where they can; ``empty`` allows an x without samples."""
     if not INSTALLED:
         return "Triton is not installed"
     if not x.is_cuda and not (INTERPRETED and x.is_cpu):

@@ -1,4 +1,4 @@
-"""The depthwise convolution of BNET's depthwise_conv step: its one home, for a fused kernel to replace.
+"""The depthwise convolution behind BNET's normalization, in plain PyTorch, and whether the kernels know it.
 
 A map is (N, C, *), a kernel (C, 1, *) with one odd size per spatial axis, and the map is padded with zeros to its own
 size. An odd kernel flipped along every axis is the transpose of the convolution.
@@ -23,8 +23,8 @@ LARGEST = 1 << 25
 def with_spatial_axes(kernel: Tensor, spatial: int) -> Tensor:
     """Give a kernel as many spatial axes as the map has.
 
-    A map with fewer is one of size 1 along the last ones, where only the kernel's middle acts; of a map with more, the
-    first ones are separate maps.
+    A map with fewer axes is one of size 1 along the missing last ones, where only the middle of the kernel meets an
+    element. A map with more is a stack of separate maps along its first axes.
     """
     for _ in range(kernel.dim() - 2 - spatial):
         kernel = kernel.select(-1, kernel.shape[-1] // 2)
@@ -34,15 +34,15 @@ def with_spatial_axes(kernel: Tensor, spatial: int) -> Tensor:
 
 
 def on_kernels(kernel: Tensor, size: int) -> bool:
-    """Tell whether the fused kernels know a convolution: one or two axes, at most seven taps along each, such maps."""
+    """Return whether the kernels know a convolution: one or two axes, at most seven taps along each, maps that fit."""
     return kernel.dim() in (3, 4) and max(kernel.shape[2:]) <= LONGEST and size <= LARGEST
 
 
 def unrolled(x: Tensor, kernel: Tensor) -> bool:
-    """Tell whether a compiled graph should write the sum over taps out, which the compiler makes one loop of.
+    """Return whether a compiled graph should write the sum over taps out; the compiler makes one loop of it.
 
-    Faster than oneDNN for contiguous maps of some width, which that turns to its own format and back. To be asked in
-    the forward pass: a gradient that is being traced does not show its memory format.
+    For contiguous maps of some width that is faster than oneDNN, which turns a map to a format of its own and back. Ask
+    in the forward pass: a gradient that is being traced does not show its memory format.
     """
     known = x.is_cpu and x.dim() > 2 and x.is_contiguous() and x.shape[-1] >= 12 and kernel[0].numel() <= 49
     return known and _compiling()
@@ -51,6 +51,7 @@ def unrolled(x: Tensor, kernel: Tensor) -> bool:
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, unroll: bool = False) -> Tensor:
     """Convolve each channel with its kernel; the result has the memory format of x."""
     if unroll:
+        # One term per tap: its weight times the map, moved by the tap.
         start = x.new_zeros(()) if bias is None else _per_channel(bias, x)
         weights, windows = kernel.flatten(2).unbind(2), _windows(x, kernel)
         return sum((_per_channel(w, x) * window for w, window in zip(weights, windows, strict=True)), start)
@@ -59,6 +60,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, unroll: b
         return y if bias is None else y + bias
     if not _compiling():
         return _convolve(x, kernel, bias)
+    # As an operator the compiler leaves it alone, see the end of this file.
     opaque: Tensor = torch.ops.lightning_norm.depthwise(x, kernel, bias)
     return opaque
 
@@ -107,7 +109,8 @@ def _kernel_gradients(dy: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Te
 
 
 def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    zeros = [0] * (x.dim() - 2)  # aten's own name is the one that autocast does not know
+    # aten.convolution and not conv2d: autocast, which would narrow the map, knows the second name only.
+    zeros = [0] * (x.dim() - 2)
     y: Tensor = torch.ops.aten.convolution(x, kernel, bias, *_geometry(kernel), False, zeros, x.shape[1])
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
@@ -118,8 +121,8 @@ def _geometry(kernel: Tensor) -> tuple[list[int], list[int], list[int]]:
     return ones, [size // 2 for size in kernel.shape[2:]], ones
 
 
-# Opaque to the compiler, which would turn every map to another format and back around a convolution, and compute an
-# edged map anew for each tap.
+# Operators that the compiler does not look into: it would turn every map to another memory format and back around a
+# convolution, and compute a padded map anew for each tap.
 operators.define(
     {
         "depthwise": "(Tensor x, Tensor kernel, Tensor? bias) -> Tensor",

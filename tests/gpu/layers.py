@@ -33,8 +33,8 @@ def layer_of(key, arguments, device, form="contiguous", n=16, c=C):
         for i, p in enumerate(layer.parameters()):
             p.add_(0.2 * noise(*p.shape, seed=300 + i))
         for i, name in enumerate(layer.running_names if layer.track_running_stats else ()):
-            held = layer._buffers[name]
-            held.add_(noise(*held.shape, seed=5 + i).abs())
+            buffer = layer._buffers[name]
+            buffer.add_(noise(*buffer.shape, seed=5 + i).abs())
     layer.backend = "triton"
     layer = layer.to(device)
     if key == "cn":
@@ -69,8 +69,8 @@ def results(layer, x, dy, **more):
     y = layer(x, **more)
     named = {"dx": x, **({} if residual is None else {"dresidual": residual}), **dict(layer.named_parameters())}
     grads = torch.autograd.grad(y, list(named.values()), dy, allow_unused=True, materialize_grads=True)
-    found = {"y": y.detach(), **dict(zip(named, grads, strict=True))}
-    return {k: v.detach().clone() for k, v in {**found, **statistics(layer)}.items()}
+    tensors = {"y": y.detach(), **dict(zip(named, grads, strict=True))}
+    return {k: v.detach().clone() for k, v in {**tensors, **statistics(layer)}.items()}
 
 
 def close(got, want, tolerance):

@@ -20,12 +20,12 @@ def _free(cuda, plain_memory):
 def tensors(shape, form):
     """Random numbers whose mean differs from sample to sample, made in the order in which they lie."""
     n, c, h, w = shape
-    found = []
+    made = []
     for _ in range(2):
         size = (n, h, w, c) if form == "channels_last" else shape
         t = torch.randn(size, device="cuda", dtype=torch.bfloat16)
-        found.append(t.movedim(-1, 1) if form == "channels_last" else t)
-    x, dy = found
+        made.append(t.movedim(-1, 1) if form == "channels_last" else t)
+    x, dy = made
     x += torch.randn(n, c, 1, 1, device="cuda", dtype=torch.bfloat16)
     assert x.numel() > 1 << 31
     return x.requires_grad_(), dy
@@ -45,9 +45,9 @@ def test_instance_norm(shape, form):
     y = layer(x)
     (dx,) = torch.autograd.grad(y, x, dy)
     for i in ENDS:
-        own = x.detach()[i].unsqueeze(0).double().requires_grad_()
-        want = torch.nn.functional.instance_norm(own, eps=1e-5)
-        (want_dx,) = torch.autograd.grad(want, own, dy[i].unsqueeze(0).double())
+        sample = x.detach()[i].unsqueeze(0).double().requires_grad_()
+        want = torch.nn.functional.instance_norm(sample, eps=1e-5)
+        (want_dx,) = torch.autograd.grad(want, sample, dy[i].unsqueeze(0).double())
         assert apart(y[i].unsqueeze(0), want.detach()) < 2.0**-7
         assert apart(dx[i].unsqueeze(0), want_dx) < 2.0**-7
 

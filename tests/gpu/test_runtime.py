@@ -36,7 +36,7 @@ def test_a_training_step_in_a_cuda_graph(key, arguments, form, cuda, plain_memor
     plain = layer_of(key, arguments, cuda, form)
     recorded = copy.deepcopy(plain)
     static = [tuple(t.clone() for t in data[0]) for _ in range(2)]
-    steps = [trainer(layer, *held) for layer, held in zip((plain, recorded), static, strict=True)]
+    steps = [trainer(layer, *tensors) for layer, tensors in zip((plain, recorded), static, strict=True)]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -48,9 +48,9 @@ def test_a_training_step_in_a_cuda_graph(key, arguments, form, cuda, plain_memor
     with torch.cuda.graph(graph):
         steps[1]()
     for batch in data:
-        for run, held in zip((steps[0], graph.replay), static, strict=True):
-            for own, new in zip(held, batch, strict=True):
-                own.copy_(new)
+        for run, tensors in zip((steps[0], graph.replay), static, strict=True):
+            for old, new in zip(tensors, batch, strict=True):
+                old.copy_(new)
             run()
     torch.cuda.synchronize()
     close(everything(recorded), everything(plain), 1e-5)
@@ -58,7 +58,7 @@ def test_a_training_step_in_a_cuda_graph(key, arguments, form, cuda, plain_memor
 
 def steps_of(layer, run, device, form):
     """Results of a few batches: every output, gradient and buffer on the way."""
-    found = {}
+    collected = {}
     for i in range(STEPS):
         torch.compiler.cudagraph_mark_step_begin()
         x, dy, _ = inputs(device, form, seed=10 * i + 1)
@@ -66,9 +66,9 @@ def steps_of(layer, run, device, form):
         y = run(x)
         grads = torch.autograd.grad(y, [x, *layer.parameters()], dy)
         names = ("dx", *(name for name, _ in layer.named_parameters()))
-        own = {"y": y, **dict(zip(names, grads, strict=True)), **dict(layer.named_buffers())}
-        found |= {f"{i} {name}": t.detach().clone() for name, t in own.items()}
-    return found
+        after = {"y": y, **dict(zip(names, grads, strict=True)), **dict(layer.named_buffers())}
+        collected |= {f"{i} {name}": t.detach().clone() for name, t in after.items()}
+    return collected
 
 
 def test_dropout_in_a_cuda_graph(cuda, plain_memory):
@@ -82,12 +82,12 @@ def test_dropout_in_a_cuda_graph(cuda, plain_memory):
     with torch.cuda.graph(graph):
         y = layer(x)
         torch.autograd.grad(y, [x, *layer.parameters()], dy)
-    seen = []
+    outputs = []
     for _ in range(8):
         graph.replay()
-        seen.append(y.detach().clone())
-    assert all(t.isfinite().all() for t in seen)
-    assert any(not torch.equal(seen[0], t) for t in seen[1:])
+        outputs.append(y.detach().clone())
+    assert all(t.isfinite().all() for t in outputs)
+    assert any(not torch.equal(outputs[0], t) for t in outputs[1:])
 
 
 @pytest.mark.parametrize("form", ["contiguous", "channels_last"])

@@ -91,8 +91,8 @@ def test_as_precise_as_torch(key, form, offset, device):
         y, dx = both(layer, x, dy)
         y64, dx64 = both(exact, x.double(), dy.double())
         errors.append(((y - y64).norm() / y64.norm(), (dx - dx64).norm() / dx64.norm()))
-    for own, torchs in zip(*errors, strict=True):
-        assert own <= (1.0 if offset else 1.5) * torch.clamp(torchs, min=1.2e-7), (own, torchs)
+    for our_error, torchs in zip(*errors, strict=True):
+        assert our_error <= (1.0 if offset else 1.5) * torch.clamp(torchs, min=1.2e-7), (our_error, torchs)
 
 
 def both(layer, x, dy):
@@ -104,13 +104,13 @@ def both(layer, x, dy):
 def documented():
     """The table of launches in docs/kernels.md: name -> forward, backward."""
     table = DOCS[DOCS.index("Launches in training, counted") :].split("\n\n")[1]
-    found = {}
+    launches = {}
     for names, forward, backward in re.findall(r"^\| (\w[^|]*) \| (\d+)[^|]* \| (\d+)[^|]* \|$", table, re.M):
         for name in re.split(r",| and ", names):
             words = name.split()
             condensed = " condensed" if words[1:3] == ["with", "a"] else ""
-            found.setdefault(words[0] + condensed, (int(forward), int(backward)))
-    return found
+            launches.setdefault(words[0] + condensed, (int(forward), int(backward)))
+    return launches
 
 
 def test_the_documentation_counts_launches():

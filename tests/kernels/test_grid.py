@@ -86,19 +86,19 @@ def test_coverage_counted(shape, last):
     n, c, h, w = shape
     x = torch.empty(shape, device="meta", memory_format=torch.channels_last if last else torch.contiguous_format)
     g = grid_of(x, 1)
-    seen = torch.zeros(n * c * h * w, dtype=torch.int64)
+    visits = torch.zeros(n * c * h * w, dtype=torch.int64)
     if last:
         width = c * g.fold
         for job, block in itertools.product(range(n * g.pieces), range(g.block_columns)):
             begin = job % g.pieces * g.piece
             rows = torch.arange(begin, min(begin + g.piece, g.length))[:, None]
             columns = torch.arange(block * g.block, min((block + 1) * g.block, width))[None, :]
-            seen[((job // g.pieces * g.length + rows) * width + columns).flatten()] += 1
+            visits[((job // g.pieces * g.length + rows) * width + columns).flatten()] += 1
     else:
         for job, p in itertools.product(range(cdiv(n * c, g.rows)), range(g.pieces)):
             for row in range(job * g.rows, min((job + 1) * g.rows, n * c)):
-                seen[row * g.size + p * g.piece : row * g.size + min((p + 1) * g.piece, g.size)] += 1
-    assert (seen == 1).all()
+                visits[row * g.size + p * g.piece : row * g.size + min((p + 1) * g.piece, g.size)] += 1
+    assert (visits == 1).all()
 
 
 def test_registers():

@@ -110,9 +110,9 @@ def check_result(u):
 
 @pytest.mark.timeout(600)
 def test_a_stream_on_hopper():
-    found, _ = usages("90", "apply_flat", "any")
-    assert {u.dtype for u in found} == {"fp32", "bf16", "fp16"}
-    for u in found:
+    measured, _ = usages("90", "apply_flat", "any")
+    assert {u.dtype for u in measured} == {"fp32", "bf16", "fp16"}
+    for u in measured:
         check_result(u)
 
 
@@ -122,15 +122,15 @@ def test_a_stream_on_hopper():
 def test_every_kernel(arch):
     wanted = set(BUDGET)
     dtypes = "fp32,bf16,fp16" if arch == "90" else "fp32,bf16"  # the half types compile alike
-    found, lines = usages(arch, ",".join(sorted(wanted)), dtypes=dtypes)
-    if arch == "100" and not found:
+    measured, lines = usages(arch, ",".join(sorted(wanted)), dtypes=dtypes)
+    if arch == "100" and not measured:
         pytest.skip(f"this Triton cannot compile for sm_100: {lines[0]}")
-    assert {u.kernel for u in found} == wanted
+    assert {u.kernel for u in measured} == wanted
     if arch == "90":
         sizes = ("49", "196", "any", "channels last")
-        streams = [u for u in found if u.kernel in STREAMS and any(size in u.shape for size in sizes)]
+        streams = [u for u in measured if u.kernel in STREAMS and any(size in u.shape for size in sizes)]
         assert len(streams) >= 3 * (2 * 2 + 2 + 4 + 1)  # dtypes x (rows at two sizes, flat, columns, condensation)
-    for u in found:
+    for u in measured:
         check_result(u)
 
 
@@ -154,7 +154,7 @@ def test_every_kernel_where_all_sizes_are_1():
     assert int(run.stdout) > 50
 
 
-def test_the_judge_can_fail():
+def test_check_result_can_fail():
     from benchmarks.aot_report import Usage
 
     good = Usage("apply_flat", "any", "fp32", 90, 4, 60, 0, 0, 0, 4, 50, 4, 0, 0)

@@ -79,17 +79,17 @@ def test_moments_used_beside_the_output():
         grads = []
         for f in (normalize, whole):
             x = torch.randn(4, 6, 5, dtype=F64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-            kept = []
-            y = f(x, lambda m, kept=kept: (kept.append(m), Affine(m.mean, (m.var + 0.1).rsqrt()))[1])
-            loss = (kept[0].mean.sin() * kept[0].var).sum() + ((y * dy).sum() if both else 0)
+            met = []
+            y = f(x, lambda m, met=met: (met.append(m), Affine(m.mean, (m.var + 0.1).rsqrt()))[1])
+            loss = (met[0].mean.sin() * met[0].var).sum() + ((y * dy).sum() if both else 0)
             grads += torch.autograd.grad(loss, x)
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-11, atol=1e-11)
 
 
 def test_given_moments_are_used_and_x_is_read_as_it_is():
     x = torch.randn(4, 6, 5, dtype=F64, requires_grad=True)
-    given = Moments(torch.full((1, 6), 2.0, dtype=F64), torch.full((1, 6), 4.0, dtype=F64), 1)
-    y = normalize(x, lambda m: Affine(m.mean, m.var.rsqrt()), moments=given)
+    constant = Moments(torch.full((1, 6), 2.0, dtype=F64), torch.full((1, 6), 4.0, dtype=F64), 1)
+    y = normalize(x, lambda m: Affine(m.mean, m.var.rsqrt()), moments=constant)
     torch.testing.assert_close(y, (x - 2) / 2)
     dy = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], dy / 2)
@@ -134,13 +134,13 @@ def test_precision_of_apply(dtype, offset):
 
 
 def test_autocast_does_not_reach_the_algebra():
-    seen = []
+    dtypes = []
 
     def algebra(m):
-        seen.append((m.mean.float() @ torch.eye(6)).dtype)
+        dtypes.append((m.mean.float() @ torch.eye(6)).dtype)
         return Affine(m.mean, (m.var + 1e-5).rsqrt())
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         normalize(torch.randn(4, 6, 5), algebra)
         normalize(torch.randn(4, 6, 5).bfloat16(), algebra)
-    assert seen == [torch.float32, torch.float32]
+    assert dtypes == [torch.float32, torch.float32]

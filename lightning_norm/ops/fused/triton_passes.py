@@ -1,7 +1,8 @@
-"""The passes on the Triton kernels, with the signatures of ``eager``: for algebras written in PyTorch.
+"""The passes on the Triton kernels, for algebras written in PyTorch; the same signatures as ``ops/eager.py``.
 
-The kernels work in float32 on shifted coordinates, and a mean is hi + lo there. An algebra meets it as one float64
-number where x is float32; its center goes back as the nearest float32 and a correction in the offset.
+The kernels hold a mean as two float32 numbers, hi + lo, and subtract hi from x. An algebra gets their sum, in float64
+where x is float32. The center that it returns goes back as the nearest float32, and what that rounding has left becomes
+a correction of the offset.
 """
 
 from __future__ import annotations

@@ -109,11 +109,11 @@ def test_condensation():
     for i, part in itertools.product(range(n), (slice(0, 4 * TILE), slice(-4 * TILE, None))):
         x[i, part] = torch.randn(4 * TILE).bfloat16()
     inverse, jobs = torch.rand(n), cdiv(length, TILE)
-    found = torch.zeros(jobs)
-    condensation.directions[(jobs,)](x, inverse, found, n, length // 8, ALIGN=8, BLOCK=TILE, num_warps=4)
+    sums = torch.zeros(jobs)
+    condensation.directions[(jobs,)](x, inverse, sums, n, length // 8, ALIGN=8, BLOCK=TILE, num_warps=4)
     for job in (0, 1, jobs - 2, jobs - 1):
         block = x[:, job * TILE : (job + 1) * TILE].double()
-        torch.testing.assert_close(found[job].double(), (inverse.double() @ block).square().sum(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(sums[job].double(), (inverse.double() @ block).square().sum(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["rows", "channels last"])

@@ -55,13 +55,13 @@ def test_a_run_of_condensed_batches():
     """Warm-up, condensed, and one in three used: counters and statistics follow, though many programs read them."""
     arguments = {"threshold": -0.9, "min_updates": 2, "max_skip": 2, "momentum": None}
     ours, exact = pair("ubn", arguments, channels=20)
-    seen = []
+    counts = []
     for i in range(6):
         x = (features(4, 20, 2, 2) + 0.1 * i).contiguous(memory_format=torch.channels_last)
         compare(ours, exact, x, noise(4, 20, 2, 2, seed=7), 4e-6)
         same_buffers(ours, exact)
-        seen.append(int(ours.num_batches_tracked))
-    assert seen == [1, 2, 2, 2, 3, 3]
+        counts.append(int(ours.num_batches_tracked))
+    assert counts == [1, 2, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("how", ["detach", "renorm"])
@@ -92,14 +92,14 @@ def test_nan(how):
 def test_programs_may_run_in_any_order(key, arguments, monkeypatch):
     """No program reads what another one of its launch writes: the last first, every number is the same."""
     layers = [pair(key, arguments, channels=20)[0] for _ in range(2)]
-    real, found = InterpreterBuilder.set_grid_idx, []
+    real, runs = InterpreterBuilder.set_grid_idx, []
     for layer in layers:
         for i in range(2):
             x = (features(4, 20, 2, 2) + 0.1 * i).contiguous(memory_format=torch.channels_last).requires_grad_()
-            found.append(torch.autograd.grad(layer(x), [x, *layer.parameters()], noise(4, 20, 2, 2, seed=7)))
-        found.append(tuple(layer.buffers()))
+            runs.append(torch.autograd.grad(layer(x), [x, *layer.parameters()], noise(4, 20, 2, 2, seed=7)))
+        runs.append(tuple(layer.buffers()))
         monkeypatch.setattr(
             InterpreterBuilder, "set_grid_idx", lambda self, x, y, z: real(self, self.grid_dim[0] - 1 - x, y, z)
         )
-    for a, b in zip(found[:3], found[3:], strict=True):
+    for a, b in zip(runs[:3], runs[3:], strict=True):
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))

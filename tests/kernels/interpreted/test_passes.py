@@ -59,32 +59,32 @@ def check_all(x, dy, residual, layout, activation, with_residual):
     assert (hi.double() + lo - mean).abs().max() <= 3e-7 * var.sqrt().max()  # however large the mean
     torch.testing.assert_close(got.double(), var, rtol=1e-6, atol=1e-12)
 
-    coef = torch.stack([hi, torch.randn_like(hi), torch.randn_like(hi)])
-    pivot, scale, offset = (layout.spread(t.double()) for t in coef)
+    affine = torch.stack([hi, torch.randn_like(hi), torch.randn_like(hi)])
+    pivot, scale, offset = (layout.spread(t.double()) for t in affine)
     z = scale * (wide - pivot) + offset
     z = z if residual is None else z + residual.double()
     z.requires_grad_()
     exact = {"none": lambda t: t * 1, "relu": torch.relu, "silu": torch.nn.functional.silu}[activation](z)
-    y = launch.apply(x, coef, layout.channel_dim, activation, residual)
+    y = launch.apply(x, affine, layout.channel_dim, activation, residual)
     assert (y.dtype, y.stride()) == (x.dtype, x.stride())
     assert apart(y, exact.detach()) < tolerance
 
     (g,) = torch.autograd.grad(exact, z, dy.double())
-    sums = launch.sums(dy, x, coef, layout.channel_dim, activation, residual)
+    sums = launch.sums(dy, x, affine, layout.channel_dim, activation, residual)
     for a, b in zip(sums, (g, g * (wide - pivot)), strict=True):
         total = b.sum(layout.reduced) if layout.reduced else b
         size = b.abs().sum(layout.reduced) if layout.reduced else b.abs()
         assert ((a.double() - total).abs() <= 3e-7 * size + 1e-9).all()
 
-    line = torch.randn(2, *hi.shape)
-    constant, slope = (layout.spread(t.double()) for t in line)
-    dx, dresidual = launch.combine(dy, x, coef, line, layout.channel_dim, activation, residual)
+    dx_affine = torch.randn(2, *hi.shape)
+    constant, slope = (layout.spread(t.double()) for t in dx_affine)
+    dx, dresidual = launch.combine(dy, x, affine, dx_affine, layout.channel_dim, activation, residual)
     assert (dx.dtype, dx.stride()) == (x.dtype, x.stride())
     assert apart(dx, scale * g + constant + slope * (wide - pivot)) < tolerance
     if residual is not None:
         assert apart(dresidual, g) < tolerance
     if activation == "none" and residual is None:
-        assert apart(launch.combine(dy, x, coef, None, layout.channel_dim)[0], scale * g) < tolerance
+        assert apart(launch.combine(dy, x, affine, None, layout.channel_dim)[0], scale * g) < tolerance
 
 
 @pytest.mark.parametrize(("shape", "form"), CASES, ids=str)
@@ -143,22 +143,22 @@ def test_every_output_is_written():
     stats = launch.moments(x, 1)
     assert stats[:, 1, 2].isnan().all()
     assert stats.isnan().sum() == 3
-    coef = torch.ones(3, 3, 5)
-    assert launch.apply(x, coef, 1, "relu").isnan().sum() == 1
-    assert launch.sums(dy, x, coef, 1).isnan().sum() == 1
+    affine = torch.ones(3, 3, 5)
+    assert launch.apply(x, affine, 1, "relu").isnan().sum() == 1
+    assert launch.sums(dy, x, affine, 1).isnan().sum() == 1
 
 
 def test_gradients_in_another_layout():
     """Expanded, transposed and channels_last gradients give what a dense one gives."""
     x, _, _, _ = inputs((2, 4, 6, 5), 1)
-    coef = torch.randn(3, 2, 4)
+    affine = torch.randn(3, 2, 4)
     dy = torch.randn(2, 4, 6, 5)
-    expected = launch.sums(dy, x, coef, 1), launch.combine(dy, x, coef, None, 1)[0]
+    expected = launch.sums(dy, x, affine, 1), launch.combine(dy, x, affine, None, 1)[0]
     other = dy.contiguous(memory_format=LAST)
-    assert torch.equal(launch.sums(other, x, coef, 1), expected[0])
-    assert torch.equal(launch.combine(other, x, coef, None, 1)[0], expected[1])
+    assert torch.equal(launch.sums(other, x, affine, 1), expected[0])
+    assert torch.equal(launch.combine(other, x, affine, None, 1)[0], expected[1])
     one = torch.ones(()).expand(2, 4, 6, 5)
-    assert torch.equal(launch.sums(one, x, coef, 1)[0], torch.full((2, 4), 30.0))
+    assert torch.equal(launch.sums(one, x, affine, 1)[0], torch.full((2, 4), 30.0))
 
 
 @triton.jit
@@ -167,8 +167,8 @@ def offsets(out, row, sample, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     size = tl.cast(size, tl.int32)
     lane = tl.arange(0, ROWS)
     row, piece, units = tl.cast(row, tl.int64), size, tl.cast(1 << 40, tl.int64)
-    found = row_span(row, size, piece, tl.program_id(0), units, 8, ROWS)
-    tl.store(out + lane, found[0] + found[2])
+    span = row_span(row, size, piece, tl.program_id(0), units, 8, ROWS)
+    tl.store(out + lane, span[0] + span[2])
     samples, channels = tl.cast(1 << 20, tl.int32), tl.cast(64, tl.int32)
     place = tile_lanes(tl.cast(sample, tl.int32), 0, 0, size, samples, channels, size, 7, 1, True, ROWS, BLOCK)
     tl.store(out + ROWS + lane[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], place[0] + place[1])

@@ -46,14 +46,14 @@ def pair(key, arguments, train=True, offset=0.0, channels=6):
         for i, p in enumerate(layer.parameters()):
             p.add_(0.2 * noise(*p.shape, seed=300 + i))
         for i, name in enumerate(layer.running_names if layer.track_running_stats else ()):
-            held = layer._buffers[name]
-            held.add_(noise(*held.shape, seed=5 + i).abs() + offset * (i == 0))
+            buffer = layer._buffers[name]
+            buffer.add_(noise(*buffer.shape, seed=5 + i).abs() + offset * (i == 0))
     layer.train(train)
     exact = copy.deepcopy(layer).double()
     layer.backend, exact.backend = "triton", "eager"
     for each in (layer, exact) if key == "cn" else ():
-        shares = TWO if arguments.get("num_contexts") == 2 else torch.tensor([0, 1, 2, 1])
-        assign(context_layers(each), shares)
+        contexts = TWO if arguments.get("num_contexts") == 2 else torch.tensor([0, 1, 2, 1])
+        assign(context_layers(each), contexts)
     return layer, exact
 
 

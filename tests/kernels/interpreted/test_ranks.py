@@ -41,15 +41,15 @@ def layers_of(key, arguments):
 
 
 def steps(rank, cases, x, dy):
-    found = []
+    results_of_rank = []
     for layers in cases:
         for layer, split in zip(layers, SPLITS, strict=True):
             part, grad = (torch.split(t, list(split))[rank] for t in (x, dy))
             with pytest.MonkeyPatch.context() as patch:
                 launched = count_launches(patch)
                 patch.setattr(InterpreterBuilder, "create_fma", rounded_once)
-                found.append((step(layer, part, grad), statistics(layer), launched))
-    return found
+                results_of_rank.append((step(layer, part, grad), statistics(layer), launched))
+    return results_of_rank
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
@@ -57,12 +57,12 @@ def test_two_ranks_equal_one_process(offset):
     x, dy = features(5, C, 3, 2) + offset, noise(5, C, 3, 2, seed=7)
     made = [layers_of(key, arguments) for key, arguments, _ in CASES]
     results = run_ranks(steps, 2, [layers for layers, _ in made], x, dy)
-    results = [iter(found) for found in results]
+    results = [iter(results_of_rank) for results_of_rank in results]
     for (key, arguments, number), (_, exact) in zip(CASES, made, strict=True):
         for split in SPLITS:
             whole = copy.deepcopy(exact)
             expected, running = step(whole, x.double(), dy.double()), statistics(whole)
-            (a, held, launched), (b, also, _) = (next(found) for found in results)
+            (a, first, launched), (b, second, _) = (next(results_of_rank) for results_of_rank in results)
             joined = Step(torch.cat([a.y, b.y]), torch.cat([a.dx, b.dx]), {k: a.grads[k] + b.grads[k] for k in a.grads})
             what = f"{key} {arguments}, batch split {split}"
             far = joined.grads.pop("center_weight", None)
@@ -70,8 +70,8 @@ def test_two_ranks_equal_one_process(offset):
                 same(far, expected.grads["center_weight"], 1e-6 * max(1.0, offset), what)
             same_step(joined, Step(expected.y, expected.dx, {k: expected.grads[k] for k in joined.grads}), 1e-5, what)
             for name, value in running.items():
-                same(held[name], value, 1e-6, f"{what}: {name} on rank 0")
-                same(also[name], held[name], 0.0, f"{what}: {name} of rank 1 against rank 0")
+                same(first[name], value, 1e-6, f"{what}: {name} on rank 0")
+                same(second[name], first[name], 0.0, f"{what}: {name} of rank 1 against rank 0")
             assert len(launched) == number, f"{what}: {launched}"
 
 
@@ -89,8 +89,8 @@ def after_nan(rank, layers, x):
 
 def test_a_nan_on_one_rank_moves_the_running_statistics_of_none():
     layers = [lightning_norm.create(key, C) for key in ("bn", "sn", "rbn", "dbn")]
-    for found in run_ranks(after_nan, 2, layers, features(6, C, 3, 2)):
-        for before, after in found:
+    for results_of_rank in run_ranks(after_nan, 2, layers, features(6, C, 3, 2)):
+        for before, after in results_of_rank:
             assert after.pop("skipped_updates") == before.pop("skipped_updates") + 1
             assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -122,7 +122,7 @@ def compiled(rank, layer, x, dy):
 def test_compiled():
     layer = lightning_norm.create("sn", C)
     layer.backend = "triton"
-    for results, held in run_ranks(compiled, 2, layer, features(6, C, 3, 2), noise(6, C, 3, 2, seed=7)):
+    for results, first in run_ranks(compiled, 2, layer, features(6, C, 3, 2), noise(6, C, 3, 2, seed=7)):
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
-        assert all(torch.equal(held[0][name], held[1][name]) for name in held[0])
+        assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
