@@ -95,20 +95,11 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         if name not in self.ranges:  # a scheduled value changes without a new graph
             self.__dict__.pop(GRAPH_KEY, None)
         super().__setattr__(name, value)
-        self._look_for_replaced_methods(name)
+        _look_for_replaced_methods(self, name)
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
-        self._look_for_replaced_methods(name)
-
-    def _look_for_replaced_methods(self, name: str) -> None:
-        """Leave the kernels while an attribute of this instance stands in for one of its class's methods."""
-        if not _is_own_method(type(self), name):
-            return
-        if any(_is_own_method(type(self), attribute) for attribute in vars(self)):
-            self.__dict__["_fused_spec_holds"] = False
-        else:
-            self.__dict__.pop("_fused_spec_holds", None)
+        _look_for_replaced_methods(self, name)
 
     @property
     def preserves_eval(self) -> bool:
@@ -172,6 +163,17 @@ class Normalizer(Loading, Evaluation, SwapRecord):
 def _is_own_method(cls: type, name: str) -> bool:
     """Tell whether a class has a method of that name that is not one of ``nn.Module``, which holds no equation."""
     return not hasattr(nn.Module, name) and inspect.isroutine(getattr(cls, name, None))
+
+
+def _look_for_replaced_methods(layer: Normalizer, name: str) -> None:
+    """Leave the kernels while an attribute of this instance stands in for one of its class's methods."""
+    cls = type(layer)
+    if not _is_own_method(cls, name):
+        return
+    if any(_is_own_method(cls, attribute) for attribute in vars(layer)):
+        vars(layer)["_fused_spec_holds"] = False
+    else:
+        vars(layer).pop("_fused_spec_holds", None)
 
 
 class MomentNorm(Normalizer):

@@ -73,11 +73,8 @@ class Accumulation:
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Write what was gathered since the last step into a checkpoint, if there is anything."""
-        windows = {
-            n: layer.accumulator
-            for n, layer in self._layers.items()
-            if isinstance(layer.accumulator, AccumulationWindow)
-        }
+        accumulators = {n: layer.accumulator for n, layer in self._layers.items()}
+        windows = {n: window for n, window in accumulators.items() if isinstance(window, AccumulationWindow)}
         held = {n: [t.clone() for t in window.held()] for n, window in windows.items() if window.count.any()}
         if held:
             checkpoint[WINDOW] = held
