@@ -53,7 +53,7 @@ def count(rank: int) -> list[tuple[str, list[int], list[int]]]:
     """Return the collectives of each normalizer's forward and backward pass."""
     found = []
     for key, cls in normalizers().items():
-        options = {**cls.tested_with, **({"groups": 4} if key == "gn" else {})}
+        options = {**cls.test_arguments, **({"num_groups": 4} if key == "gn" else {})}
         cases = {key: options} | ({f"{key}, threshold=0.5": {**options, "threshold": 0.5}} if key == "ubn" else {})
         for name, arguments in cases.items():
             layer, x = create(key, CHANNELS, **arguments), torch.randn(4, CHANNELS, 8, 8, requires_grad=True)
@@ -86,7 +86,7 @@ def steps(rank: int, key: str, repeats: int) -> tuple[float, float, int]:
     """Return the median milliseconds of a step with and without synchronization, and the number of layers."""
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=10)
-    swap(net, key, norm_args=normalizers()[key].tested_with)
+    swap(net, key, norm_args=normalizers()[key].test_arguments)
     layers = [m for m in net.modules() if isinstance(m, Normalizer)]
     run: nn.Module = DistributedDataParallel(net) if dist.get_world_size() > 1 else net
     optimizer = torch.optim.SGD(net.parameters(), 0.01)

@@ -177,7 +177,7 @@ def contenders(
 
 def ready(key: str, shape: tuple[int, ...], device: str) -> Normalizer:
     """Build a layer; cn is told the contexts of its samples, and a kernel of bnet gets distinct taps."""
-    more = {"groups": groups_of(shape[1])} if key == "gn" else {}
+    more = {"num_groups": groups_of(shape[1])} if key == "gn" else {}
     layer = create(key, shape[1], device=device, **ARGUMENTS.get(key, {}), **more)
     if key == "cn":
         assign(context_layers(layer), contexts_of(torch.empty(shape, device=device)))

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_norm.errors import SyncWarning
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.swap_record import swap_settings
 from lightning_norm.ops.sync import gather
 from lightning_norm.surgery.select import BATCH_NORMS
 
@@ -51,7 +52,7 @@ def check_layers(model: pl.LightningModule) -> None:
         RuntimeError: ranks differ.
     """
     lines = [
-        f"{name} {(layer.origin or {}).get('norm', type(layer).__name__)} {layer.options()}"
+        f"{name} {(layer.origin or {}).get('norm', type(layer).__name__)} {swap_settings(layer)}"
         for name, layer in model.named_modules()
         if isinstance(layer, Normalizer)
     ]

@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
         return
     header = ("key", "class", "paper", "added", "batch", "sample", "keeps", "needs")
     cells = [[row["key"], row["class"], row["paper"] or "-", _signed(row["added_to_64"])] for row in rows]
-    names = ("train_uses_batch_stats", "eval_uses_input_stats", "keeps_eval")
+    names = ("train_uses_batch_stats", "eval_uses_input_stats", "preserves_eval")
     flags = [[*(_yes(row[name]) for name in names), row["needs"] or "-"] for row in rows]
     print(aligned([header, *(a + b for a, b in zip(cells, flags, strict=True))]))
     print(
@@ -65,10 +65,10 @@ def describe(cls: type[Normalizer]) -> dict[str, Any]:
         "title": cls.paper.title if cls.paper else None,
         "added": dict(cls.extra_parameters),
         "added_to_64": added_to(64, cls),
-        "needs": cls.needs,
+        "needs": cls.required_callback,
         "train_uses_batch_stats": cls.train_uses_batch_stats,
         "eval_uses_input_stats": cls.eval_uses_input_stats,
-        "keeps_eval": cls.preserves_eval,
+        "preserves_eval": preserves_eval(cls),
     }
 
 
@@ -84,6 +84,19 @@ def added_to(channels: int, cls: type[Normalizer]) -> int | None:
     except TypeError:
         return None
     return sum(p.numel() for p in layer.parameters()) - 2 * channels
+
+
+def preserves_eval(cls: type[Normalizer]) -> bool:
+    """Tell whether a swapped BatchNorm evaluates as before, with the default arguments.
+
+    >>> from lightning_norm import BatchNorm
+    >>> preserves_eval(BatchNorm)
+    True
+    """
+    try:
+        return cls(64).preserves_eval
+    except TypeError:  # it cannot be built by its channels alone
+        return False
 
 
 def _signed(number: int | None) -> str:

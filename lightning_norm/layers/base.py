@@ -6,20 +6,22 @@ rebuilds each of those and would erase ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from lightning_norm.layers.fused_specs import same_equations
+from lightning_norm.layers.arguments import check_call
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
-from lightning_norm.layers.running_stats import RunningStats
-from lightning_norm.layers.scheduled import Scheduled, ScheduledValues
-from lightning_norm.layers.state import BATCH_NORM_BUFFERS, Loading
+from lightning_norm.layers.running_stats import keep_float32
+from lightning_norm.layers.scheduled import Scheduled, keep_exact
+from lightning_norm.layers.state import Loading, restore_precision
 from lightning_norm.layers.swap_record import SwapRecord
-from lightning_norm.ops.compiled import KIND, compiled_forward
+from lightning_norm.ops.compiled import GRAPH_KEY, compiled_forward
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
@@ -29,7 +31,7 @@ from lightning_norm.ops.normalize import activated, normalize
 from lightning_norm.ops.sync import Ranks, active_ranks
 
 
-class Normalizer(Loading, Evaluation, SwapRecord, ScheduledValues, RunningStats):
+class Normalizer(Loading, Evaluation, SwapRecord):
     """Abstract: a layer that normalizes. Subclasses that set ``key`` in their own body enter the registry.
 
     The class attributes are declarations; the conformance suite checks each against what the layer does.
@@ -41,23 +43,19 @@ class Normalizer(Loading, Evaluation, SwapRecord, ScheduledValues, RunningStats)
     """In training, the output for one sample depends on the other samples."""
     eval_uses_input_stats: ClassVar[bool] = True
     """In evaluation, the output depends on the sample's own statistics."""
-    preserves_eval: ClassVar[bool] = False
-    """At its starting values it evaluates to what the BatchNorm it was made from evaluates to."""
     extra_parameters: ClassVar[dict[str, str]] = {}
     """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
-    needs: ClassVar[str] = ""
-    """What it does not work without, such as a callback."""
-    translated_tensors: ClassVar[tuple[str, ...]] = ()
-    """Names of a BatchNorm's tensors that it takes over in another form: their values, not the objects."""
+    required_callback: ClassVar[str] = ""
+    """The callback that it does not work without."""
 
     growth_hint: ClassVar[str] = ""
     """What the user can do about the parameters it adds, for the warning of a swap that adds many."""
 
-    tested_with: ClassVar[dict[str, Any]] = {}
+    test_arguments: ClassVar[dict[str, Any]] = {}
     """Arguments that the conformance suite adds, whose layers have 6 channels."""
 
-    follows_recipe: ClassVar[bool] = False
-    """Its class has the equations that its ``fused_spec`` tells the kernels."""
+    _fused_spec_holds: ClassVar[bool] = False
+    """``fused_spec`` says the same as this class's methods: the class itself defines it, and no instance differs."""
 
     registry: ClassVar[dict[str, type[Normalizer]]] = {}
 
@@ -72,7 +70,8 @@ class Normalizer(Loading, Evaluation, SwapRecord, ScheduledValues, RunningStats)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.follows_recipe = same_equations(cls)
+        # One truth per equation: whatever a subclass changes, its inherited fused_spec no longer counts.
+        cls._fused_spec_holds = "fused_spec" in vars(cls)
         key = cls.__dict__.get("key", "")
         other = Normalizer.registry.get(key)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -82,10 +81,38 @@ class Normalizer(Loading, Evaluation, SwapRecord, ScheduledValues, RunningStats)
         if key:
             Normalizer.registry[key] = cls
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Check the arguments before ``__init__``, where Python's own error would name neither the nearest nor a fix.
+
+        Raises:
+            TypeError: too many arguments by position, or one that the class does not take.
+            ValueError: a value that is none of those in the argument's ``Literal``.
+        """
+        check_call(cls, args, kwargs)
+        return super().__new__(cls)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.ranges:  # whose new value is no new kind of layer
-            self.__dict__.pop(KIND, None)
+        if name not in self.ranges:  # a scheduled value changes without a new graph
+            self.__dict__.pop(GRAPH_KEY, None)
         super().__setattr__(name, value)
+        _look_for_replaced_methods(self, name)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        _look_for_replaced_methods(self, name)
+
+    @property
+    def preserves_eval(self) -> bool:
+        """Whether a layer made from a BatchNorm, with these arguments, evaluates to what that did.
+
+        A class for which it always does writes ``preserves_eval = True``.
+        """
+        return False
+
+    @property
+    def translated_tensors(self) -> tuple[str, ...]:
+        """Names of a BatchNorm's tensors that a swap takes over in another form: their values, not the objects."""
+        return tuple(t.source for t in self.translations if t.swapped)
 
     def take_from(self, source: nn.Module) -> None:
         """Take over Parameters and running statistics: the same objects, but for ``translated_tensors``.
@@ -93,15 +120,18 @@ class Normalizer(Loading, Evaluation, SwapRecord, ScheduledValues, RunningStats)
         Running statistics narrower than float32 are widened.
         """
         values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
-        for name in ("weight", "bias", *BATCH_NORM_BUFFERS):
-            held, own = getattr(source, name, None), getattr(self, name, None)
-            if own is None or name in self.translated_tensors:
+        counters = self.counters if type(source) is type(self) else ()
+        for name in ("weight", "bias", *self.running_names, "num_batches_tracked", *counters):
+            new, old = getattr(self, name, None), getattr(source, name, None)
+            if new is None or name in self.translated_tensors:
                 continue
             if name in values:
-                own.data.copy_(values[name])
-            elif held is not None:
-                setattr(self, name, held)
-        self._settle()  # a network built in bfloat16 holds its statistics in it
+                new.data.copy_(values[name])
+            elif old is not None:
+                setattr(self, name, old)
+        for translation in self.translations:
+            translation.take(self, source)
+        restore_precision(self)  # a network built in bfloat16 holds its statistics in it
 
     def as_batch_norm(self) -> dict[str, Tensor]:
         """Return the values, (C,), of those of a BatchNorm's tensors that this class holds in another form."""
@@ -112,24 +142,38 @@ class Normalizer(Loading, Evaluation, SwapRecord, ScheduledValues, RunningStats)
 
         A class with ``translated_tensors`` writes those values into the layer's own tensors, where they changed since.
         """
-        for held, back in ((self._parameters, source._parameters), (self._buffers, source._buffers)):
-            for name, value in back.items():
-                own = held.get(name)
-                if value is not None and isinstance(own, Tensor) and name not in self.translated_tensors:
-                    narrow = name in self.running_names and value.dtype.itemsize < 4
-                    back[name] = own.to(value.dtype) if narrow else own  # type: ignore[assignment]  # like to like
+        for name, old in (*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)):
+            new = getattr(self, name, None)
+            if isinstance(new, Tensor) and name not in self.translated_tensors:
+                # A network built in bfloat16 gets its statistics back in it.
+                narrow = name in self.running_names and old.dtype.itemsize < 4
+                setattr(source, name, new.to(old.dtype) if narrow else new)
+        for translation in self.translations:
+            translation.give_back(self, source)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay is to leave alone, as timm asks for them: all."""
         return {name for name, _ in self.named_parameters()}
 
-    def keeps_eval(self) -> bool:
-        """Tell whether this layer, with its arguments, starts as the BatchNorm it was made from."""
-        return self.preserves_eval
-
     def monitor(self) -> dict[str, Tensor]:
         """Return what the layer has learned, as quantity -> 0-dim tensor, for the loggers."""
         return {}
+
+
+def _is_own_method(cls: type, name: str) -> bool:
+    """Tell whether a class has a method of that name that is not one of ``nn.Module``, which holds no equation."""
+    return not hasattr(nn.Module, name) and inspect.isroutine(getattr(cls, name, None))
+
+
+def _look_for_replaced_methods(layer: Normalizer, name: str) -> None:
+    """Leave the kernels while an attribute of this instance stands in for one of its class's methods."""
+    cls = type(layer)
+    if not _is_own_method(cls, name):
+        return
+    if any(_is_own_method(cls, attribute) for attribute in vars(layer)):
+        vars(layer)["_fused_spec_holds"] = False
+    else:
+        vars(layer).pop("_fused_spec_holds", None)
 
 
 class MomentNorm(Normalizer):
@@ -186,6 +230,13 @@ class MomentNorm(Normalizer):
         self.momentum = momentum
         self.reset_parameters()
 
+    def _add_parameters(self, options: Mapping[str, Any], **shapes: tuple[int, ...]) -> None:
+        """Register parameters of these shapes at their ``start_values``, where and in which dtype ``options`` say."""
+        for name, shape in shapes.items():
+            empty = torch.empty(shape, device=options.get("device"), dtype=options.get("dtype"))
+            self.register_parameter(name, nn.Parameter(empty))
+        self.reset_parameters()
+
     def algebra(self, m: Moments) -> Affine:
         """Turn the moments of x into ``y = scale * (x - center) + shift``: the paper's equations."""
         raise NotImplementedError(f"{type(self).__name__} must define algebra(self, m: Moments) -> Affine.")
@@ -211,38 +262,52 @@ class MomentNorm(Normalizer):
         """Return the elements behind the smallest statistic, for n samples of ``size`` elements per channel."""
         return n * size
 
-    def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-        r"""Normalize x: :math:`\mathrm{act}(y + \mathrm{residual})`, on the GPU in the pass that writes y.
+    def forward(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        r"""Normalize the input x: :math:`\mathrm{act}(y + \mathrm{residual})`, on the GPU in the pass that writes y.
 
         Args:
-            x: the input.
+            input: x.
             activation: "none", "relu" or "silu".
             residual: added before the activation, in the shape of x.
         """
         if not torch.compiler.is_compiling():
-            self.keep_wide()
-            self.keep_exact()
+            keep_float32(self)
+            keep_exact(self)
             if self.compiled:
-                return activated(compiled_forward(self, x, _forward, _ranks_of(self)), activation, residual)
-        return _forward(self, x, activation, residual)
+                options = vars(self).get("_compile_options")
+                y = compiled_forward(self, input, _forward, _ranks_of(self), options)
+                return activated(y, activation, residual)
+        return _forward(self, input, activation, residual)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the forward pass, fullgraph, at static shapes; layers that agree in everything share their graphs.
+    def compile(self, **options: Any) -> None:
+        """Compile the forward pass, by default fullgraph and at static shapes; equal layers share their graphs.
+
+        Args:
+            options: of ``torch.compile``, such as ``mode="max-autotune"``.
 
         Raises:
-            TypeError: any argument of ``torch.nn.Module.compile`` was given.
+            TypeError: ``torch.compile`` takes no such argument.
         """
-        if args or kwargs:
-            raise TypeError(f"{type(self).__name__}.compile() takes no arguments, got {args} {kwargs}.")
+        known = list(inspect.signature(torch.compile).parameters)[1:]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__}.compile() takes {', '.join(known)}, got {name!r}.")
+        self._compile_options = options
         self.compiled = True
 
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return the starting values of parameters: of those beside weight and bias, and of these if not 1 and 0."""
+        return {}
+
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0 and the running statistics to their start."""
+        """Set weight to 1, bias to 0, the running statistics to their start and what else there is to its own."""
         self.reset_running_stats()
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        starts: dict[str, float | Tensor] = {"weight": 1.0, "bias": 0.0, **self.start_values()}
+        parameters = dict(self.named_parameters(recurse=False))
+        with torch.no_grad():
+            for name in starts.keys() & parameters.keys():  # __init__ may not have made all of them yet
+                start = starts[name]
+                parameters[name].copy_(start) if isinstance(start, Tensor) else parameters[name].fill_(start)
 
     def extra_repr(self) -> str:
         """Show the arguments."""
@@ -275,15 +340,15 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
             f"{who}: expected more than one value per statistic, got {layout.n} sample(s) of {layout.size} "
             f"element(s) per channel. {remedy}"
         )
-    given = None if of_input or layer.eval_uses_input_stats else layer.running()
-    gathers = layer.training and (layer.pool is not None or layer.window is not None)  # which the kernels do not know
+    moments = None if of_input or layer.eval_uses_input_stats else layer.running()
+    accumulates = layer.training and layer.accumulator is not None  # which the kernels do not know
     algebra = layer.algebra_of(x, layout)
-    fused_spec = layer.fused_spec if layer.follows_recipe and not gathers else None
+    fused_spec = layer.fused_spec if layer._fused_spec_holds and not accumulates else None
     return normalize(
         x,
         algebra,
         layout=layout,
-        moments=given,
+        moments=moments,
         ranks=ranks,
         backend=layer.backend,
         fused_spec=fused_spec,

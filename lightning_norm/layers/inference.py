@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -19,7 +20,11 @@ EPS = 2.0**-20
 
 
 class Evaluation(nn.Module):
-    """Mixin: a class that is something else in evaluation overrides :meth:`eval_affine`, or :meth:`plain`."""
+    """Mixin: a class whose evaluation is a fixed map under conditions of its own says so.
+
+    By :meth:`evaluates_on_running_stats` where the map is that of its algebra, otherwise by :meth:`eval_affine`; one
+    that is a layer of torch's other than BatchNorm overrides :meth:`plain`.
+    """
 
     eval_uses_input_stats: ClassVar[bool]
     num_features: int
@@ -28,12 +33,16 @@ class Evaluation(nn.Module):
     affine: bool
     track_running_stats: bool
 
+    def evaluates_on_running_stats(self) -> bool:
+        """Tell whether evaluation, with the present parameters, looks at the running statistics alone."""
+        return self.track_running_stats and not self.eval_uses_input_stats
+
     def eval_affine(self) -> Affine | None:
         """Return the map that the layer is in evaluation, (C,) each in float64; ``None`` if it looks at the sample."""
-        if self.eval_uses_input_stats or not self.track_running_stats or not hasattr(self, "algebra"):
+        layer: Any = double_copy(self)
+        if not hasattr(layer, "algebra") or not layer.evaluates_on_running_stats():
             return None
-        twin: Any = self.in_double()
-        return per_channel(twin.algebra(twin.running()), self.num_features)
+        return per_channel(layer.algebra(layer.running()), self.num_features)
 
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's own layer that evaluates to the same, or ``None`` if there is none.
@@ -60,10 +69,11 @@ class Evaluation(nn.Module):
         plain = self.plain(dims_of(kind))
         return self if plain is None else plain.train(self.training)
 
-    @torch.no_grad()
-    def in_double(self) -> Self:
-        """Return a copy in float64, in evaluation, without a graph."""
-        return copy.deepcopy(self).cpu().double().eval().requires_grad_(False)
+
+@torch.no_grad()
+def double_copy(layer: Layer) -> Layer:
+    """Return a copy of the layer in float64 on the CPU, in evaluation, without a graph."""
+    return copy.deepcopy(layer).cpu().double().eval().requires_grad_(False)
 
 
 def per_channel(affine: Affine, channels: int) -> Affine:
@@ -79,8 +89,8 @@ def per_channel(affine: Affine, channels: int) -> Affine:
 
 def share_parameters(layer: nn.Module, plain: nn.Module) -> nn.Module:
     """Return ``plain`` with the layer's own parameters."""
-    for name in plain._parameters:
-        plain._parameters[name] = layer._parameters[name]
+    for name in dict(plain.named_parameters(recurse=False)):
+        setattr(plain, name, getattr(layer, name))
     return plain
 
 
@@ -95,23 +105,22 @@ def dims_of(kind: str) -> int | None:
 
 def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Module:
     """Return torch's BatchNorm that evaluates to ``affine``, with the layer's own tensors if those say the same."""
-    held = {**layer._parameters, **layer._buffers}
-    like = next((t for t in held.values() if t is not None and t.is_floating_point()), affine.scale)
+    tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    like = next((t for t in tensors.values() if t.is_floating_point()), affine.scale)
     wide = at_least_float32(like.dtype)  # torch's BatchNorm takes narrow inputs if all its tensors are wide
     options = {"device": like.device, "dtype": wide}
     c, eps = len(affine.scale), float(getattr(layer, "eps", 0.0))
-    mean, var = held.get("running_mean"), held.get("running_var")
+    mean, var, weight = (tensors.get(name) for name in ("running_mean", "running_var", "weight"))
     if mean is not None and var is not None and mean.shape == var.shape == (c,):
-        scale = (var.detach().cpu().double() + eps).rsqrt()
-        weight, bias = (held.get(name) for name in ("weight", "bias"))
-        scale = scale if weight is None else scale * weight.detach().cpu().double()
-        shift = torch.zeros_like(scale) if bias is None else bias.detach().cpu().double()
-        mine = Affine(mean.detach().cpu().double(), scale, shift)
-        if all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in _pairs(mine, affine)):
+        scale = (_exact(var) + eps).rsqrt()
+        scale = scale if weight is None else scale * _exact(weight)
+        shift = _exact(tensors["bias"]) if "bias" in tensors else torch.zeros_like(scale)
+        same = Affine(_exact(mean), scale, shift)
+        if all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in _pairs(same, affine)):
             plain = kind(c, eps=eps, momentum=getattr(layer, "momentum", 0.1), affine=weight is not None, **options)
-            for name, value in held.items():
-                if name in plain._parameters or name in plain._buffers:
-                    narrow = value is not None and value.is_floating_point() and value.dtype != wide
+            for name, value in tensors.items():
+                if hasattr(plain, name):
+                    narrow = value.is_floating_point() and value.dtype != wide
                     setattr(plain, name, _cast(value, wide) if narrow else value)
             return plain
     assert affine.shift is not None
@@ -122,6 +131,10 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
         plain.get_parameter("weight").copy_(affine.scale)
         plain.get_parameter("bias").copy_(affine.shift)
     return plain
+
+
+def _exact(t: Tensor) -> Tensor:
+    return t.detach().cpu().double()
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
-import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from torch import nn
 
+from lightning_norm.layers.arguments import checked_arguments
 from lightning_norm.layers.base import Normalizer
 
 NormSpec: TypeAlias = str | type[nn.Module] | Mapping[str, Any]
@@ -67,52 +66,6 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
             "examples/write_your_own.py shows one in 15 lines."
         )
     return found, {}
-
-
-def arguments_of(cls: type) -> dict[str, inspect.Parameter]:
-    """Return the arguments of a class's ``__init__``, following ``**options`` to its bases."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        init = base.__dict__.get("__init__")
-        if init is None:
-            continue
-        parameters = inspect.signature(init).parameters
-        for name, parameter in parameters.items():
-            if name != "self" and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                found.setdefault(name, parameter)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            break
-    return found
-
-
-def checked_arguments(cls: type, arguments: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Return arguments that a class takes, text as a number where one is expected; ``where`` precedes that error.
-
-    Raises:
-        TypeError: it takes no such argument; the nearest name is given.
-        ValueError: text that is no number.
-    """
-    known = arguments_of(cls)
-    for argument in arguments:
-        if argument not in known:
-            near = difflib.get_close_matches(argument, known, n=1)
-            guess = f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(
-                f"{cls.__name__} takes no argument {argument!r}.{guess} It takes: {', '.join(sorted(known))}."
-            )
-    return {n: _number(v, known[n], f"{where}{cls.__name__}: {n}") for n, v in arguments.items()}
-
-
-def _number(value: Any, parameter: inspect.Parameter, what: str) -> Any:
-    """Return text as a number where the argument is one: YAML reads 1e-3, which has no point, as text."""
-    annotation = inspect.formatannotation(parameter.annotation)
-    is_float = isinstance(parameter.default, float) or re.search(r"\bfloat\b", annotation)
-    if not isinstance(value, str) or not is_float or re.search(r"\bstr\b", annotation):
-        return value
-    try:
-        return float(value)
-    except ValueError as error:
-        raise ValueError(f"{what} must be a number, got the text {value!r}. Type it like 1.0e-3.") from error
 
 
 def _by_name(name: str) -> Any:

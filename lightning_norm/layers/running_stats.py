@@ -18,7 +18,6 @@ from lightning_norm.ops.moments import Moments
 class RunningStats(nn.Module):
     """Mixin: ``running_mean``, ``running_var`` (C,) and ``num_batches_tracked`` with torch's names and meaning."""
 
-    running_names: ClassVar[tuple[str, str]] = ("running_mean", "running_var")
     counters: ClassVar[tuple[str, ...]] = ()
     """Further integers that a resumed run needs; a BatchNorm's checkpoint has none of them, and they start at 0."""
 
@@ -26,17 +25,25 @@ class RunningStats(nn.Module):
     """Further buffers that stay in float32 at least."""
     no_recalibration: ClassVar[str] = ""
     """Why the running statistics cannot be re-estimated from some batches; empty where they can."""
-    no_window: ClassVar[str] = ""
-    """Why the running statistics cannot wait for the end of a window of batches; empty where they can."""
-    pools_means: ClassVar[bool] = True
-    """The running variance is that of all samples together: it holds the spread of their means."""
+    includes_between_var: ClassVar[bool] = True
+    """The running variance is that of all samples together: it includes the variance between their means."""
 
-    pool: StatisticsAccumulator | None = None
-    """Takes the statistics of each training step in place of the running ones, while those are re-estimated."""
-    window: AccumulationWindow | None = None
-    """Gathers the statistics of several batches, which then move the running ones once: :meth:`close_window`."""
+    accumulator: StatisticsAccumulator | AccumulationWindow | None = None
+    """Takes the statistics of each training step in place of the running ones: a :class:`StatisticsAccumulator` while
+    those are re-estimated, an :class:`AccumulationWindow` where they move once per optimizer step."""
+
     num_batches_tracked: Tensor | None
     skipped_updates: Tensor | None
+
+    @property
+    def running_names(self) -> tuple[str, str]:
+        """Names of the buffers that hold the running mean and the running variance."""
+        return "running_mean", "running_var"
+
+    @property
+    def no_window(self) -> str:
+        """Why the running statistics cannot wait for the end of a window of batches; empty where they can."""
+        return ""
 
     def _make_running_stats(
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
@@ -51,7 +58,7 @@ class RunningStats(nn.Module):
             self.register_buffer(name, torch.tensor(0, device=device) if track else None)
 
     def track(self, m: Moments) -> Moments:
-        """In training, fold m into the running statistics and return m; in evaluation, return the running ones.
+        """In training, move the running statistics towards m and return m; in evaluation, return the running ones.
 
         Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it
         is skipped and counted in ``skipped_updates``.
@@ -60,59 +67,12 @@ class RunningStats(nn.Module):
             return m
         if not self.training:
             return self.running()
-        if self.pool is not None:
-            self.pool.add(*self._gathered(m, *self.running_target(m)))
-            return m
-        self._update(m)
+        self._update_running(m)
         return m
-
-    def _gathered(self, m: Moments, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
-        """Return mean, variance and count as they are pooled over batches, given what was observed."""
-        if self.pools_means:
-            return m.mean, m.var, m.count
-        return mean, var, Moments(m.mean, m.var * 0, m.count, m.ranks).over_batch().count
-
-    def _settled(self, m: Moments) -> tuple[Tensor, Tensor]:
-        """Return the mean and variance for the running statistics, given what was pooled."""
-        return self.running_target(m) if self.pools_means else (m.mean, m.var)
-
-    def open_window(self) -> None:
-        """From now on, gather the statistics of each batch until :meth:`close_window`.
-
-        Raises:
-            ValueError: there are no running statistics, or they cannot wait.
-        """
-        stat = self._buffers[self.running_names[0]] if self.track_running_stats else None
-        if stat is None or self.no_window:
-            raise ValueError(f"{type(self).__name__}: {self.no_window or 'it keeps no running statistics'}.")
-        features = stat.shape[-1]
-        self.window = AccumulationWindow((stat.numel() // features, features), self.pools_means, stat.device)
-
-    @torch.no_grad()
-    def close_window(self) -> None:
-        """Move the running statistics by what the window gathered, as if it had been one batch, and empty it."""
-        if self.window is not None:
-            self._close(self.window.moments())
-            self.window.clear()
-
-    def _close(self, m: Moments) -> None:
-        self._shift(*self._settled(m), (torch.as_tensor(m.count) > 1).all())
-
-    @torch.no_grad()
-    def write_running(self, m: Moments) -> None:
-        """Set the running statistics to those of pooled moments."""
-        mean, var = self._settled(m)
-        for name, value in zip(self.running_names, (mean, var), strict=True):
-            stat = self._buffers[name]
-            assert stat is not None
-            seen = torch.as_tensor(m.count, device=value.device) > 0
-            stat.copy_(torch.where(seen, value, stat.to(value).reshape(value.shape)).reshape(stat.shape))
 
     def running(self) -> Moments:
         """Return the running statistics as (1, C) moments."""
-        mean, var = (self._buffers[name] for name in self.running_names)
-        assert mean is not None
-        assert var is not None
+        mean, var = (getattr(self, name) for name in self.running_names)
         return Moments(mean.unsqueeze(0), var.unsqueeze(0), 1)
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
@@ -130,37 +90,34 @@ class RunningStats(nn.Module):
         return finite
 
     @torch.no_grad()
-    def _update(self, m: Moments, wanted: Tensor | None = None) -> None:
-        """Move the running statistics towards m, or gather it, unless a 0-dim ``wanted`` is false."""
+    def _update_running(self, m: Moments, wanted: Tensor | None = None) -> None:
+        """Move the running statistics towards m, or accumulate it, unless a 0-dim ``wanted`` is false."""
         mean, var = self.running_target(m)
+        if isinstance(self.accumulator, StatisticsAccumulator):
+            self.accumulator.add(*_for_accumulator(self, m, mean, var))  # which leaves out what is not finite itself
+            return
         usable = self._usable(mean, var, m.count)
         usable = usable if wanted is None else usable & wanted
-        if self.window is None:
-            self._shift(mean, var, usable)
+        if self.accumulator is None:
+            self._move_running(mean, var, usable)
         else:
-            self.window.add(*self._gathered(m, mean, var), usable)
+            self.accumulator.add(*_for_accumulator(self, m, mean, var), usable)
 
     @torch.no_grad()
-    def _shift(self, mean: Tensor, var: Tensor, usable: Tensor) -> None:
+    def _move_running(self, mean: Tensor, var: Tensor, usable: Tensor) -> None:
+        """Move the running statistics a step of size ``momentum`` towards these, if a 0-dim ``usable`` is true."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(usable)
-        momentum = self._buffers["_momentum"]
+        momentum: Tensor | None = getattr(self, "_momentum", None)
         weight = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype) if momentum is None else momentum
         for name, new in zip(self.running_names, (mean, var), strict=True):
-            old = self._buffers[name]
-            assert old is not None
+            old: Tensor = getattr(self, name)
             moved = torch.lerp(old, new.detach().reshape(-1).to(old.dtype), weight.to(old.dtype))
             old.copy_(torch.where(usable, moved, old))
 
-    def keep_wide(self) -> None:
-        """Widen again what FSDP's mixed precision has narrowed: it spares the buffers of torch's BatchNorm alone."""
-        stat = self._buffers.get(self.running_names[0])
-        if stat is None or stat.dtype == at_least_float32(stat.dtype):
-            return
-        for name in (*self.running_names, *self.float32_buffers):
-            held = self._buffers.get(name)
-            if held is not None:
-                held.data = held.data.to(at_least_float32(held.dtype))
+    def _move_by_window(self, m: Moments) -> None:
+        """Move the running statistics by the moments of a whole window of batches."""
+        self._move_running(*_from_accumulator(self, m), (torch.as_tensor(m.count) > 1).all())
 
     def without_effect(self) -> dict[str, str]:
         """Return the scheduled arguments that do nothing in this layer as it is: name -> the argument that says so."""
@@ -170,21 +127,67 @@ class RunningStats(nn.Module):
         """Set the running mean to 0, the running variance to 1 and the counters to 0."""
         if self.track_running_stats:
             for name in (*self.running_names, "num_batches_tracked", "skipped_updates", *self.counters):
-                buffer = self._buffers[name]
-                assert buffer is not None
-                buffer.fill_(name == self.running_names[1])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        names = [name for name in self.counters if self._buffers.get(name) is not None]
-        if not any(prefix + name in state_dict for name in names):
-            state_dict.update({prefix + name: torch.tensor(0) for name in names})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+                self.get_buffer(name).fill_(name == self.running_names[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers.get(name) for name in (*self.running_names, *self.float32_buffers)}
+        before = {name: getattr(self, name, None) for name in (*self.running_names, *self.float32_buffers)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
-            new = self._buffers.get(name)
+            new = getattr(self, name, None)
             if old is not None and new is not None and new.dtype != at_least_float32(new.dtype):
-                self._buffers[name] = old.to(new.device, at_least_float32(old.dtype))
+                setattr(self, name, old.to(new.device, at_least_float32(old.dtype)))
         return self
+
+
+def open_window(layer: RunningStats) -> None:
+    """From now on, gather the statistics of each batch until :func:`close_window`.
+
+    Raises:
+        ValueError: there are no running statistics, or they cannot wait.
+    """
+    if not layer.track_running_stats or layer.no_window:
+        raise ValueError(f"{type(layer).__name__}: {layer.no_window or 'it keeps no running statistics'}.")
+    stat = layer.get_buffer(layer.running_names[0])
+    features = stat.shape[-1]
+    shape = (stat.numel() // features, features)
+    layer.accumulator = AccumulationWindow(shape, layer.includes_between_var, stat.device)
+
+
+@torch.no_grad()
+def close_window(layer: RunningStats) -> None:
+    """Move the running statistics by what the window gathered, as if it had been one batch, and empty it."""
+    if isinstance(layer.accumulator, AccumulationWindow):
+        layer._move_by_window(layer.accumulator.moments())
+        layer.accumulator.clear()
+
+
+@torch.no_grad()
+def write_running(layer: RunningStats, m: Moments) -> None:
+    """Set the running statistics to those of accumulated moments."""
+    for name, value in zip(layer.running_names, _from_accumulator(layer, m), strict=True):
+        stat = layer.get_buffer(name)
+        seen = torch.as_tensor(m.count, device=value.device) > 0
+        stat.copy_(torch.where(seen, value, stat.to(value).reshape(value.shape)).reshape(stat.shape))
+
+
+def keep_float32(layer: Any) -> None:
+    """Widen again what FSDP's mixed precision has narrowed: it spares the buffers of torch's BatchNorm alone."""
+    stat = getattr(layer, layer.running_names[0], None)
+    if stat is None or stat.dtype == at_least_float32(stat.dtype):
+        return
+    for name in (*layer.running_names, *layer.float32_buffers):
+        buffer = getattr(layer, name, None)
+        if buffer is not None:
+            buffer.data = buffer.data.to(at_least_float32(buffer.dtype))
+
+
+def _for_accumulator(layer: RunningStats, m: Moments, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+    """Return mean, variance and count as they are merged over batches, given what the running ones move towards."""
+    if layer.includes_between_var:
+        return m.mean, m.var, m.count
+    return mean, var, Moments(m.mean, m.var * 0, m.count, m.ranks).over_batch().count
+
+
+def _from_accumulator(layer: RunningStats, m: Moments) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance for the running statistics, given what was merged."""
+    return layer.running_target(m) if layer.includes_between_var else (m.mean, m.var)

@@ -6,14 +6,14 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_norm.ops.compiled import KIND
+from lightning_norm.ops.compiled import GRAPH_KEY
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Scheduled:
     Args:
         low: smallest legal value.
         high: largest legal value.
+        optional: the value may be ``None``; a signature says so by ``float | None``.
 
     >>> from typing import Annotated
     >>> Alpha = Annotated[float, Scheduled(0.0, 1.0)]
@@ -30,13 +31,16 @@ class Scheduled:
 
     low: float
     high: float
+    optional: bool = False
 
-    def check(self, who: str, name: str, value: float | None) -> float:
-        """Return ``value`` as a float.
+    def check(self, who: str, name: str, value: float | None) -> float | None:
+        """Return ``value`` as a float, or ``None`` where that is legal.
 
         Raises:
             ValueError: the value is outside the range or not a number.
         """
+        if value is None and self.optional:
+            return None
         try:
             number = float(value)  # type: ignore[arg-type]  # None is refused below
         except (TypeError, ValueError):
@@ -54,43 +58,25 @@ class ScheduledValues(nn.Module):
     """
 
     ranges: ClassVar[dict[str, Scheduled]] = {}
-    may_be_none: ClassVar[frozenset[str]] = frozenset()
+    """Each argument that may be scheduled, and its legal range."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        found, optional = _declared(cls)
-        cls.ranges = {**cls.ranges, **found}
-        cls.may_be_none = (cls.may_be_none - found.keys()) | optional
-        for name in found:
+        declared = _declared(cls)
+        cls.ranges = {**cls.ranges, **declared}
+        for name in declared:
             setattr(cls, name, property(_getter(name), _setter(name)))
 
     def scheduled(self, name: str) -> Tensor | None:
         """Return the 0-dim tensor behind a scheduled argument, ``None`` if it was set to ``None``."""
-        value: Tensor | None = self._buffers[f"_{name}"]
+        value: Tensor | None = getattr(self, f"_{name}")
         return value
 
-    def set_scheduled(self, name: str, value: float) -> None:
-        """Set a value that follows a schedule; :meth:`was_scheduled` tells it from one that was given."""
-        setattr(self, name, value)
-        self._followed.add(name)
-
-    def keep_exact(self) -> None:
-        """Give back its digits to a value that something, such as FSDP's mixed precision, has rounded to half."""
-        for name in self.ranges:
-            held = self._buffers.get(f"_{name}")
-            if held is not None and held.dtype not in (torch.float64, torch.float32):
-                held.data = _scalar(self._values[name], held.device)
-
-    def was_scheduled(self, name: str) -> bool:
-        """Tell whether a schedule has set this value."""
-        return name in self._followed
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        held = {
-            f"_{name}": self._buffers.pop(f"_{name}") for name in self.ranges
-        }  # float64 must not reach .half() or MPS
+        # Taken out of the buffers for a moment, for float64 must not reach .half(), nor MPS, which has none.
+        before = {f"_{name}": self._buffers.pop(f"_{name}") for name in self.ranges}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in held.items():
+        for name, old in before.items():
             if old is None:
                 self._buffers[name] = None
                 continue
@@ -103,28 +89,43 @@ class ScheduledValues(nn.Module):
         values: dict[str, float | None] = self.__dict__.setdefault("_scheduled_values", {})
         return values
 
-    @property
-    def _followed(self) -> set[str]:
-        names: set[str] = self.__dict__.setdefault("_scheduled_names", set())
-        return names
+
+def set_scheduled(layer: ScheduledValues, name: str, value: float) -> None:
+    """Set a value that follows a schedule; :func:`was_scheduled` tells it from one that a user set."""
+    setattr(layer, name, value)
+    vars(layer).setdefault("_scheduled_names", set()).add(name)
 
 
-def _declared(cls: type) -> tuple[dict[str, Scheduled], set[str]]:
-    """Return the scheduled arguments of a class's own ``__init__``, and those of them that may be ``None``."""
+def was_scheduled(layer: ScheduledValues, name: str) -> bool:
+    """Tell whether a schedule has set this value."""
+    return name in vars(layer).get("_scheduled_names", ())
+
+
+def scheduled_value(layer: ScheduledValues, name: str) -> float | None:
+    """Return the value of a scheduled argument, ``None`` for any other name."""
+    return layer._values.get(name)
+
+
+def keep_exact(layer: ScheduledValues) -> None:
+    """Give back its digits to a value that something, such as FSDP's mixed precision, has rounded to half."""
+    for name in layer.ranges:
+        tensor = layer.scheduled(name)
+        if tensor is not None and tensor.dtype not in (torch.float64, torch.float32):
+            tensor.data = _scalar(layer._values[name], tensor.device)
+
+
+def _declared(cls: type) -> dict[str, Scheduled]:
+    """Return the scheduled arguments of a class's own ``__init__``."""
     init = cls.__dict__.get("__init__")
-    found: dict[str, Scheduled] = {}
-    optional: set[str] = set()
-    if init is None:
-        return found, optional
-    for name, parameter in inspect.signature(init).parameters.items():
+    declared: dict[str, Scheduled] = {}
+    for name, parameter in inspect.signature(init).parameters.items() if init is not None else ():
         annotation = parameter.annotation
         if isinstance(annotation, str) and "Scheduled" in annotation:
             annotation = eval(annotation, vars(sys.modules[cls.__module__]))  # a class's own annotation
         for extra in getattr(annotation, "__metadata__", ()):
             if isinstance(extra, Scheduled):
-                found[name] = extra
-                optional |= {name} if type(None) in get_args(get_args(annotation)[0]) else set()
-    return found, optional
+                declared[name] = replace(extra, optional=type(None) in get_args(get_args(annotation)[0]))
+    return declared
 
 
 def _getter(name: str) -> Callable[[ScheduledValues], float | None]:
@@ -133,19 +134,16 @@ def _getter(name: str) -> Callable[[ScheduledValues], float | None]:
 
 def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
     def set_value(self: ScheduledValues, value: float | None) -> None:
-        if value is not None or name not in self.may_be_none:
-            value = self.ranges[name].check(type(self).__name__, name, value)
+        value = self.ranges[name].check(type(self).__name__, name, value)
         self._values[name] = value
-        held = self._buffers.get(f"_{name}")
-        if held is None or value is None:
-            device = next(
-                (t.device for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None
-            )
-            self.__dict__.pop(KIND, None)
+        tensor = getattr(self, f"_{name}", None)
+        if tensor is None or value is None:
+            device = next((t.device for t in (*self.parameters(False), *self.buffers(False))), None)
+            self.__dict__.pop(GRAPH_KEY, None)
             self.register_buffer(f"_{name}", None if value is None else _scalar(value, device), persistent=False)
         else:
             with torch.no_grad():
-                held.fill_(value)
+                tensor.fill_(value)
 
     return set_value
 

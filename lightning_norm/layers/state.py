@@ -6,94 +6,103 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_norm.layers.scheduled import Scheduled
+from lightning_norm.layers.running_stats import RunningStats
+from lightning_norm.layers.scheduled import ScheduledValues, scheduled_value
+from lightning_norm.layers.translation import Translation
 from lightning_norm.ops.layout import at_least_float32
 
 BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class Loading(nn.Module):
+class Loading(ScheduledValues, RunningStats):
     """Mixin: what ``load_state_dict`` accepts."""
 
     registry: ClassVar[dict[str, Any]]
     extra_parameters: ClassVar[dict[str, str]]
-    ranges: ClassVar[dict[str, Scheduled]]
-    running_names: ClassVar[tuple[str, str]]
-    float32_buffers: ClassVar[tuple[str, ...]]
     key: ClassVar[str]
     has_rows: ClassVar[bool] = False
     """Weight and bias are (K, C)."""
-    _values: Any
+
+    published_names: ClassVar[dict[str, str]] = {}
+    """Names of tensors in the checkpoints that the authors published -> names here."""
+
+    @property
+    def translations(self) -> tuple[Translation, ...]:
+        """Tensors of a BatchNorm that this layer holds in another form, under a name of its own."""
+        return ()
+
+    def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
+        """Return what to type so that a checkpoint's tensor, of another shape than the layer's, fits; "" if unknown."""
+        return ""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        given = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        self._refuse_another(given, prefix)
+        loaded = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        _refuse_another(self, loaded, prefix)
         self._translate(state_dict, prefix)
-        own = {
-            **self._parameters,
-            **{k: v for k, v in self._buffers.items() if k not in self._non_persistent_buffers_set},
-        }
         for name in BATCH_NORM_BUFFERS:
-            if own.get(name) is None:
+            if getattr(self, name, None) is None:
                 state_dict.pop(prefix + name, None)  # a BatchNorm's statistics, for a method without them
-        for name, value in own.items():
+        counters = [name for name in self.counters if getattr(self, name) is not None]
+        if not any(prefix + name in state_dict for name in counters):
+            state_dict.update({prefix + name: torch.tensor(0) for name in counters})
+        for name, value in self._saved_tensors().items():
             old = state_dict.get(prefix + name)
-            if value is None:
-                continue
-            if old is None and (
-                name == "num_batches_tracked"
-                or (name in self.extra_parameters and not given.keys() & self.extra_parameters.keys())
-            ):
-                state_dict[prefix + name] = (
-                    value.detach().clone()
-                )  # a plain BatchNorm's checkpoint: keep the starting value
-            elif isinstance(old, Tensor) and old.shape != value.shape and old.numel() == value.numel():
-                state_dict[prefix + name] = old.reshape(value.shape)  # (1, C, 1, 1) in published checkpoints
+            if old is None and self._keeps_start(name, loaded):
+                state_dict[prefix + name] = value.detach().clone()
+            elif isinstance(old, Tensor) and old.shape != value.shape:
+                if advice := self.arguments_that_fit(name, old):
+                    raise RuntimeError(
+                        f"{prefix[:-1] or 'this layer'}: the checkpoint has a {name} {tuple(old.shape)}, this "
+                        f"{type(self).__name__} one of {tuple(value.shape)}. Type {advice}."
+                    )
+                if old.numel() == value.numel():
+                    state_dict[prefix + name] = old.reshape(value.shape)  # (1, C, 1, 1) in published checkpoints
         missing: list[str] = args[2]
         before = len(missing)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._settle()
-        others = likely(self.registry, given)
-        if len(missing) > before and given and self.key not in [cls.key for cls in others]:
+        restore_precision(self)
+        others = likely(self.registry, loaded)
+        made = {prefix + t.target for t in self.translations}
+        if len(missing) > before and not made & set(missing) and loaded and self.key not in [cls.key for cls in others]:
             last = missing[-1] = MissingKey(missing[-1])
-            last.remark = f" ({self._another(given, prefix, others)})"
+            last.remark = f" ({_another(self, loaded, prefix, others)})"
 
-    def _refuse_another(self, given: Mapping[str, Any], prefix: str) -> None:
-        own = marks(type(self))
-        foreign = {name for cls in self.registry.values() for name in marks(cls) & given.keys() if name not in own}
-        if foreign or (rows_in(given) and not self.has_rows):
-            raise RuntimeError(
-                f"checkpoint of another normalizer: {self._another(given, prefix, likely(self.registry, given))}"
-            )
+    def _saved_tensors(self) -> dict[str, Tensor]:
+        """Return what ``state_dict`` saves of this layer alone; ``state_dict()`` itself would run hooks."""
+        saved = {**self._parameters, **self._buffers}
+        return {k: v for k, v in saved.items() if v is not None and k not in self._non_persistent_buffers_set}
 
-    def _another(self, given: Mapping[str, Any], prefix: str, others: list[Any]) -> str:
-        here, there = type(self).__name__, " or ".join(cls.__name__ for cls in others)
-        key = others[0].key
-        names = [name for name in given if name not in {**self._parameters, **self._buffers}] or list(given)
-        held = [(name, given[name]) for name in names[:3]]
-        came = [f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name for name, value in held]
-        came += ["..."] * (len(names) > 3)
-        return (
-            f"{prefix[:-1] or 'this layer'} is {here}, the file holds {', '.join(came)}, as of {there}. "
-            f"Swap to {key!r} before loading; swap(model, {self.key or here!r}, source={key!r}) goes on from there."
-        )
+    def _keeps_start(self, name: str, loaded: Mapping[str, Any]) -> bool:
+        """Tell whether a tensor that a plain BatchNorm's checkpoint lacks keeps its starting value."""
+        if name == "num_batches_tracked":
+            return True
+        if name not in self.extra_parameters or loaded.keys() & self.extra_parameters.keys():
+            return False
+        # A checkpoint with a bias and without the weight of which this parameter is made is no BatchNorm's.
+        return "bias" not in loaded or not any(t.target == name for t in self.translations)
 
     def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Write what came in another form as this class holds it."""
+        for old, new in self.published_names.items():
+            if prefix + old in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        for translation in self.translations:
+            translation.load(state_dict, prefix)
 
-    def _settle(self) -> None:
-        """After ``load_state_dict(assign=True)``: statistics in float32 at least, nothing left on the meta device."""
-        for name in (*self.running_names, *self.float32_buffers):
-            stat = self._buffers.get(name)
-            if stat is not None:
-                self._buffers[name] = stat.to(at_least_float32(stat.dtype))
-        held = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None and not t.is_meta]
-        for name, t in self._buffers.items() if held else ():
-            if t is not None and t.is_meta and name in self._non_persistent_buffers_set:
-                value = self._values.get(name[1:]) if name[1:] in self.ranges else 0
-                self._buffers[name] = torch.full_like(t, value or 0, device=held[0].device)
+
+def restore_precision(layer: Any) -> None:
+    """After ``load_state_dict(assign=True)``: statistics in float32 at least, nothing left on the meta device."""
+    for name in (*layer.running_names, *layer.float32_buffers):
+        stat = getattr(layer, name, None)
+        if stat is not None:
+            setattr(layer, name, stat.to(at_least_float32(stat.dtype)))
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    device = next((t.device for t in tensors if not t.is_meta), None)
+    for name, t in list(layer.named_buffers(recurse=False)) if device is not None else ():
+        if t.is_meta and name in layer._non_persistent_buffers_set:  # torch has no public way to ask
+            setattr(layer, name, torch.full_like(t, scheduled_value(layer, name[1:]) or 0, device=device))
 
 
 class MissingKey(str):
@@ -110,24 +119,44 @@ def marks(cls: Any) -> set[str]:
     return {*cls.extra_parameters, *cls.counters, *cls.float32_buffers}
 
 
-def rows_in(given: Mapping[str, Any]) -> bool:
-    """Tell whether there is a weight or a bias per context."""
-    held = (given.get("weight"), given.get("bias"))
-    return any(isinstance(t, Tensor) and t.dim() == 2 and t.shape[0] > 1 for t in held)
+def has_rows(loaded: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint has a weight or a bias per context."""
+    affine = (loaded.get("weight"), loaded.get("bias"))
+    return any(isinstance(t, Tensor) and t.dim() == 2 and t.shape[0] > 1 for t in affine)
 
 
-def likely(registry: Mapping[str, Any], given: Mapping[str, Any]) -> list[Any]:
+def likely(registry: Mapping[str, Any], loaded: Mapping[str, Any]) -> list[Any]:
     """Return the normalizers that a layer's checkpoint is most likely of; several where it cannot be told."""
-    tracked = any(name.startswith("running_") for name in given)
+    tracked = any(name.startswith("running_") for name in loaded)
 
-    def fit(cls: Any) -> tuple[bool, int, int, bool]:
-        own = marks(cls)
+    def agreement(cls: Any) -> tuple[bool, int, int, bool]:
+        expected = marks(cls)
         return (
-            cls.has_rows == rows_in(given),
-            len(own & given.keys()),
-            -len(own - given.keys()),
+            cls.has_rows == has_rows(loaded),
+            len(expected & loaded.keys()),
+            -len(expected - loaded.keys()),
             cls.train_uses_batch_stats == tracked,
         )
 
-    best = max(fit(cls) for cls in registry.values())
-    return [cls for cls in registry.values() if fit(cls) == best]
+    best = max(agreement(cls) for cls in registry.values())
+    return [cls for cls in registry.values() if agreement(cls) == best]
+
+
+def _refuse_another(layer: Loading, loaded: Mapping[str, Any], prefix: str) -> None:
+    expected = marks(type(layer))
+    foreign = {n for cls in layer.registry.values() for n in marks(cls) & loaded.keys() if n not in expected}
+    if foreign or (has_rows(loaded) and not layer.has_rows):
+        others = likely(layer.registry, loaded)
+        raise RuntimeError(f"checkpoint of another normalizer: {_another(layer, loaded, prefix, others)}")
+
+
+def _another(layer: Loading, loaded: Mapping[str, Any], prefix: str, others: list[Any]) -> str:
+    here, there = type(layer).__name__, " or ".join(cls.__name__ for cls in others)
+    key = others[0].key
+    names = [name for name in loaded if not isinstance(getattr(layer, name, None), Tensor)] or list(loaded)
+    came = [f"{n} {tuple(loaded[n].shape)}" if isinstance(loaded[n], Tensor) else n for n in names[:3]]
+    came += ["..."] * (len(names) > 3)
+    return (
+        f"{prefix[:-1] or 'this layer'} is {here}, the file holds {', '.join(came)}, as of {there}. "
+        f"Swap to {key!r} before loading; swap(model, {layer.key or here!r}, source={key!r}) goes on from there."
+    )

@@ -26,10 +26,11 @@ class SwapRecord(nn.Module):
         if metadata is not None and self.origin is not None:
             metadata.setdefault(prefix[:-1], {})[MANIFEST_KEY] = {
                 **copy.deepcopy(self.origin),
-                "options": self.options(),
+                "options": swap_settings(self),
             }
 
-    def options(self) -> dict[str, Any]:
-        """Return what the swap set beside the normalizer's arguments."""
-        names = {"sync": "sync", "sync_group": "sync_group", "backend": "backend", "compiled": "compile"}
-        return {written: getattr(self, name) for name, written in names.items()}
+
+def swap_settings(layer: Any) -> dict[str, Any]:
+    """Return what a swap set on the layer beside the normalizer's arguments."""
+    names = {"sync": "sync", "sync_group": "sync_group", "backend": "backend", "compiled": "compile"}
+    return {written: getattr(layer, name) for name, written in names.items()}

@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Paper
-from lightning_norm.layers.fused_specs import coded
-from lightning_norm.layers.scheduled import Scheduled
+from lightning_norm.layers.scheduled import Scheduled, was_scheduled
 from lightning_norm.normalizers.encoder_decoder import EncoderDecoderNorm
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -61,7 +61,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
     )
     eval_uses_input_stats: ClassVar[bool] = False
     repr_arguments: ClassVar[tuple[str, ...]] = ("dropout", *EncoderDecoderNorm.repr_arguments)
-    tested_with: ClassVar[dict[str, Any]] = {"dropout": 0.0}
+    test_arguments: ClassVar[dict[str, Any]] = {"dropout": 0.0}
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         """Return the affine map of the equation above."""
         return self.recode(self.track(m.over_batch()), m)
 
-    fused_spec = coded
+    fused_spec = EncoderDecoderNorm.fused_spec
 
     def drop(self, statistics: Tensor) -> Tensor:
         """Return ``statistics`` with a share of them 0 and the others larger, in training."""
@@ -98,12 +98,13 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         keep = torch.rand_like(statistics) >= p
         return statistics * keep / (1 - p).clamp_min(torch.finfo(torch.float32).tiny)
 
-    def keeps_eval(self) -> bool:
-        """Tell whether all gates start closed."""
+    @property
+    def preserves_eval(self) -> bool:
+        """Whether all gates start closed."""
         return self.gate_init == -math.inf and self.rescale_init == 0
 
     def _dropped(self) -> Tensor | None:
-        if not self.training or self.pool is not None:  # recalibration drops nothing
+        if not self.training or isinstance(self.accumulator, StatisticsAccumulator):  # recalibration drops nothing
             return None
-        changes = torch.compiler.is_compiling() or self.was_scheduled("dropout")  # a graph holds for every share
+        changes = torch.compiler.is_compiling() or was_scheduled(self, "dropout")  # a graph holds for every share
         return self.scheduled("dropout") if changes or self.dropout else None

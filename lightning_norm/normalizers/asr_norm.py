@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from lightning_norm.layers.arguments import stateless
 from lightning_norm.layers.base import Paper
-from lightning_norm.layers.fused_specs import coded
 from lightning_norm.normalizers.encoder_decoder import EncoderDecoderNorm
-from lightning_norm.normalizers.group_norm import stateless
 from lightning_norm.ops.moments import Affine, Moments
 
 
@@ -80,7 +79,7 @@ class ASRNorm(EncoderDecoderNorm):
         """Return the affine map of the equation above."""
         return self.recode(m, m)
 
-    fused_spec = coded
+    fused_spec = EncoderDecoderNorm.fused_spec
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and channel."""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
-from lightning_norm.layers.inference import per_channel
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
@@ -52,18 +51,14 @@ class BatchChannelNorm(MomentNorm):
     )
     extra_parameters: ClassVar[dict[str, str]] = {"iota": "C"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("constraint",)
-    preserves_eval: ClassVar[bool] = True
+    iota: nn.Parameter
 
     def __init__(
         self, num_features: int, *, constraint: Literal["clamp", "sigmoid"] | None = None, **options: Any
     ) -> None:
-        if constraint not in (None, "clamp", "sigmoid"):
-            raise ValueError(f"BatchChannelNorm: constraint must be None, 'clamp' or 'sigmoid', got {constraint!r}.")
         self.constraint = constraint
         super().__init__(num_features, **options)
-        device, dtype = options.get("device"), options.get("dtype")
-        self.iota = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        self.reset_parameters()
+        self._add_parameters(options, iota=(num_features,))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
@@ -80,16 +75,14 @@ class BatchChannelNorm(MomentNorm):
         """Return the same equation for the kernels."""
         return mixture_spec(self, ("bn", "ln"), w=self.mixture(), outputs=True)
 
-    def keeps_eval(self) -> bool:
-        """Tell whether iota starts at exactly 1."""
+    @property
+    def preserves_eval(self) -> bool:
+        """Whether iota starts at exactly 1."""
         return self.constraint != "sigmoid"
 
-    def eval_affine(self) -> Affine | None:
-        """Return the map of evaluation where iota is exactly 1 in every channel: batch normalization."""
-        if not self.track_running_stats or not bool((self.mixture() == 1).all()):
-            return None
-        twin = self.in_double()
-        return per_channel(twin.algebra(twin.running()), self.num_features)
+    def evaluates_on_running_stats(self) -> bool:
+        """Tell whether iota is exactly 1 in every channel: batch normalization."""
+        return self.track_running_stats and bool((self.mixture() == 1).all())
 
     def mixture(self) -> Tensor:
         """Return iota (C,), constrained: 1 is batch normalization, 0 layer normalization."""
@@ -102,8 +95,6 @@ class BatchChannelNorm(MomentNorm):
         iota = self.mixture()
         return {"iota": iota.mean(), "iota_min": iota.min(), "iota_max": iota.max()}
 
-    def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0 and iota to 1 (its logit to 6 under the sigmoid)."""
-        super().reset_parameters()
-        if "iota" in self._parameters:
-            nn.init.constant_(self.iota, 6.0 if self.constraint == "sigmoid" else 1.0)
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return 1 for iota; 6 where it is a sigmoid's logit."""
+        return {"iota": 6.0 if self.constraint == "sigmoid" else 1.0}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+import torch
 
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
+from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
@@ -19,9 +22,11 @@ class BatchNorm(MomentNorm):
     The baseline on this package's engine, equal to ``torch.nn.BatchNorm1d/2d/3d`` in values, gradients, running
     statistics and ``state_dict``. Ioffe and Szegedy 2015, arXiv 1502.03167.
 
+    The arguments have torch's order.
+
     Args:
         num_features: channels, the C of an input (N, C, *).
-        eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        eps, momentum, affine, track_running_stats, device, dtype, channel_dim: see :class:`MomentNorm`.
 
     >>> BatchNorm(8)(torch.randn(4, 8, 5, 5)).shape
     torch.Size([4, 8, 5, 5])
@@ -30,7 +35,30 @@ class BatchNorm(MomentNorm):
     key = "bn"
     paper = Paper("Ioffe and Szegedy", 2015, "Batch Normalization", "arXiv 1502.03167")
     eval_uses_input_stats: ClassVar[bool] = False
-    preserves_eval: ClassVar[bool] = True
+    preserves_eval = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        channel_dim: int = 1,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""

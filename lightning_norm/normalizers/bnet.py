@@ -1,4 +1,4 @@
-"""BNET: batch normalization whose depthwise_conv step is a depthwise convolution in place of a scale."""
+"""BNET: batch normalization whose last step is a depthwise convolution in place of a scale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.inference import BATCH_NORMS, batch_norm
-from lightning_norm.ops.compiled import KIND
+from lightning_norm.layers.translation import Translation
+from lightning_norm.ops.compiled import GRAPH_KEY
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
@@ -56,10 +57,10 @@ class BNET(MomentNorm):
         "Xu et al.", 2023, "BNET: Batch Normalization With Enhanced Linear Transformation", "arXiv 2011.14150"
     )
     eval_uses_input_stats: ClassVar[bool] = False
-    preserves_eval: ClassVar[bool] = True
     extra_parameters: ClassVar[dict[str, str]] = {"kernel": "C*kernel_size**spatial_dims"}
-    translated_tensors: ClassVar[tuple[str, ...]] = ("weight",)
+    published_names: ClassVar[dict[str, str]] = {"bnconv.weight": "kernel", "bnconv.bias": "bias"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("kernel_size", "spatial_dims", "init")
+    kernel: nn.Parameter
 
     def __init__(
         self,
@@ -75,21 +76,10 @@ class BNET(MomentNorm):
                 f"BNET: kernel_size must be an odd int, got {kernel_size!r}: an even one has no centre and shrinks "
                 "the map. Type kernel_size=3."
             )
-        if spatial_dims not in (1, 2, 3):
-            raise ValueError(f"BNET: spatial_dims must be 1, 2 or 3, got {spatial_dims!r}. Images: spatial_dims=2.")
-        if init not in ("dirac", "zero"):
-            raise ValueError(
-                f"BNET: init must be 'dirac' (starts as BatchNorm) or 'zero' (published), got {init!r}. Type "
-                "init='dirac'."
-            )
         self.kernel_size, self.spatial_dims, self.init = kernel_size, spatial_dims, init
         super().__init__(num_features, **options)
         self.weight = None
-        if init == "zero":
-            self.__dict__["translated_tensors"] = ()  # a swapped BatchNorm's weight is left behind
-        shape = (num_features, 1, *(kernel_size,) * spatial_dims)
-        self.kernel = nn.Parameter(torch.empty(shape, device=options.get("device"), dtype=options.get("dtype")))
-        self.reset_parameters()
+        self._add_parameters(options, kernel=(num_features, 1, *(kernel_size,) * spatial_dims))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map from x to the normalized map."""
@@ -104,9 +94,15 @@ class BNET(MomentNorm):
         """Return W and b."""
         return self.kernel, self.bias
 
-    def keeps_eval(self) -> bool:
-        """Tell whether the kernel starts as a Dirac."""
+    @property
+    def preserves_eval(self) -> bool:
+        """Whether the kernel starts as a Dirac."""
         return self.init == "dirac"
+
+    @property
+    def translations(self) -> tuple[Translation, ...]:
+        """A BatchNorm's weight is the centre taps; with ``init="zero"`` a swap leaves it behind."""
+        return (Translation("weight", "kernel", self._dirac, self._centre, swapped=self.init == "dirac"),)
 
     def eval_affine(self) -> Affine | None:
         """Return the map that the layer is in evaluation, if its kernels are their centre taps alone."""
@@ -138,7 +134,7 @@ class BNET(MomentNorm):
 
     def freeze_kernel(self) -> None:
         """Train kernel and bias no longer, as the authors do after 60 of 100 epochs of a ResNet-101."""
-        self.__dict__.pop(KIND, None)
+        self.__dict__.pop(GRAPH_KEY, None)
         for p in (self.kernel, self.bias):
             if p is not None:
                 p.requires_grad_(False)
@@ -151,50 +147,24 @@ class BNET(MomentNorm):
         off = (energy - centre) / energy.clamp_min(torch.finfo(kernel.dtype).tiny)
         return {"off_center": off, "kernel_norm": kernel.norm(dim=1).mean()}
 
-    def take_from(self, source: nn.Module) -> None:
-        """Take over a layer's bias and running statistics, and its weight as centre taps unless ``init="zero"``."""
-        super().take_from(source)
-        weight = source._parameters.get("weight")
-        if weight is not None and "weight" in self.translated_tensors:
-            self.kernel.data = self._dirac(weight.detach())
-            self.kernel.requires_grad_(weight.requires_grad)
-
-    def return_to(self, source: nn.Module) -> None:
-        """Give a layer its bias and running statistics, and the centre taps as its weight."""
-        super().return_to(source)
-        weight, centre = source._parameters.get("weight"), self.kernel.detach().flatten(1)
-        if weight is not None and "weight" in self.translated_tensors and not centre.is_meta:
-            weight.data = centre[:, centre.shape[1] // 2].clone().view_as(weight)
-
-    def reset_parameters(self) -> None:
-        """Set the kernel to a Dirac, or to 0 with ``init="zero"``, and bias to 0."""
-        super().reset_parameters()
-        if "kernel" in self._parameters:
-            ones = torch.ones(self.num_features, device=self.kernel.device, dtype=self.kernel.dtype)
-            with torch.no_grad():
-                self.kernel.copy_(self._dirac(ones if self.init == "dirac" else ones * 0))
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return a Dirac for the kernel, or 0 with ``init="zero"``."""
+        ones = self.kernel.detach().new_ones(self.num_features) if "kernel" in self._parameters else torch.empty(0)
+        return {"kernel": 0.0 if self.init == "zero" else self._dirac(ones)}
 
     def _dirac(self, centre: Tensor) -> Tensor:
         """Return kernels of zeros with these centre taps."""
-        kernel = centre.new_zeros(self.num_features, self.kernel[0].numel())
+        kernel = centre.new_zeros(centre.numel(), self.kernel_size**self.spatial_dims)
         kernel[:, kernel.shape[1] // 2] = centre.reshape(-1)
-        return kernel.view(self.kernel.shape)
+        return kernel.view(-1, 1, *(self.kernel_size,) * self.spatial_dims)
 
-    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
-        for old, new in (("bnconv.weight", "kernel"), ("bnconv.bias", "bias")):  # the authors' names
-            if prefix + old in state_dict:
-                state_dict[prefix + new] = state_dict.pop(prefix + old)
-        held, weight = state_dict.get(prefix + "kernel"), state_dict.get(prefix + "weight")
-        if held is None and isinstance(weight, Tensor) and weight.numel() == self.num_features:
-            held = state_dict[prefix + "kernel"] = self._dirac(state_dict.pop(prefix + "weight"))
-        if isinstance(held, Tensor) and held.shape != self.kernel.shape:
-            raise RuntimeError(
-                f"{prefix[:-1] or 'this layer'}: the checkpoint has a kernel {tuple(held.shape)}, this BNET one of "
-                f"{tuple(self.kernel.shape)}. Type kernel_size={held.shape[-1]}, spatial_dims={held.dim() - 2} for it."
-            )
+    def _centre(self, kernel: Tensor) -> Tensor:
+        """Return the centre taps, (C,)."""
+        taps = kernel.flatten(1)
+        return taps[:, taps.shape[1] // 2].clone()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        held = any(prefix + name in state_dict for name in ("kernel", "weight", "bnconv.weight"))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if not held and prefix + "bias" in state_dict:  # neither a BatchNorm's nor a BNET's
-            args[2].append(prefix + "kernel")
+    def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
+        """Return the arguments of a checkpoint's kernel."""
+        if name != "kernel" or tensor.dim() < 3 or tensor.shape[0] != self.num_features:
+            return ""
+        return f"kernel_size={tensor.shape[-1]}, spatial_dims={tensor.dim() - 2} for it"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_norm.layers.base import MomentNorm, Paper
-from lightning_norm.layers.fused_specs import diminishing
+from lightning_norm.layers.fused_specs import per_channel_spec
 from lightning_norm.layers.scheduled import Scheduled
+from lightning_norm.layers.translation import Translation
 from lightning_norm.layers.variance import to_std, to_var
 from lightning_norm.ops.compiled import snapshot
+from lightning_norm.ops.fused.per_channel import PerChannelSpec
+from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
 
 TINY = torch.finfo(torch.float32).tiny
@@ -55,11 +59,9 @@ class DiminishingBatchNorm(MomentNorm):
     key = "dbn"
     paper = Paper("Ma and Klabjan", 2024, "Diminishing Batch Normalization", "arXiv 1705.08011")
     eval_uses_input_stats: ClassVar[bool] = False
-    preserves_eval: ClassVar[bool] = True
     no_recalibration: ClassVar[str] = "its running statistics are what it trains with, moved by alpha alone"
-    no_window: ClassVar[str] = "it normalizes by its running statistics in training, which each batch has to move first"
+    no_window = "it normalizes by its running statistics in training, which each batch has to move first"
     counters: ClassVar[tuple[str, ...]] = ("updates",)
-    translated_tensors: ClassVar[tuple[str, ...]] = ("running_var",)
     repr_arguments: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")
     updates: Tensor
     gap: Tensor
@@ -79,16 +81,9 @@ class DiminishingBatchNorm(MomentNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, value, known in (("average", average, ("std", "var")), ("stat_grad", stat_grad, ("batch", "none"))):
-            if value not in known:
-                raise ValueError(f"DiminishingBatchNorm: {name} must be one of {known}, got {value!r}.")
         if power is not None and not 0 < power < math.inf:
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
         self.average, self.stat_grad = average, stat_grad
-        if average == "var":
-            self.translated_tensors = ()  # type: ignore[misc]  # BatchNorm's own buffers, by their names
-        else:
-            self.running_names = ("running_mean", "running_std")  # type: ignore[misc]
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype}
         super().__init__(num_features, momentum=None, **options)
@@ -109,7 +104,15 @@ class DiminishingBatchNorm(MomentNorm):
         scale = 1 / (spread + self.eps) if self.average == "std" else (spread + self.eps).rsqrt()
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
 
-    fused_spec = diminishing
+    def fused_spec(self, layout: Layout) -> PerChannelSpec:
+        """Return the same equations for the kernels."""
+        frozen = self.track_running_stats and not self.training
+        flags: dict[str, Any] = {"needs_moments": not frozen, "std": self.average == "std"}
+        if not self.track_running_stats or frozen:
+            return per_channel_spec(self, {}, **flags)
+        flags |= {"blend": True, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
+        spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
+        return replace(spec, counters=(self.updates, self.gap), rate=self.scheduled("alpha"))
 
     def _lambda(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
@@ -157,27 +160,23 @@ class DiminishingBatchNorm(MomentNorm):
         mean, spread = self._held()
         return Moments(mean, spread if self.average == "var" else to_var(spread, self.eps), 1)
 
-    def keeps_eval(self) -> bool:
-        """Tell whether evaluation is on statistics that were moved in; those of a batch have eps beside the root."""
+    @property
+    def running_names(self) -> tuple[str, str]:
+        """The second is the standard deviation, or with ``average="var"`` BatchNorm's own variance."""
+        return "running_mean", f"running_{self.average}"
+
+    @property
+    def translations(self) -> tuple[Translation, ...]:
+        """A BatchNorm's variance is held as a standard deviation, and that of another such layer as a variance."""
+        std, var = (lambda t: to_std(t, self.eps)), (lambda t: to_var(t, self.eps))
+        if self.average == "std":
+            return (Translation("running_var", "running_std", std, var),)
+        return (Translation("running_std", "running_var", var, std),)
+
+    @property
+    def preserves_eval(self) -> bool:
+        """Whether evaluation is on statistics that were moved in; those of a batch have eps beside the root."""
         return self.track_running_stats or self.average == "var"
-
-    def take_from(self, source: nn.Module) -> None:
-        """Take over a layer's Parameters and running statistics, the variance as a standard deviation."""
-        super().take_from(source)
-        if isinstance(source, DiminishingBatchNorm) and source.track_running_stats and self.track_running_stats:
-            self.updates = source.updates
-            if source.average == self.average:
-                self._buffers[self.running_names[1]] = source._buffers[self.running_names[1]]
-                return
-        if (held := getattr(source, "running_var", None)) is not None and self._buffers.get("running_std") is not None:
-            self._buffers["running_std"] = to_std(held, self.eps)
-
-    def return_to(self, source: nn.Module) -> None:
-        """Give a layer what was taken from it, the standard deviation as a variance, if it moved."""
-        super().return_to(source)
-        held, var = self._buffers.get("running_std"), source._buffers.get("running_var")
-        if held is not None and var is not None and not torch.equal(held.to(var), to_std(var, self.eps).to(var)):
-            var.copy_(to_var(held, self.eps))
 
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
@@ -189,12 +188,3 @@ class DiminishingBatchNorm(MomentNorm):
 
     def extra_repr(self) -> str:  # noqa: D102
         return super().extra_repr().replace("momentum=None, ", "")
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        std, var = state_dict.get(prefix + "running_std"), state_dict.get(prefix + "running_var")
-        if self.average == "std" and std is None and var is not None:
-            state_dict[prefix + "running_std"] = to_std(var, self.eps)
-        if self.average == "var" and std is not None:
-            state_dict.setdefault(prefix + "running_var", to_var(std, self.eps))
-            del state_dict[prefix + "running_std"]
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

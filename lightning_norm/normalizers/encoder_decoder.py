@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
 from lightning_norm.layers.base import MomentNorm
-from lightning_norm.ops.layout import at_least_float32, stat_dtype
+from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
+from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.linear import linear
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -122,6 +125,21 @@ class EncoderDecoderNorm(MomentNorm):
         d = std + self._held("lambda_sigma", wide).sigmoid() * (sigma.relu() - std)
         scale = (weight + gamma) / d.clamp_min(math.sqrt(self.eps))  # the least that std can be
         return Affine(m.mean, scale, scale * ahead + (bias + beta))
+
+    def fused_spec(self, layout: Layout) -> EncoderDecoderSpec | None:
+        """Return the same equations for the kernels, if encoders and decoders have one dtype. AFN and ASR opt in."""
+        coders = tuple(p for pair in self._linears() for p in pair)
+        if len({p.dtype for p in coders}) > 1:
+            return None
+        gates = tuple(self._parameters[f"lambda_{name}"] for name in ("mu", "sigma", "beta", "gamma"))
+        flags = EncoderDecoderFlags(batch=self.train_uses_batch_stats)
+        spec = EncoderDecoderSpec(self.weight, self.bias, gates, coders, flags, self.eps, drop_prob=self._dropped())
+        if not self.train_uses_batch_stats or not self.track_running_stats:
+            return spec
+        names = (*self.running_names, "num_batches_tracked", "skipped_updates", "_momentum")
+        running = tuple(self._buffers[name] for name in names)
+        track = (2 if running[4] is None else 1) if self.training else 0
+        return replace(spec, flags=replace(flags, frozen=not self.training, track=track), running=running)
 
     def drop(self, statistics: Tensor) -> Tensor:
         """Return what E_s reads of mu and sigma, one below the other, (2 N, C) or (2, C)."""

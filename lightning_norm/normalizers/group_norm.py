@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
+from lightning_norm.layers.arguments import check_num_groups, stateless
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.inference import share_parameters
@@ -19,46 +21,46 @@ class GroupNorm(MomentNorm):
 
     .. math:: y = \gamma \frac{x - \mu_{ng}}{\sqrt{\sigma^2_{ng} + \epsilon}} + \beta, \qquad g = \lfloor cG/C \rfloor
 
-    Equal to ``torch.nn.GroupNorm(groups, num_features)``. Wu and He 2018, arXiv 1803.08494.
+    Equal to ``torch.nn.GroupNorm(num_groups, num_features)``. Wu and He 2018, arXiv 1803.08494.
 
     Args:
         num_features: channels, the C of an input (N, C, *).
-        groups: G; must divide the channels.
+        num_groups: G; must divide the channels.
         options: eps, affine, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
-        ValueError: ``groups`` does not divide ``num_features``.
+        ValueError: ``num_groups`` does not divide ``num_features``.
 
-    >>> GroupNorm(8, groups=4)(torch.randn(2, 8, 5, 5)).shape
+    >>> GroupNorm(8, num_groups=4)(torch.randn(2, 8, 5, 5)).shape
     torch.Size([2, 8, 5, 5])
     """
 
     key = "gn"
     paper = Paper("Wu and He", 2018, "Group Normalization", "arXiv 1803.08494")
     train_uses_batch_stats: ClassVar[bool] = False
-    repr_arguments: ClassVar[tuple[str, ...]] = ("groups",)
-    tested_with: ClassVar[dict[str, Any]] = {"groups": 3}
+    repr_arguments: ClassVar[tuple[str, ...]] = ("num_groups",)
+    test_arguments: ClassVar[dict[str, Any]] = {"num_groups": 3}
 
-    def __init__(self, num_features: int, *, groups: int = 32, **options: Any) -> None:
+    def __init__(self, num_features: int, *, num_groups: int = 32, **options: Any) -> None:
         super().__init__(num_features, **stateless(type(self).__name__, options))
-        self.groups = check_groups(type(self).__name__, num_features, groups)
+        self.num_groups = check_num_groups(type(self).__name__, num_features, num_groups)
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
-        group = m.over_channels(self.groups)
+        group = m.over_channels(self.num_groups)
         return self.standardize(group.mean, group.var)
 
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's GroupNorm."""
-        return _torch_group_norm(self, self.groups)
+        return _torch_group_norm(self, self.num_groups)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the same equation for the kernels."""
-        return mixture_spec(self, ("ln",), num_groups=self.groups)
+        return mixture_spec(self, ("ln",), num_groups=self.num_groups)
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and group."""
-        return size * self.num_features // self.groups
+        return size * self.num_features // self.num_groups
 
 
 class LayerNorm(MomentNorm):
@@ -70,7 +72,11 @@ class LayerNorm(MomentNorm):
 
     Args:
         num_features: channels, the C of an input (N, C, *).
-        options: eps, affine, channel_dim, device, dtype: see :class:`MomentNorm`.
+        eps, affine: as torch's eps and elementwise_affine, and by position likewise.
+        options: channel_dim, device, dtype: see :class:`MomentNorm`.
+
+    Raises:
+        ValueError: ``num_features`` is no int, such as torch's ``normalized_shape`` of several axes.
 
     Differs from ``torch.nn.LayerNorm``: on tokens (N, L, C) the statistics run over L and C; per-token layer norm is
     torch's own.
@@ -83,8 +89,14 @@ class LayerNorm(MomentNorm):
     paper = Paper("Ba et al.", 2016, "Layer Normalization", "arXiv 1607.06450")
     train_uses_batch_stats: ClassVar[bool] = False
 
-    def __init__(self, num_features: int, **options: Any) -> None:
-        super().__init__(num_features, **stateless(type(self).__name__, options))
+    def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True, **options: Any) -> None:
+        if isinstance(num_features, (tuple, list, torch.Size)):
+            raise ValueError(
+                f"LayerNorm: num_features must be a positive int, got {num_features!r}: it normalizes over the "
+                f"channels and all positions. Type LayerNorm({num_features[0] if num_features else 8!r}), or use "
+                "torch.nn.LayerNorm for the last axes of a shape."
+            )
+        super().__init__(num_features, eps=eps, affine=affine, **stateless(type(self).__name__, options))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
@@ -104,35 +116,7 @@ class LayerNorm(MomentNorm):
         return size * self.num_features
 
 
-def check_groups(who: str, num_features: int, groups: int) -> int:
-    """Return ``groups``.
-
-    Raises:
-        ValueError: it does not divide the channels.
-    """
-    if not isinstance(groups, int) or groups < 1 or num_features % groups:
-        fit = [d for d in range(1, num_features + 1) if num_features % d == 0]
-        near = sorted(sorted(fit, key=lambda d: abs(d - groups) if isinstance(groups, int) else d)[:4])
-        raise ValueError(
-            f"{who}(groups={groups!r}) cannot split {num_features} channels: groups must divide the channels. "
-            f"Divisors of {num_features} nearby: {near}."
-        )
-    return groups
-
-
 def _torch_group_norm(layer: MomentNorm, groups: int) -> nn.Module | None:
     if layer.channel_dim != 1:
         return None
     return share_parameters(layer, nn.GroupNorm(groups, layer.num_features, eps=layer.eps, affine=layer.affine))
-
-
-def stateless(who: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a class without running statistics.
-
-    Raises:
-        TypeError: they ask for some.
-    """
-    for name in ("track_running_stats", "momentum"):
-        if name in options:
-            raise TypeError(f"{who} keeps no running statistics: leave out {name}={options[name]!r}.")
-    return {**options, "track_running_stats": False}

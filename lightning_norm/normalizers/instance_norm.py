@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
-from lightning_norm.layers.inference import per_channel, share_parameters
+from lightning_norm.layers.inference import share_parameters
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.layers.variance import unbiased
 from lightning_norm.ops.fused.mixture import MixtureSpec
@@ -22,14 +23,14 @@ class InstanceNorm(MomentNorm):
     .. math:: y = \gamma \frac{x - \mu_{nc}}{\sqrt{\sigma^2_{nc} + \epsilon}} + \beta
 
     Equal to ``torch.nn.InstanceNorm1d/2d/3d``, but for ``affine``, which is on by default as in every layer of this
-    package. Ulyanov et al. 2016, arXiv 1607.08022.
+    package. The arguments have torch's order. Ulyanov et al. 2016, arXiv 1607.08022.
 
     Args:
         num_features: channels, the C of an input (N, C, *).
         track_running_stats: keep the mean over samples of mean and unbiased variance, and evaluate on it; off by
             default.
         momentum: of these.
-        options: eps, affine, channel_dim, device, dtype: see :class:`MomentNorm`.
+        eps, affine, device, dtype, channel_dim: see :class:`MomentNorm`.
 
     Raises:
         ValueError: one element per sample and channel.
@@ -41,22 +42,35 @@ class InstanceNorm(MomentNorm):
     key = "in"
     paper = Paper("Ulyanov et al.", 2016, "Instance Normalization", "arXiv 1607.08022")
     train_uses_batch_stats: ClassVar[bool] = False
-    pools_means: ClassVar[bool] = False
+    includes_between_var: ClassVar[bool] = False
 
     def __init__(
         self,
         num_features: int,
-        *,
-        track_running_stats: bool = False,
+        eps: float = 1e-5,
         momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
-        **options: Any,
+        affine: bool = True,
+        track_running_stats: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        channel_dim: int = 1,
     ) -> None:
-        super().__init__(num_features, track_running_stats=track_running_stats, momentum=momentum, **options)
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
-        own = self.track(m)
-        return self.standardize(own.mean, own.var)
+        sample = self.track(m)
+        return self.standardize(sample.mean, sample.var)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, unless it keeps running statistics."""
@@ -68,10 +82,9 @@ class InstanceNorm(MomentNorm):
         mean = Moments(m.mean, zero, m.count, m.ranks).over_batch().mean
         return mean, Moments(m.var * unbiased(m.count), zero, m.count, m.ranks).over_batch().mean
 
-    def eval_affine(self) -> Affine | None:
-        """Return the map of evaluation where running statistics are kept."""
-        twin = self.in_double()
-        return per_channel(twin.algebra(twin.running()), self.num_features) if self.track_running_stats else None
+    def evaluates_on_running_stats(self) -> bool:
+        """Tell whether running statistics are kept."""
+        return self.track_running_stats
 
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's InstanceNorm, or BatchNorm where running statistics are kept."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Paper
-from lightning_norm.layers.fused_specs import rectified
-from lightning_norm.ops.layout import stat_dtype
+from lightning_norm.layers.fused_specs import per_channel_spec
+from lightning_norm.ops.fused.per_channel import GATES, PerChannelSpec
+from lightning_norm.ops.layout import Layout, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
 
 
@@ -51,7 +53,6 @@ class RepresentativeBatchNorm(MomentNorm):
     )
     extra_parameters: ClassVar[dict[str, str]] = {"center_weight": "C", "scale_weight": "C", "scale_bias": "C"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("rectify", "gate_init")
-    preserves_eval: ClassVar[bool] = True
     starts: ClassVar[dict[str, dict[str, float]]] = {
         "center": {"center_weight": 0.0},
         "scale": {"scale_weight": 0.0, "scale_bias": 1.0},
@@ -86,7 +87,12 @@ class RepresentativeBatchNorm(MomentNorm):
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
         return self._rectified(m, lambda batch: (self.track(batch), None))
 
-    fused_spec = rectified
+    def fused_spec(self, layout: Layout) -> PerChannelSpec:
+        """Return the same equations for the kernels."""
+        unit = {f"unit_{part}": 1 + math.exp(-list(v.values())[-1]) for part, v in self.starts.items() if len(v) == 2}
+        numbers = unit if self.gate_init == "unit" else {}
+        spec = per_channel_spec(self, numbers, needs_moments=True, **dict.fromkeys(self.rectify, True))
+        return replace(spec, gates=tuple(getattr(self, name, None) for name in GATES))
 
     def _rectified(self, m: Moments, track: Callable[[Moments], tuple[Moments, Tensor | None]]) -> Affine:
         """Return the map, given what makes the statistics to use, and perhaps an offset of x_s, of the batch's."""
@@ -119,8 +125,9 @@ class RepresentativeBatchNorm(MomentNorm):
             gate = gate * (1 + math.exp(-list(self.starts[part].values())[1]))
         return gate.to(k.dtype)
 
-    def keeps_eval(self) -> bool:
-        """Tell whether every gate starts at 1."""
+    @property
+    def preserves_eval(self) -> bool:
+        """Whether every gate starts at 1."""
         return self.gate_init == "unit" or set(self.rectify) <= {"center"}
 
     @torch.no_grad()

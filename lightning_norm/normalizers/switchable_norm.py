@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.layers.arguments import check_num_groups
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
-from lightning_norm.layers.inference import per_channel
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.layers.variance import unbiased
-from lightning_norm.normalizers.group_norm import check_groups
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments, mixture
 from lightning_norm.ops.sparsestmax import sparsestmax
-
-CHOICES = ("in", "ln", "bn", "gn")
 
 
 class SwitchableNorm(MomentNorm):
@@ -39,7 +36,7 @@ class SwitchableNorm(MomentNorm):
     Args:
         num_features: channels, the C of an input (N, C, *).
         choices: which statistics to mix, in the order of the weights: "in", "ln", "bn" and also "gn".
-        groups: for "gn".
+        num_groups: for "gn".
         correction: 0 for biased variances, 1 for the authors' estimator (unbiased within each sample), which their
             checkpoints need.
         sparse: replace the softmax by sparsestmax, which reaches one-hot weights as ``radius`` grows.
@@ -66,37 +63,34 @@ class SwitchableNorm(MomentNorm):
     )
     extra_parameters: ClassVar[dict[str, str]] = {"mean_weight": "3", "var_weight": "3"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse")
+    mean_weight: nn.Parameter
+    var_weight: nn.Parameter
 
     def __init__(
         self,
         num_features: int,
         *,
-        choices: Sequence[str] = ("in", "ln", "bn"),
-        groups: int = 32,
-        correction: int = 0,
+        choices: Sequence[Literal["in", "ln", "bn", "gn"]] = ("in", "ln", "bn"),
+        num_groups: int = 32,
+        correction: Literal[0, 1] = 0,
         sparse: bool = False,
         radius: Annotated[float, Scheduled(0, 1)] = 0.0,
         zero_weight: bool = False,
         momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
         **options: Any,
     ) -> None:
-        choices = tuple(choices)
-        if not choices or set(choices) - set(CHOICES) or len(set(choices)) < len(choices):
-            raise ValueError(f"SwitchableNorm: choices must be distinct names out of {CHOICES}, got {choices}.")
-        if correction not in (0, 1):
-            raise ValueError(
-                f"SwitchableNorm: correction must be 0 (biased) or 1 (the authors' estimator), got {correction!r}."
-            )
-        self.choices, self.zero_weight = choices, zero_weight
+        if not choices:
+            raise ValueError("SwitchableNorm: choices must name at least one statistic, got none.")
+        self.choices, self.zero_weight = tuple(choices), zero_weight
         if "bn" not in choices:
             options["track_running_stats"] = False
         super().__init__(num_features, momentum=momentum, **options)
-        self.groups = check_groups("SwitchableNorm", num_features, groups) if "gn" in choices else groups
+        self.num_groups = (
+            check_num_groups("SwitchableNorm", num_features, num_groups) if "gn" in choices else num_groups
+        )
         self.correction, self.sparse = correction, sparse
         self.radius = radius
-        device, dtype = options.get("device"), options.get("dtype")
-        self.mean_weight = nn.Parameter(torch.ones(len(choices), device=device, dtype=dtype))  # lambda
-        self.var_weight = nn.Parameter(torch.ones(len(choices), device=device, dtype=dtype))  # lambda'
+        self._add_parameters(options, mean_weight=(len(choices),), var_weight=(len(choices),))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
@@ -105,22 +99,22 @@ class SwitchableNorm(MomentNorm):
             m = Moments(m.mean, m.var * unbiased(m.count), m.count, m.ranks)
         statistics = [self._statistic(k, m, alone) for k in self.choices]
         dtype = m.mean.dtype  # float64 for float32 inputs: a sum of weights off by 1e-7 would be multiplied by the mean
-        w, v = self._mix(self.mean_weight.to(dtype), alone), self._mix(self.var_weight.to(dtype), alone)
+        w, v = (self._mix(logits.to(dtype), alone) for logits in (self.mean_weight, self.var_weight))
         return self.standardize(mixture(w, [s.mean for s in statistics]), mixture(v, [s.var for s in statistics]))
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, which know either "ln" or "gn" and more than one element."""
         if layout.size == 1 or {"ln", "gn"} <= set(self.choices):
             return None
-        w, v = (self._mix(t, False) if self.sparse else t for t in (self.mean_weight, self.var_weight))
-        names, groups = (k.replace("gn", "ln") for k in self.choices), self.groups if "gn" in self.choices else 1
+        w, v = (self._mix(t) if self.sparse else t for t in (self.mean_weight, self.var_weight))
+        names, groups = (k.replace("gn", "ln") for k in self.choices), self.num_groups if "gn" in self.choices else 1
         more = {"correction": self.correction, "num_groups": groups, "softmax": not self.sparse}
         return mixture_spec(self, tuple(names), w=w, v=v, **more)
 
     def _statistic(self, k: str, m: Moments, alone: bool) -> Moments:
         if k == "in":
             return m
-        s = {"ln": m.over_channels, "gn": lambda: m.over_channels(self.groups), "bn": m.over_batch}[k]()
+        s = {"ln": m.over_channels, "gn": lambda: m.over_channels(self.num_groups), "bn": m.over_batch}[k]()
         if alone and self.correction:  # the authors' 1d layer: unbiased over the only axis there is
             s = Moments(s.mean, s.var * unbiased(s.count), s.count, s.ranks)
         return self.track(s) if k == "bn" else s
@@ -129,14 +123,14 @@ class SwitchableNorm(MomentNorm):
         """Return the mean and variance that the running ones move towards; the authors' estimator as it is."""
         return (m.mean, m.var) if self.correction else super().running_target(m)
 
-    def _mix(self, logits: Tensor, alone: bool) -> Tensor:
-        """Return the importance weights, (len(choices),), non-negative with sum 1."""
+    def _mix(self, logits: Tensor, alone: bool = False) -> Tensor:
+        """Return the importance weights, (len(choices),), non-negative with sum 1; 0 for "in" where x is ``alone``."""
         if alone and "in" in self.choices and len(self.choices) > 1:
             gone = self.choices.index("in")
-            kept = self._mix(torch.cat([logits[:gone], logits[gone + 1 :]]), False)
-            return torch.cat([kept[:gone], kept.new_zeros(1), kept[gone:]])
+            rest = self._mix(torch.cat([logits[:gone], logits[gone + 1 :]]))
+            return torch.cat([rest[:gone], rest.new_zeros(1), rest[gone:]])
         logits = logits.to(at_least_float32(logits.dtype))
-        return sparsestmax(logits, self._buffers["_radius"]) if self.sparse else torch.softmax(logits, 0)
+        return sparsestmax(logits, self.scheduled("radius")) if self.sparse else torch.softmax(logits, 0)
 
     def without_effect(self) -> dict[str, str]:
         """Name the radius of a softmax."""
@@ -145,15 +139,12 @@ class SwitchableNorm(MomentNorm):
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
         """Return the importance weights of means and variances, each (len(choices),), in the order of ``choices``."""
-        return {"mean": self._mix(self.mean_weight, False), "var": self._mix(self.var_weight, False)}
+        return {"mean": self._mix(self.mean_weight), "var": self._mix(self.var_weight)}
 
-    def eval_affine(self) -> Affine | None:
-        """Return the map of evaluation where all importance is on the batch statistics."""
-        w = self.importance()
-        if not self.track_running_stats or any(float(v[self.choices.index("bn")]) != 1 for v in w.values()):
-            return None
-        twin = self.in_double()
-        return per_channel(twin.standardize(twin.running().mean, twin.running().var), self.num_features)
+    def evaluates_on_running_stats(self) -> bool:
+        """Tell whether all importance is on the batch statistics."""
+        at = self.choices.index("bn") if self.track_running_stats else None
+        return at is not None and all(float(w[at]) == 1 for w in self.importance().values())
 
     def monitor(self) -> dict[str, Tensor]:
         """Return the importance weights one by one: ``mean_in``, ``mean_ln``, ..., ``var_bn``."""
@@ -165,6 +156,10 @@ class SwitchableNorm(MomentNorm):
             return n * size
         return size if self.choices == ("in",) else size * self.num_features
 
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return 1 for lambda and lambda', and 0 for weight with ``zero_weight``."""
+        return {"mean_weight": 1.0, "var_weight": 1.0, **({"weight": 0.0} if self.zero_weight else {})}
+
     def take_from(self, source: nn.Module) -> None:
         """Take over a layer's Parameters and running statistics.
 
@@ -174,26 +169,12 @@ class SwitchableNorm(MomentNorm):
         if self.zero_weight and getattr(source, "weight", None) is not None:
             raise ValueError(
                 "SwitchableNorm: zero_weight=True would overwrite the weight that the swap moves. Build the network "
-                "with its "
-                "own zero-init option (torchvision: zero_init_residual=True) and leave zero_weight out."
+                "with its own zero-init option (torchvision: zero_init_residual=True) and leave zero_weight out."
             )
         super().take_from(source)
 
-    def reset_parameters(self) -> None:
-        """Set weight to 1 (0 with ``zero_weight``), bias to 0, lambda and lambda' to 1."""
-        super().reset_parameters()
-        for name in ("mean_weight", "var_weight"):
-            if name in self._parameters:
-                nn.init.ones_(getattr(self, name))
-        if self.zero_weight and self.weight is not None:
-            nn.init.zeros_(self.weight)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        held = state_dict.get(prefix + "mean_weight")
-        if isinstance(held, Tensor) and held.numel() != len(self.choices):
-            known = {2: '("in", "ln") or, for the authors\' 1d layer, ("ln", "bn")', 3: '("in", "ln", "bn")'}
-            raise RuntimeError(
-                f"{prefix[:-1] or 'this layer'}: the checkpoint mixes {held.numel()} statistics, this SwitchableNorm "
-                f"has choices={self.choices}. Type choices={known.get(held.numel(), 'those of the checkpoint')}."
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
+        """Return the choices behind a checkpoint's lambda."""
+        known = {2: '("in", "ln") or, for the authors\' 1d layer, ("ln", "bn")', 3: '("in", "ln", "bn")'}
+        fit = known.get(tensor.numel(), f"the {tensor.numel()} statistics of the checkpoint")
+        return f"choices={fit} in place of {self.choices}" if name in ("mean_weight", "var_weight") else ""

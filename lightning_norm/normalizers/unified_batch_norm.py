@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Paper
-from lightning_norm.layers.fused_specs import unified
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.condensation import condensation, squared_norms
+from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
 
@@ -92,7 +94,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         "affine": {"affine_weight": 0.0, "affine_bias": -1.0},
     }
     counters: ClassVar[tuple[str, ...]] = ("measured", "skipped", "skipped_in_a_row")
-    tested_with: ClassVar[dict[str, Any]] = {"min_updates": 0}
+    test_arguments: ClassVar[dict[str, Any]] = {"min_updates": 0}
 
     def __init__(
         self,
@@ -129,7 +131,8 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra; with a threshold, in training, the one that also measures the condensation of x."""
-        chooses = self.training and self.track_running_stats and self.pool is None  # recalibration takes every batch
+        recalibrates = isinstance(self.accumulator, StatisticsAccumulator)  # which takes every batch
+        chooses = self.training and self.track_running_stats and not recalibrates
         if self.scheduled("threshold") is None or not chooses:
             return self.algebra
 
@@ -139,7 +142,15 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
         return algebra
 
-    fused_spec = unified
+    def fused_spec(self, layout: Layout) -> PerChannelSpec:
+        """Return the same equations for the kernels, which measure the condensation where a threshold is set."""
+        spec, threshold = super().fused_spec(layout), self.scheduled("threshold")
+        if threshold is None or not self.training or not self.track_running_stats:
+            return spec
+        how = 2 if self.mode == "gate" else {"detach": 1, "renorm": 3}[self.condensed_grad]
+        flags = replace(spec.flags, condensed=how, min_updates=self.min_updates, max_skip=self.max_skip)
+        counters = tuple(self._buffers[name] for name in ("condensation", *self.counters))
+        return replace(spec, flags=flags, counters=counters, threshold=threshold)
 
     def _choose(self, similarity: Tensor, batch: Moments) -> tuple[Moments, Tensor | None]:
         """Return the statistics to normalize by, and move the running ones if the batch is not condensed.
@@ -149,7 +160,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         """
         held = self.running()
         mean, var, condensed = snapshot(held.mean, held.var, self._condensed(similarity))
-        self._update(batch, ~condensed)
+        self._update_running(batch, ~condensed)
         if self.mode == "gate":
             return batch, None
         mean, var = mean.to(batch.mean.dtype), var.to(batch.var.dtype)

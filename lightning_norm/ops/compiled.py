@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lightning_norm.errors import CompileWarning
 MANY_SHAPES = 16
 """Input shapes of one kind of layer beyond which it is compiled once more, for every shape."""
 
-KIND = "_compiled_kind"
+GRAPH_KEY = "_compiled_kind"
 """Name under which a layer keeps what it must agree in with others; whoever sets an attribute deletes it."""
 
 _graphs: dict[Hashable, Callable[[nn.Module, Tensor], Tensor]] = {}
@@ -30,7 +30,11 @@ _observers: list[Callable[[str], None]] = []
 
 
 def compiled_forward(
-    layer: nn.Module, x: Tensor, forward: Callable[[Any, Tensor], Tensor], ranks: Hashable = None
+    layer: nn.Module,
+    x: Tensor,
+    forward: Callable[[Any, Tensor], Tensor],
+    ranks: Hashable = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Run ``forward(layer, x)`` under torch.compile(fullgraph=True).
 
@@ -39,20 +43,32 @@ def compiled_forward(
         x: its input.
         forward: the plain function to compile.
         ranks: the ranks it pools with, which a graph takes for constant.
+        options: further arguments of ``torch.compile``.
     """
-    kind = (forward, ranks, _kind_of(layer), x.dtype, x.dim(), x.device, x.requires_grad, torch.is_grad_enabled())
+    options = options or {}
+    kind = (
+        forward,
+        ranks,
+        repr(options),
+        _kind_of(layer),
+        x.dtype,
+        x.dim(),
+        x.device,
+        x.requires_grad,
+        torch.is_grad_enabled(),
+    )
     key: Hashable = (kind, tuple(x.shape), x.stride())
     if key not in _graphs and _shapes[kind] >= MANY_SHAPES:
         key = kind
     if key not in _graphs:
-        _graphs[key] = _new_graph(layer, x, forward, kind)
+        _graphs[key] = _new_graph(layer, x, forward, kind, options)
     try:
         return _graphs[key](layer, x)
     except Exception as error:
         if type(error).__name__ != "FailOnRecompileLimitHit":  # importing it would import the whole compiler
             raise
         # torch guards on something that the key does not hold: begin again with a code object that has no variants yet.
-        _graphs[key] = _new_graph(layer, x, forward, kind)
+        _graphs[key] = _new_graph(layer, x, forward, kind, options)
         return _graphs[key](layer, x)
 
 
@@ -61,13 +77,13 @@ def _kind_of(layer: nn.Module) -> Hashable:
 
     Kept on the layer until an attribute of it is set: this runs in every forward pass.
     """
-    kind: Hashable = vars(layer).get(KIND)
+    kind: Hashable = vars(layer).get(GRAPH_KEY)
     if kind is not None:
         return kind
     plain = tuple(v for v in vars(layer).values() if isinstance(v, (bool, int, float, str, tuple, type(None))))
     tensors = (*layer._parameters.values(), *layer._buffers.values())
     kinds = tuple(None if t is None else (t.dtype, t.requires_grad) for t in tensors)
-    kind = layer.__dict__[KIND] = (type(layer), repr(plain), kinds)
+    kind = layer.__dict__[GRAPH_KEY] = (type(layer), repr(plain), kinds)
     return kind
 
 
@@ -96,7 +112,11 @@ def on_compile(observer: Callable[[str], None]) -> Callable[[], None]:
 
 
 def _new_graph(
-    layer: nn.Module, x: Tensor, forward: Callable[[Any, Tensor], Tensor], kind: Hashable
+    layer: nn.Module,
+    x: Tensor,
+    forward: Callable[[Any, Tensor], Tensor],
+    kind: Hashable,
+    options: Mapping[str, Any],
 ) -> Callable[[nn.Module, Tensor], Tensor]:
     _shapes[kind] += 1
     dynamic = _shapes[kind] > MANY_SHAPES
@@ -116,5 +136,7 @@ def _new_graph(
     own = types.FunctionType(
         run.__code__.replace(co_name=f"run_{len(_graphs)}"), run.__globals__, closure=run.__closure__
     )
-    compiled: Callable[[nn.Module, Tensor], Tensor] = torch.compile(own, fullgraph=True, dynamic=dynamic)
+    compiled: Callable[[nn.Module, Tensor], Tensor] = torch.compile(
+        own, **{"fullgraph": True, "dynamic": dynamic, **options}
+    )
     return compiled

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_norm.layers.arguments import arguments_of, checked_arguments
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.registry import NormSpec, arguments_of, checked_arguments
+from lightning_norm.layers.registry import NormSpec
 from lightning_norm.normalizers import resolve
 from lightning_norm.normalizers.group_norm import GroupNorm
 from lightning_norm.surgery.select import LAZY
@@ -67,7 +68,7 @@ def convert(
 def own_arguments(layer: nn.Module) -> dict[str, Any]:
     """Return the arguments that only the layer's class has, and the scheduled ones."""
     cls = type(layer)
-    names = dict.fromkeys((*getattr(cls, "repr_arguments", ()), *getattr(cls, "ranges", ()), "groups"))
+    names = dict.fromkeys((*getattr(cls, "repr_arguments", ()), *getattr(cls, "ranges", ()), "num_groups"))
     return {n: getattr(layer, n) for n in names if n in arguments_of(cls) and hasattr(layer, n)}
 
 
@@ -77,7 +78,7 @@ def unchanged_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
     if getattr(module, "eps", layer.eps) != layer.eps:
         return False, f"eps {getattr(module, 'eps', None)} -> {layer.eps}"
     same = {
-        "gn": isinstance(module, nn.GroupNorm) and module.num_groups == getattr(layer, "groups", None),
+        "gn": isinstance(module, nn.GroupNorm) and module.num_groups == getattr(layer, "num_groups", None),
         "ln": isinstance(module, nn.GroupNorm) and module.num_groups == 1,
         "in": came.startswith("InstanceNorm") and not getattr(module, "track_running_stats", False),
     }
@@ -86,7 +87,7 @@ def unchanged_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
         ours = isinstance(module, Normalizer) and module.key != "bn"
         if ours or came.startswith("Instance") or not hasattr(module, "running_mean"):
             return False, f"{came} and {type(layer).__name__} use different statistics"
-        if not layer.keeps_eval():
+        if not layer.preserves_eval:
             return (
                 False,
                 "uses each sample's own statistics" if layer.eval_uses_input_stats else "does not start as BatchNorm",
@@ -151,7 +152,7 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
     if held is not None:
         arguments |= {"device": held.device, "dtype": held.dtype}
     if isinstance(module, nn.GroupNorm) and issubclass(cls, GroupNorm):
-        arguments["groups"] = module.num_groups
+        arguments["num_groups"] = module.num_groups
     if type(module) is cls:
         arguments |= own_arguments(module)
         tracks = cls.train_uses_batch_stats or bool(module.track_running_stats)

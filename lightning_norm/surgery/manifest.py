@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_norm.errors import CheckpointError
+from lightning_norm.layers.arguments import arguments_of
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.registry import arguments_of
-from lightning_norm.layers.swap_record import MANIFEST_KEY
+from lightning_norm.layers.swap_record import MANIFEST_KEY, swap_settings
 from lightning_norm.normalizers import normalizers
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.select import clean_name
@@ -32,7 +32,7 @@ def manifest_of(model: nn.Module) -> dict[str, Any] | None:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(clean_name(name))
     layers = [
-        _entry(names[id(layer)], layer.origin, layer.options(), type(layer).__name__, layer.num_features)
+        _entry(names[id(layer)], layer.origin, swap_settings(layer), type(layer).__name__, layer.num_features)
         for layer in model.modules()
         if isinstance(layer, Normalizer) and layer.origin is not None
     ]

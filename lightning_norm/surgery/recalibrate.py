@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.running_stats import write_running
 from lightning_norm.layers.variance import unbiased
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
@@ -147,12 +148,13 @@ def _watch_ours(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccumul
     held = {name: t.clone() for name, t in layer._buffers.items() if t is not None}
     state = {name: layer.__dict__[name] for name in ("sync", "compiled")}
     stat = layer._buffers[layer.running_names[0]]
-    pool = layer.pool = StatisticsAccumulator(
-        (stat.numel() // layer.num_features, layer.num_features), layer.pools_means
+    before = layer.accumulator
+    pool = layer.accumulator = StatisticsAccumulator(
+        (stat.numel() // layer.num_features, layer.num_features), layer.includes_between_var
     )
 
     def back() -> None:
-        layer.pool = None
+        layer.accumulator = before
         for name, value in state.items():
             setattr(layer, name, value)
         for name, value in held.items():  # whatever else a training step counts or measures
@@ -195,7 +197,7 @@ def _settle(
         layer: Any = layers[name]
         m = moments[name]
         if isinstance(layer, Normalizer):
-            layer.write_running(m)
+            write_running(layer, m)
         else:
             layer.running_mean.copy_(m.mean.reshape(-1))
             layer.running_var.copy_((m.var * unbiased(m.count)).reshape(-1))

@@ -4,7 +4,7 @@
 
     @pytest.mark.parametrize("name", checks())
     def test_my_norm(name):
-        checks()[name](MyNorm)  # or functools.partial(MyNorm, groups=3)
+        checks()[name](MyNorm)  # or functools.partial(MyNorm, num_groups=3)
 
 A check raises AssertionError and says what differs, by how much, and how much was allowed.
 """

@@ -107,8 +107,10 @@ def preserves_eval(make: Make) -> None:
         )
     x = features(4, C, 7, 3, seed=9, dtype=torch.float64)
     apart = distance(layer.eval()(x), bn.eval()(x))
-    keeps = layer.keeps_eval()
-    assert (apart < 1e-12) == keeps, f"keeps_eval()={keeps}, but evaluation differs by {apart:.1e} from the BatchNorm's"
+    keeps = layer.preserves_eval
+    assert (apart < 1e-12) == keeps, (
+        f"preserves_eval={keeps}, but evaluation differs by {apart:.1e} from the BatchNorm's"
+    )
 
 
 @check
@@ -165,7 +167,7 @@ def scheduled(make: Make) -> None:
         moved = [distance(outcome(a), outcome(b)) for a, b in fresh]
         assert max(moved) > 1e-6, f"{name} has no effect at {low} against {high}, whatever flag is set"
         layer = make(C)
-        nothing = () if name in layer.may_be_none else (None,)
+        nothing = () if span.optional else (None,)
         for bad in (span.low - 0.1, span.high + 0.1, float("nan"), "x", *nothing):
             held = getattr(layer, name)
             with refused(ValueError, f"{name} = {bad!r}", name, str(bad)):

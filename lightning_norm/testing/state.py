@@ -79,7 +79,7 @@ def loads_batch_norm(make: Make) -> None:
             same(own[name], given[name], 0.0, f"{name} of the BatchNorm")
         elif name in start and not layer.translated_tensors:  # otherwise it may be made of what the BatchNorm held
             same(own[name], start[name], 0.0, f"{name}, absent from the BatchNorm,")
-    if layer.keeps_eval():
+    if layer.preserves_eval:
         x = features(4, C, 7, 3, seed=9)
         same(layer.eval()(x), bn.eval()(x), 1e-5, "loaded from a BatchNorm, evaluation")
 

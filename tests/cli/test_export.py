@@ -64,7 +64,11 @@ def test_a_checkpoint_becomes_a_program(layers, target, trained, capsys):
 
 
 def test_without_a_checkpoint_the_configuration_is_swapped(trained, capsys):
-    swap = ["--trainer.callbacks+=NormSwap", "--trainer.callbacks.norm=gn", "--trainer.callbacks.norm_args={groups: 2}"]
+    swap = [
+        "--trainer.callbacks+=NormSwap",
+        "--trainer.callbacks.norm=gn",
+        "--trainer.callbacks.norm_args={num_groups: 2}",
+    ]
     run(["--model", "exported_job.Exported", *swap, "--shape", "1x3x8x8", "--out", "n.pt2"])
     assert "GroupNorm" in capsys.readouterr().out
     assert torch.export.load("n.pt2").module()(X).shape == (5,)

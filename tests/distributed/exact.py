@@ -26,7 +26,7 @@ class Network(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         cls = normalizers()[key]
-        self.first, self.second, self.branch = (cls(C, **{**cls.tested_with, **arguments}) for _ in range(3))
+        self.first, self.second, self.branch = (cls(C, **{**cls.test_arguments, **arguments}) for _ in range(3))
         self.one, self.two = nn.Conv2d(3, C, 3), nn.Conv2d(C, C, 3, padding=1)
         self.case, self.steps = case, 0
         if case != "branch":

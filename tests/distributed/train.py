@@ -45,7 +45,7 @@ def main(key, devices, out, backend="auto"):
         strategy="ddp" if devices > 1 else "auto",
         callbacks=[
             NormSwap(
-                key, norm_args={"groups": 2} if key == "gn" else None, accumulate_statistics=more, backend=backend
+                key, norm_args={"num_groups": 2} if key == "gn" else None, accumulate_statistics=more, backend=backend
             ),
             *([NormScheduler({"momentum": InversePower(0.5)}, "step")] if key == "sn" else []),
         ],

@@ -11,7 +11,7 @@ from lightning_norm.testing.kit import distance, features, noise, statistics
 C = 24
 OF_CN = {"context": "ids", "num_contexts": 3}
 LAYERS = [
-    *((key, OF_CN if key == "cn" else dict(cls.tested_with)) for key, cls in lightning_norm.normalizers().items()),
+    *((key, OF_CN if key == "cn" else dict(cls.test_arguments)) for key, cls in lightning_norm.normalizers().items()),
     ("ubn", {"threshold": -0.5, "min_updates": 0}),
 ]
 """Every registered normalizer; ubn once more with condensation, at a threshold that every batch passes."""

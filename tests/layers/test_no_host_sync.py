@@ -12,7 +12,7 @@ from lightning_norm.ops import eager
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 CASES = {
-    **{key: cls.tested_with for key, cls in normalizers().items() if cls.__module__.startswith("lightning_norm.")},
+    **{key: cls.test_arguments for key, cls in normalizers().items() if cls.__module__.startswith("lightning_norm.")},
     "ubn, switch": {"threshold": 0.2, "min_updates": 0},
     "ubn, gate": {"threshold": 0.2, "min_updates": 0, "mode": "gate"},
     "dbn, power": {"power": 2.001},

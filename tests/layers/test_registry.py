@@ -9,7 +9,7 @@ KEYS = [key for key, cls in normalizers().items() if cls.__module__.startswith("
 
 @pytest.mark.parametrize("key", KEYS)
 def test_text_is_a_number_or_an_error(key):
-    arguments = normalizers()[key].tested_with
+    arguments = normalizers()[key].test_arguments
     assert create(key, 6, **arguments, eps="1e-3").eps == 1e-3
     with pytest.raises(ValueError, match=r"\w+: eps must be a number, got the text 'small'. Type it like 1.0e-3"):
         create(key, 6, **arguments, eps="small")
@@ -17,7 +17,7 @@ def test_text_is_a_number_or_an_error(key):
         normalizers()[key](6, **arguments, eps="1e-3")
 
 
-@pytest.mark.parametrize(("key", "typo", "meant"), [("sn", "momentun", "momentum"), ("gn", "group", "groups")])
+@pytest.mark.parametrize(("key", "typo", "meant"), [("sn", "momentun", "momentum"), ("gn", "group", "num_groups")])
 @pytest.mark.parametrize("form", ["argument", "init_args"])
 def test_an_unknown_argument_names_class_and_nearest(key, typo, meant, form):
     spec, arguments = (key, {typo: 1}) if form == "argument" else ({"class_path": key, "init_args": {typo: 1}}, {})

@@ -18,7 +18,7 @@ MORE = {"cn(ids)": {"context": "ids"}, "cn(ids, no statistics)": {"context": "id
 
 def layer(name):
     key = name.partition("(")[0]
-    made = create(key, 6, **MORE.get(name, normalizers()[key].tested_with))
+    made = create(key, 6, **MORE.get(name, normalizers()[key].test_arguments))
     for tensor in made.state_dict().values():
         tensor.add_(torch.rand(tensor.shape) if tensor.is_floating_point() else 1)
     return made

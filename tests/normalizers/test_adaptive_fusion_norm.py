@@ -109,9 +109,9 @@ def test_closed_gates_are_batch_norm(training):
         y = layer(a)
         results.append((y, *torch.autograd.grad(y, [a, layer.weight, layer.bias], dy)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
-    assert ours.keeps_eval()
-    assert not AdaptiveFusionNorm(6, gate_init=-math.inf).keeps_eval()
-    assert not AdaptiveFusionNorm(6, rescale_init=0.0).keeps_eval()
+    assert ours.preserves_eval
+    assert not AdaptiveFusionNorm(6, gate_init=-math.inf).preserves_eval
+    assert not AdaptiveFusionNorm(6, rescale_init=0.0).preserves_eval
     ours(x).mean().backward()
     assert ours.lambda_mu.grad == ours.lambda_sigma.grad == 0  # closed for good
 

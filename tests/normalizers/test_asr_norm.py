@@ -44,7 +44,7 @@ def test_closed_gates_are_instance_norm():
     layer = ASRNorm(6, gate_init=-math.inf, rescale_init=0.0).double()
     x = data(5, 6, 7, 3)
     torch.testing.assert_close(layer(x), InstanceNorm(6).double()(x), rtol=1e-12, atol=1e-12)
-    assert not layer.keeps_eval()
+    assert not layer.preserves_eval
 
 
 def test_without_the_rescaling_gate():

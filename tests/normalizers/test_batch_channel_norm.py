@@ -86,6 +86,6 @@ def test_momentum_takes_effect():
 def test_sigmoid_starts_near_one_and_unknown_constraint_is_refused():
     layer = BatchChannelNorm(6, constraint="sigmoid")
     assert 0.997 < layer.mixture().min() < 0.998
-    assert not layer.keeps_eval()
+    assert not layer.preserves_eval
     with pytest.raises(ValueError, match="'tanh'"):
         BatchChannelNorm(6, constraint="tanh")

@@ -120,7 +120,7 @@ def test_a_dirac_is_batch_norm_and_a_zero_is_nothing(training):
     layer.kernel.data.fill_(2.0)
     layer.reset_parameters()
     assert not layer.kernel.any()
-    assert not layer.keeps_eval()
+    assert not layer.preserves_eval
 
 
 def test_half_maps_are_convolved_in_float32():
@@ -244,7 +244,7 @@ def test_a_missing_kernel_is_an_error():
         ({"kernel_size": 4}, "odd int, got 4.*Type kernel_size=3"),
         ({"kernel_size": 0}, "odd int, got 0"),
         ({"kernel_size": (3, 3)}, "odd int"),
-        ({"spatial_dims": 4}, "1, 2 or 3, got 4.*spatial_dims=2"),
+        ({"spatial_dims": 4}, r"spatial_dims must be one of \(1, 2, 3\), got 4.*spatial_dims=2"),
         ({"init": "ones"}, "got 'ones'.*init='dirac'"),
     ],
 )

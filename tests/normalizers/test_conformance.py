@@ -12,4 +12,4 @@ from lightning_norm.testing import checks
 @pytest.mark.parametrize("key", normalizers())
 def test_conformance(key, name):
     cls = normalizers()[key]
-    checks()[name](functools.partial(cls, **cls.tested_with))
+    checks()[name](functools.partial(cls, **cls.test_arguments))

@@ -132,7 +132,7 @@ def test_prior_scale_is_the_published_factor():
     layer.prior.fill_(1 / 3)
     ids = ids_for(12)
     agrees(given(layer, ids), per_batch_norm(ids, factor=3**0.5), data(12, 6, 5, 3))
-    assert not layer.keeps_eval()
+    assert not layer.preserves_eval
 
 
 class TestSmallContexts:

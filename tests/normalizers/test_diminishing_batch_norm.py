@@ -260,7 +260,7 @@ def test_without_running_statistics_alpha_is_one():
     layer = DiminishingBatchNorm(6, track_running_stats=False).double()
     agrees(layer, paper(1.0), data(5, 6, 7, 3))
     agrees(layer.eval(), paper(1.0), data(5, 6, 7, 3))
-    assert not layer.keeps_eval()
+    assert not layer.preserves_eval
     assert layer.monitor() == {}
 
 

@@ -30,7 +30,7 @@ def paper(groups, eps=1e-5):
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equation(shape, groups, training):
-    agrees(shaken(GroupNorm(12, groups=groups)).train(training), paper(groups), data(*shape))
+    agrees(shaken(GroupNorm(12, num_groups=groups)).train(training), paper(groups), data(*shape))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -42,17 +42,17 @@ def test_layer_norm_is_one_group(shape, training):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("arguments", [{}, {"affine": False}, {"eps": 0.1}])
 def test_same_as_torch(shape, arguments):
-    same_as_torch(GroupNorm(12, groups=3, **arguments), nn.GroupNorm(3, 12, **arguments), shape)
+    same_as_torch(GroupNorm(12, num_groups=3, **arguments), nn.GroupNorm(3, 12, **arguments), shape)
     same_as_torch(LayerNorm(12, **arguments), nn.GroupNorm(1, 12, **arguments), shape)
 
 
 @pytest.mark.parametrize("groups", [0, -1, 5, 2.0, "x"])
 def test_groups_must_divide(groups):
     with pytest.raises(ValueError, match=r"12 channels.*[Dd]ivisors of 12"):
-        GroupNorm(12, groups=groups)
+        GroupNorm(12, num_groups=groups)
 
 
-@pytest.mark.parametrize("make", [LayerNorm, lambda c, **kw: GroupNorm(c, groups=3, **kw)])
+@pytest.mark.parametrize("make", [LayerNorm, lambda c, **kw: GroupNorm(c, num_groups=3, **kw)])
 @pytest.mark.parametrize("argument", [{"momentum": 0.1}, {"track_running_stats": True}])
 def test_running_statistics_are_refused(make, argument):
     with pytest.raises(TypeError, match=next(iter(argument))):

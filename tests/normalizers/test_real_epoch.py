@@ -67,7 +67,7 @@ THRESHOLD = {"threshold": 0.5, "min_updates": 10}
 @pytest.mark.filterwarnings("ignore::lightning_norm.ParameterGrowthWarning")
 @pytest.mark.parametrize(
     ("key", "arguments"),
-    [(key, {"groups": 4} if key == "gn" else {}) for key in normalizers()]
+    [(key, {"num_groups": 4} if key == "gn" else {}) for key in normalizers()]
     + [("ubn", {**THRESHOLD, "condensed_grad": "detach"}), ("ubn", {**THRESHOLD, "condensed_grad": "renorm"})],
 )
 def test_an_epoch(key, arguments):

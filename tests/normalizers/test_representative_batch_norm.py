@@ -73,7 +73,7 @@ def test_starts_as_batch_norm_times_the_gate(gate_init, training):
     x = data(5, 6, 7, 3)
     size = 1.0 if gate_init == "unit" else SIGMOID_OF_1
     torch.testing.assert_close(ours.train(training)(x), size * theirs.train(training)(x), rtol=1e-12, atol=1e-12)
-    assert ours.keeps_eval() == (gate_init == "unit")
+    assert ours.preserves_eval == (gate_init == "unit")
     model = nn.Sequential(theirs)
     assert swap(model, "rbn", norm_args={"gate_init": gate_init}).layers[0].preserved == (gate_init == "unit")
 

@@ -234,9 +234,9 @@ def test_starts_as_batch_norm_or_at_a_fifth():
         unit, other = (UnifiedBatchNorm(6, gate_init=g).double().train(training) for g in ("unit", "paper"))
         torch.testing.assert_close(unit(x), expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(other(x), SIGMOID[1] * SIGMOID[-1] * expected, rtol=1e-12, atol=1e-12)
-    assert unit.keeps_eval()
-    assert not other.keeps_eval()
-    assert UnifiedBatchNorm(6, rectify=["center"], gate_init="paper").keeps_eval()
+    assert unit.preserves_eval
+    assert not other.preserves_eval
+    assert UnifiedBatchNorm(6, rectify=["center"], gate_init="paper").preserves_eval
 
 
 def steps(rank, layer, batches):

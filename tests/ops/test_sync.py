@@ -47,7 +47,7 @@ def collectives():
     """Normalizer -> all-reduces in the forward and in the backward pass."""
     found = {}
     for key, cls in normalizers().items():
-        layer, x = cls(6, **cls.tested_with), torch.randn(4, 6, 5, requires_grad=True)
+        layer, x = cls(6, **cls.test_arguments), torch.randn(4, 6, 5, requires_grad=True)
         with Collectives() as forward:
             y = layer(x)
         with Collectives() as backward:

@@ -49,7 +49,7 @@ PLAIN = [
     (RunningStd, {}, "BatchNorm2d"),
     ("in", {}, "InstanceNorm2d"),
     ("in", {"track_running_stats": True}, "BatchNorm2d"),
-    ("gn", {"groups": 3}, "GroupNorm"),
+    ("gn", {"num_groups": 3}, "GroupNorm"),
     ("ln", {}, "GroupNorm"),
 ]
 
@@ -124,7 +124,7 @@ class TestToPlain:
         assert "channels from axis 1" in str(to_plain(model, torch.randn(2, 4, 6)))
 
     def test_shared_layers_hooks_and_the_model_itself(self):
-        norm, seen = create("gn", 6, groups=2), []
+        norm, seen = create("gn", 6, num_groups=2), []
         norm.register_forward_hook(lambda *_: seen.append(1))
         model = nn.ModuleDict({"a": norm, "b": nn.Sequential(norm)})
         to_plain(model)
@@ -295,7 +295,7 @@ def test_from_a_checkpoint_back_to_the_original_class(tmp_path):
     from tests.callbacks.toy import Net, loader, trainer
 
     model = Net()
-    runner = trainer(lightning_norm.NormSwap("gn", norm_args={"groups": 2}, exclude=None))
+    runner = trainer(lightning_norm.NormSwap("gn", norm_args={"num_groups": 2}, exclude=None))
     runner.fit(model, loader())
     runner.save_checkpoint(tmp_path / "x.ckpt")
     again = lightning_norm.load_from_checkpoint(Net, tmp_path / "x.ckpt")

@@ -27,7 +27,7 @@ def original(arch):
 
 
 def keeping():
-    return [key for key, cls in normalizers().items() if cls(32).keeps_eval()]
+    return [key for key, cls in normalizers().items() if cls(32).preserves_eval]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -90,7 +90,7 @@ def test_nothing_else_moves(key, fails):
         assert layer.momentum == 0.1
         assert not layer._forward_pre_hooks
         if key != "torch":
-            assert (layer.sync, layer.compiled, layer.pool) == (True, False, None)
+            assert (layer.sync, layer.compiled, layer.accumulator) == (True, False, None)
     x = data[0]
     model.train()(x)  # trains as before
     assert not torch.equal(model[0].running_mean, before["0.running_mean"])
@@ -149,7 +149,7 @@ def test_bad_input():
         recalibrate(model, batches(4), 0)
     with pytest.raises(ValueError, match="the loader gave no batch"):
         recalibrate(model, [])
-    for bare in (nn.Linear(3, 3), create("gn", 6, groups=2), nn.BatchNorm1d(3, track_running_stats=False)):
+    for bare in (nn.Linear(3, 3), create("gn", 6, num_groups=2), nn.BatchNorm1d(3, track_running_stats=False)):
         with pytest.raises(ValueError, match="no layer with running statistics"):
             recalibrate(nn.Sequential(bare), batches(4))
 

@@ -23,7 +23,7 @@ ARCHITECTURES = [
     "mnasnet0_5",
     "regnet_y_400mf",
 ]
-NORM_ARGS = {"gn": {"groups": 1}}
+NORM_ARGS = {"gn": {"num_groups": 1}}
 EVERY = [(arch, "bcn") for arch in ARCHITECTURES[1:]] + [("resnet18", key) for key in lightning_norm.normalizers()]
 
 
@@ -215,7 +215,7 @@ def test_include_exclude_and_rules():
     model = network()
     rules = {
         r"layer1\..*": None,
-        r"layer2\.0\.bn1": {"class_path": "gn", "init_args": {"groups": 4}},
+        r"layer2\.0\.bn1": {"class_path": "gn", "init_args": {"num_groups": 4}},
         r"layer[23].*": "bcn",
     }
     swap(model, rules=rules)
@@ -237,7 +237,7 @@ def test_other_sources_on_request():
     assert len(swap(copy.deepcopy(model), "sn", source=["GroupNorm", "InstanceNorm"])) == 2
     x = torch.randn(3, 6, 4, 5)
     want = model.eval()(x)
-    report = swap(model, rules={"0": {"class_path": "gn", "init_args": {"groups": 2}}, "1": "in"}, source="all")
+    report = swap(model, rules={"0": {"class_path": "gn", "init_args": {"num_groups": 2}}, "1": "in"}, source="all")
     assert all(layer.preserved for layer in report.layers)
     torch.testing.assert_close(model(x), want)
 
@@ -286,8 +286,8 @@ def test_dry_run_changes_nothing():
 def test_a_failed_swap_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.BatchNorm2d(6), nn.BatchNorm2d(7))
     modules = list(model.modules())
-    with pytest.raises(ValueError, match=re.escape("1: GroupNorm(groups=3) cannot split 7 channels")):
-        swap(model, "gn", norm_args={"groups": 3})
+    with pytest.raises(ValueError, match=re.escape("1: GroupNorm(num_groups=3) cannot split 7 channels")):
+        swap(model, "gn", norm_args={"num_groups": 3})
     assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
 
 
@@ -490,9 +490,9 @@ class TestPreserved:
         assert (row.preserved, row.reason) == (False, "mean_weight, var_weight start anew")
 
     def test_not_with_other_arguments_of_the_same_class(self):
-        model = nn.Sequential(lightning_norm.create("gn", 6, groups=3), lightning_norm.create("bn", 6))
-        rows = swap(model, rules={"0": {"class_path": "gn", "init_args": {"groups": 2}}}, source="gn", dry_run=True)
-        assert (rows.layers[0].preserved, rows.layers[0].reason) == (False, "groups 3 -> 2")
+        model = nn.Sequential(lightning_norm.create("gn", 6, num_num_groups=3), lightning_norm.create("bn", 6))
+        rows = swap(model, rules={"0": {"class_path": "gn", "init_args": {"num_groups": 2}}}, source="gn", dry_run=True)
+        assert (rows.layers[0].preserved, rows.layers[0].reason) == (False, "num_groups 3 -> 2")
         assert swap(model, rules={"0": "gn", "1": "bn"}, source=["gn", "bn"]).layers[0].preserved
         rows = swap(model, "bn", source="bn", norm_args={"channel_dim": -1}, dry_run=True)
         assert (rows.layers[0].preserved, rows.layers[0].reason) == (False, "channel_dim 1 -> -1")
@@ -530,14 +530,14 @@ class TestUndoAfterACast:
         model = small()
         model[1].weight.data = model[1].weight.data.bfloat16()
         stats = model[1].running_mean
-        swap(model, "gn", norm_args={"groups": 1}).undo()
+        swap(model, "gn", norm_args={"num_groups": 1}).undo()
         assert model[1].running_mean is stats
         assert stats.dtype == torch.float32
 
     def test_keeps_the_scheduled_values_and_the_statistics_of_ours(self):
         model = small()
         swap(model, "sn")
-        report = swap(model, "gn", source="sn", norm_args={"groups": 1})
+        report = swap(model, "gn", source="sn", norm_args={"num_groups": 1})
         model.bfloat16()
         report.undo()
         assert model[1].scheduled("momentum").dtype == torch.float64
@@ -560,23 +560,23 @@ class TestArguments:
 
     def test_group_norm_hands_on_its_groups(self):
         model = nn.Sequential(nn.GroupNorm(2, 6), nn.GroupNorm(2, 6))
-        rules = {"0": "gn", "1": {"class_path": "gn", "init_args": {"groups": 3}}}
+        rules = {"0": "gn", "1": {"class_path": "gn", "init_args": {"num_groups": 3}}}
         report = swap(model, rules=rules, source="GroupNorm")
-        assert [m.groups for m in model] == [2, 3]
+        assert [m.num_groups for m in model] == [2, 3]
         assert [row.preserved for row in report.layers] == [True, False]
 
     def test_the_same_class_hands_on_its_own_arguments(self):
-        arguments = {"choices": ("ln", "bn", "gn"), "groups": 3, "correction": 1, "sparse": True, "radius": 0.4}
+        arguments = {"choices": ("ln", "bn", "gn"), "num_groups": 3, "correction": 1, "sparse": True, "radius": 0.4}
         model = nn.Sequential(
             lightning_norm.create("sn", 6, momentum=0.3, **arguments),
-            lightning_norm.create("gn", 6, groups=3),
+            lightning_norm.create("gn", 6, num_groups=3),
             lightning_norm.create("in", 6, track_running_stats=True, momentum=0.2),
         )
         swap(model, rules={"0": "sn", "1": "gn", "2": "in"}, source=["sn", "gn", "in"])
         assert {name: getattr(model[0], name) for name in arguments} == arguments
-        assert (model[0].momentum, model[1].groups, model[2].track_running_stats) == (0.3, 3, True)
-        swap(model, "sn", source="sn", norm_args={"radius": 0.6, "groups": 2})
-        assert (model[0].radius, model[0].groups, model[0].sparse) == (0.6, 2, True)
+        assert (model[0].momentum, model[1].num_groups, model[2].track_running_stats) == (0.3, 3, True)
+        swap(model, "sn", source="sn", norm_args={"radius": 0.6, "num_groups": 2})
+        assert (model[0].radius, model[0].num_groups, model[0].sparse) == (0.6, 2, True)
 
 
 class TestPlan:

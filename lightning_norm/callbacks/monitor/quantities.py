@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Normalizer
+from lightning_norm.layers.scheduled import was_scheduled
 
 Place = tuple[str, str, str]
 """Key of the normalizer, quantity, and name of the layer."""
@@ -142,7 +143,7 @@ def scheduled(model: nn.Module, given: bool = True) -> dict[Place, float]:
         for argument in layer.ranges:
             value = getattr(layer, argument)
             chosen = argument in own and argument not in MomentNorm.ranges and value != own[argument]
-            if value is not None and (chosen or layer.was_scheduled(argument)):
+            if value is not None and (chosen or was_scheduled(layer, argument)):
                 found[key_of(layer), argument, name] = float(value)
     return found
 

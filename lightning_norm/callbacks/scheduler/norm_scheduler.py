@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_norm.callbacks.agreement import agree
 from lightning_norm.callbacks.patching import WrappedMethods
 from lightning_norm.callbacks.scheduler.targets import Target, check_run, check_value, find_targets, split_key
+from lightning_norm.layers.scheduled import set_scheduled, was_scheduled
 from lightning_norm.schedules import Schedule, as_schedule
 
 STEPS_PER_EPOCH = "lightning_norm_steps_per_epoch"
@@ -159,7 +160,7 @@ class NormScheduler(Callback):
         if self._loaded is not None:
             self._set(self._loaded)
         else:
-            self._set(0, [t for t in self._targets if not t.layer.was_scheduled(t.value)])
+            self._set(0, [t for t in self._targets if not was_scheduled(t.layer, t.value)])
             self._refresh()
 
     def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -177,13 +178,13 @@ class NormScheduler(Callback):
             key = id(target.schedule)
             if key not in values:
                 values[key] = target.schedule(time, self._epoch())
-            if getattr(target.layer, target.value) != values[key] or not target.layer.was_scheduled(target.value):
+            if getattr(target.layer, target.value) != values[key] or not was_scheduled(target.layer, target.value):
                 check_value(target, time, values[key], self.interval)
-                target.layer.set_scheduled(target.value, values[key])
+                set_scheduled(target.layer, target.value, values[key])
 
     def _refresh(self) -> None:
         for target in self._targets:
-            target.layer.set_scheduled(target.value, getattr(target.layer, target.value))
+            set_scheduled(target.layer, target.value, getattr(target.layer, target.value))
 
     def _now(self, trainer: pl.Trainer) -> int:
         return trainer.current_epoch if self.interval == "epoch" else trainer.global_step

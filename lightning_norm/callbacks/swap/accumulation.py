@@ -9,7 +9,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_norm.errors import NoEffectWarning
+from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.running_stats import close_window, open_window
 from lightning_norm.surgery.select import clean_name
 
 WINDOW = "lightning_norm_window"
@@ -58,7 +60,7 @@ class Accumulation:
                     "Type accumulate_statistics=False."
                 )
         for layer in self._layers.values():
-            layer.open_window()
+            open_window(layer)
         self._step = trainer.global_step
         self._fill()
 
@@ -67,11 +69,12 @@ class Accumulation:
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             for layer in self._layers.values():
-                layer.close_window()
+                close_window(layer)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Write what was gathered since the last step into a checkpoint, if there is anything."""
-        windows = {n: layer.window for n, layer in self._layers.items() if layer.window is not None}
+        accumulators = {n: layer.accumulator for n, layer in self._layers.items()}
+        windows = {n: window for n, window in accumulators.items() if isinstance(window, AccumulationWindow)}
         held = {n: [t.clone() for t in window.held()] for n, window in windows.items() if window.count.any()}
         if held:
             checkpoint[WINDOW] = held
@@ -85,14 +88,14 @@ class Accumulation:
     def stop(self) -> None:
         """Take the windows off; what no optimizer step has followed is dropped, as its gradients are."""
         for layer in self._layers.values():
-            layer.window = None
+            layer.accumulator = None
         self._layers = {}
         self._loaded = {}
 
     def _fill(self) -> None:
         for name, layer in self._layers.items():
-            assert layer.window is not None
-            layer.window.clear()
-            for own, saved in zip(layer.window.held(), self._loaded.get(name, ()), strict=False):
+            assert isinstance(layer.accumulator, AccumulationWindow)
+            layer.accumulator.clear()
+            for own, saved in zip(layer.accumulator.held(), self._loaded.get(name, ()), strict=False):
                 own.copy_(saved)
         self._loaded = {}

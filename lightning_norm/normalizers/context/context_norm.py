@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Paper
-from lightning_norm.layers.fused_specs import contextual
-from lightning_norm.layers.inference import per_channel
+from lightning_norm.layers.fused_specs import per_channel_spec
+from lightning_norm.layers.inference import double_copy, per_channel
 from lightning_norm.normalizers.context.assignment import ContextState, check
 from lightning_norm.normalizers.context.statistics import PerContext
 from lightning_norm.ops import kmeans
+from lightning_norm.ops.fused.per_channel import GATES, PerChannelSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
+
+CONTEXTS = 16
+"""Contexts that a kernel holds at once."""
 
 SOURCES, MISSING = ("input", "ids", "gate"), ("pooled", "posterior", "error")
 
@@ -61,10 +66,9 @@ class ContextNorm(PerContext):
     extra_parameters: ClassVar[dict[str, str]] = {"gate_weight": "3 * C", "gate_bias": "3"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("num_contexts", "context", "missing", "prior_scale", "min_count")
     float32_buffers: ClassVar[tuple[str, ...]] = ("prior", "running_spread", "centroids", "descriptor_scale")
-    preserves_eval: ClassVar[bool] = True
     no_recalibration: ClassVar[str] = "each context has statistics of its own, and batches without contexts move none"
-    needs: ClassVar[str] = "NormContext"
-    tested_with: ClassVar[dict[str, Any]] = {"context": "gate"}
+    required_callback: ClassVar[str] = "NormContext"
+    test_arguments: ClassVar[dict[str, Any]] = {"context": "gate"}
     centroids: Tensor
     descriptor_scale: Tensor
 
@@ -91,7 +95,6 @@ class ContextNorm(PerContext):
         device, dtype = options.get("device"), options.get("dtype")
         wide = at_least_float32(dtype)
         if missing == "posterior":
-            self.no_window = "missing='posterior' follows the spread of each batch"  # type: ignore[misc]
             self.register_buffer("running_spread", torch.ones(num_contexts, num_features, device=device, dtype=wide))
         if context == "input":
             self.register_buffer("centroids", torch.zeros(num_contexts, 2 * kmeans.BANDS, device=device, dtype=wide))
@@ -104,11 +107,16 @@ class ContextNorm(PerContext):
         self.eval_uses_input_stats = context == "gate" or missing == "posterior"  # type: ignore[misc]
         self.reset_parameters()
 
-    def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-        """Normalize x."""
-        if self.context != "gate" and isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point():
-            check(self, x.shape[0])
-        return super().forward(x, activation, residual)
+    @property
+    def no_window(self) -> str:
+        """Why the running statistics cannot wait for the end of a window of batches."""
+        return "missing='posterior' follows the spread of each batch" if self.missing == "posterior" else ""
+
+    def forward(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        """Normalize the input x."""
+        if self.context != "gate" and isinstance(input, Tensor) and input.dim() > 1 and input.is_floating_point():
+            check(self, input.shape[0])
+        return super().forward(input, activation, residual)
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra with the contexts of this input."""
@@ -121,13 +129,30 @@ class ContextNorm(PerContext):
         """Return the affine map of the equation above, by the gate."""
         return self.mixture(m, self.gate(m))
 
-    fused_spec = contextual
+    def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
+        """Return the same equations for the kernels; what concerns the posterior is computed in PyTorch."""
+        g, gated, kept = self.contexts.g, self.context == "gate", self.track_running_stats
+        frozen, posterior = kept and not self.training, self.missing == "posterior"
+        if self.num_contexts > CONTEXTS or (posterior and not frozen):
+            return None
+        pooled, needs_grad = not gated and g is None, not gated and g is not None and g.requires_grad
+        if needs_grad or (pooled and posterior):
+            return None
+        flags = {"contexts": self.num_contexts, "prior": self.prior_scale, "gate": gated, "pooled": pooled and frozen}
+        numbers = {"least": float(self.min_count)}
+        spec = per_channel_spec(self, numbers, needs_moments=gated or not frozen, **flags)
+        if pooled and not frozen:  # evaluation without running statistics: the batch's, and all contexts alike
+            held = self.prior_or_uniform()
+            g = held.new_full((layout.n, self.num_contexts), 1 / self.num_contexts, dtype=torch.float32)
+        gates = tuple(getattr(self, name, None) for name in GATES)
+        responsibilities = None if gated or g is None else g.float().contiguous()
+        return replace(spec, gates=gates, responsibilities=responsibilities, counters=(self.prior,))
 
     def eval_affine(self) -> Affine | None:
         """Return the pooled map, which evaluation without contexts is; ``None`` where contexts are always there."""
         if self.context != "ids" or self.missing != "pooled" or not self.track_running_stats:
             return None
-        twin: Any = self.in_double()
+        twin: Any = double_copy(self)
         return per_channel(twin.mixture(twin.running(), None), self.num_features)
 
     def why_not_plain(self, dims: int | None = None) -> str:
@@ -177,8 +202,9 @@ class ContextNorm(PerContext):
         """Tell whether the centroids were fitted, or loaded from a checkpoint."""
         return bool(self.descriptor_scale.any())
 
-    def keeps_eval(self) -> bool:
-        """Tell whether all contexts start alike, without the factor 1 / sqrt(prior)."""
+    @property
+    def preserves_eval(self) -> bool:
+        """Whether all contexts start alike, without the factor 1 / sqrt(prior)."""
         return not self.prior_scale
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.variance import unbiased
 from lightning_norm.normalizers.context.parameters import ContextRows, pool
 from lightning_norm.ops.moments import Moments
@@ -33,10 +34,10 @@ class PerContext(ContextRows):
         if self.training and self.track_running_stats:
             if self.missing == "posterior":
                 self._follow(Moments(m.mean, torch.zeros_like(m.var), 1, m.ranks).over_batch(g), share)
-            if self.window is None:
+            if not isinstance(self.accumulator, AccumulationWindow):
                 self.fold(rows, share, own.count.sum())
             else:
-                self.window.add(own.mean, own.var, own.count, self._usable(own.mean, own.var, own.count.sum()))
+                self.accumulator.add(own.mean, own.var, own.count, self._usable(own.mean, own.var, own.count.sum()))
         return rows, common.mean.detach()
 
     def _drawn(self, own: Moments) -> tuple[Moments, Tensor, Moments]:
@@ -50,7 +51,7 @@ class PerContext(ContextRows):
         var = own.var + part * (common.var - own.var + (1 - part) * apart.square())
         return Moments(own.mean + part * apart, var, own.count + part * (total - own.count)), share, common
 
-    def _close(self, m: Moments) -> None:
+    def _move_by_window(self, m: Moments) -> None:
         assert isinstance(m.count, Tensor)
         rows, share, _ = self._drawn(m)
         self.fold(rows, share, m.count.sum(), m.count.any())

@@ -393,7 +393,7 @@ class ScalarReads(TorchDispatchMode):
 @pytest.mark.parametrize("key", normalizers())
 def test_no_quantity_is_read_by_itself(key):
     cls = normalizers()[key]
-    layer = cls(6, **cls.tested_with)
+    layer = cls(6, **cls.test_arguments)
     layer(torch.randn(4, 6, 5, 5))
     quantities = Quantities(extras=True)
     with ScalarReads() as reads:

@@ -148,7 +148,7 @@ CASES = {
     **{key: ({}, {}) for key in ("bn", "in", "gn", "ln")},
 }
 DRIFTS = {"dbn": {"drift_mean", "drift_std"}, "in": set(), "gn": set(), "ln": set(), "asr": set()}
-OPTIONS = {"in": {"affine": True}, "gn": {"groups": 2}}
+OPTIONS = {"in": {"affine": True}, "gn": {"num_groups": 2}}
 
 
 @pytest.mark.parametrize("key", normalizers())

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_norm
 from lightning_norm import NoEffectWarning, NormContext, NormRecalibrate, NormSwap, create
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.running_stats import close_window, open_window
 from lightning_norm.testing.ranks import run_ranks
 from tests.callbacks.toy import Net, loader, trainer
 
@@ -150,10 +151,10 @@ class TestEqualsOneBigBatch:
         layer = create("ubn", CHANNELS, threshold=0.5, min_updates=0, dtype=torch.float64)
         alone = copy.deepcopy(layer)
         spread, alike = torch.randn(4, CHANNELS, 4, 4).double(), data(1).expand(4, -1, -1, -1)
-        layer.open_window()
+        open_window(layer)
         for x in (spread, alike):
             layer(x)
-        layer.close_window()
+        close_window(layer)
         alone(spread)
         torch.testing.assert_close(layer.running_var, alone.running_var, rtol=1e-12, atol=0)
         assert (layer.num_batches_tracked, layer.skipped) == (1, 1)
@@ -177,10 +178,10 @@ class TestEqualsOneBigBatch:
         many.compile()
         many(x[:4])  # a graph without a window is there already
         many.reset_running_stats()
-        many.open_window()
+        open_window(many)
         for part in x.split(4):
             many(part)
-        many.close_window()
+        close_window(many)
         one(x)
         torch.testing.assert_close(many.running_var, one.running_var, rtol=1e-12, atol=0)
         assert many.num_batches_tracked == 1
@@ -190,10 +191,10 @@ def windows(rank):
     found = []
     for key in ("bn", "in"):
         layer = create(key, CHANNELS, dtype=torch.float64, **LAYERS[key])
-        layer.open_window()
+        open_window(layer)
         for x in data(12).split([3, 1, 2, 3, 1, 2])[rank::2]:  # uneven in every batch
             layer(x)
-        layer.close_window()
+        close_window(layer)
         found.append([layer.running_mean, layer.running_var])
     return found
 
@@ -202,10 +203,10 @@ class TestNan:
     def test_a_batch_with_a_nan_is_left_out_and_counted_once(self):
         layer, alone = (create("bn", CHANNELS, dtype=torch.float64) for _ in range(2))
         x = data(8)
-        layer.open_window()
+        open_window(layer)
         layer(x[:4])
         layer(torch.full_like(x[:4], float("nan")))
-        layer.close_window()
+        close_window(layer)
         alone(x[:4])
         torch.testing.assert_close(layer.running_mean, alone.running_mean, rtol=1e-12, atol=0)
         assert (layer.num_batches_tracked, layer.skipped_updates) == (1, 1)
@@ -214,8 +215,8 @@ class TestNan:
     def test_an_empty_window_moves_and_counts_nothing(self, key):
         layer = create(key, CHANNELS, **({"context": "gate"} if key == "cn" else {}))
         before = copy.deepcopy(layer.state_dict())
-        layer.open_window()
-        layer.close_window()
+        open_window(layer)
+        close_window(layer)
         assert all(torch.equal(v, layer.state_dict()[k]) for k, v in before.items())
         assert layer.skipped_updates == 0
 
@@ -277,19 +278,19 @@ class Resuming(First):
 class TestInTheTrainer:
     def test_nothing_is_left_on_the_layers(self):
         model, _ = fit(NormSwap("bn", **ON), batches(24, 4), accumulate_grad_batches=3)
-        assert all(m.window is None for m in model.modules() if isinstance(m, Normalizer))
+        assert all(m.accumulator is None for m in model.modules() if isinstance(m, Normalizer))
 
         class Broken(First):
             def training_step(self, batch, batch_idx):
                 if batch_idx == 1:
-                    assert self.first.window.count.any()
+                    assert self.first.accumulator.count.any()
                     raise ZeroDivisionError
                 return super().training_step(batch, batch_idx)
 
         model = Broken()
         with pytest.raises(ZeroDivisionError):
             fit(NormSwap("bn", **ON), batches(24, 4), model=model, accumulate_grad_batches=3)
-        assert all(m.window is None for m in model.modules() if isinstance(m, Normalizer))
+        assert all(m.accumulator is None for m in model.modules() if isinstance(m, Normalizer))
 
     def test_validation_inside_a_window_leaves_it_alone(self):
         one, _ = fit(NormSwap("bn"), batches(24, 12))
@@ -333,27 +334,27 @@ class TestRefused:
         model = First()
         with pytest.raises(ValueError, match=r"net.1 is DiminishingBatchNorm: it normalizes by its running.*=False"):
             fit(NormSwap("dbn", **ON), batches(24, 4), model=model)
-        assert all(m.window is None for m in model.modules() if isinstance(m, Normalizer))
+        assert all(m.accumulator is None for m in model.modules() if isinstance(m, Normalizer))
 
     def test_posteriors_of_contexts(self):
         layer = create("cn", CHANNELS, missing="posterior")
         with pytest.raises(ValueError, match="missing='posterior' follows the spread of each batch"):
-            layer.open_window()
+            open_window(layer)
 
     def test_layers_without_running_statistics(self):
         with pytest.raises(ValueError, match="InstanceNorm: it keeps no running statistics"):
-            create("in", CHANNELS).open_window()
+            open_window(create("in", CHANNELS))
         with pytest.warns(NoEffectWarning, match="accumulate_statistics=True does nothing: no layer keeps"):
             fit(NormSwap("in", **ON), batches(24, 4))
 
 
 def test_recalibration_inside_a_window_does_not_see_it():
     layer = lightning_norm.create("bn", CHANNELS, dtype=torch.float64)
-    layer.open_window()
+    open_window(layer)
     layer(data(4))
-    held = [t.clone() for t in layer.window.held()]
+    held = [t.clone() for t in layer.accumulator.held()]
     lightning_norm.recalibrate(nn.Sequential(layer), [data(8)])
-    assert all(torch.equal(a, b) for a, b in zip(held, layer.window.held(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(held, layer.accumulator.held(), strict=True))
     torch.testing.assert_close(layer.running_mean, data(8).mean((0, 2, 3)), rtol=1e-12, atol=0)
 
 
@@ -362,7 +363,7 @@ def test_the_module_can_be_copied_inside_a_window():
 
     class Copy(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            seen.append(copy.deepcopy(pl_module).first.window.count.item())
+            seen.append(copy.deepcopy(pl_module).first.accumulator.count.item())
 
     fit(NormSwap("bn", **ON), loader_of_doubles(), Copy(), accumulate_grad_batches=2)
     assert seen == [256.0, 0.0]

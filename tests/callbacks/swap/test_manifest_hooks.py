@@ -187,9 +187,9 @@ class TestLoadFromCheckpoint:
             pass
 
         model = Own()
-        _, path = fit(model, NormSwap("gn", norm_args={"groups": 2}), tmp_path=tmp_path)
+        _, path = fit(model, NormSwap("gn", norm_args={"num_groups": 2}), tmp_path=tmp_path)
         loaded = load_from_checkpoint(Own, path)
-        assert loaded.net[1].groups == 2
+        assert loaded.net[1].num_groups == 2
         same_state(loaded, model)
         assert "on_load_checkpoint" not in vars(Own)
 

@@ -163,7 +163,7 @@ def test_works_with_checkpoint_resume(tmp_path):
 def test_rules_and_spec():
     model = LateNet()
     rules = {
-        "net.*": {"class_path": "gn", "init_args": {"groups": 2}},
+        "net.*": {"class_path": "gn", "init_args": {"num_groups": 2}},
         "late": None,
         ".*": "lightning_norm.BatchChannelNorm",
     }

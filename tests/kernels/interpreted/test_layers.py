@@ -10,6 +10,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 
 import lightning_norm
 from lightning_norm import Affine, BatchNorm, SwitchableNorm, normalize
+from lightning_norm.layers.running_stats import close_window, open_window
 from lightning_norm.ops import backend
 from lightning_norm.ops.fused import operators
 from lightning_norm.testing.kit import REGISTRY, features, noise, statistics, step
@@ -19,9 +20,9 @@ RECIPES = [
     ("bn", {"affine": False, "momentum": None}),
     ("in", {}),
     ("ln", {}),
-    ("gn", {"groups": 3}),
+    ("gn", {"num_groups": 3}),
     ("sn", {}),
-    ("sn", {"choices": ("bn", "gn"), "groups": 2, "correction": 1}),
+    ("sn", {"choices": ("bn", "gn"), "num_groups": 2, "correction": 1}),
     ("sn", {"choices": ("ln", "in"), "affine": False}),
     ("sn", {"sparse": True, "radius": 0.3}),
     ("bcn", {}),
@@ -60,12 +61,12 @@ def test_statistics_of_several_batches_are_gathered_on_the_kernels_too(key):
     ours, exact = pair(key, {})
     x = features(6, 6, 5, 3)
     for layer, part in ((ours, x), (exact, x.double())):
-        layer.open_window()
+        open_window(layer)
         for batch in part.split([4, 2]):
             layer(batch)
         assert layer.num_batches_tracked == 0
-        layer.close_window()
-        layer.window = None
+        close_window(layer)
+        layer.accumulator = None
     compare(ours, exact, x, noise(6, 6, 5, 3, seed=7))
     mean = x.mean((0, 2, 3))
     lightning_norm.recalibrate(ours, x.split([4, 2]))

@@ -16,7 +16,7 @@ CASES = [  # and launches, forward and backward
     ("bn", {}, 12),
     ("bn", {"momentum": None, "affine": False}, 12),
     ("sn", {}, 12),
-    ("sn", {"choices": ("bn", "gn"), "groups": 2, "correction": 1}, 12),
+    ("sn", {"choices": ("bn", "gn"), "num_groups": 2, "correction": 1}, 12),
     ("bcn", {}, 12),
     ("bnet", {}, 13),
     ("rbn", {}, 13),

@@ -1,0 +1,199 @@
+"""The arguments of a normalizer's ``__init__``: which there are, and errors that say what to type.
+
+``Normalizer.__new__`` calls :func:`check_call`, so that ``SwitchableNorm(8, momentun=0.2)`` and
+``create("sn", 8, momentun=0.2)`` say the same. A class declares its arguments in the signature of its ``__init__`` and
+needs no checks of its own for names, nor for values out of a ``Literal``.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import difflib
+import functools
+import inspect
+import re
+import sys
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+TORCH_NAMES = {"num_channels": "num_features", "normalized_shape": "num_features", "elementwise_affine": "affine"}
+"""Names of torch's arguments that have another name here."""
+
+TORCH_ORDER = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+"""The order of torch's BatchNorm, which a user has in mind who types arguments by position."""
+
+
+def arguments_of(cls: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a class's ``__init__``, following ``**options`` to its bases."""
+    return _arguments_of(cls)
+
+
+@functools.cache
+def _arguments_of(cls: type) -> Mapping[str, inspect.Parameter]:
+    arguments: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        init = base.__dict__.get("__init__")
+        if init is None:
+            continue
+        parameters = inspect.signature(init).parameters
+        for name, parameter in parameters.items():
+            if name != "self" and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                arguments.setdefault(name, parameter)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return types.MappingProxyType(arguments)
+
+
+def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check the arguments of ``cls(*args, **kwargs)``.
+
+    Raises:
+        TypeError: too many arguments by position, or one that the class does not take; the nearest name is given.
+        ValueError: a value that is none of those in the argument's ``Literal``.
+    """
+    if not args and not kwargs:  # unpickling and copying call __new__ without arguments
+        return
+    known = arguments_of(cls)
+    if not any(p.kind is p.VAR_POSITIONAL for p in _parameters(cls)):
+        positional = [p.name for p in _parameters(cls) if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if len(args) > len(positional):
+            raise TypeError(_too_many(cls, args, positional, known))
+        kwargs = {**dict(zip(positional, args, strict=False)), **kwargs}
+    check_names(cls, kwargs)
+    for name, (choices, several) in _choices(cls).items():
+        if name in kwargs:
+            default = known[name].default
+            _check_choice(f"{cls.__name__}: {name}", kwargs[name], choices, several, f"{name}={default!r}")
+
+
+def check_names(cls: type, names: Mapping[str, Any]) -> None:
+    """Check that a class has these arguments.
+
+    Raises:
+        TypeError: it takes no such argument; the nearest name is given.
+    """
+    known = arguments_of(cls)
+    for name in names:
+        if name not in known:
+            near = [n for n in (TORCH_NAMES.get(name),) if n in known] or difflib.get_close_matches(name, known, n=1)
+            guess = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{cls.__name__} takes no argument {name!r}.{guess} It takes: {', '.join(sorted(known))}.")
+
+
+def checked_arguments(cls: type, arguments: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Return arguments that a class takes, text as a number where one is expected; ``where`` precedes that error.
+
+    Raises:
+        TypeError: it takes no such argument; the nearest name is given.
+        ValueError: text that is no number.
+    """
+    check_names(cls, arguments)
+    known = arguments_of(cls)
+    return {n: _number(v, known[n], f"{where}{cls.__name__}: {n}") for n, v in arguments.items()}
+
+
+def check_num_groups(who: str, num_features: int, num_groups: int) -> int:
+    """Return ``num_groups``.
+
+    Raises:
+        ValueError: it does not divide the channels.
+    """
+    if not isinstance(num_groups, int) or num_groups < 1 or num_features % num_groups:
+        fit = [d for d in range(1, num_features + 1) if num_features % d == 0]
+        near = sorted(sorted(fit, key=lambda d: abs(d - num_groups) if isinstance(num_groups, int) else d)[:4])
+        raise ValueError(
+            f"{who}(num_groups={num_groups!r}) cannot split {num_features} channels: num_groups must divide the "
+            f"channels. Divisors of {num_features} nearby: {near}."
+        )
+    return num_groups
+
+
+def stateless(who: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a class without running statistics.
+
+    Raises:
+        TypeError: they ask for some.
+    """
+    for name in ("track_running_stats", "momentum"):
+        if name in options:
+            raise TypeError(f"{who} keeps no running statistics: leave out {name}={options[name]!r}.")
+    return {**options, "track_running_stats": False}
+
+
+def _parameters(cls: type) -> list[inspect.Parameter]:
+    """Return the parameters of the ``__init__`` that a call reaches first, without ``self``."""
+    init: Any = cls.__init__  # type: ignore[misc]  # of the class, not of an instance
+    return list(inspect.signature(init).parameters.values())[1:]
+
+
+def _too_many(cls: type, args: tuple[Any, ...], positional: list[str], known: Mapping[str, Any]) -> str:
+    """Return the message for arguments by position beyond those that the class takes so."""
+    call = f"{cls.__name__}({', '.join(map(repr, args))})"
+    if "num_groups" in known and isinstance(args[1], int):
+        return (
+            f"{call} has torch's order (num_groups, num_channels); here the channels come first, and all else by name. "
+            f"Type {cls.__name__}({args[1]!r}, num_groups={args[0]!r})."
+        )
+    order = [*positional, *(name for name in TORCH_ORDER if name in known and name not in positional)]
+    named = [f"{name}={value!r}" for name, value in list(zip(order, args, strict=False))[len(positional) :]]
+    typed = ", ".join([*(repr(value) for value in args[: len(positional)]), *named])
+    return (
+        f"{cls.__name__} takes {' and '.join(positional)} by position and all others by name, got "
+        f"{call}. Type {cls.__name__}({typed}), say."
+    )
+
+
+@functools.cache
+def _choices(cls: type) -> Mapping[str, tuple[tuple[Any, ...], bool]]:
+    """Return the values that each ``Literal`` argument takes, and whether it is a list of them."""
+    choices: dict[str, tuple[tuple[Any, ...], bool]] = {}
+    for name, parameter in arguments_of(cls).items():
+        annotation = parameter.annotation
+        if isinstance(annotation, str) and "Literal" in annotation:
+            owner = next(c for c in cls.__mro__ if name in inspect.signature(c.__init__).parameters)  # type: ignore[misc]
+            try:
+                annotation = eval(annotation, vars(sys.modules[owner.__module__]))  # a class's own annotation
+            except (KeyError, NameError):  # a name that exists for type checkers alone, or inside a function
+                continue
+        several = get_origin(annotation) is collections.abc.Sequence
+        values = _literals(get_args(annotation)[0] if several else annotation)
+        if values:
+            choices[name] = (values, several)
+    return choices
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    """Return the values of ``Literal[...]`` or of ``Literal[...] | None``; nothing for any other annotation.
+
+    >>> _literals(Literal["clamp", "sigmoid"] | None)
+    ('clamp', 'sigmoid', None)
+    """
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return ()
+    parts = [(None,) if part is type(None) else _literals(part) for part in get_args(annotation)]
+    return tuple(value for part in parts for value in part) if all(parts) else ()
+
+
+def _check_choice(what: str, value: Any, choices: tuple[Any, ...], several: bool, example: str) -> None:
+    if not several:
+        if value not in choices:
+            raise ValueError(f"{what} must be one of {choices}, got {value!r}. Type {example}, say.")
+    elif isinstance(value, str) or any(v not in choices for v in value) or len(set(value)) < len(value):
+        raise ValueError(
+            f"{what} must be a list of distinct names out of {choices}, got {value!r}. Type {example}, say."
+        )
+
+
+def _number(value: Any, parameter: inspect.Parameter, what: str) -> Any:
+    """Return text as a number where the argument is one: YAML reads 1e-3, which has no point, as text."""
+    annotation = inspect.formatannotation(parameter.annotation)
+    is_float = isinstance(parameter.default, float) or re.search(r"\bfloat\b", annotation)
+    if not isinstance(value, str) or not is_float or re.search(r"\bstr\b", annotation):
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ValueError(f"{what} must be a number, got the text {value!r}. Type it like 1.0e-3.") from error
