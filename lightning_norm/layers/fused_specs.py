@@ -27,11 +27,11 @@ EQUATIONS = {
     "_update",
     "_shift",
     *("_mix", "depthwise_conv"),
-    *("_rectified", "_gain", "_gate", "_choose", "_condensed"),
+    *("_rectified", "_gain", "_gate", "_choose", "_is_condensed"),
     *("_lambda", "_move", "_held", "_steps", "_new_weight"),
-    *("recode", "drop", "_dropped", "_decode", "_linear"),
-    *("mixture", "statistics", "fold", "unseen", "_drawn"),
-    *("gate", "_affine", "rows", "shares", "prior_or_uniform", "posterior"),
+    *("recode", "drop", "drop_prob", "_decode", "_linear"),
+    *("mixture", "statistics", "update_running_stats", "unseen", "_shrink_small_contexts", "_step_size"),
+    *("gate", "per_context_affine", "running_per_context", "seen_prior", "prior_or_uniform", "posterior"),
 }
 """Methods whose change makes a recipe another normalizer's."""
 
@@ -64,7 +64,8 @@ def per_channel_spec(layer: Any, numbers: dict[str, float], **plan: int) -> PerC
 
 def rectified(layer: Any, layout: Layout) -> PerChannelSpec:
     """Return the recipe of rbn."""
-    unit = {f"unit_{part}": 1 + math.exp(-list(v.values())[-1]) for part, v in layer.starts.items() if len(v) == 2}
+    gated = {part: starts for part, starts in layer.rectifications.items() if len(starts) == 2}
+    unit = {f"unit_{part}": 1 + math.exp(-list(starts.values())[-1]) for part, starts in gated.items()}
     numbers = unit if layer.gate_init == "unit" else {}
     found = per_channel_spec(layer, numbers, own=1, **dict.fromkeys(layer.rectify, 1))
     return replace(found, gates=tuple(getattr(layer, name, None) for name in GATES))
@@ -94,7 +95,7 @@ def diminishing(layer: Any, layout: Layout) -> PerChannelSpec:
 
 def contextual(layer: Any, layout: Layout) -> PerChannelSpec | None:
     """Return the recipe of cn; what concerns the posterior is computed in PyTorch."""
-    g, gated, kept = layer.contexts.g, layer.context == "gate", layer.track_running_stats
+    g, gated, kept = layer.contexts.responsibilities, layer.context == "gate", layer.track_running_stats
     frozen, posterior = kept and not layer.training, layer.missing == "posterior"
     if layer.num_contexts > CONTEXTS or (posterior and not frozen):
         return None
@@ -113,14 +114,14 @@ def contextual(layer: Any, layout: Layout) -> PerChannelSpec | None:
 
 def coded(layer: Any, layout: Layout) -> EncoderDecoderSpec | None:
     """Return the recipe of afn and asr, for encoders and decoders of one dtype."""
-    coders = tuple(p for pair in layer._linears() for p in pair)
+    coders = tuple(p for pair in layer.linear_parameters() for p in pair)
     if len({p.dtype for p in coders}) > 1:
         return None
     gates = tuple(layer._parameters[f"lambda_{name}"] for name in ("mu", "sigma", "beta", "gamma"))
     found = EncoderDecoderSpec(
         layer.weight, layer.bias, gates, coders, [int(layer.train_uses_batch_stats), 0, 0], layer.eps
     )
-    found = replace(found, share=layer._dropped())
+    found = replace(found, share=layer.drop_prob())
     if not layer.train_uses_batch_stats or not layer.track_running_stats:
         return found
     names = (*layer.running_names, "num_batches_tracked", "skipped_updates", "_momentum")

@@ -35,7 +35,7 @@ def describe(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fit(descriptors: Tensor, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def fit_centroids(descriptors: Tensor, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return k centroids (k, F), the largest cluster first, and the scale (F,) that makes every column count alike.
 
     The scale is the inverse of a column's deviation, 0 where the column is constant.

@@ -134,7 +134,7 @@ CASES = {
     "cn": (
         {"context": "gate"},
         {
-            **{f"share_{k}": lambda m, k=k: m.net[1].prior[k] for k in range(3)},
+            **{f"prior_{k}": lambda m, k=k: m.net[1].prior[k] for k in range(3)},
             "entropy": lambda m: -(m.net[1].prior * m.net[1].prior.log()).sum(),
         },
     ),
