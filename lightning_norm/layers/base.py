@@ -19,7 +19,7 @@ from lightning_norm.layers.running_stats import RunningStats
 from lightning_norm.layers.scheduled import Scheduled, ScheduledValues
 from lightning_norm.layers.state import BATCH_NORM_BUFFERS, Loading
 from lightning_norm.layers.swap_record import SwapRecord
-from lightning_norm.ops.compiled import KIND, compiled_forward
+from lightning_norm.ops.compiled import GRAPH_KEY, compiled_forward
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
@@ -84,7 +84,7 @@ class Normalizer(Loading, Evaluation, SwapRecord, ScheduledValues, RunningStats)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.ranges:  # whose new value is no new kind of layer
-            self.__dict__.pop(KIND, None)
+            self.__dict__.pop(GRAPH_KEY, None)
         super().__setattr__(name, value)
 
     def take_from(self, source: nn.Module) -> None:

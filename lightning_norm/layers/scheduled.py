@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_norm.ops.compiled import KIND
+from lightning_norm.ops.compiled import GRAPH_KEY
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
             device = next(
                 (t.device for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None
             )
-            self.__dict__.pop(KIND, None)
+            self.__dict__.pop(GRAPH_KEY, None)
             self.register_buffer(f"_{name}", None if value is None else _scalar(value, device), persistent=False)
         else:
             with torch.no_grad():

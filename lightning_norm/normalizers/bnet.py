@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.inference import BATCH_NORMS, batch_norm
-from lightning_norm.ops.compiled import KIND
+from lightning_norm.ops.compiled import GRAPH_KEY
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
@@ -138,7 +138,7 @@ class BNET(MomentNorm):
 
     def freeze_kernel(self) -> None:
         """Train kernel and bias no longer, as the authors do after 60 of 100 epochs of a ResNet-101."""
-        self.__dict__.pop(KIND, None)
+        self.__dict__.pop(GRAPH_KEY, None)
         for p in (self.kernel, self.bias):
             if p is not None:
                 p.requires_grad_(False)

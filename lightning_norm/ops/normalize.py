@@ -192,7 +192,7 @@ class _Alias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         dy, scale = grads
-        return (dy * ctx.layout.spread(scale)).to(dy.dtype), None, None
+        return (dy * ctx.layout.broadcast_to_input(scale)).to(dy.dtype), None, None
 
 
 class _Apply(torch.autograd.Function):

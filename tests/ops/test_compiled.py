@@ -120,7 +120,7 @@ def test_scheduled_values_recompile_nothing():
             setattr(eager, name, value)
             torch.testing.assert_close(layer(x), eager(x))
             torch.testing.assert_close(layer.running_mean, eager.running_mean)
-            assert compiled.KIND in vars(layer)  # nor does it cost a look at all attributes
+            assert compiled.GRAPH_KEY in vars(layer)  # nor does it cost a look at all attributes
         assert traced() == known
 
 
