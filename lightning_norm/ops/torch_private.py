@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def in_backward_pass() -> bool:
@@ -27,3 +32,14 @@ def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     """
     result: Tensor = torch.ops.aten._unsafe_view(t, shape)
     return result
+
+
+def timeout_of(group: ProcessGroup) -> timedelta:
+    """Return how long a collective of ``group`` waits for the other ranks.
+
+    A new group has torch's default of 10 or 30 minutes, whatever ``init_process_group`` was asked for, and no public
+    function tells what that was.
+    """
+    backend = group._get_backend(torch.device(group._device_types[0]))
+    timeout: timedelta = backend.options._timeout
+    return timeout
