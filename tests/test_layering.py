@@ -23,7 +23,7 @@ ROOMS = (
 BESIDE = ("testing",)  # may import any room, and no room imports it
 WITH_LIGHTNING = {"callbacks", "plugins", "demo", "cli"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
-DISTRIBUTED = {"ops/sync.py", "testing/ranks.py"}
+DISTRIBUTED = {"ops/sync.py", "ops/torch_private.py", "testing/ranks.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

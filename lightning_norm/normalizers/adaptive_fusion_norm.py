@@ -32,7 +32,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
 
     Args:
         num_features: channels, the C of an input (N, C, *).
-        dropout: share of mu and of sigma that E_s does not see in training, scheduled.
+        dropout: probability with which an entry of mu or of sigma is hidden from E_s in training, scheduled.
         std_ratio: E_s has C // std_ratio hidden units, at least one.
         rescale_ratio: E_r has C // rescale_ratio, at least one.
         gate_init: start of lambda_mu and lambda_sigma; ``-inf`` closes the gates for good, for it has no gradient.
@@ -91,20 +91,23 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
     fused_spec = EncoderDecoderNorm.fused_spec
 
     def drop(self, statistics: Tensor) -> Tensor:
-        """Return ``statistics`` with a share of them 0 and the others larger, in training."""
-        p = self._dropped()
+        """Return ``statistics`` after dropout: some entries 0, the others divided by the probability to stay."""
+        p = self.drop_prob()
         if p is None:
             return statistics
-        keep = torch.rand_like(statistics) >= p
-        return statistics * keep / (1 - p).clamp_min(torch.finfo(torch.float32).tiny)
+        stays = torch.rand_like(statistics) >= p
+        return statistics * stays / (1 - p).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def drop_prob(self) -> Tensor | None:
+        """Return ``dropout`` in training; ``None`` otherwise, and where no random numbers are to be drawn for a 0."""
+        # Recalibration estimates the statistics of the layer in evaluation, which drops nothing.
+        if not self.training or isinstance(self.accumulator, StatisticsAccumulator):
+            return None
+        # A compiled graph serves every value that a schedule may set, so it draws for a dropout of 0 as well.
+        any_value = torch.compiler.is_compiling() or was_scheduled(self, "dropout")
+        return self.scheduled("dropout") if any_value or self.dropout else None
 
     @property
     def preserves_eval(self) -> bool:
         """Whether all gates start closed."""
         return self.gate_init == -math.inf and self.rescale_init == 0
-
-    def _dropped(self) -> Tensor | None:
-        if not self.training or isinstance(self.accumulator, StatisticsAccumulator):  # recalibration drops nothing
-            return None
-        changes = torch.compiler.is_compiling() or was_scheduled(self, "dropout")  # a graph holds for every share
-        return self.scheduled("dropout") if changes or self.dropout else None

@@ -90,50 +90,52 @@ class EncoderDecoderNorm(MomentNorm):
         self.std_ratio, self.rescale_ratio, self.rescale_gate = std_ratio, rescale_ratio, rescale_gate
         self.gate_init, self.rescale_init = float(gate_init), float(rescale_init)
         super().__init__(num_features, **options)
-        kind = {"device": options.get("device"), "dtype": options.get("dtype")}
+        tensor_options = {"device": options.get("device"), "dtype": options.get("dtype")}
         for encoder, ratio in (("std", std_ratio), ("rescale", rescale_ratio)):
             hidden = max(1, num_features // ratio)
             shapes = {f"{encoder}_encoder": (hidden, num_features)}
             shapes |= {f"{decoder}_decoder": (num_features, hidden) for decoder in DECODERS[encoder]}
             for name, shape in shapes.items():
-                self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(shape, **kind)))
-                self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape[0], **kind)))
+                self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(shape, **tensor_options)))
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape[0], **tensor_options)))
         for name in GATES:
-            there = rescale_gate or name in ("lambda_mu", "lambda_sigma")
-            self.register_parameter(name, nn.Parameter(torch.empty(1, **kind)) if there else None)
+            learned = rescale_gate or name in ("lambda_mu", "lambda_sigma")
+            self.register_parameter(name, nn.Parameter(torch.empty(1, **tensor_options)) if learned else None)
         self.reset_parameters()
 
     def recode(self, s: Moments, m: Moments) -> Affine:
-        """Return the affine map of the equation above, around m's mean, where no digit is lost.
+        """Return the affine map of the equation above, written around the mean of x, where no digit is lost.
 
         Args:
-            s: the statistics mu and sigma^2.
-            m: the moments of x.
+            s: the statistics mu and sigma^2, (N, C) or (1, C).
+            m: the moments of x, (N, C); the same object where mu and sigma^2 are those of x.
         """
         wide = stat_dtype(s.var)
         std = (s.var.to(wide) + self.eps).sqrt()
+        # An encoder reads mu and sigma by the same weights: one matrix product for both, one below the other.
         measured = torch.cat([s.mean.to(m.var.dtype), std.to(m.var.dtype)])
         mu, sigma = self._decode("std", self.drop(measured), wide)
         beta, gamma = self._decode("rescale", measured, wide)
         beta, gamma = beta.tanh(), gamma.sigmoid()
         if self.rescale_gate:
-            beta, gamma = self._held("lambda_beta", wide) * beta, self._held("lambda_gamma", wide) * gamma
+            beta = self._parameter("lambda_beta", wide) * beta
+            gamma = self._parameter("lambda_gamma", wide) * gamma
         bias, weight = (0.0, 1.0) if self.bias is None or self.weight is None else (self.bias, self.weight)
-        ahead = self._held("lambda_mu", wide).sigmoid() * (s.mean - mu)  # of m, by which mu is
+        centered_mean = self._parameter("lambda_mu", wide).sigmoid() * (s.mean - mu)  # mean of x minus the adapted m
         if s is not m:
-            ahead = (m.mean - s.mean) + ahead
-        d = std + self._held("lambda_sigma", wide).sigmoid() * (sigma.relu() - std)
+            centered_mean = (m.mean - s.mean) + centered_mean
+        d = std + self._parameter("lambda_sigma", wide).sigmoid() * (sigma.relu() - std)
         scale = (weight + gamma) / d.clamp_min(math.sqrt(self.eps))  # the least that std can be
-        return Affine(m.mean, scale, scale * ahead + (bias + beta))
+        return Affine(m.mean, scale, scale * centered_mean + (bias + beta))
 
     def fused_spec(self, layout: Layout) -> EncoderDecoderSpec | None:
         """Return the same equations for the kernels, if encoders and decoders have one dtype. AFN and ASR opt in."""
-        coders = tuple(p for pair in self._linears() for p in pair)
+        coders = tuple(p for pair in self.linear_parameters() for p in pair)
         if len({p.dtype for p in coders}) > 1:
             return None
         gates = tuple(self._parameters[f"lambda_{name}"] for name in ("mu", "sigma", "beta", "gamma"))
         flags = EncoderDecoderFlags(batch=self.train_uses_batch_stats)
-        spec = EncoderDecoderSpec(self.weight, self.bias, gates, coders, flags, self.eps, drop_prob=self._dropped())
+        spec = EncoderDecoderSpec(self.weight, self.bias, gates, coders, flags, self.eps, drop_prob=self.drop_prob())
         if not self.train_uses_batch_stats or not self.track_running_stats:
             return spec
         names = (*self.running_names, "num_batches_tracked", "skipped_updates", "_momentum")
@@ -142,57 +144,58 @@ class EncoderDecoderNorm(MomentNorm):
         return replace(spec, flags=replace(flags, frozen=not self.training, track=track), running=running)
 
     def drop(self, statistics: Tensor) -> Tensor:
-        """Return what E_s reads of mu and sigma, one below the other, (2 N, C) or (2, C)."""
+        """Return what E_s reads of ``statistics``, mu and sigma one below the other, (2 N, C) or (2, C): all of it."""
         return statistics
+
+    def drop_prob(self) -> Tensor | None:
+        """Return the probability, 0-dim, with which :meth:`drop` sets an entry to 0; ``None`` where it never does."""
+        return None
 
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
         """Return the gates: ``gate_mu`` and ``gate_sigma`` after the sigmoid, ``gate_beta`` and ``gate_gamma`` raw."""
-        raw = {name: self._parameters[name] for name in GATES}
-        wide = {name: p.detach().squeeze().to(at_least_float32(p.dtype)) for name, p in raw.items() if p is not None}
-        return {
-            name.replace("lambda", "gate"): p.sigmoid() if name in ("lambda_mu", "lambda_sigma") else p.clone()
-            for name, p in wide.items()
-        }
+        shown = {}
+        for name in GATES:
+            parameter = getattr(self, name)
+            if parameter is not None:
+                value = parameter.detach().squeeze().to(at_least_float32(parameter.dtype), copy=True)
+                bounded = name in ("lambda_mu", "lambda_sigma")
+                shown[name.replace("lambda", "gate")] = value.sigmoid() if bounded else value
+        return shown
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, the gates to their starts and the encoder-decoders as nn.Linear does."""
         super().reset_parameters()
-        for weight, bias in self._linears():
+        for weight, bias in self.linear_parameters():
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             bound = weight.shape[1] ** -0.5
             nn.init.uniform_(bias, -bound, bound)
         for name, start in zip(GATES, (self.gate_init,) * 2 + (self.rescale_init,) * 2, strict=True):
-            gate = self._parameters.get(name)
+            gate = getattr(self, name, None)  # not there yet while the base class is being constructed
             if gate is not None:
                 nn.init.constant_(gate, start)
 
-    def _linears(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        for name, weight in self._parameters.items():
-            if name.endswith("coder_weight") and weight is not None:
-                bias = self._parameters[name.replace("weight", "bias")]
-                assert bias is not None
-                yield weight, bias
+    def linear_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Yield weight and bias of each linear layer, an encoder before its two decoders."""
+        for name, weight in self.named_parameters(remove_duplicate=False):
+            if name.endswith("coder_weight"):
+                yield weight, getattr(self, name.replace("weight", "bias"))
 
     def _decode(self, encoder: str, measured: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """Return the last linear layer of both decoders, each (N, C) or (1, C) and in ``dtype``."""
         hidden = self._linear(f"{encoder}_encoder", measured).relu()
-        pairs = zip(DECODERS[encoder], hidden.chunk(2), strict=True)
-        return [self._linear(f"{name}_decoder", h).to(dtype) for name, h in pairs]
-
-    def _dropped(self) -> Tensor | None:
-        """Return the share of what E_s reads that :meth:`drop` drops, 0-dim; ``None`` for none."""
-        return None
+        halves = zip(DECODERS[encoder], hidden.chunk(2), strict=True)  # of mu, and of sigma
+        return [self._linear(f"{name}_decoder", half).to(dtype) for name, half in halves]
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return linear(x, self._held(f"{name}_weight", x.dtype), self._held(f"{name}_bias", x.dtype))
+        return linear(x, self._parameter(f"{name}_weight", x.dtype), self._parameter(f"{name}_bias", x.dtype))
 
-    def _held(self, name: str, dtype: torch.dtype) -> Tensor:
-        parameter = self._parameters[name]
-        assert parameter is not None
+    def _parameter(self, name: str, dtype: torch.dtype) -> Tensor:
+        parameter: nn.Parameter = getattr(self, name)
         return parameter.to(dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # AFN and ASR-Norm have the same parameters: without this, each would load the other's checkpoint in silence.
         if prefix + "std_encoder_weight" in state_dict:
             tracked = prefix + "running_mean" in state_dict
             if tracked != self.track_running_stats:

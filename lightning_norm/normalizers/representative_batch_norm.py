@@ -53,11 +53,11 @@ class RepresentativeBatchNorm(MomentNorm):
     )
     extra_parameters: ClassVar[dict[str, str]] = {"center_weight": "C", "scale_weight": "C", "scale_bias": "C"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("rectify", "gate_init")
-    starts: ClassVar[dict[str, dict[str, float]]] = {
+    rectifications: ClassVar[dict[str, dict[str, float]]] = {
         "center": {"center_weight": 0.0},
         "scale": {"scale_weight": 0.0, "scale_bias": 1.0},
     }
-    """Each rectification's parameters and their starting values."""
+    """Each rectification's parameters, the weight before the bias, and their starting values."""
 
     center_weight: nn.Parameter | None
 
@@ -69,7 +69,7 @@ class RepresentativeBatchNorm(MomentNorm):
         gate_init: Literal["unit", "paper"] = "unit",
         **options: Any,
     ) -> None:
-        who, known = type(self).__name__, tuple(self.starts)
+        who, known = type(self).__name__, tuple(self.rectifications)
         if isinstance(rectify, str) or set(rectify) - set(known):
             raise ValueError(f"{who}: rectify must be a list out of {known}, got {rectify!r}.")
         if gate_init not in ("unit", "paper"):
@@ -77,8 +77,8 @@ class RepresentativeBatchNorm(MomentNorm):
         self.rectify, self.gate_init = tuple(k for k in known if k in rectify), gate_init
         super().__init__(num_features, **options)
         device, dtype = options.get("device"), options.get("dtype")
-        for part, values in self.starts.items():
-            for name in values:
+        for part, starts in self.rectifications.items():
+            for name in starts:
                 value = torch.empty(num_features, device=device, dtype=dtype) if part in self.rectify else None
                 self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.reset_parameters()
@@ -89,20 +89,28 @@ class RepresentativeBatchNorm(MomentNorm):
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec:
         """Return the same equations for the kernels."""
-        unit = {f"unit_{part}": 1 + math.exp(-list(v.values())[-1]) for part, v in self.starts.items() if len(v) == 2}
+        gated = {part: starts for part, starts in self.rectifications.items() if len(starts) == 2}
+        unit = {f"unit_{part}": 1 + math.exp(-list(starts.values())[-1]) for part, starts in gated.items()}
         numbers = unit if self.gate_init == "unit" else {}
         spec = per_channel_spec(self, numbers, needs_moments=True, **dict.fromkeys(self.rectify, True))
         return replace(spec, gates=tuple(getattr(self, name, None) for name in GATES))
 
-    def _rectified(self, m: Moments, track: Callable[[Moments], tuple[Moments, Tensor | None]]) -> Affine:
-        """Return the map, given what makes the statistics to use, and perhaps an offset of x_s, of the batch's."""
+    def _rectified(self, m: Moments, statistics: Callable[[Moments], tuple[Moments, Tensor | None]]) -> Affine:
+        """Return the affine map of the equation above, given what chooses mu and sigma.
+
+        Args:
+            m: moments of x.
+            statistics: from the batch's moments of x_c, (1, C), to those that are mu and sigma, and perhaps an offset
+                that is added to x_s.
+        """
         w_m = self.center_weight
-        k = m.mean if w_m is None else torch.addcmul(m.mean, m.mean, w_m.to(m.mean.dtype))  # K(x_c) = (1 + w_m) K(x)
-        b, offset = track(Moments(k, m.var, m.count, m.ranks).over_batch())
-        scale = (b.var.to(m.mean.dtype) + self.eps).rsqrt()
-        k_s = scale * (k - b.mean).to(scale.dtype)  # K(x_s)
+        k_c = m.mean if w_m is None else torch.addcmul(m.mean, m.mean, w_m.to(m.mean.dtype))  # K(x_c) = (1 + w_m) K(x)
+        batch, offset = statistics(Moments(k_c, m.var, m.count, m.ranks).over_batch())
+        scale = (batch.var.to(m.mean.dtype) + self.eps).rsqrt()
+        k_s = scale * (k_c - batch.mean).to(scale.dtype)  # K(x_s)
         if offset is not None:
             k_s = k_s + offset.to(scale.dtype)
+        # x_s = scale * (x - K(x)) + K(x_s), so both factors of the rest of the equation act on scale and K(x_s).
         gain = self._gain(m.mean, k_s)
         if gain is not None:
             scale, k_s = scale * gain, k_s * gain
@@ -112,17 +120,18 @@ class RepresentativeBatchNorm(MomentNorm):
         return Affine(m.mean, scale * gamma, torch.addcmul(self.bias.to(scale.dtype), k_s, gamma))
 
     def _gain(self, k: Tensor, k_s: Tensor) -> Tensor | None:
-        """Return what multiplies gamma, given K(x) and K(x_s), or ``None`` for 1."""
+        """Return the product of the gates, given K(x) and K(x_s), each (N, C); ``None`` for 1."""
         return self._gate("scale", k_s) if "scale" in self.rectify else None
 
     def _gate(self, part: str, k: Tensor | None = None) -> Tensor:
-        """Return sigmoid(w * k + b), without k at k = 0, in units of its starting value if that was asked for."""
-        w, b = (getattr(self, name) for name in self.starts[part])
+        """Return sigmoid(w * k + b), at k = 0 without ``k``; over its starting value with ``gate_init="unit"``."""
+        w, b = (getattr(self, name) for name in self.rectifications[part])
         k = b.new_zeros(()) if k is None else k
         wide = stat_dtype(k)  # sigmoid(-100) is as far off, relative, as its argument, absolute
         gate = torch.addcmul(b.to(wide), k.to(wide), w.to(wide)).sigmoid()
         if self.gate_init == "unit":
-            gate = gate * (1 + math.exp(-list(self.starts[part].values())[1]))
+            _, bias = self.rectifications[part].values()  # the starting weight is 0: the gate starts at sigmoid(bias)
+            gate = gate * (1 + math.exp(-bias))
         return gate.to(k.dtype)
 
     @property
@@ -138,9 +147,10 @@ class RepresentativeBatchNorm(MomentNorm):
         return {**weights, **gates}
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0 and the rectifications to their start."""
+        """Set weight to 1, bias to 0 and the rectifications to their starting values."""
         super().reset_parameters()
-        for name, value in ((n, v) for values in self.starts.values() for n, v in values.items()):
-            parameter = self._parameters.get(name)
-            if parameter is not None:
-                nn.init.constant_(parameter, value)
+        for starts in self.rectifications.values():
+            for name, start in starts.items():
+                parameter = getattr(self, name, None)  # not there yet while the base class is being constructed
+                if parameter is not None:
+                    nn.init.constant_(parameter, start)

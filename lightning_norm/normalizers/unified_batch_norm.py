@@ -22,7 +22,7 @@ from lightning_norm.ops.moments import Affine, Moments
 
 
 class UnifiedBatchNorm(RepresentativeBatchNorm):
-    r"""Keep a batch of samples that are too alike from the statistics; rectify centering, scaling and affine.
+    r"""Keep a batch of samples that are too alike out of the statistics; rectify centering, scaling and affine.
 
     .. math::
         x_c = x + w_m K(x), \quad x_s = \frac{x_c - \mu}{\sqrt{\sigma^2 + \epsilon}}, \quad
@@ -89,12 +89,16 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         "rectify",
         "gate_init",
     )
-    starts: ClassVar[dict[str, dict[str, float]]] = {
-        **RepresentativeBatchNorm.starts,
+    rectifications: ClassVar[dict[str, dict[str, float]]] = {
+        **RepresentativeBatchNorm.rectifications,
         "affine": {"affine_weight": 0.0, "affine_bias": -1.0},
     }
     counters: ClassVar[tuple[str, ...]] = ("measured", "skipped", "skipped_in_a_row")
     test_arguments: ClassVar[dict[str, Any]] = {"min_updates": 0}
+    condensation: Tensor
+    measured: Tensor
+    skipped: Tensor
+    skipped_in_a_row: Tensor
 
     def __init__(
         self,
@@ -125,22 +129,22 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
                 "UnifiedBatchNorm: a threshold chooses between batch and running statistics, and this layer keeps "
                 "none. Leave out threshold, or pass track_running_stats=True."
             )
-        measure = torch.zeros((), device=options.get("device")) if self.track_running_stats else None
-        self.register_buffer("condensation", measure, persistent=False)
+        last_condensation = torch.zeros((), device=options.get("device")) if self.track_running_stats else None
+        self.register_buffer("condensation", last_condensation, persistent=False)
         self.threshold = threshold
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra; with a threshold, in training, the one that also measures the condensation of x."""
         recalibrates = isinstance(self.accumulator, StatisticsAccumulator)  # which takes every batch
-        chooses = self.training and self.track_running_stats and not recalibrates
-        if self.scheduled("threshold") is None or not chooses:
+        may_choose = self.training and self.track_running_stats and not recalibrates
+        if self.scheduled("threshold") is None or not may_choose:
             return self.algebra
 
-        def algebra(m: Moments) -> Affine:
+        def with_threshold(m: Moments) -> Affine:
             similarity = condensation(x, squared_norms(m), m.ranks)
             return self._rectified(m, functools.partial(self._choose, similarity))
 
-        return algebra
+        return with_threshold
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec:
         """Return the same equations for the kernels, which measure the condensation where a threshold is set."""
@@ -155,11 +159,19 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
     def _choose(self, similarity: Tensor, batch: Moments) -> tuple[Moments, Tensor | None]:
         """Return the statistics to normalize by, and move the running ones if the batch is not condensed.
 
-        With "renorm" those of a condensed batch are its own, for the gradient; scaled, and moved by an offset, they
-        give the value of the running ones, within the limits of batch renormalization.
+        With "renorm" a condensed batch is normalized by its own statistics, so that the gradient flows through them;
+        a factor and an offset, both constants, then give the output the value that the running statistics would give,
+        within the limits of batch renormalization.
+
+        Args:
+            similarity: the condensation of the batch, 0-dim.
+            batch: moments of x_c over the batch, (1, C).
+
+        Returns:
+            The moments that are mu and sigma^2, and the offset that is added to x_s, ``None`` for none.
         """
-        held = self.running()
-        mean, var, condensed = snapshot(held.mean, held.var, self._condensed(similarity))
+        running = self.running()
+        mean, var, condensed = snapshot(running.mean, running.var, self._is_condensed(similarity))
         self._update_running(batch, ~condensed)
         if self.mode == "gate":
             return batch, None
@@ -174,22 +186,22 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         return Moments(batch.mean, (batch.var + self.eps) * ratio - self.eps, batch.count), offset
 
     @torch.no_grad()
-    def _condensed(self, similarity: Tensor) -> Tensor:
-        """Tell whether the batch counts as condensed, as a 0-dim tensor; a similarity of NaN, undefined, does not."""
-        threshold, last = self.scheduled("threshold"), self._buffers["condensation"]
-        measured, skipped, row = (self._buffers[name] for name in self.counters)
+    def _is_condensed(self, similarity: Tensor) -> Tensor:
+        """Tell whether the batch counts as condensed, as a 0-dim tensor, and count it.
+
+        A similarity of NaN, as that of a batch of one sample, is not above any threshold.
+        """
+        threshold = self.scheduled("threshold")
         assert threshold is not None
-        assert last is not None
-        assert measured is not None
-        assert skipped is not None
-        assert row is not None
         assert self.num_batches_tracked is not None
+        # Few updates make running statistics too poor to normalize by; and no layer may skip for ever.
+        may_skip = (self.num_batches_tracked >= self.min_updates) & (self.skipped_in_a_row < self.max_skip)
+        condensed = (similarity > threshold) & may_skip
         defined = similarity.isfinite()
-        condensed = (similarity > threshold) & (self.num_batches_tracked >= self.min_updates) & (row < self.max_skip)
-        last.copy_(torch.where(defined, similarity.to(last.dtype), last))
-        measured.add_(defined)
-        skipped.add_(condensed)
-        row.copy_(torch.where(condensed, row + 1, 0))
+        self.condensation.copy_(torch.where(defined, similarity.to(self.condensation.dtype), self.condensation))
+        self.measured.add_(defined)
+        self.skipped.add_(condensed)
+        self.skipped_in_a_row.copy_(torch.where(condensed, self.skipped_in_a_row + 1, 0))
         return condensed
 
     def _gain(self, k: Tensor, k_s: Tensor) -> Tensor | None:
@@ -201,9 +213,8 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
-        """Return the last condensation, the share of batches it kept out, and what the rectifications learned."""
+        """Return the last condensation, the fraction of batches it kept out, and what the rectifications learned."""
         shown = super().monitor()
-        last, measured, skipped = (self._buffers[name] for name in ("condensation", "measured", "skipped"))
-        if self.threshold is None or last is None or measured is None or skipped is None:
+        if self.threshold is None or not self.track_running_stats:
             return shown
-        return {"condensation": last, "skipped": skipped / measured.clamp_min(1), **shown}
+        return {"condensation": self.condensation, "skipped": self.skipped / self.measured.clamp_min(1), **shown}

@@ -1,8 +1,8 @@
 """Compile a layer's forward pass on its own, at static shapes, without ever meeting the recompile limit.
 
-torch.compile keeps at most ``recompile_limit`` variants per code object and then falls back, and all layers of a class
-share one code object. So each combination of class, shape, strides, dtype and mode gets a code object of its own.
-Layers that agree in all of these share one compiled graph: 53 layers of a resnet50 need a dozen graphs and not 53.
+torch.compile keeps at most ``recompile_limit`` variants of one code object and then runs it uncompiled, and all layers
+of a class have the same code object. So each combination of class, shape, strides, dtype and mode gets a code object
+of its own. Layers that agree in all of these share one compiled graph: 53 layers of a resnet50 need a dozen graphs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ from torch import Tensor, nn
 from lightning_norm.errors import CompileWarning
 
 MANY_SHAPES = 16
-"""Input shapes of one kind of layer beyond which it is compiled once more, for every shape."""
+"""Input shapes of layers with one cache key beyond which one more graph is compiled, for every shape."""
 
-GRAPH_KEY = "_compiled_kind"
-"""Name under which a layer keeps what it must agree in with others; whoever sets an attribute deletes it."""
+GRAPH_KEY = "_graph_key"
+"""Attribute in which a layer caches its cache key: the properties two layers must share to reuse one compiled graph.
+
+A layer's ``__setattr__`` invalidates it, since a new value may be a new property.
+"""
 
 _graphs: dict[Hashable, Callable[[nn.Module, Tensor], Tensor]] = {}
+"""Cache key, shape and strides -> compiled graph; cache key alone -> the graph for every shape."""
+
 _shapes: Counter[Hashable] = Counter()
+"""Cache key -> how many graphs were compiled for it."""
+
 _observers: list[Callable[[str], None]] = []
 
 
@@ -42,61 +49,53 @@ def compiled_forward(
         layer: the layer.
         x: its input.
         forward: the plain function to compile.
-        ranks: the ranks it pools with, which a graph takes for constant.
+        ranks: the ranks it pools with, which are a constant in a graph.
         options: further arguments of ``torch.compile``.
     """
     options = options or {}
-    kind = (
-        forward,
-        ranks,
-        repr(options),
-        _kind_of(layer),
-        x.dtype,
-        x.dim(),
-        x.device,
-        x.requires_grad,
-        torch.is_grad_enabled(),
-    )
-    key: Hashable = (kind, tuple(x.shape), x.stride())
-    if key not in _graphs and _shapes[kind] >= MANY_SHAPES:
-        key = kind
+    mode = (x.dtype, x.dim(), x.device, x.requires_grad, torch.is_grad_enabled())
+    any_shape: Hashable = (forward, ranks, repr(options), _graph_key_of(layer), *mode)
+    key: Hashable = (any_shape, tuple(x.shape), x.stride())
+    if key not in _graphs and _shapes[any_shape] >= MANY_SHAPES:
+        key = any_shape
     if key not in _graphs:
-        _graphs[key] = _new_graph(layer, x, forward, kind, options)
+        _graphs[key] = _new_graph(layer, x, forward, any_shape, options)
     try:
         return _graphs[key](layer, x)
     except Exception as error:
         if type(error).__name__ != "FailOnRecompileLimitHit":  # importing it would import the whole compiler
             raise
         # torch guards on something that the key does not hold: begin again with a code object that has no variants yet.
-        _graphs[key] = _new_graph(layer, x, forward, kind, options)
+        _graphs[key] = _new_graph(layer, x, forward, any_shape, options)
         return _graphs[key](layer, x)
 
 
-def _kind_of(layer: nn.Module) -> Hashable:
-    """What two layers must agree in to share a graph: the class, its plain attributes, what its tensors are.
+def _graph_key_of(layer: nn.Module) -> Hashable:
+    """Return the properties two layers must share to reuse one graph: class, plain attributes, dtypes of tensors.
 
-    Kept on the layer until an attribute of it is set: this runs in every forward pass.
+    It is cached on the layer, for a forward pass on small inputs would spend a good part of its time here.
     """
-    kind: Hashable = vars(layer).get(GRAPH_KEY)
-    if kind is not None:
-        return kind
+    key: Hashable = vars(layer).get(GRAPH_KEY)
+    if key is not None:
+        return key
     plain = tuple(v for v in vars(layer).values() if isinstance(v, (bool, int, float, str, tuple, type(None))))
     tensors = (*layer._parameters.values(), *layer._buffers.values())
-    kinds = tuple(None if t is None else (t.dtype, t.requires_grad) for t in tensors)
-    kind = layer.__dict__[GRAPH_KEY] = (type(layer), repr(plain), kinds)
-    return kind
+    dtypes = tuple(None if t is None else (t.dtype, t.requires_grad) for t in tensors)
+    # vars, since setting an attribute of the layer would delete the key again.
+    key = vars(layer)[GRAPH_KEY] = (type(layer), repr(plain), dtypes)
+    return key
 
 
 def snapshot(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors as they are now, for a gradient that depends on buffers which the forward pass then changes.
 
-    Under torch.compile the backward pass may compute cheap values again from such buffers, as they are by then: a wrong
-    gradient, without a word (pytorch/pytorch#197039). It saves the result of a concatenation and never repeats one.
+    Under torch.compile the backward pass may compute cheap values again from such buffers, when they have changed: a
+    wrong gradient, without an error (pytorch/pytorch#197039). The result of a concatenation it saves instead.
     """
     if not torch.compiler.is_compiling():
         return tensors
-    flat = torch.cat([t.to(tensors[0].dtype).reshape(-1) for t in tensors])
-    parts = torch.split(flat, [t.numel() for t in tensors])
+    joined = torch.cat([t.to(tensors[0].dtype).reshape(-1) for t in tensors])
+    parts = torch.split(joined, [t.numel() for t in tensors])
     return tuple(part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True))
 
 
@@ -115,11 +114,11 @@ def _new_graph(
     layer: nn.Module,
     x: Tensor,
     forward: Callable[[Any, Tensor], Tensor],
-    kind: Hashable,
+    any_shape: Hashable,
     options: Mapping[str, Any],
 ) -> Callable[[nn.Module, Tensor], Tensor]:
-    _shapes[kind] += 1
-    dynamic = _shapes[kind] > MANY_SHAPES
+    _shapes[any_shape] += 1
+    dynamic = _shapes[any_shape] > MANY_SHAPES
     if dynamic:
         warnings.warn(
             f"{type(layer).__name__} met more than {MANY_SHAPES} input shapes: compiled once more for all of them, "
@@ -133,10 +132,9 @@ def _new_graph(
     def run(layer: nn.Module, x: Tensor) -> Tensor:
         return forward(layer, x)
 
-    own = types.FunctionType(
-        run.__code__.replace(co_name=f"run_{len(_graphs)}"), run.__globals__, closure=run.__closure__
-    )
-    compiled: Callable[[nn.Module, Tensor], Tensor] = torch.compile(
-        own, **{"fullgraph": True, "dynamic": dynamic, **options}
-    )
+    # A copy of ``run`` with a code object of its own, which torch.compile counts its variants by.
+    code = run.__code__.replace(co_name=f"run_{len(_graphs)}")
+    copied = types.FunctionType(code, run.__globals__, closure=run.__closure__)
+    chosen = {"fullgraph": True, "dynamic": dynamic, **options}
+    compiled: Callable[[nn.Module, Tensor], Tensor] = torch.compile(copied, **chosen)
     return compiled

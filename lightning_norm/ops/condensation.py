@@ -14,7 +14,7 @@ from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks
 
 CHUNKS = 8
-"""A batch in half precision is widened in so many parts, one after the other."""
+"""A batch in half precision is converted to float32 in so many parts, one after the other, to spare memory."""
 
 
 @torch.no_grad()
@@ -44,14 +44,19 @@ def condensation(x: Tensor, squares: Tensor | None = None, ranks: Ranks | None =
 
 @torch.no_grad()
 def unit_sum(x: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the sum of the samples, each divided by its norm, and how many are not zero; both add up over batches."""
-    wide = at_least_float32(x.dtype)
+    """Return the sum of the samples, each divided by its norm, and how many are not zero; both add up over batches.
+
+    Args:
+        x: (N, *).
+        squares: (N,) squared norms, if they are known.
+    """
+    dtype = at_least_float32(x.dtype)
     if squares is None:
-        squares = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=wide).square()
-    alive = ~(squares <= 0)  # a NaN stays visible
-    weights = torch.where(alive, squares.rsqrt(), 0).to(wide)
+        squares = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype).square()
+    not_zero = ~(squares <= 0)  # not "squares > 0": a NaN must reach the result
+    weights = torch.where(not_zero, squares.rsqrt(), 0).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return _weighted_sum(x, weights), alive.sum().to(wide)
+        return _weighted_sum(x, weights), not_zero.sum().to(dtype)
 
 
 @torch.no_grad()
@@ -62,13 +67,14 @@ def mean_cosine(total: Tensor, count: Tensor) -> Tensor:
 
 
 def squared_norms(m: Moments) -> Tensor:
-    """Return the (N,) squared norms of the samples that the (N, C) moments are of."""
+    """Return the (N,) squared norms of the samples whose (N, C) moments are given: S * sum_c (var + mean^2)."""
     return m.count * (m.var + m.mean.square()).sum(1)
 
 
 def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     """Return sum_n weights_n * x_n, in the shape of a sample, whatever the strides of x."""
-    dims = sorted(range(1, x.dim()), key=x.stride, reverse=True)  # so that a dense sample is a row, and nothing copied
+    # In the order of its strides a dense sample is one row of memory: flatten copies nothing, channels-last or not.
+    dims = sorted(range(1, x.dim()), key=x.stride, reverse=True)
     rows = x.permute(0, *dims).flatten(1)
     if rows.dtype == weights.dtype:
         total = torch.mv(rows.t(), weights)

@@ -13,128 +13,143 @@ import functools
 import torch
 from torch import Tensor
 
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import Layout, at_least_float32, cast, stat_dtype
 
-FLAT = 8.0
-"""|mean| / std up to which scale * x + offset loses nothing against scale * (x - mean)."""
+SMALL_MEAN = 8.0
+"""|mean| / std up to which scale * x + offset loses no digits against scale * (x - mean) + shift."""
 
 
 def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per (sample, channel), each (N, C)."""
-    dtype = stat_dtype(x)
-    narrow = at_least_float32(x.dtype)
+    mean_dtype = stat_dtype(x)
+    var_dtype = at_least_float32(x.dtype)
     if layout.size == 1:
-        mean = x.reshape(layout.n, layout.c).to(dtype, copy=True)
-        return mean, torch.zeros_like(mean, dtype=narrow)
-    rough = x.mean(layout.reduced, dtype=narrow)
-    u = x - layout.spread(rough)
-    if dtype == narrow:
-        return rough, _dot(u, u, layout) / layout.size
-    if may_be_flat(x):
+        mean = x.reshape(layout.n, layout.c).to(mean_dtype, copy=True)
+        return mean, torch.zeros_like(mean, dtype=var_dtype)
+    rough_mean = x.mean(layout.reduced, dtype=var_dtype)
+    u = x - layout.broadcast_to_input(rough_mean)
+    if mean_dtype == var_dtype:
+        return rough_mean, _dot(u, u, layout) / layout.size
+    if may_read_back(x):
         var = _dot(u, u, layout) / layout.size
-        if bool((rough.square() <= FLAT**2 * var).all()):  # reading a value back costs nothing on the CPU
-            return rough, var  # a small mean keeps its digits, and float32 halves the work of the algebra
-        u = x - layout.spread(rough)
-    rest = u.mean(layout.reduced)  # what rounding the mean left over
-    var = (_dot(u, u, layout) / layout.size - rest.square()).clamp_min(0)
-    return rough.to(dtype) + rest, var
+        if bool((rough_mean.square() <= SMALL_MEAN**2 * var).all()):
+            return rough_mean, var  # a small mean keeps its digits, and float32 halves the work of the algebra
+        u = x - layout.broadcast_to_input(rough_mean)  # again: the product has overwritten it
+    # The rough mean is off by its rounding. What is left over is so small that its own mean is exact enough in float32.
+    residual_mean = u.mean(layout.reduced)
+    var = (_dot(u, u, layout) / layout.size - residual_mean.square()).clamp_min(0)
+    return rough_mean.to(mean_dtype) + residual_mean, var
 
 
-def apply(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, flat: bool = False) -> Tensor:
+def apply(
+    x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, mean_is_small: bool = False
+) -> Tensor:
     """Return y = scale * (x - center) + shift, a fresh tensor in x's dtype and memory format.
 
-    ``center``, ``scale`` and ``shift`` are (N, C), or 1 in place of either.
+    Args:
+        x: the input.
+        center: (N, C), or 1 in place of either; likewise ``scale`` and ``shift``.
+        scale: what multiplies.
+        shift: what is added.
+        layout: of x.
+        mean_is_small: x need not be centered first; in eager code that saves a temporary of the size of x.
     """
-    u = _wide(x)
-    if u.dtype == center.dtype and not flat:
-        return cast(_affine(u - layout.spread(center), scale.to(u.dtype), shift.to(u.dtype), layout), x.dtype)
+    u = _widened(x)
+    if u.dtype == center.dtype and not mean_is_small:
+        centered = u - layout.broadcast_to_input(center)
+        return cast(_affine(centered, scale.to(u.dtype), shift.to(u.dtype), layout), x.dtype)
     pivot, scale = center.to(at_least_float32(u.dtype)), scale.to(at_least_float32(u.dtype))
-    if flat and not _recording():
+    if mean_is_small and not _recording():
         offset = torch.addcmul(shift, scale, center, value=-1).to(scale.dtype)
         return cast(_affine(u, scale, offset, layout), x.dtype)
+    # The pivot is the center as x's dtype can hold it. What rounding took from it goes into the offset.
     offset = (shift + scale * (pivot - center)).to(scale.dtype)
-    return cast(_affine(u - layout.spread(pivot), scale, offset, layout), x.dtype)
+    return cast(_affine(u - layout.broadcast_to_input(pivot), scale, offset, layout), x.dtype)
 
 
-def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, flat: bool = False) -> tuple[Tensor, Tensor]:
+def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: bool = False) -> tuple[Tensor, Tensor]:
     """Sum of dy and of dy * (x - pivot) per (sample, channel), each (N, C) in the dtype of ``pivot``."""
-    if flat and _by_rows(x, pivot, layout) and dy.is_contiguous() and _sums_alone():
+    if mean_is_small and _is_one_row_per_channel(x, pivot, layout) and dy.is_contiguous() and _can_leave_out_dx():
         # Group norm's parameter gradients, each row a group: both sums in one pass and no temporary.
         rows = layout.n * layout.c
-        dy, x, one = dy.view(1, rows, -1), x.view(1, rows, -1), pivot.new_ones(1, rows)
-        args = (_rows(pivot, layout).view(1, rows), one, None, 1, rows, layout.size, rows, [False, True, True])
-        _, dot, total = torch.ops.aten.native_group_norm_backward(dy, x, *args)
+        dy, x, ones = dy.view(1, rows, -1), x.view(1, rows, -1), pivot.new_ones(1, rows)
+        needs_gradient = [False, True, True]
+        _, dot, total = torch.ops.aten.native_group_norm_backward(
+            dy, x, _one_per_row(pivot, layout).view(1, rows), ones, None, 1, rows, layout.size, rows, needs_gradient
+        )
         return total.view(layout.n, layout.c), dot.view(layout.n, layout.c)
     total = dy.sum(layout.reduced, dtype=pivot.dtype) if layout.reduced else dy.to(pivot.dtype)
-    return total, _dot(x - layout.spread(pivot), dy, layout)
+    return total, _dot(x - layout.broadcast_to_input(pivot), dy, layout)
 
 
 def combine(
     dy: Tensor, scale: Tensor, x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None, layout: Layout
 ) -> Tensor:
     """Return dx = scale * dy + dmean / S + (2 * dvar / S) * (x - mean), in x's dtype."""
-    dy, u = _wide(dy), _wide(x)
+    dy, u = _widened(dy), _widened(x)
     dtype = at_least_float32(u.dtype)
-    wide = layout.spread(scale.to(dtype))
+    scale = layout.broadcast_to_input(scale.to(dtype))
     offset = None if dmean is None else dmean.to(dtype) / layout.size
     if dvar is None or layout.size == 1:  # the variance of one element is constant
-        return (dy * wide if offset is None else torch.addcmul(layout.spread(offset), dy, wide)).to(x.dtype)
+        dx = dy * scale if offset is None else torch.addcmul(layout.broadcast_to_input(offset), dy, scale)
+        return dx.to(x.dtype)
     slope = dvar.to(dtype) * (2 / layout.size)
     pivot = mean.to(dtype)
     if pivot.dtype != mean.dtype:
-        drift = slope * (pivot - mean).to(dtype)
-        offset = drift if offset is None else offset + drift
-    offset = layout.spread(torch.zeros_like(slope) if offset is None else offset)
-    u, slope = u - layout.spread(pivot), layout.spread(slope)
+        rounding = slope * (pivot - mean).to(dtype)
+        offset = rounding if offset is None else offset + rounding
+    offset = layout.broadcast_to_input(torch.zeros_like(slope) if offset is None else offset)
+    u, slope = u - layout.broadcast_to_input(pivot), layout.broadcast_to_input(slope)
     if _recording():
-        return torch.addcmul(u * slope + offset, dy, wide).to(x.dtype)
-    u.mul_(slope).add_(offset)  # small beside dy: only the last step counts
-    return u.addcmul_(dy, wide).to(x.dtype)
+        return torch.addcmul(u * slope + offset, dy, scale).to(x.dtype)
+    # What comes through the statistics is small against scale * dy, so only the rounding of the last addcmul matters.
+    u.mul_(slope).add_(offset)
+    return u.addcmul_(dy, scale).to(x.dtype)
+
+
+def may_read_back(x: Tensor) -> bool:
+    """Whether the values of x's statistics may decide how to go on: on the CPU alone, for it would wait for a GPU."""
+    return x.is_cpu and not torch.compiler.is_compiling() and x.numel() > 0
 
 
 def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
-    """Return scale * u + offset, rounded once where it is not wide."""
-    if _by_rows(u, scale, layout):
-        scale, offset = _rows(scale, layout), _rows(offset, layout)
-        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-        flat = u.view(1, scale.numel(), -1)
-        flat = torch.batch_norm(flat, scale, offset, zero, one, False, 0.0, 0.0, False)
-        y: Tensor = torch.ops.aten._unsafe_view(flat, layout.shape)  # no autograd view: an in-place ReLU may follow
-        return y
-    return torch.addcmul(layout.spread(offset), u, layout.spread(scale))
+    """Return scale * u + offset, with one rounding per element."""
+    if _is_one_row_per_channel(u, scale, layout):
+        # torch's batch norm in evaluation, with mean 0, variance 1 and eps 0, is a fused multiply-add over whole rows.
+        scale, offset = _one_per_row(scale, layout), _one_per_row(offset, layout)
+        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+        rows = u.view(1, scale.numel(), -1)
+        y = torch.batch_norm(rows, scale, offset, zeros, ones, False, 0.0, 0.0, False)
+        return torch_private.reshaped(y, layout.shape)
+    return torch.addcmul(layout.broadcast_to_input(offset), u, layout.broadcast_to_input(scale))
+
+
+def _is_one_row_per_channel(x: Tensor, statistic: Tensor, layout: Layout) -> bool:
+    """Whether ATen's CPU kernels can take x as (1, N * C, S): every (sample, channel) a channel of its own."""
+    plain = x.is_cpu and x.dtype == statistic.dtype and not _recording()
+    return plain and layout.channel_dim == 1 and x.is_contiguous() and x.numel() > 0
+
+
+def _one_per_row(t: Tensor, layout: Layout) -> Tensor:
+    """Return a tensor that broadcasts to (N, C) as (N * C,)."""
+    return t.expand(layout.n, layout.c).reshape(-1)
 
 
 @functools.cache
-def _sums_alone() -> bool:
-    """Whether group norm's backward can leave out dx: torch 2.11 raises."""
-    one = torch.ones(1, 1, 2)
+def _can_leave_out_dx() -> bool:
+    """Whether group norm's backward can leave out dx. In torch 2.11 it raises."""
+    x = torch.ones(1, 1, 2)
+    statistic = x[0, :, :1]
     try:
-        torch.ops.aten.native_group_norm_backward(
-            one, one, one[0, :, :1], one[0, :, :1], None, 1, 1, 2, 1, [False, True, True]
-        )
+        torch.ops.aten.native_group_norm_backward(x, x, statistic, statistic, None, 1, 1, 2, 1, [False, True, True])
     except RuntimeError:
         return False
     return True
 
 
-def _by_rows(x: Tensor, stat: Tensor, layout: Layout) -> bool:
-    """Whether ATen's CPU kernels can take x as (1, N * C, S), one channel per row."""
-    plain = x.is_cpu and x.dtype == stat.dtype and not _recording()
-    return plain and layout.channel_dim == 1 and x.is_contiguous() and x.numel() > 0
-
-
-def _rows(t: Tensor, layout: Layout) -> Tensor:
-    """Return a tensor that broadcasts to (N, C) as (N * C,)."""
-    return t.expand(layout.n, layout.c).reshape(-1)
-
-
-def may_be_flat(x: Tensor) -> bool:
-    """Whether it is asked, by reading a value back, if |mean| / std is small everywhere."""
-    return x.is_cpu and not torch.compiler.is_compiling() and x.numel() > 0
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In a compiled CPU graph, x in float64: registers, not memory."""
+def _widened(x: Tensor) -> Tensor:
+    """Return x in float64 in a compiled CPU graph, where it costs registers and no memory; elsewhere x itself."""
     return x.double() if torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.float32 else x
 
 
@@ -145,4 +160,5 @@ def _dot(u: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 def _recording() -> bool:
+    """Whether operations are recorded, by autograd or a compiler, so that nothing may be overwritten."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()

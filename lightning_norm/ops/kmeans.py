@@ -8,15 +8,15 @@ from torch import Tensor
 from lightning_norm.ops.layout import at_least_float32
 
 BANDS = 8
-"""Channels in a descriptor. Fewer are padded with zeros, more are averaged in neighbouring bands."""
+"""Channels in a descriptor. Fewer are padded with zeros; of more, neighbours are averaged."""
 
 ROUNDS = 100
-"""Of Lloyd's algorithm, at most: it ends by itself where no image changes its cluster."""
+"""Iterations of Lloyd's algorithm at most; it ends by itself when no image changes its cluster."""
 
 
 @torch.no_grad()
 def describe(images: Tensor) -> Tensor:
-    """Return the mean and the deviation of each image's channels, (N, C, *) -> (N, 2 * BANDS), whatever C.
+    """Return a descriptor of each image: mean and standard deviation of its channels, (N, C, *) -> (N, 2 * BANDS).
 
     Raises:
         ValueError: not a tensor with a channel axis.
@@ -25,8 +25,8 @@ def describe(images: Tensor) -> Tensor:
         came = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be a tensor (N, C, *), got {came}.")
     images = images.to(at_least_float32(images.dtype))
-    flat = images.flatten(2) if images.dim() > 2 else images.unsqueeze(2)
-    var, mean = torch.var_mean(flat, dim=2, correction=0)
+    pixels = images.flatten(2) if images.dim() > 2 else images.unsqueeze(2)
+    var, mean = torch.var_mean(pixels, dim=2, correction=0)
     parts = torch.stack([mean, var.sqrt()], dim=1)  # (N, 2, C)
     c = parts.shape[2]
     if c > BANDS:
@@ -35,10 +35,15 @@ def describe(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fit(descriptors: Tensor, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def fit_centroids(descriptors: Tensor, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return k centroids (k, F), the largest cluster first, and the scale (F,) that makes every column count alike.
 
-    The scale is the inverse of a column's deviation, 0 where the column is constant.
+    The scale is 1 / standard deviation of a column, and 0 for a constant column.
+
+    Args:
+        descriptors: (N, F), from :func:`describe`.
+        k: the number of clusters.
+        seed: of the k-means start.
 
     Raises:
         ValueError: fewer distinct images than clusters.
@@ -46,42 +51,50 @@ def fit(descriptors: Tensor, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     points = descriptors.detach().cpu().double()
     points = points[points.isfinite().all(1)]
     std = points.std(0, correction=0) if len(points) else points.new_zeros(points.shape[1])
-    size = points.abs().amax(0) if len(points) else std
-    scale = torch.where(std > 1e-6 * size, 1 / std.clamp_min(torch.finfo(std.dtype).tiny), 0)
+    magnitude = points.abs().amax(0) if len(points) else std
+    # A deviation at the rounding of float32 is no signal: the column counts as constant.
+    scale = torch.where(std > 1e-6 * magnitude, 1 / std.clamp_min(torch.finfo(std.dtype).tiny), 0)
     distinct = len(torch.unique(points * scale, dim=0))
     if distinct < k or not scale.any():
         raise ValueError(f"cannot find {k} contexts among {len(points)} images with {distinct} distinct descriptors.")
-    centroids, chosen = kmeans(points * scale, k, torch.Generator().manual_seed(seed))
-    order = torch.bincount(chosen, minlength=k).argsort(descending=True, stable=True)
+    centroids, cluster_of = kmeans(points * scale, k, torch.Generator().manual_seed(seed))
+    # Largest first, so that another start that finds the same clusters numbers them alike.
+    order = torch.bincount(cluster_of, minlength=k).argsort(descending=True, stable=True)
     centroids = torch.where(scale > 0, centroids / scale, points.mean(0))[order]
     return centroids.float(), scale.float()
 
 
 def kmeans(points: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return centroids (k, F) and the cluster of each point: Lloyd's algorithm from a k-means++ start."""
+    """Return centroids (k, F) and the cluster of each point (N,): Lloyd's algorithm from a k-means++ start.
+
+    Args:
+        points: (N, F) in float64.
+        k: the number of clusters.
+        generator: of the start.
+    """
     first = torch.randint(len(points), (1,), generator=generator)
     centroids = points[first]
-    for _ in range(k - 1):  # far points are the likelier next centroids
-        far = torch.cdist(points, centroids).amin(1).square()
-        centroids = torch.cat([centroids, points[torch.multinomial(far, 1, generator=generator)]])
-    chosen = torch.cdist(points, centroids).argmin(1)
+    for _ in range(k - 1):  # k-means++: a point is the next centroid with a probability ~ its squared distance
+        squared_distance = torch.cdist(points, centroids).amin(1).square()
+        centroids = torch.cat([centroids, points[torch.multinomial(squared_distance, 1, generator=generator)]])
+    cluster_of = torch.cdist(points, centroids).argmin(1)
     for _ in range(ROUNDS):
-        member = torch.nn.functional.one_hot(chosen, k).double()
-        size = member.sum(0)
-        centroids = (member.t() @ points) / size.clamp_min(1).unsqueeze(1)
+        members = torch.nn.functional.one_hot(cluster_of, k).double()
+        size = members.sum(0)
+        centroids = (members.t() @ points) / size.clamp_min(1).unsqueeze(1)
         distance = torch.cdist(points, centroids)
-        for empty in (size == 0).nonzero().flatten():  # takes the point that is worst off
-            worst = distance.gather(1, chosen.unsqueeze(1)).argmax()
-            centroids[empty] = points[worst]
+        for empty in (size == 0).nonzero().flatten():  # an empty cluster takes the point farthest from its centroid
+            farthest = distance.gather(1, cluster_of.unsqueeze(1)).argmax()
+            centroids[empty] = points[farthest]
             distance[:, empty] = torch.cdist(points, centroids[empty : empty + 1]).squeeze(1)
-        before, chosen = chosen, distance.argmin(1)
-        if torch.equal(before, chosen):
+        before, cluster_of = cluster_of, distance.argmin(1)
+        if torch.equal(before, cluster_of):
             break
-    return centroids, chosen
+    return centroids, cluster_of
 
 
 @torch.no_grad()
 def nearest(descriptors: Tensor, centroids: Tensor, scale: Tensor) -> Tensor:
-    """Return the index of the nearest centroid for each descriptor, (N,)."""
-    apart = (descriptors.to(centroids.dtype).unsqueeze(1) - centroids) * scale
-    return apart.square().sum(2).argmin(1)
+    """Return the index of the nearest centroid for each descriptor, (N,), distances being taken per ``scale``."""
+    difference = (descriptors.to(centroids.dtype).unsqueeze(1) - centroids) * scale
+    return difference.square().sum(2).argmin(1)

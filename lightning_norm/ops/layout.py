@@ -1,4 +1,7 @@
-"""Which axis of x is the channel axis, and how an (N, C) tensor meets x. No copy is ever made here."""
+"""Which axis of x is the channel axis, how an (N, C) tensor broadcasts against x, and the dtypes of statistics.
+
+Nothing here copies x: channels-last inputs and transposed views are read as they lie in memory.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,23 @@ class Layout:
     reduced: tuple[int, ...]
     size: int
 
-    def spread(self, t: Tensor) -> Tensor:
+    def broadcast_to_input(self, t: Tensor) -> Tensor:
         """View an (N, C), (1, C), (N, 1) or (1, 1) tensor so that it broadcasts against x."""
-        wide = [1] * len(self.shape)
-        wide[0], wide[self.channel_dim] = t.shape
-        return t.reshape(wide)
+        shape = [1] * len(self.shape)
+        shape[0], shape[self.channel_dim] = t.shape
+        return t.reshape(shape)
 
 
 def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "normalize") -> Layout:
     """Check an input and describe its axes.
 
     Accepts (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), and with ``channel_dim=-1`` (N, ..., C).
+
+    Args:
+        x: the input.
+        num_features: the channels that are expected, C.
+        channel_dim: 1, or -1 for tokens.
+        who: the name of what normalizes, for messages.
 
     Raises:
         TypeError: x is not a floating-point tensor.
@@ -50,30 +59,34 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
     if channel_dim not in (1, -1):
         raise ValueError(f"{who}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim}.")
     shape = tuple(x.shape)
-    if not 2 <= len(shape) <= 5:
-        remedy = "A single sample needs a batch axis: x.unsqueeze(0)."
-        if len(shape) > 5:
-            remedy = f"Merge axes: x.flatten({'4' if channel_dim == 1 else '1, -2'})."
-        raise ValueError(
-            f"{who} expects (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), "
-            f"got {len(shape)} dimensions: {shape}. {remedy}"
-        )
-    dim = 1 if channel_dim == 1 else len(shape) - 1
-    if shape[dim] != num_features:
-        hint = ""
-        other = 1 if channel_dim == -1 else len(shape) - 1
-        if shape[other] == num_features:
-            hint = f" Axis {other} has {num_features}: pass channel_dim={1 if other == 1 else -1}."
-        raise ValueError(
-            f"{who} has num_features={num_features}, but axis {dim} of input {shape} has {shape[dim]}.{hint}"
-        )
-    reduced = tuple(d for d in range(1, len(shape)) if d != dim)
+    dims = len(shape)
+    if not 2 <= dims <= 5:
+        raise ValueError(f"{who} expects {_wrong_rank(shape, channel_dim)}")
+    axis = 1 if channel_dim == 1 else dims - 1
+    if shape[axis] != num_features:
+        raise ValueError(f"{who} has {_wrong_channels(shape, axis, num_features)}")
+    reduced = tuple(d for d in range(1, dims) if d != axis)
     size = 1
-    for d in reduced:
+    for d in reduced:  # not math.prod, which torch.compile cannot trace
         size *= shape[d]
     if size == 0:
         raise ValueError(f"{who}: input {shape} has no element per channel. Check the size of the feature map.")
-    return Layout(shape, dim, shape[0], num_features, reduced, size)
+    return Layout(shape, axis, shape[0], num_features, reduced, size)
+
+
+def _wrong_rank(shape: tuple[int, ...], channel_dim: int) -> str:
+    remedy = "A single sample needs a batch axis: x.unsqueeze(0)."
+    if len(shape) > 5:
+        remedy = f"Merge axes: x.flatten({'4' if channel_dim == 1 else '1, -2'})."
+    return f"(N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), got {len(shape)} dimensions: {shape}. {remedy}"
+
+
+def _wrong_channels(shape: tuple[int, ...], axis: int, num_features: int) -> str:
+    # Images given to a layer for tokens, or the reverse, is the usual mistake.
+    other = len(shape) - 1 if axis == 1 else 1
+    hint = f" Axis {other} has {num_features}: pass channel_dim={1 if other == 1 else -1}."
+    message = f"num_features={num_features}, but axis {axis} of input {shape} has {shape[axis]}."
+    return message + hint if shape[other] == num_features else message
 
 
 def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
@@ -82,9 +95,10 @@ def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return t in ``dtype``, itself where it is: for what an autograd function returns.
+    """Return t in ``dtype``, and t itself where it has it: for the results of an autograd function.
 
-    There the Dynamo of torch 2.11 loses the gradient, without a word, of a tensor that ``to`` was asked of for nothing.
+    In torch 2.11, a compiled autograd function that returns ``t.to(dtype)`` where that is t itself loses the gradient,
+    without an error.
     """
     return t if t.dtype == dtype else t.to(dtype)
 

@@ -11,14 +11,17 @@ from torch import Tensor
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return x W^T + b for x (N, C), weight (H, C) and bias (H,).
 
-    ``normalize`` turns autocast off for the algebra; this keeps it off where the backward pass runs inside autocast,
-    whose matrix products would round to half precision. A backward pass may be differentiated once more.
+    ``normalize`` turns autocast off for the algebra, but not for its backward pass, which the user may run inside of
+    autocast: there the matrix products of ``torch.nn.functional.linear`` would round to half precision. This function
+    turns it off in both. Its backward pass can be differentiated once more.
     """
     y: Tensor = _Linear.apply(x, weight, bias)
     return y
 
 
 class _Linear(torch.autograd.Function):
+    """x W^T + b, whose backward pass runs outside of autocast."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)

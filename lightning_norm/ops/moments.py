@@ -41,25 +41,28 @@ class Moments:
     count: int | Tensor
     ranks: Ranks | None = None
 
-    def over_channels(self, groups: int = 1) -> Moments:
-        """Pool the channels of each sample, in ``groups`` consecutive groups: (N, C) -> (N, 1) or (N, C).
+    def over_channels(self, num_groups: int = 1) -> Moments:
+        """Pool the channels of each sample: all of them, (N, C) -> (N, 1), or those of each group, (N, C) -> (N, C).
+
+        Args:
+            num_groups: groups of consecutive channels; each channel gets the moments of its group.
 
         Raises:
-            ValueError: ``groups`` does not divide the channels.
+            ValueError: ``num_groups`` does not divide the channels.
         """
         n, c = self.mean.shape
-        if c % groups:
+        if num_groups == 1:
+            mean, var = _pool(self.mean, self.var, dim=1)
+            return Moments(mean, var, self.count * c, self.ranks)
+        if c % num_groups:
             raise ValueError(
-                f"cannot split {c} channels into {groups} groups: groups must divide the channels. "
+                f"cannot split {c} channels into {num_groups} groups: groups must divide the channels. "
                 f"Divisors of {c}: {[d for d in range(1, c + 1) if c % d == 0]}."
             )
-        if groups == 1:
-            mean, var = _pool(self.mean, self.var, dim=1)
-        else:
-            size = c // groups
-            mean, var = _pool(self.mean.view(n, groups, size), self.var.view(n, groups, size), dim=2)
-            mean, var = (t.expand(n, groups, size).reshape(n, c) for t in (mean, var))
-        return Moments(mean, var, self.count * (c // groups), self.ranks)
+        grouped = n, num_groups, c // num_groups
+        mean, var = _pool(self.mean.view(grouped), self.var.view(grouped), dim=2)
+        mean, var = (t.expand(grouped).reshape(n, c) for t in (mean, var))
+        return Moments(mean, var, self.count * grouped[2], self.ranks)
 
     def over_batch(self, weights: Tensor | None = None) -> Moments:
         """Pool the samples of the whole batch, over all ranks: (N, C) -> (1, C).
@@ -76,10 +79,11 @@ class Moments:
             return Moments(mean, var, self.count * n)
         weights = self.mean.new_ones(n, 1) if weights is None else weights.to(self.mean.dtype)
         mass = weights.sum(0).unsqueeze(1)  # (K, 1)
-        share = weights.t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
-        mean = (share.unsqueeze(2) * self.mean).sum(1)  # (K, C); no matmul, whose vjp autocast would narrow
-        between = (self.mean - mean.unsqueeze(1)).square()  # (K, N, C)
-        var = (share.unsqueeze(2) * (self.var + between)).sum(1).to(self.var.dtype)
+        weights = weights.t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
+        # No matmul: autocast would round the matrix product in its backward pass to half precision.
+        mean = (weights.unsqueeze(2) * self.mean).sum(1)  # (K, C)
+        between_var = (self.mean - mean.unsqueeze(1)).square()  # (K, N, C)
+        var = (weights.unsqueeze(2) * (self.var + between_var)).sum(1).to(self.var.dtype)
         count = mass * self.count
         if self.ranks is not None:
             count, mean, var = self.ranks.pool(count, mean, var)
@@ -107,48 +111,61 @@ class Affine:
             ValueError: a field cannot be broadcast to (n, c).
         """
         shift = self.scale.new_zeros(1, 1) if self.shift is None else self.shift
-        given = {"center": self.center, "scale": self.scale, "shift": shift}
-        shapes = {name: (1,) * (2 - t.dim()) + tuple(t.shape) for name, t in given.items()}
-        for name, shape in shapes.items():
-            if len(shape) != 2 or shape[0] not in (1, n) or shape[1] not in (1, c):
-                raise ValueError(
-                    f"algebra returned {name} of shape {tuple(given[name].shape)}, which does not broadcast to (N, C) "
-                    f"= ({n}, {c}). All shapes: { {k: tuple(t.shape) for k, t in given.items()} }."
-                )
-        center, scale, shift = (given[name].reshape(shape) for name, shape in shapes.items())
+        named = (("center", self.center), ("scale", self.scale), ("shift", shift))
+        center, scale, shift = (self._field(name, t, n, c) for name, t in named)
         return center, scale, shift
+
+    def _field(self, name: str, t: Tensor, n: int, c: int) -> Tensor:
+        rows, columns = (1,) * (2 - t.dim()) + tuple(t.shape) if t.dim() < 3 else (0, 0)
+        if rows in (1, n) and columns in (1, c):
+            return t.reshape(rows, columns)
+        shapes = {k: None if v is None else tuple(v.shape) for k, v in vars(self).items()}
+        raise ValueError(
+            f"algebra returned {name} of shape {tuple(t.shape)}, which does not broadcast to (N, C) = ({n}, {c}). "
+            f"All shapes: {shapes}."
+        )
 
 
 def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
-    """Return the weighted sum of broadcastable tensors; each is weighted before it is broadcast."""
+    """Return the weighted sum of broadcastable tensors.
+
+    Each is weighted before it is broadcast, so that an (N, 1) or (1, C) term costs no (N, C) product of its own.
+
+    Args:
+        weights: (K,) numbers.
+        terms: K tensors; the result has the dtype of the first.
+    """
     dtype = terms[0].dtype
     first, *rest = (term.to(dtype) * weight for term, weight in zip(terms, weights.to(dtype).unbind(), strict=True))
     return sum(rest, first)
 
 
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    pooled: tuple[Tensor, Tensor] = _Pool.apply(mean, var, dim)
+    pooled: tuple[Tensor, Tensor] = _PoolMoments.apply(mean, var, dim)
     return pooled
 
 
-class _Pool(torch.autograd.Function):
-    """The law of total variance along one axis, which stays with size 1; the result in the dtype of means."""
+class _PoolMoments(torch.autograd.Function):
+    """The law of total variance along one axis, which stays with size 1; the result in the dtype of means.
+
+    The backward pass is written out: two operations on few numbers, each in the dtype of the input it belongs to.
+    """
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        wide = stat_dtype(var)  # few numbers, exact for nothing
+        wide = stat_dtype(var)  # (N, C) numbers are few: exact sums cost nothing here
         pooled = mean.mean(dim, keepdim=True, dtype=wide)
-        apart = mean - cast(pooled, mean.dtype)
+        deviation = mean - cast(pooled, mean.dtype)
         ctx.size, ctx.var_dtype = mean.shape[dim], var.dtype
         ctx.save_for_backward(mean, pooled)
-        between = apart.to(var.dtype).square()  # a small difference: narrow is enough
-        return pooled, (var + between).mean(dim, keepdim=True, dtype=wide)
+        between_var = deviation.to(var.dtype).square()  # a small difference has all its digits in float32 as well
+        return pooled, (var + between_var).mean(dim, keepdim=True, dtype=wide)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         mean, pooled = ctx.saved_tensors
         dmean, dvar = (g / ctx.size for g in grads)
-        # the mean of (mean - pooled) is zero, so pooled hands nothing on
+        # d var / d pooled is the mean of -2 (mean - pooled), which is zero: the pooled mean passes no gradient on.
         dtype = mean.dtype
         grad = torch.addcmul(dmean.to(dtype), 2 * dvar.to(dtype), mean - pooled.to(dtype))
         return grad, dvar.to(ctx.var_dtype).expand_as(mean), None

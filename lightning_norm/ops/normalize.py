@@ -228,7 +228,7 @@ class _Alias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         dy, scale = grads
-        return (dy * ctx.layout.spread(scale)).to(dy.dtype), None
+        return (dy * ctx.layout.broadcast_to_input(scale)).to(dy.dtype), None
 
 
 class _Apply(torch.autograd.Function):

@@ -10,7 +10,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_norm.errors import SyncError
+from lightning_norm.ops import torch_private
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,19 @@ class Ranks:
     group: str
 
     def pool(self, count: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pool (K, 1) counts and (K, C) moments over the ranks, by the law of total variance."""
+        r"""Pool (K, 1) counts and (K, C) moments over the ranks, by the law of total variance.
+
+        .. math::
+            \mu = \frac{\sum_r n_r \mu_r}{\sum_r n_r}, \qquad
+            \sigma^2 = \frac{\sum_r n_r (\sigma_r^2 + \mu_r^2)}{\sum_r n_r} - \mu^2
+        """
         c = mean.shape[1]
         n, m, v = count.double(), mean.double(), var.double()
-        total: Tensor = _AllReduceSum.apply(torch.cat([n, n * m, n * (v + m.square())], dim=1), self.group)
+        total = self.sum(torch.cat([n, n * m, n * (v + m.square())], dim=1))
         n = total[:, :1]
-        safe = n.clamp_min(torch.finfo(torch.float32).tiny)
-        m = total[:, 1 : 1 + c] / safe
-        v = (total[:, 1 + c :] / safe - m.square()).clamp_min(0.0)
+        not_zero = n.clamp_min(torch.finfo(torch.float32).tiny)
+        m = total[:, 1 : 1 + c] / not_zero
+        v = (total[:, 1 + c :] / not_zero - m.square()).clamp_min(0.0)
         return n.to(count.dtype), m.to(mean.dtype), v.to(var.dtype)
 
     def sum(self, t: Tensor) -> Tensor:
@@ -50,7 +56,7 @@ class Ranks:
 def active_ranks(sync: bool, training: bool, group: str | int = "world") -> Ranks | None:
     """Return the ranks to pool with, or ``None`` outside of training, with ``sync=False``, or for a rank by itself.
 
-    The first call for a group makes its process groups, which all ranks must do together.
+    The first call for a ``group`` creates its process groups, which all ranks must do together.
 
     Args:
         sync: pool at all.
@@ -60,17 +66,17 @@ def active_ranks(sync: bool, training: bool, group: str | int = "world") -> Rank
     Raises:
         ValueError: not such a group, or a number that does not divide the ranks.
     """
-    if not (sync and training):
+    if not (sync and training and dist.is_available() and dist.is_initialized()):
         return None
     name = _name_of(group)
     return Ranks(name) if name else None
 
 
 def check_group(group: Any) -> str | int:
-    """Return a ``sync_group`` that may be one.
+    """Return ``group`` if it is what ``sync_group`` may be: "world", "node" or a positive number of ranks.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is none of these.
     """
     if group in ("world", "node") or (isinstance(group, int) and not isinstance(group, bool) and group > 0):
         return group  # type: ignore[no-any-return]
@@ -100,9 +106,10 @@ def split(group: str | int, nodes: list[Any]) -> list[list[int]]:
         return [[rank for rank in range(world) if nodes[rank] == node] for node in dict.fromkeys(nodes)]
     size = int(group)
     if world % size:
-        fit = [n for n in range(1, world + 1) if world % n == 0]
+        divisors = [n for n in range(1, world + 1) if world % n == 0]
         raise ValueError(
-            f"sync_group={size} does not divide the {world} ranks of this run. Type one of {fit}, 'node' or 'world'."
+            f"sync_group={size} does not divide the {world} ranks of this run. Type one of {divisors}, 'node' or "
+            "'world'."
         )
     return [[*range(first, first + size)] for first in range(0, world, size)]
 
@@ -113,39 +120,51 @@ def node() -> tuple[str, str]:
     return socket.gethostname(), next((number for number in numbers if number is not None), "")
 
 
-_made: dict[str | int, str] = {}  # names alone: a process group in a layer could not be copied, pickled or saved
-_made_in: Callable[[], Any] = lambda: None  # noqa: E731  # a weak reference to the default group then
+@dataclass
+class _ProcessGroups:
+    """The process groups that were created for layers, until another world of ranks takes the place of this one.
 
-
-def _name_of(group: str | int) -> str:
-    """Return the name of this rank's process group, "" where it is by itself; make it where there is none yet.
-
-    Its own group also for "world": DDP reduces gradients in the default one, in an order that is not ours. All ranks
-    make the groups of all ranks, in one order.
+    Layers and :class:`Ranks` hold their names alone: a process group in a layer could not be copied, pickled or saved.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return ""
+
+    name_of: dict[str | int, str] = field(default_factory=dict)
+    """A layer's ``sync_group`` -> name of this rank's process group, "" where the rank is by itself."""
+
+    by_name: dict[str, dist.ProcessGroup] = field(default_factory=dict)
+
+    world: Callable[[], Any] = lambda: None
+    """A weak reference to the default process group at that time."""
+
+
+_process_groups = _ProcessGroups()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # nothing in it can be traced
+def _name_of(group: str | int) -> str:
+    """Return the name of this rank's process group, "" where it is by itself; create the groups where there are none.
+
+    Not the default group for "world" either: DDP reduces gradients there, in an order that is not ours. Every rank
+    creates the groups of all ranks, in one order, as ``torch.distributed.new_group`` demands.
+    """
     world = dist.group.WORLD
     assert world is not None
-    global _made_in
-    if _made_in() is not world:  # the first time, or another world than before
-        _made_in = weakref.ref(world)
-        _made.clear()
+    if _process_groups.world() is not world:  # the first time, or another world than before
+        _process_groups.world = weakref.ref(world)
+        _process_groups.name_of.clear()
+        _process_groups.by_name.clear()
     check_group(group)
-    if group not in _made:
+    if group not in _process_groups.name_of:
         members = split(group, gather(node()) if group == "node" else [None] * world.size())
-        mine = members[[world.rank() in ranks for ranks in members].index(True)]
         name = ""
         if max(map(len, members)) > 1:
-            backend = world._get_backend(torch.device(world._device_types[0]))
-            own, _ = dist.new_subgroups_by_enumeration(members, timeout=backend.options._timeout)
-            assert isinstance(own, dist.ProcessGroup)
-            name = own.group_name if len(mine) > 1 else ""
-        _made[group] = name
-    return _made[group]
-
-
-_name_of.__dict__["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result would import the compiler
+            timeout = torch_private.timeout_of(world)
+            created, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
+            assert isinstance(created, dist.ProcessGroup)
+            if created.size() > 1:
+                name = created.group_name
+                _process_groups.by_name[name] = created
+        _process_groups.name_of[group] = name
+    return _process_groups.name_of[group]
 
 
 def gather(value: Any) -> list[Any]:
@@ -158,7 +177,7 @@ def gather(value: Any) -> list[Any]:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks; its transpose is the same sum over ranks."""
+    """Sum over ranks. Every rank's input is in every rank's output, so the backward pass is the same sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
@@ -171,16 +190,12 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
-    from torch.distributed import _functional_collectives as collectives  # what torch.compile traces; no public name
-
-    def total() -> Tensor:
-        pending = collectives.all_reduce(x.contiguous(), "sum", group)  # type: ignore[arg-type]
-        return collectives.wait_tensor(pending)  # type: ignore[no-untyped-call, no-any-return]
-
+    total = x.clone(memory_format=torch.contiguous_format)
     if torch.compiler.is_compiling():
-        return total()
+        dist.all_reduce(total, group=_process_groups.by_name[group])
+        return total
     try:
-        return total()
+        dist.all_reduce(total, group=_process_groups.by_name[group])
     except RuntimeError as error:
         raise SyncError(
             "the ranks did not meet to pool the statistics of a normalizer: one has ended, has failed, takes fewer "
@@ -188,3 +203,4 @@ def _sum(x: Tensor, group: str) -> Tensor:
             "(Lightning's distributed sampler does), or type sync=False. The network said: "
             f"{error}"
         ) from error
+    return total

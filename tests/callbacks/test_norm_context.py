@@ -41,7 +41,7 @@ class Seeing(LateNet):
         self.seen = []
 
     def forward(self, x):
-        g = self.net[1].contexts.g
+        g = self.net[1].contexts.responsibilities
         self.seen.append((self.trainer.state.stage.value, None if g is None else g.argmax(1).tolist()))
         return super().forward(x)
 
@@ -57,7 +57,7 @@ def test_a_function_gives_them_in_every_stage_and_they_end_with_the_batch():
     stages = ["sanity_check"] + ["train"] * 2 + ["validate"] * 4 + ["test"] * 2 + ["predict"] * 2
     assert [stage for stage, _ in model.seen] == stages
     assert [ids for _, ids in model.seen] == [expected[0]] + expected * 5
-    assert model.net[1].contexts.g is model.late.contexts.g is None
+    assert model.net[1].contexts.responsibilities is model.late.contexts.responsibilities is None
     assert model.net[1].num_batches_tracked == 2
 
 
@@ -81,7 +81,8 @@ class DictNet(Net):
 def test_a_key_of_the_batch():
     data = WithDomain(*loader().dataset.tensors)
     model, heard = DictNet(), []
-    model.net[1].register_forward_pre_hook(lambda layer, _: heard.append(layer.contexts.g.argmax(1).tolist()))
+    hook = lambda layer, _: heard.append(layer.contexts.responsibilities.argmax(1).tolist())  # noqa: E731
+    model.net[1].register_forward_pre_hook(hook)
     trainer(swap_ids(), NormContext(key="domain")).fit(model, DataLoader(data, batch_size=4))
     assert heard == [[0, 1, 2, 0], [1, 2, 0, 1]]
     with pytest.raises(RuntimeError, match=r"key='city' found no contexts .* keys \['domain', 'image', 'y'\]"):
@@ -149,7 +150,7 @@ class TestToldAtOnce:
         model = Net()
         with pytest.raises(ValueError, match=r"'net.1' with num_contexts=3 must lie in \[0, 2\], got 3 to 3"):
             trainer(swap_ids(), NormContext(out_of_range)).fit(model, loader())
-        assert model.net[1].contexts.g is None
+        assert model.net[1].contexts.responsibilities is None
 
 
 class Augmenting(LateNet):
@@ -188,7 +189,7 @@ class TestInput:
         context = NormContext()
         torch.manual_seed(0)
         model = LateNet()
-        model.net[1].register_forward_pre_hook(lambda layer, _: heard.append(layer.contexts.g.argmax(1)))
+        model.net[1].register_forward_pre_hook(lambda layer, _: heard.append(layer.contexts.responsibilities.argmax(1)))
         trainer(NormSwap("cn"), context).fit(model, kinds(shuffle=False))
         expected = torch.arange(12) % 3
         for ids in heard:

@@ -1,6 +1,6 @@
 """A training step takes no value off the device, where each would wait for all that was queued on it.
 
-On the path of an accelerator: on the CPU, where nothing waits, ``may_be_flat`` lets one value per layer be read.
+On the path of an accelerator: on the CPU, where nothing waits, ``may_read_back`` lets one value per layer be read.
 """
 
 import pytest
@@ -26,7 +26,7 @@ def test_a_training_step_reads_nothing(case, monkeypatch):
     layer = create(case.partition(",")[0], 6, **CASES[case])
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     x = torch.randn(5, 6, 4, 4)
-    monkeypatch.setattr(eager, "may_be_flat", lambda x: False)
+    monkeypatch.setattr(eager, "may_read_back", lambda x: False)
     batches = [x, x[:1] + 0.01 * x]  # the second is condensed
     for name in READS:
 

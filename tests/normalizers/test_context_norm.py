@@ -286,11 +286,11 @@ class IdsOfInput(ContextNorm):
 
     def forward(self, x):
         if isinstance(x, torch.Tensor) and x.dim() > 1 and x.dtype.is_floating_point:
-            self.contexts.g = self.shares_of(x)
+            self.contexts.responsibilities = self.shares_of(x)
         try:
             return super().forward(x)
         finally:
-            self.contexts.g = None
+            self.contexts.responsibilities = None
 
 
 class SharesOfInput(IdsOfInput):
@@ -337,9 +337,9 @@ def test_bad_arguments(arguments):
 def test_monitor_shows_shares_and_entropy():
     layer = ContextNorm(6, context="ids")
     shown = layer.monitor()
-    assert list(shown) == ["share_0", "share_1", "share_2", "entropy"]
+    assert list(shown) == ["prior_0", "prior_1", "prior_2", "entropy"]
     torch.testing.assert_close(shown["entropy"], torch.tensor(3.0).log())
     with contexts(layer, torch.zeros(4, dtype=torch.long)):
         layer(torch.randn(4, 6, 3))
-    assert layer.monitor()["share_0"] > 0.39
+    assert layer.monitor()["prior_0"] > 0.39
     assert layer.monitor()["entropy"] < 1.09

@@ -38,16 +38,16 @@ class TestGiven:
         model, _ = network()
         x, ids = torch.randn(6, 3, 8, 8), torch.arange(6) % 3
         with contexts(model, ids):
-            assert torch.equal(model[1].contexts.g, nn.functional.one_hot(ids, 3).float())
-            assert model[4].contexts.g is not None
+            assert torch.equal(model[1].contexts.responsibilities, nn.functional.one_hot(ids, 3).float())
+            assert model[4].contexts.responsibilities is not None
             model(x)
             with contexts(model[1], ids.flip(0)):
-                assert model[1].contexts.g[0, 2] == 1
-            assert model[1].contexts.g[0, 0] == 1
-        assert model[1].contexts.g is model[4].contexts.g is None
+                assert model[1].contexts.responsibilities[0, 2] == 1
+            assert model[1].contexts.responsibilities[0, 0] == 1
+        assert model[1].contexts.responsibilities is model[4].contexts.responsibilities is None
         with pytest.raises(ZeroDivisionError), contexts(model, ids):
             raise ZeroDivisionError
-        assert model[1].contexts.g is None
+        assert model[1].contexts.responsibilities is None
 
     def test_hard_ids_are_probabilities_of_one(self):
         model, _ = network()
@@ -64,7 +64,7 @@ class TestGiven:
         ids = torch.tensor([0, 1, 2])
         with contexts(model, ids, views=2):
             model(torch.randn(6, 3, 8, 8))
-            assert model[1].contexts.g.argmax(1).tolist() == [0, 1, 2, 0, 1, 2]
+            assert model[1].contexts.responsibilities.argmax(1).tolist() == [0, 1, 2, 0, 1, 2]
         with pytest.raises(ValueError, match="views must be a positive int, got 0"), contexts(model, ids, views=0):
             pass
 
@@ -79,7 +79,8 @@ class TestGiven:
         model, _ = network()
         model[4] = ContextNorm(6, num_contexts=5, context="ids")
         with contexts(model, torch.tensor([2, 0])):
-            assert (model[1].contexts.g.shape, model[4].contexts.g.shape) == ((2, 3), (2, 5))
+            assert model[1].contexts.responsibilities.shape == (2, 3)
+            assert model[4].contexts.responsibilities.shape == (2, 5)
 
 
 class TestRefused:
@@ -159,7 +160,7 @@ class TestInput:
         assert torch.equal(model[1].centroids, model[4].centroids)
         new, expected = images(12, seed=1)
         with contexts(model, images=new):
-            found = model[1].contexts.g.argmax(1)
+            found = model[1].contexts.responsibilities.argmax(1)
         for kind in range(3):  # the same images together; the numbers are the clusters', by size
             assert len(set(found[expected == kind].tolist())) == 1
         assert len(set(found.tolist())) == 3
@@ -213,7 +214,7 @@ class TestCopies:
         with contexts(model, torch.arange(6) % 3):
             twin = pickle.loads(pickle.dumps(model))
         assert twin[4].contexts.name == "4"
-        assert twin[4].contexts.g is None
+        assert twin[4].contexts.responsibilities is None
 
 
 class TestSwap:

@@ -22,8 +22,8 @@ def test_axes(shape, channel_dim, reduced, size):
     layout = layout_of(torch.zeros(shape), 6, channel_dim)
     assert (layout.n, layout.c, layout.reduced, layout.size) == (shape[0], 6, reduced, size)
     t = torch.arange(shape[0] * 6).reshape(shape[0], 6)
-    spread = layout.spread(t) + torch.zeros(shape)
-    expected = spread.mean(reduced) if reduced else spread
+    broadcast = layout.broadcast_to_input(t) + torch.zeros(shape)
+    expected = broadcast.mean(reduced) if reduced else broadcast
     assert torch.equal(expected, t.float())
 
 

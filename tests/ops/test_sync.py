@@ -39,7 +39,7 @@ class Collectives(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += "all_reduce" in str(func)
+        self.count += "allreduce" in str(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -125,7 +125,7 @@ def groups(rank):
 
     fresh = BatchNorm(4, momentum=1.0).double()
     os.environ["GROUP_RANK"] = str(rank // 2)
-    sync._made.pop("node")  # made anew, with other nodes, while it is compiled
+    sync._process_groups.name_of.pop("node")  # created anew, with other nodes, while it is compiled
     fresh.sync_group = "node"
     found["compiled"] = step(x)
     return found

@@ -182,7 +182,7 @@ def split(grouped: Mapping[str, list[str]]) -> dict[str, dict[str, list[str]]]:
 def label(quantity: str) -> str:
     """Return what tells the members of a family apart: ``mean_bn`` -> ``BN``.
 
-    >>> [label(q) for q in ("mean_bn", "share_0", "scale_gate", "threshold")]
+    >>> [label(q) for q in ("mean_bn", "prior_0", "scale_gate", "threshold")]
     ['BN', '#0', 'gate', 'threshold']
     """
     tail = quantity.partition("_")[2] or quantity

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.ops import kmeans
+from lightning_norm.ops import kmeans, torch_private
 
 REMEDY = {
     "input": "Add NormContext() to the Trainer's callbacks, or call fit_contexts(model, images) once and use "
@@ -20,9 +20,11 @@ REMEDY = {
 
 
 class ContextState:
-    """What one layer was told: the share ``g`` (N, K) of each sample in each context, and its own name for messages.
+    """What one layer was told about the samples of the batch, and its dotted name for messages.
 
-    Neither a Module nor a buffer. Copies of a layer, such as an average of the weights, hear what the layer hears.
+    ``responsibilities`` (N, K) say how much each sample belongs to each context; ``None`` where that is not known.
+    Neither a Module nor a buffer: nothing of it is saved. Copies of a layer, such as an average of the weights, share
+    the state of the original, so that they hear what it hears.
 
     Args:
         name: dotted name of the layer.
@@ -30,7 +32,7 @@ class ContextState:
 
     def __init__(self, name: str = "") -> None:
         self.name = name
-        self.g: Tensor | None = None
+        self.responsibilities: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextState:
         return self
@@ -40,14 +42,14 @@ class ContextState:
 
 
 def context_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the layers that take contexts, by their dotted names, which they are told."""
-    found: dict[str, Any] = {}
+    """Return the layers that take contexts by their dotted names, and tell each its name, for messages."""
+    layers: dict[str, Any] = {}
     for name, module in model.named_modules():
         state = getattr(module, "contexts", None)
         if isinstance(state, ContextState):
             state.name = name.replace("_orig_mod.", "")
-            found[state.name] = module
-    return found
+            layers[state.name] = module
+    return layers
 
 
 @contextmanager
@@ -77,67 +79,84 @@ def contexts(
     layers = context_layers(model)
     wanted = "input" if ids is None else "ids"
     if not any(layer.context == wanted for layer in layers.values()):
-        held = ", ".join(sorted({f"context={layer.context!r}" for layer in layers.values()})) or "no ContextNorm"
+        present = ", ".join(sorted({f"context={layer.context!r}" for layer in layers.values()})) or "no ContextNorm"
         raise ValueError(
-            f"no layer takes {'images' if ids is None else 'ids'}: the model has {held}. "
+            f"no layer takes {'images' if ids is None else 'ids'}: the model has {present}. "
             f"Swap with norm_args={{'context': {wanted!r}}}."
         )
-    before = [(layer.contexts, layer.contexts.g) for layer in layers.values()]
+    before = [(layer.contexts, layer.contexts.responsibilities) for layer in layers.values()]
     try:
         assign(layers, ids, images, views)
         yield
     finally:
-        for state, g in before:
-            state.g = g
+        for state, responsibilities in before:
+            state.responsibilities = responsibilities
 
 
 def assign(layers: Mapping[str, Any], ids: Tensor | None = None, images: Tensor | None = None, views: int = 1) -> None:
-    """Set the contexts of ``layers`` until they are set again; ``None`` for those of which nothing is known."""
+    """Tell ``layers`` the contexts of a batch, until they are told others; layers of which nothing is known: ``None``.
+
+    Args:
+        layers: from :func:`context_layers`.
+        ids: for those with ``context="ids"``: as for :func:`contexts`.
+        images: for those with ``context="input"``: as for :func:`contexts`.
+        views: how many times the batch that the model sees holds these samples, one after the other.
+
+    Raises:
+        ValueError, TypeError: contexts or ``views`` out of range or of the wrong kind.
+    """
     if not isinstance(views, int) or views < 1:
         raise ValueError(f"views must be a positive int, got {views!r}.")
-    described = None if images is None else kmeans.describe(images)
-    known: dict[tuple[str, int, torch.device], Tensor | None] = {}
+    descriptors = None if images is None else kmeans.describe(images)
+    # Layers of one kind share one tensor: a network has dozens of layers, and the batch has one set of contexts.
+    shared: dict[tuple[str, int, torch.device], Tensor | None] = {}
     for name, layer in layers.items():
         if layer.context == "gate":
             continue
         device = layer.prior_or_uniform().device
-        key = (layer.context, layer.num_contexts, device)
-        if key not in known:
-            found = ids
+        kind = (layer.context, layer.num_contexts, device)
+        if kind not in shared:
+            known = ids
             if layer.context == "input":
-                found = None if described is None or not layer.is_fitted() else layer.nearest(described.to(device))
-            g = None if found is None else as_shares(found, layer.num_contexts, name).to(device)
-            known[key] = g if g is None or views == 1 else g.repeat(views, 1)
-        layer.contexts.g = known[key]
+                known = None if descriptors is None or not layer.is_fitted() else layer.nearest(descriptors.to(device))
+            if known is not None:
+                known = as_responsibilities(known, layer.num_contexts, name).to(device).repeat(views, 1)
+            shared[kind] = known
+        layer.contexts.responsibilities = shared[kind]
 
 
-def check(layer: Any, n: int) -> None:
+def check_contexts_of(layer: Any, n: int) -> None:
     """Check what a layer was told against the n samples that it is to normalize.
 
     Raises:
         RuntimeError: it was told nothing, or it runs again in a backward pass.
         ValueError: it was told of another number of samples.
     """
-    g = layer.contexts.g
+    responsibilities = layer.contexts.responsibilities
     name = f"ContextNorm {layer.contexts.name!r}" if layer.contexts.name else "ContextNorm"
     who = f"{name} (context={layer.context!r})"
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if not torch.compiler.is_compiling() and torch_private.in_backward_pass():
         raise RuntimeError(
             f"{who} was run again in a backward pass, as activation checkpointing does: the contexts may have changed "
             "since, and the gradient would be wrong. Leave this layer out of the checkpointed part, or swap with "
             "norm_args={'context': 'gate'}."
         )
-    if g is None and (layer.training or layer.missing == "error"):
+    if responsibilities is None and (layer.training or layer.missing == "error"):
         raise RuntimeError(f"{who} was run without contexts. {REMEDY[layer.context]}")
-    if g is not None and g.shape[0] != n:
+    if responsibilities is not None and responsibilities.shape[0] != n:
         raise ValueError(
-            f"{who} expected contexts for {n} samples, got {g.shape[0]}: contexts of another batch, or several views "
-            "of one (then pass views=m)."
+            f"{who} expected contexts for {n} samples, got {responsibilities.shape[0]}: contexts of another batch, "
+            "or several views of one (then pass views=m)."
         )
 
 
-def as_shares(ids: Tensor, k: int, name: str) -> Tensor:
-    """Return the share of each sample in each context, (N, k).
+def as_responsibilities(ids: Tensor, k: int, name: str) -> Tensor:
+    """Return the responsibilities of the contexts for each sample, (N, k), rows with the sum 1.
+
+    Args:
+        ids: contexts (N,), integers in [0, k), or responsibilities (N, k) themselves.
+        k: the number of contexts.
+        name: of the layer, for messages.
 
     Raises:
         TypeError: neither integers nor floating-point numbers.
@@ -161,9 +180,9 @@ def as_shares(ids: Tensor, k: int, name: str) -> Tensor:
         raise ValueError(f"{who} must be probabilities (N, {k}) or integers (N,), got {ids.dtype} {tuple(ids.shape)}.")
     with torch.no_grad():
         wide = ids.float()
-        slack = 4 * torch.finfo(ids.dtype).eps * k
-        fine = bool(((wide >= 0).all() & ((wide.sum(1) - 1).abs() <= max(slack, 1e-4)).all()) if ids.numel() else True)
-    if not fine:
+        tolerance = max(4 * torch.finfo(ids.dtype).eps * k, 1e-4)  # each entry is rounded to the dtype of ids
+        valid = not ids.numel() or bool((wide >= 0).all() & ((wide.sum(1) - 1).abs() <= tolerance).all())
+    if not valid:
         raise ValueError(f"{who}: probabilities must be at least 0, and each row must sum to 1.")
     return ids.contiguous()
 
@@ -183,18 +202,27 @@ def fit_contexts(model: nn.Module, images: Tensor, seed: int = 0) -> None:
 
 
 def set_centroids(layers: Mapping[str, Any], descriptors: Tensor, seed: int = 0) -> None:
-    """Fit the layers with ``context="input"`` that have no centroids; those with as many contexts share them."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    waiting = []
+    """Give centroids to the layers with ``context="input"`` that have none, the same to all with as many contexts.
+
+    Args:
+        layers: from :func:`context_layers`.
+        descriptors: of training images, from :func:`lightning_norm.ops.kmeans.describe`.
+        seed: of the k-means start.
+
+    Raises:
+        ValueError: fewer distinct images than contexts.
+    """
+    clusters: dict[int, tuple[Tensor, Tensor]] = {}  # number of contexts -> centroids and scale
+    unfitted = []
     for layer in layers.values():
         if layer.context == "input" and layer.is_fitted():
-            found.setdefault(layer.num_contexts, (layer.centroids, layer.descriptor_scale))
+            clusters.setdefault(layer.num_contexts, (layer.centroids, layer.descriptor_scale))
         elif layer.context == "input":
-            waiting.append(layer)
-    for layer in waiting:
+            unfitted.append(layer)
+    for layer in unfitted:
         k = layer.num_contexts
-        if k not in found:
-            found[k] = kmeans.fit(descriptors, k, seed)
+        if k not in clusters:
+            clusters[k] = kmeans.fit_centroids(descriptors, k, seed)
         with torch.no_grad():
-            layer.centroids.copy_(found[k][0])
-            layer.descriptor_scale.copy_(found[k][1])
+            layer.centroids.copy_(clusters[k][0])
+            layer.descriptor_scale.copy_(clusters[k][1])

@@ -12,29 +12,33 @@ from torch import Tensor, nn
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.fused_specs import per_channel_spec
 from lightning_norm.layers.inference import double_copy, per_channel
-from lightning_norm.normalizers.context.assignment import ContextState, check
-from lightning_norm.normalizers.context.statistics import PerContext
+from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of
+from lightning_norm.normalizers.context.statistics import ContextStatistics
 from lightning_norm.ops import kmeans
 from lightning_norm.ops.fused.per_channel import GATES, PerChannelSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
 
-CONTEXTS = 16
+MAX_FUSED_CONTEXTS = 16
 """Contexts that a kernel holds at once."""
 
-SOURCES, MISSING = ("input", "ids", "gate"), ("pooled", "posterior", "error")
+SOURCES = ("input", "ids", "gate")
+"""Where the responsibilities come from."""
+
+MISSING = ("pooled", "posterior", "error")
+"""What evaluation does where there are none."""
 
 
-class ContextNorm(PerContext):
+class ContextNorm(ContextStatistics):
     r"""Normalize each sample by the statistics of its context, or by a mixture of contexts.
 
     .. math::
         y_n = \sum_k g_{nk} \left[\gamma_k \frac{x_n - \mu_k}{\sqrt{\sigma^2_k + \epsilon}} + \beta_k\right], \qquad
         \mu_k = \frac{\sum_n g_{nk}\,\bar x_n}{\sum_n g_{nk}}
 
-    with sigma_k^2 alike and g_nk the share of sample n in context k: 0 or 1 for hard contexts. ``weight``, ``bias``,
-    ``running_mean`` and ``running_var`` are (K, C), ``prior`` (K,) is the running share of the contexts. Faye et al.
-    2023, arXiv 2303.07651, and its successors.
+    with sigma_k^2 alike and g_nk the responsibility of context k for sample n: 0 or 1 for hard contexts, and rows sum
+    to 1. ``weight``, ``bias``, ``running_mean`` and ``running_var`` are (K, C), ``prior`` (K,) is the running
+    frequency of the contexts. Faye et al. 2023, arXiv 2303.07651, and its successors.
 
     When: the data are a mixture, such as several domains, and the context is known in inference as well. When not: if
     the context follows from the label, for then the layer is told part of the answer.
@@ -83,9 +87,9 @@ class ContextNorm(PerContext):
         min_count: int = 16,
         **options: Any,
     ) -> None:
-        for name, value, known in (("context", context, SOURCES), ("missing", missing, MISSING)):
-            if value not in known:
-                raise ValueError(f"ContextNorm: {name} must be one of {known}, got {value!r}.")
+        for name, value, allowed in (("context", context, SOURCES), ("missing", missing, MISSING)):
+            if value not in allowed:
+                raise ValueError(f"ContextNorm: {name} must be one of {allowed}, got {value!r}.")
         if not min_count >= 1:
             raise ValueError(f"ContextNorm: min_count must be at least 1, got {min_count!r}.")
         self.context, self.missing, self.prior_scale, self.min_count = context, missing, prior_scale, min_count
@@ -103,7 +107,7 @@ class ContextNorm(PerContext):
             self.gate_weight = nn.Parameter(torch.empty(num_contexts, num_features, device=device, dtype=dtype))
             self.gate_bias = nn.Parameter(torch.empty(num_contexts, device=device, dtype=dtype))
         self.contexts = ContextState()
-        # Evaluation on given or pooled contexts does not look at the sample's own statistics.
+        # Evaluation on known or pooled contexts does not look at the sample's own statistics.
         self.eval_uses_input_stats = context == "gate" or missing == "posterior"  # type: ignore[misc]
         self.reset_parameters()
 
@@ -113,40 +117,44 @@ class ContextNorm(PerContext):
         return "missing='posterior' follows the spread of each batch" if self.missing == "posterior" else ""
 
     def forward(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-        """Normalize the input x."""
+        """Normalize the input x, by the contexts that the layer was told of its samples."""
         if self.context != "gate" and isinstance(input, Tensor) and input.dim() > 1 and input.is_floating_point():
-            check(self, input.shape[0])
+            check_contexts_of(self, input.shape[0])
         return super().forward(input, activation, residual)
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
-        """Return the algebra with the contexts of this input."""
+        """Return the algebra that mixes the contexts of this input."""
         if self.context == "gate":
             return self.algebra
-        g = self.contexts.g
-        return lambda m: self.mixture(m, g)
+        responsibilities = self.contexts.responsibilities
+        return lambda m: self.mixture(m, responsibilities)
 
     def algebra(self, m: Moments) -> Affine:
-        """Return the affine map of the equation above, by the gate."""
+        """Return the affine map of the equation above, with the responsibilities of the gate."""
         return self.mixture(m, self.gate(m))
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels; what concerns the posterior is computed in PyTorch."""
-        g, gated, kept = self.contexts.g, self.context == "gate", self.track_running_stats
-        frozen, posterior = kept and not self.training, self.missing == "posterior"
-        if self.num_contexts > CONTEXTS or (posterior and not frozen):
+        responsibilities, gated = self.contexts.responsibilities, self.context == "gate"
+        frozen, posterior = self.track_running_stats and not self.training, self.missing == "posterior"
+        if self.num_contexts > MAX_FUSED_CONTEXTS or (posterior and not frozen):
             return None
-        pooled, needs_grad = not gated and g is None, not gated and g is not None and g.requires_grad
+        pooled = not gated and responsibilities is None
+        needs_grad = not gated and responsibilities is not None and responsibilities.requires_grad
         if needs_grad or (pooled and posterior):
             return None
         flags = {"contexts": self.num_contexts, "prior": self.prior_scale, "gate": gated, "pooled": pooled and frozen}
         numbers = {"least": float(self.min_count)}
         spec = per_channel_spec(self, numbers, needs_moments=gated or not frozen, **flags)
         if pooled and not frozen:  # evaluation without running statistics: the batch's, and all contexts alike
-            held = self.prior_or_uniform()
-            g = held.new_full((layout.n, self.num_contexts), 1 / self.num_contexts, dtype=torch.float32)
+            uniform = (layout.n, self.num_contexts), 1 / self.num_contexts
+            responsibilities = self.prior_or_uniform().new_full(*uniform, dtype=torch.float32)
         gates = tuple(getattr(self, name, None) for name in GATES)
-        responsibilities = None if gated or g is None else g.float().contiguous()
-        return replace(spec, gates=gates, responsibilities=responsibilities, counters=(self.prior,))
+        if gated or responsibilities is None:
+            return replace(spec, gates=gates, counters=(self.prior,))
+        return replace(
+            spec, gates=gates, responsibilities=responsibilities.float().contiguous(), counters=(self.prior,)
+        )
 
     def eval_affine(self) -> Affine | None:
         """Return the pooled map, which evaluation without contexts is; ``None`` where contexts are always there."""
@@ -160,37 +168,46 @@ class ContextNorm(PerContext):
         return super().why_not_plain(dims) if self.context == "gate" else "its contexts choose the map in evaluation"
 
     def gate(self, m: Moments) -> Tensor:
-        """Return the learned shares of each sample, (N, K)."""
-        wide = stat_dtype(m.var)  # a sum of shares off by 1e-7 would scale the output
+        """Return the learned responsibilities, softmax(W mean + b), (N, K)."""
+        wide = stat_dtype(m.var)  # responsibilities whose sum is off by 1e-7 would scale the output
         logits = (m.mean.to(wide).unsqueeze(1) * self.gate_weight.to(wide)).sum(2) + self.gate_bias.to(wide)
         return torch.softmax(logits, 1)
 
-    def mixture(self, m: Moments, g: Tensor | None) -> Affine:
-        """Return the affine map of each sample: a sum over contexts, around a common mean so that no digit is lost."""
-        g = self.posterior(m) if g is None and self.missing == "posterior" else g
-        weight, bias = self._affine(wide := stat_dtype(m.var))
-        if g is None:  # in evaluation only
-            share = self.shares().to(wide)
+    def mixture(self, m: Moments, responsibilities: Tensor | None) -> Affine:
+        """Return the affine map of each sample: the sum over the contexts, which is affine in x again.
+
+        Args:
+            m: moments of each sample.
+            responsibilities: of the contexts for each sample, (N, K); ``None`` where they are not known.
+        """
+        if responsibilities is None and self.missing == "posterior":
+            responsibilities = self.posterior(m)
+        weight, bias = self.per_context_affine(wide := stat_dtype(m.var))
+        if responsibilities is None:  # in evaluation only: all contexts together as one
+            prior = self.seen_prior().to(wide)
             pooled = self.running() if self.track_running_stats else m.over_batch()
-            scale = (pooled.var + self.eps).rsqrt() * (share * weight).sum(0, keepdim=True)
-            return Affine(pooled.mean, scale, (share * bias).sum(0, keepdim=True).expand_as(scale))
-        g = g.to(wide)
+            scale = (pooled.var + self.eps).rsqrt() * (prior * weight).sum(0, keepdim=True)
+            return Affine(pooled.mean, scale, (prior * bias).sum(0, keepdim=True).expand_as(scale))
+        responsibilities = responsibilities.to(wide)
         if self.training or not self.track_running_stats:
-            rows, pivot = self.statistics(m, g)
+            contexts, pivot = self.statistics(m, responsibilities)
         else:
-            rows, _, pooled = self.rows()
+            contexts, _, pooled = self.running_per_context()
             pivot = pooled.mean
-        scale = (rows.var + self.eps).rsqrt() * weight
-        shift = bias - scale * (rows.mean - pivot)
-        scale, shift = ((g.unsqueeze(2) * t).sum(1) for t in (scale, shift))  # no matmul: autocast would narrow its vjp
+        # Every context's map is written around one pivot near all the means, so that the sum loses no digit.
+        scale = (contexts.var + self.eps).rsqrt() * weight
+        shift = bias - scale * (contexts.mean - pivot)
+        # No matmul: autocast would round the matrix product in its backward pass to half precision.
+        scale, shift = ((responsibilities.unsqueeze(2) * t).sum(1) for t in (scale, shift))
         return Affine(m.mean, scale, torch.addcmul(shift, scale, m.mean - pivot))
 
-    def _affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        one = torch.ones((), dtype=dtype, device=self.prior_or_uniform().device).expand(self.num_contexts, 1)
-        weight = one if self.weight is None else self.weight.to(dtype)
-        bias = 0 * one if self.bias is None else self.bias.to(dtype)
+    def per_context_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return gamma and beta of each context, (K, C) or (K, 1), times 1 / sqrt(prior) with ``prior_scale``."""
+        ones = torch.ones((), dtype=dtype, device=self.prior_or_uniform().device).expand(self.num_contexts, 1)
+        weight = ones if self.weight is None else self.weight.to(dtype)
+        bias = 0 * ones if self.bias is None else self.bias.to(dtype)
         if self.prior_scale:
-            factor = self.shares().to(dtype).clamp_min(0.01).rsqrt()
+            factor = self.seen_prior().to(dtype).clamp_min(0.01).rsqrt()  # at most 10, also for an unseen context
             weight, bias = factor * weight, factor * bias
         return weight, bias
 
@@ -209,18 +226,17 @@ class ContextNorm(PerContext):
 
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
-        """Return the share of each context, and the entropy of the shares: log K where all are alike."""
+        """Return the prior of each context, and the entropy of the priors: log K where all are alike."""
         if self.prior is None:
             return {}
-        shares = {f"share_{k}": share for k, share in enumerate(self.prior)}
-        return {**shares, "entropy": torch.special.entr(self.prior).sum()}
+        priors = {f"prior_{k}": prior for k, prior in enumerate(self.prior)}
+        return {**priors, "entropy": torch.special.entr(self.prior).sum()}
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the gate to small numbers which are the same for layers of one size."""
         super().reset_parameters()
-        if "gate_weight" in self._parameters:
-            generator = torch.Generator().manual_seed(0)
-            start = 0.01 * torch.randn(self.gate_weight.shape, generator=generator)
+        if hasattr(self, "gate_weight"):  # not yet while the base class is being constructed
+            generator = torch.Generator().manual_seed(0)  # every rank must start from the same gate
             with torch.no_grad():
-                self.gate_weight.copy_(start)
+                self.gate_weight.copy_(0.01 * torch.randn(self.gate_weight.shape, generator=generator))
                 self.gate_bias.zero_()

@@ -7,106 +7,135 @@ from torch import Tensor
 
 from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.variance import unbiased
-from lightning_norm.normalizers.context.parameters import ContextRows, pool
+from lightning_norm.normalizers.context.parameters import ContextParameters, pool_moments
 from lightning_norm.ops.moments import Moments
 
 
-class PerContext(ContextRows):
-    """Abstract: a row of statistics per context, pooled by the share of each sample in each context."""
+class ContextStatistics(ContextParameters):
+    """Abstract: statistics of each context, in which a sample counts by its responsibility.
+
+    The responsibilities (N, K) say how much each sample belongs to each context, as in a mixture model; rows sum to 1.
+    """
 
     min_count: int
     missing: str
+    running_spread: Tensor
+    """Running variance of the samples' means in each context, (K, C); only with ``missing="posterior"``."""
 
-    def statistics(self, m: Moments, g: Tensor) -> tuple[Moments, Tensor]:
-        """Return the moments of the contexts in this batch, (K, C), and the mean of all, (1, C), as a constant.
+    def statistics(self, m: Moments, responsibilities: Tensor) -> tuple[Moments, Tensor]:
+        """Return the moments of the contexts in this batch, (K, C), and the mean of the batch, (1, C), as a constant.
 
         In training the running statistics follow them. A context with fewer than ``min_count`` elements is mixed with
-        all samples, exactly as the law of total variance says: with none at all it has the statistics of all.
+        the whole batch, exactly as the law of total variance says: with none at all it has the batch's statistics.
 
         Args:
             m: moments of each sample.
-            g: share of each sample in each context, (N, K).
+            responsibilities: of the contexts for each sample, (N, K).
         """
-        m = Moments(m.mean.to(g.dtype), m.var.to(g.dtype), m.count, m.ranks)
-        own = m.over_batch(g)
-        assert isinstance(own.count, Tensor)
-        rows, share, common = self._drawn(own)
+        m = Moments(m.mean.to(responsibilities.dtype), m.var.to(responsibilities.dtype), m.count, m.ranks)
+        batch = m.over_batch(responsibilities)
+        assert isinstance(batch.count, Tensor)
+        contexts, frequency, pooled = self._shrink_small_contexts(batch)
         if self.training and self.track_running_stats:
             if self.missing == "posterior":
-                self._follow(Moments(m.mean, torch.zeros_like(m.var), 1, m.ranks).over_batch(g), share)
+                between = Moments(m.mean, torch.zeros_like(m.var), 1, m.ranks).over_batch(responsibilities)
+                self._update_running_spread(between.var, frequency)
+            total = batch.count.sum()
             if not isinstance(self.accumulator, AccumulationWindow):
-                self.fold(rows, share, own.count.sum())
+                self.update_running_stats(contexts, frequency, total)
             else:
-                self.accumulator.add(own.mean, own.var, own.count, self._usable(own.mean, own.var, own.count.sum()))
-        return rows, common.mean.detach()
+                usable = self._usable(batch.mean, batch.var, total)
+                self.accumulator.add(batch.mean, batch.var, batch.count, usable)
+        return contexts, pooled.mean.detach()
 
-    def _drawn(self, own: Moments) -> tuple[Moments, Tensor, Moments]:
-        """Return the contexts' moments, small ones drawn to those of all, their shares, and the moments of all."""
-        assert isinstance(own.count, Tensor)
-        total = own.count.sum()
-        share = own.count / total.clamp_min(1)
-        common = pool(own.mean, own.var, share)
-        part = (1 - own.count / self.min_count).clamp_min(0)  # of the common statistics in those of a small context
-        apart = common.mean - own.mean
-        var = own.var + part * (common.var - own.var + (1 - part) * apart.square())
-        return Moments(own.mean + part * apart, var, own.count + part * (total - own.count)), share, common
+    def _shrink_small_contexts(self, batch: Moments) -> tuple[Moments, Tensor, Moments]:
+        """Return the moments of the contexts, their frequencies (K, 1), and the moments of the batch (1, C).
+
+        A context with n < min_count elements is the mixture of n / min_count of its own distribution with the rest of
+        the batch's: few samples give a variance that cannot be trusted, and one sample none at all.
+        """
+        assert isinstance(batch.count, Tensor)
+        total = batch.count.sum()
+        frequency = batch.count / total.clamp_min(1)
+        pooled = pool_moments(batch.mean, batch.var, frequency)
+        borrowed = (1 - batch.count / self.min_count).clamp_min(0)  # the batch's part in the mixture
+        distance = pooled.mean - batch.mean
+        mean = batch.mean + borrowed * distance
+        var = batch.var + borrowed * (pooled.var - batch.var + (1 - borrowed) * distance.square())
+        return Moments(mean, var, batch.count + borrowed * (total - batch.count)), frequency, pooled
 
     def _move_by_window(self, m: Moments) -> None:
         assert isinstance(m.count, Tensor)
-        rows, share, _ = self._drawn(m)
-        self.fold(rows, share, m.count.sum(), m.count.any())
+        contexts, frequency, _ = self._shrink_small_contexts(m)
+        self.update_running_stats(contexts, frequency, m.count.sum(), m.count.any())
+
+    def _step_size(self, frequency: Tensor, momentum: float | Tensor) -> Tensor:
+        """Return the weight of this batch in each context's running statistics, (K, 1).
+
+        A context as frequent as 1 / K, or more, has ``momentum``. A rarer one has in proportion less, for its few
+        samples say less. The first samples of a context replace the starting values, which stand for nothing.
+        """
+        step = momentum * (self.num_contexts * frequency).clamp_max(1)
+        return torch.where(self.unseen(), (frequency > 0).to(step.dtype), step)
 
     @torch.no_grad()
-    def _follow(self, means: Moments, share: Tensor) -> None:
-        held = self._buffers["running_spread"]
-        assert held is not None
-        step = (self.momentum or 0.1) * (self.num_contexts * share).clamp_max(1)
-        step = torch.where(self.unseen(), (share > 0).to(step.dtype), step)
-        fine = torch.isfinite(means.var).all() & (share > 0)
-        held.copy_(torch.where(fine, torch.lerp(held.to(step.dtype), means.var, step), held).to(held.dtype))
+    def _update_running_spread(self, between_var: Tensor, frequency: Tensor) -> None:
+        """Move the running variance of the samples' means, (K, C), which the posterior measures distances in."""
+        buffer: Tensor = self.running_spread
+        step = self._step_size(frequency, self.momentum or 0.1)
+        usable = torch.isfinite(between_var).all() & (frequency > 0)
+        moved = torch.lerp(buffer.to(step.dtype), between_var, step)
+        buffer.copy_(torch.where(usable, moved, buffer).to(buffer.dtype))
 
     @torch.no_grad()
     def posterior(self, m: Moments) -> Tensor:
-        """Return the probability of each context given the means of a sample's channels, (N, K); flattened by C."""
-        rows, share, _ = self.rows()
-        spread = self._buffers["running_spread"]
-        assert spread is not None
-        var = spread.to(rows.mean.dtype) + self.eps
-        apart = (m.mean.unsqueeze(1) - rows.mean).square() / var  # (N, K, C)
-        return torch.softmax(share[:, 0].log() - 0.5 * (apart + var.log()).mean(2), 1)
+        r"""Return the probability of each context given the means of a sample's channels, (N, K).
+
+        .. math::
+            p_{nk} \propto \pi_k \exp\left(-\frac{1}{2C} \sum_c \left[\frac{(\mu_{nc} - \mu_{kc})^2}{v_{kc} + \epsilon}
+            + \log(v_{kc} + \epsilon)\right]\right)
+
+        with v the running variance of the samples' means. The sum is divided by C: channels are far from independent,
+        and without it the posterior would be 0 or 1 in any wide layer.
+        """
+        contexts, prior, _ = self.running_per_context()
+        var = self.running_spread.to(contexts.mean.dtype) + self.eps
+        squared_distance = (m.mean.unsqueeze(1) - contexts.mean).square() / var  # (N, K, C)
+        return torch.softmax(prior[:, 0].log() - 0.5 * (squared_distance + var.log()).mean(2), 1)
 
     @torch.no_grad()
-    def fold(self, m: Moments, share: Tensor, total: Tensor, wanted: Tensor | None = None) -> None:
-        """Move the running statistics towards those of this batch, each context in proportion to its share.
+    def update_running_stats(self, m: Moments, frequency: Tensor, total: Tensor, wanted: Tensor | None = None) -> None:
+        """Move the running statistics towards those of this batch, each context in proportion to its frequency.
 
         The first samples of a context are taken as they are; a context without samples does not move. An update with
         a NaN or an infinity in it is skipped and counted.
 
         Args:
             m: statistics of the contexts, (K, C).
-            share: of each context in this batch, (K, 1).
-            total: elements behind all of them.
-            wanted: false, 0-dim, where there is nothing to fold in.
+            frequency: of each context in this batch, (K, 1), sum 1.
+            total: elements per channel in the batch.
+            wanted: 0-dim; where it is false, there was no batch, and nothing counts as skipped.
         """
         mean, var = m.mean, m.var * unbiased(m.count)
-        finite = torch.isfinite(mean + var).all() & torch.isfinite(share).all() & (total > 1)
+        finite = torch.isfinite(mean + var).all() & torch.isfinite(frequency).all() & (total > 1)
         assert self.prior is not None
         assert self.num_batches_tracked is not None
         assert self.skipped_updates is not None
         self.num_batches_tracked.add_(finite)
         self.skipped_updates.add_(~finite if wanted is None else wanted & ~finite)
         momentum = self._buffers["_momentum"]
-        seen = self.num_batches_tracked.clamp_min(1).to(share.dtype)
-        rate = 1 / seen if momentum is None else momentum.to(share.dtype)
-        prior = torch.lerp(self.prior.to(share.dtype), share[:, 0], rate)
-        if momentum is None:  # the average of all samples: share of this batch in all that the context has seen
-            step = share / (seen * prior.unsqueeze(1)).clamp_min(torch.finfo(share.dtype).tiny)
+        batches = self.num_batches_tracked.clamp_min(1).to(frequency.dtype)
+        weight = 1 / batches if momentum is None else momentum.to(frequency.dtype)
+        prior = torch.lerp(self.prior.to(frequency.dtype), frequency[:, 0], weight)
+        if momentum is None:
+            # The average of all samples: of those that the context has ever had, this batch's part.
+            step = frequency / (batches * prior.unsqueeze(1)).clamp_min(torch.finfo(frequency.dtype).tiny)
+            step = torch.where(self.unseen(), (frequency > 0).to(step.dtype), step)
         else:
-            step = rate * (self.num_contexts * share).clamp_max(1)
-        step = torch.where(self.unseen(), (share > 0).to(step.dtype), step)
+            step = self._step_size(frequency, weight)
         for name, new in zip(self.running_names, (mean, var), strict=True):
-            old = self._buffers[name]
-            assert old is not None
+            old: Tensor = getattr(self, name)
+            # In the dtype of the batch's statistics, rounded once; torch.lerp takes one dtype only.
             moved = (1 - step) * old + step * new
-            old.copy_(torch.where(finite & (share > 0), moved.to(old.dtype), old))
+            old.copy_(torch.where(finite & (frequency > 0), moved.to(old.dtype), old))
         self.prior.copy_(torch.where(finite, prior.to(self.prior.dtype), self.prior))

@@ -25,6 +25,8 @@ from lightning_norm.normalizers import normalizers
 from tests.callbacks.toy import LateNet, Net, loader, trainer
 
 ALL = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+EVERY_LAYER = {"layer", "gamma_condition", "gamma_near_zero", "drift_mean", "drift_var"}
+"""Of the heading of a table: the quantities that a layer has whatever its method. There may be more."""
 
 
 def read(logger):
@@ -55,7 +57,7 @@ def test_importance_weights_of_each_layer_reach_tensorboard(tmp_path):
     trainer(NormSwap("sn"), NormMonitor(), logger=logger, max_epochs=2).fit(model, loader())
     events = read(logger)
     tags = [t for t in events.Tags()["scalars"] if t.startswith("norm/")]
-    assert len(tags) == 3 * (6 + 4)
+    assert len([t for t in tags if t.split("/")[2].startswith(("mean_", "var_"))]) == 3 * 6
     assert "norm/sn/mean_bn/built.1" in tags
     for layer in ("net.1", "built.1", "late"):
         for quantity in ("mean", "var"):
@@ -117,7 +119,7 @@ def test_the_table_is_printed_on_request(caplog):
     cells[weights.argmax()] = f"*{cells[weights.argmax()]}*"
     assert rows[3][1:4] == cells
     assert {len(row) for row in own.splitlines()} == {len(own.splitlines()[0])}  # aligned
-    assert every_layer.split()[:5] == ["layer", "gamma_condition", "gamma_near_zero", "drift_mean", "drift_var"]
+    assert set(every_layer.splitlines()[0].split()) >= EVERY_LAYER
 
 
 def test_nothing_to_log_is_said():
@@ -169,13 +171,15 @@ def test_the_page_has_one_chart_per_family_and_depth(prefix, tmp_path):
     assert list(charts) == ["Normalization: sn", "Normalization: bcn"]
     thirds = ("early", "middle", "late")
     mixtures = [f"{f} (IN, LN, BN), {t} layers" for f in ("mean", "var") for t in thirds]
-    gamma, drift = ["gamma condition", "gamma near zero"], [f"drift (mean, var), {t} layers" for t in ("all", *thirds)]
-    assert list(charts["Normalization: sn"]) == [*mixtures, *gamma, *drift[1:]]
-    assert list(charts["Normalization: bcn"]) == ["iota (min, max), all layers", *gamma, drift[0]]
+    gamma, drift = {"gamma condition", "gamma near zero"}, [f"drift (mean, var), {t} layers" for t in ("all", *thirds)]
+    assert list(charts["Normalization: sn"])[: len(mixtures)] == mixtures  # its own before those of every layer
+    assert gamma | set(drift[1:]) <= charts["Normalization: sn"].keys()
+    assert next(iter(charts["Normalization: bcn"])) == "iota (min, max), all layers"
+    assert gamma | {drift[0]} <= charts["Normalization: bcn"].keys()
     shown = [pattern for charts_of in charts.values() for chart in charts_of.values() for pattern in chart]
     found = [[tag for tag in scalar_tags(events) if re.match(pattern, tag)] for pattern in shown]
     assert all(len(tags) == 1 for tags in found), found  # as TensorBoard looks for them
-    assert len(shown) == len({tags[0] for tags in found}) == 3 * (6 + 4) + 3 + 4
+    assert len(shown) == len({tags[0] for tags in found})  # every line in one chart
 
 
 def test_lines_that_belong_together_share_a_chart():
@@ -209,7 +213,7 @@ def test_pictures_tables_and_histograms(tmp_path):
     assert last.histogram_value.sum == pytest.approx(model.late.weight.sum().item(), rel=1e-6)
     rows = [row.strip("| ").split(" | ") for row in text(events, "norm/sn/table").splitlines()]
     assert rows[0] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
-    assert rows[6] == ["layer", "gamma_condition", "gamma_near_zero", "drift_mean", "drift_var"]
+    assert set(rows[6]) >= EVERY_LAYER
     assert [row[0] for row in rows[2:5]] == [row[0] for row in rows[8:]] == ["net.1", "built.1", "late"]
     weights = model.late.importance()["mean"]
     cells = [f"{w:.3g}" for w in weights.tolist()]

@@ -209,9 +209,9 @@ def test_what_stays_in_pytorch(monkeypatch):
     layer(features(4, 6, 5, 3))
     layer, _ = contexts(IDS, train=True)
     assign(context_layers(layer), torch.rand(4, 3).softmax(1))
-    layer.contexts.g.requires_grad_()
+    layer.contexts.responsibilities.requires_grad_()
     layer(features(4, 6, 5, 3)).sum().backward()
-    assert layer.contexts.g.grad is not None
+    assert layer.contexts.responsibilities.grad is not None
     assert "channels_of" not in launched
 
 

@@ -60,7 +60,7 @@ def check_all(x, dy, residual, layout, activation, with_residual):
     torch.testing.assert_close(got.double(), var, rtol=1e-6, atol=1e-12)
 
     affine = torch.stack([hi, torch.randn_like(hi), torch.randn_like(hi)])
-    pivot, scale, offset = (layout.spread(t.double()) for t in affine)
+    pivot, scale, offset = (layout.broadcast_to_input(t.double()) for t in affine)
     z = scale * (wide - pivot) + offset
     z = z if residual is None else z + residual.double()
     z.requires_grad_()
@@ -77,7 +77,7 @@ def check_all(x, dy, residual, layout, activation, with_residual):
         assert ((a.double() - total).abs() <= 3e-7 * size + 1e-9).all()
 
     dx_affine = torch.randn(2, *hi.shape)
-    constant, slope = (layout.spread(t.double()) for t in dx_affine)
+    constant, slope = (layout.broadcast_to_input(t.double()) for t in dx_affine)
     dx, dresidual = launch.combine(dy, x, affine, dx_affine, layout.channel_dim, activation, residual)
     assert (dx.dtype, dx.stride()) == (x.dtype, x.stride())
     assert apart(dx, scale * g + constant + slope * (wide - pivot)) < tolerance
