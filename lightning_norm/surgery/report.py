@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.surgery.convert import hand_back, kind_of
+from lightning_norm.surgery.convert import device_and_dtype, restore_original
 from lightning_norm.surgery.select import ModuleSlot
-from lightning_norm.surgery.text import aligned
+from lightning_norm.surgery.tables import aligned
 
 MANY = 100_000
 """Parameters that are worth a word wherever they make a model larger by more than a tenth."""
@@ -25,7 +25,7 @@ class SwappedLayer:
         target: class that is there now.
         norm: what to type to get it: ``{"class_path": ..., "init_args": {...}}``.
         num_features: channels.
-        preserved: evaluation output is the original's at this moment.
+        preserves_eval: the layer evaluates as the original did.
         reason: why, or why not.
         moved: Parameters and buffers taken over.
         converted: those taken over in another form.
@@ -42,7 +42,7 @@ class SwappedLayer:
     target: str
     norm: dict[str, Any]
     num_features: int
-    preserved: bool
+    preserves_eval: bool
     reason: str
     moved: list[str]
     converted: list[str]
@@ -92,11 +92,11 @@ class SwapReport:
         """Parameters of the model after the swap, in elements."""
         return self.total_before + self.parameters_added - self.parameters_removed
 
-    def add(self, site: ModuleSlot, layer: Normalizer, row: SwappedLayer) -> None:
+    def add(self, slot: ModuleSlot, layer: Normalizer, row: SwappedLayer) -> None:
         """Add a layer that is ready to be put in place."""
         self.layers.append(row)
-        self._undo.append((site, layer))
-        site.started = kind_of(layer)
+        self._undo.append((slot, layer))
+        slot.device_and_dtype = device_and_dtype(layer)
 
     def commit(self, replace: bool = True) -> set[int]:
         """Put the layers in place and return their ids; with ``replace=False`` let them go, as after a dry run."""
@@ -104,9 +104,8 @@ class SwapReport:
             self._undo = []
             return set()
         self.dry_run = False
-        for site, layer in self._undo:
-            for parent, attribute in site.parents:
-                parent._modules[attribute] = layer
+        for slot, layer in self._undo:
+            slot.fill(layer)
         return {id(layer) for _, layer in self._undo}
 
     def merge(self, other: SwapReport) -> None:
@@ -145,18 +144,18 @@ class SwapReport:
         if not self._undo:
             why = "this report is of a dry run" if self.dry_run else "this swap changed nothing or was undone already"
             raise RuntimeError(f"nothing to undo: {why}.")
-        for site, layer in self._undo:
-            for parent, attribute in site.parents:
-                if parent._modules.get(attribute) is not layer:
+        # All slots are checked before the first is written to: an undo happens as a whole or not at all.
+        for slot, layer in self._undo:
+            for parent, attribute in slot.parents:
+                now = getattr(parent, attribute, None)
+                if now is not layer:
                     raise RuntimeError(
-                        f"cannot undo: {site.name} holds {type(parent._modules.get(attribute)).__name__} and no "
-                        "longer the "
+                        f"cannot undo: {slot.name} holds {type(now).__name__} and no longer the "
                         f"{type(layer).__name__} of this swap. Undo later swaps first."
                     )
-        for site, layer in self._undo:
-            hand_back(layer, site.module, site.started)
-            for parent, attribute in site.parents:
-                parent._modules[attribute] = site.module
+        for slot, layer in self._undo:
+            restore_original(layer, slot.module, slot.device_and_dtype)
+            slot.fill(slot.module)
         self._undo = []
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,12 +194,12 @@ class SwapReport:
             lines.append(
                 f"  dropped     {self._kinds('dropped')} in {without} layers, whose normalizer has no use for them"
             )
-        changed = [layer for layer in self.layers if not layer.preserved]
+        changed = [layer for layer in self.layers if not layer.preserves_eval]
         if changed:
             why = "; ".join(dict.fromkeys(f"{layer.norm['class_path']}: {layer.reason}" for layer in changed))
             lines.append(f"  evaluation  differs from the original network in {len(changed)} layers ({why})")
         else:
-            lines.append("  evaluation  the same as the original network's until training changes it")
+            lines.append("  evaluation  preserved: the same as the original network's until training changes it")
         sync = "on in training with several processes" if any(layer.sync for layer in self.layers) else "off"
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
         return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
@@ -218,7 +217,7 @@ class SwapReport:
             name = layer.name + (f" (= {', '.join(layer.also)})" if layer.also else "")
             few = "+".join(f"{k} {v}" for k, v in layer.added.items()) or "-"
             added = few if len(layer.added) <= 6 else f"{sum(layer.added.values())} in {len(layer.added)} tensors"
-            kept = "kept" if layer.preserved else f"differs: {layer.reason}"
+            evaluation = "preserved" if layer.preserves_eval else f"differs: {layer.reason}"
             backend = layer.backend.split(":")[0] + (", compiled" if layer.compiled else "")
             rows.append(
                 (
@@ -227,7 +226,7 @@ class SwapReport:
                     layer.target,
                     str(layer.num_features),
                     added,
-                    kept,
+                    evaluation,
                     backend,
                     "on" if layer.sync else "off",
                 )

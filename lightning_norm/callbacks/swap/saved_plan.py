@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lightning_norm.surgery.files import read_checkpoint
+from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.manifest import manifest_in, rules_of
 
 

@@ -26,6 +26,6 @@ def last_norms(model: nn.Module) -> list[str]:
     return [
         f"{name}.{attribute}" if name else attribute
         for name, block in model.named_modules()
-        for attribute in block._modules
+        for attribute, _ in block.named_children()
         if is_last_of_block(block, attribute)
     ]
