@@ -22,10 +22,18 @@ from typing_extensions import override
 import lightning_norm.callbacks
 import lightning_norm.plugins
 import lightning_norm.schedules
-from lightning_norm.cli.section import SECTION, add_section, expand_norm, swap_of, write_out_keys, write_out_plan
+from lightning_norm.cli.section import (
+    PARSER_MODE,
+    SECTION,
+    add_section,
+    expand_norm,
+    known_names,
+    norm_swap_of,
+    write_out_plan,
+)
 from lightning_norm.demo import job
 from lightning_norm.demo.data import ImageData
-from lightning_norm.normalizers import normalizers, resolve
+from lightning_norm.normalizers import resolve
 
 DESCRIPTION = """{what}
 
@@ -51,17 +59,15 @@ NAMED = (*OURS, lightning.pytorch.callbacks)
 class NormParser(LightningArgumentParser):
     """LightningCLI's parser; an error is the few lines that matter, with the nearest name."""
 
-    @override
-    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
-        return super().parse_string(write_out_keys(content), *args, **kwargs)
+    def __init__(self, *args: Any, parser_mode: str = PARSER_MODE, **kwargs: Any) -> None:
+        super().__init__(*args, parser_mode=parser_mode, **kwargs)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        options = [o for action in parser._actions for o in action.option_strings]
-        self.exit(2, f"lightning-norm: error: {clarify(message, options)}\n")
+        self.exit(2, f"lightning-norm: error: {clarify(message, list(parser.get_defaults().keys()))}\n")
 
 
 class NormCLI(LightningCLI):
@@ -111,17 +117,19 @@ class NormCLI(LightningCLI):
         if config.model.class_path != class_path(job.ImageClassifier):
             return
         if config.get("data") is None:
-            parser = self._parser(self.subcommand)
-            config.data = parser.parse_object({"data": "Digits", "model": config.model.clone()}).data
+            parser = NormParser()
+            parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
+            config.data = parser.parse_object({"data": "Digits"}).data
         data = {class_path(c): c for c in _built_in_data()}.get(config.data.class_path)
         if data is not None and config.model.init_args.get("num_classes") is None:
             config.model.init_args.num_classes = data.num_classes
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        callbacks = self._get(self.config_init, "trainer", {}).get("callbacks") or []
+        config = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        callbacks = config.trainer.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        path = self._get(self.config_init, "ckpt_path")
+        path = config.get("ckpt_path")
         if (
             self.subcommand != "fit"
             and path
@@ -130,7 +138,7 @@ class NormCLI(LightningCLI):
         ):
             # The Trainer compares the folder of the file that it reads with the one it would write to.
             callbacks = [*callbacks, ModelCheckpoint(dirpath=Path(path).parent)]
-        swap = swap_of(self._get(self.config_init, SECTION))
+        swap = norm_swap_of(config.get(SECTION))
         kwargs["callbacks"] = callbacks if swap is None else [swap, *callbacks]
         return super().instantiate_trainer(**kwargs)
 
@@ -157,17 +165,17 @@ def expand_root(args: list[str]) -> list[str]:
     >>> expand_root(["fit", "--root", "d", "--data", "MNIST"])
     ['fit', '--data', 'MNIST', '--data.init_args.root', 'd']
     """
-    kept: list[str] = []
-    found: list[str] = []
+    others: list[str] = []
+    root: list[str] = []
     rest = iter(args)
     for arg in rest:
         if arg == "--root":
-            found = ["--data.init_args.root", *[value for value in [next(rest, None)] if value is not None]]
+            root = ["--data.init_args.root", *[value for value in [next(rest, None)] if value is not None]]
         elif arg.startswith("--root="):
-            found = ["--data.init_args.root", arg.partition("=")[2]]
+            root = ["--data.init_args.root", arg.partition("=")[2]]
         else:
-            kept.append(arg)
-    return kept + found
+            others.append(arg)
+    return others + root
 
 
 def clarify(message: str, options: Sequence[str]) -> str:
@@ -177,13 +185,13 @@ def clarify(message: str, options: Sequence[str]) -> str:
     "Subcommand 'fit' does not accept option 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"
     """
     noise = ("Does not validate against", "Subtypes:", "- Expected a <class 'NoneType'>", "Errors:")
-    kept: list[str] = []
+    lines: list[str] = []
     for line in message.splitlines():
         if line.strip().startswith(("Given value", "- Not a valid subclass")):
             break
         if not line.strip().startswith(noise):
-            kept.append(line)
-    text = "\n".join(kept)
+            lines.append(line)
+    text = "\n".join(lines)
     if re.search(r"Unable to load config ['\"]?([\w.]+)", text) and f'"{SECTION}"' in text:
         key = re.findall(r"Unable to load config ['\"]?([\w.]+)", text)[0]
         return f"{SECTION}: is a section with the arguments of NormSwap, got {key!r}. Type {SECTION}: {{norm: {key}}}."
@@ -194,8 +202,8 @@ def clarify(message: str, options: Sequence[str]) -> str:
         name = re.search(r"(?:Expected a dot import path string: |has no attribute ')(\w+)", message)
         if name and name[0] not in text:  # below the first of several types
             text += f"\n    - {name[0]}"
-        ours = {n for key, cls in normalizers().items() for n in (key, cls.__name__)}
-        if name and name[1] in ours:  # jsonargparse looks at any class_path itself, and knows no keys
+        # jsonargparse imports any class_path itself, and knows no keys.
+        if name and name[1] in known_names():
             path = f"lightning_norm.{resolve(name[1])[0].__name__}"
             return f"{text}. Type norm: {name[1]} with norm_args: {{...}}, or class_path: {path} in full."
         known = [n for module in NAMED for n in dir(module) if n[0].isupper()]

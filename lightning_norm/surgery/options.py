@@ -82,8 +82,8 @@ class SwapOptions:
             raise ValueError(self.what_to_type)
         if self.norm is None and self.norm_args:
             raise ValueError(
-                f"norm_args={dict(self.norm_args)!r} are arguments of norm, and this is a swap without norm. Put them in the "
-                "rule: rules={'layer1.*': {'class_path': 'sn', 'init_args': {...}}}."
+                f"norm_args={dict(self.norm_args)!r} are arguments of norm, and this is a swap without norm. Put "
+                "them in the rule: rules={'layer1.*': {'class_path': 'sn', 'init_args': {...}}}."
             )
         check_group(self.sync_group)
 
