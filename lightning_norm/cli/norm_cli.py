@@ -66,6 +66,7 @@ class NormParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
+        # The options to suggest are those of the subcommand in which the mistake was made.
         parser = getattr(ex, "subcommand_parser", None) or self
         self.exit(2, f"lightning-norm: error: {clarify(message, list(parser.get_defaults().keys()))}\n")
 
@@ -117,6 +118,7 @@ class NormCLI(LightningCLI):
         if config.model.class_path != class_path(job.ImageClassifier):
             return
         if config.get("data") is None:
+            # A parser of its own turns the name into a class and its defaults, without the rest of the configuration.
             parser = NormParser()
             parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
             config.data = parser.parse_object({"data": "Digits"}).data
@@ -138,12 +140,14 @@ class NormCLI(LightningCLI):
         ):
             # The Trainer compares the folder of the file that it reads with the one it would write to.
             callbacks = [*callbacks, ModelCheckpoint(dirpath=Path(path).parent)]
+        # The swap comes first: the other callbacks are to find the layers that are trained.
         swap = norm_swap_of(config.get(SECTION))
         kwargs["callbacks"] = callbacks if swap is None else [swap, *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
         """Test the built-in job's best weights, or its last where no checkpoint is monitored, and say what is next."""
+        # A run that was cut short has nothing to test, and another job has its own idea of a test.
         trainer = self.trainer
         complete = trainer.state.finished and not trainer.interrupted and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if not complete or not isinstance(self.model, job.ImageClassifier):
@@ -187,6 +191,7 @@ def clarify(message: str, options: Sequence[str]) -> str:
     noise = ("Does not validate against", "Subtypes:", "- Expected a <class 'NoneType'>", "Errors:")
     lines: list[str] = []
     for line in message.splitlines():
+        # What follows repeats the whole value, or lists every class that would have been valid.
         if line.strip().startswith(("Given value", "- Not a valid subclass")):
             break
         if not line.strip().startswith(noise):
@@ -211,6 +216,7 @@ def clarify(message: str, options: Sequence[str]) -> str:
         return text + (f". Did you mean {close[0]!r}?" if close else "")
     known = [option.lstrip("-") for option in options]
     owner = re.findall(r"class_path '([\w.]+)'", text)
+    # A misspelt argument of a class is compared with the arguments of that class.
     if owner:
         known = list(inspect.signature(pkgutil.resolve_name(owner[-1])).parameters)
     near = difflib.get_close_matches(typo[1] or typo[2], known, n=1)

@@ -42,6 +42,7 @@ def norm_swap_of(section: Mapping[str, Any] | None) -> NormSwap | None:
     Raises:
         ValueError, TypeError: what :class:`NormSwap` raises.
     """
+    # The parser fills in the defaults: a section that was not written holds them all, and asks for no swap.
     arguments = non_defaults(section)
     return NormSwap(**arguments) if arguments else None
 
@@ -53,6 +54,7 @@ def expand_norm(args: list[str]) -> list[str]:
     ['fit', '--norm.norm', 'sn', '--norm.norm=bcn', '--norm', 'section.yaml']
     """
     option = f"--{SECTION}"
+    # Only a word can be a key: anything else behind --norm is the path of a file, or the section itself as YAML.
     full = [
         arg.replace("=", ".norm=", 1) if arg.startswith(option + "=") and arg[7:].isidentifier() else arg
         for arg in args
@@ -110,6 +112,7 @@ def known_names() -> set[str]:
 PARSER_MODE = "lightning_norm"
 """How a parser says that it reads configurations with :func:`load_configuration`."""
 
+# This adds a mode to jsonargparse and changes none: other parsers of the process read YAML as before.
 set_loader(PARSER_MODE, load_configuration, exceptions=(yaml.YAMLError,))
 
 
@@ -122,6 +125,7 @@ def write_out_plan(section: Any) -> None:
     arguments = non_defaults(section)
     if "plan" not in arguments or any(name in arguments for name in NormSwapOptions.chooses_layers):
         return
+    # The run is to be repeated from its saved configuration alone, also after the plan was edited or lost.
     rules, section.source = read_plan(arguments["plan"])
     section.rules = {name: _plain(norm) for name, norm in rules.items()}
     section.plan = None

@@ -45,6 +45,7 @@ def _trace(part: nn.Module, norms: tuple[type[nn.Module], ...], result: dict[nn.
         for child in part.children():
             _trace(child, norms, result)
         return
+    # A module of two names is one layer with one weight: calls are counted by module and not by name.
     modules = dict(part.named_modules(remove_duplicate=False))
     calls = Counter(modules[str(node.target)] for node in graph.nodes if node.op == "call_module")
     attributes = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -61,6 +62,7 @@ def _layer_before(
     calls: Counter[nn.Module],
     attributes: set[str],
 ) -> nn.Module | str:
+    # Folding is exact only if nothing but the normalizer sees the layer's output and nothing but the layer its weight.
     source: Any = node.args[0] if node.args else None
     if not isinstance(source, torch.fx.Node) or source.op != "call_module":
         return "its input does not come from a layer"

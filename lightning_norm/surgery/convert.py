@@ -37,6 +37,8 @@ def convert(module: nn.Module, name: str, norm: ResolvedNorm) -> tuple[Normalize
             "forward pass through the model first, swap after it, or exclude it."
         )
     cls, arguments = norm
+    # What the user typed is checked by itself and told with the class that refuses it. What the module has and the
+    # normalizer does not take is left out without a word: a swap takes over what it can.
     chosen = checked_arguments(cls, arguments, f"{name}: ")
     known = arguments_of(cls)
     inherited = {k: v for k, v in _arguments_from(module, name, cls).items() if k in known}
@@ -59,9 +61,12 @@ def own_arguments(layer: nn.Module) -> dict[str, Any]:
 
 def preserves_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
     """Tell whether the layer evaluates to what the module did, and why."""
+    # eps is part of what every layer computes, so that a change of it is told before anything else is compared.
     came = type(module).__name__
     if getattr(module, "eps", layer.eps) != layer.eps:
         return False, f"eps {getattr(module, 'eps', None)} -> {layer.eps}"
+    # Layers that normalize by each sample's statistics evaluate as the torch layer of the same kind does. All others
+    # are compared with BatchNorm, which is what `keeps_eval` speaks of.
     same = {
         "gn": isinstance(module, nn.GroupNorm) and module.num_groups == getattr(layer, "groups", None),
         "ln": isinstance(module, nn.GroupNorm) and module.num_groups == 1,
@@ -69,8 +74,8 @@ def preserves_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
     }
     alike = same.get(layer.key) or type(module) is type(layer)
     if not alike:
-        ours = isinstance(module, Normalizer) and module.key != "bn"
-        if ours or came.startswith("Instance") or not hasattr(module, "running_mean"):
+        not_batch_norm = isinstance(module, Normalizer) and module.key != "bn"
+        if not_batch_norm or came.startswith("Instance") or not hasattr(module, "running_mean"):
             return False, f"{came} and {type(layer).__name__} use different statistics"
         if not layer.keeps_eval():
             return (
@@ -89,9 +94,11 @@ def _what_changed(module: nn.Module, layer: Normalizer) -> str:
         tensors += layer.extra_parameters
         before |= own_arguments(module)
         after |= own_arguments(layer)
+    # The momentum moves the statistics in training only.
     for name, old in before.items():
         if name != "momentum" and old != after[name]:
             return f"{name} {old} -> {after[name]}"
+    # A tensor that was neither moved nor translated has the value of a fresh layer.
     old_tensors = {name: getattr(module, name, None) for name in tensors}
     new = [
         name
@@ -132,6 +139,7 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
     tensor = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), None)
     affine = (isinstance(module, Normalizer) and module.affine) or getattr(module, "weight", None) is not None
     arguments |= {"num_features": features, "affine": affine}
+    # A class name is all that tells of the input's dimensions: BatchNorm1d and 2d have the same attributes.
     axes = re.search(r"([123])d$", type(module).__name__)
     if axes:
         arguments["spatial_dims"] = int(axes[1])

@@ -120,6 +120,7 @@ def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
     reasons = {}
     for norm, before in layers_before(model, (Normalizer, *TORCH_BATCH_NORMS)).items():
         affine = affine_of(norm)
+        # What depends on the sample is no fixed map, and `_all_plain` says so.
         if affine is None:
             continue
         why = before if isinstance(before, str) else _obstacle(norm, before, watch)
@@ -156,9 +157,11 @@ class _Watch:
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.model = model
         self.arguments = None if example is None else example if isinstance(example, tuple) else (example,)
+        # Names and places are those of the model as it was: a layer that was replaced is still looked up by itself.
         self.names = {module: names[0] for module, names in names_by_module(model).items()}
         self.places = places_by_module(model)
         self.dims: dict[nn.Module, int] = {}
+        # The dimensions of a layer's input tell which of torch's classes it becomes (1d, 2d or 3d).
         model.eval()
         hooks = [m.register_forward_pre_hook(self._see) for m in model.modules() if not list(m.children())]
         try:
@@ -175,6 +178,7 @@ class _Watch:
     def _outputs(self) -> list[Tensor]:
         if self.arguments is None:
             return []
+        # A model may write into its arguments or return one of its buffers.
         return [t.clone() for t in _tensors(self.model(*copy.deepcopy(self.arguments)))]
 
     def dims_of(self, module: nn.Module) -> int | None:
@@ -187,6 +191,7 @@ class _Watch:
             parent.add_module(attribute, new)
 
     def report(self, rows: list[DeployedLayer]) -> DeployReport:
+        # Folded layers were found in the order of the graph; the table is in the order of the model.
         order = list(self.names.values())
         rows.sort(key=lambda row: order.index(row.name))
         if self.arguments is None:
@@ -226,9 +231,11 @@ def _obstacle(norm: nn.Module, before: nn.Module, watch: _Watch) -> str:
         return "a hook is on it or on the layer before it"
     if hasattr(before, "parametrizations"):
         return "the weight before it is parametrized"
+    # Other modules may share the weight, which would then be scaled for them as well.
     owners = [m for m in watch.model.modules() for p in m.parameters(False) if p is before.weight or p is before.bias]
     if any(m is not before for m in owners):
         return "the weight before it belongs to another layer as well"
+    # A linear layer's outputs are the last axis, and the channels are the second: they agree for (N, C) inputs only.
     if isinstance(before, nn.Linear):
         if not last and watch.dims.get(norm) != 2:
             return "channels may not be the linear layer's outputs: pass example_input"
@@ -239,6 +246,7 @@ def _obstacle(norm: nn.Module, before: nn.Module, watch: _Watch) -> str:
 @torch.no_grad()
 def _fold_into(layer: Any, affine: Affine) -> None:
     """Let a convolution or linear layer do what the map behind it does: W' = sW, b' = s(b - c) + t."""
+    # In float64, so that folding adds one rounding to the weights and no more.
     weight = layer.weight
     weight64 = weight.detach().double()
     center, scale = affine.center.to(weight.device), affine.scale.to(weight.device)

@@ -48,6 +48,7 @@ def write_manifest(model: nn.Module, checkpoint: dict[str, Any]) -> None:
 def manifest_of(model: nn.Module) -> dict[str, Any] | None:
     """Return the manifest of a model as it is now, or ``None`` if it holds no swapped layer."""
     names = names_by_module(model)
+    # A layer that was built as it is has no origin: the user's code builds it again before a checkpoint is loaded.
     layers = [
         _entry(names[layer], layer.origin, layer.options(), type(layer).__name__, layer.num_features)
         for layer in normalizers_of(model)
@@ -64,6 +65,8 @@ def manifest_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     manifest = checkpoint.get(MANIFEST_KEY)
     if manifest is None:
+        # A weights-only file of another framework's loop, or torch.save(model.state_dict()), has no entry of its own.
+        # torch keeps the metadata of each layer as an attribute of the state_dict, which a plain dict does not have.
         metadata = getattr(checkpoint.get("state_dict"), "_metadata", None) or {}
         origins = {clean_name(name): entry[MANIFEST_KEY] for name, entry in metadata.items() if MANIFEST_KEY in entry}
         layers = [_entry([name], origin, origin.get("options", {}), "", None) for name, origin in origins.items()]
@@ -89,6 +92,7 @@ def rules_of(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Raises:
         CheckpointError: a normalizer's class is not imported.
     """
+    # The rules hold classes and not their paths: to resolve a path imports code, and a file may name any module.
     rows = manifest["layers"]
     rules = {re.escape(row["name"]): {**row["norm"], "class_path": loaded_class(row["norm"])} for row in rows}
     return rules, [*dict.fromkeys(row["source"] for row in rows)]
@@ -119,16 +123,20 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any]) -> SwapReport | None:
         CheckpointError: a layer of the manifest is not in the model, or is something else there.
     """
     report: SwapReport | None = None
-    rows = [row for row in manifest["layers"] if _found_instead(model, row)]
-    for level in range(max((len(row.get("before", [])) + 1 for row in rows), default=0)):
-        chosen = [(row, [*row.get("before", []), row["norm"]][level:][:1]) for row in rows]
+    modules = modules_by_name(model)
+    rows = [row for row in manifest["layers"] if _found_instead(modules, row)]
+    # A layer that was swapped several times goes through all of its norms again, one per level: each takes arguments
+    # over from the one before it, so that the last one alone would not be the layer that was trained.
+    norms = [[*row.get("before", []), row["norm"]] for row in rows]
+    for level in range(max(map(len, norms), default=0)):
         rules = {
             re.escape(row["name"]): {
-                "class_path": loaded_class(spec[0]),
-                "init_args": {k: v for k, v in spec[0]["init_args"].items() if k not in ("device", "dtype")},
+                "class_path": loaded_class(steps[level]),
+                # The file may be read on another machine: the layer goes where the module is that it replaces.
+                "init_args": {k: v for k, v in steps[level]["init_args"].items() if k not in ("device", "dtype")},
             }
-            for row, spec in chosen
-            if spec
+            for row, steps in zip(rows, norms, strict=True)
+            if level < len(steps)
         }
         # Behind the first level, the layers that are swapped once more are those of the level before.
         earlier = [type(layer).__name__ for layer in normalizers_of(model) if level]
@@ -136,14 +144,15 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any]) -> SwapReport | None:
         level_report, _, _ = prepare_swap(model, SwapOptions(rules=rules, source=list(sources)))
         level_report.commit()
         report = level_report if report is None else report
+    modules = modules_by_name(model)
     for row in rows:
-        actual = _found_instead(model, row)
+        actual = _found_instead(modules, row)
         if actual:
             raise CheckpointError(
                 f"the checkpoint has {row['norm']['class_path']} at {row['name']!r} in place of a {row['source']}, and "
                 f"this {type(model).__name__} has {actual} there. Build it with the arguments it was trained with."
             )
-        _set_options(modules_by_name(model)[row["name"]], row.get("options", {}))
+        _set_options(modules[row["name"]], row.get("options", {}))
     return report
 
 
@@ -153,6 +162,7 @@ def difference(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> s
     here = {row["name"]: row for row in (current or {"layers": []})["layers"]}
     # A shared layer is listed under its first name, which may be another one in the file.
     shared = {name for row in here.values() for name in row.get("also", [])}
+    # The order is the file's, so that the first difference is the same one on every machine.
     for name in [*there, *(n for n in here if n not in there)]:
         a, b = there.get(name), here.get(name)
         if a is None or b is None:
@@ -165,6 +175,8 @@ def difference(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> s
         if a["norm"]["class_path"] != b["norm"]["class_path"]:
             return f"{name} is {a['norm']['class_path']} in the file and {b['norm']['class_path']} here"
         arguments_there, arguments_here = (row["norm"].get("init_args") or {} for row in (a, b))
+        # An argument that was left out counts with its default: to type a default is no other swap. Where the layer lies
+        # and in which precision is not part of it.
         for argument in sorted({*arguments_there, *arguments_here} - {"device", "dtype"}):
             parameter = arguments_of(loaded_class(a["norm"])).get(argument)
             default = parameter.default if parameter is not None else None
@@ -198,6 +210,8 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any], path: str, *
                 "swapped there, or the arguments that it was trained with."
             )
         return []
+    # Without a manifest the file may be of the network before the swap. Its weights fit, and what the normalizers learn
+    # beyond them starts anew; the optimizer's state is per parameter and cannot be filled up.
     missing = missing_parameters(model, checkpoint.get("state_dict", {})) if current is not None else []
     if missing and resumes:
         raise CheckpointError(
@@ -219,6 +233,7 @@ def rebuild_from(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     if manifest is not None:
         rebuild(model, manifest)
         return
+    # A file with a normalizer's parameters and no manifest would load with strict=False and lose them without a word.
     for name, key in unplaced_parameters(model, checkpoint.get("state_dict", {})).items():
         raise CheckpointError(
             f"the checkpoint holds {name!r} of {key!r}, and neither says what was swapped nor does "
@@ -277,13 +292,14 @@ def _manifest(layers: list[dict[str, Any]], version: str) -> dict[str, Any]:
 def _entry(
     names: list[str], origin: Mapping[str, Any], options: Mapping[str, Any], target: str, num_features: int | None
 ) -> dict[str, Any]:
+    # Wrappers that are left out of names can give one module the same name twice.
     row = {"name": names[0], "also": list(dict.fromkeys(names[1:])), "target": target, "num_features": num_features}
     return {**row, **{k: origin[k] for k in ("source", "norm", "before")}, "options": dict(options)}
 
 
-def _found_instead(model: nn.Module, row: Mapping[str, Any]) -> str | None:
+def _found_instead(modules: Mapping[str, nn.Module], row: Mapping[str, Any]) -> str | None:
     """Return what a layer is, if it is not what the row says."""
-    module = modules_by_name(model).get(row["name"])
+    module = modules.get(row["name"])
     if type(module) is loaded_class(row["norm"]):
         return None
     return "nothing" if module is None else type(module).__name__
@@ -300,6 +316,7 @@ def _set_options(layer: nn.Module, options: Mapping[str, Any]) -> None:
 
 
 def _comparable(value: Any) -> Any:
+    """Return a value in which tuples are lists, as YAML and JSON write them."""
     return [_comparable(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

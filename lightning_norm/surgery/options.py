@@ -58,6 +58,7 @@ class SwapOptions:
     """
 
     norm: NormSpec | None = None
+    # Only the norm may be given by its position: the others have no order that one would remember.
     _: KW_ONLY
     norm_args: Mapping[str, Any] | None = None
     include: Pattern | None = None
@@ -92,6 +93,7 @@ class SwapOptions:
         """The class and the arguments that ``norm`` and ``norm_args`` stand for."""
         if self.norm is None:
             return None
+        # norm_args win over the init_args of a spec, as arguments on the command line do over those of a file.
         cls, init_args = resolve(self.norm)
         return cls, {**init_args, **(self.norm_args or {})}
 
@@ -122,11 +124,13 @@ def takes_options(
     """
 
     def decorate(function: Callable[[First, Options], Result]) -> Callable[Concatenate[First, Arguments], Result]:
+        # The first argument is self or the model. All others are the fields of the dataclass.
         first = next(iter(inspect.signature(function).parameters))
         signature = _signature(options_class, first, typing.get_type_hints(function))
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Result:
+            # The signature is bound here, so that a misspelt argument is told with the name of the function called.
             try:
                 arguments = signature.bind(*args, **kwargs).arguments
             except TypeError as error:
@@ -134,6 +138,7 @@ def takes_options(
                 raise TypeError(f"{function.__qualname__}: {error}. It takes {names}.") from None
             return function(arguments.pop(first), options_class(**arguments))  # type: ignore[call-arg]  # a TypeError tells
 
+        # inspect.signature reads this attribute first, and through it help() and jsonargparse.
         wrapper.__dict__["__signature__"] = signature
         wrapper.__doc__ = with_fields(function.__doc__, options_class)
         return wrapper
@@ -142,6 +147,7 @@ def takes_options(
 
 
 def _signature(options_class: Any, first: str, hints: Mapping[str, Any]) -> inspect.Signature:
+    # The annotations are resolved here: as strings they would be looked up in the module of whoever is decorated.
     types = typing.get_type_hints(options_class)
     fields = [p.replace(annotation=types[name]) for name, p in inspect.signature(options_class).parameters.items()]
     one = inspect.Parameter(first, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hints.get(first, Any))
@@ -158,6 +164,7 @@ def with_fields(doc: str | None, options_class: Any) -> str | None:
     entry = re.search(r"^( *)options: .*$", doc or "", re.MULTILINE)
     if doc is None or entry is None:
         return doc
+    # A derived dataclass describes its own fields only, behind those of its bases, as they come in the signature.
     described = [cls.__doc__ for cls in reversed(options_class.__mro__) if is_dataclass(cls)]
     sections = [inspect.cleandoc(text or "").partition("Args:\n")[2].partition("\n\n")[0] for text in described]
     fields = textwrap.indent(textwrap.dedent("\n".join(sections)), entry[1])

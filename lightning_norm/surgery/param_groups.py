@@ -75,6 +75,7 @@ def norm_param_groups(
     >>> [(g["name"], len(g["params"]), g["weight_decay"]) for g in norm_param_groups(model, 0.05, switch_lr=0.01)]
     [('decay', 1, 0.05), ('no_decay', 1, 0.0), ('norm', 2, 0.0), ('switch', 2, 0.0)]
     """
+    # An infinite or negative value would only show in the loss, many steps later.
     numbers = {
         "weight_decay": weight_decay,
         "norm_weight_decay": norm_weight_decay,
@@ -102,6 +103,7 @@ def _kinds(model: nn.Module, switch: bool) -> list[tuple[nn.Parameter, str]]:
     method = getattr(model, "no_weight_decay", None)
     without_decay = set(method()) if callable(method) else set()
     of_torch_norms = {id(p) for m in model.modules() if isinstance(m, TORCH_NORMS) for p in m.parameters(recurse=False)}
+    # The first that applies wins: what a normalizer learns beyond weight and bias is never left in "norm" by its name.
     kinds = []
     for name, parameter in model.named_parameters():
         if name in switches:

@@ -107,6 +107,7 @@ def layers_of(model: nn.Module, exclude: Pattern | None = None) -> dict[str, nn.
             continue
         if exclude is not None and matches(exclude, ModuleSlot(module, [name]), set(), "exclude"):
             continue
+        # Statistics that are no average over batches, such as clusters, cannot be estimated anew from batches.
         if isinstance(module, Normalizer) and module.no_recalibration:
             raise ValueError(
                 f"recalibrate: {name} is {type(module).__name__}: {module.no_recalibration}. Leave it out: "
@@ -128,6 +129,7 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _estimating(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[dict[str, StatisticsAccumulator]]:
     """Only the layers are in training mode, each with a pool; everything is put back, whatever happens."""
+    # Dropout and the like are in evaluation mode, as they are when the statistics will be used.
     modes = {module: module.training for module in model.modules()}
     pools: dict[str, StatisticsAccumulator] = {}
     undo: list[Callable[[], None]] = []
@@ -190,12 +192,14 @@ def _accumulate_before_layer(layer: Any, undo: list[Callable[[], None]]) -> Stat
 def _write_statistics(
     layers: dict[str, nn.Module], pools: dict[str, StatisticsAccumulator], ranks: Ranks | None
 ) -> Recalibration:
+    # This is a collective call: every rank makes it, also one whose loader gave nothing.
     moments = {name: pool.over(ranks) for name, pool in pools.items()}
     batches = max(pool.batches for pool in pools.values())
     if not batches:
         seen = max(pool.skipped for pool in pools.values())
         why = "every batch has a NaN or an infinity" if seen else "the loader gave no batch that reaches a layer"
         raise ValueError(f"recalibrate: {why}. The running statistics are as they were.")
+    # A layer that no batch went through, such as an auxiliary head in evaluation mode, keeps its statistics.
     used = [name for name, pool in pools.items() if pool.batches]
     for name in used:
         layer: Any = layers[name]
@@ -203,6 +207,7 @@ def _write_statistics(
         if isinstance(layer, Normalizer):
             layer.write_running(m)
         else:
+            # torch keeps the unbiased variance.
             layer.running_mean.copy_(m.mean.reshape(-1))
             layer.running_var.copy_((m.var * unbiased(m.count)).reshape(-1))
         if layer.num_batches_tracked is not None:

@@ -104,12 +104,14 @@ class SwapReport:
             self._undo = []
             return set()
         self.dry_run = False
+        # Every replacement was built before: a swap happens as a whole or not at all.
         for slot, layer in self._undo:
             slot.fill(layer)
         return {id(layer) for _, layer in self._undo}
 
     def merge(self, other: SwapReport) -> None:
         """Add the layers of a later swap of the same model."""
+        # The later swap sees the whole model, and counts what the earlier one added as parameters from before.
         known = {layer.name for layer in self.layers}
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
@@ -124,6 +126,7 @@ class SwapReport:
         """
         added, before = self.parameters_added, self.total_before
         hints = {type(layer).__name__: layer.growth_hint for _, layer in self._undo if layer.growth_hint}
+        # A normalizer that has a hint can grow large, and says how to make it smaller; another one has to add many.
         if 10 * added <= before or not before or (not hints and added < MANY):
             return ""
         ways = [*(f"{name}: {hint}" for name, hint in hints.items()), "Swap fewer layers with include or exclude"]
@@ -189,6 +192,7 @@ class SwapReport:
             f"     converted: {self._kinds('converted')}" if any(layer.converted for layer in self.layers) else ""
         )
         lines.append(f"  parameters  {added}     moved: {self._kinds('moved')}{converted}")
+        # Tensors that are neither moved nor converted are lost with the original layer, which is worth a line.
         without = sum(1 for layer in self.layers if layer.dropped)
         if without:
             lines.append(
@@ -205,6 +209,7 @@ class SwapReport:
         return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
 
     def _kinds(self, what: str) -> str:
+        # The counter of batches is moved with every layer that has one, and tells nothing.
         names = dict.fromkeys(name for layer in self.layers for name in getattr(layer, what))
         names.pop("num_batches_tracked", None)
         return (
@@ -215,6 +220,7 @@ class SwapReport:
         rows = [("layer", "from", "to", "C", "added", "evaluation", "backend", "sync")]
         for layer in self.layers:
             name = layer.name + (f" (= {', '.join(layer.also)})" if layer.also else "")
+            # BNET and "afn" add many tensors per layer: their number is more readable than their names.
             few = "+".join(f"{k} {v}" for k, v in layer.added.items()) or "-"
             added = few if len(layer.added) <= 6 else f"{sum(layer.added.values())} in {len(layer.added)} tensors"
             evaluation = "preserved" if layer.preserves_eval else f"differs: {layer.reason}"

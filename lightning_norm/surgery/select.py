@@ -50,20 +50,23 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
     Raises:
         ValueError: an unknown source, or the model itself is a candidate and has no parent to be replaced in.
     """
-    wanted = _source_types(source)
+    # Only the classes themselves are candidates: a subclass may do more than normalize, and swapping it would drop that.
+    # Names are compared as well, since a class of the user's code need not be importable from a configuration.
+    classes = _source_types(source)
     by_name = {s for s in _as_tuple(source) if isinstance(s, str)}
     slots: dict[nn.Module, ModuleSlot] = {}
     skipped: list[tuple[str, str, str]] = []
     for module, names in names_by_module(model).items():
         kind = type(module)
-        lazy = isinstance(module, LAZY_BATCH_NORMS) and module.cls_to_become in wanted
-        if lazy or kind in wanted or kind.__name__ in by_name or getattr(kind, "key", None) in by_name - {""}:
+        # A lazy layer is a candidate too, so that `convert` can say what to do about it: it becomes one at its first input.
+        lazy = isinstance(module, LAZY_BATCH_NORMS) and module.cls_to_become in classes
+        if lazy or kind in classes or kind.__name__ in by_name or getattr(kind, "key", None) in by_name - {""}:
             if module is model:
                 raise ValueError(
                     f"the model itself is a {kind.__name__}: build the layer with lightning_norm.create(...)."
                 )
             slots[module] = ModuleSlot(module, names)
-        elif isinstance(module, wanted) and not isinstance(module, Normalizer):
+        elif isinstance(module, classes) and not isinstance(module, Normalizer):
             base = kind.__mro__[1].__name__
             why = f"a subclass of {base} may do more than normalize; pass source={kind.__name__!r} to include it"
             skipped += [(name, kind.__name__, why) for name in names]
@@ -85,6 +88,7 @@ def assign_norms(
     matched: set[str] = set()
     assigned: list[tuple[ModuleSlot, ResolvedNorm]] = []
     for slot in slots:
+        # include and exclude are matched also where a rule wins, so that their patterns count as matched.
         rule = next((p for p in rules if matches(p, slot, matched, f"rules[{p!r}]")), None)
         included = include is None or matches(include, slot, matched, "include")
         excluded = exclude is not None and matches(exclude, slot, matched, "exclude")
@@ -98,6 +102,7 @@ def assign_norms(
 
 def explain_unmatched(unmatched: str, slots: Sequence[ModuleSlot]) -> str:
     """Return the error text for a pattern that matched nothing."""
+    # An entry reads label['pattern']; see `assign_norms`.
     label, pattern = unmatched.split("[", 1)
     pattern = pattern[:-1].strip("'\"")
     if pattern == LAST_OF_BLOCK:
@@ -122,6 +127,8 @@ def check_source(model: nn.Module, slots: Sequence[ModuleSlot], source: Source |
     Raises:
         ValueError: neither the model nor torch.nn has such a class.
     """
+    # Candidates count as well: they were in the model when the names were looked up, and may be replaced by now. So do
+    # the classes that layers were swapped from, for a second run of the same code finds none of them.
     modules = [*model.modules(), *(slot.module for slot in slots)]
     origins = [m.origin["source"] for m in modules if isinstance(m, Normalizer) and m.origin is not None]
     known = {type(m).__name__ for m in modules} | {cls.__name__ for cls in Normalizer.registry.values()} | {*origins}
@@ -134,10 +141,8 @@ def check_source(model: nn.Module, slots: Sequence[ModuleSlot], source: Source |
 def explain_source(model: nn.Module, source: Source | None) -> str:
     """Return why no layer is a candidate, and what to type."""
     entries = [e if isinstance(e, str) else e.__name__ for e in _as_tuple(source)] or ["BatchNorm"]
-    asked = (
-        f"source={(entries[0] if len(entries) == 1 else entries)!r}" if source else "BatchNorm layers are looked for"
-    )
-    return f"{asked}, and the model has none. {_nearest(model, entries)}"
+    what = f"source={(entries[0] if len(entries) == 1 else entries)!r}" if source else "BatchNorm layers are looked for"
+    return f"{what}, and the model has none. {_nearest(model, entries)}"
 
 
 def _nearest(model: nn.Module, entries: Sequence[str]) -> str:
@@ -159,6 +164,7 @@ def _as_list(pattern: Pattern | None) -> list[str]:
 def matches(pattern: Pattern, slot: ModuleSlot, matched: set[str], label: str) -> bool:
     """Tell whether a slot's names match, and enter the patterns that do in ``matched``."""
     any_match = False
+    # Every pattern is tried, also behind one that matched: the report is to name those that match nothing.
     for p in _as_list(pattern):
         if p == LAST_OF_BLOCK:
             match = any(is_last_of_block(parent, attribute) for parent, attribute in slot.parents)

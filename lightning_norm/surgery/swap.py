@@ -102,6 +102,7 @@ def prepare_swap(
     report = SwapReport([], near_misses, len(slots))
     report.total_before = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     for slot, norm in assigned:
+        # A failure from here on leaves the model as it was: the original modules are read and not changed.
         layer, arguments = convert(slot.module, slot.name, norm)
         layer.sync, layer.sync_group, layer.backend = options.sync, options.sync_group, options.backend
         if isinstance(state := getattr(layer, "contexts", None), ContextState):
@@ -115,6 +116,7 @@ def prepare_swap(
 
 
 def _row(slot: ModuleSlot, layer: Normalizer, arguments: dict[str, Any], backend: str) -> SwappedLayer:
+    # A tensor counts as moved if the very same object is in the new layer: an optimizer that holds it stays valid.
     before = slot.module.state_dict(keep_vars=True)
     after = {**layer._parameters, **layer._buffers}
     moved = [name for name, value in before.items() if after.get(name) is value]
@@ -150,6 +152,7 @@ def key_or_path(cls: type[Normalizer]) -> str:
 
 
 def _origin(module: nn.Module, row: SwappedLayer) -> dict[str, Any]:
+    # A checkpoint is to rebuild the network from the user's code, which builds the layer of the first swap's source.
     earlier: dict[str, Any] | None = getattr(module, "origin", None)
     if earlier is None:
         return {"source": row.source, "norm": row.norm, "before": []}
@@ -208,6 +211,7 @@ def check_not_empty(
     """
     if report.layers:
         return
+    # A model that holds normalizers and has no candidate was swapped before, most likely by the same code.
     present = dict(named_normalizers(model))
     if present and not slots:
         _tell_swapped_before(present, already_present)
@@ -229,6 +233,8 @@ def _tell_swapped_before(present: Mapping[str, Normalizer], already_present: Col
     what = f"the model already holds {len(present)} layers of this package ({kinds}"
     name, first = next(iter(present.items()))
     source = first.key or type(first).__name__
+    # Two calls of swap in a row are a mistake in the user's code. A NormSwap is run again by every trainer.fit and
+    # trainer.test, on a model that may be swapped already, and has a word to say only if other classes are in its place.
     if already_present is None:
         raise AlreadySwappedError(
             f"nothing left to swap: {what}; first: {name}). Call undo() on the earlier report, or swap them again with "

@@ -25,6 +25,7 @@ def name_cleaner(model: nn.Module) -> Callable[[str], str]:
     >>> name_cleaner(model)("0.module.weight"), clean_name("0.module.weight")
     ('0.weight', '0.module.weight')
     """
+    # The class of the parent tells a wrapper's attribute from one that the user has called "module".
     wrapped = {
         f"{name}.module".removeprefix(".")
         for name, module in model.named_modules(remove_duplicate=False)
@@ -118,6 +119,7 @@ def rename_for_wrappers(model: nn.Module, state_dict: Mapping[str, Any]) -> Any:
     clean = name_cleaner(model)
     keys = {clean(key): key for key in model.state_dict()}
     renamed = {key: keys.get(clean(key), key) for key in state_dict}
+    # The very same object comes back where nothing is to be renamed: it may hold gigabytes, and metadata.
     if all(old == new for old, new in renamed.items()):
         return state_dict
     result = type(state_dict)()

@@ -36,6 +36,7 @@ class ModuleHook:
 
     def original(self, checkpoint: dict[str, Any]) -> None:
         """Call the module's own method."""
+        # The class is asked at the call, and not when the hook is put on: load_from_checkpoint patches classes.
         if self.instance_attribute is not None:
             self.instance_attribute(checkpoint)
         else:
@@ -105,6 +106,7 @@ def reading(original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) 
     try:
         return original(path, *args, **kwargs)
     except (FileNotFoundError, IsADirectoryError):
+        # These say themselves what is wrong, and a folder may be a checkpoint of a sharded strategy.
         raise
     except Exception as error:
         raise unreadable(path, error) from error
@@ -141,6 +143,7 @@ def load_from_checkpoint(
     FileNotFoundError: no checkpoint 'nowhere.ckpt': the file does not exist.
     """
     weights_only = kwargs.pop("weights_only", None)
+    # The file is checked before Lightning builds the module, which may take long.
     content = check_file(path, weights_only)
     if content and "pytorch-lightning_version" not in content:
         raise CheckpointError(
@@ -164,8 +167,10 @@ def _rebuilding(cls: type[pl.LightningModule]) -> Iterator[None]:
 
     Lightning has no hook between building and loading but the module's own ``on_load_checkpoint``.
     """
+    # Classes are patched, so that two threads which load at once must not undo each other's patches.
     with _lock:
         patched: list[tuple[Any, Any]] = []
+        # LightningModule.load_from_checkpoint may build a subclass, whose own hook would hide that of the class.
         for each in _with_subclasses(cls):
             if each is cls or "on_load_checkpoint" in each.__dict__:
                 patched.append((each, each.__dict__.get("on_load_checkpoint")))
@@ -197,6 +202,7 @@ def _with_subclasses(cls: Any) -> Iterator[Any]:
 
 
 def _rename_states(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    # WeightAveraging writes the averaged weights as state_dict, and those being trained beside them.
     for states in ("state_dict", "current_model_state"):
         if states in checkpoint:
             checkpoint[states] = rename_for_wrappers(module, checkpoint[states])

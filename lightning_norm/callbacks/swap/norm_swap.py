@@ -136,12 +136,16 @@ class NormSwap(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # What cannot go together is told before anything is changed.
         check_order(trainer, self)
         check_settings(trainer, self)
         self._take(pl_module)
         self._clean()
         self._untold = self._untold or self.report is None
+        # Tuners and finders swap the Trainer's callbacks for a while: an error then never reaches on_exception of ours.
         self._guard.clean_up(trainer.strategy, self._clean)
+        # Layers of __init__ and of LightningModule.setup are there by now; those of configure_model come after all setups,
+        # and the optimizer after those. Lightning has no callback hook at either place.
         self._swap(pl_module)
         self._wrapped.wrap(pl_module, "configure_model", lambda original: self._late(trainer, pl_module, original))
         self._wrapped.wrap(pl_module, "configure_optimizers", lambda original: self._optimizers(pl_module, original))
@@ -164,7 +168,8 @@ class NormSwap(Callback):
         tell_frozen(trainer, pl_module)
         self._check_optimizers(trainer, pl_module)
         self._freeze.check(pl_module)
-        self._freeze.start(trainer, pl_module)  # a resumed epoch has no on_train_epoch_start
+        # An epoch that is resumed in its middle has no on_train_epoch_start.
+        self._freeze.start(trainer, pl_module)
         self._accumulation.start(trainer, pl_module)
 
     @override
@@ -184,6 +189,7 @@ class NormSwap(Callback):
     def _check_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.optimizers or not self.options.check_optimizer:
             return
+        # A sharded parameter is no longer the object that the optimizer holds.
         if any(name in type(trainer.strategy).__name__ for name in ("FSDP", "DeepSpeed", "ModelParallel")):
             rank_zero_info("NormSwap: parameters are sharded by this strategy; the optimizer check is skipped.")
             return
@@ -207,7 +213,8 @@ class NormSwap(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._accumulation.save(checkpoint)
-        write_manifest(pl_module, checkpoint)  # after the fit the module's hook is gone
+        # After the fit, trainer.save_checkpoint still calls this, and the hook on the module is gone.
+        write_manifest(pl_module, checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -235,6 +242,7 @@ class NormSwap(Callback):
             self._stop_observing = None
 
     def _take(self, pl_module: pl.LightningModule) -> None:
+        # One callback may be used for several models, one after the other, and for several stages of one model.
         if self._model is not pl_module:
             self._model, self.report, self._unmatched, self._slots = pl_module, None, set(), []
             self._made, self._warm = set(), False
@@ -246,6 +254,7 @@ class NormSwap(Callback):
 
     def _swap(self, pl_module: pl.LightningModule) -> None:
         report, unmatched, slots = prepare_swap(pl_module, self.options, skip=self._made)
+        # Layers that this callback has made are no candidates later: source may name their class as well.
         self._made |= report.commit()
         self._slots = list({id(slot.module): slot for slot in [*self._slots, *slots]}.values())
         if self.report is None:
@@ -264,7 +273,8 @@ class NormSwap(Callback):
             start_from(pl_module, self.options.warm_start)
             self._warm = True
         if self._untold and self.report is not None:
-            self._untold = False  # WeightAveraging calls configure_model once more
+            # WeightAveraging calls configure_model once more, and the report is to be printed once.
+            self._untold = False
             source = self.options.source
             check_patterns(pl_module, self._slots, sorted(self._unmatched), source)
             check_not_empty(pl_module, self.report, self._slots, source, "warn", already_present=self.options.targets)
@@ -275,6 +285,8 @@ class NormSwap(Callback):
                 rank_zero_info(f"NormSwap: {self.report.summary()}")
 
     def _optimizers(self, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
+        # Optimizers of LightningCLI were built before the swap, those of the module's own method after it. New
+        # parameters are missing in the former only, and `add_missing` leaves the latter as they are.
         configured = original()
         optimizers = list(optimizers_in(configured))
         add_missing(pl_module, optimizers)
