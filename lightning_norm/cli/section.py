@@ -32,6 +32,7 @@ def non_defaults(section: Mapping[str, Any] | None) -> dict[str, Any]:
     >>> non_defaults({"norm": "sn", "compile": False, "exclude": ["bn1"]})
     {'norm': 'sn', 'exclude': ['bn1']}
     """
+    # A name that the callback does not know counts as said, and NormSwap tells.
     defaults = {field.name: field.default for field in fields(NormSwapOptions)}
     return {name: value for name, value in (section or {}).items() if value != defaults.get(name, value)}
 

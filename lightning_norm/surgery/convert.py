@@ -119,6 +119,7 @@ def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
 def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict[str, Any]:
     features = getattr(module, "num_features", getattr(module, "num_channels", None))
     arguments: dict[str, Any] = {}
+    # torch's LayerNorm normalizes the last axes. With one of them that axis is the channels, as in transformers.
     if isinstance(module, nn.LayerNorm):
         if len(module.normalized_shape) != 1:
             raise TypeError(
@@ -145,6 +146,7 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
         arguments["spatial_dims"] = int(axes[1])
     if tensor is not None:
         arguments |= {"device": tensor.device, "dtype": tensor.dtype}
+    # Only torch's GroupNorm says in how many groups it normalizes; every other normalizer here chooses for itself.
     if isinstance(module, nn.GroupNorm) and issubclass(cls, GroupNorm):
         arguments["groups"] = module.num_groups
     if type(module) is cls:
@@ -196,6 +198,7 @@ def restore_original(
         made_with: ``device_and_dtype(layer)`` at the swap. Tensors that only the original has were out of reach of a
             ``model.to(...)`` since, and follow it here.
     """
+    # The user may have called eval() or train() since, on a model that does not hold the original.
     module.training = layer.training
     layer.return_to(module)
     device, dtype = device_and_dtype(layer)

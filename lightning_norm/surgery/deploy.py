@@ -163,6 +163,7 @@ class _Watch:
         self.dims: dict[nn.Module, int] = {}
         # The dimensions of a layer's input tell which of torch's classes it becomes (1d, 2d or 3d).
         model.eval()
+        # Only modules without children normalize or convolve; containers may be called with anything.
         hooks = [m.register_forward_pre_hook(self._see) for m in model.modules() if not list(m.children())]
         try:
             self.outputs_before = self._outputs()
@@ -187,6 +188,7 @@ class _Watch:
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         new.training = old.training
+        # A shared layer is replaced in every place, so that it stays shared.
         for parent, attribute in self.places[old]:
             parent.add_module(attribute, new)
 

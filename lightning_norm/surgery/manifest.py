@@ -175,8 +175,8 @@ def difference(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> s
         if a["norm"]["class_path"] != b["norm"]["class_path"]:
             return f"{name} is {a['norm']['class_path']} in the file and {b['norm']['class_path']} here"
         arguments_there, arguments_here = (row["norm"].get("init_args") or {} for row in (a, b))
-        # An argument that was left out counts with its default: to type a default is no other swap. Where the layer lies
-        # and in which precision is not part of it.
+        # An argument that was left out counts with its default: to type a default is no other swap. Nor is a layer in
+        # another place or precision.
         for argument in sorted({*arguments_there, *arguments_here} - {"device", "dtype"}):
             parameter = arguments_of(loaded_class(a["norm"])).get(argument)
             default = parameter.default if parameter is not None else None
@@ -308,6 +308,7 @@ def _found_instead(modules: Mapping[str, nn.Module], row: Mapping[str, Any]) -> 
 def _set_options(layer: nn.Module, options: Mapping[str, Any]) -> None:
     assert isinstance(layer, Normalizer)
     layer.sync, layer.sync_group = options.get("sync", True), options.get("sync_group", "world")
+    # Entries that a file of an earlier version lacks have the defaults of a swap.
     backend = options.get("backend", "auto")
     # The file may be read where there is no GPU: "auto" takes the kernels as well, where they can run.
     layer.backend = "auto" if backend == "triton" else backend

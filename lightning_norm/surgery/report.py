@@ -100,6 +100,7 @@ class SwapReport:
 
     def commit(self, replace: bool = True) -> set[int]:
         """Put the layers in place and return their ids; with ``replace=False`` let them go, as after a dry run."""
+        # A dry run lets go of the replacements, which hold the model's parameters and would keep them alive.
         if not replace:
             self._undo = []
             return set()
@@ -186,6 +187,7 @@ class SwapReport:
         if not self.layers:
             return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
         total = f" ({_spaced(self.total_before)} -> {_spaced(self.total_after)})"
+        # BNET takes the place of weights with tensors of other shapes: such are removed and added at once.
         removed = f" -{self.parameters_removed}" if self.parameters_removed else ""
         added = f"+{self.parameters_added}{removed}" + (total if self.total_before else "")
         converted = (

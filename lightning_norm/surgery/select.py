@@ -50,7 +50,7 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
     Raises:
         ValueError: an unknown source, or the model itself is a candidate and has no parent to be replaced in.
     """
-    # Only the classes themselves are candidates: a subclass may do more than normalize, and swapping it would drop that.
+    # Only the classes themselves are candidates: a subclass may do more than normalize, and a swap would drop that.
     # Names are compared as well, since a class of the user's code need not be importable from a configuration.
     classes = _source_types(source)
     by_name = {s for s in _as_tuple(source) if isinstance(s, str)}
@@ -58,7 +58,7 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
     skipped: list[tuple[str, str, str]] = []
     for module, names in names_by_module(model).items():
         kind = type(module)
-        # A lazy layer is a candidate too, so that `convert` can say what to do about it: it becomes one at its first input.
+        # A lazy layer becomes one of these at its first input. It is a candidate, so that `convert` can say what to do.
         lazy = isinstance(module, LAZY_BATCH_NORMS) and module.cls_to_become in classes
         if lazy or kind in classes or kind.__name__ in by_name or getattr(kind, "key", None) in by_name - {""}:
             if module is model:

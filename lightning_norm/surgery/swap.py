@@ -234,7 +234,7 @@ def _tell_swapped_before(present: Mapping[str, Normalizer], already_present: Col
     name, first = next(iter(present.items()))
     source = first.key or type(first).__name__
     # Two calls of swap in a row are a mistake in the user's code. A NormSwap is run again by every trainer.fit and
-    # trainer.test, on a model that may be swapped already, and has a word to say only if other classes are in its place.
+    # trainer.test on a model that may be swapped already: it warns only where other classes are in its place.
     if already_present is None:
         raise AlreadySwappedError(
             f"nothing left to swap: {what}; first: {name}). Call undo() on the earlier report, or swap them again with "

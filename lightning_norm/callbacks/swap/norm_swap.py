@@ -144,15 +144,17 @@ class NormSwap(Callback):
         self._untold = self._untold or self.report is None
         # Tuners and finders swap the Trainer's callbacks for a while: an error then never reaches on_exception of ours.
         self._guard.clean_up(trainer.strategy, self._clean)
-        # Layers of __init__ and of LightningModule.setup are there by now; those of configure_model come after all setups,
-        # and the optimizer after those. Lightning has no callback hook at either place.
+        # Layers of __init__ and of LightningModule.setup are there by now. Those of configure_model are built after all
+        # setups, and the optimizer after those: Lightning has no callback hook at either place.
         self._swap(pl_module)
         self._wrapped.wrap(pl_module, "configure_model", lambda original: self._late(trainer, pl_module, original))
         self._wrapped.wrap(pl_module, "configure_optimizers", lambda original: self._optimizers(pl_module, original))
         self._wrapped.wrap(trainer.strategy, "load_checkpoint", reading)
+        # As hooks of the module they also reach weights-only files and checkpoints that other callbacks read.
         self._hooks = [WriteManifest(pl_module), CheckManifest(pl_module, resumes=stage == "fit")]
         for hook in self._hooks:
             hook.put_on()
+        # The first step of each input shape takes seconds: a line says what the run is waiting for.
         if self.options.compile and self._stop_observing is None:
             self._stop_observing = on_compile(lambda what: rank_zero_info(f"NormSwap: compiling {what} ..."))
 
