@@ -187,7 +187,7 @@ class SwapReport:
         if not self.layers:
             return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
         total = f" ({_spaced(self.total_before)} -> {_spaced(self.total_after)})"
-        # BNET takes the place of weights with tensors of other shapes: such are removed and added at once.
+        # A tensor that the normalizer holds in another form is counted twice: removed as it was, and added as it is.
         removed = f" -{self.parameters_removed}" if self.parameters_removed else ""
         added = f"+{self.parameters_added}{removed}" + (total if self.total_before else "")
         converted = (

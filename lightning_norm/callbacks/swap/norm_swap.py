@@ -150,7 +150,7 @@ class NormSwap(Callback):
         self._wrapped.wrap(pl_module, "configure_model", lambda original: self._late(trainer, pl_module, original))
         self._wrapped.wrap(pl_module, "configure_optimizers", lambda original: self._optimizers(pl_module, original))
         self._wrapped.wrap(trainer.strategy, "load_checkpoint", reading)
-        # As hooks of the module they also reach weights-only files and checkpoints that other callbacks read.
+        # Callbacks are not asked for weights-only files; the module's own hooks are.
         self._hooks = [WriteManifest(pl_module), CheckManifest(pl_module, resumes=stage == "fit")]
         for hook in self._hooks:
             hook.put_on()
