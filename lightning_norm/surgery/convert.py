@@ -206,9 +206,9 @@ def restore_original(
         return
     cast = dtype if dtype != made_with[1] else None
     parameters = module._parameters
-    # Parameters that both have were moved and cast with the layer: `_apply` is to see the others alone.
+    # Parameters that both have were moved and cast with the layer: `to` is to see the others alone.
     module._parameters = {n: p for n, p in parameters.items() if p is not None and layer._parameters.get(n) is not p}
     try:
-        module._apply(lambda t: t.to(device, cast if t.is_floating_point() else None))  # type: ignore[no-untyped-call]
+        module.to(device=device, dtype=cast)
     finally:
         module._parameters = {**parameters, **module._parameters}

@@ -24,6 +24,7 @@ from lightning_norm.normalizers import normalizers
 from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import prepare_swap
+from lightning_norm.surgery.torch_private import STATE_DICT_METADATA
 from lightning_norm.surgery.walk import (
     clean_name,
     modules_by_name,
@@ -67,7 +68,7 @@ def manifest_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     if manifest is None:
         # A weights-only file of another framework's loop, or torch.save(model.state_dict()), has no entry of its own.
         # torch keeps the metadata of each layer as an attribute of the state_dict, which a plain dict does not have.
-        metadata = getattr(checkpoint.get("state_dict"), "_metadata", None) or {}
+        metadata = getattr(checkpoint.get("state_dict"), STATE_DICT_METADATA, None) or {}
         origins = {clean_name(name): entry[MANIFEST_KEY] for name, entry in metadata.items() if MANIFEST_KEY in entry}
         layers = [_entry([name], origin, origin.get("options", {}), "", None) for name, origin in origins.items()]
         return _manifest(layers, "unknown") if layers else None

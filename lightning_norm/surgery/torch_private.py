@@ -1,13 +1,19 @@
-"""Every private name of torch that surgery uses, with the reason; ``tests/surgery/test_torch_private.py`` checks them.
-
-``nn.Module._parameters`` and ``_buffers`` are read and written as well, where an entry may be ``None``: the public
-``named_parameters`` and ``named_buffers`` leave those out.
-"""
+"""Every private name of torch that surgery uses, with the reason; ``test_torch_private.py`` checks them."""
 
 from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules import batchnorm
+
+MODULE_ATTRIBUTES = {
+    "_parameters": "an entry may be None, and named_parameters() leaves those out; an entry is replaced as it is",
+    "_buffers": "the same with named_buffers(); running statistics are set to None for a while",
+    "_modules": "named_children() leaves out the second attribute that holds the same child",
+}
+"""Attributes of every ``nn.Module`` that surgery reads or writes by themselves, and why."""
+
+STATE_DICT_METADATA = "_metadata"
+"""The attribute of a ``state_dict`` in which torch keeps what each module wrote of itself; no function returns it."""
 
 # There is no public class that BatchNorm1d, 2d, 3d, SyncBatchNorm and other libraries' subclasses have in common.
 TorchBatchNormBase = batchnorm._BatchNorm

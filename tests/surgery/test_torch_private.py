@@ -6,6 +6,8 @@ from torch import nn
 
 from lightning_norm.surgery.torch_private import (
     HOOK_ATTRIBUTES,
+    MODULE_ATTRIBUTES,
+    STATE_DICT_METADATA,
     TorchBatchNormBase,
     TorchRunningNormBase,
     has_hooks,
@@ -19,6 +21,24 @@ def test_the_base_classes():
     assert all(issubclass(cls, TorchBatchNormBase) for cls in batch_norms)
     assert all(issubclass(cls, TorchRunningNormBase) for cls in (*batch_norms, *instance_norms))
     assert not any(issubclass(cls, TorchBatchNormBase) for cls in (*instance_norms, nn.GroupNorm, nn.LayerNorm))
+
+
+def test_the_attributes_of_a_module():
+    module, shared = nn.BatchNorm2d(3, affine=False), nn.ReLU()
+    assert {name for name in MODULE_ATTRIBUTES if hasattr(module, name)} == set(MODULE_ATTRIBUTES)
+    assert module._parameters == {"weight": None, "bias": None}
+    assert list(module._buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+    assert list(nn.Sequential(shared, shared)._modules.items()) == [("0", shared), ("1", shared)]
+
+
+def test_the_metadata_of_a_state_dict():
+    class Layer(nn.Module):
+        def _save_to_state_dict(self, destination, prefix, keep_vars):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination._metadata[prefix[:-1]]["mine"] = 3
+
+    metadata = getattr(nn.Sequential(nn.ReLU(), Layer()).state_dict(), STATE_DICT_METADATA)
+    assert metadata["1"]["mine"] == 3
 
 
 def test_the_dictionaries_are_all_that_calling_a_module_reads():

@@ -90,7 +90,8 @@ class NormSwap(Callback):
 
     Layers that ``LightningModule.setup`` or ``configure_model`` build are swapped as well. Parameters and statistics
     move; new parameters join the optimizer group of their layer, also where LightningCLI built the optimizer
-    beforehand, and before training starts it is proved that none was forgotten.
+    beforehand, and before training starts it is proved that none was forgotten. In YAML a norm with arguments is
+    ``{class_path: sn, init_args: {...}}``; Lightning's own CLI wants a dotted path there.
 
     Args:
         options: the fields of :class:`lightning_norm.surgery.options.SwapOptions` and :class:`NormSwapOptions`, as
