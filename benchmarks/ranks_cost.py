@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_norm import Normalizer, create, normalizers, swap
+from lightning_norm import create, normalizers, swap
+from lightning_norm.surgery.walk import normalizers_of
 from lightning_norm.testing.ranks import run_ranks
 
 WORLDS = (1, 2, 4)
@@ -87,7 +88,7 @@ def steps(rank: int, key: str, repeats: int) -> tuple[float, float, int]:
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=10)
     swap(net, key, norm_args=normalizers()[key].test_arguments)
-    layers = [m for m in net.modules() if isinstance(m, Normalizer)]
+    layers = normalizers_of(net)
     run: nn.Module = DistributedDataParallel(net) if dist.get_world_size() > 1 else net
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     x, target = torch.randn(8, 3, 64, 64), torch.arange(8)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_norm.bench.peers import PEERS
-from lightning_norm.surgery.text import aligned
+from lightning_norm.surgery.tables import aligned
 
 
 def save(result: dict[str, Any], folder: Path) -> None:

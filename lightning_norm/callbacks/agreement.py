@@ -10,10 +10,10 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_norm.errors import SyncWarning
-from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.swap_record import swap_settings
 from lightning_norm.ops.sync import gather
-from lightning_norm.surgery.select import BATCH_NORMS
+from lightning_norm.surgery.torch_layers import TORCH_BATCH_NORMS
+from lightning_norm.surgery.walk import named_normalizers, normalizers_of
 
 
 def agree(what: str, unit: str, lines: Sequence[str], remedy: str) -> None:
@@ -53,8 +53,7 @@ def check_layers(model: pl.LightningModule) -> None:
     """
     lines = [
         f"{name} {(layer.origin or {}).get('norm', type(layer).__name__)} {swap_settings(layer)}"
-        for name, layer in model.named_modules()
-        if isinstance(layer, Normalizer)
+        for name, layer in named_normalizers(model)
     ]
     agree("the swap", "layers", lines, "Every rank must build the same model and use the same NormSwap.")
 
@@ -65,7 +64,7 @@ def check_batches(trainer: pl.Trainer, model: pl.LightningModule) -> None:
     Raises:
         RuntimeError: ranks differ.
     """
-    if any(isinstance(layer, Normalizer) and layer.sync for layer in model.modules()):
+    if any(layer.sync for layer in normalizers_of(model)):
         agree(
             "the training data",
             "entries",
@@ -80,7 +79,7 @@ def warn_ignored(trainer: pl.Trainer, model: pl.LightningModule) -> None:
     strategy = trainer.strategy
     if getattr(strategy, "_layer_sync", None) is None or isinstance(strategy, (DDPStrategy, FSDPStrategy)):
         return
-    left = sum(isinstance(module, BATCH_NORMS) for module in model.modules())
+    left = sum(isinstance(module, TORCH_BATCH_NORMS) for module in model.modules())
     rank_zero_warn(
         f"{type(strategy).__name__} ignores sync_batchnorm and plugins=[NormSync()]. Layers of this package are "
         f"synchronized all the same; {left} BatchNorm layers of torch's keep the statistics of each rank: swap them to "

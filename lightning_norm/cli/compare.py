@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_norm.callbacks import NormContext, NormSwap
 from lightning_norm.cli.compare_report import draw, summarize
 from lightning_norm.cli.norm_cli import NormCLI, class_path
-from lightning_norm.cli.section import chosen
+from lightning_norm.cli.section import non_defaults
 from lightning_norm.demo import job
 from lightning_norm.normalizers import resolve
 from lightning_norm.normalizers.context.context_norm import ContextNorm
@@ -193,7 +193,7 @@ def job_of(path: str) -> dict[str, Any]:
             f"compare trains ImageClassifier on {', '.join(DATA)} with its own optimizer; {path} has "
             f"{config.model.class_path} on {given}{' and an optimizer:' if config.get('optimizer') else ''}."
         )
-    model, trainer, section = config.model.init_args, config.trainer, chosen(config.norm)
+    model, trainer, section = config.model.init_args, config.trainer, non_defaults(config.norm)
     if "rules" in section or not isinstance(section.get("norm", ""), str):
         raise ValueError(
             f"compare takes norms by their keys, the section norm: of {path} has more. Leave out --config."

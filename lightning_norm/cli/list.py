@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers import normalizers
-from lightning_norm.surgery.text import aligned
+from lightning_norm.surgery.tables import aligned
 
 EPILOG = """columns:
   added   parameters of a layer of 64 channels beyond BatchNorm's 128, with the default arguments

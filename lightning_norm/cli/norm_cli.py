@@ -22,10 +22,18 @@ from typing_extensions import override
 import lightning_norm.callbacks
 import lightning_norm.plugins
 import lightning_norm.schedules
-from lightning_norm.cli.section import SECTION, add_section, expand_norm, swap_of, write_out_keys, write_out_plan
+from lightning_norm.cli.section import (
+    PARSER_MODE,
+    SECTION,
+    add_section,
+    expand_norm,
+    known_names,
+    norm_swap_of,
+    write_out_plan,
+)
 from lightning_norm.demo import job
 from lightning_norm.demo.data import ImageData
-from lightning_norm.normalizers import normalizers, resolve
+from lightning_norm.normalizers import resolve
 
 DESCRIPTION = """{what}
 
@@ -51,17 +59,16 @@ NAMED = (*OURS, lightning.pytorch.callbacks)
 class NormParser(LightningArgumentParser):
     """LightningCLI's parser; an error is the few lines that matter, with the nearest name."""
 
-    @override
-    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
-        return super().parse_string(write_out_keys(content), *args, **kwargs)
+    def __init__(self, *args: Any, parser_mode: str = PARSER_MODE, **kwargs: Any) -> None:
+        super().__init__(*args, parser_mode=parser_mode, **kwargs)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
+        # The options to suggest are those of the subcommand in which the mistake was made.
         parser = getattr(ex, "subcommand_parser", None) or self
-        options = [o for action in parser._actions for o in action.option_strings]
-        self.exit(2, f"lightning-norm: error: {clarify(message, options)}\n")
+        self.exit(2, f"lightning-norm: error: {clarify(message, list(parser.get_defaults().keys()))}\n")
 
 
 class NormCLI(LightningCLI):
@@ -111,17 +118,20 @@ class NormCLI(LightningCLI):
         if config.model.class_path != class_path(job.ImageClassifier):
             return
         if config.get("data") is None:
-            parser = self._parser(self.subcommand)
-            config.data = parser.parse_object({"data": "Digits", "model": config.model.clone()}).data
+            # A parser of its own turns the name into a class and its defaults, without the rest of the configuration.
+            parser = NormParser()
+            parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
+            config.data = parser.parse_object({"data": "Digits"}).data
         data = {class_path(c): c for c in _built_in_data()}.get(config.data.class_path)
         if data is not None and config.model.init_args.get("num_classes") is None:
             config.model.init_args.num_classes = data.num_classes
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        callbacks = self._get(self.config_init, "trainer", {}).get("callbacks") or []
+        config = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        callbacks = config.trainer.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        path = self._get(self.config_init, "ckpt_path")
+        path = config.get("ckpt_path")
         if (
             self.subcommand != "fit"
             and path
@@ -130,12 +140,14 @@ class NormCLI(LightningCLI):
         ):
             # The Trainer compares the folder of the file that it reads with the one it would write to.
             callbacks = [*callbacks, ModelCheckpoint(dirpath=Path(path).parent)]
-        swap = swap_of(self._get(self.config_init, SECTION))
+        # The swap comes first: the other callbacks are to find the layers that are trained.
+        swap = norm_swap_of(config.get(SECTION))
         kwargs["callbacks"] = callbacks if swap is None else [swap, *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
         """Test the built-in job's best weights, or its last where no checkpoint is monitored, and say what is next."""
+        # A run that was cut short has nothing to test, and another job has its own idea of a test.
         trainer = self.trainer
         complete = trainer.state.finished and not trainer.interrupted and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if not complete or not isinstance(self.model, job.ImageClassifier):
@@ -157,17 +169,17 @@ def expand_root(args: list[str]) -> list[str]:
     >>> expand_root(["fit", "--root", "d", "--data", "MNIST"])
     ['fit', '--data', 'MNIST', '--data.init_args.root', 'd']
     """
-    kept: list[str] = []
-    found: list[str] = []
+    others: list[str] = []
+    root: list[str] = []
     rest = iter(args)
     for arg in rest:
         if arg == "--root":
-            found = ["--data.init_args.root", *[value for value in [next(rest, None)] if value is not None]]
+            root = ["--data.init_args.root", *[value for value in [next(rest, None)] if value is not None]]
         elif arg.startswith("--root="):
-            found = ["--data.init_args.root", arg.partition("=")[2]]
+            root = ["--data.init_args.root", arg.partition("=")[2]]
         else:
-            kept.append(arg)
-    return kept + found
+            others.append(arg)
+    return others + root
 
 
 def clarify(message: str, options: Sequence[str]) -> str:
@@ -177,13 +189,14 @@ def clarify(message: str, options: Sequence[str]) -> str:
     "Subcommand 'fit' does not accept option 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"
     """
     noise = ("Does not validate against", "Subtypes:", "- Expected a <class 'NoneType'>", "Errors:")
-    kept: list[str] = []
+    lines: list[str] = []
     for line in message.splitlines():
+        # What follows repeats the whole value, or lists every class that would have been valid.
         if line.strip().startswith(("Given value", "- Not a valid subclass")):
             break
         if not line.strip().startswith(noise):
-            kept.append(line)
-    text = "\n".join(kept)
+            lines.append(line)
+    text = "\n".join(lines)
     if re.search(r"Unable to load config ['\"]?([\w.]+)", text) and f'"{SECTION}"' in text:
         key = re.findall(r"Unable to load config ['\"]?([\w.]+)", text)[0]
         return f"{SECTION}: is a section with the arguments of NormSwap, got {key!r}. Type {SECTION}: {{norm: {key}}}."
@@ -194,8 +207,8 @@ def clarify(message: str, options: Sequence[str]) -> str:
         name = re.search(r"(?:Expected a dot import path string: |has no attribute ')(\w+)", message)
         if name and name[0] not in text:  # below the first of several types
             text += f"\n    - {name[0]}"
-        ours = {n for key, cls in normalizers().items() for n in (key, cls.__name__)}
-        if name and name[1] in ours:  # jsonargparse looks at any class_path itself, and knows no keys
+        # jsonargparse imports any class_path itself, and knows no keys.
+        if name and name[1] in known_names():
             path = f"lightning_norm.{resolve(name[1])[0].__name__}"
             return f"{text}. Type norm: {name[1]} with norm_args: {{...}}, or class_path: {path} in full."
         known = [n for module in NAMED for n in dir(module) if n[0].isupper()]
@@ -203,6 +216,7 @@ def clarify(message: str, options: Sequence[str]) -> str:
         return text + (f". Did you mean {close[0]!r}?" if close else "")
     known = [option.lstrip("-") for option in options]
     owner = re.findall(r"class_path '([\w.]+)'", text)
+    # A misspelt argument of a class is compared with the arguments of that class.
     if owner:
         known = list(inspect.signature(pkgutil.resolve_name(owner[-1])).parameters)
     near = difflib.get_close_matches(typo[1] or typo[2], known, n=1)

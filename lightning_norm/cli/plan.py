@@ -49,6 +49,7 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError("the configuration has no NormSwap: add a section norm: sn, or type --norm sn.")
     if save and len(swaps) > 1:
         raise ValueError(f"--save writes one plan, the configuration has {len(swaps)} NormSwap callbacks.")
+    # Several NormSwaps are shown one by one, each on the model as it was built.
     for callback in swaps:
         report = _dry_run(cli.model, callback)
         print(report)
@@ -72,7 +73,8 @@ def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
 
 
 def _take_save(arguments: list[str]) -> tuple[list[str], str | None]:
-    kept: list[str] = []
+    # Everything else is for NormCLI, whose parser does not know the option.
+    others: list[str] = []
     save: str | None = None
     rest = iter(arguments)
     for argument in rest:
@@ -81,7 +83,7 @@ def _take_save(arguments: list[str]) -> tuple[list[str], str | None]:
         elif argument.startswith("--save="):
             save = argument.partition("=")[2]
         else:
-            kept.append(argument)
+            others.append(argument)
     if save is not None and (not save or save.startswith("-")):
         raise ValueError("--save needs a path: --save plan.yaml.")
-    return kept, save
+    return others, save

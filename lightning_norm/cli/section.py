@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_norm.callbacks import NormSwap
+from lightning_norm.callbacks.swap.norm_swap import NormSwapOptions
 from lightning_norm.callbacks.swap.saved_plan import read_plan
 from lightning_norm.normalizers import normalizers, resolve
+from lightning_norm.surgery.swap import key_or_path
 
 SECTION = "norm"
 """Its name; the swap comes first among the callbacks, where it belongs."""
-
-SELECTS = ("norm", "norm_args", "include", "exclude", "source", "rules")
-"""Arguments that say which layers become what, which a plan says as well."""
 
 
 def add_section(parser: LightningArgumentParser) -> None:
@@ -26,23 +26,25 @@ def add_section(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(NormSwap, SECTION, instantiate=False, fail_untyped=False)
 
 
-def chosen(section: Mapping[str, Any] | None) -> dict[str, Any]:
+def non_defaults(section: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what a section says beyond the defaults.
 
-    >>> chosen({"norm": "sn", "compile": False, "exclude": ["bn1"]})
+    >>> non_defaults({"norm": "sn", "compile": False, "exclude": ["bn1"]})
     {'norm': 'sn', 'exclude': ['bn1']}
     """
-    defaults = {name: p.default for name, p in inspect.signature(NormSwap).parameters.items()}
+    # A name that the callback does not know counts as said, and NormSwap tells.
+    defaults = {field.name: field.default for field in fields(NormSwapOptions)}
     return {name: value for name, value in (section or {}).items() if value != defaults.get(name, value)}
 
 
-def swap_of(section: Mapping[str, Any] | None) -> NormSwap | None:
+def norm_swap_of(section: Mapping[str, Any] | None) -> NormSwap | None:
     """Return the callback of a section; ``None`` if it says nothing.
 
     Raises:
         ValueError, TypeError: what :class:`NormSwap` raises.
     """
-    arguments = chosen(section)
+    # The parser fills in the defaults: a section that was not written holds them all, and asks for no swap.
+    arguments = non_defaults(section)
     return NormSwap(**arguments) if arguments else None
 
 
@@ -53,6 +55,7 @@ def expand_norm(args: list[str]) -> list[str]:
     ['fit', '--norm.norm', 'sn', '--norm.norm=bcn', '--norm', 'section.yaml']
     """
     option = f"--{SECTION}"
+    # Only a word can be a key: anything else behind --norm is the path of a file, or the section itself as YAML.
     full = [
         arg.replace("=", ".norm=", 1) if arg.startswith(option + "=") and arg[7:].isidentifier() else arg
         for arg in args
@@ -63,38 +66,55 @@ def expand_norm(args: list[str]) -> list[str]:
     return full
 
 
-def write_out_keys(text: str) -> str:
-    """Write what a configuration says by a normalizer's key as jsonargparse takes it.
+def load_configuration(text: str, path: str | None = None) -> Any:
+    """Load YAML as jsonargparse does, and write out what it says by a normalizer's key.
 
-    >>> print(write_out_keys("norm: sn"))
-    norm:
-      norm: sn
-    <BLANKLINE>
+    Args:
+        text: a whole configuration, or one value of the command line.
+        path: jsonargparse gives it, possibly empty, with a whole configuration and with nothing else. Only there does
+            the word behind ``norm:`` stand for the section: in the section itself it stands for the argument.
+
+    >>> load_configuration("norm: sn", path="run.yaml"), load_configuration("norm: sn")
+    ({'norm': {'norm': 'sn'}}, {'norm': 'sn'})
     """
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text  # which the parser tells
-    full = _full_paths(config)
-    if isinstance(full, dict) and isinstance(full.get(SECTION), str) and full[SECTION].isidentifier():
-        full[SECTION] = {"norm": full[SECTION]}  # anything else is the path of a file that holds the section
-    return text if full == config else yaml.safe_dump(full, sort_keys=False)
+    config = _with_dotted_paths(get_loader("yaml")(text))
+    # A word that is no identifier is the path of a file that holds the section.
+    if path is not None and isinstance(config, dict) and _is_identifier(config.get(SECTION)):
+        config[SECTION] = {"norm": config[SECTION]}
+    return config
 
 
-def _full_paths(config: Any) -> Any:
-    """Return a configuration in which every ``norm: {class_path: sn, ...}`` has a dotted path."""
+def _is_identifier(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
+
+
+def _with_dotted_paths(config: Any) -> Any:
+    """Return a configuration in which every ``norm: {class_path: sn, ...}`` has a dotted path.
+
+    jsonargparse imports every ``class_path`` by itself, whatever the type of the argument, and knows no keys.
+    """
     if isinstance(config, list):
-        return [_full_paths(entry) for entry in config]
+        return [_with_dotted_paths(entry) for entry in config]
     if not isinstance(config, dict):
         return config
-    found = {name: _full_paths(value) for name, value in config.items()}
-    spec = found.get("norm")
-    if isinstance(spec, dict) and spec.get("class_path") in {
-        n for k, c in normalizers().items() for n in (k, c.__name__)
-    }:
+    result = {name: _with_dotted_paths(value) for name, value in config.items()}
+    spec = result.get("norm")
+    if isinstance(spec, dict) and spec.get("class_path") in known_names():
         cls = resolve(spec["class_path"])[0]
-        found["norm"] = {**spec, "class_path": f"{cls.__module__}.{cls.__qualname__}"}
-    return found
+        result["norm"] = {**spec, "class_path": f"{cls.__module__}.{cls.__qualname__}"}
+    return result
+
+
+def known_names() -> set[str]:
+    """Return the keys and the class names of the normalizers of this package."""
+    return {name for key, cls in normalizers().items() for name in (key, cls.__name__)}
+
+
+PARSER_MODE = "lightning_norm"
+"""How a parser says that it reads configurations with :func:`load_configuration`."""
+
+# This adds a mode to jsonargparse and changes none: other parsers of the process read YAML as before.
+set_loader(PARSER_MODE, load_configuration, exceptions=(yaml.YAMLError,))
 
 
 def write_out_plan(section: Any) -> None:
@@ -103,16 +123,17 @@ def write_out_plan(section: Any) -> None:
     Raises:
         ValueError: the file cannot be read, or is no plan.
     """
-    said = chosen(section)
-    if "plan" not in said or any(name in said for name in SELECTS):
+    arguments = non_defaults(section)
+    if "plan" not in arguments or any(name in arguments for name in NormSwapOptions.chooses_layers):
         return
-    rules, section.source = read_plan(said["plan"])
+    # The run is to be repeated from its saved configuration alone, also after the plan was edited or lost.
+    rules, section.source = read_plan(arguments["plan"])
     section.rules = {name: _plain(norm) for name, norm in rules.items()}
     section.plan = None
 
 
 def _plain(norm: Any) -> Any:
+    """Return a norm as YAML holds it: a plan that was read from a checkpoint names its classes by themselves."""
     if not isinstance(norm, Mapping) or not isinstance(norm["class_path"], type):
         return norm
-    cls: Any = norm["class_path"]
-    return {**norm, "class_path": cls.key or f"{cls.__module__}.{cls.__qualname__}"}
+    return {**norm, "class_path": key_or_path(norm["class_path"])}

@@ -16,8 +16,10 @@ from lightning_norm.callbacks.patching import WrappedMethods
 from lightning_norm.errors import SyncWarning
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.ops.sync import check_group
+from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
-from lightning_norm.surgery.swap import try_swap
+from lightning_norm.surgery.swap import prepare_swap
+from lightning_norm.surgery.walk import normalizers_of
 
 
 class NormSync(TorchSyncBatchNorm):
@@ -56,11 +58,11 @@ class NormSync(TorchSyncBatchNorm):
     @override
     def apply(self, model: nn.Module) -> nn.Module:
         self.revert(model)  # if an earlier fit could not
-        report, _, _ = try_swap(model, "bn", sync_group=self.sync_group)
+        report, _, _ = prepare_swap(model, SwapOptions("bn", sync_group=self.sync_group))
         for name, kind, why in report.skipped:
             rank_zero_warn(f"NormSync: {name} ({kind}) is not synchronized: {why}.", category=SyncWarning)
         made = report.commit()
-        ours = [layer for layer in model.modules() if isinstance(layer, Normalizer)]
+        ours = normalizers_of(model)
         for layer in ours:
             if id(layer) in made:
                 layer.origin = None  # for checkpoints it is what it was

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,33 +10,19 @@ from torch import nn
 
 from lightning_norm.layers.arguments import arguments_of, checked_arguments
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.registry import NormSpec
-from lightning_norm.normalizers import resolve
 from lightning_norm.normalizers.group_norm import GroupNorm
-from lightning_norm.surgery.select import LAZY
-
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+from lightning_norm.surgery.options import ResolvedNorm
+from lightning_norm.surgery.torch_layers import LAZY_BATCH_NORMS
+from lightning_norm.surgery.torch_private import TorchBatchNormBase, move_hooks
 
 
-def convert(
-    module: nn.Module, name: str, norm: NormSpec, norm_args: Mapping[str, Any]
-) -> tuple[Normalizer, dict[str, Any]]:
+def convert(module: nn.Module, name: str, norm: ResolvedNorm) -> tuple[Normalizer, dict[str, Any]]:
     """Build the normalizer that replaces ``module``, which is left as it is.
 
     Args:
-        module: a torch normalization layer, or one of ours.
+        module: a torch normalization layer, or one of this package.
         name: its dotted name, for messages.
-        norm: what it becomes.
-        norm_args: arguments that win over those taken from ``module`` and from ``norm``.
+        norm: the class that it becomes, and arguments that win over those taken from ``module``.
 
     Returns:
         The layer, and the arguments that the user chose (not those taken over).
@@ -46,13 +31,15 @@ def convert(
         TypeError: an argument that the normalizer does not take, or a layer that cannot be converted.
         ValueError: an argument out of range or text that is no number, with the layer's name.
     """
-    if isinstance(module, LAZY):
+    if isinstance(module, LAZY_BATCH_NORMS):
         raise TypeError(
             f"{name!r} is a {type(module).__name__} that has not seen an input and has no channels yet. Run one "
             "forward pass through the model first, swap after it, or exclude it."
         )
-    cls, init_args = resolve(norm)
-    chosen = checked_arguments(cls, {**init_args, **norm_args}, f"{name}: ")
+    cls, arguments = norm
+    # What the user typed is checked by itself and told with the class that refuses it. What the module has and the
+    # normalizer does not take is left out without a word: a swap takes over what it can.
+    chosen = checked_arguments(cls, arguments, f"{name}: ")
     known = arguments_of(cls)
     inherited = {k: v for k, v in _arguments_from(module, name, cls).items() if k in known}
     try:
@@ -72,11 +59,14 @@ def own_arguments(layer: nn.Module) -> dict[str, Any]:
     return {n: getattr(layer, n) for n in names if n in arguments_of(cls) and hasattr(layer, n)}
 
 
-def unchanged_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
+def preserves_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
     """Tell whether the layer evaluates to what the module did, and why."""
+    # eps is part of what every layer computes, so that a change of it is told before anything else is compared.
     came = type(module).__name__
     if getattr(module, "eps", layer.eps) != layer.eps:
         return False, f"eps {getattr(module, 'eps', None)} -> {layer.eps}"
+    # Layers that normalize by each sample's statistics evaluate as the torch layer of the same kind does. All others
+    # are compared with BatchNorm, which is what `preserves_eval` speaks of.
     same = {
         "gn": isinstance(module, nn.GroupNorm) and module.num_groups == getattr(layer, "num_groups", None),
         "ln": isinstance(module, nn.GroupNorm) and module.num_groups == 1,
@@ -84,8 +74,8 @@ def unchanged_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
     }
     alike = same.get(layer.key) or type(module) is type(layer)
     if not alike:
-        ours = isinstance(module, Normalizer) and module.key != "bn"
-        if ours or came.startswith("Instance") or not hasattr(module, "running_mean"):
+        not_batch_norm = isinstance(module, Normalizer) and module.key != "bn"
+        if not_batch_norm or came.startswith("Instance") or not hasattr(module, "running_mean"):
             return False, f"{came} and {type(layer).__name__} use different statistics"
         if not layer.preserves_eval:
             return (
@@ -104,16 +94,18 @@ def _what_changed(module: nn.Module, layer: Normalizer) -> str:
         tensors += layer.extra_parameters
         before |= own_arguments(module)
         after |= own_arguments(layer)
+    # The momentum moves the statistics in training only.
     for name, old in before.items():
         if name != "momentum" and old != after[name]:
             return f"{name} {old} -> {after[name]}"
-    held = {name: getattr(module, name, None) for name in tensors}
-    lost = [
+    # A tensor that was neither moved nor translated has the value of a fresh layer.
+    old_tensors = {name: getattr(module, name, None) for name in tensors}
+    new = [
         name
-        for name, t in held.items()
+        for name, t in old_tensors.items()
         if t is not None and getattr(layer, name, None) is not t and name not in layer.translated_tensors
     ]
-    return f"{', '.join(lost)} start{'s' if len(lost) == 1 else ''} anew" if lost else ""
+    return f"{', '.join(new)} start{'s' if len(new) == 1 else ''} anew" if new else ""
 
 
 def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
@@ -127,6 +119,7 @@ def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
 def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict[str, Any]:
     features = getattr(module, "num_features", getattr(module, "num_channels", None))
     arguments: dict[str, Any] = {}
+    # torch's LayerNorm normalizes the last axes. With one of them that axis is the channels, as in transformers.
     if isinstance(module, nn.LayerNorm):
         if len(module.normalized_shape) != 1:
             raise TypeError(
@@ -141,16 +134,19 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
     for argument in ("eps", "momentum", "track_running_stats", "channel_dim"):
         if hasattr(module, argument):
             arguments[argument] = getattr(module, argument)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+    if isinstance(module, TorchBatchNormBase) and module.running_mean is not None:
         arguments["track_running_stats"] = True  # it evaluates on them; Lightning's finetuning clears the flag alone
-    held = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), None)
+    # The replacement is built where the module's first tensor lies, and in its precision.
+    tensor = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), None)
     affine = (isinstance(module, Normalizer) and module.affine) or getattr(module, "weight", None) is not None
     arguments |= {"num_features": features, "affine": affine}
+    # A class name is all that tells of the input's dimensions: BatchNorm1d and 2d have the same attributes.
     axes = re.search(r"([123])d$", type(module).__name__)
     if axes:
         arguments["spatial_dims"] = int(axes[1])
-    if held is not None:
-        arguments |= {"device": held.device, "dtype": held.dtype}
+    if tensor is not None:
+        arguments |= {"device": tensor.device, "dtype": tensor.dtype}
+    # Only torch's GroupNorm says in how many groups it normalizes; every other normalizer here chooses for itself.
     if isinstance(module, nn.GroupNorm) and issubclass(cls, GroupNorm):
         arguments["num_groups"] = module.num_groups
     if type(module) is cls:
@@ -173,39 +169,46 @@ def _translate_variance(module: nn.Module, layer: Normalizer) -> None:
 
 
 def _carry_over(module: nn.Module, layer: Normalizer) -> None:
+    """Give the layer the training flag, the hooks and the frozen state of the module."""
     layer.training = module.training
-    for hooks in HOOKS:
-        setattr(layer, hooks, getattr(module, hooks))
-    held = list(module.parameters(False))
-    if held and not any(p.requires_grad for p in held):  # a frozen layer stays frozen, its new parameters with it
+    move_hooks(module, layer)
+    parameters = list(module.parameters(False))
+    # A frozen layer stays frozen, the parameters that are new in it included.
+    if parameters and not any(p.requires_grad for p in parameters):
         layer.requires_grad_(False)
 
 
-def kind_of(layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+def device_and_dtype(layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     """Return where a layer lies and in which precision, as far as its weights or running statistics tell."""
-    weights: list[torch.Tensor] = [t for t in layer._parameters.values() if t is not None]
-    weights += [t for n, t in layer._buffers.items() if t is not None and n.startswith("running") and not weights]
-    held = [*weights, *(t for t in layer._buffers.values() if t is not None)]
-    return held[0].device if held else None, weights[0].dtype if weights else None
+    weights: list[torch.Tensor] = [t for _, t in layer.named_parameters(recurse=False)]
+    buffers = [(n, t) for n, t in layer.named_buffers(recurse=False)]
+    weights = weights or [t for n, t in buffers if n.startswith("running")]
+    tensors = [*weights, *(t for _, t in buffers)]
+    return tensors[0].device if tensors else None, weights[0].dtype if weights else None
 
 
-def hand_back(layer: Normalizer, module: nn.Module, started: tuple[torch.device | None, torch.dtype | None]) -> None:
-    """Give the original module what its replacement holds now: the inverse of the move.
+def restore_original(
+    layer: Normalizer, module: nn.Module, made_with: tuple[torch.device | None, torch.dtype | None]
+) -> None:
+    """Give the original module the weights and statistics of its replacement: the inverse of the conversion.
 
     Args:
         layer: the replacement.
         module: the original.
-        started: ``kind_of(layer)`` at the swap; what the original held alone follows a move or a cast since.
+        made_with: ``device_and_dtype(layer)`` at the swap. Tensors that only the original has were out of reach of a
+            ``model.to(...)`` since, and follow it here.
     """
+    # The user may have called eval() or train() since, on a model that does not hold the original.
     module.training = layer.training
     layer.return_to(module)
-    device, dtype = kind_of(layer)
-    if (device, dtype) == started:
+    device, dtype = device_and_dtype(layer)
+    if (device, dtype) == made_with:
         return
-    cast = dtype if dtype != started[1] else None
+    cast = dtype if dtype != made_with[1] else None
     parameters = module._parameters
+    # Parameters that both have were moved and cast with the layer: `to` is to see the others alone.
     module._parameters = {n: p for n, p in parameters.items() if p is not None and layer._parameters.get(n) is not p}
     try:
-        module._apply(lambda t: t.to(device, cast if t.is_floating_point() else None))  # type: ignore[no-untyped-call]
+        module.to(device=device, dtype=cast)
     finally:
         module._parameters = {**parameters, **module._parameters}

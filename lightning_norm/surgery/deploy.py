@@ -1,4 +1,4 @@
-"""Leave: turn normalizers into torch's own layers, or fold them into the convolutions before them."""
+"""Deployment: turn normalizers into torch's own layers, or fold them into the convolutions before them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.inference import dims_of, per_channel
 from lightning_norm.ops.moments import Affine
-from lightning_norm.surgery.convert import HOOKS
-from lightning_norm.surgery.pairs import find_pairs
-from lightning_norm.surgery.select import clean_name
-from lightning_norm.surgery.text import aligned
+from lightning_norm.surgery.conv_norm_pairs import layers_before
+from lightning_norm.surgery.tables import aligned
+from lightning_norm.surgery.torch_layers import TORCH_BATCH_NORMS
+from lightning_norm.surgery.torch_private import has_hooks, move_hooks
+from lightning_norm.surgery.walk import names_by_module, places_by_module
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-TORCH_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass
@@ -93,8 +93,8 @@ def to_plain(model: nn.Module, example_input: Any = None) -> DeployReport:
     >>> print(len(to_plain(model)), type(model[1]).__name__)
     1 BatchNorm2d
     """
-    with _Watch(model, example_input) as watch:
-        return watch.report(_all_plain(model, watch))
+    watch = _Watch(model, example_input)
+    return watch.report(_all_plain(model, watch))
 
 
 def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
@@ -115,36 +115,39 @@ def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
     >>> print(fold(model, torch.randn(1, 3, 8, 8)).names("folded"), model[1])
     ['1'] Identity()
     """
-    with _Watch(model, example_input) as watch:
-        rows = []
-        reasons = {}
-        for norm, before in find_pairs(model, (Normalizer, *TORCH_BATCH_NORMS)).items():
-            affine = affine_of(norm)
-            if affine is None:
-                continue
-            why = before if isinstance(before, str) else _obstacle(norm, before, watch)
-            if why or isinstance(before, str):
-                reasons[id(norm)] = str(why)
-                continue
-            _fold_into(before, affine)
-            name = watch.name(norm)
-            into = f"into {watch.name(before)} ({type(before).__name__})"
-            rows.append(DeployedLayer(name, type(norm).__name__, "Identity", "folded", into))
-            watch.replace(norm, nn.Identity())
-        return watch.report([*rows, *_all_plain(model, watch, reasons)])
+    watch = _Watch(model, example_input)
+    rows = []
+    reasons = {}
+    for norm, before in layers_before(model, (Normalizer, *TORCH_BATCH_NORMS)).items():
+        affine = affine_of(norm)
+        # What depends on the sample is no fixed map, and `_all_plain` says so.
+        if affine is None:
+            continue
+        why = before if isinstance(before, str) else _obstacle(norm, before, watch)
+        if why or isinstance(before, str):
+            reasons[norm] = str(why)
+            continue
+        _fold_into(before, affine)
+        name = watch.names[norm]
+        into = f"into {watch.names[before]} ({type(before).__name__})"
+        rows.append(DeployedLayer(name, type(norm).__name__, "Identity", "folded", into))
+        watch.replace(norm, nn.Identity())
+    return watch.report([*rows, *_all_plain(model, watch, reasons)])
 
 
 def affine_of(module: nn.Module) -> Affine | None:
     """Return what a layer is in evaluation, per channel in float64, or ``None`` if that depends on the sample."""
     if isinstance(module, Normalizer):
         return module.eval_affine()
-    mean, var = module._buffers.get("running_mean"), module._buffers.get("running_var")
+    mean: Tensor | None = getattr(module, "running_mean", None)
+    var: Tensor | None = getattr(module, "running_var", None)
     if not isinstance(module, TORCH_BATCH_NORMS) or mean is None or var is None:
         return None
-    center, scale = mean.detach().cpu().double(), (var.detach().cpu().double() + module.eps).rsqrt()
-    if module.weight is None:
+    norm: Any = module
+    center, scale = mean.detach().cpu().double(), (var.detach().cpu().double() + norm.eps).rsqrt()
+    if norm.weight is None:
         return per_channel(Affine(center, scale), len(center))
-    weight, bias = (t.detach().cpu().double() for t in (module.weight, module.bias))
+    weight, bias = (t.detach().cpu().double() for t in (norm.weight, norm.bias))
     return per_channel(Affine(center, scale * weight, bias), len(center))
 
 
@@ -154,67 +157,56 @@ class _Watch:
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.model = model
         self.arguments = None if example is None else example if isinstance(example, tuple) else (example,)
-        self.names: dict[int, str] = {}
-        self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
-        self.dims: dict[int, int] = {}
-        self.before: list[Tensor] = []
-        self.kept: list[nn.Module] = []  # so that no id is given out twice
-        for name, module in model.named_modules(remove_duplicate=False):
-            self.names.setdefault(id(module), clean_name(name))
-            if name:
-                place = (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-                self.parents.setdefault(id(module), []).append(place)
-
-    def __enter__(self) -> _Watch:
-        self.model.eval()
-        hooks = [m.register_forward_pre_hook(self._see) for m in self.model.modules() if not list(m.children())]
+        # Names and places are those of the model as it was: a layer that was replaced is still looked up by itself.
+        self.names = {module: names[0] for module, names in names_by_module(model).items()}
+        self.places = places_by_module(model)
+        self.dims: dict[nn.Module, int] = {}
+        # The dimensions of a layer's input tell which of torch's classes it becomes (1d, 2d or 3d).
+        model.eval()
+        # Only modules without children normalize or convolve; containers may be called with anything.
+        hooks = [m.register_forward_pre_hook(self._see) for m in model.modules() if not list(m.children())]
         try:
-            self.before = self._outputs()
+            self.outputs_before = self._outputs()
         finally:
             for hook in hooks:
                 hook.remove()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kept = []
 
     def _see(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if arguments and isinstance(arguments[0], Tensor):
-            self.dims[id(module)] = arguments[0].dim()
+            self.dims[module] = arguments[0].dim()
 
     @torch.no_grad()
     def _outputs(self) -> list[Tensor]:
         if self.arguments is None:
             return []
+        # A model may write into its arguments or return one of its buffers.
         return [t.clone() for t in _tensors(self.model(*copy.deepcopy(self.arguments)))]
-
-    def name(self, module: nn.Module) -> str:
-        return self.names[id(module)]
 
     def dims_of(self, module: nn.Module) -> int | None:
         origin: dict[str, Any] = getattr(module, "origin", None) or {}
-        return self.dims.get(id(module)) or dims_of(str(origin.get("source", "")))
+        return self.dims.get(module) or dims_of(str(origin.get("source", "")))
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         new.training = old.training
-        for parent, attribute in self.parents[id(old)]:
-            parent._modules[attribute] = new
-        self.kept.append(old)
+        # A shared layer is replaced in every place, so that it stays shared.
+        for parent, attribute in self.places[old]:
+            parent.add_module(attribute, new)
 
     def report(self, rows: list[DeployedLayer]) -> DeployReport:
+        # Folded layers were found in the order of the graph; the table is in the order of the model.
         order = list(self.names.values())
         rows.sort(key=lambda row: order.index(row.name))
         if self.arguments is None:
             return DeployReport(rows, None, None)
-        pairs = list(zip(self.before, self._outputs(), strict=True))
+        pairs = list(zip(self.outputs_before, self._outputs(), strict=True))
         moved = max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
         return DeployReport(rows, moved, max((float(a.abs().max()) for a, _ in pairs if a.numel()), default=0.0))
 
 
-def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[int, str] | None = None) -> list[DeployedLayer]:
+def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[nn.Module, str] | None = None) -> list[DeployedLayer]:
     rows = []
     for module in list(model.modules()):
-        name, kind, why = watch.names.get(id(module), ""), type(module).__name__, (reasons or {}).get(id(module), "")
+        name, kind, why = watch.names.get(module, ""), type(module).__name__, (reasons or {}).get(module, "")
         if not isinstance(module, Normalizer):
             if why:
                 rows.append(DeployedLayer(name, kind, kind, "stays", why))
@@ -225,8 +217,7 @@ def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[int, str] | Non
             why = module.why_not_plain(dims) if name else "is the model itself"
             rows.append(DeployedLayer(name, kind, kind, "stays", why))
             continue
-        for hooks in HOOKS:
-            setattr(plain, hooks, getattr(module, hooks))
+        move_hooks(module, plain)
         watch.replace(module, plain)
         rows.append(DeployedLayer(name, kind, type(plain).__name__, "plain", why))
     return rows
@@ -234,19 +225,21 @@ def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[int, str] | Non
 
 def _obstacle(norm: nn.Module, before: nn.Module, watch: _Watch) -> str:
     """Return why a normalizer cannot be folded into the layer before it, or nothing."""
-    if not isinstance(before, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
+    if not isinstance(before, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)):
         return f"follows {type(before).__name__}, no convolution or linear layer"
     channels = getattr(norm, "num_features", None)
     last = getattr(norm, "channel_dim", 1) == -1
-    if any(getattr(m, hooks) for m in (norm, before) for hooks in HOOKS if hooks != "_is_full_backward_hook"):
+    if has_hooks(norm) or has_hooks(before):
         return "a hook is on it or on the layer before it"
     if hasattr(before, "parametrizations"):
         return "the weight before it is parametrized"
+    # Other modules may share the weight, which would then be scaled for them as well.
     owners = [m for m in watch.model.modules() for p in m.parameters(False) if p is before.weight or p is before.bias]
     if any(m is not before for m in owners):
         return "the weight before it belongs to another layer as well"
+    # A linear layer's outputs are the last axis, and the channels are the second: they agree for (N, C) inputs only.
     if isinstance(before, nn.Linear):
-        if not last and watch.dims.get(id(norm)) != 2:
+        if not last and watch.dims.get(norm) != 2:
             return "channels may not be the linear layer's outputs: pass example_input"
         return "" if before.out_features == channels else "normalizes another axis than the linear layer's outputs"
     return "" if before.out_channels == channels and not last else "normalizes another axis than the convolution's"
@@ -255,27 +248,30 @@ def _obstacle(norm: nn.Module, before: nn.Module, watch: _Watch) -> str:
 @torch.no_grad()
 def _fold_into(layer: Any, affine: Affine) -> None:
     """Let a convolution or linear layer do what the map behind it does: W' = sW, b' = s(b - c) + t."""
+    # In float64, so that folding adds one rounding to the weights and no more.
     weight = layer.weight
-    wide = weight.detach().double()
+    weight64 = weight.detach().double()
     center, scale = affine.center.to(weight.device), affine.scale.to(weight.device)
     shift = affine.shift
     assert shift is not None
-    if isinstance(layer, TRANSPOSED):  # (in, out / groups, ...), the input channels group by group
-        g = layer.groups
-        split = wide.reshape(g, wide.shape[0] // g, wide.shape[1], -1)
-        new = (split * scale.reshape(g, 1, -1, 1)).reshape(wide.shape)
+    if isinstance(layer, TRANSPOSED_CONVOLUTIONS):
+        # The weight is (in, out / groups, ...), with the input channels group by group.
+        groups = layer.groups
+        by_group = weight64.reshape(groups, weight64.shape[0] // groups, weight64.shape[1], -1)
+        new = (by_group * scale.reshape(groups, 1, -1, 1)).reshape(weight64.shape)
     else:
-        new = wide * scale.reshape(-1, *(1,) * (wide.dim() - 1))
+        new = weight64 * scale.reshape(-1, *(1,) * (weight64.dim() - 1))
     bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().double()
     bias = scale * (bias - center) + shift.to(weight.device)
     layer.weight = nn.Parameter(new.to(weight.dtype), weight.requires_grad)
     layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
 
 
-def _tensors(held: Any) -> Iterator[Tensor]:
-    if isinstance(held, Tensor):
-        yield held
-    elif isinstance(held, Mapping):
-        yield from (t for v in held.values() for t in _tensors(v))
-    elif isinstance(held, (list, tuple)):
-        yield from (t for v in held for t in _tensors(v))
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in whatever a model returned."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from (t for v in output.values() for t in _tensors(v))
+    elif isinstance(output, (list, tuple)):
+        yield from (t for v in output for t in _tensors(v))

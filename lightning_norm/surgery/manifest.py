@@ -2,6 +2,9 @@
 
 ``{"format": 1, "version": "0.1.0", "layers": [{"name", "also", "source", "target", "num_features", "norm", "before",
 "options"}]}``; ``norm`` is ``{"class_path", "init_args"}`` and ``options`` holds sync, sync_group, backend, compile.
+
+It is the entry ``"lightning_norm"`` of a checkpoint. A checkpoint without that entry, such as a ``state_dict`` by
+itself, may still have in its metadata what each layer wrote of itself (``layers/swap_record.py``).
 """
 
 from __future__ import annotations
@@ -18,23 +21,39 @@ from lightning_norm.layers.arguments import arguments_of
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.swap_record import MANIFEST_KEY, swap_settings
 from lightning_norm.normalizers import normalizers
+from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
-from lightning_norm.surgery.select import clean_name
-from lightning_norm.surgery.swap import try_swap
+from lightning_norm.surgery.swap import prepare_swap
+from lightning_norm.surgery.torch_private import STATE_DICT_METADATA
+from lightning_norm.surgery.walk import (
+    clean_name,
+    modules_by_name,
+    name_cleaner,
+    named_normalizers,
+    names_by_module,
+    normalizers_of,
+    rename_for_wrappers,
+)
 
 FORMAT = 1
 ENTRIES = ("name", "source", "norm")
 
 
+def write_manifest(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Add the manifest to a checkpoint, if the model holds swapped layers."""
+    manifest = manifest_of(model)
+    if manifest is not None:
+        checkpoint[MANIFEST_KEY] = manifest
+
+
 def manifest_of(model: nn.Module) -> dict[str, Any] | None:
     """Return the manifest of a model as it is now, or ``None`` if it holds no swapped layer."""
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(clean_name(name))
+    names = names_by_module(model)
+    # A layer that was built as it is has no origin: the user's code builds it again before a checkpoint is loaded.
     layers = [
-        _entry(names[id(layer)], layer.origin, swap_settings(layer), type(layer).__name__, layer.num_features)
-        for layer in model.modules()
-        if isinstance(layer, Normalizer) and layer.origin is not None
+        _entry(names[layer], layer.origin, swap_settings(layer), type(layer).__name__, layer.num_features)
+        for layer in normalizers_of(model)
+        if layer.origin is not None
     ]
     return _manifest(layers, sys.modules[__name__.partition(".")[0]].__version__) if layers else None
 
@@ -47,9 +66,11 @@ def manifest_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     manifest = checkpoint.get(MANIFEST_KEY)
     if manifest is None:
-        metadata = getattr(checkpoint.get("state_dict"), "_metadata", None) or {}
-        held = [(clean_name(name), entry[MANIFEST_KEY]) for name, entry in metadata.items() if MANIFEST_KEY in entry]
-        layers = [_entry([name], origin, origin.get("options", {}), "", None) for name, origin in held]
+        # A weights-only file of another framework's loop, or torch.save(model.state_dict()), has no entry of its own.
+        # torch keeps the metadata of each layer as an attribute of the state_dict, which a plain dict does not have.
+        metadata = getattr(checkpoint.get("state_dict"), STATE_DICT_METADATA, None) or {}
+        origins = {clean_name(name): entry[MANIFEST_KEY] for name, entry in metadata.items() if MANIFEST_KEY in entry}
+        layers = [_entry([name], origin, origin.get("options", {}), "", None) for name, origin in origins.items()]
         return _manifest(layers, "unknown") if layers else None
     if not isinstance(manifest, Mapping) or not isinstance(manifest.get("layers"), list):
         raise CheckpointError(
@@ -67,7 +88,12 @@ def manifest_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def rules_of(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the ``rules`` and the ``source`` with which :func:`lightning_norm.swap` does what the manifest says."""
+    """Return the ``rules`` and the ``source`` with which :func:`lightning_norm.swap` does what the manifest says.
+
+    Raises:
+        CheckpointError: a normalizer's class is not imported.
+    """
+    # The rules hold classes and not their paths: to resolve a path imports code, and a file may name any module.
     rows = manifest["layers"]
     rules = {re.escape(row["name"]): {**row["norm"], "class_path": loaded_class(row["norm"])} for row in rows}
     return rules, [*dict.fromkeys(row["source"] for row in rows)]
@@ -98,38 +124,46 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any]) -> SwapReport | None:
         CheckpointError: a layer of the manifest is not in the model, or is something else there.
     """
     report: SwapReport | None = None
-    rows = [row for row in manifest["layers"] if _wrong(model, row)]
-    for level in range(max((len(row.get("before", [])) + 1 for row in rows), default=0)):
-        chosen = [(row, [*row.get("before", []), row["norm"]][level:][:1]) for row in rows]
+    modules = modules_by_name(model)
+    rows = [row for row in manifest["layers"] if _found_instead(modules, row)]
+    # A layer that was swapped several times goes through all of its norms again, one per level: each takes arguments
+    # over from the one before it, so that the last one alone would not be the layer that was trained.
+    norms = [[*row.get("before", []), row["norm"]] for row in rows]
+    for level in range(max(map(len, norms), default=0)):
         rules = {
             re.escape(row["name"]): {
-                "class_path": loaded_class(spec[0]),
-                "init_args": {k: v for k, v in spec[0]["init_args"].items() if k not in ("device", "dtype")},
+                "class_path": loaded_class(steps[level]),
+                # The file may be read on another machine: the layer goes where the module is that it replaces.
+                "init_args": {k: v for k, v in steps[level]["init_args"].items() if k not in ("device", "dtype")},
             }
-            for row, spec in chosen
-            if spec
+            for row, steps in zip(rows, norms, strict=True)
+            if level < len(steps)
         }
-        earlier = [type(m).__name__ for m in model.modules() if isinstance(m, Normalizer) and level]
+        # Behind the first level, the layers that are swapped once more are those of the level before.
+        earlier = [type(layer).__name__ for layer in normalizers_of(model) if level]
         sources = dict.fromkeys(["BatchNorm", *(row["source"] for row in rows), *earlier])
-        made, _, _ = try_swap(model, rules=rules, source=list(sources))
-        made.commit()
-        report = made if report is None else report
+        level_report, _, _ = prepare_swap(model, SwapOptions(rules=rules, source=list(sources)))
+        level_report.commit()
+        report = level_report if report is None else report
+    modules = modules_by_name(model)
     for row in rows:
-        wrong = _wrong(model, row)
-        if wrong:
+        actual = _found_instead(modules, row)
+        if actual:
             raise CheckpointError(
                 f"the checkpoint has {row['norm']['class_path']} at {row['name']!r} in place of a {row['source']}, and "
-                f"this {type(model).__name__} has {wrong} there. Build it with the arguments it was trained with."
+                f"this {type(model).__name__} has {actual} there. Build it with the arguments it was trained with."
             )
-        _set_options(_named(model)[row["name"]], row.get("options", {}))
+        _set_options(modules[row["name"]], row.get("options", {}))
     return report
 
 
-def difference(saved: Mapping[str, Any], own: Mapping[str, Any] | None) -> str | None:
+def difference(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> str | None:
     """Return the first difference between a checkpoint's manifest and a model's, in words; ``None`` if they agree."""
     there = {row["name"]: row for row in saved["layers"]}
-    here = {row["name"]: row for row in (own or {"layers": []})["layers"]}
+    here = {row["name"]: row for row in (current or {"layers": []})["layers"]}
+    # A shared layer is listed under its first name, which may be another one in the file.
     shared = {name for row in here.values() for name in row.get("also", [])}
+    # The order is the file's, so that the first difference is the same one on every machine.
     for name in [*there, *(n for n in here if n not in there)]:
         a, b = there.get(name), here.get(name)
         if a is None or b is None:
@@ -141,51 +175,97 @@ def difference(saved: Mapping[str, Any], own: Mapping[str, Any] | None) -> str |
             return "{} is {} in the file and {} here".format(name, *(kinds if a is None else kinds[::-1]))
         if a["norm"]["class_path"] != b["norm"]["class_path"]:
             return f"{name} is {a['norm']['class_path']} in the file and {b['norm']['class_path']} here"
-        given, mine = (row["norm"].get("init_args") or {} for row in (a, b))
-        for argument in sorted({*given, *mine} - {"device", "dtype"}):
+        arguments_there, arguments_here = (row["norm"].get("init_args") or {} for row in (a, b))
+        # An argument that was left out counts with its default: to type a default is no other swap. Nor is a layer in
+        # another place or precision.
+        for argument in sorted({*arguments_there, *arguments_here} - {"device", "dtype"}):
             parameter = arguments_of(loaded_class(a["norm"])).get(argument)
             default = parameter.default if parameter is not None else None
-            values = [_comparable(args.get(argument, default)) for args in (given, mine)]
+            values = [_comparable(args.get(argument, default)) for args in (arguments_there, arguments_here)]
             if values[0] != values[1]:
                 return f"{name} ({a['norm']['class_path']}) has {argument}={values[0]} in the file and {values[1]} here"
     return None
 
 
-def lacks_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
+def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any], path: str, *, resumes: bool) -> list[str]:
+    """Refuse a checkpoint that a swapped model cannot be loaded from.
+
+    Args:
+        model: the model, swapped.
+        checkpoint: the checkpoint.
+        path: of its file, for messages.
+        resumes: the optimizer's state is to be loaded as well.
+
+    Returns:
+        The parameters that keep their starting values, because the checkpoint is of the network before the swap.
+
+    Raises:
+        CheckpointError: it is of another swap, or it has no manifest and the optimizer's state cannot fit.
+    """
+    saved, current = manifest_in(checkpoint), manifest_of(model)
+    if saved is not None:
+        other = difference(saved, current)
+        if other:
+            raise CheckpointError(
+                f"{path!r} is a checkpoint of another swap: {other}. Type NormSwap(plan={path!r}) to swap as it was "
+                "swapped there, or the arguments that it was trained with."
+            )
+        return []
+    # Without a manifest the file may be of the network before the swap. Its weights fit, and what the normalizers learn
+    # beyond them starts anew; the optimizer's state is per parameter and cannot be filled up.
+    missing = missing_parameters(model, checkpoint.get("state_dict", {})) if current is not None else []
+    if missing and resumes:
+        raise CheckpointError(
+            f"{path!r} is a checkpoint of the network before the swap: it has no {missing[0]}, so the state of its "
+            f"optimizer does not fit. To start from its weights alone, leave out ckpt_path and type NormSwap(..., "
+            f"warm_start={path!r})."
+        )
+    return missing
+
+
+def rebuild_from(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Swap a freshly built model as a checkpoint says; one of a network that was never swapped changes nothing.
+
+    Raises:
+        CheckpointError: a layer of the manifest is not in the model, or a parameter of a normalizer is in the
+            checkpoint and nothing says how the network was swapped.
+    """
+    manifest = manifest_in(checkpoint)
+    if manifest is not None:
+        rebuild(model, manifest)
+        return
+    # A file with a normalizer's parameters and no manifest would load with strict=False and lose them without a word.
+    for name, key in unplaced_parameters(model, checkpoint.get("state_dict", {})).items():
+        raise CheckpointError(
+            f"the checkpoint holds {name!r} of {key!r}, and neither says what was swapped nor does "
+            f"{type(model).__name__} swap by itself. Call lightning_norm.swap in its __init__, as in training."
+        )
+
+
+def missing_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
     """Return the parameters of swapped layers that a ``state_dict`` does not hold, or holds in another size."""
-    held = {clean_name(name): value for name, value in state_dict.items()}
-    own = [
-        (f"{clean_name(name)}.{n}", p)
-        for name, layer in model.named_modules()
-        if isinstance(layer, Normalizer) and layer.origin is not None
+    clean = name_cleaner(model)
+    saved = {clean(name): value for name, value in state_dict.items()}
+    parameters = [
+        (f"{name}.{n}", p)
+        for name, layer in named_normalizers(model)
+        if layer.origin is not None
         for n, p in layer.named_parameters(recurse=False)
     ]
-    return [n for n, p in own if not isinstance(held.get(n), Tensor) or held[n].numel() != p.numel()]
+    return [n for n, p in parameters if not isinstance(saved.get(n), Tensor) or saved[n].numel() != p.numel()]
 
 
-def learned_without_a_place(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """Return parameters that only a normalizer has and whose layer in the model has none: name -> key."""
-    learned = {name: key for key, cls in normalizers().items() for name in cls.extra_parameters}
-    modules = _named(model)
-    found: dict[str, str] = {}
+def unplaced_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """Return the parameters that only a normalizer has and whose layer in the model has none: name -> key."""
+    keys = {name: key for key, cls in normalizers().items() for name in cls.extra_parameters}
+    clean, modules = name_cleaner(model), modules_by_name(model)
+    unplaced: dict[str, str] = {}
     for name in state_dict:
-        layer, _, parameter = clean_name(name).rpartition(".")
-        there = modules.get(layer)
-        if parameter in learned and there is not None and parameter not in there._parameters:
-            found[name] = learned[parameter]
-    return found
-
-
-def fit_names(model: nn.Module, state_dict: Mapping[str, Any]) -> Any:
-    """Rename the keys of a ``state_dict`` to the model's, where torch.compile's ``_orig_mod.`` is all that differs."""
-    own = {clean_name(name): name for name in model.state_dict()}
-    renamed = {name: own.get(clean_name(name), name) for name in state_dict}
-    if all(old == new for old, new in renamed.items()):
-        return state_dict
-    fitted = type(state_dict)()
-    for old, new in renamed.items():
-        fitted[new] = state_dict[old]  # type: ignore[index]  # a dict or an OrderedDict
-    return fitted
+        layer_name, _, parameter = clean(name).rpartition(".")
+        layer = modules.get(layer_name)
+        if parameter in keys and layer is not None and parameter not in dict(layer.named_parameters(recurse=False)):
+            unplaced[name] = keys[parameter]
+    return unplaced
 
 
 def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str, strict: bool = True) -> None:
@@ -201,7 +281,7 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str, str
             f"{path!r} is a checkpoint of another swap: {other}. NormSwap(plan={path!r}) swaps as it was swapped there."
         )
     try:
-        model.load_state_dict(fit_names(model, checkpoint["state_dict"]), strict=strict)
+        model.load_state_dict(rename_for_wrappers(model, checkpoint["state_dict"]), strict=strict)
     except RuntimeError as error:
         raise CheckpointError(f"the weights of {path!r} do not fit this {type(model).__name__}: {error}") from error
 
@@ -213,17 +293,14 @@ def _manifest(layers: list[dict[str, Any]], version: str) -> dict[str, Any]:
 def _entry(
     names: list[str], origin: Mapping[str, Any], options: Mapping[str, Any], target: str, num_features: int | None
 ) -> dict[str, Any]:
+    # Wrappers that are left out of names can give one module the same name twice.
     row = {"name": names[0], "also": list(dict.fromkeys(names[1:])), "target": target, "num_features": num_features}
     return {**row, **{k: origin[k] for k in ("source", "norm", "before")}, "options": dict(options)}
 
 
-def _named(model: nn.Module) -> dict[str, nn.Module]:
-    return {clean_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
-
-
-def _wrong(model: nn.Module, row: Mapping[str, Any]) -> str | None:
+def _found_instead(modules: Mapping[str, nn.Module], row: Mapping[str, Any]) -> str | None:
     """Return what a layer is, if it is not what the row says."""
-    module = _named(model).get(row["name"])
+    module = modules.get(row["name"])
     if type(module) is loaded_class(row["norm"]):
         return None
     return "nothing" if module is None else type(module).__name__
@@ -232,13 +309,16 @@ def _wrong(model: nn.Module, row: Mapping[str, Any]) -> str | None:
 def _set_options(layer: nn.Module, options: Mapping[str, Any]) -> None:
     assert isinstance(layer, Normalizer)
     layer.sync, layer.sync_group = options.get("sync", True), options.get("sync_group", "world")
+    # Entries that a file of an earlier version lacks have the defaults of a swap.
     backend = options.get("backend", "auto")
-    layer.backend = "auto" if backend == "triton" else backend  # the file may be read where there is no GPU
+    # The file may be read where there is no GPU: "auto" takes the kernels as well, where they can run.
+    layer.backend = "auto" if backend == "triton" else backend
     if options.get("compile"):
         layer.compile()
 
 
 def _comparable(value: Any) -> Any:
+    """Return a value in which tuples are lists, as YAML and JSON write them."""
     return [_comparable(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

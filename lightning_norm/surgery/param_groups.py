@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from lightning_norm.layers.base import Normalizer
-
-TORCH_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+from lightning_norm.surgery.torch_layers import TORCH_NORMS
+from lightning_norm.surgery.walk import named_normalizers
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
@@ -27,8 +25,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
     """
     return {
         f"{prefix}.{name}" if prefix else name
-        for prefix, layer in model.named_modules()
-        if isinstance(layer, Normalizer)
+        for prefix, layer in named_normalizers(model, raw_names=True)
         for name in layer.no_weight_decay()
     }
 
@@ -42,8 +39,7 @@ def switch_parameters(model: nn.Module) -> set[str]:
     """
     return {
         f"{prefix}.{name}" if prefix else name
-        for prefix, layer in model.named_modules()
-        if isinstance(layer, Normalizer)
+        for prefix, layer in named_normalizers(model, raw_names=True)
         for name, _ in layer.named_parameters()
         if name in layer.extra_parameters
     }
@@ -60,7 +56,7 @@ def norm_param_groups(
     """Return all parameters of a model in groups for a torch optimizer, each parameter once.
 
     The groups are named "decay", "no_decay" (biases, other parameters of one dimension, and what the model's own
-    ``no_weight_decay()`` names), "norm" (parameters of our layers and of torch's normalization layers) and, with
+    ``no_weight_decay()`` names), "norm" (parameters of this package's and of torch's normalization layers) and, with
     ``switch_lr``, "switch". An empty group is left out.
 
     Args:
@@ -79,13 +75,14 @@ def norm_param_groups(
     >>> [(g["name"], len(g["params"]), g["weight_decay"]) for g in norm_param_groups(model, 0.05, switch_lr=0.01)]
     [('decay', 1, 0.05), ('no_decay', 1, 0.0), ('norm', 2, 0.0), ('switch', 2, 0.0)]
     """
-    given = {
+    # An infinite or negative value would only show in the loss, many steps later.
+    numbers = {
         "weight_decay": weight_decay,
         "norm_weight_decay": norm_weight_decay,
         "bias_weight_decay": bias_weight_decay,
         "switch_lr": 0.0 if switch_lr is None else switch_lr,
     }
-    for name, value in given.items():
+    for name, value in numbers.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"norm_param_groups: {name} must be a number >= 0, got {value!r}.")
     kinds = _kinds(model, switch=switch_lr is not None)
@@ -101,19 +98,29 @@ def norm_param_groups(
 
 def _kinds(model: nn.Module, switch: bool) -> list[tuple[nn.Parameter, str]]:
     """Return each parameter once, with the name of its group."""
-    ours, switches = no_weight_decay(model), switch_parameters(model) if switch else set()
-    asked = getattr(model, "no_weight_decay", None)
-    spared = set(asked()) if callable(asked) else set()
-    torchs = {id(p) for m in model.modules() if isinstance(m, TORCH_NORMS) for p in m.parameters(recurse=False)}
-    found = []
+    of_normalizers, switches = no_weight_decay(model), switch_parameters(model) if switch else set()
+    # timm's convention: a model's method of that name returns the parameters that it wants without weight decay.
+    method = getattr(model, "no_weight_decay", None)
+    without_decay = set(method()) if callable(method) else set()
+    of_torch_norms = {id(p) for m in model.modules() if isinstance(m, TORCH_NORMS) for p in m.parameters(recurse=False)}
+    # The first that applies wins: what a normalizer learns beyond weight and bias is never left in "norm" by its name.
+    kinds = []
     for name, parameter in model.named_parameters():
         if name in switches:
             kind = "switch"
-        elif name in ours or id(parameter) in torchs:
+        elif name in of_normalizers or id(parameter) in of_torch_norms:
             kind = "norm"
-        elif name in spared or name.rpartition(".")[2] == "bias" or (not is_lazy(parameter) and parameter.ndim <= 1):
+        elif (
+            name in without_decay
+            or name.rpartition(".")[2] == "bias"
+            or (not is_lazy(parameter) and parameter.ndim <= 1)
+        ):
             kind = "no_decay"
         else:
             kind = "decay"
-        found.append((parameter, kind))
-    return found
+        kinds.append((parameter, kind))
+    return kinds
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    return not is_lazy(parameter) and parameter.ndim <= 1

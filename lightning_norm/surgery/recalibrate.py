@@ -20,9 +20,10 @@ from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks, active_ranks
-from lightning_norm.surgery.select import ModuleSlot, Pattern, clean_name, matches
-
-BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+from lightning_norm.surgery.options import Pattern
+from lightning_norm.surgery.select import ModuleSlot, matches
+from lightning_norm.surgery.torch_private import TorchBatchNormBase
+from lightning_norm.surgery.walk import names_by_module
 
 
 @dataclass
@@ -62,10 +63,10 @@ def recalibrate(
     """Replace running statistics by those of ``num_batches`` batches, as if they were one batch.
 
     The layers normalize by the statistics of each batch, as in training; everything else, dropout included, is in
-    evaluation mode, and no parameter changes. Means and variances are merged in float64, weighted by their counts, the
-    spread of the batches' means included. torch's own BatchNorm layers are re-estimated too. In a distributed run every
-    rank takes the batches of its own loader, which may be of different lengths, and all ranks end with the same
-    statistics: those of one process that takes all batches.
+    evaluation mode, and no parameter changes. Means and variances are merged in float64, weighted by their counts, and
+    the variance between the batches' means is included. torch's own BatchNorm layers are re-estimated too. In a
+    distributed run every rank takes the batches of its own loader, which may be of different lengths, and all ranks end
+    with the same statistics: those of one process that takes all batches.
 
     Args:
         model: any module.
@@ -91,8 +92,8 @@ def recalibrate(
     ranks = active_ranks(sync=True, training=True)
     with _estimating(model, layers) as pools, torch.no_grad(), _uncompiled():
         for batch in _shown(itertools.islice(loader, num_batches), num_batches, loader, progress):
-            (forward or _Default(model))(batch)
-    return _settle(layers, pools, ranks)
+            (forward or _ForwardOnBatch(model))(batch)
+    return _write_statistics(layers, pools, ranks)
 
 
 def layers_of(model: nn.Module, exclude: Pattern | None = None) -> dict[str, nn.Module]:
@@ -101,25 +102,26 @@ def layers_of(model: nn.Module, exclude: Pattern | None = None) -> dict[str, nn.
     Raises:
         ValueError: the statistics of one cannot be re-estimated.
     """
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, (Normalizer, BATCH_NORMS)) or not module.track_running_stats:
+    layers: dict[str, nn.Module] = {}
+    for module, (name, *_) in names_by_module(model).items():
+        if not isinstance(module, (Normalizer, TorchBatchNormBase)) or not module.track_running_stats:
             continue
-        name = clean_name(name)
         if exclude is not None and matches(exclude, ModuleSlot(module, [name]), set(), "exclude"):
             continue
+        # Statistics that are no average over batches, such as clusters, cannot be estimated anew from batches.
         if isinstance(module, Normalizer) and module.no_recalibration:
             raise ValueError(
                 f"recalibrate: {name} is {type(module).__name__}: {module.no_recalibration}. Leave it out: "
                 f"exclude={[name]!r}."
             )
-        if module._buffers.get("running_mean") is not None:
-            found[name] = module
-    return found
+        if getattr(module, "running_mean", None) is not None:
+            layers[name] = module
+    return layers
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled, and importing it takes seconds
+    # Without torch._dynamo nothing can have been compiled, and importing it takes seconds.
+    if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     eager_only: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return eager_only
@@ -128,24 +130,26 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _estimating(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[dict[str, StatisticsAccumulator]]:
     """Only the layers are in training mode, each with a pool; everything is put back, whatever happens."""
+    # Dropout and the like are in evaluation mode, as they are when the statistics will be used.
     modes = {module: module.training for module in model.modules()}
     pools: dict[str, StatisticsAccumulator] = {}
     undo: list[Callable[[], None]] = []
     try:
         model.eval()
         for name, layer in layers.items():
-            watch = _watch_ours if isinstance(layer, Normalizer) else _watch_torchs
-            pools[name] = watch(layer, undo)
+            accumulate = _accumulate_in_layer if isinstance(layer, Normalizer) else _accumulate_before_layer
+            pools[name] = accumulate(layer, undo)
         yield pools
     finally:
-        for back in reversed(undo):
-            back()
+        for restore in reversed(undo):
+            restore()
         for module, training in modes.items():
             module.training = training
 
 
-def _watch_ours(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccumulator:
-    held = {name: t.clone() for name, t in layer._buffers.items() if t is not None}
+def _accumulate_in_layer(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccumulator:
+    """Let a normalizer of this package give the moments of each batch to an accumulator."""
+    buffers = {name: t.clone() for name, t in layer.named_buffers(recurse=False)}
     state = {name: layer.__dict__[name] for name in ("sync", "compiled")}
     stat = layer._buffers[layer.running_names[0]]
     before = layer.accumulator
@@ -153,20 +157,23 @@ def _watch_ours(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccumul
         (stat.numel() // layer.num_features, layer.num_features), layer.includes_between_var
     )
 
-    def back() -> None:
+    def restore() -> None:
         layer.accumulator = before
         for name, value in state.items():
             setattr(layer, name, value)
-        for name, value in held.items():  # whatever else a training step counts or measures
+        # Whatever else a training step counts or measures is as it was before.
+        for name, value in buffers.items():
             layer._buffers[name].copy_(value)
 
-    undo.append(back)
-    layer.sync = layer.compiled = False  # ranks meet at the end, for their loaders may be uneven
+    undo.append(restore)
+    # Loaders may be uneven, so that ranks cannot meet in each batch: their statistics are merged at the end.
+    layer.sync = layer.compiled = False
     layer.training = True
     return pool
 
 
-def _watch_torchs(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccumulator:
+def _accumulate_before_layer(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccumulator:
+    """Give the moments of each batch that reaches a BatchNorm layer of torch's to an accumulator."""
     pool = StatisticsAccumulator((1, layer.num_features))
 
     def see(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -175,23 +182,26 @@ def _watch_torchs(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccum
         m = Moments(*eager.moments(x.detach(), layout), layout.size).over_batch()
         pool.add(m.mean, m.var, m.count)
 
-    held = {name: layer._buffers[name] for name in ("running_mean", "running_var")}
+    buffers = {name: getattr(layer, name) for name in ("running_mean", "running_var")}
     handle = layer.register_forward_pre_hook(see)
-    undo += [handle.remove, lambda: layer._buffers.update(held)]
-    layer._buffers.update(dict.fromkeys(held))  # without them it takes those of the batch, and never syncs
+    undo += [handle.remove, lambda: layer._buffers.update(buffers)]
+    # Without running statistics it normalizes by those of the batch, in evaluation mode too, and never synchronizes.
+    layer._buffers.update(dict.fromkeys(buffers))
     return pool
 
 
 @torch.no_grad()
-def _settle(
+def _write_statistics(
     layers: dict[str, nn.Module], pools: dict[str, StatisticsAccumulator], ranks: Ranks | None
 ) -> Recalibration:
+    # This is a collective call: every rank makes it, also one whose loader gave nothing.
     moments = {name: pool.over(ranks) for name, pool in pools.items()}
     batches = max(pool.batches for pool in pools.values())
     if not batches:
         seen = max(pool.skipped for pool in pools.values())
         why = "every batch has a NaN or an infinity" if seen else "the loader gave no batch that reaches a layer"
         raise ValueError(f"recalibrate: {why}. The running statistics are as they were.")
+    # A layer that no batch went through, such as an auxiliary head in evaluation mode, keeps its statistics.
     used = [name for name, pool in pools.items() if pool.batches]
     for name in used:
         layer: Any = layers[name]
@@ -199,6 +209,7 @@ def _settle(
         if isinstance(layer, Normalizer):
             write_running(layer, m)
         else:
+            # torch keeps the unbiased variance.
             layer.running_mean.copy_(m.mean.reshape(-1))
             layer.running_var.copy_((m.var * unbiased(m.count)).reshape(-1))
         if layer.num_batches_tracked is not None:
@@ -207,11 +218,13 @@ def _settle(
     return Recalibration(used, [name for name in pools if name not in used], batches, skipped)
 
 
-class _Default:
+class _ForwardOnBatch:
+    """Run the model on a batch, or on its first part, moved to the model's device."""
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        held = next(itertools.chain(model.parameters(), model.buffers()), None)
-        self.device = None if held is None else held.device
+        tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+        self.device = None if tensor is None else tensor.device
 
     def __call__(self, batch: Any) -> Any:
         x = batch[0] if isinstance(batch, (tuple, list)) else batch

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.surgery.convert import hand_back, kind_of
+from lightning_norm.surgery.convert import device_and_dtype, restore_original
 from lightning_norm.surgery.select import ModuleSlot
-from lightning_norm.surgery.text import aligned
+from lightning_norm.surgery.tables import aligned
 
 MANY = 100_000
 """Parameters that are worth a word wherever they make a model larger by more than a tenth."""
@@ -25,7 +25,7 @@ class SwappedLayer:
         target: class that is there now.
         norm: what to type to get it: ``{"class_path": ..., "init_args": {...}}``.
         num_features: channels.
-        preserved: evaluation output is the original's at this moment.
+        preserves_eval: the layer evaluates as the original did.
         reason: why, or why not.
         moved: Parameters and buffers taken over.
         converted: those taken over in another form.
@@ -42,7 +42,7 @@ class SwappedLayer:
     target: str
     norm: dict[str, Any]
     num_features: int
-    preserved: bool
+    preserves_eval: bool
     reason: str
     moved: list[str]
     converted: list[str]
@@ -92,25 +92,27 @@ class SwapReport:
         """Parameters of the model after the swap, in elements."""
         return self.total_before + self.parameters_added - self.parameters_removed
 
-    def add(self, site: ModuleSlot, layer: Normalizer, row: SwappedLayer) -> None:
+    def add(self, slot: ModuleSlot, layer: Normalizer, row: SwappedLayer) -> None:
         """Add a layer that is ready to be put in place."""
         self.layers.append(row)
-        self._undo.append((site, layer))
-        site.started = kind_of(layer)
+        self._undo.append((slot, layer))
+        slot.device_and_dtype = device_and_dtype(layer)
 
     def commit(self, replace: bool = True) -> set[int]:
         """Put the layers in place and return their ids; with ``replace=False`` let them go, as after a dry run."""
+        # A dry run lets go of the replacements, which hold the model's parameters and would keep them alive.
         if not replace:
             self._undo = []
             return set()
         self.dry_run = False
-        for site, layer in self._undo:
-            for parent, attribute in site.parents:
-                parent._modules[attribute] = layer
+        # Every replacement was built before: a swap happens as a whole or not at all.
+        for slot, layer in self._undo:
+            slot.fill(layer)
         return {id(layer) for _, layer in self._undo}
 
     def merge(self, other: SwapReport) -> None:
         """Add the layers of a later swap of the same model."""
+        # The later swap sees the whole model, and counts what the earlier one added as parameters from before.
         known = {layer.name for layer in self.layers}
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
@@ -125,6 +127,7 @@ class SwapReport:
         """
         added, before = self.parameters_added, self.total_before
         hints = {type(layer).__name__: layer.growth_hint for _, layer in self._undo if layer.growth_hint}
+        # A normalizer that has a hint can grow large, and says how to make it smaller; another one has to add many.
         if 10 * added <= before or not before or (not hints and added < MANY):
             return ""
         ways = [*(f"{name}: {hint}" for name, hint in hints.items()), "Swap fewer layers with include or exclude"]
@@ -145,18 +148,18 @@ class SwapReport:
         if not self._undo:
             why = "this report is of a dry run" if self.dry_run else "this swap changed nothing or was undone already"
             raise RuntimeError(f"nothing to undo: {why}.")
-        for site, layer in self._undo:
-            for parent, attribute in site.parents:
-                if parent._modules.get(attribute) is not layer:
+        # All slots are checked before the first is written to: an undo happens as a whole or not at all.
+        for slot, layer in self._undo:
+            for parent, attribute in slot.parents:
+                now = getattr(parent, attribute, None)
+                if now is not layer:
                     raise RuntimeError(
-                        f"cannot undo: {site.name} holds {type(parent._modules.get(attribute)).__name__} and no "
-                        "longer the "
+                        f"cannot undo: {slot.name} holds {type(now).__name__} and no longer the "
                         f"{type(layer).__name__} of this swap. Undo later swaps first."
                     )
-        for site, layer in self._undo:
-            hand_back(layer, site.module, site.started)
-            for parent, attribute in site.parents:
-                parent._modules[attribute] = site.module
+        for slot, layer in self._undo:
+            restore_original(layer, slot.module, slot.device_and_dtype)
+            slot.fill(slot.module)
         self._undo = []
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,28 +187,31 @@ class SwapReport:
         if not self.layers:
             return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
         total = f" ({_spaced(self.total_before)} -> {_spaced(self.total_after)})"
+        # A tensor that the normalizer holds in another form is counted twice: removed as it was, and added as it is.
         removed = f" -{self.parameters_removed}" if self.parameters_removed else ""
         added = f"+{self.parameters_added}{removed}" + (total if self.total_before else "")
         converted = (
             f"     converted: {self._kinds('converted')}" if any(layer.converted for layer in self.layers) else ""
         )
         lines.append(f"  parameters  {added}     moved: {self._kinds('moved')}{converted}")
+        # Tensors that are neither moved nor converted are lost with the original layer, which is worth a line.
         without = sum(1 for layer in self.layers if layer.dropped)
         if without:
             lines.append(
                 f"  dropped     {self._kinds('dropped')} in {without} layers, whose normalizer has no use for them"
             )
-        changed = [layer for layer in self.layers if not layer.preserved]
+        changed = [layer for layer in self.layers if not layer.preserves_eval]
         if changed:
             why = "; ".join(dict.fromkeys(f"{layer.norm['class_path']}: {layer.reason}" for layer in changed))
             lines.append(f"  evaluation  differs from the original network in {len(changed)} layers ({why})")
         else:
-            lines.append("  evaluation  the same as the original network's until training changes it")
+            lines.append("  evaluation  preserved: the same as the original network's until training changes it")
         sync = "on in training with several processes" if any(layer.sync for layer in self.layers) else "off"
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
         return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
 
     def _kinds(self, what: str) -> str:
+        # The counter of batches is moved with every layer that has one, and tells nothing.
         names = dict.fromkeys(name for layer in self.layers for name in getattr(layer, what))
         names.pop("num_batches_tracked", None)
         return (
@@ -216,9 +222,10 @@ class SwapReport:
         rows = [("layer", "from", "to", "C", "added", "evaluation", "backend", "sync")]
         for layer in self.layers:
             name = layer.name + (f" (= {', '.join(layer.also)})" if layer.also else "")
+            # BNET and "afn" add many tensors per layer: their number is more readable than their names.
             few = "+".join(f"{k} {v}" for k, v in layer.added.items()) or "-"
             added = few if len(layer.added) <= 6 else f"{sum(layer.added.values())} in {len(layer.added)} tensors"
-            kept = "kept" if layer.preserved else f"differs: {layer.reason}"
+            evaluation = "preserved" if layer.preserves_eval else f"differs: {layer.reason}"
             backend = layer.backend.split(":")[0] + (", compiled" if layer.compiled else "")
             rows.append(
                 (
@@ -227,7 +234,7 @@ class SwapReport:
                     layer.target,
                     str(layer.num_features),
                     added,
-                    kept,
+                    evaluation,
                     backend,
                     "on" if layer.sync else "off",
                 )

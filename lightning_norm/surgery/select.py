@@ -4,129 +4,112 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.registry import NormSpec
-from lightning_norm.surgery.rules import LAST_NORMS, LAST_OF_BLOCK, is_last_of_block
-
-Pattern: TypeAlias = str | Sequence[str]
-Source: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]]
-
-BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
-FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
-    "BatchNorm": BATCH_NORMS,
-    "LayerNorm": (nn.LayerNorm,),
-    "GroupNorm": (nn.GroupNorm,),
-    "InstanceNorm": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-}
+from lightning_norm.surgery.options import Pattern, ResolvedNorm, Source, SwapOptions
+from lightning_norm.surgery.residual_blocks import LAST_NORMS, LAST_OF_BLOCK, is_last_of_block
+from lightning_norm.surgery.torch_layers import FAMILIES, LAZY_BATCH_NORMS
+from lightning_norm.surgery.walk import names_by_module, places_by_module
 
 
 @dataclass
 class ModuleSlot:
-    """One module, wherever the model holds it.
+    """One module, and every place of the model that holds it.
 
     Args:
         module: the module.
         names: its dotted names; several for a shared module.
         parents: the (parent, attribute) pairs to write to.
-        started: device and precision of the replacement when it was made.
+        device_and_dtype: those of the replacement when it was made.
     """
 
     module: nn.Module
     names: list[str] = field(default_factory=list)
     parents: list[tuple[nn.Module, str]] = field(default_factory=list)
-    started: tuple[torch.device | None, torch.dtype | None] = (None, None)
+    device_and_dtype: tuple[torch.device | None, torch.dtype | None] = (None, None)
 
     @property
     def name(self) -> str:
         """The first name."""
         return self.names[0]
 
+    def fill(self, module: nn.Module) -> None:
+        """Put a module in every place."""
+        for parent, attribute in self.parents:
+            parent.add_module(attribute, module)
 
-def find_sites(model: nn.Module, source: Source | None = None) -> tuple[list[ModuleSlot], list[tuple[str, str, str]]]:
+
+def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[ModuleSlot], list[tuple[str, str, str]]]:
     """Find the candidates, each once, and the near misses: (name, type, why it was left alone).
 
     Raises:
-        ValueError: an unknown source.
+        ValueError: an unknown source, or the model itself is a candidate and has no parent to be replaced in.
     """
-    wanted = _source_types(source)
+    # Only the classes themselves are candidates: a subclass may do more than normalize, and a swap would drop that.
+    # Names are compared as well, since a class of the user's code need not be importable from a configuration.
+    classes = _source_types(source)
     by_name = {s for s in _as_tuple(source) if isinstance(s, str)}
-    sites: dict[int, ModuleSlot] = {}
-    skipped: dict[str, tuple[str, str, str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        clean = clean_name(name)
+    slots: dict[nn.Module, ModuleSlot] = {}
+    skipped: list[tuple[str, str, str]] = []
+    for module, names in names_by_module(model).items():
         kind = type(module)
-        lazy = isinstance(module, LAZY) and module.cls_to_become in wanted
-        if lazy or kind in wanted or kind.__name__ in by_name or getattr(kind, "key", None) in by_name - {""}:
-            if not name:
+        # A lazy layer becomes one of these at its first input. It is a candidate, so that `convert` can say what to do.
+        lazy = isinstance(module, LAZY_BATCH_NORMS) and module.cls_to_become in classes
+        if lazy or kind in classes or kind.__name__ in by_name or getattr(kind, "key", None) in by_name - {""}:
+            if module is model:
                 raise ValueError(
                     f"the model itself is a {kind.__name__}: build the layer with lightning_norm.create(...)."
                 )
-            site = sites.setdefault(id(module), ModuleSlot(module))
-            site.names.append(clean)
-            parent = model.get_submodule(name.rpartition(".")[0])
-            place = (parent, name.rpartition(".")[2])
-            if not any(p is parent and a == place[1] for p, a in site.parents):
-                site.parents.append(place)
-        elif isinstance(module, wanted) and not isinstance(module, Normalizer):
+            slots[module] = ModuleSlot(module, names)
+        elif isinstance(module, classes) and not isinstance(module, Normalizer):
             base = kind.__mro__[1].__name__
             why = f"a subclass of {base} may do more than normalize; pass source={kind.__name__!r} to include it"
-            skipped[clean] = (clean, kind.__name__, why)
-    return list(sites.values()), list(skipped.values())
+            skipped += [(name, kind.__name__, why) for name in names]
+    places = places_by_module(model)
+    for module, slot in slots.items():
+        slot.parents = places[module]
+    return list(slots.values()), skipped
 
 
-def clean_name(name: str) -> str:
-    """Return a dotted name without torch.compile's part.
-
-    >>> clean_name("net._orig_mod.1.weight")
-    'net.1.weight'
-    """
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
-
-
-def assign(
-    sites: Sequence[ModuleSlot],
-    norm: NormSpec | None,
-    include: Pattern | None,
-    exclude: Pattern | None,
-    rules: Mapping[str, NormSpec | None] | None,
-) -> tuple[list[tuple[ModuleSlot, NormSpec, bool]], list[str]]:
-    """Give each site its normalizer, tell whether that is ``norm``, and tell which patterns matched nothing.
+def assign_norms(
+    slots: Sequence[ModuleSlot], options: SwapOptions
+) -> tuple[list[tuple[ModuleSlot, ResolvedNorm]], list[str]]:
+    """Give each slot the normalizer that it is to hold, and tell which patterns matched nothing.
 
     ``rules`` come first, in order, the first match wins and ``None`` leaves the layer alone; then ``include`` and
     ``exclude`` choose what becomes ``norm``.
     """
-    rules = dict(rules or {})
-    used: set[str] = set()
-    chosen: list[tuple[ModuleSlot, NormSpec, bool]] = []
-    for site in sites:
-        rule = next((p for p in rules if matches(p, site, used, f"rules[{p!r}]")), None)
-        included = include is None or matches(include, site, used, "include")
-        excluded = exclude is not None and matches(exclude, site, used, "exclude")
-        spec = rules[rule] if rule is not None else norm if included and not excluded else None
-        if spec is not None:
-            chosen.append((site, spec, rule is None))
-    missed = [f"rules[{p!r}]" for p in rules]
-    missed += [f"{label}[{p!r}]" for label, ps in (("include", include), ("exclude", exclude)) for p in _as_list(ps)]
-    return chosen, [m for m in missed if m not in used]
+    rules, include, exclude = options.resolved_rules, options.include, options.exclude
+    matched: set[str] = set()
+    assigned: list[tuple[ModuleSlot, ResolvedNorm]] = []
+    for slot in slots:
+        # include and exclude are matched also where a rule wins, so that their patterns count as matched.
+        rule = next((p for p in rules if matches(p, slot, matched, f"rules[{p!r}]")), None)
+        included = include is None or matches(include, slot, matched, "include")
+        excluded = exclude is not None and matches(exclude, slot, matched, "exclude")
+        norm = rules[rule] if rule is not None else options.resolved_norm if included and not excluded else None
+        if norm is not None:
+            assigned.append((slot, norm))
+    patterns = [f"rules[{p!r}]" for p in rules]
+    patterns += [f"{label}[{p!r}]" for label, ps in (("include", include), ("exclude", exclude)) for p in _as_list(ps)]
+    return assigned, [p for p in patterns if p not in matched]
 
 
-def explain_missed(missed: str, sites: Sequence[ModuleSlot]) -> str:
+def explain_unmatched(unmatched: str, slots: Sequence[ModuleSlot]) -> str:
     """Return the error text for a pattern that matched nothing."""
-    label, pattern = missed.split("[", 1)
+    # An entry reads label['pattern']; see `assign_norms`.
+    label, pattern = unmatched.split("[", 1)
     pattern = pattern[:-1].strip("'\"")
     if pattern == LAST_OF_BLOCK:
         blocks = " or ".join(f"{attribute} of a {block}" for block, attribute in LAST_NORMS.items())
-        return f"{label}={pattern!r} matched none of the {len(sites)} layers: none is the {blocks}, as in a ResNet."
-    names = [n for s in sites for n in s.names]
-    kinds = list(dict.fromkeys(type(s.module).__name__ for s in sites)) or ["normalization"]
+        return f"{label}={pattern!r} matched none of the {len(slots)} layers: none is the {blocks}, as in a ResNet."
+    names = [n for s in slots for n in s.names]
+    kinds = list(dict.fromkeys(type(s.module).__name__ for s in slots)) or ["normalization"]
     kind = " and ".join([", ".join(kinds[:-1])] * (len(kinds) > 1) + kinds[-1:])
     near = difflib.get_close_matches(re.sub(r"[\\^$*+?()|\[\]]", "", pattern), names, n=1, cutoff=0.0)
     hint = (
@@ -138,13 +121,15 @@ def explain_missed(missed: str, sites: Sequence[ModuleSlot]) -> str:
     return f"{label}={pattern!r} matched none of the {len(names)} {kind} layers.{hint}"
 
 
-def check_source(model: nn.Module, sites: Sequence[ModuleSlot], source: Source | None) -> None:
+def check_source(model: nn.Module, slots: Sequence[ModuleSlot], source: Source | None) -> None:
     """Check that each class name in ``source`` is that of something.
 
     Raises:
         ValueError: neither the model nor torch.nn has such a class.
     """
-    modules = [*model.modules(), *(site.module for site in sites)]
+    # Candidates count as well: they were in the model when the names were looked up, and may be replaced by now. So do
+    # the classes that layers were swapped from, for a second run of the same code finds none of them.
+    modules = [*model.modules(), *(slot.module for slot in slots)]
     origins = [m.origin["source"] for m in modules if isinstance(m, Normalizer) and m.origin is not None]
     known = {type(m).__name__ for m in modules} | {cls.__name__ for cls in Normalizer.registry.values()} | {*origins}
     for entry in _as_tuple(source):
@@ -156,10 +141,8 @@ def check_source(model: nn.Module, sites: Sequence[ModuleSlot], source: Source |
 def explain_source(model: nn.Module, source: Source | None) -> str:
     """Return why no layer is a candidate, and what to type."""
     entries = [e if isinstance(e, str) else e.__name__ for e in _as_tuple(source)] or ["BatchNorm"]
-    asked = (
-        f"source={(entries[0] if len(entries) == 1 else entries)!r}" if source else "BatchNorm layers are looked for"
-    )
-    return f"{asked}, and the model has none. {_nearest(model, entries)}"
+    what = f"source={(entries[0] if len(entries) == 1 else entries)!r}" if source else "BatchNorm layers are looked for"
+    return f"{what}, and the model has none. {_nearest(model, entries)}"
 
 
 def _nearest(model: nn.Module, entries: Sequence[str]) -> str:
@@ -178,20 +161,21 @@ def _as_list(pattern: Pattern | None) -> list[str]:
     return [] if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
 
 
-def matches(pattern: Pattern, site: ModuleSlot, used: set[str], label: str) -> bool:
-    """Tell whether a site's names match, and enter the patterns that do in ``used``."""
-    hit = False
+def matches(pattern: Pattern, slot: ModuleSlot, matched: set[str], label: str) -> bool:
+    """Tell whether a slot's names match, and enter the patterns that do in ``matched``."""
+    any_match = False
+    # Every pattern is tried, also behind one that matched: the report is to name those that match nothing.
     for p in _as_list(pattern):
         if p == LAST_OF_BLOCK:
-            found = any(is_last_of_block(parent, attribute) for parent, attribute in site.parents)
+            match = any(is_last_of_block(parent, attribute) for parent, attribute in slot.parents)
         elif isinstance(pattern, str):
-            found = any(_fullmatch(p, n) for n in site.names)
+            match = any(_fullmatch(p, n) for n in slot.names)
         else:
-            found = any(n == p or n.endswith(f".{p}") for n in site.names)
-        if found:
-            used.add(label if label.startswith("rules") else f"{label}[{p!r}]")
-        hit |= found
-    return hit
+            match = any(n == p or n.endswith(f".{p}") for n in slot.names)
+        if match:
+            matched.add(label if label.startswith("rules") else f"{label}[{p!r}]")
+        any_match |= match
+    return any_match
 
 
 def _fullmatch(pattern: str, name: str) -> bool:

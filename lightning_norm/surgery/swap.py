@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -11,41 +12,37 @@ from torch.nn.parameter import is_lazy
 
 from lightning_norm.errors import AlreadySwappedError, NoEffectWarning, ParameterGrowthWarning
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.registry import NormSpec
-from lightning_norm.normalizers import resolve
 from lightning_norm.normalizers.context.assignment import ContextState
 from lightning_norm.ops.backend import explain
-from lightning_norm.ops.sync import check_group
-from lightning_norm.surgery.convert import convert, unchanged_eval
+from lightning_norm.surgery.convert import convert, preserves_eval
+from lightning_norm.surgery.options import Source, SwapOptions, takes_options
 from lightning_norm.surgery.report import SwappedLayer, SwapReport
 from lightning_norm.surgery.select import (
     ModuleSlot,
-    Pattern,
-    Source,
-    assign,
+    assign_norms,
     check_source,
-    explain_missed,
     explain_source,
-    find_sites,
+    explain_unmatched,
+    find_slots,
 )
+from lightning_norm.surgery.walk import named_normalizers
 
 
-def swap(
-    model: nn.Module,
-    norm: NormSpec | None = None,
-    *,
-    include: Pattern | None = None,
-    exclude: Pattern | None = None,
-    source: Source | None = None,
-    norm_args: Mapping[str, Any] | None = None,
-    rules: Mapping[str, NormSpec | None] | None = None,
-    backend: Literal["auto", "eager", "triton"] = "auto",
-    compile: bool = False,
-    sync: bool = True,
-    sync_group: str | int = "world",
-    dry_run: bool = False,
-    on_empty: Literal["warn", "error"] = "warn",
-) -> SwapReport:
+@dataclass(frozen=True, kw_only=True)
+class SwapCall(SwapOptions):
+    """What only a direct call of :func:`swap` takes.
+
+    Args:
+        dry_run: report what would happen and change nothing.
+        on_empty: what to do when no layer is swapped: "warn" (NoEffectWarning) or "error".
+    """
+
+    dry_run: bool = False
+    on_empty: Literal["warn", "error"] = "warn"
+
+
+@takes_options(SwapCall)
+def swap(model: nn.Module, options: SwapCall) -> SwapReport:
     """Replace the normalization layers of a model, in place.
 
     Parameters, running statistics, training flag, hooks, ties and sharing move with each layer; an optimizer built
@@ -54,24 +51,7 @@ def swap(
 
     Args:
         model: any module.
-        norm: a key ("sn"), a dotted path, a class, or ``{"class_path": ..., "init_args": {...}}``; may be left out
-            with ``rules``.
-        include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their
-            ends, and "last_of_block" is the last one of each residual block of a ResNet.
-        exclude: which layers not; likewise.
-        source: which kinds of layers are candidates: "BatchNorm" (the default: 1d, 2d, 3d and SyncBatchNorm),
-            "LayerNorm", "GroupNorm", "InstanceNorm", "all", a class or its name, the key of a normalizer of ours, or a
-            list of these.
-        norm_args: arguments of ``norm``; those of a rule go in its ``init_args``.
-        rules: ordered mapping from regular expression to a norm; ``None`` leaves the layer alone, the first match wins
-            over ``norm``, ``include`` and ``exclude``.
-        backend: "auto" for the Triton kernels on CUDA inputs that they can take and plain PyTorch elsewhere, "eager"
-            for plain PyTorch everywhere, "triton" for the kernels or an error.
-        compile: compile each layer's forward pass (the first pass of each input shape takes seconds).
-        sync: pool statistics over the ranks of a distributed run, in training.
-        sync_group: with which ranks: "world", "node" (those of one host) or a number of consecutive ranks.
-        dry_run: report what would happen and change nothing.
-        on_empty: what to do when no layer is swapped: "warn" (NoEffectWarning) or "error".
+        options: the fields of :class:`SwapOptions` and :class:`SwapCall`, as keyword arguments.
 
     Returns:
         The report: ``len(report)``, ``print(report)``, ``report.undo()``.
@@ -88,119 +68,91 @@ def swap(
     >>> len(report), type(model[1]).__name__
     (1, 'SwitchableNorm')
     """
-    report, missed, sites = try_swap(
-        model,
-        norm,
-        include=include,
-        exclude=exclude,
-        source=source,
-        norm_args=norm_args,
-        rules=rules,
-        backend=backend,
-        compile=compile,
-        sync=sync,
-        sync_group=sync_group,
-    )
-    check_result(model, report, missed, sites, on_empty, source=source)
+    report, unmatched, slots = prepare_swap(model, options)
+    check_patterns(model, slots, unmatched, options.source)
+    check_not_empty(model, report, slots, options.source, options.on_empty)
     if report.growth():
-        warnings.warn(report.growth(), ParameterGrowthWarning, stacklevel=2)
-    report.commit(not dry_run)
+        warnings.warn(report.growth(), ParameterGrowthWarning, stacklevel=3)
+    report.commit(not options.dry_run)
     return report
 
 
-def try_swap(
-    model: nn.Module,
-    norm: NormSpec | None = None,
-    *,
-    include: Pattern | None = None,
-    exclude: Pattern | None = None,
-    source: Source | None = None,
-    norm_args: Mapping[str, Any] | None = None,
-    rules: Mapping[str, NormSpec | None] | None = None,
-    backend: str = "auto",
-    compile: bool = False,
-    sync: bool = True,
-    sync_group: str | int = "world",
-    leave: Collection[int] = (),
+def prepare_swap(
+    model: nn.Module, options: SwapOptions, *, skip: Collection[int] = ()
 ) -> tuple[SwapReport, list[str], list[ModuleSlot]]:
-    """As :func:`swap`, but only prepare: returns the report, the patterns that matched nothing, and the candidates.
+    """Build all replacements of a swap and put none in place: ``report.commit()`` does that.
 
-    ``leave`` holds the ids of modules that are no candidates.
+    Args:
+        model: the model.
+        options: what becomes what.
+        skip: ids of modules that are no candidates.
+
+    Returns:
+        The report, the patterns that matched nothing, and the candidates.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"swap expects a torch.nn.Module, got {type(model).__name__}. Type swap(model, {norm!r}).")
-    check_specs(norm, norm_args, rules)
-    if norm is None and not rules:
-        raise ValueError("swap needs norm='sn' (say) or rules={'layer1.*': 'sn', ...}.")
-    if norm is None and norm_args:
-        raise ValueError(
-            f"norm_args={dict(norm_args)!r} are arguments of norm, and swap was called without norm. Put them in the "
-            "rule: rules={'layer1.*': {'class_path': 'sn', 'init_args': {...}}}."
+        raise TypeError(
+            f"swap expects a torch.nn.Module, got {type(model).__name__}. Type swap(model, {options.norm!r})."
         )
-    backend_text = explain(backend)
-    check_group(sync_group)
-    sites, skipped = find_sites(model, source)
-    sites = [site for site in sites if id(site.module) not in leave]
-    chosen, missed = assign(sites, norm, include, exclude, rules)
-    report = SwapReport([], skipped, len(sites))
+    # Whether the backend can run is asked here and not by the options: they may be built in another process.
+    backend = explain(options.backend)
+    slots, near_misses = find_slots(model, options.source)
+    slots = [slot for slot in slots if id(slot.module) not in skip]
+    assigned, unmatched = assign_norms(slots, options)
+    report = SwapReport([], near_misses, len(slots))
     report.total_before = sum(p.numel() for p in model.parameters() if not is_lazy(p))
-    for site, spec, is_norm in chosen:
-        layer, arguments = convert(site.module, site.name, spec, (norm_args or {}) if is_norm else {})
-        layer.sync, layer.sync_group, layer.backend = sync, sync_group, backend
+    for slot, norm in assigned:
+        # A failure from here on leaves the model as it was: the original modules are read and not changed.
+        layer, arguments = convert(slot.module, slot.name, norm)
+        layer.sync, layer.sync_group, layer.backend = options.sync, options.sync_group, options.backend
         if isinstance(state := getattr(layer, "contexts", None), ContextState):
-            state.name = site.name
-        if compile:
+            state.name = slot.name
+        if options.compile:
             layer.compile()
-        row = _row(site, layer, arguments, backend_text)
-        layer.origin = _origin(site.module, row)
-        report.add(site, layer, row)
-    return report, missed, sites
+        row = _row(slot, layer, arguments, backend)
+        layer.origin = _origin(slot.module, row)
+        report.add(slot, layer, row)
+    return report, unmatched, slots
 
 
-def check_specs(norm: NormSpec | None, norm_args: Any, rules: Any) -> None:
-    """Check what layers are to become.
-
-    Raises:
-        ValueError: unknown norm.
-        TypeError: not a normalizer, or a form that is none.
-    """
-    forms = (("norm_args", norm_args, "{'momentum': 0.2}"), ("rules", rules, "{'layer1.*': 'sn'}"))
-    for name, value, example in forms:
-        if value is not None and not isinstance(value, Mapping):
-            raise TypeError(f"{name} must be a mapping such as {example}, got {value!r}.")
-    for spec in [norm, *(rules or {}).values()]:
-        if spec is not None:
-            resolve(spec)
-
-
-def _row(site: ModuleSlot, layer: Normalizer, arguments: dict[str, Any], backend: str) -> SwappedLayer:
-    before = site.module.state_dict(keep_vars=True)
-    held = {**layer._parameters, **layer._buffers}
-    moved = [name for name, value in before.items() if held.get(name) is value]
-    preserved, reason = unchanged_eval(site.module, layer)
-    cls = type(layer)
-    path = cls.key or f"{cls.__module__}.{cls.__qualname__}"
+def _row(slot: ModuleSlot, layer: Normalizer, arguments: dict[str, Any], backend: str) -> SwappedLayer:
+    # A tensor counts as moved if the very same object is in the new layer: an optimizer that holds it stays valid.
+    before = slot.module.state_dict(keep_vars=True)
+    after = {**layer._parameters, **layer._buffers}
+    moved = [name for name, value in before.items() if after.get(name) is value]
+    same, reason = preserves_eval(slot.module, layer)
     return SwappedLayer(
-        name=site.name,
-        source=type(site.module).__name__,
-        target=cls.__name__,
-        norm={"class_path": path, "init_args": _plain(arguments)},
+        name=slot.name,
+        source=type(slot.module).__name__,
+        target=type(layer).__name__,
+        norm={"class_path": key_or_path(type(layer)), "init_args": _plain(arguments)},
         num_features=layer.num_features,
-        preserved=preserved,
+        preserves_eval=same,
         reason=reason,
         moved=moved,
         converted=[name for name in before if name in layer.translated_tensors],
         dropped=[name for name in before if name not in (*moved, *layer.translated_tensors)],
         added={n: p.numel() for n, p in layer.named_parameters(recurse=False) if n not in moved},
-        removed=sum(p.numel() for n, p in site.module.named_parameters(recurse=False) if n not in moved),
+        removed=sum(p.numel() for n, p in slot.module.named_parameters(recurse=False) if n not in moved),
         backend=backend,
         compiled=layer.compiled,
         sync=layer.sync and (layer.train_uses_batch_stats or layer.track_running_stats),
-        also=site.names[1:],
+        also=slot.names[1:],
     )
 
 
+def key_or_path(cls: type[Normalizer]) -> str:
+    """Return what to type for a normalizer's class: its key, or the dotted path of one that has none.
+
+    >>> from lightning_norm import SwitchableNorm
+    >>> key_or_path(SwitchableNorm)
+    'sn'
+    """
+    return cls.key or f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _origin(module: nn.Module, row: SwappedLayer) -> dict[str, Any]:
+    # A checkpoint is to rebuild the network from the user's code, which builds the layer of the first swap's source.
     earlier: dict[str, Any] | None = getattr(module, "origin", None)
     if earlier is None:
         return {"source": row.source, "norm": row.norm, "before": []}
@@ -208,6 +160,7 @@ def _origin(module: nn.Module, row: SwappedLayer) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """Return arguments in the types that YAML and a checkpoint hold without code."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -215,58 +168,83 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def check_result(
+def check_patterns(model: nn.Module, slots: list[ModuleSlot], unmatched: list[str], source: Source | None) -> None:
+    """Refuse a ``source`` that names no class, and a pattern that matched nothing.
+
+    Args:
+        model: the model.
+        slots: the candidates; without one no pattern can match, and :func:`check_not_empty` says why.
+        unmatched: patterns that matched nothing.
+        source: the kinds of layers that were asked for.
+
+    Raises:
+        ValueError: there is one.
+    """
+    check_source(model, slots, source)
+    if unmatched and slots:
+        raise ValueError(explain_unmatched(unmatched[0], slots))
+
+
+def check_not_empty(
     model: nn.Module,
     report: SwapReport,
-    missed: list[str],
-    sites: list[ModuleSlot],
+    slots: list[ModuleSlot],
+    source: Source | None,
     on_empty: str,
     *,
-    source: Source | None = None,
-    fine: Collection[type] = (),
+    already_present: Collection[type] | None = None,
 ) -> None:
-    """Raise or warn for patterns that matched nothing and for a swap without a layer.
+    """Raise or warn where a swap changed no layer, and say why.
 
     Args:
         model: the model.
         report: what was prepared.
-        missed: patterns that matched nothing.
-        sites: the candidates.
-        on_empty: "warn" or "error".
+        slots: the candidates.
         source: the kinds of layers that were asked for.
-        fine: classes of normalizers that the model may hold already without a word.
+        on_empty: "warn" or "error".
+        already_present: classes that the layers of a model which was swapped before may have without a warning; where
+            it is left out, a second swap without a candidate is an error.
+
+    Raises:
+        ValueError: nothing is swapped and ``on_empty`` is "error".
+        AlreadySwappedError: nothing is left to swap because the model was swapped before.
     """
-    check_source(model, sites, source)
-    if missed and sites:
-        raise ValueError(explain_missed(missed[0], sites))
     if report.layers:
         return
-    ours = [(n.replace("_orig_mod.", ""), m) for n, m in model.named_modules() if isinstance(m, Normalizer)]
-    if ours and not sites:
-        kinds = sorted({type(m).__name__ for _, m in ours})
-        held = ours[0][1].key or type(ours[0][1]).__name__
-        if fine:
-            if not {type(m) for _, m in ours} & set(fine):
-                wanted = ", ".join(sorted(c.__name__ for c in fine))
-                warnings.warn(
-                    f"nothing left to swap to {wanted}: the model already holds {len(ours)} layers of this package "
-                    f"({', '.join(kinds)}). Swap them again with source={held!r}, or drop one NormSwap.",
-                    NoEffectWarning,
-                    stacklevel=3,
-                )
-            return
-        raise AlreadySwappedError(
-            f"nothing left to swap: the model already holds {len(ours)} layers of this package ({', '.join(kinds)}; "
-            "first: "
-            f"{ours[0][0]}). Call undo() on the earlier report, or swap them again with source={held!r}."
-        )
+    # A model that holds normalizers and has no candidate was swapped before, most likely by the same code.
+    present = dict(named_normalizers(model))
+    if present and not slots:
+        _tell_swapped_before(present, already_present)
+        return
     text = (
-        f"swap changed nothing: {len(sites)} candidates, none chosen"
-        if sites
+        f"swap changed nothing: {len(slots)} candidates, none chosen"
+        if slots
         else "swap changed nothing: no candidate found"
     )
     hint = "; ".join(f"{n} is a {t}: {why}" for n, t, why in report.skipped[:3])
     hint = hint or explain_source(model, source)
     if on_empty == "error":
         raise ValueError(f"{text}. {hint}.")
-    warnings.warn(f"{text}. {hint}.", NoEffectWarning, stacklevel=3)
+    warnings.warn(f"{text}. {hint}.", NoEffectWarning, stacklevel=4)
+
+
+def _tell_swapped_before(present: Mapping[str, Normalizer], already_present: Collection[type] | None) -> None:
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in present.values()}))
+    what = f"the model already holds {len(present)} layers of this package ({kinds}"
+    name, first = next(iter(present.items()))
+    source = first.key or type(first).__name__
+    # Two calls of swap in a row are a mistake in the user's code. A NormSwap is run again by every trainer.fit and
+    # trainer.test on a model that may be swapped already: it warns only where other classes are in its place.
+    if already_present is None:
+        raise AlreadySwappedError(
+            f"nothing left to swap: {what}; first: {name}). Call undo() on the earlier report, or swap them again with "
+            f"source={source!r}."
+        )
+    if not {type(layer) for layer in present.values()} & set(already_present):
+        targets = ", ".join(sorted(cls.__name__ for cls in already_present))
+        warnings.warn(
+            f"nothing left to swap to {targets}: {what}). Swap them again with source={source!r}, or drop one "
+            "NormSwap.",
+            NoEffectWarning,
+            stacklevel=5,
+        )

@@ -273,7 +273,7 @@ def test_compare_takes_the_job_and_the_section(monkeypatch, capsys):
     Path("job.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     options = ["--norms", "bn,sn,bcn", "--seeds", "1", "--limit", "1", "--batch-size", "4", "--accelerator", "cpu"]
     main(["compare", "--config", "job.yaml", *options])
-    assert [(s.norm, s.norm_args, s.exclude) for s in made] == [
+    assert [(s.options.norm, s.options.norm_args, s.options.exclude) for s in made] == [
         ("sn", {"momentum": 0.05}, ["downsample.1"]),
         ("bcn", None, ["downsample.1"]),
     ]

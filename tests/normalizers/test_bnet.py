@@ -172,7 +172,7 @@ class TestAPlainBatchNorm:
         old, weight = model[0], model[0].weight
         report = swap(model, "bnet")
         row = report.layers[0]
-        assert (row.preserved, row.converted, row.dropped, row.added) == (True, ["weight"], [], {"kernel": 54})
+        assert (row.preserves_eval, row.converted, row.dropped, row.added) == (True, ["weight"], [], {"kernel": 54})
         assert "parameters  +54 -6 (12 -> 60)" in report.summary()
         assert report.total_after == sum(p.numel() for p in model.parameters())
         with torch.no_grad():
@@ -197,7 +197,7 @@ class TestAPlainBatchNorm:
         state = copy.deepcopy(model.state_dict())
         report = swap(model, "bnet", norm_args={"init": "zero"})
         row = report.layers[0]
-        assert (row.preserved, row.reason) == (False, "does not start as BatchNorm")
+        assert (row.preserves_eval, row.reason) == (False, "does not start as BatchNorm")
         assert (row.converted, row.dropped) == ([], ["weight"])
         assert not model[0].kernel.any()
         report.undo()

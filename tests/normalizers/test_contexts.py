@@ -226,7 +226,7 @@ class TestSwap:
         before, x = copy.deepcopy(model), torch.randn(4, 3, 8, 8).double()
         report = swap(model, "cn", norm_args={"context": context})
         row = report.layers[0]
-        assert row.preserved
+        assert row.preserves_eval
         assert row.converted == ["weight", "bias", "running_mean", "running_var"]
         gate = {"gate_weight": 18, "gate_bias": 3} if context == "gate" else {}
         assert (row.added, row.removed) == ({"weight": 18, "bias": 18, **gate}, 12)

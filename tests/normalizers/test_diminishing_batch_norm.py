@@ -118,7 +118,7 @@ def test_statistics_that_moved_in_count_as_the_first_batch(way, average, counted
     model = nn.Sequential(copy.deepcopy(bn))
     if way == "swap":
         report = swap(model, "dbn", norm_args=arguments)
-        assert report.layers[0].preserved
+        assert report.layers[0].preserves_eval
         assert report.layers[0].converted == (["running_var"] if average == "std" else [])
     else:
         model = nn.Sequential(DiminishingBatchNorm(6, **arguments))

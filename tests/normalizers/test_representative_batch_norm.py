@@ -75,7 +75,7 @@ def test_starts_as_batch_norm_times_the_gate(gate_init, training):
     torch.testing.assert_close(ours.train(training)(x), size * theirs.train(training)(x), rtol=1e-12, atol=1e-12)
     assert ours.preserves_eval == (gate_init == "unit")
     model = nn.Sequential(theirs)
-    assert swap(model, "rbn", norm_args={"gate_init": gate_init}).layers[0].preserved == (gate_init == "unit")
+    assert swap(model, "rbn", norm_args={"gate_init": gate_init}).layers[0].preserves_eval == (gate_init == "unit")
 
 
 def test_published_checkpoint_of_shape_1_c_1_1_loads():

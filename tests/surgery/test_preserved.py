@@ -38,7 +38,7 @@ def test_evaluation_of_a_network(arch, key):
     with torch.no_grad():
         before = model(x)
         report = swap(model, key)
-        assert all(layer.preserved for layer in report.layers), report
+        assert all(layer.preserves_eval for layer in report.layers), report
         after = model(x)
     report.undo()
     relative = ((after - before).norm() / before.norm()).item()

@@ -69,7 +69,7 @@ def test_swaps_trains_and_undoes_bit_identically(arch, key):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     after = model(x).detach()
     relative = ((after - before).norm() / before.norm()).item()
-    if all(layer.preserved for layer in report.layers):
+    if all(layer.preserves_eval for layer in report.layers):
         assert relative < 1e-3  # the bound; float32 rounding through ~50 layers gives about 1e-5
     else:
         assert relative > 1e-3  # "differs" is no empty warning either
@@ -88,7 +88,7 @@ def test_afn_with_closed_gates_keeps_the_evaluation(arch):
     x = torch.randn(2, 3, 64, 64)
     before = model(x).detach()
     report = swap(model, "afn", norm_args={"gate_init": float("-inf"), "rescale_init": 0.0})
-    assert all(layer.preserved for layer in report.layers)
+    assert all(layer.preserves_eval for layer in report.layers)
     after = model(x).detach()
     assert not torch.equal(after, before)  # another formula ran
     assert (after - before).norm() < 1e-3 * before.norm()
@@ -152,7 +152,7 @@ def test_layers_without_affine_or_statistics():
     report = swap(model, "bn")
     assert model[0].weight is None
     assert model[1].running_mean is None
-    assert all(layer.preserved for layer in report.layers)
+    assert all(layer.preserves_eval for layer in report.layers)
     x = torch.randn(3, 6, 4, 4)
     plain = nn.Sequential(nn.BatchNorm2d(6, affine=False), nn.BatchNorm2d(6, track_running_stats=False)).eval()
     torch.testing.assert_close(model.eval()(x), plain(x))
@@ -238,7 +238,7 @@ def test_other_sources_on_request():
     x = torch.randn(3, 6, 4, 5)
     want = model.eval()(x)
     report = swap(model, rules={"0": {"class_path": "gn", "init_args": {"num_groups": 2}}, "1": "in"}, source="all")
-    assert all(layer.preserved for layer in report.layers)
+    assert all(layer.preserves_eval for layer in report.layers)
     torch.testing.assert_close(model(x), want)
 
 
@@ -302,7 +302,7 @@ def test_report_as_table_dict_and_yaml():
     assert data == report.to_dict()
     assert data["layers"][0]["norm"] == {"class_path": "sn", "init_args": {}}
     assert report.parameters_added == 6 * len(report)
-    assert not report.layers[0].preserved
+    assert not report.layers[0].preserves_eval
 
 
 def test_loads_with_weights_only_and_pickles():
@@ -481,31 +481,31 @@ class TestPreserved:
         before = model(x)
         report = swap(model, key, norm_args={argument: False})
         assert not torch.allclose(model(x), before, atol=1e-3)
-        assert {(row.preserved, row.reason) for row in report.layers} == {(False, f"{argument} True -> False")}
+        assert {(row.preserves_eval, row.reason) for row in report.layers} == {(False, f"{argument} True -> False")}
 
     def test_not_when_what_was_learned_stays_behind(self):
         model = small()
         swap(model, "sn")
         row = swap(model, "sn", source="sn").layers[0]
-        assert (row.preserved, row.reason) == (False, "mean_weight, var_weight start anew")
+        assert (row.preserves_eval, row.reason) == (False, "mean_weight, var_weight start anew")
 
     def test_not_with_other_arguments_of_the_same_class(self):
-        model = nn.Sequential(lightning_norm.create("gn", 6, num_num_groups=3), lightning_norm.create("bn", 6))
+        model = nn.Sequential(lightning_norm.create("gn", 6, num_groups=3), lightning_norm.create("bn", 6))
         rows = swap(model, rules={"0": {"class_path": "gn", "init_args": {"num_groups": 2}}}, source="gn", dry_run=True)
-        assert (rows.layers[0].preserved, rows.layers[0].reason) == (False, "num_groups 3 -> 2")
-        assert swap(model, rules={"0": "gn", "1": "bn"}, source=["gn", "bn"]).layers[0].preserved
+        assert (rows.layers[0].preserves_eval, rows.layers[0].reason) == (False, "num_groups 3 -> 2")
+        assert swap(model, rules={"0": "gn", "1": "bn"}, source=["gn", "bn"]).layers[0].preserves_eval
         rows = swap(model, "bn", source="bn", norm_args={"channel_dim": -1}, dry_run=True)
-        assert (rows.layers[0].preserved, rows.layers[0].reason) == (False, "channel_dim 1 -> -1")
+        assert (rows.layers[0].preserves_eval, rows.layers[0].reason) == (False, "channel_dim 1 -> -1")
 
     @pytest.mark.parametrize("key", ["gn", "sn", "in"])
     def test_not_from_another_normalizer_of_ours(self, key):
         model = nn.Sequential(lightning_norm.create(key, 6, **NORM_ARGS.get(key, {})))
-        assert not swap(model, "bn", source=key).layers[0].preserved
+        assert not swap(model, "bn", source=key).layers[0].preserves_eval
 
     def test_from_our_batch_norm(self):
         model = small()
         swap(model, "bn")
-        assert all(row.preserved for row in swap(model, "bcn", source="bn").layers)
+        assert all(row.preserves_eval for row in swap(model, "bcn", source="bn").layers)
 
 
 class TestUndoAfterACast:
@@ -563,7 +563,7 @@ class TestArguments:
         rules = {"0": "gn", "1": {"class_path": "gn", "init_args": {"num_groups": 3}}}
         report = swap(model, rules=rules, source="GroupNorm")
         assert [m.num_groups for m in model] == [2, 3]
-        assert [row.preserved for row in report.layers] == [True, False]
+        assert [row.preserves_eval for row in report.layers] == [True, False]
 
     def test_the_same_class_hands_on_its_own_arguments(self):
         arguments = {"choices": ("ln", "bn", "gn"), "num_groups": 3, "correction": 1, "sparse": True, "radius": 0.4}

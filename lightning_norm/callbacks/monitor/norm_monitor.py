@@ -19,7 +19,7 @@ from lightning_norm.callbacks.monitor.quantities import Place, Quantities, depth
 from lightning_norm.callbacks.patching import WrappedMethods
 from lightning_norm.callbacks.scheduler.norm_scheduler import NormScheduler
 from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning
-from lightning_norm.surgery.text import aligned
+from lightning_norm.surgery.tables import aligned
 
 
 class NormMonitor(Callback):

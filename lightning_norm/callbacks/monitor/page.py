@@ -20,10 +20,10 @@ from lightning_norm.callbacks.monitor.quantities import (
     key_of,
     label,
     layer_names,
-    layers_of,
     split,
 )
 from lightning_norm.callbacks.swap.norm_swap import NormSwap
+from lightning_norm.surgery.walk import normalizers_of
 
 Layout = dict[str, dict[str, list[Any]]]
 
@@ -109,10 +109,10 @@ def norm_hparams(trainer: pl.Trainer, model: nn.Module, prefix: str) -> dict[str
     """Return the norm and its arguments: those of NormSwap, or the keys of the layers where there is none."""
     swap = next((c for c in trainer.callbacks if isinstance(c, NormSwap)), None)  # type: ignore[attr-defined]
     if swap is None:
-        keys = dict.fromkeys(key_of(layer) for _, layer in layers_of(model))
+        keys = dict.fromkeys(key_of(layer) for layer in normalizers_of(model))
         return {prefix: "+".join(keys)} if keys else {}
-    arguments = {f"{prefix}/{name}": plain(value) for name, value in (swap.norm_args or {}).items()}
-    return {prefix: plain(swap.rules if swap.norm is None else swap.norm), **arguments}
+    arguments = {f"{prefix}/{name}": plain(value) for name, value in (swap.options.norm_args or {}).items()}
+    return {prefix: plain(swap.options.rules if swap.options.norm is None else swap.options.norm), **arguments}
 
 
 def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str, metric: str | None, end: bool) -> None:

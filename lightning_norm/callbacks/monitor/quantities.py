@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Normalizer
 from lightning_norm.layers.scheduled import was_scheduled
+from lightning_norm.surgery.walk import named_normalizers
 
 Place = tuple[str, str, str]
 """Key of the normalizer, quantity, and name of the layer."""
@@ -45,7 +46,7 @@ class Quantities:
     def tensors(self, model: nn.Module) -> dict[Place, Tensor]:
         """Return every quantity that is held in a tensor, 0-dim."""
         found: dict[Place, Tensor] = {}
-        for name, layer in layers_of(model):
+        for name, layer in named_normalizers(model):
             shown = {**layer.monitor(), **(gamma(layer) if self.extras else {})}
             found.update({(key_of(layer), quantity, name): value for quantity, value in shown.items()})
         return found
@@ -83,13 +84,6 @@ class Quantities:
         return found
 
 
-def layers_of(model: nn.Module) -> Iterator[tuple[str, Normalizer]]:
-    """Yield the normalizers with their names, in the order of definition, without the marks of ``torch.compile``."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, Normalizer):
-            yield name.replace("_orig_mod.", ""), layer
-
-
 def key_of(layer: Normalizer) -> str:
     """Return the key of a normalizer, or the name of its class."""
     return layer.key or type(layer).__name__
@@ -97,7 +91,7 @@ def key_of(layer: Normalizer) -> str:
 
 def running_statistics(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
     """Yield each running statistic, under the place of its drift."""
-    for name, layer in layers_of(model):
+    for name, layer in named_normalizers(model):
         for which in layer.running_names:
             held = layer._buffers.get(which)
             if held is not None:
@@ -123,7 +117,7 @@ def gamma(layer: Normalizer) -> dict[str, Tensor]:
 
 def learned_values(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
     """Yield gamma and what else a layer learns, where it is more than one number."""
-    for name, layer in layers_of(model):
+    for name, layer in named_normalizers(model):
         for parameter in ("weight", *layer.extra_parameters):
             value = layer._parameters.get(parameter)
             if value is not None and value.numel() > 1:
@@ -138,7 +132,7 @@ def scheduled(model: nn.Module, given: bool = True) -> dict[Place, float]:
         given: also those of a layer's own that may be scheduled and are not at their default.
     """
     found: dict[Place, float] = {}
-    for name, layer in layers_of(model):
+    for name, layer in named_normalizers(model):
         own = defaults(type(layer).__init__) if given else {}
         for argument in layer.ranges:
             value = getattr(layer, argument)

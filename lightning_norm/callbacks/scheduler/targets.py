@@ -13,8 +13,7 @@ from torch import nn
 
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.schedules import Schedule
-
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
+from lightning_norm.surgery.walk import names_by_module
 
 
 @dataclass
@@ -115,15 +114,7 @@ def check_value(target: Target, time: float, value: float, unit: str) -> None:
 
 
 def _layers(model: nn.Module) -> list[tuple[list[str], Normalizer]]:
-    names: dict[int, list[str]] = {}
-    layers: dict[int, Normalizer] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Normalizer):
-            for wrapper in WRAPPERS:
-                name = name.replace(wrapper, "")
-            names.setdefault(id(module), []).append(name)
-            layers[id(module)] = module
-    return [(names[i], layer) for i, layer in layers.items()]
+    return [(names, module) for module, names in names_by_module(model).items() if isinstance(module, Normalizer)]
 
 
 def _values(layer: Normalizer) -> set[str]:

@@ -12,7 +12,7 @@ from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.running_stats import close_window, open_window
-from lightning_norm.surgery.select import clean_name
+from lightning_norm.surgery.walk import named_normalizers
 
 WINDOW = "lightning_norm_window"
 """Entry of a checkpoint that was written inside a window: layer -> count, mean and variance so far."""
@@ -44,7 +44,7 @@ class Accumulation:
                     "what was gathered is dropped without it."
                 )
             return
-        named = {clean_name(n): m for n, m in model.named_modules() if isinstance(m, Normalizer)}
+        named = dict(named_normalizers(model))
         self._layers = {n: m for n, m in named.items() if m.track_running_stats}
         if not self._layers:
             warnings.warn(

@@ -16,8 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_norm.errors import ConflictError, ConflictWarning
-from lightning_norm.layers.base import Normalizer
-from lightning_norm.surgery.select import clean_name
+from lightning_norm.surgery.walk import named_normalizers, normalizers_of
 
 HOLDS = {
     WeightAveraging: "average the network as it was before the swap",
@@ -52,14 +51,14 @@ def check_settings(trainer: pl.Trainer, swap: Any) -> None:
         ConflictError: two of them choose parameter groups.
     """
     for name in ("norm_weight_decay", "switch_lr_scale"):
-        chosen = [getattr(c, name) for c in _callbacks(trainer) if isinstance(c, type(swap))]
+        chosen = [getattr(c.options, name) for c in _callbacks(trainer) if isinstance(c, type(swap))]
         chosen = [value for value in chosen if value is not None]
         if len(chosen) > 1:
             raise ConflictError(
                 f"two NormSwap callbacks set {name} ({chosen[0]} and {chosen[1]}), which is about all layers of this "
                 "package in the model. Set it in one of them."
             )
-    if getattr(trainer.strategy, "_layer_sync", None) is not None and not swap.sync:
+    if getattr(trainer.strategy, "_layer_sync", None) is not None and not swap.options.sync:
         rank_zero_warn(
             "Trainer(sync_batchnorm=True) reaches torch's BatchNorm layers only, and NormSwap(sync=False) keeps the "
             "statistics of the swapped ones on each rank. Type NormSwap(sync=True), or leave out sync_batchnorm.",
@@ -91,7 +90,7 @@ def check_copies(trainer: pl.Trainer, model: pl.LightningModule) -> None:
 
 
 def _check_statistics(name: str, model: nn.Module) -> None:
-    layers = {clean_name(n): m for n, m in model.named_modules() if isinstance(m, Normalizer) and m.track_running_stats}
+    layers = {n: layer for n, layer in named_normalizers(model) if layer.track_running_stats}
     fixed = [n for n, layer in layers.items() if layer.no_recalibration]
     fix = f"Add NormRecalibrate({f'exclude={fixed!r}' if fixed else ''}) as the last callback."
     if len(fixed) == len(layers):
@@ -107,7 +106,7 @@ def _check_statistics(name: str, model: nn.Module) -> None:
 def tell_frozen(trainer: pl.Trainer, model: pl.LightningModule) -> None:
     """Say which layers a finetuning callback has frozen: it leaves torch's BatchNorm layers alone, and not ours."""
     for callback in _callbacks(trainer):
-        held = [m for m in model.modules() if isinstance(m, Normalizer) and any(True for _ in m.parameters())]
+        held = [m for m in normalizers_of(model) if any(True for _ in m.parameters())]
         frozen = [m for m in held if not any(p.requires_grad for p in m.parameters())]
         if isinstance(callback, BaseFinetuning) and frozen:
             name = type(callback).__name__

@@ -13,18 +13,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_norm.errors import CheckpointError
-from lightning_norm.layers.swap_record import MANIFEST_KEY
-from lightning_norm.surgery.files import File, check_file, read_checkpoint, unreadable
-from lightning_norm.surgery.manifest import (
-    difference,
-    fit_names,
-    lacks_parameters,
-    learned_without_a_place,
-    load_weights,
-    manifest_in,
-    manifest_of,
-    rebuild,
-)
+from lightning_norm.surgery.checkpoint_files import File, check_file, read_checkpoint, unreadable
+from lightning_norm.surgery.manifest import check_manifest, load_weights, rebuild_from, write_manifest
+from lightning_norm.surgery.walk import rename_for_wrappers
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
@@ -40,26 +31,28 @@ class ModuleHook:
 
     def __init__(self, module: pl.LightningModule) -> None:
         self.module = module
-        self.own = module.__dict__.get(self.name)  # what somebody else has put on the instance
+        # LightningCLI and other callbacks put functions on the instance as well: theirs is called, and comes back.
+        self.instance_attribute = module.__dict__.get(self.name)
 
     def original(self, checkpoint: dict[str, Any]) -> None:
         """Call the module's own method."""
-        if self.own is not None:
-            self.own(checkpoint)
+        # The class is asked at the call, and not when the hook is put on: load_from_checkpoint patches classes.
+        if self.instance_attribute is not None:
+            self.instance_attribute(checkpoint)
         else:
             getattr(type(self.module), self.name)(self.module, checkpoint)
 
     def put_on(self) -> None:
         """Take the method's place, once."""
-        if not isinstance(self.own, type(self)):
+        if not isinstance(self.instance_attribute, type(self)):
             self.module.__dict__[self.name] = self
 
     def take_off(self) -> None:
         """Put back what was there."""
         if self.module.__dict__.get(self.name) is self:
             del self.module.__dict__[self.name]
-            if self.own is not None:
-                self.module.__dict__[self.name] = self.own
+            if self.instance_attribute is not None:
+                self.module.__dict__[self.name] = self.instance_attribute
 
 
 class WriteManifest(ModuleHook):
@@ -89,46 +82,22 @@ class CheckManifest(ModuleHook):
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """Check, call the module's own hook, and rename what torch.compile has named differently."""
-        self.check(checkpoint)
+        path = _path_of(self.module)
+        unchanged = check_manifest(self.module, checkpoint, path, resumes=self.resumes)
+        if unchanged:
+            rank_zero_info(
+                f"NormSwap: {path!r} is of the network before the swap; {len(unchanged)} parameters of the normalizers "
+                f"(first: {unchanged[0]}) keep their starting values."
+            )
         self.original(checkpoint)
-        _fit(self.module, checkpoint)
-
-    def check(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the manifests.
-
-        Raises:
-            CheckpointError: they differ, or there is none and the optimizer's state cannot fit.
-        """
-        attached = getattr(self.module, "_trainer", None)
-        path = str(attached.ckpt_path) if attached is not None and attached.ckpt_path else "the checkpoint"
-        saved, own = manifest_in(checkpoint), manifest_of(self.module)
-        if saved is not None:
-            other = difference(saved, own)
-            if other:
-                raise CheckpointError(
-                    f"{path!r} is a checkpoint of another swap: {other}. Type NormSwap(plan={path!r}) to swap as it "
-                    "was swapped there, or the arguments that it was trained with."
-                )
-        elif own is not None:
-            lacking = lacks_parameters(self.module, checkpoint.get("state_dict", {}))
-            if lacking and self.resumes:
-                raise CheckpointError(
-                    f"{path!r} is a checkpoint of the network before the swap: it has no {lacking[0]}, so the state of "
-                    f"its optimizer does not fit. To start from its weights alone, leave out ckpt_path and type "
-                    f"NormSwap(..., warm_start={path!r})."
-                )
-            if lacking:
-                rank_zero_info(
-                    f"NormSwap: {path!r} is of the network before the swap; {len(lacking)} parameters of the "
-                    f"normalizers (first: {lacking[0]}) keep their starting values."
-                )
+        _rename_states(self.module, checkpoint)
 
 
-def write_manifest(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Add the manifest to a checkpoint, if the module holds swapped layers."""
-    manifest = manifest_of(module)
-    if manifest is not None:
-        checkpoint[MANIFEST_KEY] = manifest
+def _path_of(module: pl.LightningModule) -> str:
+    try:
+        return str(module.trainer.ckpt_path or "the checkpoint")
+    except RuntimeError:  # no Trainer is attached to a copy of the module
+        return "the checkpoint"
 
 
 def reading(original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +106,7 @@ def reading(original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) 
     try:
         return original(path, *args, **kwargs)
     except (FileNotFoundError, IsADirectoryError):
+        # These say themselves what is wrong, and a folder may be a checkpoint of a sharded strategy.
         raise
     except Exception as error:
         raise unreadable(path, error) from error
@@ -173,13 +143,14 @@ def load_from_checkpoint(
     FileNotFoundError: no checkpoint 'nowhere.ckpt': the file does not exist.
     """
     weights_only = kwargs.pop("weights_only", None)
-    held = check_file(path, weights_only)
-    if held and "pytorch-lightning_version" not in held:
+    # The file is checked before Lightning builds the module, which may take long.
+    content = check_file(path, weights_only)
+    if content and "pytorch-lightning_version" not in content:
         raise CheckpointError(
             f"{str(path)!r} holds weights alone and was not written by a Trainer: build the {cls.__name__}, swap it "
             "and load them with load_state_dict."
         )
-    if not held:
+    if not content:
         read_checkpoint(path, "cpu", weights_only)
     with _rebuilding(cls):
         return cls.load_from_checkpoint(
@@ -196,48 +167,42 @@ def _rebuilding(cls: type[pl.LightningModule]) -> Iterator[None]:
 
     Lightning has no hook between building and loading but the module's own ``on_load_checkpoint``.
     """
+    # Classes are patched, so that two threads which load at once must not undo each other's patches.
     with _lock:
-        put: list[tuple[Any, Any]] = []
-        for each in _family(cls):
+        patched: list[tuple[Any, Any]] = []
+        # LightningModule.load_from_checkpoint may build a subclass, whose own hook would hide that of the class.
+        for each in _with_subclasses(cls):
             if each is cls or "on_load_checkpoint" in each.__dict__:
-                put.append((each, each.__dict__.get("on_load_checkpoint")))
+                patched.append((each, each.__dict__.get("on_load_checkpoint")))
                 each.on_load_checkpoint = _rebuild_first(each.on_load_checkpoint)
         try:
             yield
         finally:
-            for each, own in put:
-                if own is None:
+            for each, defined in patched:
+                if defined is None:
                     del each.on_load_checkpoint
                 else:
-                    each.on_load_checkpoint = own
+                    each.on_load_checkpoint = defined
 
 
 def _rebuild_first(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def on_load_checkpoint(self: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        manifest = manifest_in(checkpoint)
-        if manifest is not None:
-            rebuild(self, manifest)
-        else:
-            homeless = learned_without_a_place(self, checkpoint.get("state_dict", {}))
-            for name, key in homeless.items():
-                raise CheckpointError(
-                    f"the checkpoint holds {name!r} of {key!r}, and neither says what was swapped nor does "
-                    f"{type(self).__name__} swap by itself. Call lightning_norm.swap in its __init__, as in training."
-                )
+        rebuild_from(self, checkpoint)
         original(self, checkpoint)
-        _fit(self, checkpoint)
+        _rename_states(self, checkpoint)
 
     return on_load_checkpoint
 
 
-def _family(cls: Any) -> Iterator[Any]:
+def _with_subclasses(cls: Any) -> Iterator[Any]:
     yield cls
     for sub in cls.__subclasses__():
-        yield from _family(sub)
+        yield from _with_subclasses(sub)
 
 
-def _fit(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+def _rename_states(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    # WeightAveraging writes the averaged weights as state_dict, and those being trained beside them.
     for states in ("state_dict", "current_model_state"):
         if states in checkpoint:
-            checkpoint[states] = fit_names(module, checkpoint[states])
+            checkpoint[states] = rename_for_wrappers(module, checkpoint[states])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -21,50 +22,30 @@ from lightning_norm.callbacks.swap.conflicts import (
     tell_frozen,
 )
 from lightning_norm.callbacks.swap.kernel_freeze import KernelFreeze
-from lightning_norm.callbacks.swap.manifest_hooks import (
-    CheckManifest,
-    ModuleHook,
-    WriteManifest,
-    reading,
-    start_from,
-    write_manifest,
-)
+from lightning_norm.callbacks.swap.manifest_hooks import CheckManifest, ModuleHook, WriteManifest, reading, start_from
 from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, optimizers_in
 from lightning_norm.callbacks.swap.regroup import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.swap.saved_plan import read_plan
 from lightning_norm.callbacks.swap.spawn import swap_before_weights_return
 from lightning_norm.errors import ParameterGrowthWarning
-from lightning_norm.normalizers import resolve
 from lightning_norm.ops.compiled import on_compile
+from lightning_norm.surgery.manifest import write_manifest
+from lightning_norm.surgery.options import SwapOptions, takes_options, with_fields
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.select import ModuleSlot
-from lightning_norm.surgery.swap import check_result, check_specs, try_swap
+from lightning_norm.surgery.swap import check_not_empty, check_patterns, prepare_swap
 
 
-class NormSwap(Callback):
-    """Swap the normalization layers of the model in ``setup``, for every stage.
-
-    Layers that ``LightningModule.setup`` or ``configure_model`` build are swapped as well. Parameters and statistics
-    move; new parameters join the optimizer group of their layer, also where LightningCLI built the optimizer
-    beforehand, and before training starts it is proved that none was forgotten.
+@dataclass(frozen=True, kw_only=True)
+class NormSwapOptions(SwapOptions):
+    """What :class:`NormSwap` takes beside the options of every swap.
 
     Args:
-        norm: a key ("sn"), a dotted path, or ``{"class_path": ..., "init_args": {...}}``, in YAML with the key or path
-            as ``class_path`` (Lightning's own CLI wants a path); may be left out with ``rules`` or ``plan``.
-        norm_args: arguments of ``norm``.
-        include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their
-            ends, and "last_of_block" is the last one of each residual block of a ResNet.
-        exclude: which layers not; likewise.
-        source: kinds of layers to look at; "BatchNorm" by default, see :func:`lightning_norm.swap`.
-        rules: ordered mapping from regular expression to a norm or ``None`` (leave alone); the first match wins.
         plan: path of a YAML file written by ``lightning-norm plan --save``, or of a checkpoint: swap as it was swapped
-            there; excludes the arguments above.
-        backend: "auto", "eager" or "triton".
-        compile: compile each layer; every new input shape takes seconds once.
-        sync: pool statistics over ranks in training.
-        sync_group: with which ranks: "world", "node" (those of one host) or a number of consecutive ranks.
-        norm_weight_decay: weight decay of our layers' parameters, whatever the optimizer has; 0 takes them out of it.
-        switch_lr_scale: factor of the learning rate of what our layers learn beyond weight and bias, such as the
+            there; excludes norm, norm_args, include, exclude, source and rules.
+        norm_weight_decay: weight decay of the normalizers' parameters, whatever the optimizer has; 0 takes them out of
+            it.
+        switch_lr_scale: factor of the learning rate of what the normalizers learn beyond weight and bias, such as the
             control parameters of "sn"; learning-rate schedules apply on top.
         accumulate_statistics: merge the statistics of the batches between two optimizer steps exactly, and move the
             running ones once per step, in all layers of this package.
@@ -73,8 +54,51 @@ class NormSwap(Callback):
         warm_start: path of a checkpoint whose weights the run starts from, of the network before or after the swap;
             optimizer, epoch and step start anew. A ``ckpt_path`` given to the Trainer wins.
         freeze_kernel_at: first epoch, counted from 0, in which the kernels and biases of BNET layers move no longer.
+    """
+
+    plan: str | None = None
+    norm_weight_decay: float | None = None
+    switch_lr_scale: float | None = None
+    accumulate_statistics: bool = False
+    check_optimizer: bool = True
+    warm_start: str | None = None
+    freeze_kernel_at: int | None = None
+
+    chooses_layers: ClassVar[tuple[str, ...]] = ("norm", "norm_args", "include", "exclude", "source", "rules")
+    what_to_type: ClassVar[str] = "NormSwap needs norm='sn' (say), rules={'layer1.*': 'sn', ...} or plan='plan.yaml'."
+
+    def __post_init__(self) -> None:
+        if self.plan is None:
+            super().__post_init__()
+        elif any(getattr(self, name) is not None for name in self.chooses_layers):
+            raise ValueError(
+                f"NormSwap: plan says which layers become what: leave out {', '.join(self.chooses_layers)}."
+            )
+        check_number("norm_weight_decay", self.norm_weight_decay)
+        check_number("switch_lr_scale", self.switch_lr_scale)
+
+    def with_plan_read(self) -> NormSwapOptions:
+        """Return options that say themselves what the file ``plan`` says."""
+        if self.plan is None:
+            return self
+        rules, source = read_plan(self.plan)
+        return replace(self, plan=None, rules=rules, source=source)
+
+
+class NormSwap(Callback):
+    """Swap the normalization layers of the model in ``setup``, for every stage.
+
+    Layers that ``LightningModule.setup`` or ``configure_model`` build are swapped as well. Parameters and statistics
+    move; new parameters join the optimizer group of their layer, also where LightningCLI built the optimizer
+    beforehand, and before training starts it is proved that none was forgotten. In YAML a norm with arguments is
+    ``{class_path: sn, init_args: {...}}``; Lightning's own CLI wants a dotted path there.
+
+    Args:
+        options: the fields of :class:`lightning_norm.surgery.options.SwapOptions` and :class:`NormSwapOptions`, as
+            keyword arguments.
 
     Attributes:
+        options: the arguments; what a plan says has taken the place of its path.
         report: the :class:`lightning_norm.SwapReport` once the model was set up.
 
     Raises:
@@ -88,51 +112,18 @@ class NormSwap(Callback):
     >>> trainer = Trainer(callbacks=[NormSwap("sn")], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(
-        self,
-        norm: str | dict[str, Any] | None = None,
-        norm_args: dict[str, Any] | None = None,
-        include: str | list[str] | None = None,
-        exclude: str | list[str] | None = None,
-        source: str | list[str] | None = None,
-        rules: dict[str, str | dict[str, Any] | None] | None = None,
-        plan: str | None = None,
-        backend: Literal["auto", "eager", "triton"] = "auto",
-        compile: bool = False,
-        sync: bool = True,
-        sync_group: str | int = "world",
-        norm_weight_decay: float | None = None,
-        switch_lr_scale: float | None = None,
-        accumulate_statistics: bool = False,
-        check_optimizer: bool = True,
-        warm_start: str | None = None,
-        freeze_kernel_at: int | None = None,
-    ) -> None:
+    __doc__ = with_fields(__doc__, NormSwapOptions)
+
+    @takes_options(NormSwapOptions)
+    def __init__(self, options: NormSwapOptions) -> None:
         swap_before_weights_return(NormSwap.swap_in_parent, NormSwap)
-        self._freeze = KernelFreeze(freeze_kernel_at)
-        if plan is not None:
-            if any(a is not None for a in (norm, norm_args, include, exclude, source, rules)):
-                raise ValueError(
-                    "NormSwap: plan says all there is to say: leave out norm, norm_args, include, exclude, source, "
-                    "rules."
-                )
-            rules, source = read_plan(plan)
-        elif norm is None and not rules:
-            raise ValueError("NormSwap needs norm='sn' (say), rules={'layer1.*': 'sn', ...} or plan='plan.yaml'.")
-        check_specs(norm, norm_args, rules)
-        self.norm, self.norm_args, self.rules = norm, norm_args, rules
-        self.include, self.exclude, self.source = include, exclude, source
-        self.backend, self.compile, self.sync, self.sync_group = backend, compile, sync, sync_group
-        check_number("norm_weight_decay", norm_weight_decay)
-        check_number("switch_lr_scale", switch_lr_scale)
-        self.norm_weight_decay, self.switch_lr_scale = norm_weight_decay, switch_lr_scale
-        self.accumulate_statistics = accumulate_statistics
-        self._accumulation = Accumulation(accumulate_statistics)
-        self.check_optimizer, self.warm_start = check_optimizer, warm_start
+        self.options = options.with_plan_read()
+        self._freeze = KernelFreeze(options.freeze_kernel_at)
+        self._accumulation = Accumulation(options.accumulate_statistics)
         self.report: SwapReport | None = None
         self._model: pl.LightningModule | None = None
-        self._missed: set[str] = set()
-        self._sites: list[ModuleSlot] = []
+        self._unmatched: set[str] = set()
+        self._slots: list[ModuleSlot] = []
         self._made: set[int] = set()
         self._wrapped = WrappedMethods()
         self._hooks: list[ModuleHook] = []
@@ -142,26 +133,30 @@ class NormSwap(Callback):
 
     def swap_arguments(self) -> dict[str, Any]:
         """Return the arguments that :func:`lightning_norm.swap` is called with."""
-        names = ["norm", "norm_args", "include", "exclude", "source", "rules"]
-        names += ["backend", "compile", "sync", "sync_group"]
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self.options, field.name) for field in fields(SwapOptions)}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # What cannot go together is told before anything is changed.
         check_order(trainer, self)
         check_settings(trainer, self)
         self._take(pl_module)
         self._clean()
         self._untold = self._untold or self.report is None
+        # Tuners and finders swap the Trainer's callbacks for a while: an error then never reaches on_exception of ours.
         self._guard.clean_up(trainer.strategy, self._clean)
+        # Layers of __init__ and of LightningModule.setup are there by now. Those of configure_model are built after all
+        # setups, and the optimizer after those: Lightning has no callback hook at either place.
         self._swap(pl_module)
         self._wrapped.wrap(pl_module, "configure_model", lambda original: self._late(trainer, pl_module, original))
         self._wrapped.wrap(pl_module, "configure_optimizers", lambda original: self._optimizers(pl_module, original))
         self._wrapped.wrap(trainer.strategy, "load_checkpoint", reading)
+        # Callbacks are not asked for weights-only files; the module's own hooks are.
         self._hooks = [WriteManifest(pl_module), CheckManifest(pl_module, resumes=stage == "fit")]
         for hook in self._hooks:
             hook.put_on()
-        if self.compile and self._stop_observing is None:
+        # The first step of each input shape takes seconds: a line says what the run is waiting for.
+        if self.options.compile and self._stop_observing is None:
             self._stop_observing = on_compile(lambda what: rank_zero_info(f"NormSwap: compiling {what} ..."))
 
     @override
@@ -176,7 +171,8 @@ class NormSwap(Callback):
         tell_frozen(trainer, pl_module)
         self._check_optimizers(trainer, pl_module)
         self._freeze.check(pl_module)
-        self._freeze.start(trainer, pl_module)  # a resumed epoch has no on_train_epoch_start
+        # An epoch that is resumed in its middle has no on_train_epoch_start.
+        self._freeze.start(trainer, pl_module)
         self._accumulation.start(trainer, pl_module)
 
     @override
@@ -194,8 +190,9 @@ class NormSwap(Callback):
         self._accumulation.after_batch(trainer)
 
     def _check_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.optimizers or not self.check_optimizer:
+        if not trainer.optimizers or not self.options.check_optimizer:
             return
+        # A sharded parameter is no longer the object that the optimizer holds.
         if any(name in type(trainer.strategy).__name__ for name in ("FSDP", "DeepSpeed", "ModelParallel")):
             rank_zero_info("NormSwap: parameters are sharded by this strategy; the optimizer check is skipped.")
             return
@@ -219,7 +216,8 @@ class NormSwap(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._accumulation.save(checkpoint)
-        write_manifest(pl_module, checkpoint)  # after the fit the module's hook is gone
+        # After the fit, trainer.save_checkpoint still calls this, and the hook on the module is gone.
+        write_manifest(pl_module, checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -247,8 +245,9 @@ class NormSwap(Callback):
             self._stop_observing = None
 
     def _take(self, pl_module: pl.LightningModule) -> None:
+        # One callback may be used for several models, one after the other, and for several stages of one model.
         if self._model is not pl_module:
-            self._model, self.report, self._missed, self._sites = pl_module, None, set(), []
+            self._model, self.report, self._unmatched, self._slots = pl_module, None, set(), []
             self._made, self._warm = set(), False
 
     def swap_in_parent(self, pl_module: pl.LightningModule) -> None:
@@ -257,30 +256,31 @@ class NormSwap(Callback):
         self._swap(pl_module)
 
     def _swap(self, pl_module: pl.LightningModule) -> None:
-        report, missed, sites = try_swap(pl_module, **self.swap_arguments(), leave=self._made)
+        report, unmatched, slots = prepare_swap(pl_module, self.options, skip=self._made)
+        # Layers that this callback has made are no candidates later: source may name their class as well.
         self._made |= report.commit()
-        self._sites = list({id(site.module): site for site in [*self._sites, *sites]}.values())
+        self._slots = list({id(slot.module): slot for slot in [*self._slots, *slots]}.values())
         if self.report is None:
-            self.report, self._missed = report, set(missed)
+            self.report, self._unmatched = report, set(unmatched)
         else:
+            # A pattern is unmatched if it matched neither the layers of __init__ nor those that were built later.
             self.report.merge(report)
-            self._missed &= set(missed)
-        self.report.candidates = len(self._sites)
+            self._unmatched &= set(unmatched)
+        self.report.candidates = len(self._slots)
 
     def _late(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any]) -> None:
         original()
         self._swap(pl_module)
         check_layers(pl_module)
-        if self.warm_start is not None and not self._warm:
-            start_from(pl_module, self.warm_start)
+        if self.options.warm_start is not None and not self._warm:
+            start_from(pl_module, self.options.warm_start)
             self._warm = True
         if self._untold and self.report is not None:
-            self._untold = False  # WeightAveraging calls configure_model once more
-            specs = [spec for spec in [self.norm, *(self.rules or {}).values()] if spec is not None]
-            wanted = {resolve(spec)[0] for spec in specs}
-            check_result(
-                pl_module, self.report, sorted(self._missed), self._sites, "warn", source=self.source, fine=wanted
-            )
+            # WeightAveraging calls configure_model once more, and the report is to be printed once.
+            self._untold = False
+            source = self.options.source
+            check_patterns(pl_module, self._slots, sorted(self._unmatched), source)
+            check_not_empty(pl_module, self.report, self._slots, source, "warn", already_present=self.options.targets)
             if growth := self.report.growth():
                 rank_zero_warn(growth, category=ParameterGrowthWarning)
             warn_ignored(trainer, pl_module)
@@ -288,10 +288,12 @@ class NormSwap(Callback):
                 rank_zero_info(f"NormSwap: {self.report.summary()}")
 
     def _optimizers(self, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
+        # Optimizers of LightningCLI were built before the swap, those of the module's own method after it. New
+        # parameters are missing in the former only, and `add_missing` leaves the latter as they are.
         configured = original()
         optimizers = list(optimizers_in(configured))
         add_missing(pl_module, optimizers)
-        wanted = {"weight_decay": self.norm_weight_decay, "lr_scale": self.switch_lr_scale}
+        wanted = {"weight_decay": self.options.norm_weight_decay, "lr_scale": self.options.switch_lr_scale}
         if any(value is not None for value in wanted.values()):
             counts = regroup(pl_module, optimizers, schedulers_in(configured), **wanted)
             rank_zero_info(

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_norm.errors import OptimizerError
-from lightning_norm.layers.base import Normalizer
+from lightning_norm.surgery.walk import named_normalizers
 
 
 def optimizers_in(configured: Any) -> Iterator[Optimizer]:
@@ -37,7 +37,7 @@ def add_missing(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
     groups = [g for optimizer in optimizers for g in optimizer.param_groups]
     owner = {id(p): g for g in groups for p in g["params"]}
     added: list[str] = []
-    for prefix, layer in _normalizers(model):
+    for prefix, layer in named_normalizers(model, raw_names=True):
         own = dict(layer.named_parameters(recurse=False))
         new = {
             n: p
@@ -66,7 +66,7 @@ def check_owned(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     counts = Counter(id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"])
     names = {
         id(p): f"{prefix}.{n}"
-        for prefix, layer in _normalizers(model)
+        for prefix, layer in named_normalizers(model, raw_names=True)
         for n, p in layer.named_parameters(recurse=False)
         if p.requires_grad
     }
@@ -87,10 +87,6 @@ def check_owned(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
             f"{', '.join(twice[:3])}). Give each "
             "parameter to one. NormSwap(check_optimizer=False) skips this check."
         )
-
-
-def _normalizers(model: nn.Module) -> list[tuple[str, Normalizer]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Normalizer)]
 
 
 def _nearest_group(model: nn.Module, name: str, owner: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lightning_norm.surgery.files import read_checkpoint
+from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.manifest import manifest_in, rules_of
 
 
@@ -15,6 +15,7 @@ def read_plan(path: str) -> tuple[dict[str, Any], list[str]]:
     """Return the rules that a plan file or a checkpoint holds, and the names of the classes that it was made for."""
     import yaml
 
+    # A checkpoint is a zip archive and a plan is YAML, whatever the files are called. Weights are not needed: meta.
     if zipfile.is_zipfile(path):
         manifest = manifest_in(read_checkpoint(path, "meta"))
         if manifest is None:
@@ -22,6 +23,7 @@ def read_plan(path: str) -> tuple[dict[str, Any], list[str]]:
         return rules_of(manifest)
     try:
         rows = yaml.safe_load(Path(path).read_text())["layers"]
+        # A row without a norm becomes a rule with None, which leaves the layer alone.
         rules = {re.escape(row["name"]): row["norm"] for row in rows}
         sources = list(dict.fromkeys(row["source"] for row in rows))
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:

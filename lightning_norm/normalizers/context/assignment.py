@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.layers.names import clean_name
 from lightning_norm.ops import kmeans, torch_private
 
 REMEDY = {
@@ -47,7 +48,7 @@ def context_layers(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         state = getattr(module, "contexts", None)
         if isinstance(state, ContextState):
-            state.name = name.replace("_orig_mod.", "")
+            state.name = clean_name(name)
             layers[state.name] = module
     return layers
 

@@ -185,7 +185,7 @@ def test_plan_file(tmp_path):
     path.write_text("layers: []\n")
     with pytest.raises(ValueError, match=r"plan\.yaml' swaps no layer"):
         NormSwap(plan=str(path))
-    with pytest.raises(ValueError, match="plan says all"):
+    with pytest.raises(ValueError, match="plan says which layers become what"):
         NormSwap("sn", plan=str(path))
 
 

@@ -49,15 +49,18 @@ def check_file(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint {str(path)!r}: the file does not exist.")
     if file.stat().st_size == 0:
         raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: it is empty (0 bytes).")
+    # torch.save writes a zip archive, whose index is at the end: a file that breaks off has none.
     if not zipfile.is_zipfile(file):
         with file.open("rb") as opened:
-            begins = opened.read(4)
-        if begins == b"PK\x03\x04":
+            first_bytes = opened.read(4)
+        if first_bytes == b"PK\x03\x04":
             raise CheckpointError(
                 f"cannot read the checkpoint {str(path)!r}: it begins as one and breaks off after "
                 f"{file.stat().st_size} bytes. The write or the download was interrupted."
             )
-        return {}  # torch's format before 1.6, or no checkpoint at all: reading it tells
+        # This is torch's format before 1.6, or no checkpoint at all: reading it tells.
+        return {}
+    # Damaged weights would otherwise load, or fail with a message that names neither the file nor the damage.
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -73,6 +76,7 @@ def check_file(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         raise CheckpointError(
             f"{str(path)!r} is no checkpoint: a zip archive that torch.save did not write (first entry: {names[:1]})."
         )
+    # On the meta device nothing but the structure is read, whatever the size of the file.
     try:
         return _checked(path, torch.load(file, map_location="meta", mmap=True, weights_only=_safe(weights_only)))
     except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError) as error:
@@ -83,6 +87,7 @@ def unreadable(path: Any, error: BaseException) -> BaseException:
     """Return what to raise in place of torch's error: a path and a reason."""
     if isinstance(error, CheckpointError):
         return error
+    # torch says which class it refused in the middle of a long message; it is all that the user needs.
     unsafe = re.search(r"Unsupported (?:global|class)[^\n]*?((?:[\w<>]+\.)+[\w<>]+)", str(error))
     if unsafe:
         return CheckpointError(
@@ -100,10 +105,14 @@ def _safe(weights_only: bool | None) -> bool:
     return True if weights_only is None else weights_only
 
 
-def _checked(path: Any, held: Any) -> dict[str, Any]:
-    if isinstance(held, Mapping) and isinstance(held.get("state_dict"), Mapping):
-        return dict(held)
-    if isinstance(held, Mapping) and held and all(isinstance(v, Tensor) for v in held.values()):
-        return {"state_dict": held}
-    what = f"a dict with the entries {list(held)[:5]}" if isinstance(held, Mapping) else f"a {type(held).__name__}"
+def _checked(path: Any, content: Any) -> dict[str, Any]:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        return dict(content)
+    if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
+        return {"state_dict": content}
+    what = (
+        f"a dict with the entries {list(content)[:5]}"
+        if isinstance(content, Mapping)
+        else f"a {type(content).__name__}"
+    )
     raise CheckpointError(f"{str(path)!r} is no checkpoint: it holds {what}, and a checkpoint has a state_dict.")

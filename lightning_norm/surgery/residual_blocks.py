@@ -13,6 +13,7 @@ LAST_NORMS = {"BasicBlock": "bn2", "Bottleneck": "bn3"}
 
 def is_last_of_block(parent: nn.Module, attribute: str) -> bool:
     """Tell whether ``parent`` is a residual block and ``attribute`` its last norm."""
+    # The class is compared by its name: ResNets are copied into many repositories, and import no common base.
     return any(LAST_NORMS.get(cls.__name__) == attribute for cls in type(parent).__mro__)
 
 
@@ -26,6 +27,6 @@ def last_norms(model: nn.Module) -> list[str]:
     return [
         f"{name}.{attribute}" if name else attribute
         for name, block in model.named_modules()
-        for attribute in block._modules
+        for attribute, _ in block.named_children()
         if is_last_of_block(block, attribute)
     ]

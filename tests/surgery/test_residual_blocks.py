@@ -3,7 +3,7 @@ import torchvision
 from torch import nn
 
 from lightning_norm import BNET, NormSwap, swap
-from lightning_norm.surgery.rules import last_norms
+from lightning_norm.surgery.residual_blocks import last_norms
 from tests.callbacks.toy import Net, loader, trainer
 
 BLOCKS = {

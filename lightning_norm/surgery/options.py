@@ -1,0 +1,171 @@
+"""The arguments of a swap: the one list of them that ``swap``, ``NormSwap`` and the section ``norm:`` share."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, is_dataclass
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
+
+from torch import nn
+
+from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.registry import NormSpec
+from lightning_norm.normalizers import resolve
+from lightning_norm.ops.sync import check_group
+
+Pattern: TypeAlias = str | Sequence[str]
+Source: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+ResolvedNorm: TypeAlias = tuple[type[Normalizer], dict[str, Any]]
+"""A normalizer's class and the arguments that the user wrote beside it."""
+
+
+@dataclass(frozen=True)
+class SwapOptions:
+    """Which layers become what, and how they run.
+
+    A field that is added here is an argument of :func:`lightning_norm.swap`, of :class:`lightning_norm.NormSwap` and
+    of the section ``norm:`` of a configuration at once.
+
+    Args:
+        norm: a key ("sn"), a dotted path, a class, or ``{"class_path": ..., "init_args": {...}}``; may be left out
+            with ``rules``.
+        norm_args: arguments of ``norm``; those of a rule go in its ``init_args``.
+        include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their
+            ends, and "last_of_block" is the last one of each residual block of a ResNet.
+        exclude: which layers not; likewise.
+        source: which kinds of layers are candidates: "BatchNorm" (the default: 1d, 2d, 3d and SyncBatchNorm),
+            "LayerNorm", "GroupNorm", "InstanceNorm", "all", a class or its name, the key of a normalizer of this
+            package, or a list of these.
+        rules: ordered mapping from regular expression to a norm; ``None`` leaves the layer alone, the first match wins
+            over ``norm``, ``include`` and ``exclude``.
+        backend: "auto" for the Triton kernels on CUDA inputs that they can take and plain PyTorch elsewhere, "eager"
+            for plain PyTorch everywhere, "triton" for the kernels or an error.
+        compile: compile each layer's forward pass (the first pass of each input shape takes seconds).
+        sync: pool statistics over the ranks of a distributed run, in training.
+        sync_group: with which ranks: "world", "node" (those of one host) or a number of consecutive ranks.
+
+    Raises:
+        ValueError: unknown norm or ``sync_group``, ``norm_args`` without ``norm``, neither ``norm`` nor ``rules``.
+        TypeError: ``rules`` or ``norm_args`` no mapping, or a norm that is no normalizer.
+
+    >>> SwapOptions("sn").resolved_norm[0].__name__
+    'SwitchableNorm'
+    """
+
+    norm: NormSpec | None = None
+    # Only the norm may be given by its position: the others have no order that one would remember.
+    _: KW_ONLY
+    norm_args: Mapping[str, Any] | None = None
+    include: Pattern | None = None
+    exclude: Pattern | None = None
+    source: Source | None = None
+    rules: Mapping[str, NormSpec | None] | None = None
+    backend: Literal["auto", "eager", "triton"] = "auto"
+    compile: bool = False
+    sync: bool = True
+    sync_group: str | int = "world"
+
+    what_to_type: ClassVar[str] = "swap needs norm='sn' (say) or rules={'layer1.*': 'sn', ...}."
+
+    def __post_init__(self) -> None:
+        examples = {"norm_args": "{'momentum': 0.2}", "rules": "{'layer1.*': 'sn'}"}
+        for name, example in examples.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{name} must be a mapping such as {example}, got {value!r}.")
+        # The names are looked up here, so that a wrong one is told before a model is built or a process started.
+        if self.resolved_norm is None and not self.resolved_rules:
+            raise ValueError(self.what_to_type)
+        if self.norm is None and self.norm_args:
+            raise ValueError(
+                f"norm_args={dict(self.norm_args)!r} are arguments of norm, and this is a swap without norm. Put "
+                "them in the rule: rules={'layer1.*': {'class_path': 'sn', 'init_args': {...}}}."
+            )
+        check_group(self.sync_group)
+
+    @functools.cached_property
+    def resolved_norm(self) -> ResolvedNorm | None:
+        """The class and the arguments that ``norm`` and ``norm_args`` stand for."""
+        if self.norm is None:
+            return None
+        # norm_args win over the init_args of a spec, as arguments on the command line do over those of a file.
+        cls, init_args = resolve(self.norm)
+        return cls, {**init_args, **(self.norm_args or {})}
+
+    @functools.cached_property
+    def resolved_rules(self) -> dict[str, ResolvedNorm | None]:
+        """The class and the arguments that each rule stands for."""
+        return {pattern: None if norm is None else resolve(norm) for pattern, norm in (self.rules or {}).items()}
+
+    @property
+    def targets(self) -> set[type[Normalizer]]:
+        """The classes that layers may become."""
+        return {resolved[0] for resolved in (self.resolved_norm, *self.resolved_rules.values()) if resolved is not None}
+
+
+Arguments = ParamSpec("Arguments")
+First = TypeVar("First")
+Options = TypeVar("Options", bound=SwapOptions)
+Result = TypeVar("Result")
+
+
+def takes_options(
+    options_class: Callable[Arguments, Options],
+) -> Callable[[Callable[[First, Options], Result]], Callable[Concatenate[First, Arguments], Result]]:
+    """Decorate ``function(first, options)`` so that it is called with the fields of ``options_class`` as arguments.
+
+    Its signature, as type checkers, ``inspect``, ``help`` and jsonargparse see it, and the lines under ``options`` in
+    its docstring are those of the dataclass.
+    """
+
+    def decorate(function: Callable[[First, Options], Result]) -> Callable[Concatenate[First, Arguments], Result]:
+        # The first argument is self or the model. All others are the fields of the dataclass.
+        first = next(iter(inspect.signature(function).parameters))
+        signature = _signature(options_class, first, typing.get_type_hints(function))
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Result:
+            # The signature is bound here, so that a misspelt argument is told with the name of the function called.
+            try:
+                arguments = signature.bind(*args, **kwargs).arguments
+            except TypeError as error:
+                names = ", ".join(list(signature.parameters)[1:])
+                raise TypeError(f"{function.__qualname__}: {error}. It takes {names}.") from None
+            return function(arguments.pop(first), options_class(**arguments))  # type: ignore[call-arg]  # a TypeError tells
+
+        # inspect.signature reads this attribute first, and through it help() and jsonargparse.
+        wrapper.__dict__["__signature__"] = signature
+        wrapper.__doc__ = with_fields(function.__doc__, options_class)
+        return wrapper
+
+    return decorate
+
+
+def _signature(options_class: Any, first: str, hints: Mapping[str, Any]) -> inspect.Signature:
+    # The annotations are resolved here: as strings they would be looked up in the module of whoever is decorated.
+    types = typing.get_type_hints(options_class)
+    fields = [p.replace(annotation=types[name]) for name, p in inspect.signature(options_class).parameters.items()]
+    one = inspect.Parameter(first, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hints.get(first, Any))
+    return inspect.Signature([one, *fields], return_annotation=hints.get("return", Any))
+
+
+def with_fields(doc: str | None, options_class: Any) -> str | None:
+    """Return a docstring in which the entry ``options: ...`` is replaced by one entry for each field.
+
+    Args:
+        doc: of a function or class; ``None`` under ``python -OO``.
+        options_class: the dataclass; its docstring and its bases' describe the fields under ``Args:``.
+    """
+    entry = re.search(r"^( *)options: .*$", doc or "", re.MULTILINE)
+    if doc is None or entry is None:
+        return doc
+    # A derived dataclass describes its own fields only, behind those of its bases, as they come in the signature.
+    described = [cls.__doc__ for cls in reversed(options_class.__mro__) if is_dataclass(cls)]
+    sections = [inspect.cleandoc(text or "").partition("Args:\n")[2].partition("\n\n")[0] for text in described]
+    fields = textwrap.indent(textwrap.dedent("\n".join(sections)), entry[1])
+    return doc.replace(entry[0], fields, 1)
