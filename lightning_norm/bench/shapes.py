@@ -18,7 +18,7 @@ from lightning_norm.bench.contenders import (
     saved_for_backward,
     shared_code,
 )
-from lightning_norm.bench.report import rows_of
+from lightning_norm.bench.tables import rows_of
 
 
 def bench_shape(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lightning_norm.bench.clock import machine
-from lightning_norm.bench.report import save, table
 from lightning_norm.bench.shapes import bench_shape
+from lightning_norm.bench.tables import save, table
 from lightning_norm.normalizers import create, normalizers
 
 SHAPES = "32x64x32x32,32x256x14x14,32x512x7x7,128x64"
