@@ -1,6 +1,6 @@
 """Measure what NormMonitor costs in the steps of examples/configs/digits_sn.yaml, a ResNet-18, on this machine.
 
-    python benchmarks/monitor_cost.py [--steps 60]
+    python -m benchmarks.monitor_cost [--steps 60]
 
 In one fit, every second step is logged: each logged step is compared with the one after it, so that whatever else the
 machine does falls on both. CPU time, of all threads of the process, hears less of it than wall time.

@@ -1,6 +1,6 @@
 """Measure what synchronized statistics cost between the processes of this machine, and model what they cost beyond it.
 
-    python benchmarks/ranks_cost.py [--steps 20] [--save docs/benchmarks/distributed.md]
+    python -m benchmarks.ranks_cost [--steps 20] [--save docs/benchmarks/distributed.md]
 
 Every rank trains the same network (DDP, gloo, one thread), every second step without synchronization, so that whatever
 else the machine does falls on both kinds of step.
@@ -36,11 +36,11 @@ LINKS = (("one node, NVLink", 2e-6, 200e9), ("nodes, InfiniBand", 5e-6, 25e9), (
 """Assumed: seconds from one rank to the next, and bytes per second."""
 
 
-class Collectives(TorchDispatchMode):
+class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
     """Note the bytes of every all-reduce."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +61,7 @@ def count(rank: int) -> list[tuple[str, list[int], list[int]]]:
             with Collectives() as forward:
                 y = layer(x)
             with Collectives() as backward:
-                y.square().sum().backward()
+                torch.autograd.backward(y.square().sum())
             found.append((name, forward.bytes, backward.bytes))
     return found
 
@@ -97,7 +97,7 @@ def steps(rank: int, key: str, repeats: int) -> tuple[float, float, int]:
         for layer in layers:
             layer.sync = number % 2 == 0
         begin = time.perf_counter()
-        nn.functional.cross_entropy(run(x), target).backward()
+        torch.autograd.backward(nn.functional.cross_entropy(run(x), target))
         optimizer.step()
         optimizer.zero_grad()
         if number >= 4:  # the first ones warm up
@@ -176,7 +176,7 @@ def main() -> None:
     head = ("ranks", "norm", "ms without", "ms with", "ratio", "ms per layer", "throughput without", "throughput with")
     text = f"""# Cost of synchronized statistics
 
-`python benchmarks/ranks_cost.py --steps {options.steps} --save docs/benchmarks/distributed.md`
+`python -m benchmarks.ranks_cost --steps {options.steps} --save docs/benchmarks/distributed.md`
 
 {machine}; {versions}, gloo over the loopback device, one thread per rank. More ranks than
 cores share them: their steps are longer whatever is synchronized.

@@ -1,6 +1,6 @@
 """Take the pictures of docs/monitor.md anew: train, start TensorBoard, photograph its pages in a headless Chromium.
 
-    python benchmarks/screenshots.py [--logdir DIR] [--epochs 5]
+    python -m benchmarks.screenshots [--logdir DIR] [--epochs 5]
 
 It needs the extra ``examples`` and a ``chromium`` (or Chrome) on the path: ``apt-get install chromium``. A ``--logdir``
 that already holds runs (folders ``sn`` and ``ubn``) is photographed as it is.

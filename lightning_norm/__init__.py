@@ -1,68 +1,83 @@
 """Normalization layers of papers for PyTorch Lightning: one callback swaps, trains and logs them.
 
-Public names, one explicit line each.
+A public name is imported when it is first used, so that ``import lightning_norm`` costs nothing and a program without
+Lightning, Triton or a GPU never meets them. Type checkers read the same names from ``__init__.pyi``, which
+``python docs/generate.py`` writes.
 """
 
-from lightning_norm.callbacks import NormContext as NormContext
-from lightning_norm.callbacks import NormMonitor as NormMonitor
-from lightning_norm.callbacks import NormRecalibrate as NormRecalibrate
-from lightning_norm.callbacks import NormScheduler as NormScheduler
-from lightning_norm.callbacks import NormSwap as NormSwap
-from lightning_norm.callbacks import load_from_checkpoint as load_from_checkpoint
-from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
-from lightning_norm.errors import CheckpointError as CheckpointError
-from lightning_norm.errors import CompileWarning as CompileWarning
-from lightning_norm.errors import ConflictError as ConflictError
-from lightning_norm.errors import ConflictWarning as ConflictWarning
-from lightning_norm.errors import MissingDependencyWarning as MissingDependencyWarning
-from lightning_norm.errors import NoEffectWarning as NoEffectWarning
-from lightning_norm.errors import OptimizerError as OptimizerError
-from lightning_norm.errors import ParameterGrowthWarning as ParameterGrowthWarning
-from lightning_norm.errors import SyncError as SyncError
-from lightning_norm.errors import SyncWarning as SyncWarning
-from lightning_norm.metrics import FeatureCondensation as FeatureCondensation
-from lightning_norm.normalizers import BNET as BNET
-from lightning_norm.normalizers import AdaptiveFusionNorm as AdaptiveFusionNorm
-from lightning_norm.normalizers import ASRNorm as ASRNorm
-from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm
-from lightning_norm.normalizers import BatchNorm as BatchNorm
-from lightning_norm.normalizers import ContextNorm as ContextNorm
-from lightning_norm.normalizers import DiminishingBatchNorm as DiminishingBatchNorm
-from lightning_norm.normalizers import GroupNorm as GroupNorm
-from lightning_norm.normalizers import InstanceNorm as InstanceNorm
-from lightning_norm.normalizers import LayerNorm as LayerNorm
-from lightning_norm.normalizers import MomentNorm as MomentNorm
-from lightning_norm.normalizers import Normalizer as Normalizer
-from lightning_norm.normalizers import Paper as Paper
-from lightning_norm.normalizers import RepresentativeBatchNorm as RepresentativeBatchNorm
-from lightning_norm.normalizers import Scheduled as Scheduled
-from lightning_norm.normalizers import SwitchableNorm as SwitchableNorm
-from lightning_norm.normalizers import UnifiedBatchNorm as UnifiedBatchNorm
-from lightning_norm.normalizers import contexts as contexts
-from lightning_norm.normalizers import create as create
-from lightning_norm.normalizers import fit_contexts as fit_contexts
-from lightning_norm.normalizers import normalizers as normalizers
-from lightning_norm.ops.moments import Affine as Affine
-from lightning_norm.ops.moments import Moments as Moments
-from lightning_norm.ops.normalize import normalize as normalize
-from lightning_norm.plugins import NormSync as NormSync
-from lightning_norm.schedules import Chain as Chain
-from lightning_norm.schedules import Constant as Constant
-from lightning_norm.schedules import Cosine as Cosine
-from lightning_norm.schedules import Exponential as Exponential
-from lightning_norm.schedules import InversePower as InversePower
-from lightning_norm.schedules import Linear as Linear
-from lightning_norm.schedules import Schedule as Schedule
-from lightning_norm.schedules import Steps as Steps
-from lightning_norm.schedules import Warmup as Warmup
-from lightning_norm.surgery.deploy import DeployReport as DeployReport
-from lightning_norm.surgery.deploy import fold as fold
-from lightning_norm.surgery.deploy import to_plain as to_plain
-from lightning_norm.surgery.param_groups import no_weight_decay as no_weight_decay
-from lightning_norm.surgery.param_groups import norm_param_groups as norm_param_groups
-from lightning_norm.surgery.recalibrate import Recalibration as Recalibration
-from lightning_norm.surgery.recalibrate import recalibrate as recalibrate
-from lightning_norm.surgery.report import SwapReport as SwapReport
-from lightning_norm.surgery.swap import swap as swap
+import importlib
+import sys
+from typing import Any
 
 __version__ = "0.1.0"
+
+# generated: methods, by docs/generate.py
+_METHODS: tuple[str, ...] = (
+    "ASRNorm",
+    "AdaptiveFusionNorm",
+    "BNET",
+    "BatchChannelNorm",
+    "BatchNorm",
+    "ContextNorm",
+    "DiminishingBatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RepresentativeBatchNorm",
+    "SwitchableNorm",
+    "UnifiedBatchNorm",
+)
+# end of generated
+
+_PUBLIC = {
+    "callbacks": ("NormContext", "NormMonitor", "NormRecalibrate", "NormScheduler", "NormSwap", "load_from_checkpoint"),
+    "errors": (
+        "AlreadySwappedError",
+        "CheckpointError",
+        "CompileWarning",
+        "ConflictError",
+        "ConflictWarning",
+        "MissingDependencyWarning",
+        "NoEffectWarning",
+        "OptimizerError",
+        "ParameterGrowthWarning",
+        "SyncError",
+        "SyncWarning",
+    ),
+    "metrics": ("FeatureCondensation",),
+    "normalizers": (
+        *_METHODS,
+        *("MomentNorm", "Normalizer", "Paper", "Scheduled"),
+        *("contexts", "create", "fit_contexts", "normalizers"),
+    ),
+    "ops.moments": ("Affine", "Moments"),
+    "ops.normalize": ("normalize",),
+    "plugins": ("NormSync",),
+    "schedules": (
+        *("Chain", "Constant", "Cosine", "Exponential", "InversePower"),
+        *("Linear", "Schedule", "Steps", "Warmup"),
+    ),
+    "surgery.deploy": ("DeployReport", "fold", "to_plain"),
+    "surgery.param_groups": ("no_weight_decay", "norm_param_groups"),
+    "surgery.recalibrate": ("Recalibration", "recalibrate"),
+    "surgery.report": ("SwapReport",),
+    "surgery.swap": ("swap",),
+}
+"""Module of this package -> the public names that are imported from it."""
+
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    # ``normalizers`` is a function and a folder. Importing the folder has already set the attribute to its module,
+    # which can be called like the function. To overwrite it would make its meaning depend on the order of imports.
+    return globals().setdefault(name, value)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,1 +1,1 @@
-"""What `lightning-norm bench` runs."""
+"""What ``lightning-norm bench`` runs: contenders side by side, checked, then timed in turn."""

@@ -1,4 +1,4 @@
-"""How long, how many kernels, how much memory: on a CUDA device by replayed graphs, on a CPU by the wall clock."""
+"""How long a call takes: on a CUDA device by events or replayed graphs, on a CPU by the wall clock."""
 
 from __future__ import annotations
 
@@ -25,9 +25,6 @@ SHORT_MS = 0.1
 
 MANY = 16
 
-NO_KERNELS = ("Memcpy", "Memset", "Activity Buffer", "Command Buffer", "Context Sync", "Stream Sync", "Event Sync")
-"""What a profile lists on the device beside kernels."""
-
 
 class Timed:
     """Something to be timed again and again; ``how`` says by which clock.
@@ -39,7 +36,8 @@ class Timed:
     """
 
     def __init__(self, run: Run, device: str, graph: bool = True) -> None:
-        self.run, self.device, self.how, self.loops, self.held = run, device, "wall clock", 1, 1
+        self.run, self.device, self.how = run, device, "wall clock"
+        self.loops = self.calls_per_replay = 1
         self.calls: Run = run
         for _ in range(WARM):
             run()
@@ -48,7 +46,7 @@ class Timed:
             self.how = "events"
             if graph:
                 self._capture()
-            self.loops = max(1, round(LEAST_MS / max(self.once() * self.held, 1e-3)))
+            self.loops = max(1, round(LEAST_MS / max(self.once() * self.calls_per_replay, 1e-3)))
 
     def _capture(self) -> None:
         try:
@@ -56,7 +54,7 @@ class Timed:
             if self.once() < SHORT_MS:
                 self._graph(MANY)
         except RuntimeError as error:
-            self.calls, self.held, self.how = self.run, 1, f"events ({str(error).splitlines()[0]})"
+            self.calls, self.calls_per_replay, self.how = self.run, 1, f"events ({str(error).splitlines()[0]})"
 
     def _graph(self, calls: int) -> None:
         stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -75,7 +73,7 @@ class Timed:
             raise
         graph.replay()  # the first time it is sent to the device as well
         torch.cuda.synchronize()
-        self.calls, self.held, self.how = graph.replay, calls, "graph replay"
+        self.calls, self.calls_per_replay, self.how = graph.replay, calls, "graph replay"
 
     def once(self) -> float:
         """Return the milliseconds of one call, the mean of a few in a row where they are short."""
@@ -89,7 +87,7 @@ class Timed:
             self.calls()
         last.record()
         last.synchronize()
-        return float(first.elapsed_time(last)) / (self.loops * self.held)
+        return float(first.elapsed_time(last)) / (self.loops * self.calls_per_replay)
 
 
 @functools.cache
@@ -124,44 +122,6 @@ def interleaved(runs: dict[str, Timed], repeats: int) -> dict[str, list[float]]:
         for name, run in runs.items():
             times[name].append(run.once())
     return times
-
-
-def copy_speed(device: str, megabytes: int, repeats: int, dtype: torch.dtype = torch.float32) -> float:
-    """Return the GB/s, read and written, of copying a tensor: the driver's copy or a kernel's, whichever is faster."""
-    source = torch.ones(megabytes * 10**6 // dtype.itemsize, device=device, dtype=dtype)
-    target = torch.empty_like(source)
-    runs = {"driver": lambda: target.copy_(source), "kernel": lambda: torch.neg(source, out=target)}
-    times = interleaved({name: Timed(run, device) for name, run in runs.items()}, repeats)
-    fastest = min(sorted(t)[len(t) // 2] for t in times.values())
-    return 2 * source.numel() * dtype.itemsize / (fastest * 1e6)
-
-
-def launches(run: Run, device: str) -> int | None:
-    """Return how many kernels a call launches, as the profiler counts them; ``None`` where it sees none."""
-    if device != "cuda":
-        return None
-    from torch.profiler import ProfilerActivity, profile
-
-    run()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        run()
-        torch.cuda.synchronize()
-    names = [e.name for e in seen.events() if e.device_type.name == "CUDA"]
-    return sum(not name.startswith(NO_KERNELS) for name in names) or None
-
-
-def peak_memory(run: Run, device: str) -> int | None:
-    """Return the bytes that a call needs beyond what is there before; ``None`` on a CPU."""
-    if device != "cuda":
-        return None
-    run()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def machine(threads: int) -> dict[str, Any]:

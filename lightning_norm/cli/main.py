@@ -1,38 +1,56 @@
-"""The console script ``lightning-norm``, also ``python -m lightning_norm``."""
+"""The console script ``lightning-norm``, also ``python -m lightning_norm``.
+
+A new command is a file ``cli/NAME.py`` with a function ``run(argv)``, and its line in ``COMMANDS``.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
-OVERVIEW = """usage: lightning-norm COMMAND [options]        (COMMAND --help shows its options)
 
-train
-  fit        lightning-norm fit --config examples/configs/digits_sn.yaml
-  validate   lightning-norm validate --config examples/configs/digits_sn.yaml --ckpt_path last.ckpt
-  test       lightning-norm test --config examples/configs/digits_sn.yaml --ckpt_path last.ckpt
-  predict    lightning-norm predict --config examples/configs/digits_sn.yaml --ckpt_path last.ckpt
+@dataclass(frozen=True)
+class Command:
+    """A command, as ``lightning-norm --help`` shows it.
 
-look
-  list       lightning-norm list                                    the normalizers
-  plan       lightning-norm plan --config examples/configs/digits_sn.yaml     what a swap would do
+    Args:
+        name: what is typed; also the name of its file in this folder, unless LightningCLI runs it.
+        group: the heading that it stands under; LightningCLI runs those under ``TRAIN``.
+        example: arguments of a call that works.
+        summary: what it is for, where the name does not say it.
+    """
 
-leave
-  export     lightning-norm export --config your.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2
+    name: str
+    group: str
+    example: str
+    summary: str = ""
 
-measure
-  compare    lightning-norm compare --norms bn,sn,bcn --seeds 3      accuracy, with intervals
-  bench      lightning-norm bench --device cpu                       time and memory
 
-  --version  --help
-"""
-TRAINING = ("fit", "validate", "test", "predict")
-OTHERS = ("list", "plan", "export", "compare", "bench")
+TRAIN = "train"
+CONFIG = "--config examples/configs/digits_sn.yaml"
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("fit", TRAIN, CONFIG),
+        Command("validate", TRAIN, f"{CONFIG} --ckpt_path last.ckpt"),
+        Command("test", TRAIN, f"{CONFIG} --ckpt_path last.ckpt"),
+        Command("predict", TRAIN, f"{CONFIG} --ckpt_path last.ckpt"),
+        Command("list", "look", "", "the normalizers"),
+        Command("plan", "look", CONFIG, "what a swap would do"),
+        Command("export", "leave", "--config your.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2"),
+        Command("compare", "measure", "--norms bn,sn,bcn --seeds 3", "accuracy, with intervals"),
+        Command("bench", "measure", "--device cpu", "time and memory"),
+    )
+}
 TRACEBACK = "LIGHTNING_NORM_TRACEBACK"
+"""Environment variable that asks for the traceback of an error of this package's own."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,65 +63,63 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with status 2 for an error of the command line, a configuration file or the package's own checks.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments[0] if arguments else "--help"
-    if command in ("--help", "-h", "help"):
-        print(OVERVIEW, end="")
+    name = arguments[0] if arguments else "--help"
+    if name in ("--help", "-h", "help"):
+        print(overview())
         return
-    if command == "--version":
+    if name == "--version":
         from importlib.metadata import version
 
         print(f"lightning-norm {version('lightning-norm')}")
         return
-    if command not in TRAINING + OTHERS:
-        _exit(_unknown(command))
+    if name not in COMMANDS:
+        _exit(_unknown(name))
     here = os.getcwd()
     if here not in sys.path:  # as ``python -m`` does: a user's own module is importable by its name
         sys.path.insert(0, here)
     try:
-        _run(command, arguments)
+        _run(COMMANDS[name], arguments)
     except Exception as error:
-        own = _own_cause(error)
-        if own is None or os.environ.get(TRACEBACK):
+        cause = _raised_by_this_package(error)
+        if cause is None or os.environ.get(TRACEBACK):
             raise
-        _exit(f"{own}\n(the traceback: {TRACEBACK}=1)")
+        _exit(f"{cause}\n(the traceback: {TRACEBACK}=1)")
 
 
-def _run(command: str, arguments: list[str]) -> None:
-    if command in TRAINING:
+def overview() -> str:
+    """Return the text of ``lightning-norm --help``: an example of each command, by group."""
+    lines = ["usage: lightning-norm COMMAND [options]        (COMMAND --help shows its options)"]
+    for group, commands in groupby(COMMANDS.values(), key=lambda command: command.group):
+        lines += ["", group]
+        for command in commands:
+            example = f"lightning-norm {command.name} {command.example}".rstrip()
+            lines.append(f"  {command.name:9s}  {example:66s}  {command.summary}".rstrip())
+    return "\n".join([*lines, "", "  --version  --help"])
+
+
+def _run(command: Command, arguments: list[str]) -> None:
+    if command.group == TRAIN:
         from lightning_norm.cli.norm_cli import NormCLI
 
         NormCLI(arguments)
         return
-    if command == "list":
-        from lightning_norm.cli.list import run
-    elif command == "plan":
-        from lightning_norm.cli.plan import run
-    elif command == "export":
-        from lightning_norm.cli.export import run
-    elif command == "compare":
-        from lightning_norm.cli.compare import run
-    else:
-        from lightning_norm.bench import run as bench
-
-        bench.run(arguments[1:])
-        return
-    run(arguments[1:])
+    # Each command is imported only when it is run: ``list`` shall not wait for what ``compare`` needs.
+    importlib.import_module(f"lightning_norm.cli.{command.name}").run(arguments[1:])
 
 
-def _unknown(command: str) -> str:
-    known = TRAINING + OTHERS
-    near = difflib.get_close_matches(command, known, n=1)
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
-    return f"no command {command!r}.{guess} Known: {', '.join(known)}. lightning-norm --help shows an example of each."
+    return f"no command {name!r}.{guess} Known: {', '.join(COMMANDS)}. lightning-norm --help shows an example of each."
 
 
-def _own_cause(error: BaseException | None) -> BaseException | None:
-    """Return the error that this package raised itself; anything else may be a bug and keeps its traceback."""
+def _raised_by_this_package(error: BaseException | None) -> BaseException | None:
+    """Return the error in a chain that this package raised itself; any other may be a bug and keeps its traceback."""
     package = Path(__file__).resolve().parent.parent
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        raised = frames and Path(frames[-1].filename).resolve().is_relative_to(package)
-        if raised and isinstance(error, (ValueError, TypeError, RuntimeError, ModuleNotFoundError)):
+        raised_here = frames and Path(frames[-1].filename).resolve().is_relative_to(package)
+        if raised_here and isinstance(error, (ValueError, TypeError, RuntimeError, ModuleNotFoundError)):
             return error
         error = error.__cause__ or error.__context__
     return None

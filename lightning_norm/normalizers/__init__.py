@@ -1,5 +1,10 @@
 """One file per method; a new one needs its line here."""
 
+import importlib
+import sys
+import types
+from typing import Any
+
 from lightning_norm.layers.base import MomentNorm as MomentNorm
 from lightning_norm.layers.base import Normalizer as Normalizer
 from lightning_norm.layers.base import Paper as Paper
@@ -22,3 +27,21 @@ from lightning_norm.normalizers.instance_norm import InstanceNorm as InstanceNor
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm as RepresentativeBatchNorm
 from lightning_norm.normalizers.switchable_norm import SwitchableNorm as SwitchableNorm
 from lightning_norm.normalizers.unified_batch_norm import UnifiedBatchNorm as UnifiedBatchNorm
+
+
+class _CallableModule(types.ModuleType):
+    """This folder as ``lightning_norm.normalizers``: a module, and callable like the public function of that name.
+
+    Python sets an attribute of a package to a submodule of that name whenever the submodule is imported first, so the
+    function alone would be there or not depending on the order of imports.
+    """
+
+    def __call__(self) -> dict[str, type[Normalizer]]:
+        """Return every registered normalizer by its key, the oldest method first."""
+        return normalizers()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self.__name__,)  # a plain module cannot be pickled, a function can
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 import lightning_norm
-from lightning_norm.cli.main import OTHERS, TRAINING, main
+import lightning_norm.cli.main
+from lightning_norm.cli.main import COMMANDS, TRAIN, main
 from lightning_norm.cli.norm_cli import clarify, expand_root
 
 # LightningCLI 2.6 calls names that jsonargparse renamed in 4.5x.
@@ -77,10 +78,17 @@ def edited(tmp_path, *changes):
 def test_the_overview_shows_every_command(capsys):
     main([])
     shown = capsys.readouterr().out
-    for command in TRAINING + OTHERS:
+    for command in COMMANDS:
         assert f"lightning-norm {command}" in shown
     main(["--help"])
     assert capsys.readouterr().out == shown
+
+
+def test_a_file_with_run_is_a_command_and_a_command_has_its_file():
+    files = {
+        f.stem for f in Path(lightning_norm.cli.main.__file__).parent.glob("*.py") if "\ndef run(" in f.read_text()
+    }
+    assert files == {name for name, command in COMMANDS.items() if command.group != TRAIN}
 
 
 def test_version(capsys):
@@ -92,7 +100,7 @@ def test_an_unknown_command_names_the_nearest(capfd):
     assert "Did you mean 'compare'?" in refused(capfd, "compar")
 
 
-@pytest.mark.parametrize("command", TRAINING + OTHERS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(capsys, command):
     with contextlib.suppress(SystemExit):
         main([command, "--help"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_norm.bench.clock import launches
+from benchmarks.counters import launches
 from tests.gpu.layers import DTYPES, FORMS, LAYERS, NAMES, TOLERANCE, close, equal, inputs, layer_of, results, twin
 
 each = pytest.mark.parametrize(("key", "arguments"), LAYERS, ids=NAMES)

@@ -1,20 +1,21 @@
-"""The report of ``bench --device cuda``, by the same code on the CPU."""
+"""``python -m benchmarks.roofline``, on the CPU."""
 
 import json
 
 import pytest
 import torch
 
+from benchmarks import counters, network, roofline, roofline_report, roofline_rows
+from benchmarks.budget import SHAPES, Budget, Case, Stage, stages
 from lightning_norm import normalizers
-from lightning_norm.bench import clock, network, report, roofline, run
-from lightning_norm.bench.budget import SHAPES, Budget, Case, Stage, stages
+from lightning_norm.bench import clock, contenders, formulas
 
-SHORT = ["--roofline", "--repeats", "3", "--threads", "1"]
+SHORT = ["--repeats", "3", "--threads", "1"]
 
 
 def test_report(tmp_path, capsys):
     arguments = ["--shapes", "4x6x8x8,3x6x5x5", "--norms", "bn,bnet", "--no-compile", "--save", str(tmp_path)]
-    rows = run.run([*SHORT, *arguments, "--dtypes", "fp32,bf16"])
+    rows = roofline.run([*SHORT, *arguments, "--dtypes", "fp32,bf16"])
     cases = list(dict.fromkeys(r["case"] for r in rows))
     forms = ("contiguous", "channels_last")
     assert cases == [f"{s} {d} {f}" for s in ("3x6x5x5", "4x6x8x8") for d in ("fp32", "bf16") for f in forms]
@@ -45,7 +46,7 @@ def test_report(tmp_path, capsys):
     for bar in data["bars"]:
         assert bar["bar"] in text
         assert bar["bar"] in printed
-    assert report.BARS in printed
+    assert roofline_report.BARS in printed
 
 
 def test_steps_of_networks(monkeypatch):
@@ -53,7 +54,7 @@ def test_steps_of_networks(monkeypatch):
     monkeypatch.setattr(network, "MODES", {m: network.MODES[m] for m in modes})
     budget = Budget(9)
     tiny = network.Network("resnet18", 2, 32)
-    rows = network.steps(tiny, ["sn", "cn"], "cpu", 2, False, budget, run.ARGUMENTS)
+    rows = network.steps(tiny, ["sn", "cn"], "cpu", 2, False, budget, contenders.ARGUMENTS)
     names = ("torch", "sn", "cn")
     assert [(r["case"], r["name"]) for r in rows] == [(f"resnet18 {m}", n) for m in modes for n in names]
     assert budget.left_out == []
@@ -61,7 +62,7 @@ def test_steps_of_networks(monkeypatch):
 
 
 def test_what_does_not_fit_is_left_out_and_named(capsys):
-    assert run.run([*SHORT, "--shapes", "4x6x8x8", "--norms", "bn", "--minutes", "0"]) == []
+    assert roofline.run([*SHORT, "--shapes", "4x6x8x8", "--norms", "bn", "--minutes", "0"]) == []
     text = capsys.readouterr().out
     assert "left out: 4x6x8x8 fp32 contiguous" in text
     assert "left out: 4x6x8x8 bf16 contiguous compiled" in text
@@ -69,8 +70,8 @@ def test_what_does_not_fit_is_left_out_and_named(capsys):
 
 def test_a_wrong_peer_is_noted(monkeypatch):
     case, budget = Case((4, 6, 5, 5), "fp32", False), Budget(9)
-    monkeypatch.setattr(run, "depthwise_peer", lambda c: torch.nn.BatchNorm2d(c))
-    rows = roofline.measure(case, ["bnet"], "cpu", 2, 1.0, budget)
+    monkeypatch.setattr(contenders, "depthwise_peer", lambda c: torch.nn.BatchNorm2d(c))
+    rows = roofline_rows.measure(case, ["bnet"], "cpu", 2, 1.0, budget)
     assert "torch + depthwise" not in {r["name"] for r in rows}
     assert next(r for r in rows if r["name"] == "bnet")["vs_peer"] is None
     assert "torch + depthwise: ArithmeticError" in budget.left_out[0]
@@ -78,10 +79,10 @@ def test_a_wrong_peer_is_noted(monkeypatch):
 
 
 def test_a_wrong_normalizer_is_an_error_after_all_the_others_were_measured(monkeypatch, tmp_path):
-    monkeypatch.setitem(run.FORMULAS, "sn", lambda x, p: 2 * x)
+    monkeypatch.setitem(formulas.FORMULAS, "sn", lambda x, p: 2 * x)
     arguments = ["--shapes", "4x6x5x4", "--norms", "sn,bn", "--no-compile", "--dtypes", "fp32", "--save", str(tmp_path)]
     with pytest.raises(ArithmeticError, match=r"not all of it ran:\n4x6x5x4 fp32 contiguous: sn: ArithmeticError"):
-        run.run([*SHORT, *arguments])
+        roofline.run([*SHORT, *arguments])
     data = json.loads((tmp_path / "roofline.json").read_text())
     assert {r["name"] for r in data["roofline"]} == {"torch", "bn", "bn naive"}
     assert "sn: ArithmeticError: sn: the output differs from float64" in (tmp_path / "roofline.md").read_text()
@@ -89,24 +90,17 @@ def test_a_wrong_normalizer_is_an_error_after_all_the_others_were_measured(monke
 
 def test_without_torchs_layer_there_is_nothing_to_compare(monkeypatch):
     budget = Budget(9)
-    monkeypatch.setitem(roofline.TOLERANCE, "fp32", 0.0)
+    monkeypatch.setitem(roofline_rows.TOLERANCE, "fp32", 0.0)
     case = Case((4, 6, 5, 5), "fp32", False)
-    assert roofline.measure(case, ["bn"], "cpu", 2, 1.0, budget) == []
+    assert roofline_rows.measure(case, ["bn"], "cpu", 2, 1.0, budget) == []
     assert [line.split(":")[1] for line in budget.failed] == [" torch", " bn"]
 
 
-def test_what_is_measured_without_arguments(monkeypatch):
+def test_what_is_measured_without_arguments():
     """On CUDA every normalizer; three on a CPU."""
-    seen = {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(run, "_roofline", lambda options, shapes, keys, repeats, command: seen.update(vars()) or [])
-    run.run(["--device", "cuda"])
-    assert seen["keys"] == list(normalizers())
-    assert {"bn", "sn", "bcn", "rbn", "dbn", "in", "gn", "cn", "ln", "ubn", "bnet", "afn", "asr"} <= set(seen["keys"])
-    assert (seen["shapes"], seen["repeats"], seen["options"].dtypes) == (None, 20, "fp32,bf16")
-    assert (seen["options"].minutes, seen["options"].compile) == (8, True)
-    run.run(["--roofline"])
-    assert (seen["keys"], seen["repeats"]) == (["bn", "sn", "bcn"], 50)
+    assert roofline.sizes("cuda").keys == tuple(normalizers())
+    assert roofline.sizes("cuda").shapes == SHAPES
+    assert roofline.sizes("cpu").keys == ("bn", "sn", "bcn")
 
 
 def test_what_the_bars_need_comes_first():
@@ -128,15 +122,15 @@ def test_every_normalizer_has_a_formula_in_float64():
     """Otherwise the benchmark would time it unchecked."""
     x, dy = torch.randn(4, 6, 5, 5).requires_grad_(), torch.randn(4, 6, 5, 5)
     for key in normalizers():
-        errors = run.check(key, run.ready(key, (4, 6, 5, 5), "cpu"), x, dy, 1e-5)
+        errors = contenders.check(key, contenders.ready(key, (4, 6, 5, 5), "cpu"), x, dy, 1e-5)
         assert errors is not None, key
         assert max(errors) > 0
 
 
 def test_clock():
-    assert clock.copy_speed("cpu", 4, 3) > 0.01
-    assert clock.launches(lambda: None, "cpu") is clock.peak_memory(lambda: None, "cpu") is None
-    assert clock.copy_speed("cpu", 4, 3, torch.bfloat16) > 0.01
+    assert counters.copy_speed("cpu", 4, 3) > 0.01
+    assert counters.launches(lambda: None, "cpu") is counters.peak_memory(lambda: None, "cpu") is None
+    assert counters.copy_speed("cpu", 4, 3, torch.bfloat16) > 0.01
     calls = []
     runs = {name: clock.Timed(lambda name=name: calls.append(name), "cpu") for name in "ab"}
     calls.clear()
@@ -146,7 +140,7 @@ def test_clock():
 
 @pytest.mark.slow
 def test_compiled_contenders():
-    rows = run.run([*SHORT, "--shapes", "8x6x5x5", "--norms", "bn", "--dtypes", "fp32"])
+    rows = roofline.run([*SHORT, "--shapes", "8x6x5x5", "--norms", "bn", "--dtypes", "fp32"])
     plain = {r["name"] for r in rows if r["case"] == "8x6x5x5 fp32 contiguous"}
     assert plain == {"torch", "torch compiled", "bn", "bn naive"}  # small maps beside torch's compiled layer
     compiled = {r["name"] for r in rows if r["case"].endswith("compiled")}
@@ -155,7 +149,13 @@ def test_compiled_contenders():
 
 def test_bad_dtypes():
     with pytest.raises(ValueError, match=r"--dtypes: \['fp8'\] unknown"):
-        run.run(["--dtypes", "fp32,fp8"])
+        roofline.run(["--dtypes", "fp32,fp8"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_without_a_gpu():
+    with pytest.raises(RuntimeError, match="no CUDA device found"):
+        roofline.run(["--device", "cuda"])
 
 
 @pytest.mark.gpu
@@ -164,7 +164,7 @@ def test_bad_dtypes():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda(tmp_path):
     shapes = ["--shapes", "8x64x14x14,8x64x7x7", "--norms", "bn,sn,afn", "--minutes", "3"]
-    rows = run.run(["--device", "cuda", *shapes, "--save", str(tmp_path)])
+    rows = roofline.run(["--device", "cuda", *shapes, "--save", str(tmp_path)])
     sn = next(r for r in rows if r["name"] == "sn")
     assert sn["clock"] == "graph replay"
     assert sn["kernels_forward"] <= 4

@@ -1,4 +1,4 @@
-"""What ``lightning-norm bench --roofline`` measures, in which order, and in how much time.
+"""What ``python -m benchmarks.roofline`` measures, in which order, and in how much time.
 
 What the bars need comes first. On one H200 a case is 13 normalizers, torch's layer, two or three peers and four passes:
 three captures, two profiles and 20 rounds of about 3 ms for each contender, so 6 to 10 s, and 16 cases in all. Triton
@@ -80,13 +80,13 @@ def cases(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], compiled: bo
     """Return every case, those first that the bars need; with ``compiled``, which takes long, one dtype and format."""
     if compiled:
         return [Case(shape, dtypes[-1], False, True, True) for shape in shapes]
-    found = [
+    plain = [
         Case(shape, dtype, last, naive=shape == shapes[0] and not last)
         for dtype in dtypes
         for shape in shapes
         for last in ((False, True) if len(shape) == 4 else (False,))
     ]
-    return sorted(found, key=lambda case: not case.needed)
+    return sorted(plain, key=lambda case: not case.needed)
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,11 @@ class Budget:
             self.left_out.append(f"{what}: no time left, --minutes gives more")
         return fits
 
-    def took(self, since: float, kind: str) -> None:
+    def record_time(self, since: float, kind: str) -> None:
         """Note what something took, since a reading of the monotonic clock: the next may take half as much again."""
         self.expected[kind] = 1.5 * (time.monotonic() - since)
 
-    def fell(self, what: str, error: Exception, ours: bool) -> None:
+    def record_failure(self, what: str, error: Exception, ours: bool) -> None:
         """Note an error: of a normalizer of ours, for which the run ends with an error, or of a peer."""
         line = f"{what}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         self.left_out.append(line)

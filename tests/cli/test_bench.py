@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import lightning_norm
-from lightning_norm.bench import naive, run
+from lightning_norm.bench import contenders, formulas, shapes
+from lightning_norm.cli.bench import run
 
 
 def test_eager_run_prints_a_table_and_writes_data_and_picture(tmp_path, capsys):
-    rows = run.run(
+    rows = run(
         ["--shapes", "8x6x5x5,9x6", "--norms", "bn,sn", "--repeats", "3", "--no-compile", "--save", str(tmp_path)]
     )
     text = capsys.readouterr().out
@@ -25,26 +26,26 @@ def test_eager_run_prints_a_table_and_writes_data_and_picture(tmp_path, capsys):
 
 
 def test_a_naive_formula_starts_from_the_layers_random_values():
-    rows = run.run(["--shapes", "8x6x5x5", "--norms", "afn,asr", "--repeats", "2", "--no-compile"])
+    rows = run(["--shapes", "8x6x5x5", "--norms", "afn,asr", "--repeats", "2", "--no-compile"])
     assert {r["name"] for r in rows} == {"torch", "afn", "afn naive", "asr", "asr naive"}
     layer = lightning_norm.create("afn", 6)
-    naive = run.Naive(layer)
+    formula = formulas.Naive(layer)
     x = torch.randn(8, 6, 5, 5)
     x.requires_grad_()
-    for each in (layer, naive):
-        run.check("afn", each, x, torch.randn_like(x))
+    for each in (layer, formula):
+        contenders.check("afn", each, x, torch.randn_like(x))
         assert each.dropout == 0.3  # off while the results are compared
 
 
 def test_only_x_is_kept_for_the_backward_pass():
-    rows = run.run(["--shapes", "4x6x32x32", "--norms", "sn", "--repeats", "2", "--no-compile"])
+    rows = run(["--shapes", "4x6x32x32", "--norms", "sn", "--repeats", "2", "--no-compile"])
     ours = [r["saved"] for r in rows if r["name"] == "sn"]
     # x itself is 1; a hundred (N, C) tensors in float64 would be 100 * 2 / 1024 = 0.2
     assert all(1.0 <= s < 1.2 for s in ours)
 
 
 def test_bnet_stands_beside_a_batch_norm_and_a_convolution():
-    rows = run.run(["--shapes", "4x6x9x8,9x6", "--norms", "bnet", "--repeats", "2", "--no-compile"])
+    rows = run(["--shapes", "4x6x9x8,9x6", "--norms", "bnet", "--repeats", "2", "--no-compile"])
     by_name = {r["name"]: r for r in rows if r["shape"] == "4x6x9x8"}
     assert set(by_name) == {"torch", "torch + depthwise", "bnet", "bnet naive"}
     peer = by_name["torch + depthwise"]
@@ -54,35 +55,33 @@ def test_bnet_stands_beside_a_batch_norm_and_a_convolution():
 
 
 def test_a_wrong_peer_stops_the_benchmark(monkeypatch):
-    monkeypatch.setattr(run, "depthwise_peer", lambda c: torch.nn.BatchNorm2d(c))
+    monkeypatch.setattr(contenders, "depthwise_peer", lambda c: torch.nn.BatchNorm2d(c))
     with pytest.raises(ArithmeticError, match=r"torch \+ depthwise: the output differs from float64"):
-        run.bench_shape((8, 6, 5, 5), ["bnet"], False, "cpu", 2, False)
+        shapes.bench_shape((8, 6, 5, 5), ["bnet"], False, "cpu", 2, False)
 
 
 @pytest.mark.slow
-def test_compiled_and_network():
-    rows = run.run(["--shapes", "8x6x5x5", "--norms", "sn", "--repeats", "2", "--network"])
+def test_compiled_contenders():
+    rows = run(["--shapes", "8x6x5x5", "--norms", "sn", "--repeats", "2"])
     assert {"sn compiled", "sn naive compiled"} <= {r["name"] for r in rows}
-    assert {r["name"] for r in rows if r["shape"] == "resnet18 step"} == {"torch", "sn", "sn compiled"}
 
 
 def test_a_wrong_result_stops_the_benchmark(monkeypatch):
-    monkeypatch.setattr(run, "FORMULAS", {**run.FORMULAS, "sn": None})
-    monkeypatch.setitem(naive.FORMULAS, "sn", lambda x, p: 2 * x)
+    monkeypatch.setitem(formulas.FORMULAS, "sn", lambda x, p: 2 * x)
     with pytest.raises(ArithmeticError, match="sn: the output differs from float64"):
-        run.bench_shape((8, 6, 5, 5), ["sn"], False, "cpu", 2, False)
+        shapes.bench_shape((8, 6, 5, 5), ["sn"], False, "cpu", 2, False)
 
 
 def test_bad_input():
     with pytest.raises(ValueError, match="no normalizer called 'sm'"):
-        run.run(["--norms", "sm"])
+        run(["--norms", "sm"])
     with pytest.raises(ValueError, match="'8y6' is no shape"):
-        run.run(["--shapes", "8y6"])
+        run(["--shapes", "8y6"])
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA device found"):
-            run.run(["--device", "cuda"])
+            run(["--device", "cuda"])
 
 
 def test_context_normalization_is_timed_with_contexts():
-    rows = run.run(["--shapes", "12x6x5x5", "--norms", "cn", "--repeats", "2", "--no-compile"])
+    rows = run(["--shapes", "12x6x5x5", "--norms", "cn", "--repeats", "2", "--no-compile"])
     assert {r["name"] for r in rows} == {"torch", "cn", "cn naive"}

@@ -1,4 +1,4 @@
-"""``lightning-norm bench --roofline``: forward and backward apart, beside the memory's own speed.
+"""The rows of ``python -m benchmarks.roofline``: forward and backward apart, beside the memory's own speed.
 
 Each pass must read and write x so many times at least (three forward, five backward), and a machine copies so many
 bytes in a second: the floor. What a contender takes is told as a fraction of it, beside the ratio to torch's BatchNorm
@@ -17,19 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.bench.budget import DTYPES, Budget, Case
-from lightning_norm.bench.clock import Timed, interleaved, launches, peak_memory
-from lightning_norm.bench.peers import PEERS, others
-from lightning_norm.bench.report import roofline_table
-from lightning_norm.bench.run import check, contenders, shared_code
+from benchmarks.budget import DTYPES, Budget, Case
+from benchmarks.counters import launches, peak_memory
+from benchmarks.peers import others
+from benchmarks.roofline_report import roofline_table
+from lightning_norm.bench.clock import Timed, interleaved
+from lightning_norm.bench.contenders import PEER_FACTOR, PEERS, check, contenders, shared_code
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 3e-3}
 """Of the norm of a result, against float64."""
-
-PEERS_TOLERANCE = 10
-"""Times that what a peer may differ more: its convolution may round to TF32."""
 
 FLOOR = {"forward": 3, "backward": 5}
 """Times that x is read or written, at least, by batch normalization and its kind."""
@@ -66,8 +64,8 @@ def roofline(
             try:
                 passes = measure_passes(case, device, repeats, speed[case.dtype])
             except Exception as error:
-                budget.fell(f"{case}: passes", error, True)
-            budget.took(start, "case")
+                budget.record_failure(f"{case}: passes", error, True)
+            budget.record_time(start, "case")
         print(f"\n{case}\n{roofline_table(mine)}", flush=True)
         yield mine, passes
 
@@ -134,43 +132,43 @@ def _measure(
     x, dy = inputs(case, device)
     entered: dict[str, Contender] = {}
     dims, both = len(case.shape), case.compiled or (compiled and case.small)
-    found = chain(
+    layers = chain(
         contenders(case.shape, keys, device, case.compiled, case.naive), others(case.shape[1], dims, device, both)
     )
-    for name, layer in _as_far_as_it_goes(found, lambda error: budget.fell(f"{case}: the next one", error, True)):
+    for name, layer in _until_error(layers, lambda error: budget.record_failure(f"{case}: the next one", error, True)):
         ours, start = name.split()[0] in keys and "naive" not in name, time.monotonic()
         kind = "compiled" if "compiled" in name else "naive" if "naive" in name else ""
         if kind and not budget.allows(f"{case}: {name}", kind):
             continue
         if name.startswith("bnet naive") or any(isinstance(m, nn.Conv2d) for m in layer.modules()):
             layer.to(x.dtype)  # a convolution does not mix dtypes
-        tolerance = TOLERANCE[case.dtype] * (1 if ours or name == "torch" else PEERS_TOLERANCE)
+        tolerance = TOLERANCE[case.dtype] * (1 if ours or name == "torch" else PEER_FACTOR)
         try:
             entered[name] = enter(name, layer, x, dy, case, device, tolerance)
         except Exception as error:
-            budget.fell(f"{case}: {name}", error, ours or name == "torch")
+            budget.record_failure(f"{case}: {name}", error, ours or name == "torch")
         if kind:
-            budget.took(start, kind)
+            budget.record_time(start, kind)
     parts = ("forward", "both", "eager")
     times = interleaved({f"{n}\0{p}": getattr(c, p) for n, c in entered.items() for p in parts}, repeats)
     medians = {name: statistics.median(t) for name, t in times.items()}
     return [_row(case, name, c, medians, speed) for name, c in entered.items()] if "torch" in entered else []
 
 
-def _as_far_as_it_goes(items: Iterator[Any], fell: Callable[[Exception], None]) -> Iterator[Any]:
+def _until_error(items: Iterator[Any], on_error: Callable[[Exception], None]) -> Iterator[Any]:
     """Yield what an iterator gives until it raises, which is told and not passed on."""
     try:
         yield from items
     except Exception as error:
-        fell(error)
+        on_error(error)
 
 
 def _row(case: Case, name: str, contender: Contender, medians: Mapping[str, float], speed: float) -> Row:
     forward_ms, both_ms, eager_ms = (medians[f"{name}\0{part}"] for part in ("forward", "both", "eager"))
     row: Row = {**case.facts, "name": name, "eager_ms": eager_ms}
     # None: lost in the noise
-    own = {"forward": forward_ms, "backward": both_ms - forward_ms if both_ms > forward_ms else None}
-    for part, ms in own.items():
+    times = {"forward": forward_ms, "backward": both_ms - forward_ms if both_ms > forward_ms else None}
+    for part, ms in times.items():
         rate = None if ms is None else FLOOR[part] * case.bytes / (ms * 1e6)
         row |= {f"{part}_ms": ms, f"{part}_gb_s": rate, f"{part}_of_floor": None if rate is None else rate / speed}
     peer = medians.get(f"{PEERS.get(name)}\0both")
@@ -185,17 +183,18 @@ def measure_passes(case: Case, device: str, repeats: int, speed: float) -> list[
     """
     x, dy = (t.detach() for t in inputs(case, device))
     layout = layout_of(x, case.shape[1])
-    coef, line = torch.rand(3, layout.n, layout.c, device=device), torch.rand(2, layout.n, layout.c, device=device)
-    k, a, b = coef.unbind(0)
+    affine = torch.rand(3, layout.n, layout.c, device=device)
+    dx_affine = torch.rand(2, layout.n, layout.c, device=device)
+    k, a, b = affine.unbind(0)
     if device == "cuda":
         from lightning_norm.ops.fused import operators  # noqa: F401  defines the operators
 
         ops = torch.ops.lightning_norm
         runs = {
             "moments": lambda: ops.moments(x, 1),
-            "apply": lambda: ops.apply(x, coef, 1, "none", None),
-            "sums": lambda: ops.sums(dy, x, coef, 1),
-            "combine": lambda: ops.combine(dy, x, coef, line, 1),
+            "apply": lambda: ops.apply(x, affine, 1, "none", None),
+            "sums": lambda: ops.sums(dy, x, affine, 1),
+            "combine": lambda: ops.combine(dy, x, affine, dx_affine, 1),
         }
     else:
         wide = x.float()
@@ -203,7 +202,7 @@ def measure_passes(case: Case, device: str, repeats: int, speed: float) -> list[
             "moments": lambda: eager.moments(wide, layout),
             "apply": lambda: eager.apply(wide, k, a, b, layout),
             "sums": lambda: eager.reduce(dy.float(), wide, k, layout),
-            "combine": lambda: eager.combine(dy.float(), a, wide, k, line[0], line[1], layout),
+            "combine": lambda: eager.combine(dy.float(), a, wide, k, dx_affine[0], dx_affine[1], layout),
         }
     target = torch.empty_like(x)
     runs["copy"] = lambda: target.copy_(x)

@@ -24,7 +24,7 @@ class Naive(nn.Module):
         layer: the layer.
 
     Attributes:
-        dropout: share of the statistics that afn does not see.
+        dropout: probability with which afn leaves a statistic out.
     """
 
     dropout: float
@@ -84,10 +84,10 @@ def groups_of(channels: int) -> int:
 def switchable(x: Tensor, p: Parameters) -> Tensor:
     """Sn: mix three pairs of statistics."""
     w, v = torch.softmax(p["mean_weight"], 0), torch.softmax(p["var_weight"], 0)
-    known = [moments(x, statistic) for statistic in ("in", "ln", "bn")]
+    statistics = [moments(x, statistic) for statistic in ("in", "ln", "bn")]
     zero = x.new_zeros(())
-    mean = sum((a * m for a, (m, _) in zip(w, known, strict=True)), zero)
-    var = sum((a * s for a, (_, s) in zip(v, known, strict=True)), zero)
+    mean = sum((a * m for a, (m, _) in zip(w, statistics, strict=True)), zero)
+    var = sum((a * s for a, (_, s) in zip(v, statistics, strict=True)), zero)
     return affine((x - mean) / torch.sqrt(var + 1e-5), p)
 
 
@@ -125,22 +125,22 @@ def contextual(x: Tensor, p: Parameters) -> Tensor:
     """Cn: one pass over the whole tensor per context."""
     y, ids = torch.zeros_like(x), contexts_of(x).view(-1, *(1,) * (x.dim() - 1))
     for k in range(CONTEXTS):
-        own = (ids == k).to(x.dtype)
-        n = own.sum() * x[0, 0].numel()
-        mean = (own * x).sum((0, *space(x)), keepdim=True) / n
-        var = (own * (x - mean).square()).sum((0, *space(x)), keepdim=True) / n
-        y = y + own * affine((x - mean) / torch.sqrt(var + 1e-5), {n: t[k] for n, t in p.items()})
+        chosen = (ids == k).to(x.dtype)
+        n = chosen.sum() * x[0, 0].numel()
+        mean = (chosen * x).sum((0, *space(x)), keepdim=True) / n
+        var = (chosen * (x - mean).square()).sum((0, *space(x)), keepdim=True) / n
+        y = y + chosen * affine((x - mean) / torch.sqrt(var + 1e-5), {n: t[k] for n, t in p.items()})
     return y
 
 
-def recoded(x: Tensor, p: Parameters, key: str, share: float) -> Tensor:
+def recoded(x: Tensor, p: Parameters, key: str, drop_prob: float) -> Tensor:
     """Afn and asr: normalize by what two encoder-decoders make of the statistics.
 
     Args:
         x: (N, C, *).
         p: the parameters.
         key: "afn" or "asr".
-        share: of the statistics that the first encoder does not see.
+        drop_prob: probability with which the first encoder does not see a statistic.
     """
     mean, var = moments(x, "bn" if key == "afn" else "in")
 
@@ -149,12 +149,12 @@ def recoded(x: Tensor, p: Parameters, key: str, share: float) -> Tensor:
         return linear(hidden, p[f"{decoder}_decoder_weight"], p[f"{decoder}_decoder_bias"])
 
     mu, sigma = mean.flatten(1), torch.sqrt(var.flatten(1) + 1e-5)
-    center = torch.lerp(mu, decoded("std", "mu", dropout(mu, share)), p["lambda_mu"].sigmoid())
-    spread = torch.lerp(sigma, decoded("std", "sigma", dropout(sigma, share)).relu(), p["lambda_sigma"].sigmoid())
+    center = torch.lerp(mu, decoded("std", "mu", dropout(mu, drop_prob)), p["lambda_mu"].sigmoid())
+    scale = torch.lerp(sigma, decoded("std", "sigma", dropout(sigma, drop_prob)).relu(), p["lambda_sigma"].sigmoid())
     beta = p["lambda_beta"] * decoded("rescale", "beta", mu).tanh() + p["bias"]
     gamma = p["lambda_gamma"] * decoded("rescale", "gamma", sigma).sigmoid() + p["weight"]
-    center, spread, beta, gamma = (t.view(t.shape + (1,) * (x.dim() - 2)) for t in (center, spread, beta, gamma))
-    return (x - center) / spread * gamma + beta
+    center, scale, beta, gamma = (t.view(t.shape + (1,) * (x.dim() - 2)) for t in (center, scale, beta, gamma))
+    return (x - center) / scale * gamma + beta
 
 
 def contexts_of(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whole training steps, for ``lightning-norm bench``."""
+"""Whole training steps with each normalizer, beside the network's own BatchNorm; ``benchmarks.roofline`` runs them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
-from lightning_norm.bench.budget import Budget
-from lightning_norm.bench.clock import Timed, interleaved, peak_memory
-from lightning_norm.bench.naive import contexts_of
+from benchmarks.budget import Budget
+from benchmarks.counters import peak_memory
+from lightning_norm.bench.clock import Timed, interleaved
+from lightning_norm.bench.formulas import contexts_of
 from lightning_norm.normalizers.context.assignment import assign, context_layers
+from lightning_norm.surgery.swap import swap
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,6 @@ def training_step(
     amp: bool = False,
 ) -> Callable[[], Tensor]:
     """Return one step of SGD; ``key`` is the normalizer, ``None`` for the network's own BatchNorm."""
-    import torchvision
-
-    from lightning_norm.surgery.swap import swap
-
     torch.manual_seed(0)
     net: nn.Module = getattr(torchvision.models, network.name)(num_classes=10).to(device)
     x = torch.randn(network.batch, 3, network.size, network.size, device=device)
@@ -98,7 +97,7 @@ def steps(
     for mode, options in MODES.items():
         if ("compiled" in options) != compiled:
             continue
-        torch._dynamo.reset()
+        torch.compiler.reset()
         runs: dict[str, Timed] = {}
         peaks: dict[str, int | None] = {}
         for key in (None, *keys):
@@ -112,9 +111,9 @@ def steps(
                 runs[name] = Timed(step, device, graph=False)
                 peaks[name] = peak_memory(step, device)
             except Exception as error:
-                budget.fell(what, error, True)
+                budget.record_failure(what, error, True)
                 runs.pop(name, None)
-            budget.took(start, kind)
+            budget.record_time(start, kind)
         if "torch" not in runs:
             continue
         medians = {name: statistics.median(t) for name, t in interleaved(runs, repeats).items()}

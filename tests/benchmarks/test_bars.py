@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from lightning_norm.bench import bars, budget, network, report
+from benchmarks import bars, budget, network, roofline_report
 
 FORMS = [("fp32", "contiguous"), ("fp32", "channels_last"), ("bf16", "contiguous"), ("bf16", "channels_last")]
 
@@ -70,7 +70,7 @@ def test_one_miss_is_enough(bar, table, name, field, value, figure):
     row = [r for r in parts[table] if r["name"] == name][-1 if table == 2 else -2]  # not the small map
     row[field] = value
     bars = judged(*parts)
-    assert only(bars, "missed") == [bar]
+    assert only(bars, "not met") == [bar]
     assert bars[bar]["figure"] == pytest.approx(figure)
     assert row["case"] in bars[bar]["where"]
     assert name in bars[bar]["where"] or table == 1
@@ -81,10 +81,10 @@ def test_a_small_map_is_compared_with_the_compiled_layer_of_its_own_case():
     row = next(r for r in rows if r["name"] == "sn" and r["small"] and r["dtype"] == "bf16")
     row["ratio"] = 0.96
     bars = judged(rows, passes, steps)
-    assert only(bars, "missed") == ["7 x 7, CUDA graphs: at most torch.compile's BatchNorm"]
+    assert only(bars, "not met") == ["7 x 7, CUDA graphs: at most torch.compile's BatchNorm"]
     peer = next(r for r in rows if r["name"] == "torch compiled" and r["case"] == row["case"])
     peer["clock"] = "events (operation not permitted)"
-    assert only(judged(rows, passes, steps), "not measured") == only(bars, "missed")
+    assert only(judged(rows, passes, steps), "not measured") == only(bars, "not met")
 
 
 def test_what_was_not_measured_is_not_met():
@@ -98,7 +98,7 @@ def test_what_was_not_measured_is_not_met():
     assert "AMP channels_last" in bars["resnet50 step with sn: at most 1.05 x BatchNorm's"]["where"]
     for r in rows:
         r["ratio"] = 2.0  # a miss is a miss, however little was measured
-    assert judged(rows, passes, steps)["bn: at most 1.00 x nn.BatchNorm2d"]["verdict"] == "missed"
+    assert judged(rows, passes, steps)["bn: at most 1.00 x nn.BatchNorm2d"]["verdict"] == "not met"
 
 
 def test_rows_that_do_not_count():
@@ -113,11 +113,11 @@ def test_rows_that_do_not_count():
     rows.append({**sn, "case": small["case"], "small": True, "mb": 12.8, "forward_of_floor": 0.1, "error_y": 9e-8})
     passes.append({**passes[0], "name": "apply", "mb": 12.8, "of_copy": 0.1})
     steps.append({"case": "resnet18 eager", "name": "sn", "ratio": 9.0})
-    assert only(judged(rows, passes, steps), "missed") == []
+    assert only(judged(rows, passes, steps), "not met") == []
 
 
 def test_table():
-    text = report.bars_table(bars.verdicts(*run()))
+    text = roofline_report.bars_table(bars.verdicts(*run()))
     assert "sn: at most 1.00 x nn.BatchNorm2d" in text
     assert "0.9" in text
     assert text.count(" met ") == 18

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from lightning_norm.bench.budget import LARGE
-from lightning_norm.bench.network import MODES
+from benchmarks.budget import LARGE
+from benchmarks.network import MODES
 
 Row = dict[str, Any]
 Measured = list[tuple[float, str, Any]]
@@ -24,9 +24,9 @@ ROUNDING = 1.2e-7
 
 
 def verdicts(rows: Iterable[Row], passes: Iterable[Row], steps: Iterable[Row]) -> list[dict[str, Any]]:
-    """Judge a run: for each bar its worst figure, where that was, and "met", "missed" or "not measured".
+    """Return for each bar its worst figure, where that was, and "met", "not met" or "not measured".
 
-    A bar is met where every dtype and memory format (or mode of training) was measured and none misses it.
+    A bar is met if every dtype and memory format (or mode of training) was measured and all of them meet it.
 
     Args:
         rows: a row per contender and case.
@@ -36,21 +36,20 @@ def verdicts(rows: Iterable[Row], passes: Iterable[Row], steps: Iterable[Row]) -
     rows = [r for r in rows if not r["case"].endswith("compiled")]
     large = [r for r in rows if r["mb"] >= LARGE]
     big = [p for p in passes if p["mb"] >= LARGE]
-    found = [
-        _judge(f"{name}: at least 85 % of the copy", 0.85, _of(big, (name,), lambda p: p["of_copy"]), least=True)
+    results = [
+        _bar(f"{name}: at least 85 % of the copy", 0.85, _of(big, (name,), lambda p: p["of_copy"]), least=True)
         for name in ("apply", "combine")
     ]
     for part, floor in (("forward", 3), ("backward", 5)):
         measured = _of(large, NORMS, lambda r, part=part: r[f"{part}_of_floor"])  # type: ignore[misc]
-        found.append(_judge(f"{part}: at least 80 % of the floor of {floor} passes", 0.8, measured, least=True))
-    found += [
-        _judge(f"{name}: at most 1.00 x nn.BatchNorm2d", 1.0, _of(large, (name,), lambda r: r["ratio"]))
-        for name in NORMS
+        results.append(_bar(f"{part}: at least 80 % of the floor of {floor} passes", 0.8, measured, least=True))
+    results += [
+        _bar(f"{name}: at most 1.00 x nn.BatchNorm2d", 1.0, _of(large, (name,), lambda r: r["ratio"])) for name in NORMS
     ]
     small = [r for r in rows if r["small"]]
-    found.append(_judge("7 x 7, CUDA graphs: at most torch.compile's BatchNorm", 1.0, list(_small(small))))
-    found.append(
-        _judge(
+    results.append(_bar("7 x 7, CUDA graphs: at most torch.compile's BatchNorm", 1.0, list(_small(small))))
+    results.append(
+        _bar(
             "bnet: at most 0.65 x BatchNorm and depthwise convolution",
             0.65,
             _of(large, ("bnet",), lambda r: r["vs_peer"]),
@@ -58,12 +57,12 @@ def verdicts(rows: Iterable[Row], passes: Iterable[Row], steps: Iterable[Row]) -
     )
     modes = [(s["ratio"], f"{s['case']}, {s['name']}", _mode(s)) for s in steps if s["name"] == "sn"]
     resnet = [m for m in modes if m[1].startswith("resnet50")]
-    found.append(_judge("resnet50 step with sn: at most 1.05 x BatchNorm's", 1.05, resnet, set(MODES)))
-    found.append(_judge("error against float64: at most nn.BatchNorm2d's", CHANCE, list(_errors(rows))))
+    results.append(_bar("resnet50 step with sn: at most 1.05 x BatchNorm's", 1.05, resnet, set(MODES)))
+    results.append(_bar("error against float64: at most nn.BatchNorm2d's", CHANCE, list(_errors(rows))))
     for part, most in (("forward", 4), ("backward", 5)):
         measured = _of(rows, (*NORMS, "bnet"), lambda r, part=part: r[f"kernels_{part}"])  # type: ignore[misc]
-        found.append(_judge(f"{part}: at most {most} kernels", most, measured))
-    return found
+        results.append(_bar(f"{part}: at most {most} kernels", most, measured))
+    return results
 
 
 def _of(rows: Iterable[Row], names: tuple[str, ...], figure: Callable[[Row], float | None]) -> Measured:
@@ -98,15 +97,15 @@ def _mode(step: Row) -> str:
     return str(step["case"]).partition(" ")[2]
 
 
-def _judge(
+def _bar(
     bar: str, limit: float, measured: Measured, needed: set[Any] = EVERYWHERE, least: bool = False
 ) -> dict[str, Any]:
     if not measured:
         return {"bar": bar, "limit": limit, "figure": None, "where": None, "verdict": "not measured"}
     figure, where, _ = (min if least else max)(measured, key=lambda m: m[0])
-    missed = figure < limit if least else figure > limit
+    met = figure >= limit if least else figure <= limit
     missing = needed - {combination for _, _, combination in measured}
-    verdict = "missed" if missed else "not measured" if missing else "met"
+    verdict = "not met" if not met else "not measured" if missing else "met"
     if missing:
         names = sorted(" ".join(m) if isinstance(m, tuple) else m for m in missing)
         where = f"{where}; not measured: {', '.join(names)}"

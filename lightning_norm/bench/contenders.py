@@ -1,0 +1,157 @@
+"""The layers that a benchmark times side by side, and the check that each computes what it should."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.bench.formulas import CONTEXTS, FORMULAS, Naive, contexts_of, groups_of
+from lightning_norm.layers.base import Normalizer
+from lightning_norm.normalizers import create
+from lightning_norm.normalizers.context.assignment import assign, context_layers
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "ubn": {"threshold": 1.0},  # the condensation of every batch is measured
+    "cn": {"context": "ids", "num_contexts": CONTEXTS},
+}
+"""Key of a normalizer -> the arguments that it is built with."""
+
+PEERS = {"bnet": "torch + depthwise"}
+"""Key of a normalizer -> name of what its user would otherwise take, where that is not torch's BatchNorm alone."""
+
+TOLERANCE = 1e-4
+"""Largest error of a float32 result, relative to the norm of the float64 result."""
+
+PEER_FACTOR = 10
+"""A peer may be that much further off: on CUDA its convolution may round to TF32."""
+
+
+def contenders(
+    shape: tuple[int, ...], keys: Sequence[str], device: str, compiled: bool, naive: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and layer: torch's, ours eager and compiled, and the naive formula eager and compiled."""
+    c = shape[1]
+    yield "torch", (nn.BatchNorm1d if len(shape) < 4 else nn.BatchNorm2d)(c).to(device)
+    for key in keys:
+        if len(shape) == 2 and key in ("in",):
+            continue
+        if key in PEERS and len(shape) == 4:
+            yield PEERS[key], depthwise_peer(c).to(device)
+        yield key, ready(key, shape, device)
+        if compiled:
+            layer = ready(key, shape, device)
+            layer.compile()
+            yield f"{key} compiled", layer
+        if naive and has_formula(key, shape):
+            yield f"{key} naive", Naive(ready(key, shape, device))
+            if compiled:
+                formula = Naive(ready(key, shape, device))
+                formula.compile(dynamic=False)
+                yield f"{key} naive compiled", formula
+
+
+def ready(key: str, shape: tuple[int, ...], device: str) -> Normalizer:
+    """Build a layer; cn is told the contexts of its samples, and a kernel of bnet gets distinct taps."""
+    more = {"num_groups": groups_of(shape[1])} if key == "gn" else {}
+    layer = create(key, shape[1], device=device, **ARGUMENTS.get(key, {}), **more)
+    if key == "cn":
+        assign(context_layers(layer), contexts_of(torch.empty(shape, device=device)))
+    if key == "bnet":
+        taps(layer.get_parameter("kernel"))
+    return layer
+
+
+def depthwise_peer(num_features: int) -> nn.Module:
+    """Return torch's BatchNorm and a depthwise convolution behind it."""
+    conv = nn.Conv2d(num_features, num_features, 3, padding=1, groups=num_features)
+    taps(conv.weight)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return nn.Sequential(nn.BatchNorm2d(num_features), conv)
+
+
+def taps(kernel: Tensor) -> Tensor:
+    """Fill a kernel with numbers of which no two are the same: a Dirac would prove little."""
+    return kernel.detach().copy_(torch.arange(kernel.numel()).cos().view_as(kernel))
+
+
+@contextmanager
+def shared_code() -> Iterator[None]:
+    """Let torch.compile make a graph of each naive formula, which share their code, or fail; forget earlier graphs."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
+
+
+def check(
+    name: str, layer: nn.Module, x: Tensor, dy: Tensor, tolerance: float = TOLERANCE
+) -> tuple[float, float] | None:
+    """Compare a layer's output and input gradient with the naive formula in float64.
+
+    Args:
+        name: of the contender.
+        layer: the contender.
+        x: its input.
+        dy: the gradient of its output.
+        tolerance: largest error, relative to the norm of the float64 result.
+
+    Returns:
+        Both errors, relative to the norms; ``None`` where there is no formula.
+
+    Raises:
+        ArithmeticError: an error is larger than ``tolerance``.
+    """
+    key = next((k for k, peer in PEERS.items() if peer == name), name.split()[0].replace("torch", "bn"))
+    if not has_formula(key, x.shape):
+        return None
+    formula = Naive(ready(key, tuple(x.shape), x.device.type)).double()
+    formula.load_state_dict(dict(layer.named_parameters()), strict=False)  # what starts at random
+    x64 = x.detach().double().requires_grad_()
+    with without_dropout(formula), without_dropout(layer):
+        expected = formula(x64)
+        (expected_dx,) = torch.autograd.grad(expected, x64, dy.double())
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y, x, dy)
+    errors = []
+    for what, actual, exact in (("output", y, expected), ("input gradient", dx, expected_dx)):
+        errors.append(((actual - exact).norm() / exact.norm()).item())
+        if not errors[-1] < tolerance:
+            raise ArithmeticError(
+                f"{name}: the {what} differs from float64 by {errors[-1]:.1e} of its norm at {tuple(x.shape)}."
+            )
+    return errors[0], errors[1]
+
+
+@contextmanager
+def without_dropout(layer: nn.Module) -> Iterator[None]:
+    """Set a layer's ``dropout`` to 0 for a while, if it has one: two layers would draw different numbers."""
+    dropout = getattr(layer, "dropout", None)
+    if dropout is not None:
+        setattr(layer, "dropout", 0.0)  # noqa: B010  a property of some layers
+    try:
+        yield
+    finally:
+        if dropout is not None:
+            setattr(layer, "dropout", dropout)  # noqa: B010
+
+
+def saved_for_backward(layer: nn.Module, x: Tensor) -> float:
+    """Return the bytes that one forward pass keeps for the backward pass, as a multiple of x; x itself counts as 1."""
+    sizes: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    return sum(sizes.values()) / (x.numel() * x.element_size())
+
+
+def has_formula(key: str, shape: Sequence[int]) -> bool:
+    """Tell whether there is a naive formula of a normalizer for inputs of that shape."""
+    return key in FORMULAS and (len(shape) == 4 if key == "bnet" else len(shape) > 2)

@@ -1,0 +1,86 @@
+"""``lightning-norm bench``: the time of each layer on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_norm.bench.clock import machine
+from lightning_norm.bench.shapes import bench_shape
+from lightning_norm.bench.tables import save, table
+from lightning_norm.normalizers import create, normalizers
+
+SHAPES = "32x64x32x32,32x256x14x14,32x512x7x7,128x64"
+EPILOG = "example: lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json --save docs/benchmarks"
+
+
+def run(argv: Sequence[str]) -> list[dict[str, Any]]:
+    """Time every contender at every shape, print a table per shape and return the rows.
+
+    Args:
+        argv: the arguments behind ``bench``.
+
+    Raises:
+        RuntimeError: ``--device cuda`` without one.
+        ValueError: an unknown norm, or a shape that cannot be read.
+        ArithmeticError: a layer does not compute what its formula does in float64.
+        SystemExit: wrong arguments.
+    """
+    options = _parser().parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("no CUDA device found. Type --device cpu.")
+    torch.set_num_threads(options.threads)
+    shapes, keys = [parse_shape(text) for text in options.shapes.split(",")], options.norms.split(",")
+    for key in keys:
+        create(key, 32)  # so that an unknown key is told before anything runs
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        for channels_last in (False, True) if len(shape) == 4 else (False,):
+            rows_of_shape = bench_shape(shape, keys, channels_last, options.device, options.repeats, options.compile)
+            rows += rows_of_shape
+            print(f"\n{rows_of_shape[0]['shape']}\n{table(rows_of_shape)}", flush=True)
+    command = " ".join(["lightning-norm bench", *argv])
+    result = {"machine": machine(options.threads), "command": command, "rows": rows}
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1))
+    if options.save:
+        save(result, Path(options.save))
+    return rows
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Read a shape as it is typed.
+
+    Raises:
+        ValueError: it is not two to five positive sizes joined by x.
+
+    >>> parse_shape("32x64x7x7")
+    (32, 64, 7, 7)
+    """
+    shape = tuple(int(size) if size.isdigit() else 0 for size in text.split("x"))
+    if not 2 <= len(shape) <= 5 or min(shape) < 1:
+        raise ValueError(f"--shapes: {text!r} is no shape. Expected sizes joined by x, for example 32x64x32x32,128x64.")
+    return shape
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-norm bench",
+        description="Time every normalizer beside nn.BatchNorm and its own formula written naively, after checking it.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    keys = ",".join(normalizers())
+    parser.add_argument("--norms", default="bn,sn,bcn", help=f"out of {keys}, by commas (default: %(default)s)")
+    parser.add_argument("--shapes", default=SHAPES, help="of the input, by commas (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=50, help="rounds, in each of which every contender runs")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument("--save", metavar="DIR", help="write bench.json, bench.md and bench.png there")
+    return parser

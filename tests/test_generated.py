@@ -1,0 +1,55 @@
+"""What docs/generate.py writes is what stands in the files."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from lightning_norm import MomentNorm, Paper
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def generate():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class NewNorm(MomentNorm):
+    """Normalize in a new way.
+
+    More about it.
+    """
+
+    key = ""  # stays out of the registry
+    paper = Paper("Doe et al.", 2030, 'A "New" Way', "arXiv 3001.00001")
+
+
+def test_the_files_are_what_the_registry_says(generate, capsys):
+    assert generate.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_new_normalizer_appears_everywhere(generate, capsys):
+    generate.METHODS["new"] = NewNorm
+    assert generate.main(["--check"]) == 1
+    shown = capsys.readouterr()
+    assert "Type: python docs/generate.py" in shown.err
+    for line in (
+        "+| [`new`](docs/cards/new.md) | `NewNorm` | Normalize in a new way | Doe et al. 2030 |",
+        "+| [new](cards/new.md) | `NewNorm` | Normalize in a new way | yes | both |",
+        "+      - new: cards/new.md",
+        '+    "NewNorm",',
+        "+from lightning_norm.normalizers import NewNorm as NewNorm",
+        '+    title: "A \\"New\\" Way"',
+        "+      - {family-names: Doe}",
+        '+    identifiers: [{type: other, value: "arXiv:3001.00001"}]',
+    ):
+        assert line in shown.out.splitlines()
+
+
+def test_a_file_without_the_region_is_told(generate):
+    with pytest.raises(ValueError, match="expected the lines 'generated: cards' and 'end of generated'"):
+        generate.with_region("# generated: others\n# end of generated\n", "cards", [])
