@@ -26,7 +26,8 @@ def set_timeout(seconds):
     """From here on, a collective that not every rank calls ends after so many seconds."""
     # torch 2.11 has it under the private name alone.
     change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    change(datetime.timedelta(seconds=seconds), dist.group.WORLD)
+    for group in dist.distributed_c10d._world.pg_map:  # the layers pool in groups of their own
+        change(datetime.timedelta(seconds=seconds), group)
 
 
 def step(layer):
