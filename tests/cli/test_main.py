@@ -55,7 +55,7 @@ def _in_tmp(tmp_path, monkeypatch):
 def script(*args, **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lightning_norm", *args]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **kwargs)
 
 
 def refused(capfd, *args):

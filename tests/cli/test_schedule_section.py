@@ -138,7 +138,7 @@ def test_from_the_command_line(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "lightning_norm", "fit", "--config", path]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2
     assert "Did you mean 'radius'? They have: momentum (1 layers), radius (1 layers)." in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def train(key, devices, out, *backend):
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.train", key, str(devices), str(out), *backend]
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if backend else {})
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
@@ -45,7 +45,7 @@ def test_two_ranks_train_as_one_on_the_kernels(key, tmp_path):
 @pytest.mark.slow  # test_agree.py is quicker
 def test_ranks_that_disagree_on_the_swap_are_told_at_setup():
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.disagree"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     plan = r"\(plan \w{8}"
     expected = rf"ranks disagree on the swap: rank 0 has 3 layers {plan}\), rank 1 has 2 {plan}; missing there: late"
@@ -56,7 +56,7 @@ def test_ranks_that_disagree_on_the_swap_are_told_at_setup():
 def test_ranks_agree_on_the_contexts_of_images(tmp_path):
     out = tmp_path / "held"
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.contexts", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(f"{out}.{rank}") for rank in (0, 1))
     assert first["net.1.centroids"].abs().sum() > 0
@@ -66,7 +66,7 @@ def test_ranks_agree_on_the_contexts_of_images(tmp_path):
 @pytest.mark.slow
 def test_the_monitor_reads_and_logs_on_rank_zero_alone(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.monitor", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {f.name: f.read_text() for f in tmp_path.glob("rank*")} == {"rank0": "5", "rank1": "0"}  # steps 0 to 4
     (events,) = tmp_path.rglob("events.out.tfevents.*")
@@ -77,7 +77,7 @@ def test_the_monitor_reads_and_logs_on_rank_zero_alone(tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp_notebook", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
 def test_the_process_that_starts_the_others_gets_the_swap_and_what_was_learned(strategy, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.spawned", strategy, str(tmp_path / "held.pt")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-1] == "BatchNorm2d"
 
@@ -87,6 +87,6 @@ def test_the_example_configuration_runs(tmp_path):
     config = str(ROOT / "examples" / "configs" / "ddp.yaml")
     command = [sys.executable, "-W", "ignore", "-m", "lightning_norm", "fit", "--config", config]
     command += ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3", "--trainer.accelerator", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "19 of 20 BatchNorm2d layers -> SwitchableNorm" in done.stderr + done.stdout

@@ -40,7 +40,7 @@ SAME = ("key", "case", "arguments", "accumulate")
 def compare(world, jobs):
     """Train each job on ``world`` ranks and on one, and compare all there is."""
     wrong = []
-    for job, found in zip(jobs, zip(*run_ranks(train_all, world, world, jobs, timeout=900), strict=True), strict=True):
+    for job, found in zip(jobs, zip(*run_ranks(train_all, world, world, jobs, timeout=3600), strict=True), strict=True):
         reference = {name: value for name, value in job.items() if name in SAME}
         expected, held = train(**reference)
         parts, states = joined(found)
@@ -70,7 +70,7 @@ def test_three_ranks():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("case", TWO)
 def test_two_ranks(case):
     compare(2, TWO[case])

@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(config, items):
     for item in mine:
         item.add_marker(pytest.mark.gpu)
         item.add_marker(pytest.mark.filterwarnings("default"))  # torch's hints about this or that GPU
-        item.add_marker(pytest.mark.timeout(900))
+        item.add_marker(pytest.mark.timeout(3600))
         if ON == "cpu" and not INTERPRETED:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, or TRITON_INTERPRET=1"))
     asked = INTERPRETED or ON == "cuda" or "gpu" in config.option.markexpr

@@ -21,16 +21,16 @@ def interpret(file, *options):
     assert " passed" in run.stdout.splitlines()[-1]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_interpreted(file):
     interpret(file)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(14400)
 @pytest.mark.parametrize(
     "name", ["layers", "per_channel", "encoder_decoder", "condensation", "contexts", "depthwise", "passes"]
 )
 def test_interpreted_at_length(name):
-    interpret(ROOT / f"tests/kernels/interpreted/test_{name}.py", "-m", "slow", "--timeout", "900")
+    interpret(ROOT / f"tests/kernels/interpreted/test_{name}.py", "-m", "slow", "--timeout", "7200")

@@ -57,7 +57,7 @@ class Watch(Callback):
         self.values[trainer.global_step] = held
         if trainer.global_step == self.wait_at:
             print("waiting", flush=True)
-            time.sleep(600)
+            time.sleep(3600)  # the parent kills it long before
 
 
 def train(folder, wait_at=None, resume_from=None):

@@ -1,0 +1,72 @@
+"""Write the map of the code into CONTRIBUTING.md: one line per file, the first sentence of its docstring.
+
+python docs/code_map.py           write it
+python docs/code_map.py --check   exit with status 1 if it is out of date
+"""
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "CONTRIBUTING.md"
+BEGIN, END = "<!-- begin: written by docs/code_map.py -->", "<!-- end -->"
+FOLDERS = ("lightning_norm", "benchmarks")
+PACKAGE = "__init__.py"
+
+
+def first_line(file: Path) -> str:
+    """Return the first line of a file's docstring.
+
+    Raises:
+        ValueError: it has none.
+    """
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    if not text:
+        raise ValueError(f"{file.relative_to(ROOT)} has no docstring: its first line is the file's line in the map.")
+    return text.splitlines()[0].replace("``", "`")
+
+
+def code_map() -> str:
+    """Return the map: a list per folder, the folders in the order of their names, subfolders right behind."""
+    lines = []
+    for folder in FOLDERS:
+        files = sorted((ROOT / folder).rglob("*.py"), key=lambda f: (f.parent.as_posix(), f.name != PACKAGE, f.name))
+        for file in files:
+            if file.name == PACKAGE or (file.parent == ROOT / folder and file == files[0]):
+                what = f": {first_line(file)}" if file.name == PACKAGE else ""
+                lines += ["", f"`{file.parent.relative_to(ROOT).as_posix()}/`{what}", ""]
+            if file.name != PACKAGE:
+                lines.append(f"- `{file.name}`: {first_line(file)}")
+    return "\n".join(lines).strip()
+
+
+def page() -> str:
+    """Return CONTRIBUTING.md with the map in its place.
+
+    Raises:
+        ValueError: the page lacks the two marks around that place.
+    """
+    text = PAGE.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{PAGE.name} must have the line {BEGIN!r} and, after it, {END!r}.")
+    return f"{before}{BEGIN}\n\n{code_map()}\n\n{END}{after}"
+
+
+def main() -> None:
+    """Write the page, or say that it is out of date."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if it is out of date")
+    new = page()
+    if parser.parse_args().check:
+        if new != PAGE.read_text(encoding="utf-8"):
+            sys.exit(f"The map in {PAGE.name} is out of date. Type: python docs/code_map.py")
+    else:
+        PAGE.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
