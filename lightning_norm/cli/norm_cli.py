@@ -21,11 +21,11 @@ from typing_extensions import override
 
 import lightning_norm.callbacks
 import lightning_norm.plugins
-import lightning_norm.schedules
 from lightning_norm.cli.section import SECTION, add_section, expand_norm, swap_of, write_out_keys, write_out_plan
 from lightning_norm.demo import job
 from lightning_norm.demo.data import ImageData
 from lightning_norm.normalizers import normalizers, resolve
+from lightning_norm.schedules import composed, curves
 
 DESCRIPTION = """{what}
 
@@ -43,7 +43,7 @@ COMMANDS = {
 }
 
 
-OURS = (job, lightning_norm.callbacks, lightning_norm.schedules, lightning_norm.plugins)
+OURS = (job, lightning_norm.callbacks, curves, composed, lightning_norm.plugins)
 NAMED = (*OURS, lightning.pytorch.callbacks)
 """Where the classes live that a configuration names without a prefix."""
 

@@ -41,7 +41,7 @@ class ContextNorm(ContextStatistics):
     Args:
         num_features: channels, the C of an input (N, C, *).
         num_contexts: K.
-        context: where g comes from: "input" (the nearest centroid of the input image), "ids" (given by NormContext or
+        context: where g comes from: "input" (the nearest centroid of the input image), "ids" (from NormContext or
             :func:`lightning_norm.contexts`), or "gate" (learned from the layer's own input).
         missing: what evaluation does without a context: "pooled" moments of all contexts, the "posterior" of the
             contexts given the layer's input, or "error". Training without contexts is always an error.
@@ -95,7 +95,7 @@ class ContextNorm(ContextStatistics):
         device, dtype = options.get("device"), options.get("dtype")
         wide = at_least_float32(dtype)
         if missing == "posterior":
-            self.no_window = "missing='posterior' follows the spread of each batch"  # type: ignore[misc]
+            self.no_window = "missing='posterior' follows the variance between the samples of each batch"  # type: ignore[misc]
             self.register_buffer("running_spread", torch.ones(num_contexts, num_features, device=device, dtype=wide))
         if context == "input":
             self.register_buffer("centroids", torch.zeros(num_contexts, 2 * kmeans.BANDS, device=device, dtype=wide))
@@ -103,6 +103,7 @@ class ContextNorm(ContextStatistics):
         if context == "gate":
             self.gate_weight = nn.Parameter(torch.empty(num_contexts, num_features, device=device, dtype=dtype))
             self.gate_bias = nn.Parameter(torch.empty(num_contexts, device=device, dtype=dtype))
+        # Known to the layer by attribute, for the forward of a network has no place for a second argument.
         self.contexts = ContextState()
         # Evaluation on known or pooled contexts does not look at the sample's own statistics.
         self.eval_uses_input_stats = context == "gate" or missing == "posterior"  # type: ignore[misc]
