@@ -53,10 +53,9 @@ _PUBLIC = {
     "ops.moments": ("Affine", "Moments"),
     "ops.normalize": ("normalize",),
     "plugins": ("NormSync",),
-    "schedules": (
-        *("Chain", "Constant", "Cosine", "Exponential", "InversePower"),
-        *("Linear", "Schedule", "Steps", "Warmup"),
-    ),
+    "schedules.base": ("Schedule",),
+    "schedules.composed": ("Chain", "Warmup"),
+    "schedules.curves": ("Constant", "Cosine", "Exponential", "InversePower", "Linear", "Steps"),
     "surgery.deploy": ("DeployReport", "fold", "to_plain"),
     "surgery.param_groups": ("no_weight_decay", "norm_param_groups"),
     "surgery.recalibrate": ("Recalibration", "recalibrate"),

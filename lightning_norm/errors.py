@@ -1,14 +1,17 @@
-"""Warnings and errors with a type of their own, so that a user can filter or catch them. A leaf: imports nothing."""
+"""Warnings and errors with a type of their own, so that a user can filter or catch them.
+
+Every room may import this file, so it imports nothing.
+"""
 
 from __future__ import annotations
 
 
 class NoEffectWarning(UserWarning):
-    """Something was asked for and nothing matched it."""
+    """What the user asked for has no effect, because nothing in the model or the run matches it."""
 
 
 class CompileWarning(UserWarning):
-    """Compilation does less than was asked for."""
+    """A compiled layer is slower than it could be, because it meets too many input shapes."""
 
 
 class ParameterGrowthWarning(UserWarning):
@@ -20,11 +23,11 @@ class MissingDependencyWarning(UserWarning):
 
 
 class ConflictWarning(UserWarning):
-    """Something else in the Trainer does not do with swapped layers what it does with torch's own."""
+    """A callback or a setting of the Trainer does with swapped layers something else than with torch's own."""
 
 
 class ConflictError(RuntimeError):
-    """Something else in the Trainer does not go together with a swap, or not in this order."""
+    """A callback or a setting of the Trainer cannot be combined with a swap, or not in this order."""
 
 
 class AlreadySwappedError(RuntimeError):
@@ -32,16 +35,16 @@ class AlreadySwappedError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or is of another swap than the network it is to be loaded into."""
+    """A checkpoint cannot be read, or comes from another swap than the network it is to be loaded into."""
 
 
 class OptimizerError(RuntimeError):
-    """A trainable parameter of a normalizer is in no optimizer, or in several."""
+    """A trainable parameter of a normalizer is in no optimizer, or in more than one."""
 
 
 class SyncError(RuntimeError):
-    """Ranks did not meet where their statistics are pooled: one is gone, late beyond the timeout, or elsewhere."""
+    """Ranks did not meet where they pool statistics: one has ended, is later than the timeout, or runs other layers."""
 
 
 class SyncWarning(UserWarning):
-    """Layers whose statistics were to be synchronized are not."""
+    """Statistics of some layers are not synchronized over ranks, although that was asked for."""

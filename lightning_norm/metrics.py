@@ -19,7 +19,7 @@ class FeatureCondensation(Metric):
 
     It is what :class:`~lightning_norm.UnifiedBatchNorm` compares with its threshold, for any tensor of any network.
     ``forward`` returns the value of the batch, ``compute`` that of all samples, pairs across batches and ranks
-    included. In state there is one sum of the size of a sample, and no sample is kept.
+    included. The state is one sum of the size of a sample, and no sample is stored.
 
     Args:
         options: of ``torchmetrics.Metric``.
@@ -57,7 +57,7 @@ class FeatureCondensation(Metric):
     def update(self, x: Tensor) -> None:
         """Add the samples of a batch."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"FeatureCondensation takes a tensor of floating point numbers, got {_kind(x)}.")
+            raise TypeError(f"FeatureCondensation takes a tensor of floating point numbers, got {_dtype_or_type(x)}.")
         if x.dim() < 2:
             raise ValueError(f"FeatureCondensation takes (N, *), one vector per sample, got {tuple(x.shape)}.")
         total, count = unit_sum(x.detach())
@@ -75,5 +75,5 @@ class FeatureCondensation(Metric):
         return mean_cosine(self.total, self.count)
 
 
-def _kind(x: object) -> str:
+def _dtype_or_type(x: object) -> str:
     return f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__

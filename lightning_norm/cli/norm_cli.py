@@ -21,7 +21,6 @@ from typing_extensions import override
 
 import lightning_norm.callbacks
 import lightning_norm.plugins
-import lightning_norm.schedules
 from lightning_norm.cli.section import (
     PARSER_MODE,
     SECTION,
@@ -34,6 +33,7 @@ from lightning_norm.cli.section import (
 from lightning_norm.demo import job
 from lightning_norm.demo.data import ImageData
 from lightning_norm.normalizers import resolve
+from lightning_norm.schedules import composed, curves
 
 DESCRIPTION = """{what}
 
@@ -51,7 +51,7 @@ COMMANDS = {
 }
 
 
-OURS = (job, lightning_norm.callbacks, lightning_norm.schedules, lightning_norm.plugins)
+OURS = (job, lightning_norm.callbacks, curves, composed, lightning_norm.plugins)
 NAMED = (*OURS, lightning.pytorch.callbacks)
 """Where the classes live that a configuration names without a prefix."""
 

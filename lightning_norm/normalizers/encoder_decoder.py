@@ -110,6 +110,7 @@ class EncoderDecoderNorm(MomentNorm):
             s: the statistics mu and sigma^2, (N, C) or (1, C).
             m: the moments of x, (N, C); the same object where mu and sigma^2 are those of x.
         """
+        # The networks run in the dtype of the variances; the sums with mu and sigma in that of the means.
         wide = stat_dtype(s.var)
         std = (s.var.to(wide) + self.eps).sqrt()
         # An encoder reads mu and sigma by the same weights: one matrix product for both, one below the other.

@@ -74,6 +74,7 @@ class RepresentativeBatchNorm(MomentNorm):
             raise ValueError(f"{who}: rectify must be a list out of {known}, got {rectify!r}.")
         if gate_init not in ("unit", "paper"):
             raise ValueError(f"{who}: gate_init must be 'unit' or 'paper', got {gate_init!r}.")
+        # In the order of the table, whatever order was typed: repr, checkpoints and graphs are then the same.
         self.rectify, self.gate_init = tuple(k for k in known if k in rectify), gate_init
         super().__init__(num_features, **options)
         device, dtype = options.get("device"), options.get("dtype")

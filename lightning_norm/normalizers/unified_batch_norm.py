@@ -172,6 +172,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         """
         running = self.running()
         mean, var, condensed = snapshot(running.mean, running.var, self._is_condensed(similarity))
+        # A batch that is too alike must not move what the others are normalized by.
         self._update_running(batch, ~condensed)
         if self.mode == "gate":
             return batch, None
@@ -179,6 +180,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         if self.condensed_grad == "detach":
             mean, var = torch.where(condensed, mean, batch.mean), torch.where(condensed, var, batch.var)
             return Moments(mean, var, batch.count), None
+        # Batch renormalization (Ioffe 2017): r and d are constants, so the gradient is that of the batch's statistics.
         with torch.no_grad():
             ratio = ((var + self.eps) / (batch.var + self.eps)).clamp(1 / 9, 9)
             offset = ((batch.mean - mean) * (var + self.eps).rsqrt()).clamp(-5, 5)

@@ -35,6 +35,7 @@ def condensation(x: Tensor, squares: Tensor | None = None, ranks: Ranks | None =
     >>> condensation(torch.cat([x, 2 * x, -x, 0 * x])).round(decimals=5)  # one pair of three agrees, two are opposed
     tensor(-0.3333)
     """
+    # Sum and count add up over ranks, so that pairs of samples on different ranks are counted as well.
     total, count = unit_sum(x, squares)
     if ranks is not None:
         sums = ranks.sum(torch.cat([total.reshape(-1), count.reshape(1)]))
@@ -62,6 +63,7 @@ def unit_sum(x: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def mean_cosine(total: Tensor, count: Tensor) -> Tensor:
     """Return the mean cosine of all pairs, from the sum of the unit vectors and their number; NaN below two."""
+    # |sum u|^2 counts each sample with itself once, which is 1 for a unit vector.
     similarity = (total.square().sum() - count) / (count * (count - 1))
     return torch.where(count < 2, torch.nan, similarity)
 

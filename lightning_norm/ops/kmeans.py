@@ -48,6 +48,7 @@ def fit_centroids(descriptors: Tensor, k: int, seed: int = 0) -> tuple[Tensor, T
     Raises:
         ValueError: fewer distinct images than clusters.
     """
+    # On the CPU in float64: the clusters must not depend on the device, and the descriptors are few.
     points = descriptors.detach().cpu().double()
     points = points[points.isfinite().all(1)]
     std = points.std(0, correction=0) if len(points) else points.new_zeros(points.shape[1])

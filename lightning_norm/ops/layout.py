@@ -58,6 +58,7 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
         raise TypeError(f"{who} expects a floating-point tensor, got {came}. Convert it first: x.float().")
     if channel_dim not in (1, -1):
         raise ValueError(f"{who}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim}.")
+    # The shape is checked before anything is computed, and the messages are put together only where they are needed.
     shape = tuple(x.shape)
     dims = len(shape)
     if not 2 <= dims <= 5:
@@ -105,6 +106,7 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def stat_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of x's means: float64 for float32 inputs where the device has it, else at least float32."""
+    # Apple's GPUs have no float64.
     if x.dtype == torch.float32 and x.device.type == "mps":
         return torch.float32
     return torch.float64 if x.dtype == torch.float32 else at_least_float32(x.dtype)

@@ -31,6 +31,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (dy,) = grads
         x, weight = ctx.saved_tensors
+        # Entered only where autocast is on: most backward passes run without it.
         if torch.is_autocast_enabled(dy.device.type):
             with torch.autocast(dy.device.type, enabled=False):
                 return dy @ weight, dy.t() @ x, dy.sum(0)

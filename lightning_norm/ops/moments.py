@@ -77,6 +77,7 @@ class Moments:
         if weights is None and self.ranks is None:
             mean, var = _pool(self.mean, self.var, dim=0)
             return Moments(mean, var, self.count * n)
+        # Over ranks all samples are one set, so that an empty rank, whose mean is undefined, has the mass 0.
         weights = self.mean.new_ones(n, 1) if weights is None else weights.to(self.mean.dtype)
         mass = weights.sum(0).unsqueeze(1)  # (K, 1)
         weights = weights.t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
@@ -116,6 +117,7 @@ class Affine:
         return center, scale, shift
 
     def _field(self, name: str, t: Tensor, n: int, c: int) -> Tensor:
+        # Missing dimensions are added in front, as broadcasting does: (C,) is (1, C).
         rows, columns = (1,) * (2 - t.dim()) + tuple(t.shape) if t.dim() < 3 else (0, 0)
         if rows in (1, n) and columns in (1, c):
             return t.reshape(rows, columns)

@@ -38,10 +38,12 @@ class Ranks:
             \mu = \frac{\sum_r n_r \mu_r}{\sum_r n_r}, \qquad
             \sigma^2 = \frac{\sum_r n_r (\sigma_r^2 + \mu_r^2)}{\sum_r n_r} - \mu^2
         """
+        # One tensor, so that one collective is enough: (K, 1 + 2C) of counts, sums and sums of squares.
         c = mean.shape[1]
         n, m, v = count.double(), mean.double(), var.double()
         total = self.sum(torch.cat([n, n * m, n * (v + m.square())], dim=1))
         n = total[:, :1]
+        # Where all ranks are empty, 0 / tiny is 0 and not NaN.
         not_zero = n.clamp_min(torch.finfo(torch.float32).tiny)
         m = total[:, 1 : 1 + c] / not_zero
         v = (total[:, 1 + c :] / not_zero - m.square()).clamp_min(0.0)
@@ -116,6 +118,7 @@ def split(group: str | int, nodes: list[Any]) -> list[list[int]]:
 
 def node() -> tuple[str, str]:
     """Return what ranks of one node have in common: the host, and the number that torchrun, Slurm or Lightning gave."""
+    # Not the host name alone: containers of one host may be nodes of their own, and hosts may share a name.
     numbers = (os.environ.get(name) for name in ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK"))
     return socket.gethostname(), next((number for number in numbers if number is not None), "")
 
@@ -154,6 +157,7 @@ def _name_of(group: str | int) -> str:
         _process_groups.by_name.clear()
     check_group(group)
     if group not in _process_groups.name_of:
+        # Only "node" must ask the others where they run; a number of ranks follows from the world size alone.
         members = split(group, gather(node()) if group == "node" else [None] * world.size())
         name = ""
         if max(map(len, members)) > 1:
@@ -190,8 +194,9 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
+    # all_reduce works in place, and x belongs to the caller's graph.
     total = x.clone(memory_format=torch.contiguous_format)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # a graph cannot hold the error handling below
         dist.all_reduce(total, group=_process_groups.by_name[group])
         return total
     try:

@@ -1,4 +1,7 @@
-"""What every schedule is: a hyper-parameter's value as a pure function of the epoch or the step. No torch, no state."""
+"""What every schedule is: a hyper-parameter's value as a pure function of the epoch or the step.
+
+Nothing here imports torch or keeps state, so that a resumed run has the values of the uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,40 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, time: float, epoch: float = 1.0) -> float:
-        """Return the value at ``time``; one epoch lasts ``epoch`` units of it: 1, or the steps of an epoch."""
+        """Return the value at a time.
+
+        Args:
+            time: epochs or steps since the start of training.
+            epoch: how long an epoch lasts in units of ``time``: 1, or the number of its steps.
+        """
 
     def length(self, epoch: float = 1.0) -> float:
-        """Return how long it lasts, in units of ``time``; afterwards its last value is held."""
+        """Return how long it lasts, in units of ``time``; afterwards it keeps its last value."""
         return math.inf
 
     def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
-        """Return times from 0 to ``last`` among which the smallest and the largest value are: all, unless known."""
+        """Return times from 0 to ``last``, among them those of the smallest and the largest value.
+
+        The scheduler looks there whether a schedule stays within the range of a hyper-parameter. Without knowledge of
+        the schedule they are all the whole numbers.
+        """
         return range(int(last) + 1) if math.isfinite(last) else (0,)
 
     def units(self) -> set[str]:
-        """Return which of "epochs" and "steps" it was given a duration in."""
+        """Return in which units its durations were written: "epochs", "steps", both or none."""
         return set()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timed(Schedule):
-    """Abstract: a monotone schedule with a duration, in ``epochs`` or in ``steps``.
+    """Abstract: a monotone schedule with a duration T, in ``epochs`` or in ``steps``; a subclass writes :meth:`at`.
 
     Args:
         epochs: how long it lasts; a fraction is legal.
         steps: the same in optimizer steps, for ``interval="step"``.
+
+    Raises:
+        ValueError: a duration that is not a number above 0, or both.
     """
 
     epochs: float | None = None
@@ -47,18 +62,18 @@ class Timed(Schedule):
     def __post_init__(self) -> None:
         name = type(self).__name__
         for unit in ("epochs", "steps"):
-            given = getattr(self, unit)
-            if given is not None and not (is_number(given) and given > 0):
-                raise ValueError(f"{name}: {unit} must be a number > 0, got {given!r}.")
+            duration = getattr(self, unit)
+            if duration is not None and not (is_number(duration) and duration > 0):
+                raise ValueError(f"{name}: {unit} must be a number > 0, got {duration!r}.")
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"{name}: give epochs={self.epochs} or steps={self.steps}, not both.")
 
     @abstractmethod
     def at(self, time: float, length: float) -> float:
-        """Return the value at ``time``, which lies in [0, length]."""
+        """Return the value at ``time``, which lies in [0, length]; ``length`` is infinite without a duration."""
 
     def __call__(self, time: float, epoch: float = 1.0) -> float:
-        """Return the value at ``time``, held before 0 and after the end."""
+        """Return the value at ``time``: the first value before 0, and the last one after the end."""
         length = self.length(epoch)
         return self.at(min(max(time, 0.0), length), length)
 

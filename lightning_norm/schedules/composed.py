@@ -1,4 +1,4 @@
-"""Schedules made of schedules: one after the other, and a warm-up before one."""
+"""Schedules that are made of other schedules: one after the other, and a warm-up before one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from lightning_norm.schedules.curves import Constant, Linear
 
 @dataclass(frozen=True)
 class Chain(Schedule):
-    """Schedules one after the other: each for its own duration, its time counted from its own start, the last on.
+    r"""Schedules one after the other, each from its own beginning.
+
+    .. math:: v(t) = v_i(t - t_i), \quad t_i \le t < t_{i+1}, \qquad t_i = T_1 + \dots + T_{i-1}
 
     Args:
-        schedules: all but the last with ``epochs`` or ``steps``.
+        schedules: all but the last with a duration T, in ``epochs`` or ``steps``; the last one goes on.
+
+    Raises:
+        ValueError: no schedules, or one without an end before another.
+        TypeError: one of them is not a schedule.
 
     >>> from lightning_norm import Exponential
     >>> chain = Chain([Linear(0, 1, epochs=2), Constant(1, epochs=3), Exponential(1, 0.5)])
@@ -37,6 +43,7 @@ class Chain(Schedule):
 
     def __call__(self, time: float, epoch: float = 1.0) -> float:
         """Return the value of the schedule whose turn it is."""
+        # Time is counted from the start of each part, so what the earlier ones took is subtracted.
         *parts, last = self.schedules
         for part in parts:
             length = part.length(epoch)
@@ -51,15 +58,16 @@ class Chain(Schedule):
 
     def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
         """Return the turns of all, and the whole numbers around each: an end may lie between two steps."""
-        start, found = 0.0, {0.0}
+        start, times = 0.0, {0.0}
         for part in self.schedules:
             if start > last:
                 break
             length = part.length(epoch)
-            found |= {start, *(start + t for t in part.turns(min(last - start, length), epoch))}
+            times |= {start, *(start + t for t in part.turns(min(last - start, length), epoch))}
             start += length
-        near = {n for t in found for n in ((t,) if math.isinf(t) else (math.ceil(t) - 1, math.floor(t), math.ceil(t)))}
-        return [t for t in near if 0 <= t <= last]
+        # Training asks at whole numbers alone, and a schedule may end between two of them.
+        whole = {n for t in times for n in ((t,) if math.isinf(t) else (math.ceil(t) - 1, math.floor(t), math.ceil(t)))}
+        return [t for t in whole if 0 <= t <= last]
 
     def units(self) -> set[str]:
         """Return the units of all."""
@@ -68,13 +76,19 @@ class Chain(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Warmup(Schedule):
-    """A straight line from ``start`` to the first value of a schedule, and then that schedule from its beginning.
+    r"""A straight line from ``start`` to the first value of a schedule, and then that schedule from its beginning.
+
+    .. math:: v(t) = start + (s(0) - start)\,t/T \;\text{ for } t < T, \qquad v(t) = s(t - T) \;\text{ after}
 
     Args:
-        schedule: what follows; a number for a constant.
+        schedule: what follows, s; a number for a constant.
         start: value at time 0.
-        epochs: length of the line, in epochs.
-        steps: or in steps.
+        epochs: length of the line T, in epochs.
+        steps: or T in steps.
+
+    Raises:
+        ValueError: no duration.
+        TypeError: ``schedule`` is neither a schedule nor a number.
 
     >>> from lightning_norm import Cosine
     >>> warm = Warmup(schedule=Cosine(1.0, 0.0, epochs=4), epochs=2)
@@ -94,8 +108,8 @@ class Warmup(Schedule):
 
     def chain(self) -> Chain:
         """Return the same as a Chain."""
-        then = as_schedule("Warmup: schedule", self.schedule)
-        return Chain([Linear(self.start, then(0), epochs=self.epochs, steps=self.steps), then])
+        schedule = as_schedule("Warmup: schedule", self.schedule)
+        return Chain([Linear(self.start, schedule(0), epochs=self.epochs, steps=self.steps), schedule])
 
     def __call__(self, time: float, epoch: float = 1.0) -> float:
         """Return the value on the line, or of the schedule."""
@@ -116,6 +130,10 @@ class Warmup(Schedule):
 
 def as_schedule(what: str, value: Schedule | float) -> Schedule:
     """Return a schedule as it is, and a number as a constant.
+
+    Args:
+        what: the name of the value, for the message.
+        value: a schedule or a number.
 
     Raises:
         TypeError: it is neither.

@@ -1,4 +1,8 @@
-"""The elementary schedules, each its formula."""
+"""The elementary schedules: one class with one formula each.
+
+A new one is a class here, an export in ``lightning_norm/__init__.py`` and a case in ``tests/schedules``, where a test
+says what is missing, the row in the table of ``docs/schedules.md`` included.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from lightning_norm.schedules.base import Timed, is_number
 
 @dataclass(frozen=True)
 class Constant(Timed):
-    """The same value all the time; a plain number means the same.
+    """The same value all the time; wherever a schedule is expected, a plain number means the same.
 
     Args:
         value: the value.
@@ -94,7 +98,7 @@ class Exponential(Timed):
     Args:
         start: value at time 0.
         gamma: factor per unit of the interval.
-        epochs: after which the value is held; never by default.
+        epochs: how long the value changes; for ever by default.
         steps: likewise.
 
     >>> Exponential(1.0, 0.5)(2)
@@ -125,7 +129,7 @@ class InversePower(Timed):
     Args:
         power: h.
         scale: value in the first epoch (or step).
-        epochs: after which the value is held; never by default.
+        epochs: how long the value changes; for ever by default.
         steps: likewise.
 
     >>> InversePower(power=0.5)(3)
@@ -148,7 +152,9 @@ class InversePower(Timed):
 
 @dataclass(frozen=True)
 class Steps(Timed):
-    """Jumps at given times, ``{0: 0.5, 10: 0.1}``, as in Lightning's GradientAccumulationScheduler.
+    r"""A staircase, ``{0: 0.5, 10: 0.1}``, as in Lightning's GradientAccumulationScheduler.
+
+    .. math:: v(t) = values[\max \{k : k \le t\}]
 
     Args:
         values: time -> value from then on; in epochs or steps, as the interval says. The key 0 is required.
@@ -181,9 +187,9 @@ class Steps(Timed):
         return [key for key in self.values if key <= last]
 
 
-def _between(start: float, end: float, share: float) -> float:
-    value = start * (1 - share) + end * share
-    return min(max(value, min(start, end)), max(start, end))  # rounding must not leave a closed range
+def _between(start: float, end: float, fraction: float) -> float:
+    value = start * (1 - fraction) + end * fraction
+    return min(max(value, min(start, end)), max(start, end))  # rounding must not leave the range of a hyper-parameter
 
 
 def _inside(values: Mapping[int, float]) -> str:

@@ -66,7 +66,8 @@ def evaluation_ignores_batch_mates(make: Make) -> None:
 def extra_parameters(make: Make) -> None:
     """``extra_parameters`` lists each parameter beside weight and bias, its size in terms of C and the arguments."""
     layer = make(C)
-    found = {name: p.numel() for name, p in layer.named_parameters() if name not in ("weight", "bias")}
+    actual = {name: p.numel() for name, p in layer.named_parameters() if name not in ("weight", "bias")}
+    # The declared sizes are expressions such as "max(1, C//2)": only these words and arithmetic are evaluated.
     known = {
         "C": C,
         **{
@@ -83,7 +84,7 @@ def extra_parameters(make: Make) -> None:
     declared = {
         name: int(eval(count, dict(known))) for name, count in type(layer).extra_parameters.items()
     }  # checked above
-    assert found == declared, f"parameters beside weight and bias: {found}; declared for C = {C}: {declared}"
+    assert actual == declared, f"parameters beside weight and bias: {actual}; declared for C = {C}: {declared}"
     for name in ("weight", "bias"):
         p = getattr(layer, name)
         assert p is None or p.shape[-1] == C, f"{name} has the shape {tuple(p.shape)}, expected (..., {C})"
@@ -92,6 +93,7 @@ def extra_parameters(make: Make) -> None:
 @check
 def preserves_eval(make: Make) -> None:
     """Made from a trained BatchNorm, the layer evaluates to what that did if and only if it says so."""
+    # Neither parameters nor running statistics at their starts: there, too many wrong layers would agree.
     bn = nn.BatchNorm2d(C).double()
     for seed in (1, 2, 3):
         bn(features(5, C, 7, 3, seed=seed, dtype=torch.float64))
@@ -101,8 +103,8 @@ def preserves_eval(make: Make) -> None:
     layer = make(C).double()
     layer.take_from(bn)
     for name in ("weight", "bias"):
-        own = getattr(layer, name)
-        assert own is None or name in layer.translated_tensors or own is getattr(bn, name), (
+        parameter = getattr(layer, name)
+        assert parameter is None or name in layer.translated_tensors or parameter is getattr(bn, name), (
             f"{name} was copied, not moved: an optimizer still holds the old one"
         )
     x = features(4, C, 7, 3, seed=9, dtype=torch.float64)
@@ -131,13 +133,13 @@ def variants(make: Make, name: str, value: float) -> list[Normalizer]:
     for cls in type(make(C)).__mro__[:-1]:
         arguments = inspect.signature(cls).parameters.values()
         flags.update({a.name: not a.default for a in arguments if isinstance(a.default, bool) and a.name not in flags})
-    found = []
+    layers = []
     for other in ({}, *({k: v} for k, v in flags.items())):
         try:
-            found.append(built(lambda c, o=other: make(c, **{name: value, **o}), torch.float64))
+            layers.append(built(lambda c, o=other: make(c, **{name: value, **o}), torch.float64))
         except (TypeError, ValueError):
             continue  # the class does not take this argument
-    return found
+    return layers
 
 
 @check
@@ -151,7 +153,7 @@ def scheduled(make: Make) -> None:
         return torch.cat([part.detach().flatten() for part in parts])
 
     for name, span in type(make(C)).ranges.items():
-        low, high = (span.low + share * (span.high - span.low) for share in (0.3, 0.6))
+        low, high = (span.low + fraction * (span.high - span.low) for fraction in (0.3, 0.6))
         pairs = list(zip(variants(make, name, low), variants(make, name, high), strict=True))
         if not pairs:
             continue  # inherited, and refused by this class
@@ -169,10 +171,10 @@ def scheduled(make: Make) -> None:
         layer = make(C)
         nothing = () if span.optional else (None,)
         for bad in (span.low - 0.1, span.high + 0.1, float("nan"), "x", *nothing):
-            held = getattr(layer, name)
+            before = getattr(layer, name)
             with refused(ValueError, f"{name} = {bad!r}", name, str(bad)):
                 setattr(layer, name, bad)
-            assert getattr(layer, name) == held, f"{name} changed although {bad!r} was refused"
+            assert getattr(layer, name) == before, f"{name} changed although {bad!r} was refused"
         assert not [k for k in layer.state_dict() if k.lstrip("_") == name], (
             f"{name} is saved, but follows from the step alone"
         )
@@ -182,6 +184,7 @@ def scheduled(make: Make) -> None:
 def evaluation_form(make: Make) -> None:
     """What ``eval_affine`` and ``plain`` say the layer is in evaluation is what it does, at the start and trained."""
     x = features(4, C, 7, 3, seed=9, dtype=torch.float64)
+    # One training step, or the running statistics of a fresh layer would be 0 and 1.
     start = make(C).double()
     start(features(5, C, 7, 3, dtype=torch.float64))
     for layer in (start, built(make, torch.float64)):

@@ -15,11 +15,12 @@ from lightning_norm.testing.kit import C, Make, built, check, features, noise, s
 def as_function(layer: Normalizer) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """Return the layer as a function of its parameters and x, without memory, and the parameters."""
     named = dict(layer.named_parameters())
-    held = {name: b.clone() for name, b in layer.named_buffers()}
+    buffers = {name: b.clone() for name, b in layer.named_buffers()}
 
-    def call(*given: Tensor) -> Tensor:
-        *parameters, x = given
-        state = {**dict(zip(named, parameters, strict=True)), **{name: b.clone() for name, b in held.items()}}
+    def call(*arguments: Tensor) -> Tensor:
+        *parameters, x = arguments
+        # Finite differences call it many times: each call starts from the same running statistics.
+        state = {**dict(zip(named, parameters, strict=True)), **{name: b.clone() for name, b in buffers.items()}}
         y: Tensor = torch.func.functional_call(layer, state, (x,))
         return y
 
@@ -144,8 +145,8 @@ def saves_only_the_input(make: Make) -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             y = layer(x)
-        own = saved.pop(x.untyped_storage().data_ptr(), 0)
-        assert own == x.untyped_storage().nbytes(), f"training={training}: x itself is not what is saved"
+        size_of_x = saved.pop(x.untyped_storage().data_ptr(), 0)
+        assert size_of_x == x.untyped_storage().nbytes(), f"training={training}: x itself is not what is saved"
         bound = 8 * 4 * 5 * C  # a few (N, C) tensors in float64
         large = [size for size in saved.values() if size > bound]
         assert not large, f"training={training}: beside x, tensors of {large} bytes are kept; x has {x.nbytes}"

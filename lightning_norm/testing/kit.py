@@ -1,4 +1,4 @@
-"""What the checks share: the factory they are given, inputs, a training step, distances."""
+"""What the checks share: the factory of layers, inputs, a training step, distances."""
 
 from __future__ import annotations
 
@@ -65,16 +65,17 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def features(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return an (N, C, *) input in which no two samples and no two channels have the same mean and spread."""
+    """Return an (N, C, *) input in which no two samples and no two channels have the same mean and deviation."""
     ones = (1,) * (len(shape) - 2)
-    mean, spread = noise(*shape[:2], *ones, seed=seed + 100), 1 + 0.5 * noise(*shape[:2], *ones, seed=seed + 200).tanh()
-    return (noise(*shape, seed=seed, dtype=torch.float64) * spread + mean).to(dtype)
+    mean, std = noise(*shape[:2], *ones, seed=seed + 100), 1 + 0.5 * noise(*shape[:2], *ones, seed=seed + 200).tanh()
+    return (noise(*shape, seed=seed, dtype=torch.float64) * std + mean).to(dtype)
 
 
 def built(make: Make, dtype: torch.dtype | None = None, **arguments: Any) -> Normalizer:
     """Build a layer and move every parameter and running statistic away from its start."""
     layer = make(C, **arguments)
     layer = layer if dtype is None else layer.to(dtype)
+    # Sorted, so that the values do not depend on the order in which a class registers its parameters.
     with torch.no_grad():
         for i, (_, p) in enumerate(sorted(layer.named_parameters())):
             p.add_(0.3 * noise(*p.shape, seed=300 + i).to(p.dtype))
@@ -97,6 +98,7 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Step:
 
 def distance(got: Tensor, expected: Tensor) -> float:
     """Return the relative L2 distance, computed in float64; infinite where either is not finite."""
+    # In float64, or the comparison of float16 tensors would round as coarsely as they do.
     a, b = got.detach().double(), expected.detach().double()
     assert a.shape == b.shape, f"shape {tuple(a.shape)}, expected {tuple(b.shape)}"
     if not (a.isfinite().all() and b.isfinite().all()):
@@ -121,8 +123,8 @@ def same_step(got: Step, expected: Step, tolerance: float, what: str) -> None:
 def statistics(layer: Normalizer) -> dict[str, Tensor]:
     """Return copies of the running statistics and counters."""
     names = (*layer.running_names, "num_batches_tracked", "skipped_updates")
-    held = {name: layer._buffers.get(name) for name in names}
-    return {name: value.clone() for name, value in held.items() if value is not None}
+    buffers = {name: getattr(layer, name, None) for name in names}
+    return {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
 
 
 def defined(layer: Normalizer, n: int, size: int) -> bool:

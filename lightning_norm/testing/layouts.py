@@ -15,16 +15,17 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
 
 def formats(x: Tensor) -> dict[str, Tensor]:
     """Return views of copies of x with the same values in other strides; dense ones first."""
+    # Networks make all of these: channels_last by a flag, the others by transposes and slices.
     spatial = x.dim() - 2
-    found = {"contiguous": x.contiguous()}
+    views = {"contiguous": x.contiguous()}
     if spatial in (2, 3):
         last = torch.channels_last if spatial == 2 else torch.channels_last_3d
-        found["channels_last"] = x.contiguous(memory_format=last)
-    found["batch inside"] = x.transpose(0, 1).contiguous().transpose(0, 1)
-    found["strided"] = x.repeat_interleave(2, 0)[::2]
+        views["channels_last"] = x.contiguous(memory_format=last)
+    views["batch inside"] = x.transpose(0, 1).contiguous().transpose(0, 1)
+    views["strided"] = x.repeat_interleave(2, 0)[::2]
     if spatial:
-        found["sliced"] = torch.cat([x, x], -1)[..., : x.shape[-1]]
-    return found
+        views["sliced"] = torch.cat([x, x], -1)[..., : x.shape[-1]]
+    return views
 
 
 @check
@@ -38,15 +39,15 @@ def keeps_shape_dtype_and_strides(make: Make) -> None:
                 with refused(ValueError, f"input {shape}, training={training}", "more than one value"):
                     layer(x)
                 continue
-            for name, given in formats(x).items():
-                for recorded in (given, given.detach().requires_grad_()):
+            for name, view in formats(x).items():
+                for recorded in (view, view.detach().requires_grad_()):
                     y = layer(recorded)
                     what = f"{name} {shape}, training={training}"
-                    assert y.shape == given.shape, f"{what}: output {tuple(y.shape)}"
-                    assert y.dtype == given.dtype, f"{what}: output {y.dtype}, input {given.dtype}"
+                    assert y.shape == view.shape, f"{what}: output {tuple(y.shape)}"
+                    assert y.dtype == view.dtype, f"{what}: output {y.dtype}, input {view.dtype}"
                     if name not in ("contiguous", "channels_last"):
                         continue  # no memory format: nothing to keep
-                    expected = given.stride()
+                    expected = view.stride()
                     assert y.stride() == expected, f"{what}: strides {y.stride()}, expected {expected}"
 
 
@@ -60,9 +61,9 @@ def formats_agree(make: Make) -> None:
                 continue
             for training in (True, False):
                 reference = step(built(make, dtype).train(training), x, dy)
-                for name, given in formats(x).items():
-                    for dname, dgiven in (("contiguous", dy), (name, formats(dy)[name])):
-                        got = step(built(make, dtype).train(training), given, dgiven)
+                for name, view in formats(x).items():
+                    for dname, dy_view in (("contiguous", dy), (name, formats(dy)[name])):
+                        got = step(built(make, dtype).train(training), view, dy_view)
                         what = f"{dtype}, input {name}, gradient {dname}, {shape}, training={training}"
                         same_step(got, reference, TOLERANCE[dtype], what)
 

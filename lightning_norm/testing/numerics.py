@@ -39,9 +39,9 @@ def as_precise_as_torch(make: Make) -> None:
             wide = copy.deepcopy(layer).double()
             got, exact = (step(f, x.to(t), dy.to(t)) for f, t in ((layer, torch.float32), (wide, torch.float64)))
             errors.append((distance(got.y, exact.y), distance(got.dx, exact.dx)))
-        for what, own, torchs in zip(("output", "input gradient"), *errors, strict=True):
-            assert own <= slack * torchs, (
-                f"{what} at mean/std = {ratio}: error {own:.2e}, nn.BatchNorm2d's {torchs:.2e}"
+        for what, error, torchs in zip(("output", "input gradient"), *errors, strict=True):
+            assert error <= slack * torchs, (
+                f"{what} at mean/std = {ratio}: error {error:.2e}, nn.BatchNorm2d's {torchs:.2e}"
             )
 
 
@@ -68,9 +68,10 @@ def gradient_of_weight_as_precise_as_torchs(make: Make) -> None:
             # Where the factor of x is more than weight, dx is larger, and what counts is the error relative to it.
             relative = errors[1][1] / sizes[1] if sizes[1] else relative  # with weight 0, torch's is 0
             floors = (0.0, relative * sizes[0])
-            for what, own, torchs, floor in zip(("weight's gradient", "input gradient"), *errors, floors, strict=True):
-                assert own <= max(torchs, floor), (
-                    f"{what} at mean/std = {ratio}, weight {gamma}: error {own:.2e}, nn.BatchNorm2d's {torchs:.2e}"
+            what_of = ("weight's gradient", "input gradient")
+            for what, error, torchs, floor in zip(what_of, *errors, floors, strict=True):
+                assert error <= max(torchs, floor), (
+                    f"{what} at mean/std = {ratio}, weight {gamma}: error {error:.2e}, nn.BatchNorm2d's {torchs:.2e}"
                 )
 
 

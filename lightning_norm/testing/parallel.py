@@ -22,6 +22,7 @@ from lightning_norm.testing.kit import (
 from lightning_norm.testing.ranks import run_ranks
 
 SPLITS = ((3, 2), (5, 0), (1, 4))
+"""Samples of each rank: uneven, one rank empty, one rank with a single sample."""
 
 
 def _steps(rank: int, layers: list[Normalizer], x: Tensor, dy: Tensor) -> list[tuple[Step, dict[str, Tensor]]]:
@@ -41,9 +42,9 @@ def ranks_equal_one_process(make: Make) -> None:
         return  # nothing to exchange
     expected, running = step(whole, x, dy), statistics(whole)
     first, second = run_ranks(_steps, 2, [built(make, torch.float64) for _ in SPLITS], x, dy)
-    for split, (a, held), (b, also) in zip(SPLITS, first, second, strict=True):
+    for split, (a, running_a), (b, running_b) in zip(SPLITS, first, second, strict=True):
         joined = Step(torch.cat([a.y, b.y]), torch.cat([a.dx, b.dx]), {k: a.grads[k] + b.grads[k] for k in a.grads})
         same_step(joined, expected, 1e-10, f"batch split {split}")
         for name, value in running.items():
-            same(held[name], value, 1e-10, f"batch split {split}, {name} on rank 0")
-            same(also[name], held[name], 0.0, f"batch split {split}, {name} of rank 1 against rank 0")
+            same(running_a[name], value, 1e-10, f"batch split {split}, {name} on rank 0")
+            same(running_b[name], running_a[name], 0.0, f"batch split {split}, {name} of rank 1 against rank 0")

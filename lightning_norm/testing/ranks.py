@@ -55,6 +55,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
 
 def _context() -> Any:
     """Return a way to start processes that have imported torch already, where the system has one."""
+    # Never forked: a forked process would inherit torch's threads in an undefined state.
     context: Any = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
     if hasattr(context, "set_forkserver_preload"):
         context.set_forkserver_preload(["lightning_norm.testing"])

@@ -70,15 +70,15 @@ def loads_batch_norm(make: Make) -> None:
             p.add_(0.3 * noise(C, seed=600 + i))
     layer = make(C)
     start = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    given = bn.state_dict()
-    layer.load_state_dict(given, strict=True)
-    assert set(given) == set(bn.state_dict()), "loading changed the caller's state_dict"
-    own = layer.state_dict()
-    for name in own:
-        if name in given and name not in layer.translated_tensors:
-            same(own[name], given[name], 0.0, f"{name} of the BatchNorm")
-        elif name in start and not layer.translated_tensors:  # otherwise it may be made of what the BatchNorm held
-            same(own[name], start[name], 0.0, f"{name}, absent from the BatchNorm,")
+    saved = bn.state_dict()
+    layer.load_state_dict(saved, strict=True)
+    assert set(saved) == set(bn.state_dict()), "loading changed the caller's state_dict"
+    loaded = layer.state_dict()
+    for name in loaded:
+        if name in saved and name not in layer.translated_tensors:
+            same(loaded[name], saved[name], 0.0, f"{name} of the BatchNorm")
+        elif name in start and not layer.translated_tensors:  # otherwise it may be made of the BatchNorm's tensors
+            same(loaded[name], start[name], 0.0, f"{name}, absent from the BatchNorm,")
     if layer.preserves_eval:
         x = features(4, C, 7, 3, seed=9)
         same(layer.eval()(x), bn.eval()(x), 1e-5, "loaded from a BatchNorm, evaluation")
@@ -93,8 +93,8 @@ def deepcopy_and_pickle(make: Make) -> None:
         for (name, a), (_, b) in zip(layer.named_parameters(), twin.named_parameters(), strict=True):
             assert a.data_ptr() != b.data_ptr(), f"{what} shares {name} with the original"
         for name in type(layer).ranges:
-            held = layer._buffers[f"_{name}"]
-            assert held is None or held is not twin._buffers[f"_{name}"], f"{what} shares {name} with the original"
+            value = getattr(layer, f"_{name}")
+            assert value is None or value is not getattr(twin, f"_{name}"), f"{what} shares {name} with the original"
             assert getattr(twin, name) == getattr(layer, name), f"{what} lost {name}"
 
 
@@ -119,7 +119,7 @@ def monitored(make: Make) -> None:
 
 @check
 def meta_and_arguments(make: Make) -> None:
-    """Builds on the meta device, in a given dtype, and without parameters."""
+    """Builds on the meta device, in a dtype that is asked for, and without parameters."""
     meta = make(C, device="meta")
     assert all(p.is_meta for p in meta.parameters()), "device='meta' left parameters elsewhere"
     for dtype in (torch.float64, torch.bfloat16):

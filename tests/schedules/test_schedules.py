@@ -3,46 +3,61 @@
 import ast
 import math
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 
+import lightning_norm
 import lightning_norm.schedules
 from lightning_norm import Chain, Constant, Cosine, Exponential, InversePower, Linear, Schedule, Steps, Warmup
 
 TIMES = [0, 1, 2, 3, 4, 5, 6, 50]
 
 
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        (Constant(0.3), [0.3] * 8),
-        (Linear(0.2, 1.0, epochs=4), [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 1.0]),
-        (Linear(1.0, 0.0, epochs=2.5), [1.0, 0.6, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0]),
-        (Cosine(1.0, 0.0, epochs=4), [1.0, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5, 0.0, 0.0, 0.0, 0.0]),
-        (Cosine(0.0, 1.0, steps=2), [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        (Steps({0: 0.5, 2: 0.1, 5: 0.7}), [0.5, 0.5, 0.1, 0.1, 0.1, 0.7, 0.7, 0.7]),
-        (Exponential(0.8, 0.5), [0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.8 / 2**50]),
-        (Exponential(0.8, 0.5, epochs=2), [0.8, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]),
-        (InversePower(1), [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 1 / 6, 1 / 7, 1 / 51]),
-        (InversePower(2.001, scale=0.5), [0.5 / m**2.001 for m in (1, 2, 3, 4, 5, 6, 7, 51)]),
-        (InversePower(0.5, epochs=3), [1, 2**-0.5, 3**-0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
-        (
-            Chain([Linear(0, 1, epochs=2), Constant(0.5, epochs=2), Exponential(1, 0.5)]),
-            [0, 0.5, 0.5, 0.5, 1, 0.5, 0.25, 2**-46],
-        ),
-        (
-            Warmup(schedule=Steps({0: 0.4, 2: 0.1}), start=0.8, epochs=2),
-            [0.8, 0.6, 0.4, 0.4, 0.1, 0.1, 0.1, 0.1],
-        ),
-        (Warmup(schedule=0.4, epochs=4), [0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4]),
-    ],
-    ids=lambda x: type(x).__name__,
-)
+VALUES = [
+    (Constant(0.3), [0.3] * 8),
+    (Linear(0.2, 1.0, epochs=4), [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 1.0]),
+    (Linear(1.0, 0.0, epochs=2.5), [1.0, 0.6, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0]),
+    (Cosine(1.0, 0.0, epochs=4), [1.0, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5, 0.0, 0.0, 0.0, 0.0]),
+    (Cosine(0.0, 1.0, steps=2), [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    (Steps({0: 0.5, 2: 0.1, 5: 0.7}), [0.5, 0.5, 0.1, 0.1, 0.1, 0.7, 0.7, 0.7]),
+    (Exponential(0.8, 0.5), [0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.8 / 2**50]),
+    (Exponential(0.8, 0.5, epochs=2), [0.8, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]),
+    (InversePower(1), [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 1 / 6, 1 / 7, 1 / 51]),
+    (InversePower(2.001, scale=0.5), [0.5 / m**2.001 for m in (1, 2, 3, 4, 5, 6, 7, 51)]),
+    (InversePower(0.5, epochs=3), [1, 2**-0.5, 3**-0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+    (
+        Chain([Linear(0, 1, epochs=2), Constant(0.5, epochs=2), Exponential(1, 0.5)]),
+        [0, 0.5, 0.5, 0.5, 1, 0.5, 0.25, 2**-46],
+    ),
+    (
+        Warmup(schedule=Steps({0: 0.4, 2: 0.1}), start=0.8, epochs=2),
+        [0.8, 0.6, 0.4, 0.4, 0.1, 0.1, 0.1, 0.1],
+    ),
+    (Warmup(schedule=0.4, epochs=4), [0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4]),
+]
+"""Each schedule, and its values at TIMES."""
+
+EXPORTED = {
+    name: value
+    for name, value in vars(lightning_norm).items()
+    if isinstance(value, type) and issubclass(value, Schedule) and value is not Schedule
+}
+
+
+@pytest.mark.parametrize(("schedule", "expected"), VALUES, ids=lambda x: type(x).__name__)
 def test_values(schedule, expected):
     assert [schedule(t) for t in TIMES] == pytest.approx(expected, rel=1e-12, abs=1e-15)
     assert schedule(-1) == schedule(0)
     assert pickle.loads(pickle.dumps(schedule)) == schedule
+
+
+def test_every_schedule_has_values_here_and_a_row_in_the_docs():
+    assert {type(schedule) for schedule, _ in VALUES} == set(EXPORTED.values())
+    page = Path(__file__).parents[2] / "docs" / "schedules.md"
+    rows = re.findall(r"^\| (?:.*, )?`(\w+)\(", page.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(EXPORTED)
 
 
 def test_the_ends_are_exact():

@@ -14,7 +14,8 @@ from lightning_norm.callbacks.agreement import agree
 from lightning_norm.callbacks.patching import WrappedMethods
 from lightning_norm.callbacks.scheduler.targets import Target, check_run, check_value, find_targets, split_key
 from lightning_norm.layers.scheduled import set_scheduled, was_scheduled
-from lightning_norm.schedules import Schedule, as_schedule
+from lightning_norm.schedules.base import Schedule
+from lightning_norm.schedules.composed import as_schedule
 
 STEPS_PER_EPOCH = "lightning_norm_steps_per_epoch"
 """Entry of a checkpoint, where a schedule by step has its duration in epochs."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.schedules import Schedule
+from lightning_norm.schedules.base import Schedule
 from lightning_norm.surgery.walk import names_by_module
 
 

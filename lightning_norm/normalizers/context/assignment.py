@@ -85,6 +85,7 @@ def contexts(
             f"no layer takes {'images' if ids is None else 'ids'}: the model has {present}. "
             f"Swap with norm_args={{'context': {wanted!r}}}."
         )
+    # Restored at the end, so that ``with`` blocks may be nested, or stand inside of a Trainer's step.
     before = [(layer.contexts, layer.contexts.responsibilities) for layer in layers.values()]
     try:
         assign(layers, ids, images, views)
@@ -179,6 +180,7 @@ def as_responsibilities(ids: Tensor, k: int, name: str) -> Tensor:
         return (ids.unsqueeze(1) == torch.arange(k, device=ids.device)).to(torch.get_default_dtype())
     if ids.dim() != 2 or ids.shape[1] != k:
         raise ValueError(f"{who} must be probabilities (N, {k}) or integers (N,), got {ids.dtype} {tuple(ids.shape)}.")
+    # Probabilities may come from a network in half precision: the sums are taken in float32.
     with torch.no_grad():
         wide = ids.float()
         tolerance = max(4 * torch.finfo(ids.dtype).eps * k, 1e-4)  # each entry is rounded to the dtype of ids

@@ -46,7 +46,7 @@ class ContextNorm(ContextStatistics):
     Args:
         num_features: channels, the C of an input (N, C, *).
         num_contexts: K.
-        context: where g comes from: "input" (the nearest centroid of the input image), "ids" (given by NormContext or
+        context: where g comes from: "input" (the nearest centroid of the input image), "ids" (from NormContext or
             :func:`lightning_norm.contexts`), or "gate" (learned from the layer's own input).
         missing: what evaluation does without a context: "pooled" moments of all contexts, the "posterior" of the
             contexts given the layer's input, or "error". Training without contexts is always an error.
@@ -106,6 +106,7 @@ class ContextNorm(ContextStatistics):
         if context == "gate":
             self.gate_weight = nn.Parameter(torch.empty(num_contexts, num_features, device=device, dtype=dtype))
             self.gate_bias = nn.Parameter(torch.empty(num_contexts, device=device, dtype=dtype))
+        # Known to the layer by attribute, for the forward of a network has no place for a second argument.
         self.contexts = ContextState()
         # Evaluation on known or pooled contexts does not look at the sample's own statistics.
         self.eval_uses_input_stats = context == "gate" or missing == "posterior"  # type: ignore[misc]

@@ -44,6 +44,7 @@ class ContextParameters(MomentNorm):
     def _make_running_stats(self, num_features: int, track: bool, device: Any, dtype: torch.dtype | None) -> None:
         super()._make_running_stats(num_features, track, device, dtype)
         k = self.num_contexts
+        # The base class makes (C,) buffers; each context starts from a row of its own.
         for name in self.running_names if track else ():
             setattr(self, name, getattr(self, name).repeat(k, 1))
         prior = torch.full((k,), 1 / k, device=device, dtype=at_least_float32(dtype))
@@ -77,6 +78,7 @@ class ContextParameters(MomentNorm):
         """
         mean, var = (getattr(self, name) for name in self.running_names)
         mean, var = mean.to(stat_dtype(mean)), var.to(stat_dtype(var))
+        # torch.where in place of a branch: no value is read back from the device, and a compiled graph serves both.
         unseen = self.unseen()
         prior = self.prior_or_uniform().to(mean.dtype).unsqueeze(1)
         prior = torch.where(unseen & ~unseen.all(), 0, prior)

@@ -32,6 +32,7 @@ class ContextStatistics(ContextParameters):
             m: moments of each sample.
             responsibilities: of the contexts for each sample, (N, K).
         """
+        # In the responsibilities' dtype, float64 for float32 inputs: means are subtracted from each other below.
         m = Moments(m.mean.to(responsibilities.dtype), m.var.to(responsibilities.dtype), m.count, m.ranks)
         batch = m.over_batch(responsibilities)
         assert isinstance(batch.count, Tensor)
@@ -51,8 +52,8 @@ class ContextStatistics(ContextParameters):
     def _shrink_small_contexts(self, batch: Moments) -> tuple[Moments, Tensor, Moments]:
         """Return the moments of the contexts, their frequencies (K, 1), and the moments of the batch (1, C).
 
-        A context with n < min_count elements is the mixture of n / min_count of its own distribution with the rest of
-        the batch's: few samples give a variance that cannot be trusted, and one sample none at all.
+        A context with n < min_count elements gets a mixture: n / min_count of its own distribution, and the rest of the
+        whole batch's. The variance of few elements cannot be trusted, and one element has none.
         """
         assert isinstance(batch.count, Tensor)
         total = batch.count.sum()
