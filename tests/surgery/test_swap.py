@@ -490,7 +490,7 @@ class TestPreserved:
         assert (row.preserved, row.reason) == (False, "mean_weight, var_weight start anew")
 
     def test_not_with_other_arguments_of_the_same_class(self):
-        model = nn.Sequential(lightning_norm.create("gn", 6, num_num_groups=3), lightning_norm.create("bn", 6))
+        model = nn.Sequential(lightning_norm.create("gn", 6, num_groups=3), lightning_norm.create("bn", 6))
         rows = swap(model, rules={"0": {"class_path": "gn", "init_args": {"num_groups": 2}}}, source="gn", dry_run=True)
         assert (rows.layers[0].preserved, rows.layers[0].reason) == (False, "num_groups 3 -> 2")
         assert swap(model, rules={"0": "gn", "1": "bn"}, source=["gn", "bn"]).layers[0].preserved
