@@ -81,13 +81,14 @@ class ScheduledValues(nn.Module):
                 self._buffers[name] = None
                 continue
             device = fn(torch.zeros((), device=old.device)).device
-            self._buffers[name] = old if device == old.device else _scalar(self._values[name[1:]], device)
+            self._buffers[name] = old if device == old.device else _scalar(_values(self)[name[1:]], device)
         return self
 
-    @property
-    def _values(self) -> dict[str, float | None]:
-        values: dict[str, float | None] = self.__dict__.setdefault("_scheduled_values", {})
-        return values
+
+def _values(layer: ScheduledValues) -> dict[str, float | None]:
+    """Return the values as they were set, of which a tensor on a device without float64 may hold fewer digits."""
+    values: dict[str, float | None] = vars(layer).setdefault("_scheduled_values", {})
+    return values
 
 
 def set_scheduled(layer: ScheduledValues, name: str, value: float) -> None:
@@ -103,7 +104,7 @@ def was_scheduled(layer: ScheduledValues, name: str) -> bool:
 
 def scheduled_value(layer: ScheduledValues, name: str) -> float | None:
     """Return the value of a scheduled argument, ``None`` for any other name."""
-    return layer._values.get(name)
+    return _values(layer).get(name)
 
 
 def keep_exact(layer: ScheduledValues) -> None:
@@ -111,7 +112,7 @@ def keep_exact(layer: ScheduledValues) -> None:
     for name in layer.ranges:
         tensor = layer.scheduled(name)
         if tensor is not None and tensor.dtype not in (torch.float64, torch.float32):
-            tensor.data = _scalar(layer._values[name], tensor.device)
+            tensor.data = _scalar(_values(layer)[name], tensor.device)
 
 
 def _declared(cls: type) -> dict[str, Scheduled]:
@@ -129,13 +130,13 @@ def _declared(cls: type) -> dict[str, Scheduled]:
 
 
 def _getter(name: str) -> Callable[[ScheduledValues], float | None]:
-    return lambda self: self._values[name]
+    return lambda self: _values(self)[name]
 
 
 def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
     def set_value(self: ScheduledValues, value: float | None) -> None:
         value = self.ranges[name].check(type(self).__name__, name, value)
-        self._values[name] = value
+        _values(self)[name] = value
         tensor = getattr(self, f"_{name}", None)
         if tensor is None or value is None:
             device = next((t.device for t in (*self.parameters(False), *self.buffers(False))), None)

@@ -25,9 +25,6 @@ class Loading(ScheduledValues, RunningStats):
     has_rows: ClassVar[bool] = False
     """Weight and bias are (K, C)."""
 
-    published_names: ClassVar[dict[str, str]] = {}
-    """Names of tensors in the checkpoints that the authors published -> names here."""
-
     @property
     def translations(self) -> tuple[Translation, ...]:
         """Tensors of a BatchNorm that this layer holds in another form, under a name of its own."""
@@ -47,9 +44,9 @@ class Loading(ScheduledValues, RunningStats):
         counters = [name for name in self.counters if getattr(self, name) is not None]
         if not any(prefix + name in state_dict for name in counters):
             state_dict.update({prefix + name: torch.tensor(0) for name in counters})
-        for name, value in self._saved_tensors().items():
+        for name, value in _saved_tensors(self).items():
             old = state_dict.get(prefix + name)
-            if old is None and self._keeps_start(name, loaded):
+            if old is None and _keeps_start(self, name, loaded):
                 state_dict[prefix + name] = value.detach().clone()
             elif isinstance(old, Tensor) and old.shape != value.shape:
                 if advice := self.arguments_that_fit(name, old):
@@ -69,27 +66,26 @@ class Loading(ScheduledValues, RunningStats):
             last = missing[-1] = MissingKey(missing[-1])
             last.remark = f" ({_another(self, loaded, prefix, others)})"
 
-    def _saved_tensors(self) -> dict[str, Tensor]:
-        """Return what ``state_dict`` saves of this layer alone; ``state_dict()`` itself would run hooks."""
-        saved = {**self._parameters, **self._buffers}
-        return {k: v for k, v in saved.items() if v is not None and k not in self._non_persistent_buffers_set}
-
-    def _keeps_start(self, name: str, loaded: Mapping[str, Any]) -> bool:
-        """Tell whether a tensor that a plain BatchNorm's checkpoint lacks keeps its starting value."""
-        if name == "num_batches_tracked":
-            return True
-        if name not in self.extra_parameters or loaded.keys() & self.extra_parameters.keys():
-            return False
-        # A checkpoint with a bias and without the weight of which this parameter is made is no BatchNorm's.
-        return "bias" not in loaded or not any(t.target == name for t in self.translations)
-
     def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Write what came in another form as this class holds it."""
-        for old, new in self.published_names.items():
-            if prefix + old in state_dict:
-                state_dict[prefix + new] = state_dict.pop(prefix + old)
         for translation in self.translations:
             translation.load(state_dict, prefix)
+
+
+def _saved_tensors(layer: Loading) -> dict[str, Tensor]:
+    """Return what ``state_dict`` saves of this layer alone; ``state_dict()`` itself would run hooks."""
+    saved = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    return {name: t for name, t in saved.items() if name not in layer._non_persistent_buffers_set}
+
+
+def _keeps_start(layer: Loading, name: str, loaded: Mapping[str, Any]) -> bool:
+    """Tell whether a tensor that a plain BatchNorm's checkpoint lacks keeps its starting value."""
+    if name == "num_batches_tracked":
+        return True
+    if name not in layer.extra_parameters or loaded.keys() & layer.extra_parameters.keys():
+        return False
+    # A checkpoint with a bias and without the weight of which this parameter is made is no BatchNorm's.
+    return "bias" not in loaded or not any(t.target == name for t in layer.translations)
 
 
 def restore_precision(layer: Any) -> None:

@@ -57,3 +57,8 @@ class Translation:
         if prefix + self.source in state:
             state.setdefault(prefix + self.target, self.forward(state[prefix + self.source]))
             del state[prefix + self.source]
+
+
+def renamed(source: str, target: str) -> Translation:
+    """Return the translation of a tensor that a published checkpoint holds as it is here, under another name."""
+    return Translation(source, target, lambda t: t, lambda t: t, swapped=False)

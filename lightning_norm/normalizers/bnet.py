@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.inference import BATCH_NORMS, batch_norm
-from lightning_norm.layers.translation import Translation
+from lightning_norm.layers.translation import Translation, renamed
 from lightning_norm.ops.compiled import GRAPH_KEY
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
@@ -58,7 +58,6 @@ class BNET(MomentNorm):
     )
     eval_uses_input_stats: ClassVar[bool] = False
     extra_parameters: ClassVar[dict[str, str]] = {"kernel": "C*kernel_size**spatial_dims"}
-    published_names: ClassVar[dict[str, str]] = {"bnconv.weight": "kernel", "bnconv.bias": "bias"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("kernel_size", "spatial_dims", "init")
     kernel: nn.Parameter
 
@@ -102,7 +101,8 @@ class BNET(MomentNorm):
     @property
     def translations(self) -> tuple[Translation, ...]:
         """A BatchNorm's weight is the centre taps; with ``init="zero"`` a swap leaves it behind."""
-        return (Translation("weight", "kernel", self._dirac, self._centre, swapped=self.init == "dirac"),)
+        weight = Translation("weight", "kernel", self._dirac, self._centre, swapped=self.init == "dirac")
+        return renamed("bnconv.weight", "kernel"), renamed("bnconv.bias", "bias"), weight  # the authors' names first
 
     def eval_affine(self) -> Affine | None:
         """Return the map that the layer is in evaluation, if its kernels are their centre taps alone."""

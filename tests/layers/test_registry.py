@@ -1,8 +1,23 @@
 """create(norm, num_features): what it takes, and what it says otherwise."""
 
-import pytest
+import copy
+import inspect
+import pickle
 
-from lightning_norm import create, normalizers
+import pytest
+import torch
+from torch import nn
+
+from lightning_norm import (
+    BatchChannelNorm,
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    SwitchableNorm,
+    create,
+    normalizers,
+)
 
 KEYS = [key for key, cls in normalizers().items() if cls.__module__.startswith("lightning_norm.")]
 
@@ -24,3 +39,87 @@ def test_an_unknown_argument_names_class_and_nearest(key, typo, meant, form):
     said = f"{normalizers()[key].__name__} takes no argument '{typo}'. Did you mean '{meant}'"
     with pytest.raises(TypeError, match=said):
         create(spec, 8, **arguments)
+
+
+class TestDirectConstruction:
+    """A class says the same as ``create``, and takes torch's order where torch has the class."""
+
+    @pytest.mark.parametrize("key", KEYS)
+    def test_an_unknown_argument(self, key):
+        cls, more = normalizers()[key], normalizers()[key].test_arguments
+        with pytest.raises(TypeError, match=f"{cls.__name__} takes no argument 'epss'. Did you mean 'eps'"):
+            cls(6, **more, epss=1e-3)
+
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [("num_channels", "num_features"), ("normalized_shape", "num_features"), ("elementwise_affine", "affine")],
+    )
+    def test_a_name_of_torchs(self, name, meant):
+        with pytest.raises(TypeError, match=f"takes no argument '{name}'. Did you mean '{meant}'"):
+            create("ln", 8, **{name: 8})
+
+    @pytest.mark.parametrize("norm", [BatchNorm, InstanceNorm])
+    def test_torchs_order(self, norm):
+        torchs = {BatchNorm: nn.BatchNorm2d, InstanceNorm: nn.InstanceNorm2d}[norm]
+        ours, theirs = (cls(8, 1e-3, 0.2, False, True, "cpu", torch.float64) for cls in (norm, torchs))
+        for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
+            assert getattr(ours, name) == getattr(theirs, name)
+        assert ours.running_mean.dtype == torch.float64
+
+    def test_group_norms_order_is_refused(self):
+        with pytest.raises(
+            TypeError, match=r"torch's order \(num_groups, num_channels\).*GroupNorm\(8, num_groups=4\)"
+        ):
+            GroupNorm(4, 8)
+
+    def test_layer_norm(self):
+        layer = LayerNorm(8, 1e-3, False)
+        assert (layer.eps, layer.affine) == (1e-3, False)
+        with pytest.raises(ValueError, match=r"got \(8, 5, 5\).*Type LayerNorm\(8\), or use torch.nn.LayerNorm"):
+            LayerNorm((8, 5, 5))
+
+    def test_the_others_take_arguments_by_name(self):
+        with pytest.raises(TypeError, match=r"Type SwitchableNorm\(8, eps=1e-05, momentum=0.1\)"):
+            SwitchableNorm(8, 1e-5, 0.1)
+
+    @pytest.mark.parametrize(
+        ("cls", "arguments", "said"),
+        [
+            (BatchChannelNorm, {"constraint": "tanh"}, r"one of \('clamp', 'sigmoid', None\), got 'tanh'"),
+            (SwitchableNorm, {"correction": 2}, r"one of \(0, 1\), got 2. Type correction=0"),
+            (SwitchableNorm, {"choices": "in"}, "distinct names out of"),
+            (SwitchableNorm, {"choices": ["in", "in"]}, "distinct names out of"),
+        ],
+    )
+    def test_a_value_that_is_none_of_the_choices(self, cls, arguments, said):
+        with pytest.raises(ValueError, match=said):
+            cls(8, **arguments)
+
+    def test_torchs_helpers_still_work(self):
+        assert list(inspect.signature(BatchNorm).parameters)[:3] == ["num_features", "eps", "momentum"]
+        assert nn.utils.skip_init(BatchNorm, 8).weight.shape == (8,)
+        assert copy.deepcopy(pickle.loads(pickle.dumps(BatchNorm(8)))).num_features == 8
+
+    def test_a_class_of_ones_own_is_checked_as_well(self):
+        class Mine(BatchNorm):
+            def __init__(self, num_features: int, *, tau: float = 1.0, **options) -> None:
+                super().__init__(num_features, **options)
+                self.tau = tau
+
+        assert Mine(8, tau=2.0, eps=1e-3).eps == 1e-3
+        with pytest.raises(TypeError, match="Mine takes no argument 'taw'. Did you mean 'tau'"):
+            Mine(8, taw=2.0)
+
+
+def test_the_input_by_torchs_name():
+    x = torch.randn(4, 8, 3, 3)
+    assert torch.equal(BatchNorm(8)(input=x), BatchNorm(8)(x))
+
+
+def test_compile_takes_torchs_arguments_and_no_others():
+    layer = BatchNorm(8)
+    layer.compile(backend="eager", dynamic=False)
+    x = torch.randn(4, 8, 3, 3)
+    torch.testing.assert_close(layer(x), BatchNorm(8)(x))
+    with pytest.raises(TypeError, match="takes .*mode.*, got 'mod'"):
+        layer.compile(mod="max-autotune")
