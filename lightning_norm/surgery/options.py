@@ -58,9 +58,9 @@ class SwapOptions:
     """
 
     norm: NormSpec | None = None
-    # Only the norm may be given by its position: the others have no order that one would remember.
-    _: KW_ONLY
     norm_args: Mapping[str, Any] | None = None
+    # The norm and its arguments may be given by position: the others have no order that one would remember.
+    _: KW_ONLY
     include: Pattern | None = None
     exclude: Pattern | None = None
     source: Source | None = None

@@ -88,11 +88,12 @@ def test_every_argument_has_a_default_and_a_description(function):
     assert "options:" not in function.__doc__.partition("Returns:")[0].partition("Attributes:")[0]
 
 
-def test_only_the_norm_may_be_given_by_position():
+def test_only_the_norm_and_its_arguments_may_be_given_by_position():
+    assert NormSwap("sn", {"eps": 1e-3}).swap_arguments()["norm_args"] == {"eps": 1e-3}
     with pytest.raises(TypeError, match=r"swap: too many positional arguments. It takes norm, norm_args, include"):
-        swap(nn.Sequential(nn.BatchNorm2d(4)), "sn", {"eps": 1e-3})
+        swap(nn.Sequential(nn.BatchNorm2d(4)), "sn", {"eps": 1e-3}, ["0"])
     with pytest.raises(TypeError, match=r"NormSwap.__init__: too many positional arguments. It takes norm, .* plan"):
-        NormSwap("sn", {"eps": 1e-3})
+        NormSwap("sn", {"eps": 1e-3}, ["0"])
 
 
 def test_an_unknown_argument_is_told_with_those_that_exist():
