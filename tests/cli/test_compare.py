@@ -135,7 +135,7 @@ def test_a_sweep_over_any_entry(job, capsys):
     compare.run([*arguments, "--trainer.max_epochs", "1"])
     shown = capsys.readouterr().out
     assert "too few for a verdict" in shown
-    assert "Every run of one row had 2 to 4 optimizer steps" in shown
+    assert "optimizer steps of each run 4 at batch_size=4; 2 at batch_size=8" in shown
     assert Path("compare/sweep_batch_size.png").read_bytes().startswith(b"\x89PNG")
     records = RunStore(Path("compare")).read_all()
     assert {(r["label"], r["sweep"]["data.init_args.batch_size"], r["steps"]) for r in records} == {
