@@ -53,7 +53,7 @@ def trained(monkeypatch):
 
 def made_up(label, seed, value, sweep=None, step=10.0, swap=None):
     record = {"format": 1, "name": f"{label}-{seed}", "label": label, "seed": seed}
-    record |= {"sweep": sweep or {}, "swap": swap or {}, "settings": {"a": "1"}}
+    record |= {"sweep": sweep or {}, "swap": swap or {}, "set": {}, "settings": {"a": "1"}}
     record |= {"history": {"val/acc": [0.5, value]}, "test": {}, "steps": 4, "step_ms": step, "peak_mb": 5.0}
     return record | {"parameters": 1000, "seconds": 2.0, "versions": {"torch": "x"}, "device": "cpu"}
 
@@ -117,6 +117,17 @@ def test_the_swap_of_the_job_is_kept_but_for_its_normalizer(job, monkeypatch):
         assert "eps=0.1" not in text
     compare.run([*job(norm=section), "--seeds", "1", "--run", "0", "--trainer.max_epochs", "1", "--out", "a"])
     assert seen[-1].count("BatchNorm2d") == 2
+
+
+def test_entries_of_the_configuration_for_one_contender(job):
+    norms = "bn, wide: {norm: bn, set: {model.init_args.width: 8}}"
+    arguments = [*job(), "--norms", norms, "--seeds", "1", "--trainer.max_epochs", "1"]
+    compare.run(arguments)
+    plain, wide = RunStore(Path("compare")).read_all()
+    assert wide["parameters"] > plain["parameters"]
+    compare.run([*arguments, "--list"])  # the same settings: nothing remains, and nothing is refused
+    with pytest.raises(ValueError, match="wide"):
+        compare.run([*arguments, "--norms", "bn, wide: {norm: bn, set: {model.init_args.width: 6}}"])
 
 
 def test_a_sweep_over_any_entry(job, capsys):
@@ -313,7 +324,7 @@ def test_labels_and_numbers():
         (["--norms", "snn"], "Did you mean 'sn'"),
         (["--norms", "bn,bn"], "two normalizers are called 'bn'"),
         (["--norms", "bn,{norm: sn"], "cannot be read"),
-        (["--norms", "bn,{what: 1, norm: sn}"], "entries"),
+        (["--norms", "bn,{exclud: 1, norm: sn}"], "Did you mean 'exclude'"),
         (["--norms", "1"], "names no normalizer"),
         (["--norms", ","], "at least one|names no normalizer|cannot be read"),
         (["--seeds", "0"], "at least 1"),
