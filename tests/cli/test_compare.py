@@ -1,15 +1,33 @@
 import csv
+import errno
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
 from lightning_norm.cli import compare
-from lightning_norm.cli.compare_report import draw, interval, summarize
+from lightning_norm.cli.compare import command, training
+from lightning_norm.cli.compare.report import Report, matplotlib
+from lightning_norm.cli.compare.runs import all_runs, read_contenders, read_sweeps
+from lightning_norm.cli.compare.statistics import compare_paired
+from lightning_norm.cli.compare.store import RunStore, write_whole
 from lightning_norm.cli.main import main
 
-TINY = ["--epochs", "2", "--limit", "2", "--batch-size", "8", "--accelerator", "cpu", "--arch", "resnet18"]
+ROOT = Path(__file__).parents[2]
+JOB = {
+    "model": {"class_path": "tests.cli.own_job.Classifier"},
+    "data": {"class_path": "tests.cli.own_job.Stripes"},
+    "trainer": {"max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 1},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -17,106 +35,333 @@ def _in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def rows_in(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+@pytest.fixture
+def job():
+    def write(**more):
+        Path("job.yaml").write_text(yaml.safe_dump({**JOB, **more}))
+        return ["--config", "job.yaml", "--metric", "val/acc", "--norms", "bn,sn"]
+
+    return write
 
 
-def made_up(norm, seed, accuracy, step=10.0, params=1000):
-    return {
-        "norm": norm, "seed": str(seed), "test_acc": str(accuracy), "step_ms": str(step), "params": str(params),
-        "val_acc": f"[0.5, {accuracy}]", "train_loss": "[1.0, 0.1]",
+def trained(monkeypatch):
+    """Names of the runs that are trained from here on."""
+    names, train = [], training.train
+    monkeypatch.setattr(training, "train", lambda run, *a: names.append(run.name.rpartition("-")[0]) or train(run, *a))
+    return names
+
+
+def made_up(label, seed, value, sweep=None, step=10.0, swap=None):
+    record = {"format": 1, "name": f"{label}-{seed}", "label": label, "seed": seed}
+    record |= {"sweep": sweep or {}, "swap": swap or {}, "set": {}, "settings": {"a": "1"}}
+    record |= {"history": {"val/acc": [0.5, value]}, "test": {}, "steps": 4, "step_ms": step, "peak_mb": 5.0}
+    return record | {"parameters": 1000, "seconds": 2.0, "versions": {"torch": "x"}, "device": "cpu"}
+
+
+def test_a_job_of_ones_own_stopped_and_gone_on(job, capsys, monkeypatch):
+    names = trained(monkeypatch)
+    counted = training.train
+
+    def interrupted(run, *rest):
+        if len(names) == 3:
+            raise KeyboardInterrupt
+        return counted(run, *rest)
+
+    monkeypatch.setattr(training, "train", interrupted)
+    arguments = [*job(), "--seeds", "3"]
+    with pytest.raises(SystemExit) as stopped:
+        compare.run(arguments)
+    assert stopped.value.code == 130
+    assert "3 of 6 runs are done. The same command goes on." in capsys.readouterr().err
+    assert names == ["bn-seed0", "sn-seed0", "bn-seed1"]
+    assert len(list(Path("compare/runs").iterdir())) == 3
+
+    names.clear()
+    monkeypatch.setattr(training, "train", counted)
+    compare.run(arguments)
+    assert names == ["sn-seed1", "bn-seed2", "sn-seed2"]
+    shown = capsys.readouterr().out
+    assert "An interval that contains 0 is no evidence of a difference." in shown
+    assert "One more seed costs about" in shown
+    assert "+12" in shown  # sn's two layers add 2 x 6 parameters
+    page = Path("compare/index.html").read_text()
+    assert page.count("data:image/png;base64,") >= 1
+    assert "http" not in page.replace("http-equiv", "")  # self-contained
+    with open("compare/results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["norm"] for r in rows] == ["bn", "sn"]
+    assert json.loads(Path("compare/results.json").read_text())["rows"][1]["seeds"] == 3
+
+    names.clear()
+    compare.run(["--report", "compare", "--metric", "train/loss"])
+    assert names == []
+    assert "train/loss of the last epoch; lower is better" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"no metric 'val/ac'. Did you mean 'val/acc'\?"):
+        compare.run(["--report", "compare", "--metric", "val/ac"])
+    with pytest.raises(ValueError, match=r"data.init_args.size: '16' then, '32' now.*--out"):
+        compare.run([*arguments, "--data.init_args.size", "32"])
+
+
+def test_the_swap_of_the_job_is_kept_but_for_its_normalizer(job, monkeypatch):
+    """include stays, wherever the job says it; norm and norm_args are each contender's own."""
+    seen = []
+    monkeypatch.setattr(training.Recorder, "on_train_epoch_end", lambda self, trainer, module: seen.append(str(module)))
+    section = {"norm": "gn", "norm_args": {"eps": 0.1}, "include": ["net.1"]}
+    compare_one = ["--seeds", "1", "--run", "1", "--trainer.max_epochs", "1"]
+    compare.run([*job(norm=section), *compare_one, "--out", "a"])
+    trainer = {**JOB["trainer"], "callbacks": [{"class_path": "lightning_norm.NormSwap", "init_args": section}]}
+    compare.run([*job(trainer=trainer), *compare_one, "--out", "b"])
+    for text in seen:
+        assert text.count("SwitchableNorm") == 1
+        assert text.count("BatchNorm2d") == 1
+        assert "eps=0.1" not in text
+    compare.run([*job(norm=section), "--seeds", "1", "--run", "0", "--trainer.max_epochs", "1", "--out", "a"])
+    assert seen[-1].count("BatchNorm2d") == 2
+
+
+def test_entries_of_the_configuration_for_one_contender(job):
+    norms = "bn, wide: {norm: bn, set: {model.init_args.width: 8}}"
+    arguments = [*job(), "--norms", norms, "--seeds", "1", "--trainer.max_epochs", "1"]
+    compare.run(arguments)
+    plain, wide = RunStore(Path("compare")).read_all()
+    assert wide["parameters"] > plain["parameters"]
+    compare.run([*arguments, "--list"])  # the same settings: nothing remains, and nothing is refused
+    with pytest.raises(ValueError, match="wide"):
+        compare.run([*arguments, "--norms", "bn, wide: {norm: bn, set: {model.init_args.width: 6}}"])
+
+
+def test_a_sweep_over_any_entry(job, capsys):
+    norms = "bn, half: {norm: sn, include: [net.1]}"
+    arguments = [
+        *job(),
+        "--norms",
+        norms,
+        "--seeds",
+        "1",
+        "--sweep",
+        "data.init_args.batch_size=4,8",
+        "--metric",
+        "test/acc",
+    ]
+    compare.run([*arguments, "--trainer.max_epochs", "1"])
+    shown = capsys.readouterr().out
+    assert "too few for a verdict" in shown
+    assert "optimizer steps of each run 4 at batch_size=4; 2 at batch_size=8" in shown
+    assert Path("compare/sweep_batch_size.png").read_bytes().startswith(b"\x89PNG")
+    records = RunStore(Path("compare")).read_all()
+    assert {(r["label"], r["sweep"]["data.init_args.batch_size"], r["steps"]) for r in records} == {
+        ("bn", "4", 4), ("bn", "8", 2), ("half", "4", 4), ("half", "8", 2),
     }  # fmt: skip
 
 
-def test_two_norms_two_seeds(tmp_path, capsys, monkeypatch):
-    arguments = ["compare", "--norms", "bn,sn", "--seeds", "2", *TINY]
-    finished = compare.one_run
-    calls = []
+def test_hparams_of_runs_with_different_arguments_unite():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
 
-    def interrupted(norm, seed, data, options):
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        calls.append((norm, seed))
-        return finished(norm, seed, data, options)
-
-    monkeypatch.setattr(compare, "one_run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main(arguments)
-    assert calls == [("bn", 0), ("sn", 0)]
-    assert len(rows_in(tmp_path / "compare/runs.csv")) == 2
-
-    rest = []
-    monkeypatch.setattr(compare, "one_run", lambda *a: rest.append(a[:2]) or finished(*a))
-    main(arguments)
-    assert rest == [("bn", 1), ("sn", 1)]
-    shown = capsys.readouterr().out
-    assert "An interval that contains 0 is no evidence of a difference." in shown
-    assert "+120" in shown
-    rows = rows_in(tmp_path / "compare/runs.csv")
-    assert [(r["norm"], r["seed"]) for r in rows] == [("bn", "0"), ("sn", "0"), ("bn", "1"), ("sn", "1")]
-    assert rows[0]["batch_size"] == "8"
-    assert rows[0]["val_acc"].count(",") == 1  # two epochs
-    assert (tmp_path / "compare/curves.png").read_bytes().startswith(b"\x89PNG")
-
-    rest.clear()
-    main(arguments)
-    assert rest == []
-    with pytest.raises(SystemExit) as error:
-        main([*arguments, "--lr", "0.2"])
-    assert error.value.code == 2
-    said = capsys.readouterr().err
-    assert "--out" in said
-    assert "{'lr': '0.2'}" in said
+    swap = {"norm": {"class_path": "ubn", "init_args": {"threshold": 0.9}}}
+    records = [made_up("bn", 0, 0.5), made_up("ubn", 0, 0.6, swap=swap)]
+    Report(records, "val/acc", True, False, "bn").save(Path("out"))
+    columns = []
+    for folder in sorted(Path("out/tensorboard").glob("*/hparams")):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+        columns.append({name: value.WhichOneof("kind") for name, value in start.hparams.items()})
+        assert [e.value for e in events.Scalars("val/acc")][-1] in (0.5, pytest.approx(0.6))
+    assert len(columns) == 2
+    assert columns[0] == columns[1]
+    assert set(columns[0]) == {"norm", "seed", "threshold"}
 
 
-def test_the_interval_is_students():
+def test_the_list_is_the_runs_as_commands(job, capsys):
+    arguments = [*job(), "--seeds", "1", "--trainer.max_epochs", "1"]
+    compare.run([*arguments, "--list"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("lightning-norm compare ")
+    words = second.split()
+    assert "--list" not in words
+    main(words[1:])
+    assert capsys.readouterr().out == ""  # no report of one run
+    compare.run([*arguments, "--list"])
+    assert capsys.readouterr().out.splitlines() == [first]
+
+
+def start(*arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-W", "ignore", "-m", "lightning_norm", "compare", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_folder(job):
+    arguments = [*job(), "--seeds", "3"]
+    both = [start(*arguments), start(*arguments)]
+    for process in both:
+        out, error = process.communicate()
+        assert process.returncode == 0, error
+        assert "bn is the network as it is" in out
+    records = RunStore(Path("compare")).read_all()
+    assert len(records) == 6
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_jobs_and_the_same_command_goes_on(job):
+    arguments = [*job(), "--seeds", "2", "--jobs", "2", "--trainer.max_epochs", "30"]
+    process = start(*arguments)
+    while not list(Path(".").glob("compare/runs/*.json")) and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130, error
+    assert "The same command goes on" in error
+    compare.run([*job(), "--seeds", "2", "--trainer.max_epochs", "30"])
+    assert len(RunStore(Path("compare")).read_all()) == 4
+
+
+def test_a_run_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "runs" / "a.json"
+    write_whole(path, "old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "new" * 1000)
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_damaged_file_is_told(tmp_path):
+    store = RunStore(tmp_path)
+    store.write("a", made_up("bn", 0, 0.5))
+    path = tmp_path / "runs" / "a.json"
+    text = path.read_text()
+    for cut in (0, 1, len(text) // 2, len(text) - 2):
+        path.write_text(text[:cut])
+        with pytest.raises(ValueError, match=r"a\.json is damaged.*trained again"):
+            store.read("a")
+    path.write_text('{"format": 0}')
+    with pytest.raises(ValueError, match="no run of this version"):
+        store.read_all()
+
+
+def test_a_claim_belongs_to_one_process(tmp_path):
+    hold = (
+        "import sys, pathlib; from lightning_norm.cli.compare.store import RunStore\n"
+        "with RunStore(pathlib.Path(sys.argv[1])).claim('r') as mine: print(mine, flush=True); input()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as other:
+        assert other.stdout.readline() == "True\n"
+        with RunStore(tmp_path).claim("r") as mine:
+            assert not mine
+        other.kill()  # the lock ends with its process
+    with RunStore(tmp_path).claim("r") as mine:
+        assert mine
+
+
+@pytest.mark.parametrize("comparisons", [1, 4])
+def test_the_interval_is_students(comparisons):
     differences = [0.01, -0.02, 0.03, 0.015]
-    low, high = stats.t.interval(0.95, 3, np.mean(differences), stats.sem(differences))
-    assert interval(differences) == f"{np.mean(differences):+.4f} [{low:+.4f}, {high:+.4f}]"
-    assert "no interval" in interval([0.1])
+    level = 1 - 0.05 / comparisons
+    low, high = stats.t.interval(level, 3, np.mean(differences), stats.sem(differences))
+    d = compare_paired([0.5 + x for x in differences], [0.5] * 4, comparisons)
+    assert (d.low, d.high) == (pytest.approx(low), pytest.approx(high))
+    assert d.verdict == "no evidence"
 
 
-def test_the_pairs_are_of_the_same_seed():
-    rows = [made_up("bn", s, a) for s, a in enumerate((0.5, 0.9, 0.7))]
-    rows += [made_up("sn", s, a + 0.01, step=15.0, params=1120) for s, a in reversed(list(enumerate((0.5, 0.9, 0.7))))]
-    line = next(line for line in summarize(rows, ["bn", "sn"], "bn").splitlines() if line.startswith("sn"))
-    assert "+0.0100 [+0.0100, +0.0100]" in line  # the same difference at every seed, however they spread
-    assert "1.50 x" in line
-    assert line.endswith("+120")
+def test_verdicts():
+    assert compare_paired([1.0, 1.1], [0.5, 0.6]).verdict == "no verdict from 2 seeds"
+    assert compare_paired([1.0, 1.1, 1.2], [0.5, 0.6, 0.71]).verdict == "higher"
+    assert compare_paired([0.5, 0.6, 0.71], [1.0, 1.1, 1.2]).verdict == "lower"
+    assert "diverged" in compare_paired([1.0, math.nan, 1.0], [1.0] * 3).verdict
+    assert compare_paired([], []).verdict == "no seed in common"
+
+
+def test_pairs_are_of_the_same_seed_and_divergence_is_counted():
+    values = (0.5, 0.9, 0.7)
+    records = [made_up("bn", s, a) for s, a in enumerate(values)]
+    records += [made_up("sn", s, a + 0.01, step=15.0) for s, a in reversed(list(enumerate(values)))]
+    records += [made_up("gn", s, math.nan if s == 1 else 0.5) for s in range(3)]
+    report = Report(records, "val/acc", True, False, "bn")
+    sn = next(line for line in report.text().splitlines() if line.startswith("sn "))
+    assert "+0.0100 [+0.0100, +0.0100]" in sn  # the same difference at every seed, however they spread
+    assert "1.50 x" in sn
+    gn = next(line for line in report.text().splitlines() if line.startswith("gn "))
+    assert "1 of 3 diverged" in gn
+    assert any("sn: better than bn" in note for note in report.notes())
+    json.loads(json.dumps(report.rows()[0]))
 
 
 def test_another_baseline_where_bn_is_missing():
-    rows = [made_up(n, s, 0.5) for n in ("ln", "sn") for s in (0, 1)]
-    text = summarize(rows, ["ln", "sn"], "ln")
+    text = Report([made_up(n, s, 0.5) for n in ("ln", "sn") for s in (0, 1)], "val/acc", True, False, "ln").text()
     assert "vs ln" in text
     assert "unswapped" not in text
 
 
-def test_one_seed_draws_without_a_band(tmp_path):
-    draw([made_up(n, 0, 0.5) for n in "abcdefgh"], list("abcdefgh"), tmp_path / "p.png", "t")
-    assert (tmp_path / "p.png").stat().st_size > 10_000
+def test_best_is_the_best_epoch():
+    record = made_up("bn", 0, 0.25)
+    assert Report([record], "val/acc", True, True, "bn").value(record) == 0.5
+    assert Report([record], "val/acc", False, True, "bn").value(record) == 0.25
+
+
+def test_labels_and_numbers():
+    runs = all_runs(
+        read_contenders("bn,{class_path: sn, init_args: {momentum: 0.2}}"), read_sweeps(["a.b=1,2"]), [0, 1]
+    )
+    assert len({r.name for r in runs}) == len(runs) == 8
+    assert [r.seed for r in runs] == [0] * 4 + [1] * 4
+    assert runs[1].contender.label == "sn(momentum=0.2)"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--norms", "snn"], "Did you mean 'sn'"),
-        (["--data", "ImageNet"], "choose one of Digits"),
-        (["--seeds", "0"], "at least one"),
-        (["--norms", ","], "at least one"),
+        (["--norms", "bn,bn"], "two normalizers are called 'bn'"),
+        (["--norms", "bn,{norm: sn"], "cannot be read"),
+        (["--norms", "bn,{exclud: 1, norm: sn}"], "Did you mean 'exclude'"),
+        (["--norms", "1"], "names no normalizer"),
+        (["--norms", ","], "at least one|names no normalizer|cannot be read"),
+        (["--seeds", "0"], "at least 1"),
+        (["--sweep", "lr"], "ENTRY=VALUE"),
+        (["--sweep", "lr=1", "--sweep", "lr=2"], "twice"),
+        (["--baseline", "gn"], "none of the normalizers"),
+        (["--config", "job.yaml"], "needs the metric"),
+        (["--report", "nowhere"], "no finished run"),
+        (["--run", "99"], "there are 9 runs"),
     ],
 )
-def test_bad_input(tmp_path, arguments, said):
+def test_bad_input(arguments, said):
     with pytest.raises(ValueError, match=said):
         compare.run(arguments)
-    assert not (tmp_path / "compare").exists()
+    assert not Path("compare").exists()
 
 
-def test_the_same_seed_gives_the_same_run():
-    options = compare.parser().parse_args(TINY)
-    data = compare.job.Digits(batch_size=8)
-    first, second = (compare.one_run("sn", 0, data, options) for _ in range(2))
-    for column in ("test_acc", "val_acc", "train_loss", "params"):
-        assert first[column] == second[column]
-    assert math.isfinite(float(first["step_ms"]))
+def test_what_is_missing_is_told_before_anything_is_trained(monkeypatch, job):
+    names = trained(monkeypatch)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r"lightning-norm\[examples\]"):
+        compare.run([*job(), "--seeds", "1"])
+    assert names == []
+    monkeypatch.undo()
+    assert matplotlib()
+
+
+def test_the_same_seed_gives_the_same_run(job):
+    arguments = [*job(), "--seeds", "1", "--run", "1", "--trainer.max_epochs", "1"]
+    for out in ("a", "b"):
+        compare.run([*arguments, "--out", out])
+    first, second = (RunStore(Path(out)).read_all()[0] for out in "ab")
+    for entry in ("history", "test", "parameters", "settings", "steps"):
+        assert first[entry] == second[entry]
+
+
+def test_help_shows_commands(capsys):
+    with pytest.raises(SystemExit):
+        command.parser().parse_args(["--help"])
+    assert "lightning-norm compare --config job.yaml" in capsys.readouterr().out

@@ -1,0 +1,131 @@
+"""The networks of the studies: plain stacks of convolution, normalization and ReLU, small enough for two cores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+import lightning_norm
+
+
+class PlainNet(nn.Sequential):
+    """Convolutions of 3 x 3, each with its normalization and ReLU, then the mean of each channel and a linear layer.
+
+    Args:
+        channels: of each convolution.
+        strides: of each convolution.
+        num_classes: outputs.
+        depthwise: side of a depthwise convolution behind each BatchNorm, started as the identity; 0 for none. The
+            baseline that tells BNET's normalization from the convolution that it adds.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], strides: Sequence[int], num_classes: int = 10, depthwise: int = 0
+    ) -> None:
+        layers: list[nn.Module] = []
+        previous = 3
+        for c, stride in zip(channels, strides, strict=True):
+            conv = nn.Conv2d(previous, c, 3, stride, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            layers += [conv, nn.BatchNorm2d(c)]
+            if depthwise:
+                layers.append(identity_depthwise(c, depthwise))
+            layers.append(nn.ReLU(inplace=True))
+            previous = c
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(previous, num_classes))
+
+
+def identity_depthwise(channels: int, side: int) -> nn.Conv2d:
+    """Return a depthwise convolution that starts as the identity."""
+    conv = nn.Conv2d(channels, channels, side, padding=side // 2, groups=channels, bias=False)
+    nn.init.zeros_(conv.weight)
+    with torch.no_grad():
+        conv.weight[:, :, side // 2, side // 2] = 1
+    return conv
+
+
+class StudyClassifier(pl.LightningModule):
+    """Train a PlainNet by SGD with momentum 0.9, weight decay 5e-4, warm-up over 5 % of the steps and a cosine to zero.
+
+    Args:
+        channels: see :class:`PlainNet`.
+        strides: see :class:`PlainNet`.
+        lr: peak learning rate at a batch of 128 samples; another batch size scales it in proportion.
+        depthwise: see :class:`PlainNet`.
+        weight_decay: on all parameters.
+    """
+
+    def __init__(
+        self,
+        channels: list[int],
+        strides: list[int],
+        lr: float = 0.1,
+        depthwise: int = 0,
+        weight_decay: float = 5e-4,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr, self.weight_decay = lr, weight_decay
+        self.net = PlainNet(channels, strides, depthwise=depthwise)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def _step(self, batch: Any, split: str) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = nn.functional.cross_entropy(logits, labels)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        for name, value in (("loss", loss), ("acc", accuracy)):
+            self.log(f"{split}/{name}", value, on_step=False, on_epoch=True, batch_size=len(labels))
+        return loss
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._step(batch, "val")
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._step(batch, "test")
+
+    @override
+    def configure_optimizers(self) -> Any:
+        batch_size = getattr(self.trainer.datamodule, "batch_size", 128)
+        optimizer = torch.optim.SGD(
+            self.parameters(), self.lr * batch_size / 128, momentum=0.9, weight_decay=self.weight_decay
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        warm = max(1, steps // 20)
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / warm
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class LayerMeans(pl.Callback):
+    """Log each epoch the mean over all layers of what the normalizers report, as ``norm/mean_bn`` and so on."""
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        values: dict[str, list[float]] = {}
+        for module in pl_module.modules():
+            if isinstance(module, lightning_norm.Normalizer):
+                for name, value in module.monitor().items():
+                    values.setdefault(name, []).append(float(value))
+        for name, found in values.items():
+            pl_module.log(f"norm/{name}", sum(found) / len(found))

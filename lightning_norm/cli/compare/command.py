@@ -1,0 +1,306 @@
+"""The command line of ``lightning-norm compare``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from lightning_norm.cli.compare.runs import BASELINE, Run, all_runs, read_contenders, read_sweeps
+from lightning_norm.cli.compare.store import Record, RunStore
+
+DESCRIPTION = """Train one job with several normalizers: same seeds, same data, same everything else.
+
+The job is your own configuration of `lightning-norm fit` (--config FILE), or the built-in one on scikit-learn's digits.
+Options that compare does not know are the job's: --trainer.max_epochs 3, --data FashionMNIST --root data.
+"""
+EPILOG = """'bn' is the network as it is; any other entry of --norms swaps its normalization layers. It is a key, or
+YAML: {class_path: ubn, init_args: {threshold: 0.9}}, or entries of the section norm: such as {rules: {'layer4.*': sn}}, and
+may have a label of its own: 'late: {rules: {...}}'. Entries of the whole configuration that hold for one of them
+alone go under set: 'recalibrated: {norm: bn, set: {trainer.callbacks+: NormRecalibrate}}'.
+
+Each finished run is one file in OUT/runs. The same command goes on where it stopped, and any number of processes may
+share OUT: each takes the runs that no other one has. A scheduler of a cluster runs the lines of --list.
+
+examples:
+  lightning-norm compare --norms bn,sn,bcn --seeds 5
+  lightning-norm compare --config job.yaml --metric val/acc --norms 'bn,{class_path: ubn, init_args: {threshold: 0.9}}'
+  lightning-norm compare --config job.yaml --norms bn,gn --sweep data.init_args.batch_size=2,8,32 --metric val/acc
+  lightning-norm compare --config job.yaml --norms bn,sn --metric val/acc --list > jobs.txt
+  lightning-norm compare --report compare --metric val/loss
+"""
+BUILT_IN = ("--model", "ImageClassifier", "--data", "Digits")
+LOWER_IS_BETTER = ("loss", "err", "mse", "mae", "rmse", "perplexity", "fid", "nll")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Train what is missing, then print the table and write the report.
+
+    Args:
+        argv: the arguments behind ``compare``.
+
+    Raises:
+        ValueError: an argument cannot be read, or OUT holds runs of other settings.
+        SystemExit: with status 130 after Ctrl-C.
+    """
+    options, job = parser().parse_known_args(argv)
+    if options.report:
+        report_only(options, job)
+        return
+    if options.seeds < 1 or options.jobs < 1:
+        raise ValueError(f"compare needs --seeds and --jobs of at least 1, got {options.seeds} and {options.jobs}.")
+    job = [*(("--config", options.config) if options.config else BUILT_IN), *job]
+    contenders = read_contenders(options.norms)
+    runs = all_runs(contenders, read_sweeps(options.sweep), range(options.seeds))
+    labels = [c.label for c in contenders]
+    baseline = options.baseline or (BASELINE if BASELINE in labels else labels[0])
+    if baseline not in labels:
+        raise ValueError(f"--baseline {baseline!r} is none of the normalizers compared: {', '.join(labels)}.")
+    metric, higher = metric_of(options)
+    if not options.list and not options.worker:
+        from lightning_norm.cli.compare.report import check_pictures
+
+        check_pictures()  # before hours of training, not after
+    store = RunStore(Path(options.out))
+    settings = _settings_of(job, runs[0], store.folder)
+    remaining = [r for r in runs if not _finished(store, r, settings)]
+    if options.list:
+        for r in remaining:
+            print(shlex.join(["lightning-norm", "compare", *_without(argv, "--list"), "--run", str(runs.index(r))]))
+        return
+    if options.run is not None:
+        if not 0 <= options.run < len(runs):
+            raise ValueError(f"--run {options.run}: there are {len(runs)} runs, 0 to {len(runs) - 1}.")
+        remaining = [r for r in remaining if r is runs[options.run]]
+    try:
+        if options.jobs > 1 and len(remaining) > 1:
+            _spread(argv, options.jobs, store, remaining)
+        else:
+            _train(store, remaining, job, options)
+    except KeyboardInterrupt:
+        done = len(runs) - sum(store.read(r.name) is None for r in runs)
+        print(f"\nStopped: {done} of {len(runs)} runs are done. The same command goes on.", file=sys.stderr)
+        raise SystemExit(130) from None
+    if options.worker or options.run is not None:
+        return
+    _report(store, [r for r in (store.read(r.name) for r in runs) if r is not None], options, baseline, metric, higher)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's own options."""
+    made = argparse.ArgumentParser(
+        "lightning-norm compare",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--norms", default="bn,sn,bcn", help="normalizers, separated by commas (default: %(default)s)")
+    made.add_argument("--config", metavar="FILE", help="the job, as `lightning-norm fit --config` takes it")
+    made.add_argument(
+        "--seeds", type=int, default=3, help="runs per normalizer, seeds 0, 1, ... (default: %(default)s)"
+    )
+    made.add_argument("--metric", help="what is compared, a name that the job logs (built-in job: test_acc)")
+    made.add_argument("--mode", choices=("max", "min"), help="which is better; by default told by the metric's name")
+    made.add_argument(
+        "--take", choices=("last", "best"), default="last",
+        help="the last epoch's value, or the best one's; 'best' tests the monitored checkpoint (default: last)",
+    )  # fmt: skip
+    made.add_argument(
+        "--sweep", action="append", default=[], metavar="ENTRY=A,B",
+        help="train with each value of an entry of the configuration; may be given several times",
+    )  # fmt: skip
+    made.add_argument("--baseline", help="which normalizer the others are held against (default: bn, or the first)")
+    made.add_argument("--jobs", type=int, default=1, help="runs at a time on this machine (default: %(default)s)")
+    made.add_argument("--list", action="store_true", help="print the runs that remain, one command each, and stop")
+    made.add_argument("--run", type=int, metavar="N", help="train only the run of that number, without a report")
+    made.add_argument("--report", metavar="FOLDER", help="draw the results in FOLDER again, without training")
+    made.add_argument("--out", default="compare", help="folder of the results (default: %(default)s)")
+    made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return made
+
+
+def metric_of(options: argparse.Namespace) -> tuple[str, bool]:
+    """Return the metric's name and whether more of it is better.
+
+    Raises:
+        ValueError: no metric was named for a job of one's own, or its name does not tell which is better.
+    """
+    metric = options.metric
+    if metric is None:
+        if options.config:
+            raise ValueError(
+                "compare needs the metric: --metric NAME, a name that your model logs, such as the one that your "
+                "ModelCheckpoint monitors."
+            )
+        metric = "test_acc"
+    if options.mode:
+        return metric, options.mode == "max"
+    return metric, not any(part in metric.lower() for part in LOWER_IS_BETTER)
+
+
+def report_only(options: argparse.Namespace, job: Sequence[str]) -> None:
+    """Draw the report of a folder again.
+
+    Raises:
+        ValueError: there is no finished run, or arguments of a job were given.
+    """
+    if job:
+        raise ValueError(f"compare --report trains nothing and takes no arguments of a job, got {' '.join(job)}.")
+    store = RunStore(Path(options.report))
+    records = store.read_all()
+    labels = list(dict.fromkeys(record["label"] for record in records))
+    baseline = options.baseline or (BASELINE if BASELINE in labels else labels[0])
+    metric, higher = metric_of(options)
+    _report(store, records, options, baseline, metric, higher)
+
+
+def _report(
+    store: RunStore, records: list[Record], options: argparse.Namespace, baseline: str, metric: str, higher: bool
+) -> None:
+    from lightning_norm.cli.compare import report
+
+    check_metric(records, metric)
+    made = report.Report(records, metric, higher, options.take == "best", baseline)
+    print(made.text())
+    for path in made.save(store.folder):
+        print(path)
+
+
+def check_metric(records: Sequence[Record], metric: str) -> None:
+    """Refuse a metric that some run does not have.
+
+    Raises:
+        ValueError: with the nearest name and all that were logged.
+    """
+    for record in records:
+        known = [*record["test"], *record["history"]]
+        if metric not in known:
+            near = difflib.get_close_matches(metric, known, n=1)
+            guess = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"the runs logged no metric {metric!r}.{guess} Logged: {', '.join(dict.fromkeys(known)) or 'none'}. "
+                "Nothing is lost: the same command with another --metric trains nothing again."
+            )
+
+
+def _train(store: RunStore, runs: Sequence[Run], job: Sequence[str], options: argparse.Namespace) -> None:
+    from lightning_norm.cli.compare.training import quiet, train
+
+    elsewhere: list[Run] = []
+    with quiet(), tqdm(runs, desc="runs", unit="run", disable=not runs or options.worker) as bar:
+        for r in bar:
+            bar.set_postfix_str(" ".join([r.contender.label, *(f"{k}={v}" for k, v in r.sweep), f"seed {r.seed}"]))
+            with store.claim(r.name) as claimed:
+                if not claimed:
+                    elsewhere.append(r)
+                elif store.read(r.name) is None:  # another process may have finished it since
+                    store.write(r.name, train(r, job, store.folder, options.take == "best"))
+    if not options.worker:
+        _wait(store, elsewhere)
+
+
+def _wait(store: RunStore, runs: Sequence[Run]) -> None:
+    """Wait for runs that other processes train."""
+    if any(store.read(r.name) is None for r in runs):
+        print(f"{len(runs)} runs are trained by other processes that share {store.folder}: waiting for them.")
+    for r in runs:
+        while store.read(r.name) is None:
+            with store.claim(r.name) as free:
+                if free and store.read(r.name) is None:
+                    raise RuntimeError(
+                        f"the run {r.name} was begun by another process, which ended without a result. The same "
+                        "command trains it."
+                    )
+            time.sleep(1)
+
+
+def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]) -> None:
+    """Let several processes of this command take the runs one after another; show how many are done."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    command = [sys.executable, "-m", "lightning_norm", "compare", *argv, "--jobs", "1", "--worker"]
+    workers = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for _ in range(min(jobs, len(runs)))
+    ]
+    try:
+        with tqdm(total=len(runs), desc="runs", unit="run") as bar:
+            while True:
+                running = [w for w in workers if w.poll() is None]
+                bar.update(sum(store.read(r.name) is not None for r in runs) - bar.n)
+                if not running:
+                    break
+                time.sleep(0.5)
+    except BaseException:
+        for worker in workers:
+            worker.terminate()
+        raise
+    for worker in workers:
+        if worker.returncode:
+            error = worker.stderr.read() if worker.stderr else ""
+            raise RuntimeError(
+                f"one of {len(workers)} processes ended with status {worker.returncode}:\n{error[-2000:]}"
+            )
+
+
+def _settings_of(job: Sequence[str], first: Run, folder: Path) -> dict[str, str]:
+    """Return what the job's configuration says, which all runs of a folder must share."""
+    from lightning_norm.cli.compare.training import JobCLI, quiet
+
+    class Parsed(Exception):  # noqa: N818  # no error: it ends the construction where everything is parsed
+        pass
+
+    class ParsedOnly(JobCLI):
+        def instantiate_classes(self) -> None:
+            raise Parsed(self.settings)
+
+    try:
+        with quiet():
+            ParsedOnly([*job], first.contender.swap, [], folder, first.name)
+    except Parsed as parsed:
+        settings: dict[str, str] = parsed.args[0]
+    return settings
+
+
+def _finished(store: RunStore, r: Run, settings: dict[str, str]) -> bool:
+    """Tell whether a run is there already.
+
+    Raises:
+        ValueError: it is there with other settings or another meaning of its label.
+    """
+    from lightning_norm.cli.compare.training import plain
+
+    record = store.read(r.name)
+    if record is None:
+        return False
+    swept = [*(key for key, _ in r.sweep), *(key.rstrip("+") for key in r.contender.entries)]
+    differ: dict[str, tuple[Any, Any]] = {
+        name: (record["settings"].get(name), settings.get(name))
+        for name in sorted(record["settings"].keys() | settings.keys())
+        if record["settings"].get(name) != settings.get(name)
+        and not any(name == key or name.startswith(f"{key}.") for key in swept)
+    }
+    for entry, now in (("swap", r.contender.swap), ("set", r.contender.entries)):
+        if record[entry] != plain(now):
+            differ[r.contender.label] = (record[entry], now)
+    if differ:
+        shown = "; ".join(f"{name}: {then!r} then, {now!r} now" for name, (then, now) in list(differ.items())[:3])
+        raise ValueError(
+            f"{store.folder} holds runs with other settings ({shown}): runs of different settings do not compare. "
+            "Choose another folder with --out, or delete this one."
+        )
+    return True
+
+
+def _without(argv: Sequence[str], option: str) -> list[Any]:
+    return [argument for argument in argv if argument != option]

@@ -1,0 +1,451 @@
+"""What came out of a comparison: table, CSV, JSON, pictures, TensorBoard's HParams and one page of HTML."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_norm.cli.compare.statistics import LEAST_SEEDS, Difference, compare_paired, half_width_ratio
+from lightning_norm.cli.compare.store import Record, write_whole
+from lightning_norm.surgery.tables import aligned
+
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's, which colour-blind readers tell apart."""
+STYLES = ("-", "--", "-.", ":")
+MARKERS = "osD^vPX"
+
+LEAST_MB = 50.0
+"""A peak of less is mostly the allocator's own: no ratio is told."""
+
+Point = tuple[tuple[str, str], ...]
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
+body{color:#1a1a1a;background:#fff}
+table{border-collapse:collapse;margin:1rem 0}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}
+th{border-bottom:2px solid #888}img{max-width:100%;height:auto}
+@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}img{background:#fff}th,td{border-color:#444}}"""
+
+
+class Report:
+    """The results of finished runs under one metric.
+
+    Args:
+        records: finished runs.
+        metric: its name.
+        higher: more of it is better.
+        best: take the best epoch in place of the last one; a tested metric has one value only.
+        baseline: label that the others are held against.
+    """
+
+    def __init__(self, records: Sequence[Record], metric: str, higher: bool, best: bool, baseline: str) -> None:
+        self.records, self.metric, self.higher, self.best, self.baseline = list(records), metric, higher, best, baseline
+        self.labels = list(dict.fromkeys(r["label"] for r in self.records))
+        if baseline in self.labels:  # the baseline comes first, in the table and in the legend
+            self.labels.remove(baseline)
+            self.labels.insert(0, baseline)
+        self.points: list[Point] = list(dict.fromkeys(_point(r) for r in self.records))
+        others = [label for label in self.labels if label != baseline]
+        self.comparisons = max(1, len(others) * len(self.points))
+
+    def value(self, record: Record) -> float:
+        """Return the metric of one run."""
+        if self.metric in record["test"]:
+            return float(record["test"][self.metric])
+        history = [v for v in record["history"][self.metric] if math.isfinite(v)]
+        if self.best and history:
+            return float(max(history) if self.higher else min(history))
+        return float(record["history"][self.metric][-1])
+
+    def of(self, label: str, point: Point) -> dict[int, Record]:
+        """Return the runs of one normalizer at one point of the sweep, by seed."""
+        return {r["seed"]: r for r in self.records if r["label"] == label and _point(r) == point}
+
+    def difference(self, label: str, point: Point) -> Difference:
+        """Return the paired difference to the baseline at one point of the sweep."""
+        runs, base = self.of(label, point), self.of(self.baseline, point)
+        seeds = [seed for seed in runs if seed in base]
+        return compare_paired(
+            [self.value(runs[s]) for s in seeds], [self.value(base[s]) for s in seeds], self.comparisons
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the table, one row per normalizer and point of the sweep, as numbers."""
+        rows: list[dict[str, Any]] = []
+        for point in self.points:
+            base = self.of(self.baseline, point)
+            for label in self.labels:
+                runs = self.of(label, point)
+                if not runs:
+                    continue
+                values = [self.value(r) for r in runs.values()]
+                finite = [v for v in values if math.isfinite(v)]
+                row: dict[str, Any] = {"norm": label, **dict(point), "seeds": len(values)}
+                row["diverged"] = len(values) - len(finite)
+                row["mean"] = statistics.fmean(finite) if finite else math.nan
+                row["sd"] = statistics.stdev(finite) if len(finite) > 1 else None
+                if label != self.baseline and base:
+                    d = self.difference(label, point)
+                    row |= {"difference": d.mean, "low": d.low, "high": d.high, "verdict": d.verdict}
+                row["step_ms"], row["peak_mb"] = _median(runs, "step_ms"), _median(runs, "peak_mb")
+                row["step_ratio"] = _ratio(runs, base, "step_ms")
+                row["memory_ratio"] = _ratio(runs, base, "peak_mb", LEAST_MB)
+                row["parameters"], row["steps"] = _median(runs, "parameters"), _median(runs, "steps")
+                row["seconds"] = _median(runs, "seconds")
+                rows.append(row)
+        return rows
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Return the table as text, the heading first."""
+        level = "simultaneous 95 % interval" if self.comparisons > 1 else "95 % interval"
+        swept = [key.rpartition(".")[2] for key, _ in self.points[0]] if self.points else []
+        lines = [
+            (
+                "norm",
+                *swept,
+                f"{self.metric} (mean +- sd)",
+                f"vs {self.baseline}, {level}",
+                "step time",
+                "memory",
+                "params",
+            )
+        ]
+        base_parameters = {
+            tuple(dict(p).values()): _median(self.of(self.baseline, p), "parameters") for p in self.points
+        }
+        for row in self.rows():
+            point = tuple(row[key] for key, _ in self.points[0])
+            sd = "" if row["sd"] is None else f" +- {row['sd']:.4f}"
+            mean = f"{row['mean']:.4f}{sd}" if math.isfinite(row["mean"]) else "-"
+            if row["diverged"]:
+                mean += f" ({row['diverged']} of {row['seeds']} diverged)"
+            base = base_parameters[point]
+            added = (
+                ""
+                if base is None or row["parameters"] is None
+                else f"{row['parameters'] - base:+,.0f}".replace(",", " ")
+            )
+            params = _count(row["parameters"]) if row["norm"] == self.baseline else added
+            lines.append(
+                (
+                    row["norm"],
+                    *point,
+                    mean,
+                    _against(row),
+                    _times(row["step_ratio"]),
+                    _times(row["memory_ratio"]),
+                    params,
+                )
+            )
+        return lines
+
+    def notes(self) -> list[str]:
+        """Return what a reader must know to read the table, one sentence each."""
+        better = "higher" if self.higher else "lower"
+        rows, seeds = (
+            self.rows(),
+            min((len(self.of(label, p)) for label in self.labels for p in self.points), default=0),
+        )
+        which = "best" if self.best else "last"
+        where = "test" if all(self.metric in r["test"] for r in self.records) else f"{which} epoch"
+        notes = [f"{self.metric} of the {where}; {better} is better. Equal budgets: {self._budget(rows)}."]
+        if seeds < LEAST_SEEDS:
+            notes.append(
+                f"{seeds} seed{'s' if seeds != 1 else ''}: too few for a verdict, --seeds {LEAST_SEEDS} gives one."
+            )
+        else:
+            notes.append(
+                "An interval that contains 0 is no evidence of a difference. Differences are paired by seed; Student's "
+                f"t, Bonferroni over {self.comparisons} comparison{'s' if self.comparisons > 1 else ''}; they say "
+                "nothing about other data."
+            )
+            seconds = sum(row["seconds"] or 0.0 for row in rows)
+            ratio = half_width_ratio(seeds, seeds, self.comparisons)
+            notes.append(
+                f"One more seed costs about {_duration(seconds)} of training; {seeds} more would narrow the intervals "
+                f"to about {ratio:.0%} ({_duration(seconds * seeds)})."
+            )
+        found = [r for r in rows if r.get("verdict") in ("higher", "lower")]
+        for row in found:
+            good = (row["verdict"] == "higher") == self.higher
+            at = "".join(f", {key.rpartition('.')[2]}={row[key]}" for key, _ in self.points[0])
+            notes.append(
+                f"{row['norm']}{at}: {'better' if good else 'worse'} than {self.baseline}; its interval excludes 0."
+            )
+        if any(r["step_ms"] for r in rows):
+            notes.append(
+                "Step times and memory are medians of whole runs; `lightning-norm bench` measures side by side."
+            )
+        if self.baseline == "bn":
+            notes.append("bn is the network as it is, unswapped.")
+        return notes
+
+    def _budget(self, rows: Sequence[dict[str, Any]]) -> str:
+        """Return how many optimizer steps the runs had, for each point of the sweep."""
+        told = []
+        for point in self.points:
+            at = [row for row in rows if all(row[key] == value for key, value in point)]
+            counts = sorted({int(row["steps"]) for row in at if row["steps"] is not None})
+            where = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in point)
+            told.append(
+                " to ".join(map(str, dict.fromkeys(counts[:1] + counts[-1:]))) + (f" at {where}" if where else "")
+            )
+        return f"optimizer steps of each run {'; '.join(told)}"
+
+    def text(self) -> str:
+        """Return the table and its notes for the terminal."""
+        return "\n".join([aligned(self.table()), *self.notes()])
+
+    def save(self, folder: Path) -> list[str]:
+        """Write everything into a folder; return one line per file of interest."""
+        rows = self.rows()
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(folder / "results.csv", text.getvalue())
+        summary = {
+            "metric": self.metric,
+            "higher_is_better": self.higher,
+            "baseline": self.baseline,
+            "rows": _finite(rows),
+        }
+        write_whole(folder / "results.json", json.dumps(summary, indent=1))
+        pictures = self._pictures(folder)
+        write_whole(folder / "index.html", self._page(pictures))
+        self._hparams(folder / "tensorboard")
+        return [
+            f"Pictures, table and data: {folder / 'index.html'}     CSV: {folder / 'results.csv'}",
+            f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}",
+        ]
+
+    def _pictures(self, folder: Path) -> list[tuple[str, Path]]:
+        pictures = []
+        swept = [key for key, _ in self.points[0]]
+        for key in swept:
+            path = folder / f"sweep_{key.rpartition('.')[2]}.png"
+            self._draw_sweep(key, path)
+            pictures.append((f"{self.metric} by {key}", path))
+        shown = [self.metric] if any(self.metric in r["history"] for r in self.records) else []
+        names = {name for r in self.records for name in r["history"]}
+        # Without a history of its own, a tested metric is shown by those of its kind that training logged.
+        kind = self.metric.replace("/", "_").rpartition("_")[2]
+        shown += sorted(n for n in names if n.replace("/", "_").endswith(kind) and n not in shown)[:2]
+        for i, name in enumerate(dict.fromkeys(shown)):
+            path = folder / ("curves.png" if i == 0 else f"curves_{name.replace('/', '_')}.png")
+            self._draw_curves(name, path)
+            pictures.append((f"{name} by epoch", path))
+        return pictures
+
+    def _draw_curves(self, name: str, path: Path) -> None:
+        figure, canvas = matplotlib()
+        columns = min(3, len(self.points))
+        lines = math.ceil(len(self.points) / columns)
+        made = figure(figsize=(max(6.4, 4.6 * columns), 4.2 * lines), layout="constrained", dpi=130)
+        canvas(made)
+        grid = made.subplots(lines, columns, squeeze=False, sharey=True).flat
+        for axes, point in zip(grid, self.points, strict=False):
+            for i, label in enumerate(self.labels):
+                series = [r["history"][name] for r in self.of(label, point).values() if name in r["history"]]
+                _curve(axes, series, label, i)
+            title = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in point)
+            axes.set_title(title or name, loc="left")
+            _dress(axes, "epoch")
+        for axes in list(grid):
+            axes.set_visible(False)
+        seeds = max(len(self.of(label, p)) for label in self.labels for p in self.points)
+        made.suptitle(f"{name}: mean over {seeds} seed{'s' if seeds > 1 else ''}, band: one standard deviation")
+        made.savefig(path)
+
+    def _draw_sweep(self, key: str, path: Path) -> None:
+        figure, canvas = matplotlib()
+        made = figure(figsize=(7.2, 4.6), layout="constrained", dpi=130)
+        canvas(made)
+        axes = made.subplots()
+        values = list(dict.fromkeys(dict(point)[key] for point in self.points))
+        for i, label in enumerate(self.labels):
+            means, deviations = [], []
+            for value in values:
+                runs = [r for p in self.points if dict(p)[key] == value for r in self.of(label, p).values()]
+                finite = [v for v in map(self.value, runs) if math.isfinite(v)]
+                means.append(statistics.fmean(finite) if finite else math.nan)
+                deviations.append(statistics.stdev(finite) if len(finite) > 1 else 0.0)
+            # Points beside each other, so that the bars of two normalizers do not hide one another.
+            at = [x + 0.03 * (i - (len(self.labels) - 1) / 2) for x in range(len(values))]
+            axes.errorbar(at, means, deviations, label=label, capsize=3, linewidth=2, markersize=5, **_look(i))
+        axes.set_xticks(range(len(values)), values)
+        axes.set_title(f"{self.metric} (mean, bar: one standard deviation)", loc="left")
+        _dress(axes, key)
+        made.savefig(path)
+
+    def _page(self, pictures: Sequence[tuple[str, Path]]) -> str:
+        heading, *lines = self.table()
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heading)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+        images = "".join(
+            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,'
+            f'{base64.b64encode(path.read_bytes()).decode()}">'
+            for title, path in pictures
+        )
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes())
+        settings = "".join(
+            f"<tr><td><code>{html.escape(k)}</code></td><td>{html.escape(v)}</td></tr>"
+            for k, v in sorted(self.records[0]["settings"].items())
+        )
+        versions = ", ".join(f"{k} {v}" for k, v in self.records[0]["versions"].items())
+        return (
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(self.metric)} of {len(self.labels)} normalizers</title><style>{STYLE}</style>"
+            f"<h1>{html.escape(self.metric)} of {len(self.labels)} normalizers</h1>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><ul>{notes}</ul>{images}"
+            f"<h2>The job</h2><p>{html.escape(versions)}, on {html.escape(self.records[0]['device'])}</p>"
+            f"<details><summary>All settings</summary><table>{settings}</table></details></html>\n"
+        )
+
+    def _hparams(self, folder: Path) -> None:
+        """Write TensorBoard's HParams: one row per run, all with the same columns, as TensorBoard wants them."""
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        described = [
+            {"norm": r["label"], "seed": r["seed"], **r["sweep"], **_arguments(r["swap"])} for r in self.records
+        ]
+        columns = list(dict.fromkeys(name for d in described for name in d))
+        for record, d in zip(self.records, described, strict=True):
+            row = {name: d.get(name, "") for name in columns}
+            # An entry that is a number in one run and missing in another is text in both: a column has one type.
+            row = {n: str(v) if any(n not in other for other in described) else v for n, v in row.items()}
+            # Beside the run's curves; drawn again, they replace what an earlier report wrote.
+            target = folder / record["name"] / "hparams"
+            shutil.rmtree(target, ignore_errors=True)
+            with SummaryWriter(str(target)) as writer:
+                for summary in hparams(row, {self.metric: 0.0}):  # type: ignore[no-untyped-call]
+                    writer._get_file_writer().add_summary(summary)
+                writer.add_scalar(self.metric, self.value(record))
+
+
+def check_pictures() -> None:
+    """Raise now, before anything is trained, what would be missing for the report.
+
+    Raises:
+        ModuleNotFoundError: matplotlib or scipy is not installed.
+    """
+    matplotlib()
+    try:
+        import scipy.stats  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"intervals need scipy ({error}): pip install 'lightning-norm[examples]'.") from error
+
+
+def matplotlib() -> tuple[Any, Any]:
+    """Return matplotlib's Figure and its canvas that needs no display.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"pictures need matplotlib ({error}): pip install 'lightning-norm[examples]'."
+        ) from error
+    return Figure, FigureCanvasAgg
+
+
+def _point(record: Record) -> Point:
+    return tuple(record["sweep"].items())
+
+
+def _arguments(swap: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a contender's normalizer, flat."""
+    norm = swap.get("norm")
+    arguments = dict(norm.get("init_args") or {}) if isinstance(norm, dict) else {}
+    arguments |= swap.get("norm_args") or {}
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in arguments.items()}
+
+
+def _finite(value: Any) -> Any:
+    """Return a value for strict JSON, which has no NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _median(runs: dict[int, Record], column: str) -> float | None:
+    values = [r[column] for r in runs.values() if r.get(column) is not None]
+    return statistics.median(values) if values else None
+
+
+def _ratio(runs: dict[int, Record], base: dict[int, Record], column: str, least: float = 0.0) -> float | None:
+    one, other = _median(runs, column), _median(base, column)
+    return one / other if one is not None and other and other >= least else None
+
+
+def _count(parameters: float | None) -> str:
+    if parameters is None:
+        return "-"
+    return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else f"{parameters:.0f}"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f} x"
+
+
+def _against(row: dict[str, Any]) -> str:
+    if "difference" not in row:
+        return "-"
+    if not math.isfinite(row["difference"]):
+        return str(row["verdict"])
+    if not math.isfinite(row["low"]):
+        return f"{row['difference']:+.4f} ({row['verdict']})"
+    return f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+
+
+def _look(i: int) -> dict[str, str]:
+    return {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def _curve(axes: Any, series: list[list[float]], label: str, i: int) -> None:
+    """Draw the mean over seeds, and a band of one standard deviation."""
+    if not series:
+        return
+    by_epoch = list(zip(*series, strict=False))
+    epochs = range(1, len(by_epoch) + 1)
+    mean = [statistics.fmean(values) for values in by_epoch]
+    axes.plot(epochs, mean, label=f"{label}  {mean[-1]:.3f}", linewidth=2, markersize=4, **_look(i))
+    if len(series) > 1:
+        sd = [statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan for values in by_epoch]
+        low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
+        axes.fill_between(epochs, low, high, color=_look(i)["color"], alpha=0.15, linewidth=0)
+
+
+def _dress(axes: Any, below: str) -> None:
+    axes.set_xlabel(below)
+    if below == "epoch":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.ticklabel_format(axis="y", useOffset=False) if hasattr(
+        axes.yaxis.get_major_formatter(), "set_useOffset"
+    ) else None
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")

@@ -1,0 +1,161 @@
+"""What is to be trained: normalizers, sweeps and seeds, and the runs that they make together."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from lightning_norm.normalizers import resolve
+
+BASELINE = "bn"
+"""The label of the network as it is: nothing is swapped."""
+
+SET = "set"
+"""Entry of a contender that holds entries of the whole configuration, for a baseline that needs a callback, say."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One normalizer of a comparison.
+
+    Args:
+        label: its name in tables and pictures.
+        swap: entries of the section ``norm:``; empty for the network as it is.
+        entries: of the whole configuration, by their dotted names, that hold for this one alone.
+    """
+
+    label: str
+    swap: Mapping[str, Any]
+    entries: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> list[str]:
+        """Return the entries as they are typed on the command line."""
+        written = ((k, v if isinstance(v, str) else json.dumps(v)) for k, v in self.entries.items())
+        return [f"--{key}={value}" for key, value in written]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a normalizer, one value for each swept entry of the configuration, a seed."""
+
+    contender: Contender
+    sweep: tuple[tuple[str, str], ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Return the name of the run's file: readable, and different for different runs."""
+        parts = [self.contender.label, *(f"{key.rpartition('.')[2]}={value}" for key, value in self.sweep)]
+        text = "-".join([re.sub(r"[^\w.=+]+", "_", part) for part in parts] + [f"seed{self.seed}"])
+        # Two entries may end in the same word, and special characters were replaced above.
+        exact = json.dumps([self.contender.label, self.sweep, self.seed])
+        return f"{text}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+
+
+def read_contenders(text: str) -> list[Contender]:
+    """Return the normalizers of ``--norms``.
+
+    Args:
+        text: a YAML list without its brackets. An entry is a key, ``{class_path: ..., init_args: {...}}``, entries of
+            the section ``norm:`` and ``set``, or ``label: entry``.
+
+    Raises:
+        ValueError: no list, an unknown normalizer, or two with one label.
+
+    >>> [c.label for c in read_contenders("bn, sn, half: {norm: sn, include: [bn1]}")]
+    ['bn', 'sn', 'half']
+    """
+    try:
+        entries = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"--norms {text!r} cannot be read: {str(error).splitlines()[0]}. Type keys separated by commas, and "
+            "arguments like --norms 'bn,sn,{class_path: ubn, init_args: {threshold: 0.9}}'."
+        ) from error
+    if not entries:
+        raise ValueError("compare needs at least one normalizer: --norms bn,sn.")
+    contenders = [_contender(entry) for entry in entries]
+    labels = [c.label for c in contenders]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(
+                f"two normalizers are called {label!r}: give one of them a label of its own, "
+                f"--norms '{label}, other: {{norm: {label}, norm_args: {{...}}}}'."
+            )
+    return contenders
+
+
+def _contender(entry: Any) -> Contender:
+    from lightning_norm.callbacks import NormSwap
+
+    known = ("class_path", SET, *inspect.signature(NormSwap).parameters)
+    label = None
+    if isinstance(entry, Mapping) and len(entry) == 1 and next(iter(entry)) not in known:
+        ((label, entry),) = entry.items()
+    if isinstance(entry, str):
+        entry = {"norm": entry}
+    if not isinstance(entry, Mapping) or not entry:
+        raise ValueError(f"--norms: {entry!r} names no normalizer. Type a key, such as sn (`lightning-norm list`).")
+    if "class_path" in entry:
+        entry = {"norm": entry}
+    unknown = sorted(map(str, set(entry) - set(known)))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"--norms: {dict(entry)!r} has unknown entries: {', '.join(unknown)}.{guess} Known: those of the section "
+            f"norm: and {SET}."
+        )
+    swap, entries = {k: v for k, v in entry.items() if k != SET}, entry.get(SET) or {}
+    if swap == {"norm": BASELINE}:
+        return Contender(str(label or BASELINE), {}, entries)
+    if "norm" not in swap:
+        return Contender(str(label or ("rules" if swap else BASELINE)), swap, entries)
+    cls, arguments = resolve(swap["norm"])
+    shown = ", ".join(f"{name}={value}" for name, value in {**arguments, **(swap.get("norm_args") or {})}.items())
+    name = cls.key or cls.__name__
+    return Contender(str(label or (f"{name}({shown})" if shown else name)), swap, entries)
+
+
+def read_sweeps(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return the entries of the configuration that are swept, each with its values.
+
+    Raises:
+        ValueError: not of the form ENTRY=VALUE,VALUE, or an entry twice.
+
+    >>> read_sweeps(["data.init_args.batch_size=2,8"])
+    [('data.init_args.batch_size', ['2', '8'])]
+    """
+    sweeps: dict[str, list[str]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        key = key.strip().lstrip("-")
+        listed = list(dict.fromkeys(value.strip() for value in values.split(",") if value.strip()))
+        if not equals or not key or not listed:
+            raise ValueError(f"--sweep {text!r}: expected ENTRY=VALUE,VALUE such as data.init_args.batch_size=2,8,32.")
+        if key in sweeps:
+            raise ValueError(f"--sweep {key} is there twice: write its values in one list.")
+        sweeps[key] = listed
+    return list(sweeps.items())
+
+
+def all_runs(
+    contenders: Sequence[Contender], sweeps: Sequence[tuple[str, Sequence[str]]], seeds: Sequence[int]
+) -> list[Run]:
+    """Return every run, seeds outermost: a comparison that is stopped early has met every normalizer alike.
+
+    >>> runs = all_runs(read_contenders("bn,sn"), [("lr", ["1", "2"])], range(2))
+    >>> len(runs), len({r.name for r in runs})
+    (8, 8)
+    """
+    points = list(itertools.product(*([(key, value) for value in values] for key, values in sweeps)))
+    return [Run(contender, point, seed) for seed in seeds for point in points for contender in contenders]

@@ -1,0 +1,94 @@
+"""The folder of a comparison: one file per finished run, written whole or not at all, shared by any processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+FORMAT = 1
+"""Of the files; a reader of another format says so instead of guessing."""
+
+Record = dict[str, Any]
+
+
+class RunStore:
+    """Finished runs in ``FOLDER/runs``, and a lock per run in ``FOLDER/locks`` while a process trains it.
+
+    The lock is the operating system's: it ends with its process, however that ends.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.runs, self.locks = folder, folder / "runs", folder / "locks"
+
+    def read(self, name: str) -> Record | None:
+        """Return a finished run, ``None`` if there is none.
+
+        Raises:
+            ValueError: the file is damaged, or of another format.
+        """
+        path = self.runs / f"{name}.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, and the run is trained again.") from error
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is no run of this version of compare: expected format {FORMAT}. Choose another --out."
+            )
+        return record
+
+    def read_all(self) -> list[Record]:
+        """Return every finished run in the folder, by name.
+
+        Raises:
+            ValueError: a file is damaged, or there is none.
+        """
+        records = [self.read(path.stem) for path in sorted(self.runs.glob("*.json"))]
+        if not records:
+            raise ValueError(f"{self.folder} holds no finished run: expected files in {self.runs}.")
+        return [record for record in records if record is not None]
+
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Write a finished run under a temporary name and rename it, so that no reader meets half a file."""
+        write_whole(self.runs / f"{name}.json", json.dumps({"format": FORMAT, **record}, indent=1))
+
+    @contextlib.contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Hold a run's lock; yield whether this process has it, and ``False`` while another one does."""
+        self.locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.locks / f"{name}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name beside it, flush it to the disk, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, or Ctrl-C: nothing half-written stays
+        Path(temporary).unlink(missing_ok=True)
+        raise
