@@ -282,7 +282,7 @@ def test_compile_deepcopy_and_checkpoint(key):
 
 @pytest.mark.parametrize("key", [pytest.param("afn", marks=SLOW), "asr"])
 def test_export(key):
-    exports(pair(key, {}, train=False)[0], "coders")
+    exports(pair(key, {}, train=False)[0], "encoder_decoder_affine")
 
 
 def test_second_derivatives_name_the_way_out():
