@@ -6,21 +6,31 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch import nn
 
+from lightning_norm.callbacks.lightning_compat import (
+    EarlyStopping,
+    Logger,
+    ModelCheckpoint,
+    TensorBoardLogger,
+    callbacks_of,
+    pl,
+)
+from lightning_norm.callbacks.lightning_private import (
+    event_writer,
+    logs_hyperparameters,
+    tag_prefix,
+    writes_default_metric,
+)
 from lightning_norm.callbacks.monitor.quantities import (
-    Place,
+    Series,
     depths,
     families,
     is_choice,
     key_of,
     label,
     layer_names,
-    layers_of,
+    named_normalizers,
     split,
 )
 from lightning_norm.callbacks.swap.norm_swap import NormSwap
@@ -28,50 +38,47 @@ from lightning_norm.callbacks.swap.norm_swap import NormSwap
 Layout = dict[str, dict[str, list[Any]]]
 
 
-def prefix_of(logger: TensorBoardLogger) -> str:
-    """Return what the logger puts before each tag."""
-    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-
-
 def log_scalars(logger: Logger, scalars: Mapping[str, float], step: int) -> None:
     """Log as ``logger.log_metrics`` does; TensorBoard gets all of a step in one event, at a tenth of the cost."""
     if not isinstance(logger, TensorBoardLogger) or type(logger).log_metrics is not TensorBoardLogger.log_metrics:
         logger.log_metrics(dict(scalars), step=step)
         return
-    before = prefix_of(logger)
-    values = [Summary.Value(tag=f"{before}{tag}", simple_value=value) for tag, value in scalars.items()]
-    logger.experiment._get_file_writer().add_summary(Summary(value=values), step)
+    prefix = tag_prefix(logger)
+    values = [Summary.Value(tag=f"{prefix}{tag}", simple_value=value) for tag, value in scalars.items()]
+    event_writer(logger).add_summary(Summary(value=values), step)
 
 
-def layout(places: Iterable[Place], group: str) -> Layout:
+def layout(logged: Iterable[Series], group: str) -> Layout:
     """Return a layout for ``SummaryWriter.add_custom_scalars``, one category per key.
 
     Quantities of one family share a chart, of which there is one per depth; a quantity by itself has one chart, with a
     line per depth. TensorBoard takes tags for the beginnings of regular expressions.
 
     Args:
-        places: what is logged.
+        logged: all that is logged.
         group: first part of the tags ``<group>/<key>/<quantity>/<depth>``.
 
     >>> layout([("sn", "mean_in", "a"), ("sn", "mean_bn", "a")], "n")
     {'Normalization: sn': {'mean (IN, BN), all layers': ['Multiline', ['n/sn/mean_in/all$', 'n/sn/mean_bn/all$']]}}
     """
-    places = list(places)
+    logged = list(logged)
     page: Layout = {}
-    for key, found in families(places).items():
+    for key, grouped in families(logged).items():
         charts = page.setdefault(f"Normalization: {key}", {})
-        for family, quantities in found.items():
-            parts = list(dict.fromkeys(depths(len(layer_names(places, key, quantities[0])))))
+        for family, quantities in grouped.items():
+            parts = list(dict.fromkeys(depths(len(layer_names(logged, key, quantities[0])))))
             if len(quantities) == 1:
                 tags = {family: [f"{group}/{key}/{quantities[0]}/{part}" for part in parts]}
             else:
                 title = f"{family} ({', '.join(q for q in map(label, quantities) if q != family)})"
                 tags = {f"{title}, {p} layers": [f"{group}/{key}/{q}/{p}" for q in quantities] for p in parts}
-            charts.update({title: ["Multiline", [f"{re.escape(t)}$" for t in own]] for title, own in tags.items()})
+            charts.update(
+                {title: ["Multiline", [f"{re.escape(t)}$" for t in group_tags]] for title, group_tags in tags.items()}
+            )
     return page
 
 
-def tables(values: Mapping[Place, float], key: str, mark: str) -> Iterator[list[list[str]]]:
+def tables(values: Mapping[Series, float], key: str, mark: str) -> Iterator[list[list[str]]]:
     """Yield tables of what the layers of a key hold: the method's own quantities, then those that every layer has.
 
     Args:
@@ -105,11 +112,11 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([head, "|---|" + "--:|" * (len(rows[0]) - 1), *body])
 
 
-def norm_hparams(trainer: pl.Trainer, model: nn.Module, prefix: str) -> dict[str, Any]:
+def norm_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> dict[str, Any]:
     """Return the norm and its arguments: those of NormSwap, or the keys of the layers where there is none."""
-    swap = next((c for c in trainer.callbacks if isinstance(c, NormSwap)), None)  # type: ignore[attr-defined]
+    swap = next((c for c in callbacks_of(trainer) if isinstance(c, NormSwap)), None)
     if swap is None:
-        keys = dict.fromkeys(key_of(layer) for _, layer in layers_of(model))
+        keys = dict.fromkeys(key_of(layer) for _, layer in named_normalizers(pl_module))
         return {prefix: "+".join(keys)} if keys else {}
     arguments = {f"{prefix}/{name}": plain(value) for name, value in (swap.norm_args or {}).items()}
     return {prefix: plain(swap.rules if swap.norm is None else swap.norm), **arguments}
@@ -130,15 +137,16 @@ def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str,
         metric: the metric's tag; by default the one that is monitored.
         end: of fit; its start otherwise.
     """
-    ours = norm_hparams(trainer, pl_module, prefix)
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-    watched = [c.monitor for c in callbacks if isinstance(c, (ModelCheckpoint, EarlyStopping)) and c.monitor]
+    norm = norm_hparams(trainer, pl_module, prefix)
+    watched = [
+        c.monitor for c in callbacks_of(trainer) if isinstance(c, (ModelCheckpoint, EarlyStopping)) and c.monitor
+    ]
     metrics = ([metric] if metric else watched)[:1]
     for logger in trainer.loggers:
-        if ours and isinstance(logger, TensorBoardLogger) and logger._default_hp_metric is not end:
-            theirs = {k: plain(v) for k, v in flat(initial_hparams(trainer, pl_module)).items()}
-            names = [f"{prefix_of(logger)}{m}" for m in (*metrics, *(() if end else ("hp_metric",)))]
-            _write({**ours, **theirs}, names, logger.experiment._get_file_writer())
+        if norm and isinstance(logger, TensorBoardLogger) and writes_default_metric(logger) is not end:
+            logged = {k: plain(v) for k, v in flat(initial_hparams(trainer, pl_module)).items()}
+            names = [f"{tag_prefix(logger)}{m}" for m in (*metrics, *(() if end else ("hp_metric",)))]
+            _write({**norm, **logged}, names, event_writer(logger))
 
 
 def _write(hparams: dict[str, Any], metrics: list[str], writer: Any) -> None:
@@ -150,11 +158,12 @@ def _write(hparams: dict[str, Any], metrics: list[str], writer: Any) -> None:
 
 def initial_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
     """Return what Lightning logs as hyper-parameters: those of the module and of the data module."""
-    found: dict[str, Any] = {}
+    hparams: dict[str, Any] = {}
     for holder in (pl_module, getattr(trainer, "datamodule", None)):
-        if holder is not None and holder._log_hyperparams:  # LightningCLI's own begin with an underscore
-            found.update({k: v for k, v in holder.hparams_initial.items() if not k.startswith("_")})
-    return found
+        if holder is not None and logs_hyperparameters(holder):
+            # Names of what LightningCLI adds begin with an underscore.
+            hparams.update({k: v for k, v in holder.hparams_initial.items() if not k.startswith("_")})
+    return hparams
 
 
 def flat(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -163,13 +172,13 @@ def flat(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     >>> flat({"optimizer": {"lr": 0.1}, "depth": 18})
     {'optimizer/lr': 0.1, 'depth': 18}
     """
-    found: dict[str, Any] = {}
+    joined: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
-            found.update(flat(value, f"{before}{key}/"))
+            joined.update(flat(value, f"{before}{key}/"))
         else:
-            found[f"{before}{key}"] = value
-    return found
+            joined[f"{before}{key}"] = value
+    return joined
 
 
 def plain(value: Any) -> bool | int | float | str:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_norm.callbacks.monitor.quantities import Place, families, is_choice, label, layer_names, split
+from lightning_norm.callbacks.monitor.quantities import Series, families, is_choice, label, layer_names, split
 
 Image = npt.NDArray[np.uint8]
-History = Mapping[int, Mapping[Place, float]]
+History = Mapping[int, Mapping[Series, float]]
 """Epochs that were finished -> the values then."""
 
 COLORS = {"bn": "#0072B2", "in": "#D55E00", "ln": "#009E73", "gn": "#CC79A7"}  # apart for colour-blind readers too
@@ -35,14 +35,14 @@ def can_draw() -> bool:
 def draw(history: History) -> dict[tuple[str, str], Image]:
     """Return every picture of a run: (key, title) -> (height, width, 3)."""
     last = history[max(history)]
-    found: dict[tuple[str, str], Image] = {}
+    images: dict[tuple[str, str], Image] = {}
     for key, grouped in families(last).items():
-        mixtures = {family: own for family, own in grouped.items() if is_choice(last, key, own)}
+        mixtures = {family: members for family, members in grouped.items() if is_choice(last, key, members)}
         if mixtures:
-            found[key, "choice"] = draw_choice(history, key, mixtures)
+            images[key, "choice"] = draw_choice(history, key, mixtures)
         for title, part in split(grouped).items():
-            found[key, title] = draw_profile(history, key, part)
-    return found
+            images[key, title] = draw_profile(history, key, part)
+    return images
 
 
 def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -> Image:
@@ -55,9 +55,9 @@ def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -
     """
     epochs, last = sorted(history), history[max(history)]
     names = layer_names(last, key)
-    cubes = {family: _cube(history, epochs, names, key, own) for family, own in mixtures.items()}
+    cubes = {family: _cube(history, epochs, names, key, members) for family, members in mixtures.items()}
     top = max(float(np.nanmax(cube)) for cube in cubes.values())
-    equal = min(1 / len(own) for own in mixtures.values())
+    equal = min(1 / len(members) for members in mixtures.values())
     top = max(top, equal + 0.01)
     figure, axes = _figure(len(mixtures), len(names), 2.5)
     for axis, (family, quantities) in zip(axes, mixtures.items(), strict=True):

@@ -7,11 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
-
+from lightning_norm.callbacks.lightning_compat import pl, rank_zero_info
+from lightning_norm.callbacks.patching import Patches, is_patched
 from lightning_norm.errors import CheckpointError
 from lightning_norm.layers.swap_record import MANIFEST_KEY
 from lightning_norm.surgery.files import File, check_file, read_checkpoint, unreadable
@@ -29,99 +28,76 @@ from lightning_norm.surgery.manifest import (
 Module = TypeVar("Module", bound=pl.LightningModule)
 
 
-class ModuleHook:
-    """Stands on one module in place of a method and calls it; a copy or a pickle of the module takes it along.
+def patch_checkpoint_hooks(patches: Patches, pl_module: pl.LightningModule, resumes: bool) -> None:
+    """Let the module's own checkpoint hooks write the manifest and compare it, in copies of the module as well.
+
+    Lightning calls ``LightningModule.on_save_checkpoint`` for weights-only files too, and ``on_load_checkpoint`` before
+    anything of the file is loaded; those of callbacks come too late or not at all.
 
     Args:
-        module: the module.
-    """
-
-    name: ClassVar[str]
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        self.module = module
-        self.own = module.__dict__.get(self.name)  # what somebody else has put on the instance
-
-    def original(self, checkpoint: dict[str, Any]) -> None:
-        """Call the module's own method."""
-        if self.own is not None:
-            self.own(checkpoint)
-        else:
-            getattr(type(self.module), self.name)(self.module, checkpoint)
-
-    def put_on(self) -> None:
-        """Take the method's place, once."""
-        if not isinstance(self.own, type(self)):
-            self.module.__dict__[self.name] = self
-
-    def take_off(self) -> None:
-        """Put back what was there."""
-        if self.module.__dict__.get(self.name) is self:
-            del self.module.__dict__[self.name]
-            if self.own is not None:
-                self.module.__dict__[self.name] = self.own
-
-
-class WriteManifest(ModuleHook):
-    """``on_save_checkpoint`` that adds the manifest; Lightning calls it for weights-only files too."""
-
-    name = "on_save_checkpoint"
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        """Add the manifest of the module as it is now, then call the module's own hook."""
-        write_manifest(self.module, checkpoint)
-        self.original(checkpoint)
-
-
-class CheckManifest(ModuleHook):
-    """``on_load_checkpoint`` that refuses a checkpoint of another swap before anything of it is loaded.
-
-    Args:
-        module: the module.
+        patches: who undoes it.
+        pl_module: the module.
         resumes: the optimizer's state is loaded as well.
     """
+    if is_patched(pl_module, "on_save_checkpoint", save_with_manifest):
+        return  # a second NormSwap in the Trainer would say everything twice
+    save = functools.partial(save_with_manifest, pl_module)
+    load = functools.partial(load_with_manifest, pl_module, resumes=resumes)
+    patches.wrap(pl_module, "on_save_checkpoint", save, follows_copies=True)
+    patches.wrap(pl_module, "on_load_checkpoint", load, follows_copies=True)
 
-    name = "on_load_checkpoint"
 
-    def __init__(self, module: pl.LightningModule, resumes: bool) -> None:
-        super().__init__(module)
-        self.resumes = resumes
+def save_with_manifest(pl_module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+    """Add the manifest of the module as it is now, then call the module's own hook."""
+    write_manifest(pl_module, checkpoint)
+    original(checkpoint)
 
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        """Check, call the module's own hook, and rename what torch.compile has named differently."""
-        self.check(checkpoint)
-        self.original(checkpoint)
-        _fit(self.module, checkpoint)
 
-    def check(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the manifests.
+def load_with_manifest(
+    pl_module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any], *, resumes: bool
+) -> None:
+    """Check, call the module's own hook, and rename what torch.compile has named differently."""
+    check_manifest(pl_module, checkpoint, resumes)
+    original(checkpoint)
+    _fit(pl_module, checkpoint)
 
-        Raises:
-            CheckpointError: they differ, or there is none and the optimizer's state cannot fit.
-        """
-        attached = getattr(self.module, "_trainer", None)
-        path = str(attached.ckpt_path) if attached is not None and attached.ckpt_path else "the checkpoint"
-        saved, own = manifest_in(checkpoint), manifest_of(self.module)
-        if saved is not None:
-            other = difference(saved, own)
-            if other:
-                raise CheckpointError(
-                    f"{path!r} is a checkpoint of another swap: {other}. Type NormSwap(plan={path!r}) to swap as it "
-                    "was swapped there, or the arguments that it was trained with."
-                )
-        elif own is not None:
-            lacking = lacks_parameters(self.module, checkpoint.get("state_dict", {}))
-            if lacking and self.resumes:
-                raise CheckpointError(
-                    f"{path!r} is a checkpoint of the network before the swap: it has no {lacking[0]}, so the state of "
-                    f"its optimizer does not fit. To start from its weights alone, leave out ckpt_path and type "
-                    f"NormSwap(..., warm_start={path!r})."
-                )
-            if lacking:
-                rank_zero_info(
-                    f"NormSwap: {path!r} is of the network before the swap; {len(lacking)} parameters of the "
-                    f"normalizers (first: {lacking[0]}) keep their starting values."
-                )
+
+def check_manifest(pl_module: pl.LightningModule, checkpoint: dict[str, Any], resumes: bool) -> None:
+    """Refuse a checkpoint of another swap before anything of it is loaded.
+
+    Raises:
+        CheckpointError: the manifests differ, or there is none and the optimizer's state cannot fit.
+    """
+    path = _checkpoint_path(pl_module)
+    saved, current = manifest_in(checkpoint), manifest_of(pl_module)
+    if saved is not None:
+        other = difference(saved, current)
+        if other:
+            raise CheckpointError(
+                f"{path!r} is a checkpoint of another swap: {other}. Type NormSwap(plan={path!r}) to swap as it "
+                "was swapped there, or the arguments that it was trained with."
+            )
+    elif current is not None:
+        lacking = lacks_parameters(pl_module, checkpoint.get("state_dict", {}))
+        if lacking and resumes:
+            raise CheckpointError(
+                f"{path!r} is a checkpoint of the network before the swap: it has no {lacking[0]}, so the state of "
+                f"its optimizer does not fit. To start from its weights alone, leave out ckpt_path and type "
+                f"NormSwap(..., warm_start={path!r})."
+            )
+        if lacking:
+            rank_zero_info(
+                f"NormSwap: {path!r} is of the network before the swap; {len(lacking)} parameters of the "
+                f"normalizers (first: {lacking[0]}) keep their starting values."
+            )
+
+
+def _checkpoint_path(pl_module: pl.LightningModule) -> str:
+    try:
+        trainer = pl_module.trainer
+    except RuntimeError:  # a copy of the module that no Trainer runs
+        return "the checkpoint"
+    return str(trainer.ckpt_path or "the checkpoint")
 
 
 def write_manifest(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -196,39 +172,26 @@ def _rebuilding(cls: type[pl.LightningModule]) -> Iterator[None]:
 
     Lightning has no hook between building and loading but the module's own ``on_load_checkpoint``.
     """
-    with _lock:
-        put: list[tuple[Any, Any]] = []
+    with _lock, Patches() as patches:
         for each in _family(cls):
-            if each is cls or "on_load_checkpoint" in each.__dict__:
-                put.append((each, each.__dict__.get("on_load_checkpoint")))
-                each.on_load_checkpoint = _rebuild_first(each.on_load_checkpoint)
-        try:
-            yield
-        finally:
-            for each, own in put:
-                if own is None:
-                    del each.on_load_checkpoint
-                else:
-                    each.on_load_checkpoint = own
+            if each is cls or "on_load_checkpoint" in vars(each):
+                patches.wrap(each, "on_load_checkpoint", _rebuild_first)
+        yield
 
 
-def _rebuild_first(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def on_load_checkpoint(self: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        manifest = manifest_in(checkpoint)
-        if manifest is not None:
-            rebuild(self, manifest)
-        else:
-            homeless = learned_without_a_place(self, checkpoint.get("state_dict", {}))
-            for name, key in homeless.items():
-                raise CheckpointError(
-                    f"the checkpoint holds {name!r} of {key!r}, and neither says what was swapped nor does "
-                    f"{type(self).__name__} swap by itself. Call lightning_norm.swap in its __init__, as in training."
-                )
-        original(self, checkpoint)
-        _fit(self, checkpoint)
-
-    return on_load_checkpoint
+def _rebuild_first(original: Callable[..., Any], pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    manifest = manifest_in(checkpoint)
+    if manifest is not None:
+        rebuild(pl_module, manifest)
+    else:
+        homeless = learned_without_a_place(pl_module, checkpoint.get("state_dict", {}))
+        for name, key in homeless.items():
+            raise CheckpointError(
+                f"the checkpoint holds {name!r} of {key!r}, and neither says what was swapped nor does "
+                f"{type(pl_module).__name__} swap by itself. Call lightning_norm.swap in its __init__, as in training."
+            )
+    original(pl_module, checkpoint)
+    _fit(pl_module, checkpoint)
 
 
 def _family(cls: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Which value of which layer follows which schedule, and whether every value of the run is legal."""
+"""Which argument of which layer follows which schedule, and whether every value of the run is legal."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
 
 
 @dataclass
-class Target:
-    """One scheduled value of one layer.
+class ScheduledParameter:
+    """One argument of one layer, and the schedule that it follows.
 
     Args:
         layer: the layer.
-        name: its dotted name.
-        value: name of the argument.
+        layer_name: its dotted name.
+        argument: name of the argument, such as "momentum".
         key: what the user wrote.
         schedule: what it follows.
     """
 
     layer: Normalizer
-    name: str
-    value: str
+    layer_name: str
+    argument: str
     key: str
     schedule: Schedule
 
@@ -55,69 +55,78 @@ def split_key(key: str) -> tuple[str | None, str]:
     return (pattern if colon else None), name
 
 
-def find_targets(model: nn.Module, schedules: Mapping[str, Schedule]) -> list[Target]:
-    """Give every value that a key names its schedule; of several keys for one value the first wins.
+def find_scheduled_parameters(pl_module: nn.Module, schedules: Mapping[str, Schedule]) -> list[ScheduledParameter]:
+    """Give every argument that a key names its schedule; of several keys for one argument the first wins.
 
     Raises:
-        ValueError: a key that names no value of any layer, or none that is left.
+        ValueError: a key that names no argument of any layer, or none that is left.
     """
-    layers = _layers(model)
+    layers = _normalizers_with_all_names(pl_module)
     if not layers:
         raise ValueError(
             "NormScheduler: the model has no layer of this package, so nothing to schedule. Swap first: "
             "Trainer(callbacks=[NormSwap('sn'), NormScheduler(...)])."
         )
     taken: dict[tuple[int, str], str] = {}
-    found: list[Target] = []
+    parameters: list[ScheduledParameter] = []
     for key, schedule in schedules.items():
-        pattern, value = split_key(key)
-        matched = [(n, layer) for n, layer in layers if pattern is None or _matches(pattern, n)]
-        able = [(n, layer) for n, layer in matched if value in _values(layer)]
+        pattern, argument = split_key(key)
+        matched = [(names, layer) for names, layer in layers if pattern is None or _matches(pattern, names)]
+        able = [(names, layer) for names, layer in matched if argument in _arguments(layer)]
         if not able:
-            raise ValueError(_explain(key, pattern, value, matched, layers))
-        free = [(n, layer) for n, layer in able if (id(layer), value) not in taken]
+            raise ValueError(_explain(key, pattern, argument, matched, layers))
+        free = [(names, layer) for names, layer in able if (id(layer), argument) not in taken]
         if not free:
-            first = taken[id(able[0][1]), value]
+            first = taken[id(able[0][1]), argument]
             raise ValueError(f"schedules[{key!r}] is never used: schedules[{first!r}] comes first. Exchange the two.")
-        taken |= {(id(layer), value): key for _, layer in free}
-        found += [Target(layer, n[0], value, key, schedule) for n, layer in free]
-    return found
+        taken |= {(id(layer), argument): key for _, layer in free}
+        parameters += [ScheduledParameter(layer, names[0], argument, key, schedule) for names, layer in free]
+    return parameters
 
 
-def check_run(targets: Sequence[Target], last: float, epoch: float, unit: str) -> None:
-    """Check every value from time 0 to ``last``, which may be infinite, against the range of each layer.
+def check_run(parameters: Sequence[ScheduledParameter], last: float, epoch: float, unit: str) -> None:
+    """Check every value of a run against the range of each layer.
+
+    Args:
+        parameters: what is scheduled.
+        last: time of the run's last step, which may be infinite.
+        epoch: length of an epoch in the unit of time.
+        unit: of time, "epoch" or "step".
 
     Raises:
         ValueError: a value leaves the range of a layer.
     """
     extremes: dict[int, list[tuple[float, float]]] = {}
-    for target in targets:
-        schedule = target.schedule
+    for parameter in parameters:
+        schedule = parameter.schedule
         if id(schedule) not in extremes:
+            # A schedule that many layers follow is evaluated once, and only where it can be at its greatest or least.
             extremes[id(schedule)] = [(t, schedule(t, epoch)) for t in sorted(schedule.turns(last, epoch))]
         for time, value in extremes[id(schedule)]:
-            check_value(target, time, value, unit)
+            check_value(parameter, time, value, unit)
 
 
-def check_value(target: Target, time: float, value: float, unit: str) -> None:
+def check_value(parameter: ScheduledParameter, time: float, value: float, unit: str) -> None:
     """Check one value.
 
     Raises:
         ValueError: it is outside the layer's range.
     """
-    span = target.layer.ranges[target.value]
+    span = parameter.layer.ranges[parameter.argument]
     if not span.low <= value <= span.high:
         when = f"{unit} {time:.0f}" if math.isfinite(time) else "the long run (this training has no end)"
         raise ValueError(
-            f"schedules[{target.key!r}] = {target.schedule} gives {value:.6g} in {when}, but "
-            f"{type(target.layer).__name__} {target.name} takes {target.value} from {span.low} to {span.high}."
+            f"schedules[{parameter.key!r}] = {parameter.schedule} gives {value:.6g} in {when}, but "
+            f"{type(parameter.layer).__name__} {parameter.layer_name} takes {parameter.argument} from {span.low} to "
+            f"{span.high}."
         )
 
 
-def _layers(model: nn.Module) -> list[tuple[list[str], Normalizer]]:
+def _normalizers_with_all_names(pl_module: nn.Module) -> list[tuple[list[str], Normalizer]]:
+    # A layer that stands twice in the model may be called by either of its names.
     names: dict[int, list[str]] = {}
     layers: dict[int, Normalizer] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in pl_module.named_modules(remove_duplicate=False):
         if isinstance(module, Normalizer):
             for wrapper in WRAPPERS:
                 name = name.replace(wrapper, "")
@@ -126,7 +135,7 @@ def _layers(model: nn.Module) -> list[tuple[list[str], Normalizer]]:
     return [(names[i], layer) for i, layer in layers.items()]
 
 
-def _values(layer: Normalizer) -> set[str]:
+def _arguments(layer: Normalizer) -> set[str]:
     return set(layer.ranges) - set(layer.without_effect())
 
 
@@ -137,12 +146,12 @@ def _matches(pattern: str, names: Sequence[str]) -> bool:
 def _explain(
     key: str,
     pattern: str | None,
-    value: str,
+    argument: str,
     matched: Sequence[tuple[list[str], Normalizer]],
     layers: Sequence[tuple[list[str], Normalizer]],
 ) -> str:
     if not matched:
-        names = [n for ns, _ in layers for n in ns]
+        names = [name for all_names, _ in layers for name in all_names]
         plain = re.sub(r"[\\^$*+?()|\[\]]", "", pattern or "")
         near = difflib.get_close_matches(plain, names, n=1, cutoff=0.0)[0]
         return (
@@ -150,12 +159,12 @@ def _explain(
             "the regular expression must match the whole name."
         )
     for names, layer in matched:
-        why = layer.without_effect().get(value)
+        why = layer.without_effect().get(argument)
         if why:
-            return f"schedules[{key!r}]: {value} has no effect in {type(layer).__name__} {names[0]} with {why}."
-    counts = Counter(v for _, layer in matched for v in sorted(_values(layer)))
+            return f"schedules[{key!r}]: {argument} has no effect in {type(layer).__name__} {names[0]} with {why}."
+    counts = Counter(name for _, layer in matched for name in sorted(_arguments(layer)))
     where = "no layer" if pattern is None else f"none of the {len(matched)} layers that {pattern!r} matches"
-    close = difflib.get_close_matches(value, counts, n=1)
+    close = difflib.get_close_matches(argument, counts, n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    have = ", ".join(f"{v} ({n} layers)" for v, n in counts.items()) or "nothing"
-    return f"schedules[{key!r}]: {where} has a value {value!r} to schedule.{guess} They have: {have}."
+    have = ", ".join(f"{name} ({n} layers)" for name, n in counts.items()) or "nothing"
+    return f"schedules[{key!r}]: {where} has a value {argument!r} to schedule.{guess} They have: {have}."
