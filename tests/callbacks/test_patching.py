@@ -148,14 +148,19 @@ def traces(*objects):
     methods = [{k: v for k, v in vars(x).items() if inspect.isroutine(v) or isinstance(v, Patch)} for x in objects]
     for of_object, x in zip(methods, objects, strict=True):
         if isinstance(x, Callback):
-            of_object.pop("log", None)  # Lightning attaches it
+            of_object.pop("log", None)  # Lightning attaches these two
+            of_object.pop("log_dict", None)
     classes = {c: dict(vars(c)) for x in objects for c in type(x).__mro__ if c is not object}
     return methods, classes
 
 
 OURS = {
-    "swap": lambda: [NormSwap("sn", accumulate_statistics=True), NormSwap("gn", include=["none"], source="LayerNorm")],
-    "scheduler": lambda: [NormSwap("sn"), NormScheduler({"momentum": 0.2}), NormScheduler({"eps": 1e-4}, "step")],
+    "swap": lambda: [NormSwap("sn", include=["net.1"], accumulate_statistics=True), NormSwap("bn")],
+    "scheduler": lambda: [
+        NormSwap("sn", {"sparse": True}),
+        NormScheduler({"momentum": 0.2}),
+        NormScheduler({"radius": 0.5}, "step"),
+    ],
     "monitor": lambda: [NormSwap("sn"), NormMonitor(pictures=False), NormMonitor(prefix="second", pictures=False)],
     "recalibrate": lambda: [NormSwap("sn"), NormRecalibrate(2)],
     "context": lambda: [NormSwap("cn", {"num_contexts": 2}), NormContext()],
