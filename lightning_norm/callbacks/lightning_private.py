@@ -37,6 +37,7 @@ def averaged_model(callback: Any) -> nn.Module | None:
 
     ``_average_model`` of both: whether the copy has the layers of the network is seen nowhere else.
     """
+    # Missing before the callback's setup, and None before the averaging starts.
     average: nn.Module | None = getattr(callback, "_average_model", None)
     return average
 
@@ -46,6 +47,7 @@ def fresh_training_loader(trainer: pl.Trainer) -> CombinedLoader:
 
     ``_FitLoop._combined_loader`` and ``CombinedLoader._mode``: ``Trainer.train_dataloader`` is without the mode.
     """
+    # A mode such as "sequential" changes what a batch is, not only how many there are.
     combined = trainer.fit_loop._combined_loader
     assert combined is not None
     fresh = CombinedLoader(combined.iterables, combined._mode)
@@ -59,8 +61,10 @@ def without_iterator(loader: Any) -> Any:
     ``DataLoader._iterator``: with ``persistent_workers`` the loader keeps its iterator there, and a second loop over it
     would restart the one that the training is reading from.
     """
+    # Any iterable may be training data; only loaders keep an iterator.
     if "_iterator" not in getattr(loader, "__dict__", {}):
         return loader
+    # A shallow copy: data, sampler and worker settings are the loader's own.
     twin = copy.copy(loader)
     twin.__dict__["_iterator"] = None
     return twin

@@ -63,6 +63,7 @@ class NormContext(Callback):
     ) -> None:
         if context_fn is not None and key is not None:
             raise ValueError("NormContext: context_fn and key exclude each other.")
+        # Told at construction, where the traceback leads to the user's own line.
         for name, value in (("views", views), ("fit_batches", fit_batches)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"NormContext: {name} must be a positive int, got {value!r}.")
@@ -81,6 +82,7 @@ class NormContext(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look_up_layers(pl_module)
+        # Centroids of a checkpoint are in the layers' buffers by now, and are not looked for again.
         waiting = [layer for layer in self._layers.values() if layer.context == "input" and not layer.is_fitted()]
         if waiting:
             self._fit_centroids(trainer, pl_module)
@@ -146,6 +148,8 @@ class NormContext(Callback):
         ids = images = None
         if "ids" in self._needs:
             ids = self._function(batch) if self._function else _pick(batch, self.key)
+            # Evaluation goes on without contexts: layers have an answer for missing ones, which training should not
+            # need.
             if ids is None and training:
                 place = f"context_fn={self.context_fn!r}" if self._function else f"key={self.key!r}"
                 raise RuntimeError(f"NormContext: {place} found no contexts in a training batch ({_shape_of(batch)}).")
@@ -158,12 +162,14 @@ class NormContext(Callback):
         assign(self._layers, ids, images, self.views)
 
     def _forget_contexts(self) -> None:
+        # A layer must not apply the contexts of a finished batch to whatever is called next.
         assign(self._layers)
 
     def _look_up_layers(self, pl_module: pl.LightningModule) -> None:
         """Look up the layers, once per stage, and check that they need what this callback has to give."""
         self._layers = context_layers(pl_module)
         self._needs = {layer.context for layer in self._layers.values()} - {"gate"}
+        # Each mismatch is told before the first batch: layers that wait in vain, or contexts that nobody wants.
         has_ids = self._function is not None or self.key is not None
         first = next((name for name, layer in self._layers.items() if layer.context == "ids"), None)
         if first is not None and not has_ids:
@@ -179,6 +185,7 @@ class NormContext(Callback):
             )
 
     def _fit_centroids(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # One rank looks and the others take its result: k-means on each rank's own data would give other clusters.
         fitted: Any = None
         cause: Exception | None = None
         if trainer.is_global_zero:
@@ -191,6 +198,7 @@ class NormContext(Callback):
         if isinstance(fitted, str):
             raise RuntimeError(f"NormContext found no contexts in the training images: {fitted}") from cause
         for name, layer in _of_input(self._layers):
+            # In place: the buffer is registered, and wrappers of the model know it.
             layer.centroids.copy_(fitted[name][0])
             layer.descriptor_scale.copy_(fitted[name][1])
 
@@ -201,6 +209,7 @@ class NormContext(Callback):
                 "the training data can be read only once: pass a DataLoader, or fit_contexts(model, images)."
             )
         with isolate_rng(), generators_restored(loader.flattened):
+            # Neither the random numbers nor the order of the training's own batches must change by this reading.
             descriptors = torch.cat(list(self._describe_batches(trainer, pl_module, loader)))
         set_centroids(self._layers, descriptors, self.seed)
         rank_zero_info(f"NormContext: contexts found in {len(descriptors)} training images.")
@@ -210,6 +219,7 @@ class NormContext(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: CombinedLoader
     ) -> Iterator[Tensor]:
         """Yield the descriptors of each batch, as the training loop would hand it to the model."""
+        # The number of batches may be infinite, for a loader without a length.
         limit = int(min(self.fit_batches, trainer.num_training_batches))
         rank_zero_info(f"NormContext: looking for contexts in up to {limit} training batches ...")
         for batch, _, _ in itertools.islice(loader, limit):
@@ -219,6 +229,7 @@ class NormContext(Callback):
             images = _images(batch, self.images)
             if images is None:
                 raise ValueError(f"no images in a batch ({_shape_of(batch)}). Type images=KEY.")
+            # Only the descriptors are kept: a few numbers per image.
             yield kmeans.describe(images).cpu()
         loader.reset()
 
@@ -255,6 +266,7 @@ def _import_function(path: str | Callable[[Any], Tensor | None] | None) -> Calla
 
 def _before_transfer(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
     """Call ``on_before_batch_transfer`` of the data module if it has one of its own, else of the module."""
+    # As Lightning chooses between the two, which it offers in private only.
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is not None and is_overridden("on_before_batch_transfer", datamodule):
         return datamodule.on_before_batch_transfer(batch, dataloader_idx=0)
@@ -270,11 +282,13 @@ def _pick(batch: Any, key: str | int | None) -> Any:
 
 def _images(batch: Any, key: str | int | None) -> Tensor | None:
     if key is not None:
+        # An absent key is answered with the same message as one that holds no images.
         part = _pick(batch, key)
         return part if isinstance(part, Tensor) else None
     if isinstance(batch, Tensor):
         return batch if batch.dim() > 2 and (batch.dtype.is_floating_point or batch.dtype == torch.uint8) else None
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    # The first part that looks like images, depth first.
     return next((images for part in parts if (images := _images(part, None)) is not None), None)
 
 

@@ -72,6 +72,7 @@ class NormRecalibrate(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks = callbacks_of(trainer)
+        # Hooks are called in the order of the callbacks, so only those behind this one act after it.
         behind = callbacks[callbacks.index(self) :] if self in callbacks else []
         for callback in behind:
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -87,6 +88,7 @@ class NormRecalibrate(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Before the first step there is nothing to re-estimate, and no training data outside of fit.
         if self.when == "before_validation" and not trainer.sanity_checking and trainer.train_dataloader is not None:
             self.run(trainer, pl_module)
 
@@ -102,6 +104,7 @@ class NormRecalibrate(Callback):
             ValueError: there is no training data, or there are several loaders.
         """
         loader = trainer.train_dataloader
+        # Which of several loaders belongs to forward, only the user knows.
         if loader is None or isinstance(loader, (dict, list, tuple)):
             count = "none" if loader is None else "several"
             raise ValueError(
@@ -121,6 +124,7 @@ class NormRecalibrate(Callback):
         return self.result
 
     def _forward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[Any], Any]:
+        # Without a forward the training_step is the only way through the network, if it does not also optimize.
         has_forward = is_overridden("forward", pl_module, pl.LightningModule)
         if not has_forward and not pl_module.automatic_optimization:
             raise ValueError(
@@ -129,10 +133,12 @@ class NormRecalibrate(Callback):
             )
 
         def forward(batch: Any) -> Any:
+            # The same precision and device as in training, which hands over batches in just this way.
             batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
             if not has_forward:
                 with trainer.precision_plugin.forward_context():
                     return pl_module.training_step(*(batch, 0)[: _arguments(pl_module.training_step)])
+            # A batch is mostly (inputs, targets), and forward takes the inputs.
             if self.inputs == "first":
                 x = batch[0] if isinstance(batch, (tuple, list)) else batch
             else:
@@ -151,11 +157,13 @@ def _arguments(step: Callable[..., Any]) -> int:
 @contextmanager
 def _without_traces(pl_module: pl.LightningModule) -> Iterator[None]:
     """Within it nothing is logged, and after it metrics are as they were."""
+    # Metrics count the batches that pass through training_step and would report on these as well.
     metrics = [m for m in pl_module.modules() if isinstance(m, Metric)]
     names = [(m, name) for m in metrics for name in metric_state(m)]
     values = [(m, name, copy.deepcopy(getattr(m, name))) for m, name in names]
     try:
         with Patches() as patches:
+            # A training_step that is run outside of the loop may not log: Lightning would raise an error.
             for name in ("log", "log_dict"):
                 patches.wrap(pl_module, name, lambda *_, **__: None)
             yield

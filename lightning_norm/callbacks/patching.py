@@ -36,6 +36,7 @@ class Patch:
         self.around: Callable[..., Any] | None = around
         self.follows_copies = follows_copies
         self.covered = vars(target).get(name)  # None: the target inherits the method
+        # Name and documentation only: attributes of the wrapped function would be carried into copies.
         functools.update_wrapper(self, getattr(target, name), updated=())
         del self.__dict__["__wrapped__"]  # Lightning would look through it and find the method not overridden
 
@@ -63,6 +64,7 @@ class Patch:
             return getattr(super(self.target, self.target), self.name) if self.covered is None else self.covered
         if self.covered is not None:
             return self.covered
+        # Not getattr on the target, which would find this patch.
         method = inspect.getattr_static(type(self.target), self.name)
         return method.__get__(self.target, type(self.target)) if hasattr(method, "__get__") else method
 
@@ -72,7 +74,9 @@ class Patch:
 
     def take_off(self) -> None:
         """Put back what was covered, or leave that to the patch on top, which may be in use for longer."""
+        # From now on the patch only calls what it covers, wherever references to it are left.
         self.around = None
+        # A patch below that was undone earlier is taken off as soon as it is on top.
         while isinstance(top := vars(self.target).get(self.name), Patch) and top.around is None:
             _put(self.target, self.name, top.covered)
 
@@ -88,9 +92,11 @@ class Patches:
 
     def wrap(self, target: Any, name: str, around: Callable[..., Any], follows_copies: bool = False) -> None:
         """Let ``target.name(*args)`` call ``around(original, *args)`` from now on; see :class:`Patch`."""
+        # The patch looks at the target before it stands there itself.
         patch = Patch(target, name, around, follows_copies)
-        patch.put_on()
+        # Noted before it stands there: an interrupt in between must not leave it behind.
         self._patches.append(patch)
+        patch.put_on()
 
     def undo_on_exception(self, strategy: Any, undo: Callable[[], None]) -> None:
         """Call ``undo`` when a run fails.
@@ -103,6 +109,7 @@ class Patches:
             undo()
             return original(*args)
 
+        # The strategy belongs to one Trainer, so that nothing outlives it.
         self.wrap(strategy, "on_exception", failed)
 
     def undo(self) -> None:
@@ -119,6 +126,7 @@ class Patches:
 
 def is_patched(target: Any, name: str, around: Callable[..., Any]) -> bool:
     """Tell whether a patch with this ``around``, or with a partial of it, stands on the target."""
+    # Patches of other owners may lie on top.
     top = vars(target).get(name)
     while isinstance(top, Patch):
         if getattr(top.around, "func", top.around) is around:
@@ -129,6 +137,7 @@ def is_patched(target: Any, name: str, around: Callable[..., Any]) -> bool:
 
 def _put(target: Any, name: str, value: Any) -> None:
     """Set or, with ``None``, delete an entry of ``__dict__``, past the ``__setattr__`` of ``nn.Module``."""
+    # The dictionary of a class is read-only, and nn.Module would look for parameters to register.
     setter = type if isinstance(target, type) else object
     if value is None:
         setter.__delattr__(target, name)

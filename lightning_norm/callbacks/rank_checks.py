@@ -27,10 +27,12 @@ def check_same_on_ranks(what: str, unit: str, lines: Sequence[str], remedy: str)
     Raises:
         RuntimeError: ranks differ; all ranks raise it, with the first difference.
     """
+    # Eight characters from each rank instead of a line per layer, in the usual case that all are equal.
     hashes = gather(hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8])
     if len(set(hashes)) == 1:
         return
     lines_of: list[list[str]] = gather(list(lines))
+    # Ranks raise the same message, so that whichever log is read tells the difference.
     rank = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
     only_zero = [line for line in lines_of[0] if line not in lines_of[rank]]
     only_there = [line for line in lines_of[rank] if line not in lines_of[0]]
@@ -66,6 +68,7 @@ def check_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     Raises:
         RuntimeError: ranks differ.
     """
+    # Ranks that do not synchronize may run for different numbers of batches as they like.
     if any(layer.sync for _, layer in _named_normalizers(pl_module)):
         check_same_on_ranks(
             "the training data",

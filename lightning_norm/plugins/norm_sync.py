@@ -54,6 +54,7 @@ class NormSync(TorchSyncBatchNorm):
     @override
     def apply(self, model: nn.Module) -> nn.Module:
         self.revert(model)  # an earlier fit that was killed by an exception may not have reverted
+        # Nothing is checked yet: a model without BatchNorm of torch's is no mistake here.
         report, _, _ = try_swap(model, "bn", sync_group=self.sync_group)
         for name, kind, why in report.skipped:
             rank_zero_warn(f"NormSync: {name} ({kind}) is not synchronized: {why}.", category=SyncWarning)
@@ -62,6 +63,7 @@ class NormSync(TorchSyncBatchNorm):
         for layer in normalizers:
             if id(layer) in converted:
                 layer.origin = None  # checkpoints are to be those of a plain network, without a manifest
+        # Only what was converted can be undone.
         self._report = report if converted else None
         lines = [f"{row.name} {row.source} {self}" for row in report.layers] or [str(self)]
         remedy = "Every rank must build the same model and the same NormSync."
@@ -73,6 +75,7 @@ class NormSync(TorchSyncBatchNorm):
     @override
     def revert(self, model: nn.Module) -> nn.Module:
         self._patches.undo()
+        # First the pauses, because the layers that undo takes out may be among them.
         for layer in self._paused:
             layer.sync_paused = False
         self._paused = []
@@ -82,6 +85,7 @@ class NormSync(TorchSyncBatchNorm):
         return model
 
     def _pause_until_start(self, model: nn.Module, layers: list[Normalizer]) -> None:
+        # The current epoch is asked from the module, which knows its Trainer.
         if not isinstance(model, pl.LightningModule):
             raise TypeError(
                 f"NormSync(start_epoch={self.start_epoch}) needs the epochs of a LightningModule's Trainer."
@@ -89,6 +93,7 @@ class NormSync(TorchSyncBatchNorm):
         self._paused = layers
 
         def update(original: Callable[[], Any]) -> Any:
+            # Decided anew in every epoch, so that a resumed run starts in the right state.
             paused = model.current_epoch < self.start_epoch
             changed = [layer for layer in layers if layer.sync_paused != paused]
             for layer in changed:

@@ -71,6 +71,7 @@ class NormMonitor(Callback):
         progress_bar: bool | list[str] = False,
         print_table: bool = False,
     ) -> None:
+        # Told at construction, where the traceback leads to the user's own line.
         for name, value in (("every_n_steps", every_n_steps), ("pictures_every_n_epochs", pictures_every_n_epochs)):
             if value is not None and value < 1:
                 raise ValueError(f"NormMonitor: {name} must be at least 1 or None, got {value!r}.")
@@ -124,7 +125,9 @@ class NormMonitor(Callback):
         if step != self._logged_at:
             self._logged_at = -1  # this is not the continuation of the last fit
         self._read_at = -1
+        # A drift from the end of an earlier fit would be that of another run.
         self._quantities.restart()
+        # Other ranks have the same weights, and reading them takes no collective.
         self._active = trainer.is_global_zero and self._has_effect(trainer, pl_module)
         if not self._active:
             return
@@ -132,6 +135,7 @@ class NormMonitor(Callback):
         logged = self._quantities.series(pl_module)
         for logger in self._tensorboards(trainer):
             if self.page:
+                # TensorBoard looks charts up by the whole tag, which the logger's prefix begins.
                 group = f"{tag_prefix(logger)}{self.prefix}_by_depth"
                 logger.experiment.add_custom_scalars(page.layout(logged, group))
 
@@ -145,6 +149,7 @@ class NormMonitor(Callback):
         reason = ""
         if not (trainer.loggers or self.progress_bar or self.print_table):
             reason = "the Trainer has no logger. Pass logger=True."
+        # By name, because some of these classes need packages that may not be installed.
         elif any(name in strategy for name in ("FSDP", "DeepSpeed", "ModelParallel")):
             reason = f"{strategy} shards the parameters, and no rank holds a whole layer."
         elif not self._read(pl_module, trainer.global_step):
@@ -152,6 +157,7 @@ class NormMonitor(Callback):
         if reason:
             warnings.warn(f"NormMonitor logs nothing: {reason}", NoEffectWarning, stacklevel=2)
             return False
+        # A misspelled quantity would show an empty progress bar without a word.
         known = {quantity for _, quantity, _ in self._quantities.series(pl_module)}
         if isinstance(self.progress_bar, list) and set(self.progress_bar) - known:
             warnings.warn(
@@ -170,6 +176,7 @@ class NormMonitor(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # At the start of an epoch, when scheduled values of the epoch are in place.
         if self._active and self.logging_interval == "epoch":
             self._log(trainer, pl_module)
 
@@ -187,11 +194,14 @@ class NormMonitor(Callback):
         if not self._active or not boards:
             return
         step, epochs = trainer.global_step, trainer.current_epoch + 1
+        # One reading serves the histograms, the history and the scalars of this step.
         values, learned = self._quantities.read(pl_module, self.histograms)
         self._read_at, self._values = step, values
+        # Keyed by the number of epochs that are over; 0 is the state before the training.
         self.history[epochs] = values
         for board in boards:
             for series, value in learned.items():
+                # SummaryWriter raises an error for a histogram of NaN or infinity, which would end the training.
                 if value.isfinite().all():
                     board.experiment.add_histogram(self.tag(series, "_histograms"), value, step)
         if self.pictures_every_n_epochs is not None and epochs % self.pictures_every_n_epochs == 0:
@@ -206,6 +216,7 @@ class NormMonitor(Callback):
             self._print_tables()
         if self.page:
             self._write_tables(trainer)
+            # Once more at the end: without Lightning's hp_metric this is the only place.
             page.add_hparams(trainer, pl_module, self.prefix, self.metric, end=True)
         self._draw(trainer, trainer.global_step)
 
@@ -233,6 +244,7 @@ class NormMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the history, so that the pictures of a resumed run are whole."""
         logged = list(dict.fromkeys(series for values in self.history.values() for series in values))
+        # A table of numbers: checkpoints are read with weights_only, which allows plain types and tensors.
         rows = [[values.get(series, float("nan")) for series in logged] for values in self.history.values()]
         return {"epochs": list(self.history), "places": logged, "values": torch.tensor(rows)}
 
@@ -246,6 +258,7 @@ class NormMonitor(Callback):
         }
 
     def _read(self, pl_module: pl.LightningModule, step: int) -> dict[Series, float]:
+        # The scalars and the end of an epoch may fall on the same step; one transfer is enough.
         if step != self._read_at:
             self._values, _ = self._quantities.read(pl_module)
             self._read_at = step
@@ -268,6 +281,7 @@ class NormMonitor(Callback):
             page.log_scalars(logger, scalars, step)
         if not end:
             for name, value in self._progress_bar_values(values).items():
+                # The module's own log: a callback has no other way into the progress bar.
                 pl_module.log(name, value, prog_bar=True, logger=False, rank_zero_only=True)
 
     def _progress_bar_values(self, values: dict[Series, float]) -> dict[str, float]:

@@ -40,6 +40,7 @@ Layout = dict[str, dict[str, list[Any]]]
 
 def log_scalars(logger: Logger, scalars: Mapping[str, float], step: int) -> None:
     """Log as ``logger.log_metrics`` does; TensorBoard gets all of a step in one event, at a tenth of the cost."""
+    # A subclass that logs in its own way is asked in its own way.
     if not isinstance(logger, TensorBoardLogger) or type(logger).log_metrics is not TensorBoardLogger.log_metrics:
         logger.log_metrics(dict(scalars), step=step)
         return
@@ -67,6 +68,7 @@ def layout(logged: Iterable[Series], group: str) -> Layout:
         charts = page.setdefault(f"Normalization: {key}", {})
         for family, quantities in grouped.items():
             parts = list(dict.fromkeys(depths(len(layer_names(logged, key, quantities[0])))))
+            # Several quantities in one chart need their names in its title; one by itself has the depths as lines.
             if len(quantities) == 1:
                 tags = {family: [f"{group}/{key}/{quantities[0]}/{part}" for part in parts]}
             else:
@@ -94,6 +96,7 @@ def tables(values: Mapping[Series, float], key: str, mark: str) -> Iterator[list
         columns = [q for quantities in grouped.values() for q in quantities]
         rows = [["layer", *columns]]
         for layer in layer_names(values, key):
+            # In each mixture of the layer the greatest weight is marked, and in nothing else.
             best = {max(quantities, key=lambda q: values[key, q, layer]) for quantities in chosen}
             cells = [(values.get((key, q, layer)), mark if q in best else "") for q in columns]
             rows.append([layer, *("" if v is None else f"{m}{v:.3g}{m}" for v, m in cells)])
@@ -115,6 +118,7 @@ def markdown(rows: list[list[str]]) -> str:
 def norm_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> dict[str, Any]:
     """Return the norm and its arguments: those of NormSwap, or the keys of the layers where there is none."""
     swap = next((c for c in callbacks_of(trainer) if isinstance(c, NormSwap)), None)
+    # Layers that were swapped without the callback, in the module's __init__ for one.
     if swap is None:
         keys = dict.fromkeys(key_of(layer) for _, layer in named_normalizers(pl_module))
         return {prefix: "+".join(keys)} if keys else {}
@@ -145,6 +149,7 @@ def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str,
     for logger in trainer.loggers:
         if norm and isinstance(logger, TensorBoardLogger) and writes_default_metric(logger) is not end:
             logged = {k: plain(v) for k, v in flat(initial_hparams(trainer, pl_module)).items()}
+            # hp_metric must be among the columns, or Lightning's own list would not match this one.
             names = [f"{tag_prefix(logger)}{m}" for m in (*metrics, *(() if end else ("hp_metric",)))]
             _write({**norm, **logged}, names, event_writer(logger))
 
@@ -152,6 +157,7 @@ def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str,
 def _write(hparams: dict[str, Any], metrics: list[str], writer: Any) -> None:
     from torch.utils.tensorboard.summary import hparams as summaries
 
+    # The values of the metrics come from the scalars; 0 only says that the column exists.
     for summary in summaries(hparams, dict.fromkeys(metrics, 0)):  # type: ignore[no-untyped-call]
         writer.add_summary(summary)
 

@@ -77,9 +77,11 @@ class Quantities:
         """Return how far the running statistics moved since the last call, relative to their size: 0 to 2."""
         drifts: dict[Series, Tensor] = {}
         for series, now in running_statistics(pl_module):
+            # A copy, because the buffer itself moves on with the next batch.
             old = self._last_statistics.get(series)
             self._last_statistics[series] = now.clone()
             if old is not None and old.device == now.device:
+                # Statistics that are 0 in both readings have not moved: 0 / tiny is 0.
                 size = torch.maximum(old.abs().sum(), now.abs().sum()).clamp_min(torch.finfo(now.dtype).tiny)
                 drifts[series] = (now - old).abs().sum() / size
         return drifts
@@ -114,10 +116,12 @@ def gamma(layer: Normalizer) -> dict[str, Tensor]:
     >>> torch.nn.init.constant_(layer.weight[:2], 0.0).shape, {k: v.item() for k, v in gamma(layer).items()}
     (torch.Size([2]), {'gamma_condition': 10000000.0, 'gamma_near_zero': 0.5})
     """
+    # Not every layer has a weight: BNET has kernels in its place, and affine=False leaves it out.
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.numel() == 0:
         return {}
     size = weight.float().abs()
+    # All gammas may be 0, after pruning for one.
     top = size.max().clamp_min(torch.finfo(size.dtype).tiny)
     condition = top / torch.maximum(size.min(), SMALLEST_RATIO * top)
     return {"gamma_condition": condition, "gamma_near_zero": (size < NEAR_ZERO * top).float().mean()}
@@ -228,6 +232,7 @@ def depths(n: int) -> list[str]:
     >>> depths(5)
     ['early', 'early', 'middle', 'middle', 'late']
     """
+    # Fewer than three layers have fewer depths, so that no depth is empty.
     names = DEPTHS[min(n, 3)]
     return [names[i * len(names) // n] for i in range(n)]
 

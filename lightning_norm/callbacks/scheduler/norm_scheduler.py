@@ -58,6 +58,7 @@ class NormScheduler(Callback):
         self.schedules = {key: as_schedule(f"schedules[{key!r}]", value) for key, value in schedules.items()}
         for key, schedule in self.schedules.items():
             split_key(key)
+            # A step has no length in epochs, while an epoch may have one in steps.
             if interval == "epoch" and "steps" in schedule.units():
                 raise ValueError(f"schedules[{key!r}] = {schedule} has a duration in steps: type interval='step'.")
         self.parameters: list[ScheduledParameter] = []
@@ -88,12 +89,14 @@ class NormScheduler(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._patches.undo()
         self._find_parameters(trainer, pl_module)
+        # Ranks with different schedules would train different networks without an error.
         lines = [f"{p.layer_name}:{p.argument} {p.schedule} by {self.interval}" for p in self.parameters]
         check_same_on_ranks("the schedules", "values", lines, "Every rank must use the same NormScheduler.")
         self.set_values(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning knows the number of batches only from here on.
         self._steps_per_epoch = steps_per_epoch(trainer, pl_module)
         check_run(self.parameters, self._last(trainer), self._epoch_length(), self.interval)
         self.set_values(trainer)
@@ -170,6 +173,7 @@ class NormScheduler(Callback):
             progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
             self._checkpoint_time = max(progress["current"]["ready"] - 1, 0)
         state = checkpoint.get("callbacks", {}).get(self.state_key)
+        # Present where the whole checkpoint was written, missing in one of weights only.
         if state:
             self.load_state_dict(state)
         if self._steps_per_epoch is None and self._needs_epochs():
@@ -182,6 +186,7 @@ class NormScheduler(Callback):
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._patches.undo()
         self._find_parameters(trainer, pl_module)
+        # What a fit in this process has set stays; what was never set gets the first value.
         if self._checkpoint_time is not None:
             self._set(self.parameters, self._checkpoint_time)
         else:
@@ -228,10 +233,12 @@ class NormScheduler(Callback):
                 "known: the training data have no length or are reloaded, optimizers are stepped by hand, or "
                 "GradientAccumulationScheduler changes it. Write steps= in place of epochs=, or interval='epoch'."
             )
+        # Of max_epochs and max_steps, whichever comes first ends the run.
         epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
         most = math.inf if trainer.max_steps == -1 else trainer.max_steps
         if self.interval == "step":
             return max(min(most, epochs * steps if steps else math.inf) - 1, 0)
+        # Steps are turned into epochs by rounding up: the last epoch may be a part of one.
         return max(min(epochs, math.ceil(most / steps) if steps and math.isfinite(most) else math.inf) - 1, 0)
 
 
@@ -240,6 +247,7 @@ def steps_per_epoch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float
     batches = trainer.num_training_batches
     changing = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks_of(trainer))
     reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
+    # Each of these changes the number of steps between epochs, or hides it.
     if changing or reloaded or not pl_module.automatic_optimization or math.isinf(batches):
         return None
     return math.ceil(batches / trainer.accumulate_grad_batches)

@@ -73,6 +73,7 @@ def find_scheduled_parameters(pl_module: nn.Module, schedules: Mapping[str, Sche
         pattern, argument = split_key(key)
         matched = [(names, layer) for names, layer in layers if pattern is None or _matches(pattern, names)]
         able = [(names, layer) for names, layer in matched if argument in _arguments(layer)]
+        # Each key must act somewhere, since a schedule that does nothing would go unnoticed for the whole run.
         if not able:
             raise ValueError(_explain(key, pattern, argument, matched, layers))
         free = [(names, layer) for names, layer in able if (id(layer), argument) not in taken]
@@ -152,12 +153,14 @@ def _explain(
 ) -> str:
     if not matched:
         names = [name for all_names, _ in layers for name in all_names]
+        # Without its special characters a pattern resembles the name that it was meant to match.
         plain = re.sub(r"[\\^$*+?()|\[\]]", "", pattern or "")
         near = difflib.get_close_matches(plain, names, n=1, cutoff=0.0)[0]
         return (
             f"schedules[{key!r}]: {pattern!r} matched none of the {len(layers)} layers. The nearest name is {near!r}: "
             "the regular expression must match the whole name."
         )
+    # The argument may exist and have no effect in this layer: then the reason is the better answer.
     for names, layer in matched:
         why = layer.without_effect().get(argument)
         if why:

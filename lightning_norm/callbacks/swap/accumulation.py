@@ -45,6 +45,7 @@ class Accumulation:
                 stacklevel=3,
             )
         for name, layer in self._layers.items():
+            # Checked for all layers before the first window opens, so that a refusal leaves nothing behind.
             if layer.no_window:
                 self.stop()
                 raise ValueError(
@@ -58,6 +59,7 @@ class Accumulation:
 
     def after_batch(self, trainer: pl.Trainer) -> None:
         """Move the running statistics if the optimizer has stepped."""
+        # Whatever decides when the optimizer steps, the step counter tells that it has.
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             for layer in self._layers.values():
@@ -88,6 +90,7 @@ class Accumulation:
     def _fill(self) -> None:
         for name, layer in self._layers.items():
             assert layer.window is not None
+            # What batches of a finder's trial run have gathered goes, before the saved state comes in.
             layer.window.clear()
             for tensor, saved in zip(layer.window.held(), self._loaded.get(name, ()), strict=False):
                 tensor.copy_(saved)

@@ -38,6 +38,7 @@ def check_order(trainer: pl.Trainer, swap: Callback) -> None:
         ConflictError: there is one.
     """
     for callback in callbacks_of(trainer):
+        # Those behind the swap see the swapped network and may keep what they find.
         if callback is swap:
             return
         for kind, harm in HARM_BEFORE_SWAP.items():
@@ -56,6 +57,7 @@ def check_settings(trainer: pl.Trainer, swap: Any) -> None:
         ConflictError: two of them choose parameter groups.
     """
     for name in ("norm_weight_decay", "switch_lr_scale"):
+        # A second regrouping would split groups that the first one has made.
         chosen = [getattr(c, name) for c in callbacks_of(trainer) if isinstance(c, type(swap))]
         chosen = [value for value in chosen if value is not None]
         if len(chosen) > 1:
@@ -63,6 +65,7 @@ def check_settings(trainer: pl.Trainer, swap: Any) -> None:
                 f"two NormSwap callbacks set {name} ({chosen[0]} and {chosen[1]}), which is about all layers of this "
                 "package in the model. Set it in one of them."
             )
+    # The two settings contradict each other; neither is changed behind the user's back.
     if synchronizes_batchnorm(trainer) and not swap.sync:
         rank_zero_warn(
             "Trainer(sync_batchnorm=True) reaches torch's BatchNorm layers only, and NormSwap(sync=False) keeps the "
@@ -77,6 +80,7 @@ def check_launcher(trainer: pl.Trainer, stage: str, parent_is_swapped: bool) -> 
     Raises:
         ConflictError: the strategy starts processes that train copies, and the network came to them without the swap.
     """
+    # Evaluation sends no weights back.
     if stage == "fit" and not parent_is_swapped and starts_processes(trainer):
         raise ConflictError(
             "this strategy (ddp_spawn, ddp_notebook) trains copies of the network in other processes and drops what "
@@ -99,6 +103,7 @@ def check_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(callback, WeightAveraging):
             average = getattr(average, "module", average)  # torch's AveragedModel keeps the network in an attribute
         if average is not None:
+            # Names and shapes of the two must match, because averaging pairs parameters by their order.
             there, here = ({n: p.shape for n, p in m.named_parameters()} for m in (average, pl_module))
             differing = [n for n in here if there.get(n) != here[n]] + [n for n in there if n not in here]
             if differing:
@@ -106,12 +111,14 @@ def check_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
                     f"{name} copied the network before {differing[0]} was built, and would mix up the parameters. "
                     "Build all layers in the module's __init__ (WeightAveraging also knows those of configure_model)."
                 )
+        # Lightning finds layers to update by torch's own class, and ours are not of it.
         if isinstance(callback, StochasticWeightAveraging) and not _recalibrates(trainer):
             _warn_of_statistics(name, pl_module)
 
 
 def _warn_of_statistics(name: str, pl_module: nn.Module) -> None:
     layers = {n: layer for n, layer in _named_normalizers(pl_module) if layer.track_running_stats}
+    # NormRecalibrate refuses layers that normalize by their running statistics; they are to be excluded.
     excluded = [n for n, layer in layers.items() if layer.no_recalibration]
     fix = f"Add NormRecalibrate({f'exclude={excluded!r}' if excluded else ''}) as the last callback."
     if len(excluded) == len(layers):
@@ -129,6 +136,7 @@ def tell_frozen(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     for callback in callbacks_of(trainer):
         learning = [layer for _, layer in _named_normalizers(pl_module) if any(True for _ in layer.parameters())]
         frozen = [layer for layer in learning if not any(p.requires_grad for p in layer.parameters())]
+        # Both orders are right, so this is a line of information and no warning.
         if isinstance(callback, BaseFinetuning) and frozen:
             name = type(callback).__name__
             rank_zero_info(

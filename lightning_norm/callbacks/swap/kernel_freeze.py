@@ -29,6 +29,7 @@ class KernelFreeze:
 
     def warn_if_nothing_to_freeze(self, pl_module: pl.LightningModule) -> None:
         """Warn where there is nothing to freeze."""
+        # An argument without any effect is most likely a mistake.
         if self.at is not None and not bnet_layers(pl_module):
             warnings.warn(
                 f"NormSwap: freeze_kernel_at={self.at} freezes nothing: the model holds no BNET layer. Leave it out, "
@@ -50,6 +51,7 @@ class KernelFreeze:
             for layer in bnet_layers(pl_module):
                 for p in (layer.kernel, layer.bias):
                     if p is not None:
+                        # None and not zero: momentum and weight decay would move the parameter all the same.
                         p.grad = None
 
     def _is_due(self, trainer: pl.Trainer) -> bool:

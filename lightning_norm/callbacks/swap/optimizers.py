@@ -44,10 +44,12 @@ def add_missing(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> list[s
             for n, p in parameters.items()
             if n in (*layer.extra_parameters, *layer.translated_tensors) or n not in ("weight", "bias")
         }
+        # New parameters train with the settings of the layer's weight and bias.
         of_layer = [group_of[id(p)] for p in parameters.values() if id(p) in group_of]
         if not of_layer and not (parameters.keys() - new.keys()):
             of_layer = _nearest_groups(pl_module, prefix, group_of)
         for name, parameter in new.items():
+            # In place, because schedulers and the Trainer hold on to these very groups.
             if of_layer and parameter.requires_grad and id(parameter) not in group_of:
                 of_layer[0]["params"].append(parameter)
                 if "param_names" in of_layer[0]:
@@ -70,6 +72,7 @@ def check_owned(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         for n, p in layer.named_parameters(recurse=False)
         if p.requires_grad
     }
+    # The messages name three parameters at most; a network may have hundreds.
     lost = [name for key, name in names.items() if counts[key] == 0]
     twice = [name for key, name in names.items() if counts[key] > 1]
     if lost:

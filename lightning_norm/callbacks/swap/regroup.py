@@ -89,9 +89,11 @@ def regroup(
         scale = lr_scale if name in switch_names else None
         if decay is not None or scale is not None:
             kinds[id(parameter)] = GroupKind("norm" if scale is None else "switch", decay, scale)
+    # A chained scheduler and its parts may be listed more than once.
     schedulers = list({id(s): s for s in schedulers}.values())
     counts: dict[str, int] = {}
     for optimizer in optimizers:
+        # A scheduler keeps one entry per group of its own optimizer only.
         driving = [s for s in schedulers if s.optimizer is optimizer]
         for index in range(len(optimizer.param_groups)):
             if GROUP not in optimizer.param_groups[index]:
@@ -104,6 +106,7 @@ def regroup(
 
 def _split(optimizer: Optimizer, index: int, kinds: Mapping[int, GroupKind], schedulers: Iterable[Any]) -> None:
     group = optimizer.param_groups[index]
+    # Optimizers that were given named parameters keep the names beside them.
     names = group.get("param_names") or [None] * len(group["params"])
     members = list(zip(names, group["params"], strict=True))
     for kind in dict.fromkeys(kinds[id(p)] for _, p in members if id(p) in kinds):
@@ -112,6 +115,7 @@ def _split(optimizer: Optimizer, index: int, kinds: Mapping[int, GroupKind], sch
         if not members:
             # The whole group moves: it becomes the new one, so that no optimizer is left with an empty group.
             _change(optimizer, group, kind)
+        # torch's LBFGS looks at its groups when it is built, and would take a second one and never step it.
         elif type(optimizer).__name__ == "LBFGS":
             raise OptimizerError("LBFGS takes one group of parameters: leave out norm_weight_decay, switch_lr_scale.")
         else:
@@ -147,6 +151,7 @@ def _extend_lists(scheduler: Any, index: int, scale: float, grow: bool) -> None:
         entries = getattr(scheduler, name, None)
         if isinstance(entries, (list, tuple)) and len(entries) > index:
             entry = _copy(entries[index])
+            # Learning rates are scaled; functions and momenta of the old group hold for the new one as they are.
             entry = entry * scale if name in RATE_LISTS else entry
             setattr(scheduler, name, [*entries, entry] if grow else [*entries[:index], entry, *entries[index + 1 :]])
 
