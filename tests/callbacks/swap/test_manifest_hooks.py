@@ -138,7 +138,7 @@ class TestManifest:
                     assert len(checkpoint["lightning_norm"]["layers"]) == 3
 
         model = HNet()
-        fit(model, NormSwap("sn"), NormSwap("sn"), Copy(), tmp_path=tmp_path)
+        fit(model, NormSwap("sn"), NormSwap("sn", source="BatchNorm"), Copy(), tmp_path=tmp_path)
         hooks = {"on_save_checkpoint", "on_load_checkpoint", "configure_model", "configure_optimizers"}
         assert not hooks & set(model.__dict__)
 
