@@ -143,6 +143,7 @@ class NormContext(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._forget_contexts()
+        self._layers = {}
 
     def _give_contexts(self, batch: Any, training: bool) -> None:
         ids = images = None
