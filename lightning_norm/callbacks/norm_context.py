@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
+from lightning_norm.callbacks.lightning_compat import (
+    Callback,
+    CombinedLoader,
+    callbacks_of,
+    is_overridden,
+    isolate_rng,
+    pl,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_norm.callbacks.lightning_private import fresh_training_loader
+from lightning_norm.callbacks.training_data import generators_restored
 from lightning_norm.errors import NoEffectWarning
 from lightning_norm.normalizers.context.assignment import assign, context_layers, set_centroids
 from lightning_norm.ops import kmeans
@@ -59,51 +63,53 @@ class NormContext(Callback):
     ) -> None:
         if context_fn is not None and key is not None:
             raise ValueError("NormContext: context_fn and key exclude each other.")
+        # Told at construction, where the traceback leads to the user's own line.
         for name, value in (("views", views), ("fit_batches", fit_batches)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"NormContext: {name} must be a positive int, got {value!r}.")
         self.context_fn, self.key, self.images = context_fn, key, images
         self.views, self.fit_batches, self.seed = views, fit_batches, seed
-        self._function = _function(context_fn)
+        self._function = _import_function(context_fn)
         self._layers: dict[str, Any] = {}
-        self._wanted: set[str] = set()
+        self._needs: set[str] = set()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._find(pl_module)
+        self._look_up_layers(pl_module)
         if not self._layers:
             rank_zero_warn("NormContext has no effect: the model holds no ContextNorm.", category=NoEffectWarning)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._find(pl_module)
+        self._look_up_layers(pl_module)
+        # Centroids of a checkpoint are in the layers' buffers by now, and are not looked for again.
         waiting = [layer for layer in self._layers.values() if layer.context == "input" and not layer.is_fitted()]
         if waiting:
-            self._fit(trainer, pl_module)
+            self._fit_centroids(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._find(pl_module)
+        self._look_up_layers(pl_module)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._find(pl_module)
+        self._look_up_layers(pl_module)
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._find(pl_module)
+        self._look_up_layers(pl_module)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._begin(batch, training=True)
+        self._give_contexts(batch, training=True)
 
     @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._begin(batch, training=False)
+        self._give_contexts(batch, training=False)
 
     on_test_batch_start = on_validation_batch_start
     on_predict_batch_start = on_validation_batch_start
@@ -112,7 +118,7 @@ class NormContext(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._end()
+        self._forget_contexts()
 
     @override
     def on_validation_batch_end(
@@ -124,28 +130,31 @@ class NormContext(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._end()
+        self._forget_contexts()
 
     on_test_batch_end = on_validation_batch_end
     on_predict_batch_end = on_validation_batch_end
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._end()
+        self._forget_contexts()
         self._layers = {}
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._end()
+        self._forget_contexts()
+        self._layers = {}
 
-    def _begin(self, batch: Any, training: bool) -> None:
+    def _give_contexts(self, batch: Any, training: bool) -> None:
         ids = images = None
-        if "ids" in self._wanted:
+        if "ids" in self._needs:
             ids = self._function(batch) if self._function else _pick(batch, self.key)
+            # Evaluation goes on without contexts: layers have an answer for missing ones, which training should not
+            # need.
             if ids is None and training:
                 place = f"context_fn={self.context_fn!r}" if self._function else f"key={self.key!r}"
                 raise RuntimeError(f"NormContext: {place} found no contexts in a training batch ({_shape_of(batch)}).")
-        if "input" in self._wanted:
+        if "input" in self._needs:
             images = _images(batch, self.images)
             if images is None and training:
                 raise RuntimeError(
@@ -153,72 +162,87 @@ class NormContext(Callback):
                 )
         assign(self._layers, ids, images, self.views)
 
-    def _end(self) -> None:
+    def _forget_contexts(self) -> None:
+        # A layer must not apply the contexts of a finished batch to whatever is called next.
         assign(self._layers)
 
-    def _find(self, model: pl.LightningModule) -> None:
-        """Find the layers, once per stage, and whether they want what this callback gives."""
-        self._layers = context_layers(model)
-        self._wanted = {layer.context for layer in self._layers.values()} - {"gate"}
-        gives = self._function is not None or self.key is not None
+    def _look_up_layers(self, pl_module: pl.LightningModule) -> None:
+        """Look up the layers, once per stage, and check that they need what this callback has to give."""
+        self._layers = context_layers(pl_module)
+        self._needs = {layer.context for layer in self._layers.values()} - {"gate"}
+        # Each mismatch is told before the first batch: layers that wait in vain, or contexts that nobody wants.
+        has_ids = self._function is not None or self.key is not None
         first = next((name for name, layer in self._layers.items() if layer.context == "ids"), None)
-        if first is not None and not gives:
+        if first is not None and not has_ids:
             raise RuntimeError(
                 f"NormContext does not know where the contexts of {first!r} (context='ids') are: type "
                 "NormContext(context_fn='my_module.my_function') or NormContext(key='domain')."
             )
-        if self._layers and gives and first is None:
-            held = ", ".join(sorted({layer.context for layer in self._layers.values()}))
+        if self._layers and has_ids and first is None:
+            sources = ", ".join(sorted({layer.context for layer in self._layers.values()}))
             raise RuntimeError(
-                f"NormContext gives contexts to layers with context='ids', and the model's have {held!r}: swap with "
+                f"NormContext gives contexts to layers with context='ids', and the model's have {sources!r}: swap with "
                 "norm_args={'context': 'ids'}, or leave out context_fn and key."
             )
 
-    def _fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found: Any = None
+    def _fit_centroids(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # One rank looks and the others take its result: k-means on each rank's own data would give other clusters.
+        fitted: Any = None
         cause: Exception | None = None
         if trainer.is_global_zero:
             try:
-                with isolate_rng(), _same_generators(trainer.train_dataloader):
-                    descriptors = torch.cat(list(self._described(trainer, pl_module)))
-                set_centroids(self._layers, descriptors, self.seed)
-                found = {n: (y.centroids.cpu(), y.descriptor_scale.cpu()) for n, y in _of_input(self._layers)}
-                rank_zero_info(f"NormContext: contexts found in {len(descriptors)} training images.")
+                fitted = self._fit_on_rank_zero(trainer, pl_module)
             except Exception as error:
-                found, cause = str(error), error
-        found = trainer.strategy.broadcast(found)
-        if isinstance(found, str):  # every rank stops
-            raise RuntimeError(f"NormContext found no contexts in the training images: {found}") from cause
+                fitted, cause = str(error), error
+        # An error is broadcast like a result: the other ranks would wait for it forever.
+        fitted = trainer.strategy.broadcast(fitted)
+        if isinstance(fitted, str):
+            raise RuntimeError(f"NormContext found no contexts in the training images: {fitted}") from cause
         for name, layer in _of_input(self._layers):
-            layer.centroids.copy_(found[name][0])
-            layer.descriptor_scale.copy_(found[name][1])
+            # In place: the buffer is registered, and wrappers of the model know it.
+            layer.centroids.copy_(fitted[name][0])
+            layer.descriptor_scale.copy_(fitted[name][1])
 
-    def _described(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Tensor]:
+    def _fit_on_rank_zero(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, Tensor]]:
+        loader = fresh_training_loader(trainer)
+        if any(isinstance(each, Iterator) for each in loader.flattened):
+            raise ValueError(
+                "the training data can be read only once: pass a DataLoader, or fit_contexts(model, images)."
+            )
+        with isolate_rng(), generators_restored(loader.flattened):
+            # Neither the random numbers nor the order of the training's own batches must change by this reading.
+            descriptors = torch.cat(list(self._describe_batches(trainer, pl_module, loader)))
+        set_centroids(self._layers, descriptors, self.seed)
+        rank_zero_info(f"NormContext: contexts found in {len(descriptors)} training images.")
+        return {name: (y.centroids.cpu(), y.descriptor_scale.cpu()) for name, y in _of_input(self._layers)}
+
+    def _describe_batches(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: CombinedLoader
+    ) -> Iterator[Tensor]:
         """Yield the descriptors of each batch, as the training loop would hand it to the model."""
-        loop: Any = trainer.fit_loop
-        loader = CombinedLoader(tree_map(_fresh, trainer.train_dataloader), loop._combined_loader._mode)
+        # The number of batches may be infinite, for a loader without a length.
         limit = int(min(self.fit_batches, trainer.num_training_batches))
         rank_zero_info(f"NormContext: looking for contexts in up to {limit} training batches ...")
         for batch, _, _ in itertools.islice(loader, limit):
-            given = trainer.precision_plugin.convert_input(batch)
-            given = pl_module._on_before_batch_transfer(given, dataloader_idx=0)
-            given = trainer.strategy.batch_to_device(given, dataloader_idx=0)
-            images = _images(given, self.images)
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = _before_transfer(trainer, pl_module, batch)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            images = _images(batch, self.images)
             if images is None:
-                raise ValueError(f"no images in a batch ({_shape_of(given)}). Type images=KEY.")
+                raise ValueError(f"no images in a batch ({_shape_of(batch)}). Type images=KEY.")
+            # Only the descriptors are kept: a few numbers per image.
             yield kmeans.describe(images).cpu()
         loader.reset()
 
 
-def check_contexts(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+def check_contexts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Stop a fit in which layers would wait for contexts that no callback gives.
 
     Raises:
         RuntimeError: there is no NormContext.
     """
-    waiting = {n: layer for n, layer in context_layers(model).items() if layer.context != "gate"}
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if waiting and not any(isinstance(callback, NormContext) for callback in callbacks):
+    waiting = {n: layer for n, layer in context_layers(pl_module).items() if layer.context != "gate"}
+    if waiting and not any(isinstance(callback, NormContext) for callback in callbacks_of(trainer)):
         first, layer = next(iter(waiting.items()))
         example = "NormContext(key='domain')" if layer.context == "ids" else "NormContext()"
         raise RuntimeError(
@@ -229,16 +253,25 @@ def check_contexts(trainer: pl.Trainer, model: pl.LightningModule) -> None:
         )
 
 
-def _function(path: str | Callable[[Any], Tensor | None] | None) -> Callable[[Any], Any] | None:
+def _import_function(path: str | Callable[[Any], Tensor | None] | None) -> Callable[[Any], Any] | None:
     if path is None or callable(path):
         return path
     try:
-        found = pkgutil.resolve_name(path)
+        function = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"NormContext: cannot import context_fn={path!r}: {error}. Check the dotted path.") from error
-    if not callable(found):
-        raise ValueError(f"NormContext: context_fn={path!r} is no function but {type(found).__name__}.")
-    return found  # type: ignore[no-any-return]
+    if not callable(function):
+        raise ValueError(f"NormContext: context_fn={path!r} is no function but {type(function).__name__}.")
+    return function  # type: ignore[no-any-return]
+
+
+def _before_transfer(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+    """Call ``on_before_batch_transfer`` of the data module if it has one of its own, else of the module."""
+    # As Lightning chooses between the two, which it offers in private only.
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None and is_overridden("on_before_batch_transfer", datamodule):
+        return datamodule.on_before_batch_transfer(batch, dataloader_idx=0)
+    return pl_module.on_before_batch_transfer(batch, dataloader_idx=0)
 
 
 def _pick(batch: Any, key: str | int | None) -> Any:
@@ -250,12 +283,14 @@ def _pick(batch: Any, key: str | int | None) -> Any:
 
 def _images(batch: Any, key: str | int | None) -> Tensor | None:
     if key is not None:
-        found = _pick(batch, key)
-        return found if isinstance(found, Tensor) else None
+        # An absent key is answered with the same message as one that holds no images.
+        part = _pick(batch, key)
+        return part if isinstance(part, Tensor) else None
     if isinstance(batch, Tensor):
         return batch if batch.dim() > 2 and (batch.dtype.is_floating_point or batch.dtype == torch.uint8) else None
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((found for part in parts if (found := _images(part, None)) is not None), None)
+    # The first part that looks like images, depth first.
+    return next((images for part in parts if (images := _images(part, None)) is not None), None)
 
 
 def _shape_of(batch: Any) -> str:
@@ -266,29 +301,3 @@ def _shape_of(batch: Any) -> str:
 
 def _of_input(layers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((name, layer) for name, layer in layers.items() if layer.context == "input")
-
-
-def _fresh(loader: Any) -> Any:
-    """Return a copy that keeps no iterator of the original, so that worker processes of the two do not mix."""
-    if isinstance(loader, Iterator):
-        raise ValueError("the training data can be read only once: pass a DataLoader, or fit_contexts(model, images).")
-    twin = copy.copy(loader)
-    if "_iterator" in getattr(twin, "__dict__", {}):
-        twin.__dict__["_iterator"] = None
-    return twin
-
-
-@contextmanager
-def _same_generators(loaders: Any) -> Iterator[None]:
-    """Put back the state of every torch.Generator that the loaders and their samplers draw from."""
-    owners = list(tree_leaves(loaders))
-    for name in ("sampler", "batch_sampler", "dataset"):
-        owners += [getattr(owner, name, None) for owner in owners]
-    drawn = [g for owner in owners for g in getattr(owner, "__dict__", {}).values()]
-    held = {id(g): g for g in drawn if isinstance(g, torch.Generator)}
-    before = [(g, g.get_state()) for g in held.values()]
-    try:
-        yield
-    finally:
-        for generator, state in before:
-            generator.set_state(state)

@@ -8,17 +8,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_norm.callbacks.patching import WrappedMethods
+from lightning_norm.callbacks.lightning_compat import (
+    Callback,
+    StochasticWeightAveraging,
+    WeightAveraging,
+    callbacks_of,
+    is_overridden,
+    isolate_rng,
+    pl,
+    rank_zero_info,
+)
+from lightning_norm.callbacks.lightning_private import metric_state, without_iterator
+from lightning_norm.callbacks.patching import Patches
+from lightning_norm.callbacks.training_data import generators_restored
 from lightning_norm.surgery.recalibrate import Recalibration, layers_of, recalibrate
 
 WHEN = ("fit_end", "before_validation", "on_request")
@@ -66,7 +71,8 @@ class NormRecalibrate(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+        callbacks = callbacks_of(trainer)
+        # Hooks are called in the order of the callbacks, so only those behind this one act after it.
         behind = callbacks[callbacks.index(self) :] if self in callbacks else []
         for callback in behind:
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -77,10 +83,12 @@ class NormRecalibrate(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        layers_of(pl_module, self.exclude)  # what cannot be re-estimated is told before the training, not after it
+        # Raises for what cannot be re-estimated: better before the training than after it.
+        layers_of(pl_module, self.exclude)
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Before the first step there is nothing to re-estimate, and no training data outside of fit.
         if self.when == "before_validation" and not trainer.sanity_checking and trainer.train_dataloader is not None:
             self.run(trainer, pl_module)
 
@@ -96,16 +104,17 @@ class NormRecalibrate(Callback):
             ValueError: there is no training data, or there are several loaders.
         """
         loader = trainer.train_dataloader
+        # Which of several loaders belongs to forward, only the user knows.
         if loader is None or isinstance(loader, (dict, list, tuple)):
             count = "none" if loader is None else "several"
             raise ValueError(
                 f"NormRecalibrate needs one training loader, the Trainer has {count}. "
                 "Call lightning_norm.recalibrate(model, loader) with the one to use."
             )
-        with isolate_rng(), _own_iterator(loader) as batches, _unlogged(pl_module):
+        with isolate_rng(), generators_restored([loader]), _without_traces(pl_module):
             self.result = recalibrate(
                 pl_module,
-                batches,
+                without_iterator(loader),
                 self.num_batches,
                 forward=self._forward(trainer, pl_module),
                 exclude=self.exclude,
@@ -115,18 +124,21 @@ class NormRecalibrate(Callback):
         return self.result
 
     def _forward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[Any], Any]:
-        own = is_overridden("forward", pl_module, pl.LightningModule)
-        if not own and not pl_module.automatic_optimization:
+        # Without a forward the training_step is the only way through the network, if it does not also optimize.
+        has_forward = is_overridden("forward", pl_module, pl.LightningModule)
+        if not has_forward and not pl_module.automatic_optimization:
             raise ValueError(
                 f"NormRecalibrate: {type(pl_module).__name__} has no forward, and its training_step optimizes by "
                 "itself. Define forward, or call lightning_norm.recalibrate(model, loader, forward=...)."
             )
 
         def forward(batch: Any) -> Any:
+            # The same precision and device as in training, which hands over batches in just this way.
             batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-            if not own:
+            if not has_forward:
                 with trainer.precision_plugin.forward_context():
                     return pl_module.training_step(*(batch, 0)[: _arguments(pl_module.training_step)])
+            # A batch is mostly (inputs, targets), and forward takes the inputs.
             if self.inputs == "first":
                 x = batch[0] if isinstance(batch, (tuple, list)) else batch
             else:
@@ -138,38 +150,23 @@ class NormRecalibrate(Callback):
 
 
 def _arguments(step: Callable[..., Any]) -> int:
-    """Return whether a training_step takes the batch alone or its index as well."""
+    """Return 1 if a training_step takes the batch alone, and 2 if it takes its index as well."""
     return min(2, len(inspect.signature(step).parameters))
 
 
 @contextmanager
-def _unlogged(module: pl.LightningModule) -> Iterator[None]:
-    """Nothing is logged, and metrics end as they were."""
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    names = [(m, name) for m in metrics for name in (*m._defaults, "_update_count", "_computed")]
-    held = [(m, name, copy.deepcopy(getattr(m, name))) for m, name in names]
-    silent = WrappedMethods()
-    for name in ("log", "log_dict"):
-        silent.wrap(module, name, lambda *_, **__: None)
+def _without_traces(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Within it nothing is logged, and after it metrics are as they were."""
+    # Metrics count the batches that pass through training_step and would report on these as well.
+    metrics = [m for m in pl_module.modules() if isinstance(m, Metric)]
+    names = [(m, name) for m in metrics for name in metric_state(m)]
+    values = [(m, name, copy.deepcopy(getattr(m, name))) for m, name in names]
     try:
-        yield
+        with Patches() as patches:
+            # A training_step that is run outside of the loop may not log: Lightning would raise an error.
+            for name in ("log", "log_dict"):
+                patches.wrap(pl_module, name, lambda *_, **__: None)
+            yield
     finally:
-        silent.clear()
-        for metric, name, value in held:
+        for metric, name, value in values:
             setattr(metric, name, value)
-
-
-@contextmanager
-def _own_iterator(loader: Any) -> Iterator[Any]:
-    """A loader whose iteration leaves that of the training as it is: its workers, and the generators of its order."""
-    generators = {id(g): g for o in (loader, getattr(loader, "sampler", None)) for g in [getattr(o, "generator", None)]}
-    states = [(g, g.get_state()) for g in generators.values() if isinstance(g, torch.Generator)]
-    twin = loader
-    if isinstance(loader, DataLoader):
-        twin = copy.copy(loader)
-        twin._iterator = None  # persistent workers belong to the loader that started them
-    try:
-        yield twin
-    finally:
-        for generator, state in states:
-            generator.set_state(state)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_norm.callbacks.agreement import agree
-from lightning_norm.callbacks.patching import WrappedMethods
+from lightning_norm.callbacks.lightning_compat import TorchSyncBatchNorm, pl, rank_zero_info, rank_zero_warn
+from lightning_norm.callbacks.patching import Patches
+from lightning_norm.callbacks.rank_checks import check_same_on_ranks
 from lightning_norm.errors import SyncWarning
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.ops.sync import check_group
@@ -53,29 +51,33 @@ class NormSync(TorchSyncBatchNorm):
         self.start_epoch = start_epoch
         self._report: SwapReport | None = None
         self._paused: list[Normalizer] = []
-        self._wrapped = WrappedMethods()
+        self._patches = Patches()
 
     @override
     def apply(self, model: nn.Module) -> nn.Module:
-        self.revert(model)  # if an earlier fit could not
+        self.revert(model)  # an earlier fit that was killed by an exception may not have reverted
+        # Nothing is checked yet: a model without BatchNorm of torch's is no mistake here.
         report, _, _ = prepare_swap(model, SwapOptions("bn", sync_group=self.sync_group))
         for name, kind, why in report.skipped:
             rank_zero_warn(f"NormSync: {name} ({kind}) is not synchronized: {why}.", category=SyncWarning)
-        made = report.commit()
-        ours = normalizers_of(model)
-        for layer in ours:
-            if id(layer) in made:
-                layer.origin = None  # for checkpoints it is what it was
-        self._report = report if made else None
+        converted = report.commit()
+        normalizers = normalizers_of(model)
+        for layer in normalizers:
+            if id(layer) in converted:
+                layer.origin = None  # checkpoints are to be those of a plain network, without a manifest
+        # Only what was converted can be undone.
+        self._report = report if converted else None
         lines = [f"{row.name} {row.source} {self}" for row in report.layers] or [str(self)]
-        agree("what NormSync converts", "layers", lines, "Every rank must build the same model and the same NormSync.")
+        remedy = "Every rank must build the same model and the same NormSync."
+        check_same_on_ranks("what NormSync converts", "layers", lines, remedy)
         if self.start_epoch:
-            self._follow(model, ours)
+            self._pause_until_start(model, normalizers)
         return model
 
     @override
     def revert(self, model: nn.Module) -> nn.Module:
-        self._wrapped.clear()
+        self._patches.undo()
+        # First the pauses, because the layers that undo takes out may be among them.
         for layer in self._paused:
             layer.sync_paused = False
         self._paused = []
@@ -84,7 +86,8 @@ class NormSync(TorchSyncBatchNorm):
             self._report = None
         return model
 
-    def _follow(self, model: nn.Module, layers: list[Normalizer]) -> None:
+    def _pause_until_start(self, model: nn.Module, layers: list[Normalizer]) -> None:
+        # The current epoch is asked from the module, which knows its Trainer.
         if not isinstance(model, pl.LightningModule):
             raise TypeError(
                 f"NormSync(start_epoch={self.start_epoch}) needs the epochs of a LightningModule's Trainer."
@@ -92,6 +95,7 @@ class NormSync(TorchSyncBatchNorm):
         self._paused = layers
 
         def update(original: Callable[[], Any]) -> Any:
+            # Decided anew in every epoch, so that a resumed run starts in the right state.
             paused = model.current_epoch < self.start_epoch
             changed = [layer for layer in layers if layer.sync_paused != paused]
             for layer in changed:
@@ -103,8 +107,9 @@ class NormSync(TorchSyncBatchNorm):
 
             return original()
 
-        for hook in ("on_train_start", "on_train_epoch_start"):  # a resumed epoch has only the former
-            self._wrapped.wrap(model, hook, update)
+        # A plugin has no hook of its own per epoch, and a resumed epoch begins without on_train_epoch_start.
+        for hook in ("on_train_start", "on_train_epoch_start"):
+            self._patches.wrap(model, hook, update)
 
     def __repr__(self) -> str:
         return f"NormSync(sync_group={self.sync_group!r}, start_epoch={self.start_epoch})"

@@ -1,4 +1,7 @@
-"""Fit in processes that this one starts; look at what it has then: python -m tests.distributed.spawned STRATEGY OUT."""
+"""Fit in processes that this one starts; look at what it has then.
+
+python -m tests.distributed.spawned STRATEGY OUT [late], where late leaves out the swap before the processes start.
+"""
 
 import sys
 
@@ -28,6 +31,8 @@ if __name__ == "__main__":
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    if sys.argv[3:] != ["late"]:
+        swap.swap_before_launch(model)
     trainer.fit(model, loader(16, 4))
     learned, held = torch.load(sys.argv[2]), model.state_dict()
     assert learned.keys() == held.keys(), learned.keys() ^ held.keys()

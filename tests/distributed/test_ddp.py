@@ -80,6 +80,16 @@ def test_the_process_that_starts_the_others_gets_the_swap_and_what_was_learned(s
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-1] == "BatchNorm2d"
+    assert "1 of 1 BatchNorm2d layers -> SwitchableNorm" in done.stderr + done.stdout
+
+
+def test_without_the_swap_beforehand_what_to_type_is_told_before_the_training(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.spawned", "ddp_notebook"]
+    command += [str(tmp_path / "held.pt"), "late"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode != 0
+    assert "Type norm_swap.swap_before_launch(model) before trainer.fit(model)" in done.stderr
+    assert not (tmp_path / "held.pt").exists()
 
 
 @pytest.mark.slow

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_norm.callbacks.lightning_compat import Callback, TensorBoardLogger, callbacks_of, pl, rank_zero_info
+from lightning_norm.callbacks.lightning_private import tag_prefix
 from lightning_norm.callbacks.monitor import page as page
 from lightning_norm.callbacks.monitor import pictures as pictures
-from lightning_norm.callbacks.monitor.quantities import Place, Quantities, depth_means, families, layer_names, scheduled
-from lightning_norm.callbacks.patching import WrappedMethods
+from lightning_norm.callbacks.monitor.quantities import (
+    Quantities,
+    Series,
+    depth_means,
+    families,
+    hyper_parameters,
+    layer_names,
+)
+from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.scheduler.norm_scheduler import NormScheduler
 from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning
 from lightning_norm.surgery.tables import aligned
@@ -65,6 +71,7 @@ class NormMonitor(Callback):
         progress_bar: bool | list[str] = False,
         print_table: bool = False,
     ) -> None:
+        # Told at construction, where the traceback leads to the user's own line.
         for name, value in (("every_n_steps", every_n_steps), ("pictures_every_n_epochs", pictures_every_n_epochs)):
             if value is not None and value < 1:
                 raise ValueError(f"NormMonitor: {name} must be at least 1 or None, got {value!r}.")
@@ -76,73 +83,82 @@ class NormMonitor(Callback):
         self.extras, self.histograms, self.page, self.metric = extras, histograms, page, metric
         self.pictures, self.pictures_every_n_epochs = pictures, pictures_every_n_epochs
         self.progress_bar, self.print_table = progress_bar, print_table
-        self.history: dict[int, dict[Place, float]] = {}
+        self.history: dict[int, dict[Series, float]] = {}
         self._quantities = Quantities(extras)
-        self._wrapped = WrappedMethods()
-        self._read_at = self._logged_at = -1
-        self._values: dict[Place, float] = {}
+        self._patches = Patches()
+        self._read_at = self._logged_at = -1  # steps
+        self._values: dict[Series, float] = {}
         self._active = False
 
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(prefix=self.prefix)
+        # Several monitors in one Trainer differ in their prefix.
+        return f"{type(self).__qualname__}{ {'prefix': self.prefix}!r}"
 
-    def quantities(self, model: torch.nn.Module) -> dict[str, Tensor]:
+    def quantities(self, pl_module: torch.nn.Module) -> dict[str, Tensor]:
         """Return tag -> 0-dim tensor for every layer that has something to show."""
-        return {self.tag(place): value for place, value in self._quantities.tensors(model).items()}
+        return {self.tag(series): value for series, value in self._quantities.tensors(pl_module).items()}
 
-    def tag(self, place: Place, group: str = "") -> str:
+    def tag(self, series: Series, group: str = "") -> str:
         """Return the tag of a quantity of a layer or, with ``group="_by_depth"``, of a depth."""
-        return "/".join((f"{self.prefix}{group}", *place))
+        return "/".join((f"{self.prefix}{group}", *series))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._active = False
-        self._wrapped.clear()
-        if self.page and trainer.is_global_zero:  # after the user's own hook, before Lightning's hyper-parameters
-            self._wrapped.wrap(pl_module, "on_fit_start", lambda original: self._hparams(trainer, pl_module, original))
-            self._wrapped.clean_up(trainer.strategy, self._wrapped.clear)
+        self._patches.undo()
+        if self.page and trainer.is_global_zero:
+            # No hook of a callback comes between the module's on_fit_start and Lightning's own hyper-parameters.
+            self._patches.wrap(pl_module, "on_fit_start", lambda hook: self._add_hparams(trainer, pl_module, hook))
+            self._patches.undo_on_exception(trainer.strategy, self._patches.undo)
 
-    def _hparams(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Any) -> Any:
+    def _add_hparams(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
         returned = original()
         page.add_hparams(trainer, pl_module, self.prefix, self.metric, end=False)
         return returned
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._wrapped.clear()
-        step = _step(trainer)
-        if step != self._logged_at:  # not the continuation of the last fit
-            self._logged_at = -1
+        self._patches.undo()
+        step = trainer.global_step
+        if step != self._logged_at:
+            self._logged_at = -1  # this is not the continuation of the last fit
         self._read_at = -1
+        # A drift from the end of an earlier fit would be that of another run.
         self._quantities.restart()
+        # Other ranks have the same weights, and reading them takes no collective.
         self._active = trainer.is_global_zero and self._has_effect(trainer, pl_module)
         if not self._active:
             return
-        done = trainer.current_epoch
-        self.history = {epoch: values for epoch, values in self.history.items() if 0 < done >= epoch}
-        values = self._read(pl_module, step)
-        self.history.setdefault(done, values)
-        places = self._quantities.places(pl_module)
+        self._begin_history(trainer.current_epoch, self._read(pl_module, step))
+        logged = self._quantities.series(pl_module)
         for logger in self._tensorboards(trainer):
             if self.page:
-                group = f"{page.prefix_of(logger)}{self.prefix}_by_depth"
-                logger.experiment.add_custom_scalars(page.layout(places, group))
+                # TensorBoard looks charts up by the whole tag, which the logger's prefix begins.
+                group = f"{tag_prefix(logger)}{self.prefix}_by_depth"
+                logger.experiment.add_custom_scalars(page.layout(logged, group))
+
+    def _begin_history(self, epoch: int, values: dict[Series, float]) -> None:
+        """Keep what a resumed run has of the epochs before this one; a run that starts at 0 begins anew."""
+        self.history = {before: values for before, values in self.history.items() if 0 < epoch >= before}
+        self.history.setdefault(epoch, values)
 
     def _has_effect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         strategy = type(trainer.strategy).__name__
         reason = ""
         if not (trainer.loggers or self.progress_bar or self.print_table):
             reason = "the Trainer has no logger. Pass logger=True."
+        # By name, because some of these classes need packages that may not be installed.
         elif any(name in strategy for name in ("FSDP", "DeepSpeed", "ModelParallel")):
             reason = f"{strategy} shards the parameters, and no rank holds a whole layer."
-        elif not self._read(pl_module, _step(trainer)):
+        elif not self._read(pl_module, trainer.global_step):
             reason = "no layer of the model has anything to show."
         if reason:
             warnings.warn(f"NormMonitor logs nothing: {reason}", NoEffectWarning, stacklevel=2)
             return False
-        known = {quantity for _, quantity, _ in self._quantities.places(pl_module)}
+        # A misspelled quantity would show an empty progress bar without a word.
+        known = {quantity for _, quantity, _ in self._quantities.series(pl_module)}
         if isinstance(self.progress_bar, list) and set(self.progress_bar) - known:
             warnings.warn(
                 f"NormMonitor: progress_bar={self.progress_bar}, and the layers have {sorted(known)}.",
@@ -160,6 +176,7 @@ class NormMonitor(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # At the start of an epoch, when scheduled values of the epoch are in place.
         if self._active and self.logging_interval == "epoch":
             self._log(trainer, pl_module)
 
@@ -168,7 +185,7 @@ class NormMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self._active and self.logging_interval != "epoch" and _step(trainer) % every == 0:
+        if self._active and self.logging_interval != "epoch" and trainer.global_step % every == 0:
             self._log(trainer, pl_module)
 
     @override
@@ -176,15 +193,18 @@ class NormMonitor(Callback):
         boards = self._tensorboards(trainer)
         if not self._active or not boards:
             return
-        step, done = _step(trainer), trainer.current_epoch + 1
+        step, epochs = trainer.global_step, trainer.current_epoch + 1
+        # One reading serves the histograms, the history and the scalars of this step.
         values, learned = self._quantities.read(pl_module, self.histograms)
         self._read_at, self._values = step, values
-        self.history[done] = values
+        # Keyed by the number of epochs that are over; 0 is the state before the training.
+        self.history[epochs] = values
         for board in boards:
-            for place, value in learned.items():
+            for series, value in learned.items():
+                # SummaryWriter raises an error for a histogram of NaN or infinity, which would end the training.
                 if value.isfinite().all():
-                    board.experiment.add_histogram(self.tag(place, "_histograms"), value, step)
-        if self.pictures_every_n_epochs is not None and done % self.pictures_every_n_epochs == 0:
+                    board.experiment.add_histogram(self.tag(series, "_histograms"), value, step)
+        if self.pictures_every_n_epochs is not None and epochs % self.pictures_every_n_epochs == 0:
             self._draw(trainer, step)
 
     @override
@@ -192,79 +212,90 @@ class NormMonitor(Callback):
         if not self._active:
             return
         self._log(trainer, pl_module, end=True)
-        step = _step(trainer)
         if self.print_table:
-            for key in families(self._values):
-                rows = page.tables(self._values, key, mark="*")
-                text = "\n\n".join(aligned(table, numbers=True) for table in rows)
-                rank_zero_info(f"NormMonitor: {key}\n{text}")
+            self._print_tables()
         if self.page:
-            for board in self._tensorboards(trainer):
-                for key in families(self._values):
-                    text = "\n\n".join(map(page.markdown, page.tables(self._values, key, mark="**")))
-                    board.experiment.add_text(f"{self.prefix}/{key}/table", text, step)
+            self._write_tables(trainer)
+            # Once more at the end: without Lightning's hp_metric this is the only place.
             page.add_hparams(trainer, pl_module, self.prefix, self.metric, end=True)
-        self._draw(trainer, step)
+        self._draw(trainer, trainer.global_step)
+
+    def _print_tables(self) -> None:
+        for key in families(self._values):
+            tables = page.tables(self._values, key, mark="*")
+            text = "\n\n".join(aligned(table, numbers=True) for table in tables)
+            rank_zero_info(f"NormMonitor: {key}\n{text}")
+
+    def _write_tables(self, trainer: pl.Trainer) -> None:
+        for board in self._tensorboards(trainer):
+            for key in families(self._values):
+                text = "\n\n".join(map(page.markdown, page.tables(self._values, key, mark="**")))
+                board.experiment.add_text(f"{self.prefix}/{key}/table", text, trainer.global_step)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._wrapped.clear()
+        self._patches.undo()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._wrapped.clear()
+        self._patches.undo()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the history, so that the pictures of a resumed run are whole."""
-        places = list(dict.fromkeys(place for values in self.history.values() for place in values))
-        rows = [[values.get(place, float("nan")) for place in places] for values in self.history.values()]
-        return {"epochs": list(self.history), "places": places, "values": torch.tensor(rows)}
+        logged = list(dict.fromkeys(series for values in self.history.values() for series in values))
+        # A table of numbers: checkpoints are read with weights_only, which allows plain types and tensors.
+        rows = [[values.get(series, float("nan")) for series in logged] for values in self.history.values()]
+        return {"epochs": list(self.history), "places": logged, "values": torch.tensor(rows)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         rows = state_dict["values"].tolist()
-        places = [tuple(place) for place in state_dict["places"]]
+        logged = [tuple(series) for series in state_dict["places"]]
         self.history = {
-            epoch: {place: value for place, value in zip(places, row, strict=True) if value == value}
+            epoch: {series: value for series, value in zip(logged, row, strict=True) if value == value}
             for epoch, row in zip(state_dict["epochs"], rows, strict=True)
         }
 
-    def _read(self, pl_module: pl.LightningModule, step: int) -> dict[Place, float]:
+    def _read(self, pl_module: pl.LightningModule, step: int) -> dict[Series, float]:
+        # The scalars and the end of an epoch may fall on the same step; one transfer is enough.
         if step != self._read_at:
             self._values, _ = self._quantities.read(pl_module)
             self._read_at = step
         return self._values
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, end: bool = False) -> None:
-        step = _step(trainer)
-        if step == self._logged_at:  # gradients accumulate: same step
-            return
+        step = trainer.global_step
+        if step == self._logged_at:
+            return  # gradients accumulate, and the optimizer has not stepped since
         self._logged_at = step
-        if not end:  # whatever the order of the callbacks, each step is logged with its own values
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+        if not end:
+            # Each step is logged with its own values, also where the scheduler stands behind the monitor.
+            for callback in callbacks_of(trainer):
                 if isinstance(callback, NormScheduler):
-                    callback.on_train_epoch_start(trainer, pl_module)
-        values = {**self._read(pl_module, step), **scheduled(pl_module, given=False)}
-        scalars = {self.tag(place): value for place, value in values.items()}
-        scalars.update({self.tag(place, "_by_depth"): value for place, value in depth_means(values).items()})
+                    callback.set_values(trainer)
+        values = {**self._read(pl_module, step), **hyper_parameters(pl_module, only_scheduled=True)}
+        scalars = {self.tag(series): value for series, value in values.items()}
+        scalars.update({self.tag(series, "_by_depth"): value for series, value in depth_means(values).items()})
         for logger in trainer.loggers:
             page.log_scalars(logger, scalars, step)
         if not end:
-            for name, value in self._bar(values).items():
+            for name, value in self._progress_bar_values(values).items():
+                # The module's own log: a callback has no other way into the progress bar.
                 pl_module.log(name, value, prog_bar=True, logger=False, rank_zero_only=True)
 
-    def _bar(self, values: dict[Place, float]) -> dict[str, float]:
+    def _progress_bar_values(self, values: dict[Series, float]) -> dict[str, float]:
         """Return the means over all layers that the progress bar shows."""
-        wanted = self.progress_bar if isinstance(self.progress_bar, list) else None
-        found: dict[str, float] = {}
+        chosen = self.progress_bar if isinstance(self.progress_bar, list) else None
+        means: dict[str, float] = {}
         for key, grouped in families(values).items() if self.progress_bar else ():
-            first = [next((q for q in own if q.endswith("_bn")), own[0]) for own in grouped.values()]
-            for quantity in wanted if wanted is not None else first[: 2 - len(found)]:
-                own = [values[key, quantity, layer] for layer in layer_names(values, key, quantity)]
-                if own:
-                    found[f"{key}/{quantity}"] = sum(own) / len(own)
-        return found
+            # Without a choice: of each of the first two families the weight of "bn", or else the first quantity.
+            first = [next((q for q in members if q.endswith("_bn")), members[0]) for members in grouped.values()]
+            for quantity in chosen if chosen is not None else first[: 2 - len(means)]:
+                numbers = [values[key, quantity, layer] for layer in layer_names(values, key, quantity)]
+                if numbers:
+                    means[f"{key}/{quantity}"] = sum(numbers) / len(numbers)
+        return means
 
     def _draw(self, trainer: pl.Trainer, step: int) -> None:
         boards = self._tensorboards(trainer)
@@ -277,8 +308,3 @@ class NormMonitor(Callback):
     @staticmethod
     def _tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
         return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def _step(trainer: pl.Trainer) -> int:
-    """Return the step that Lightning's own monitors log at."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -6,14 +6,24 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch import nn
 
+from lightning_norm.callbacks.lightning_compat import (
+    EarlyStopping,
+    Logger,
+    ModelCheckpoint,
+    TensorBoardLogger,
+    callbacks_of,
+    pl,
+)
+from lightning_norm.callbacks.lightning_private import (
+    event_writer,
+    logs_hyperparameters,
+    tag_prefix,
+    writes_default_metric,
+)
 from lightning_norm.callbacks.monitor.quantities import (
-    Place,
+    Series,
     depths,
     families,
     is_choice,
@@ -28,50 +38,49 @@ from lightning_norm.surgery.walk import normalizers_of
 Layout = dict[str, dict[str, list[Any]]]
 
 
-def prefix_of(logger: TensorBoardLogger) -> str:
-    """Return what the logger puts before each tag."""
-    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-
-
 def log_scalars(logger: Logger, scalars: Mapping[str, float], step: int) -> None:
     """Log as ``logger.log_metrics`` does; TensorBoard gets all of a step in one event, at a tenth of the cost."""
+    # A subclass that logs in its own way is asked in its own way.
     if not isinstance(logger, TensorBoardLogger) or type(logger).log_metrics is not TensorBoardLogger.log_metrics:
         logger.log_metrics(dict(scalars), step=step)
         return
-    before = prefix_of(logger)
-    values = [Summary.Value(tag=f"{before}{tag}", simple_value=value) for tag, value in scalars.items()]
-    logger.experiment._get_file_writer().add_summary(Summary(value=values), step)
+    prefix = tag_prefix(logger)
+    values = [Summary.Value(tag=f"{prefix}{tag}", simple_value=value) for tag, value in scalars.items()]
+    event_writer(logger).add_summary(Summary(value=values), step)
 
 
-def layout(places: Iterable[Place], group: str) -> Layout:
+def layout(logged: Iterable[Series], group: str) -> Layout:
     """Return a layout for ``SummaryWriter.add_custom_scalars``, one category per key.
 
     Quantities of one family share a chart, of which there is one per depth; a quantity by itself has one chart, with a
     line per depth. TensorBoard takes tags for the beginnings of regular expressions.
 
     Args:
-        places: what is logged.
+        logged: all that is logged.
         group: first part of the tags ``<group>/<key>/<quantity>/<depth>``.
 
     >>> layout([("sn", "mean_in", "a"), ("sn", "mean_bn", "a")], "n")
     {'Normalization: sn': {'mean (IN, BN), all layers': ['Multiline', ['n/sn/mean_in/all$', 'n/sn/mean_bn/all$']]}}
     """
-    places = list(places)
+    logged = list(logged)
     page: Layout = {}
-    for key, found in families(places).items():
+    for key, grouped in families(logged).items():
         charts = page.setdefault(f"Normalization: {key}", {})
-        for family, quantities in found.items():
-            parts = list(dict.fromkeys(depths(len(layer_names(places, key, quantities[0])))))
+        for family, quantities in grouped.items():
+            parts = list(dict.fromkeys(depths(len(layer_names(logged, key, quantities[0])))))
+            # Several quantities in one chart need their names in its title; one by itself has the depths as lines.
             if len(quantities) == 1:
                 tags = {family: [f"{group}/{key}/{quantities[0]}/{part}" for part in parts]}
             else:
                 title = f"{family} ({', '.join(q for q in map(label, quantities) if q != family)})"
                 tags = {f"{title}, {p} layers": [f"{group}/{key}/{q}/{p}" for q in quantities] for p in parts}
-            charts.update({title: ["Multiline", [f"{re.escape(t)}$" for t in own]] for title, own in tags.items()})
+            charts.update(
+                {title: ["Multiline", [f"{re.escape(t)}$" for t in group_tags]] for title, group_tags in tags.items()}
+            )
     return page
 
 
-def tables(values: Mapping[Place, float], key: str, mark: str) -> Iterator[list[list[str]]]:
+def tables(values: Mapping[Series, float], key: str, mark: str) -> Iterator[list[list[str]]]:
     """Yield tables of what the layers of a key hold: the method's own quantities, then those that every layer has.
 
     Args:
@@ -87,6 +96,7 @@ def tables(values: Mapping[Place, float], key: str, mark: str) -> Iterator[list[
         columns = [q for quantities in grouped.values() for q in quantities]
         rows = [["layer", *columns]]
         for layer in layer_names(values, key):
+            # In each mixture of the layer the greatest weight is marked, and in nothing else.
             best = {max(quantities, key=lambda q: values[key, q, layer]) for quantities in chosen}
             cells = [(values.get((key, q, layer)), mark if q in best else "") for q in columns]
             rows.append([layer, *("" if v is None else f"{m}{v:.3g}{m}" for v, m in cells)])
@@ -105,11 +115,12 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([head, "|---|" + "--:|" * (len(rows[0]) - 1), *body])
 
 
-def norm_hparams(trainer: pl.Trainer, model: nn.Module, prefix: str) -> dict[str, Any]:
+def norm_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> dict[str, Any]:
     """Return the norm and its arguments: those of NormSwap, or the keys of the layers where there is none."""
-    swap = next((c for c in trainer.callbacks if isinstance(c, NormSwap)), None)  # type: ignore[attr-defined]
+    swap = next((c for c in callbacks_of(trainer) if isinstance(c, NormSwap)), None)
+    # Layers that were swapped without the callback, in the module's __init__ for one.
     if swap is None:
-        keys = dict.fromkeys(key_of(layer) for layer in normalizers_of(model))
+        keys = dict.fromkeys(key_of(layer) for layer in normalizers_of(pl_module))
         return {prefix: "+".join(keys)} if keys else {}
     arguments = {f"{prefix}/{name}": plain(value) for name, value in (swap.options.norm_args or {}).items()}
     return {prefix: plain(swap.options.rules if swap.options.norm is None else swap.options.norm), **arguments}
@@ -130,31 +141,35 @@ def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str,
         metric: the metric's tag; by default the one that is monitored.
         end: of fit; its start otherwise.
     """
-    ours = norm_hparams(trainer, pl_module, prefix)
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-    watched = [c.monitor for c in callbacks if isinstance(c, (ModelCheckpoint, EarlyStopping)) and c.monitor]
+    norm = norm_hparams(trainer, pl_module, prefix)
+    watched = [
+        c.monitor for c in callbacks_of(trainer) if isinstance(c, (ModelCheckpoint, EarlyStopping)) and c.monitor
+    ]
     metrics = ([metric] if metric else watched)[:1]
     for logger in trainer.loggers:
-        if ours and isinstance(logger, TensorBoardLogger) and logger._default_hp_metric is not end:
-            theirs = {k: plain(v) for k, v in flat(initial_hparams(trainer, pl_module)).items()}
-            names = [f"{prefix_of(logger)}{m}" for m in (*metrics, *(() if end else ("hp_metric",)))]
-            _write({**ours, **theirs}, names, logger.experiment._get_file_writer())
+        if norm and isinstance(logger, TensorBoardLogger) and writes_default_metric(logger) is not end:
+            logged = {k: plain(v) for k, v in flat(initial_hparams(trainer, pl_module)).items()}
+            # hp_metric must be among the columns, or Lightning's own list would not match this one.
+            names = [f"{tag_prefix(logger)}{m}" for m in (*metrics, *(() if end else ("hp_metric",)))]
+            _write({**norm, **logged}, names, event_writer(logger))
 
 
 def _write(hparams: dict[str, Any], metrics: list[str], writer: Any) -> None:
     from torch.utils.tensorboard.summary import hparams as summaries
 
+    # The values of the metrics come from the scalars; 0 only says that the column exists.
     for summary in summaries(hparams, dict.fromkeys(metrics, 0)):  # type: ignore[no-untyped-call]
         writer.add_summary(summary)
 
 
 def initial_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
     """Return what Lightning logs as hyper-parameters: those of the module and of the data module."""
-    found: dict[str, Any] = {}
+    hparams: dict[str, Any] = {}
     for holder in (pl_module, getattr(trainer, "datamodule", None)):
-        if holder is not None and holder._log_hyperparams:  # LightningCLI's own begin with an underscore
-            found.update({k: v for k, v in holder.hparams_initial.items() if not k.startswith("_")})
-    return found
+        if holder is not None and logs_hyperparameters(holder):
+            # Names of what LightningCLI adds begin with an underscore.
+            hparams.update({k: v for k, v in holder.hparams_initial.items() if not k.startswith("_")})
+    return hparams
 
 
 def flat(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -163,13 +178,13 @@ def flat(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     >>> flat({"optimizer": {"lr": 0.1}, "depth": 18})
     {'optimizer/lr': 0.1, 'depth': 18}
     """
-    found: dict[str, Any] = {}
+    joined: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
-            found.update(flat(value, f"{before}{key}/"))
+            joined.update(flat(value, f"{before}{key}/"))
         else:
-            found[f"{before}{key}"] = value
-    return found
+            joined[f"{before}{key}"] = value
+    return joined
 
 
 def plain(value: Any) -> bool | int | float | str:

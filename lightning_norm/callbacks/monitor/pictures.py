@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_norm.callbacks.monitor.quantities import Place, families, is_choice, label, layer_names, split
+from lightning_norm.callbacks.monitor.quantities import Series, families, is_choice, label, layer_names, split
 
 Image = npt.NDArray[np.uint8]
-History = Mapping[int, Mapping[Place, float]]
+History = Mapping[int, Mapping[Series, float]]
 """Epochs that were finished -> the values then."""
 
 COLORS = {"bn": "#0072B2", "in": "#D55E00", "ln": "#009E73", "gn": "#CC79A7"}  # apart for colour-blind readers too
@@ -35,14 +35,14 @@ def can_draw() -> bool:
 def draw(history: History) -> dict[tuple[str, str], Image]:
     """Return every picture of a run: (key, title) -> (height, width, 3)."""
     last = history[max(history)]
-    found: dict[tuple[str, str], Image] = {}
+    images: dict[tuple[str, str], Image] = {}
     for key, grouped in families(last).items():
-        mixtures = {family: own for family, own in grouped.items() if is_choice(last, key, own)}
+        mixtures = {family: members for family, members in grouped.items() if is_choice(last, key, members)}
         if mixtures:
-            found[key, "choice"] = draw_choice(history, key, mixtures)
+            images[key, "choice"] = draw_choice(history, key, mixtures)
         for title, part in split(grouped).items():
-            found[key, title] = draw_profile(history, key, part)
-    return found
+            images[key, title] = draw_profile(history, key, part)
+    return images
 
 
 def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -> Image:
@@ -55,18 +55,21 @@ def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -
     """
     epochs, last = sorted(history), history[max(history)]
     names = layer_names(last, key)
-    cubes = {family: _cube(history, epochs, names, key, own) for family, own in mixtures.items()}
+    cubes = {family: _cube(history, epochs, names, key, members) for family, members in mixtures.items()}
+    # All heat maps of a picture share one scale, so that their colours can be compared.
     top = max(float(np.nanmax(cube)) for cube in cubes.values())
-    equal = min(1 / len(own) for own in mixtures.values())
+    equal = min(1 / len(members) for members in mixtures.values())
     top = max(top, equal + 0.01)
     figure, axes = _figure(len(mixtures), len(names), 2.5)
     for axis, (family, quantities) in zip(axes, mixtures.items(), strict=True):
         cube, labels = cubes[family], [label(q) for q in quantities]
         weight = cube.max(2)
         depth = np.nan_to_num(PALEST + (1 - PALEST) * (weight - equal).clip(0) / (top - equal))
+        # A lead that rounding could turn around is no lead: such a cell stays white.
         winner = np.where(weight - np.sort(cube)[..., -2] > TIE, cube.argmax(2), NOBODY)
         depth[winner == NOBODY] = 0
         hues = np.array([_rgb(_color(q, i)) for i, q in enumerate(quantities)])
+        # White minus the hue of the winner, the deeper the greater its weight.
         axis.imshow(
             1 - depth[..., None] * (1 - hues[winner]),
             aspect="auto",
@@ -96,12 +99,14 @@ def draw_profile(history: History, key: str, grouped: Mapping[str, list[str]]) -
         key: of the normalizers.
         grouped: family -> its quantities.
     """
+    # The first entry is the state before the training, or of the checkpoint that it was resumed from.
     first, last = history[min(history)], history[max(history)]
     names = layer_names(last, key)
     figure, axes = _figure(len(grouped), len(names), 2.1)
     for axis, (family, quantities) in zip(axes, grouped.items(), strict=True):
         for i, quantity in enumerate(quantities):
             color = _color(quantity, i)
+            # The start of the run lies pale behind the end.
             for values, alpha in ((first, 0.3), (last, 1.0)):
                 x = [values.get((key, quantity, name), math.nan) for name in names]
                 axis.plot(x, range(len(names)), color=color, alpha=alpha, lw=1.3, marker="o", ms=3.2)
@@ -128,11 +133,14 @@ def _figure(panels: int, rows: int, panel: float) -> tuple[Any, list[Any]]:
     """Return a figure with three panels side by side, as high as its rows need, and room for the names at the left."""
     from matplotlib.figure import Figure
 
+    # Ceiling division: as many rows of panels as needed, filled evenly.
     down = -(-panels // MOST_PANELS)
     across = -(-panels // down)
+    # Inches: room for the names at the left and for the titles above.
     size = max(1.6 + panel * across, 4.6), down * (ROW * max(min(rows, MOST_ROWS), 4) + 1.0) + 0.4
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     axes = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    # A grid of panels may have more places than families.
     for unused in axes[panels:]:
         unused.remove()
     return figure, axes[:panels]
@@ -191,6 +199,7 @@ def _final(axis: Any, texts: list[str]) -> None:
     """Write at the right of each row what it is now."""
     if len(texts) > MOST_ROWS:
         return
+    # A second axis, since matplotlib ties the labels of the first to the names of the layers.
     twin = axis.secondary_yaxis("right")
     twin.set_yticks(range(len(texts)), texts, fontsize=8.5)
     twin.tick_params(length=0)
@@ -201,6 +210,7 @@ def _strips(axis: Any, quantities: list[str]) -> None:
     n = len(quantities)
     for i, quantity in enumerate(quantities):
         strip = axis.inset_axes([i / n + 0.02, 1.015, 1 / n - 0.04, 0.16 / (ROW * _rows(axis))])
+        # The strip runs through the same colours as the cells, as a legend.
         ramp = np.linspace(PALEST, 1, 64)[None, :, None]
         strip.imshow(1 - ramp * (1 - np.array(_rgb(_color(quantity, i)))), aspect="auto")
         strip.set_axis_off()

@@ -14,8 +14,8 @@ from lightning_norm.layers.base import MomentNorm, Normalizer
 from lightning_norm.layers.scheduled import was_scheduled
 from lightning_norm.surgery.walk import named_normalizers
 
-Place = tuple[str, str, str]
-"""Key of the normalizer, quantity, and name of the layer."""
+Series = tuple[str, str, str]
+"""What one logged curve shows: the key of the normalizer, the quantity, and the name of the layer."""
 Families = dict[str, dict[str, list[str]]]
 """Key -> family -> its quantities, which share a chart."""
 
@@ -23,8 +23,10 @@ DEPTHS = {1: ("all",), 2: ("early", "late"), 3: ("early", "middle", "late")}
 STATISTICS = ("in", "ln", "gn", "bn")
 EXTRAS = ("gamma condition", "gamma near zero", "drift")
 """Families that every layer has."""
-SHARE_NEAR_ZERO = 0.01
-NEAR_NOTHING = 1e-7  # of float32's 24 bits
+NEAR_ZERO = 0.01
+"""Part of the greatest gamma below which one counts as near zero."""
+SMALLEST_RATIO = 1e-7
+"""Gammas are compared down to this ratio, the resolution of float32."""
 
 
 class Quantities:
@@ -36,52 +38,55 @@ class Quantities:
 
     def __init__(self, extras: bool = True) -> None:
         self.extras = extras
-        self._before: dict[Place, Tensor] = {}
+        self._last_statistics: dict[Series, Tensor] = {}
 
-    def places(self, model: nn.Module) -> list[Place]:
-        """Return all that :meth:`read` will find, the drift included, which takes two readings."""
-        drifts = [place for place, _ in running_statistics(model)] if self.extras else []
-        return list(dict.fromkeys((*self.tensors(model), *drifts, *scheduled(model))))
+    def series(self, pl_module: nn.Module) -> list[Series]:
+        """Return all that :meth:`read` will return, the drift included, which takes two readings."""
+        drifts = [series for series, _ in running_statistics(pl_module)] if self.extras else []
+        return list(dict.fromkeys((*self.tensors(pl_module), *drifts, *hyper_parameters(pl_module))))
 
-    def tensors(self, model: nn.Module) -> dict[Place, Tensor]:
-        """Return every quantity that is held in a tensor, 0-dim."""
-        found: dict[Place, Tensor] = {}
-        for name, layer in named_normalizers(model):
-            shown = {**layer.monitor(), **(gamma(layer) if self.extras else {})}
-            found.update({(key_of(layer), quantity, name): value for quantity, value in shown.items()})
-        return found
+    def tensors(self, pl_module: nn.Module) -> dict[Series, Tensor]:
+        """Return every quantity that is computed from tensors, 0-dim."""
+        tensors: dict[Series, Tensor] = {}
+        for name, layer in named_normalizers(pl_module):
+            quantities = {**layer.monitor(), **(gamma(layer) if self.extras else {})}
+            tensors.update({(key_of(layer), quantity, name): value for quantity, value in quantities.items()})
+        return tensors
 
-    def read(self, model: nn.Module, values: bool = False) -> tuple[dict[Place, float], dict[Place, Tensor]]:
+    def read(self, pl_module: nn.Module, values: bool = False) -> tuple[dict[Series, float], dict[Series, Tensor]]:
         """Return the quantities as floats and, with ``values``, the learned tensors behind them, on the CPU."""
-        found = self.tensors(model)
+        tensors = self.tensors(pl_module)
         if self.extras:
-            found.update(self._drift(model))
-        learned = dict(learned_values(model)) if values else {}
-        sent = [*found.values(), *learned.values()]
+            tensors.update(self._drift(pl_module))
+        learned = dict(learned_values(pl_module)) if values else {}
+        sent = [*tensors.values(), *learned.values()]
         if not sent:
-            return scheduled(model), {}
+            return hyper_parameters(pl_module), {}
+        # One transfer for everything: each would wait for the device once more.
         with torch.no_grad():
             flat = torch.cat([t.detach().to(sent[0].device, torch.float32).reshape(-1) for t in sent]).cpu()
-        numbers = dict(zip(found, flat[: len(found)].tolist(), strict=True))
-        parts = torch.split(flat[len(found) :], [t.numel() for t in learned.values()]) if learned else ()
-        given = {place: value for place, value in scheduled(model).items() if place not in numbers}
-        return {**numbers, **given}, dict(zip(learned, parts, strict=True))
+        numbers = dict(zip(tensors, flat[: len(tensors)].tolist(), strict=True))
+        parts = torch.split(flat[len(tensors) :], [t.numel() for t in learned.values()]) if learned else ()
+        others = {series: value for series, value in hyper_parameters(pl_module).items() if series not in numbers}
+        return {**numbers, **others}, dict(zip(learned, parts, strict=True))
 
     def restart(self) -> None:
         """Forget the running statistics that the drift is measured from."""
-        self._before = {}
+        self._last_statistics = {}
 
     @torch.no_grad()
-    def _drift(self, model: nn.Module) -> dict[Place, Tensor]:
+    def _drift(self, pl_module: nn.Module) -> dict[Series, Tensor]:
         """Return how far the running statistics moved since the last call, relative to their size: 0 to 2."""
-        found: dict[Place, Tensor] = {}
-        for place, now in running_statistics(model):
-            old = self._before.get(place)
-            self._before[place] = now.clone()
+        drifts: dict[Series, Tensor] = {}
+        for series, now in running_statistics(pl_module):
+            # A copy, because the buffer itself moves on with the next batch.
+            old = self._last_statistics.get(series)
+            self._last_statistics[series] = now.clone()
             if old is not None and old.device == now.device:
+                # Statistics that are 0 in both readings have not moved: 0 / tiny is 0.
                 size = torch.maximum(old.abs().sum(), now.abs().sum()).clamp_min(torch.finfo(now.dtype).tiny)
-                found[place] = (now - old).abs().sum() / size
-        return found
+                drifts[series] = (now - old).abs().sum() / size
+        return drifts
 
 
 def key_of(layer: Normalizer) -> str:
@@ -89,13 +94,13 @@ def key_of(layer: Normalizer) -> str:
     return layer.key or type(layer).__name__
 
 
-def running_statistics(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
-    """Yield each running statistic, under the place of its drift."""
-    for name, layer in named_normalizers(model):
-        for which in layer.running_names:
-            held = layer._buffers.get(which)
-            if held is not None:
-                yield (key_of(layer), which.replace("running", "drift"), name), held
+def running_statistics(pl_module: nn.Module) -> Iterator[tuple[Series, Tensor]]:
+    """Yield each running statistic with the series of its drift."""
+    for name, layer in named_normalizers(pl_module):
+        buffers = dict(layer.named_buffers(recurse=False))
+        for statistic in layer.running_names:
+            if statistic in buffers:
+                yield (key_of(layer), statistic.replace("running", "drift"), name), buffers[statistic]
 
 
 @torch.no_grad()
@@ -106,40 +111,43 @@ def gamma(layer: Normalizer) -> dict[str, Tensor]:
     >>> torch.nn.init.constant_(layer.weight[:2], 0.0).shape, {k: v.item() for k, v in gamma(layer).items()}
     (torch.Size([2]), {'gamma_condition': 10000000.0, 'gamma_near_zero': 0.5})
     """
+    # Not every layer has a weight: BNET has kernels in its place, and affine=False leaves it out.
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.numel() == 0:
         return {}
     size = weight.float().abs()
+    # All gammas may be 0, after pruning for one.
     top = size.max().clamp_min(torch.finfo(size.dtype).tiny)
-    condition = top / torch.maximum(size.min(), NEAR_NOTHING * top)
-    return {"gamma_condition": condition, "gamma_near_zero": (size < SHARE_NEAR_ZERO * top).float().mean()}
+    condition = top / torch.maximum(size.min(), SMALLEST_RATIO * top)
+    return {"gamma_condition": condition, "gamma_near_zero": (size < NEAR_ZERO * top).float().mean()}
 
 
-def learned_values(model: nn.Module) -> Iterator[tuple[Place, Tensor]]:
+def learned_values(pl_module: nn.Module) -> Iterator[tuple[Series, Tensor]]:
     """Yield gamma and what else a layer learns, where it is more than one number."""
-    for name, layer in named_normalizers(model):
+    for name, layer in named_normalizers(pl_module):
+        parameters = dict(layer.named_parameters(recurse=False))
         for parameter in ("weight", *layer.extra_parameters):
-            value = layer._parameters.get(parameter)
-            if value is not None and value.numel() > 1:
-                yield (key_of(layer), parameter, name), value
+            if parameter in parameters and parameters[parameter].numel() > 1:
+                yield (key_of(layer), parameter, name), parameters[parameter]
 
 
-def scheduled(model: nn.Module, given: bool = True) -> dict[Place, float]:
-    """Return the hyper-parameters that follow a schedule.
+def hyper_parameters(pl_module: nn.Module, only_scheduled: bool = False) -> dict[Series, float]:
+    """Return the hyper-parameters that follow a schedule or differ from their default.
 
     Args:
-        model: its layers are looked through.
-        given: also those of a layer's own that may be scheduled and are not at their default.
+        pl_module: its layers are looked through.
+        only_scheduled: those that follow a schedule.
     """
-    found: dict[Place, float] = {}
-    for name, layer in named_normalizers(model):
-        own = defaults(type(layer).__init__) if given else {}
+    values: dict[Series, float] = {}
+    for name, layer in named_normalizers(pl_module):
+        default = {} if only_scheduled else defaults(type(layer).__init__)
         for argument in layer.ranges:
             value = getattr(layer, argument)
-            chosen = argument in own and argument not in MomentNorm.ranges and value != own[argument]
+            # Those that every normalizer has, such as momentum, are shown only while they follow a schedule.
+            chosen = argument in default and argument not in MomentNorm.ranges and value != default[argument]
             if value is not None and (chosen or was_scheduled(layer, argument)):
-                found[key_of(layer), argument, name] = float(value)
-    return found
+                values[key_of(layer), argument, name] = float(value)
+    return values
 
 
 @functools.cache
@@ -148,18 +156,18 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
-def families(places: Iterable[Place]) -> Families:
+def families(logged: Iterable[Series]) -> Families:
     """Group the quantities of each key by the first part of their name: ``mean_in``, ``mean_ln``, ``mean_bn``.
 
     >>> families([("sn", "mean_in", "a"), ("sn", "mean_bn", "a"), ("sn", "var_in", "a"), ("dbn", "alpha", "b")])
     {'sn': {'mean': ['mean_in', 'mean_bn'], 'var': ['var_in']}, 'dbn': {'alpha': ['alpha']}}
     """
-    found: Families = {}
-    for key, quantity, _ in places:
-        members = found.setdefault(key, {}).setdefault(_family(quantity), [])
+    of_key: Families = {}
+    for key, quantity, _ in logged:
+        members = of_key.setdefault(key, {}).setdefault(_family(quantity), [])
         if quantity not in members:
             members.append(quantity)
-    return found
+    return of_key
 
 
 def split(grouped: Mapping[str, list[str]]) -> dict[str, dict[str, list[str]]]:
@@ -169,8 +177,8 @@ def split(grouped: Mapping[str, list[str]]) -> dict[str, dict[str, list[str]]]:
     {'profile': {'iota': ['iota']}, 'profile_every_layer': {'drift': ['drift_mean']}}
     """
     parts = {"profile": False, "profile_every_layer": True}
-    found = {part: {f: q for f, q in grouped.items() if (f in EXTRAS) is extra} for part, extra in parts.items()}
-    return {part: own for part, own in found.items() if own}
+    split_up = {part: {f: q for f, q in grouped.items() if (f in EXTRAS) is extra} for part, extra in parts.items()}
+    return {part: members for part, members in split_up.items() if members}
 
 
 def label(quantity: str) -> str:
@@ -185,32 +193,32 @@ def label(quantity: str) -> str:
 
 def _family(quantity: str) -> str:
     if quantity == "threshold":
-        return "condensation"  # the line that it is measured against
+        return "condensation"  # drawn beside it: the threshold is what condensation is compared with
     spaced = quantity.replace("_", " ")
     return spaced if spaced in EXTRAS else spaced.split(" ")[0]
 
 
-def layer_names(places: Iterable[Place], key: str, quantity: str | None = None) -> list[str]:
+def layer_names(logged: Iterable[Series], key: str, quantity: str | None = None) -> list[str]:
     """Return the layers of a key that have a quantity (or any), in the order of their depth."""
-    return list(dict.fromkeys(layer for k, q, layer in places if k == key and quantity in (None, q)))
+    return list(dict.fromkeys(layer for k, q, layer in logged if k == key and quantity in (None, q)))
 
 
-def depth_means(values: dict[Place, float]) -> dict[Place, float]:
+def depth_means(values: dict[Series, float]) -> dict[Series, float]:
     """Average each quantity over the early, the middle and the late layers, a third of them each.
 
     >>> depth_means({("sn", "mean_in", name): value for name, value in zip("abcd", (0.0, 1.0, 2.0, 3.0))})
     {('sn', 'mean_in', 'early'): 0.5, ('sn', 'mean_in', 'middle'): 2.0, ('sn', 'mean_in', 'late'): 3.0}
     """
-    series: dict[tuple[str, str], list[float]] = {}
+    over_layers: dict[tuple[str, str], list[float]] = {}
     for (key, quantity, _), value in values.items():
-        series.setdefault((key, quantity), []).append(value)
-    found: dict[Place, float] = {}
-    for (key, quantity), numbers in series.items():
+        over_layers.setdefault((key, quantity), []).append(value)
+    means: dict[Series, float] = {}
+    for (key, quantity), numbers in over_layers.items():
         parts = depths(len(numbers))
         for part in dict.fromkeys(parts):
             of_part = [v for v, p in zip(numbers, parts, strict=True) if p == part]
-            found[key, quantity, part] = sum(of_part) / len(of_part)
-    return found
+            means[key, quantity, part] = sum(of_part) / len(of_part)
+    return means
 
 
 def depths(n: int) -> list[str]:
@@ -219,11 +227,12 @@ def depths(n: int) -> list[str]:
     >>> depths(5)
     ['early', 'early', 'middle', 'middle', 'late']
     """
+    # Fewer than three layers have fewer depths, so that no depth is empty.
     names = DEPTHS[min(n, 3)]
     return [names[i * len(names) // n] for i in range(n)]
 
 
-def is_choice(values: Mapping[Place, float], key: str, quantities: list[str]) -> bool:
+def is_choice(values: Mapping[Series, float], key: str, quantities: list[str]) -> bool:
     """Tell whether the quantities are the weights of a mixture: in each layer non-negative, with sum 1."""
     of_layer = [
         [values.get((key, q, layer), 0.0) for q in quantities] for layer in layer_names(values, key, quantities[0])

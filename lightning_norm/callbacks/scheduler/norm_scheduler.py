@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from typing_extensions import override
 
-from lightning_norm.callbacks.agreement import agree
-from lightning_norm.callbacks.patching import WrappedMethods
-from lightning_norm.callbacks.scheduler.targets import Target, check_run, check_value, find_targets, split_key
+from lightning_norm.callbacks.lightning_compat import Callback, GradientAccumulationScheduler, callbacks_of, pl
+from lightning_norm.callbacks.patching import Patches
+from lightning_norm.callbacks.rank_checks import check_same_on_ranks
+from lightning_norm.callbacks.scheduler.scheduled_parameters import (
+    ScheduledParameter,
+    check_run,
+    check_value,
+    find_scheduled_parameters,
+    split_key,
+)
 from lightning_norm.layers.scheduled import set_scheduled, was_scheduled
 from lightning_norm.schedules.base import Schedule
 from lightning_norm.schedules.composed import as_schedule
-
-STEPS_PER_EPOCH = "lightning_norm_steps_per_epoch"
-"""Entry of a checkpoint, where a schedule by step has its duration in epochs."""
 
 
 class NormScheduler(Callback):
     """Let hyper-parameters of the normalizers follow schedules: a sparse radius, a momentum, an alpha, a threshold.
 
-    A value follows from the epoch (or the optimizer step) alone. Nothing is stored, a resumed run has the values of
-    the uninterrupted one, and so has each rank. Values live in tensors, so that no change compiles anything anew.
-    Names, patterns and the values of the whole planned run are checked before the first step.
+    A value follows from the epoch (or the optimizer step) alone, so that a resumed run has the values of the
+    uninterrupted one, and so has each rank. Values live in tensors, so that no change compiles anything anew. Names,
+    patterns and the values of the whole run are checked before the first step. The state of the callback in a
+    checkpoint is the number of steps of an epoch, where a schedule by step needs it.
 
     Evaluation uses the value of the last training step: in validation during training, after it, and in
     ``trainer.test(ckpt_path=...)`` that of the checkpoint. A model that was never trained has the first value.
@@ -36,6 +39,9 @@ class NormScheduler(Callback):
             matches, -> a schedule, or a number. Of several keys for one value the first wins.
         interval: "epoch" or "step": when values change, and the unit of time of the schedules. A step is an optimizer
             step, ``trainer.global_step``. With "step", a duration in ``epochs`` advances by fractions of an epoch.
+
+    Attributes:
+        parameters: what is scheduled, a :class:`ScheduledParameter` per argument and layer.
 
     Raises:
         ValueError, TypeError: not a schedule, a name that no layer has, a pattern that matches nothing, a value outside
@@ -54,58 +60,71 @@ class NormScheduler(Callback):
         self.schedules = {key: as_schedule(f"schedules[{key!r}]", value) for key, value in schedules.items()}
         for key, schedule in self.schedules.items():
             split_key(key)
+            # A step has no length in epochs, while an epoch may have one in steps.
             if interval == "epoch" and "steps" in schedule.units():
                 raise ValueError(f"schedules[{key!r}] = {schedule} has a duration in steps: type interval='step'.")
-        self._targets: list[Target] = []
-        self._wrapped = WrappedMethods()
+        self.parameters: list[ScheduledParameter] = []
+        self._patches = Patches()
         self._steps_per_epoch: float | None = None
-        self._loaded: float | None = None
+        self._checkpoint_time: float | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Of the names alone: a changed schedule still finds the state of the run that it continues.
+        arguments = {"interval": self.interval, "schedules": list(self.schedules)}
+        return f"{type(self).__qualname__}{arguments!r}"
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._loaded = None
-        self._wrapped.clear()
-        self._wrapped.clean_up(trainer.strategy, self._wrapped.clear)
-        if stage == "fit":  # before on_fit_start, where the learning-rate and batch-size finders train
-            self._wrapped.wrap(pl_module, "configure_optimizers", lambda make: self._early(trainer, pl_module, make))
+        self._checkpoint_time = None
+        self._patches.undo()
+        self._patches.undo_on_exception(trainer.strategy, self._patches.undo)
+        if stage == "fit":
+            # Learning-rate and batch-size finders train before this callback's on_fit_start.
+            self._patches.wrap(pl_module, "configure_optimizers", lambda make: self._early(trainer, pl_module, make))
         else:
-            self._wrapped.wrap(pl_module, "on_load_checkpoint", self._read)
+            # Outside of fit, Lightning calls no callback with the checkpoint.
+            self._patches.wrap(pl_module, "on_load_checkpoint", self._read_time)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._wrapped.clear()
-        self._find(trainer, pl_module)
-        lines = [f"{t.name}:{t.value} {t.schedule} by {self.interval}" for t in self._targets]
-        agree("the schedules", "values", lines, "Every rank must use the same NormScheduler.")
-        self._set(self._now(trainer))
+        self._patches.undo()
+        self._find_parameters(trainer, pl_module)
+        # Ranks with different schedules would train different networks without an error.
+        lines = [f"{p.layer_name}:{p.argument} {p.schedule} by {self.interval}" for p in self.parameters]
+        check_same_on_ranks("the schedules", "values", lines, "Every rank must use the same NormScheduler.")
+        self.set_values(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning knows the number of batches only from here on.
         self._steps_per_epoch = steps_per_epoch(trainer, pl_module)
-        check_run(self._targets, self._last(trainer), self._epoch(), self.interval)
-        self._set(self._now(trainer))
+        check_run(self.parameters, self._last(trainer), self._epoch_length(), self.interval)
+        self.set_values(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._set(self._now(trainer))
+        self.set_values(trainer)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.interval == "step":
-            self._set(self._now(trainer))
+            self.set_values(trainer)
 
     @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx == dataloader_idx == 0:  # WeightAveraging has put averages of all buffers in their place
-            self._refresh()
+        if batch_idx == dataloader_idx == 0:
+            # WeightAveraging validates with averages of all buffers, those of scheduled values included.
+            self._write_again()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._refresh()
+        self._write_again()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,83 +140,94 @@ class NormScheduler(Callback):
         self._evaluate(trainer, pl_module)
 
     @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if self._steps_per_epoch is not None and self._needs_epochs():
-            checkpoint[STEPS_PER_EPOCH] = self._steps_per_epoch
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many steps an epoch has, if a schedule by step has its duration in epochs."""
+        return {"steps_per_epoch": self._steps_per_epoch} if self._steps_per_epoch and self._needs_epochs() else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._steps_per_epoch = state_dict["steps_per_epoch"]
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._wrapped.clear()
+        self._patches.undo()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._wrapped.clear()
+        self._patches.undo()
+
+    def set_values(self, trainer: pl.Trainer) -> None:
+        """Set every scheduled argument to its value in the Trainer's current epoch or step."""
+        self._set(self.parameters, trainer.current_epoch if self.interval == "epoch" else trainer.global_step)
 
     def _early(self, trainer: pl.Trainer, pl_module: pl.LightningModule, make: Callable[[], Any]) -> Any:
-        self._find(trainer, pl_module)
-        self._set(self._now(trainer))
+        self._find_parameters(trainer, pl_module)
+        self.set_values(trainer)
         return make()
 
-    def _read(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+    def _read_time(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         """Remember the time of a checkpoint's last training step."""
         original(checkpoint)
         if self.interval == "step":
-            self._loaded = max(checkpoint["global_step"] - 1, 0)
-        else:  # counted from the epochs begun: at the end of training the checkpoint's "epoch" is one too many
-            self._loaded = max(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"] - 1, 0)
-        self._steps_per_epoch = checkpoint.get(STEPS_PER_EPOCH, self._steps_per_epoch)
+            self._checkpoint_time = max(checkpoint["global_step"] - 1, 0)
+        else:
+            # Counted from the epochs that began: at the end of training the checkpoint's "epoch" is one too many.
+            progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+            self._checkpoint_time = max(progress["current"]["ready"] - 1, 0)
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        # Present where the whole checkpoint was written, missing in one of weights only.
+        if state:
+            self.load_state_dict(state)
         if self._steps_per_epoch is None and self._needs_epochs():
             raise ValueError(
-                "NormScheduler: the checkpoint does not tell how many steps an epoch had (it holds weights only), and "
-                "a schedule by step has its duration in epochs. Write steps= in place of epochs=, or leave out "
-                "NormScheduler."
+                "NormScheduler: the checkpoint does not tell how many steps an epoch had (it holds weights only, or "
+                "was written without this NormScheduler), and a schedule by step has its duration in epochs. Write "
+                "steps= in place of epochs=, or leave out NormScheduler."
             )
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._wrapped.clear()
-        self._find(trainer, pl_module)
-        if self._loaded is not None:
-            self._set(self._loaded)
+        self._patches.undo()
+        self._find_parameters(trainer, pl_module)
+        # What a fit in this process has set stays; what was never set gets the first value.
+        if self._checkpoint_time is not None:
+            self._set(self.parameters, self._checkpoint_time)
         else:
-            self._set(0, [t for t in self._targets if not was_scheduled(t.layer, t.value)])
-            self._refresh()
+            self._set([p for p in self.parameters if not was_scheduled(p.layer, p.argument)], 0)
+            self._write_again()
 
-    def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._targets = find_targets(pl_module, self.schedules)
-        mine = {(id(t.layer), t.value) for t in self._targets}
-        for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+    def _find_parameters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.parameters = find_scheduled_parameters(pl_module, self.schedules)
+        mine = {(id(p.layer), p.argument) for p in self.parameters}
+        for other in callbacks_of(trainer):
             if isinstance(other, NormScheduler) and other is not self:
-                for target in other._targets:
-                    if (id(target.layer), target.value) in mine:
-                        raise ValueError(f"two NormSchedulers schedule {target.value} of {target.name}. Leave out one.")
+                for p in other.parameters:
+                    if (id(p.layer), p.argument) in mine:
+                        raise ValueError(f"two NormSchedulers schedule {p.argument} of {p.layer_name}. Leave out one.")
 
-    def _set(self, time: float, targets: list[Target] | None = None) -> None:
+    def _set(self, parameters: Iterable[ScheduledParameter], time: float) -> None:
         values: dict[int, float] = {}
-        for target in self._targets if targets is None else targets:
-            key = id(target.schedule)
+        for p in parameters:
+            key = id(p.schedule)
             if key not in values:
-                values[key] = target.schedule(time, self._epoch())
-            if getattr(target.layer, target.value) != values[key] or not was_scheduled(target.layer, target.value):
-                check_value(target, time, values[key], self.interval)
-                set_scheduled(target.layer, target.value, values[key])
+                values[key] = p.schedule(time, self._epoch_length())
+            # Writing into a layer's tensor costs a launch per layer and step on a GPU, so only changes are written.
+            if getattr(p.layer, p.argument) != values[key] or not was_scheduled(p.layer, p.argument):
+                check_value(p, time, values[key], self.interval)
+                set_scheduled(p.layer, p.argument, values[key])
 
-    def _refresh(self) -> None:
-        for target in self._targets:
-            set_scheduled(target.layer, target.value, getattr(target.layer, target.value))
+    def _write_again(self) -> None:
+        """Write the current values into the layers' tensors, whatever was put there."""
+        for p in self.parameters:
+            set_scheduled(p.layer, p.argument, getattr(p.layer, p.argument))
 
-    def _now(self, trainer: pl.Trainer) -> int:
-        return trainer.current_epoch if self.interval == "epoch" else trainer.global_step
-
-    def _epoch(self) -> float:
+    def _epoch_length(self) -> float:
         return 1.0 if self.interval == "epoch" else self._steps_per_epoch or 1.0
 
     def _needs_epochs(self) -> bool:
         return self.interval == "step" and any("epochs" in s.units() for s in self.schedules.values())
 
     def _last(self, trainer: pl.Trainer) -> float:
-        """Return the time of the last step that is planned."""
+        """Return the time of the last step that the Trainer will take, infinite where it has no end."""
         steps = self._steps_per_epoch
         if steps is None and self._needs_epochs():
             raise ValueError(
@@ -205,19 +235,21 @@ class NormScheduler(Callback):
                 "known: the training data have no length or are reloaded, optimizers are stepped by hand, or "
                 "GradientAccumulationScheduler changes it. Write steps= in place of epochs=, or interval='epoch'."
             )
+        # Of max_epochs and max_steps, whichever comes first ends the run.
         epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
         most = math.inf if trainer.max_steps == -1 else trainer.max_steps
         if self.interval == "step":
             return max(min(most, epochs * steps if steps else math.inf) - 1, 0)
+        # Steps are turned into epochs by rounding up: the last epoch may be a part of one.
         return max(min(epochs, math.ceil(most / steps) if steps and math.isfinite(most) else math.inf) - 1, 0)
 
 
 def steps_per_epoch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
     """Return the optimizer steps of each epoch, ``None`` where they are not known or not always the same."""
     batches = trainer.num_training_batches
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-    changing = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks)
+    changing = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks_of(trainer))
     reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
+    # Each of these changes the number of steps between epochs, or hides it.
     if changing or reloaded or not pl_module.automatic_optimization or math.isinf(batches):
         return None
     return math.ceil(batches / trainer.accumulate_grad_batches)

@@ -5,47 +5,41 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
-
+from lightning_norm.callbacks.lightning_compat import pl, rank_zero_info
 from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.running_stats import close_window, open_window
 from lightning_norm.surgery.walk import named_normalizers
 
-WINDOW = "lightning_norm_window"
-"""Entry of a checkpoint that was written inside a window: layer -> count, mean and variance so far."""
-
 
 class Accumulation:
     """What NormSwap does about ``accumulate_statistics``, for every layer of this package in the model.
 
     Args:
-        on: do it.
+        enabled: the argument of NormSwap; without it every method does nothing.
     """
 
-    def __init__(self, on: bool) -> None:
-        self.on = on
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
         self._layers: dict[str, Normalizer] = {}
         self._loaded: dict[str, Any] = {}
         self._step = 0
 
-    def start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open a window in every layer with running statistics, and go on with that of a resumed run.
 
         Raises:
             ValueError: a layer cannot wait for the end of a window; it says why.
         """
-        if not self.on:
+        if not self.enabled:
             if self._loaded:
                 rank_zero_info(
                     "NormSwap: the checkpoint was written between two optimizer steps with accumulate_statistics=True; "
                     "what was gathered is dropped without it."
                 )
             return
-        named = dict(named_normalizers(model))
-        self._layers = {n: m for n, m in named.items() if m.track_running_stats}
+        self._layers = {n: layer for n, layer in named_normalizers(pl_module) if layer.track_running_stats}
         if not self._layers:
             warnings.warn(
                 "NormSwap: accumulate_statistics=True does nothing: no layer keeps running statistics. Leave it out.",
@@ -53,6 +47,7 @@ class Accumulation:
                 stacklevel=3,
             )
         for name, layer in self._layers.items():
+            # Checked for all layers before the first window opens, so that a refusal leaves nothing behind.
             if layer.no_window:
                 self.stop()
                 raise ValueError(
@@ -66,22 +61,25 @@ class Accumulation:
 
     def after_batch(self, trainer: pl.Trainer) -> None:
         """Move the running statistics if the optimizer has stepped."""
+        # Whatever decides when the optimizer steps, the step counter tells that it has.
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             for layer in self._layers.values():
                 close_window(layer)
 
-    def save(self, checkpoint: dict[str, Any]) -> None:
-        """Write what was gathered since the last step into a checkpoint, if there is anything."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was gathered since the last optimizer step: layer -> count, mean and variance so far."""
+        if not self.enabled:
+            return {}
         accumulators = {n: layer.accumulator for n, layer in self._layers.items()}
         windows = {n: window for n, window in accumulators.items() if isinstance(window, AccumulationWindow)}
-        held = {n: [t.clone() for t in window.held()] for n, window in windows.items() if window.count.any()}
-        if held:
-            checkpoint[WINDOW] = held
+        gathered = {n: [t.clone() for t in window.held()] for n, window in windows.items() if window.count.any()}
+        # Never empty as a whole: Lightning would skip load_state_dict, and windows would keep what they have.
+        return {"window": gathered}
 
-    def load(self, checkpoint: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember what a checkpoint has gathered; a finder restores one in the middle of the training."""
-        self._loaded = checkpoint.get(WINDOW, {})
+        self._loaded = state_dict.get("window", {})
         if self._layers:
             self._fill()
 
@@ -95,7 +93,8 @@ class Accumulation:
     def _fill(self) -> None:
         for name, layer in self._layers.items():
             assert isinstance(layer.accumulator, AccumulationWindow)
+            # What batches of a finder's trial run have gathered goes, before the saved state comes in.
             layer.accumulator.clear()
-            for own, saved in zip(layer.accumulator.held(), self._loaded.get(name, ()), strict=False):
-                own.copy_(saved)
+            for tensor, saved in zip(layer.accumulator.held(), self._loaded.get(name, ()), strict=False):
+                tensor.copy_(saved)
         self._loaded = {}

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import (
+from torch import nn
+
+from lightning_norm.callbacks.lightning_compat import (
     BaseFinetuning,
     Callback,
     ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
+    callbacks_of,
+    pl,
+    rank_zero_info,
+    rank_zero_warn,
 )
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
-
+from lightning_norm.callbacks.lightning_private import averaged_model, starts_processes, synchronizes_batchnorm
+from lightning_norm.callbacks.norm_recalibrate import NormRecalibrate
 from lightning_norm.errors import ConflictError, ConflictWarning
 from lightning_norm.surgery.walk import named_normalizers, normalizers_of
 
-HOLDS = {
+HARM_BEFORE_SWAP = {
     WeightAveraging: "average the network as it was before the swap",
     StochasticWeightAveraging: "average the network as it was before the swap",
     ModelPruning: "prune layers that the swap then takes out of the network",
@@ -32,10 +36,11 @@ def check_order(trainer: pl.Trainer, swap: Callback) -> None:
     Raises:
         ConflictError: there is one.
     """
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
+        # Those behind the swap see the swapped network and may keep what they find.
         if callback is swap:
             return
-        for kind, harm in HOLDS.items():
+        for kind, harm in HARM_BEFORE_SWAP.items():
             if isinstance(callback, kind):
                 raise ConflictError(
                     f"{type(callback).__name__} stands before NormSwap in the callbacks and would {harm}. Put NormSwap "
@@ -51,14 +56,16 @@ def check_settings(trainer: pl.Trainer, swap: Any) -> None:
         ConflictError: two of them choose parameter groups.
     """
     for name in ("norm_weight_decay", "switch_lr_scale"):
-        chosen = [getattr(c.options, name) for c in _callbacks(trainer) if isinstance(c, type(swap))]
+        # A second regrouping would split groups that the first one has made.
+        chosen = [getattr(c.options, name) for c in callbacks_of(trainer) if isinstance(c, type(swap))]
         chosen = [value for value in chosen if value is not None]
         if len(chosen) > 1:
             raise ConflictError(
                 f"two NormSwap callbacks set {name} ({chosen[0]} and {chosen[1]}), which is about all layers of this "
                 "package in the model. Set it in one of them."
             )
-    if getattr(trainer.strategy, "_layer_sync", None) is not None and not swap.options.sync:
+    # The two settings contradict each other; neither is changed behind the user's back.
+    if synchronizes_batchnorm(trainer) and not swap.options.sync:
         rank_zero_warn(
             "Trainer(sync_batchnorm=True) reaches torch's BatchNorm layers only, and NormSwap(sync=False) keeps the "
             "statistics of the swapped ones on each rank. Type NormSwap(sync=True), or leave out sync_batchnorm.",
@@ -66,34 +73,54 @@ def check_settings(trainer: pl.Trainer, swap: Any) -> None:
         )
 
 
-def check_copies(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+def check_launcher(trainer: pl.Trainer, stage: str, parent_is_swapped: bool) -> None:
+    """Refuse to train where the process that called ``fit`` would lose what the new layers learn.
+
+    Raises:
+        ConflictError: the strategy starts processes that train copies, and the network came to them without the swap.
+    """
+    # Evaluation sends no weights back.
+    if stage == "fit" and not parent_is_swapped and starts_processes(trainer):
+        raise ConflictError(
+            "this strategy (ddp_spawn, ddp_notebook) trains copies of the network in other processes and drops what "
+            "the new layers learn on the way back, because the network of the process that called fit has no place "
+            "for it. Type norm_swap.swap_before_launch(model) before trainer.fit(model), norm_swap being the NormSwap "
+            "among the callbacks, or strategy='ddp'."
+        )
+
+
+def check_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Check that callbacks which average weights hold a copy of this network, and that statistics are taken care of.
 
     Raises:
         ConflictError: a copy was made before a layer was built.
     """
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         if not isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             continue
-        name, copy = type(callback).__name__, getattr(callback, "_average_model", None)
-        copy = getattr(copy, "module", copy) if isinstance(callback, WeightAveraging) else copy
-        if copy is not None:
-            there, here = ({n: p.shape for n, p in m.named_parameters()} for m in (copy, model))
-            apart = [n for n in here if there.get(n) != here[n]] + [n for n in there if n not in here]
-            if apart:
+        name, average = type(callback).__name__, averaged_model(callback)
+        if isinstance(callback, WeightAveraging):
+            average = getattr(average, "module", average)  # torch's AveragedModel keeps the network in an attribute
+        if average is not None:
+            # Names and shapes of the two must match, because averaging pairs parameters by their order.
+            there, here = ({n: p.shape for n, p in m.named_parameters()} for m in (average, pl_module))
+            differing = [n for n in here if there.get(n) != here[n]] + [n for n in there if n not in here]
+            if differing:
                 raise ConflictError(
-                    f"{name} copied the network before {apart[0]} was built, and would mix up the parameters. Build "
-                    "all layers in the module's __init__ (WeightAveraging also knows those of configure_model)."
+                    f"{name} copied the network before {differing[0]} was built, and would mix up the parameters. "
+                    "Build all layers in the module's __init__ (WeightAveraging also knows those of configure_model)."
                 )
+        # Lightning finds layers to update by torch's own class, and ours are not of it.
         if isinstance(callback, StochasticWeightAveraging) and not _recalibrates(trainer):
-            _check_statistics(name, model)
+            _warn_of_statistics(name, pl_module)
 
 
-def _check_statistics(name: str, model: nn.Module) -> None:
-    layers = {n: layer for n, layer in named_normalizers(model) if layer.track_running_stats}
-    fixed = [n for n, layer in layers.items() if layer.no_recalibration]
-    fix = f"Add NormRecalibrate({f'exclude={fixed!r}' if fixed else ''}) as the last callback."
-    if len(fixed) == len(layers):
+def _warn_of_statistics(name: str, pl_module: nn.Module) -> None:
+    layers = {n: layer for n, layer in named_normalizers(pl_module) if layer.track_running_stats}
+    # NormRecalibrate refuses layers that normalize by their running statistics; they are to be excluded.
+    excluded = [n for n, layer in layers.items() if layer.no_recalibration]
+    fix = f"Add NormRecalibrate({f'exclude={excluded!r}' if excluded else ''}) as the last callback."
+    if len(excluded) == len(layers):
         fix = "EMAWeightAveraging averages them with the weights."
     if layers:
         rank_zero_warn(
@@ -103,26 +130,20 @@ def _check_statistics(name: str, model: nn.Module) -> None:
         )
 
 
-def tell_frozen(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+def tell_frozen(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Say which layers a finetuning callback has frozen: it leaves torch's BatchNorm layers alone, and not ours."""
-    for callback in _callbacks(trainer):
-        held = [m for m in normalizers_of(model) if any(True for _ in m.parameters())]
-        frozen = [m for m in held if not any(p.requires_grad for p in m.parameters())]
+    for callback in callbacks_of(trainer):
+        learning = [layer for layer in normalizers_of(pl_module) if any(True for _ in layer.parameters())]
+        frozen = [layer for layer in learning if not any(p.requires_grad for p in layer.parameters())]
+        # Both orders are right, so this is a line of information and no warning.
         if isinstance(callback, BaseFinetuning) and frozen:
             name = type(callback).__name__
             rank_zero_info(
-                f"NormSwap: {len(frozen)} of {len(held)} layers are frozen with the rest until {name} unfreezes them; "
-                f"their running statistics follow the data. With {name} in front of NormSwap they train, as BatchNorm "
-                "layers do under it."
+                f"NormSwap: {len(frozen)} of {len(learning)} layers are frozen with the rest until {name} unfreezes "
+                f"them; their running statistics follow the data. With {name} in front of NormSwap they train, as "
+                "BatchNorm layers do under it."
             )
 
 
-def _callbacks(trainer: pl.Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-    return callbacks
-
-
 def _recalibrates(trainer: pl.Trainer) -> bool:
-    from lightning_norm.callbacks.norm_recalibrate import NormRecalibrate
-
-    return any(isinstance(c, NormRecalibrate) for c in _callbacks(trainer))
+    return any(isinstance(callback, NormRecalibrate) for callback in callbacks_of(trainer))

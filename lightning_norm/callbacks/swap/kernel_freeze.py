@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-import lightning.pytorch as pl
-
+from lightning_norm.callbacks.lightning_compat import pl
 from lightning_norm.errors import NoEffectWarning
 from lightning_norm.normalizers.bnet import BNET
+from lightning_norm.surgery.walk import normalizers_of
 
 
 class KernelFreeze:
@@ -28,9 +28,10 @@ class KernelFreeze:
             raise ValueError(f"NormSwap: freeze_kernel_at must be an epoch (an int >= 0) or None, got {at!r}.")
         self.at = at
 
-    def check(self, model: pl.LightningModule) -> None:
+    def warn_if_nothing_to_freeze(self, pl_module: pl.LightningModule) -> None:
         """Warn where there is nothing to freeze."""
-        if self.at is not None and not layers(model):
+        # An argument without any effect is most likely a mistake.
+        if self.at is not None and not bnet_layers(pl_module):
             warnings.warn(
                 f"NormSwap: freeze_kernel_at={self.at} freezes nothing: the model holds no BNET layer. Leave it out, "
                 "or swap some layers to bnet.",
@@ -38,24 +39,26 @@ class KernelFreeze:
                 stacklevel=3,
             )
 
-    def start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        """Freeze if it is time."""
-        if self._now(trainer) and trainer.strategy.model is model:
-            for layer in layers(model):
+    def freeze_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Freeze the kernels from the chosen epoch on."""
+        # A wrapper such as DistributedDataParallel would wait for gradients that no longer come.
+        if self._is_due(trainer) and trainer.strategy.model is pl_module:
+            for layer in bnet_layers(pl_module):
                 layer.freeze_kernel()
 
-    def before_step(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        """Drop the gradients of what is frozen."""
-        if self._now(trainer):
-            for layer in layers(model):
+    def drop_gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop the gradients of what does not move any more, just before the optimizer's step."""
+        if self._is_due(trainer):
+            for layer in bnet_layers(pl_module):
                 for p in (layer.kernel, layer.bias):
                     if p is not None:
+                        # None and not zero: momentum and weight decay would move the parameter all the same.
                         p.grad = None
 
-    def _now(self, trainer: pl.Trainer) -> bool:
+    def _is_due(self, trainer: pl.Trainer) -> bool:
         return self.at is not None and trainer.current_epoch >= self.at
 
 
-def layers(model: pl.LightningModule) -> list[BNET]:
-    """Return the layers with a kernel."""
-    return [module for module in model.modules() if isinstance(module, BNET)]
+def bnet_layers(pl_module: pl.LightningModule) -> list[BNET]:
+    """Return the layers whose kernel can be frozen."""
+    return [layer for layer in normalizers_of(pl_module) if isinstance(layer, BNET)]

@@ -7,11 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
-
+from lightning_norm.callbacks.lightning_compat import pl, rank_zero_info
+from lightning_norm.callbacks.patching import Patches, is_patched
 from lightning_norm.errors import CheckpointError
 from lightning_norm.surgery.checkpoint_files import File, check_file, read_checkpoint, unreadable
 from lightning_norm.surgery.manifest import check_manifest, load_weights, rebuild_from, write_manifest
@@ -20,84 +19,52 @@ from lightning_norm.surgery.walk import rename_for_wrappers
 Module = TypeVar("Module", bound=pl.LightningModule)
 
 
-class ModuleHook:
-    """Stands on one module in place of a method and calls it; a copy or a pickle of the module takes it along.
+def patch_checkpoint_hooks(patches: Patches, pl_module: pl.LightningModule, resumes: bool) -> None:
+    """Let the module's own checkpoint hooks write the manifest and compare it, in copies of the module as well.
+
+    Lightning calls ``LightningModule.on_save_checkpoint`` for weights-only files too, and ``on_load_checkpoint`` before
+    anything of the file is loaded; those of callbacks come too late or not at all.
 
     Args:
-        module: the module.
-    """
-
-    name: ClassVar[str]
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        self.module = module
-        # LightningCLI and other callbacks put functions on the instance as well: theirs is called, and comes back.
-        self.instance_attribute = module.__dict__.get(self.name)
-
-    def original(self, checkpoint: dict[str, Any]) -> None:
-        """Call the module's own method."""
-        # The class is asked at the call, and not when the hook is put on: load_from_checkpoint patches classes.
-        if self.instance_attribute is not None:
-            self.instance_attribute(checkpoint)
-        else:
-            getattr(type(self.module), self.name)(self.module, checkpoint)
-
-    def put_on(self) -> None:
-        """Take the method's place, once."""
-        if not isinstance(self.instance_attribute, type(self)):
-            self.module.__dict__[self.name] = self
-
-    def take_off(self) -> None:
-        """Put back what was there."""
-        if self.module.__dict__.get(self.name) is self:
-            del self.module.__dict__[self.name]
-            if self.instance_attribute is not None:
-                self.module.__dict__[self.name] = self.instance_attribute
-
-
-class WriteManifest(ModuleHook):
-    """``on_save_checkpoint`` that adds the manifest; Lightning calls it for weights-only files too."""
-
-    name = "on_save_checkpoint"
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        """Add the manifest of the module as it is now, then call the module's own hook."""
-        write_manifest(self.module, checkpoint)
-        self.original(checkpoint)
-
-
-class CheckManifest(ModuleHook):
-    """``on_load_checkpoint`` that refuses a checkpoint of another swap before anything of it is loaded.
-
-    Args:
-        module: the module.
+        patches: who undoes it.
+        pl_module: the module.
         resumes: the optimizer's state is loaded as well.
     """
-
-    name = "on_load_checkpoint"
-
-    def __init__(self, module: pl.LightningModule, resumes: bool) -> None:
-        super().__init__(module)
-        self.resumes = resumes
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        """Check, call the module's own hook, and rename what torch.compile has named differently."""
-        path = _path_of(self.module)
-        unchanged = check_manifest(self.module, checkpoint, path, resumes=self.resumes)
-        if unchanged:
-            rank_zero_info(
-                f"NormSwap: {path!r} is of the network before the swap; {len(unchanged)} parameters of the normalizers "
-                f"(first: {unchanged[0]}) keep their starting values."
-            )
-        self.original(checkpoint)
-        _rename_states(self.module, checkpoint)
+    if is_patched(pl_module, "on_save_checkpoint", save_with_manifest):
+        return  # a second NormSwap in the Trainer would say everything twice
+    save = functools.partial(save_with_manifest, pl_module)
+    load = functools.partial(load_with_manifest, pl_module, resumes=resumes)
+    patches.wrap(pl_module, "on_save_checkpoint", save, follows_copies=True)
+    patches.wrap(pl_module, "on_load_checkpoint", load, follows_copies=True)
 
 
-def _path_of(module: pl.LightningModule) -> str:
+def save_with_manifest(pl_module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+    """Add the manifest of the module as it is now, then call the module's own hook."""
+    write_manifest(pl_module, checkpoint)
+    original(checkpoint)
+
+
+def load_with_manifest(
+    pl_module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any], *, resumes: bool
+) -> None:
+    """Check, call the module's own hook, and rename what torch.compile has named differently."""
+    path = _checkpoint_path(pl_module)
+    unchanged = check_manifest(pl_module, checkpoint, path, resumes=resumes)
+    if unchanged:
+        rank_zero_info(
+            f"NormSwap: {path!r} is of the network before the swap; {len(unchanged)} parameters of the normalizers "
+            f"(first: {unchanged[0]}) keep their starting values."
+        )
+    original(checkpoint)
+    _rename_states(pl_module, checkpoint)
+
+
+def _checkpoint_path(pl_module: pl.LightningModule) -> str:
     try:
-        return str(module.trainer.ckpt_path or "the checkpoint")
-    except RuntimeError:  # no Trainer is attached to a copy of the module
+        trainer = pl_module.trainer
+    except RuntimeError:  # a copy of the module that no Trainer runs
         return "the checkpoint"
+    return str(trainer.ckpt_path or "the checkpoint")
 
 
 def reading(original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -168,31 +135,18 @@ def _rebuilding(cls: type[pl.LightningModule]) -> Iterator[None]:
     Lightning has no hook between building and loading but the module's own ``on_load_checkpoint``.
     """
     # Classes are patched, so that two threads which load at once must not undo each other's patches.
-    with _lock:
-        patched: list[tuple[Any, Any]] = []
+    with _lock, Patches() as patches:
         # LightningModule.load_from_checkpoint may build a subclass, whose own hook would hide that of the class.
         for each in _with_subclasses(cls):
-            if each is cls or "on_load_checkpoint" in each.__dict__:
-                patched.append((each, each.__dict__.get("on_load_checkpoint")))
-                each.on_load_checkpoint = _rebuild_first(each.on_load_checkpoint)
-        try:
-            yield
-        finally:
-            for each, defined in patched:
-                if defined is None:
-                    del each.on_load_checkpoint
-                else:
-                    each.on_load_checkpoint = defined
+            if each is cls or "on_load_checkpoint" in vars(each):
+                patches.wrap(each, "on_load_checkpoint", _rebuild_first)
+        yield
 
 
-def _rebuild_first(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def on_load_checkpoint(self: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        rebuild_from(self, checkpoint)
-        original(self, checkpoint)
-        _rename_states(self, checkpoint)
-
-    return on_load_checkpoint
+def _rebuild_first(original: Callable[..., Any], pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    rebuild_from(pl_module, checkpoint)
+    original(pl_module, checkpoint)
+    _rename_states(pl_module, checkpoint)
 
 
 def _with_subclasses(cls: Any) -> Iterator[Any]:

@@ -6,27 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_norm.callbacks.agreement import check_batches, check_layers, warn_ignored
+from lightning_norm.callbacks.lightning_compat import Callback, pl, rank_zero_info, rank_zero_warn
 from lightning_norm.callbacks.norm_context import check_contexts
-from lightning_norm.callbacks.patching import WrappedMethods
+from lightning_norm.callbacks.patching import Patches
+from lightning_norm.callbacks.rank_checks import check_batches, check_layers, warn_ignored
 from lightning_norm.callbacks.swap.accumulation import Accumulation
 from lightning_norm.callbacks.swap.conflicts import (
     check_copies,
+    check_launcher,
     check_order,
     check_settings,
     tell_frozen,
 )
 from lightning_norm.callbacks.swap.kernel_freeze import KernelFreeze
-from lightning_norm.callbacks.swap.manifest_hooks import CheckManifest, ModuleHook, WriteManifest, reading, start_from
+from lightning_norm.callbacks.swap.manifest_hooks import patch_checkpoint_hooks, reading, start_from
 from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, optimizers_in
 from lightning_norm.callbacks.swap.regroup import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.swap.saved_plan import read_plan
-from lightning_norm.callbacks.swap.spawn import swap_before_weights_return
 from lightning_norm.errors import ParameterGrowthWarning
 from lightning_norm.ops.compiled import on_compile
 from lightning_norm.surgery.manifest import write_manifest
@@ -116,7 +114,6 @@ class NormSwap(Callback):
 
     @takes_options(NormSwapOptions)
     def __init__(self, options: NormSwapOptions) -> None:
-        swap_before_weights_return(NormSwap.swap_in_parent, NormSwap)
         self.options = options.with_plan_read()
         self._freeze = KernelFreeze(options.freeze_kernel_at)
         self._accumulation = Accumulation(options.accumulate_statistics)
@@ -125,9 +122,8 @@ class NormSwap(Callback):
         self._unmatched: set[str] = set()
         self._slots: list[ModuleSlot] = []
         self._made: set[int] = set()
-        self._wrapped = WrappedMethods()
-        self._hooks: list[ModuleHook] = []
-        self._guard = WrappedMethods()
+        self._setup_patches = Patches()
+        self._run_patches = Patches()
         self._warm = self._untold = False
         self._stop_observing: Callable[[], None] | None = None
 
@@ -144,24 +140,28 @@ class NormSwap(Callback):
         self._clean()
         self._untold = self._untold or self.report is None
         # Tuners and finders swap the Trainer's callbacks for a while: an error then never reaches on_exception of ours.
-        self._guard.clean_up(trainer.strategy, self._clean)
+        self._run_patches.undo_on_exception(trainer.strategy, self._clean)
         # Layers of __init__ and of LightningModule.setup are there by now. Those of configure_model are built after all
         # setups, and the optimizer after those: Lightning has no callback hook at either place.
+        arrived_swapped = self.report is not None
         self._swap(pl_module)
-        self._wrapped.wrap(pl_module, "configure_model", lambda original: self._late(trainer, pl_module, original))
-        self._wrapped.wrap(pl_module, "configure_optimizers", lambda original: self._optimizers(pl_module, original))
-        self._wrapped.wrap(trainer.strategy, "load_checkpoint", reading)
+        check_launcher(trainer, stage, arrived_swapped or not self.report)
+        self._setup_patches.wrap(
+            pl_module, "configure_model", lambda original: self._late(trainer, pl_module, original)
+        )
+        self._setup_patches.wrap(
+            pl_module, "configure_optimizers", lambda original: self._optimizers(pl_module, original)
+        )
+        self._setup_patches.wrap(trainer.strategy, "load_checkpoint", reading)
         # Callbacks are not asked for weights-only files; the module's own hooks are.
-        self._hooks = [WriteManifest(pl_module), CheckManifest(pl_module, resumes=stage == "fit")]
-        for hook in self._hooks:
-            hook.put_on()
+        patch_checkpoint_hooks(self._run_patches, pl_module, resumes=stage == "fit")
         # The first step of each input shape takes seconds: a line says what the run is waiting for.
         if self.options.compile and self._stop_observing is None:
             self._stop_observing = on_compile(lambda what: rank_zero_info(f"NormSwap: compiling {what} ..."))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._wrapped.clear()
+        self._setup_patches.undo()
         check_contexts(trainer, pl_module)
 
     @override
@@ -170,18 +170,18 @@ class NormSwap(Callback):
         check_copies(trainer, pl_module)
         tell_frozen(trainer, pl_module)
         self._check_optimizers(trainer, pl_module)
-        self._freeze.check(pl_module)
+        self._freeze.warn_if_nothing_to_freeze(pl_module)
         # An epoch that is resumed in its middle has no on_train_epoch_start.
-        self._freeze.start(trainer, pl_module)
+        self._freeze.freeze_if_due(trainer, pl_module)
         self._accumulation.start(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._freeze.start(trainer, pl_module)
+        self._freeze.freeze_if_due(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        self._freeze.before_step(trainer, pl_module)
+        self._freeze.drop_gradients(trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -201,29 +201,38 @@ class NormSwap(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._wrapped.clear()
+        self._setup_patches.undo()
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._wrapped.clear()
+        self._setup_patches.undo()
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._wrapped.clear()
+        self._setup_patches.undo()
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._accumulation.save(checkpoint)
         # After the fit, trainer.save_checkpoint still calls this, and the hook on the module is gone.
         write_manifest(pl_module, checkpoint)
 
+    @property
     @override
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._accumulation.load(checkpoint)
+    def state_key(self) -> str:
+        # Several NormSwaps in one Trainer differ in what they select or in what they put there.
+        names = ("norm", "norm_args", "include", "exclude", "source", "rules")
+        arguments = {name: getattr(self.options, name) for name in names if getattr(self.options, name) is not None}
+        return f"{type(self).__qualname__}{arguments!r}"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._accumulation.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._accumulation.load_state_dict(state_dict)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -234,12 +243,9 @@ class NormSwap(Callback):
         self._clean()
 
     def _clean(self) -> None:
-        self._wrapped.clear()
-        self._guard.clear()
+        self._setup_patches.undo()
+        self._run_patches.undo()
         self._accumulation.stop()
-        for hook in self._hooks:
-            hook.take_off()
-        self._hooks = []
         if self._stop_observing is not None:
             self._stop_observing()
             self._stop_observing = None
@@ -250,9 +256,21 @@ class NormSwap(Callback):
             self._model, self.report, self._unmatched, self._slots = pl_module, None, set(), []
             self._made, self._warm = set(), False
 
-    def swap_in_parent(self, pl_module: pl.LightningModule) -> None:
-        """Swap without more ado, in a process whose workers have checked everything."""
+    def swap_before_launch(self, pl_module: pl.LightningModule) -> None:
+        """Swap before ``trainer.fit``, for strategies whose workers train copies of the network in other processes.
+
+        ``ddp_spawn`` and ``ddp_notebook`` send what was learned back into the network of the process that called
+        ``fit``, and drop what finds no place there. No hook of a callback is called in that process beforehand.
+
+        >>> from torch import nn
+        >>> model = pl.LightningModule()
+        >>> model.bn = nn.BatchNorm2d(4)
+        >>> NormSwap("sn").swap_before_launch(model)
+        >>> type(model.bn).__name__
+        'SwitchableNorm'
+        """
         self._take(pl_module)
+        self._untold = True  # the workers tell what was swapped, once every layer is built
         self._swap(pl_module)
 
     def _swap(self, pl_module: pl.LightningModule) -> None:

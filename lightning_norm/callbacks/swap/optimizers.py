@@ -24,7 +24,7 @@ def optimizers_in(configured: Any) -> Iterator[Optimizer]:
             yield from optimizers_in(item)
 
 
-def add_missing(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
+def add_missing(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
     """Put new parameters of normalizers in the group that holds the layer's weight or bias.
 
     A group grows in place, so learning-rate schedulers built before stay valid. A layer without weight and bias follows
@@ -34,30 +34,32 @@ def add_missing(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[str]:
     Returns:
         The names of the parameters that were added.
     """
-    groups = [g for optimizer in optimizers for g in optimizer.param_groups]
-    owner = {id(p): g for g in groups for p in g["params"]}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    group_of = {id(p): group for group in groups for p in group["params"]}
     added: list[str] = []
-    for prefix, layer in named_normalizers(model, raw_names=True):
-        own = dict(layer.named_parameters(recurse=False))
+    for prefix, layer in named_normalizers(pl_module, raw_names=True):
+        parameters = dict(layer.named_parameters(recurse=False))
         new = {
             n: p
-            for n, p in own.items()
+            for n, p in parameters.items()
             if n in (*layer.extra_parameters, *layer.translated_tensors) or n not in ("weight", "bias")
         }
-        known = [owner[id(p)] for p in own.values() if id(p) in owner]
-        if not known and not (own.keys() - new.keys()):
-            known = _nearest_group(model, prefix, owner)
+        # New parameters train with the settings of the layer's weight and bias.
+        of_layer = [group_of[id(p)] for p in parameters.values() if id(p) in group_of]
+        if not of_layer and not (parameters.keys() - new.keys()):
+            of_layer = _nearest_groups(pl_module, prefix, group_of)
         for name, parameter in new.items():
-            if known and parameter.requires_grad and id(parameter) not in owner:
-                known[0]["params"].append(parameter)
-                if "param_names" in known[0]:
-                    known[0]["param_names"].append(f"{prefix}.{name}")
-                owner[id(parameter)] = known[0]
+            # In place, because schedulers and the Trainer hold on to these very groups.
+            if of_layer and parameter.requires_grad and id(parameter) not in group_of:
+                of_layer[0]["params"].append(parameter)
+                if "param_names" in of_layer[0]:
+                    of_layer[0]["param_names"].append(f"{prefix}.{name}")
+                group_of[id(parameter)] = of_layer[0]
                 added.append(f"{prefix}.{name}")
     return added
 
 
-def check_owned(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+def check_owned(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     """Prove that each trainable parameter of each normalizer is in exactly one optimizer.
 
     Raises:
@@ -66,10 +68,11 @@ def check_owned(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     counts = Counter(id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"])
     names = {
         id(p): f"{prefix}.{n}"
-        for prefix, layer in named_normalizers(model, raw_names=True)
+        for prefix, layer in named_normalizers(pl_module, raw_names=True)
         for n, p in layer.named_parameters(recurse=False)
         if p.requires_grad
     }
+    # The messages name three parameters at most; a network may have hundreds.
     lost = [name for key, name in names.items() if counts[key] == 0]
     twice = [name for key, name in names.items() if counts[key] > 1]
     if lost:
@@ -89,10 +92,11 @@ def check_owned(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         )
 
 
-def _nearest_group(model: nn.Module, name: str, owner: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+def _nearest_groups(pl_module: nn.Module, name: str, group_of: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups of the nearest parent that has a parameter in an optimizer."""
     while name:
         name = name.rpartition(".")[0]
-        found = [owner[id(p)] for p in model.get_submodule(name).parameters() if id(p) in owner]
-        if found:
-            return found
+        groups = [group_of[id(p)] for p in pl_module.get_submodule(name).parameters() if id(p) in group_of]
+        if groups:
+            return groups
     return []

@@ -18,7 +18,7 @@ from lightning_norm.errors import OptimizerError
 from lightning_norm.surgery.param_groups import no_weight_decay, switch_parameters
 
 GROUP = "lightning_norm"
-"""Entry of a group that was made here: "norm" or "switch"."""
+"""Entry of a parameter group that was made here; its value is "norm" or "switch"."""
 
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 """Entries of a group that are learning rates; OneCycleLR and SWALR keep theirs there."""
@@ -31,7 +31,7 @@ LISTS = (*RATE_LISTS, "lr_lambdas", "base_momentums", "max_momentums")
 
 
 @dataclass(frozen=True)
-class Kind:
+class GroupKind:
     """What a parameter's group is to be.
 
     Args:
@@ -58,7 +58,7 @@ def schedulers_in(configured: Any) -> Iterator[Any]:
 
 
 def regroup(
-    model: nn.Module,
+    pl_module: nn.Module,
     optimizers: Iterable[Optimizer],
     schedulers: Iterable[Any],
     *,
@@ -68,7 +68,7 @@ def regroup(
     """Take the parameters of normalizers out of their groups into groups of their own.
 
     Args:
-        model: the model.
+        pl_module: the model.
         optimizers: that hold its parameters.
         schedulers: that drive these optimizers.
         weight_decay: of the normalizers' parameters; ``None`` leaves it.
@@ -81,17 +81,19 @@ def regroup(
     Raises:
         OptimizerError: an optimizer has no learning rate or weight decay, or takes one group only.
     """
-    spared = no_weight_decay(model) if weight_decay is not None else set()
-    switches = switch_parameters(model) if lr_scale is not None else set()
-    kinds: dict[int, Kind] = {}
-    for name, parameter in model.named_parameters():
-        decay = weight_decay if name in spared else None
-        scale = lr_scale if name in switches else None
+    decay_names = no_weight_decay(pl_module) if weight_decay is not None else set()
+    switch_names = switch_parameters(pl_module) if lr_scale is not None else set()
+    kinds: dict[int, GroupKind] = {}
+    for name, parameter in pl_module.named_parameters():
+        decay = weight_decay if name in decay_names else None
+        scale = lr_scale if name in switch_names else None
         if decay is not None or scale is not None:
-            kinds[id(parameter)] = Kind("norm" if scale is None else "switch", decay, scale)
+            kinds[id(parameter)] = GroupKind("norm" if scale is None else "switch", decay, scale)
+    # A chained scheduler and its parts may be listed more than once.
     schedulers = list({id(s): s for s in schedulers}.values())
     counts: dict[str, int] = {}
     for optimizer in optimizers:
+        # A scheduler keeps one entry per group of its own optimizer only.
         driving = [s for s in schedulers if s.optimizer is optimizer]
         for index in range(len(optimizer.param_groups)):
             if GROUP not in optimizer.param_groups[index]:
@@ -102,29 +104,32 @@ def regroup(
     return counts
 
 
-def _split(optimizer: Optimizer, index: int, kinds: Mapping[int, Kind], schedulers: Iterable[Any]) -> None:
+def _split(optimizer: Optimizer, index: int, kinds: Mapping[int, GroupKind], schedulers: Iterable[Any]) -> None:
     group = optimizer.param_groups[index]
+    # Optimizers that were given named parameters keep the names beside them.
     names = group.get("param_names") or [None] * len(group["params"])
     members = list(zip(names, group["params"], strict=True))
     for kind in dict.fromkeys(kinds[id(p)] for _, p in members if id(p) in kinds):
         moved = [m for m in members if kinds.get(id(m[1])) == kind]
         members = [m for m in members if kinds.get(id(m[1])) != kind]
-        if not members:  # nothing would be left of the group: it becomes the new one
+        if not members:
+            # The whole group moves: it becomes the new one, so that no optimizer is left with an empty group.
             _change(optimizer, group, kind)
+        # torch's LBFGS looks at its groups when it is built, and would take a second one and never step it.
         elif type(optimizer).__name__ == "LBFGS":
             raise OptimizerError("LBFGS takes one group of parameters: leave out norm_weight_decay, switch_lr_scale.")
         else:
-            new = {k: _own(v) for k, v in group.items() if k not in ("params", "param_names")}
+            new = {k: _copy(v) for k, v in group.items() if k not in ("params", "param_names")}
             _change(optimizer, new, kind)
             group["params"] = [p for _, p in members]
             if "param_names" in group:
                 group["param_names"] = [n for n, _ in members]
             optimizer.add_param_group({**new, "params": [p if n is None else (n, p) for n, p in moved]})
         for scheduler in schedulers:
-            _follow(scheduler, index, 1.0 if kind.lr_scale is None else kind.lr_scale, grow=bool(members))
+            _extend_lists(scheduler, index, 1.0 if kind.lr_scale is None else kind.lr_scale, grow=bool(members))
 
 
-def _change(optimizer: Optimizer, group: dict[str, Any], kind: Kind) -> None:
+def _change(optimizer: Optimizer, group: dict[str, Any], kind: GroupKind) -> None:
     group[GROUP] = kind.name
     if "name" in group:  # LearningRateMonitor wants them distinct
         group["name"] = f"{group['name']}/{kind.name}"
@@ -140,17 +145,18 @@ def _change(optimizer: Optimizer, group: dict[str, Any], kind: Kind) -> None:
                 group[name] = group[name] * kind.lr_scale
 
 
-def _follow(scheduler: Any, index: int, scale: float, grow: bool) -> None:
-    """Let a scheduler's lists have an entry more, a copy of ``index``, or change that entry."""
+def _extend_lists(scheduler: Any, index: int, scale: float, grow: bool) -> None:
+    """Append a copy of entry ``index`` to each of a scheduler's lists (``grow``), or change the entry itself."""
     for name in LISTS:
-        held = getattr(scheduler, name, None)
-        if isinstance(held, (list, tuple)) and len(held) > index:
-            entry = _own(held[index])
+        entries = getattr(scheduler, name, None)
+        if isinstance(entries, (list, tuple)) and len(entries) > index:
+            entry = _copy(entries[index])
+            # Learning rates are scaled; functions and momenta of the old group hold for the new one as they are.
             entry = entry * scale if name in RATE_LISTS else entry
-            setattr(scheduler, name, [*held, entry] if grow else [*held[:index], entry, *held[index + 1 :]])
+            setattr(scheduler, name, [*entries, entry] if grow else [*entries[:index], entry, *entries[index + 1 :]])
 
 
-def _own(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 

@@ -24,7 +24,7 @@ The job is your own configuration of `lightning-norm fit` (--config FILE), or th
 Options that compare does not know are the job's: --trainer.max_epochs 3, --data FashionMNIST --root data.
 """
 EPILOG = """'bn' is the network as it is; any other entry of --norms swaps its normalization layers. It is a key, or
-YAML: {class_path: ubn, init_args: {threshold: 0.9}}, or entries of the section norm: such as {rules: {'layer4.*': sn}}, and
+YAML: {class_path: ubn, init_args: {threshold: 0.9}}, or entries of the section norm:, as {rules: {'layer4.*': sn}}, and
 may have a label of its own: 'late: {rules: {...}}'. Entries of the whole configuration that hold for one of them
 alone go under set: 'recalibrated: {norm: bn, set: {trainer.callbacks+: NormRecalibrate}}'.
 

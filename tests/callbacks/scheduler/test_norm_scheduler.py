@@ -186,7 +186,9 @@ class TestEvaluation:
         runner.fit(Net(), loader())
         for name, weights_only in (("all.ckpt", False), ("weights.ckpt", True)):
             runner.save_checkpoint(tmp_path / name, weights_only=weights_only)
-        assert torch.load(tmp_path / "all.ckpt", weights_only=True)["lightning_norm_steps_per_epoch"] == 2
+        assert torch.load(tmp_path / "all.ckpt", weights_only=True)["callbacks"] == {
+            "NormScheduler{'interval': 'step', 'schedules': ['radius']}": {"steps_per_epoch": 2}
+        }
         model = Net()
         trainer(*copy.deepcopy(callbacks[:1]), NormScheduler(callbacks[1].schedules, "step")).test(
             model, loader(4), ckpt_path=str(tmp_path / "all.ckpt")

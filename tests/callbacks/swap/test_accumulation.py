@@ -239,7 +239,7 @@ class TestCheckpoint:
         path = str(tmp_path / "mid.ckpt")
         save = Save(path, batch=3)  # the second window has one batch of three
         fit(NormSwap("bn", **ON), batches(24, 4), save, accumulate_grad_batches=3)
-        held = torch.load(path, weights_only=True)["lightning_norm_window"]
+        held = torch.load(path, weights_only=True)["callbacks"]["NormSwap{'norm': 'bn'}"]["window"]
         assert sorted(held) == ["first", "net.1"]
         assert [t.tolist() for t in held["first"][:1]] == [[[4 * 16.0]]]
         seen = Save(path, batch=None)
@@ -256,7 +256,7 @@ class TestCheckpoint:
     def test_between_windows_the_file_holds_nothing_of_it(self, tmp_path):
         path = str(tmp_path / "step.ckpt")
         fit(NormSwap("bn", **ON), batches(24, 4), Save(path, batch=2), accumulate_grad_batches=3)
-        assert "lightning_norm_window" not in torch.load(path)
+        assert torch.load(path)["callbacks"]["NormSwap{'norm': 'bn'}"] == {"window": {}}
 
     def test_without_it_the_rest_of_a_window_is_dropped_with_a_word(self, tmp_path, caplog):
         path = str(tmp_path / "mid.ckpt")

@@ -12,7 +12,7 @@ from torch import nn
 
 import lightning_norm
 from lightning_norm import CheckpointError, MomentNorm, NormSwap, load_from_checkpoint
-from lightning_norm.callbacks.swap.manifest_hooks import ModuleHook
+from lightning_norm.callbacks.patching import Patch
 from tests.callbacks.toy import LateNet, Net, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -128,17 +128,17 @@ class TestManifest:
     def test_the_module_can_be_copied_and_pickled_during_the_fit(self, tmp_path):
         class Copy(Callback):
             def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-                assert isinstance(pl_module.on_save_checkpoint, ModuleHook)
+                assert isinstance(pl_module.on_save_checkpoint, Patch)
                 for twin in (copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))):
-                    assert twin.on_save_checkpoint.module is twin
-                    assert twin.on_load_checkpoint.module is twin
+                    assert twin.on_save_checkpoint.target is twin
+                    assert twin.on_load_checkpoint.target is twin
                     checkpoint = {}
                     twin.on_save_checkpoint(checkpoint)
                     assert checkpoint["mine"] == 7
                     assert len(checkpoint["lightning_norm"]["layers"]) == 3
 
         model = HNet()
-        fit(model, NormSwap("sn"), NormSwap("sn"), Copy(), tmp_path=tmp_path)
+        fit(model, NormSwap("sn"), NormSwap("sn", source="BatchNorm"), Copy(), tmp_path=tmp_path)
         hooks = {"on_save_checkpoint", "on_load_checkpoint", "configure_model", "configure_optimizers"}
         assert not hooks & set(model.__dict__)
 
@@ -170,7 +170,7 @@ class TestLoadFromCheckpoint:
         assert loaded.found == 7
         x = torch.randn(2, 3, 8, 8)
         assert torch.equal(loaded.eval()(x), model.eval()(x))
-        assert not isinstance(vars(HNet)["on_load_checkpoint"], ModuleHook)
+        assert not isinstance(vars(HNet)["on_load_checkpoint"], Patch)
         assert vars(HNet)["on_load_checkpoint"].__name__ == "on_load_checkpoint"
         with pytest.raises(RuntimeError, match="Unexpected key"):  # the class is as it was: Lightning's own still fails
             HNet.load_from_checkpoint(path)

@@ -3,7 +3,7 @@
 import torch
 
 from lightning_norm import NormScheduler, NormSwap, NormSync
-from lightning_norm.callbacks.agreement import agree
+from lightning_norm.callbacks.rank_checks import check_same_on_ranks
 from lightning_norm.testing.ranks import run_ranks
 from tests.distributed.inside import STEPS, Uneven, batches, trainer
 
@@ -35,7 +35,7 @@ def everything(rank):
         "plugins": said(rank, fit(plugins=[NormSync(start_epoch=start)])),
         "batches": said(rank, fit(NormSwap("sn"), limit_train_batches=STEPS - rank)),
         "off": said(rank, fit(NormSwap("sn", sync=False))),
-        "order": said(rank, lambda: agree("order", "lines", ["a", "b"][:: 1 - 2 * rank], "Sort.")),
+        "order": said(rank, lambda: check_same_on_ranks("order", "lines", ["a", "b"][:: 1 - 2 * rank], "Sort.")),
     }
 
 
@@ -57,4 +57,4 @@ def test_ranks_that_differ_are_told():
 
 
 def test_one_process_agrees_with_itself():
-    agree("anything", "lines", ["a"], "")
+    check_same_on_ranks("anything", "lines", ["a"], "")
