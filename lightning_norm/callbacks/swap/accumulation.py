@@ -75,7 +75,7 @@ class Accumulation:
         """Write what was gathered since the last step into a checkpoint, if there is anything."""
         accumulators = {n: layer.accumulator for n, layer in self._layers.items()}
         windows = {n: window for n, window in accumulators.items() if isinstance(window, AccumulationWindow)}
-        held = {n: [t.clone() for t in window.held()] for n, window in windows.items() if window.count.any()}
+        held = {n: [t.clone() for t in window.tensors()] for n, window in windows.items() if window.count.any()}
         if held:
             checkpoint[WINDOW] = held
 
@@ -96,6 +96,6 @@ class Accumulation:
         for name, layer in self._layers.items():
             assert isinstance(layer.accumulator, AccumulationWindow)
             layer.accumulator.clear()
-            for own, saved in zip(layer.accumulator.held(), self._loaded.get(name, ()), strict=False):
+            for own, saved in zip(layer.accumulator.tensors(), self._loaded.get(name, ()), strict=False):
                 own.copy_(saved)
         self._loaded = {}
