@@ -1,7 +1,7 @@
 """What the fused descriptions of all normalizers share: eps, weight, bias and running statistics of the layer.
 
-A method writes ``fused_spec(layout)`` with these and adds what is its own. It returns ``None`` for an input or arguments
-that the kernels do not know, and then the algebra runs as written.
+A method writes ``fused_spec(layout)`` with these and adds what is its own. It returns ``None`` for inputs or
+arguments that the kernels do not know, and then the algebra runs as written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def mixture_spec(layer: Any, statistics: tuple[str, ...], **more: Any) -> Mixtur
 
 
 def per_channel_spec(layer: Any, numbers: dict[str, float], **plan: int) -> PerChannelSpec:
-    """Return a description with the layer's weight, bias and running statistics; ``numbers`` and ``plan`` are further fields."""
+    """Return a description with the layer's weight, bias and running statistics, and these further fields."""
     if not layer.track_running_stats:
         return PerChannelSpec(layer.weight, layer.bias, plan, {"eps": layer.eps, **numbers})
     names = (*layer.running_names, "num_batches_tracked", "skipped_updates")

@@ -128,11 +128,11 @@ class DiminishingBatchNorm(MomentNorm):
             mean, std_or_var = mean.detach(), std_or_var.detach()
         steps = self._steps()
         # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
-        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha(steps)), *self._running())
+        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *self._running())
         mixed = [
             alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip((mean, std_or_var), old, strict=True)
         ]
-        self._move_average(mixed, (mean, std_or_var), steps, self._usable(mean, batch.var, batch.count))
+        self._move_average(mixed, batch_values, steps, self._usable(mean, batch.var, batch.count))
         return mixed[0], mixed[1]
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class DiminishingBatchNorm(MomentNorm):
         """Return m of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
         return self.updates + 1 + ((self.updates == 0) & (self._running()[0] != 0).any())
 
-    def _alpha(self, steps: Tensor) -> Tensor:
+    def _alpha_at(self, steps: Tensor) -> Tensor:
         """Return alpha(m) of the equation above, 0-dim."""
         alpha = self.scheduled("alpha")
         assert alpha is not None
@@ -189,7 +189,7 @@ class DiminishingBatchNorm(MomentNorm):
         """Return alpha of the last batch, and how far its mean and std lay from the running ones, in running stds."""
         if not self.track_running_stats:
             return {}
-        alpha = self._alpha(self.updates.clamp_min(1)).clone()
+        alpha = self._alpha_at(self.updates.clamp_min(1)).clone()
         return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}
 
     def extra_repr(self) -> str:  # noqa: D102
