@@ -129,9 +129,8 @@ class DiminishingBatchNorm(MomentNorm):
         steps = self._steps()
         # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
         alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *self._running())
-        mixed = [
-            alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip((mean, std_or_var), old, strict=True)
-        ]
+        batch_values = (mean, std_or_var)
+        mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)]
         self._move_average(mixed, batch_values, steps, self._usable(mean, batch.var, batch.count))
         return mixed[0], mixed[1]
 

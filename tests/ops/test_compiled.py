@@ -170,7 +170,7 @@ def test_arguments_that_torch_does_not_take_are_refused():
 @pytest.mark.usefixtures("no_inductor")
 def test_layers_with_other_arguments_of_torchs_share_no_graph():
     x, before = torch.randn(3, 6, 5), compiled.graphs()
-    for options in ({}, {"dynamic": False}, {"dynamic": False}):
+    for options in ({"mode": "default"}, {"dynamic": False}, {"dynamic": False}):
         layer = BatchNorm(6)
         layer.compile(**options)
         layer(x)
