@@ -10,21 +10,23 @@ from lightning_norm.ops.sync import Ranks
 
 
 def merge(
-    held: tuple[Tensor, Tensor, Tensor], new: tuple[Tensor, Tensor, Tensor], between: bool
+    old: tuple[Tensor, Tensor, Tensor], new: tuple[Tensor, Tensor, Tensor], between: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge two sets of count (K, 1), mean and biased variance (K, C), after Chan, Golub and LeVeque.
 
     Args:
-        held: the first.
+        old: the first.
         new: the second.
-        between: the spread of the two means is part of the variance.
+        between: the variance between the two means is part of the merged one.
     """
-    (count, mean, var), (n, m, v) = held, new
-    total = count + n
-    share = n / total.clamp_min(1)
-    apart = m - mean
-    merged = var + share * (v - var)
-    return total, mean + share * apart, merged + share * (1 - share) * apart.square() if between else merged
+    (count, mean, var), (new_count, new_mean, new_var) = old, new
+    total = count + new_count
+    fraction = new_count / total.clamp_min(1)
+    difference = new_mean - mean
+    merged = var + fraction * (new_var - var)
+    if between:
+        merged = merged + fraction * (1 - fraction) * difference.square()
+    return total, mean + fraction * difference, merged
 
 
 class AccumulationWindow:
@@ -32,17 +34,18 @@ class AccumulationWindow:
 
     Args:
         shape: of the statistics, (K, C).
-        between: the spread of the batches' means is part of the variance.
+        between: the variance between the batches' means is part of the variance.
         device: where they are.
     """
 
     def __init__(self, shape: tuple[int, int], between: bool, device: torch.device) -> None:
         self.between = between
+        # Many small batches, each with its rounding, and MPS has no float64.
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.count = torch.zeros(shape[0], 1, dtype=wide, device=device)
         self.mean, self.var = (torch.zeros(shape, dtype=wide, device=device) for _ in range(2))
 
-    def held(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return count, mean and variance themselves."""
         return self.count, self.mean, self.var
 
@@ -51,7 +54,7 @@ class AccumulationWindow:
         """Merge (K, C) moments of ``count`` elements if a 0-dim ``usable`` is true."""
         m, v = (t.detach().to(self.mean.dtype).reshape(self.mean.shape) for t in (mean, var))
         n = torch.as_tensor(count, device=m.device).detach().to(m.dtype).expand_as(self.count)
-        for old, new in zip(self.held(), merge(self.held(), (n, m, v), self.between), strict=True):
+        for old, new in zip(self.tensors(), merge(self.tensors(), (n, m, v), self.between), strict=True):
             old.copy_(torch.where(usable, new, old))
 
     def moments(self) -> Moments:
@@ -60,7 +63,7 @@ class AccumulationWindow:
 
     def clear(self) -> None:
         """Forget everything."""
-        for t in self.held():
+        for t in self.tensors():
             t.zero_()
 
 
@@ -69,7 +72,7 @@ class StatisticsAccumulator:
 
     Args:
         shape: of the statistics, (K, C).
-        between: the spread of the batches' means is part of the variance.
+        between: the variance between the batches' means is part of the variance.
     """
 
     def __init__(self, shape: tuple[int, int], between: bool = True) -> None:
@@ -96,10 +99,11 @@ class StatisticsAccumulator:
             return Moments(self.mean, self.var, self.count)
         batches = torch.full_like(self.count, self.batches)
         skipped = torch.full_like(self.count, self.skipped)
-        spread = self.var if self.between else torch.zeros_like(self.var)
-        count, mean, var = ranks.pool(self.count, self.mean, spread)
+        zero = torch.zeros_like(self.var)
+        count, mean, var = ranks.pool(self.count, self.mean, self.var if self.between else zero)
         if not self.between:
-            var = ranks.pool(self.count, self.var, spread)[1]
+            # Pooling adds the variance between means, so variances are averaged as means of no variance.
+            var = ranks.pool(self.count, self.var, zero)[1]
         one = torch.ones_like(self.count)
         world = ranks.pool(one, one, one * 0)[0]
         totals = [ranks.pool(one, t, one * 0)[1] * world for t in (batches, skipped)]

@@ -40,6 +40,7 @@ def _arguments_of(cls: type) -> Mapping[str, inspect.Parameter]:
         for name, parameter in parameters.items():
             if name != "self" and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
                 arguments.setdefault(name, parameter)
+        # Without **options nothing reaches the bases.
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             break
     return types.MappingProxyType(arguments)
@@ -55,6 +56,7 @@ def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
     if not args and not kwargs:  # unpickling and copying call __new__ without arguments
         return
     known = arguments_of(cls)
+    # A class that takes *args says itself what they are.
     if not any(p.kind is p.VAR_POSITIONAL for p in _parameters(cls)):
         positional = [p.name for p in _parameters(cls) if p.kind is p.POSITIONAL_OR_KEYWORD]
         if len(args) > len(positional):

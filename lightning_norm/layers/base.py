@@ -129,6 +129,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
                 new.data.copy_(values[name])
             elif old is not None:
                 setattr(self, name, old)
+        # After the running statistics: what is translated may replace one of them.
         for translation in self.translations:
             translation.take(self, source)
         restore_precision(self)  # a network built in bfloat16 holds its statistics in it

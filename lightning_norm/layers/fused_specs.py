@@ -1,4 +1,8 @@
-"""How a normalizer tells the kernels its equations."""
+"""What the fused descriptions of all normalizers share: eps, weight, bias and running statistics of the layer.
+
+A method writes ``fused_spec(layout)`` with these and adds what is its own. It returns ``None`` for inputs or
+arguments that the kernels do not know, and then the algebra runs as written.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ def mixture_spec(
 
 
 def per_channel_spec(layer: Any, numbers: dict[str, float], **flags: Any) -> PerChannelSpec:
-    """Return a description with the layer's weight, bias and running statistics, of equations without more in them."""
+    """Return a description with the layer's weight, bias and running statistics, with these flags and numbers."""
     known = PerChannelNumbers(layer.eps, **numbers)
     if not layer.track_running_stats:
         return PerChannelSpec(layer.weight, layer.bias, PerChannelFlags(**flags), known)

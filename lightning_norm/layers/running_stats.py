@@ -110,6 +110,7 @@ class RunningStats(nn.Module):
         self.num_batches_tracked.add_(usable)
         momentum: Tensor | None = getattr(self, "_momentum", None)
         weight = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype) if momentum is None else momentum
+        # Written by torch.where and not under an if, which would read a value back from the device.
         for name, new in zip(self.running_names, (mean, var), strict=True):
             old: Tensor = getattr(self, name)
             moved = torch.lerp(old, new.detach().reshape(-1).to(old.dtype), weight.to(old.dtype))
@@ -132,6 +133,7 @@ class RunningStats(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: getattr(self, name, None) for name in (*self.running_names, *self.float32_buffers)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # From the value before the cast, whose digits the narrow one has lost.
         for name, old in before.items():
             new = getattr(self, name, None)
             if old is not None and new is not None and new.dtype != at_least_float32(new.dtype):
@@ -164,6 +166,7 @@ def close_window(layer: RunningStats) -> None:
 @torch.no_grad()
 def write_running(layer: RunningStats, m: Moments) -> None:
     """Set the running statistics to those of accumulated moments."""
+    # A context that no batch had keeps its statistics.
     for name, value in zip(layer.running_names, _from_accumulator(layer, m), strict=True):
         stat = layer.get_buffer(name)
         seen = torch.as_tensor(m.count, device=value.device) > 0

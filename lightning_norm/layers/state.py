@@ -61,7 +61,7 @@ class Loading(ScheduledValues, RunningStats):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         restore_precision(self)
         others = likely(self.registry, loaded)
-        made = {prefix + t.target for t in self.translations}
+        made = {prefix + t.target for t in self.translations if t.target in self.extra_parameters}
         if len(missing) > before and not made & set(missing) and loaded and self.key not in [cls.key for cls in others]:
             last = missing[-1] = MissingKey(missing[-1])
             last.remark = f" ({_another(self, loaded, prefix, others)})"

@@ -100,8 +100,8 @@ class DiminishingBatchNorm(MomentNorm):
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
-        mean, spread = self._lambda(m)
-        scale = 1 / (spread + self.eps) if self.average == "std" else (spread + self.eps).rsqrt()
+        mean, std_or_var = self._statistics(m)
+        scale = 1 / (std_or_var + self.eps) if self.average == "std" else (std_or_var + self.eps).rsqrt()
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec:
@@ -114,26 +114,29 @@ class DiminishingBatchNorm(MomentNorm):
         spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
         return replace(spec, counters=(self.updates, self.gap), rate=self.scheduled("alpha"))
 
-    def _lambda(self, m: Moments) -> tuple[Tensor, Tensor]:
+    def _statistics(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
         if self.track_running_stats and not self.training:
-            return self._held()
+            return self._running()
         batch = m.over_batch()
-        mean, spread = batch.mean, batch.var
+        mean, std_or_var = batch.mean, batch.var
         if self.average == "std":
-            spread = spread.clamp_min(TINY).sqrt()  # the clamp cuts the infinite slope of the root at 0
+            std_or_var = std_or_var.clamp_min(TINY).sqrt()  # the clamp cuts the infinite slope of the root at 0
         if not self.track_running_stats:
-            return mean, spread
+            return mean, std_or_var
         if self.stat_grad == "none":
-            mean, spread = mean.detach(), spread.detach()
+            mean, std_or_var = mean.detach(), std_or_var.detach()
         steps = self._steps()
-        alpha, *old = snapshot(torch.where(steps == 1, 1, self._new_weight(steps)), *self._held())
-        mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip((mean, spread), old, strict=True)]
-        self._move(mixed, (mean, spread), steps, self._usable(mean, batch.var, batch.count))
+        # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
+        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *self._running())
+        batch_values = (mean, std_or_var)
+        mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)]
+        self._move_average(mixed, batch_values, steps, self._usable(mean, batch.var, batch.count))
         return mixed[0], mixed[1]
 
     @torch.no_grad()
-    def _move(self, mixed: list[Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor) -> None:
+    def _move_average(self, mixed: list[Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor) -> None:
+        """Write the moved statistics, and how far the batch lay from them, unless it has a NaN or an infinity."""
         was, now = ((s if self.average == "std" else s.sqrt()) for s in (mixed[1], batch[1]))
         gap = torch.stack([batch[0] - mixed[0], now - was]).abs() / (was + self.eps)
         news = [*mixed, steps, gap.flatten(1).mean(1)]
@@ -142,23 +145,25 @@ class DiminishingBatchNorm(MomentNorm):
             old.copy_(torch.where(usable, new.reshape(old.shape).to(old.dtype), old))
         self.get_buffer("num_batches_tracked").add_(usable)
 
-    def _held(self) -> tuple[Tensor, Tensor]:
-        mean, spread = (getattr(self, name).unsqueeze(0) for name in self.running_names)
-        return mean, spread
+    def _running(self) -> tuple[Tensor, Tensor]:
+        """Return the running mean, and the running standard deviation or variance, each (1, C)."""
+        mean, std_or_var = (getattr(self, name).unsqueeze(0) for name in self.running_names)
+        return mean, std_or_var
 
     def _steps(self) -> Tensor:
         """Return m of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
-        return self.updates + 1 + ((self.updates == 0) & (self._held()[0] != 0).any())
+        return self.updates + 1 + ((self.updates == 0) & (self._running()[0] != 0).any())
 
-    def _new_weight(self, steps: Tensor) -> Tensor:
+    def _alpha_at(self, steps: Tensor) -> Tensor:
+        """Return alpha(m) of the equation above, 0-dim."""
         alpha = self.scheduled("alpha")
         assert alpha is not None
         return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
 
     def running(self) -> Moments:
         """Return the running statistics as those of a BatchNorm: mean, and the variance that evaluates alike."""
-        mean, spread = self._held()
-        return Moments(mean, spread if self.average == "var" else to_var(spread, self.eps), 1)
+        mean, std_or_var = self._running()
+        return Moments(mean, std_or_var if self.average == "var" else to_var(std_or_var, self.eps), 1)
 
     @property
     def running_names(self) -> tuple[str, str]:
@@ -183,7 +188,7 @@ class DiminishingBatchNorm(MomentNorm):
         """Return alpha of the last batch, and how far its mean and std lay from the running ones, in running stds."""
         if not self.track_running_stats:
             return {}
-        alpha = self._new_weight(self.updates.clamp_min(1)).clone()
+        alpha = self._alpha_at(self.updates.clamp_min(1)).clone()
         return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}
 
     def extra_repr(self) -> str:  # noqa: D102

@@ -162,6 +162,15 @@ def test_observers_hear_of_each_compilation():
     assert heard == ["BatchNorm (3, 6, 5)", "BatchNorm (3, 6, 7)"]
 
 
-def test_arguments_are_refused():
-    with pytest.raises(TypeError, match="takes no arguments"):
-        BatchNorm(6).compile(dynamic=True)
+def test_arguments_that_torch_does_not_take_are_refused():
+    with pytest.raises(TypeError, match="takes .*dynamic.*, got 'dynamics'"):
+        BatchNorm(6).compile(dynamics=True)
+
+
+def test_layers_with_other_arguments_of_torchs_share_no_graph():
+    x, before = torch.randn(3, 6, 5), compiled.graphs()
+    for options in ({}, {"dynamic": False}, {"dynamic": False}):
+        layer = BatchNorm(6)
+        layer.compile(backend="eager", **options)
+        layer(x)
+    assert compiled.graphs() == before + 2

@@ -73,7 +73,7 @@ class Accumulation:
             return {}
         accumulators = {n: layer.accumulator for n, layer in self._layers.items()}
         windows = {n: window for n, window in accumulators.items() if isinstance(window, AccumulationWindow)}
-        gathered = {n: [t.clone() for t in window.held()] for n, window in windows.items() if window.count.any()}
+        gathered = {n: [t.clone() for t in window.tensors()] for n, window in windows.items() if window.count.any()}
         # Never empty as a whole: Lightning would skip load_state_dict, and windows would keep what they have.
         return {"window": gathered}
 
@@ -95,6 +95,6 @@ class Accumulation:
             assert isinstance(layer.accumulator, AccumulationWindow)
             # What batches of a finder's trial run have gathered goes, before the saved state comes in.
             layer.accumulator.clear()
-            for tensor, saved in zip(layer.accumulator.held(), self._loaded.get(name, ()), strict=False):
+            for tensor, saved in zip(layer.accumulator.tensors(), self._loaded.get(name, ()), strict=False):
                 tensor.copy_(saved)
         self._loaded = {}

@@ -352,9 +352,9 @@ def test_recalibration_inside_a_window_does_not_see_it():
     layer = lightning_norm.create("bn", CHANNELS, dtype=torch.float64)
     open_window(layer)
     layer(data(4))
-    held = [t.clone() for t in layer.accumulator.held()]
+    held = [t.clone() for t in layer.accumulator.tensors()]
     lightning_norm.recalibrate(nn.Sequential(layer), [data(8)])
-    assert all(torch.equal(a, b) for a, b in zip(held, layer.accumulator.held(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(held, layer.accumulator.tensors(), strict=True))
     torch.testing.assert_close(layer.running_mean, data(8).mean((0, 2, 3)), rtol=1e-12, atol=0)
 
 
