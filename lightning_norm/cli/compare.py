@@ -23,8 +23,9 @@ from lightning_norm.callbacks import NormContext, NormSwap
 from lightning_norm.cli.compare_report import draw, summarize
 from lightning_norm.cli.norm_cli import NormCLI, class_path
 from lightning_norm.cli.section import chosen
-from lightning_norm.demo import job
-from lightning_norm.normalizers import resolve
+from lightning_norm.demo.data import DATA_SETS
+from lightning_norm.demo.job import ImageClassifier
+from lightning_norm.normalizers import normalizers, resolve
 from lightning_norm.normalizers.context.context_norm import ContextNorm
 
 EPILOG = """'bn' is the network as it is, with torch's own BatchNorm; any other key swaps all its BatchNorm layers.
@@ -38,7 +39,6 @@ examples:
 SETTINGS = ("data", "arch", "epochs", "batch_size", "lr", "compile", "accelerator", "limit", "more")
 COLUMNS = ("norm", "seed", *SETTINGS, "test_acc", "val_acc", "train_loss", "step_ms", "params", "seconds", "torch")
 BASELINE = "bn"
-DATA = ("Digits", "MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
 
 
 class Recorder(Callback):
@@ -99,7 +99,7 @@ def run(argv: Sequence[str]) -> None:
         for norm in norms
         if not any(row["norm"] == norm and row["seed"] == str(seed) for row in rows)
     ]
-    data = getattr(job, options.data)(batch_size=options.batch_size, root=options.root)
+    data = DATA_SETS[options.data](batch_size=options.batch_size, root=options.root)
     with _quiet(), tqdm(todo, desc="runs", unit="run", disable=not todo) as bar:
         for norm, seed in bar:
             bar.set_postfix_str(f"{norm}, seed {seed}")
@@ -119,13 +119,14 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--norms", default="bn,sn,bcn", help="keys, separated by commas (default: %(default)s)")
+    keys = ",".join(normalizers())
+    made.add_argument("--norms", default="bn,sn,bcn", help=f"out of {keys}, by commas (default: %(default)s)")
     made.add_argument(
         "--config", metavar="FILE", help="model, data, epochs, accelerator and norm: from there; options win"
     )
     made.set_defaults(more="{}")
     made.add_argument("--seeds", type=int, default=3, help="runs per norm, seeds 0, 1, ... (default: %(default)s)")
-    made.add_argument("--data", default="Digits", help="Digits, MNIST, FashionMNIST, CIFAR10 or CIFAR100")
+    made.add_argument("--data", default="Digits", help=f"one of {', '.join(DATA_SETS)}")
     made.add_argument("--root", default="data", help="folder of torchvision's files (default: %(default)s)")
     made.add_argument("--epochs", type=int, default=5, help="per run (default: %(default)s)")
     made.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
@@ -143,7 +144,7 @@ def one_run(norm: str, seed: int, data: Any, options: argparse.Namespace) -> dic
     started = time.perf_counter()
     pl.seed_everything(seed, workers=True, verbose=False)
     more = json.loads(options.more)
-    model = job.ImageClassifier(options.arch, data.num_classes, options.lr, **more.get("model", {}))
+    model = ImageClassifier(options.arch, data.num_classes, options.lr, **more.get("model", {}))
     recorder = Recorder()
     swap = {"compile": options.compile, **more.get("norm", {})}
     if swap.pop("norm", None) != norm:
@@ -186,25 +187,30 @@ def job_of(path: str) -> dict[str, Any]:
         ValueError: its job is another than the built-in one, or its section names layers and not one norm.
     """
     config = NormCLI(["--config", path], run=False, save_config_callback=None).config
-    names = {class_path(getattr(job, name)): name for name in DATA}
-    given = config.data.class_path if config.data else None
-    if config.model.class_path != class_path(job.ImageClassifier) or given not in names or config.get("optimizer"):
+    names = {class_path(cls): name for name, cls in DATA_SETS.items()}
+    data_class = config.data.class_path if config.data else None
+    if config.model.class_path != class_path(ImageClassifier) or data_class not in names or config.get("optimizer"):
         raise ValueError(
-            f"compare trains ImageClassifier on {', '.join(DATA)} with its own optimizer; {path} has "
-            f"{config.model.class_path} on {given}{' and an optimizer:' if config.get('optimizer') else ''}."
+            f"compare trains ImageClassifier on {', '.join(DATA_SETS)} with its own optimizer; {path} has "
+            f"{config.model.class_path} on {data_class}{' and an optimizer:' if config.get('optimizer') else ''}."
         )
     model, trainer, section = config.model.init_args, config.trainer, chosen(config.norm)
     if "rules" in section or not isinstance(section.get("norm", ""), str):
         raise ValueError(
             f"compare takes norms by their keys, the section norm: of {path} has more. Leave out --config."
         )
-    found = {"data": names[given], "arch": model.arch, "lr": model.lr, "batch_size": config.data.init_args.batch_size}
-    found |= {"root": config.data.init_args.root, "accelerator": trainer.accelerator}
+    settings = {
+        "data": names[data_class],
+        "arch": model.arch,
+        "lr": model.lr,
+        "batch_size": config.data.init_args.batch_size,
+    }
+    settings |= {"root": config.data.init_args.root, "accelerator": trainer.accelerator}
     if trainer.max_epochs:
-        found["epochs"] = trainer.max_epochs
-    found["compile"] = section.pop("compile", False)
+        settings["epochs"] = trainer.max_epochs
+    settings["compile"] = section.pop("compile", False)
     rest = {"momentum": model.momentum, "weight_decay": model.weight_decay}
-    return {**found, "more": json.dumps({"model": rest, "norm": section}, sort_keys=True)}
+    return {**settings, "more": json.dumps({"model": rest, "norm": section}, sort_keys=True)}
 
 
 def read_runs(path: Path, settings: dict[str, str]) -> list[dict[str, str]]:
@@ -252,8 +258,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _check(options: argparse.Namespace, norms: list[str]) -> None:
-    if options.data not in DATA:
-        raise ValueError(f"compare has no data {options.data!r}: choose one of {', '.join(DATA)}.")
+    if options.data not in DATA_SETS:
+        raise ValueError(f"compare has no data {options.data!r}: choose one of {', '.join(DATA_SETS)}.")
     if not norms or min(options.seeds, options.epochs) < 1:
         raise ValueError("compare needs at least one norm, one seed and one epoch: --norms bn,sn --seeds 3 --epochs 5.")
     for norm in norms:

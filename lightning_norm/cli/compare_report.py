@@ -24,15 +24,15 @@ def summarize(rows: Sequence[Row], norms: Sequence[str], baseline: str) -> str:
     base = by_norm[baseline]
     lines = [("norm", "test acc (mean +- sd)", f"vs {baseline}, 95 % interval", "step time", "params")]
     for norm in norms:
-        own = by_norm[norm]
-        accuracies = [float(r["test_acc"]) for r in own.values()]
-        pairs = [float(own[s]["test_acc"]) - float(base[s]["test_acc"]) for s in own if s in base]
-        ratio = _median(own, "step_ms") / _median(base, "step_ms")
-        more = int(_median(own, "params") - _median(base, "params"))
-        params = f"{_median(own, 'params') / 1e6:.2f} M" if norm == baseline else f"{more:+d}"
-        spread = f" +- {statistics.stdev(accuracies):.4f}" if len(accuracies) > 1 else ""
+        runs = by_norm[norm]
+        accuracies = [float(r["test_acc"]) for r in runs.values()]
+        pairs = [float(runs[s]["test_acc"]) - float(base[s]["test_acc"]) for s in runs if s in base]
+        ratio = _median(runs, "step_ms") / _median(base, "step_ms")
+        more = int(_median(runs, "params") - _median(base, "params"))
+        params = f"{_median(runs, 'params') / 1e6:.2f} M" if norm == baseline else f"{more:+d}"
+        deviation = f" +- {statistics.stdev(accuracies):.4f}" if len(accuracies) > 1 else ""
         against = "-" if norm == baseline else interval(pairs)
-        lines.append((norm, f"{statistics.mean(accuracies):.4f}{spread}", against, f"{ratio:.2f} x", params))
+        lines.append((norm, f"{statistics.mean(accuracies):.4f}{deviation}", against, f"{ratio:.2f} x", params))
     seeds = len(base)
     notes = [
         aligned(lines),

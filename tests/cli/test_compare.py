@@ -115,7 +115,7 @@ def test_bad_input(tmp_path, arguments, said):
 
 def test_the_same_seed_gives_the_same_run():
     options = compare.parser().parse_args(TINY)
-    data = compare.job.Digits(batch_size=8)
+    data = compare.DATA_SETS["Digits"](batch_size=8)
     first, second = (compare.one_run("sn", 0, data, options) for _ in range(2))
     for column in ("test_acc", "val_acc", "train_loss", "params"):
         assert first[column] == second[column]
