@@ -83,6 +83,7 @@ def run(argv: Sequence[str]) -> None:
         SystemExit: wrong arguments.
     """
     options = parser().parse_args(argv)
+    # Options that were typed win over the configuration, which therefore only sets their defaults.
     if options.config:
         made = parser()
         made.set_defaults(**job_of(options.config))
@@ -268,6 +269,7 @@ def _check(options: argparse.Namespace, norms: list[str]) -> None:
 
 
 def _now(module: pl.LightningModule) -> float:
+    # Kernels run behind the host's back: without waiting, the clock would measure their launches.
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
     return time.perf_counter()

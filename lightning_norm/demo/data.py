@@ -105,6 +105,7 @@ class ImageData(pl.LightningDataModule):
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels = batch
+        # Bytes travel to the device and become floats there: a quarter of the traffic.
         images = (images.float() - self.mean.to(images.device)) / self.std.to(images.device)
         return images.expand(-1, self.channels, -1, -1), labels
 
@@ -127,6 +128,7 @@ class ImageData(pl.LightningDataModule):
     def _loader(self, split: str, shuffle: bool = False) -> Any:
         data = self.splits[split]
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        # The Trainer would add this sampler itself, but only to a torch DataLoader.
         sampler: DistributedSampler[int] = DistributedSampler(
             data, num_replicas=ranks, rank=rank, shuffle=shuffle, seed=torch.initial_seed() % 2**31
         )
