@@ -48,7 +48,7 @@ class Timed(NormMonitor):
     """Note the seconds of its own work in the logged steps, and at the end of an epoch and of fit."""
 
     spent: dict[str, list[float]]
-    own: dict[str, list[float]]
+    monitor_seconds: dict[str, list[float]]
 
     def on_train_batch_start(self, trainer: Trainer, *arguments: Any) -> None:
         """Values and scalars, every second step."""
@@ -56,7 +56,7 @@ class Timed(NormMonitor):
         super().on_train_batch_start(trainer, *arguments)
         if trainer.global_step % 2 == 0:
             for name, now in Clock.clocks.items():
-                self.own[name].append(now() - begin[name])
+                self.monitor_seconds[name].append(now() - begin[name])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Values and histograms."""
@@ -79,7 +79,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     clock, monitor = Clock(), Timed(every_n_steps=2)
-    monitor.spent, monitor.own = {"epoch": [], "fit": []}, {name: [] for name in Clock.clocks}
+    monitor.spent, monitor.monitor_seconds = {"epoch": [], "fit": []}, {name: [] for name in Clock.clocks}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             max_steps=steps,
@@ -98,10 +98,10 @@ def main() -> None:
         step = statistics.median(b for _, b in pairs)
         cost = statistics.median(a - b for a, b in pairs)
         print(f"{name} time, {len(pairs)} pairs of steps, median step {step * 1e3:.1f} ms")
-        own = statistics.median(monitor.own[name][2:])
+        part = statistics.median(monitor.monitor_seconds[name][2:])
         print(f"  a logged step took longer by    {cost * 1e3:+.2f} ms  {cost / step:+.2%} of a step")
-        print(f"  the monitor's own part of it    {own * 1e3:+.2f} ms  {own / step:+.2%} of a step")
-        print(f"  the same, logged every 50 steps          {own / step / 50:+.3%} of a step")
+        print(f"  the monitor's own part of it    {part * 1e3:+.2f} ms  {part / step:+.2%} of a step")
+        print(f"  the same, logged every 50 steps          {part / step / 50:+.3%} of a step")
     step = statistics.median(clock.seconds["wall"])
     for what, seconds in monitor.spent.items():
         value = statistics.median(seconds)

@@ -52,7 +52,7 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
 def count(rank: int) -> list[tuple[str, list[int], list[int]]]:
     """Return the collectives of each normalizer's forward and backward pass."""
-    found = []
+    rows = []
     for key, cls in normalizers().items():
         options = {**cls.test_arguments, **({"num_groups": 4} if key == "gn" else {})}
         cases = {key: options} | ({f"{key}, threshold=0.5": {**options, "threshold": 0.5}} if key == "ubn" else {})
@@ -62,15 +62,15 @@ def count(rank: int) -> list[tuple[str, list[int], list[int]]]:
                 y = layer(x)
             with Collectives() as backward:
                 torch.autograd.backward(y.square().sum())
-            found.append((name, forward.bytes, backward.bytes))
-    return found
+            rows.append((name, forward.bytes, backward.bytes))
+    return rows
 
 
 def latency(rank: int, repeats: int = 200) -> list[float]:
     """Return the median milliseconds of one all-reduce of a layer's statistics, per width."""
     if dist.get_world_size() == 1:
         return [0.0 for _ in WIDTHS]
-    found = []
+    medians = []
     for c in WIDTHS:
         t, seconds = torch.ones(2 * c + 1, dtype=torch.float64), []
         for _ in range(repeats):
@@ -79,8 +79,8 @@ def latency(rank: int, repeats: int = 200) -> list[float]:
             dist.all_reduce(t)
             seconds.append(time.perf_counter() - begin)
             t.fill_(1)
-        found.append(statistics.median(seconds) * 1e3)
-    return found
+        medians.append(statistics.median(seconds) * 1e3)
+    return medians
 
 
 def steps(rank: int, key: str, repeats: int) -> tuple[float, float, int]:
@@ -133,9 +133,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def sizes(found: Sequence[int]) -> str:
+def sizes(collectives: Sequence[int]) -> str:
     """Return the number of collectives and their bytes."""
-    return f"{len(found)} ({' + '.join(map(str, found))} B)" if found else "0"
+    return f"{len(collectives)} ({' + '.join(map(str, collectives))} B)" if collectives else "0"
 
 
 def modelled() -> str:
@@ -159,14 +159,14 @@ def main() -> None:
     results = {world: run_ranks(measure, world, options.steps, timeout=900)[0] for world in WORLDS}
     base = {key: results[1]["steps"][key][1] for key in KEYS}
     rows, waits = [], []
-    for world, found in results.items():
+    for world, measured in results.items():
         for key in KEYS:
-            on, off, layers = found["steps"][key]
+            on, off, layers = measured["steps"][key]
             each = f"{(on - off) / layers:.2f}" if world > 1 else "-"
             rate = [f"{world * base[key] / t:.2f} x" for t in (on, off)]
             rows.append((str(world), key, f"{off:.0f}", f"{on:.0f}", f"{on / off:.2f} x", each, *rate[::-1]))
         if world > 1:
-            waits.append((str(world), *(f"{ms:.2f}" for ms in found["latency"])))
+            waits.append((str(world), *(f"{ms:.2f}" for ms in measured["latency"])))
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.machine(),

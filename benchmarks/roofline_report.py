@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_norm.surgery.tables import aligned
+from lightning_norm.surgery.text_tables import aligned
 
 ROOFLINE_LEGEND = (
     "Forward and backward on the device, medians of interleaved runs, by the clock that each row names. `of floor`: "

@@ -111,11 +111,11 @@ class Browser:
 @contextmanager
 def browser() -> Iterator[Browser]:
     """Start the first browser that is installed."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
         sys.exit(f"No browser: none of {', '.join(BROWSERS)} is on the path. Debian: apt-get install chromium.")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        opened = Browser(found, profile)
+        opened = Browser(executable, profile)
         try:
             yield opened
         finally:

@@ -59,8 +59,8 @@ def loaders(first: int) -> tuple[DataLoader, DataLoader]:
     images = interpolate(torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1, size=32, mode="bilinear")
     images = images.expand(-1, 3, -1, -1)[(labels >= 0) & (labels < 5)]
     data = TensorDataset(images, labels[(labels >= 0) & (labels < 5)])
-    train, held = torch.utils.data.random_split(data, [0.8, 0.2])
-    return DataLoader(train, batch_size=64, shuffle=True, drop_last=True), DataLoader(held, batch_size=len(held))
+    train, val = torch.utils.data.random_split(data, [0.8, 0.2])
+    return DataLoader(train, batch_size=64, shuffle=True, drop_last=True), DataLoader(val, batch_size=len(val))
 
 
 def trainer(epochs: int, *callbacks: pl.Callback) -> pl.Trainer:
@@ -79,9 +79,9 @@ def trainer(epochs: int, *callbacks: pl.Callback) -> pl.Trainer:
 
 def pretrain(file: Path) -> None:
     """Train on the digits 0 to 4 and save the network's weights."""
-    model, (train, held) = Classifier(), loaders(first=0)
+    model, (train, val) = Classifier(), loaders(first=0)
     run = trainer(4)
-    run.fit(model, train, held)
+    run.fit(model, train, val)
     print(f"pretrained on the digits 0 to 4: accuracy {run.callback_metrics['accuracy']:.3f}")
     torch.save(model.net.state_dict(), file)
 
@@ -98,17 +98,17 @@ def main() -> None:
         if arguments.weights is None:
             pretrain(weights)
         model = Classifier(weights)
-    plain, (train, held) = copy.deepcopy(model).eval(), loaders(first=5)
+    plain, (train, val) = copy.deepcopy(model).eval(), loaders(first=5)
 
     run = trainer(3, NormSwap(arguments.norm))
-    run.validate(model, held, verbose=False)  # swaps, as fit does
-    x, _ = next(iter(held))
+    run.validate(model, val, verbose=False)  # swaps, as fit does
+    x, _ = next(iter(val))
     with torch.no_grad():
         before, after = plain(x), model.eval()(x)
     model.train()
     print(f"the swap moved the outputs by {(after - before).abs().max():.1e} of {before.abs().max():.2f}")
 
-    run.fit(model, train, held)
+    run.fit(model, train, val)
     print(f"fine-tuned on the digits 5 to 9 with {arguments.norm}: accuracy {run.callback_metrics['accuracy']:.3f}")
 
 

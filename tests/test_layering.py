@@ -28,7 +28,7 @@ DISTRIBUTED = {"ops/sync.py", "ops/torch_private.py", "testing/ranks.py"}
 REGISTERED = (["create"], ["normalizers"], ["resolve"])
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-SAME_NAMES = {"__init__", "base", "forward", "backward", "launch", "flags"}
+SAME_NAMES = {"__init__", "base", "torch_private", "forward", "backward", "launch", "flags"}
 """Names that say their role in a folder; the folder says of what."""
 NAMED_AFTER_ANOTHER = ("kernels/", "ops/fused/", "testing/")
 """Folders whose files may have the name of the file that they are the kernels, the description or the checks of."""

@@ -39,6 +39,7 @@ class Timed:
         self.run, self.device, self.how = run, device, "wall clock"
         self.loops = self.calls_per_replay = 1
         self.calls: Run = run
+        # The first calls compile, allocate and choose algorithms; none of that belongs to the time of a call.
         for _ in range(WARM):
             run()
         if device == "cuda":
@@ -46,6 +47,7 @@ class Timed:
             self.how = "events"
             if graph:
                 self._capture()
+            # Two events have a resolution of about half a microsecond, so short calls are timed several in a row.
             self.loops = max(1, round(LEAST_MS / max(self.once() * self.calls_per_replay, 1e-3)))
 
     def _capture(self) -> None:
@@ -57,6 +59,7 @@ class Timed:
             self.calls, self.calls_per_replay, self.how = self.run, 1, f"events ({str(error).splitlines()[0]})"
 
     def _graph(self, calls: int) -> None:
+        # PyTorch asks for a first call on a side stream before a capture, so that lazy initialization is not captured.
         stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -119,6 +122,7 @@ def interleaved(runs: dict[str, Timed], repeats: int) -> dict[str, list[float]]:
     """Time each once per round, in turn, so that a slow moment of the machine meets all of them; milliseconds."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
+        # One call of each per round: a slow moment of the machine then falls on all contenders alike.
         for name, run in runs.items():
             times[name].append(run.once())
     return times

@@ -37,6 +37,7 @@ def contenders(
     c = shape[1]
     yield "torch", (nn.BatchNorm1d if len(shape) < 4 else nn.BatchNorm2d)(c).to(device)
     for key in keys:
+        # Of an input without positions each instance is a single value, which has no variance.
         if len(shape) == 2 and key in ("in",):
             continue
         if key in PEERS and len(shape) == 4:
@@ -60,6 +61,7 @@ def ready(key: str, shape: tuple[int, ...], device: str) -> Normalizer:
     layer = create(key, shape[1], device=device, **ARGUMENTS.get(key, {}), **more)
     if key == "cn":
         assign(context_layers(layer), contexts_of(torch.empty(shape, device=device)))
+    # A kernel that starts as the identity would hide a fault in the convolution.
     if key == "bnet":
         taps(layer.get_parameter("kernel"))
     return layer
@@ -82,6 +84,7 @@ def taps(kernel: Tensor) -> Tensor:
 @contextmanager
 def shared_code() -> Iterator[None]:
     """Let torch.compile make a graph of each naive formula, which share their code, or fail; forget earlier graphs."""
+    # All naive layers run the same method, and the default limit of graphs per method is eight.
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         yield
@@ -92,6 +95,9 @@ def check(
 ) -> tuple[float, float] | None:
     """Compare a layer's output and input gradient with the naive formula in float64.
 
+    A normalizer without a formula is compared with itself in float64: its kernels and its precision are checked then,
+    and its equation is not.
+
     Args:
         name: of the contender.
         layer: the contender.
@@ -100,16 +106,18 @@ def check(
         tolerance: largest error, relative to the norm of the float64 result.
 
     Returns:
-        Both errors, relative to the norms; ``None`` where there is no formula.
+        Both errors, relative to the norms; ``None`` for a shape that the formula does not take.
 
     Raises:
         ArithmeticError: an error is larger than ``tolerance``.
     """
     key = next((k for k, peer in PEERS.items() if peer == name), name.split()[0].replace("torch", "bn"))
-    if not has_formula(key, x.shape):
+    if key in FORMULAS and not has_formula(key, x.shape):
         return None
-    formula = Naive(ready(key, tuple(x.shape), x.device.type)).double()
+    same = ready(key, tuple(x.shape), x.device.type)
+    formula = (Naive(same) if key in FORMULAS else same).double()
     formula.load_state_dict(dict(layer.named_parameters()), strict=False)  # what starts at random
+    # The same numbers in float64, so that only the arithmetic differs.
     x64 = x.detach().double().requires_grad_()
     with without_dropout(formula), without_dropout(layer):
         expected = formula(x64)
@@ -144,6 +152,7 @@ def saved_for_backward(layer: nn.Module, x: Tensor) -> float:
     sizes: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
+        # Views share a storage, which is counted once.
         sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 

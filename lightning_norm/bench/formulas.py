@@ -83,6 +83,7 @@ def groups_of(channels: int) -> int:
 
 def switchable(x: Tensor, p: Parameters) -> Tensor:
     """Sn: mix three pairs of statistics."""
+    # One set of importance weights for the means, another for the variances.
     w, v = torch.softmax(p["mean_weight"], 0), torch.softmax(p["var_weight"], 0)
     statistics = [moments(x, statistic) for statistic in ("in", "ln", "bn")]
     zero = x.new_zeros(())
@@ -113,10 +114,12 @@ def representative(x: Tensor, p: Parameters) -> Tensor:
 
 def unified(x: Tensor, p: Parameters) -> Tensor:
     """Ubn, with unit gates, of a batch that is not condensed."""
+    # Condensation is the mean cosine of all pairs of samples; no gradient flows through the decision.
     u = normalize(x.detach().flatten(1), dim=1)
     condensed = (u @ u.t()).mean() > 1.0
     gate = along(p["affine_weight"], x) * x.mean(space(x), keepdim=True) + along(p["affine_bias"], x)
     gamma = gate.sigmoid() / torch.sigmoid(torch.tensor(-1.0)) * (~condensed)
+    # Beta is added after the gate, so the inner normalization goes without it.
     inner = representative(x, {**p, "bias": torch.zeros_like(p["bias"])})
     return gamma * inner + along(p["bias"], x)
 
@@ -124,6 +127,7 @@ def unified(x: Tensor, p: Parameters) -> Tensor:
 def contextual(x: Tensor, p: Parameters) -> Tensor:
     """Cn: one pass over the whole tensor per context."""
     y, ids = torch.zeros_like(x), contexts_of(x).view(-1, *(1,) * (x.dim() - 1))
+    # As published: one pass over the whole tensor per context, with the other samples masked out.
     for k in range(CONTEXTS):
         chosen = (ids == k).to(x.dtype)
         n = chosen.sum() * x[0, 0].numel()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_norm.bench.contenders import PEERS
-from lightning_norm.surgery.tables import aligned
+from lightning_norm.surgery.text_tables import aligned
 
 
 def save(result: dict[str, Any], folder: Path) -> None:
@@ -77,6 +77,7 @@ def rows_of(label: str, times: dict[str, list[float]], saved: dict[str, float]) 
     for name, ts in times.items():
         low, _, high = statistics.quantiles(ts, n=4)
         naive = f"{name.split()[0]} naive{' compiled' if name.endswith(' compiled') else ''}"
+        # A compiled layer is compared with the compiled formula, an eager one with the eager formula.
         peer = PEERS.get(name.split()[0], "")
         against = medians[name] / medians[naive] if naive in medians and "naive" not in name else None
         rows.append(

@@ -40,6 +40,7 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
         create(key, 32)  # so that an unknown key is told before anything runs
     rows: list[dict[str, Any]] = []
     for shape in shapes:
+        # Maps of three dimensions have such a format as well, but hardly anybody trains in it.
         for channels_last in (False, True) if len(shape) == 4 else (False,):
             rows_of_shape = bench_shape(shape, keys, channels_last, options.device, options.repeats, options.compile)
             rows += rows_of_shape

@@ -40,6 +40,7 @@ def run(argv: Sequence[str]) -> None:
         CheckpointError: the checkpoint cannot be read or does not fit.
         SystemExit: an argument or a configuration file is wrong.
     """
+    # What this parser does not know is left to LightningCLI, which builds the model.
     options, rest = _parser().parse_known_args(argv)
     if not options.out.endswith((".pt2", ".onnx")):
         raise ValueError(f"--out must end in .pt2 or .onnx, got {options.out!r}.")
@@ -61,6 +62,7 @@ def prepared(cli: NormCLI, path: str | None) -> pl.LightningModule:
         model.configure_model()
     checkpoint: dict[str, Any] = {} if path is None else read_checkpoint(path)
     manifest = manifest_in(checkpoint)
+    # The checkpoint knows best what was swapped; the configuration may have changed since the training.
     if manifest is not None:
         rebuild(model, manifest)
     else:
@@ -74,6 +76,7 @@ def prepared(cli: NormCLI, path: str | None) -> pl.LightningModule:
 
 def write(model: torch.nn.Module, example: Tensor, out: str) -> None:
     """Write the model, for any batch size where its code allows that."""
+    # Only the batch may vary; the other sizes decide what the network computes.
     dynamic = ({0: torch.export.Dim.AUTO},)
     with torch.no_grad():
         if out.endswith(".pt2"):

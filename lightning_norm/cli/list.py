@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers import normalizers
-from lightning_norm.surgery.tables import aligned
+from lightning_norm.surgery.text_tables import aligned
 
 EPILOG = """columns:
   added   parameters of a layer of 64 channels beyond BatchNorm's 128, with the default arguments
@@ -40,6 +40,7 @@ def run(argv: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    # JSON and the table show the same declarations.
     rows = [describe(cls) for cls in normalizers().values()]
     if parser.parse_args(argv).json:
         print(json.dumps(rows, indent=2))
@@ -79,6 +80,7 @@ def added_to(channels: int, cls: type[Normalizer]) -> int | None:
     >>> added_to(64, SwitchableNorm)
     6
     """
+    # A normalizer of the user may need more arguments than the number of channels.
     try:
         layer = cls(channels)
     except TypeError:

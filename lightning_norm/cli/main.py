@@ -116,6 +116,7 @@ def _unknown(name: str) -> str:
 def _raised_by_this_package(error: BaseException | None) -> BaseException | None:
     """Return the error in a chain that this package raised itself; any other may be a bug and keeps its traceback."""
     package = Path(__file__).resolve().parent.parent
+    # Lightning wraps errors in its own; the one that this package raised is then further down the chain.
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
         raised_here = frames and Path(frames[-1].filename).resolve().is_relative_to(package)

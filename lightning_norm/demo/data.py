@@ -105,6 +105,7 @@ class ImageData(pl.LightningDataModule):
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels = batch
+        # Bytes travel to the device and become floats there: a quarter of the traffic.
         images = (images.float() - self.mean.to(images.device)) / self.std.to(images.device)
         return images.expand(-1, self.channels, -1, -1), labels
 
@@ -127,6 +128,7 @@ class ImageData(pl.LightningDataModule):
     def _loader(self, split: str, shuffle: bool = False) -> Any:
         data = self.splits[split]
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        # The Trainer would add this sampler itself, but only to a torch DataLoader.
         sampler: DistributedSampler[int] = DistributedSampler(
             data, num_replicas=ranks, rank=rank, shuffle=shuffle, seed=torch.initial_seed() % 2**31
         )
@@ -171,9 +173,9 @@ class Digits(ImageData):
         images = torch.from_numpy(data.images).to(torch.uint8).unsqueeze(1)
         images = torch.nn.functional.pad(images, (1, 1, 1, 1))
         labels = torch.from_numpy(data.target).long()
-        rest, held = stratified_split(labels, 0.2)
-        val, test = stratified_split(labels[held], 0.5)
-        parts = {"train": rest, "val": held[val], "test": held[test]}
+        train, others = stratified_split(labels, 0.2)
+        val, test = stratified_split(labels[others], 0.5)
+        parts = {"train": train, "val": others[val], "test": others[test]}
         return {name: (images[i], labels[i]) for name, i in parts.items()}
 
 
@@ -205,10 +207,10 @@ class TorchvisionData(ImageData):
         }
 
     def _tensors(self, train: bool) -> Images:
-        found = self._open(train, download=False)
-        images = torch.as_tensor(found.data)
+        dataset = self._open(train, download=False)
+        images = torch.as_tensor(dataset.data)
         images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
-        return images, torch.as_tensor(found.targets).long()
+        return images, torch.as_tensor(dataset.targets).long()
 
     def _open(self, train: bool, download: bool) -> Any:
         from torchvision import datasets
@@ -248,6 +250,10 @@ class CIFAR100(TorchvisionData):
     num_classes = 100
 
 
+DATA_SETS: dict[str, type[ImageData]] = {cls.__name__: cls for cls in (Digits, MNIST, FashionMNIST, CIFAR10, CIFAR100)}
+"""The data of the built-in job, by what a user types."""
+
+
 def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Split indices in two, the same way every time, with ``fraction`` of each class in the second part.
 
@@ -260,8 +266,8 @@ def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     by_class = order[labels[order].sort(stable=True).indices]
     # Every 1/fraction-th of the images in class order, so that the parts have the size that was asked for, rounded up.
     steps = (torch.arange(len(labels) + 1, dtype=torch.float64) * fraction - 1e-9).ceil()
-    held = steps[1:] > steps[:-1]
-    return by_class[~held].sort().values, by_class[held].sort().values
+    is_second = steps[1:] > steps[:-1]
+    return by_class[~is_second].sort().values, by_class[is_second].sort().values
 
 
 def _as_is(batch: Any) -> Any:

@@ -124,6 +124,7 @@ def build(arch: str, num_classes: int) -> nn.Module:
     # These two add auxiliary heads in training and would return tuples.
     options = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
     net: nn.Module = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
+    # The ImageNet stem shrinks an image four times, which would leave nothing of 10 x 10 pixels.
     if isinstance(net, torchvision.models.ResNet):
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")

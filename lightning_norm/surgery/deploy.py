@@ -14,7 +14,7 @@ from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.inference import dims_of, per_channel
 from lightning_norm.ops.moments import Affine
 from lightning_norm.surgery.conv_norm_pairs import layers_before
-from lightning_norm.surgery.tables import aligned
+from lightning_norm.surgery.text_tables import aligned
 from lightning_norm.surgery.torch_layers import TORCH_BATCH_NORMS
 from lightning_norm.surgery.torch_private import has_hooks, move_hooks
 from lightning_norm.surgery.walk import names_by_module, places_by_module

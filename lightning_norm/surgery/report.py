@@ -9,7 +9,7 @@ from typing import Any
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.convert import device_and_dtype, restore_original
 from lightning_norm.surgery.select import ModuleSlot
-from lightning_norm.surgery.tables import aligned
+from lightning_norm.surgery.text_tables import aligned
 
 MANY = 100_000
 """Parameters that are worth a word wherever they make a model larger by more than a tenth."""

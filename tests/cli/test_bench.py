@@ -72,6 +72,15 @@ def test_a_wrong_result_stops_the_benchmark(monkeypatch):
         shapes.bench_shape((8, 6, 5, 5), ["sn"], False, "cpu", 2, False)
 
 
+def test_without_a_formula_a_layer_is_compared_with_itself_in_float64(monkeypatch):
+    monkeypatch.delitem(formulas.FORMULAS, "sn")
+    layer = contenders.ready("sn", (8, 6, 5, 5), "cpu")
+    x, dy = torch.randn(8, 6, 5, 5).requires_grad_(), torch.randn(8, 6, 5, 5)
+    assert 0 < max(contenders.check("sn", layer, x, dy)) < 1e-5
+    with pytest.raises(ArithmeticError, match="sn: the output differs from float64"):
+        contenders.check("sn", torch.nn.Sequential(layer, torch.nn.Tanh()), x, dy)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="no normalizer called 'sm'"):
         run(["--norms", "sm"])

@@ -16,9 +16,9 @@ from scipy import stats
 
 from lightning_norm.cli import compare
 from lightning_norm.cli.compare import command, training
-from lightning_norm.cli.compare.report import Report, matplotlib
+from lightning_norm.cli.compare.comparison import Report, matplotlib
+from lightning_norm.cli.compare.intervals import compare_paired
 from lightning_norm.cli.compare.runs import all_runs, read_contenders, read_sweeps
-from lightning_norm.cli.compare.statistics import compare_paired
 from lightning_norm.cli.compare.store import RunStore, write_whole
 from lightning_norm.cli.main import main
 

@@ -25,7 +25,7 @@ from lightning_norm.callbacks.monitor.quantities import (
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.scheduler.norm_scheduler import NormScheduler
 from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning
-from lightning_norm.surgery.tables import aligned
+from lightning_norm.surgery.text_tables import aligned
 
 
 class NormMonitor(Callback):

@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(f"--baseline {baseline!r} is none of the normalizers compared: {', '.join(labels)}.")
     metric, higher = metric_of(options)
     if not options.list and not options.worker:
-        from lightning_norm.cli.compare.report import check_pictures
+        from lightning_norm.cli.compare.comparison import check_pictures
 
         check_pictures()  # before hours of training, not after
     store = RunStore(Path(options.out))
@@ -167,10 +167,10 @@ def report_only(options: argparse.Namespace, job: Sequence[str]) -> None:
 def _report(
     store: RunStore, records: list[Record], options: argparse.Namespace, baseline: str, metric: str, higher: bool
 ) -> None:
-    from lightning_norm.cli.compare import report
+    from lightning_norm.cli.compare import comparison
 
     check_metric(records, metric)
-    made = report.Report(records, metric, higher, options.take == "best", baseline)
+    made = comparison.Report(records, metric, higher, options.take == "best", baseline)
     print(made.text())
     for path in made.save(store.folder):
         print(path)

@@ -20,7 +20,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-import lightning_norm
 from lightning_norm.callbacks import NormContext, NormSwap
 from lightning_norm.cli.compare.runs import Run
 from lightning_norm.cli.norm_cli import NormCLI, class_path
@@ -172,7 +171,7 @@ def train(run: Run, args: Sequence[str], folder: Path, best: bool) -> dict[str, 
         "versions": {
             "torch": torch.__version__,
             "lightning": version("lightning"),
-            "lightning_norm": lightning_norm.__version__,
+            "lightning_norm": version("lightning-norm"),
         },
         "device": str(model.device),
     }

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_norm.cli.compare.statistics import LEAST_SEEDS, Difference, compare_paired, half_width_ratio
+from lightning_norm.cli.compare.intervals import LEAST_SEEDS, Difference, compare_paired, half_width_ratio
 from lightning_norm.cli.compare.store import Record, write_whole
-from lightning_norm.surgery.tables import aligned
+from lightning_norm.surgery.text_tables import aligned
 
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, which colour-blind readers tell apart."""
