@@ -142,7 +142,7 @@ class _ProcessGroups:
 _process_groups = _ProcessGroups()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # nothing in it can be traced
+@torch_private.constant_in_graphs  # nothing in it can be traced
 def _name_of(group: str | int) -> str:
     """Return the name of this rank's process group, "" where it is by itself; create the groups where there are none.
 

@@ -5,15 +5,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Mark a function whose result torch.compile takes for a constant of the graph.
+
+    ``torch.compiler.assume_constant_result`` does the same, and imports the whole compiler for it: a second that every
+    ``import lightning_norm`` would pay.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
 
 
 def in_backward_pass() -> bool:

@@ -55,3 +55,8 @@ def timeouts(rank):
 
 def test_timeout_of():
     assert run_ranks(timeouts, 1) == [datetime.timedelta(seconds=77)]
+
+
+def test_a_constant_is_marked_as_torch_marks_it():
+    marked = torch_private.constant_in_graphs(lambda: 1)
+    assert vars(marked) == vars(torch.compiler.assume_constant_result(lambda: 1)) != {}
