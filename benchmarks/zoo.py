@@ -592,6 +592,9 @@ def sweep_model(model: Model, options: argparse.Namespace, done: dict[tuple[str,
 # -------------------------------------------------------------------------------------------------------- the tables
 
 
+COLUMNS = tuple("library family model M px found swapped left preserved silent parity step undo export s".split())  # noqa: SIM905
+
+
 def read_lines(path: Path) -> dict[tuple[str, str, str, str], Row]:
     """Return the rows of an earlier run; a line that was cut off is left out."""
     rows = {}
@@ -625,24 +628,7 @@ def markdown(rows: list[Row]) -> str:
         part = [r for r in rows if (r.norm, r.source) == (norm, source)]
         how = "" if source == "default" else ", with the classes that the report's hints name as `source`"
         lines += [f"## {norm}{how}", ""]
-        columns = [
-            "library",
-            "family",
-            "model",
-            "M",
-            "px",
-            "found",
-            "swapped",
-            "left",
-            "preserved",
-            "silent",
-            "parity",
-            "step",
-            "undo",
-            "export",
-            "s",
-        ]
-        lines += ["| " + " | ".join(columns) + " |", "|---|---|---|--:|--:|--:|--:|---|--:|---|--:|---|---|---|--:|"]
+        lines += ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|--:|--:|--:|--:|---|--:|---|--:|---|---|---|--:|"]
         lines += [table_line(r) for r in part]
         lines += [""]
     skipped = [r for r in rows if not r.norm]
