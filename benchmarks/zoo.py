@@ -212,7 +212,6 @@ def monai_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Model | 
             3,
         ),
         "HighResNet": ({"spatial_dims": 3, "in_channels": 1, "out_channels": 2}, 1),
-        "HoVerNet": ({"mode": "fast", "out_classes": 3}, 3),
         "MedNeXtS": ({"spatial_dims": 2, "in_channels": 1, "out_channels": 2}, 1),
         "Quicknat": ({"num_classes": 2, "num_channels": 1}, 1),
         "ResNet": (
