@@ -111,6 +111,19 @@ def check_num_groups(who: str, num_features: int, num_groups: int) -> int:
     return num_groups
 
 
+def check_zero_weight(layer: Any, source: Any) -> None:
+    """Check that a layer with ``zero_weight`` takes over no weight from another layer.
+
+    Raises:
+        ValueError: it would, and the zero would be lost.
+    """
+    if getattr(layer, "zero_weight", False) and getattr(source, "weight", None) is not None:
+        raise ValueError(
+            f"{type(layer).__name__}: zero_weight=True would overwrite the weight that the swap moves. Build the "
+            "network with its own zero-init option (torchvision: zero_init_residual=True) and leave zero_weight out."
+        )
+
+
 def stateless(who: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a class without running statistics.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_norm.layers.arguments import check_call
+from lightning_norm.layers.arguments import arguments_of, check_call, check_zero_weight
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.running_stats import keep_float32
@@ -27,7 +27,7 @@ from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout, layout_of
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.normalize import activated, normalize
+from lightning_norm.ops.normalize import Call, activated, run
 from lightning_norm.ops.sync import Ranks, active_ranks
 
 
@@ -118,7 +118,11 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         """Take over Parameters and running statistics: the same objects, but for ``translated_tensors``.
 
         Running statistics narrower than float32 are widened.
+
+        Raises:
+            ValueError: the layer brings a weight, and ``zero_weight`` asks for one of zeros.
         """
+        check_zero_weight(self, source)
         values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
         counters = self.counters if type(source) is type(self) else ()
         for name in ("weight", "bias", *self.running_names, "num_batches_tracked", *counters):
@@ -272,8 +276,10 @@ class MomentNorm(Normalizer):
             residual: added before the activation, in the shape of x.
         """
         if not torch.compiler.is_compiling():
-            keep_float32(self)
-            keep_exact(self)
+            # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
+            if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
+                keep_float32(self)
+                keep_exact(self)
             if self.compiled:
                 options = vars(self).get("_compile_options")
                 y = compiled_forward(self, input, _forward, _ranks_of(self), options)
@@ -301,18 +307,22 @@ class MomentNorm(Normalizer):
         return {}
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, the running statistics to their start and what else there is to its own."""
+        """Set weight to 1, or with ``zero_weight`` to 0, bias to 0, and all else to its start."""
         self.reset_running_stats()
-        starts: dict[str, float | Tensor] = {"weight": 1.0, "bias": 0.0, **self.start_values()}
+        weight = 0.0 if getattr(self, "zero_weight", False) else 1.0
+        starts: dict[str, float | Tensor] = {"weight": weight, "bias": 0.0, **self.start_values()}
         parameters = dict(self.named_parameters(recurse=False))
         with torch.no_grad():
-            for name in starts.keys() & parameters.keys():  # __init__ may not have made all of them yet
+            # The first call comes from this class's __init__, before a subclass has made its parameters.
+            for name in starts.keys() & parameters.keys():
                 start = starts[name]
                 parameters[name].copy_(start) if isinstance(start, Tensor) else parameters[name].fill_(start)
 
     def extra_repr(self) -> str:
         """Show the arguments."""
         names = ["eps", "momentum", "affine", "track_running_stats", *["channel_dim"] * (self.channel_dim != 1)]
+        # A class that fixes an argument, and takes it from nobody, does not show it.
+        names = [name for name in names if name in arguments_of(type(self))]
         shown = [f"{name}={getattr(self, name)!r}" for name in (*names, *self.repr_arguments)]
         return ", ".join([str(self.num_features), *shown])
 
@@ -326,34 +336,26 @@ def _ranks_of(layer: MomentNorm) -> Ranks | None:
 
 
 def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-    who = type(layer).__name__
-    layout = layout_of(x, layer.num_features, layer.channel_dim, who)
+    layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
     of_input = layer.training or not layer.track_running_stats
-    pooled = (
-        ranks is not None and layer.train_uses_batch_stats
-    )  # how many values there are in all is known only after pooling
+    # Over ranks the number of values is known only after the statistics have met.
+    pooled = ranks is not None and layer.train_uses_batch_stats
     if of_input and not pooled and layer.statistic_size(layout.n, layout.size) < 2:
-        remedy = "Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
-        if not layer.train_uses_batch_stats:
-            remedy = "Use larger feature maps, or leave this layer out of the swap: exclude=[its name]."
-        raise ValueError(
-            f"{who}: expected more than one value per statistic, got {layout.n} sample(s) of {layout.size} "
-            f"element(s) per channel. {remedy}"
-        )
+        raise ValueError(_too_few_values(layer, layout))
     moments = None if of_input or layer.eval_uses_input_stats else layer.running()
-    accumulates = layer.training and layer.accumulator is not None  # which the kernels do not know
-    algebra = layer.algebra_of(x, layout)
+    # The kernels move the running statistics themselves and know nothing of an accumulator.
+    accumulates = layer.training and layer.accumulator is not None
     fused_spec = layer.fused_spec if layer._fused_spec_holds and not accumulates else None
-    return normalize(
-        x,
-        algebra,
-        layout=layout,
-        moments=moments,
-        ranks=ranks,
-        backend=layer.backend,
-        fused_spec=fused_spec,
-        depthwise_conv=layer.depthwise_conv(),
-        activation=activation,
-        residual=residual,
+    algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
+    return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))
+
+
+def _too_few_values(layer: MomentNorm, layout: Layout) -> str:
+    remedy = "Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
+    if not layer.train_uses_batch_stats:
+        remedy = "Use larger feature maps, or leave this layer out of the swap: exclude=[its name]."
+    return (
+        f"{type(layer).__name__}: expected more than one value per statistic, got {layout.n} sample(s) of "
+        f"{layout.size} element(s) per channel. {remedy}"
     )

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_norm.layers.accumulators import AccumulationWindow, StatisticsAccumulator
-from lightning_norm.layers.variance import unbiased
 from lightning_norm.ops.layout import at_least_float32
-from lightning_norm.ops.moments import Moments
+from lightning_norm.ops.moments import Moments, to_var
 
 
 class RunningStats(nn.Module):
@@ -32,12 +31,13 @@ class RunningStats(nn.Module):
     """Takes the statistics of each training step in place of the running ones: a :class:`StatisticsAccumulator` while
     those are re-estimated, an :class:`AccumulationWindow` where they move once per optimizer step."""
 
+    eps: float
     num_batches_tracked: Tensor | None
     skipped_updates: Tensor | None
 
     @property
     def running_names(self) -> tuple[str, str]:
-        """Names of the buffers that hold the running mean and the running variance."""
+        """Names of the buffers of the running mean and the running variance, or standard deviation ``running_std``."""
         return "running_mean", "running_var"
 
     @property
@@ -67,58 +67,21 @@ class RunningStats(nn.Module):
             return m
         if not self.training:
             return self.running()
-        self._update_running(m)
+        update_running(self, m)
         return m
 
     def running(self) -> Moments:
-        """Return the running statistics as (1, C) moments."""
-        mean, var = (getattr(self, name) for name in self.running_names)
-        return Moments(mean.unsqueeze(0), var.unsqueeze(0), 1)
+        """Return the running statistics as (1, C) moments; a running standard deviation as a variance."""
+        mean, var = (getattr(self, name).unsqueeze(0) for name in self.running_names)
+        return Moments(mean, to_var(var, self.eps) if self.running_names[1] == "running_std" else var, 1)
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean and the unbiased variance that the running statistics move towards."""
-        return m.mean, m.var * unbiased(m.count)
-
-    @torch.no_grad()
-    def _usable(self, mean: Tensor, var: Tensor, count: int | Tensor) -> Tensor:
-        """Tell whether statistics may move the running ones, as a 0-dim tensor; count those that may not."""
-        finite = torch.isfinite(mean + var).all()
-        if isinstance(count, Tensor):  # pooled over ranks, which may all be empty
-            finite = finite & (count > 1).all()
-        assert self.skipped_updates is not None
-        self.skipped_updates.add_(~finite)
-        return finite
-
-    @torch.no_grad()
-    def _update_running(self, m: Moments, wanted: Tensor | None = None) -> None:
-        """Move the running statistics towards m, or accumulate it, unless a 0-dim ``wanted`` is false."""
-        mean, var = self.running_target(m)
-        if isinstance(self.accumulator, StatisticsAccumulator):
-            self.accumulator.add(*_for_accumulator(self, m, mean, var))  # which leaves out what is not finite itself
-            return
-        usable = self._usable(mean, var, m.count)
-        usable = usable if wanted is None else usable & wanted
-        if self.accumulator is None:
-            self._move_running(mean, var, usable)
-        else:
-            self.accumulator.add(*_for_accumulator(self, m, mean, var), usable)
-
-    @torch.no_grad()
-    def _move_running(self, mean: Tensor, var: Tensor, usable: Tensor) -> None:
-        """Move the running statistics a step of size ``momentum`` towards these, if a 0-dim ``usable`` is true."""
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(usable)
-        momentum: Tensor | None = getattr(self, "_momentum", None)
-        weight = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype) if momentum is None else momentum
-        # Written by torch.where and not under an if, which would read a value back from the device.
-        for name, new in zip(self.running_names, (mean, var), strict=True):
-            old: Tensor = getattr(self, name)
-            moved = torch.lerp(old, new.detach().reshape(-1).to(old.dtype), weight.to(old.dtype))
-            old.copy_(torch.where(usable, moved, old))
+        return m.mean, m.unbiased().var
 
     def _move_by_window(self, m: Moments) -> None:
         """Move the running statistics by the moments of a whole window of batches."""
-        self._move_running(*_from_accumulator(self, m), (torch.as_tensor(m.count) > 1).all())
+        _move_running(self, *_from_accumulator(self, m), (torch.as_tensor(m.count) > 1).all())
 
     def without_effect(self) -> dict[str, str]:
         """Return the scheduled arguments that do nothing in this layer as it is: name -> the argument that says so."""
@@ -139,6 +102,51 @@ class RunningStats(nn.Module):
             if old is not None and new is not None and new.dtype != at_least_float32(new.dtype):
                 setattr(self, name, old.to(new.device, at_least_float32(old.dtype)))
         return self
+
+
+@torch.no_grad()
+def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None) -> None:
+    """Move the running statistics towards m, or accumulate it, unless a 0-dim ``wanted`` is false."""
+    mean, var = layer.running_target(m)
+    if isinstance(layer.accumulator, StatisticsAccumulator):
+        # The accumulator itself leaves out, and counts, what is not finite.
+        layer.accumulator.add(*_for_accumulator(layer, m, mean, var))
+        return
+    usable = is_usable(layer, mean, var, m.count)
+    usable = usable if wanted is None else usable & wanted
+    if layer.accumulator is None:
+        _move_running(layer, mean, var, usable)
+    else:
+        layer.accumulator.add(*_for_accumulator(layer, m, mean, var), usable)
+
+
+@torch.no_grad()
+def is_usable(layer: RunningStats, mean: Tensor, var: Tensor, count: int | Tensor) -> Tensor:
+    """Tell whether statistics may move the running ones, as a 0-dim tensor; count those that may not."""
+    usable = torch.isfinite(mean + var).all()
+    if isinstance(count, Tensor):
+        # The ranks that were pooled may all have been empty.
+        usable = usable & (count > 1).all()
+    assert layer.skipped_updates is not None
+    layer.skipped_updates.add_(~usable)
+    return usable
+
+
+def _move_running(layer: RunningStats, mean: Tensor, var: Tensor, usable: Tensor) -> None:
+    """Move the running statistics a step of size ``momentum`` towards these, if a 0-dim ``usable`` is true."""
+    assert layer.num_batches_tracked is not None
+    layer.num_batches_tracked.add_(usable)
+    momentum = layer._buffers.get("_momentum")
+    weight = 1.0 / layer.num_batches_tracked.clamp_min(1).to(mean.dtype) if momentum is None else momentum
+    for name, new in zip(layer.running_names, (mean, var), strict=True):
+        old: Tensor = getattr(layer, name)
+        write(old, torch.lerp(old, new.detach().reshape(-1).to(old.dtype), weight.to(old.dtype)), usable)
+
+
+def write(buffer: Tensor, new: Tensor, usable: Tensor) -> None:
+    """Write new values, in the shape and dtype of the buffer, where ``usable`` is true; call it under ``no_grad``."""
+    # By torch.where and not under an if, which would read a value back from the device.
+    buffer.copy_(torch.where(usable, new.reshape(buffer.shape).to(buffer.dtype), buffer))
 
 
 def open_window(layer: RunningStats) -> None:

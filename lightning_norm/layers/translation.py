@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.ops.moments import to_std, to_var
+
 
 @dataclass(frozen=True)
 class Translation:
@@ -57,6 +59,16 @@ class Translation:
         if prefix + self.source in state:
             state.setdefault(prefix + self.target, self.forward(state[prefix + self.source]))
             del state[prefix + self.source]
+
+
+def std_of_var(eps: float) -> Translation:
+    """Return the translation of a running variance, held as the standard deviation that evaluates to the same."""
+    return Translation("running_var", "running_std", lambda var: to_std(var, eps), lambda std: to_var(std, eps))
+
+
+def var_of_std(eps: float) -> Translation:
+    """Return the inverse of :func:`std_of_var`: a running standard deviation, held as a variance."""
+    return Translation("running_std", "running_var", lambda std: to_var(std, eps), lambda var: to_std(var, eps))
 
 
 def renamed(source: str, target: str) -> Translation:

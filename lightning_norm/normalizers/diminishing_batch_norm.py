@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import per_channel_spec
+from lightning_norm.layers.running_stats import is_usable, write
 from lightning_norm.layers.scheduled import Scheduled
-from lightning_norm.layers.translation import Translation
-from lightning_norm.layers.variance import to_std, to_var
+from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
@@ -131,7 +131,7 @@ class DiminishingBatchNorm(MomentNorm):
         alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *self._running())
         batch_values = (mean, std_or_var)
         mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)]
-        self._move_average(mixed, batch_values, steps, self._usable(mean, batch.var, batch.count))
+        self._move_average(mixed, batch_values, steps, is_usable(self, mean, batch.var, batch.count))
         return mixed[0], mixed[1]
 
     @torch.no_grad()
@@ -141,8 +141,7 @@ class DiminishingBatchNorm(MomentNorm):
         gap = torch.stack([batch[0] - mixed[0], now - was]).abs() / (was + self.eps)
         news = [*mixed, steps, gap.flatten(1).mean(1)]
         for name, new in zip((*self.running_names, "updates", "gap"), news, strict=True):
-            old: Tensor = getattr(self, name)
-            old.copy_(torch.where(usable, new.reshape(old.shape).to(old.dtype), old))
+            write(getattr(self, name), new, usable)
         self.get_buffer("num_batches_tracked").add_(usable)
 
     def _running(self) -> tuple[Tensor, Tensor]:
@@ -160,11 +159,6 @@ class DiminishingBatchNorm(MomentNorm):
         assert alpha is not None
         return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
 
-    def running(self) -> Moments:
-        """Return the running statistics as those of a BatchNorm: mean, and the variance that evaluates alike."""
-        mean, std_or_var = self._running()
-        return Moments(mean, std_or_var if self.average == "var" else to_var(std_or_var, self.eps), 1)
-
     @property
     def running_names(self) -> tuple[str, str]:
         """The second is the standard deviation, or with ``average="var"`` BatchNorm's own variance."""
@@ -172,11 +166,8 @@ class DiminishingBatchNorm(MomentNorm):
 
     @property
     def translations(self) -> tuple[Translation, ...]:
-        """A BatchNorm's variance is held as a standard deviation, and that of another such layer as a variance."""
-        std, var = (lambda t: to_std(t, self.eps)), (lambda t: to_var(t, self.eps))
-        if self.average == "std":
-            return (Translation("running_var", "running_std", std, var),)
-        return (Translation("running_std", "running_var", var, std),)
+        """A BatchNorm's variance becomes a standard deviation, and that of another such layer a variance."""
+        return (std_of_var(self.eps) if self.average == "std" else var_of_std(self.eps),)
 
     @property
     def preserves_eval(self) -> bool:
@@ -190,6 +181,3 @@ class DiminishingBatchNorm(MomentNorm):
             return {}
         alpha = self._alpha_at(self.updates.clamp_min(1)).clone()
         return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}
-
-    def extra_repr(self) -> str:  # noqa: D102
-        return super().extra_repr().replace("momentum=None, ", "")

@@ -11,7 +11,6 @@ from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.inference import share_parameters
 from lightning_norm.layers.scheduled import Scheduled
-from lightning_norm.layers.variance import unbiased
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
@@ -80,7 +79,7 @@ class InstanceNorm(MomentNorm):
         """Return the mean over samples of mean and unbiased variance."""
         zero = m.var * 0
         mean = Moments(m.mean, zero, m.count, m.ranks).over_batch().mean
-        return mean, Moments(m.var * unbiased(m.count), zero, m.count, m.ranks).over_batch().mean
+        return mean, Moments(m.unbiased().var, zero, m.count, m.ranks).over_batch().mean
 
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether running statistics are kept."""

@@ -12,11 +12,10 @@ from lightning_norm.layers.arguments import check_num_groups
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.scheduled import Scheduled
-from lightning_norm.layers.variance import unbiased
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments, mixture
-from lightning_norm.ops.sparsestmax import sparsestmax
+from lightning_norm.ops.sparsestmax import sparsestmax, without_entry
 
 
 class SwitchableNorm(MomentNorm):
@@ -88,19 +87,32 @@ class SwitchableNorm(MomentNorm):
         self.num_groups = (
             check_num_groups("SwitchableNorm", num_features, num_groups) if "gn" in choices else num_groups
         )
-        self.correction, self.sparse = correction, sparse
-        self.radius = radius
+        self.correction, self.sparse, self.radius = correction, sparse, radius
         self._add_parameters(options, mean_weight=(len(choices),), var_weight=(len(choices),))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
-        alone = isinstance(m.count, int) and m.count == 1  # one element per sample and channel: no instance statistics
         if self.correction:
-            m = Moments(m.mean, m.var * unbiased(m.count), m.count, m.ranks)
-        statistics = [self._statistic(k, m, alone) for k in self.choices]
-        dtype = m.mean.dtype  # float64 for float32 inputs: a sum of weights off by 1e-7 would be multiplied by the mean
-        w, v = (self._mix(logits.to(dtype), alone) for logits in (self.mean_weight, self.var_weight))
+            m = m.unbiased()
+        statistics = [self._statistic(k, m) for k in self.choices]
+        # In float64 for float32 inputs: a sum of weights that is off by 1e-7 would be multiplied by the mean.
+        w, v = (self._mix(logits.to(m.mean.dtype), m.count) for logits in (self.mean_weight, self.var_weight))
         return self.standardize(mixture(w, [s.mean for s in statistics]), mixture(v, [s.var for s in statistics]))
+
+    def _statistic(self, k: str, m: Moments) -> Moments:
+        if k == "in":
+            return m
+        s = {"ln": m.over_channels, "gn": lambda: m.over_channels(self.num_groups), "bn": m.over_batch}[k]()
+        # In the authors' 1d layer the variance is unbiased over the only axis that there is.
+        s = s.unbiased() if self.correction and m.count == 1 else s
+        return self.track(s) if k == "bn" else s
+
+    def _mix(self, logits: Tensor, count: int | Tensor = 2) -> Tensor:
+        """Return w or w', (len(choices),); 0 for "in" where one element per sample and channel has no variance."""
+        if count == 1 and "in" in self.choices and len(self.choices) > 1:
+            return without_entry(self._mix, logits, self.choices.index("in"))
+        logits = logits.to(at_least_float32(logits.dtype))
+        return sparsestmax(logits, self.scheduled("radius")) if self.sparse else torch.softmax(logits, 0)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, which know either "ln" or "gn" and more than one element."""
@@ -111,44 +123,27 @@ class SwitchableNorm(MomentNorm):
         more = {"correction": self.correction, "num_groups": groups, "softmax": not self.sparse}
         return mixture_spec(self, tuple(names), w=w, v=v, **more)
 
-    def _statistic(self, k: str, m: Moments, alone: bool) -> Moments:
-        if k == "in":
-            return m
-        s = {"ln": m.over_channels, "gn": lambda: m.over_channels(self.num_groups), "bn": m.over_batch}[k]()
-        if alone and self.correction:  # the authors' 1d layer: unbiased over the only axis there is
-            s = Moments(s.mean, s.var * unbiased(s.count), s.count, s.ranks)
-        return self.track(s) if k == "bn" else s
-
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean and variance that the running ones move towards; the authors' estimator as it is."""
         return (m.mean, m.var) if self.correction else super().running_target(m)
 
-    def _mix(self, logits: Tensor, alone: bool = False) -> Tensor:
-        """Return the importance weights, (len(choices),), non-negative with sum 1; 0 for "in" where x is ``alone``."""
-        if alone and "in" in self.choices and len(self.choices) > 1:
-            gone = self.choices.index("in")
-            rest = self._mix(torch.cat([logits[:gone], logits[gone + 1 :]]))
-            return torch.cat([rest[:gone], rest.new_zeros(1), rest[gone:]])
-        logits = logits.to(at_least_float32(logits.dtype))
-        return sparsestmax(logits, self.scheduled("radius")) if self.sparse else torch.softmax(logits, 0)
-
-    def without_effect(self) -> dict[str, str]:
-        """Name the radius of a softmax."""
-        return {**super().without_effect(), **({} if self.sparse else {"radius": "sparse=False"})}
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return 1 for lambda and lambda'."""
+        return {"mean_weight": 1.0, "var_weight": 1.0}
 
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
         """Return the importance weights of means and variances, each (len(choices),), in the order of ``choices``."""
         return {"mean": self._mix(self.mean_weight), "var": self._mix(self.var_weight)}
 
+    def monitor(self) -> dict[str, Tensor]:
+        """Return the importance weights one by one: ``mean_in``, ``mean_ln``, ..., ``var_bn``."""
+        return {f"{q}_{k}": w[i] for q, w in self.importance().items() for i, k in enumerate(self.choices)}
+
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether all importance is on the batch statistics."""
         at = self.choices.index("bn") if self.track_running_stats else None
         return at is not None and all(float(w[at]) == 1 for w in self.importance().values())
-
-    def monitor(self) -> dict[str, Tensor]:
-        """Return the importance weights one by one: ``mean_in``, ``mean_ln``, ..., ``var_bn``."""
-        return {f"{q}_{k}": w[i] for q, w in self.importance().items() for i, k in enumerate(self.choices)}
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements behind the batch statistics, or the layer's where there are none."""
@@ -156,25 +151,12 @@ class SwitchableNorm(MomentNorm):
             return n * size
         return size if self.choices == ("in",) else size * self.num_features
 
-    def start_values(self) -> dict[str, float | Tensor]:
-        """Return 1 for lambda and lambda', and 0 for weight with ``zero_weight``."""
-        return {"mean_weight": 1.0, "var_weight": 1.0, **({"weight": 0.0} if self.zero_weight else {})}
-
-    def take_from(self, source: nn.Module) -> None:
-        """Take over a layer's Parameters and running statistics.
-
-        Raises:
-            ValueError: ``zero_weight`` was asked for and the layer brings its own weight.
-        """
-        if self.zero_weight and getattr(source, "weight", None) is not None:
-            raise ValueError(
-                "SwitchableNorm: zero_weight=True would overwrite the weight that the swap moves. Build the network "
-                "with its own zero-init option (torchvision: zero_init_residual=True) and leave zero_weight out."
-            )
-        super().take_from(source)
+    def without_effect(self) -> dict[str, str]:
+        """Name the radius of a softmax."""
+        return {**super().without_effect(), **({} if self.sparse else {"radius": "sparse=False"})}
 
     def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
         """Return the choices behind a checkpoint's lambda."""
         known = {2: '("in", "ln") or, for the authors\' 1d layer, ("ln", "bn")', 3: '("in", "ln", "bn")'}
         fit = known.get(tensor.numel(), f"the {tensor.numel()} statistics of the checkpoint")
-        return f"choices={fit} in place of {self.choices}" if name in ("mean_weight", "var_weight") else ""
+        return f"choices={fit} in place of {self.choices}" if name in self.extra_parameters else ""

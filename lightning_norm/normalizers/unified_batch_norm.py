@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Paper
+from lightning_norm.layers.running_stats import update_running
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
 from lightning_norm.ops.compiled import snapshot
@@ -173,7 +174,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         running = self.running()
         mean, var, condensed = snapshot(running.mean, running.var, self._is_condensed(similarity))
         # A batch that is too alike must not move what the others are normalized by.
-        self._update_running(batch, ~condensed)
+        update_running(self, batch, ~condensed)
         if self.mode == "gate":
             return batch, None
         mean, var = mean.to(batch.mean.dtype), var.to(batch.var.dtype)

@@ -13,7 +13,6 @@ import functools
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import Layout, at_least_float32, cast, stat_dtype
 
 SMALL_MEAN = 8.0
@@ -121,7 +120,9 @@ def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
         zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
         rows = u.view(1, scale.numel(), -1)
         y = torch.batch_norm(rows, scale, offset, zeros, ones, False, 0.0, 0.0, False)
-        return torch_private.reshaped(y, layout.shape)
+        # Autograd refuses an in-place operation, such as the ReLU of most networks, on a view that an autograd function
+        # returned; ``data`` shares the memory and is no view.
+        return y.view(layout.shape).data
     return torch.addcmul(layout.broadcast_to_input(offset), u, layout.broadcast_to_input(scale))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_norm.ops.layout import cast, stat_dtype
+from lightning_norm.ops.layout import at_least_float32, cast, stat_dtype
 from lightning_norm.ops.sync import Ranks
 
 
@@ -50,10 +50,13 @@ class Moments:
         Raises:
             ValueError: ``num_groups`` does not divide the channels.
         """
+        if num_groups > 1:
+            return self._over_groups(num_groups)
+        mean, var = _pool(self.mean, self.var, dim=1)
+        return Moments(mean, var, self.count * self.mean.shape[1], self.ranks)
+
+    def _over_groups(self, num_groups: int) -> Moments:
         n, c = self.mean.shape
-        if num_groups == 1:
-            mean, var = _pool(self.mean, self.var, dim=1)
-            return Moments(mean, var, self.count * c, self.ranks)
         if c % num_groups:
             raise ValueError(
                 f"cannot split {c} channels into {num_groups} groups: groups must divide the channels. "
@@ -61,6 +64,7 @@ class Moments:
             )
         grouped = n, num_groups, c // num_groups
         mean, var = _pool(self.mean.view(grouped), self.var.view(grouped), dim=2)
+        # Each channel gets its group's moments, so that an algebra need not know the groups.
         mean, var = (t.expand(grouped).reshape(n, c) for t in (mean, var))
         return Moments(mean, var, self.count * grouped[2], self.ranks)
 
@@ -73,12 +77,14 @@ class Moments:
         Args:
             weights: (N, K) soft or hard assignment of each sample to K sets; the result is then (K, C).
         """
-        n = self.mean.shape[0]
-        if weights is None and self.ranks is None:
-            mean, var = _pool(self.mean, self.var, dim=0)
-            return Moments(mean, var, self.count * n)
+        if weights is not None or self.ranks is not None:
+            return self._over_sets(weights)
+        mean, var = _pool(self.mean, self.var, dim=0)
+        return Moments(mean, var, self.count * self.mean.shape[0])
+
+    def _over_sets(self, weights: Tensor | None) -> Moments:
         # Over ranks all samples are one set, so that an empty rank, whose mean is undefined, has the mass 0.
-        weights = self.mean.new_ones(n, 1) if weights is None else weights.to(self.mean.dtype)
+        weights = self.mean.new_ones(self.mean.shape[0], 1) if weights is None else weights.to(self.mean.dtype)
         mass = weights.sum(0).unsqueeze(1)  # (K, 1)
         weights = weights.t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
         # No matmul: autocast would round the matrix product in its backward pass to half precision.
@@ -89,6 +95,12 @@ class Moments:
         if self.ranks is not None:
             count, mean, var = self.ranks.pool(count, mean, var)
         return Moments(mean, var, count)
+
+    def unbiased(self) -> Moments:
+        """Return the same with unbiased variances, n / (n - 1) times the biased ones; those of one element stay 0."""
+        one_less = self.count - 1
+        one_less = one_less.clamp_min(1) if isinstance(one_less, Tensor) else max(one_less, 1)
+        return Moments(self.mean, self.var * (self.count / one_less), self.count, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,18 @@ class Affine:
             f"algebra returned {name} of shape {tuple(t.shape)}, which does not broadcast to (N, C) = ({n}, {c}). "
             f"All shapes: {shapes}."
         )
+
+
+@torch.no_grad()
+def to_std(var: Tensor, eps: float) -> Tensor:
+    """Return the s with s + eps = sqrt(var + eps): evaluation stays what it was."""
+    return (var.to(at_least_float32(var.dtype)) + eps).sqrt() - eps
+
+
+@torch.no_grad()
+def to_var(std: Tensor, eps: float) -> Tensor:
+    """Return the v with sqrt(v + eps) = std + eps; 0 where it would be negative, for a BatchNorm has none below."""
+    return ((std + eps).square() - eps).clamp_min(0)
 
 
 def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:

@@ -47,20 +47,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One call of :func:`normalize`; its arguments of the same names."""
+class Call:
+    """One call of :func:`normalize`: its arguments of the same names, with a layout that was checked against x."""
 
     algebra: Algebra
     layout: Layout
-    moments: Moments | None
-    ranks: Ranks | None
-    backend: str
-    fused_spec: Callable[[Layout], FusedSpec | None] | None
-    activation: str
-    residual: Tensor | None
-    depthwise_conv: tuple[Tensor, Tensor | None] | None
+    moments: Moments | None = None
+    ranks: Ranks | None = None
+    backend: str = "auto"
+    fused_spec: Callable[[Layout], FusedSpec | None] | None = None
+    activation: str = "none"
+    residual: Tensor | None = None
+    depthwise_conv: tuple[Tensor, Tensor | None] | None = None
 
-    def channels_second(self, x: Tensor) -> _Call:
+    def channels_second(self, x: Tensor) -> Call:
         """Return the same call for x with its channels moved from the last axis to the second."""
         residual = None if self.residual is None else self.residual.movedim(-1, 1)
         return replace(self, layout=layout_of(x, self.layout.c), residual=residual)
@@ -112,16 +112,7 @@ def normalize(
     """
     if not isinstance(layout, Layout):
         layout = layout_of(x, x.shape[layout] if isinstance(x, Tensor) and x.dim() > 1 else 0, layout)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}.")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"normalize: residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must agree.")
-    call = _Call(algebra, layout, moments, ranks, backend, fused_spec, activation, residual, depthwise_conv)
-    if depthwise_conv is None or layout.channel_dim == 1:
-        return _run(x, call)
-    # A convolution takes its channels on the second axis: a view of tokens has them there.
-    x = x.movedim(-1, 1)
-    return _run(x, call.channels_second(x)).movedim(1, -1)
+    return run(x, Call(algebra, layout, moments, ranks, backend, fused_spec, activation, residual, depthwise_conv))
 
 
 def activated(y: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
@@ -131,9 +122,15 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
     return ACTIVATIONS[activation](y)
 
 
-def _run(x: Tensor, call: _Call) -> Tensor:
-    """Choose between the equations on the kernels, and the passes around the algebra in PyTorch."""
-    kernels = on_kernels(x, call.layout, call.backend, empty=call.ranks is not None)
+def run(x: Tensor, call: Call) -> Tensor:
+    """Do what :func:`normalize` says: by its equations on the kernels, or by the passes around the algebra."""
+    if call.activation not in ACTIVATIONS or (call.residual is not None and call.residual.shape != x.shape):
+        raise ValueError(f"normalize: {_wrong_ending(x, call)}")
+    if call.depthwise_conv is not None and call.layout.channel_dim != 1:
+        # A convolution takes its channels on the second axis: a view of tokens has them there.
+        x = x.movedim(-1, 1)
+        return run(x, call.channels_second(x)).movedim(1, -1)
+    kernels = call.backend != "eager" and on_kernels(x, call.layout, call.backend, empty=call.ranks is not None)
     spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
     if spec is not None and call.ranks is not None:
         spec = spec.over(call.ranks)
@@ -149,8 +146,15 @@ def _run(x: Tensor, call: _Call) -> Tensor:
     return activated(y, call.activation, call.residual)
 
 
+def _wrong_ending(x: Tensor, call: Call) -> str:
+    if call.activation not in ACTIVATIONS:
+        return f"activation must be one of {tuple(ACTIVATIONS)}, got {call.activation!r}."
+    assert call.residual is not None
+    return f"residual has shape {tuple(call.residual.shape)}, x {tuple(x.shape)}: they must agree."
+
+
 def _normalize_and_convolve(
-    x: Tensor, call: _Call, depthwise_conv: tuple[Tensor, Tensor | None], spec: FusedSpec | None
+    x: Tensor, call: Call, depthwise_conv: tuple[Tensor, Tensor | None], spec: FusedSpec | None
 ) -> Tensor:
     """Return the depthwise convolution of the normalized x, by one kernel where it can."""
     kernel, bias = depthwise_conv
@@ -164,14 +168,14 @@ def _normalize_and_convolve(
     return y
 
 
-def _normalize(x: Tensor, call: _Call, kernels: bool) -> Tensor:
+def _normalize(x: Tensor, call: Call, kernels: bool) -> Tensor:
     """Run the passes, on the kernels or not, with the algebra in PyTorch between them."""
     x_alias, scale_carrier, fields, mean_is_small = _fields(x, call, kernels)
     y: Tensor = _Apply.apply(x_alias, scale_carrier, x, *fields, call.layout, mean_is_small, kernels)
     return y
 
 
-def _fields(x: Tensor, call: _Call, kernels: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], bool]:
+def _fields(x: Tensor, call: Call, kernels: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], bool]:
     """Return alias and carrier, the center, scale and shift that the algebra makes, and whether the mean is small.
 
     A mean is small where eager's moments kept it in float32: then scale * x + offset loses nothing.

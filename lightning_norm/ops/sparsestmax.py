@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+
+def without_entry(weights_of: Callable[[Tensor], Tensor], z: Tensor, entry: int) -> Tensor:
+    """Return the weights of logits (K,) where one entry has the weight 0, as if it were not there.
+
+    >>> without_entry(lambda z: torch.softmax(z, 0), torch.tensor([5.0, 0.0, 0.0]), 0)
+    tensor([0.0000, 0.5000, 0.5000])
+    """
+    rest = weights_of(torch.cat([z[:entry], z[entry + 1 :]]))
+    return torch.cat([rest[:entry], rest.new_zeros(1), rest[entry:]])
 
 
 def sparsemax(z: Tensor) -> Tensor:
@@ -16,7 +28,7 @@ def sparsemax(z: Tensor) -> Tensor:
     return (z - tau).clamp_min(0)
 
 
-def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
+def sparsestmax(z: Tensor, radius: Tensor | float) -> Tensor:
     r"""Move sparsemax(z) away from the centre of its face, to ``radius`` at least.
 
     With p the sparsemax and u the uniform point on its support: p itself where ``|p - u| >= radius``, otherwise ``u +
@@ -37,8 +49,6 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
     tensor([1., 0., 0.])
     """
     p = sparsemax(z)
-    if radius is None:
-        return p
     square = torch.as_tensor(radius, dtype=z.dtype, device=z.device).square()
     support = p > 0
     centre = support.to(z.dtype) / support.sum()

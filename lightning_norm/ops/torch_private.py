@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,16 +33,6 @@ def in_backward_pass() -> bool:
     torch has no public function that tells.
     """
     return torch._C._current_graph_task_id() != -1
-
-
-def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a dense tensor in another shape without a copy, and not as a view.
-
-    Autograd refuses an in-place operation, such as the ReLU of most networks, on a view that an autograd function
-    returned. ``Tensor.view`` returns a view, and ``Tensor.resize_`` cannot be exported to ONNX.
-    """
-    result: Tensor = torch.ops.aten._unsafe_view(t, shape)
-    return result
 
 
 def timeout_of(group: ProcessGroup) -> timedelta:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.running_stats import write_running
-from lightning_norm.layers.variance import unbiased
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.ops.moments import Moments
@@ -211,7 +210,7 @@ def _write_statistics(
         else:
             # torch keeps the unbiased variance.
             layer.running_mean.copy_(m.mean.reshape(-1))
-            layer.running_var.copy_((m.var * unbiased(m.count)).reshape(-1))
+            layer.running_var.copy_(m.unbiased().var.reshape(-1))
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(pools[name].batches)
     skipped = max(pool.skipped for pool in pools.values())

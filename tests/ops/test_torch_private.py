@@ -2,7 +2,6 @@
 
 import datetime
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
@@ -20,29 +19,6 @@ def test_in_backward_pass():
 
     checkpoint(fn, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
     assert seen == [False, True]
-
-
-def test_reshaped_is_neither_a_copy_nor_a_view():
-    storages = []
-
-    class Reshape(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, view):
-            y = x * 2
-            storages.append(y.data_ptr())
-            return y.view(3, 2) if view else torch_private.reshaped(y, (3, 2))
-
-        @staticmethod
-        def backward(ctx, dy):
-            return 2 * dy.reshape(6), None
-
-    x = torch.arange(6.0, requires_grad=True)
-    y = Reshape.apply(x, False)
-    assert y.data_ptr() == storages[0]
-    y.relu_().sum().backward()
-    assert x.grad.tolist() == [0, 2, 2, 2, 2, 2]
-    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
-        Reshape.apply(x, True).relu_()
 
 
 def timeouts(rank):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.accumulators import AccumulationWindow
-from lightning_norm.layers.variance import unbiased
+from lightning_norm.layers.running_stats import is_usable
 from lightning_norm.normalizers.context.parameters import ContextParameters, pool_moments
 from lightning_norm.ops.moments import Moments
 
@@ -45,7 +45,7 @@ class ContextStatistics(ContextParameters):
             if not isinstance(self.accumulator, AccumulationWindow):
                 self.update_running_stats(contexts, frequency, total)
             else:
-                usable = self._usable(batch.mean, batch.var, total)
+                usable = is_usable(self, batch.mean, batch.var, total)
                 self.accumulator.add(batch.mean, batch.var, batch.count, usable)
         return contexts, pooled.mean.detach()
 
@@ -117,7 +117,7 @@ class ContextStatistics(ContextParameters):
             total: elements per channel in the batch.
             wanted: 0-dim; where it is false, there was no batch, and nothing counts as skipped.
         """
-        mean, var = m.mean, m.var * unbiased(m.count)
+        mean, var = m.mean, m.unbiased().var
         finite = torch.isfinite(mean + var).all() & torch.isfinite(frequency).all() & (total > 1)
         assert self.prior is not None
         assert self.num_batches_tracked is not None
