@@ -330,12 +330,12 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
     layout = layout_of(x, layer.num_features, layer.channel_dim, who)
     ranks = _ranks_of(layer)
     of_input = layer.training or not layer.track_running_stats
-    pooled = (
-        ranks is not None and layer.train_uses_batch_stats
-    )  # how many values there are in all is known only after pooling
+    by_more_samples = layer.statistic_size(2, layout.size) > 1
+    # How many samples there are in all is known only after pooling.
+    pooled = ranks is not None and layer.train_uses_batch_stats and by_more_samples
     if of_input and not pooled and layer.statistic_size(layout.n, layout.size) < 2:
         remedy = "Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
-        if not layer.train_uses_batch_stats:
+        if not by_more_samples:
             remedy = "Use larger feature maps, or leave this layer out of the swap: exclude=[its name]."
         raise ValueError(
             f"{who}: expected more than one value per statistic, got {layout.n} sample(s) of {layout.size} "
