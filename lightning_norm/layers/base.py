@@ -339,10 +339,8 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
     layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
     of_input = layer.training or not layer.track_running_stats
-    # Over ranks the number of values is known only after the statistics have met.
-    pooled = ranks is not None and layer.train_uses_batch_stats
-    if of_input and not pooled and layer.statistic_size(layout.n, layout.size) < 2:
-        raise ValueError(_too_few_values(layer, layout))
+    if of_input and layer.statistic_size(layout.n, layout.size) < 2:
+        _check_values(layer, layout, ranks)
     moments = None if of_input or layer.eval_uses_input_stats else layer.running()
     # The kernels move the running statistics themselves and know nothing of an accumulator.
     accumulates = layer.training and layer.accumulator is not None
@@ -351,11 +349,16 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
     return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))
 
 
-def _too_few_values(layer: MomentNorm, layout: Layout) -> str:
+def _check_values(layer: MomentNorm, layout: Layout, ranks: Ranks | None) -> None:
+    """Refuse an input with one value per statistic, unless other ranks may bring more."""
+    by_more_samples = layer.statistic_size(2, layout.size) > 1
+    # Over ranks the number of values is known only after the statistics have met.
+    if ranks is not None and layer.train_uses_batch_stats and by_more_samples:
+        return
     remedy = "Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
-    if not layer.train_uses_batch_stats:
+    if not by_more_samples:
         remedy = "Use larger feature maps, or leave this layer out of the swap: exclude=[its name]."
-    return (
+    raise ValueError(
         f"{type(layer).__name__}: expected more than one value per statistic, got {layout.n} sample(s) of "
         f"{layout.size} element(s) per channel. {remedy}"
     )

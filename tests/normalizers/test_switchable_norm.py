@@ -157,6 +157,13 @@ def test_without_a_second_element_instance_statistics_leave(shape, training):
     agrees(layer, reference, data(*shape))
 
 
+def test_where_no_further_sample_would_help_larger_maps_are_advised():
+    with pytest.raises(ValueError, match="Use larger feature maps"):
+        SwitchableNorm(6, choices=("in",))(data(5, 6, 1, 1).float())
+    with pytest.raises(ValueError, match="Use a larger batch"):
+        SwitchableNorm(6)(data(1, 6, 1, 1).float())
+
+
 def test_starts_at_equal_weights_and_adds_six_numbers():
     layer = SwitchableNorm(6)
     assert sum(p.numel() for p in layer.parameters()) == 2 * 6 + 6
