@@ -43,6 +43,7 @@ _PUBLIC = {
         "ParameterGrowthWarning",
         "SyncError",
         "SyncWarning",
+        "WriteError",
     ),
     "metrics": ("FeatureCondensation",),
     "normalizers": (

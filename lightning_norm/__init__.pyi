@@ -16,6 +16,7 @@ from lightning_norm.errors import OptimizerError as OptimizerError
 from lightning_norm.errors import ParameterGrowthWarning as ParameterGrowthWarning
 from lightning_norm.errors import SyncError as SyncError
 from lightning_norm.errors import SyncWarning as SyncWarning
+from lightning_norm.errors import WriteError as WriteError
 from lightning_norm.metrics import FeatureCondensation as FeatureCondensation
 from lightning_norm.normalizers import BNET as BNET
 from lightning_norm.normalizers import AdaptiveFusionNorm as AdaptiveFusionNorm

@@ -10,18 +10,18 @@ from typing import Any
 
 from lightning_norm.bench.contenders import PEERS
 from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
 
 def save(result: dict[str, Any], folder: Path) -> None:
     """Write ``bench.json``, ``bench.md`` and ``bench.png`` into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(result, indent=1))
+    write_whole(folder / "bench.json", json.dumps(result, indent=1))
     where = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v)
     shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
     tables = "\n\n".join(
         f"### {s}\n\n```text\n{table([r for r in result['rows'] if r['shape'] == s])}\n```" for s in shapes
     )
-    (folder / "bench.md").write_text(f"# Benchmark\n\n`{result['command']}`\n\n{where}\n\n{LEGEND}\n\n{tables}\n")
+    write_whole(folder / "bench.md", f"# Benchmark\n\n`{result['command']}`\n\n{where}\n\n{LEGEND}\n\n{tables}\n")
     plot(result["rows"], folder / "bench.png")
 
 
@@ -55,7 +55,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.suptitle(
         "time of forward + backward, nn.BatchNorm = 1 (eager orange, compiled blue; shorter is faster)", fontsize=11
     )
-    figure.savefig(path, dpi=110)
+    with writing_whole(path) as there:
+        figure.savefig(there, dpi=110)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_norm.callbacks.lightning_compat import CombinedLoader, TensorBoardLogger, pl
+from lightning_norm.callbacks.lightning_compat import CombinedLoader, TensorBoardLogger, is_instance, pl
 
 
 def starts_processes(trainer: pl.Trainer) -> bool:
@@ -21,7 +21,7 @@ def starts_processes(trainer: pl.Trainer) -> bool:
 
     ``_MultiProcessingLauncher``: strategies of both kinds are ``DDPStrategy``, and only the launcher tells.
     """
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    return is_instance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def synchronizes_batchnorm(trainer: pl.Trainer) -> bool:

@@ -16,6 +16,7 @@ from lightning_norm.callbacks.lightning_compat import (
     StochasticWeightAveraging,
     WeightAveraging,
     callbacks_of,
+    is_instance,
     is_overridden,
     isolate_rng,
     pl,
@@ -75,7 +76,7 @@ class NormRecalibrate(Callback):
         # Hooks are called in the order of the callbacks, so only those behind this one act after it.
         behind = callbacks[callbacks.index(self) :] if self in callbacks else []
         for callback in behind:
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            if is_instance(callback, WeightAveraging, StochasticWeightAveraging):
                 raise RuntimeError(
                     f"{type(callback).__name__} stands behind NormRecalibrate in the callbacks and would put its "
                     "weights in place after the statistics were estimated. Put NormRecalibrate last."
@@ -125,7 +126,7 @@ class NormRecalibrate(Callback):
 
     def _forward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[Any], Any]:
         # Without a forward the training_step is the only way through the network, if it does not also optimize.
-        has_forward = is_overridden("forward", pl_module, pl.LightningModule)
+        has_forward = is_overridden("forward", pl_module)
         if not has_forward and not pl_module.automatic_optimization:
             raise ValueError(
                 f"NormRecalibrate: {type(pl_module).__name__} has no forward, and its training_step optimizes by "

@@ -14,6 +14,7 @@ from lightning_norm.bench.clock import machine
 from lightning_norm.bench.shapes import bench_shape
 from lightning_norm.bench.tables import save, table
 from lightning_norm.normalizers import create, normalizers
+from lightning_norm.surgery.whole_files import write_whole
 
 SHAPES = "32x64x32x32,32x256x14x14,32x512x7x7,128x64"
 EPILOG = "example: lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json --save docs/benchmarks"
@@ -48,7 +49,7 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     command = " ".join(["lightning-norm bench", *argv])
     result = {"machine": machine(options.threads), "command": command, "rows": rows}
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1))
+        write_whole(options.json, json.dumps(result, indent=1))
     if options.save:
         save(result, Path(options.save))
     return rows

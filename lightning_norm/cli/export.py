@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.deploy import fold, to_plain
 from lightning_norm.surgery.manifest import load_weights, manifest_in, rebuild
 from lightning_norm.surgery.swap import swap
+from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
 EPILOG = """The options of fit build the model: --config FILE, --model.arch resnet34, ... What is swapped is read
 from the checkpoint, or else from the configuration: its section norm: {norm: sn}, or a NormSwap among the callbacks.
@@ -80,9 +82,16 @@ def write(model: torch.nn.Module, example: Tensor, out: str) -> None:
     dynamic = ({0: torch.export.Dim.AUTO},)
     with torch.no_grad():
         if out.endswith(".pt2"):
-            torch.export.save(torch.export.export(model, (example,), dynamic_shapes=dynamic), out)
+            program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
+            # Through memory: torch's own writer ends the process where the disk is full.
+            content = io.BytesIO()
+            torch.export.save(program, content)
+            write_whole(out, content.getvalue())
         else:
-            torch.onnx.export(model, (example,), out, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+            made = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+            assert made is not None  # it is, without a file and with dynamo
+            with writing_whole(out) as there:
+                made.save(there, external_data=True)
 
 
 def _example(model: pl.LightningModule, shape: str | None) -> Tensor:

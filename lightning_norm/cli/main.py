@@ -120,7 +120,7 @@ def _raised_by_this_package(error: BaseException | None) -> BaseException | None
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
         raised_here = frames and Path(frames[-1].filename).resolve().is_relative_to(package)
-        if raised_here and isinstance(error, (ValueError, TypeError, RuntimeError, ModuleNotFoundError)):
+        if raised_here and isinstance(error, (ValueError, TypeError, RuntimeError, ModuleNotFoundError, OSError)):
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +14,7 @@ from lightning_norm.cli.norm_cli import NormCLI
 from lightning_norm.demo.job import ImageClassifier
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import swap
+from lightning_norm.surgery.whole_files import write_whole
 
 HELP = """usage: lightning-norm plan --config FILE [options of fit] [--save PLAN]
 
@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> None:
         report = _dry_run(cli.model, callback)
         print(report)
         if save:
-            Path(save).write_text(report.to_yaml(), encoding="utf-8")
+            write_whole(save, report.to_yaml())
             print(f"written to {save}; apply it with NormSwap(plan={save!r})")
 
 

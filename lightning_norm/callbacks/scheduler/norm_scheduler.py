@@ -8,7 +8,13 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from lightning_norm.callbacks.lightning_compat import Callback, GradientAccumulationScheduler, callbacks_of, pl
+from lightning_norm.callbacks.lightning_compat import (
+    Callback,
+    GradientAccumulationScheduler,
+    callbacks_of,
+    is_instance,
+    pl,
+)
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.rank_checks import check_same_on_ranks
 from lightning_norm.callbacks.scheduler.scheduled_parameters import (
@@ -247,7 +253,7 @@ class NormScheduler(Callback):
 def steps_per_epoch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
     """Return the optimizer steps of each epoch, ``None`` where they are not known or not always the same."""
     batches = trainer.num_training_batches
-    changing = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks_of(trainer))
+    changing = any(is_instance(c, GradientAccumulationScheduler) for c in callbacks_of(trainer))
     reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
     # Each of these changes the number of steps between epochs, or hides it.
     if changing or reloaded or not pl_module.automatic_optimization or math.isinf(batches):

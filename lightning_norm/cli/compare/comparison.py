@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_norm.cli.compare.intervals import LEAST_SEEDS, Difference, compare_paired, half_width_ratio
-from lightning_norm.cli.compare.store import Record, write_whole
+from lightning_norm.cli.compare.store import Record
 from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, which colour-blind readers tell apart."""
@@ -264,7 +265,8 @@ class Report:
             axes.set_visible(False)
         seeds = max(len(self.of(label, p)) for label in self.labels for p in self.points)
         made.suptitle(f"{name}: mean over {seeds} seed{'s' if seeds > 1 else ''}, band: one standard deviation")
-        made.savefig(path)
+        with writing_whole(path) as there:
+            made.savefig(there)
 
     def _draw_sweep(self, key: str, path: Path) -> None:
         figure, canvas = matplotlib()
@@ -285,7 +287,8 @@ class Report:
         axes.set_xticks(range(len(values)), values)
         axes.set_title(f"{self.metric} (mean, bar: one standard deviation)", loc="left")
         _dress(axes, key)
-        made.savefig(path)
+        with writing_whole(path) as there:
+            made.savefig(there)
 
     def _page(self, pictures: Sequence[tuple[str, Path]]) -> str:
         heading, *lines = self.table()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from lightning_norm.surgery.whole_files import write_whole
 
 FORMAT = 1
 """Of the files; a reader of another format says so instead of guessing."""
@@ -77,18 +77,3 @@ class RunStore:
             yield True
         finally:
             lock.release()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name beside it, flush it to the disk, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # a full disk, or Ctrl-C: nothing half-written stays
-        Path(temporary).unlink(missing_ok=True)
-        raise
