@@ -124,8 +124,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         """
         check_zero_weight(self, source)
         values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
-        counters = self.counters if type(source) is type(self) else ()
-        for name in ("weight", "bias", *self.running_names, "num_batches_tracked", *counters):
+        for name in self._taken_names(source):
             new, old = getattr(self, name, None), getattr(source, name, None)
             if new is None or name in self.translated_tensors:
                 continue
@@ -138,6 +137,11 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             translation.take(self, source)
         restore_precision(self)  # a network built in bfloat16 holds its statistics in it
 
+    def _taken_names(self, source: nn.Module) -> tuple[str, ...]:
+        """Return the names of the tensors that are taken from a layer where both have them."""
+        counters = self.counters if type(source) is type(self) else ()
+        return ("weight", "bias", *self.running_names, "num_batches_tracked", *counters)
+
     def as_batch_norm(self) -> dict[str, Tensor]:
         """Return the values, (C,), of those of a BatchNorm's tensors that this class holds in another form."""
         return {}
@@ -147,8 +151,11 @@ class Normalizer(Loading, Evaluation, SwapRecord):
 
         A class with ``translated_tensors`` writes those values into the layer's own tensors, where they changed since.
         """
+        # What both have and the swap did not take, such as the importance weights of two SwitchableNorms or a scheduled
+        # value, is the source's as it was.
+        names = self._taken_names(source)
         for name, old in (*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)):
-            new = getattr(self, name, None)
+            new = getattr(self, name, None) if name in names else None
             if isinstance(new, Tensor) and name not in self.translated_tensors:
                 # A network built in bfloat16 gets its statistics back in it.
                 narrow = name in self.running_names and old.dtype.itemsize < 4

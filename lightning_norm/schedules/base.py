@@ -10,6 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+MANY_TIMES = 10_000
+"""Times at which a schedule that tells nothing of its shape is evaluated before a run, however long that is."""
+
 
 class Schedule(ABC):
     """Abstract: a value over time. ``time`` counts epochs or steps from 0, whichever the scheduler's interval says.
@@ -35,9 +38,16 @@ class Schedule(ABC):
         """Return times from 0 to ``last``, among them those of the smallest and the largest value.
 
         The scheduler looks there whether a schedule stays within the range of a hyper-parameter. Without knowledge of
-        the schedule they are all the whole numbers.
+        the schedule they are all the whole numbers, and in a run of more than 10 000 as many of them, evenly spread.
         """
-        return range(int(last) + 1) if math.isfinite(last) else (0,)
+        if math.isinf(last):
+            return (0,)
+        end = int(last)
+        return range(end + 1) if end < MANY_TIMES else {end * i // (MANY_TIMES - 1) for i in range(MANY_TIMES)}
+
+    def pieces(self, last: float, epoch: float = 1.0) -> Iterable[float]:
+        """Return the ends of the pieces on which it is monotone, up to ``last``; they may lie between whole numbers."""
+        return self.turns(last, epoch)
 
     def units(self) -> set[str]:
         """Return in which units its durations were written: "epochs", "steps", both or none."""
@@ -75,13 +85,13 @@ class Timed(Schedule):
     def __call__(self, time: float, epoch: float = 1.0) -> float:
         """Return the value at ``time``: the first value before 0, and the last one after the end."""
         length = self.length(epoch)
-        return self.at(min(max(time, 0.0), length), length)
+        return self.at(min(max(as_float(time), 0.0), length), length)
 
     def length(self, epoch: float = 1.0) -> float:
         """Return the duration in units of time."""
         if self.steps is not None:
             return self.steps
-        return math.inf if self.epochs is None else self.epochs * epoch
+        return math.inf if self.epochs is None else self.epochs * as_float(epoch)
 
     def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
         """Return both ends: it is monotone."""
@@ -103,5 +113,17 @@ class Timed(Schedule):
 
 
 def is_number(value: object) -> bool:
-    """Tell whether it is a finite number, and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Tell whether it is a finite number within the range of a float, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(as_float(value))
+
+
+def as_float(number: float) -> float:
+    """Return a number as a float, infinite beyond the range of those.
+
+    >>> as_float(10**400)
+    inf
+    """
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf

@@ -56,18 +56,24 @@ class Chain(Schedule):
         """Return the sum of the lengths."""
         return sum(part.length(epoch) for part in self.schedules)
 
-    def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
-        """Return the turns of all, and the whole numbers around each: an end may lie between two steps."""
+    def pieces(self, last: float, epoch: float = 1.0) -> Iterable[float]:
+        """Return the pieces of all, one after the other."""
         start, times = 0.0, {0.0}
         for part in self.schedules:
             if start > last:
                 break
             length = part.length(epoch)
-            times |= {start, *(start + t for t in part.turns(min(last - start, length), epoch))}
+            times |= {start, *(start + t for t in part.pieces(min(last - start, length), epoch))}
             start += length
-        # Training asks at whole numbers alone, and a schedule may end between two of them.
-        whole = {n for t in times for n in ((t,) if math.isinf(t) else (math.ceil(t) - 1, math.floor(t), math.ceil(t)))}
-        return [t for t in whole if 0 <= t <= last]
+        return times
+
+    def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
+        """Return the whole numbers around the ends of all pieces: a piece may end between two steps."""
+        # Rounded here, once, and not in the parts, whose whole numbers are no whole numbers of the chain. One more to
+        # each side, for the lengths are added here and subtracted from the time of a call, which rounds differently.
+        times = self.pieces(last, epoch)
+        whole = {math.floor(t) + i for t in times if math.isfinite(t) for i in (-1, 0, 1, 2)}
+        return [t for t in whole if 0 <= t <= last] + [t for t in (last,) if math.isinf(t)]
 
     def units(self) -> set[str]:
         """Return the units of all."""
@@ -118,6 +124,10 @@ class Warmup(Schedule):
     def length(self, epoch: float = 1.0) -> float:
         """Return the length of both."""
         return self.chain().length(epoch)
+
+    def pieces(self, last: float, epoch: float = 1.0) -> Iterable[float]:
+        """Return the pieces of both."""
+        return self.chain().pieces(last, epoch)
 
     def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
         """Return the turns of both."""

@@ -61,7 +61,7 @@ class Linear(Timed):
 
     def at(self, time: float, length: float) -> float:
         """Return the value on the line."""
-        return _between(self.start, self.end, time / length)
+        return _between(self.start, self.end, _part(time, length))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Cosine(Timed):
 
     def at(self, time: float, length: float) -> float:
         """Return the value on the cosine."""
-        return _between(self.start, self.end, (1 - math.cos(math.pi * (time / length))) / 2)
+        return _between(self.start, self.end, (1 - math.cos(math.pi * _part(time, length))) / 2)
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,10 @@ class Steps(Timed):
     def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
         """Return the keys."""
         return [key for key in self.values if key <= last]
+
+
+def _part(time: float, length: float) -> float:
+    return 1.0 if time >= length else time / length  # both may be infinite
 
 
 def _between(start: float, end: float, fraction: float) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -185,6 +187,25 @@ def device_and_dtype(layer: nn.Module) -> tuple[torch.device | None, torch.dtype
     weights = weights or [t for n, t in buffers if n.startswith("running")]
     tensors = [*weights, *(t for _, t in buffers)]
     return tensors[0].device if tensors else None, weights[0].dtype if weights else None
+
+
+@contextlib.contextmanager
+def unchanged_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """If the block raises, put back attributes, tensors and values of these modules as they were before it."""
+    before = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
+    tensors = {t for _, _, parameters, buffers in before for t in (*parameters.values(), *buffers.values())}
+    values = [(t, t.data, t.detach().clone()) for t in tensors if t is not None]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, parameters, buffers in before:
+            vars(module).clear()
+            vars(module).update({**attributes, "_parameters": parameters, "_buffers": buffers})
+        for tensor, storage, value in values:
+            # A tensor may have been given another storage, as by `to`, or have been written to.
+            storage.copy_(value)
+            tensor.data = storage
+        raise
 
 
 def restore_original(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.surgery.convert import device_and_dtype, restore_original
+from lightning_norm.surgery.convert import device_and_dtype, restore_original, unchanged_on_error
 from lightning_norm.surgery.select import ModuleSlot
 from lightning_norm.surgery.text_tables import aligned
 
@@ -157,8 +157,10 @@ class SwapReport:
                         f"cannot undo: {slot.name} holds {type(now).__name__} and no longer the "
                         f"{type(layer).__name__} of this swap. Undo later swaps first."
                     )
-        for slot, layer in self._undo:
-            restore_original(layer, slot.module, slot.device_and_dtype)
+        with unchanged_on_error([module for slot, layer in self._undo for module in (slot.module, layer)]):
+            for slot, layer in self._undo:
+                restore_original(layer, slot.module, slot.device_and_dtype)
+        for slot, _ in self._undo:
             slot.fill(slot.module)
         self._undo = []
 

@@ -23,6 +23,7 @@ from lightning_norm.callbacks.scheduler.scheduled_parameters import (
     check_value,
     find_scheduled_parameters,
     split_key,
+    value_at,
 )
 from lightning_norm.layers.scheduled import set_scheduled, was_scheduled
 from lightning_norm.schedules.base import Schedule
@@ -215,7 +216,7 @@ class NormScheduler(Callback):
         for p in parameters:
             key = id(p.schedule)
             if key not in values:
-                values[key] = p.schedule(time, self._epoch_length())
+                values[key] = value_at(p, time, self._epoch_length())
             # Writing into a layer's tensor costs a launch per layer and step on a GPU, so only changes are written.
             if getattr(p.layer, p.argument) != values[key] or not was_scheduled(p.layer, p.argument):
                 check_value(p, time, values[key], self.interval)

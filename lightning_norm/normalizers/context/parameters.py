@@ -134,14 +134,15 @@ class ContextParameters(MomentNorm):
         """Give the source what is not translated, and of a tensor whose rows changed their average over contexts."""
         super().return_to(source)
         averages: dict[str, Tensor] = {}
-        for name in self.translated_tensors:
+        per_context = isinstance(source, ContextParameters)
+        for name in (*self.translated_tensors, "prior") if per_context else self.translated_tensors:
             ours, theirs = getattr(self, name), getattr(source, name, None)
             # What did not change is left alone: an average of equal rows would still round.
             if ours is None or theirs is None or ours.is_meta or torch.equal(ours, theirs.to(ours).expand_as(ours)):
                 continue
-            averages = averages or self.as_batch_norm()
+            averages = averages or ({} if per_context else self.as_batch_norm())
             with torch.no_grad():
-                theirs.copy_(ours if isinstance(source, ContextParameters) else averages[name])
+                theirs.copy_(ours if per_context else averages[name])
 
     def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
         of_batch_norm = False
