@@ -534,7 +534,7 @@ def measure(
     report = lightning_norm.swap(network, row.norm, source=source)
     row.candidates, row.swapped = report.candidates, len(report)
     row.left = left_alone(network)
-    row.preserves_eval = sum(layer.preserved for layer in report.layers)
+    row.preserved = sum(layer.preserved for layer in report.layers)
     if not report.layers:
         return [kind for _, kind, _ in report.skipped]
     result, wanted, row.silent = compare(original, network, report, x)
