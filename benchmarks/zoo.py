@@ -534,11 +534,11 @@ def measure(
     report = lightning_norm.swap(network, row.norm, source=source)
     row.candidates, row.swapped = report.candidates, len(report)
     row.left = left_alone(network)
-    row.preserved = sum(layer.preserved for layer in report.layers)
+    row.preserved = sum(layer.preserves_eval for layer in report.layers)
     if not report.layers:
         return [kind for _, kind, _ in report.skipped]
     result, wanted, row.silent = compare(original, network, report, x)
-    if row.preserves_eval == row.swapped:
+    if row.preserved == row.swapped:
         row.parity = difference(result, wanted)
         if row.parity > TOLERANCE and not row.silent:
             row.silent = [f"the model differs by {row.parity:.1g}"]
@@ -669,7 +669,7 @@ def table_line(r: Row) -> str:
     silent = f"**{len(r.silent)}**: {r.silent[0]}" if r.silent else "0"
     parity = "" if r.parity is None else f"{r.parity:.0e}"
     values = [r.library, r.family, r.model, f"{r.parameters / 1e6:.1f}", r.size, r.candidates, r.swapped, left]
-    values += [r.preserves_eval, silent, parity, r.step, r.undo, r.export, f"{r.seconds:.0f}"]
+    values += [r.preserved, silent, parity, r.step, r.undo, r.export, f"{r.seconds:.0f}"]
     return "| " + " | ".join(cell(str(v)) for v in values) + " |"
 
 
