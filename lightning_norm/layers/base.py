@@ -235,11 +235,14 @@ class MomentNorm(Normalizer):
         self.momentum = momentum
         self.reset_parameters()
 
-    def _add_parameters(self, options: Mapping[str, Any], **shapes: tuple[int, ...]) -> None:
-        """Register parameters of these shapes at their ``start_values``, where and in which dtype ``options`` say."""
+    def _add_parameters(self, options: Mapping[str, Any], **shapes: tuple[int, ...] | None) -> None:
+        """Register parameters of these shapes at their ``start_values``, where and in which dtype ``options`` say.
+
+        One without a shape is registered as ``None``, which torch's layers do with a bias that they do not have.
+        """
+        where = {"device": options.get("device"), "dtype": options.get("dtype")}
         for name, shape in shapes.items():
-            empty = torch.empty(shape, device=options.get("device"), dtype=options.get("dtype"))
-            self.register_parameter(name, nn.Parameter(empty))
+            self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **where)))
         self.reset_parameters()
 
     def algebra(self, m: Moments) -> Affine:

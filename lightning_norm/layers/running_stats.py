@@ -72,7 +72,7 @@ class RunningStats(nn.Module):
 
     def running(self) -> Moments:
         """Return the running statistics as (1, C) moments; a running standard deviation as a variance."""
-        mean, var = (getattr(self, name).unsqueeze(0) for name in self.running_names)
+        mean, var = running_buffers(self)
         return Moments(mean, to_var(var, self.eps) if self.running_names[1] == "running_std" else var, 1)
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
@@ -102,6 +102,12 @@ class RunningStats(nn.Module):
             if old is not None and new is not None and new.dtype != at_least_float32(new.dtype):
                 setattr(self, name, old.to(new.device, at_least_float32(old.dtype)))
         return self
+
+
+def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
+    """Return the running mean, and the running variance or standard deviation, as (1, C) views of the buffers."""
+    mean, var = (layer.get_buffer(name).unsqueeze(0) for name in layer.running_names)
+    return mean, var
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import per_channel_spec
-from lightning_norm.layers.running_stats import is_usable, write
+from lightning_norm.layers.running_stats import is_usable, running_buffers, write
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops.compiled import snapshot
@@ -104,6 +104,37 @@ class DiminishingBatchNorm(MomentNorm):
         scale = 1 / (std_or_var + self.eps) if self.average == "std" else (std_or_var + self.eps).rsqrt()
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
 
+    def _statistics(self, m: Moments) -> tuple[Tensor, Tensor]:
+        """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
+        if self.track_running_stats and not self.training:
+            return running_buffers(self)
+        batch = m.over_batch()
+        mean, std_or_var = batch.mean, batch.var
+        if self.average == "std":
+            # The root of 0 has an infinite slope, and a channel that is constant must not get a gradient of NaN.
+            std_or_var = std_or_var.clamp_min(TINY).sqrt()
+        if not self.track_running_stats:
+            return mean, std_or_var
+        if self.stat_grad == "none":
+            mean, std_or_var = mean.detach(), std_or_var.detach()
+        steps = self._steps()
+        # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
+        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *running_buffers(self))
+        batch_values = (mean, std_or_var)
+        mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)]
+        self._move_average(mixed, batch_values, steps, is_usable(self, mean, batch.var, batch.count))
+        return mixed[0], mixed[1]
+
+    def _steps(self) -> Tensor:
+        """Return m of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
+        return self.updates + 1 + ((self.updates == 0) & (running_buffers(self)[0] != 0).any())
+
+    def _alpha_at(self, steps: Tensor) -> Tensor:
+        """Return alpha(m) of the equation above, 0-dim."""
+        alpha = self.scheduled("alpha")
+        assert alpha is not None
+        return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
+
     def fused_spec(self, layout: Layout) -> PerChannelSpec:
         """Return the same equations for the kernels."""
         frozen = self.track_running_stats and not self.training
@@ -114,26 +145,6 @@ class DiminishingBatchNorm(MomentNorm):
         spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
         return replace(spec, counters=(self.updates, self.gap), rate=self.scheduled("alpha"))
 
-    def _statistics(self, m: Moments) -> tuple[Tensor, Tensor]:
-        """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
-        if self.track_running_stats and not self.training:
-            return self._running()
-        batch = m.over_batch()
-        mean, std_or_var = batch.mean, batch.var
-        if self.average == "std":
-            std_or_var = std_or_var.clamp_min(TINY).sqrt()  # the clamp cuts the infinite slope of the root at 0
-        if not self.track_running_stats:
-            return mean, std_or_var
-        if self.stat_grad == "none":
-            mean, std_or_var = mean.detach(), std_or_var.detach()
-        steps = self._steps()
-        # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
-        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *self._running())
-        batch_values = (mean, std_or_var)
-        mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)]
-        self._move_average(mixed, batch_values, steps, is_usable(self, mean, batch.var, batch.count))
-        return mixed[0], mixed[1]
-
     @torch.no_grad()
     def _move_average(self, mixed: list[Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor) -> None:
         """Write the moved statistics, and how far the batch lay from them, unless it has a NaN or an infinity."""
@@ -143,21 +154,6 @@ class DiminishingBatchNorm(MomentNorm):
         for name, new in zip((*self.running_names, "updates", "gap"), news, strict=True):
             write(getattr(self, name), new, usable)
         self.get_buffer("num_batches_tracked").add_(usable)
-
-    def _running(self) -> tuple[Tensor, Tensor]:
-        """Return the running mean, and the running standard deviation or variance, each (1, C)."""
-        mean, std_or_var = (getattr(self, name).unsqueeze(0) for name in self.running_names)
-        return mean, std_or_var
-
-    def _steps(self) -> Tensor:
-        """Return m of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
-        return self.updates + 1 + ((self.updates == 0) & (self._running()[0] != 0).any())
-
-    def _alpha_at(self, steps: Tensor) -> Tensor:
-        """Return alpha(m) of the equation above, 0-dim."""
-        alpha = self.scheduled("alpha")
-        assert alpha is not None
-        return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
 
     @property
     def running_names(self) -> tuple[str, str]:

@@ -90,18 +90,16 @@ class EncoderDecoderNorm(MomentNorm):
         self.std_ratio, self.rescale_ratio, self.rescale_gate = std_ratio, rescale_ratio, rescale_gate
         self.gate_init, self.rescale_init = float(gate_init), float(rescale_init)
         super().__init__(num_features, **options)
-        tensor_options = {"device": options.get("device"), "dtype": options.get("dtype")}
+        layers: dict[str, tuple[int, ...]] = {}
         for encoder, ratio in (("std", std_ratio), ("rescale", rescale_ratio)):
             hidden = max(1, num_features // ratio)
             shapes = {f"{encoder}_encoder": (hidden, num_features)}
             shapes |= {f"{decoder}_decoder": (num_features, hidden) for decoder in DECODERS[encoder]}
             for name, shape in shapes.items():
-                self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(shape, **tensor_options)))
-                self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape[0], **tensor_options)))
-        for name in GATES:
-            learned = rescale_gate or name in ("lambda_mu", "lambda_sigma")
-            self.register_parameter(name, nn.Parameter(torch.empty(1, **tensor_options)) if learned else None)
-        self.reset_parameters()
+                layers[f"{name}_weight"], layers[f"{name}_bias"] = shape, shape[:1]
+        rescale_shape = (1,) if rescale_gate else None
+        gates = dict(zip(GATES, ((1,), (1,), rescale_shape, rescale_shape), strict=True))
+        self._add_parameters(options, **layers, **gates)
 
     def recode(self, s: Moments, m: Moments) -> Affine:
         """Return the affine map of the equation above, written around the mean of x, where no digit is lost.
@@ -165,16 +163,16 @@ class EncoderDecoderNorm(MomentNorm):
         return shown
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, the gates to their starts and the encoder-decoders as nn.Linear does."""
+        """Set weight to 1, bias to 0, the gates to their starts and the linear layers as nn.Linear does."""
         super().reset_parameters()
         for weight, bias in self.linear_parameters():
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             bound = weight.shape[1] ** -0.5
             nn.init.uniform_(bias, -bound, bound)
-        for name, start in zip(GATES, (self.gate_init,) * 2 + (self.rescale_init,) * 2, strict=True):
-            gate = getattr(self, name, None)  # not there yet while the base class is being constructed
-            if gate is not None:
-                nn.init.constant_(gate, start)
+
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return the starts of the gates."""
+        return dict(zip(GATES, (self.gate_init,) * 2 + (self.rescale_init,) * 2, strict=True))
 
     def linear_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Yield weight and bias of each linear layer, an encoder before its two decoders."""

@@ -72,17 +72,11 @@ class RepresentativeBatchNorm(MomentNorm):
         who, known = type(self).__name__, tuple(self.rectifications)
         if isinstance(rectify, str) or set(rectify) - set(known):
             raise ValueError(f"{who}: rectify must be a list out of {known}, got {rectify!r}.")
-        if gate_init not in ("unit", "paper"):
-            raise ValueError(f"{who}: gate_init must be 'unit' or 'paper', got {gate_init!r}.")
         # In the order of the table, whatever order was typed: repr, checkpoints and graphs are then the same.
         self.rectify, self.gate_init = tuple(k for k in known if k in rectify), gate_init
         super().__init__(num_features, **options)
-        device, dtype = options.get("device"), options.get("dtype")
         for part, starts in self.rectifications.items():
-            for name in starts:
-                value = torch.empty(num_features, device=device, dtype=dtype) if part in self.rectify else None
-                self.register_parameter(name, None if value is None else nn.Parameter(value))
-        self.reset_parameters()
+            self._add_parameters(options, **dict.fromkeys(starts, (num_features,) if part in self.rectify else None))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
@@ -147,11 +141,6 @@ class RepresentativeBatchNorm(MomentNorm):
         gates = {f"gate_{part}": self._gate(part).mean() for part in self.rectify if part != "center"}
         return {**weights, **gates}
 
-    def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0 and the rectifications to their starting values."""
-        super().reset_parameters()
-        for starts in self.rectifications.values():
-            for name, start in starts.items():
-                parameter = getattr(self, name, None)  # not there yet while the base class is being constructed
-                if parameter is not None:
-                    nn.init.constant_(parameter, start)
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return the starting values of the rectifications."""
+        return {name: start for starts in self.rectifications.values() for name, start in starts.items()}

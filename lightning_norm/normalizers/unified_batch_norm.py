@@ -115,10 +115,6 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
         **options: Any,
     ) -> None:
-        if mode not in ("switch", "gate"):
-            raise ValueError(f"UnifiedBatchNorm: mode must be 'switch' or 'gate', got {mode!r}.")
-        if condensed_grad not in ("renorm", "detach"):
-            raise ValueError(f"UnifiedBatchNorm: condensed_grad must be 'detach' or 'renorm', got {condensed_grad!r}.")
         for name, value, least in (("min_updates", min_updates, 0), ("max_skip", max_skip, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"UnifiedBatchNorm: {name} must be an int >= {least}, got {value!r}.")

@@ -28,7 +28,7 @@ def sparsemax(z: Tensor) -> Tensor:
     return (z - tau).clamp_min(0)
 
 
-def sparsestmax(z: Tensor, radius: Tensor | float) -> Tensor:
+def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
     r"""Move sparsemax(z) away from the centre of its face, to ``radius`` at least.
 
     With p the sparsemax and u the uniform point on its support: p itself where ``|p - u| >= radius``, otherwise ``u +
@@ -49,6 +49,8 @@ def sparsestmax(z: Tensor, radius: Tensor | float) -> Tensor:
     tensor([1., 0., 0.])
     """
     p = sparsemax(z)
+    if radius is None:
+        return p
     square = torch.as_tensor(radius, dtype=z.dtype, device=z.device).square()
     support = p > 0
     centre = support.to(z.dtype) / support.sum()

@@ -22,12 +22,6 @@ from lightning_norm.ops.moments import Affine, Moments
 MAX_FUSED_CONTEXTS = 16
 """Contexts that a kernel holds at once."""
 
-SOURCES = ("input", "ids", "gate")
-"""Where the responsibilities come from."""
-
-MISSING = ("pooled", "posterior", "error")
-"""What evaluation does where there are none."""
-
 
 class ContextNorm(ContextStatistics):
     r"""Normalize each sample by the statistics of its context, or by a mixture of contexts.
@@ -87,9 +81,6 @@ class ContextNorm(ContextStatistics):
         min_count: int = 16,
         **options: Any,
     ) -> None:
-        for name, value, allowed in (("context", context, SOURCES), ("missing", missing, MISSING)):
-            if value not in allowed:
-                raise ValueError(f"ContextNorm: {name} must be one of {allowed}, got {value!r}.")
         if not min_count >= 1:
             raise ValueError(f"ContextNorm: min_count must be at least 1, got {min_count!r}.")
         self.context, self.missing, self.prior_scale, self.min_count = context, missing, prior_scale, min_count
