@@ -83,11 +83,14 @@ class DiminishingBatchNorm(MomentNorm):
     ) -> None:
         if power is not None and not 0 < power < math.inf:
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
+        # Before the base class, which names the buffers by ``average``.
         self.average, self.stat_grad = average, stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype}
         super().__init__(num_features, momentum=None, **options)
+        # Not saved: it describes the last batch, and a resumed run does not continue from it.
         self.register_buffer("gap", torch.zeros(2, device=device) if track_running_stats else None, persistent=False)
+        # In this order, for with a power no alpha can be set.
         self.alpha = alpha
         self.power = None if power is None else float(power)
 
@@ -121,12 +124,15 @@ class DiminishingBatchNorm(MomentNorm):
         # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
         alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *running_buffers(self))
         batch_values = (mean, std_or_var)
+        # The old statistics are constants, so the gradient passes through the new batch's part alone.
         mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)]
+        # After the mixture was taken, which needs the buffers as they were.
         self._move_average(mixed, batch_values, steps, is_usable(self, mean, batch.var, batch.count))
         return mixed[0], mixed[1]
 
     def _steps(self) -> Tensor:
         """Return m of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
+        # A mean of exactly 0 in every channel is what a new layer has, and hardly what training leaves.
         return self.updates + 1 + ((self.updates == 0) & (running_buffers(self)[0] != 0).any())
 
     def _alpha_at(self, steps: Tensor) -> Tensor:
@@ -141,6 +147,7 @@ class DiminishingBatchNorm(MomentNorm):
         flags: dict[str, Any] = {"needs_moments": not frozen, "std": self.average == "std"}
         if not self.track_running_stats or frozen:
             return per_channel_spec(self, {}, **flags)
+        # Here the kernels move the statistics before they normalize, and by alpha in place of momentum.
         flags |= {"blend": True, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
         spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
         return replace(spec, counters=(self.updates, self.gap), rate=self.scheduled("alpha"))
@@ -148,6 +155,7 @@ class DiminishingBatchNorm(MomentNorm):
     @torch.no_grad()
     def _move_average(self, mixed: list[Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor) -> None:
         """Write the moved statistics, and how far the batch lay from them, unless it has a NaN or an infinity."""
+        # The gap is measured in standard deviations, whichever of the two is stored.
         was, now = ((s if self.average == "std" else s.sqrt()) for s in (mixed[1], batch[1]))
         gap = torch.stack([batch[0] - mixed[0], now - was]).abs() / (was + self.eps)
         news = [*mixed, steps, gap.flatten(1).mean(1)]
@@ -175,5 +183,6 @@ class DiminishingBatchNorm(MomentNorm):
         """Return alpha of the last batch, and how far its mean and std lay from the running ones, in running stds."""
         if not self.track_running_stats:
             return {}
+        # A copy, for the monitor keeps the value and the schedule overwrites the tensor.
         alpha = self._alpha_at(self.updates.clamp_min(1)).clone()
         return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}

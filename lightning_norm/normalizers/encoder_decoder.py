@@ -92,6 +92,7 @@ class EncoderDecoderNorm(MomentNorm):
         super().__init__(num_features, **options)
         layers: dict[str, tuple[int, ...]] = {}
         for encoder, ratio in (("std", std_ratio), ("rescale", rescale_ratio)):
+            # Narrow layers, as the first one of a network, still have a unit to code with.
             hidden = max(1, num_features // ratio)
             shapes = {f"{encoder}_encoder": (hidden, num_features)}
             shapes |= {f"{decoder}_decoder": (num_features, hidden) for decoder in DECODERS[encoder]}
@@ -120,16 +121,21 @@ class EncoderDecoderNorm(MomentNorm):
             beta = self._parameter("lambda_beta", wide) * beta
             gamma = self._parameter("lambda_gamma", wide) * gamma
         bias, weight = (0.0, 1.0) if self.bias is None or self.weight is None else (self.bias, self.weight)
-        centered_mean = self._parameter("lambda_mu", wide).sigmoid() * (s.mean - mu)  # mean of x minus the adapted m
+        # The mean of x minus the adapted m: two near numbers are subtracted before anything is multiplied by their
+        # rounding.
+        centered_mean = self._parameter("lambda_mu", wide).sigmoid() * (s.mean - mu)
         if s is not m:
+            # The two differences are small, so that their sum rounds less than one of the means would.
             centered_mean = (m.mean - s.mean) + centered_mean
         d = std + self._parameter("lambda_sigma", wide).sigmoid() * (sigma.relu() - std)
-        scale = (weight + gamma) / d.clamp_min(math.sqrt(self.eps))  # the least that std can be
+        # An adapted deviation may come near 0, and sqrt(eps) is the least that a measured one can be.
+        scale = (weight + gamma) / d.clamp_min(math.sqrt(self.eps))
         return Affine(m.mean, scale, scale * centered_mean + (bias + beta))
 
     def fused_spec(self, layout: Layout) -> EncoderDecoderSpec | None:
         """Return the same equations for the kernels, if encoders and decoders have one dtype. AFN and ASR opt in."""
         coders = tuple(p for pair in self.linear_parameters() for p in pair)
+        # The kernels read all weights as one dtype; mixed ones are rare, and PyTorch takes them.
         if len({p.dtype for p in coders}) > 1:
             return None
         gates = tuple(self._parameters[f"lambda_{name}"] for name in ("mu", "sigma", "beta", "gamma"))
@@ -157,6 +163,7 @@ class EncoderDecoderNorm(MomentNorm):
         for name in GATES:
             parameter = getattr(self, name)
             if parameter is not None:
+                # A copy, for the monitor keeps it while training goes on.
                 value = parameter.detach().squeeze().to(at_least_float32(parameter.dtype), copy=True)
                 bounded = name in ("lambda_mu", "lambda_sigma")
                 shown[name.replace("lambda", "gate")] = value.sigmoid() if bounded else value
@@ -177,6 +184,8 @@ class EncoderDecoderNorm(MomentNorm):
     def linear_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Yield weight and bias of each linear layer, an encoder before its two decoders."""
         for name, weight in self.named_parameters(remove_duplicate=False):
+            # Encoders and decoders by their names, so that the order of registration is the order of the kernels'
+            # arguments.
             if name.endswith("coder_weight"):
                 yield weight, getattr(self, name.replace("weight", "bias"))
 
@@ -197,6 +206,7 @@ class EncoderDecoderNorm(MomentNorm):
         # AFN and ASR-Norm have the same parameters: without this, each would load the other's checkpoint in silence.
         if prefix + "std_encoder_weight" in state_dict:
             tracked = prefix + "running_mean" in state_dict
+            # Running statistics are what tells the two methods' files apart.
             if tracked != self.track_running_stats:
                 kinds = ("ASRNorm, or of AdaptiveFusionNorm with track_running_stats=False", "AdaptiveFusionNorm")
                 raise RuntimeError(

@@ -84,6 +84,7 @@ class RepresentativeBatchNorm(MomentNorm):
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec:
         """Return the same equations for the kernels."""
+        # A rectification with a bias is a gate; centering has a weight alone.
         gated = {part: starts for part, starts in self.rectifications.items() if len(starts) == 2}
         unit = {f"unit_{part}": 1 + math.exp(-list(starts.values())[-1]) for part, starts in gated.items()}
         numbers = unit if self.gate_init == "unit" else {}
@@ -99,10 +100,12 @@ class RepresentativeBatchNorm(MomentNorm):
                 that is added to x_s.
         """
         w_m = self.center_weight
-        k_c = m.mean if w_m is None else torch.addcmul(m.mean, m.mean, w_m.to(m.mean.dtype))  # K(x_c) = (1 + w_m) K(x)
+        # K(x_c) = (1 + w_m) K(x), since the mean of w_m K(x) over positions is itself.
+        k_c = m.mean if w_m is None else torch.addcmul(m.mean, m.mean, w_m.to(m.mean.dtype))
         batch, offset = statistics(Moments(k_c, m.var, m.count, m.ranks).over_batch())
         scale = (batch.var.to(m.mean.dtype) + self.eps).rsqrt()
-        k_s = scale * (k_c - batch.mean).to(scale.dtype)  # K(x_s)
+        # K(x_s) follows from K(x_c) without a pass over x, because standardization is affine.
+        k_s = scale * (k_c - batch.mean).to(scale.dtype)
         if offset is not None:
             k_s = k_s + offset.to(scale.dtype)
         # x_s = scale * (x - K(x)) + K(x_s), so both factors of the rest of the equation act on scale and K(x_s).
@@ -122,10 +125,12 @@ class RepresentativeBatchNorm(MomentNorm):
         """Return sigmoid(w * k + b), at k = 0 without ``k``; over its starting value with ``gate_init="unit"``."""
         w, b = (getattr(self, name) for name in self.rectifications[part])
         k = b.new_zeros(()) if k is None else k
-        wide = stat_dtype(k)  # sigmoid(-100) is as far off, relative, as its argument, absolute
+        # sigmoid(-100) is as far off, relative, as its argument, absolute.
+        wide = stat_dtype(k)
         gate = torch.addcmul(b.to(wide), k.to(wide), w.to(wide)).sigmoid()
         if self.gate_init == "unit":
-            _, bias = self.rectifications[part].values()  # the starting weight is 0: the gate starts at sigmoid(bias)
+            # The starting weight is 0, so every gate starts at the sigmoid of its starting bias.
+            _, bias = self.rectifications[part].values()
             gate = gate * (1 + math.exp(-bias))
         return gate.to(k.dtype)
 

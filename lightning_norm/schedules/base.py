@@ -37,6 +37,7 @@ class Schedule(ABC):
         The scheduler looks there whether a schedule stays within the range of a hyper-parameter. Without knowledge of
         the schedule they are all the whole numbers.
         """
+        # Training without an end has no last time; its schedules are checked when they are asked for.
         return range(int(last) + 1) if math.isfinite(last) else (0,)
 
     def units(self) -> set[str]:
@@ -63,6 +64,7 @@ class Timed(Schedule):
         name = type(self).__name__
         for unit in ("epochs", "steps"):
             duration = getattr(self, unit)
+            # NaN and infinity are floats as well, and would divide a formula to nothing.
             if duration is not None and not (is_number(duration) and duration > 0):
                 raise ValueError(f"{name}: {unit} must be a number > 0, got {duration!r}.")
         if self.epochs is not None and self.steps is not None:
@@ -75,6 +77,7 @@ class Timed(Schedule):
     def __call__(self, time: float, epoch: float = 1.0) -> float:
         """Return the value at ``time``: the first value before 0, and the last one after the end."""
         length = self.length(epoch)
+        # Clamped here, so that a formula need not say what happens before and after.
         return self.at(min(max(time, 0.0), length), length)
 
     def length(self, epoch: float = 1.0) -> float:
@@ -97,6 +100,7 @@ class Timed(Schedule):
                 raise ValueError(f"{type(self).__name__}: {name} must be a number, got {getattr(self, name)!r}.")
 
     def _needs_end(self) -> None:
+        # Of the base class, for a subclass may add units and still has no duration.
         if not Timed.units(self):
             name = type(self).__name__
             raise ValueError(f"{name} needs its duration: {name}(..., epochs=10), or steps=1000 with interval='step'.")
@@ -104,4 +108,5 @@ class Timed(Schedule):
 
 def is_number(value: object) -> bool:
     """Tell whether it is a finite number, and not a bool."""
+    # ``True`` is an int in Python and a slip of the pen in a schedule.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
