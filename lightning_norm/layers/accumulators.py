@@ -21,10 +21,12 @@ def merge(
     """
     (count, mean, var), (new_count, new_mean, new_var) = old, new
     total = count + new_count
+    # A set without elements has the fraction 0, and 0 / 0 would be NaN.
     fraction = new_count / total.clamp_min(1)
     difference = new_mean - mean
     merged = var + fraction * (new_var - var)
     if between:
+        # Chan's term: two sets about different means vary more together than each by itself.
         merged = merged + fraction * (1 - fraction) * difference.square()
     return total, mean + fraction * difference, merged
 
@@ -52,9 +54,11 @@ class AccumulationWindow:
     @torch.no_grad()
     def add(self, mean: Tensor, var: Tensor, count: int | Tensor, usable: Tensor) -> None:
         """Merge (K, C) moments of ``count`` elements if a 0-dim ``usable`` is true."""
+        # The window is a sum over batches, and must not keep the graphs of all of them alive.
         m, v = (t.detach().to(self.mean.dtype).reshape(self.mean.shape) for t in (mean, var))
         n = torch.as_tensor(count, device=m.device).detach().to(m.dtype).expand_as(self.count)
         for old, new in zip(self.tensors(), merge(self.tensors(), (n, m, v), self.between), strict=True):
+            # In place, so that a compiled graph finds the same tensors, and without reading a value back from a GPU.
             old.copy_(torch.where(usable, new, old))
 
     def moments(self) -> Moments:
@@ -77,6 +81,7 @@ class StatisticsAccumulator:
 
     def __init__(self, shape: tuple[int, int], between: bool = True) -> None:
         self.between = between
+        # On the CPU, so that the result does not depend on the device, and so that MPS has float64, too.
         self.count = torch.zeros(shape[0], 1, dtype=torch.float64)
         self.mean = torch.zeros(shape, dtype=torch.float64)
         self.var = torch.zeros(shape, dtype=torch.float64)
@@ -87,6 +92,7 @@ class StatisticsAccumulator:
         """Merge (K, C) moments of ``count`` elements; those with a NaN or an infinity are counted and left out."""
         m, v = (t.detach().cpu().double().reshape(self.mean.shape) for t in (mean, var))
         n = torch.as_tensor(count).detach().cpu().double().expand_as(self.count)
+        # One bad batch would spoil the average of all others for good.
         if not bool(torch.isfinite(m + v).all()):
             self.skipped += 1
             return
@@ -97,6 +103,7 @@ class StatisticsAccumulator:
         """Return the moments of all ranks; every rank must call it."""
         if ranks is None:
             return Moments(self.mean, self.var, self.count)
+        # Counters travel as means over ranks, for pooling is the only collective that this file uses.
         batches = torch.full_like(self.count, self.batches)
         skipped = torch.full_like(self.count, self.skipped)
         zero = torch.zeros_like(self.var)

@@ -39,6 +39,7 @@ def _arguments_of(cls: type) -> Mapping[str, inspect.Parameter]:
         parameters = inspect.signature(init).parameters
         for name, parameter in parameters.items():
             if name != "self" and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                # A subclass's own default wins over that of its base.
                 arguments.setdefault(name, parameter)
         # Without **options nothing reaches the bases.
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -53,7 +54,8 @@ def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
         TypeError: too many arguments by position, or one that the class does not take; the nearest name is given.
         ValueError: a value that is none of those in the argument's ``Literal``.
     """
-    if not args and not kwargs:  # unpickling and copying call __new__ without arguments
+    # Unpickling and copying call ``__new__`` without arguments.
+    if not args and not kwargs:
         return
     known = arguments_of(cls)
     # A class that takes *args says itself what they are.
@@ -61,6 +63,7 @@ def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
         positional = [p.name for p in _parameters(cls) if p.kind is p.POSITIONAL_OR_KEYWORD]
         if len(args) > len(positional):
             raise TypeError(_too_many(cls, args, positional, known))
+        # From here on it does not matter how an argument was passed.
         kwargs = {**dict(zip(positional, args, strict=False)), **kwargs}
     check_names(cls, kwargs)
     for name, (choices, several) in _choices(cls).items():
@@ -78,6 +81,7 @@ def check_names(cls: type, names: Mapping[str, Any]) -> None:
     known = arguments_of(cls)
     for name in names:
         if name not in known:
+            # Names of torch first: by their spelling alone they would not be near to ours.
             near = [n for n in (TORCH_NAMES.get(name),) if n in known] or difflib.get_close_matches(name, known, n=1)
             guess = f" Did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{cls.__name__} takes no argument {name!r}.{guess} It takes: {', '.join(sorted(known))}.")
@@ -102,6 +106,7 @@ def check_num_groups(who: str, num_features: int, num_groups: int) -> int:
         ValueError: it does not divide the channels.
     """
     if not isinstance(num_groups, int) or num_groups < 1 or num_features % num_groups:
+        # The divisors near to what was typed are the numbers that one would type next.
         fit = [d for d in range(1, num_features + 1) if num_features % d == 0]
         near = sorted(sorted(fit, key=lambda d: abs(d - num_groups) if isinstance(num_groups, int) else d)[:4])
         raise ValueError(
@@ -133,6 +138,7 @@ def stateless(who: str, options: dict[str, Any]) -> dict[str, Any]:
     for name in ("track_running_stats", "momentum"):
         if name in options:
             raise TypeError(f"{who} keeps no running statistics: leave out {name}={options[name]!r}.")
+    # The arguments exist in the base class, so that a silent default would look like an accepted value.
     return {**options, "track_running_stats": False}
 
 
@@ -144,7 +150,9 @@ def _parameters(cls: type) -> list[inspect.Parameter]:
 
 def _too_many(cls: type, args: tuple[Any, ...], positional: list[str], known: Mapping[str, Any]) -> str:
     """Return the message for arguments by position beyond those that the class takes so."""
+    # The call as it was typed, so that the reader finds it in the code.
     call = f"{cls.__name__}({', '.join(map(repr, args))})"
+    # ``GroupNorm(4, 8)`` is right in torch and would be 4 channels here: it must not pass for a typing error.
     if "num_groups" in known and isinstance(args[1], int):
         return (
             f"{call} has torch's order (num_groups, num_channels); here the channels come first, and all else by name. "
@@ -165,13 +173,16 @@ def _choices(cls: type) -> Mapping[str, tuple[tuple[Any, ...], bool]]:
     choices: dict[str, tuple[tuple[Any, ...], bool]] = {}
     for name, parameter in arguments_of(cls).items():
         annotation = parameter.annotation
+        # Annotations are text here, for every file has ``from __future__ import annotations``.
         if isinstance(annotation, str) and "Literal" in annotation:
             owner = next(c for c in cls.__mro__ if name in inspect.signature(c.__init__).parameters)  # type: ignore[misc]
             try:
-                annotation = eval(annotation, vars(sys.modules[owner.__module__]))  # a class's own annotation
+                # The text is a class's own annotation and comes from no user.
+                annotation = eval(annotation, vars(sys.modules[owner.__module__]))
             except (KeyError, NameError):  # a name that exists for type checkers alone, or inside a function
                 continue
         several = get_origin(annotation) is collections.abc.Sequence
+        # ``Sequence[Literal[...]]`` means several of the values, ``Literal[...]`` one.
         values = _literals(get_args(annotation)[0] if several else annotation)
         if values:
             choices[name] = (values, several)

@@ -72,8 +72,10 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         super().__init_subclass__(**kwargs)
         # One truth per equation: whatever a subclass changes, its inherited fused_spec no longer counts.
         cls._fused_spec_holds = "fused_spec" in vars(cls)
+        # Only what the class itself says: a subclass of a registered class must not take the place of it.
         key = cls.__dict__.get("key", "")
         other = Normalizer.registry.get(key)
+        # The same class may be defined twice, when a notebook's cell runs again or a module is reloaded.
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
                 f"the key {key!r} is taken by {other.__module__}.{other.__qualname__}. Choose another key."
@@ -92,7 +94,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.ranges:  # a scheduled value changes without a new graph
+        # A scheduled value is a tensor that the graph reads, so that its change needs no new graph.
+        if name not in self.ranges:
             self.__dict__.pop(GRAPH_KEY, None)
         super().__setattr__(name, value)
         _look_for_replaced_methods(self, name)
@@ -123,6 +126,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             ValueError: the layer brings a weight, and ``zero_weight`` asks for one of zeros.
         """
         check_zero_weight(self, source)
+        # The values come from a layer that holds them in another form, such as one row per context.
         values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
         for name in self._taken_names(source):
             new, old = getattr(self, name, None), getattr(source, name, None)
@@ -131,14 +135,17 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             if name in values:
                 new.data.copy_(values[name])
             elif old is not None:
+                # The object itself: an optimizer that holds it goes on training it.
                 setattr(self, name, old)
         # After the running statistics: what is translated may replace one of them.
         for translation in self.translations:
             translation.take(self, source)
-        restore_precision(self)  # a network built in bfloat16 holds its statistics in it
+        # A network that was built in bfloat16 has its statistics in it, which would lose small updates.
+        restore_precision(self)
 
     def _taken_names(self, source: nn.Module) -> tuple[str, ...]:
         """Return the names of the tensors that are taken from a layer where both have them."""
+        # Another class's counter of the same name may count something else.
         counters = self.counters if type(source) is type(self) else ()
         return ("weight", "bias", *self.running_names, "num_batches_tracked", *counters)
 
@@ -182,6 +189,7 @@ def _look_for_replaced_methods(layer: Normalizer, name: str) -> None:
     cls = type(layer)
     if not _is_own_method(cls, name):
         return
+    # A method may be replaced twice: what counts is whether any replacement is left.
     if any(_is_own_method(cls, attribute) for attribute in vars(layer)):
         vars(layer)["_fused_spec_holds"] = False
     else:
@@ -235,18 +243,23 @@ class MomentNorm(Normalizer):
             raise ValueError(f"{name}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim!r}.")
         self.num_features, self.eps, self.affine, self.channel_dim = num_features, float(eps), affine, channel_dim
         self.sync, self.sync_group, self.compiled, self.backend = True, "world", False, "auto"
+        # Also ``None`` is registered, so that state_dict and ``named_parameters`` know the names, as in torch.
         for parameter in ("weight", "bias"):
             value = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
             self.register_parameter(parameter, value)
         self._make_running_stats(num_features, track_running_stats, device, dtype)
+        # Only now: the tensor behind it goes where the running statistics are.
         self.momentum = momentum
         self.reset_parameters()
 
-    def _add_parameters(self, options: Mapping[str, Any], **shapes: tuple[int, ...]) -> None:
-        """Register parameters of these shapes at their ``start_values``, where and in which dtype ``options`` say."""
+    def _add_parameters(self, options: Mapping[str, Any], **shapes: tuple[int, ...] | None) -> None:
+        """Register parameters of these shapes at their ``start_values``, where and in which dtype ``options`` say.
+
+        One without a shape is registered as ``None``, which torch's layers do with a bias that they do not have.
+        """
+        where = {"device": options.get("device"), "dtype": options.get("dtype")}
         for name, shape in shapes.items():
-            empty = torch.empty(shape, device=options.get("device"), dtype=options.get("dtype"))
-            self.register_parameter(name, nn.Parameter(empty))
+            self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **where)))
         self.reset_parameters()
 
     def algebra(self, m: Moments) -> Affine:
@@ -302,6 +315,7 @@ class MomentNorm(Normalizer):
         Raises:
             TypeError: ``torch.compile`` takes no such argument.
         """
+        # From torch's signature, so that arguments of later versions pass as well.
         known = list(inspect.signature(torch.compile).parameters)[1:]
         for name in options:
             if name not in known:
@@ -345,6 +359,7 @@ def _ranks_of(layer: MomentNorm) -> Ranks | None:
 def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
     layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
+    # Which statistics are used decides how many values must be there.
     of_input = layer.training or not layer.track_running_stats
     if of_input and layer.statistic_size(layout.n, layout.size) < 2:
         _check_values(layer, layout, ranks)

@@ -21,6 +21,7 @@ def mixture_spec(
 ) -> MixtureSpec:
     """Describe the layer with its eps, weight, bias and running statistics; ``flags`` as ``MixtureFlags.of``."""
     running = None
+    # Statistics of a sample or a layer have no running ones, whatever the layer keeps.
     if layer.track_running_stats and "bn" in statistics:
         mean, var = (layer._buffers[name] for name in layer.running_names)
         tracked, skipped = layer.num_batches_tracked, layer.skipped_updates
@@ -31,6 +32,7 @@ def mixture_spec(
         momentum = layer._buffers["_momentum"]
         running = Running(mean, var, tracked, skipped, momentum)
         flags["frozen"] = not layer.training
+        # 2 is the cumulative average, whose weight the kernel computes from the number of batches.
         flags["track"] = (2 if momentum is None else 1) if layer.training else 0
     known = MixtureFlags.of(statistics, weighted=w is not None, **flags)
     return MixtureSpec(known, layer.eps, layer.weight, layer.bias, w, v, running)
@@ -44,6 +46,7 @@ def per_channel_spec(layer: Any, numbers: dict[str, float], **flags: Any) -> Per
     names = (*layer.running_names, "num_batches_tracked", "skipped_updates")
     momentum = layer._buffers.get("_momentum")
     track = (2 if momentum is None else 1) if layer.training else 0
+    # A method that moves its running statistics in another way says so by its own flags, which win.
     flags = {"frozen": not layer.training, "track": track, **flags}
     running = tuple(layer._buffers[name] for name in names)
     return PerChannelSpec(layer.weight, layer.bias, PerChannelFlags(**flags), known, running=running, rate=momentum)

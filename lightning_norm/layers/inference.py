@@ -39,6 +39,7 @@ class Evaluation(nn.Module):
 
     def eval_affine(self) -> Affine | None:
         """Return the map that the layer is in evaluation, (C,) each in float64; ``None`` if it looks at the sample."""
+        # In float64, because the map is folded into other layers, and each rounding would be theirs.
         layer: Any = double_copy(self)
         if not hasattr(layer, "algebra") or not layer.evaluates_on_running_stats():
             return None
@@ -52,6 +53,7 @@ class Evaluation(nn.Module):
         Args:
             dims: dimensions of the input, which tell BatchNorm1d, 2d and 3d apart.
         """
+        # torch's BatchNorm takes channels on axis 1 and 2 to 5 dimensions, nothing else.
         affine = self.eval_affine() if dims in BATCH_NORMS and self.channel_dim == 1 else None
         return None if affine is None else batch_norm(self, affine, BATCH_NORMS[dims or 4])
 
@@ -65,6 +67,7 @@ class Evaluation(nn.Module):
 
     def fuse(self) -> nn.Module:
         """Return torch's own layer where there is one, else itself; timm's ``reparameterize_model`` calls it."""
+        # The layer that stood here before the swap tells how many dimensions the input has.
         kind = str((getattr(self, "origin", None) or {}).get("source", ""))
         plain = self.plain(dims_of(kind))
         return self if plain is None else plain.train(self.training)
@@ -107,11 +110,14 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
     """Return torch's BatchNorm that evaluates to ``affine``, with the layer's own tensors if those say the same."""
     tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
     like = next((t for t in tensors.values() if t.is_floating_point()), affine.scale)
-    wide = at_least_float32(like.dtype)  # torch's BatchNorm takes narrow inputs if all its tensors are wide
+    # torch's BatchNorm takes narrow inputs if all its tensors are wide.
+    wide = at_least_float32(like.dtype)
     options = {"device": like.device, "dtype": wide}
     c, eps = len(affine.scale), float(getattr(layer, "eps", 0.0))
     mean, var, weight = (tensors.get(name) for name in ("running_mean", "running_var", "weight"))
     if mean is not None and var is not None and mean.shape == var.shape == (c,):
+        # If torch's formula on the layer's own tensors gives this map, then the same objects can be handed on, and
+        # training can continue with them.
         scale = (_exact(var) + eps).rsqrt()
         scale = scale if weight is None else scale * _exact(weight)
         shift = _exact(tensors["bias"]) if "bias" in tensors else torch.zeros_like(scale)
@@ -120,10 +126,12 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
             plain = kind(c, eps=eps, momentum=getattr(layer, "momentum", 0.1), affine=weight is not None, **options)
             for name, value in tensors.items():
                 if hasattr(plain, name):
+                    # A cast makes a new object, so it is left out where nothing changes.
                     narrow = value.is_floating_point() and value.dtype != wide
                     setattr(plain, name, _cast(value, wide) if narrow else value)
             return plain
     assert affine.shift is not None
+    # Otherwise the map goes into weight and bias, over running statistics that normalize by exactly 1.
     plain = kind(c, eps=EPS, **options)
     with torch.no_grad():
         plain.get_buffer("running_mean").copy_(affine.center)

@@ -21,6 +21,7 @@ def normalizers() -> dict[str, type[Normalizer]]:
     >>> list(normalizers())[0]
     'bn'
     """
+    # A class without a paper, such as a user's own, stands at the end.
     return dict(sorted(Normalizer.registry.items(), key=lambda item: item[1].paper.year if item[1].paper else 9999))
 
 
@@ -50,6 +51,7 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
         ValueError: nothing has that name.
         TypeError: it is not a normalizer, or the spec has unknown entries.
     """
+    # The form in which LightningCLI writes a class and its arguments.
     if isinstance(norm, Mapping):
         unknown = set(norm) - {"class_path", "init_args"}
         if unknown or "class_path" not in norm:
@@ -74,11 +76,13 @@ def _by_name(name: str) -> Any:
     if name in known or name in by_class:
         return known.get(name) or by_class[name]
     if "." in name:
+        # A dotted path imports its module, which may enter a class of the user's.
         module, _, attribute = name.rpartition(".")
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"cannot import the normalizer {name!r}: {error}. Check the dotted path.") from error
+    # In lower case, for ``batchnorm`` and ``BatchNorm`` differ in two of nine letters.
     lowered = {k.lower(): k for k in (*known, *by_class)}
     near = [lowered[n] for n in difflib.get_close_matches(name.lower(), lowered, n=2, cutoff=0.3)]
     hints = [f"{_key_of(n)!r} ({_class_of(n)})" for n in near]

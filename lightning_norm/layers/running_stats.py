@@ -49,10 +49,12 @@ class RunningStats(nn.Module):
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         self.track_running_stats = track
+        # torch's starting values, with which a fresh layer evaluates to its own input.
         for name, fill in zip(self.running_names, (0.0, 1.0), strict=True):
             stat = torch.full((num_features,), fill, device=device, dtype=at_least_float32(dtype))
             self.register_buffer(name, stat if track else None)
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device) if track else None)
+        # Not saved: a checkpoint must have the keys of torch's BatchNorm and no others.
         self.register_buffer("skipped_updates", torch.tensor(0, device=device) if track else None, persistent=False)
         for name in self.counters:
             self.register_buffer(name, torch.tensor(0, device=device) if track else None)
@@ -72,7 +74,7 @@ class RunningStats(nn.Module):
 
     def running(self) -> Moments:
         """Return the running statistics as (1, C) moments; a running standard deviation as a variance."""
-        mean, var = (getattr(self, name).unsqueeze(0) for name in self.running_names)
+        mean, var = running_buffers(self)
         return Moments(mean, to_var(var, self.eps) if self.running_names[1] == "running_std" else var, 1)
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
@@ -104,6 +106,12 @@ class RunningStats(nn.Module):
         return self
 
 
+def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
+    """Return the running mean, and the running variance or standard deviation, as (1, C) views of the buffers."""
+    mean, var = (layer.get_buffer(name).unsqueeze(0) for name in layer.running_names)
+    return mean, var
+
+
 @torch.no_grad()
 def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None) -> None:
     """Move the running statistics towards m, or accumulate it, unless a 0-dim ``wanted`` is false."""
@@ -113,6 +121,7 @@ def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None
         layer.accumulator.add(*_for_accumulator(layer, m, mean, var))
         return
     usable = is_usable(layer, mean, var, m.count)
+    # Counted as skipped is only what was not finite, and not what a method chose to leave out.
     usable = usable if wanted is None else usable & wanted
     if layer.accumulator is None:
         _move_running(layer, mean, var, usable)
@@ -158,6 +167,7 @@ def open_window(layer: RunningStats) -> None:
     if not layer.track_running_stats or layer.no_window:
         raise ValueError(f"{type(layer).__name__}: {layer.no_window or 'it keeps no running statistics'}.")
     stat = layer.get_buffer(layer.running_names[0])
+    # One row of all channels, or with contexts one row for each.
     features = stat.shape[-1]
     shape = (stat.numel() // features, features)
     layer.accumulator = AccumulationWindow(shape, layer.includes_between_var, stat.device)
@@ -168,6 +178,7 @@ def close_window(layer: RunningStats) -> None:
     """Move the running statistics by what the window gathered, as if it had been one batch, and empty it."""
     if isinstance(layer.accumulator, AccumulationWindow):
         layer._move_by_window(layer.accumulator.moments())
+        # The window stays open and starts anew with the next batch.
         layer.accumulator.clear()
 
 
@@ -189,6 +200,7 @@ def keep_float32(layer: Any) -> None:
     for name in (*layer.running_names, *layer.float32_buffers):
         buffer = getattr(layer, name, None)
         if buffer is not None:
+            # By ``data``, because FSDP and compiled graphs hold the buffer itself.
             buffer.data = buffer.data.to(at_least_float32(buffer.dtype))
 
 
@@ -196,6 +208,7 @@ def _for_accumulator(layer: RunningStats, m: Moments, mean: Tensor, var: Tensor)
     """Return mean, variance and count as they are merged over batches, given what the running ones move towards."""
     if layer.includes_between_var:
         return m.mean, m.var, m.count
+    # How many elements all ranks had together, for the merge weighs batches by it.
     return mean, var, Moments(m.mean, m.var * 0, m.count, m.ranks).over_batch().count
 
 

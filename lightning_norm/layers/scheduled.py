@@ -42,9 +42,11 @@ class Scheduled:
         if value is None and self.optional:
             return None
         try:
+            # Text from YAML and 0-dim tensors are numbers as well.
             number = float(value)  # type: ignore[arg-type]  # None is refused below
         except (TypeError, ValueError):
             number = math.nan
+        # Written so that NaN, for which every comparison is false, is refused.
         if not self.low <= number <= self.high:
             raise ValueError(f"{who}: {name} must lie in [{self.low}, {self.high}], got {value!r}.")
         return number
@@ -62,6 +64,7 @@ class ScheduledValues(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # Only the class's own arguments: those of its bases have their properties already.
         declared = _declared(cls)
         cls.ranges = {**cls.ranges, **declared}
         for name in declared:
@@ -80,6 +83,7 @@ class ScheduledValues(nn.Module):
             if old is None:
                 self._buffers[name] = None
                 continue
+            # Where the move leads is known to ``fn`` alone, so it is tried on a tensor that may be cast.
             device = fn(torch.zeros((), device=old.device)).device
             self._buffers[name] = old if device == old.device else _scalar(_values(self)[name[1:]], device)
         return self
@@ -122,7 +126,8 @@ def _declared(cls: type) -> dict[str, Scheduled]:
     for name, parameter in inspect.signature(init).parameters.items() if init is not None else ():
         annotation = parameter.annotation
         if isinstance(annotation, str) and "Scheduled" in annotation:
-            annotation = eval(annotation, vars(sys.modules[cls.__module__]))  # a class's own annotation
+            # The text is a class's own annotation and comes from no user.
+            annotation = eval(annotation, vars(sys.modules[cls.__module__]))
         for extra in getattr(annotation, "__metadata__", ()):
             if isinstance(extra, Scheduled):
                 declared[name] = replace(extra, optional=type(None) in get_args(get_args(annotation)[0]))
@@ -139,16 +144,19 @@ def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
         _values(self)[name] = value
         tensor = getattr(self, f"_{name}", None)
         if tensor is None or value is None:
+            # A value that was None has no tensor yet: it goes where the layer's other tensors are.
             device = next((t.device for t in (*self.parameters(False), *self.buffers(False))), None)
             self.__dict__.pop(GRAPH_KEY, None)
             self.register_buffer(f"_{name}", None if value is None else _scalar(value, device), persistent=False)
         else:
             with torch.no_grad():
+                # In place, because compiled graphs hold this tensor.
                 tensor.fill_(value)
 
     return set_value
 
 
 def _scalar(value: float | None, device: torch.device | None) -> Tensor:
+    # Apple's GPUs have no float64.
     dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
     return torch.tensor(value, dtype=dtype, device=device)

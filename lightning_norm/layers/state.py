@@ -36,17 +36,21 @@ class Loading(ScheduledValues, RunningStats):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         loaded = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        # First, before a tensor of another method could pass for one of this layer's.
         _refuse_another(self, loaded, prefix)
         self._translate(state_dict, prefix)
         for name in BATCH_NORM_BUFFERS:
             if getattr(self, name, None) is None:
-                state_dict.pop(prefix + name, None)  # a BatchNorm's statistics, for a method without them
+                # A method without running statistics starts from a BatchNorm's weight and bias alone.
+                state_dict.pop(prefix + name, None)
         counters = [name for name in self.counters if getattr(self, name) is not None]
+        # A BatchNorm's file has no counters; one that has some and lacks others is damaged, and torch says so.
         if not any(prefix + name in state_dict for name in counters):
             state_dict.update({prefix + name: torch.tensor(0) for name in counters})
         for name, value in _saved_tensors(self).items():
             old = state_dict.get(prefix + name)
             if old is None and _keeps_start(self, name, loaded):
+                # torch would call it missing: what a BatchNorm does not have keeps its starting value.
                 state_dict[prefix + name] = value.detach().clone()
             elif isinstance(old, Tensor) and old.shape != value.shape:
                 if advice := self.arguments_that_fit(name, old):
@@ -54,12 +58,15 @@ class Loading(ScheduledValues, RunningStats):
                         f"{prefix[:-1] or 'this layer'}: the checkpoint has a {name} {tuple(old.shape)}, this "
                         f"{type(self).__name__} one of {tuple(value.shape)}. Type {advice}."
                     )
+                # Published checkpoints hold (1, C, 1, 1) where this package has (C,).
                 if old.numel() == value.numel():
                     state_dict[prefix + name] = old.reshape(value.shape)  # (1, C, 1, 1) in published checkpoints
+        # torch passes local_metadata, strict and then the list of missing keys.
         missing: list[str] = args[2]
         before = len(missing)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         restore_precision(self)
+        # What is missing may mean that the file is another method's, and then that is the better message.
         others = likely(self.registry, loaded)
         made = {prefix + t.target for t in self.translations if t.target in self.extra_parameters}
         if len(missing) > before and not made & set(missing) and loaded and self.key not in [cls.key for cls in others]:
@@ -94,10 +101,12 @@ def restore_precision(layer: Any) -> None:
         stat = getattr(layer, name, None)
         if stat is not None:
             setattr(layer, name, stat.to(at_least_float32(stat.dtype)))
+    # A layer that was built on the meta device has its device from what was loaded.
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     device = next((t.device for t in tensors if not t.is_meta), None)
     for name, t in list(layer.named_buffers(recurse=False)) if device is not None else ():
-        if t.is_meta and name in layer._non_persistent_buffers_set:  # torch has no public way to ask
+        # Buffers that no file holds would stay on the meta device. torch has no public way to ask for them.
+        if t.is_meta and name in layer._non_persistent_buffers_set:
             setattr(layer, name, torch.full_like(t, scheduled_value(layer, name[1:]) or 0, device=device))
 
 
@@ -148,9 +157,11 @@ def _refuse_another(layer: Loading, loaded: Mapping[str, Any], prefix: str) -> N
 
 def _another(layer: Loading, loaded: Mapping[str, Any], prefix: str, others: list[Any]) -> str:
     here, there = type(layer).__name__, " or ".join(cls.__name__ for cls in others)
+    # Several classes may fit, and then the swap to any of them loads the file.
     key = others[0].key
     names = [name for name in loaded if not isinstance(getattr(layer, name, None), Tensor)] or list(loaded)
     came = [f"{n} {tuple(loaded[n].shape)}" if isinstance(loaded[n], Tensor) else n for n in names[:3]]
+    # A message with all fifteen names of an encoder-decoder would hide what to do.
     came += ["..."] * (len(names) > 3)
     return (
         f"{prefix[:-1] or 'this layer'} is {here}, the file holds {', '.join(came)}, as of {there}. "

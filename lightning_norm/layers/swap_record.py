@@ -22,7 +22,8 @@ class SwapRecord(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)  # a plain dict has none
+        # ``state_dict(destination={})`` passes a plain dictionary, which has no metadata.
+        metadata = getattr(destination, "_metadata", None)
         if metadata is not None and self.origin is not None:
             metadata.setdefault(prefix[:-1], {})[MANIFEST_KEY] = {
                 **copy.deepcopy(self.origin),
@@ -32,5 +33,6 @@ class SwapRecord(nn.Module):
 
 def swap_settings(layer: Any) -> dict[str, Any]:
     """Return what a swap set on the layer beside the normalizer's arguments."""
+    # The attribute and the argument of ``swap`` have one name, but for ``compile``, which is a method of nn.Module.
     names = {"sync": "sync", "sync_group": "sync_group", "backend": "backend", "compiled": "compile"}
     return {written: getattr(layer, name) for name, written in names.items()}

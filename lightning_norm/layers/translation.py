@@ -40,7 +40,9 @@ class Translation:
         if new is None or old is None or not self.swapped:
             return
         if isinstance(new, nn.Parameter):
+            # The Parameter stays the object that the layer registered; its values and its shape are the source's.
             new.data = self.forward(old.detach())
+            # A layer that was frozen stays frozen.
             new.requires_grad_(old.requires_grad)
         else:
             setattr(layer, self.target, self.forward(old))
@@ -50,6 +52,7 @@ class Translation:
         new, old = getattr(layer, self.target, None), getattr(source, self.source, None)
         if new is None or old is None or new.is_meta or not self.swapped:
             return
+        # Back and forth rounds: what training left alone must return bit by bit.
         if not torch.equal(new.detach().to(old), self.forward(old.detach()).to(old)):
             # The values and not the object, for an optimizer may hold the object.
             old.data = self.backward(new.detach()).to(old).view_as(old)

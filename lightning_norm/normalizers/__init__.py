@@ -41,7 +41,8 @@ class _CallableModule(types.ModuleType):
         return normalizers()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return importlib.import_module, (self.__name__,)  # a plain module cannot be pickled, a function can
+        # A plain module cannot be pickled, and a function can.
+        return importlib.import_module, (self.__name__,)
 
 
 sys.modules[__name__].__class__ = _CallableModule

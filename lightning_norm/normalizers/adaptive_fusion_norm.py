@@ -82,12 +82,15 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
             rescale_init=rescale_init,
             **options,
         )
+        # After the base class, for the tensor behind it goes where the parameters are.
         self.dropout = dropout
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
+        # The networks see the batch's statistics, and the map is written around each sample's mean.
         return self.recode(self.track(m.over_batch()), m)
 
+    # A description holds for the class that defines it alone: this line says that it holds here, too.
     fused_spec = EncoderDecoderNorm.fused_spec
 
     def drop(self, statistics: Tensor) -> Tensor:
@@ -95,7 +98,9 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         p = self.drop_prob()
         if p is None:
             return statistics
+        # One mask for mu and another for sigma, since the two lie one below the other.
         stays = torch.rand_like(statistics) >= p
+        # At a dropout of 1 nothing stays, and 0 / 0 would be NaN.
         return statistics * stays / (1 - p).clamp_min(torch.finfo(torch.float32).tiny)
 
     def drop_prob(self) -> Tensor | None:

@@ -77,8 +77,10 @@ class ASRNorm(EncoderDecoderNorm):
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
+        # The same object twice tells ``recode`` that the statistics are those of the sample itself.
         return self.recode(m, m)
 
+    # A description holds for the class that defines it alone: this line says that it holds here, too.
     fused_spec = EncoderDecoderNorm.fused_spec
 
     def statistic_size(self, n: int, size: int) -> int:

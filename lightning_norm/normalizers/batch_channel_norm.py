@@ -56,6 +56,7 @@ class BatchChannelNorm(MomentNorm):
     def __init__(
         self, num_features: int, *, constraint: Literal["clamp", "sigmoid"] | None = None, **options: Any
     ) -> None:
+        # Before the base class, whose ``reset_parameters`` asks for the start of iota.
         self.constraint = constraint
         super().__init__(num_features, **options)
         self._add_parameters(options, iota=(num_features,))
@@ -64,6 +65,7 @@ class BatchChannelNorm(MomentNorm):
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
         batch, layer = self.track(m.over_batch()), m.over_channels()
         iota = self.mixture()
+        # With X = (x - mu_B) / sigma_B and Y alike, both are affine in x, so their mixture is one affine map.
         x = iota * (batch.var.to(m.mean.dtype) + self.eps).rsqrt()
         y = (1 - iota) * (layer.var.to(m.mean.dtype) + self.eps).rsqrt()
         scale, shift = x + y, x * (m.mean - batch.mean) + y * (m.mean - layer.mean)
@@ -86,6 +88,7 @@ class BatchChannelNorm(MomentNorm):
 
     def mixture(self) -> Tensor:
         """Return iota (C,), constrained: 1 is batch normalization, 0 layer normalization."""
+        # A sigmoid in half precision has three digits, and iota multiplies the whole output.
         iota = self.iota.to(at_least_float32(self.iota.dtype))
         return {None: lambda: iota, "clamp": lambda: iota.clamp(0, 1), "sigmoid": iota.sigmoid}[self.constraint]()
 

@@ -73,6 +73,7 @@ class BNET(ConvolvedNorm):
 
     def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the equation of the normalized map for the kernels."""
+        # The bias belongs to the convolution, which the kernels apply in the same pass.
         return replace(mixture_spec(self, ("bn",)), weight=None, bias=None)
 
     @property

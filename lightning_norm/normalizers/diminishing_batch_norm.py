@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import per_channel_spec
-from lightning_norm.layers.running_stats import is_usable, write
+from lightning_norm.layers.running_stats import is_usable, running_buffers, write
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops.compiled import snapshot
@@ -83,11 +83,14 @@ class DiminishingBatchNorm(MomentNorm):
     ) -> None:
         if power is not None and not 0 < power < math.inf:
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
+        # Before the base class, which names the buffers by ``average``.
         self.average, self.stat_grad = average, stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype}
         super().__init__(num_features, momentum=None, **options)
+        # Not saved: it describes the last batch, and a resumed run does not continue from it.
         self.register_buffer("gap", torch.zeros(2, device=device) if track_running_stats else None, persistent=False)
+        # In this order, for with a power no alpha can be set.
         self.alpha = alpha
         self.power = None if power is None else float(power)
 
@@ -104,60 +107,61 @@ class DiminishingBatchNorm(MomentNorm):
         scale = 1 / (std_or_var + self.eps) if self.average == "std" else (std_or_var + self.eps).rsqrt()
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
 
-    def fused_spec(self, layout: Layout) -> PerChannelSpec:
-        """Return the same equations for the kernels."""
-        frozen = self.track_running_stats and not self.training
-        flags: dict[str, Any] = {"needs_moments": not frozen, "std": self.average == "std"}
-        if not self.track_running_stats or frozen:
-            return per_channel_spec(self, {}, **flags)
-        flags |= {"blend": True, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
-        spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
-        return replace(spec, counters=(self.updates, self.gap), rate=self.scheduled("alpha"))
-
     def _statistics(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
         if self.track_running_stats and not self.training:
-            return self._running()
+            return running_buffers(self)
         batch = m.over_batch()
         mean, std_or_var = batch.mean, batch.var
         if self.average == "std":
-            std_or_var = std_or_var.clamp_min(TINY).sqrt()  # the clamp cuts the infinite slope of the root at 0
+            # The root of 0 has an infinite slope, and a channel that is constant must not get a gradient of NaN.
+            std_or_var = std_or_var.clamp_min(TINY).sqrt()
         if not self.track_running_stats:
             return mean, std_or_var
         if self.stat_grad == "none":
             mean, std_or_var = mean.detach(), std_or_var.detach()
         steps = self._steps()
         # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
-        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *self._running())
+        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *running_buffers(self))
         batch_values = (mean, std_or_var)
+        # The old statistics are constants, so the gradient passes through the new batch's part alone.
         mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)]
+        # After the mixture was taken, which needs the buffers as they were.
         self._move_average(mixed, batch_values, steps, is_usable(self, mean, batch.var, batch.count))
         return mixed[0], mixed[1]
 
-    @torch.no_grad()
-    def _move_average(self, mixed: list[Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor) -> None:
-        """Write the moved statistics, and how far the batch lay from them, unless it has a NaN or an infinity."""
-        was, now = ((s if self.average == "std" else s.sqrt()) for s in (mixed[1], batch[1]))
-        gap = torch.stack([batch[0] - mixed[0], now - was]).abs() / (was + self.eps)
-        news = [*mixed, steps, gap.flatten(1).mean(1)]
-        for name, new in zip((*self.running_names, "updates", "gap"), news, strict=True):
-            write(getattr(self, name), new, usable)
-        self.get_buffer("num_batches_tracked").add_(usable)
-
-    def _running(self) -> tuple[Tensor, Tensor]:
-        """Return the running mean, and the running standard deviation or variance, each (1, C)."""
-        mean, std_or_var = (getattr(self, name).unsqueeze(0) for name in self.running_names)
-        return mean, std_or_var
-
     def _steps(self) -> Tensor:
         """Return m of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
-        return self.updates + 1 + ((self.updates == 0) & (self._running()[0] != 0).any())
+        # A mean of exactly 0 in every channel is what a new layer has, and hardly what training leaves.
+        return self.updates + 1 + ((self.updates == 0) & (running_buffers(self)[0] != 0).any())
 
     def _alpha_at(self, steps: Tensor) -> Tensor:
         """Return alpha(m) of the equation above, 0-dim."""
         alpha = self.scheduled("alpha")
         assert alpha is not None
         return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
+
+    def fused_spec(self, layout: Layout) -> PerChannelSpec:
+        """Return the same equations for the kernels."""
+        frozen = self.track_running_stats and not self.training
+        flags: dict[str, Any] = {"needs_moments": not frozen, "std": self.average == "std"}
+        if not self.track_running_stats or frozen:
+            return per_channel_spec(self, {}, **flags)
+        # Here the kernels move the statistics before they normalize, and by alpha in place of momentum.
+        flags |= {"blend": True, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
+        spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
+        return replace(spec, counters=(self.updates, self.gap), rate=self.scheduled("alpha"))
+
+    @torch.no_grad()
+    def _move_average(self, mixed: list[Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor) -> None:
+        """Write the moved statistics, and how far the batch lay from them, unless it has a NaN or an infinity."""
+        # The gap is measured in standard deviations, whichever of the two is stored.
+        was, now = ((s if self.average == "std" else s.sqrt()) for s in (mixed[1], batch[1]))
+        gap = torch.stack([batch[0] - mixed[0], now - was]).abs() / (was + self.eps)
+        news = [*mixed, steps, gap.flatten(1).mean(1)]
+        for name, new in zip((*self.running_names, "updates", "gap"), news, strict=True):
+            write(getattr(self, name), new, usable)
+        self.get_buffer("num_batches_tracked").add_(usable)
 
     @property
     def running_names(self) -> tuple[str, str]:
@@ -179,5 +183,6 @@ class DiminishingBatchNorm(MomentNorm):
         """Return alpha of the last batch, and how far its mean and std lay from the running ones, in running stds."""
         if not self.track_running_stats:
             return {}
+        # A copy, for the monitor keeps the value and the schedule overwrites the tensor.
         alpha = self._alpha_at(self.updates.clamp_min(1)).clone()
         return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}

@@ -90,18 +90,17 @@ class EncoderDecoderNorm(MomentNorm):
         self.std_ratio, self.rescale_ratio, self.rescale_gate = std_ratio, rescale_ratio, rescale_gate
         self.gate_init, self.rescale_init = float(gate_init), float(rescale_init)
         super().__init__(num_features, **options)
-        tensor_options = {"device": options.get("device"), "dtype": options.get("dtype")}
+        layers: dict[str, tuple[int, ...]] = {}
         for encoder, ratio in (("std", std_ratio), ("rescale", rescale_ratio)):
+            # Narrow layers, as the first one of a network, still have a unit to code with.
             hidden = max(1, num_features // ratio)
             shapes = {f"{encoder}_encoder": (hidden, num_features)}
             shapes |= {f"{decoder}_decoder": (num_features, hidden) for decoder in DECODERS[encoder]}
             for name, shape in shapes.items():
-                self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(shape, **tensor_options)))
-                self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape[0], **tensor_options)))
-        for name in GATES:
-            learned = rescale_gate or name in ("lambda_mu", "lambda_sigma")
-            self.register_parameter(name, nn.Parameter(torch.empty(1, **tensor_options)) if learned else None)
-        self.reset_parameters()
+                layers[f"{name}_weight"], layers[f"{name}_bias"] = shape, shape[:1]
+        rescale_shape = (1,) if rescale_gate else None
+        gates = dict(zip(GATES, ((1,), (1,), rescale_shape, rescale_shape), strict=True))
+        self._add_parameters(options, **layers, **gates)
 
     def recode(self, s: Moments, m: Moments) -> Affine:
         """Return the affine map of the equation above, written around the mean of x, where no digit is lost.
@@ -122,16 +121,21 @@ class EncoderDecoderNorm(MomentNorm):
             beta = self._parameter("lambda_beta", wide) * beta
             gamma = self._parameter("lambda_gamma", wide) * gamma
         bias, weight = (0.0, 1.0) if self.bias is None or self.weight is None else (self.bias, self.weight)
-        centered_mean = self._parameter("lambda_mu", wide).sigmoid() * (s.mean - mu)  # mean of x minus the adapted m
+        # The mean of x minus the adapted m: two near numbers are subtracted before anything is multiplied by their
+        # rounding.
+        centered_mean = self._parameter("lambda_mu", wide).sigmoid() * (s.mean - mu)
         if s is not m:
+            # The two differences are small, so that their sum rounds less than one of the means would.
             centered_mean = (m.mean - s.mean) + centered_mean
         d = std + self._parameter("lambda_sigma", wide).sigmoid() * (sigma.relu() - std)
-        scale = (weight + gamma) / d.clamp_min(math.sqrt(self.eps))  # the least that std can be
+        # An adapted deviation may come near 0, and sqrt(eps) is the least that a measured one can be.
+        scale = (weight + gamma) / d.clamp_min(math.sqrt(self.eps))
         return Affine(m.mean, scale, scale * centered_mean + (bias + beta))
 
     def fused_spec(self, layout: Layout) -> EncoderDecoderSpec | None:
         """Return the same equations for the kernels, if encoders and decoders have one dtype. AFN and ASR opt in."""
         coders = tuple(p for pair in self.linear_parameters() for p in pair)
+        # The kernels read all weights as one dtype; mixed ones are rare, and PyTorch takes them.
         if len({p.dtype for p in coders}) > 1:
             return None
         gates = tuple(self._parameters[f"lambda_{name}"] for name in ("mu", "sigma", "beta", "gamma"))
@@ -159,26 +163,29 @@ class EncoderDecoderNorm(MomentNorm):
         for name in GATES:
             parameter = getattr(self, name)
             if parameter is not None:
+                # A copy, for the monitor keeps it while training goes on.
                 value = parameter.detach().squeeze().to(at_least_float32(parameter.dtype), copy=True)
                 bounded = name in ("lambda_mu", "lambda_sigma")
                 shown[name.replace("lambda", "gate")] = value.sigmoid() if bounded else value
         return shown
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, the gates to their starts and the encoder-decoders as nn.Linear does."""
+        """Set weight to 1, bias to 0, the gates to their starts and the linear layers as nn.Linear does."""
         super().reset_parameters()
         for weight, bias in self.linear_parameters():
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             bound = weight.shape[1] ** -0.5
             nn.init.uniform_(bias, -bound, bound)
-        for name, start in zip(GATES, (self.gate_init,) * 2 + (self.rescale_init,) * 2, strict=True):
-            gate = getattr(self, name, None)  # not there yet while the base class is being constructed
-            if gate is not None:
-                nn.init.constant_(gate, start)
+
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return the starts of the gates."""
+        return dict(zip(GATES, (self.gate_init,) * 2 + (self.rescale_init,) * 2, strict=True))
 
     def linear_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Yield weight and bias of each linear layer, an encoder before its two decoders."""
         for name, weight in self.named_parameters(remove_duplicate=False):
+            # Encoders and decoders by their names, so that the order of registration is the order of the kernels'
+            # arguments.
             if name.endswith("coder_weight"):
                 yield weight, getattr(self, name.replace("weight", "bias"))
 
@@ -199,6 +206,7 @@ class EncoderDecoderNorm(MomentNorm):
         # AFN and ASR-Norm have the same parameters: without this, each would load the other's checkpoint in silence.
         if prefix + "std_encoder_weight" in state_dict:
             tracked = prefix + "running_mean" in state_dict
+            # Running statistics are what tells the two methods' files apart.
             if tracked != self.track_running_stats:
                 kinds = ("ASRNorm, or of AdaptiveFusionNorm with track_running_stats=False", "AdaptiveFusionNorm")
                 raise RuntimeError(

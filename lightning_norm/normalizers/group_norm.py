@@ -43,6 +43,7 @@ class GroupNorm(MomentNorm):
 
     def __init__(self, num_features: int, *, num_groups: int = 32, **options: Any) -> None:
         super().__init__(num_features, **stateless(type(self).__name__, options))
+        # After the base class has checked the channels that the groups must divide.
         self.num_groups = check_num_groups(type(self).__name__, num_features, num_groups)
 
     def algebra(self, m: Moments) -> Affine:
@@ -90,6 +91,7 @@ class LayerNorm(MomentNorm):
     train_uses_batch_stats: ClassVar[bool] = False
 
     def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True, **options: Any) -> None:
+        # torch's LayerNorm takes a shape, so this is the mistake that its users make.
         if isinstance(num_features, (tuple, list, torch.Size)):
             raise ValueError(
                 f"LayerNorm: num_features must be a positive int, got {num_features!r}: it normalizes over the "
@@ -117,6 +119,7 @@ class LayerNorm(MomentNorm):
 
 
 def _torch_group_norm(layer: MomentNorm, groups: int) -> nn.Module | None:
+    # torch's GroupNorm knows channels on axis 1 alone.
     if layer.channel_dim != 1:
         return None
     return share_parameters(layer, nn.GroupNorm(groups, layer.num_features, eps=layer.eps, affine=layer.affine))

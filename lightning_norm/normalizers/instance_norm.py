@@ -77,6 +77,7 @@ class InstanceNorm(MomentNorm):
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean over samples of mean and unbiased variance."""
+        # The average over samples, as torch has it: without the variance between their means, which pooling would add.
         zero = m.var * 0
         mean = Moments(m.mean, zero, m.count, m.ranks).over_batch().mean
         return mean, Moments(m.unbiased().var, zero, m.count, m.ranks).over_batch().mean
@@ -88,6 +89,7 @@ class InstanceNorm(MomentNorm):
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's InstanceNorm, or BatchNorm where running statistics are kept."""
         kind = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}.get(dims or 0)
+        # With running statistics evaluation is a fixed map, which is a BatchNorm.
         if self.track_running_stats or kind is None or self.channel_dim != 1:
             return super().plain(dims)
         return share_parameters(self, kind(self.num_features, eps=self.eps, affine=self.affine))

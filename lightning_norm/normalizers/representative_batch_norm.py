@@ -72,17 +72,11 @@ class RepresentativeBatchNorm(MomentNorm):
         who, known = type(self).__name__, tuple(self.rectifications)
         if isinstance(rectify, str) or set(rectify) - set(known):
             raise ValueError(f"{who}: rectify must be a list out of {known}, got {rectify!r}.")
-        if gate_init not in ("unit", "paper"):
-            raise ValueError(f"{who}: gate_init must be 'unit' or 'paper', got {gate_init!r}.")
         # In the order of the table, whatever order was typed: repr, checkpoints and graphs are then the same.
         self.rectify, self.gate_init = tuple(k for k in known if k in rectify), gate_init
         super().__init__(num_features, **options)
-        device, dtype = options.get("device"), options.get("dtype")
         for part, starts in self.rectifications.items():
-            for name in starts:
-                value = torch.empty(num_features, device=device, dtype=dtype) if part in self.rectify else None
-                self.register_parameter(name, None if value is None else nn.Parameter(value))
-        self.reset_parameters()
+            self._add_parameters(options, **dict.fromkeys(starts, (num_features,) if part in self.rectify else None))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
@@ -90,6 +84,7 @@ class RepresentativeBatchNorm(MomentNorm):
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec:
         """Return the same equations for the kernels."""
+        # A rectification with a bias is a gate; centering has a weight alone.
         gated = {part: starts for part, starts in self.rectifications.items() if len(starts) == 2}
         unit = {f"unit_{part}": 1 + math.exp(-list(starts.values())[-1]) for part, starts in gated.items()}
         numbers = unit if self.gate_init == "unit" else {}
@@ -105,10 +100,12 @@ class RepresentativeBatchNorm(MomentNorm):
                 that is added to x_s.
         """
         w_m = self.center_weight
-        k_c = m.mean if w_m is None else torch.addcmul(m.mean, m.mean, w_m.to(m.mean.dtype))  # K(x_c) = (1 + w_m) K(x)
+        # K(x_c) = (1 + w_m) K(x), since the mean of w_m K(x) over positions is itself.
+        k_c = m.mean if w_m is None else torch.addcmul(m.mean, m.mean, w_m.to(m.mean.dtype))
         batch, offset = statistics(Moments(k_c, m.var, m.count, m.ranks).over_batch())
         scale = (batch.var.to(m.mean.dtype) + self.eps).rsqrt()
-        k_s = scale * (k_c - batch.mean).to(scale.dtype)  # K(x_s)
+        # K(x_s) follows from K(x_c) without a pass over x, because standardization is affine.
+        k_s = scale * (k_c - batch.mean).to(scale.dtype)
         if offset is not None:
             k_s = k_s + offset.to(scale.dtype)
         # x_s = scale * (x - K(x)) + K(x_s), so both factors of the rest of the equation act on scale and K(x_s).
@@ -128,10 +125,12 @@ class RepresentativeBatchNorm(MomentNorm):
         """Return sigmoid(w * k + b), at k = 0 without ``k``; over its starting value with ``gate_init="unit"``."""
         w, b = (getattr(self, name) for name in self.rectifications[part])
         k = b.new_zeros(()) if k is None else k
-        wide = stat_dtype(k)  # sigmoid(-100) is as far off, relative, as its argument, absolute
+        # sigmoid(-100) is as far off, relative, as its argument, absolute.
+        wide = stat_dtype(k)
         gate = torch.addcmul(b.to(wide), k.to(wide), w.to(wide)).sigmoid()
         if self.gate_init == "unit":
-            _, bias = self.rectifications[part].values()  # the starting weight is 0: the gate starts at sigmoid(bias)
+            # The starting weight is 0, so every gate starts at the sigmoid of its starting bias.
+            _, bias = self.rectifications[part].values()
             gate = gate * (1 + math.exp(-bias))
         return gate.to(k.dtype)
 
@@ -147,11 +146,6 @@ class RepresentativeBatchNorm(MomentNorm):
         gates = {f"gate_{part}": self._gate(part).mean() for part in self.rectify if part != "center"}
         return {**weights, **gates}
 
-    def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0 and the rectifications to their starting values."""
-        super().reset_parameters()
-        for starts in self.rectifications.values():
-            for name, start in starts.items():
-                parameter = getattr(self, name, None)  # not there yet while the base class is being constructed
-                if parameter is not None:
-                    nn.init.constant_(parameter, start)
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return the starting values of the rectifications."""
+        return {name: start for starts in self.rectifications.values() for name, start in starts.items()}

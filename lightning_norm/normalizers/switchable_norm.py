@@ -82,6 +82,7 @@ class SwitchableNorm(MomentNorm):
             raise ValueError("SwitchableNorm: choices must name at least one statistic, got none.")
         self.choices, self.zero_weight = tuple(choices), zero_weight
         if "bn" not in choices:
+            # Running statistics that nobody reads would still be saved, synchronized and shown.
             options["track_running_stats"] = False
         super().__init__(num_features, momentum=momentum, **options)
         self.num_groups = (
@@ -116,8 +117,10 @@ class SwitchableNorm(MomentNorm):
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, which know either "ln" or "gn" and more than one element."""
+        # Maps of one element have no instance statistics, and the kernels hold one kind of pooling over channels.
         if layout.size == 1 or {"ln", "gn"} <= set(self.choices):
             return None
+        # The kernels take a softmax themselves; sparsestmax has a loop and stays in PyTorch.
         w, v = (self._mix(t) if self.sparse else t for t in (self.mean_weight, self.var_weight))
         names, groups = (k.replace("gn", "ln") for k in self.choices), self.num_groups if "gn" in self.choices else 1
         more = {"correction": self.correction, "num_groups": groups, "softmax": not self.sparse}

@@ -115,28 +115,27 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
         **options: Any,
     ) -> None:
-        if mode not in ("switch", "gate"):
-            raise ValueError(f"UnifiedBatchNorm: mode must be 'switch' or 'gate', got {mode!r}.")
-        if condensed_grad not in ("renorm", "detach"):
-            raise ValueError(f"UnifiedBatchNorm: condensed_grad must be 'detach' or 'renorm', got {condensed_grad!r}.")
         for name, value, least in (("min_updates", min_updates, 0), ("max_skip", max_skip, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"UnifiedBatchNorm: {name} must be an int >= {least}, got {value!r}.")
         self.condensed_grad = condensed_grad
         self.mode, self.min_updates, self.max_skip = mode, min_updates, max_skip
         super().__init__(num_features, rectify=rectify, gate_init=gate_init, momentum=momentum, **options)
+        # After the base class, which may have turned them off.
         if threshold is not None and not self.track_running_stats:
             raise ValueError(
                 "UnifiedBatchNorm: a threshold chooses between batch and running statistics, and this layer keeps "
                 "none. Leave out threshold, or pass track_running_stats=True."
             )
+        # The last value is for the monitor alone, so that no file holds it.
         last_condensation = torch.zeros((), device=options.get("device")) if self.track_running_stats else None
         self.register_buffer("condensation", last_condensation, persistent=False)
         self.threshold = threshold
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra; with a threshold, in training, the one that also measures the condensation of x."""
-        recalibrates = isinstance(self.accumulator, StatisticsAccumulator)  # which takes every batch
+        # Recalibration takes every batch, condensed or not.
+        recalibrates = isinstance(self.accumulator, StatisticsAccumulator)
         may_choose = self.training and self.track_running_stats and not recalibrates
         if self.scheduled("threshold") is None or not may_choose:
             return self.algebra
@@ -152,6 +151,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         spec, threshold = super().fused_spec(layout), self.scheduled("threshold")
         if threshold is None or not self.training or not self.track_running_stats:
             return spec
+        # The numbers are those of the kernel's ``condensed``.
         how = 2 if self.mode == "gate" else {"detach": 1, "renorm": 3}[self.condensed_grad]
         flags = replace(spec.flags, condensed=how, min_updates=self.min_updates, max_skip=self.max_skip)
         counters = tuple(self._buffers[name] for name in ("condensation", *self.counters))
@@ -183,6 +183,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
             return Moments(mean, var, batch.count), None
         # Batch renormalization (Ioffe 2017): r and d are constants, so the gradient is that of the batch's statistics.
         with torch.no_grad():
+            # The limits are those of Ioffe's r <= 3 and d <= 5; r is squared here, for it multiplies a variance.
             ratio = ((var + self.eps) / (batch.var + self.eps)).clamp(1 / 9, 9)
             offset = ((batch.mean - mean) * (var + self.eps).rsqrt()).clamp(-5, 5)
             ratio, offset = torch.where(condensed, ratio, 1.0), torch.where(condensed, offset, 0.0)
@@ -209,6 +210,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
     def _gain(self, k: Tensor, k_s: Tensor) -> Tensor | None:
         gain = super()._gain(k, k_s)
+        # The third gate sees K(x) and not K(x_s): it belongs to gamma, before anything was standardized.
         if "affine" not in self.rectify:
             return gain
         gate = self._gate("affine", k)

@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _installed() -> bool:
     try:
+        # Asked without an import, which takes a second and which the CPU path does not need.
         return importlib.util.find_spec("triton") is not None
     except ValueError:  # a test has put None for it into sys.modules
         return False
@@ -33,6 +34,7 @@ def on_kernels(x: Tensor, layout: Layout, backend: str, empty: bool = False) -> 
     Raises:
         RuntimeError: ``backend="triton"`` and it cannot.
     """
+    # On a CPU the kernels run only if they are asked for by name: there they are interpreted, for tests.
     if backend == "eager" or (backend == "auto" and not x.is_cuda):
         return False
     reason = obstacle(x, layout, empty)
@@ -45,16 +47,19 @@ def obstacle(x: Tensor, layout: Layout, empty: bool = False) -> str | None:
     """Return why the kernels cannot take x, ``None`` where they can; ``empty`` allows an x without samples."""
     if not INSTALLED:
         return "Triton is not installed"
+    # From here on each line is a limit of the kernels, the cheapest question first.
     if not x.is_cuda and not (INTERPRETED and x.is_cpu):
         return f"it is on {x.device.type}, and the kernels need CUDA (or, for tests on a CPU, TRITON_INTERPRET=1)"
     if x.dtype not in DTYPES:
         return f"its dtype is {x.dtype}, and the kernels take float32, bfloat16 and float16"
+    # Compute capability 8.0 is the first that has bfloat16 in hardware.
     if x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_properties(x.device).major < 8:
         return "bfloat16 needs compute capability 8.0"
     if layout.n * layout.c == 0 and not empty:
         return "it is empty"
     if is_channels_last(x, layout.channel_dim) is None:
         return f"its strides {x.stride()} are neither contiguous nor channels_last"
+    # Offsets are computed in 32 bits, which is faster, and a larger x would wrap around in silence.
     if layout.size >= LONGEST or layout.n * layout.c >= LONGEST or layout.size * layout.c >= 1 << 31:
         return "one sample of it leaves 32-bit offsets"
     return None

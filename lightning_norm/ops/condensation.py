@@ -54,7 +54,9 @@ def unit_sum(x: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
     dtype = at_least_float32(x.dtype)
     if squares is None:
         squares = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype).square()
-    not_zero = ~(squares <= 0)  # not "squares > 0": a NaN must reach the result
+    # Not ``squares > 0``: a NaN must reach the result.
+    not_zero = ~(squares <= 0)
+    # A sample of zeros has no direction, and is left out of sum and count alike.
     weights = torch.where(not_zero, squares.rsqrt(), 0).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         return _weighted_sum(x, weights), not_zero.sum().to(dtype)
@@ -78,10 +80,12 @@ def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     # In the order of its strides a dense sample is one row of memory: flatten copies nothing, channels-last or not.
     dims = sorted(range(1, x.dim()), key=x.stride, reverse=True)
     rows = x.permute(0, *dims).flatten(1)
+    # One product of a matrix and a vector reads x once and makes nothing of its size.
     if rows.dtype == weights.dtype:
         total = torch.mv(rows.t(), weights)
     else:
         total = weights.new_zeros(rows.shape[1])
+        # Sums over a batch in half precision would lose most digits of small cosines.
         for part, weight in zip(rows.chunk(CHUNKS), weights.chunk(CHUNKS), strict=True):
             total = torch.addmv(total, part.t().to(weight.dtype), weight)
     return total.view([x.shape[d] for d in dims]).permute([dims.index(d) for d in range(1, x.dim())])

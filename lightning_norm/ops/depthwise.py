@@ -27,6 +27,7 @@ def with_spatial_axes(kernel: Tensor, spatial: int) -> Tensor:
     element. A map with more is a stack of separate maps along its first axes.
     """
     for _ in range(kernel.dim() - 2 - spatial):
+        # The other taps meet only the zeros around the map.
         kernel = kernel.select(-1, kernel.shape[-1] // 2)
     for _ in range(spatial - (kernel.dim() - 2)):
         kernel = kernel.unsqueeze(2)
@@ -44,6 +45,7 @@ def unrolled(x: Tensor, kernel: Tensor) -> bool:
     For contiguous maps of some width that is faster than oneDNN, which turns a map to a format of its own and back. Ask
     in the forward pass: a gradient that is being traced does not show its memory format.
     """
+    # Narrow maps and large kernels are left to oneDNN.
     known = x.is_cpu and x.dim() > 2 and x.is_contiguous() and x.shape[-1] >= 12 and kernel[0].numel() <= 49
     return known and _compiling()
 
@@ -56,6 +58,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, unroll: b
         weights, windows = kernel.flatten(2).unbind(2), _windows(x, kernel)
         return sum((_per_channel(w, x) * window for w, window in zip(weights, windows, strict=True)), start)
     if x.dim() == 2:
+        # Without spatial axes the kernel has one tap, which is a scale.
         y = x * kernel.squeeze(1)
         return y if bias is None else y + bias
     if not _compiling():
@@ -78,6 +81,7 @@ def kernel_gradients(dy: Tensor, x: Tensor, kernel: Tensor, *, unroll: bool = Fa
         return torch.stack(taps, 1).view(kernel.shape), dy.sum(over).sum(0)
     if not over:
         return (dy * x).sum(0).unsqueeze(1), dy.sum(0)
+    # As an operator where a compiler traces, for the reason at the end of this file.
     run = torch.ops.lightning_norm.depthwise_kernel_gradients if _compiling() else _kernel_gradients
     dkernel, dbias = run(dy, x, kernel)
     return dkernel, dbias
@@ -112,6 +116,7 @@ def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     # aten.convolution and not conv2d: autocast, which would narrow the map, knows the second name only.
     zeros = [0] * (x.dim() - 2)
     y: Tensor = torch.ops.aten.convolution(x, kernel, bias, *_geometry(kernel), False, zeros, x.shape[1])
+    # oneDNN may choose another memory format than that of x, which the output has to keep.
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
 

@@ -24,17 +24,21 @@ def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     mean_dtype = stat_dtype(x)
     var_dtype = at_least_float32(x.dtype)
     if layout.size == 1:
+        # A copy, for the mean is an output of an autograd function and must not be x itself.
         mean = x.reshape(layout.n, layout.c).to(mean_dtype, copy=True)
         return mean, torch.zeros_like(mean, dtype=var_dtype)
     rough_mean = x.mean(layout.reduced, dtype=var_dtype)
     u = x - layout.broadcast_to_input(rough_mean)
+    # In float64 and for half inputs the statistics are as wide as they will get, and the mean is exact enough.
     if mean_dtype == var_dtype:
         return rough_mean, _dot(u, u, layout) / layout.size
     if may_read_back(x):
         var = _dot(u, u, layout) / layout.size
         if bool((rough_mean.square() <= SMALL_MEAN**2 * var).all()):
-            return rough_mean, var  # a small mean keeps its digits, and float32 halves the work of the algebra
-        u = x - layout.broadcast_to_input(rough_mean)  # again: the product has overwritten it
+            # A small mean keeps its digits, and float32 halves the work of the algebra.
+            return rough_mean, var
+        # Centered once more, since the product has overwritten it.
+        u = x - layout.broadcast_to_input(rough_mean)
     # The rough mean is off by its rounding. What is left over is so small that its own mean is exact enough in float32.
     residual_mean = u.mean(layout.reduced)
     var = (_dot(u, u, layout) / layout.size - residual_mean.square()).clamp_min(0)
@@ -78,6 +82,7 @@ def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: 
             dy, x, _one_per_row(pivot, layout).view(1, rows), ones, None, 1, rows, layout.size, rows, needs_gradient
         )
         return total.view(layout.n, layout.c), dot.view(layout.n, layout.c)
+    # A vector (N, C) has nothing to sum over, and torch takes no axes for all axes.
     total = dy.sum(layout.reduced, dtype=pivot.dtype) if layout.reduced else dy.to(pivot.dtype)
     return total, _dot(x - layout.broadcast_to_input(pivot), dy, layout)
 
@@ -86,16 +91,20 @@ def combine(
     dy: Tensor, scale: Tensor, x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None, layout: Layout
 ) -> Tensor:
     """Return dx = scale * dy + dmean / S + (2 * dvar / S) * (x - mean), in x's dtype."""
+    # A compiled graph has no fused multiply-add on the CPU, and float64 registers cost it nothing.
     dy, u = _widened(dy), _widened(x)
     dtype = at_least_float32(u.dtype)
     scale = layout.broadcast_to_input(scale.to(dtype))
     offset = None if dmean is None else dmean.to(dtype) / layout.size
-    if dvar is None or layout.size == 1:  # the variance of one element is constant
+    # The variance of one element is constant.
+    if dvar is None or layout.size == 1:
         dx = dy * scale if offset is None else torch.addcmul(layout.broadcast_to_input(offset), dy, scale)
         return dx.to(x.dtype)
     slope = dvar.to(dtype) * (2 / layout.size)
     pivot = mean.to(dtype)
     if pivot.dtype != mean.dtype:
+        # x is centered by the rounded mean; what rounding took is the same for all positions, so the offset can hold
+        # it.
         rounding = slope * (pivot - mean).to(dtype)
         offset = rounding if offset is None else offset + rounding
     offset = layout.broadcast_to_input(torch.zeros_like(slope) if offset is None else offset)

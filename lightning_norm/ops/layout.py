@@ -68,7 +68,8 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
         raise ValueError(f"{who} has {_wrong_channels(shape, axis, num_features)}")
     reduced = tuple(d for d in range(1, dims) if d != axis)
     size = 1
-    for d in reduced:  # not math.prod, which torch.compile cannot trace
+    # Not ``math.prod``, which torch.compile cannot trace.
+    for d in reduced:
         size *= shape[d]
     if size == 0:
         raise ValueError(f"{who}: input {shape} has no element per channel. Check the size of the feature map.")
@@ -78,6 +79,7 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
 def _wrong_rank(shape: tuple[int, ...], channel_dim: int) -> str:
     remedy = "A single sample needs a batch axis: x.unsqueeze(0)."
     if len(shape) > 5:
+        # Which axes may be merged depends on where the channels are.
         remedy = f"Merge axes: x.flatten({'4' if channel_dim == 1 else '1, -2'})."
     return f"(N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), got {len(shape)} dimensions: {shape}. {remedy}"
 

@@ -24,7 +24,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # Both as they came, so that a second derivative can be taken through them.
         ctx.save_for_backward(x, weight)
+        # Autocast is off here already: the caller's forward pass runs without it.
         return torch.addmm(bias, x, weight.t())
 
     @staticmethod

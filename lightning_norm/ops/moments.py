@@ -131,6 +131,7 @@ class Affine:
     def _field(self, name: str, t: Tensor, n: int, c: int) -> Tensor:
         # Missing dimensions are added in front, as broadcasting does: (C,) is (1, C).
         rows, columns = (1,) * (2 - t.dim()) + tuple(t.shape) if t.dim() < 3 else (0, 0)
+        # A tensor of three axes is refused with the others: it would broadcast against x and mean something else.
         if rows in (1, n) and columns in (1, c):
             return t.reshape(rows, columns)
         shapes = {k: None if v is None else tuple(v.shape) for k, v in vars(self).items()}
@@ -162,6 +163,7 @@ def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
         terms: K tensors; the result has the dtype of the first.
     """
     dtype = terms[0].dtype
+    # The dtypes meet here: weights in float32 must not narrow means in float64.
     first, *rest = (term.to(dtype) * weight for term, weight in zip(terms, weights.to(dtype).unbind(), strict=True))
     return sum(rest, first)
 
@@ -179,12 +181,15 @@ class _PoolMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        wide = stat_dtype(var)  # (N, C) numbers are few: exact sums cost nothing here
+        # (N, C) numbers are few, so that exact sums cost nothing here.
+        wide = stat_dtype(var)
         pooled = mean.mean(dim, keepdim=True, dtype=wide)
+        # Deviations and not squares of means: at mean / std = 1e4 the squares would agree in every digit.
         deviation = mean - cast(pooled, mean.dtype)
         ctx.size, ctx.var_dtype = mean.shape[dim], var.dtype
         ctx.save_for_backward(mean, pooled)
-        between_var = deviation.to(var.dtype).square()  # a small difference has all its digits in float32 as well
+        # A small difference has all its digits in float32 as well.
+        between_var = deviation.to(var.dtype).square()
         return pooled, (var + between_var).mean(dim, keepdim=True, dtype=wide)
 
     @staticmethod

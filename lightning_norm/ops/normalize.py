@@ -133,9 +133,11 @@ def run(x: Tensor, call: Call) -> Tensor:
     kernels = call.backend != "eager" and on_kernels(x, call.layout, call.backend, empty=call.ranks is not None)
     spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
     if spec is not None and call.ranks is not None:
+        # Descriptions know nothing of ranks, so that a layer need not ask for them.
         spec = spec.over(call.ranks)
     if spec is None and not x.numel():
-        kernels = False  # an empty x meets the other ranks in plain PyTorch, whose passes take it
+        # An empty x meets the other ranks in plain PyTorch, whose passes take it.
+        kernels = False
     with _full_precision(x):
         if call.depthwise_conv is not None:
             y = _normalize_and_convolve(x, call, call.depthwise_conv, spec)
@@ -158,6 +160,7 @@ def _normalize_and_convolve(
 ) -> Tensor:
     """Return the depthwise convolution of the normalized x, by one kernel where it can."""
     kernel, bias = depthwise_conv
+    # One layer serves maps of any dimension, and the convolution needs as many axes as the map has.
     kernel = depthwise.with_spatial_axes(kernel, len(call.layout.reduced))
     if isinstance(spec, MixtureSpec) and depthwise.on_kernels(kernel, call.layout.size):
         return spec.normalize_depthwise(x, kernel, bias, call.layout)
@@ -207,6 +210,7 @@ class _Moments(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layout: Layout, kernels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, var = (triton_passes if kernels else eager).moments(x, layout)
         ctx.layout, ctx.kernels = layout, kernels
+        # A gradient that is missing must be told from zeros, which would cost a pass over x.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean)
         return x.view_as(x), mean, var, torch.zeros_like(mean)
@@ -216,7 +220,8 @@ class _Moments(torch.autograd.Function):
         # What autograd calls the gradients of x_alias and scale_carrier are dy and scale, from the second node.
         dy, dmean, dvar, scale = grads
         x, mean = ctx.saved_tensors
-        if dy is None or scale is None:  # y was not used, only the moments
+        # Where only the moments were used and not y, nothing came from the second node.
+        if dy is None or scale is None:
             dy, scale = torch.zeros_like(x), torch.zeros_like(mean)
         return _passes(ctx.kernels).combine(dy, scale, x, mean, dmean, dvar, ctx.layout), None, None
 
@@ -294,7 +299,9 @@ class _ApplyDepthwise(torch.autograd.Function):
         ctx.layout, ctx.mean_is_small = layout, mean_is_small
         ctx.carrier_dtype, ctx.shift_like = scale_carrier.dtype, (shift.shape, shift.dtype)
         ctx.save_for_backward(x, center, scale, shift, kernel)
+        # Decided here, since the backward pass may not see the memory format any more.
         ctx.unroll = depthwise.unrolled(x, kernel)
+        # Rounded to half only after the convolution, which sums k * k of these numbers.
         normalized = eager.apply(x.to(kernel.dtype), center, scale, shift, layout, mean_is_small)
         return cast(depthwise.convolve(normalized, kernel, bias, unroll=ctx.unroll), x.dtype)
 

@@ -23,12 +23,13 @@ def sparsemax(z: Tensor) -> Tensor:
     k = torch.arange(1, z.numel() + 1, device=z.device, dtype=z.dtype)
     ordered = torch.sort(z, descending=True).values
     excess = ordered.cumsum(0) - 1
+    # As a tensor, for the size of the support would have to be read back from a GPU.
     support = (ordered * k > excess).sum()
     tau = excess.gather(0, (support - 1).unsqueeze(0)) / support
     return (z - tau).clamp_min(0)
 
 
-def sparsestmax(z: Tensor, radius: Tensor | float) -> Tensor:
+def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
     r"""Move sparsemax(z) away from the centre of its face, to ``radius`` at least.
 
     With p the sparsemax and u the uniform point on its support: p itself where ``|p - u| >= radius``, otherwise ``u +
@@ -49,13 +50,18 @@ def sparsestmax(z: Tensor, radius: Tensor | float) -> Tensor:
     tensor([1., 0., 0.])
     """
     p = sparsemax(z)
+    if radius is None:
+        return p
     square = torch.as_tensor(radius, dtype=z.dtype, device=z.device).square()
     support = p > 0
     centre = support.to(z.dtype) / support.sum()
+    # Each step loses an entry or changes nothing, so that K - 1 are enough whatever the values are.
     for _ in range(z.numel() - 1):
         away = p - centre
         norm2 = away.square().sum()
+        # Below this the direction is rounding noise, and dividing by it would leave the simplex.
         known = norm2 > (64 * torch.finfo(z.dtype).eps) ** 2
+        # 1 in place of 0, for the gradient of a root at 0 is infinite even where the result is not used.
         norm = torch.where(known, norm2, 1.0).sqrt()
         out = known & (norm2 < square)
         moved = centre + square.sqrt() * away / norm
@@ -63,6 +69,7 @@ def sparsestmax(z: Tensor, radius: Tensor | float) -> Tensor:
         p = torch.where(out, projected, p)
         support = torch.where(out, projected > 0, support)
         smaller = support.to(z.dtype) / support.sum()
+        # The circle is cut by the smaller face, around that face's centre, in one of this radius.
         square = (square - (smaller - centre).square().sum()).clamp_min(0)
         centre = smaller
     return p

@@ -108,6 +108,7 @@ def split(group: str | int, nodes: list[Any]) -> list[list[int]]:
         return [[rank for rank in range(world) if nodes[rank] == node] for node in dict.fromkeys(nodes)]
     size = int(group)
     if world % size:
+        # What divides is what can be typed instead.
         divisors = [n for n in range(1, world + 1) if world % n == 0]
         raise ValueError(
             f"sync_group={size} does not divide the {world} ranks of this run. Type one of {divisors}, 'node' or "
@@ -149,9 +150,11 @@ def _name_of(group: str | int) -> str:
     Not the default group for "world" either: DDP reduces gradients there, in an order that is not ours. Every rank
     creates the groups of all ranks, in one order, as ``torch.distributed.new_group`` demands.
     """
+    # Not the default group itself, but the mark of this world: a later one must get new groups.
     world = dist.group.WORLD
     assert world is not None
-    if _process_groups.world() is not world:  # the first time, or another world than before
+    # This is the first time, or another world has taken the place of the one before.
+    if _process_groups.world() is not world:
         _process_groups.world = weakref.ref(world)
         _process_groups.name_of.clear()
         _process_groups.by_name.clear()
@@ -161,9 +164,11 @@ def _name_of(group: str | int) -> str:
         members = split(group, gather(node()) if group == "node" else [None] * world.size())
         name = ""
         if max(map(len, members)) > 1:
+            # A user who raised the timeout for slow ranks means these collectives as well.
             timeout = torch_private.timeout_of(world)
             created, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
             assert isinstance(created, dist.ProcessGroup)
+            # A rank by itself needs no collective, and each would cost a call.
             if created.size() > 1:
                 name = created.group_name
                 _process_groups.by_name[name] = created
@@ -196,7 +201,8 @@ class _AllReduceSum(torch.autograd.Function):
 def _sum(x: Tensor, group: str) -> Tensor:
     # all_reduce works in place, and x belongs to the caller's graph.
     total = x.clone(memory_format=torch.contiguous_format)
-    if torch.compiler.is_compiling():  # a graph cannot hold the error handling below
+    # A graph cannot hold the error handling below.
+    if torch.compiler.is_compiling():
         dist.all_reduce(total, group=_process_groups.by_name[group])
         return total
     try:

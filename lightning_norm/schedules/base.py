@@ -40,6 +40,7 @@ class Schedule(ABC):
         The scheduler looks there whether a schedule stays within the range of a hyper-parameter. Without knowledge of
         the schedule they are all the whole numbers, and in a run of more than 10 000 as many of them, evenly spread.
         """
+        # Training without an end has no last time; its schedules are checked when they are asked for.
         if math.isinf(last):
             return (0,)
         end = int(last)
@@ -73,6 +74,7 @@ class Timed(Schedule):
         name = type(self).__name__
         for unit in ("epochs", "steps"):
             duration = getattr(self, unit)
+            # NaN and infinity are floats as well, and would divide a formula to nothing.
             if duration is not None and not (is_number(duration) and duration > 0):
                 raise ValueError(f"{name}: {unit} must be a number > 0, got {duration!r}.")
         if self.epochs is not None and self.steps is not None:
@@ -85,6 +87,7 @@ class Timed(Schedule):
     def __call__(self, time: float, epoch: float = 1.0) -> float:
         """Return the value at ``time``: the first value before 0, and the last one after the end."""
         length = self.length(epoch)
+        # Clamped here, so that a formula need not say what happens before and after.
         return self.at(min(max(as_float(time), 0.0), length), length)
 
     def length(self, epoch: float = 1.0) -> float:
@@ -107,6 +110,7 @@ class Timed(Schedule):
                 raise ValueError(f"{type(self).__name__}: {name} must be a number, got {getattr(self, name)!r}.")
 
     def _needs_end(self) -> None:
+        # Of the base class, for a subclass may add units and still has no duration.
         if not Timed.units(self):
             name = type(self).__name__
             raise ValueError(f"{name} needs its duration: {name}(..., epochs=10), or steps=1000 with interval='step'.")
@@ -114,6 +118,7 @@ class Timed(Schedule):
 
 def is_number(value: object) -> bool:
     """Tell whether it is a finite number within the range of a float, and not a bool."""
+    # ``True`` is an int in Python and a slip of the pen in a schedule.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(as_float(value))
 
 

@@ -38,6 +38,7 @@ class Chain(Schedule):
             if not isinstance(part, Schedule):
                 raise TypeError(f"Chain: expected schedules, got {part!r}. Type Constant({part!r}, epochs=5).")
         for part in self.schedules[:-1]:
+            # Found at construction, because it would show in training only as a schedule that never changes.
             if math.isinf(part.length()):
                 raise ValueError(f"Chain: {part} never ends, but others follow. Give it epochs=... or steps=...")
 
@@ -58,6 +59,7 @@ class Chain(Schedule):
 
     def pieces(self, last: float, epoch: float = 1.0) -> Iterable[float]:
         """Return the pieces of all, one after the other."""
+        # The first value counts even where a part says nothing of its own start.
         start, times = 0.0, {0.0}
         for part in self.schedules:
             if start > last:
@@ -108,6 +110,7 @@ class Warmup(Schedule):
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        # Without this, the message would be that of the line, which the user never typed.
         if self.epochs is None and self.steps is None:
             raise ValueError("Warmup needs its duration: Warmup(schedule=..., epochs=5), or steps=500.")
         self.chain()
@@ -115,6 +118,7 @@ class Warmup(Schedule):
     def chain(self) -> Chain:
         """Return the same as a Chain."""
         schedule = as_schedule("Warmup: schedule", self.schedule)
+        # A chain of a line and the schedule, so that there is one arithmetic of what comes after what.
         return Chain([Linear(self.start, schedule(0), epochs=self.epochs, steps=self.steps), schedule])
 
     def __call__(self, time: float, epoch: float = 1.0) -> float:
@@ -151,5 +155,6 @@ def as_schedule(what: str, value: Schedule | float) -> Schedule:
     if isinstance(value, Schedule):
         return value
     if is_number(value):
+        # A plain number is what most users type where a value shall not change.
         return Constant(float(value))
     raise TypeError(f"{what} must be a number or a schedule such as Linear(0.5, 0.9, epochs=10), got {value!r}.")

@@ -28,6 +28,7 @@ def small_inputs(make: Make) -> None:
             with refused(ValueError, what, "more than one value per statistic", type(layer).__name__):
                 layer(x)
             after = statistics(layer)
+            # A refusal in the middle of a run must leave a state that can be saved.
             assert all(torch.equal(after[k], v) for k, v in before.items()), f"{what}: refused, yet statistics moved"
 
 
@@ -41,6 +42,7 @@ def empty_batch(make: Make) -> None:
             assert tuple(y.shape) == shape, f"input {shape}: output {tuple(y.shape)}"
         before = statistics(layer)
         try:
+            # Other ranks may have samples, so that an empty batch cannot simply be an error.
             layer.train()(torch.empty(shape))
         except ValueError as error:
             assert "0 sample" in str(error), f"empty batch in training: {error}"  # noqa: PT017  an assertion on the message
@@ -72,6 +74,7 @@ def wrong_shape(make: Make) -> None:
     for shape in ((5, C + 1, 7, 3), (5, C - 1)):
         with refused(ValueError, f"input {shape}", str(shape), f"num_features={C}", str(shape[1])):
             layer(torch.ones(shape))
+    # The usual mistake, and the message has to name the argument that mends it.
     with refused(ValueError, "tokens without channel_dim", "channel_dim=-1"):
         layer(torch.ones(5, 7, C))
 
@@ -79,6 +82,7 @@ def wrong_shape(make: Make) -> None:
 @check
 def wrong_arguments(make: Make) -> None:
     """num_features, eps and channel_dim out of range are refused by name."""
+    # ``True`` is an int in Python, and would be one channel.
     for bad in (0, -1, 2.5, True):
         with refused(ValueError, f"num_features={bad!r}", "num_features", repr(bad)):
             make(bad)

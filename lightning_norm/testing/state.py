@@ -17,6 +17,7 @@ def trained(make: Make) -> Normalizer:
     """Return a layer after two steps with a graph behind its input."""
     layer = built(make)
     for seed in (1, 2):
+        # A non-leaf tensor in a buffer or an attribute makes a copy fail, so there has to be a graph.
         layer(features(5, C, 7, 3, seed=seed).requires_grad_() * 2).mean().backward()
     return layer
 
@@ -34,6 +35,7 @@ def agree(a: Normalizer, b: Normalizer, what: str) -> None:
 def state_dict_round_trip(make: Make) -> None:
     """A state_dict loads strictly, through a file with ``weights_only=True``, and restores the layer."""
     layer, fresh = trained(make), make(C)
+    # Through a file, for ``weights_only=True`` refuses anything but tensors and plain types.
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
@@ -72,12 +74,14 @@ def loads_batch_norm(make: Make) -> None:
     start = {name: p.detach().clone() for name, p in layer.named_parameters()}
     saved = bn.state_dict()
     layer.load_state_dict(saved, strict=True)
+    # A loading hook that renames in place would change the user's own dictionary.
     assert set(saved) == set(bn.state_dict()), "loading changed the caller's state_dict"
     loaded = layer.state_dict()
     for name in loaded:
         if name in saved and name not in layer.translated_tensors:
             same(loaded[name], saved[name], 0.0, f"{name} of the BatchNorm")
-        elif name in start and not layer.translated_tensors:  # otherwise it may be made of the BatchNorm's tensors
+        # A translated tensor may be made of the BatchNorm's.
+        elif name in start and not layer.translated_tensors:
             same(loaded[name], start[name], 0.0, f"{name}, absent from the BatchNorm,")
     if layer.preserves_eval:
         x = features(4, C, 7, 3, seed=9)
@@ -91,6 +95,7 @@ def deepcopy_and_pickle(make: Make) -> None:
     for what, twin in (("deepcopy", copy.deepcopy(layer)), ("pickle", pickle.loads(pickle.dumps(layer)))):
         agree(copy.deepcopy(layer), twin, what)
         for (name, a), (_, b) in zip(layer.named_parameters(), twin.named_parameters(), strict=True):
+            # An average of weights is such a copy, and would follow the original in silence.
             assert a.data_ptr() != b.data_ptr(), f"{what} shares {name} with the original"
         for name in type(layer).ranges:
             value = getattr(layer, f"_{name}")

@@ -48,6 +48,7 @@ def context_layers(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         state = getattr(module, "contexts", None)
         if isinstance(state, ContextState):
+            # Told here, because a layer does not know where in a model it stands.
             state.name = clean_name(name)
             layers[state.name] = module
     return layers
@@ -109,12 +110,14 @@ def assign(layers: Mapping[str, Any], ids: Tensor | None = None, images: Tensor 
     """
     if not isinstance(views, int) or views < 1:
         raise ValueError(f"views must be a positive int, got {views!r}.")
+    # Once per batch, and not once per layer.
     descriptors = None if images is None else kmeans.describe(images)
     # Layers of one kind share one tensor: a network has dozens of layers, and the batch has one set of contexts.
     shared: dict[tuple[str, int, torch.device], Tensor | None] = {}
     for name, layer in layers.items():
         if layer.context == "gate":
             continue
+        # A model may be spread over devices, and each layer reads its contexts where it is.
         device = layer.prior_or_uniform().device
         kind = (layer.context, layer.num_contexts, device)
         if kind not in shared:
@@ -174,6 +177,7 @@ def as_responsibilities(ids: Tensor, k: int, name: str) -> Tensor:
         if ids.dim() != 1:
             remedy = "ids.float()" if ids.dim() == 2 and ids.shape[1] == k > 1 else "ids.flatten()"
             raise ValueError(f"{who}: integers must have the shape (N,), got {tuple(ids.shape)}. Type {remedy}.")
+        # An index out of range would match no context, and the sample would count for none.
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
         if low < 0 or high >= k:
             raise ValueError(f"{who} must lie in [0, {k - 1}], got {low} to {high}.")
@@ -183,7 +187,8 @@ def as_responsibilities(ids: Tensor, k: int, name: str) -> Tensor:
     # Probabilities may come from a network in half precision: the sums are taken in float32.
     with torch.no_grad():
         wide = ids.float()
-        tolerance = max(4 * torch.finfo(ids.dtype).eps * k, 1e-4)  # each entry is rounded to the dtype of ids
+        # Each entry is rounded to the dtype of ids, so a row of k may be off by k roundings.
+        tolerance = max(4 * torch.finfo(ids.dtype).eps * k, 1e-4)
         valid = not ids.numel() or bool((wide >= 0).all() & ((wide.sum(1) - 1).abs() <= tolerance).all())
     if not valid:
         raise ValueError(f"{who}: probabilities must be at least 0, and each row must sum to 1.")
@@ -219,6 +224,7 @@ def set_centroids(layers: Mapping[str, Any], descriptors: Tensor, seed: int = 0)
     unfitted = []
     for layer in layers.values():
         if layer.context == "input" and layer.is_fitted():
+            # Layers with as many contexts must number them alike, also where only some were loaded from a file.
             clusters.setdefault(layer.num_contexts, (layer.centroids, layer.descriptor_scale))
         elif layer.context == "input":
             unfitted.append(layer)

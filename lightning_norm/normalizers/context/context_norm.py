@@ -22,12 +22,6 @@ from lightning_norm.ops.moments import Affine, Moments
 MAX_FUSED_CONTEXTS = 16
 """Contexts that a kernel holds at once."""
 
-SOURCES = ("input", "ids", "gate")
-"""Where the responsibilities come from."""
-
-MISSING = ("pooled", "posterior", "error")
-"""What evaluation does where there are none."""
-
 
 class ContextNorm(ContextStatistics):
     r"""Normalize each sample by the statistics of its context, or by a mixture of contexts.
@@ -87,9 +81,6 @@ class ContextNorm(ContextStatistics):
         min_count: int = 16,
         **options: Any,
     ) -> None:
-        for name, value, allowed in (("context", context, SOURCES), ("missing", missing, MISSING)):
-            if value not in allowed:
-                raise ValueError(f"ContextNorm: {name} must be one of {allowed}, got {value!r}.")
         if not min_count >= 1:
             raise ValueError(f"ContextNorm: min_count must be at least 1, got {min_count!r}.")
         self.context, self.missing, self.prior_scale, self.min_count = context, missing, prior_scale, min_count
@@ -119,6 +110,7 @@ class ContextNorm(ContextStatistics):
 
     def forward(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """Normalize the input x, by the contexts that the layer was told of its samples."""
+        # What is no input at all is refused by the base class, with its better message.
         if self.context != "gate" and isinstance(input, Tensor) and input.dim() > 1 and input.is_floating_point():
             check_contexts_of(self, input.shape[0])
         return super().forward(input, activation, residual)
@@ -141,13 +133,16 @@ class ContextNorm(ContextStatistics):
         if self.num_contexts > MAX_FUSED_CONTEXTS or (posterior and not frozen):
             return None
         pooled = not gated and responsibilities is None
+        # The kernels give no gradient of responsibilities from outside, which probabilities of another network may
+        # want.
         needs_grad = not gated and responsibilities is not None and responsibilities.requires_grad
         if needs_grad or (pooled and posterior):
             return None
         flags = {"contexts": self.num_contexts, "prior": self.prior_scale, "gate": gated, "pooled": pooled and frozen}
         numbers = {"least": float(self.min_count)}
         spec = per_channel_spec(self, numbers, needs_moments=gated or not frozen, **flags)
-        if pooled and not frozen:  # evaluation without running statistics: the batch's, and all contexts alike
+        # Evaluation without running statistics is on the batch's, and all contexts count alike.
+        if pooled and not frozen:
             uniform = (layout.n, self.num_contexts), 1 / self.num_contexts
             responsibilities = self.prior_or_uniform().new_full(*uniform, dtype=torch.float32)
         gates = tuple(getattr(self, name, None) for name in GATES)
@@ -161,6 +156,7 @@ class ContextNorm(ContextStatistics):
         """Return the pooled map, which evaluation without contexts is; ``None`` where contexts are always there."""
         if self.context != "ids" or self.missing != "pooled" or not self.track_running_stats:
             return None
+        # In float64, because the map is folded into other layers.
         twin: Any = double_copy(self)
         return per_channel(twin.mixture(twin.running(), None), self.num_features)
 
@@ -170,7 +166,8 @@ class ContextNorm(ContextStatistics):
 
     def gate(self, m: Moments) -> Tensor:
         """Return the learned responsibilities, softmax(W mean + b), (N, K)."""
-        wide = stat_dtype(m.var)  # responsibilities whose sum is off by 1e-7 would scale the output
+        # Responsibilities whose sum is off by 1e-7 would scale the output.
+        wide = stat_dtype(m.var)
         logits = (m.mean.to(wide).unsqueeze(1) * self.gate_weight.to(wide)).sum(2) + self.gate_bias.to(wide)
         return torch.softmax(logits, 1)
 
@@ -184,7 +181,8 @@ class ContextNorm(ContextStatistics):
         if responsibilities is None and self.missing == "posterior":
             responsibilities = self.posterior(m)
         weight, bias = self.per_context_affine(wide := stat_dtype(m.var))
-        if responsibilities is None:  # in evaluation only: all contexts together as one
+        # This happens in evaluation only, where all contexts then count as one.
+        if responsibilities is None:
             prior = self.seen_prior().to(wide)
             pooled = self.running() if self.track_running_stats else m.over_batch()
             scale = (pooled.var + self.eps).rsqrt() * (prior * weight).sum(0, keepdim=True)
@@ -208,7 +206,8 @@ class ContextNorm(ContextStatistics):
         weight = ones if self.weight is None else self.weight.to(dtype)
         bias = 0 * ones if self.bias is None else self.bias.to(dtype)
         if self.prior_scale:
-            factor = self.seen_prior().to(dtype).clamp_min(0.01).rsqrt()  # at most 10, also for an unseen context
+            # A context that was not seen has the prior 0: the factor is 10 at most.
+            factor = self.seen_prior().to(dtype).clamp_min(0.01).rsqrt()
             weight, bias = factor * weight, factor * bias
         return weight, bias
 
@@ -236,8 +235,10 @@ class ContextNorm(ContextStatistics):
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the gate to small numbers which are the same for layers of one size."""
         super().reset_parameters()
-        if hasattr(self, "gate_weight"):  # not yet while the base class is being constructed
-            generator = torch.Generator().manual_seed(0)  # every rank must start from the same gate
+        # The base class calls this before there is a gate.
+        if hasattr(self, "gate_weight"):
+            # Every rank must start from the same gate.
+            generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
                 self.gate_weight.copy_(0.01 * torch.randn(self.gate_weight.shape, generator=generator))
                 self.gate_bias.zero_()

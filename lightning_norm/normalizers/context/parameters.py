@@ -39,6 +39,7 @@ class ContextParameters(MomentNorm):
         for name in ("weight", "bias"):
             parameter = getattr(self, name)
             if parameter is not None:
+                # All contexts start alike, so that a swapped network computes what it did.
                 setattr(self, name, nn.Parameter(parameter.detach().repeat(num_contexts, 1)))
 
     def _make_running_stats(self, num_features: int, track: bool, device: Any, dtype: torch.dtype | None) -> None:
@@ -115,6 +116,7 @@ class ContextParameters(MomentNorm):
             ValueError: the source has another number of contexts.
         """
         super().take_from(source)
+        # From another layer with contexts each row goes to its own context, and the priors with them.
         per_context = isinstance(source, ContextParameters)
         if isinstance(source, ContextParameters) and source.num_contexts != self.num_contexts:
             raise ValueError(
@@ -126,7 +128,8 @@ class ContextParameters(MomentNorm):
             if old is None or new is None:
                 continue
             with torch.no_grad():
-                new.copy_(old)  # (C,) broadcasts to a row per context
+                # (C,) broadcasts to a row per context.
+                new.copy_(old)
             if isinstance(new, nn.Parameter):
                 new.requires_grad_(old.requires_grad)
 
@@ -151,6 +154,7 @@ class ContextParameters(MomentNorm):
             if not isinstance(value, Tensor) or getattr(self, name) is None:
                 continue
             if value.numel() == self.num_features:
+                # A BatchNorm's tensor becomes the row of every context.
                 of_batch_norm = True
                 state_dict[prefix + name] = value.reshape(1, -1).repeat(self.num_contexts, 1)
             elif value.dim() == 2 and value.shape[0] != self.num_contexts:

@@ -59,9 +59,11 @@ class ContextStatistics(ContextParameters):
         total = batch.count.sum()
         frequency = batch.count / total.clamp_min(1)
         pooled = pool_moments(batch.mean, batch.var, frequency)
-        borrowed = (1 - batch.count / self.min_count).clamp_min(0)  # the batch's part in the mixture
+        # This is the whole batch's part in the mixture.
+        borrowed = (1 - batch.count / self.min_count).clamp_min(0)
         distance = pooled.mean - batch.mean
         mean = batch.mean + borrowed * distance
+        # The last term is the variance between the two parts, by the law of total variance.
         var = batch.var + borrowed * (pooled.var - batch.var + (1 - borrowed) * distance.square())
         return Moments(mean, var, batch.count + borrowed * (total - batch.count)), frequency, pooled
 
@@ -76,6 +78,7 @@ class ContextStatistics(ContextParameters):
         A context as frequent as 1 / K, or more, has ``momentum``. A rarer one has in proportion less, for its few
         samples say less. The first samples of a context replace the starting values, which stand for nothing.
         """
+        # With K contexts alike each has the frequency 1 / K, and then the step is the momentum.
         step = momentum * (self.num_contexts * frequency).clamp_max(1)
         return torch.where(self.unseen(), (frequency > 0).to(step.dtype), step)
 
@@ -84,6 +87,7 @@ class ContextStatistics(ContextParameters):
         """Move the running variance of the samples' means, (K, C), which the posterior measures distances in."""
         buffer: Tensor = self.running_spread
         step = self._step_size(frequency, self.momentum or 0.1)
+        # A context that the batch does not have keeps its spread.
         usable = torch.isfinite(between_var).all() & (frequency > 0)
         moved = torch.lerp(buffer.to(step.dtype), between_var, step)
         buffer.copy_(torch.where(usable, moved, buffer).to(buffer.dtype))
@@ -102,6 +106,7 @@ class ContextStatistics(ContextParameters):
         contexts, prior, _ = self.running_per_context()
         var = self.running_spread.to(contexts.mean.dtype) + self.eps
         squared_distance = (m.mean.unsqueeze(1) - contexts.mean).square() / var  # (N, K, C)
+        # A context with the prior 0 has the logit -inf, and so the probability 0.
         return torch.softmax(prior[:, 0].log() - 0.5 * (squared_distance + var.log()).mean(2), 1)
 
     @torch.no_grad()
