@@ -18,6 +18,7 @@ from lightning_norm.errors import SyncError as SyncError
 from lightning_norm.errors import SyncWarning as SyncWarning
 from lightning_norm.metrics import FeatureCondensation as FeatureCondensation
 from lightning_norm.normalizers import BNET as BNET
+from lightning_norm.normalizers import IBN as IBN
 from lightning_norm.normalizers import AdaptiveFusionNorm as AdaptiveFusionNorm
 from lightning_norm.normalizers import ASRNorm as ASRNorm
 from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm
