@@ -21,6 +21,7 @@ _METHODS: tuple[str, ...] = (
     "ContextNorm",
     "DiminishingBatchNorm",
     "GroupNorm",
+    "IBN",
     "InstanceNorm",
     "LayerNorm",
     "RepresentativeBatchNorm",

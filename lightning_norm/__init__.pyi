@@ -19,6 +19,7 @@ from lightning_norm.errors import SyncWarning as SyncWarning
 from lightning_norm.errors import WriteError as WriteError
 from lightning_norm.metrics import FeatureCondensation as FeatureCondensation
 from lightning_norm.normalizers import BNET as BNET
+from lightning_norm.normalizers import IBN as IBN
 from lightning_norm.normalizers import AdaptiveFusionNorm as AdaptiveFusionNorm
 from lightning_norm.normalizers import ASRNorm as ASRNorm
 from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm
