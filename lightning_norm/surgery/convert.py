@@ -166,7 +166,8 @@ def _translate_variance(module: nn.Module, layer: Normalizer) -> None:
     """Give the layer the variance of one that holds it in another form."""
     if layer._buffers.get("running_var") is None or not isinstance(module, Normalizer):
         return
-    if "running_var" in module.translated_tensors and module.track_running_stats:
+    both = "running_var" in layer.translated_tensors  # which take_from has served
+    if "running_var" in module.translated_tensors and module.track_running_stats and not both:
         layer._buffers["running_var"] = module.running().var.squeeze(0)
 
 

@@ -33,10 +33,15 @@ def model_of(key):
                 p.add_(0.1 * torch.randn_like(p))
     for _ in range(2):
         model(torch.randn(4, 3, 8, 8))
-    for layer in model[1:]:
-        for name, span in layer.ranges.items():
-            set_scheduled(layer, name, min(max(0.3, span.low), span.high))
+    move_scheduled(model, 0.3)
     return model
+
+
+def move_scheduled(model, value):
+    for layer in model[1:]:
+        for name in set(layer.ranges) - set(layer.without_effect()):
+            if (layer.key, name) != ("dbn", "momentum"):  # it refuses one
+                set_scheduled(layer, name, value)
 
 
 @pytest.mark.filterwarnings("ignore::lightning_norm.errors.ParameterGrowthWarning")
@@ -46,9 +51,7 @@ def test_ours_to_ours_and_back_is_as_if_nothing_had_been(source):
         model = model_of(source)
         layers, before = list(model), everything(model)
         report = swap(model, target, source=source, norm_args=ARGUMENTS.get(target))
-        for layer in model[1:]:
-            for name, span in layer.ranges.items():
-                set_scheduled(layer, name, min(max(0.77, span.low), span.high))
+        move_scheduled(model, 0.77)
         report.undo()
         assert list(model) == layers
         assert everything(model) == before, target
