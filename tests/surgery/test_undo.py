@@ -67,7 +67,9 @@ def test_on_the_meta_device(key):
             model[i].to("meta")
         report.undo()
         assert [type(m) for m in model] == [nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm2d]
-        assert [{t.device.type for t in m.state_dict().values()} == {"meta"} for m in model] == [i in meta for i in range(3)]
+        assert [{t.device.type for t in m.state_dict().values()} == {"meta"} for m in model] == [
+            i in meta for i in range(3)
+        ]
 
 
 class Breaks(lightning_norm.BatchChannelNorm):
@@ -95,7 +97,7 @@ def test_one_layer_that_fails_leaves_all_as_they_were():
         report.undo()
     assert list(model) == layers
     assert everything(model) == before
-    assert [m.state_dict() .keys() for m in originals[1:]] == [s.keys() for s in state]
+    assert [m.state_dict().keys() for m in originals[1:]] == [s.keys() for s in state]
     for module, was in zip(originals[1:], state, strict=True):
         assert all(torch.equal(t, was[n]) for n, t in module.state_dict().items())
         assert not hasattr(module, "extra")
