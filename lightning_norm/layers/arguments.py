@@ -8,14 +8,20 @@ needs no checks of its own for names, nor for values out of a ``Literal``.
 from __future__ import annotations
 
 import collections.abc
+import decimal
 import difflib
+import enum
 import functools
 import inspect
+import numbers
+import os
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
 
 TORCH_NAMES = {"num_channels": "num_features", "normalized_shape": "num_features", "elementwise_affine": "affine"}
 """Names of torch's arguments that have another name here."""
@@ -96,7 +102,38 @@ def checked_arguments(cls: type, arguments: Mapping[str, Any], where: str = "") 
     """
     check_names(cls, arguments)
     known = arguments_of(cls)
-    return {n: _number(v, known[n], f"{where}{cls.__name__}: {n}") for n, v in arguments.items()}
+    return {n: _number(plain_value(v), known[n], f"{where}{cls.__name__}: {n}") for n, v in arguments.items()}
+
+
+def plain_value(value: Any) -> Any:
+    """Return numbers, text, lists and mappings of any library in Python's own types, and all else as it is.
+
+    What a user's configuration brings, such as NumPy's and torch's scalars, enumerations, Hydra's lists, is then equal
+    to what a checkpoint, a plan and YAML give back.
+
+    >>> plain_value({"eps": decimal.Decimal("0.5"), "choices": range(2)})
+    {'eps': 0.5, 'choices': [0, 1]}
+    """
+    if isinstance(value, enum.Enum):
+        return plain_value(value.value)
+    if isinstance(value, numbers.Integral):  # a bool is one as well
+        return value if type(value) is bool else int(value)
+    if isinstance(value, (numbers.Real, decimal.Decimal)):
+        return float(value)
+    if isinstance(value, str):
+        return str(value) if type(value) is not str else value
+    if hasattr(value, "tolist") and hasattr(value, "ndim"):  # NumPy's and torch's, and what is like them
+        return plain_value(value.tolist())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {plain_value(k): plain_value(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(plain_value(v) for v in value)
+    # Sizes and lists, and what can be gone through once, such as a generator.
+    if isinstance(value, (Sequence, Set, Iterator)) and not isinstance(value, (bytes, bytearray)):
+        return [plain_value(v) for v in value]
+    return value
 
 
 def check_num_groups(who: str, num_features: int, num_groups: int) -> int:
@@ -216,6 +253,11 @@ def _check_choice(what: str, value: Any, choices: tuple[Any, ...], several: bool
 def _number(value: Any, parameter: inspect.Parameter, what: str) -> Any:
     """Return text as a number where the argument is one: YAML reads 1e-3, which has no point, as text."""
     annotation = inspect.formatannotation(parameter.annotation)
+    if parameter.name == "dtype" and isinstance(value, str):  # as a plan and a checkpoint hold it: "torch.float64"
+        dtype = getattr(torch, value.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{what} must be a dtype, got the text {value!r}. Type it like torch.float64.")
+        return dtype
     is_float = isinstance(parameter.default, float) or re.search(r"\bfloat\b", annotation)
     if not isinstance(value, str) or not is_float or re.search(r"\bstr\b", annotation):
         return value

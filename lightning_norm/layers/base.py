@@ -153,6 +153,9 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         """Return the values, (C,), of those of a BatchNorm's tensors that this class holds in another form."""
         return {}
 
+    def follow(self, name: str, before: Tensor, now: Tensor) -> None:
+        """Change a tensor that :meth:`as_batch_norm` gives in another form as that form, (C,), was changed."""
+
     def return_to(self, source: nn.Module) -> None:
         """Give a layer what was taken from it, as it is now: the inverse of :meth:`take_from`.
 
@@ -161,9 +164,12 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         # What both have and the swap did not take, such as the importance weights of two SwitchableNorms or a scheduled
         # value, is the source's as it was.
         names = self._taken_names(source)
+        values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
         for name, old in (*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)):
             new = getattr(self, name, None) if name in names else None
-            if isinstance(new, Tensor) and name not in self.translated_tensors:
+            if isinstance(new, Tensor) and name in values and name not in self.translated_tensors:
+                source.follow(name, values[name].to(new), new.detach())  # type: ignore[operator]  # a Normalizer
+            elif isinstance(new, Tensor) and name not in self.translated_tensors:
                 # A network built in bfloat16 gets its statistics back in it.
                 narrow = name in self.running_names and old.dtype.itemsize < 4
                 setattr(source, name, new.to(old.dtype) if narrow else new)

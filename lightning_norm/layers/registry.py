@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from lightning_norm.layers.arguments import checked_arguments
+from lightning_norm.layers.arguments import checked_arguments, plain_value
 from lightning_norm.layers.base import Normalizer
 
 NormSpec: TypeAlias = str | type[nn.Module] | Mapping[str, Any]
@@ -51,6 +51,7 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
         ValueError: nothing has that name.
         TypeError: it is not a normalizer, or the spec has unknown entries.
     """
+    norm = plain_value(norm)
     # The form in which LightningCLI writes a class and its arguments.
     if isinstance(norm, Mapping):
         unknown = set(norm) - {"class_path", "init_args"}

@@ -44,6 +44,7 @@ def convert(module: nn.Module, name: str, norm: ResolvedNorm) -> tuple[Normalize
     chosen = checked_arguments(cls, arguments, f"{name}: ")
     known = arguments_of(cls)
     inherited = {k: v for k, v in _arguments_from(module, name, cls).items() if k in known}
+    _check_device(cls, name, chosen.pop("device", None), inherited.get("device"))
     try:
         layer = cls(**{**inherited, **chosen})
         layer.take_from(module)
@@ -52,6 +53,18 @@ def convert(module: nn.Module, name: str, norm: ResolvedNorm) -> tuple[Normalize
         raise type(error)(f"{name}: {error}") from error
     _carry_over(module, layer)
     return layer, chosen
+
+
+def _check_device(cls: type[Normalizer], name: str, chosen: Any, present: Any) -> None:
+    """Refuse another device than that of the module, whose tensors are moved and not copied."""
+    if chosen is None or present is None:
+        return
+    device = torch.device(chosen)
+    if device.type != present.type or device.index not in (None, present.index):
+        raise ValueError(
+            f"{name}: {cls.__name__}: device={str(device)!r}, but the layer that it replaces is on {str(present)!r}. "
+            "Leave device out; model.to(...) moves a swapped model as any other."
+        )
 
 
 def own_arguments(layer: nn.Module) -> dict[str, Any]:
@@ -166,7 +179,8 @@ def _translate_variance(module: nn.Module, layer: Normalizer) -> None:
     """Give the layer the variance of one that holds it in another form."""
     if layer._buffers.get("running_var") is None or not isinstance(module, Normalizer):
         return
-    if "running_var" in module.translated_tensors and module.track_running_stats:
+    both = "running_var" in layer.translated_tensors  # which take_from has served
+    if "running_var" in module.translated_tensors and module.track_running_stats and not both:
         layer._buffers["running_var"] = module.running().var.squeeze(0)
 
 

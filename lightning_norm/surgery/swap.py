@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_norm.errors import AlreadySwappedError, NoEffectWarning, ParameterGrowthWarning
+from lightning_norm.layers.arguments import plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers.context.assignment import ContextState
 from lightning_norm.ops.backend import explain
@@ -161,6 +162,7 @@ def _origin(module: nn.Module, row: SwappedLayer) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Return arguments in the types that YAML and a checkpoint hold without code."""
+    value = plain_value(value)
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -11,7 +11,9 @@ from lightning_norm import Chain, Constant, Cosine, Exponential, InversePower, L
 
 
 def _random_schedule(rng, depth):
-    kind = rng.choice(["linear", "cosine", "exponential", "constant", "steps"] + ["chain", "warmup"] * (2 * (depth > 0)))
+    kind = rng.choice(
+        ["linear", "cosine", "exponential", "constant", "steps"] + ["chain", "warmup"] * (2 * (depth > 0))
+    )
     epochs = round(rng.uniform(0.05, 2.5), rng.choice([1, 2, 3]))
     a, b = round(rng.uniform(0, 1), 2), round(rng.uniform(0, 1), 2)
     if kind == "chain":

@@ -66,6 +66,7 @@ class NormSwapOptions(SwapOptions):
     what_to_type: ClassVar[str] = "NormSwap needs norm='sn' (say), rules={'layer1.*': 'sn', ...} or plan='plan.yaml'."
 
     def __post_init__(self) -> None:
+        self._make_plain()
         if self.plan is None:
             super().__post_init__()
         elif any(getattr(self, name) is not None for name in self.chooses_layers):

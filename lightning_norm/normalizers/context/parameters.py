@@ -109,6 +109,18 @@ class ContextParameters(MomentNorm):
                 tensors[name] = (prior * parameter.detach()).sum(0)
         return tensors
 
+    @torch.no_grad()
+    def follow(self, name: str, before: Tensor, now: Tensor) -> None:
+        """Move the rows of all contexts as their average was moved, variances by its factor."""
+        rows: Tensor = getattr(self, name)
+        if rows.is_meta or now.is_meta or torch.equal(before, now):
+            return
+        before, now = before.to(rows), now.to(rows)
+        if name == "running_var":
+            rows.mul_(now / before.clamp_min(torch.finfo(before.dtype).tiny))
+        else:
+            rows.add_(now - before)
+
     def take_from(self, source: nn.Module) -> None:
         """Start every context from the source's weight, bias and running statistics.
 
