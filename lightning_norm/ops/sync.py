@@ -1,7 +1,8 @@
 """Statistics across ranks: one all-reduce forward and one backward, weighted by counts.
 
-The sums travel in float64, so that n*(var + mean^2) keeps its digits (relative error about 1e-10 at mean/std = 1e3) and
-one SUM is enough. Counts travel with them, because the last batch of an epoch is uneven and a rank may be empty.
+Each rank writes its count, mean and variance into a place of its own among zeros, so that the one SUM tells every rank
+what every other measured, exactly. A sum of x^2 would travel in less, and lose its digits where the mean is large.
+Counts travel too, because the last batch of an epoch is uneven and a rank may be empty.
 """
 
 from __future__ import annotations
@@ -36,18 +37,30 @@ class Ranks:
 
         .. math::
             \mu = \frac{\sum_r n_r \mu_r}{\sum_r n_r}, \qquad
-            \sigma^2 = \frac{\sum_r n_r (\sigma_r^2 + \mu_r^2)}{\sum_r n_r} - \mu^2
+            \sigma^2 = \frac{\sum_r n_r (\sigma_r^2 + (\mu_r - \mu)^2)}{\sum_r n_r}
         """
-        # One tensor, so that one collective is enough: (K, 1 + 2C) of counts, sums and sums of squares.
-        c = mean.shape[1]
+        # One tensor, so that one collective is enough: (K, 1 + R (1 + 2C)), the total count and a row of each rank.
+        k, c = mean.shape
         n, m, v = count.double(), mean.double(), var.double()
-        total = self.sum(torch.cat([n, n * m, n * (v + m.square())], dim=1))
-        n = total[:, :1]
+        before, after = (n.new_zeros(k, ranks * (1 + 2 * c)) for ranks in (self.rank, self.size - 1 - self.rank))
+        total = self.sum(torch.cat([n, before, n, m, v, after], dim=1))
+        n, rows = total[:, :1], total[:, 1:].view(k, self.size, 1 + 2 * c)
         # Where all ranks are empty, 0 / tiny is 0 and not NaN.
-        not_zero = n.clamp_min(torch.finfo(torch.float32).tiny)
-        m = total[:, 1 : 1 + c] / not_zero
-        v = (total[:, 1 + c :] / not_zero - m.square()).clamp_min(0.0)
+        part = rows[:, :, :1] / n.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+        means, variances = rows[:, :, 1 : 1 + c], rows[:, :, 1 + c :]
+        m = (part * means).sum(1)
+        v = (part * (variances + (means - m.unsqueeze(1)).square())).sum(1)
         return n.to(count.dtype), m.to(mean.dtype), v.to(var.dtype)
+
+    @property
+    def rank(self) -> int:
+        """The place of this process among the ranks, from 0."""
+        return _place_in(self.group)[0]
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return _place_in(self.group)[1]
 
     def sum(self, t: Tensor) -> Tensor:
         """Return the sum of t over the ranks, the same bits on each; t has one shape on all of them."""
@@ -174,6 +187,13 @@ def _name_of(group: str | int) -> str:
                 _process_groups.by_name[name] = created
         _process_groups.name_of[group] = name
     return _process_groups.name_of[group]
+
+
+@torch_private.constant_in_graphs
+def _place_in(name: str) -> tuple[int, int]:
+    """Return the rank of this process in the process group of that name, and the group's size."""
+    group = _process_groups.by_name[name]
+    return group.rank(), group.size()
 
 
 def gather(value: Any) -> list[Any]:

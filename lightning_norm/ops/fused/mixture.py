@@ -191,7 +191,7 @@ def _fake_affine(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     moments = torch.empty_like(affine) if flags.needs_moments else affine.new_empty(0)
     batch = affine.new_empty(3, c) if flags.pools_batch else affine.new_empty(0)
     layer = affine.new_empty(3, n, flags.num_groups) if flags.pools_layer else affine.new_empty(0)
-    rank_sums = affine.new_empty((1, 1 + 2 * c) if group else (0,), dtype=torch.float64)
+    rank_sums = affine.new_empty(operators.rank_sums_shape(group, c), dtype=torch.float64)
     return moments, batch, layer, affine, rank_sums
 
 
