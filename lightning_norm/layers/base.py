@@ -128,7 +128,9 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             if name in values:
                 new.data.copy_(values[name])
             elif old is not None:
-                setattr(self, name, old)
+                # A frozen layer holds its weight and bias as buffers: here they are parameters that do not train.
+                buffer = isinstance(new, nn.Parameter) and not isinstance(old, nn.Parameter)
+                setattr(self, name, nn.Parameter(old.detach(), requires_grad=False) if buffer else old)
         # After the running statistics: what is translated may replace one of them.
         for translation in self.translations:
             translation.take(self, source)
@@ -148,7 +150,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             if isinstance(new, Tensor) and name not in self.translated_tensors:
                 # A network built in bfloat16 gets its statistics back in it.
                 narrow = name in self.running_names and old.dtype.itemsize < 4
-                setattr(source, name, new.to(old.dtype) if narrow else new)
+                new = new.to(old.dtype) if narrow else new
+                setattr(source, name, new if isinstance(old, nn.Parameter) else new.detach())
         for translation in self.translations:
             translation.give_back(self, source)
 
@@ -271,6 +274,12 @@ class MomentNorm(Normalizer):
             activation: "none", "relu" or "silu".
             residual: added before the activation, in the shape of x.
         """
+        if not self.behind:
+            return self._normalize(input, activation, residual)
+        activation, modules = self.fuse_behind(activation)
+        return self.call_behind(self._normalize(input, activation, residual), modules)
+
+    def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         if not torch.compiler.is_compiling():
             keep_float32(self)
             keep_exact(self)
