@@ -10,6 +10,18 @@ class NoEffectWarning(UserWarning):
     """What the user asked for has no effect, because nothing in the model or the run matches it."""
 
 
+class LeftAloneWarning(UserWarning):
+    """A swap has passed over normalization layers that nobody said should stay."""
+
+
+class NotReachedWarning(UserWarning):
+    """Layers of a swap did not run, or their parameters got no gradient, in a training step."""
+
+
+class WeightDecayWarning(UserWarning):
+    """Weight decay acts on parameters of normalizers, in an optimizer that spares others."""
+
+
 class CompileWarning(UserWarning):
     """A compiled layer is slower than it could be, because it meets too many input shapes."""
 

@@ -135,8 +135,10 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             if name in values:
                 new.data.copy_(values[name])
             elif old is not None:
-                # The object itself: an optimizer that holds it goes on training it.
-                setattr(self, name, old)
+                # A frozen layer holds its weight and bias as buffers: here they are parameters that do not train. All
+                # others are the objects themselves: an optimizer that holds them goes on training them.
+                buffer = isinstance(new, nn.Parameter) and not isinstance(old, nn.Parameter)
+                setattr(self, name, nn.Parameter(old.detach(), requires_grad=False) if buffer else old)
         # After the running statistics: what is translated may replace one of them.
         for translation in self.translations:
             translation.take(self, source)
@@ -172,7 +174,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             elif isinstance(new, Tensor) and name not in self.translated_tensors:
                 # A network built in bfloat16 gets its statistics back in it.
                 narrow = name in self.running_names and old.dtype.itemsize < 4
-                setattr(source, name, new.to(old.dtype) if narrow else new)
+                new = new.to(old.dtype) if narrow else new
+                setattr(source, name, new if isinstance(old, nn.Parameter) else new.detach())
         for translation in self.translations:
             translation.give_back(self, source)
 
@@ -301,6 +304,12 @@ class MomentNorm(Normalizer):
             activation: "none", "relu" or "silu".
             residual: added before the activation, in the shape of x.
         """
+        if not self.behind:
+            return self._normalize(input, activation, residual)
+        activation, modules = self.fuse_behind(activation)
+        return self.call_behind(self._normalize(input, activation, residual), modules)
+
+    def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         if not torch.compiler.is_compiling():
             # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
             if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.layers.behind import Behind
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine
 
@@ -19,7 +20,7 @@ EPS = 2.0**-20
 """torch takes no eps of 0; with this one, 1 - eps and their sum 1 are exact in float32."""
 
 
-class Evaluation(nn.Module):
+class Evaluation(Behind):
     """Mixin: a class whose evaluation is a fixed map under conditions of its own says so.
 
     By :meth:`evaluates_on_running_stats` where the map is that of its algebra, otherwise by :meth:`eval_affine`; one
@@ -69,8 +70,13 @@ class Evaluation(nn.Module):
         """Return torch's own layer where there is one, else itself; timm's ``reparameterize_model`` calls it."""
         # The layer that stood here before the swap tells how many dimensions the input has.
         kind = str((getattr(self, "origin", None) or {}).get("source", ""))
-        plain = self.plain(dims_of(kind))
+        plain = self.deployed(dims_of(kind))
         return self if plain is None else plain.train(self.training)
+
+    def deployed(self, dims: int | None = None) -> nn.Module | None:
+        """Return :meth:`plain` with the modules that the layer calls behind its normalization."""
+        plain = self.plain(dims)
+        return None if plain is None else self.followed(plain)
 
 
 @torch.no_grad()

@@ -68,6 +68,11 @@ class Ranks:
         return total
 
 
+def is_running() -> bool:
+    """Tell whether this process is one of a distributed run."""
+    return bool(dist.is_available() and dist.is_initialized())
+
+
 def active_ranks(sync: bool, training: bool, group: str | int = "world") -> Ranks | None:
     """Return the ranks to pool with, or ``None`` outside of training, with ``sync=False``, or for a rank by itself.
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,3 +45,28 @@ def timeout_of(group: ProcessGroup) -> timedelta:
     backend = group._get_backend(torch.device(group._device_types[0]))
     timeout: timedelta = backend.options._timeout
     return timeout
+
+
+# torch registers hooks one by one and has no way to list or to move them, so that a layer which takes another's place
+# has to take over its dictionaries: handles that the user holds then still remove what they registered.
+HOOK_ATTRIBUTES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` call the forward and backward hooks that were registered on ``source``."""
+    for attribute in HOOK_ATTRIBUTES:
+        setattr(target, attribute, getattr(source, attribute))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a forward or backward hook is registered on a module."""
+    return any(getattr(module, a) for a in HOOK_ATTRIBUTES if a != "_is_full_backward_hook")

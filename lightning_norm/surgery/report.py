@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.convert import device_and_dtype, restore_original, unchanged_on_error
-from lightning_norm.surgery.select import ModuleSlot
+from lightning_norm.surgery.options import SwapOptions
+from lightning_norm.surgery.select import Left, ModuleSlot
 from lightning_norm.surgery.text_tables import aligned
 
 MANY = 100_000
@@ -62,14 +63,17 @@ class SwapReport:
         layers: one row per swapped layer.
         skipped: (name, type, why) of layers that look like candidates and were left alone.
         candidates: how many layers could have been swapped.
+        others: the same of all other normalization layers of the model.
 
     Attributes:
         dry_run: nothing was changed.
         total_before: parameters of the model before the swap, in elements.
     """
 
-    def __init__(self, layers: list[SwappedLayer], skipped: list[tuple[str, str, str]], candidates: int) -> None:
-        self.layers, self.skipped, self.candidates = layers, skipped, candidates
+    def __init__(
+        self, layers: list[SwappedLayer], skipped: list[Left], candidates: int, others: list[Left] | None = None
+    ) -> None:
+        self.layers, self.skipped, self.candidates, self.others = layers, skipped, candidates, others or []
         self.dry_run = True
         self.total_before = 0
         self._undo: list[tuple[ModuleSlot, Normalizer]] = []
@@ -116,7 +120,8 @@ class SwapReport:
         known = {layer.name for layer in self.layers}
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
-        self.skipped = list({s[0]: s for s in [*self.skipped, *other.skipped]}.values())
+        for mine, later in ((self.skipped, other.skipped), (self.others, other.others)):
+            mine[:] = {row[0]: row for row in [*mine, *later]}.values()
         self.total_before = max(self.total_before, other.total_before - changed)
         self._undo += other._undo
 
@@ -135,6 +140,21 @@ class SwapReport:
             f"the swap adds {_spaced(added)} parameters to the model's {_spaced(before)} (+{added / before:.0%}); "
             f"optimizer states and checkpoints grow with them. {'. '.join(ways)}."
         )
+
+    def left_alone(self, options: SwapOptions) -> str:
+        """Return what to tell of layers that were passed over; "" where the options have left them out.
+
+        Args:
+            options: whoever names kinds or names of layers there has left out the others.
+        """
+        chosen = any(o is not None for o in (options.source, options.include, options.rules))
+        left = self.skipped if chosen else [*self.skipped, *self.others]
+        if not left or not self.layers:
+            return ""
+        stay = (
+            " source='BatchNorm' says that layers of other kinds are to stay." if len(left) > len(self.skipped) else ""
+        )
+        return f"the swap leaves {len(left)} normalization layers alone: {'; '.join(_by_class(left))}.{stay}"
 
     def undo(self) -> None:
         """Put every original module back, with the Parameters and statistics as they are now.
@@ -168,7 +188,7 @@ class SwapReport:
         """Return the report in plain types."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
-            "skipped": [{"name": n, "type": t, "reason": r} for n, t, r in self.skipped],
+            "skipped": [{"name": n, "type": t, "reason": r} for n, t, r in [*self.skipped, *self.others]],
             "candidates": self.candidates,
             "parameters_added": self.parameters_added,
         }
@@ -187,7 +207,7 @@ class SwapReport:
         verb = "would become" if self.dry_run else "->"
         lines = [f"{len(self)} of {self.candidates} {sources} layers {verb} {names or 'nothing'}"]
         if not self.layers:
-            return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
+            return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
         total = f" ({_spaced(self.total_before)} -> {_spaced(self.total_after)})"
         # A tensor that the normalizer holds in another form is counted twice: removed as it was, and added as it is.
         removed = f" -{self.parameters_removed}" if self.parameters_removed else ""
@@ -210,7 +230,10 @@ class SwapReport:
             lines.append("  evaluation  preserved: the same as the original network's until training changes it")
         sync = "on in training with several processes" if any(layer.sync for layer in self.layers) else "off"
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
-        return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
+        return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
+
+    def _left_lines(self) -> list[str]:
+        return _by_class([*self.skipped, *self.others])
 
     def _kinds(self, what: str) -> str:
         # The counter of batches is moved with every layer that has one, and tells nothing.
@@ -245,6 +268,17 @@ class SwapReport:
 
     def __repr__(self) -> str:
         return f"SwapReport({len(self)} of {self.candidates} layers{', dry run' if self.dry_run else ''})"
+
+
+def _by_class(left: list[Left]) -> list[str]:
+    """Return a line for each class of layers that were left alone, and reason."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, kind, why in left:
+        kinds.setdefault((kind, why), []).append(name)
+    return [
+        f"{len(names)} {kind} ({'' if len(names) == 1 else 'first: '}{names[0]}): {why}"
+        for (kind, why), names in kinds.items()
+    ]
 
 
 def _title(target: str, key: str, count: int) -> str:
