@@ -1,0 +1,49 @@
+/* A libcuda that does nothing but count: what Triton's launcher needs to load and launch a kernel. */
+#include "cuda.h"
+
+#undef cuCtxGetDevice
+#undef cuDevicePrimaryCtxRetain
+
+static unsigned long long launches, loads;
+
+CUresult cuInit(unsigned flags) { return 0; }
+CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)1; return 0; }
+CUresult cuCtxGetDevice(CUdevice *device) { *device = 0; return 0; }
+CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return 0; }
+CUresult cuCtxSetCurrent(CUcontext context) { return 0; }
+CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return 0; }
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = 0; return 0; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { *context = (CUcontext)1; return 0; }
+CUresult cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute name, int value) { return 0; }
+CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return 0; }
+CUresult cuGetErrorString(CUresult error, const char **text) { *text = "stub"; return 0; }
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) { *function = (CUfunction)16; return 0; }
+CUresult cuModuleUnload(CUmodule module) { return 0; }
+
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute name, CUdevice device) {
+    switch (name) {
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 232448; break;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
+    default: *value = 1024;
+    }
+    return 0;
+}
+
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute name, CUfunction function) {
+    *value = name == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 32;
+    return 0;
+}
+
+CUresult cuPointerGetAttribute(void *value, CUpointer_attribute name, CUdeviceptr pointer) {
+    *(CUdeviceptr *)value = pointer;
+    return 0;
+}
+
+CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)16; loads++; return 0; }
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) { launches++; return 0; }
+
+unsigned long long stub_launches(void) { return launches; }
+unsigned long long stub_loads(void) { return loads; }
