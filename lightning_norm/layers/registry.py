@@ -60,15 +60,14 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
                 f"a normalizer is written {{class_path: sn, init_args: {{...}}}}, got the entries "
                 f"{sorted(map(str, norm))}."
             )
-        cls, _ = resolve(norm["class_path"])
-        return cls, dict(norm.get("init_args") or {})
-    found: Any = _by_name(norm) if isinstance(norm, str) else norm
-    if not (isinstance(found, type) and issubclass(found, Normalizer)):
+        return resolve(norm["class_path"])[0], dict(norm.get("init_args") or {})
+    cls: Any = _by_name(norm) if isinstance(norm, str) else norm
+    if not (isinstance(cls, type) and issubclass(cls, Normalizer)):
         raise TypeError(
-            f"{norm!r} is not a normalizer: expected a subclass of lightning_norm.MomentNorm, got {found!r}. "
+            f"{norm!r} is not a normalizer: expected a subclass of lightning_norm.MomentNorm, got {cls!r}. "
             "examples/write_your_own.py shows one in 15 lines."
         )
-    return found, {}
+    return cls, {}
 
 
 def _by_name(name: str) -> Any:

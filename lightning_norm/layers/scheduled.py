@@ -1,4 +1,4 @@
-"""Hyper-parameters that may change during training, held in 0-dim tensors so that no change recompiles anything."""
+"""Hyper-parameters that may change during training, stored in 0-dim tensors so that no change recompiles anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that a class holds in another form than the layers it is made from, and what becomes of them."""
+"""Tensors that a class stores in another form than the layers it is made from, and what becomes of them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_norm.ops.moments import to_std, to_var
 
 @dataclass(frozen=True)
 class Translation:
-    """One tensor of another layer, and the form in which a normalizer holds it.
+    """One tensor of another layer, and the form in which a normalizer stores it.
 
     A swap, its undoing and ``load_state_dict`` all follow from it.
 
     Args:
         source: name of the tensor in the other layer and in its checkpoint, such as "running_var".
-        target: name of the tensor that holds it here, such as "running_std".
-        forward: from the other layer's values to those held here.
+        target: name of the tensor of this class, such as "running_std".
+        forward: from the other layer's values to those of this class.
         backward: the inverse.
         swapped: a swap takes the values over too, and not only ``load_state_dict``.
 
@@ -58,22 +58,22 @@ class Translation:
             old.data = self.backward(new.detach()).to(old).view_as(old)
 
     def load(self, state: dict[str, Tensor], prefix: str) -> None:
-        """Write the tensor of another layer's checkpoint as it is held here, unless the checkpoint has it so."""
+        """Write the tensor of another layer's checkpoint in this class's form, unless the checkpoint has it so."""
         if prefix + self.source in state:
             state.setdefault(prefix + self.target, self.forward(state[prefix + self.source]))
             del state[prefix + self.source]
 
 
 def std_of_var(eps: float) -> Translation:
-    """Return the translation of a running variance, held as the standard deviation that evaluates to the same."""
+    """Return the translation of a running variance, stored as the standard deviation that evaluates to the same."""
     return Translation("running_var", "running_std", lambda var: to_std(var, eps), lambda std: to_var(std, eps))
 
 
 def var_of_std(eps: float) -> Translation:
-    """Return the inverse of :func:`std_of_var`: a running standard deviation, held as a variance."""
+    """Return the inverse of :func:`std_of_var`: a running standard deviation, stored as a variance."""
     return Translation("running_std", "running_var", lambda std: to_var(std, eps), lambda var: to_std(var, eps))
 
 
 def renamed(source: str, target: str) -> Translation:
-    """Return the translation of a tensor that a published checkpoint holds as it is here, under another name."""
+    """Return the translation of a tensor that a published checkpoint has in the same form, under another name."""
     return Translation(source, target, lambda t: t, lambda t: t, swapped=False)

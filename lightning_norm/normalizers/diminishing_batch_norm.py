@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.base import Paper
+from lightning_norm.layers.blended import BlendedNorm
 from lightning_norm.layers.fused_specs import per_channel_spec
-from lightning_norm.layers.running_stats import is_usable, running_buffers, write
+from lightning_norm.layers.running_stats import is_usable, running_buffers
 from lightning_norm.layers.scheduled import Scheduled
-from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
@@ -22,7 +22,7 @@ from lightning_norm.ops.moments import Affine, Moments
 TINY = torch.finfo(torch.float32).tiny
 
 
-class DiminishingBatchNorm(MomentNorm):
+class DiminishingBatchNorm(BlendedNorm):
     r"""Normalize by running statistics, in training as in evaluation; batch m moves them by alpha(m) first.
 
     .. math::
@@ -60,11 +60,7 @@ class DiminishingBatchNorm(MomentNorm):
     paper = Paper("Ma and Klabjan", 2024, "Diminishing Batch Normalization", "arXiv 1705.08011")
     eval_uses_input_stats: ClassVar[bool] = False
     no_recalibration: ClassVar[str] = "its running statistics are what it trains with, moved by alpha alone"
-    no_window = "it normalizes by its running statistics in training, which each batch has to move first"
-    counters: ClassVar[tuple[str, ...]] = ("updates",)
     repr_arguments: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")
-    updates: Tensor
-    gap: Tensor
 
     def __init__(
         self,
@@ -83,13 +79,10 @@ class DiminishingBatchNorm(MomentNorm):
     ) -> None:
         if power is not None and not 0 < power < math.inf:
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
-        # Before the base class, which names the buffers by ``average``.
-        self.average, self.stat_grad = average, stat_grad
+        self.stat_grad = stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype}
-        super().__init__(num_features, momentum=None, **options)
-        # Not saved: it describes the last batch, and a resumed run does not continue from it.
-        self.register_buffer("gap", torch.zeros(2, device=device) if track_running_stats else None, persistent=False)
+        super().__init__(num_features, average=average, momentum=None, **options)
         # In this order, for with a power no alpha can be set.
         self.alpha = alpha
         self.power = None if power is None else float(power)
@@ -120,20 +113,16 @@ class DiminishingBatchNorm(MomentNorm):
             return mean, std_or_var
         if self.stat_grad == "none":
             mean, std_or_var = mean.detach(), std_or_var.detach()
-        steps = self._steps()
+        steps = self.steps()
         # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
         alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *running_buffers(self))
         batch_values = (mean, std_or_var)
         # The old statistics are constants, so the gradient passes through the new batch's part alone.
-        mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)]
-        # After the mixture was taken, which needs the buffers as they were.
-        self._move_average(mixed, batch_values, steps, is_usable(self, mean, batch.var, batch.count))
-        return mixed[0], mixed[1]
-
-    def _steps(self) -> Tensor:
-        """Return m of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
-        # A mean of exactly 0 in every channel is what a new layer has, and hardly what training leaves.
-        return self.updates + 1 + ((self.updates == 0) & (running_buffers(self)[0] != 0).any())
+        mean, std_or_var = (
+            alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)
+        )
+        self.write_blend((mean, std_or_var), batch_values, steps, is_usable(self, batch.mean, batch.var, batch.count))
+        return mean, std_or_var
 
     def _alpha_at(self, steps: Tensor) -> Tensor:
         """Return alpha(m) of the equation above, 0-dim."""
@@ -151,27 +140,6 @@ class DiminishingBatchNorm(MomentNorm):
         flags |= {"blend": True, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
         spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
         return replace(spec, counters=(self.updates, self.gap), rate=self.scheduled("alpha"))
-
-    @torch.no_grad()
-    def _move_average(self, mixed: list[Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor) -> None:
-        """Write the moved statistics, and how far the batch lay from them, unless it has a NaN or an infinity."""
-        # The gap is measured in standard deviations, whichever of the two is stored.
-        was, now = ((s if self.average == "std" else s.sqrt()) for s in (mixed[1], batch[1]))
-        gap = torch.stack([batch[0] - mixed[0], now - was]).abs() / (was + self.eps)
-        news = [*mixed, steps, gap.flatten(1).mean(1)]
-        for name, new in zip((*self.running_names, "updates", "gap"), news, strict=True):
-            write(getattr(self, name), new, usable)
-        self.get_buffer("num_batches_tracked").add_(usable)
-
-    @property
-    def running_names(self) -> tuple[str, str]:
-        """The second is the standard deviation, or with ``average="var"`` BatchNorm's own variance."""
-        return "running_mean", f"running_{self.average}"
-
-    @property
-    def translations(self) -> tuple[Translation, ...]:
-        """A BatchNorm's variance becomes a standard deviation, and that of another such layer a variance."""
-        return (std_of_var(self.eps) if self.average == "std" else var_of_std(self.eps),)
 
     @property
     def preserves_eval(self) -> bool:

@@ -134,13 +134,15 @@ class EncoderDecoderNorm(MomentNorm):
 
     def fused_spec(self, layout: Layout) -> EncoderDecoderSpec | None:
         """Return the same equations for the kernels, if encoders and decoders have one dtype. AFN and ASR opt in."""
-        coders = tuple(p for pair in self.linear_parameters() for p in pair)
+        linear_layers = tuple(p for pair in self.linear_parameters() for p in pair)
         # The kernels read all weights as one dtype; mixed ones are rare, and PyTorch takes them.
-        if len({p.dtype for p in coders}) > 1:
+        if len({p.dtype for p in linear_layers}) > 1:
             return None
         gates = tuple(self._parameters[f"lambda_{name}"] for name in ("mu", "sigma", "beta", "gamma"))
         flags = EncoderDecoderFlags(batch=self.train_uses_batch_stats)
-        spec = EncoderDecoderSpec(self.weight, self.bias, gates, coders, flags, self.eps, drop_prob=self.drop_prob())
+        spec = EncoderDecoderSpec(
+            self.weight, self.bias, gates, linear_layers, flags, self.eps, drop_prob=self.drop_prob()
+        )
         if not self.train_uses_batch_stats or not self.track_running_stats:
             return spec
         names = (*self.running_names, "num_batches_tracked", "skipped_updates", "_momentum")

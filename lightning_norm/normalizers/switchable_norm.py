@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_norm.layers.arguments import check_num_groups
-from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.base import Paper
 from lightning_norm.layers.fused_specs import mixture_spec
+from lightning_norm.layers.mixed import MixedNorm
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
@@ -18,7 +18,7 @@ from lightning_norm.ops.moments import Affine, Moments, mixture
 from lightning_norm.ops.sparsestmax import sparsestmax, without_entry
 
 
-class SwitchableNorm(MomentNorm):
+class SwitchableNorm(MixedNorm):
     r"""Mix instance, layer and batch statistics by learned weights, separate ones for mean and variance.
 
     .. math::
@@ -60,10 +60,7 @@ class SwitchableNorm(MomentNorm):
     paper = Paper(
         "Luo et al.", 2021, "Switchable Normalization for Learning-to-Normalize Deep Representation", "arXiv 1806.10779"
     )
-    extra_parameters: ClassVar[dict[str, str]] = {"mean_weight": "3", "var_weight": "3"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse")
-    mean_weight: nn.Parameter
-    var_weight: nn.Parameter
 
     def __init__(
         self,
@@ -78,18 +75,9 @@ class SwitchableNorm(MomentNorm):
         momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
         **options: Any,
     ) -> None:
-        if not choices:
-            raise ValueError("SwitchableNorm: choices must name at least one statistic, got none.")
-        self.choices, self.zero_weight = tuple(choices), zero_weight
-        if "bn" not in choices:
-            # Running statistics that nobody reads would still be saved, synchronized and shown.
-            options["track_running_stats"] = False
-        super().__init__(num_features, momentum=momentum, **options)
-        self.num_groups = (
-            check_num_groups("SwitchableNorm", num_features, num_groups) if "gn" in choices else num_groups
-        )
-        self.correction, self.sparse, self.radius = correction, sparse, radius
-        self._add_parameters(options, mean_weight=(len(choices),), var_weight=(len(choices),))
+        self.correction, self.sparse, self.zero_weight = correction, sparse, zero_weight
+        super().__init__(num_features, choices=choices, num_groups=num_groups, momentum=momentum, **options)
+        self.radius = radius
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
@@ -97,7 +85,7 @@ class SwitchableNorm(MomentNorm):
             m = m.unbiased()
         statistics = [self._statistic(k, m) for k in self.choices]
         # In float64 for float32 inputs: a sum of weights that is off by 1e-7 would be multiplied by the mean.
-        w, v = (self._mix(logits.to(m.mean.dtype), m.count) for logits in (self.mean_weight, self.var_weight))
+        w, v = (self.weights(logits.to(m.mean.dtype), m.count) for logits in (self.mean_weight, self.var_weight))
         return self.standardize(mixture(w, [s.mean for s in statistics]), mixture(v, [s.var for s in statistics]))
 
     def _statistic(self, k: str, m: Moments) -> Moments:
@@ -108,10 +96,10 @@ class SwitchableNorm(MomentNorm):
         s = s.unbiased() if self.correction and m.count == 1 else s
         return self.track(s) if k == "bn" else s
 
-    def _mix(self, logits: Tensor, count: int | Tensor = 2) -> Tensor:
+    def weights(self, logits: Tensor, count: int | Tensor = 2) -> Tensor:
         """Return w or w', (len(choices),); 0 for "in" where one element per sample and channel has no variance."""
         if count == 1 and "in" in self.choices and len(self.choices) > 1:
-            return without_entry(self._mix, logits, self.choices.index("in"))
+            return without_entry(self.weights, logits, self.choices.index("in"))
         logits = logits.to(at_least_float32(logits.dtype))
         return sparsestmax(logits, self.scheduled("radius")) if self.sparse else torch.softmax(logits, 0)
 
@@ -121,7 +109,7 @@ class SwitchableNorm(MomentNorm):
         if layout.size == 1 or {"ln", "gn"} <= set(self.choices):
             return None
         # The kernels take a softmax themselves; sparsestmax has a loop and stays in PyTorch.
-        w, v = (self._mix(t) if self.sparse else t for t in (self.mean_weight, self.var_weight))
+        w, v = (self.weights(t) if self.sparse else t for t in (self.mean_weight, self.var_weight))
         names, groups = (k.replace("gn", "ln") for k in self.choices), self.num_groups if "gn" in self.choices else 1
         more = {"correction": self.correction, "num_groups": groups, "softmax": not self.sparse}
         return mixture_spec(self, tuple(names), w=w, v=v, **more)
@@ -129,24 +117,6 @@ class SwitchableNorm(MomentNorm):
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean and variance that the running ones move towards; the authors' estimator as it is."""
         return (m.mean, m.var) if self.correction else super().running_target(m)
-
-    def start_values(self) -> dict[str, float | Tensor]:
-        """Return 1 for lambda and lambda'."""
-        return {"mean_weight": 1.0, "var_weight": 1.0}
-
-    @torch.no_grad()
-    def importance(self) -> dict[str, Tensor]:
-        """Return the importance weights of means and variances, each (len(choices),), in the order of ``choices``."""
-        return {"mean": self._mix(self.mean_weight), "var": self._mix(self.var_weight)}
-
-    def monitor(self) -> dict[str, Tensor]:
-        """Return the importance weights one by one: ``mean_in``, ``mean_ln``, ..., ``var_bn``."""
-        return {f"{q}_{k}": w[i] for q, w in self.importance().items() for i, k in enumerate(self.choices)}
-
-    def evaluates_on_running_stats(self) -> bool:
-        """Tell whether all importance is on the batch statistics."""
-        at = self.choices.index("bn") if self.track_running_stats else None
-        return at is not None and all(float(w[at]) == 1 for w in self.importance().values())
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements behind the batch statistics, or the layer's where there are none."""
@@ -157,9 +127,3 @@ class SwitchableNorm(MomentNorm):
     def without_effect(self) -> dict[str, str]:
         """Name the radius of a softmax."""
         return {**super().without_effect(), **({} if self.sparse else {"radius": "sparse=False"})}
-
-    def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
-        """Return the choices behind a checkpoint's lambda."""
-        known = {2: '("in", "ln") or, for the authors\' 1d layer, ("ln", "bn")', 3: '("in", "ln", "bn")'}
-        fit = known.get(tensor.numel(), f"the {tensor.numel()} statistics of the checkpoint")
-        return f"choices={fit} in place of {self.choices}" if name in self.extra_parameters else ""
