@@ -90,7 +90,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
 
     fused_spec = EncoderDecoderNorm.fused_spec
 
-    def drop(self, statistics: Tensor) -> Tensor:
+    def drop_statistics(self, statistics: Tensor) -> Tensor:
         """Return ``statistics`` after dropout: some entries 0, the others divided by the probability to stay."""
         p = self.drop_prob()
         if p is None:

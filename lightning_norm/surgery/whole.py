@@ -270,11 +270,19 @@ def _input(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def isolated(module: nn.Module) -> Iterator[None]:
-    """Leave the random state and the gradient mode as they were."""
+    """Leave the random state, the gradient mode and the module's tensors as they were."""
     devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
+    # A forward that was replaced on the instance may be a closure over the module itself, and run that in place of its
+    # copy.
+    before = [(t, t.clone()) for t in (*module.parameters(), *module.buffers())]
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
         torch.manual_seed(0)
-        yield
+        try:
+            yield
+        finally:
+            for t, value in before:
+                if not t.is_meta and not torch.equal(t, value):
+                    t.copy_(value)
 
 
 def measured_difference(module: nn.Module, whole: Whole, make: Callable[[nn.Module], nn.Module]) -> float | str:

@@ -33,9 +33,8 @@ FAMILIES = {
     "test_resnet": {},
     "resnet18": {},
     "mobilevitv2_050": {},
-    "edgenext_xx_small": {},
 }
-LEFT = {"mobilevitv2_050": "GroupNorm1", "edgenext_xx_small": "LayerNorm"}
+LEFT = {"mobilevitv2_050": "GroupNorm1"}
 """Families with layers of other kinds as well."""
 
 
@@ -74,19 +73,15 @@ def test_a_family(name):
     model.float()
 
     report = swapped(model, "sn", name)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     loss = model.train()(x).square().mean()
     loss.backward()
     for row in report.layers:
         for n, p in model.get_submodule(row.name).named_parameters():
-            if loss_reaches(name, row.name):
-                assert p.grad is not None, f"{row.name}.{n}"
-    model.zero_grad()
+            assert p.grad is not None, f"{row.name}.{n}"
+    optimizer.step()
     report.undo()
     assert {n for n, m in model.named_modules() if m in set(layers.values())} == layers.keys()
-
-
-def loss_reaches(family, layer):
-    return not (family == "levit_128s" and "head_dist" in layer)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "levit_128s"])
@@ -118,7 +113,7 @@ def test_every_normalizer_with_an_activation(key, act, tmp_path):
     state = copy.deepcopy(model.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lightning_norm.ParameterGrowthWarning)
-        report = swap(model, key, norm_args=arguments)
+        swap(model, key, norm_args=arguments)
     new = model[1]
     assert (new.act, new.drop, new.num_features, new.eps) == (before.act, before.drop, 6, before.eps)
     bare = copy.deepcopy(new)
@@ -152,7 +147,6 @@ def test_every_normalizer_with_an_activation(key, act, tmp_path):
     swap(model, "bn", source=key)
     assert model[1].act is before.act
     assert model[1].behind == ("drop", "act")
-    report = None
 
 
 def test_undo_puts_a_new_activation_back():
