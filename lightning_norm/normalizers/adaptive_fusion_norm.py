@@ -93,7 +93,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
     # A description holds for the class that defines it alone: this line says that it holds here, too.
     fused_spec = EncoderDecoderNorm.fused_spec
 
-    def drop(self, statistics: Tensor) -> Tensor:
+    def drop_statistics(self, statistics: Tensor) -> Tensor:
         """Return ``statistics`` after dropout: some entries 0, the others divided by the probability to stay."""
         p = self.drop_prob()
         if p is None:

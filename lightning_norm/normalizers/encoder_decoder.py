@@ -114,7 +114,7 @@ class EncoderDecoderNorm(MomentNorm):
         std = (s.var.to(wide) + self.eps).sqrt()
         # An encoder reads mu and sigma by the same weights: one matrix product for both, one below the other.
         measured = torch.cat([s.mean.to(m.var.dtype), std.to(m.var.dtype)])
-        mu, sigma = self._decode("std", self.drop(measured), wide)
+        mu, sigma = self._decode("std", self.drop_statistics(measured), wide)
         beta, gamma = self._decode("rescale", measured, wide)
         beta, gamma = beta.tanh(), gamma.sigmoid()
         if self.rescale_gate:
@@ -150,7 +150,7 @@ class EncoderDecoderNorm(MomentNorm):
         track = (2 if running[4] is None else 1) if self.training else 0
         return replace(spec, flags=replace(flags, frozen=not self.training, track=track), running=running)
 
-    def drop(self, statistics: Tensor) -> Tensor:
+    def drop_statistics(self, statistics: Tensor) -> Tensor:
         """Return what E_s reads of ``statistics``, mu and sigma one below the other, (2 N, C) or (2, C): all of it."""
         return statistics
 

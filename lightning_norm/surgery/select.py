@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,6 +65,7 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
     slots: dict[nn.Module, ModuleSlot] = {}
     skipped: list[Left] = []
     others: list[Left] = []
+    known: dict[Any, Whole | str] = {}
     for module, names in names_by_module(model).items():
         kind = type(module)
         # A lazy layer becomes one of these at its first input. It is a candidate, so that `convert` can say what to do.
@@ -75,7 +77,7 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
                 others += [(name, kind.__name__, _how_to_include(module)) for name in names]
             continue
         # A subclass may do more than normalize: it is taken where its outputs say that it does not.
-        whole = Whole(None) if lazy else read(module)
+        whole = Whole(None) if lazy else read(module, known)
         if isinstance(whole, Whole) and whole.kind is None and not (named or lazy):
             whole = f"a subclass of {kind.__mro__[1].__name__}; pass source={kind.__name__!r} to include it"
         if isinstance(whole, str):
