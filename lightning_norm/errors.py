@@ -38,6 +38,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or comes from another swap than the network it is to be loaded into."""
 
 
+class PlanError(ValueError):
+    """A plan cannot be read, or a row of it is wrong."""
+
+
 class OptimizerError(RuntimeError):
     """A trainable parameter of a normalizer is in no optimizer, or in more than one."""
 
