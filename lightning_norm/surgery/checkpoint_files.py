@@ -19,7 +19,7 @@ File: TypeAlias = str | os.PathLike[str]
 
 RUNS_CODE = re.compile(
     r"(os|posix|nt|sys|subprocess|shutil|pty|socket|runpy|importlib|ctypes|webbrowser|pdb|timeit|commands)\."
-    r"|(builtins|__builtin__)\.(eval|exec|compile|__import__|getattr|open|input|breakpoint)$"
+    r"|((builtins|__builtin__)\.)?(eval|exec|compile|__import__|open|input|breakpoint)$"
 )
 """Functions that only a malicious pickle calls; torch loads none of them with ``weights_only=True``."""
 
@@ -111,15 +111,15 @@ def unreadable(path: Any, error: BaseException) -> BaseException:
     if isinstance(error, CheckpointError):
         return error
     # torch says which class it refused in the middle of a long message; it is all that the user needs.
-    unsafe = re.search(r"[Uu]nsupported (?:global|GLOBAL|class)[^\n]*?((?:[\w<>]+\.)+[\w<>]+)", str(error))
-    if unsafe and RUNS_CODE.match(unsafe[1].removeprefix("GLOBAL ")):
+    unsafe = re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.<>]+)", str(error))
+    if unsafe and RUNS_CODE.match(unsafe[1]):
         return CheckpointError(
             f"{str(path)!r} would run code when it is loaded: it calls {unsafe[1]}, which no checkpoint needs. Nothing "
             "of it was run. Do not load this file, and tell whoever gave it to you."
         )
     if unsafe:
         return CheckpointError(
-            f"cannot read the checkpoint {str(path)!r}: it holds objects of {unsafe[1].removeprefix('GLOBAL ')}, which "
+            f"cannot read the checkpoint {str(path)!r}: it holds objects of {unsafe[1]}, which "
             "torch does not load from files by default. If you trust the file, pass weights_only=False."
         )
     first = str(error).strip().splitlines()[:1]

@@ -186,11 +186,11 @@ class Evil:
 
 
 @pytest.mark.parametrize("way", ["load_from_checkpoint", "warm_start", "plan", "fit", "validate"])
-@pytest.mark.parametrize("function", [os.system, subprocess.getoutput, eval, getattr, exec])
+@pytest.mark.parametrize("function", [os.system, subprocess.getoutput, eval, exec])
 def test_a_malicious_pickle_is_called_that_and_not_run(function, way, good, tmp_path):
     content, path, ran = torch.load(good, weights_only=True), tmp_path / "evil.ckpt", tmp_path / "ran"
     command = f"open({str(ran)!r}, 'w')" if function in (eval, exec) else f"touch {ran}"
-    torch.save({**content, "x": Evil(function, *((content, "keys") if function is getattr else (command,)))}, path)
+    torch.save({**content, "x": Evil(function, command)}, path)
     ways = {
         "load_from_checkpoint": lambda: lightning_norm.load_from_checkpoint(TwoNorms, path),
         "warm_start": lambda: trainer(NormSwap("sn", warm_start=path)).fit(TwoNorms(), loader()),
