@@ -54,6 +54,10 @@ class WriteError(OSError):
     """A file cannot be written. What was there before is as it was."""
 
 
+class PlanError(ValueError):
+    """A plan cannot be read, or a row of it is wrong."""
+
+
 class OptimizerError(RuntimeError):
     """A trainable parameter of a normalizer is in no optimizer, or in more than one."""
 

@@ -63,10 +63,10 @@ def prepared(cli: NormCLI, path: str | None) -> pl.LightningModule:
     if is_overridden("configure_model", model, pl.LightningModule):
         model.configure_model()
     checkpoint: dict[str, Any] = {} if path is None else read_checkpoint(path)
-    manifest = manifest_in(checkpoint)
+    manifest = manifest_in(checkpoint, repr(path))
     # The checkpoint knows best what was swapped; the configuration may have changed since the training.
     if manifest is not None:
-        rebuild(model, manifest)
+        rebuild(model, manifest, repr(path))
     else:
         for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
             if isinstance(callback, NormSwap):

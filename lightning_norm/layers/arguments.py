@@ -78,8 +78,8 @@ def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
             _check_choice(f"{cls.__name__}: {name}", kwargs[name], choices, several, f"{name}={default!r}")
 
 
-def check_names(cls: type, names: Mapping[str, Any]) -> None:
-    """Check that a class has these arguments.
+def check_names(cls: type, names: Mapping[str, Any], where: str = "") -> None:
+    """Check that a class has these arguments; ``where`` precedes the error.
 
     Raises:
         TypeError: it takes no such argument; the nearest name is given.
@@ -90,7 +90,9 @@ def check_names(cls: type, names: Mapping[str, Any]) -> None:
             # Names of torch first: by their spelling alone they would not be near to ours.
             near = [n for n in (TORCH_NAMES.get(name),) if n in known] or difflib.get_close_matches(name, known, n=1)
             guess = f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{cls.__name__} takes no argument {name!r}.{guess} It takes: {', '.join(sorted(known))}.")
+            raise TypeError(
+                f"{where}{cls.__name__} takes no argument {name!r}.{guess} It takes: {', '.join(sorted(known))}."
+            )
 
 
 def checked_arguments(cls: type, arguments: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -100,7 +102,7 @@ def checked_arguments(cls: type, arguments: Mapping[str, Any], where: str = "") 
         TypeError: it takes no such argument; the nearest name is given.
         ValueError: text that is no number.
     """
-    check_names(cls, arguments)
+    check_names(cls, arguments, where)
     known = arguments_of(cls)
     return {n: _number(plain_value(v), known[n], f"{where}{cls.__name__}: {n}") for n, v in arguments.items()}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_norm.layers.arguments import arguments_of, checked_arguments
 from lightning_norm.layers.base import MomentNorm, Normalizer
@@ -246,7 +247,7 @@ def unchanged_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
     """If the block raises, put back attributes, tensors and values of these modules as they were before it."""
     before = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
     tensors = {t for _, _, parameters, buffers in before for t in (*parameters.values(), *buffers.values())}
-    values = [(t, t.data, t.detach().clone()) for t in tensors if t is not None]
+    values = [(t, t.data, t.detach().clone()) for t in tensors if t is not None and not is_lazy(t)]
     try:
         yield
     except BaseException:

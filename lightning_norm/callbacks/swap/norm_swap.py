@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from lightning_norm.callbacks.swap.manifest_hooks import patch_checkpoint_hooks,
 from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, optimizers_in
 from lightning_norm.callbacks.swap.regroup import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.swap.saved_plan import read_plan
-from lightning_norm.errors import LeftAloneWarning, ParameterGrowthWarning
+from lightning_norm.errors import LeftAloneWarning, ParameterGrowthWarning, PlanError
 from lightning_norm.ops.compiled import on_compile
 from lightning_norm.surgery.manifest import write_manifest
 from lightning_norm.surgery.options import SwapOptions, takes_options, with_fields
@@ -81,7 +82,10 @@ class NormSwapOptions(SwapOptions):
         if self.plan is None:
             return self
         rules, source = read_plan(self.plan)
-        return replace(self, plan=None, rules=rules, source=source)
+        try:
+            return replace(self, plan=None, rules=rules, source=source)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"cannot read the plan {self.plan!r}: {error}") from error
 
 
 class NormSwap(Callback):
@@ -115,7 +119,7 @@ class NormSwap(Callback):
 
     @takes_options(NormSwapOptions)
     def __init__(self, options: NormSwapOptions) -> None:
-        self.options = options.with_plan_read()
+        self.options, self._plan = options.with_plan_read(), options.plan
         self._freeze = KernelFreeze(options.freeze_kernel_at)
         self._accumulation = Accumulation(options.accumulate_statistics)
         self.report: SwapReport | None = None
@@ -125,7 +129,7 @@ class NormSwap(Callback):
         self._made: set[int] = set()
         self._setup_patches = Patches()
         self._run_patches = Patches()
-        self._warm = self._untold = False
+        self._warm = self._untold = self._arrived_swapped = False
         self._stop_observing: Callable[[], None] | None = None
 
     def swap_arguments(self) -> dict[str, Any]:
@@ -144,9 +148,10 @@ class NormSwap(Callback):
         self._run_patches.undo_on_exception(trainer.strategy, self._clean)
         # Layers of __init__ and of LightningModule.setup are there by now. Those of configure_model are built after all
         # setups, and the optimizer after those: Lightning has no callback hook at either place.
-        arrived_swapped = self.report is not None
-        self._swap(pl_module)
-        check_launcher(trainer, stage, arrived_swapped or not self.report)
+        self._arrived_swapped = self.report is not None
+        with self._undone_on_error():
+            self._swap(pl_module)
+            check_launcher(trainer, stage, self._arrived_swapped or not self.report)
         self._setup_patches.wrap(
             pl_module, "configure_model", lambda original: self._late(trainer, pl_module, original)
         )
@@ -287,8 +292,24 @@ class NormSwap(Callback):
             self._unmatched &= set(unmatched)
         self.report.candidates = len(self._slots)
 
+    @contextlib.contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Give the model back as it was where the swap of this very run cannot be finished."""
+        try:
+            yield
+        except BaseException:
+            if self.report and not self._arrived_swapped:
+                with contextlib.suppress(RuntimeError):  # another callback has replaced a layer meanwhile
+                    self.report.undo()
+                self.report, self._made, self._slots = None, set(), []
+            raise
+
     def _late(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any]) -> None:
         original()
+        with self._undone_on_error():
+            self._finish_swap(trainer, pl_module)
+
+    def _finish_swap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._swap(pl_module)
         check_layers(pl_module)
         if self.options.warm_start is not None and not self._warm:
@@ -298,7 +319,12 @@ class NormSwap(Callback):
             # WeightAveraging calls configure_model once more, and the report is to be printed once.
             self._untold = False
             source = self.options.source
-            check_patterns(pl_module, self._slots, sorted(self._unmatched), source)
+            try:
+                check_patterns(pl_module, self._slots, sorted(self._unmatched), source)
+            except ValueError as error:
+                if self._plan is None:
+                    raise
+                raise PlanError(f"the plan {self._plan!r} does not fit this model: {error}") from error
             check_not_empty(pl_module, self.report, self._slots, source, "warn", already_present=self.options.targets)
             if growth := self.report.growth():
                 rank_zero_warn(growth, category=ParameterGrowthWarning)
