@@ -26,7 +26,6 @@ from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.overrides import is_overridden as differs_from
 
 __all__ = [
@@ -47,7 +46,6 @@ __all__ = [
     "callbacks_of",
     "is_instance",
     "is_overridden",
-    "isolate_rng",
     "lightning_base",
     "pl",
     "rank_zero_info",
@@ -86,7 +84,7 @@ def is_instance(value: Any, *kinds: type[T]) -> TypeGuard[T]:
     return any(lightning_base(value, kind) is not None for kind in kinds)
 
 
-def is_overridden(name: str, holder: pl.LightningModule | pl.LightningDataModule) -> bool:
+def is_overridden(name: str, holder: Any) -> bool:
     """Tell whether a LightningModule or a LightningDataModule has a method of its own in place of Lightning's."""
     kinds: tuple[type[Any], ...] = (pl.LightningModule, pl.LightningDataModule)
     return any(differs_from(name, holder, base) for kind in kinds if (base := lightning_base(holder, kind)) is not None)
