@@ -73,10 +73,11 @@ class StatisticsAccumulator:
     Args:
         shape: of the statistics, (K, C).
         between: the variance between the batches' means is part of the variance.
+        dtype: of the running statistics, in which all must be finite.
     """
 
-    def __init__(self, shape: tuple[int, int], between: bool = True) -> None:
-        self.between = between
+    def __init__(self, shape: tuple[int, int], between: bool = True, dtype: torch.dtype = torch.float32) -> None:
+        self.between, self.dtype = between, dtype
         self.count = torch.zeros(shape[0], 1, dtype=torch.float64)
         self.mean = torch.zeros(shape, dtype=torch.float64)
         self.var = torch.zeros(shape, dtype=torch.float64)
@@ -87,7 +88,7 @@ class StatisticsAccumulator:
         """Merge (K, C) moments of ``count`` elements; those with a NaN or an infinity are counted and left out."""
         m, v = (t.detach().cpu().double().reshape(self.mean.shape) for t in (mean, var))
         n = torch.as_tensor(count).detach().cpu().double().expand_as(self.count)
-        if not bool(torch.isfinite(m + v).all()):
+        if not bool(torch.isfinite(torch.stack([m, v]).to(self.dtype)).all()):
             self.skipped += 1
             return
         self.batches += 1

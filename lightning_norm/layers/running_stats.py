@@ -45,6 +45,19 @@ class RunningStats(nn.Module):
         """Why the running statistics cannot wait for the end of a window of batches; empty where they can."""
         return ""
 
+    @property
+    def has_running_stats(self) -> bool:
+        """Whether there are running statistics to evaluate on; ``track_running_stats = False`` only stops their moves.
+
+        As in torch, where evaluation looks at the buffers and not at the flag.
+        """
+        return all(self._buffers.get(name) is not None for name in self.running_names)
+
+    @property
+    def moves_running_stats(self) -> bool:
+        """Whether the next forward pass moves the running statistics."""
+        return self.training and self.track_running_stats and self.has_running_stats
+
     def _make_running_stats(
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
@@ -63,17 +76,21 @@ class RunningStats(nn.Module):
         Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it
         is skipped and counted in ``skipped_updates``.
         """
-        if not self.track_running_stats:
-            return m
         if not self.training:
-            return self.running()
-        self._update_running(m)
+            return self.running() if self.has_running_stats else m
+        if self.moves_running_stats:
+            self._update_running(m)
         return m
 
     def running(self) -> Moments:
         """Return the running statistics as (1, C) moments."""
-        mean, var = (getattr(self, name) for name in self.running_names)
-        return Moments(mean.unsqueeze(0), var.unsqueeze(0), 1)
+        mean, var = self.running_buffers()
+        return Moments(mean, var, 1)
+
+    def running_buffers(self) -> tuple[Tensor, Tensor]:
+        """Return the two buffers as (1, C), copied where a backward pass may read them after the next update."""
+        mean, var = (getattr(self, name).unsqueeze(0) for name in self.running_names)
+        return (mean.clone(), var.clone()) if torch.is_grad_enabled() else (mean, var)
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean and the unbiased variance that the running statistics move towards."""
@@ -82,12 +99,26 @@ class RunningStats(nn.Module):
     @torch.no_grad()
     def _usable(self, mean: Tensor, var: Tensor, count: int | Tensor) -> Tensor:
         """Tell whether statistics may move the running ones, as a 0-dim tensor; count those that may not."""
-        finite = torch.isfinite(mean + var).all()
+        finite = self._fits(mean, var)
         if isinstance(count, Tensor):  # pooled over ranks, which may all be empty
             finite = finite & (count > 1).all()
-        assert self.skipped_updates is not None
-        self.skipped_updates.add_(~finite)
+        self._count_skipped(~finite)
         return finite
+
+    def _fits(self, mean: Tensor, var: Tensor) -> Tensor:
+        """Tell whether statistics are finite in the dtype of the running ones, as a 0-dim tensor."""
+        dtype = self.get_buffer(self.running_names[0]).dtype
+        return torch.isfinite(mean.to(dtype)).all() & torch.isfinite(var.to(dtype)).all()
+
+    def _count_skipped(self, skipped: Tensor) -> None:
+        if self.skipped_updates is not None:
+            self.skipped_updates.add_(skipped)
+
+    def _count_batch(self, usable: Tensor) -> Tensor:
+        """Count a batch if a 0-dim ``usable`` is true, and return how many there were, at least 1."""
+        if self.num_batches_tracked is None:  # set to None by the user, as torch allows
+            return torch.ones_like(usable, dtype=torch.long)
+        return self.num_batches_tracked.add_(usable).clamp_min(1)
 
     @torch.no_grad()
     def _update_running(self, m: Moments, wanted: Tensor | None = None) -> None:
@@ -106,10 +137,9 @@ class RunningStats(nn.Module):
     @torch.no_grad()
     def _move_running(self, mean: Tensor, var: Tensor, usable: Tensor) -> None:
         """Move the running statistics a step of size ``momentum`` towards these, if a 0-dim ``usable`` is true."""
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(usable)
+        batches = self._count_batch(usable)
         momentum: Tensor | None = getattr(self, "_momentum", None)
-        weight = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype) if momentum is None else momentum
+        weight = 1.0 / batches.to(mean.dtype) if momentum is None else momentum
         # Written by torch.where and not under an if, which would read a value back from the device.
         for name, new in zip(self.running_names, (mean, var), strict=True):
             old: Tensor = getattr(self, name)
@@ -118,7 +148,10 @@ class RunningStats(nn.Module):
 
     def _move_by_window(self, m: Moments) -> None:
         """Move the running statistics by the moments of a whole window of batches."""
-        self._move_running(*_from_accumulator(self, m), (torch.as_tensor(m.count) > 1).all())
+        mean, var = _from_accumulator(self, m)
+        enough, fits = (torch.as_tensor(m.count) > 1).all(), self._fits(mean, var)
+        self._count_skipped(enough & ~fits)
+        self._move_running(mean, var, enough & fits)
 
     def without_effect(self) -> dict[str, str]:
         """Return the scheduled arguments that do nothing in this layer as it is: name -> the argument that says so."""
@@ -128,11 +161,19 @@ class RunningStats(nn.Module):
         """Set the running mean to 0, the running variance to 1 and the counters to 0."""
         if self.track_running_stats:
             for name in (*self.running_names, "num_batches_tracked", "skipped_updates", *self.counters):
-                self.get_buffer(name).fill_(name == self.running_names[1])
+                buffer = self._buffers.get(name)
+                if buffer is not None:
+                    buffer.fill_(name == self.running_names[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: getattr(self, name, None) for name in (*self.running_names, *self.float32_buffers)}
+        unsaved = self._non_persistent_buffers_set
+        unmade = [name for name, t in self.named_buffers(recurse=False) if t.is_meta and name in unsaved]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # What no checkpoint brings must not stay as to_empty() leaves it.
+        for name in unmade:
+            if not self.get_buffer(name).is_meta:
+                self.get_buffer(name).zero_()
         # From the value before the cast, whose digits the narrow one has lost.
         for name, old in before.items():
             new = getattr(self, name, None)
@@ -147,7 +188,7 @@ def open_window(layer: RunningStats) -> None:
     Raises:
         ValueError: there are no running statistics, or they cannot wait.
     """
-    if not layer.track_running_stats or layer.no_window:
+    if not layer.track_running_stats or not layer.has_running_stats or layer.no_window:
         raise ValueError(f"{type(layer).__name__}: {layer.no_window or 'it keeps no running statistics'}.")
     stat = layer.get_buffer(layer.running_names[0])
     features = stat.shape[-1]

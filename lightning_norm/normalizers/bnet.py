@@ -117,14 +117,15 @@ class BNET(MomentNorm):
         """Return torch's BatchNorm, followed by a depthwise convolution unless the kernels are their centre taps."""
         found = super().plain(dims)
         conv = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}.get(dims or 0)
-        fits = self.channel_dim == 1 and self.track_running_stats and dims == self.spatial_dims + 2
+        fits = self.channel_dim == 1 and self.has_running_stats and dims == self.spatial_dims + 2
         if found is not None or conv is None or not fits:
             return found
         normalized = super().eval_affine()
         assert normalized is not None
         c = self.num_features
         kind: dict[str, Any] = {"device": self.kernel.device, "dtype": self.kernel.dtype}
-        depthwise_conv = conv(c, c, self.kernel_size, padding=self.kernel_size // 2, groups=c, bias=self.affine, **kind)
+        kind |= {"padding": self.kernel_size // 2, "groups": c, "bias": self.bias is not None}
+        depthwise_conv = conv(c, c, self.kernel_size, **kind)
         depthwise_conv.weight, depthwise_conv.bias = self.kernel, self.bias
         shift = torch.zeros_like(normalized.center)
         return nn.Sequential(

@@ -42,7 +42,7 @@ class DiminishingBatchNorm(MomentNorm):
         average: "std", as published (eps beside the root), or "var" (eps inside the root, BatchNorm's own buffers).
         stat_grad: "batch" lets the gradient pass through the new batch's part, "none" through no statistics.
         eps: added to the standard deviation, or to the variance with ``average="var"``.
-        options: affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`. There is no momentum.
+        options: affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`; no momentum.
 
     Raises:
         ValueError: alpha out of range, power not positive, an unknown ``average`` or ``stat_grad``; a momentum, or an
@@ -70,7 +70,7 @@ class DiminishingBatchNorm(MomentNorm):
         self,
         num_features: int,
         *,
-        alpha: Annotated[float, Scheduled(0, 1)] = 0.25,
+        alpha: Annotated[float, Scheduled(0, 1, training_only=True)] = 0.25,
         power: float | None = None,
         average: Literal["std", "var"] = "std",
         stat_grad: Literal["batch", "none"] = "batch",
@@ -80,12 +80,13 @@ class DiminishingBatchNorm(MomentNorm):
         channel_dim: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        bias: bool = True,
     ) -> None:
         if power is not None and not 0 < power < math.inf:
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
         self.average, self.stat_grad = average, stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
-        options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype}
+        options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype, "bias": bias}
         super().__init__(num_features, momentum=None, **options)
         self.register_buffer("gap", torch.zeros(2, device=device) if track_running_stats else None, persistent=False)
         self.alpha = alpha
@@ -106,9 +107,9 @@ class DiminishingBatchNorm(MomentNorm):
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec:
         """Return the same equations for the kernels."""
-        frozen = self.track_running_stats and not self.training
+        frozen = self.has_running_stats and not self.training
         flags: dict[str, Any] = {"needs_moments": not frozen, "std": self.average == "std"}
-        if not self.track_running_stats or frozen:
+        if not self.moves_running_stats or frozen:
             return per_channel_spec(self, {}, **flags)
         flags |= {"blend": True, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
         spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
@@ -116,13 +117,13 @@ class DiminishingBatchNorm(MomentNorm):
 
     def _statistics(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
-        if self.track_running_stats and not self.training:
-            return self._running()
+        if self.has_running_stats and not self.training:
+            return self.running_buffers()
         batch = m.over_batch()
         mean, std_or_var = batch.mean, batch.var
         if self.average == "std":
             std_or_var = std_or_var.clamp_min(TINY).sqrt()  # the clamp cuts the infinite slope of the root at 0
-        if not self.track_running_stats:
+        if not self.moves_running_stats:
             return mean, std_or_var
         if self.stat_grad == "none":
             mean, std_or_var = mean.detach(), std_or_var.detach()
@@ -131,7 +132,7 @@ class DiminishingBatchNorm(MomentNorm):
         alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *self._running())
         batch_values = (mean, std_or_var)
         mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)]
-        self._move_average(mixed, batch_values, steps, self._usable(mean, batch.var, batch.count))
+        self._move_average(mixed, batch_values, steps, self._usable(mean, std_or_var, batch.count))
         return mixed[0], mixed[1]
 
     @torch.no_grad()
@@ -143,7 +144,7 @@ class DiminishingBatchNorm(MomentNorm):
         for name, new in zip((*self.running_names, "updates", "gap"), news, strict=True):
             old: Tensor = getattr(self, name)
             old.copy_(torch.where(usable, new.reshape(old.shape).to(old.dtype), old))
-        self.get_buffer("num_batches_tracked").add_(usable)
+        self._count_batch(usable)
 
     def _running(self) -> tuple[Tensor, Tensor]:
         """Return the running mean, and the running standard deviation or variance, each (1, C)."""
@@ -162,7 +163,7 @@ class DiminishingBatchNorm(MomentNorm):
 
     def running(self) -> Moments:
         """Return the running statistics as those of a BatchNorm: mean, and the variance that evaluates alike."""
-        mean, std_or_var = self._running()
+        mean, std_or_var = self.running_buffers()
         return Moments(mean, std_or_var if self.average == "var" else to_var(std_or_var, self.eps), 1)
 
     @property
@@ -186,7 +187,7 @@ class DiminishingBatchNorm(MomentNorm):
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
         """Return alpha of the last batch, and how far its mean and std lay from the running ones, in running stds."""
-        if not self.track_running_stats:
+        if not self.track_running_stats or not self.has_running_stats:
             return {}
         alpha = self._alpha_at(self.updates.clamp_min(1)).clone()
         return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}

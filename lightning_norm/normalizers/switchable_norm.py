@@ -43,7 +43,7 @@ class SwitchableNorm(MomentNorm):
         radius: of sparsestmax, scheduled from 0 (softmax-like freedom) to 1 (one choice).
         zero_weight: start gamma at 0, for the last normalizer of a residual branch.
         momentum: weight of the new batch in the running statistics of "bn".
-        options: eps, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: unknown, repeated or no choices, or a correction other than 0 and 1.
@@ -76,7 +76,7 @@ class SwitchableNorm(MomentNorm):
         sparse: bool = False,
         radius: Annotated[float, Scheduled(0, 1)] = 0.0,
         zero_weight: bool = False,
-        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = 0.1,
         **options: Any,
     ) -> None:
         if not choices:
@@ -143,7 +143,7 @@ class SwitchableNorm(MomentNorm):
 
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether all importance is on the batch statistics."""
-        at = self.choices.index("bn") if self.track_running_stats else None
+        at = self.choices.index("bn") if "bn" in self.choices and self.has_running_stats else None
         return at is not None and all(float(w[at]) == 1 for w in self.importance().values())
 
     def monitor(self) -> dict[str, Tensor]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from lightning_norm.layers.arguments import arguments_of, checked_arguments
-from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.arguments import arguments_of, as_int, checked_arguments
+from lightning_norm.layers.base import Normalizer, has_affine
 from lightning_norm.normalizers.group_norm import GroupNorm
 from lightning_norm.surgery.options import ResolvedNorm
 from lightning_norm.surgery.torch_layers import LAZY_BATCH_NORMS
@@ -36,6 +38,13 @@ def convert(module: nn.Module, name: str, norm: ResolvedNorm) -> tuple[Normalize
             f"{name!r} is a {type(module).__name__} that has not seen an input and has no channels yet. Run one "
             "forward pass through the model first, swap after it, or exclude it."
         )
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise TypeError(
+            f"{name!r} is a {type(module).__name__} that has not seen an input. Run one forward pass through the model "
+            "first, swap after it, or exclude it."
+        )
+    if computed := _computed_weights(module):
+        raise TypeError(f"{name!r} is a {type(module).__name__} {computed}, then swap.")
     cls, arguments = norm
     # What the user typed is checked by itself and told with the class that refuses it. What the module has and the
     # normalizer does not take is left out without a word: a swap takes over what it can.
@@ -43,13 +52,68 @@ def convert(module: nn.Module, name: str, norm: ResolvedNorm) -> tuple[Normalize
     known = arguments_of(cls)
     inherited = {k: v for k, v in _arguments_from(module, name, cls).items() if k in known}
     try:
-        layer = cls(**{**inherited, **chosen})
+        layer = _built(cls, {**inherited, **chosen}, module)
+        made = {
+            n: getattr(layer, n) for n, argument in (("weight", "affine"), ("bias", "bias")) if chosen.get(argument)
+        }
         layer.take_from(module)
+        for parameter, value in made.items():  # asked for, and the module has none
+            if getattr(layer, parameter) is None:
+                setattr(layer, parameter, value)
         _translate_variance(module, layer)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
     _carry_over(module, layer)
     return layer, chosen
+
+
+def _computed_weights(module: nn.Module) -> str:
+    """Return what to do about a layer whose weight is computed from other parameters, "" for a plain one."""
+    names = ("weight", "bias")
+    if hasattr(module, "parametrizations"):
+        name = next(iter(module.parametrizations))
+        return (
+            f"whose {name} is parametrized: a swap would lose that. Type torch.nn.utils.parametrize."
+            f"remove_parametrizations(layer, {name!r}) first"
+        )
+    for name in names:
+        if name in module._parameters or name in module._buffers or getattr(module, name, None) is None:
+            continue
+        if f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers:
+            return (
+                f"whose {name} is pruned: a swap would lose the mask. Make it permanent: type "
+                f"torch.nn.utils.prune.remove(layer, {name!r}) first"
+            )
+        if f"{name}_g" in module._parameters:
+            return f"under weight_norm. Type torch.nn.utils.remove_weight_norm(layer, {name!r}) first"
+        if f"{name}_orig" in module._parameters:
+            return f"under spectral_norm. Type torch.nn.utils.remove_spectral_norm(layer, {name!r}) first"
+        return f"whose {name} is no parameter but computed from others. Make it one: layer.{name} = nn.Parameter(...)"
+    return ""
+
+
+def _built(cls: type[Normalizer], arguments: dict[str, Any], module: nn.Module) -> Normalizer:
+    """Build the layer; random starting values depend on the module alone, so that copies of it start alike."""
+    tensors = [t for t in (*module.parameters(False), *module.buffers(False)) if t is not None]
+    devices = list({t.device for t in tensors if t.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        state = torch.get_rng_state()
+        layer = cls(**arguments)
+        drew = not torch.equal(state, torch.get_rng_state()) or bool(devices)
+        if drew and any(p.numel() for p in layer.parameters()):
+            torch.manual_seed(_seed_of(module))
+            layer = cls(**arguments)
+    return layer
+
+
+def _seed_of(module: nn.Module) -> int:
+    """Return a seed from the user's seed and the values of a module's tensors, the same for a copy of it."""
+    digest = hashlib.sha256(f"{torch.initial_seed()} {type(module).__name__}".encode())
+    for name, t in sorted((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))):
+        digest.update(f"{name} {tuple(t.shape)}".encode())
+        if not t.is_meta:
+            digest.update(t.detach().double().cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:7], "little")
 
 
 def own_arguments(layer: nn.Module) -> dict[str, Any]:
@@ -110,7 +174,7 @@ def _what_changed(module: nn.Module, layer: Normalizer) -> str:
 
 def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
     return {
-        "affine": bool(getattr(layer, "affine", getattr(layer, "weight", None) is not None)),
+        **{name: has_affine(layer, name) for name in ("weight", "bias")},
         "track_running_stats": any(getattr(layer, name, None) is not None for name in stats),
         "channel_dim": getattr(layer, "channel_dim", 1),
     }
@@ -129,7 +193,8 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
             )
         features = module.normalized_shape[0]
         arguments["channel_dim"] = 1 if type(module).__name__ == "LayerNorm2d" else -1  # torchvision's permutes NCHW
-    if not isinstance(features, int):
+    features = as_int(features)
+    if not features:
         raise TypeError(f"{name}: {type(module).__name__} does not say how many channels it has (num_features).")
     for argument in ("eps", "momentum", "track_running_stats", "channel_dim"):
         if hasattr(module, argument):
@@ -138,8 +203,8 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
         arguments["track_running_stats"] = True  # it evaluates on them; Lightning's finetuning clears the flag alone
     # The replacement is built where the module's first tensor lies, and in its precision.
     tensor = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), None)
-    affine = (isinstance(module, Normalizer) and module.affine) or getattr(module, "weight", None) is not None
-    arguments |= {"num_features": features, "affine": affine}
+    affine, bias = (has_affine(module, parameter) for parameter in ("weight", "bias"))
+    arguments |= {"num_features": features, "affine": affine or bias, "bias": bias}
     # A class name is all that tells of the input's dimensions: BatchNorm1d and 2d have the same attributes.
     axes = re.search(r"([123])d$", type(module).__name__)
     if axes:

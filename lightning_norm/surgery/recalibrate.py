@@ -154,7 +154,7 @@ def _accumulate_in_layer(layer: Any, undo: list[Callable[[], None]]) -> Statisti
     stat = layer._buffers[layer.running_names[0]]
     before = layer.accumulator
     pool = layer.accumulator = StatisticsAccumulator(
-        (stat.numel() // layer.num_features, layer.num_features), layer.includes_between_var
+        (stat.numel() // layer.num_features, layer.num_features), layer.includes_between_var, stat.dtype
     )
 
     def restore() -> None:
@@ -174,7 +174,7 @@ def _accumulate_in_layer(layer: Any, undo: list[Callable[[], None]]) -> Statisti
 
 def _accumulate_before_layer(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccumulator:
     """Give the moments of each batch that reaches a BatchNorm layer of torch's to an accumulator."""
-    pool = StatisticsAccumulator((1, layer.num_features))
+    pool = StatisticsAccumulator((1, layer.num_features), dtype=layer.running_mean.dtype)
 
     def see(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         x = arguments[0]
@@ -199,8 +199,19 @@ def _write_statistics(
     batches = max(pool.batches for pool in pools.values())
     if not batches:
         seen = max(pool.skipped for pool in pools.values())
-        why = "every batch has a NaN or an infinity" if seen else "the loader gave no batch that reaches a layer"
+        why = (
+            "every batch has a NaN, an infinity or statistics beyond the range of the running ones"
+            if seen
+            else "the loader gave no batch that reaches a layer"
+        )
         raise ValueError(f"recalibrate: {why}. The running statistics are as they were.")
+    for name, pool in pools.items():
+        # Each batch is within range by itself, and the variance between them need not be.
+        if not torch.isfinite(torch.stack([moments[name].mean, moments[name].var]).to(pool.dtype)).all():
+            raise ValueError(
+                f"recalibrate: the variance between the batches of {name} is beyond {pool.dtype}. The running "
+                "statistics are as they were."
+            )
     # A layer that no batch went through, such as an auxiliary head in evaluation mode, keeps its statistics.
     used = [name for name, pool in pools.items() if pool.batches]
     for name in used:
