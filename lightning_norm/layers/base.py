@@ -115,7 +115,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
                 NoEffectWarning,
                 stacklevel=2,
             )
-        return super().named_modules(*args, **kwargs)
+        modules: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return modules
 
     @property
     def preserves_eval(self) -> bool:

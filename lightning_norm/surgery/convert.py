@@ -12,6 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_norm.layers.arguments import arguments_of, as_int, checked_arguments
 from lightning_norm.layers.base import Normalizer, has_affine
+from lightning_norm.normalizers.batch_norm import BatchNorm
 from lightning_norm.normalizers.group_norm import GroupNorm
 from lightning_norm.surgery.options import ResolvedNorm
 from lightning_norm.surgery.torch_layers import LAZY_BATCH_NORMS
@@ -43,7 +44,7 @@ def convert(module: nn.Module, name: str, norm: ResolvedNorm) -> tuple[Normalize
             f"{name!r} is a {type(module).__name__} that has not seen an input. Run one forward pass through the model "
             "first, swap after it, or exclude it."
         )
-    if computed := _computed_weights(module):
+    if computed := computed_weights(module):
         raise TypeError(f"{name!r} is a {type(module).__name__} {computed}, then swap.")
     cls, arguments = norm
     # What the user typed is checked by itself and told with the class that refuses it. What the module has and the
@@ -53,9 +54,8 @@ def convert(module: nn.Module, name: str, norm: ResolvedNorm) -> tuple[Normalize
     inherited = {k: v for k, v in _arguments_from(module, name, cls).items() if k in known}
     try:
         layer = _built(cls, {**inherited, **chosen}, module)
-        made = {
-            n: getattr(layer, n) for n, argument in (("weight", "affine"), ("bias", "bias")) if chosen.get(argument)
-        }
+        asked = [name for name, argument in (("weight", "affine"), ("bias", "bias")) if chosen.get(argument)]
+        made = {parameter: getattr(layer, parameter) for parameter in asked}
         layer.take_from(module)
         for parameter, value in made.items():  # asked for, and the module has none
             if getattr(layer, parameter) is None:
@@ -67,11 +67,23 @@ def convert(module: nn.Module, name: str, norm: ResolvedNorm) -> tuple[Normalize
     return layer, chosen
 
 
-def _computed_weights(module: nn.Module) -> str:
+def can_be_swapped(module: nn.Module) -> bool:
+    """Tell whether a swap can read from a module what it needs, such as the number of its channels."""
+    if isinstance(module, LazyModuleMixin) or computed_weights(module):
+        return False
+    try:
+        _arguments_from(module, "", BatchNorm)
+    except TypeError:
+        return False
+    return True
+
+
+def computed_weights(module: nn.Module) -> str:
     """Return what to do about a layer whose weight is computed from other parameters, "" for a plain one."""
     names = ("weight", "bias")
     if hasattr(module, "parametrizations"):
-        name = next(iter(module.parametrizations))
+        computed: Any = module.parametrizations
+        name = next(iter(computed))
         return (
             f"whose {name} is parametrized: a swap would lose that. Type torch.nn.utils.parametrize."
             f"remove_parametrizations(layer, {name!r}) first"

@@ -199,11 +199,9 @@ def _write_statistics(
     batches = max(pool.batches for pool in pools.values())
     if not batches:
         seen = max(pool.skipped for pool in pools.values())
-        why = (
-            "every batch has a NaN, an infinity or statistics beyond the range of the running ones"
-            if seen
-            else "the loader gave no batch that reaches a layer"
-        )
+        why = "every batch has a NaN or an infinity, or statistics that overflow the running ones"
+        if not seen:
+            why = "the loader gave no batch that reaches a layer"
         raise ValueError(f"recalibrate: {why}. The running statistics are as they were.")
     for name, pool in pools.items():
         # Each batch is within range by itself, and the variance between them need not be.
