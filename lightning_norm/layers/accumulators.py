@@ -77,10 +77,11 @@ class StatisticsAccumulator:
     Args:
         shape: of the statistics, (K, C).
         between: the variance between the batches' means is part of the variance.
+        dtype: of the running statistics, in which all must be finite.
     """
 
-    def __init__(self, shape: tuple[int, int], between: bool = True) -> None:
-        self.between = between
+    def __init__(self, shape: tuple[int, int], between: bool = True, dtype: torch.dtype = torch.float32) -> None:
+        self.between, self.dtype = between, dtype
         # On the CPU, so that the result does not depend on the device, and so that MPS has float64, too.
         self.count = torch.zeros(shape[0], 1, dtype=torch.float64)
         self.mean = torch.zeros(shape, dtype=torch.float64)
@@ -93,7 +94,7 @@ class StatisticsAccumulator:
         m, v = (t.detach().cpu().double().reshape(self.mean.shape) for t in (mean, var))
         n = torch.as_tensor(count).detach().cpu().double().expand_as(self.count)
         # One bad batch would spoil the average of all others for good.
-        if not bool(torch.isfinite(m + v).all()):
+        if not bool(torch.isfinite(torch.stack([m, v]).to(self.dtype)).all()):
             self.skipped += 1
             return
         self.batches += 1

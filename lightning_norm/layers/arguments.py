@@ -14,6 +14,7 @@ import enum
 import functools
 import inspect
 import numbers
+import operator
 import os
 import re
 import sys
@@ -136,6 +137,28 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, (Sequence, Set, Iterator)) and not isinstance(value, (bytes, bytearray)):
         return [plain_value(v) for v in value]
     return value
+
+
+def as_int(value: Any) -> int | None:
+    """Return a whole number of any type, numpy's and a 0-dim tensor's too, as an int; ``None`` for anything else.
+
+    >>> as_int(6), as_int(6.0), as_int(True)
+    (6, None, None)
+    """
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def merged_signature(cls: type) -> inspect.Signature:
+    """Return the signature of a class with the arguments that its ``**options`` hand on, as keywords."""
+    own = {p.name: p for p in _parameters(cls) if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    inherited = [p for name, p in arguments_of(cls).items() if name not in own]
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inherited]
+    return inspect.Signature([*own.values(), *keywords])
 
 
 def check_num_groups(who: str, num_features: int, num_groups: int) -> int:

@@ -7,14 +7,16 @@ rebuilds each of those and would erase ours.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_norm.layers.arguments import arguments_of, check_call, check_zero_weight
+from lightning_norm.errors import NoEffectWarning
+from lightning_norm.layers.arguments import arguments_of, as_int, check_call, check_zero_weight, merged_signature
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.running_stats import keep_float32
@@ -29,6 +31,7 @@ from lightning_norm.ops.layout import Layout, layout_of
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.normalize import Call, activated, run
 from lightning_norm.ops.sync import Ranks, active_ranks
+from lightning_norm.ops.torch_private import is_update_bn
 
 
 class Normalizer(Loading, Evaluation, SwapRecord):
@@ -82,6 +85,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             )
         if key:
             Normalizer.registry[key] = cls
+        # torch.nn.utils.skip_init, for one, looks for ``device`` there, which **options would hide.
+        cls.__signature__ = merged_signature(cls)  # type: ignore[attr-defined]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Check the arguments before ``__init__``, where Python's own error would name neither the nearest nor a fix.
@@ -103,6 +108,18 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
         _look_for_replaced_methods(self, name)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the layer, and tell ``torch.optim.swa_utils.update_bn`` that it re-estimates torch's layers alone."""
+        if is_update_bn():
+            warnings.warn(
+                f"update_bn re-estimates torch's BatchNorm layers alone and leaves the running statistics of "
+                f"{type(self).__name__} as they are: call lightning_norm.recalibrate(model, loader) in its place.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+        modules: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return modules
 
     @property
     def preserves_eval(self) -> bool:
@@ -128,6 +145,10 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         check_zero_weight(self, source)
         # The values come from a layer that holds them in another form, such as one row per context.
         values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
+        # Weight and bias are two: what one layer lacks is not made up.
+        present = [name for name in ("weight", "bias") if has_affine(source, name)]
+        for name in {"weight", "bias"} - {*present} if present else ():
+            setattr(self, name, None)
         for name in self._taken_names(source):
             new, old = getattr(self, name, None), getattr(source, name, None)
             if new is None or name in self.translated_tensors:
@@ -188,6 +209,12 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         return {}
 
 
+def has_affine(layer: nn.Module, name: str) -> bool:
+    """Tell whether a layer has a "weight" or a "bias", in another form perhaps."""
+    forms = layer.translations if isinstance(layer, Normalizer) else ()
+    return any(getattr(layer, n, None) is not None for n in (name, *(t.target for t in forms if t.source == name)))
+
+
 def _is_own_method(cls: type, name: str) -> bool:
     """Tell whether a class has a method of that name that is not one of ``nn.Module``, which holds no equation."""
     return not hasattr(nn.Module, name) and inspect.isroutine(getattr(cls, name, None))
@@ -217,6 +244,7 @@ class MomentNorm(Normalizer):
         eps: added to the variance, inside the root.
         momentum: weight of the new batch in the running statistics; ``None`` for the average of all batches.
         affine: learn ``weight`` (gamma) and ``bias`` (beta), each (C,).
+        bias: ``False`` for no bias beside the weight.
         track_running_stats: keep running statistics and evaluate on them; otherwise always use those of the input.
         channel_dim: 1, or -1 for tokens (N, L, C).
         device: of the parameters.
@@ -235,17 +263,19 @@ class MomentNorm(Normalizer):
         num_features: int,
         *,
         eps: float = 1e-5,
-        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         channel_dim: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        if not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 1:
+        name, features = type(self).__name__, as_int(num_features)
+        if features is None or features < 1:
             raise ValueError(f"{name}: num_features must be a positive int, got {num_features!r}.")
+        num_features = features
         if isinstance(eps, str) or not 0 <= eps < float("inf"):
             raise ValueError(f"{name}: eps must be a number >= 0, got {eps!r}.")
         if channel_dim not in (1, -1):
@@ -253,8 +283,8 @@ class MomentNorm(Normalizer):
         self.num_features, self.eps, self.affine, self.channel_dim = num_features, float(eps), affine, channel_dim
         self.sync, self.sync_group, self.compiled, self.backend = True, "world", False, "auto"
         # Also ``None`` is registered, so that state_dict and ``named_parameters`` know the names, as in torch.
-        for parameter in ("weight", "bias"):
-            value = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+        for parameter, wanted in (("weight", affine), ("bias", affine and bias)):
+            value = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None
             self.register_parameter(parameter, value)
         self._make_running_stats(num_features, track_running_stats, device, dtype)
         # Only now: the tensor behind it goes where the running statistics are.
@@ -360,6 +390,7 @@ class MomentNorm(Normalizer):
         # A class that fixes an argument, and takes it from nobody, does not show it.
         names = [name for name in names if name in arguments_of(type(self))]
         shown = [f"{name}={getattr(self, name)!r}" for name in (*names, *self.repr_arguments)]
+        shown += ["bias=False"] * (self.affine and self.bias is None)
         return ", ".join([str(self.num_features), *shown])
 
     repr_arguments: ClassVar[tuple[str, ...]] = ()
@@ -367,15 +398,28 @@ class MomentNorm(Normalizer):
 
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
-    pools = layer.train_uses_batch_stats or layer.track_running_stats
+    pools = layer.train_uses_batch_stats or layer.moves_running_stats
     return active_ranks(layer.sync and not layer.sync_paused, layer.training, layer.sync_group) if pools else None
+
+
+def _of_empty(layer: MomentNorm, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    """Return the output for a batch without samples in training: as in torch, the batch counts and moves nothing."""
+    if layer.moves_running_stats and layer.num_batches_tracked is not None and layer.accumulator is None:
+        layer.num_batches_tracked.add_(1)
+    y = x
+    for parameter in layer._parameters.values():
+        if parameter is not None:  # each has a gradient, of zeros: DistributedDataParallel waits for all of them
+            y = y + parameter.sum().to(y.dtype)
+    return activated(y + 0, activation, residual)
 
 
 def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
     layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
     # Which statistics are used decides how many values must be there.
-    of_input = layer.training or not layer.track_running_stats
+    of_input = layer.training or not layer.has_running_stats
+    if layout.n == 0 and of_input and ranks is None:
+        return _of_empty(layer, x, activation, residual)
     if of_input and layer.statistic_size(layout.n, layout.size) < 2:
         _check_values(layer, layout, ranks)
     moments = None if of_input or layer.eval_uses_input_stats else layer.running()
@@ -393,6 +437,9 @@ def _check_values(layer: MomentNorm, layout: Layout, ranks: Ranks | None) -> Non
     if ranks is not None and layer.train_uses_batch_stats and by_more_samples:
         return
     remedy = "Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
+    # Evaluation of such a layer would be refused as well.
+    if not layer.training or not layer.has_running_stats:
+        remedy = "Use a larger batch, or a layer with running statistics: track_running_stats=True."
     if not by_more_samples:
         remedy = "Use larger feature maps, or leave this layer out of the swap: exclude=[its name]."
     raise ValueError(

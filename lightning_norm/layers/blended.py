@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.base import MomentNorm
-from lightning_norm.layers.running_stats import running_buffers, write
+from lightning_norm.layers.running_stats import count_batch, running_buffers, write
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 
 
@@ -68,4 +68,4 @@ class BlendedNorm(MomentNorm):
         values = (*blend, steps, gap.flatten(1).mean(1))
         for name, new in zip((*self.running_names, "updates", "gap"), values, strict=True):
             write(getattr(self, name), new, usable)
-        self.get_buffer("num_batches_tracked").add_(usable)
+        count_batch(self, usable)

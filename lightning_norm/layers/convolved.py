@@ -83,7 +83,7 @@ class ConvolvedNorm(MomentNorm):
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's BatchNorm, followed by a depthwise convolution unless the kernels are their centre taps."""
         plain = super().plain(dims)
-        fits = self.channel_dim == 1 and self.track_running_stats and dims == self.spatial_dims + 2
+        fits = self.channel_dim == 1 and self.has_running_stats and dims == self.spatial_dims + 2
         if plain is not None or not fits:
             return plain
         normalized = super().eval_affine()
@@ -94,8 +94,14 @@ class ConvolvedNorm(MomentNorm):
     def _torch_conv(self) -> nn.Module:
         """Return the convolution as torch's layer, with this layer's parameters."""
         kind, c = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[self.spatial_dims], self.num_features
-        where: dict[str, Any] = {"device": self.kernel.device, "dtype": self.kernel.dtype}
-        conv = kind(c, c, self.kernel_size, padding=self.kernel_size // 2, groups=c, bias=self.affine, **where)
+        where: dict[str, Any] = {
+            "device": self.kernel.device,
+            "dtype": self.kernel.dtype,
+            "bias": self.bias is not None,
+        }
+        conv = kind(
+            c, c, self.kernel_size, padding=self.kernel_size // 2, groups=c, bias=self.bias is not None, **where
+        )
         conv.weight, conv.bias = self.kernel, self.bias
         return conv
 

@@ -34,9 +34,14 @@ class Evaluation(Behind):
     affine: bool
     track_running_stats: bool
 
+    @property
+    def has_running_stats(self) -> bool:
+        """Whether there are running statistics."""
+        raise NotImplementedError
+
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether evaluation, with the present parameters, looks at the running statistics alone."""
-        return self.track_running_stats and not self.eval_uses_input_stats
+        return self.has_running_stats and not self.eval_uses_input_stats
 
     def eval_affine(self) -> Affine | None:
         """Return the map that the layer is in evaluation, (C,) each in float64; ``None`` if it looks at the sample."""
@@ -97,8 +102,8 @@ def per_channel(affine: Affine, channels: int) -> Affine:
 
 
 def share_parameters(layer: nn.Module, plain: nn.Module) -> nn.Module:
-    """Return ``plain`` with the layer's own parameters."""
-    for name in dict(plain.named_parameters(recurse=False)):
+    """Return ``plain`` with the layer's own weight and bias, or without where it has none."""
+    for name in ("weight", "bias"):
         setattr(plain, name, getattr(layer, name))
     return plain
 
@@ -129,7 +134,11 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
         shift = _exact(tensors["bias"]) if "bias" in tensors else torch.zeros_like(scale)
         same = Affine(_exact(mean), scale, shift)
         if all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in _pairs(same, affine)):
-            plain = kind(c, eps=eps, momentum=getattr(layer, "momentum", 0.1), affine=weight is not None, **options)
+            affine_too = weight is not None or "bias" in tensors
+            plain = kind(c, eps=eps, momentum=getattr(layer, "momentum", 0.1), affine=affine_too, **options)
+            for name in ("weight", "bias"):
+                if name not in tensors:
+                    plain.register_parameter(name, None)
             for name, value in tensors.items():
                 if hasattr(plain, name):
                     # A cast makes a new object, so it is left out where nothing changes.

@@ -62,7 +62,7 @@ class MixedNorm(MomentNorm):
 
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether all importance is on the batch statistics."""
-        at = self.choices.index("bn") if self.track_running_stats else None
+        at = self.choices.index("bn") if "bn" in self.choices and self.has_running_stats else None
         return at is not None and all(float(w[at]) == 1 for w in self.importance().values())
 
     def arguments_that_fit(self, name: str, tensor: Tensor) -> str:

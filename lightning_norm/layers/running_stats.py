@@ -45,6 +45,19 @@ class RunningStats(nn.Module):
         """Why the running statistics cannot wait for the end of a window of batches; empty where they can."""
         return ""
 
+    @property
+    def has_running_stats(self) -> bool:
+        """Whether there are running statistics to evaluate on; ``track_running_stats = False`` only stops their moves.
+
+        As in torch, where evaluation looks at the buffers and not at the flag.
+        """
+        return all(self._buffers.get(name) is not None for name in self.running_names)
+
+    @property
+    def moves_running_stats(self) -> bool:
+        """Whether the next forward pass moves the running statistics."""
+        return self.training and self.track_running_stats and self.has_running_stats
+
     def _make_running_stats(
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
@@ -65,11 +78,10 @@ class RunningStats(nn.Module):
         Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it
         is skipped and counted in ``skipped_updates``.
         """
-        if not self.track_running_stats:
-            return m
         if not self.training:
-            return self.running()
-        update_running(self, m)
+            return self.running() if self.has_running_stats else m
+        if self.moves_running_stats:
+            update_running(self, m)
         return m
 
     def running(self) -> Moments:
@@ -83,7 +95,10 @@ class RunningStats(nn.Module):
 
     def _move_by_window(self, m: Moments) -> None:
         """Move the running statistics by the moments of a whole window of batches."""
-        _move_running(self, *_from_accumulator(self, m), (torch.as_tensor(m.count) > 1).all())
+        mean, var = _from_accumulator(self, m)
+        enough, finite = (torch.as_tensor(m.count) > 1).all(), fits(self, mean, var)
+        count_skipped(self, enough & ~finite)
+        _move_running(self, mean, var, enough & finite)
 
     def without_effect(self) -> dict[str, str]:
         """Return the scheduled arguments that do nothing in this layer as it is: name -> the argument that says so."""
@@ -93,11 +108,19 @@ class RunningStats(nn.Module):
         """Set the running mean to 0, the running variance to 1 and the counters to 0."""
         if self.track_running_stats:
             for name in (*self.running_names, "num_batches_tracked", "skipped_updates", *self.counters):
-                self.get_buffer(name).fill_(name == self.running_names[1])
+                buffer = self._buffers.get(name)
+                if buffer is not None:
+                    buffer.fill_(name == self.running_names[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: getattr(self, name, None) for name in (*self.running_names, *self.float32_buffers)}
+        unsaved = self._non_persistent_buffers_set
+        unmade = [name for name, t in self.named_buffers(recurse=False) if t.is_meta and name in unsaved]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # What no checkpoint brings must not stay as to_empty() leaves it.
+        for name in unmade:
+            if not self.get_buffer(name).is_meta:
+                self.get_buffer(name).zero_()
         # From the value before the cast, whose digits the narrow one has lost.
         for name, old in before.items():
             new = getattr(self, name, None)
@@ -107,9 +130,10 @@ class RunningStats(nn.Module):
 
 
 def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
-    """Return the running mean, and the running variance or standard deviation, as (1, C) views of the buffers."""
+    """Return the running mean, and the running variance or standard deviation, as (1, C)."""
     mean, var = (layer.get_buffer(name).unsqueeze(0) for name in layer.running_names)
-    return mean, var
+    # Copies where a backward pass may read them after the next batch has moved the buffers.
+    return (mean.clone(), var.clone()) if torch.is_grad_enabled() else (mean, var)
 
 
 @torch.no_grad()
@@ -132,21 +156,39 @@ def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None
 @torch.no_grad()
 def is_usable(layer: RunningStats, mean: Tensor, var: Tensor, count: int | Tensor) -> Tensor:
     """Tell whether statistics may move the running ones, as a 0-dim tensor; count those that may not."""
-    usable = torch.isfinite(mean + var).all()
+    usable = fits(layer, mean, var)
     if isinstance(count, Tensor):
         # The ranks that were pooled may all have been empty.
         usable = usable & (count > 1).all()
-    assert layer.skipped_updates is not None
-    layer.skipped_updates.add_(~usable)
+    count_skipped(layer, ~usable)
     return usable
+
+
+def fits(layer: RunningStats, mean: Tensor, var: Tensor) -> Tensor:
+    """Tell whether statistics are finite in the dtype of the running ones, as a 0-dim tensor."""
+    dtype = layer.get_buffer(layer.running_names[0]).dtype
+    return torch.isfinite(mean.to(dtype)).all() & torch.isfinite(var.to(dtype)).all()
+
+
+def count_skipped(layer: RunningStats, skipped: Tensor) -> None:
+    """Count an update that was skipped, if a 0-dim tensor is true."""
+    if layer.skipped_updates is not None:
+        layer.skipped_updates.add_(skipped)
+
+
+def count_batch(layer: RunningStats, usable: Tensor) -> Tensor:
+    """Count a batch if a 0-dim ``usable`` is true, and return how many there were, at least 1."""
+    # torch allows that the user sets the counter to None.
+    if layer.num_batches_tracked is None:
+        return torch.ones_like(usable, dtype=torch.long)
+    return layer.num_batches_tracked.add_(usable).clamp_min(1)
 
 
 def _move_running(layer: RunningStats, mean: Tensor, var: Tensor, usable: Tensor) -> None:
     """Move the running statistics a step of size ``momentum`` towards these, if a 0-dim ``usable`` is true."""
-    assert layer.num_batches_tracked is not None
-    layer.num_batches_tracked.add_(usable)
+    batches = count_batch(layer, usable)
     momentum = layer._buffers.get("_momentum")
-    weight = 1.0 / layer.num_batches_tracked.clamp_min(1).to(mean.dtype) if momentum is None else momentum
+    weight = 1.0 / batches.to(mean.dtype) if momentum is None else momentum
     for name, new in zip(layer.running_names, (mean, var), strict=True):
         old: Tensor = getattr(layer, name)
         write(old, torch.lerp(old, new.detach().reshape(-1).to(old.dtype), weight.to(old.dtype)), usable)
@@ -164,7 +206,7 @@ def open_window(layer: RunningStats) -> None:
     Raises:
         ValueError: there are no running statistics, or they cannot wait.
     """
-    if not layer.track_running_stats or layer.no_window:
+    if not layer.track_running_stats or not layer.has_running_stats or layer.no_window:
         raise ValueError(f"{type(layer).__name__}: {layer.no_window or 'it keeps no running statistics'}.")
     stat = layer.get_buffer(layer.running_names[0])
     # One row of all channels, or with contexts one row for each.

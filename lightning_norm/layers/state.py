@@ -12,6 +12,7 @@ from lightning_norm.layers.running_stats import RunningStats
 from lightning_norm.layers.scheduled import ScheduledValues, scheduled_value
 from lightning_norm.layers.translation import Translation
 from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.torch_private import loads_strictly
 
 BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -38,19 +39,23 @@ class Loading(ScheduledValues, RunningStats):
         loaded = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
         # First, before a tensor of another method could pass for one of this layer's.
         _refuse_another(self, loaded, prefix)
-        self._translate(state_dict, prefix)
+        self._translate(state_dict, prefix, loads_strictly())
         for name in BATCH_NORM_BUFFERS:
             if getattr(self, name, None) is None:
                 # A method without running statistics starts from a BatchNorm's weight and bias alone.
                 state_dict.pop(prefix + name, None)
+        strict = loads_strictly()
+        if wrong := self._load_scheduled(state_dict, prefix, strict):
+            args[4].append(f"{prefix[:-1] or 'this layer'}: {wrong}")
         counters = [name for name in self.counters if getattr(self, name) is not None]
         # A BatchNorm's file has no counters; one that has some and lacks others is damaged, and torch says so.
-        if not any(prefix + name in state_dict for name in counters):
+        if strict and not any(prefix + name in state_dict for name in counters):
             state_dict.update({prefix + name: torch.tensor(0) for name in counters})
         for name, value in _saved_tensors(self).items():
             old = state_dict.get(prefix + name)
-            if old is None and _keeps_start(self, name, loaded):
-                # torch would call it missing: what a BatchNorm does not have keeps its starting value.
+            # torch would call it missing: what a BatchNorm does not have keeps its starting value. With strict=False
+            # what stays as it is does count as missing, but for the counter that torch fills in itself.
+            if old is None and (strict or name == "num_batches_tracked") and _keeps_start(self, name, loaded):
                 state_dict[prefix + name] = value.detach().clone()
             elif isinstance(old, Tensor) and old.shape != value.shape:
                 if advice := self.arguments_that_fit(name, old):
@@ -73,7 +78,7 @@ class Loading(ScheduledValues, RunningStats):
             last = missing[-1] = MissingKey(missing[-1])
             last.remark = f" ({_another(self, loaded, prefix, others)})"
 
-    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _translate(self, state_dict: dict[str, Any], prefix: str, strict: bool = True) -> None:
         """Write what came in another form as this class holds it."""
         for translation in self.translations:
             translation.load(state_dict, prefix)

@@ -32,7 +32,9 @@ class SwapRecord(nn.Module):
 
 
 def swap_settings(layer: Any) -> dict[str, Any]:
-    """Return what a swap set on the layer beside the normalizer's arguments."""
+    """Return what is set on the layer beside the normalizer's arguments, scheduled values among it."""
     # The attribute and the argument of ``swap`` have one name, but for ``compile``, which is a method of nn.Module.
     names = {"sync": "sync", "sync_group": "sync_group", "backend": "backend", "compiled": "compile"}
-    return {written: getattr(layer, name) for name, written in names.items()}
+    settings = {written: getattr(layer, name) for name, written in names.items()}
+    scheduled = layer.saved_values()  # as they are now: evaluation reads them
+    return {**settings, **({"scheduled": scheduled} if scheduled else {})}

@@ -37,7 +37,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         rescale_ratio: E_r has C // rescale_ratio, at least one.
         gate_init: start of lambda_mu and lambda_sigma; ``-inf`` closes the gates for good, for it has no gradient.
         rescale_init: start of lambda_beta and lambda_gamma, which no sigmoid bounds.
-        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: a ratio, a start or dropout out of range.
@@ -67,7 +67,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         self,
         num_features: int,
         *,
-        dropout: Annotated[float, Scheduled(0, 1)] = 0.3,
+        dropout: Annotated[float, Scheduled(0, 1, training_only=True)] = 0.3,
         std_ratio: int = 2,
         rescale_ratio: int = 16,
         gate_init: float = -3.0,

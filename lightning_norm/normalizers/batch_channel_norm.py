@@ -31,7 +31,7 @@ class BatchChannelNorm(MomentNorm):
         num_features: channels, the C of an input (N, C, *).
         constraint: how iota is kept in [0, 1]: ``None`` not at all (published), "clamp", or "sigmoid" of a stored
             logit, which starts at 6 (iota = 0.9975), since iota = 1 is out of a sigmoid's reach.
-        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: an unknown constraint.
@@ -69,9 +69,9 @@ class BatchChannelNorm(MomentNorm):
         x = iota * (batch.var.to(m.mean.dtype) + self.eps).rsqrt()
         y = (1 - iota) * (layer.var.to(m.mean.dtype) + self.eps).rsqrt()
         scale, shift = x + y, x * (m.mean - batch.mean) + y * (m.mean - layer.mean)
-        if self.weight is not None and self.bias is not None:
-            scale, shift = self.weight * scale, torch.addcmul(self.bias, self.weight, shift)
-        return Affine(m.mean, scale, shift)
+        if self.weight is not None:
+            scale, shift = self.weight * scale, self.weight * shift
+        return Affine(m.mean, scale, shift if self.bias is None else shift + self.bias)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the same equation for the kernels."""
@@ -84,7 +84,7 @@ class BatchChannelNorm(MomentNorm):
 
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether iota is exactly 1 in every channel: batch normalization."""
-        return self.track_running_stats and bool((self.mixture() == 1).all())
+        return self.has_running_stats and bool((self.mixture() == 1).all())
 
     def mixture(self) -> Tensor:
         """Return iota (C,), constrained: 1 is batch normalization, 0 layer normalization."""

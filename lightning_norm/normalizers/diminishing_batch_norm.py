@@ -42,7 +42,7 @@ class DiminishingBatchNorm(BlendedNorm):
         average: "std", as published (eps beside the root), or "var" (eps inside the root, BatchNorm's own buffers).
         stat_grad: "batch" lets the gradient pass through the new batch's part, "none" through no statistics.
         eps: added to the standard deviation, or to the variance with ``average="var"``.
-        options: affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`. There is no momentum.
+        options: affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`; no momentum.
 
     Raises:
         ValueError: alpha out of range, power not positive, an unknown ``average`` or ``stat_grad``; a momentum, or an
@@ -66,7 +66,7 @@ class DiminishingBatchNorm(BlendedNorm):
         self,
         num_features: int,
         *,
-        alpha: Annotated[float, Scheduled(0, 1)] = 0.25,
+        alpha: Annotated[float, Scheduled(0, 1, training_only=True)] = 0.25,
         power: float | None = None,
         average: Literal["std", "var"] = "std",
         stat_grad: Literal["batch", "none"] = "batch",
@@ -76,12 +76,13 @@ class DiminishingBatchNorm(BlendedNorm):
         channel_dim: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        bias: bool = True,
     ) -> None:
         if power is not None and not 0 < power < math.inf:
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
         self.stat_grad = stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
-        options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype}
+        options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype, "bias": bias}
         super().__init__(num_features, average=average, momentum=None, **options)
         # In this order, for with a power no alpha can be set.
         self.alpha = alpha
@@ -102,14 +103,14 @@ class DiminishingBatchNorm(BlendedNorm):
 
     def _statistics(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
-        if self.track_running_stats and not self.training:
+        if self.has_running_stats and not self.training:
             return running_buffers(self)
         batch = m.over_batch()
         mean, std_or_var = batch.mean, batch.var
         if self.average == "std":
             # The root of 0 has an infinite slope, and a channel that is constant must not get a gradient of NaN.
             std_or_var = std_or_var.clamp_min(TINY).sqrt()
-        if not self.track_running_stats:
+        if not self.moves_running_stats:
             return mean, std_or_var
         if self.stat_grad == "none":
             mean, std_or_var = mean.detach(), std_or_var.detach()
@@ -121,7 +122,9 @@ class DiminishingBatchNorm(BlendedNorm):
         mean, std_or_var = (
             alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)
         )
-        self.write_blend((mean, std_or_var), batch_values, steps, is_usable(self, batch.mean, batch.var, batch.count))
+        self.write_blend(
+            (mean, std_or_var), batch_values, steps, is_usable(self, batch.mean, batch_values[1], batch.count)
+        )
         return mean, std_or_var
 
     def _alpha_at(self, steps: Tensor) -> Tensor:
@@ -132,9 +135,9 @@ class DiminishingBatchNorm(BlendedNorm):
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec:
         """Return the same equations for the kernels."""
-        frozen = self.track_running_stats and not self.training
+        frozen = self.has_running_stats and not self.training
         flags: dict[str, Any] = {"needs_moments": not frozen, "std": self.average == "std"}
-        if not self.track_running_stats or frozen:
+        if not self.moves_running_stats or frozen:
             return per_channel_spec(self, {}, **flags)
         # Here the kernels move the statistics before they normalize, and by alpha in place of momentum.
         flags |= {"blend": True, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
@@ -149,7 +152,7 @@ class DiminishingBatchNorm(BlendedNorm):
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
         """Return alpha of the last batch, and how far its mean and std lay from the running ones, in running stds."""
-        if not self.track_running_stats:
+        if not self.track_running_stats or not self.has_running_stats:
             return {}
         # A copy, for the monitor keeps the value and the schedule overwrites the tensor.
         alpha = self._alpha_at(self.updates.clamp_min(1)).clone()

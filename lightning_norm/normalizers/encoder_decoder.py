@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
 from lightning_norm.layers.base import MomentNorm
+from lightning_norm.layers.fused_specs import running_stats, uses_running_stats
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.linear import linear
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.torch_private import loads_strictly
 
 DECODERS = {"std": ("mu", "sigma"), "rescale": ("beta", "gamma")}
 """Each encoder, and its two decoders."""
@@ -120,7 +122,7 @@ class EncoderDecoderNorm(MomentNorm):
         if self.rescale_gate:
             beta = self._parameter("lambda_beta", wide) * beta
             gamma = self._parameter("lambda_gamma", wide) * gamma
-        bias, weight = (0.0, 1.0) if self.bias is None or self.weight is None else (self.bias, self.weight)
+        bias, weight = 0.0 if self.bias is None else self.bias, 1.0 if self.weight is None else self.weight
         # The mean of x minus the adapted m: two near numbers are subtracted before anything is multiplied by their
         # rounding.
         centered_mean = self._parameter("lambda_mu", wide).sigmoid() * (s.mean - mu)
@@ -143,10 +145,9 @@ class EncoderDecoderNorm(MomentNorm):
         spec = EncoderDecoderSpec(
             self.weight, self.bias, gates, linear_layers, flags, self.eps, drop_prob=self.drop_prob()
         )
-        if not self.train_uses_batch_stats or not self.track_running_stats:
+        if not self.train_uses_batch_stats or not uses_running_stats(self):
             return spec
-        names = (*self.running_names, "num_batches_tracked", "skipped_updates", "_momentum")
-        running = tuple(self._buffers[name] for name in names)
+        running = (*running_stats(self), self._buffers["_momentum"])
         track = (2 if running[4] is None else 1) if self.training else 0
         return replace(spec, flags=replace(flags, frozen=not self.training, track=track), running=running)
 
@@ -207,9 +208,9 @@ class EncoderDecoderNorm(MomentNorm):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # AFN and ASR-Norm have the same parameters: without this, each would load the other's checkpoint in silence.
         if prefix + "std_encoder_weight" in state_dict:
-            tracked = prefix + "running_mean" in state_dict
+            tracked, strict = prefix + "running_mean" in state_dict, loads_strictly()
             # Running statistics are what tells the two methods' files apart.
-            if tracked != self.track_running_stats:
+            if tracked != self.track_running_stats and (strict or tracked):
                 kinds = ("ASRNorm, or of AdaptiveFusionNorm with track_running_stats=False", "AdaptiveFusionNorm")
                 raise RuntimeError(
                     f"checkpoint of another normalizer: {prefix[:-1] or 'this layer'} is {type(self).__name__} with "

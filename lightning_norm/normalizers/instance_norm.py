@@ -29,7 +29,7 @@ class InstanceNorm(MomentNorm):
         track_running_stats: keep the mean over samples of mean and unbiased variance, and evaluate on it; off by
             default.
         momentum: of these.
-        eps, affine, device, dtype, channel_dim: see :class:`MomentNorm`.
+        eps, affine, device, dtype, channel_dim, bias: see :class:`MomentNorm`.
 
     Raises:
         ValueError: one element per sample and channel.
@@ -47,13 +47,14 @@ class InstanceNorm(MomentNorm):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = 0.1,
         affine: bool = True,
         track_running_stats: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
         channel_dim: int = 1,
+        bias: bool = True,
     ) -> None:
         super().__init__(
             num_features,
@@ -64,6 +65,7 @@ class InstanceNorm(MomentNorm):
             channel_dim=channel_dim,
             device=device,
             dtype=dtype,
+            bias=bias,
         )
 
     def algebra(self, m: Moments) -> Affine:
@@ -73,7 +75,7 @@ class InstanceNorm(MomentNorm):
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, unless it keeps running statistics."""
-        return None if self.track_running_stats else mixture_spec(self, ("in",))
+        return None if self.track_running_stats or self.has_running_stats else mixture_spec(self, ("in",))
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean over samples of mean and unbiased variance."""
@@ -84,15 +86,15 @@ class InstanceNorm(MomentNorm):
 
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether running statistics are kept."""
-        return self.track_running_stats
+        return self.has_running_stats
 
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's InstanceNorm, or BatchNorm where running statistics are kept."""
         kind = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}.get(dims or 0)
         # With running statistics evaluation is a fixed map, which is a BatchNorm.
-        if self.track_running_stats or kind is None or self.channel_dim != 1:
+        if self.has_running_stats or kind is None or self.channel_dim != 1:
             return super().plain(dims)
-        return share_parameters(self, kind(self.num_features, eps=self.eps, affine=self.affine))
+        return share_parameters(self, kind(self.num_features, eps=self.eps, affine=True))
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and channel."""

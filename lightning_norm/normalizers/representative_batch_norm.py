@@ -35,7 +35,7 @@ class RepresentativeBatchNorm(MomentNorm):
         rectify: the rectifications, out of "center" and "scale"; without both the layer is BatchNorm.
         gate_init: "unit" divides the gate by its starting value, so that the layer starts as BatchNorm; "paper" does
             not, and starts with outputs of sigmoid(1) = 0.731 times the size.
-        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: an unknown rectification or ``gate_init``.
@@ -112,10 +112,9 @@ class RepresentativeBatchNorm(MomentNorm):
         gain = self._gain(m.mean, k_s)
         if gain is not None:
             scale, k_s = scale * gain, k_s * gain
-        if self.weight is None or self.bias is None:
-            return Affine(m.mean, scale, k_s)
-        gamma = self.weight.to(scale.dtype)
-        return Affine(m.mean, scale * gamma, torch.addcmul(self.bias.to(scale.dtype), k_s, gamma))
+        if self.weight is not None:
+            scale, k_s = (t * self.weight.to(scale.dtype) for t in (scale, k_s))
+        return Affine(m.mean, scale, k_s if self.bias is None else k_s + self.bias.to(scale.dtype))
 
     def _gain(self, k: Tensor, k_s: Tensor) -> Tensor | None:
         """Return the product of the gates, given K(x) and K(x_s), each (N, C); ``None`` for 1."""

@@ -42,7 +42,7 @@ class SwitchableNorm(MixedNorm):
         radius: of sparsestmax, scheduled from 0 (softmax-like freedom) to 1 (one choice).
         zero_weight: start gamma at 0, for the last normalizer of a residual branch.
         momentum: weight of the new batch in the running statistics of "bn".
-        options: eps, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: unknown, repeated or no choices, or a correction other than 0 and 1.
@@ -72,7 +72,7 @@ class SwitchableNorm(MixedNorm):
         sparse: bool = False,
         radius: Annotated[float, Scheduled(0, 1)] = 0.0,
         zero_weight: bool = False,
-        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = 0.1,
         **options: Any,
     ) -> None:
         self.correction, self.sparse, self.zero_weight = correction, sparse, zero_weight

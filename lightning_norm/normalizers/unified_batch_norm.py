@@ -55,7 +55,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         gate_init: "unit" divides each gate by its starting value, so that the layer starts as BatchNorm; "paper" does
             not, and starts with outputs of sigmoid(1) sigmoid(-1) = 0.197 times the size.
         momentum: weight of the new batch in the running statistics.
-        options: eps, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: threshold out of range, or without running statistics; an unknown mode, rectification or
@@ -105,14 +105,14 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         self,
         num_features: int,
         *,
-        threshold: Annotated[float | None, Scheduled(-1, 1)] = None,
+        threshold: Annotated[float | None, Scheduled(-1, 1, training_only=True)] = None,
         mode: Literal["switch", "gate"] = "switch",
         condensed_grad: Literal["detach", "renorm"] = "detach",
         min_updates: int = 100,
         max_skip: int = 100,
         rectify: Sequence[str] = ("center", "scale", "affine"),
         gate_init: Literal["unit", "paper"] = "unit",
-        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = 0.1,
         **options: Any,
     ) -> None:
         for name, value, least in (("min_updates", min_updates, 0), ("max_skip", max_skip, 1)):
@@ -136,7 +136,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         """Return the algebra; with a threshold, in training, the one that also measures the condensation of x."""
         # Recalibration takes every batch, condensed or not.
         recalibrates = isinstance(self.accumulator, StatisticsAccumulator)
-        may_choose = self.training and self.track_running_stats and not recalibrates
+        may_choose = self.moves_running_stats and not recalibrates
         if self.scheduled("threshold") is None or not may_choose:
             return self.algebra
 
@@ -149,7 +149,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
     def fused_spec(self, layout: Layout) -> PerChannelSpec:
         """Return the same equations for the kernels, which measure the condensation where a threshold is set."""
         spec, threshold = super().fused_spec(layout), self.scheduled("threshold")
-        if threshold is None or not self.training or not self.track_running_stats:
+        if threshold is None or not self.moves_running_stats:
             return spec
         # The numbers are those of the kernel's ``condensed``.
         how = 2 if self.mode == "gate" else {"detach": 1, "renorm": 3}[self.condensed_grad]
@@ -197,9 +197,9 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         """
         threshold = self.scheduled("threshold")
         assert threshold is not None
-        assert self.num_batches_tracked is not None
+        tracked = 0 if self.num_batches_tracked is None else self.num_batches_tracked
         # Few updates make running statistics too poor to normalize by; and no layer may skip for ever.
-        may_skip = (self.num_batches_tracked >= self.min_updates) & (self.skipped_in_a_row < self.max_skip)
+        may_skip = (torch.as_tensor(tracked) >= self.min_updates) & (self.skipped_in_a_row < self.max_skip)
         condensed = (similarity > threshold) & may_skip
         defined = similarity.isfinite()
         self.condensation.copy_(torch.where(defined, similarity.to(self.condensation.dtype), self.condensation))
@@ -220,6 +220,6 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
     def monitor(self) -> dict[str, Tensor]:
         """Return the last condensation, the fraction of batches it kept out, and what the rectifications learned."""
         shown = super().monitor()
-        if self.threshold is None or not self.track_running_stats:
+        if self.threshold is None or not self.track_running_stats or not self.has_running_stats:
             return shown
         return {"condensation": self.condensation, "skipped": self.skipped / self.measured.clamp_min(1), **shown}

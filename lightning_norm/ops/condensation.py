@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.layout import at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks
+
+SMALL = 1e-30
+"""Mean square of a sample below which a float32 variance loses digits."""
 
 CHUNKS = 8
 """A batch in half precision is converted to float32 in so many parts, one after the other, to spare memory."""
@@ -53,7 +56,12 @@ def unit_sum(x: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     dtype = at_least_float32(x.dtype)
     if squares is None:
-        squares = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype).square()
+        axes = tuple(range(1, x.dim()))
+        # By the largest element first, for its square may leave the range of the dtype.
+        peak = torch.linalg.vector_norm(x, float("inf"), dim=axes, keepdim=True, dtype=dtype)
+        safe = torch.where(peak > 0, peak, 1)
+        lengths = torch.linalg.vector_norm(x.to(dtype) / safe, dim=axes)
+        x, squares = x.to(dtype) / safe, lengths.square()
     # Not ``squares > 0``: a NaN must reach the result.
     not_zero = ~(squares <= 0)
     # A sample of zeros has no direction, and is left out of sum and count alike.
@@ -71,8 +79,14 @@ def mean_cosine(total: Tensor, count: Tensor) -> Tensor:
 
 
 def squared_norms(m: Moments) -> Tensor:
-    """Return the (N,) squared norms of the samples whose (N, C) moments are given: S * sum_c (var + mean^2)."""
-    return m.count * (m.var + m.mean.square()).sum(1)
+    """Return the (N,) squared norms of the samples whose (N, C) moments are given: S * sum_c (var + mean^2).
+
+    NaN where they left the range in which float32 holds their digits: such a batch has no condensation.
+    """
+    wide = stat_dtype(m.var)
+    squares = (m.var.to(wide) + m.mean.to(wide).square()).sum(1)
+    known = squares.isfinite() & ((squares == 0) | (squares >= SMALL * m.var.shape[1]))
+    return torch.where(known, m.count * squares, torch.nan)
 
 
 def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,31 @@ def constant_in_graphs(function: Function) -> Function:
     """
     function.__dict__["_dynamo_marked_constant"] = True
     return function
+
+
+def loads_strictly() -> bool:
+    """Tell whether the ``load_state_dict`` that is running was called with ``strict=True``.
+
+    torch hands ``strict=True`` to every module's ``_load_from_state_dict``, whatever the user typed, and decides at the
+    end; only the frame of ``load_state_dict`` knows.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.nn.Module.load_state_dict.__code__:
+            return bool(frame.f_locals["strict"])
+        frame = frame.f_back  # type: ignore[assignment]
+    return True
+
+
+def is_update_bn() -> bool:
+    """Tell whether ``torch.optim.swa_utils.update_bn`` walks over the modules of a model at this moment.
+
+    It looks for subclasses of torch's BatchNorm, ends in silence where there are none, and has no hook.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name in ("modules", "named_modules"):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and frame.f_code.co_name == "update_bn" and "swa_utils" in frame.f_code.co_filename
 
 
 def in_backward_pass() -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_norm.layers.arguments import arguments_of, checked_arguments
-from lightning_norm.layers.base import MomentNorm, Normalizer
+from lightning_norm.layers.arguments import arguments_of, as_int, checked_arguments
+from lightning_norm.layers.base import MomentNorm, Normalizer, has_affine
+from lightning_norm.normalizers.batch_norm import BatchNorm
 from lightning_norm.normalizers.group_norm import GroupNorm
 from lightning_norm.surgery.options import ResolvedNorm
 from lightning_norm.surgery.torch_layers import FAMILIES, LAZY_BATCH_NORMS
@@ -43,6 +46,13 @@ def convert(
             f"{name!r} is a {type(module).__name__} that has not seen an input and has no channels yet. Run one "
             "forward pass through the model first, swap after it, or exclude it."
         )
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise TypeError(
+            f"{name!r} is a {type(module).__name__} that has not seen an input. Run one forward pass through the model "
+            "first, swap after it, or exclude it."
+        )
+    if computed := computed_weights(module):
+        raise TypeError(f"{name!r} is a {type(module).__name__} {computed}, then swap.")
     cls, arguments = norm
     # What the user typed is checked by itself and told with the class that refuses it. What the module has and the
     # normalizer does not take is left out without a word: a swap takes over what it can.
@@ -54,8 +64,13 @@ def convert(
     inherited = {k: v for k, v in _arguments_from(module, name, cls, whole).items() if k in known}
     _check_device(cls, name, chosen.pop("device", None), inherited.get("device"))
     try:
-        layer = cls(**{**inherited, **chosen})
+        layer = _built(cls, {**inherited, **chosen}, module)
+        asked = [name for name, argument in (("weight", "affine"), ("bias", "bias")) if chosen.get(argument)]
+        made = {parameter: getattr(layer, parameter) for parameter in asked}
         layer.take_from(module)
+        for parameter, value in made.items():  # asked for, and the module has none
+            if getattr(layer, parameter) is None:
+                setattr(layer, parameter, value)
         _translate_variance(module, layer)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
@@ -73,6 +88,67 @@ def _check_device(cls: type[Normalizer], name: str, chosen: Any, present: Any) -
             f"{name}: {cls.__name__}: device={str(device)!r}, but the layer that it replaces is on {str(present)!r}. "
             "Leave device out; model.to(...) moves a swapped model as any other."
         )
+
+
+def can_be_swapped(module: nn.Module) -> bool:
+    """Tell whether a swap can read from a module what it needs, such as the number of its channels."""
+    if isinstance(module, LazyModuleMixin) or computed_weights(module):
+        return False
+    try:
+        _arguments_from(module, "", BatchNorm, Whole(None))
+    except TypeError:
+        return False
+    return True
+
+
+def computed_weights(module: nn.Module) -> str:
+    """Return what to do about a layer whose weight is computed from other parameters, "" for a plain one."""
+    names = ("weight", "bias")
+    if hasattr(module, "parametrizations"):
+        computed: Any = module.parametrizations
+        name = next(iter(computed))
+        return (
+            f"whose {name} is parametrized: a swap would lose that. Type torch.nn.utils.parametrize."
+            f"remove_parametrizations(layer, {name!r}) first"
+        )
+    for name in names:
+        if name in module._parameters or name in module._buffers or getattr(module, name, None) is None:
+            continue
+        if f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers:
+            return (
+                f"whose {name} is pruned: a swap would lose the mask. Make it permanent: type "
+                f"torch.nn.utils.prune.remove(layer, {name!r}) first"
+            )
+        if f"{name}_g" in module._parameters:
+            return f"under weight_norm. Type torch.nn.utils.remove_weight_norm(layer, {name!r}) first"
+        if f"{name}_orig" in module._parameters:
+            return f"under spectral_norm. Type torch.nn.utils.remove_spectral_norm(layer, {name!r}) first"
+        return f"whose {name} is no parameter but computed from others. Make it one: layer.{name} = nn.Parameter(...)"
+    return ""
+
+
+def _built(cls: type[Normalizer], arguments: dict[str, Any], module: nn.Module) -> Normalizer:
+    """Build the layer; random starting values depend on the module alone, so that copies of it start alike."""
+    tensors = [t for t in (*module.parameters(False), *module.buffers(False)) if t is not None]
+    devices = list({t.device for t in tensors if t.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        state = torch.get_rng_state()
+        layer = cls(**arguments)
+        drew = not torch.equal(state, torch.get_rng_state()) or bool(devices)
+        if drew and any(p.numel() for p in layer.parameters()):
+            torch.manual_seed(_seed_of(module))
+            layer = cls(**arguments)
+    return layer
+
+
+def _seed_of(module: nn.Module) -> int:
+    """Return a seed from the user's seed and the values of a module's tensors, the same for a copy of it."""
+    digest = hashlib.sha256(f"{torch.initial_seed()} {type(module).__name__}".encode())
+    for name, t in sorted((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))):
+        digest.update(f"{name} {tuple(t.shape)}".encode())
+        if not t.is_meta:
+            digest.update(t.detach().double().cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:7], "little")
 
 
 def own_arguments(layer: nn.Module) -> dict[str, Any]:
@@ -146,7 +222,7 @@ def _what_changed(module: nn.Module, layer: Normalizer) -> str:
 
 def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
     return {
-        "affine": bool(getattr(layer, "affine", getattr(layer, "weight", None) is not None)),
+        **{name: has_affine(layer, name) for name in ("weight", "bias")},
         "track_running_stats": any(getattr(layer, name, None) is not None for name in stats),
         "channel_dim": getattr(layer, "channel_dim", 1),
     }
@@ -163,7 +239,8 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer], whole: 
         )
     if whole.channel_dim == -1 or isinstance(module, nn.LayerNorm):
         arguments["channel_dim"] = whole.channel_dim
-    if not isinstance(features, int):
+    features = as_int(features)
+    if not features:
         raise TypeError(f"{name}: {type(module).__name__} does not say how many channels it has (num_features).")
     names = ("eps", "momentum", "track_running_stats", "channel_dim")
     arguments |= {name: getattr(module, name) for name in names if hasattr(module, name)}
@@ -173,8 +250,8 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer], whole: 
         arguments["track_running_stats"] = True  # it evaluates on them; Lightning's finetuning clears the flag alone
     # The replacement is built where the module's first tensor lies, and in its precision.
     tensor = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), None)
-    affine = (isinstance(module, Normalizer) and module.affine) or getattr(module, "weight", None) is not None
-    arguments |= {"num_features": features, "affine": affine}
+    affine, bias = (has_affine(module, parameter) for parameter in ("weight", "bias"))
+    arguments |= {"num_features": features, "affine": affine or bias, "bias": bias}
     if axes := _axes_in_name(module, whole):
         arguments["spatial_dims"] = axes
     if tensor is not None:

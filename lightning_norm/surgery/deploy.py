@@ -147,10 +147,8 @@ def affine_of(module: nn.Module) -> Affine | None:
         return None
     norm: Any = module
     center, scale = mean.detach().cpu().double(), (var.detach().cpu().double() + norm.eps).rsqrt()
-    if norm.weight is None:
-        return per_channel(Affine(center, scale), len(center))
-    weight, bias = (t.detach().cpu().double() for t in (norm.weight, norm.bias))
-    return per_channel(Affine(center, scale * weight, bias), len(center))
+    weight, bias = (None if t is None else t.detach().cpu().double() for t in (norm.weight, norm.bias))
+    return per_channel(Affine(center, scale if weight is None else scale * weight, bias), len(center))
 
 
 class _Watch:

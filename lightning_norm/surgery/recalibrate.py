@@ -152,7 +152,7 @@ def _accumulate_in_layer(layer: Any) -> StatisticsAccumulator:
     """Let a normalizer of this package give the moments of each batch to an accumulator."""
     stat = layer._buffers[layer.running_names[0]]
     pool = layer.accumulator = StatisticsAccumulator(
-        (stat.numel() // layer.num_features, layer.num_features), layer.includes_between_var
+        (stat.numel() // layer.num_features, layer.num_features), layer.includes_between_var, stat.dtype
     )
     # Loaders may be uneven, so that ranks cannot meet in each batch: their statistics are merged at the end.
     layer.sync = layer.compiled = False
@@ -162,7 +162,7 @@ def _accumulate_in_layer(layer: Any) -> StatisticsAccumulator:
 
 def _accumulate_before(layer: Any, hooks: contextlib.ExitStack) -> StatisticsAccumulator:
     """Give the moments of each batch that reaches a BatchNorm layer of torch's to an accumulator."""
-    pool = StatisticsAccumulator((1, layer.num_features))
+    pool = StatisticsAccumulator((1, layer.num_features), dtype=layer.running_mean.dtype)
 
     def see(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         x = arguments[0]
@@ -185,8 +185,17 @@ def _write_statistics(
     batches = max(pool.batches for pool in pools.values())
     if not batches:
         seen = max(pool.skipped for pool in pools.values())
-        why = "every batch has a NaN or an infinity" if seen else "the loader gave no batch that reaches a layer"
+        why = "every batch has a NaN or an infinity, or statistics that overflow the running ones"
+        if not seen:
+            why = "the loader gave no batch that reaches a layer"
         raise ValueError(f"recalibrate: {why}. The running statistics are as they were.")
+    for name, pool in pools.items():
+        # Each batch is within range by itself, and the variance between them need not be.
+        if not torch.isfinite(torch.stack([moments[name].mean, moments[name].var]).to(pool.dtype)).all():
+            raise ValueError(
+                f"recalibrate: the variance between the batches of {name} is beyond {pool.dtype}. The running "
+                "statistics are as they were."
+            )
     # A layer that no batch went through, such as an auxiliary head in evaluation mode, keeps its statistics.
     used = [name for name, pool in pools.items() if pool.batches]
     for name in used:

@@ -89,7 +89,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "source": (_is_text, "the name of a class"),
     "before": (lambda v: isinstance(v, (list, tuple)), "a list of norms"),
     "num_features": (lambda v: v is None or (type(v) is int and v > 0), "a positive int"),
-    "options": (_are_options, f"a mapping of sync and compile (true or false), sync_group, backend (one of {BACKENDS})"),
+    "options": (
+        _are_options,
+        f"a mapping of sync and compile (true or false), sync_group, backend (one of {BACKENDS})",
+    ),
     "sync": (_is_bool, "true or false"),
     "compiled": (_is_bool, "true or false"),
     "backend": (lambda v: isinstance(v, str) and v.partition(":")[0] in BACKENDS, f"one of {BACKENDS}"),

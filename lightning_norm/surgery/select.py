@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.surgery.convert import can_be_swapped, computed_weights
 from lightning_norm.surgery.options import Pattern, ResolvedNorm, Source, SwapOptions
 from lightning_norm.surgery.recognize import is_frozen, is_norm
 from lightning_norm.surgery.residual_blocks import LAST_NORMS, LAST_OF_BLOCK, is_last_of_block
@@ -77,7 +78,7 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
                 others += [(name, kind.__name__, _how_to_include(module)) for name in names]
             continue
         # A subclass may do more than normalize: it is taken where its outputs say that it does not.
-        whole = Whole(None) if lazy else read(module, known)
+        whole = Whole(None) if lazy else computed_weights(module) or read(module, known)
         if isinstance(whole, Whole) and whole.kind is None and not (named or lazy):
             whole = f"a subclass of {kind.__mro__[1].__name__}; pass source={kind.__name__!r} to include it"
         if isinstance(whole, str):
@@ -172,9 +173,13 @@ def explain_source(model: nn.Module, source: Source | None) -> str:
 
 
 def _nearest(model: nn.Module, entries: Sequence[str]) -> str:
-    kinds = [type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()]
+    # Only what a swap would take: a hint must not lead to an error.
+    kinds = [type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower() and can_be_swapped(m)]
     near = max(sorted(set(kinds)), key=lambda k: max(_likeness(k, e) for e in entries), default=None)
     if near is None:
+        others = sorted({type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()})
+        if others:
+            return f"It holds {', '.join(others)}, which a swap cannot take: no number of channels to normalize over."
         return "It holds no layer with 'Norm' in its class name; for another one, pass source=<its class>."
     return f"The nearest class in the model is {near} ({kinds.count(near)} of them): pass source={near!r}."
 

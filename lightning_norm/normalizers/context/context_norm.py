@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Paper
-from lightning_norm.layers.fused_specs import per_channel_spec
+from lightning_norm.layers.fused_specs import per_channel_spec, uses_running_stats
 from lightning_norm.layers.inference import double_copy, per_channel
 from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of
 from lightning_norm.normalizers.context.statistics import ContextStatistics
@@ -46,7 +46,7 @@ class ContextNorm(ContextStatistics):
             contexts given the layer's input, or "error". Training without contexts is always an error.
         prior_scale: multiply context k by 1 / sqrt(prior_k), as published.
         min_count: elements per channel below which a context's statistics are drawn to those of all contexts.
-        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: an unknown context or missing, a bad num_contexts or min_count, contexts of the wrong length.
@@ -129,9 +129,11 @@ class ContextNorm(ContextStatistics):
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels; what concerns the posterior is computed in PyTorch."""
         responsibilities, gated = self.contexts.responsibilities, self.context == "gate"
-        frozen, posterior = self.track_running_stats and not self.training, self.missing == "posterior"
+        frozen, posterior = self.has_running_stats and not self.training, self.missing == "posterior"
         if self.num_contexts > MAX_FUSED_CONTEXTS or (posterior and not frozen):
             return None
+        if self.prior_scale and self.has_running_stats and not uses_running_stats(self):
+            return None  # the kernels know the priors of running statistics that they read or move
         pooled = not gated and responsibilities is None
         # The kernels give no gradient of responsibilities from outside, which probabilities of another network may
         # want.
@@ -154,7 +156,7 @@ class ContextNorm(ContextStatistics):
 
     def eval_affine(self) -> Affine | None:
         """Return the pooled map, which evaluation without contexts is; ``None`` where contexts are always there."""
-        if self.context != "ids" or self.missing != "pooled" or not self.track_running_stats:
+        if self.context != "ids" or self.missing != "pooled" or not self.has_running_stats:
             return None
         # In float64, because the map is folded into other layers.
         twin: Any = double_copy(self)
@@ -184,11 +186,11 @@ class ContextNorm(ContextStatistics):
         # This happens in evaluation only, where all contexts then count as one.
         if responsibilities is None:
             prior = self.seen_prior().to(wide)
-            pooled = self.running() if self.track_running_stats else m.over_batch()
+            pooled = self.running() if self.has_running_stats else m.over_batch()
             scale = (pooled.var + self.eps).rsqrt() * (prior * weight).sum(0, keepdim=True)
             return Affine(pooled.mean, scale, (prior * bias).sum(0, keepdim=True).expand_as(scale))
         responsibilities = responsibilities.to(wide)
-        if self.training or not self.track_running_stats:
+        if self.training or not self.has_running_stats:
             contexts, pivot = self.statistics(m, responsibilities)
         else:
             contexts, _, pooled = self.running_per_context()
@@ -206,8 +208,11 @@ class ContextNorm(ContextStatistics):
         weight = ones if self.weight is None else self.weight.to(dtype)
         bias = 0 * ones if self.bias is None else self.bias.to(dtype)
         if self.prior_scale:
-            # A context that was not seen has the prior 0: the factor is 10 at most.
-            factor = self.seen_prior().to(dtype).clamp_min(0.01).rsqrt()
+            prior = self.seen_prior().to(dtype)
+            # A rare context has a factor of 10 at most.
+            factor = prior.clamp_min(0.01).rsqrt()
+            # A context that training has not seen has the others' factor, as it has their statistics.
+            factor = torch.where(prior > 0, factor, (prior * factor).sum())
             weight, bias = factor * weight, factor * bias
         return weight, bias
 

@@ -78,7 +78,8 @@ class ContextParameters(MomentNorm):
         others. Before training, when none was seen, all keep the values that they start with.
         """
         mean, var = (getattr(self, name) for name in self.running_names)
-        mean, var = mean.to(stat_dtype(mean)), var.to(stat_dtype(var))
+        copied = torch.is_grad_enabled()  # a backward pass may read them after the next update
+        mean, var = (t.to(stat_dtype(t), copy=copied) for t in (mean, var))
         # torch.where in place of a branch: no value is read back from the device, and a compiled graph serves both.
         unseen = self.unseen()
         prior = self.prior_or_uniform().to(mean.dtype).unsqueeze(1)
@@ -90,7 +91,7 @@ class ContextParameters(MomentNorm):
 
     def seen_prior(self) -> Tensor:
         """Return the prior of each context, (K, 1), sum 1; it is 0 for a context that training has not seen."""
-        return self.running_per_context()[1] if self.track_running_stats else self.prior_or_uniform().unsqueeze(1)
+        return self.running_per_context()[1] if self.has_running_stats else self.prior_or_uniform().unsqueeze(1)
 
     def running(self) -> Moments:
         """Return the running statistics of all contexts pooled, (1, C)."""
@@ -99,7 +100,7 @@ class ContextParameters(MomentNorm):
     def as_batch_norm(self) -> dict[str, Tensor]:
         """Return one BatchNorm's tensors, (C,) each: moments pooled, weight and bias averaged by the prior."""
         tensors: dict[str, Tensor] = {}
-        if self.track_running_stats:
+        if self.has_running_stats:
             pooled = self.running()
             tensors = {"running_mean": pooled.mean[0], "running_var": pooled.var[0]}
         prior = self.seen_prior()
@@ -159,7 +160,7 @@ class ContextParameters(MomentNorm):
             with torch.no_grad():
                 theirs.copy_(ours if per_context else averages[name])
 
-    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _translate(self, state_dict: dict[str, Any], prefix: str, strict: bool = True) -> None:
         of_batch_norm = False
         for name in self.translated_tensors:
             value = state_dict.get(prefix + name)
@@ -175,7 +176,7 @@ class ContextParameters(MomentNorm):
                     f"{type(self).__name__} {self.num_contexts}. Type num_contexts={value.shape[0]}."
                 )
         # A BatchNorm's checkpoint has none of the buffers that only contexts need: they keep their starting values.
-        for name in self.float32_buffers if of_batch_norm else ():
+        for name in self.float32_buffers if of_batch_norm and strict else ():
             buffer = getattr(self, name, None)
             if buffer is not None:
                 state_dict.setdefault(prefix + name, buffer.detach().clone())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.accumulators import AccumulationWindow
-from lightning_norm.layers.running_stats import is_usable
+from lightning_norm.layers.running_stats import count_batch, count_skipped, fits, is_usable
 from lightning_norm.normalizers.context.parameters import ContextParameters, pool_moments
 from lightning_norm.ops.moments import Moments
 
@@ -37,7 +37,7 @@ class ContextStatistics(ContextParameters):
         batch = m.over_batch(responsibilities)
         assert isinstance(batch.count, Tensor)
         contexts, frequency, pooled = self._shrink_small_contexts(batch)
-        if self.training and self.track_running_stats:
+        if self.moves_running_stats:
             if self.missing == "posterior":
                 between = Moments(m.mean, torch.zeros_like(m.var), 1, m.ranks).over_batch(responsibilities)
                 self._update_running_spread(between.var, frequency)
@@ -88,7 +88,7 @@ class ContextStatistics(ContextParameters):
         buffer: Tensor = self.running_spread
         step = self._step_size(frequency, self.momentum or 0.1)
         # A context that the batch does not have keeps its spread.
-        usable = torch.isfinite(between_var).all() & (frequency > 0)
+        usable = torch.isfinite(between_var.to(buffer.dtype)).all() & (frequency > 0)
         moved = torch.lerp(buffer.to(step.dtype), between_var, step)
         buffer.copy_(torch.where(usable, moved, buffer).to(buffer.dtype))
 
@@ -123,14 +123,11 @@ class ContextStatistics(ContextParameters):
             wanted: 0-dim; where it is false, there was no batch, and nothing counts as skipped.
         """
         mean, var = m.mean, m.unbiased().var
-        finite = torch.isfinite(mean + var).all() & torch.isfinite(frequency).all() & (total > 1)
+        finite = fits(self, mean, var) & torch.isfinite(frequency).all() & (total > 1)
         assert self.prior is not None
-        assert self.num_batches_tracked is not None
-        assert self.skipped_updates is not None
-        self.num_batches_tracked.add_(finite)
-        self.skipped_updates.add_(~finite if wanted is None else wanted & ~finite)
+        batches = count_batch(self, finite).to(frequency.dtype)
+        count_skipped(self, ~finite if wanted is None else wanted & ~finite)
         momentum = self._buffers["_momentum"]
-        batches = self.num_batches_tracked.clamp_min(1).to(frequency.dtype)
         weight = 1 / batches if momentum is None else momentum.to(frequency.dtype)
         prior = torch.lerp(self.prior.to(frequency.dtype), frequency[:, 0], weight)
         if momentum is None:
