@@ -33,6 +33,7 @@ LEGEND = (
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the ratios to torch's BatchNorm, a panel per shape."""
+    # Only a report with pictures needs matplotlib, and not every installation has it.
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
@@ -46,10 +47,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.barh([r["name"] for r in mine], [r["ratio"] for r in mine], color=colors)
         axes.axvline(1.0, color="black", linewidth=1)
         axes.set_title(shape, fontsize=10)
+        # Bars are drawn from below; the table is read from above.
         axes.invert_yaxis()
         for i, r in enumerate(mine):
             axes.text(r["ratio"], i, f" {r['ratio']:.2f}", va="center", fontsize=8)
         axes.margins(x=0.18)
+    # What the loop above has left of the iterator: panels without a shape.
     for axes in list(panels):
         axes.axis("off")
     figure.suptitle(
