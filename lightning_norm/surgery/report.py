@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import nn
+
+from lightning_norm.errors import NotReachedWarning
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.convert import device_and_dtype, restore_original, unchanged_on_error
 from lightning_norm.surgery.options import SwapOptions
+from lightning_norm.surgery.reach import check_reach, tell
 from lightning_norm.surgery.select import Left, ModuleSlot
 from lightning_norm.surgery.text_tables import aligned
 
@@ -155,6 +160,41 @@ class SwapReport:
             " source='BatchNorm' says that layers of other kinds are to stay." if len(left) > len(self.skipped) else ""
         )
         return f"the swap leaves {len(left)} normalization layers alone: {'; '.join(_by_class(left))}.{stay}"
+
+    def replaced(self) -> dict[str, tuple[Normalizer, nn.Module]]:
+        """Return name -> (layer, the module that it has replaced) of the layers that are in place."""
+        return {slot.name: (layer, slot.module) for slot, layer in self._undo}
+
+    def check(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
+        """Run the model once, forward and backward in training, and name the layers of the swap that it does not reach.
+
+        A layer that code keeps in a list or a closure besides, calls through a bound method, or replaces by a function
+        of its tensors is swapped without effect. :class:`lightning_norm.NormSwap` asks the same after the first
+        training step. Parameters, statistics, gradients, modes and random states are afterwards what they were.
+
+        Args:
+            model: the swapped model.
+            args: an example for ``model(*args, **kwargs)``, or one function that is called with the model and returns
+                outputs or a loss.
+            kwargs: see ``args``.
+
+        Returns:
+            Name -> what happened, for the layers that did not run or got no gradient; a NotReachedWarning says it too.
+
+        Raises:
+            RuntimeError: the report holds no layers: it is of a dry run, changed nothing, or was undone.
+
+        >>> import torch, lightning_norm
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> lightning_norm.swap(model, "sn").check(model, torch.randn(2, 3, 8, 8))
+        {}
+        """
+        if not self._undo:
+            raise RuntimeError("nothing to check: this report is of a dry run, changed nothing or was undone.")
+        missed = check_reach(self.replaced(), model, args, kwargs)
+        if missed:
+            warnings.warn(tell(missed, "this step"), NotReachedWarning, stacklevel=2)
+        return missed
 
     def undo(self) -> None:
         """Put every original module back, with the Parameters and statistics as they are now.

@@ -21,12 +21,13 @@ from lightning_norm.callbacks.swap.conflicts import (
     check_settings,
     tell_frozen,
 )
+from lightning_norm.callbacks.swap.first_step import SHARDED, FirstStep
 from lightning_norm.callbacks.swap.kernel_freeze import KernelFreeze
 from lightning_norm.callbacks.swap.manifest_hooks import patch_checkpoint_hooks, reading, start_from
-from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, optimizers_in
+from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, decayed_norms, optimizers_in
 from lightning_norm.callbacks.swap.regroup import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.swap.saved_plan import read_plan
-from lightning_norm.errors import LeftAloneWarning, ParameterGrowthWarning, PlanError
+from lightning_norm.errors import LeftAloneWarning, ParameterGrowthWarning, PlanError, WeightDecayWarning
 from lightning_norm.ops.compiled import on_compile
 from lightning_norm.surgery.manifest import write_manifest
 from lightning_norm.surgery.options import SwapOptions, takes_options, with_fields
@@ -122,6 +123,7 @@ class NormSwap(Callback):
         self.options, self._plan = options.with_plan_read(), options.plan
         self._freeze = KernelFreeze(options.freeze_kernel_at)
         self._accumulation = Accumulation(options.accumulate_statistics)
+        self._first_step = FirstStep()
         self.report: SwapReport | None = None
         self._model: pl.LightningModule | None = None
         self._unmatched: set[str] = set()
@@ -180,13 +182,24 @@ class NormSwap(Callback):
         # An epoch that is resumed in its middle has no on_train_epoch_start.
         self._freeze.freeze_if_due(trainer, pl_module)
         self._accumulation.start(trainer, pl_module)
+        self._first_step.start(pl_module, self.report)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._freeze.freeze_if_due(trainer, pl_module)
+        self._first_step.start_epoch()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first_step.end_epoch(trainer)
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first_step.after_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        self._first_step.before_step(optimizer)
         self._freeze.drop_gradients(trainer, pl_module)
 
     @override
@@ -194,12 +207,13 @@ class NormSwap(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._accumulation.after_batch(trainer)
+        self._first_step.after_batch(trainer, pl_module)
 
     def _check_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.optimizers or not self.options.check_optimizer:
             return
         # A sharded parameter is no longer the object that the optimizer holds.
-        if any(name in type(trainer.strategy).__name__ for name in ("FSDP", "DeepSpeed", "ModelParallel")):
+        if any(name in type(trainer.strategy).__name__ for name in SHARDED):
             rank_zero_info("NormSwap: parameters are sharded by this strategy; the optimizer check is skipped.")
             return
         add_missing(pl_module, trainer.optimizers)
@@ -252,6 +266,7 @@ class NormSwap(Callback):
         self._setup_patches.undo()
         self._run_patches.undo()
         self._accumulation.stop()
+        self._first_step.stop()
         if self._stop_observing is not None:
             self._stop_observing()
             self._stop_observing = None
@@ -346,4 +361,6 @@ class NormSwap(Callback):
             rank_zero_info(
                 f"NormSwap: parameter groups {', '.join(f'{k} ({n} parameters)' for k, n in counts.items()) or 'none'}"
             )
+        elif decayed := decayed_norms(pl_module, optimizers):
+            rank_zero_warn(decayed, category=WeightDecayWarning)
         return configured
