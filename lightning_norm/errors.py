@@ -46,6 +46,13 @@ class OptimizerError(RuntimeError):
     """A trainable parameter of a normalizer is in no optimizer, or in more than one."""
 
 
+class FusionError(RuntimeError):
+    """Code of another library is about to fuse a layer into a convolution as if it were a BatchNorm.
+
+    No AttributeError, for ``hasattr`` and ``getattr`` with a default would take it for an attribute that is missing.
+    """
+
+
 class SyncError(RuntimeError):
     """Ranks did not meet where they pool statistics: one has ended, is later than the timeout, or runs other layers."""
 
