@@ -26,6 +26,10 @@ class ConflictWarning(UserWarning):
     """A callback or a setting of the Trainer does with swapped layers something else than with torch's own."""
 
 
+class PublishedFileWarning(UserWarning):
+    """A file of a paper's authors was loaded into a layer whose arguments make it compute something else."""
+
+
 class ConflictError(RuntimeError):
     """A callback or a setting of the Trainer cannot be combined with a swap, or not in this order."""
 
