@@ -38,6 +38,10 @@ class ConflictWarning(UserWarning):
     """A callback or a setting of the Trainer does with swapped layers something else than with torch's own."""
 
 
+class PublishedFileWarning(UserWarning):
+    """A file of a paper's authors was loaded into a layer whose arguments make it compute something else."""
+
+
 class ConflictError(RuntimeError):
     """A callback or a setting of the Trainer cannot be combined with a swap, or not in this order."""
 
@@ -60,6 +64,13 @@ class PlanError(ValueError):
 
 class OptimizerError(RuntimeError):
     """A trainable parameter of a normalizer is in no optimizer, or in more than one."""
+
+
+class FusionError(RuntimeError):
+    """Code of another library is about to fuse a layer into a convolution as if it were a BatchNorm.
+
+    No AttributeError, for ``hasattr`` and ``getattr`` with a default would take it for an attribute that is missing.
+    """
 
 
 class SyncError(RuntimeError):

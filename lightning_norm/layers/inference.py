@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import FusionError
 from lightning_norm.layers.behind import Behind
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine
@@ -30,9 +33,35 @@ class Evaluation(Behind):
     eval_uses_input_stats: ClassVar[bool]
     num_features: int
     channel_dim: int
-    eps: float
     affine: bool
     track_running_stats: bool
+    _eps: float
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance.
+
+        Raises:
+            FusionError: code outside of this package, which names ``running_var`` as well, is about to multiply both
+                into a convolution, and this layer is no such map in evaluation.
+        """
+        # Every fusion of a BatchNorm reads eps and running_var in one function, and hardly any other code does. What
+        # a layer's own method reads of itself is no fusion. The graph that torch.compile traces has no frames.
+        if not torch.compiler.is_compiling():
+            frame = sys._getframe(1)
+            if "running_var" in frame.f_code.co_names and not _may_read(self, frame):
+                raise FusionError(
+                    f"{frame.f_code.co_name}() reads eps and running_var of {type(self).__name__}, as code does that "
+                    "fuses a BatchNorm into a convolution. In evaluation this layer is not the map that a BatchNorm "
+                    "with these tensors is, and the network would compute something else. Use "
+                    "lightning_norm.fold(model, example_input), which folds what can be folded and says why the rest "
+                    "stays."
+                )
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = value
 
     @property
     def has_running_stats(self) -> bool:
@@ -84,6 +113,30 @@ class Evaluation(Behind):
         return None if plain is None else self.followed(plain)
 
 
+def _may_read(layer: Any, frame: types.FrameType) -> bool:
+    code = frame.f_code
+    if str(frame.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]:
+        return True
+    if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is layer:
+        return True
+    affine = layer.eval_affine()
+    return affine is not None and is_batch_norm(layer, affine)
+
+
+def is_batch_norm(layer: nn.Module, affine: Affine) -> bool:
+    """Tell whether ``affine`` is the map of a BatchNorm with the layer's own tensors."""
+    tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    mean, var, weight = (tensors.get(name) for name in ("running_mean", "running_var", "weight"))
+    if mean is None or var is None or not mean.shape == var.shape == (len(affine.scale),):
+        return False
+    scale = (_exact(var) + float(getattr(layer, "eps", 0.0))).rsqrt()
+    scale = scale if weight is None else scale * _exact(weight)
+    shift = _exact(tensors["bias"]) if "bias" in tensors else torch.zeros_like(scale)
+    return all(
+        torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in _pairs(Affine(_exact(mean), scale, shift), affine)
+    )
+
+
 @torch.no_grad()
 def double_copy(layer: Layer) -> Layer:
     """Return a copy of the layer in float64 on the CPU, in evaluation, without a graph."""
@@ -125,26 +178,19 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
     wide = at_least_float32(like.dtype)
     options = {"device": like.device, "dtype": wide}
     c, eps = len(affine.scale), float(getattr(layer, "eps", 0.0))
-    mean, var, weight = (tensors.get(name) for name in ("running_mean", "running_var", "weight"))
-    if mean is not None and var is not None and mean.shape == var.shape == (c,):
-        # If torch's formula on the layer's own tensors gives this map, then the same objects can be handed on, and
-        # training can continue with them.
-        scale = (_exact(var) + eps).rsqrt()
-        scale = scale if weight is None else scale * _exact(weight)
-        shift = _exact(tensors["bias"]) if "bias" in tensors else torch.zeros_like(scale)
-        same = Affine(_exact(mean), scale, shift)
-        if all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in _pairs(same, affine)):
-            affine_too = weight is not None or "bias" in tensors
-            plain = kind(c, eps=eps, momentum=getattr(layer, "momentum", 0.1), affine=affine_too, **options)
-            for name in ("weight", "bias"):
-                if name not in tensors:
-                    plain.register_parameter(name, None)
-            for name, value in tensors.items():
-                if hasattr(plain, name):
-                    # A cast makes a new object, so it is left out where nothing changes.
-                    narrow = value.is_floating_point() and value.dtype != wide
-                    setattr(plain, name, _cast(value, wide) if narrow else value)
-            return plain
+    if is_batch_norm(layer, affine):
+        # The same objects can be handed on, and training can continue with them.
+        affine_too = "weight" in tensors or "bias" in tensors
+        plain = kind(c, eps=eps, momentum=getattr(layer, "momentum", 0.1), affine=affine_too, **options)
+        for name in ("weight", "bias"):
+            if name not in tensors:
+                plain.register_parameter(name, None)
+        for name, value in tensors.items():
+            if hasattr(plain, name):
+                # A cast makes a new object, so it is left out where nothing changes.
+                narrow = value.is_floating_point() and value.dtype != wide
+                setattr(plain, name, _cast(value, wide) if narrow else value)
+        return plain
     assert affine.shift is not None
     # Otherwise the map goes into weight and bias, over running statistics that normalize by exactly 1.
     plain = kind(c, eps=EPS, **options)

@@ -51,6 +51,11 @@ class BatchChannelNorm(MomentNorm):
     )
     extra_parameters: ClassVar[dict[str, str]] = {"iota": "C"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("constraint",)
+    published_names: ClassVar[tuple[str, ...]] = ("BCN_var", "gamma", "beta", "Batchh.", "layeer.")
+    published_remedy: ClassVar[str] = (
+        "Rename BCN_var to iota, gamma to weight, beta to bias, Batchh.runningmean to running_mean and "
+        "Batchh.runningvar to running_var, and leave out the rest, which is unused."
+    )
     iota: nn.Parameter
 
     def __init__(

@@ -65,6 +65,16 @@ class EncoderDecoderNorm(MomentNorm):
         "gamma_decoder_bias": "C",
         **dict.fromkeys(GATES, "1"),
     }
+    published_names: ClassVar[tuple[str, ...]] = (
+        *("standard_encoder.", "standard_mean_decoder.", "standard_std_decoder.", "rescale_encoder."),
+        *("rescale_beta_decoder.", "rescale_gamma_decoder.", "bias_beta", "bias_gamma", "real_gamma", "real_beta"),
+    )
+    published_remedy: ClassVar[str] = (
+        "Rename standard_encoder.* to std_encoder_*, standard_mean_decoder.1.* to mu_decoder_*, standard_std_decoder.1.*"
+        " to sigma_decoder_*, rescale_beta_decoder.1.* to beta_decoder_*, rescale_gamma_decoder.1.* to gamma_decoder_*,"
+        " bias_beta to bias and bias_gamma to weight; the authors' gates pass the sigmoid twice, so that lambda_mu and "
+        "lambda_sigma are sigmoid(theirs)."
+    )
     repr_arguments: ClassVar[tuple[str, ...]] = ("std_ratio", "rescale_ratio", "gate_init", "rescale_init")
 
     lambda_mu: nn.Parameter

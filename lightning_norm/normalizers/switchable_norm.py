@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from lightning_norm.layers.base import Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.mixed import MixedNorm
 from lightning_norm.layers.scheduled import Scheduled
+from lightning_norm.layers.state import of_one_layer
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments, mixture
@@ -127,3 +128,19 @@ class SwitchableNorm(MixedNorm):
     def without_effect(self) -> dict[str, str]:
         """Name the radius of a softmax."""
         return {**super().without_effect(), **({} if self.sparse else {"radius": "sparse=False"})}
+
+    published_names: ClassVar[tuple[str, ...]] = ("radius", "mean_fixed", "var_fixed")
+    published_remedy: ClassVar[str] = (
+        "It is of the sparse layer: take radius, mean_fixed and var_fixed out of the file, and type "
+        "norm_args={'sparse': True, 'correction': 1, 'radius': ...} with the radius that the file has."
+    )
+
+    def published_arguments(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the estimator, and the choices of a file with two: the authors' 1d layer has no "in"."""
+        tensors = [loaded.get(name) for name in ("weight", "running_mean")]
+        if "mean_weight" not in loaded or not any(of_one_layer(t, self.num_features) for t in tensors):
+            return {}
+        if loaded["mean_weight"].numel() != 2:
+            return {"correction": 1}
+        flat = isinstance(tensors[0], Tensor) and tensors[0].dim() == 2
+        return {"choices": ("ln", "bn") if flat or tensors[1] is not None else ("in", "ln"), "correction": 1}

@@ -62,6 +62,14 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def recomputes_saved_tensors() -> bool:
+    """Tell whether activation checkpointing with ``use_reentrant=False`` runs a part of the forward pass again.
+
+    It does so under hooks for saved tensors, and no public function tells whether there are any.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def timeout_of(group: ProcessGroup) -> timedelta:
     """Return how long a collective of ``group`` waits for the other ranks.
 

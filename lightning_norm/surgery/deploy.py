@@ -188,7 +188,7 @@ class _Watch:
         return self.dims.get(module) or dims_of(str(origin.get("source", "")))
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        new.training = old.training
+        new.train(old.training)  # bnet becomes a BatchNorm and a convolution, in a module
         # A shared layer is replaced in every place, so that it stays shared.
         for parent, attribute in self.places[old]:
             parent.add_module(attribute, new)

@@ -21,6 +21,18 @@ def test_in_backward_pass():
     assert seen == [False, True]
 
 
+def test_recomputes_saved_tensors():
+    for use_reentrant in (False, True):
+        seen = []
+
+        def fn(x, seen=seen):
+            seen.append(torch_private.in_backward_pass() and torch_private.recomputes_saved_tensors())
+            return x.exp()
+
+        checkpoint(fn, torch.ones(2, requires_grad=True), use_reentrant=use_reentrant).sum().backward()
+        assert seen == [False, not use_reentrant]
+
+
 def timeouts(rank):
     dist.destroy_process_group()
     dist.init_process_group(

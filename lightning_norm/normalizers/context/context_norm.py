@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.fused_specs import per_channel_spec, uses_running_stats
 from lightning_norm.layers.inference import double_copy, per_channel
-from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of
+from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of, contexts_of_forward
 from lightning_norm.normalizers.context.statistics import ContextStatistics
 from lightning_norm.ops import kmeans
 from lightning_norm.ops.fused.per_channel import GATES, PerChannelSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.torch_private import in_backward_pass
 
 MAX_FUSED_CONTEXTS = 16
 """Contexts that a kernel holds at once."""
@@ -111,9 +112,17 @@ class ContextNorm(ContextStatistics):
     def forward(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """Normalize the input x, by the contexts that the layer was told of its samples."""
         # What is no input at all is refused by the base class, with its better message.
-        if self.context != "gate" and isinstance(input, Tensor) and input.dim() > 1 and input.is_floating_point():
+        told = self.context != "gate" and isinstance(input, Tensor) and input.dim() > 1 and input.is_floating_point()
+        compiling = torch.compiler.is_compiling()
+        if told and not compiling and in_backward_pass():
+            with contexts_of_forward(self, input.shape[0]):
+                return super().forward(input, activation, residual)
+        if told:
             check_contexts_of(self, input.shape[0])
-        return super().forward(input, activation, residual)
+        y = super().forward(input, activation, residual)
+        if told and not compiling:
+            self.contexts.remember(y)
+        return y
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra that mixes the contexts of this input."""

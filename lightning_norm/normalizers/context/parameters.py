@@ -29,6 +29,11 @@ class ContextParameters(MomentNorm):
     translated_tensors: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
     float32_buffers: ClassVar[tuple[str, ...]] = ("prior",)
     has_rows: ClassVar[bool] = True
+    published_names: ClassVar[tuple[str, ...]] = ("context_norm_layers.", "means", "variances")
+    published_remedy: ClassVar[str] = (
+        "Stack the weight, bias, running_mean and running_var of context_norm_layers.0, 1, ... into one tensor each, "
+        "(contexts, channels); the priors are constants of the authors' code."
+    )
     prior: Tensor | None
 
     def __init__(self, num_features: int, *, num_contexts: int = 3, **options: Any) -> None:
