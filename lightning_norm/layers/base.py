@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.state import Loading, restore_precision
 from lightning_norm.layers.swap_record import SwapRecord
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import GRAPH_KEY, compiled_forward
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
@@ -271,14 +272,35 @@ class MomentNorm(Normalizer):
             activation: "none", "relu" or "silu".
             residual: added before the activation, in the shape of x.
         """
-        if not torch.compiler.is_compiling():
-            keep_float32(self)
-            keep_exact(self)
-            if self.compiled:
-                options = vars(self).get("_compile_options")
-                y = compiled_forward(self, input, _forward, _ranks_of(self), options)
-                return activated(y, activation, residual)
-        return _forward(self, input, activation, residual)
+        if torch.compiler.is_compiling():
+            return _forward(self, input, activation, residual)
+        if torch_private.is_proxy(input):
+            return _node_of(self, input, activation, residual)
+        keep_float32(self)
+        keep_exact(self)
+        if self.compiled and not torch_private.is_transformed():
+            options = vars(self).get("_compile_options")
+            y = compiled_forward(self, input, _forward, _ranks_of(self), options)
+            return activated(y, activation, residual)
+        try:
+            return _forward(self, input, activation, residual)
+        except RuntimeError as error:
+            if self.training and self.track_running_stats and torch_private.is_refused_change(error):
+                raise RuntimeError(_REFUSED_CHANGE.format(who=type(self).__name__)) from error
+            raise
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Name what works in place of ``torch.jit.script``, which asks each layer for this method.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: torch.jit.script cannot compile a layer of lightning_norm. Type "
+            "torch.jit.trace(model.eval(), example), to_torchscript(method='trace', example_inputs=example) in "
+            "Lightning, or lightning_norm.to_plain(model, example) first, where every normalizer becomes a layer of "
+            "torch's."
+        )
 
     def compile(self, **options: Any) -> None:
         """Compile the forward pass, by default fullgraph and at static shapes; equal layers share their graphs.
@@ -318,6 +340,26 @@ class MomentNorm(Normalizer):
 
     repr_arguments: ClassVar[tuple[str, ...]] = ()
     """A subclass's own arguments, for ``repr``."""
+
+
+_REFUSED_CHANGE = (
+    "{who} in training cannot move its running statistics inside of torch.func, and neither can torch's BatchNorm: "
+    "they are no argument of the function that is transformed. Type model.eval(), or track_running_stats=False, or pass the "
+    "buffers in: torch.func.functional_call(model, (parameters, buffers), x) with dict(model.named_buffers())."
+)
+
+
+def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any) -> Tensor:
+    """Return the node of torch.fx that calls the layer: it is a leaf, as torch's own layers are."""
+    options = {} if activation == "none" else {"activation": activation}
+    options |= {} if residual is None else {"residual": residual}
+    try:
+        name = x.tracer.path_of_module(layer)
+    except NameError as error:
+        remedy = "Trace a module that holds it: nn.Sequential(layer)."
+        raise ValueError(f"{type(layer).__name__} is a leaf for torch.fx. {remedy}") from error
+    node: Tensor = x.tracer.create_proxy("call_module", name, (x,), options)  # a proxy stands for a tensor
+    return node
 
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:

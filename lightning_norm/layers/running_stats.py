@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from lightning_norm.layers.accumulators import AccumulationWindow, StatisticsAccumulator
 from lightning_norm.layers.variance import unbiased
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Moments
 
@@ -79,17 +80,18 @@ class RunningStats(nn.Module):
         """Return the mean and the unbiased variance that the running statistics move towards."""
         return m.mean, m.var * unbiased(m.count)
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def _usable(self, mean: Tensor, var: Tensor, count: int | Tensor) -> Tensor:
         """Tell whether statistics may move the running ones, as a 0-dim tensor; count those that may not."""
         finite = torch.isfinite(mean + var).all()
         if isinstance(count, Tensor):  # pooled over ranks, which may all be empty
             finite = finite & (count > 1).all()
         assert self.skipped_updates is not None
-        self.skipped_updates.add_(~finite)
+        if not torch_private.is_captured(self.skipped_updates):  # no state_dict holds it, so it may not be passed in
+            self.skipped_updates.add_(~finite)
         return finite
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def _update_running(self, m: Moments, wanted: Tensor | None = None) -> None:
         """Move the running statistics towards m, or accumulate it, unless a 0-dim ``wanted`` is false."""
         mean, var = self.running_target(m)
@@ -103,7 +105,7 @@ class RunningStats(nn.Module):
         else:
             self.accumulator.add(*_for_accumulator(self, m, mean, var), usable)
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def _move_running(self, mean: Tensor, var: Tensor, usable: Tensor) -> None:
         """Move the running statistics a step of size ``momentum`` towards these, if a 0-dim ``usable`` is true."""
         assert self.num_batches_tracked is not None

@@ -14,6 +14,7 @@ from lightning_norm.layers.fused_specs import per_channel_spec
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.layers.translation import Translation
 from lightning_norm.layers.variance import to_std, to_var
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
@@ -125,7 +126,7 @@ class DiminishingBatchNorm(MomentNorm):
         if not self.track_running_stats:
             return mean, std_or_var
         if self.stat_grad == "none":
-            mean, std_or_var = mean.detach(), std_or_var.detach()
+            mean, std_or_var = torch_private.constant(mean), torch_private.constant(std_or_var)
         steps = self._steps()
         # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
         alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *self._running())
@@ -134,7 +135,7 @@ class DiminishingBatchNorm(MomentNorm):
         self._move_average(mixed, batch_values, steps, self._usable(mean, batch.var, batch.count))
         return mixed[0], mixed[1]
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def _move_average(self, mixed: list[Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor) -> None:
         """Write the moved statistics, and how far the batch lay from them, unless it has a NaN or an infinity."""
         was, now = ((s if self.average == "std" else s.sqrt()) for s in (mixed[1], batch[1]))
@@ -142,7 +143,8 @@ class DiminishingBatchNorm(MomentNorm):
         news = [*mixed, steps, gap.flatten(1).mean(1)]
         for name, new in zip((*self.running_names, "updates", "gap"), news, strict=True):
             old: Tensor = getattr(self, name)
-            old.copy_(torch.where(usable, new.reshape(old.shape).to(old.dtype), old))
+            if name != "gap" or not torch_private.is_captured(old):  # no state_dict holds it
+                old.copy_(torch.where(usable, new.view_as(old).to(old.dtype), old))
         self.get_buffer("num_batches_tracked").add_(usable)
 
     def _running(self) -> tuple[Tensor, Tensor]:

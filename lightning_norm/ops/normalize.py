@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import depthwise, eager
+from lightning_norm.ops import depthwise, eager, torch_private
 from lightning_norm.ops.backend import on_kernels
 from lightning_norm.ops.fused import triton_passes
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
@@ -114,7 +114,7 @@ def normalize(
         layout = layout_of(x, x.shape[layout] if isinstance(x, Tensor) and x.dim() > 1 else 0, layout)
     if activation not in ACTIVATIONS:
         raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}.")
-    if residual is not None and residual.shape != x.shape:
+    if residual is not None and torch_private.static_shape(residual) != torch_private.static_shape(x):
         raise ValueError(f"normalize: residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must agree.")
     call = _Call(algebra, layout, moments, ranks, backend, fused_spec, activation, residual, depthwise_conv)
     if depthwise_conv is None or layout.channel_dim == 1:
@@ -133,6 +133,9 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
 
 def _run(x: Tensor, call: _Call) -> Tensor:
     """Choose between the equations on the kernels, and the passes around the algebra in PyTorch."""
+    if torch_private.is_transformed():
+        with _full_precision(x):
+            return activated(_normalize_plainly(x, call), call.activation, call.residual)
     kernels = on_kernels(x, call.layout, call.backend, empty=call.ranks is not None)
     spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
     if spec is not None and call.ranks is not None:
@@ -147,6 +150,24 @@ def _run(x: Tensor, call: _Call) -> Tensor:
         else:
             y = _normalize(x, call, kernels)
     return activated(y, call.activation, call.residual)
+
+
+def _normalize_plainly(x: Tensor, call: _Call) -> Tensor:
+    """Run the same passes without an autograd function, for whatever looks at single operations.
+
+    Autograd keeps more tensors of the size of x than the functions below do.
+    """
+    layout, moments = call.layout, call.moments
+    if moments is None:
+        moments = Moments(*eager.moments(x, layout, recorded=True), layout.count(x), call.ranks)
+    fields = call.algebra(moments).fields(layout.n, layout.c)
+    if call.depthwise_conv is None:
+        return eager.apply(x, *fields, layout, recorded=True)
+    kernel, bias = call.depthwise_conv
+    kernel = depthwise.with_spatial_axes(kernel, len(layout.reduced)).to(at_least_float32(x.dtype))
+    normalized = eager.apply(x.to(kernel.dtype), *fields, layout, recorded=True)
+    bias = None if bias is None else bias.to(kernel.dtype)
+    return depthwise.convolve(normalized, kernel, bias, recorded=True).to(x.dtype)
 
 
 def _normalize_and_convolve(
@@ -187,13 +208,14 @@ def _fields(x: Tensor, call: _Call, kernels: bool) -> tuple[Tensor, Tensor, tupl
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    on = torch.is_autocast_enabled(x.device.type)
+    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
-def _passes(kernels: bool) -> Any:
+def _passes(kernels: bool, *gradients: Tensor | None) -> Any:
     """Return the module that runs the passes; what is differentiated once more is recorded in plain PyTorch."""
-    return triton_passes if kernels and (torch.compiler.is_compiling() or not torch.is_grad_enabled()) else eager
+    on_kernels = kernels and (torch.compiler.is_compiling() or not eager.is_recording(*gradients))
+    return triton_passes if on_kernels else eager
 
 
 class _Moments(torch.autograd.Function):
@@ -214,7 +236,7 @@ class _Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         if dy is None or scale is None:  # y was not used, only the moments
             dy, scale = torch.zeros_like(x), torch.zeros_like(mean)
-        return _passes(ctx.kernels).combine(dy, scale, x, mean, dmean, dvar, ctx.layout), None, None
+        return _passes(ctx.kernels, dy, dmean, dvar).combine(dy, scale, x, mean, dmean, dvar, ctx.layout), None, None
 
 
 class _Alias(torch.autograd.Function):
@@ -262,7 +284,7 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, center, scale = ctx.saved_tensors
-        need, passes = ctx.needs_input_grad, _passes(ctx.kernels)
+        need, passes = ctx.needs_input_grad, _passes(ctx.kernels, dy)
         fields = _field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
         return dy if need[0] else None, _carrier_grad(ctx, scale), None, *fields, None, None, None
 

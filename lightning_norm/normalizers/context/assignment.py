@@ -135,6 +135,7 @@ def check_contexts_of(layer: Any, n: int) -> None:
         ValueError: it was told of another number of samples.
     """
     responsibilities = layer.contexts.responsibilities
+    told = None if responsibilities is None else torch_private.static_shape(responsibilities)[0]
     name = f"ContextNorm {layer.contexts.name!r}" if layer.contexts.name else "ContextNorm"
     who = f"{name} (context={layer.context!r})"
     if not torch.compiler.is_compiling() and torch_private.in_backward_pass():
@@ -145,9 +146,9 @@ def check_contexts_of(layer: Any, n: int) -> None:
         )
     if responsibilities is None and (layer.training or layer.missing == "error"):
         raise RuntimeError(f"{who} was run without contexts. {REMEDY[layer.context]}")
-    if responsibilities is not None and responsibilities.shape[0] != n:
+    if told is not None and told != n:
         raise ValueError(
-            f"{who} expected contexts for {n} samples, got {responsibilities.shape[0]}: contexts of another batch, "
+            f"{who} expected contexts for {n} samples, got {told}: contexts of another batch, "
             "or several views of one (then pass views=m)."
         )
 

@@ -14,7 +14,7 @@ from lightning_norm.layers.fused_specs import per_channel_spec
 from lightning_norm.layers.inference import double_copy, per_channel
 from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of
 from lightning_norm.normalizers.context.statistics import ContextStatistics
-from lightning_norm.ops import kmeans
+from lightning_norm.ops import kmeans, torch_private
 from lightning_norm.ops.fused.per_channel import GATES, PerChannelSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
@@ -120,7 +120,7 @@ class ContextNorm(ContextStatistics):
     def forward(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """Normalize the input x, by the contexts that the layer was told of its samples."""
         if self.context != "gate" and isinstance(input, Tensor) and input.dim() > 1 and input.is_floating_point():
-            check_contexts_of(self, input.shape[0])
+            check_contexts_of(self, torch_private.static_shape(input)[0])
         return super().forward(input, activation, residual)
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:

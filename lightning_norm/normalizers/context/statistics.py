@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.variance import unbiased
 from lightning_norm.normalizers.context.parameters import ContextParameters, pool_moments
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.moments import Moments
 
 
@@ -79,7 +80,7 @@ class ContextStatistics(ContextParameters):
         step = momentum * (self.num_contexts * frequency).clamp_max(1)
         return torch.where(self.unseen(), (frequency > 0).to(step.dtype), step)
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def _update_running_spread(self, between_var: Tensor, frequency: Tensor) -> None:
         """Move the running variance of the samples' means, (K, C), which the posterior measures distances in."""
         buffer: Tensor = self.running_spread
@@ -88,7 +89,7 @@ class ContextStatistics(ContextParameters):
         moved = torch.lerp(buffer.to(step.dtype), between_var, step)
         buffer.copy_(torch.where(usable, moved, buffer).to(buffer.dtype))
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def posterior(self, m: Moments) -> Tensor:
         r"""Return the probability of each context given the means of a sample's channels, (N, K).
 
@@ -104,7 +105,7 @@ class ContextStatistics(ContextParameters):
         squared_distance = (m.mean.unsqueeze(1) - contexts.mean).square() / var  # (N, K, C)
         return torch.softmax(prior[:, 0].log() - 0.5 * (squared_distance + var.log()).mean(2), 1)
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def update_running_stats(self, m: Moments, frequency: Tensor, total: Tensor, wanted: Tensor | None = None) -> None:
         """Move the running statistics towards those of this batch, each context in proportion to its frequency.
 
@@ -123,7 +124,8 @@ class ContextStatistics(ContextParameters):
         assert self.num_batches_tracked is not None
         assert self.skipped_updates is not None
         self.num_batches_tracked.add_(finite)
-        self.skipped_updates.add_(~finite if wanted is None else wanted & ~finite)
+        if not torch_private.is_captured(self.skipped_updates):
+            self.skipped_updates.add_(~finite if wanted is None else wanted & ~finite)
         momentum = self._buffers["_momentum"]
         batches = self.num_batches_tracked.clamp_min(1).to(frequency.dtype)
         weight = 1 / batches if momentum is None else momentum.to(frequency.dtype)
