@@ -285,7 +285,8 @@ class MomentNorm(Normalizer):
         try:
             return _forward(self, input, activation, residual)
         except RuntimeError as error:
-            if self.training and self.track_running_stats and torch_private.is_refused_change(error):
+            tracked = self.num_batches_tracked if self.training and self.track_running_stats else None
+            if tracked is not None and torch_private.is_captured(tracked):
                 raise RuntimeError(_REFUSED_CHANGE.format(who=type(self).__name__)) from error
             raise
 
@@ -344,8 +345,8 @@ class MomentNorm(Normalizer):
 
 _REFUSED_CHANGE = (
     "{who} in training cannot move its running statistics inside of torch.func, and neither can torch's BatchNorm: "
-    "they are no argument of the function that is transformed. Type model.eval(), or track_running_stats=False, or pass the "
-    "buffers in: torch.func.functional_call(model, (parameters, buffers), x) with dict(model.named_buffers())."
+    "they are no argument of the function that is transformed. Type model.eval(), or track_running_stats=False, or "
+    "pass the buffers in: torch.func.functional_call(model, (parameters, buffers), x) with dict(model.named_buffers())."
 )
 
 

@@ -54,7 +54,8 @@ class Ranks:
         if torch_private.is_transformed() or torch_private.is_batched(t):
             raise RuntimeError(
                 "statistics cannot be pooled over ranks inside of torch.func, forward-mode AD or torch.jit.trace, nor "
-                "with batched gradients; torch's SyncBatchNorm cannot either. Type model.eval(), or swap with sync=False."
+                "with batched gradients; torch's SyncBatchNorm cannot either. Type model.eval(), or swap with "
+                "sync=False."
             )
         total: Tensor = _AllReduceSum.apply(t, self.group)
         return total

@@ -129,15 +129,6 @@ def is_proxy(x: object) -> bool:
     return not isinstance(x, Tensor) and isinstance(x, torch.fx.Proxy)
 
 
-def is_refused_change(error: RuntimeError) -> bool:
-    """Tell whether this is how ``torch.func`` refuses to change a tensor in place that it was not given.
-
-    Its errors have no type of their own, so the test compares their words.
-    """
-    text = str(error)
-    return "in-place operation" in text or ("vmap:" in text and ("inplace" in text or "extra_args" in text))
-
-
 def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     """Return a dense tensor in another shape without a copy, and not as a view.
 
