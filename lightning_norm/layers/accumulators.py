@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks
 
@@ -51,7 +52,7 @@ class AccumulationWindow:
         """Return count, mean and variance themselves."""
         return self.count, self.mean, self.var
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def add(self, mean: Tensor, var: Tensor, count: int | Tensor, usable: Tensor) -> None:
         """Merge (K, C) moments of ``count`` elements if a 0-dim ``usable`` is true."""
         # The window is a sum over batches, and must not keep the graphs of all of them alive.
@@ -88,7 +89,7 @@ class StatisticsAccumulator:
         self.var = torch.zeros(shape, dtype=torch.float64)
         self.batches = self.skipped = 0
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def add(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
         """Merge (K, C) moments of ``count`` elements; those with a NaN or an infinity are counted and left out."""
         m, v = (t.detach().cpu().double().reshape(self.mean.shape) for t in (mean, var))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.state import Loading, restore_precision
 from lightning_norm.layers.swap_record import SwapRecord
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import GRAPH_KEY, compiled_forward
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
@@ -334,22 +335,44 @@ class MomentNorm(Normalizer):
             activation: "none", "relu" or "silu".
             residual: added before the activation, in the shape of x.
         """
+        if not torch.compiler.is_compiling() and torch_private.is_proxy(input):
+            return _node_of(self, input, activation, residual)
         if not self.behind:
             return self._normalize(input, activation, residual)
         activation, modules = self.fuse_behind(activation)
         return self.call_behind(self._normalize(input, activation, residual), modules)
 
     def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
-        if not torch.compiler.is_compiling():
-            # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
-            if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
-                keep_float32(self)
-                keep_exact(self)
-            if self.compiled:
-                options = vars(self).get("_compile_options")
-                y = compiled_forward(self, input, _forward, _ranks_of(self), options)
-                return activated(y, activation, residual)
-        return _forward(self, input, activation, residual)
+        if torch.compiler.is_compiling():
+            return _forward(self, input, activation, residual)
+        # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
+        if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
+            keep_float32(self)
+            keep_exact(self)
+        if self.compiled and not torch_private.is_transformed():
+            options = vars(self).get("_compile_options")
+            y = compiled_forward(self, input, _forward, _ranks_of(self), options)
+            return activated(y, activation, residual)
+        try:
+            return _forward(self, input, activation, residual)
+        except RuntimeError as error:
+            tracked = self.num_batches_tracked if self.moves_running_stats else None
+            if tracked is not None and torch_private.is_captured(tracked):
+                raise RuntimeError(_REFUSED_CHANGE.format(who=type(self).__name__)) from error
+            raise
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Name what works in place of ``torch.jit.script``, which asks each layer for this method.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: torch.jit.script cannot compile a layer of lightning_norm. Type "
+            "torch.jit.trace(model.eval(), example), to_torchscript(method='trace', example_inputs=example) in "
+            "Lightning, or lightning_norm.to_plain(model, example) first, where every normalizer becomes a layer of "
+            "torch's."
+        )
 
     def compile(self, **options: Any) -> None:
         """Compile the forward pass, by default fullgraph and at static shapes; equal layers share their graphs.
@@ -395,6 +418,26 @@ class MomentNorm(Normalizer):
 
     repr_arguments: ClassVar[tuple[str, ...]] = ()
     """A subclass's own arguments, for ``repr``."""
+
+
+_REFUSED_CHANGE = (
+    "{who} in training cannot move its running statistics inside of torch.func, and neither can torch's BatchNorm: "
+    "they are no argument of the function that is transformed. Type model.eval(), or track_running_stats=False, or "
+    "pass the buffers in: torch.func.functional_call(model, (parameters, buffers), x) with dict(model.named_buffers())."
+)
+
+
+def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any) -> Tensor:
+    """Return the node of torch.fx that calls the layer: it is a leaf, as torch's own layers are."""
+    options = {} if activation == "none" else {"activation": activation}
+    options |= {} if residual is None else {"residual": residual}
+    try:
+        name = x.tracer.path_of_module(layer)
+    except NameError as error:
+        remedy = "Trace a module that holds it: nn.Sequential(layer)."
+        raise ValueError(f"{type(layer).__name__} is a leaf for torch.fx. {remedy}") from error
+    node: Tensor = x.tracer.create_proxy("call_module", name, (x,), options)  # a proxy stands for a tensor
+    return node
 
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:

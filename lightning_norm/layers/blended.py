@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.running_stats import count_batch, running_buffers, write
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
+from lightning_norm.ops import torch_private
 
 
 class BlendedNorm(MomentNorm):
@@ -50,7 +51,7 @@ class BlendedNorm(MomentNorm):
         # A mean of exactly 0 in every channel is what a new layer has, and hardly what training leaves.
         return self.updates + 1 + ((self.updates == 0) & (running_buffers(self)[0] != 0).any())
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def write_blend(
         self, blend: tuple[Tensor, Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor
     ) -> None:
@@ -67,5 +68,7 @@ class BlendedNorm(MomentNorm):
         gap = torch.stack([batch[0] - blend[0], now - was]).abs() / (was + self.eps)
         values = (*blend, steps, gap.flatten(1).mean(1))
         for name, new in zip((*self.running_names, "updates", "gap"), values, strict=True):
-            write(getattr(self, name), new, usable)
+            # No state_dict holds the gap, so that it may not be passed to a function that is transformed.
+            if name != "gap" or not torch_private.is_captured(self.gap):
+                write(getattr(self, name), new, usable)
         count_batch(self, usable)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_norm.layers.accumulators import AccumulationWindow, StatisticsAccumulator
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Moments, to_var
 
@@ -136,7 +137,7 @@ def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
     return (mean.clone(), var.clone()) if torch.is_grad_enabled() else (mean, var)
 
 
-@torch.no_grad()
+@torch_private.without_gradients
 def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None) -> None:
     """Move the running statistics towards m, or accumulate it, unless a 0-dim ``wanted`` is false."""
     mean, var = layer.running_target(m)
@@ -153,7 +154,7 @@ def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None
         layer.accumulator.add(*_for_accumulator(layer, m, mean, var), usable)
 
 
-@torch.no_grad()
+@torch_private.without_gradients
 def is_usable(layer: RunningStats, mean: Tensor, var: Tensor, count: int | Tensor) -> Tensor:
     """Tell whether statistics may move the running ones, as a 0-dim tensor; count those that may not."""
     usable = fits(layer, mean, var)
@@ -172,7 +173,8 @@ def fits(layer: RunningStats, mean: Tensor, var: Tensor) -> Tensor:
 
 def count_skipped(layer: RunningStats, skipped: Tensor) -> None:
     """Count an update that was skipped, if a 0-dim tensor is true."""
-    if layer.skipped_updates is not None:
+    # No state_dict holds the counter, so that it may not be passed to a function that is transformed.
+    if layer.skipped_updates is not None and not torch_private.is_captured(layer.skipped_updates):
         layer.skipped_updates.add_(skipped)
 
 

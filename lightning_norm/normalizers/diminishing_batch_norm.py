@@ -14,6 +14,7 @@ from lightning_norm.layers.blended import BlendedNorm
 from lightning_norm.layers.fused_specs import per_channel_spec
 from lightning_norm.layers.running_stats import is_usable, running_buffers
 from lightning_norm.layers.scheduled import Scheduled
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
@@ -113,7 +114,7 @@ class DiminishingBatchNorm(BlendedNorm):
         if not self.moves_running_stats:
             return mean, std_or_var
         if self.stat_grad == "none":
-            mean, std_or_var = mean.detach(), std_or_var.detach()
+            mean, std_or_var = torch_private.constant(mean), torch_private.constant(std_or_var)
         steps = self.steps()
         # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
         alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *running_buffers(self))

@@ -15,6 +15,7 @@ from lightning_norm.layers.base import Paper
 from lightning_norm.layers.running_stats import update_running
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.condensation import condensation, squared_norms
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
@@ -182,14 +183,14 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
             mean, var = torch.where(condensed, mean, batch.mean), torch.where(condensed, var, batch.var)
             return Moments(mean, var, batch.count), None
         # Batch renormalization (Ioffe 2017): r and d are constants, so the gradient is that of the batch's statistics.
-        with torch.no_grad():
-            # The limits are those of Ioffe's r <= 3 and d <= 5; r is squared here, for it multiplies a variance.
-            ratio = ((var + self.eps) / (batch.var + self.eps)).clamp(1 / 9, 9)
-            offset = ((batch.mean - mean) * (var + self.eps).rsqrt()).clamp(-5, 5)
-            ratio, offset = torch.where(condensed, ratio, 1.0), torch.where(condensed, offset, 0.0)
+        batch_mean, batch_var = torch_private.constant(batch.mean), torch_private.constant(batch.var)
+        # The limits are those of Ioffe's r <= 3 and d <= 5; r is squared here, for it multiplies a variance.
+        ratio = ((var + self.eps) / (batch_var + self.eps)).clamp(1 / 9, 9)
+        offset = ((batch_mean - mean) * (var + self.eps).rsqrt()).clamp(-5, 5)
+        ratio, offset = torch.where(condensed, ratio, 1.0), torch.where(condensed, offset, 0.0)
         return Moments(batch.mean, (batch.var + self.eps) * ratio - self.eps, batch.count), offset
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def _is_condensed(self, similarity: Tensor) -> Tensor:
         """Tell whether the batch counts as condensed, as a 0-dim tensor, and count it.
 
@@ -202,7 +203,8 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         may_skip = (torch.as_tensor(tracked) >= self.min_updates) & (self.skipped_in_a_row < self.max_skip)
         condensed = (similarity > threshold) & may_skip
         defined = similarity.isfinite()
-        self.condensation.copy_(torch.where(defined, similarity.to(self.condensation.dtype), self.condensation))
+        if not torch_private.is_captured(self.condensation):  # no state_dict holds it
+            self.condensation.copy_(torch.where(defined, similarity.to(self.condensation.dtype), self.condensation))
         self.measured.add_(defined)
         self.skipped.add_(condensed)
         self.skipped_in_a_row.copy_(torch.where(condensed, self.skipped_in_a_row + 1, 0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks
@@ -20,7 +21,7 @@ CHUNKS = 8
 """A batch in half precision is converted to float32 in so many parts, one after the other, to spare memory."""
 
 
-@torch.no_grad()
+@torch_private.without_gradients
 def condensation(x: Tensor, squares: Tensor | None = None, ranks: Ranks | None = None) -> Tensor:
     r"""Return the mean pairwise cosine of the samples of x, a 0-dim tensor; no value leaves the device.
 
@@ -46,7 +47,7 @@ def condensation(x: Tensor, squares: Tensor | None = None, ranks: Ranks | None =
     return mean_cosine(total, count)
 
 
-@torch.no_grad()
+@torch_private.without_gradients
 def unit_sum(x: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the sum of the samples, each divided by its norm, and how many are not zero; both add up over batches.
 
@@ -70,7 +71,7 @@ def unit_sum(x: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return _weighted_sum(x, weights), not_zero.sum().to(dtype)
 
 
-@torch.no_grad()
+@torch_private.without_gradients
 def mean_cosine(total: Tensor, count: Tensor) -> Tensor:
     """Return the mean cosine of all pairs, from the sum of the unit vectors and their number; NaN below two."""
     # |sum u|^2 counts each sample with itself once, which is 1 for a unit vector.

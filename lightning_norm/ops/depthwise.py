@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.fused import operators
 
 LONGEST = 7
@@ -28,7 +29,7 @@ def with_spatial_axes(kernel: Tensor, spatial: int) -> Tensor:
     """
     for _ in range(kernel.dim() - 2 - spatial):
         # The other taps meet only the zeros around the map.
-        kernel = kernel.select(-1, kernel.shape[-1] // 2)
+        kernel = kernel.select(-1, torch_private.static_shape(kernel)[-1] // 2)
     for _ in range(spatial - (kernel.dim() - 2)):
         kernel = kernel.unsqueeze(2)
     return kernel
@@ -50,8 +51,10 @@ def unrolled(x: Tensor, kernel: Tensor) -> bool:
     return known and _compiling()
 
 
-def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, unroll: bool = False) -> Tensor:
-    """Convolve each channel with its kernel; the result has the memory format of x."""
+def convolve(
+    x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, unroll: bool = False, recorded: bool = False
+) -> Tensor:
+    """Convolve each channel with its kernel; the result has the memory format of x, unless it is ``recorded``."""
     if unroll:
         # One term per tap: its weight times the map, moved by the tap.
         start = x.new_zeros(()) if bias is None else _per_channel(bias, x)
@@ -61,6 +64,8 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, unroll: b
         # Without spatial axes the kernel has one tap, which is a scale.
         y = x * kernel.squeeze(1)
         return y if bias is None else y + bias
+    if recorded:
+        return _convolution(x, kernel, bias)
     if not _compiling():
         return _convolve(x, kernel, bias)
     # As an operator the compiler leaves it alone, see the end of this file.
@@ -113,17 +118,22 @@ def _kernel_gradients(dy: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Te
 
 
 def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    # aten.convolution and not conv2d: autocast, which would narrow the map, knows the second name only.
-    zeros = [0] * (x.dim() - 2)
-    y: Tensor = torch.ops.aten.convolution(x, kernel, bias, *_geometry(kernel), False, zeros, x.shape[1])
+    y = _convolution(x, kernel, bias)
     # oneDNN may choose another memory format than that of x, which the output has to keep.
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+
+
+def _convolution(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    # aten.convolution and not conv2d: autocast, which would narrow the map, knows the second name only.
+    zeros, groups = [0] * (x.dim() - 2), torch_private.static_shape(kernel)[0]
+    y: Tensor = torch.ops.aten.convolution(x, kernel, bias, *_geometry(kernel), False, zeros, groups)
+    return y
 
 
 def _geometry(kernel: Tensor) -> tuple[list[int], list[int], list[int]]:
     """Return stride, padding and dilation."""
     ones = [1] * (kernel.dim() - 2)
-    return ones, [size // 2 for size in kernel.shape[2:]], ones
+    return ones, [size // 2 for size in torch_private.static_shape(kernel)[2:]], ones
 
 
 # Operators that the compiler does not look into: it would turn every map to another memory format and back around a

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_norm.ops import torch_private
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -37,6 +39,15 @@ class Layout:
         shape[0], shape[self.channel_dim] = t.shape
         return t.reshape(shape)
 
+    def count(self, x: Tensor) -> int | Tensor:
+        """Return ``size``; in a graph of ``torch.jit.trace`` as a tensor that follows the input."""
+        if not torch_private.is_traced():
+            return self.size
+        count = torch.ones((), dtype=stat_dtype(x))
+        for d in self.reduced:
+            count = count * x.shape[d]
+        return count
+
 
 def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "normalize") -> Layout:
     """Check an input and describe its axes.
@@ -59,7 +70,7 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
     if channel_dim not in (1, -1):
         raise ValueError(f"{who}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim}.")
     # The shape is checked before anything is computed, and the messages are put together only where they are needed.
-    shape = tuple(x.shape)
+    shape = torch_private.static_shape(x)
     dims = len(shape)
     if not 2 <= dims <= 5:
         raise ValueError(f"{who} expects {_wrong_rank(shape, channel_dim)}")

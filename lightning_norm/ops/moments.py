@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32, cast, stat_dtype
 from lightning_norm.ops.sync import Ranks
 
@@ -53,20 +54,21 @@ class Moments:
         if num_groups > 1:
             return self._over_groups(num_groups)
         mean, var = _pool(self.mean, self.var, dim=1)
-        return Moments(mean, var, self.count * self.mean.shape[1], self.ranks)
+        return Moments(mean, var, self.count * torch_private.static_shape(self.mean)[1], self.ranks)
 
     def _over_groups(self, num_groups: int) -> Moments:
-        n, c = self.mean.shape
+        _, c = torch_private.static_shape(self.mean)
         if c % num_groups:
             raise ValueError(
                 f"cannot split {c} channels into {num_groups} groups: groups must divide the channels. "
                 f"Divisors of {c}: {[d for d in range(1, c + 1) if c % d == 0]}."
             )
-        grouped = n, num_groups, c // num_groups
-        mean, var = _pool(self.mean.view(grouped), self.var.view(grouped), dim=2)
+        # No size of the batch is written into the views, so that a traced graph takes any.
+        grouped = torch.unflatten(self.mean, 1, (num_groups, c // num_groups))
+        pooled = _pool(grouped, torch.unflatten(self.var, 1, (num_groups, c // num_groups)), dim=2)
         # Each channel gets its group's moments, so that an algebra need not know the groups.
-        mean, var = (t.expand(grouped).reshape(n, c) for t in (mean, var))
-        return Moments(mean, var, self.count * grouped[2], self.ranks)
+        mean, var = (t.expand_as(grouped).flatten(1) for t in pooled)
+        return Moments(mean, var, self.count * (c // num_groups), self.ranks)
 
     def over_batch(self, weights: Tensor | None = None) -> Moments:
         """Pool the samples of the whole batch, over all ranks: (N, C) -> (1, C).
@@ -130,10 +132,11 @@ class Affine:
 
     def _field(self, name: str, t: Tensor, n: int, c: int) -> Tensor:
         # Missing dimensions are added in front, as broadcasting does: (C,) is (1, C).
-        rows, columns = (1,) * (2 - t.dim()) + tuple(t.shape) if t.dim() < 3 else (0, 0)
+        shape = torch_private.static_shape(t)
         # A tensor of three axes is refused with the others: it would broadcast against x and mean something else.
+        rows, columns = (1,) * (2 - t.dim()) + shape if t.dim() < 3 else (0, 0)
         if rows in (1, n) and columns in (1, c):
-            return t.reshape(rows, columns)
+            return t if t.dim() == 2 else t.reshape(1, -1)
         shapes = {k: None if v is None else tuple(v.shape) for k, v in vars(self).items()}
         raise ValueError(
             f"algebra returned {name} of shape {tuple(t.shape)}, which does not broadcast to (N, C) = ({n}, {c}). "
@@ -169,8 +172,21 @@ def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
 
 
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    if torch_private.is_transformed():
+        return _pooled(mean, var, dim)
     pooled: tuple[Tensor, Tensor] = _PoolMoments.apply(mean, var, dim)
     return pooled
+
+
+def _pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the law of total variance along one axis, in plain differentiable PyTorch."""
+    # (N, C) numbers are few, so that exact sums cost nothing here.
+    wide = stat_dtype(var)
+    pooled = mean.mean(dim, keepdim=True, dtype=wide)
+    # Deviations and not squares of means: at mean / std = 1e4 the squares would agree in every digit.
+    # A small difference has all its digits in float32 as well.
+    between_var = (mean - cast(pooled, mean.dtype)).to(var.dtype).square()
+    return pooled, (var + between_var).mean(dim, keepdim=True, dtype=wide)
 
 
 class _PoolMoments(torch.autograd.Function):
@@ -181,16 +197,10 @@ class _PoolMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        # (N, C) numbers are few, so that exact sums cost nothing here.
-        wide = stat_dtype(var)
-        pooled = mean.mean(dim, keepdim=True, dtype=wide)
-        # Deviations and not squares of means: at mean / std = 1e4 the squares would agree in every digit.
-        deviation = mean - cast(pooled, mean.dtype)
+        pooled, pooled_var = _pooled(mean, var, dim)
         ctx.size, ctx.var_dtype = mean.shape[dim], var.dtype
         ctx.save_for_backward(mean, pooled)
-        # A small difference has all its digits in float32 as well.
-        between_var = deviation.to(var.dtype).square()
-        return pooled, (var + between_var).mean(dim, keepdim=True, dtype=wide)
+        return pooled, pooled_var
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

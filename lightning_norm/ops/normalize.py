@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import depthwise, eager
+from lightning_norm.ops import depthwise, eager, torch_private
 from lightning_norm.ops.backend import on_kernels
 from lightning_norm.ops.fused import triton_passes
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
@@ -124,12 +124,17 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
 
 def run(x: Tensor, call: Call) -> Tensor:
     """Do what :func:`normalize` says: by its equations on the kernels, or by the passes around the algebra."""
-    if call.activation not in ACTIVATIONS or (call.residual is not None and call.residual.shape != x.shape):
+    static_shape = torch_private.static_shape
+    wrong_shape = call.residual is not None and static_shape(call.residual) != static_shape(x)
+    if call.activation not in ACTIVATIONS or wrong_shape:
         raise ValueError(f"normalize: {_wrong_ending(x, call)}")
     if call.depthwise_conv is not None and call.layout.channel_dim != 1:
         # A convolution takes its channels on the second axis: a view of tokens has them there.
         x = x.movedim(-1, 1)
         return run(x, call.channels_second(x)).movedim(1, -1)
+    if torch_private.is_transformed():
+        with _full_precision(x):
+            return activated(_normalize_plainly(x, call), call.activation, call.residual)
     kernels = call.backend != "eager" and on_kernels(x, call.layout, call.backend, empty=call.ranks is not None)
     spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
     if spec is not None and call.ranks is not None:
@@ -153,6 +158,24 @@ def _wrong_ending(x: Tensor, call: Call) -> str:
         return f"activation must be one of {tuple(ACTIVATIONS)}, got {call.activation!r}."
     assert call.residual is not None
     return f"residual has shape {tuple(call.residual.shape)}, x {tuple(x.shape)}: they must agree."
+
+
+def _normalize_plainly(x: Tensor, call: Call) -> Tensor:
+    """Run the same passes without an autograd function, for whatever looks at single operations.
+
+    Autograd keeps more tensors of the size of x than the functions below do.
+    """
+    layout, moments = call.layout, call.moments
+    if moments is None:
+        moments = Moments(*eager.moments(x, layout, recorded=True), layout.count(x), call.ranks)
+    fields = call.algebra(moments).fields(layout.n, layout.c)
+    if call.depthwise_conv is None:
+        return eager.apply(x, *fields, layout, recorded=True)
+    kernel, bias = call.depthwise_conv
+    kernel = depthwise.with_spatial_axes(kernel, len(layout.reduced)).to(at_least_float32(x.dtype))
+    normalized = eager.apply(x.to(kernel.dtype), *fields, layout, recorded=True)
+    bias = None if bias is None else bias.to(kernel.dtype)
+    return depthwise.convolve(normalized, kernel, bias, recorded=True).to(x.dtype)
 
 
 def _normalize_and_convolve(
@@ -194,13 +217,14 @@ def _fields(x: Tensor, call: Call, kernels: bool) -> tuple[Tensor, Tensor, tuple
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    on = torch.is_autocast_enabled(x.device.type)
+    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
-def _passes(kernels: bool) -> Any:
+def _passes(kernels: bool, *gradients: Tensor | None) -> Any:
     """Return the module that runs the passes; what is differentiated once more is recorded in plain PyTorch."""
-    return triton_passes if kernels and (torch.compiler.is_compiling() or not torch.is_grad_enabled()) else eager
+    on_kernels = kernels and (torch.compiler.is_compiling() or not eager.is_recording(*gradients))
+    return triton_passes if on_kernels else eager
 
 
 class _Moments(torch.autograd.Function):
@@ -223,7 +247,7 @@ class _Moments(torch.autograd.Function):
         # Where only the moments were used and not y, nothing came from the second node.
         if dy is None or scale is None:
             dy, scale = torch.zeros_like(x), torch.zeros_like(mean)
-        return _passes(ctx.kernels).combine(dy, scale, x, mean, dmean, dvar, ctx.layout), None, None
+        return _passes(ctx.kernels, dy, dmean, dvar).combine(dy, scale, x, mean, dmean, dvar, ctx.layout), None, None
 
 
 class _Alias(torch.autograd.Function):
@@ -271,7 +295,7 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, center, scale = ctx.saved_tensors
-        need, passes = ctx.needs_input_grad, _passes(ctx.kernels)
+        need, passes = ctx.needs_input_grad, _passes(ctx.kernels, dy)
         fields = _field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
         return dy if need[0] else None, _carrier_grad(ctx, scale), None, *fields, None, None, None
 

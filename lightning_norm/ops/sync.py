@@ -64,6 +64,12 @@ class Ranks:
 
     def sum(self, t: Tensor) -> Tensor:
         """Return the sum of t over the ranks, the same bits on each; t has one shape on all of them."""
+        if torch_private.is_transformed() or torch_private.is_batched(t):
+            raise RuntimeError(
+                "statistics cannot be pooled over ranks inside of torch.func, forward-mode AD or torch.jit.trace, nor "
+                "with batched gradients; torch's SyncBatchNorm cannot either. Type model.eval(), or swap with "
+                "sync=False."
+            )
         total: Tensor = _AllReduceSum.apply(t, self.group)
         return total
 
@@ -220,7 +226,7 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _AllReduceSum.apply(grads[0], ctx.group), None
+        return Ranks(ctx.group).sum(grads[0]), None
 
 
 def _sum(x: Tensor, group: str) -> Tensor:

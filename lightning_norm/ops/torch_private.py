@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -60,6 +62,97 @@ def in_backward_pass() -> bool:
     torch has no public function that tells.
     """
     return torch._C._current_graph_task_id() != -1
+
+
+def is_transformed() -> bool:
+    """Tell whether something looks at, or differentiates, each operation of PyTorch: then no autograd function may run.
+
+    That is ``torch.jit.trace``, a transform of ``torch.func``, forward-mode AD, ``FakeTensorMode`` or ``make_fx``. The
+    first has a public function, with two more checks in it; the others have none. What torch.compile and torch.export
+    trace does not count: they take autograd functions as they are.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or (torch._C._len_torch_dispatch_stack() > 0 and _is_fake_or_proxy())
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    )
+
+
+def _is_fake_or_proxy() -> bool:
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
+
+
+def is_batched(*gradients: Tensor | None) -> bool:
+    """Tell whether a gradient is a batch of them, as ``torch.autograd.grad(..., is_grads_batched=True)`` sends it.
+
+    That runs an older vmap, of which nothing but the tensors can tell.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+
+
+def static_shape(t: Tensor) -> tuple[int, ...]:
+    """Return the shape as plain integers, for checks.
+
+    While ``torch.jit.trace`` runs, ``t.shape`` holds tensors that are part of the graph, and a comparison of one warns.
+    """
+    if torch.compiler.is_compiling() or not torch._C._is_tracing():
+        return tuple(t.shape)
+    pause: Callable[[Any], None] = vars(torch._C)["_set_tracing_state"]  # of which torch's own types know nothing
+    state = torch._C._get_tracing_state()
+    pause(None)
+    try:
+        return tuple(t.shape)
+    finally:
+        pause(state)
+
+
+def is_traced() -> bool:
+    """Tell whether ``torch.jit.trace`` runs. ``torch.jit.is_tracing`` does the same at three times the cost."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def without_gradients(function: Function) -> Function:
+    """Run a function without gradients, as ``torch.no_grad`` does, and without those of forward-mode AD.
+
+    ``torch.no_grad`` leaves tangents alone: running statistics would have some, and what is a constant for the backward
+    pass would be none for the forward one.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+                return function(*args, **kwargs)
+            with forward_ad._set_fwd_grad_enabled(False):
+                return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def constant(t: Tensor) -> Tensor:
+    """Return t without gradients, as :func:`without_gradients` does."""
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        t = forward_ad.unpack_dual(t).primal  # type: ignore[no-untyped-call]
+    return t.detach()
+
+
+def is_captured(buffer: Tensor) -> bool:
+    """Tell whether a transform of ``torch.func`` would refuse a change of this tensor, which it was not given."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(buffer)
+
+
+def is_proxy(x: object) -> bool:
+    """Tell whether ``torch.fx`` traces the call: x is one of its proxies, which ``import torch.fx`` names."""
+    return not isinstance(x, Tensor) and isinstance(x, torch.fx.Proxy)
 
 
 def recomputes_saved_tensors() -> bool:

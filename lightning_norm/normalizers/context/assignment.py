@@ -198,11 +198,12 @@ def check_contexts_of(layer: Any, n: int) -> None:
         ValueError: it was told of another number of samples.
     """
     responsibilities = layer.contexts.responsibilities
+    told = None if responsibilities is None else torch_private.static_shape(responsibilities)[0]
     if responsibilities is None and (layer.training or layer.missing == "error"):
         raise RuntimeError(f"{_who(layer)} was run without contexts. {REMEDY[layer.context]}")
-    if responsibilities is not None and responsibilities.shape[0] != n:
+    if told is not None and told != n:
         raise ValueError(
-            f"{_who(layer)} expected contexts for {n} samples, got {responsibilities.shape[0]}: contexts of another "
+            f"{_who(layer)} expected contexts for {n} samples, got {told}: contexts of another "
             "batch, or several views of one (then pass views=m)."
         )
 

@@ -14,7 +14,7 @@ from lightning_norm.layers.fused_specs import per_channel_spec, uses_running_sta
 from lightning_norm.layers.inference import double_copy, per_channel
 from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of, contexts_of_forward
 from lightning_norm.normalizers.context.statistics import ContextStatistics
-from lightning_norm.ops import kmeans
+from lightning_norm.ops import kmeans, torch_private
 from lightning_norm.ops.fused.per_channel import GATES, PerChannelSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
@@ -113,12 +113,13 @@ class ContextNorm(ContextStatistics):
         """Normalize the input x, by the contexts that the layer was told of its samples."""
         # What is no input at all is refused by the base class, with its better message.
         told = self.context != "gate" and isinstance(input, Tensor) and input.dim() > 1 and input.is_floating_point()
+        n = torch_private.static_shape(input)[0] if told else 0
         compiling = torch.compiler.is_compiling()
         if told and not compiling and in_backward_pass():
-            with contexts_of_forward(self, input.shape[0]):
+            with contexts_of_forward(self, n):
                 return super().forward(input, activation, residual)
         if told:
-            check_contexts_of(self, input.shape[0])
+            check_contexts_of(self, n)
         y = super().forward(input, activation, residual)
         if told and not compiling:
             self.contexts.remember(y)

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.running_stats import count_batch, count_skipped, fits, is_usable
 from lightning_norm.normalizers.context.parameters import ContextParameters, pool_moments
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.moments import Moments
 
 
@@ -82,7 +83,7 @@ class ContextStatistics(ContextParameters):
         step = momentum * (self.num_contexts * frequency).clamp_max(1)
         return torch.where(self.unseen(), (frequency > 0).to(step.dtype), step)
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def _update_running_spread(self, between_var: Tensor, frequency: Tensor) -> None:
         """Move the running variance of the samples' means, (K, C), which the posterior measures distances in."""
         buffer: Tensor = self.running_spread
@@ -92,7 +93,7 @@ class ContextStatistics(ContextParameters):
         moved = torch.lerp(buffer.to(step.dtype), between_var, step)
         buffer.copy_(torch.where(usable, moved, buffer).to(buffer.dtype))
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def posterior(self, m: Moments) -> Tensor:
         r"""Return the probability of each context given the means of a sample's channels, (N, K).
 
@@ -109,7 +110,7 @@ class ContextStatistics(ContextParameters):
         # A context with the prior 0 has the logit -inf, and so the probability 0.
         return torch.softmax(prior[:, 0].log() - 0.5 * (squared_distance + var.log()).mean(2), 1)
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def update_running_stats(self, m: Moments, frequency: Tensor, total: Tensor, wanted: Tensor | None = None) -> None:
         """Move the running statistics towards those of this batch, each context in proportion to its frequency.
 
