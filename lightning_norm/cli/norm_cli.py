@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import math
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import lightning.pytorch.callbacks
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,6 +23,8 @@ from typing_extensions import override
 
 import lightning_norm.callbacks
 import lightning_norm.plugins
+from lightning_norm.callbacks.lightning_private import starts_processes
+from lightning_norm.callbacks.swap.norm_swap import NormSwap
 from lightning_norm.cli.section import (
     PARSER_MODE,
     SECTION,
@@ -71,6 +75,13 @@ class NormParser(LightningArgumentParser):
         self.exit(2, f"lightning-norm: error: {clarify(message, list(parser.get_defaults().keys()))}\n")
 
 
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's help, with the lines of a description as they are.
+
+    It has a name in this module so that processes which are spawned can be sent the parser.
+    """
+
+
 class NormCLI(LightningCLI):
     """LightningCLI for any model and data, in which ``class_path: NormSwap`` and ``ImageClassifier`` need no prefix.
 
@@ -85,6 +96,7 @@ class NormCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True, **options: Any) -> None:
+        # Without subcommands there is one parser, and these are texts for several.
         if run:
             options.setdefault("parser_kwargs", _descriptions())
         super().__init__(
@@ -115,6 +127,7 @@ class NormCLI(LightningCLI):
         """Write out a plan; complete the built-in job: its data are Digits, the number of classes is theirs."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         write_out_plan(config[SECTION])
+        # Another job has data of its own, and gets none that it did not ask for.
         if config.model.class_path != class_path(job.ImageClassifier):
             return
         if config.get("data") is None:
@@ -123,6 +136,7 @@ class NormCLI(LightningCLI):
             parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
             config.data = parser.parse_object({"data": "Digits"}).data
         data = {class_path(c): c for c in _built_in_data()}.get(config.data.class_path)
+        # A number that was typed stays; the model refuses one that does not fit.
         if data is not None and config.model.init_args.get("num_classes") is None:
             config.model.init_args.num_classes = data.num_classes
 
@@ -145,6 +159,14 @@ class NormCLI(LightningCLI):
         kwargs["callbacks"] = callbacks if swap is None else [swap, *callbacks]
         return super().instantiate_trainer(**kwargs)
 
+    def before_fit(self) -> None:
+        """Swap now if the strategy is about to start processes, ``ddp_spawn`` say: no callback is asked before that."""
+        # Nobody can call swap_before_launch from a command line.
+        if starts_processes(self.trainer):
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, NormSwap):
+                    callback.swap_before_launch(self.model)
+
     def after_fit(self) -> None:
         """Test the built-in job's best weights, or its last where no checkpoint is monitored, and say what is next."""
         # A run that was cut short has nothing to test, and another job has its own idea of a test.
@@ -153,8 +175,10 @@ class NormCLI(LightningCLI):
         if not complete or not isinstance(self.model, job.ImageClassifier):
             return
         checkpoint: Any = trainer.checkpoint_callback
+        # The best weights as validation saw them, so that the test set chooses nothing.
         best = "best" if getattr(checkpoint, "monitor", None) and checkpoint.best_model_path else None
         results = trainer.test(None if best else self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        # With limit_test_batches=0 there is nothing to tell.
         accuracy = results[0]["test_acc"] if results else math.nan
         line = [f"Test accuracy {accuracy:.3f}" + (f" (best {checkpoint.monitor})" if best else "")]
         if isinstance(trainer.logger, TensorBoardLogger):
@@ -169,6 +193,7 @@ def expand_root(args: list[str]) -> list[str]:
     >>> expand_root(["fit", "--root", "d", "--data", "MNIST"])
     ['fit', '--data', 'MNIST', '--data.init_args.root', 'd']
     """
+    # Behind all others, for the data may be chosen after --root, and its class clears earlier arguments.
     others: list[str] = []
     root: list[str] = []
     rest = iter(args)
@@ -188,6 +213,7 @@ def clarify(message: str, options: Sequence[str]) -> str:
     >>> clarify("Subcommand 'fit' does not accept option 'trainer.max_epoch'", ["--trainer.max_epochs"])
     "Subcommand 'fit' does not accept option 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"
     """
+    # jsonargparse tells of every type that a value could have had; one line of it is the reason.
     noise = ("Does not validate against", "Subtypes:", "- Expected a <class 'NoneType'>", "Errors:")
     lines: list[str] = []
     for line in message.splitlines():
@@ -211,6 +237,7 @@ def clarify(message: str, options: Sequence[str]) -> str:
         if name and name[1] in known_names():
             path = f"lightning_norm.{resolve(name[1])[0].__name__}"
             return f"{text}. Type norm: {name[1]} with norm_args: {{...}}, or class_path: {path} in full."
+        # Every public class of these modules may be written without a prefix.
         known = [n for module in NAMED for n in dir(module) if n[0].isupper()]
         close = difflib.get_close_matches(name[1], known, n=1) if name else []
         return text + (f". Did you mean {close[0]!r}?" if close else "")
@@ -219,6 +246,7 @@ def clarify(message: str, options: Sequence[str]) -> str:
     # A misspelt argument of a class is compared with the arguments of that class.
     if owner:
         known = list(inspect.signature(pkgutil.resolve_name(owner[-1])).parameters)
+    # One guess: several would be as long as the help, which is one option away.
     near = difflib.get_close_matches(typo[1] or typo[2], known, n=1)
     names = f" It takes {', '.join(known)}." if owner else ""
     return text + (f". Did you mean {near[0]!r}?" if near else ".") + names
@@ -234,24 +262,17 @@ def _built_in_data() -> list[type[ImageData]]:
 
 
 def _descriptions() -> dict[str, Any]:
-    import argparse
-
     return {
         name: {
             "description": DESCRIPTION.format(what=what, name=name, more=more),
-            "formatter_class": _formatter(argparse.RawDescriptionHelpFormatter),
+            "formatter_class": HelpFormatter,
         }
         for name, (what, more) in COMMANDS.items()
     }
 
 
-def _formatter(raw: type) -> type:
-    from jsonargparse import DefaultHelpFormatter
-
-    return type("HelpFormatter", (DefaultHelpFormatter, raw), {})
-
-
 def _short(path: str) -> str:
     """Return a path as one would type it here."""
+    # A relative path is shorter, and can be copied from the screen as long as one stays in this folder.
     here, there = Path.cwd(), Path(path).resolve()
     return str(there.relative_to(here)) if there.is_relative_to(here) else str(there)

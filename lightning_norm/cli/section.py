@@ -23,6 +23,7 @@ SECTION = "norm"
 
 def add_section(parser: LightningArgumentParser) -> None:
     """Let a parser know the section and its options, ``--norm.norm sn`` for one."""
+    # Not instantiated by the parser: whether there is a swap at all is seen only when all is read.
     parser.add_class_arguments(NormSwap, SECTION, instantiate=False, fail_untyped=False)
 
 
@@ -60,6 +61,7 @@ def expand_norm(args: list[str]) -> list[str]:
         arg.replace("=", ".norm=", 1) if arg.startswith(option + "=") and arg[7:].isidentifier() else arg
         for arg in args
     ]
+    # The two-word spelling; what follows may be a key, or the path of a file.
     for i, (arg, value) in enumerate(pairwise(args)):
         if arg == option and value.isidentifier():
             full[i] = f"{option}.norm"
@@ -98,6 +100,7 @@ def _with_dotted_paths(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     result = {name: _with_dotted_paths(value) for name, value in config.items()}
+    # At any depth, for a NormSwap may stand among the callbacks.
     spec = result.get("norm")
     if isinstance(spec, dict) and spec.get("class_path") in known_names():
         cls = resolve(spec["class_path"])[0]
@@ -123,6 +126,7 @@ def write_out_plan(section: Any) -> None:
     Raises:
         ValueError: the file cannot be read, or is no plan.
     """
+    # A plan beside other arguments that choose layers is a mistake, and NormSwap tells.
     arguments = non_defaults(section)
     if "plan" not in arguments or any(name in arguments for name in NormSwapOptions.chooses_layers):
         return

@@ -34,6 +34,7 @@ class RunStore:
             ValueError: the file is damaged, or of another format.
         """
         path = self.runs / f"{name}.json"
+        # Tried and not asked for: another process may delete or write it in between.
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -67,6 +68,7 @@ class RunStore:
     def claim(self, name: str) -> Iterator[bool]:
         """Hold a run's lock; yield whether this process has it, and ``False`` while another one does."""
         self.locks.mkdir(parents=True, exist_ok=True)
+        # Not to wait: whoever is refused goes on with another run.
         lock = FileLock(self.locks / f"{name}.lock", timeout=0)
         try:
             lock.acquire()
