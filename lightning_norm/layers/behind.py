@@ -46,7 +46,8 @@ class Behind(nn.Module):
 
     def modules_behind(self) -> list[nn.Module]:
         """Return the modules that are called behind the normalization, in their order."""
-        return [module for name in self.behind if (module := self._modules.get(name)) is not None]
+        found = [self._modules.get(name) for name in self.behind]
+        return [module for module in found if module is not None]
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the layer and its children; see :attr:`always_eval`."""

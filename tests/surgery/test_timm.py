@@ -14,6 +14,7 @@ import lightning_norm
 from lightning_norm import LeftAloneWarning, is_norm, norm_types, normalizers, swap
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.manifest import manifest_of, rebuild
+from tests.callbacks.toy import Net, loader, trainer
 
 FAMILIES = {
     "efficientnet_lite0": {},
@@ -239,3 +240,32 @@ def test_on_the_meta_device_the_known_classes_are_trusted():
     report = swap(model, "sn")
     assert len(report) == report.candidates == 34
     assert model.bn1.behind == ("drop", "act")
+
+
+def test_export():
+    model, x = layer(nn.Hardswish, nn.Dropout).eval(), torch.randn(2, 3, 8, 8)
+    swap(model, "bn")
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize("act", [nn.SiLU, nn.Hardswish])
+def test_compiled_by_the_user_without_a_break(act):
+    model, x = layer(act).eval(), torch.randn(2, 3, 8, 8)
+    swap(model, "bn")
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+class Job(Net):
+    def __init__(self):
+        super().__init__()
+        self.net = layer(nn.Hardswish, nn.Dropout)
+
+
+def test_a_checkpoint_of_a_run_rebuilds_it(tmp_path):
+    job = Job()
+    run = trainer(lightning_norm.NormSwap("sn"), tmp_path=tmp_path)
+    run.fit(job, loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again, x = lightning_norm.load_from_checkpoint(Job, tmp_path / "a.ckpt"), torch.randn(2, 3, 8, 8)
+    assert again.net[1].behind == ("drop", "act")
+    assert torch.equal(again.eval()(x), job.eval()(x))
