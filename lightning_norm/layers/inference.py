@@ -118,7 +118,9 @@ def is_batch_norm(layer: nn.Module, affine: Affine) -> bool:
     scale = (_exact(var) + float(getattr(layer, "eps", 0.0))).rsqrt()
     scale = scale if weight is None else scale * _exact(weight)
     shift = _exact(tensors["bias"]) if "bias" in tensors else torch.zeros_like(scale)
-    return all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in _pairs(Affine(_exact(mean), scale, shift), affine))
+    return all(
+        torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in _pairs(Affine(_exact(mean), scale, shift), affine)
+    )
 
 
 @torch.no_grad()

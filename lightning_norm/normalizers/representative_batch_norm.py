@@ -143,7 +143,9 @@ class RepresentativeBatchNorm(MomentNorm):
 
     def published_arguments(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
         """Return the authors' gate, where there is one."""
-        theirs = any(of_one_layer(loaded.get(n), self.num_features) for n in ("center_weight", "scale_weight", "weight"))
+        theirs = any(
+            of_one_layer(loaded.get(n), self.num_features) for n in ("center_weight", "scale_weight", "weight")
+        )
         gated = any(len(self.rectifications[part]) == 2 for part in self.rectify)
         return {"gate_init": "paper"} if theirs and gated else {}
 

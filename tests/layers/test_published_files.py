@@ -77,7 +77,11 @@ def in_network(state, layers=2):
 def test_what_loads_and_computes_something_else_is_told_once_a_load(case):
     key, arguments, state, wanted = LOADS[case]
     model = network(key, arguments)
-    said = re.escape(f"authors' code of {key!r}, by its shapes (first layer: 0)") + ".*" + re.escape(f"norm_args={wanted!r}")
+    said = (
+        re.escape(f"authors' code of {key!r}, by its shapes (first layer: 0)")
+        + ".*"
+        + re.escape(f"norm_args={wanted!r}")
+    )
     for _ in range(2):
         with pytest.warns(PublishedFileWarning, match=said) as told:
             model.load_state_dict(in_network(state))
@@ -102,7 +106,10 @@ def test_a_gate_that_is_not_there_is_not_told():
 
 @pytest.mark.parametrize(
     ("state", "wanted"),
-    [(sn(logits=2), "choices=('ln', 'bn'), correction=1"), (sn(1, 1, logits=2, running=False), "choices=('in', 'ln'), correction=1")],
+    [
+        (sn(logits=2), "choices=('ln', 'bn'), correction=1"),
+        (sn(1, 1, logits=2, running=False), "choices=('in', 'ln'), correction=1"),
+    ],
     ids=["1d", "without bn"],
 )
 def test_other_choices_are_told_by_the_shapes(state, wanted):
@@ -113,7 +120,11 @@ def test_other_choices_are_told_by_the_shapes(state, wanted):
 REFUSED = {
     "bcn": (["bcn"], bcn(), "Rename BCN_var to iota"),
     "asr and afn": (["asr", "afn"], asr(), "Rename standard_encoder"),
-    "afn with batch statistics": (["afn", "asr"], {**asr(), "running_mean": r(C), "running_var": r(C)}, "Rename standard_encoder"),
+    "afn with batch statistics": (
+        ["afn", "asr"],
+        {**asr(), "running_mean": r(C), "running_var": r(C)},
+        "Rename standard_encoder",
+    ),
     "cn": (["cn"], cn(), "Stack the weight"),
     "sparse sn": (["sn"], {**sn(1, 1), **SPARSE}, "'sparse': True"),
 }

@@ -14,7 +14,12 @@ from lightning_norm.errors import FusionError
 
 ARGUMENTS = {"cn": {"context": "ids"}, "gn": {"num_groups": 2}}
 CASES = [(key, ARGUMENTS.get(key)) for key in sorted(normalizers())]
-CASES += [("cn", {"context": "gate"}), ("sn", {"choices": ["bn"]}), ("dbn", {"average": "var"}), ("bn", {"affine": False})]
+CASES += [
+    ("cn", {"context": "gate"}),
+    ("sn", {"choices": ["bn"]}),
+    ("dbn", {"average": "var"}),
+    ("bn", {"affine": False}),
+]
 CASES += [("bn", {"track_running_stats": False}), ("in", {"track_running_stats": True}), ("rbn", {"rectify": []})]
 
 
@@ -87,7 +92,11 @@ def trained(key, arguments):
     swap(model, key, norm_args=arguments)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
-        with lightning_norm.contexts(model, torch.arange(4) % 3) if arguments == {"context": "ids"} else torch.enable_grad():
+        with (
+            lightning_norm.contexts(model, torch.arange(4) % 3)
+            if arguments == {"context": "ids"}
+            else torch.enable_grad()
+        ):
             model(torch.randn(4, 3, 9, 9) + 1).square().mean().backward()
         optimizer.step()
         with torch.no_grad():
