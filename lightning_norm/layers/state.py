@@ -82,8 +82,8 @@ class Loading(ScheduledValues, RunningStats):
             _warn_once_per_load(
                 args[-1],
                 f"the file is of the authors' code of {self.key!r}, by its shapes (first layer: "
-                f"{prefix[:-1] or 'this'}), and with the arguments that it has {type(self).__name__} computes something "
-                f"else. Type norm_args={theirs!r} before loading.",
+                f"{prefix[:-1] or 'this'}), and with the arguments that it has {type(self).__name__} computes another "
+                f"function. Type norm_args={theirs!r} before loading.",
             )
         others = likely(self.registry, loaded)
         made = {prefix + t.target for t in self.translations if t.target in self.extra_parameters}
