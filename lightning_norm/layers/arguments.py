@@ -108,6 +108,16 @@ def checked_arguments(cls: type, arguments: Mapping[str, Any], where: str = "") 
     return {n: _number(plain_value(v), known[n], f"{where}{cls.__name__}: {n}") for n, v in arguments.items()}
 
 
+_PLAIN: tuple[tuple[Any, Any], ...] = (
+    (bool, bool),
+    (numbers.Integral, int),
+    ((numbers.Real, decimal.Decimal), float),
+    (str, str),
+    (os.PathLike, os.fspath),
+)
+"""Kinds of values, the first that fits, and Python's own type of that kind."""
+
+
 def plain_value(value: Any) -> Any:
     """Return numbers, text, lists and mappings of any library in Python's own types, and all else as it is.
 
@@ -119,23 +129,16 @@ def plain_value(value: Any) -> Any:
     """
     if isinstance(value, enum.Enum):
         return plain_value(value.value)
-    if isinstance(value, numbers.Integral):  # a bool is one as well
-        return value if type(value) is bool else int(value)
-    if isinstance(value, (numbers.Real, decimal.Decimal)):
-        return float(value)
-    if isinstance(value, str):
-        return str(value) if type(value) is not str else value
     if hasattr(value, "tolist") and hasattr(value, "ndim"):  # NumPy's and torch's, and what is like them
         return plain_value(value.tolist())
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
+    for kinds, plain in _PLAIN:
+        if isinstance(value, kinds):
+            return plain(value)
     if isinstance(value, Mapping):
         return {plain_value(k): plain_value(v) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(plain_value(v) for v in value)
-    # Sizes and lists, and what can be gone through once, such as a generator.
+    # Lists and sets, and what can be gone through once, such as a generator.
     if isinstance(value, (Sequence, Set, Iterator)) and not isinstance(value, (bytes, bytearray)):
-        return [plain_value(v) for v in value]
+        return (tuple if isinstance(value, tuple) else list)(plain_value(v) for v in value)
     return value
 
 

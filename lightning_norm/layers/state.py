@@ -92,9 +92,9 @@ class Loading(ScheduledValues, RunningStats):
         if theirs:
             _warn_once_per_load(
                 args[-1],
-                f"the file is of the authors' code of {self.key!r}, by its shapes (first layer: {prefix[:-1] or 'this'})"
-                f", and with the arguments that it has {type(self).__name__} computes something else. Type "
-                f"norm_args={theirs!r} before loading.",
+                f"the file is of the authors' code of {self.key!r}, by its shapes (first layer: "
+                f"{prefix[:-1] or 'this'}), and with the arguments that it has {type(self).__name__} computes another "
+                f"function. Type norm_args={theirs!r} before loading.",
             )
         # What is missing may mean that the file is another method's, and then that is the better message.
         others = likely(self.registry, loaded)
@@ -208,9 +208,10 @@ def _refuse_published(layer: Loading, loaded: Mapping[str, Any], prefix: str) ->
         owners = [type(layer), *(cls for cls in owners if cls is not type(layer))]
     keys = " or ".join(repr(cls.key) for cls in owners)
     swap_first = "" if type(layer) in owners else f" Swap to {owners[0].key!r} and not to {layer.key!r}."
+    came = _came(counts[owners[0]], loaded)
     raise CheckpointError(
-        f"{prefix[:-1] or 'this layer'} is {type(layer).__name__}, and the file holds {_came(counts[owners[0]], loaded)}"
-        f", as the authors' code of {keys} writes it, which does not load as it is.{swap_first} "
+        f"{prefix[:-1] or 'this layer'} is {type(layer).__name__}, and the file holds {came}, as the "
+        f"authors' code of {keys} writes it, which does not load as it is.{swap_first} "
         f"{owners[0].published_remedy}"
     )
 

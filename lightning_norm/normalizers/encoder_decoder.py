@@ -70,10 +70,10 @@ class EncoderDecoderNorm(MomentNorm):
         *("rescale_beta_decoder.", "rescale_gamma_decoder.", "bias_beta", "bias_gamma", "real_gamma", "real_beta"),
     )
     published_remedy: ClassVar[str] = (
-        "Rename standard_encoder.* to std_encoder_*, standard_mean_decoder.1.* to mu_decoder_*, standard_std_decoder.1.*"
-        " to sigma_decoder_*, rescale_beta_decoder.1.* to beta_decoder_*, rescale_gamma_decoder.1.* to gamma_decoder_*,"
-        " bias_beta to bias and bias_gamma to weight; the authors' gates pass the sigmoid twice, so that lambda_mu and "
-        "lambda_sigma are sigmoid(theirs)."
+        "Rename standard_encoder.* to std_encoder_*, standard_mean_decoder.1.* to mu_decoder_*, "
+        "standard_std_decoder.1.* to sigma_decoder_*, rescale_encoder.* to rescale_encoder_*, rescale_beta_decoder.1.* "
+        "to beta_decoder_*, rescale_gamma_decoder.1.* to gamma_decoder_*, bias_beta to bias and bias_gamma to weight; "
+        "the authors' gates pass the sigmoid twice, so that lambda_mu and lambda_sigma are sigmoid(theirs)."
     )
     repr_arguments: ClassVar[tuple[str, ...]] = ("std_ratio", "rescale_ratio", "gate_init", "rescale_init")
 

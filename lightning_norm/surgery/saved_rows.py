@@ -10,7 +10,7 @@ from lightning_norm.ops.backend import BACKENDS
 from lightning_norm.ops.sync import check_group
 
 
-class BadRow(ValueError):
+class BadRowError(ValueError):
     """What is wrong with a row, for a message that begins with the file and the row."""
 
 
@@ -42,14 +42,14 @@ def checked_rows(rows: Any, where: str, error: type[Exception], *, may_stay: boo
 def _checked_row(row: Any, seen: set[str], may_stay: bool) -> dict[str, Any]:
     needed = ("name", "source", "norm")
     if not isinstance(row, Mapping) or any(entry not in row for entry in needed):
-        raise BadRow(f"a row without {', '.join(needed)}: {reprlib.repr(row)}.")
+        raise BadRowError(f"a row without {', '.join(needed)}: {reprlib.repr(row)}.")
     for entry, (kind, what) in _KINDS.items():
         if entry in row and not kind(row[entry]):
-            raise BadRow(f"{entry} must be {what}, got {reprlib.repr(row[entry])}.")
+            raise BadRowError(f"{entry} must be {what}, got {reprlib.repr(row[entry])}.")
     names = [row["name"], *row.get("also", ())]
     for name in names:
         if name in seen:
-            raise BadRow(f"a second row for {name!r}. Take one of the two out.")
+            raise BadRowError(f"a second row for {name!r}. Take one of the two out.")
     seen |= {*names}
     norm = None if may_stay and row["norm"] is None else _checked_norm(row["norm"], "norm")
     before = [_checked_norm(each, "before") for each in row.get("before") or ()]
@@ -63,7 +63,7 @@ def _checked_norm(norm: Any, entry: str) -> dict[str, Any]:
     arguments = spec.get("init_args") if isinstance(spec, Mapping) else None
     named = isinstance(spec, Mapping) and isinstance(spec.get("class_path"), str) and bool(spec["class_path"])
     if not named or not isinstance(arguments, (Mapping, type(None))) or not all(_is_text(k) for k in arguments or ()):
-        raise BadRow(f"{entry} must be {{class_path: sn, init_args: {{...}}}}, got {reprlib.repr(norm)}.")
+        raise BadRowError(f"{entry} must be {{class_path: sn, init_args: {{...}}}}, got {reprlib.repr(norm)}.")
     return {"class_path": spec["class_path"], "init_args": dict(arguments or {})}
 
 

@@ -54,8 +54,14 @@ class Own(Schedule):
 
 @pytest.mark.parametrize(
     "schedule",
-    [Constant(0.5), Linear(0, 1, steps=10**9), Exponential(1, 0.9), Steps({0: 0.1, 10**9: 0.2}), Own()]
-    + [Warmup(schedule=Own(), epochs=0.3)],
+    [
+        Constant(0.5),
+        Linear(0, 1, steps=10**9),
+        Exponential(1, 0.9),
+        Steps({0: 0.1, 10**9: 0.2}),
+        Own(),
+        Warmup(schedule=Own(), epochs=0.3),
+    ],
     ids=repr,
 )
 def test_a_run_of_a_billion_steps_is_checked_at_few(schedule):

@@ -16,11 +16,12 @@ ARGUMENTS = {"cn": {"context": "gate"}, "gn": {"num_groups": 2}}
 
 def everything(model):
     """What an undo must give back: classes, names in order, values of tensors, scheduled values and what set them."""
-    return [
-        (name, type(m).__name__, m.training, [(n, t.dtype, t.tolist()) for n, t in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False))])
-        + tuple((n, getattr(m, n), was_scheduled(m, n)) for n in getattr(m, "ranges", ()))
-        for name, m in model.named_modules()
-    ]  # fmt: skip
+    rows = []
+    for name, m in model.named_modules():
+        tensors = (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False))
+        scheduled = [(n, getattr(m, n), was_scheduled(m, n)) for n in getattr(m, "ranges", ())]
+        rows.append((name, type(m), m.training, [(n, t.dtype, t.tolist()) for n, t in tensors], scheduled))
+    return rows
 
 
 def model_of(key):

@@ -62,7 +62,8 @@ class ContextState:
         """Keep what a forward pass was told as long as its graph lives, for a second run in the backward pass."""
         responsibilities = self.responsibilities
         if y.grad_fn is not None and responsibilities is not None:
-            forward = y.grad_fn.metadata[_Forward] = _Forward(responsibilities)
+            forward = _Forward(responsibilities)
+            y.grad_fn.metadata[_Forward] = forward  # type: ignore[index]  # a dict, which torch annotates as a method
             self.forwards.add(forward)
 
     def of_forward(self, n: int) -> Tensor | None:

@@ -130,12 +130,24 @@ def test_plans(edit, tmp_path):
     assert untouched(model)
 
 
+# Each line holds the one before it nine times.
+LINES = [f"{chr(i)}: &{chr(i)} [{','.join([f'*{chr(i - 1)}'] * 9)}]" for i in range(98, 120)]
+BOMB = "\n".join(["a: &a [x, x]", *LINES, "layers: [*w, *w]"]).encode()
+
+
 @pytest.mark.parametrize(
     "text",
-    [b"", b"- 1", b"layers: [", b"\x00\x01", b"\xff\xfe\xfa", b"layers: !!python/object/apply:os.system ['echo']"]
-    + [b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 9)) for i in range(98, 120)) + b"layers: [*w,*w]"],
+    [
+        b"",
+        b"- 1",
+        b"layers: [",
+        b"\x00\x01",
+        b"\xff\xfe\xfa",
+        b"layers: !!python/object/apply:os.system ['echo']",
+        BOMB,
+    ],
     ids=["empty", "list", "broken", "binary", "no text", "code", "bomb"],
-)  # fmt: skip
+)
 def test_plans_that_are_none(text, tmp_path):
     (tmp_path / "plan.yaml").write_bytes(text)
     with pytest.raises(PlanError, match=r"cannot read the plan '.*plan\.yaml'"):
@@ -144,8 +156,17 @@ def test_plans_that_are_none(text, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epoch", "three"), ("global_step", None), ("pytorch-lightning_version", "two"), ("pytorch-lightning_version", 2)]
-    + [("loops", 3), ("callbacks", []), ("optimizer_states", {}), ("lr_schedulers", 1), ("hyper_parameters", "a")],
+    [
+        ("epoch", "three"),
+        ("global_step", None),
+        ("pytorch-lightning_version", "two"),
+        ("pytorch-lightning_version", 2),
+        ("loops", 3),
+        ("callbacks", []),
+        ("optimizer_states", {}),
+        ("lr_schedulers", 1),
+        ("hyper_parameters", "a"),
+    ],
 )
 def test_headers(name, value, good, tmp_path):
     content = torch.load(good, weights_only=True)
