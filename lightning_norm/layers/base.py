@@ -65,6 +65,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     sync: bool
     sync_group: str | int
     sync_paused: bool = False
+    agreed_in: str = ""
+    """The process group in which ranks have compared their layers."""
     compiled: bool
     backend: str
 
@@ -325,10 +327,20 @@ def _ranks_of(layer: MomentNorm) -> Ranks | None:
     return active_ranks(layer.sync and not layer.sync_paused, layer.training, layer.sync_group) if pools else None
 
 
+def _agree_once(layer: MomentNorm, ranks: Ranks | None, x: Tensor) -> None:
+    """Compare the layer with that of the other ranks, before the first time that they pool."""
+    # In a graph nothing can be told; what differs there is told by torch, or by NormSwap before the training.
+    if ranks is not None and layer.agreed_in != ranks.group and not torch.compiler.is_compiling():
+        settings = f"sync_group={layer.sync_group!r}, affine={[n for n, _ in layer.named_parameters(recurse=False)]}"
+        ranks.agree(f"{layer.place or 'a layer'}: {type(layer).__name__}({layer.extra_repr()}, {settings})", x.device)
+        layer.agreed_in = ranks.group
+
+
 def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
     who = type(layer).__name__
     layout = layout_of(x, layer.num_features, layer.channel_dim, who)
     ranks = _ranks_of(layer)
+    _agree_once(layer, ranks, x)
     of_input = layer.training or not layer.track_running_stats
     pooled = (
         ranks is not None and layer.train_uses_batch_stats

@@ -55,3 +55,11 @@ def timeout_of(group: ProcessGroup) -> timedelta:
     backend = group._get_backend(torch.device(group._device_types[0]))
     timeout: timedelta = backend.options._timeout
     return timeout
+
+
+def store_of(group: ProcessGroup) -> Any:
+    """Return the store by which the ranks of ``group`` found each other.
+
+    A collective in its place could meet another one of a rank that is elsewhere. Public functions make stores alone.
+    """
+    return torch.distributed.distributed_c10d._world.pg_map[group][1]

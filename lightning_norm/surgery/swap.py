@@ -111,6 +111,7 @@ def prepare_swap(
             layer.compile()
         row = _row(slot, layer, arguments, backend)
         layer.origin = _origin(slot.module, row)
+        layer.place = row.name
         report.add(slot, layer, row)
     return report, unmatched, slots
 
