@@ -8,8 +8,9 @@ import inspect
 import math
 import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -23,12 +24,13 @@ from typing_extensions import override
 
 import lightning_norm.callbacks
 import lightning_norm.plugins
+from lightning_norm.callbacks import NormSwap
 from lightning_norm.callbacks.lightning_private import starts_processes
-from lightning_norm.callbacks.swap.norm_swap import NormSwap
 from lightning_norm.cli.section import (
     PARSER_MODE,
     SECTION,
     add_section,
+    check_sections,
     expand_norm,
     known_names,
     norm_swap_of,
@@ -36,8 +38,11 @@ from lightning_norm.cli.section import (
 )
 from lightning_norm.demo import job
 from lightning_norm.demo.data import ImageData
+from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers import resolve
 from lightning_norm.schedules import composed, curves
+from lightning_norm.surgery.checkpoint_files import check_file
+from lightning_norm.surgery.manifest import manifest_in
 
 DESCRIPTION = """{what}
 
@@ -112,6 +117,9 @@ class NormCLI(LightningCLI):
             **options,
         )
 
+    _checkpoint: Mapping[str, Any] = MappingProxyType({})
+    """What the file of ``--ckpt_path`` holds, without its tensors."""
+
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)
@@ -121,6 +129,35 @@ class NormCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # As LightningCLI does, without its warning on arguments that come from the caller.
         self.config = parser.parse_args(args)
+        command = self.config.get("subcommand")
+        check_sections(self.config[command] if command else self.config)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Take the hyper-parameters of a checkpoint for the model, whoever wrote it.
+
+        Lightning's method knows those that its own command wrote, with the class of the model among them.
+        """
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path is None or _is_keyword(path):
+            return
+        # A missing or damaged file is told here, before a model is built.
+        self._checkpoint = check_file(path)
+        saved = dict(self._checkpoint.get("hyper_parameters") or {})
+        saved.pop("_instantiator", None)
+        written_for = saved.pop("_class_path", None)
+        model = self.config[command].model
+        if written_for not in (None, model.class_path):
+            rank_zero_info(
+                f"{path} was written for {written_for}; its hyper-parameters are used for {model.class_path}."
+            )
+        # What else was saved, such as the arguments of a data module, the class would refuse.
+        known = inspect.signature(pkgutil.resolve_name(model.class_path)).parameters
+        arguments = {name: value for name, value in saved.items() if name in known}
+        if arguments:
+            spec = {"class_path": model.class_path, "init_args": arguments}
+            self.config = self.parser.parse_object({command: {"model": spec}}, self.config)
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -151,11 +188,14 @@ class NormCLI(LightningCLI):
             and path
             and Path(path).is_file()
             and not any(isinstance(c, Checkpoint) for c in callbacks)
+            and config.trainer.get("enable_checkpointing") is not False
         ):
             # The Trainer compares the folder of the file that it reads with the one it would write to.
             callbacks = [*callbacks, ModelCheckpoint(dirpath=Path(path).parent)]
         # The swap comes first: the other callbacks are to find the layers that are trained.
         swap = norm_swap_of(config.get(SECTION))
+        if swap is None and not any(isinstance(c, NormSwap) for c in callbacks):
+            swap = self._swap_of_checkpoint(path)
         kwargs["callbacks"] = callbacks if swap is None else [swap, *callbacks]
         return super().instantiate_trainer(**kwargs)
 
@@ -166,6 +206,18 @@ class NormCLI(LightningCLI):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, NormSwap):
                     callback.swap_before_launch(self.model)
+
+    def _swap_of_checkpoint(self, path: str | None) -> NormSwap | None:
+        """Return a callback that swaps the model as the checkpoint says, unless the model does that by itself."""
+        manifest = manifest_in(self._checkpoint) if self._checkpoint else None
+        if manifest is None:
+            return None
+        layers = dict(self.model.named_modules())
+        present = [layers[row["name"]] for row in manifest["layers"] if row["name"] in layers]
+        if present and all(isinstance(layer, Normalizer) for layer in present):
+            return None
+        rank_zero_info(f"The model is swapped as {path} says.")
+        return NormSwap(plan=str(path))
 
     def after_fit(self) -> None:
         """Test the built-in job's best weights, or its last where no checkpoint is monitored, and say what is next."""
@@ -223,6 +275,9 @@ def clarify(message: str, options: Sequence[str]) -> str:
         if not line.strip().startswith(noise):
             lines.append(line)
     text = "\n".join(lines)
+    other = re.search(r"Import path ([\w.]+) does not correspond to a subclass of Lightning", text)
+    if other and any(c.__module__.startswith("pytorch_lightning.") for c in pkgutil.resolve_name(other[1]).__mro__):
+        return f"{text}. It is one of pytorch_lightning: type import lightning.pytorch as pl where it is defined."
     if re.search(r"Unable to load config ['\"]?([\w.]+)", text) and f'"{SECTION}"' in text:
         key = re.findall(r"Unable to load config ['\"]?([\w.]+)", text)[0]
         return f"{SECTION}: is a section with the arguments of NormSwap, got {key!r}. Type {SECTION}: {{norm: {key}}}."
@@ -269,6 +324,11 @@ def _descriptions() -> dict[str, Any]:
         }
         for name, (what, more) in COMMANDS.items()
     }
+
+
+def _is_keyword(path: str) -> bool:
+    """Tell whether Lightning itself finds the file: the best, the last, or one of a registry."""
+    return path in ("best", "last", "hpc") or path.startswith("registry")
 
 
 def _short(path: str) -> str:

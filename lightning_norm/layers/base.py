@@ -69,6 +69,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     sync: bool
     sync_group: str | int
     sync_paused: bool = False
+    agreed_in: str = ""
+    """The process group in which ranks have compared their layers."""
     compiled: bool
     backend: str
 
@@ -456,9 +458,19 @@ def _of_empty(layer: MomentNorm, x: Tensor, activation: str, residual: Tensor | 
     return activated(y + 0, activation, residual)
 
 
+def _agree_once(layer: MomentNorm, ranks: Ranks | None, x: Tensor) -> None:
+    """Compare the layer with that of the other ranks, before the first time that they pool."""
+    # In a graph nothing can be told; what differs there is told by torch, or by NormSwap before the training.
+    if ranks is not None and layer.agreed_in != ranks.group and not torch.compiler.is_compiling():
+        settings = f"sync_group={layer.sync_group!r}, affine={[n for n, _ in layer.named_parameters(recurse=False)]}"
+        ranks.agree(f"{layer.place or 'a layer'}: {type(layer).__name__}({layer.extra_repr()}, {settings})", x.device)
+        layer.agreed_in = ranks.group
+
+
 def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
     layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
+    _agree_once(layer, ranks, x)
     # Which statistics are used decides how many values must be there.
     of_input = layer.training or not layer.has_running_stats
     if layout.n == 0 and of_input and ranks is None:

@@ -60,7 +60,10 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
                 f"a normalizer is written {{class_path: sn, init_args: {{...}}}}, got the entries "
                 f"{sorted(map(str, norm))}."
             )
-        return resolve(norm["class_path"])[0], dict(norm.get("init_args") or {})
+        arguments = norm.get("init_args") or {}
+        if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+            raise TypeError(f"init_args must be a mapping of names such as {{momentum: 0.2}}, got {arguments!r}.")
+        return resolve(norm["class_path"])[0], dict(arguments)
     cls: Any = _by_name(norm) if isinstance(norm, str) else norm
     if not (isinstance(cls, type) and issubclass(cls, Normalizer)):
         raise TypeError(
@@ -75,6 +78,8 @@ def _by_name(name: str) -> Any:
     by_class = {cls.__name__: cls for cls in known.values()}
     if name in known or name in by_class:
         return known.get(name) or by_class[name]
+    if name.startswith("."):
+        raise ValueError(f"{name!r} is a relative path: type the whole one, such as 'my_package{name}'.")
     if "." in name:
         # A dotted path imports its module, which may enter a class of the user's.
         module, _, attribute = name.rpartition(".")

@@ -19,6 +19,8 @@ class SwapRecord(nn.Module):
     """
 
     origin: dict[str, Any] | None = None
+    place: str = ""
+    """Its name in the model that it was swapped in, for messages."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

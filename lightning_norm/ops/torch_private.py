@@ -197,3 +197,11 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether a forward or backward hook is registered on a module."""
     return any(getattr(module, a) for a in HOOK_ATTRIBUTES if a != "_is_full_backward_hook")
+
+
+def store_of(group: ProcessGroup) -> Any:
+    """Return the store by which the ranks of ``group`` found each other.
+
+    A collective in its place could meet another one of a rank that is elsewhere. Public functions make stores alone.
+    """
+    return torch.distributed.distributed_c10d._world.pg_map[group][1]

@@ -80,6 +80,9 @@ class SwapOptions:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"{name} must be a mapping such as {example}, got {value!r}.")
+            for key in value or ():
+                if not isinstance(key, str):
+                    raise TypeError(f"{name} must have names as keys, as in {example}, got the key {key!r}.")
         # The names are looked up here, so that a wrong one is told before a model is built or a process started.
         if self.resolved_norm is None and not self.resolved_rules:
             raise ValueError(self.what_to_type)

@@ -114,6 +114,7 @@ def prepare_swap(
             layer.compile()
         row = _row(slot, layer, arguments, backend, norm)
         layer.origin = _origin(slot.module, row)
+        layer.place = row.name
         report.add(slot, layer, row)
     return report, unmatched, slots
 
