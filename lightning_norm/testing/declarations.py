@@ -191,7 +191,7 @@ def scheduled(make: Make) -> None:
 
 @check
 def running_statistics_as_in_torch(make: Make) -> None:
-    """``track_running_stats = False`` at run time stops updates alone; without buffers, the input's statistics count."""
+    """``track_running_stats = False`` at run time only stops updates; without buffers, the input's count."""
     layer, x = built(make), features(5, C, 7, 3)
     if not layer.track_running_stats:
         return

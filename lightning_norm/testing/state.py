@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 import random
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +70,10 @@ def evaluation_is_saved(make: Make) -> None:
         for name, value in layer.saved_values().items():
             assert getattr(fresh, name) == value, f"{name} = {value} is {getattr(fresh, name)} after loading"
         make(C).load_state_dict({n: t for n, t in state.items() if n[1:] not in layer.ranges}, assign=assign)
-        averaged = torch.optim.swa_utils.AveragedModel(make(C))
+        behind = copy.deepcopy(layer)
+        for name in layer.saved_values():
+            setattr(behind, name, max(layer.ranges[name].low, 0))
+        averaged = torch.optim.swa_utils.AveragedModel(behind)
         averaged.update_parameters(layer)
         for name, value in layer.saved_values().items():
             assert getattr(averaged.module, name) == value, f"AveragedModel: {name} is {getattr(averaged.module, name)}"
@@ -95,7 +99,7 @@ def loads_in_part(make: Make) -> None:
 
 @check
 def without_bias(make: Make) -> None:
-    """``bias=False`` leaves out the bias alone, and a layer can do without either: as with a bias of 0, a weight of 1."""
+    """``bias=False`` leaves out the bias alone; without a bias or a weight it is as with 0 or 1."""
     x, dy = features(5, C, 7, 3, dtype=torch.float64), noise(5, C, 7, 3, seed=7, dtype=torch.float64)
     for name, neutral in (("bias", 0.0), ("weight", 1.0)):
         full = built(make, torch.float64)
@@ -123,7 +127,8 @@ def without_bias(make: Make) -> None:
         held = {t.target for t in taken.translations if t.source == name}
         assert getattr(taken, name) is None or name in held, f"take_from made up a {name}"
         plain = taken.plain(4)
-        if isinstance(plain, nn.BatchNorm2d) and not held:
+        other = {"weight": "bias", "bias": "weight"}[name]
+        if plain is not None and getattr(taken, other) is not None and getattr(plain, other) is getattr(taken, other):
             assert getattr(plain, name) is None, f"plain() made up a {name}"
 
 
@@ -133,11 +138,12 @@ def made_and_moved_as_torchs(make: Make) -> None:
     layer, x = trained(make), features(4, C, 7, 3, seed=9)
     made = make.args[0] if isinstance(make, functools.partial) else make
     keywords = getattr(made, "keywords", {})
-    empty = torch.nn.utils.skip_init(type(layer), C, **keywords)
+    empty = torch.nn.utils.skip_init(type(layer), C, **keywords)  # type: ignore[no-untyped-call]
     empty.load_state_dict(layer.state_dict())
     agree(copy.deepcopy(layer), empty, "skip_init")
     layer.share_memory()
-    unshared = [n for n, t in (*layer.named_parameters(), *layer.named_buffers()) if not t.is_shared()]
+    tensors: list[tuple[str, Any]] = [*layer.named_parameters(), *layer.named_buffers()]
+    unshared = [name for name, t in tensors if not t.is_shared()]
     assert not unshared, f"share_memory() left out {unshared}"
     meta = make(C, device="meta")
     meta.load_state_dict(layer.state_dict(), assign=True)
