@@ -222,9 +222,10 @@ def _what_changed(module: nn.Module, layer: Normalizer) -> str:
 
 def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
     return {
-        **{name: has_affine(layer, name) for name in ("weight", "bias")},
+        "affine": has_affine(layer, "weight") or has_affine(layer, "bias"),
         "track_running_stats": any(getattr(layer, name, None) is not None for name in stats),
         "channel_dim": getattr(layer, "channel_dim", 1),
+        **{name: has_affine(layer, name) for name in ("weight", "bias")},
     }
 
 

@@ -150,7 +150,7 @@ def variants(make: Make, name: str, value: float) -> list[Normalizer]:
 
 @check
 def scheduled(make: Make) -> None:
-    """Every ``Scheduled`` argument has an effect, however set; refuses bad values; is not saved."""
+    """Every ``Scheduled`` argument has an effect, however set; refuses bad values; is saved if evaluation reads it."""
 
     def outcome(layer: Normalizer) -> Tensor:
         x = features(5, C, 7, 3, dtype=torch.float64)
@@ -185,9 +185,39 @@ def scheduled(make: Make) -> None:
             with refused(ValueError, f"{name} = {bad!r}", name, str(bad)):
                 setattr(layer, name, bad)
             assert getattr(layer, name) == before, f"{name} changed although {bad!r} was refused"
-        assert not [k for k in layer.state_dict() if k.lstrip("_") == name], (
-            f"{name} is saved, but follows from the step alone"
+        saved = f"_{name}" in layer.state_dict()
+        assert not (saved and span.training_only), f"{name} is saved, but declared Scheduled(..., training_only=True)"
+        layer = make(C).double().eval()
+        x = features(5, C, 7, 3, dtype=torch.float64)
+        outputs = []
+        for value in (low, high):
+            setattr(layer, name, value)
+            outputs.append(layer(x))
+        assert saved or distance(*outputs) == 0, (
+            f"evaluation reads {name}, and no checkpoint holds it: leave out training_only=True, and name it in "
+            "without_effect() only where it has no effect"
         )
+
+
+@check
+def running_statistics_as_in_torch(make: Make) -> None:
+    """``track_running_stats = False`` at run time only stops updates; without buffers, the input's count."""
+    layer, x = built(make), features(5, C, 7, 3)
+    if not layer.track_running_stats:
+        return
+    expected, before = layer.eval()(x), statistics(layer)
+    layer.track_running_stats = False
+    same(layer(x), expected, 0.0, "evaluation after track_running_stats = False")
+    layer.train()(x)
+    for name, value in statistics(layer).items():
+        assert torch.equal(value, before[name]), f"{name} moved after track_running_stats = False"
+    cleared, never = built(make), built(lambda c: make(c, track_running_stats=False))
+    never.load_state_dict(cleared.state_dict(), strict=False)
+    for name in (*cleared.running_names, "num_batches_tracked"):
+        setattr(cleared, name, None)
+    for training in (True, False):
+        got, wanted = (seeded(one.train(training), x) for one in (cleared, never))
+        same(got, wanted, 1e-6, f"running statistics set to None, training={training}")
 
 
 @check

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.testing.kit import C, Make, built, check, features, noise, same, statistics, step
+from lightning_norm.testing.kit import C, Make, built, check, features, noise, same, seeded, statistics, step
 
 
 def as_function(layer: Normalizer) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -95,6 +95,23 @@ def inplace_after(make: Make) -> None:
             z = torch.relu_(y) if inplace else torch.relu(y)
             grads += torch.autograd.grad(z, x, noise(5, C, 7, 3, seed=7, dtype=dtype))
         same(grads[0], grads[1], 0.0, f"{dtype}, training={training}, input gradient under an in-place ReLU")
+
+
+@check
+def other_passes_before_the_backward_pass(make: Make) -> None:
+    """A pass in either mode, and a schedule that moves, between a pass and its backward pass change no gradient."""
+    dy = noise(5, C, 7, 3, seed=7)
+    for first, second in itertools.product((True, False), repeat=2):
+        gradients: list[Tensor] = []
+        for disturbed in (False, True):
+            layer, x = built(make).train(first), features(5, C, 7, 3).requires_grad_()
+            y = seeded(layer, x)
+            if disturbed:
+                layer.train(second)(features(5, C, 7, 3, seed=2))
+                for name, value in layer.saved_values().items():
+                    setattr(layer, name, value)
+            gradients.append(torch.autograd.grad(y, x, dy)[0])
+        same(gradients[1], gradients[0], 0.0, f"training={first}, then training={second}: input gradient")
 
 
 @check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from lightning_norm.testing.kit import C, Make, built, check, defined, features, noise, refused, statistics, step
@@ -34,19 +35,21 @@ def small_inputs(make: Make) -> None:
 
 @check
 def empty_batch(make: Make) -> None:
-    """An empty batch passes in evaluation; in training it passes, or is refused, and moves no statistics."""
+    """An empty batch passes, and in training moves no statistics; it counts as a batch, as in torch's BatchNorm."""
     layer = built(make)
     for shape in ((0, C), (0, C, 7, 3)):
         if defined(layer.eval(), 2, torch.Size(shape[2:]).numel()):
             y = layer.eval()(torch.empty(shape))
             assert tuple(y.shape) == shape, f"input {shape}: output {tuple(y.shape)}"
         before = statistics(layer)
-        try:
-            # Other ranks may have samples, so that an empty batch cannot simply be an error.
-            layer.train()(torch.empty(shape))
-        except ValueError as error:
-            assert "0 sample" in str(error), f"empty batch in training: {error}"  # noqa: PT017  an assertion on the message
+        # Other ranks may have samples, so that an empty batch cannot simply be an error.
+        got = step(layer.train(), torch.empty(shape), torch.empty(shape))
+        assert tuple(got.y.shape) == shape, f"input {shape} in training: output {tuple(got.y.shape)}"
+        for name, grad in got.grads.items():
+            assert not bool(grad.any()), f"an empty batch {shape} gives {name} a gradient"
         after = statistics(layer)
+        if before:
+            assert after.pop("num_batches_tracked") == before.pop("num_batches_tracked") + 1, "an empty batch counts"
         assert all(torch.equal(after[k], v) for k, v in before.items()), f"an empty batch {shape} moved the statistics"
     with refused(ValueError, "an empty feature map", "no element per channel", f"(2, {C}, 0, 3)"):
         layer(torch.empty(2, C, 0, 3))
@@ -81,9 +84,11 @@ def wrong_shape(make: Make) -> None:
 
 @check
 def wrong_arguments(make: Make) -> None:
-    """num_features, eps and channel_dim out of range are refused by name."""
+    """num_features, eps and channel_dim out of range are refused by name; a whole number of any type is one."""
+    for whole in (np.int64(C), np.int32(C), np.array(C), torch.tensor(C)):
+        assert type(make(whole).num_features) is int, f"num_features={whole!r} stayed {type(whole).__name__}"
     # ``True`` is an int in Python, and would be one channel.
-    for bad in (0, -1, 2.5, True):
+    for bad in (0, -1, 2.5, True, np.float32(C), np.bool_(True)):
         with refused(ValueError, f"num_features={bad!r}", "num_features", repr(bad)):
             make(bad)
     arguments: dict[str, tuple[object, ...]] = {"eps": (-1.0, math.nan, math.inf), "channel_dim": (0, 2, "last")}

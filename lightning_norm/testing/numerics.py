@@ -145,6 +145,23 @@ def casts_keep_statistics(make: Make) -> None:
 
 
 @check
+def overflow_does_not_poison(make: Make) -> None:
+    """Statistics that are finite in float64 and not in the float32 of the buffers move none, and are counted."""
+    for size, offset in ((1e25, 0.0), (1.0, 1e39)):
+        layer = built(make)
+        layer(features(5, C, 7, 3))
+        before = statistics(layer)
+        layer(features(5, C, 7, 3, seed=2, dtype=torch.float64) * size + offset)
+        after = statistics(layer)
+        for name, value in layer.named_buffers():
+            assert not value.is_floating_point() or bool(value.isfinite().all()), f"{name} is not finite"
+        moved = [name for name in before.keys() - {"skipped_updates"} if not torch.equal(after[name], before[name])]
+        skipped = int(after["skipped_updates"] - before["skipped_updates"]) if before else 0
+        # Deviations of 1e25 fit where variances do not: all statistics move, or none and the batch is counted.
+        assert bool(moved) != bool(skipped) or not before, f"{moved} moved, skipped_updates rose by {skipped}"
+
+
+@check
 def nan_does_not_poison(make: Make) -> None:
     """A NaN or an infinity in the input leaves the running statistics as they were and is counted."""
     for bad in (float("nan"), float("inf"), float("-inf")):
