@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.ops import torch_private
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.layout import at_least_float32, without_autocast
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks
 
@@ -57,7 +57,7 @@ def unit_sum(x: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
         squares = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype).square()
     not_zero = ~(squares <= 0)  # not "squares > 0": a NaN must reach the result
     weights = torch.where(not_zero, squares.rsqrt(), 0).to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return _weighted_sum(x, weights), not_zero.sum().to(dtype)
 
 

@@ -38,7 +38,7 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
     u = x - layout.broadcast_to_input(rough_mean)
     if mean_dtype == var_dtype:
         return rough_mean, _mean_square(u, layout, keep)
-    if may_read_back(x) and not recorded:
+    if not recorded and may_read_back(x):
         var = _mean_square(u, layout, keep)
         if bool((rough_mean.square() <= SMALL_MEAN**2 * var).all()):
             return rough_mean, var  # a small mean keeps its digits, and float32 halves the work of the algebra

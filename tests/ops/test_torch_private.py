@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_norm.ops import torch_private
 from lightning_norm.testing.ranks import run_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
+
 
 def test_in_backward_pass():
     seen = []
