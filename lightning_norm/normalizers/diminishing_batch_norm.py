@@ -17,7 +17,7 @@ from lightning_norm.layers.variance import to_std, to_var
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
-from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
 
 TINY = torch.finfo(torch.float32).tiny
@@ -88,7 +88,8 @@ class DiminishingBatchNorm(MomentNorm):
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype}
         super().__init__(num_features, momentum=None, **options)
-        self.register_buffer("gap", torch.zeros(2, device=device) if track_running_stats else None, persistent=False)
+        gap = torch.zeros(2, device=device, dtype=at_least_float32(dtype)) if track_running_stats else None
+        self.register_buffer("gap", gap, persistent=False)
         self.alpha = alpha
         self.power = None if power is None else float(power)
 
