@@ -431,13 +431,13 @@ _REFUSED_CHANGE = (
 
 def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any) -> Tensor:
     """Return the node of torch.fx that calls the layer: it is a leaf, as torch's own layers are."""
+    name = x.tracer.path_of_module(layer)
+    if not name:
+        raise ValueError(
+            f"{type(layer).__name__} is a leaf for torch.fx. Trace a module that holds it: nn.Sequential(layer)."
+        )
     options = {} if activation == "none" else {"activation": activation}
     options |= {} if residual is None else {"residual": residual}
-    try:
-        name = x.tracer.path_of_module(layer)
-    except NameError as error:
-        remedy = "Trace a module that holds it: nn.Sequential(layer)."
-        raise ValueError(f"{type(layer).__name__} is a leaf for torch.fx. {remedy}") from error
     node: Tensor = x.tracer.create_proxy("call_module", name, (x,), options)  # a proxy stands for a tensor
     return node
 

@@ -11,6 +11,7 @@ from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.running_stats import count_batch, running_buffers, write
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops import torch_private
+from lightning_norm.ops.layout import at_least_float32
 
 
 class BlendedNorm(MomentNorm):
@@ -33,7 +34,11 @@ class BlendedNorm(MomentNorm):
         self.average = average
         super().__init__(num_features, **options)
         # Not saved: it describes the last batch, and a resumed run does not continue from it.
-        gap = torch.zeros(2, device=options.get("device")) if self.track_running_stats else None
+        gap = (
+            torch.zeros(2, device=options.get("device"), dtype=at_least_float32(options.get("dtype")))
+            if self.track_running_stats
+            else None
+        )
         self.register_buffer("gap", gap, persistent=False)
 
     @property

@@ -53,7 +53,6 @@ class Loading(ScheduledValues, RunningStats):
         _refuse_published(self, loaded, prefix)
         _refuse_another(self, loaded, prefix)
         theirs = {k: v for k, v in self.published_arguments(loaded).items() if getattr(self, k) != v}
-        as_theirs = ", ".join(f"{name}={value!r}" for name, value in theirs.items())
         self._translate(state_dict, prefix, loads_strictly())
         for name in BATCH_NORM_BUFFERS:
             if getattr(self, name, None) is None:
@@ -73,17 +72,10 @@ class Loading(ScheduledValues, RunningStats):
             if old is None and (strict or name == "num_batches_tracked") and _keeps_start(self, name, loaded):
                 state_dict[prefix + name] = value.detach().clone()
             elif isinstance(old, Tensor) and old.shape != value.shape:
-                advice = self.arguments_that_fit(name, old)
-                if advice and theirs:
-                    advice = f"{as_theirs}, as the authors' code has it, whose file this is"
-                if advice:
-                    raise RuntimeError(
-                        f"{prefix[:-1] or 'this layer'}: the checkpoint has a {name} {tuple(old.shape)}, this "
-                        f"{type(self).__name__} one of {tuple(value.shape)}. Type {advice}."
-                    )
+                _refuse_shape(self, name, old, value, prefix, theirs)
                 # Published checkpoints hold (1, C, 1, 1) where this package has (C,).
                 if old.numel() == value.numel():
-                    state_dict[prefix + name] = old.reshape(value.shape)  # (1, C, 1, 1) in published checkpoints
+                    state_dict[prefix + name] = old.reshape(value.shape)
         # torch passes local_metadata, strict and then the list of missing keys.
         missing: list[str] = args[2]
         before = len(missing)
@@ -107,6 +99,21 @@ class Loading(ScheduledValues, RunningStats):
         """Write what came in another form as this class holds it."""
         for translation in self.translations:
             translation.load(state_dict, prefix)
+
+
+def _refuse_shape(
+    layer: Loading, name: str, loaded: Tensor, value: Tensor, prefix: str, theirs: Mapping[str, Any]
+) -> None:
+    """Refuse a tensor of another shape where it is known which arguments give the layer that shape."""
+    advice = layer.arguments_that_fit(name, loaded)
+    if advice and theirs:
+        arguments = ", ".join(f"{argument}={wanted!r}" for argument, wanted in theirs.items())
+        advice = f"{arguments}, as the authors' code has it, whose file this is"
+    if advice:
+        raise RuntimeError(
+            f"{prefix[:-1] or 'this layer'}: the checkpoint has a {name} {tuple(loaded.shape)}, this "
+            f"{type(layer).__name__} one of {tuple(value.shape)}. Type {advice}."
+        )
 
 
 def _saved_tensors(layer: Loading) -> dict[str, Tensor]:

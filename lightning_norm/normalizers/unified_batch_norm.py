@@ -19,7 +19,7 @@ from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.condensation import condensation, squared_norms
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
-from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
 
 
@@ -129,7 +129,8 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
                 "none. Leave out threshold, or pass track_running_stats=True."
             )
         # The last value is for the monitor alone, so that no file holds it.
-        last_condensation = torch.zeros((), device=options.get("device")) if self.track_running_stats else None
+        like: dict[str, Any] = {"device": options.get("device"), "dtype": at_least_float32(options.get("dtype"))}
+        last_condensation = torch.zeros((), **like) if self.track_running_stats else None
         self.register_buffer("condensation", last_condensation, persistent=False)
         self.threshold = threshold
 

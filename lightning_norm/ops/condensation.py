@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.ops import torch_private
-from lightning_norm.ops.layout import at_least_float32, stat_dtype
+from lightning_norm.ops.layout import at_least_float32, stat_dtype, without_autocast
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks
 
@@ -67,7 +67,7 @@ def unit_sum(x: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
     not_zero = ~(squares <= 0)
     # A sample of zeros has no direction, and is left out of sum and count alike.
     weights = torch.where(not_zero, squares.rsqrt(), 0).to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return _weighted_sum(x, weights), not_zero.sum().to(dtype)
 
 

@@ -40,7 +40,7 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
     # In float64 and for half inputs the statistics are as wide as they will get, and the mean is exact enough.
     if mean_dtype == var_dtype:
         return rough_mean, _mean_square(u, layout, keep)
-    if may_read_back(x) and not recorded:
+    if not recorded and may_read_back(x):
         var = _mean_square(u, layout, keep)
         if bool((rough_mean.square() <= SMALL_MEAN**2 * var).all()):
             # A small mean keeps its digits, and float32 halves the work of the algebra.

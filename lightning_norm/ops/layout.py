@@ -5,6 +5,7 @@ Nothing here copies x: channels-last inputs and transposed views are read as the
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,10 @@ class Layout:
     def broadcast_to_input(self, t: Tensor) -> Tensor:
         """View an (N, C), (1, C), (N, 1) or (1, 1) tensor so that it broadcasts against x."""
         shape = [1] * len(self.shape)
-        shape[0], shape[self.channel_dim] = t.shape
+        rows, columns = t.shape
+        if isinstance(rows, Tensor):  # torch.jit.trace: the graph takes any number of samples
+            rows, columns = -1, torch_private.static_shape(t)[1]
+        shape[0], shape[self.channel_dim] = rows, columns
         return t.reshape(shape)
 
     def count(self, x: Tensor) -> int | Tensor:
@@ -115,6 +119,12 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     without an error.
     """
     return t if t.dtype == dtype else t.to(dtype)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return the context in which autocast rounds nothing of x; a cheap one where it is off."""
+    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 def stat_dtype(x: Tensor) -> torch.dtype:

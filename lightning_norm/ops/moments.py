@@ -127,16 +127,16 @@ class Affine:
         """
         shift = self.scale.new_zeros(1, 1) if self.shift is None else self.shift
         named = (("center", self.center), ("scale", self.scale), ("shift", shift))
-        center, scale, shift = (self._field(name, t, n, c) for name, t in named)
+        shape_of = torch_private.static_shape if torch_private.is_traced() else _shape_of
+        center, scale, shift = (self._field(name, t, shape_of(t), n, c) for name, t in named)
         return center, scale, shift
 
-    def _field(self, name: str, t: Tensor, n: int, c: int) -> Tensor:
+    def _field(self, name: str, t: Tensor, shape: tuple[int, ...], n: int, c: int) -> Tensor:
         # Missing dimensions are added in front, as broadcasting does: (C,) is (1, C).
-        shape = torch_private.static_shape(t)
         # A tensor of three axes is refused with the others: it would broadcast against x and mean something else.
-        rows, columns = (1,) * (2 - t.dim()) + shape if t.dim() < 3 else (0, 0)
+        rows, columns = (1,) * (2 - len(shape)) + shape if len(shape) < 3 else (0, 0)
         if rows in (1, n) and columns in (1, c):
-            return t if t.dim() == 2 else t.reshape(1, -1)
+            return t if len(shape) == 2 else t.reshape(1, -1)
         shapes = {k: None if v is None else tuple(v.shape) for k, v in vars(self).items()}
         raise ValueError(
             f"algebra returned {name} of shape {tuple(t.shape)}, which does not broadcast to (N, C) = ({n}, {c}). "
@@ -169,6 +169,10 @@ def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
     # The dtypes meet here: weights in float32 must not narrow means in float64.
     first, *rest = (term.to(dtype) * weight for term, weight in zip(terms, weights.to(dtype).unbind(), strict=True))
     return sum(rest, first)
+
+
+def _shape_of(t: Tensor) -> tuple[int, ...]:
+    return t.shape
 
 
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:

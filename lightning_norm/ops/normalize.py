@@ -20,7 +20,6 @@ Forward, both are inputs of ``_Apply`` that it does not use. Only x is saved for
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +32,7 @@ from lightning_norm.ops.fused import triton_passes
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
-from lightning_norm.ops.layout import Layout, at_least_float32, cast, layout_of, stat_dtype
+from lightning_norm.ops.layout import Layout, at_least_float32, cast, layout_of, stat_dtype, without_autocast
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.sync import Ranks
 
@@ -133,7 +132,7 @@ def run(x: Tensor, call: Call) -> Tensor:
         x = x.movedim(-1, 1)
         return run(x, call.channels_second(x)).movedim(1, -1)
     if torch_private.is_transformed():
-        with _full_precision(x):
+        with without_autocast(x):
             return activated(_normalize_plainly(x, call), call.activation, call.residual)
     kernels = call.backend != "eager" and on_kernels(x, call.layout, call.backend, empty=call.ranks is not None)
     spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
@@ -143,7 +142,7 @@ def run(x: Tensor, call: Call) -> Tensor:
     if spec is None and not x.numel():
         # An empty x meets the other ranks in plain PyTorch, whose passes take it.
         kernels = False
-    with _full_precision(x):
+    with without_autocast(x):
         if call.depthwise_conv is not None:
             y = _normalize_and_convolve(x, call, call.depthwise_conv, spec)
         elif spec is not None and (call.residual is None or call.residual.dtype == x.dtype):
@@ -214,11 +213,6 @@ def _fields(x: Tensor, call: Call, kernels: bool) -> tuple[Tensor, Tensor, tuple
     else:
         x_alias, scale_carrier = _Alias.apply(x, layout)
     return x_alias, scale_carrier, call.algebra(moments).fields(layout.n, layout.c), mean_is_small
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
-    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 def _passes(kernels: bool, *gradients: Tensor | None) -> Any:

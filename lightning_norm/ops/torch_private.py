@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# Looked up once: every forward pass asks these, a few times.
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
+_in_functorch = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
 def constant_in_graphs(function: Function) -> Function:
     """Mark a function whose result torch.compile takes for a constant of the graph.
 
@@ -71,14 +80,14 @@ def is_transformed() -> bool:
     first has a public function, with two more checks in it; the others have none. What torch.compile and torch.export
     trace does not count: they take autograd functions as they are.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return False
     return (
-        torch._C._are_functorch_transforms_active()
+        _in_functorch()
         or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-        or (torch._C._len_torch_dispatch_stack() > 0 and _is_fake_or_proxy())
-        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+        or _is_tracing()
+        or (_dispatch_modes() > 0 and _is_fake_or_proxy())
+        or _is_included(_PRE_DISPATCH)
     )
 
 
@@ -92,7 +101,7 @@ def is_batched(*gradients: Tensor | None) -> bool:
 
     That runs an older vmap, of which nothing but the tensors can tell.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return False
     return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
 
@@ -102,7 +111,7 @@ def static_shape(t: Tensor) -> tuple[int, ...]:
 
     While ``torch.jit.trace`` runs, ``t.shape`` holds tensors that are part of the graph, and a comparison of one warns.
     """
-    if torch.compiler.is_compiling() or not torch._C._is_tracing():
+    if not is_traced():
         return tuple(t.shape)
     pause: Callable[[Any], None] = vars(torch._C)["_set_tracing_state"]  # of which torch's own types know nothing
     state = torch._C._get_tracing_state()
@@ -115,7 +124,7 @@ def static_shape(t: Tensor) -> tuple[int, ...]:
 
 def is_traced() -> bool:
     """Tell whether ``torch.jit.trace`` runs. ``torch.jit.is_tracing`` does the same at three times the cost."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return not _is_compiling() and _is_tracing()
 
 
 def without_gradients(function: Function) -> Function:
@@ -128,7 +137,7 @@ def without_gradients(function: Function) -> Function:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+            if forward_ad._current_level < 0:
                 return function(*args, **kwargs)
             with forward_ad._set_fwd_grad_enabled(False):
                 return function(*args, **kwargs)
@@ -138,14 +147,14 @@ def without_gradients(function: Function) -> Function:
 
 def constant(t: Tensor) -> Tensor:
     """Return t without gradients, as :func:`without_gradients` does."""
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         t = forward_ad.unpack_dual(t).primal  # type: ignore[no-untyped-call]
     return t.detach()
 
 
 def is_captured(buffer: Tensor) -> bool:
     """Tell whether a transform of ``torch.func`` would refuse a change of this tensor, which it was not given."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if _is_compiling() or not _in_functorch():
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(buffer)
 
