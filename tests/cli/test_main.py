@@ -122,10 +122,10 @@ def test_the_overview_shows_every_command(capsys):
     assert capsys.readouterr().out == shown
 
 
-def test_a_file_with_run_is_a_command_and_a_command_has_its_file():
-    files = {
-        f.stem for f in Path(lightning_norm.cli.main.__file__).parent.glob("*.py") if "\ndef run(" in f.read_text()
-    }
+def test_a_file_or_folder_with_run_is_a_command_and_a_command_has_its_own():
+    here = Path(lightning_norm.cli.main.__file__).parent
+    files = {f.stem for f in here.glob("*.py") if "\ndef run(" in f.read_text()}
+    files |= {f.parent.name for f in here.glob("*/__init__.py") if "import run as run" in f.read_text()}
     assert files == {name for name, command in COMMANDS.items() if command.group != TRAIN}
 
 
