@@ -133,7 +133,10 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
 
 def _run(x: Tensor, call: _Call) -> Tensor:
     """Choose between the equations on the kernels, and the passes around the algebra in PyTorch."""
-    kernels = on_kernels(x, call.layout, call.backend, empty=call.ranks is not None)
+    what = None
+    if x.is_cuda and not torch.compiler.is_compiling():
+        what = (getattr(call.algebra, "__qualname__", None), call.activation, call.residual is None)
+    kernels = on_kernels(x, call.layout, call.backend, empty=call.ranks is not None, what=what)
     spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
     if spec is not None and call.ranks is not None:
         spec = spec.over(call.ranks)
