@@ -34,6 +34,7 @@ _PUBLIC = {
     "callbacks": ("NormContext", "NormMonitor", "NormRecalibrate", "NormScheduler", "NormSwap", "load_from_checkpoint"),
     "errors": (
         "AlreadySwappedError",
+        "BackendWarning",
         "CheckpointError",
         "CompileWarning",
         "ConflictError",

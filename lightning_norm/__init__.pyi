@@ -6,6 +6,7 @@ from lightning_norm.callbacks import NormScheduler as NormScheduler
 from lightning_norm.callbacks import NormSwap as NormSwap
 from lightning_norm.callbacks import load_from_checkpoint as load_from_checkpoint
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
+from lightning_norm.errors import BackendWarning as BackendWarning
 from lightning_norm.errors import CheckpointError as CheckpointError
 from lightning_norm.errors import CompileWarning as CompileWarning
 from lightning_norm.errors import ConflictError as ConflictError

@@ -30,6 +30,10 @@ class ParameterGrowthWarning(UserWarning):
     """A swap makes the model larger by more than a tenth."""
 
 
+class BackendWarning(UserWarning):
+    """The kernels cannot run here, and layers run in plain PyTorch instead."""
+
+
 class MissingDependencyWarning(UserWarning):
     """An optional dependency is not installed, and what needs it is left out."""
 
