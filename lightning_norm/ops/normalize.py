@@ -121,7 +121,6 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
     return ACTIVATIONS[activation](y)
 
 
-<<<<<<< HEAD
 def run(x: Tensor, call: Call) -> Tensor:
     """Do what :func:`normalize` says: by its equations on the kernels, or by the passes around the algebra."""
     static_shape = torch_private.static_shape
@@ -135,15 +134,9 @@ def run(x: Tensor, call: Call) -> Tensor:
     if torch_private.is_transformed():
         with without_autocast(x):
             return activated(_normalize_plainly(x, call), call.activation, call.residual)
-    kernels = call.backend != "eager" and on_kernels(x, call.layout, call.backend, empty=call.ranks is not None)
-=======
-def _run(x: Tensor, call: _Call) -> Tensor:
-    """Choose between the equations on the kernels, and the passes around the algebra in PyTorch."""
-    what = None
-    if x.is_cuda and not torch.compiler.is_compiling():
-        what = (getattr(call.algebra, "__qualname__", None), call.activation, call.residual is None)
-    kernels = on_kernels(x, call.layout, call.backend, empty=call.ranks is not None, what=what)
->>>>>>> p5
+    kernels = call.backend != "eager" and on_kernels(
+        x, call.layout, call.backend, empty=call.ranks is not None, what=_kind_of_launch(x, call)
+    )
     spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
     if spec is not None and call.ranks is not None:
         # Descriptions know nothing of ranks, so that a layer need not ask for them.
@@ -159,6 +152,13 @@ def _run(x: Tensor, call: _Call) -> Tensor:
         else:
             y = _normalize(x, call, kernels)
     return activated(y, call.activation, call.residual)
+
+
+def _kind_of_launch(x: Tensor, call: Call) -> tuple[Any, ...] | None:
+    """Return what tells this call's kernels from others, for a GPU on which some may turn out not to run."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return None
+    return getattr(call.algebra, "__qualname__", None), call.activation, call.residual is None
 
 
 def _wrong_ending(x: Tensor, call: Call) -> str:

@@ -73,9 +73,11 @@ def test_conflicts_are_seen(pl, name):
 
 @pytest.mark.parametrize("pl", NAMES)
 def test_spawned_processes_are_refused(pl):
-    with pytest.raises(Exception, match="swap_before_launch"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer(pl, ln.NormSwap("sn"), strategy="ddp_spawn", devices=1).fit(net(pl), loader())
+        runner = trainer(pl, ln.NormSwap("sn"), strategy="ddp_spawn", devices=1)
+        with pytest.raises(Exception, match="swap_before_launch"):
+            runner.fit(net(pl), loader())
 
 
 @pytest.mark.parametrize("pl", NAMES)
