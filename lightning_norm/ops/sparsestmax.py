@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_norm.ops import torch_private
+
 
 def sparsemax(z: Tensor) -> Tensor:
     """Project a vector (K,) on the simplex: non-negative entries with sum 1, the nearest in Euclidean distance."""
-    k = torch.arange(1, z.numel() + 1, device=z.device, dtype=z.dtype)
+    k = torch.arange(1, _length(z) + 1, device=z.device, dtype=z.dtype)
     ordered = torch.sort(z, descending=True).values
     excess = ordered.cumsum(0) - 1
     support = (ordered * k > excess).sum()
@@ -39,10 +41,10 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
     p = sparsemax(z)
     if radius is None:
         return p
-    square = torch.as_tensor(radius, dtype=z.dtype, device=z.device).square()
+    square = (radius if isinstance(radius, Tensor) else torch.tensor(radius)).to(z).square()
     support = p > 0
     centre = support.to(z.dtype) / support.sum()
-    for _ in range(z.numel() - 1):
+    for _ in range(_length(z) - 1):
         away = p - centre
         norm2 = away.square().sum()
         known = norm2 > (64 * torch.finfo(z.dtype).eps) ** 2
@@ -56,3 +58,7 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
         square = (square - (smaller - centre).square().sum()).clamp_min(0)
         centre = smaller
     return p
+
+
+def _length(z: Tensor) -> int:
+    return torch_private.static_shape(z)[0]
