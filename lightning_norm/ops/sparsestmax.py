@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_norm.ops import torch_private
+
 
 def without_entry(weights_of: Callable[[Tensor], Tensor], z: Tensor, entry: int) -> Tensor:
     """Return the weights of logits (K,) where one entry has the weight 0, as if it were not there.
@@ -20,7 +22,7 @@ def without_entry(weights_of: Callable[[Tensor], Tensor], z: Tensor, entry: int)
 
 def sparsemax(z: Tensor) -> Tensor:
     """Project a vector (K,) on the simplex: non-negative entries with sum 1, the nearest in Euclidean distance."""
-    k = torch.arange(1, z.numel() + 1, device=z.device, dtype=z.dtype)
+    k = torch.arange(1, _length(z) + 1, device=z.device, dtype=z.dtype)
     ordered = torch.sort(z, descending=True).values
     excess = ordered.cumsum(0) - 1
     # As a tensor, for the size of the support would have to be read back from a GPU.
@@ -52,11 +54,11 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
     p = sparsemax(z)
     if radius is None:
         return p
-    square = torch.as_tensor(radius, dtype=z.dtype, device=z.device).square()
+    square = (radius if isinstance(radius, Tensor) else torch.tensor(radius)).to(z).square()
     support = p > 0
     centre = support.to(z.dtype) / support.sum()
     # Each step loses an entry or changes nothing, so that K - 1 are enough whatever the values are.
-    for _ in range(z.numel() - 1):
+    for _ in range(_length(z) - 1):
         away = p - centre
         norm2 = away.square().sum()
         # Below this the direction is rounding noise, and dividing by it would leave the simplex.
@@ -73,3 +75,7 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
         square = (square - (smaller - centre).square().sum()).clamp_min(0)
         centre = smaller
     return p
+
+
+def _length(z: Tensor) -> int:
+    return torch_private.static_shape(z)[0]
