@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 import lightning_norm as ln
 from lightning_norm import NoEffectWarning, normalizers, swap
 
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_norm.ParameterGrowthWarning")
 KEYS = [key for key, cls in normalizers().items() if cls.__module__.startswith("lightning_norm.")]
 
 

@@ -260,7 +260,7 @@ def test_count_is_a_tensor_once_pooled():
 
 
 def at_offset(rank, x):
-    layer = lightning_norm.BatchNorm(6, momentum=1.0, dtype=x.dtype)
+    layer = BatchNorm(6, momentum=1.0, dtype=x.dtype)
     layer(x.chunk(2)[rank])
     return layer.running_var
 
