@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lightning_norm
 from lightning_norm import Affine, BatchNorm, InstanceNorm, Moments, normalize, normalizers
 from lightning_norm.ops import sync
 from lightning_norm.ops.sync import active_ranks
