@@ -183,7 +183,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
             mean, var = torch.where(condensed, mean, batch.mean), torch.where(condensed, var, batch.var)
             return Moments(mean, var, batch.count), None
         # Batch renormalization (Ioffe 2017): r and d are constants, so the gradient is that of the batch's statistics.
-        batch_mean, batch_var = torch_private.constant(batch.mean), torch_private.constant(batch.var)
+        batch_mean, batch_var = batch.mean.detach(), batch.var.detach()
         ratio = ((var + self.eps) / (batch_var + self.eps)).clamp(1 / 9, 9)
         offset = ((batch_mean - mean) * (var + self.eps).rsqrt()).clamp(-5, 5)
         ratio, offset = torch.where(condensed, ratio, 1.0), torch.where(condensed, offset, 0.0)
