@@ -114,7 +114,7 @@ class DiminishingBatchNorm(BlendedNorm):
         if not self.moves_running_stats:
             return mean, std_or_var
         if self.stat_grad == "none":
-            mean, std_or_var = torch_private.constant(mean), torch_private.constant(std_or_var)
+            mean, std_or_var = mean.detach(), std_or_var.detach()
         steps = self.steps()
         # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
         alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *running_buffers(self))

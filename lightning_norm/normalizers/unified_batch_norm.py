@@ -184,7 +184,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
             mean, var = torch.where(condensed, mean, batch.mean), torch.where(condensed, var, batch.var)
             return Moments(mean, var, batch.count), None
         # Batch renormalization (Ioffe 2017): r and d are constants, so the gradient is that of the batch's statistics.
-        batch_mean, batch_var = torch_private.constant(batch.mean), torch_private.constant(batch.var)
+        batch_mean, batch_var = batch.mean.detach(), batch.var.detach()
         # The limits are those of Ioffe's r <= 3 and d <= 5; r is squared here, for it multiplies a variance.
         ratio = ((var + self.eps) / (batch_var + self.eps)).clamp(1 / 9, 9)
         offset = ((batch_mean - mean) * (var + self.eps).rsqrt()).clamp(-5, 5)

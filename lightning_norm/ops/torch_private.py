@@ -145,13 +145,6 @@ def without_gradients(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
-def constant(t: Tensor) -> Tensor:
-    """Return t without gradients, as :func:`without_gradients` does."""
-    if forward_ad._current_level >= 0:
-        t = forward_ad.unpack_dual(t).primal  # type: ignore[no-untyped-call]
-    return t.detach()
-
-
 def is_captured(buffer: Tensor) -> bool:
     """Tell whether a transform of ``torch.func`` would refuse a change of this tensor, which it was not given."""
     if _is_compiling() or not _in_functorch():

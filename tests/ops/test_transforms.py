@@ -86,6 +86,7 @@ def test_a_fit_that_logs_the_graph(net, tmp_path):
     assert events
 
 
+@pytest.mark.filterwarnings("ignore:.LightningModule.to_torchscript. has been deprecated")
 def test_lightning_s_to_torchscript(net):
     net.eval()
     file = io.BytesIO()
