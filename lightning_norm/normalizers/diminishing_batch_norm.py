@@ -14,7 +14,6 @@ from lightning_norm.layers.blended import BlendedNorm
 from lightning_norm.layers.fused_specs import per_channel_spec
 from lightning_norm.layers.running_stats import is_usable, running_buffers
 from lightning_norm.layers.scheduled import Scheduled
-from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout

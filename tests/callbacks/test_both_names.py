@@ -1,7 +1,5 @@
 """Callbacks and the plugin under ``pytorch_lightning``, which has the same code and other classes."""
 
-import warnings
-
 import lightning.pytorch
 import pytest
 import pytorch_lightning
@@ -16,22 +14,31 @@ NAMES = [lightning.pytorch, pytorch_lightning]
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning")
 
 
+class Steps:
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class New(Steps, lightning.pytorch.LightningModule):
+    """A process that is spawned finds it by its name."""
+
+
+class Old(Steps, pytorch_lightning.LightningModule):
+    """The same."""
+
+
 def net(pl):
-    class Net(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
-
-        def forward(self, x):
-            return self.net(x)
-
-        def training_step(self, batch, batch_idx):
-            return self(batch[0]).square().mean()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    return Net()
+    return New() if pl is lightning.pytorch else Old()
 
 
 def trainer(pl, *callbacks, **more):
@@ -73,11 +80,9 @@ def test_conflicts_are_seen(pl, name):
 
 @pytest.mark.parametrize("pl", NAMES)
 def test_spawned_processes_are_refused(pl):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        runner = trainer(pl, ln.NormSwap("sn"), strategy="ddp_spawn", devices=1)
-        with pytest.raises(Exception, match="swap_before_launch"):
-            runner.fit(net(pl), loader())
+    runner = trainer(pl, ln.NormSwap("sn"), strategy="ddp_spawn", devices=1)
+    with pytest.raises(Exception, match="swap_before_launch"):
+        runner.fit(net(pl), loader())
 
 
 @pytest.mark.parametrize("pl", NAMES)
