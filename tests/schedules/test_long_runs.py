@@ -62,7 +62,7 @@ class Own(Schedule):
         Own(),
         Warmup(schedule=Own(), epochs=0.3),
     ],
-    ids=repr,
+    ids=["constant", "linear", "exponential", "steps", "own", "warm-up of its own"],
 )
 def test_a_run_of_a_billion_steps_is_checked_at_few(schedule):
     times = list(itertools.islice(schedule.turns(10**9, 1000.0), 50_000))
