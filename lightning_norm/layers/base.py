@@ -6,6 +6,7 @@ rebuilds each of those and would erase ours.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_norm.layers.arguments import check_call
+from lightning_norm.layers.fused_specs import SPECS, spec_of
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.running_stats import keep_float32
@@ -57,6 +59,9 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     _fused_spec_holds: ClassVar[bool] = False
     """``fused_spec`` says the same as this class's methods: the class itself defines it, and no instance differs."""
 
+    fused_spec_varies: bool = False
+    """``fused_spec`` looks at more than the shape of x and the layer's attributes and tensors."""
+
     registry: ClassVar[dict[str, type[Normalizer]]] = {}
 
     num_features: int
@@ -92,6 +97,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop(SPECS, None)
         if name not in self.ranges:  # a scheduled value changes without a new graph
             self.__dict__.pop(GRAPH_KEY, None)
         super().__setattr__(name, value)
@@ -344,7 +350,7 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
     moments = None if of_input or layer.eval_uses_input_stats else layer.running()
     accumulates = layer.training and layer.accumulator is not None  # which the kernels do not know
     algebra = layer.algebra_of(x, layout)
-    fused_spec = layer.fused_spec if layer._fused_spec_holds and not accumulates else None
+    fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
     return normalize(
         x,
         algebra,

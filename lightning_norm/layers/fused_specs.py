@@ -6,14 +6,52 @@ arguments that the kernels do not know, and then the algebra runs as written.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_norm.kernels.mixture.flags import MixtureFlags
 from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
 from lightning_norm.ops.fused.mixture import MixtureSpec, Running
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
+from lightning_norm.ops.layout import Layout
+
+MANY = 64
+"""Shapes whose descriptions a layer remembers."""
+
+SPECS = "_fused_specs"
+
+
+class _Specs(dict[Any, Any]):
+    """Descriptions by the shape of x, each with the layer's tensors; copies and pickles of a layer begin with none."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+def spec_of(layer: Any, layout: Layout) -> Any:
+    """Return ``layer.fused_spec(layout)``, remembered as long as attributes and tensors of the layer are the same.
+
+    Setting an attribute forgets it. Only a description made of nothing but the layer's tensors is remembered.
+    """
+    if layer.fused_spec_varies or torch.compiler.is_compiling():
+        return layer.fused_spec(layout)
+    tensors = (*layer._parameters.values(), *layer._buffers.values())
+    specs = vars(layer).get(SPECS)
+    known = None if specs is None else specs.get(layout.shape)
+    if known is not None and len(known[1]) == len(tensors) and all(map(operator.is_, known[1], tensors)):
+        return known[0]
+    spec = layer.fused_spec(layout)
+    if spec is None:
+        return None
+    ids = {*map(id, tensors)}
+    if all(id(t) in ids for t in (*spec.parameters, *spec.buffers) if t is not None):
+        if specs is None or len(specs) > MANY:
+            specs = vars(layer)[SPECS] = _Specs()
+        specs[layout.shape] = spec, tensors
+    return spec
 
 
 def mixture_spec(

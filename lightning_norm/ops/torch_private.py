@@ -36,6 +36,15 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def dispatch_modes() -> int:
+    """Return how many dispatch modes are active, such as fake tensors or a counter of operations, which see operators.
+
+    torch's public way to ask imports what torch.compile needs.
+    """
+    count: int = torch._C._len_torch_dispatch_stack()
+    return count
+
+
 def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     """Return a dense tensor in another shape without a copy, and not as a view.
 

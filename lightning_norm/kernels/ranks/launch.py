@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels.grid import cdiv
+from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.launch import device_of
 from lightning_norm.kernels.ranks.pack import pack, pack_gradient, unpack, unpack_gradient
 
@@ -25,10 +26,10 @@ def pool_ranks(batch: Tensor, count: int, over_ranks: AllReduce) -> Tensor:
     message = torch.empty(1, 1 + 2 * channels, device=batch.device, dtype=torch.float64)
     grid = (cdiv(channels, BLOCK),)
     with device_of(batch):
-        pack[grid](batch, message, count, channels, BLOCK=BLOCK, num_warps=4)
+        launch(pack, *grid)(batch, message, count, channels, BLOCK=BLOCK, num_warps=4)
     total = over_ranks(message)
     with device_of(batch):
-        unpack[grid](total, batch, channels, BLOCK=BLOCK, num_warps=4)
+        launch(unpack, *grid)(total, batch, channels, BLOCK=BLOCK, num_warps=4)
     return total
 
 
@@ -37,10 +38,10 @@ def pool_ranks_gradient(dbatch: Tensor, batch: Tensor, total: Tensor, count: int
     channels, message = batch.shape[1], torch.empty_like(total)
     grid = (cdiv(channels, BLOCK),)
     with device_of(batch):
-        pack_gradient[grid](dbatch, batch, total, message, channels, BLOCK=BLOCK, num_warps=4)
+        launch(pack_gradient, *grid)(dbatch, batch, total, message, channels, BLOCK=BLOCK, num_warps=4)
     gathered = over_ranks(message)
     with device_of(batch):
-        unpack_gradient[grid](gathered, batch, dbatch, count, channels, BLOCK=BLOCK, num_warps=4)
+        launch(unpack_gradient, *grid)(gathered, batch, dbatch, count, channels, BLOCK=BLOCK, num_warps=4)
 
 
 def empty_gradient(batch: Tensor, total: Tensor, over_ranks: AllReduce | None) -> Tensor:

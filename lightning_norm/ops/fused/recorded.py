@@ -1,0 +1,151 @@
+"""One autograd function for all families: in eager mode their launches are recorded once per kind of call and replayed.
+
+What torch.compile, torch.export, fake tensors and dispatch modes see are the operators beside this file; where none of
+them looks, an operator would only cost time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_norm.kernels import launcher
+from lightning_norm.kernels.grid import dense
+from lightning_norm.ops import torch_private
+from lightning_norm.ops.fused import operators
+
+PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_kinds: dict[Hashable, object] = {}
+
+
+class Recordable(Protocol):
+    """What a description of a layer's equations says of its launches."""
+
+    @property
+    def kind(self) -> object:
+        """What the launches depend on beside tensors, one object for equal descriptions: see :func:`kind_of`."""
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """The tensors that may need a gradient."""
+
+    @property
+    def buffers(self) -> tuple[Any, ...]:
+        """What else the forward launches read or move."""
+
+    @property
+    def backward_buffers(self) -> tuple[Any, ...]:
+        """What else the backward launches read."""
+
+    @property
+    def launch_forward(self) -> Callable[..., tuple[Tensor, Sequence[Tensor]]]:
+        """From x, residual, parameters, buffers, channel_dim and activation to y and the statistics that are kept."""
+
+    @property
+    def launch_backward(
+        self,
+    ) -> Callable[..., tuple[Tensor, Tensor | None, Sequence[Tensor | None], Sequence[Tensor]]]:
+        """From dy, x, residual, statistics, parameters, buffers, need_dx, channel_dim and activation to gradients.
+
+        Those of x, of the residual and of the parameters, and a tensor with several of them that :meth:`unpack` is to
+        cut.
+        """
+
+    def unpack(self, gradients: list[Any], packed: Tensor) -> None:
+        """Write the gradients of several parameters that lie in one tensor into the list."""
+
+
+def kind_of(*what: Hashable) -> object:
+    """Return one object for equal arguments, whose hash takes no time."""
+    return _kinds.setdefault(what, object())
+
+
+def can_record(x: Tensor, spec: Recordable) -> bool:
+    """Return whether the launches may be called directly: x has elements, and nobody but autograd watches."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in PLAIN
+        and x.numel() > 0
+        and not torch_private.dispatch_modes()
+        and all(type(t) in PLAIN for t in spec.parameters)
+    )
+
+
+def normalize(
+    x: Tensor,
+    spec: Recordable,
+    channel_dim: int,
+    activation: str,
+    residual: Tensor | None,
+    buffers: tuple[Any, ...] = (),
+) -> Tensor:
+    """Return act(normalized x + residual); ``buffers`` are those of this call alone, for both directions."""
+    y: Tensor = _Recorded.apply(x, residual, spec, channel_dim, activation, buffers, *spec.parameters)
+    return y
+
+
+class _Recorded(torch.autograd.Function):
+    """y from x and its statistics, and all gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        spec: Recordable,
+        channel_dim: int,
+        activation: str,
+        buffers: tuple[Any, ...],
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        if residual is not None:
+            residual = dense(residual, x)
+        inputs = (x, residual, *parameters, *spec.buffers, *buffers)
+        key, pointers = launcher.key_of((spec.kind, channel_dim, activation), inputs)
+
+        def call(x: Any, residual: Any, *rest: Any) -> Any:
+            n = len(parameters)
+            y, statistics = spec.launch_forward(x, residual, rest[:n], rest[n:], channel_dim, activation)
+            return (y,), statistics
+
+        plan = launcher.plan_of(key, inputs, call)
+        (y,), kept = plan(inputs, pointers)
+        assert y is not None
+        # Without an activation the gradient of the residual is dy, and the residual itself is not needed.
+        ctx.save_for_backward(x, None if activation == "none" else residual, kept, *parameters)
+        ctx.spec, ctx.how, ctx.plan = spec, (channel_dim, activation), plan
+        ctx.buffers = (*spec.backward_buffers, *buffers)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        operators.refuse_second_derivatives()
+        x, residual, kept, *parameters = ctx.saved_tensors
+        need_dx, need_dresidual, _, _, _, _, *need = ctx.needs_input_grad
+        spec, how, buffers, forward = ctx.spec, ctx.how, ctx.buffers, ctx.plan
+        dy = dense(grads[0], x)
+        inputs = (x, dy, residual, kept, *parameters, *buffers)
+        key, pointers = launcher.key_of((spec.kind, how, need_dx, *need), inputs)
+
+        def call(x: Any, dy: Any, residual: Any, kept: Any, *rest: Any) -> Any:
+            n = len(parameters)
+            dx, dresidual, gradients, packed = spec.launch_backward(
+                dy, x, residual, forward.views(kept), rest[:n], rest[n:], need_dx, *how
+            )
+            wanted = (g if needed else None for g, needed in zip(gradients, need, strict=True))
+            return (dx if need_dx else None, dresidual if residual is not None else None, *wanted), packed
+
+        plan = launcher.plan_of(key, inputs, call)
+        (dx, dresidual, *gradients), packed = plan(inputs, pointers)
+        if packed is not None:
+            spec.unpack(gradients, packed)
+        for i, t in enumerate(parameters):
+            g = gradients[i]
+            if g is not None and t.dtype is not torch.float32:
+                gradients[i] = g.to(t.dtype)
+        if need_dresidual and residual is None:
+            dresidual = grads[0]
+        return (dx, dresidual, None, None, None, None, *gradients)
