@@ -100,15 +100,16 @@ class EncoderDecoderSpec:
         from lightning_norm.kernels.encoder_decoder.launch import gradients
 
         weight, gates, linears, (channel_dim, activation) = parameters[0], parameters[2:6], parameters[6:], how
+        noise, drop_prob, seed = buffers
         dx, (dweight, dbias, dgates, *dlinears), dresidual = gradients(
-            dy, x, stats, linears, gates, weight, *buffers, residual, channel_dim, self.flags, self.eps, activation,
-            need_dx,
+            dy, x, stats, linears, gates, weight, noise, drop_prob, seed, residual, channel_dim, self.flags, self.eps,
+            activation, need_dx,
         )  # fmt: skip
         return dx, dresidual, [dweight, dbias, *(None,) * 4, *dlinears], (dgates,)
 
     def unpack(self, gradients: list[Any], packed: Tensor) -> None:
         """Write the gradients of the four gates."""
-        for i, (gate, g) in enumerate(zip(self.gates, packed[:4].split(1), strict=True)):
+        for i, (gate, g) in enumerate(zip(self.gates, torch.split(packed[:4], 1), strict=True)):
             gradients[2 + i] = None if gate is None else g.view(gate.shape)
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
