@@ -14,6 +14,7 @@ under the interpreter, on backends other than CUDA, and while hooks are set, whi
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,13 @@ LIMIT = 4096
 
 ALIGN = 64
 """Tensors in a workspace begin at multiples of this many numbers, 256 bytes, as those of torch's allocator do."""
+
+
+def _installed() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 class _Thread(threading.local):
@@ -89,12 +97,11 @@ class _Pointer(NamedTuple):
         return empty.set_(base.untyped_storage(), start, self.shape, self.stride)
 
 
-class _Fresh(NamedTuple):
-    """An output that is a tensor of its own: like the input in slot ``like``, or of this shape."""
+class _Output(NamedTuple):
+    """An output: a tensor like x, or the gradient of a parameter, which lies beside the others in one tensor."""
 
-    like: int
+    like_x: bool
     shape: torch.Size
-    dtype: torch.dtype
 
 
 @dataclass(eq=False)
@@ -104,19 +111,28 @@ class Plan:
     Args:
         launches: in their order; every tensor in them is a :class:`_Pointer`.
         inputs: how many tensors and numbers the call gets.
-        outputs: those that are tensors of their own; ``None`` for one that no kernel writes.
-        sizes: of two workspaces in float32 numbers, what is kept for the backward pass and what is not.
+        outputs: ``None`` for one that no kernel writes.
+        sizes: of three workspaces in float32 numbers: kept for the backward pass, dropped, gradients of parameters.
         kept: the tensors in the first of them.
     """
 
     launches: list[_Launch]
     inputs: int
-    outputs: list[_Fresh | None]
-    sizes: tuple[int, int]
+    outputs: list[_Output | None]
+    sizes: tuple[int, int, int]
     kept: list[_Pointer]
 
     def __post_init__(self) -> None:
         self._replay = _replayed(self)
+        # How the last workspace is cut: gradients that do not end at a multiple of 16 bytes have a rest behind them.
+        self._cuts: list[int] = []
+        self._cut_of: list[int | None] = []
+        for output in self.outputs:
+            in_workspace = output is not None and not output.like_x
+            self._cut_of.append(len(self._cuts) if in_workspace else None)
+            if output is not None and in_workspace:
+                n = output.shape.numel()
+                self._cuts += [n, -n % 4] if n % 4 else [n]
 
     def __call__(self, inputs: Sequence[Any], pointers: list[int]) -> tuple[list[Tensor | None], Tensor | None]:
         """Run the launches.
@@ -128,24 +144,25 @@ class Plan:
         Returns:
             The outputs, and the workspace that is kept.
         """
-        device = inputs[0].device
+        x = inputs[0]
+        device = x.device
         outputs: list[Any] = []
-        for fresh in self.outputs:
-            if fresh is None:
-                made = None
-            elif fresh.like >= 0:
-                made = torch.empty_like(inputs[fresh.like])
-            else:
-                made = torch.empty(fresh.shape, dtype=fresh.dtype, device=device)
+        for output in self.outputs:
+            made = torch.empty_like(x) if output is not None and output.like_x else None
             outputs.append(made)
             pointers.append(0 if made is None else made.data_ptr())
-        kept, dropped = (torch.empty(n, dtype=torch.float32, device=device) if n else None for n in self.sizes)
-        pointers += (0 if kept is None else kept.data_ptr(), 0 if dropped is None else dropped.data_ptr())
-        if self._replay is None or _hooks_are_set():
-            self._launch_as_usual([*inputs, *outputs, kept, dropped])
-        else:
-            self._replay(pointers, inputs[0].get_device())
-        return outputs, kept
+        workspaces = [torch.empty(n, dtype=torch.float32, device=device) if n else None for n in self.sizes]
+        for w in workspaces:
+            pointers.append(0 if w is None else w.data_ptr())
+        if self._replay is None or not self._replay(pointers, x.get_device()):
+            self._launch_as_usual([*inputs, *outputs, *workspaces])
+        if workspaces[2] is not None:
+            parts: Any = workspaces[2].split_with_sizes(self._cuts)
+            for i, cut in enumerate(self._cut_of):
+                if cut is not None:
+                    shape = self.outputs[i].shape  # type: ignore[union-attr]
+                    outputs[i] = parts[cut] if len(shape) == 1 else parts[cut].view(shape)
+        return outputs, workspaces[0]
 
     def views(self, kept: Tensor) -> list[Tensor]:
         """Return the tensors in the workspace that is kept."""
@@ -235,13 +252,14 @@ def _plan(own: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | No
             offset = -t.storage_offset() * t.element_size()
             # Part of what two inputs have in common could be part of either.
             storages[_storage(t)] = (slot, offset) if _storage(t) not in storages else (-1, 0)
-    fresh: list[_Fresh | None] = []
+    made: list[_Output | None] = []
+    last, size = len(own) + len(outputs), 0
     for slot, t in enumerate(outputs, len(own)):
-        fresh.append(_fresh(t, own) if t is not None and t.numel() and _storage(t) in used else None)
-        if t is not None and fresh[-1] is not None:
-            storages[_storage(t)] = slot, 0
-    last = len(own) + len(outputs)
-    sizes = _fill(storages, keep, last), _fill(storages, passed, last + 1)
+        made.append(_output(t, own[0]) if t is not None and t.numel() and _storage(t) in used else None)
+        if t is not None and made[-1] is not None:
+            storages[_storage(t)] = (slot, 0) if made[-1].like_x else (last + 2, 4 * size)
+            size += 0 if made[-1].like_x else t.numel() + -t.numel() % 4
+    sizes = _fill(storages, keep, last), _fill(storages, passed, last + 1), size
 
     def pointer(t: Any) -> Any:
         if not isinstance(t, Tensor):
@@ -254,7 +272,7 @@ def _plan(own: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | No
         return _Pointer(slot, offset, t.shape, t.stride(), t.dtype)
 
     steps = [step._replace(args=tuple(map(pointer, step.args))) for step in launches]
-    return Plan(steps, len(own), fresh, sizes, [pointer(t) for t in keep])
+    return Plan(steps, len(own), made, sizes, [pointer(t) for t in keep])
 
 
 def _named(t: Any, slot: int) -> Any:
@@ -269,12 +287,12 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-def _fresh(t: Tensor, inputs: Sequence[Any]) -> _Fresh:
-    x = inputs[0]
+def _output(t: Tensor, x: Tensor) -> _Output:
     if (t.shape, t.stride(), t.dtype) == (x.shape, x.stride(), x.dtype):
-        return _Fresh(0, t.shape, t.dtype)
+        return _Output(True, t.shape)
     assert t.is_contiguous()
-    return _Fresh(-1, t.shape, t.dtype)
+    assert t.dtype == torch.float32
+    return _Output(False, t.shape)
 
 
 def _fill(storages: dict[int, tuple[int, int]], tensors: Iterable[Tensor], slot: int) -> int:
@@ -288,16 +306,10 @@ def _fill(storages: dict[int, tuple[int, int]], tensors: Iterable[Tensor], slot:
     return size
 
 
-def _hooks_are_set() -> bool:
-    from triton import knobs
-
-    runtime = knobs.runtime
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
-
-
-def _replayed(plan: Plan) -> Callable[[list[int], int], None] | None:
+def _replayed(plan: Plan) -> Callable[[list[int], int], bool] | None:
     """Return a function that launches the plan, given all pointers and the device; ``None`` where Triton must do it.
+
+    It returns False, and has launched nothing, while hooks are set in Triton, as its profiler does: they want tensors.
 
     The launches are written as one function, with every argument in its place: a loop over lists of arguments would
     take as long as the launches themselves.
@@ -305,29 +317,70 @@ def _replayed(plan: Plan) -> Callable[[list[int], int], None] | None:
     compiled = [step.compiled for step in plan.launches]
     if any(c is None or c.metadata.target.backend != "cuda" for c in compiled):
         return None
+    from triton import knobs
     from triton.runtime import driver
 
-    names: dict[str, Any] = {"driver": driver, "on": torch.cuda.device}
+    names: dict[str, Any] = {}
     lines = []
     for i, step in enumerate(plan.launches):
-        run = step.compiled.run  # loads the kernel
-        names |= {f"run{i}": run, f"f{i}": step.compiled.function, f"m{i}": step.compiled.packed_metadata}
         x, y, z = (*step.grid, 1, 1)[:3]
-        arguments = ", ".join(_spelled(a, names) for a in _in_order(step))
-        lines.append(f"    run{i}({x}, {y}, {z}, stream, f{i}, m{i}, None, None, None, {arguments})")
+        arguments = [_spelled(a, names) for a in _in_order(step)]
+        lines.append(f"    {_call(step.compiled, i, names)(f'{x}, {y}, {z}, stream, f{i}', arguments)}")
     code = "\n".join(["def launches(p, stream):", *lines, *([] if lines else ["    pass"])])
     exec(compile(code, "<recorded launches>", "exec"), names)  # nothing in it but numbers and names made here
     launches = names["launches"]
 
-    def replay(pointers: list[int], device: int) -> None:
+    runtime = knobs.runtime
+
+    def replay(pointers: list[int], device: int) -> bool:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            return False
         active = driver.active
         if device < 0 or device == active.get_current_device():
             launches(pointers, active.get_current_stream(max(device, 0)))
         else:
             with torch.cuda.device(device):
                 launches(pointers, active.get_current_stream(device))
+        return True
 
     return replay
+
+
+def _call(compiled: Any, i: int, names: dict[str, Any]) -> Callable[[str, list[str]], str]:
+    """Return what writes the call of a kernel, from grid, stream and function and from the kernel's arguments.
+
+    ``CompiledKernel.run`` serves any version of Triton. Where the launcher behind it is one that we know, and the
+    kernel needs no scratch memory, that is called, which saves half of the time.
+    """
+    run = compiled.run  # loads the kernel
+    names |= {f"f{i}": compiled.function, f"m{i}": compiled.packed_metadata}
+    raw = getattr(run, "launch", None)
+    scratch = getattr(run, "global_scratch_size", 1) + getattr(run, "profile_scratch_size", 1)
+    known = raw is not None and scratch == 0 and not getattr(run, "gsan_enabled", False)
+    if known and LAUNCHER == "tuple" and hasattr(run, "arg_annotations") and hasattr(run, "kernel_signature"):
+        names |= {f"r{i}": raw, f"a{i}": run.arg_annotations, f"s{i}": run.kernel_signature}
+        flags = f"{int(run.launch_cooperative_grid)}, {int(run.launch_pdl)}"
+        nothing = "None, None, None, None, None"  # metadata for hooks, two hooks, and scratch memory
+        return lambda head, args: f"r{i}({head}, {flags}, m{i}, {nothing}, a{i}, s{i}, ({', '.join(args)},))"
+    if known and LAUNCHER == "flat":
+        names[f"r{i}"] = raw
+        flags = f"{bool(run.launch_cooperative_grid)}, {bool(run.launch_pdl)}"
+        return lambda head, args: f"r{i}({head}, {flags}, None, None, m{i}, None, None, None, {', '.join(args)})"
+    names[f"r{i}"] = run
+    return lambda head, args: f"r{i}({head}, m{i}, None, None, None, {', '.join(args)})"
+
+
+def _launcher_of(version: str) -> str:
+    """Return how the launcher of a version of Triton takes its arguments, "" where nobody has looked.
+
+    >>> _launcher_of("3.6.0"), _launcher_of("3.8.0"), _launcher_of("4.0.0")
+    ('flat', 'tuple', '')
+    """
+    return {"3.6": "flat", "3.8": "tuple"}.get(".".join(version.split(".")[:2]), "")
+
+
+LAUNCHER = _launcher_of(_installed())
 
 
 def _in_order(step: _Launch) -> list[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_norm.layers.arguments import check_call
-from lightning_norm.layers.fused_specs import SPECS, spec_of
+from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.running_stats import keep_float32
@@ -104,6 +104,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         _look_for_replaced_methods(self, name)
 
     def __delattr__(self, name: str) -> None:
+        self.__dict__.pop(SPECS, None)
         super().__delattr__(name)
         _look_for_replaced_methods(self, name)
 
@@ -284,6 +285,10 @@ class MomentNorm(Normalizer):
                 options = vars(self).get("_compile_options")
                 y = compiled_forward(self, input, _forward, _ranks_of(self), options)
                 return activated(y, activation, residual)
+            if SPECS in vars(self) and _ranks_of(self) is None:
+                again = same_as_before(self, input, activation, residual)
+                if again is not None:
+                    return again
         return _forward(self, input, activation, residual)
 
     def compile(self, **options: Any) -> None:

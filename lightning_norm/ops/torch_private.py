@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -36,13 +37,18 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def dispatch_modes() -> int:
-    """Return how many dispatch modes are active, such as fake tensors or a counter of operations, which see operators.
+def watched() -> bool:
+    """Tell whether somebody beside autograd watches what is computed, who must see operators.
 
-    torch's public way to ask imports what torch.compile needs.
+    A dispatch mode (fake tensors, a counter of operations), a transform of torch.func, forward-mode derivatives, or
+    torch.jit.trace. torch has no public function for some of these, and for others one that imports torch.compile.
     """
-    count: int = torch._C._len_torch_dispatch_stack()
-    return count
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
