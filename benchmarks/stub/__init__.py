@@ -25,7 +25,9 @@ def install() -> None:
     library = _build(Path(folder.name))
     os.environ["TRITON_LIBCUDA_PATH"] = folder.name
     stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    stub.stub_launches.restype = stub.stub_loads.restype = ctypes.c_ulonglong
+    for function in (stub.stub_launches, stub.stub_loads, stub.stub_asked):
+        function.restype = ctypes.c_ulonglong
+    stub.stub_asked.argtypes = ctypes.c_ulonglong, ctypes.c_int
     _loaded[:] = [stub, folder]
     # torch meets the stub as well, and has no use for it.
     warnings.filterwarnings("ignore", message="CUDA initialization")
@@ -59,6 +61,12 @@ def launches() -> int:
 def loads() -> int:
     """Return how many kernels were loaded into the device, which happens once after each was compiled."""
     return int(_loaded[0].stub_loads())
+
+
+def asked(count: int) -> list[tuple[int, ...]]:
+    """Return grid, threads, shared memory, stream and the first four pointers of each of the last launches, up to 64."""
+    last = launches()
+    return [tuple(int(_loaded[0].stub_asked(i, j)) for j in range(10)) for i in range(last - count, last)]
 
 
 def _build(folder: Path) -> Path:
