@@ -64,7 +64,7 @@ def loads() -> int:
 
 
 def asked(count: int) -> list[tuple[int, ...]]:
-    """Return grid, threads, shared memory, stream and the first four pointers of each of the last launches, up to 64."""
+    """Return grid, threads, shared memory, stream and four parameters of each of the last launches, up to 64."""
     last = launches()
     return [tuple(int(_loaded[0].stub_asked(i, j)) for j in range(10)) for i in range(last - count, last)]
 

@@ -1,4 +1,4 @@
-"""Recorded launches on Triton's real compiler and launcher, over a stubbed driver; values are compared in interpreted/."""
+"""Recorded launches on Triton's compiler and launcher, over a stubbed driver; interpreted/ compares values."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
 @pytest.mark.parametrize("key", ["sn"])
 def test_recorded_launches(key):
-    """Run by .ci/run on the newest Triton and by .ci/oldest on the oldest: their launchers take arguments differently."""
+    """Run by .ci/run on the newest Triton, by .ci/oldest on the oldest: their launchers differ."""
     command = [sys.executable, "-m", "tests.kernels.on_the_stub", key]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

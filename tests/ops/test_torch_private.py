@@ -60,3 +60,26 @@ def test_timeout_of():
 def test_a_constant_is_marked_as_torch_marks_it():
     marked = torch_private.constant_in_graphs(lambda: 1)
     assert vars(marked) == vars(torch.compiler.assume_constant_result(lambda: 1)) != {}
+
+
+def test_watched():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.autograd import forward_ad
+
+    seen = []
+
+    def look(x):
+        seen.append(torch_private.watched())
+        return x.exp()
+
+    x = torch.ones(2)
+    look(x)
+    torch.func.vmap(look)(x)
+    torch.func.grad(lambda x: look(x).sum())(x)
+    torch.jit.trace(look, x, check_trace=False)
+    with FakeTensorMode(), forward_ad.dual_level():
+        look(x)
+    with forward_ad.dual_level():
+        look(x)
+    look(x)
+    assert seen == [False, True, True, True, True, True, False]
