@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_norm.kernels.mixture.flags import MixtureFlags
 from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
 from lightning_norm.ops.fused import recorded
-from lightning_norm.ops.fused.mixture import MixtureSpec, Running
+from lightning_norm.ops.fused.mixture import CONVOLVED, MixtureSpec, Running
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
 
@@ -55,6 +55,12 @@ def spec_of(layer: Any, layout: Layout) -> Any:
 def same_as_before(layer: Any, x: Tensor, activation: str, residual: Tensor | None) -> Tensor | None:
     """Return the output if a call like this was recorded and nothing has changed since; ``None`` otherwise."""
     spec = _remembered(layer, x.shape) if isinstance(x, Tensor) else None
+    convolved = None if spec is None else vars(spec).get(CONVOLVED)
+    if convolved is not None:
+        # A kernel with other axes than the layer's, or tokens with their axes moved, are views made in that call.
+        if layer.channel_dim != 1 or not any(convolved.kernel is p for p in layer._parameters.values()):
+            return None
+        spec = convolved
     return None if spec is None else recorded.again(x, spec, layer.channel_dim % x.dim(), activation, residual)
 
 

@@ -62,6 +62,7 @@ def test_a_constant_is_marked_as_torch_marks_it():
     assert vars(marked) == vars(torch.compiler.assume_constant_result(lambda: 1)) != {}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_watched():
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.autograd import forward_ad
@@ -77,8 +78,8 @@ def test_watched():
     torch.func.vmap(look)(x)
     torch.func.grad(lambda x: look(x).sum())(x)
     torch.jit.trace(look, x, check_trace=False)
-    with FakeTensorMode(), forward_ad.dual_level():
-        look(x)
+    with FakeTensorMode():
+        look(torch.ones(2))
     with forward_ad.dual_level():
         look(x)
     look(x)

@@ -22,6 +22,8 @@ from lightning_norm.ops.sync import Ranks
 
 ops = torch.ops.lightning_norm
 _BUFFERS = ("running_mean", "running_var", "tracked", "skipped")
+CONVOLVED = "_convolved"
+"""Where a mixture holds the description of itself with the convolution that was behind it in the last call."""
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 SCHEMAS = {
     name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor? w, Tensor? v, "
@@ -144,7 +146,9 @@ class MixtureSpec:
 
     def normalize_depthwise(self, x: Tensor, kernel: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
         """Return the depthwise convolution of the normalized x, on the kernels, of a spec without weight and bias."""
-        depthwise = RecordedDepthwise(self, kernel, bias)
+        depthwise = vars(self).get(CONVOLVED)
+        if depthwise is None or depthwise.kernel is not kernel or depthwise.bias is not bias:
+            depthwise = vars(self)[CONVOLVED] = RecordedDepthwise(self, kernel, bias)
         if not self.group and recorded.can_record(x, depthwise) and kernel.is_contiguous():
             return recorded.normalize(x, depthwise, layout.channel_dim, "none", None)
         stats = self._statistics(x, layout)
@@ -180,7 +184,7 @@ class RecordedDepthwise:
     kernel: Tensor
     bias: Tensor | None
 
-    @property
+    @functools.cached_property
     def kind(self) -> object:
         """What the launches depend on beside tensors."""
         return recorded.kind_of(self.mixture.kind, self.kernel.shape)
