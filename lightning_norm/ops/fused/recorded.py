@@ -134,20 +134,21 @@ class _Recorded(torch.autograd.Function):
         (y,), kept = plan(inputs, pointers)
         assert y is not None
         # Without an activation the gradient of the residual is dy, and the residual itself is not needed.
-        ctx.save_for_backward(x, None if activation == "none" else residual, kept, *parameters)
+        ctx.save_for_backward(x, None if activation == "none" else residual, kept, *parameters, *spec.backward_buffers)
         ctx.spec, ctx.how, ctx.plan = spec, (channel_dim, activation), plan
-        ctx.buffers = (*spec.backward_buffers, *buffers)
+        ctx.buffers, ctx.n = buffers, len(parameters)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         operators.refuse_second_derivatives()
-        x, residual, kept, *parameters = ctx.saved_tensors
+        x, residual, kept, *saved = ctx.saved_tensors
         need_dx, need_dresidual, _, _, _, _, *need = ctx.needs_input_grad
         spec, how, buffers, forward = ctx.spec, ctx.how, ctx.buffers, ctx.plan
         dy = dense(grads[0], x)
-        inputs = (x, dy, residual, kept, *parameters, *buffers)
-        key, pointers = launcher.key_of((spec.kind, how, need_dx, *need), inputs)
+        parameters = saved[: ctx.n]
+        inputs = (x, dy, residual, kept, *saved, *buffers)
+        key, pointers = launcher.key_of((forward, need_dx, *need), inputs)
 
         def call(x: Any, dy: Any, residual: Any, kept: Any, *rest: Any) -> Any:
             n = len(parameters)
