@@ -139,7 +139,7 @@ def main() -> None:
 
     versions = f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}"
     lines = [
-        f"Microseconds of the host for a layer on {SHAPE}, float32, in training; medians of {arguments.rounds} rounds",
+        f"Microseconds of the host for one layer on {SHAPE}, float32, training; medians of {arguments.rounds} rounds",
         f"of {arguments.calls} calls. {versions}, {platform.machine()}, one thread:",
         f"`python -m benchmarks.host_cost{''.join(f' {key}' for key in arguments.keys)}`",
         "",

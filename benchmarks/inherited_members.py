@@ -21,9 +21,9 @@ def members() -> tuple[set[str], set[str]]:
     names = {name for cls in classes for name in vars(cls) if not name.startswith("__")}
     declared = {name for cls in classes for name in inspect.get_annotations(cls)}
     layer = MomentNorm(8)
-    held = {*vars(layer), *layer._parameters, *layer._buffers} - {*vars(nn.Module())}
+    instance = {*vars(layer), *layer._parameters, *layer._buffers} - {*vars(nn.Module())}
     methods = {name for name in names if inspect.isroutine(getattr(MomentNorm, name))}
-    return methods, (names | declared | held) - methods
+    return methods, (names | declared | instance) - methods
 
 
 def main() -> None:

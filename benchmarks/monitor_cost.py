@@ -51,7 +51,7 @@ class Timed(NormMonitor):
     monitor_seconds: dict[str, list[float]]
 
     def on_train_batch_start(self, trainer: Trainer, *arguments: Any) -> None:
-        """Values and scalars, every second step."""
+        """Log values and scalars, every second step."""
         begin = {name: now() for name, now in Clock.clocks.items()}
         super().on_train_batch_start(trainer, *arguments)
         if trainer.global_step % 2 == 0:
@@ -59,13 +59,13 @@ class Timed(NormMonitor):
                 self.monitor_seconds[name].append(now() - begin[name])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Values and histograms."""
+        """Log values and histograms."""
         begin = time.perf_counter()
         super().on_train_epoch_end(trainer, pl_module)
         self.spent["epoch"].append(time.perf_counter() - begin)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Values, table and pictures."""
+        """Log values, the table and pictures."""
         begin = time.perf_counter()
         super().on_train_end(trainer, pl_module)
         self.spent["fit"].append(time.perf_counter() - begin)

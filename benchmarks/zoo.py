@@ -385,7 +385,7 @@ def layer_differences(original: nn.Module, model: nn.Module, report: Any, x: Ten
         old, new = before[row.name], now[row.name]
         if lost := lost_children(old, new):
             wrong[row.name] = f"{row.source} lost {', '.join(lost)}"
-        if not row.preserved:
+        if not row.preserves_eval:
             continue
 
         def compare(_: nn.Module, args: Any, kwargs: Any, result: Any, row: Any = row, old: nn.Module = old) -> None:
@@ -534,7 +534,7 @@ def measure(
     report = lightning_norm.swap(network, row.norm, source=source)
     row.candidates, row.swapped = report.candidates, len(report)
     row.left = left_alone(network)
-    row.preserved = sum(layer.preserved for layer in report.layers)
+    row.preserved = sum(layer.preserves_eval for layer in report.layers)
     if not report.layers:
         return [kind for _, kind, _ in report.skipped]
     result, wanted, row.silent = compare(original, network, report, x)

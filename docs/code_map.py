@@ -1,17 +1,14 @@
-"""Write the map of the code into CONTRIBUTING.md: one line per file, the first sentence of its docstring.
+"""The map of the code in CONTRIBUTING.md: one line per file, the first sentence of its docstring.
 
-python docs/code_map.py           write it
-python docs/code_map.py --check   exit with status 1 if it is out of date
+``python docs/generate.py`` writes it.
 """
 
-import argparse
 import ast
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "CONTRIBUTING.md"
-BEGIN, END = "<!-- begin: written by docs/code_map.py -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: written by docs/generate.py -->", "<!-- end -->"
 FOLDERS = ("lightning_norm", "benchmarks")
 PACKAGE = "__init__.py"
 
@@ -54,19 +51,3 @@ def page() -> str:
     if not begin or not end:
         raise ValueError(f"{PAGE.name} must have the line {BEGIN!r} and, after it, {END!r}.")
     return f"{before}{BEGIN}\n\n{code_map()}\n\n{END}{after}"
-
-
-def main() -> None:
-    """Write the page, or say that it is out of date."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if it is out of date")
-    new = page()
-    if parser.parse_args().check:
-        if new != PAGE.read_text(encoding="utf-8"):
-            sys.exit(f"The map in {PAGE.name} is out of date. Type: python docs/code_map.py")
-    else:
-        PAGE.write_text(new, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,12 @@
-"""Write what follows from the registered normalizers: tables, navigation, references, public names.
+"""Write what follows from the code: tables, navigation, references and public names, and CONTRIBUTING's map.
 
-    python docs/generate.py             after a normalizer was added or its description changed
+    python docs/generate.py             after a normalizer or a file was added, or its first line changed
     python docs/generate.py --check     say what would change, and exit with status 1 if anything would (CI)
 
 What a file takes from here stands between the lines ``generated: NAME`` and ``end of generated``; the rest is written
 by hand. ``lightning_norm/__init__.pyi`` is generated as a whole. In CITATION.cff a reference is added for each paper
-that has none; its details (all authors, pages) are then completed by hand and stay.
+that has none; its details (all authors, pages) are then completed by hand and stay. The map of the code is that of
+``code_map.py`` beside this file.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ import lightning_norm
 from lightning_norm import Normalizer, Paper
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))  # where this file is loaded by its path, as the tests do
+import code_map  # noqa: E402
+
 METHODS = {
     key: cls for key, cls in lightning_norm.normalizers().items() if cls.__module__.startswith("lightning_norm.")
 }
@@ -150,6 +154,7 @@ def results() -> Iterator[tuple[Path, str]]:
     yield ROOT / "lightning_norm/__init__.pyi", stub(public_names())
     citation = ROOT / "CITATION.cff"
     yield citation, with_references(citation.read_text(encoding="utf-8"))
+    yield code_map.PAGE, code_map.page()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             path.write_text(text, encoding="utf-8")
             print(f"written: {path.relative_to(ROOT)}")
     if check and changed:
-        print(f"{changed} files are not what the registry says. Type: python docs/generate.py", file=sys.stderr)
+        print(f"{changed} files are not what the code says. Type: python docs/generate.py", file=sys.stderr)
     return int(check and changed > 0)
 
 

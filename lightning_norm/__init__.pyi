@@ -6,18 +6,24 @@ from lightning_norm.callbacks import NormScheduler as NormScheduler
 from lightning_norm.callbacks import NormSwap as NormSwap
 from lightning_norm.callbacks import load_from_checkpoint as load_from_checkpoint
 from lightning_norm.errors import AlreadySwappedError as AlreadySwappedError
+from lightning_norm.errors import BackendWarning as BackendWarning
 from lightning_norm.errors import CheckpointError as CheckpointError
 from lightning_norm.errors import CompileWarning as CompileWarning
 from lightning_norm.errors import ConflictError as ConflictError
 from lightning_norm.errors import ConflictWarning as ConflictWarning
+from lightning_norm.errors import LeftAloneWarning as LeftAloneWarning
 from lightning_norm.errors import MissingDependencyWarning as MissingDependencyWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
+from lightning_norm.errors import NotReachedWarning as NotReachedWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
 from lightning_norm.errors import ParameterGrowthWarning as ParameterGrowthWarning
 from lightning_norm.errors import SyncError as SyncError
 from lightning_norm.errors import SyncWarning as SyncWarning
+from lightning_norm.errors import WeightDecayWarning as WeightDecayWarning
+from lightning_norm.errors import WriteError as WriteError
 from lightning_norm.metrics import FeatureCondensation as FeatureCondensation
 from lightning_norm.normalizers import BNET as BNET
+from lightning_norm.normalizers import IBN as IBN
 from lightning_norm.normalizers import AdaptiveFusionNorm as AdaptiveFusionNorm
 from lightning_norm.normalizers import ASRNorm as ASRNorm
 from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm
@@ -58,6 +64,8 @@ from lightning_norm.surgery.param_groups import no_weight_decay as no_weight_dec
 from lightning_norm.surgery.param_groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.recalibrate import Recalibration as Recalibration
 from lightning_norm.surgery.recalibrate import recalibrate as recalibrate
+from lightning_norm.surgery.recognize import is_norm as is_norm
+from lightning_norm.surgery.recognize import norm_types as norm_types
 from lightning_norm.surgery.report import SwapReport as SwapReport
 from lightning_norm.surgery.swap import swap as swap
 

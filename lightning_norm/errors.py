@@ -10,6 +10,18 @@ class NoEffectWarning(UserWarning):
     """What the user asked for has no effect, because nothing in the model or the run matches it."""
 
 
+class LeftAloneWarning(UserWarning):
+    """A swap has passed over normalization layers that nobody said should stay."""
+
+
+class NotReachedWarning(UserWarning):
+    """Layers of a swap did not run, or their parameters got no gradient, in a training step."""
+
+
+class WeightDecayWarning(UserWarning):
+    """Weight decay acts on parameters of normalizers, in an optimizer that spares others."""
+
+
 class CompileWarning(UserWarning):
     """A compiled layer is slower than it could be, because it meets too many input shapes."""
 
@@ -18,12 +30,20 @@ class ParameterGrowthWarning(UserWarning):
     """A swap makes the model larger by more than a tenth."""
 
 
+class BackendWarning(UserWarning):
+    """The kernels cannot run here, and layers run in plain PyTorch instead."""
+
+
 class MissingDependencyWarning(UserWarning):
     """An optional dependency is not installed, and what needs it is left out."""
 
 
 class ConflictWarning(UserWarning):
     """A callback or a setting of the Trainer does with swapped layers something else than with torch's own."""
+
+
+class PublishedFileWarning(UserWarning):
+    """A file of a paper's authors was loaded into a layer whose arguments make it compute something else."""
 
 
 class ConflictError(RuntimeError):
@@ -38,8 +58,23 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or comes from another swap than the network it is to be loaded into."""
 
 
+class WriteError(OSError):
+    """A file cannot be written. What was there before is as it was."""
+
+
+class PlanError(ValueError):
+    """A plan cannot be read, or a row of it is wrong."""
+
+
 class OptimizerError(RuntimeError):
     """A trainable parameter of a normalizer is in no optimizer, or in more than one."""
+
+
+class FusionError(RuntimeError):
+    """Code of another library is about to fuse a layer into a convolution as if it were a BatchNorm.
+
+    No AttributeError, for ``hasattr`` and ``getattr`` with a default would take it for an attribute that is missing.
+    """
 
 
 class SyncError(RuntimeError):

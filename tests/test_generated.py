@@ -28,7 +28,7 @@ class NewNorm(MomentNorm):
     paper = Paper("Doe et al.", 2030, 'A "New" Way', "arXiv 3001.00001")
 
 
-def test_the_files_are_what_the_registry_says(generate, capsys):
+def test_the_files_are_what_the_code_says(generate, capsys):
     assert generate.main(["--check"]) == 0, capsys.readouterr().out
 
 
@@ -48,6 +48,11 @@ def test_a_new_normalizer_appears_everywhere(generate, capsys):
         '+    identifiers: [{type: other, value: "arXiv:3001.00001"}]',
     ):
         assert line in shown.out.splitlines()
+
+
+def test_the_map_of_the_code_is_among_them(generate):
+    texts = {path.name: text for path, text in generate.results()}
+    assert "- `batch_norm.py`: Batch normalization" in texts["CONTRIBUTING.md"]
 
 
 def test_a_file_without_the_region_is_told(generate):

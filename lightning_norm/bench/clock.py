@@ -46,6 +46,7 @@ class Timed:
             torch.cuda.synchronize()
             self.how = "events"
             if graph:
+                # A replayed graph leaves out the work of the host, which would hide the kernels of a short call.
                 self._capture()
             # Two events have a resolution of about half a microsecond, so short calls are timed several in a row.
             self.loops = max(1, round(LEAST_MS / max(self.once() * self.calls_per_replay, 1e-3)))
@@ -56,6 +57,7 @@ class Timed:
             if self.once() < SHORT_MS:
                 self._graph(MANY)
         except RuntimeError as error:
+            # The reason stands in the report: times between events are not those of a replay.
             self.calls, self.calls_per_replay, self.how = self.run, 1, f"events ({str(error).splitlines()[0]})"
 
     def _graph(self, calls: int) -> None:
@@ -86,6 +88,7 @@ class Timed:
             return (time.perf_counter() - start) * 1e3
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         first.record()
+        # The events enclose all calls, so that no call waits for the host to record one.
         for _ in range(self.loops):
             self.calls()
         last.record()
@@ -133,6 +136,7 @@ def machine(threads: int) -> dict[str, Any]:
     cpu = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
     )
+    # Even a benchmark on the CPU says which GPU is there: the file may lie beside one of that GPU.
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {"torch": torch.__version__, "triton": _triton(), "python": platform.python_version()}
     return {"cpu": cpu, "gpu": gpu, "threads": threads, **versions}
@@ -146,6 +150,7 @@ def _triton() -> str | None:
 
 
 def _cpuinfo() -> list[str]:
+    # Only Linux has this file; elsewhere platform.processor() has to do.
     try:
         return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

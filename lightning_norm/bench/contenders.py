@@ -40,10 +40,12 @@ def contenders(
         # Of an input without positions each instance is a single value, which has no variance.
         if len(shape) == 2 and key in ("in",):
             continue
+        # The peer is a convolution of two dimensions.
         if key in PEERS and len(shape) == 4:
             yield PEERS[key], depthwise_peer(c).to(device)
         yield key, ready(key, shape, device)
         if compiled:
+            # A layer of its own, or its compiled form would be timed in place of the eager one above.
             layer = ready(key, shape, device)
             layer.compile()
             yield f"{key} compiled", layer
@@ -59,6 +61,7 @@ def ready(key: str, shape: tuple[int, ...], device: str) -> Normalizer:
     """Build a layer; cn is told the contexts of its samples, and a kernel of bnet gets distinct taps."""
     more = {"num_groups": groups_of(shape[1])} if key == "gn" else {}
     layer = create(key, shape[1], device=device, **ARGUMENTS.get(key, {}), **more)
+    # It must know the context of each sample before its first call.
     if key == "cn":
         assign(context_layers(layer), contexts_of(torch.empty(shape, device=device)))
     # A kernel that starts as the identity would hide a fault in the convolution.
@@ -111,6 +114,7 @@ def check(
     Raises:
         ArithmeticError: an error is larger than ``tolerance``.
     """
+    # Every contender of a key, under whatever name, is held to the formula of that key.
     key = next((k for k, peer in PEERS.items() if peer == name), name.split()[0].replace("torch", "bn"))
     if key in FORMULAS and not has_formula(key, x.shape):
         return None
@@ -126,7 +130,9 @@ def check(
         (dx,) = torch.autograd.grad(y, x, dy)
     errors = []
     for what, actual, exact in (("output", y, expected), ("input gradient", dx, expected_dx)):
+        # The norm and not the largest deviation, which grows with the number of elements.
         errors.append(((actual - exact).norm() / exact.norm()).item())
+        # Written so that a NaN is refused as well.
         if not errors[-1] < tolerance:
             raise ArithmeticError(
                 f"{name}: the {what} differs from float64 by {errors[-1]:.1e} of its norm at {tuple(x.shape)}."
@@ -163,4 +169,5 @@ def saved_for_backward(layer: nn.Module, x: Tensor) -> float:
 
 def has_formula(key: str, shape: Sequence[int]) -> bool:
     """Tell whether there is a naive formula of a normalizer for inputs of that shape."""
+    # Instance statistics need positions, and the formula of bnet is a convolution of two dimensions.
     return key in FORMULAS and (len(shape) == 4 if key == "bnet" else len(shape) > 2)

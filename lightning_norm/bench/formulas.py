@@ -33,6 +33,7 @@ class Naive(nn.Module):
         super().__init__()
         self.key, self.dropout = layer.key, float(getattr(layer, "dropout", 0.0))
         for name, parameter in layer.named_parameters():
+            # Copies, or both layers would add to the same gradients.
             self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +72,8 @@ def affine(y: Tensor, p: Parameters) -> Tensor:
 
 
 def grouped(x: Tensor, p: Parameters) -> Tensor:
-    """Gn, of as many groups as :func:`groups_of` says."""
+    """Normalize as gn does, with as many groups as :func:`groups_of` says."""
+    # A group becomes one channel, whose instance statistics are then those of the group.
     parts = x.reshape(x.shape[0], groups_of(x.shape[1]), -1)
     return affine(standardized(parts, "in").reshape(x.shape), p)
 
@@ -82,7 +84,7 @@ def groups_of(channels: int) -> int:
 
 
 def switchable(x: Tensor, p: Parameters) -> Tensor:
-    """Sn: mix three pairs of statistics."""
+    """Normalize as sn does: mix three pairs of statistics."""
     # One set of importance weights for the means, another for the variances.
     w, v = torch.softmax(p["mean_weight"], 0), torch.softmax(p["var_weight"], 0)
     statistics = [moments(x, statistic) for statistic in ("in", "ln", "bn")]
@@ -93,19 +95,21 @@ def switchable(x: Tensor, p: Parameters) -> Tensor:
 
 
 def batch_channel(x: Tensor, p: Parameters) -> Tensor:
-    """Bcn: mix two normalized outputs."""
+    """Normalize as bcn does: mix two normalized outputs."""
     iota = along(p["iota"], x)
     return affine(iota * standardized(x, "bn") + (1 - iota) * standardized(x, "ln"), p)
 
 
 def diminishing(x: Tensor, p: Parameters) -> Tensor:
-    """Dbn, of a first batch."""
+    """Normalize as dbn does with a first batch."""
     mean, var = moments(x, "bn")
+    # The paper adds eps to the deviation, outside of the root.
     return affine((x - mean) / (var.sqrt() + 1e-5), p)
 
 
 def representative(x: Tensor, p: Parameters) -> Tensor:
-    """Rbn, with unit gates."""
+    """Normalize as rbn does with unit gates."""
+    # A new tensor, where the published code writes into its input.
     x = x + along(p["center_weight"], x) * x.mean(space(x), keepdim=True)
     x = standardized(x, "bn")
     gate = along(p["scale_weight"], x) * x.mean(space(x), keepdim=True) + along(p["scale_bias"], x)
@@ -113,7 +117,7 @@ def representative(x: Tensor, p: Parameters) -> Tensor:
 
 
 def unified(x: Tensor, p: Parameters) -> Tensor:
-    """Ubn, with unit gates, of a batch that is not condensed."""
+    """Normalize as ubn does with unit gates and a batch that is not condensed."""
     # Condensation is the mean cosine of all pairs of samples; no gradient flows through the decision.
     u = normalize(x.detach().flatten(1), dim=1)
     condensed = (u @ u.t()).mean() > 1.0
@@ -125,7 +129,7 @@ def unified(x: Tensor, p: Parameters) -> Tensor:
 
 
 def contextual(x: Tensor, p: Parameters) -> Tensor:
-    """Cn: one pass over the whole tensor per context."""
+    """Normalize as cn does, each context by its own statistics."""
     y, ids = torch.zeros_like(x), contexts_of(x).view(-1, *(1,) * (x.dim() - 1))
     # As published: one pass over the whole tensor per context, with the other samples masked out.
     for k in range(CONTEXTS):
@@ -138,7 +142,7 @@ def contextual(x: Tensor, p: Parameters) -> Tensor:
 
 
 def recoded(x: Tensor, p: Parameters, key: str, drop_prob: float) -> Tensor:
-    """Afn and asr: normalize by what two encoder-decoders make of the statistics.
+    """Normalize as afn and asr do, by what two encoder-decoders make of the statistics.
 
     Args:
         x: (N, C, *).

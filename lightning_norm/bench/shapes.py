@@ -45,9 +45,11 @@ def bench_shape(
     x, dy = torch.randn(shape, device=device), torch.randn(shape, device=device)
     if channels_last:
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    # After the change of the format, whose result would otherwise be no leaf and have no gradient.
     x.requires_grad_()
     with shared_code():
         layers = dict(contenders(shape, keys, device, compiled))
+        # Before anything is timed: the time of a wrong result is worth nothing.
         for name, layer in layers.items():
             check(name, layer, x, dy, TOLERANCE * (PEER_FACTOR if name in PEERS.values() else 1))
         # No CUDA graphs here: a user's step in eager mode pays for the work of the host, too.

@@ -10,18 +10,18 @@ from typing import Any
 
 from lightning_norm.bench.contenders import PEERS
 from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
 
 def save(result: dict[str, Any], folder: Path) -> None:
     """Write ``bench.json``, ``bench.md`` and ``bench.png`` into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(result, indent=1))
+    write_whole(folder / "bench.json", json.dumps(result, indent=1))
     where = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v)
     shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
     tables = "\n\n".join(
         f"### {s}\n\n```text\n{table([r for r in result['rows'] if r['shape'] == s])}\n```" for s in shapes
     )
-    (folder / "bench.md").write_text(f"# Benchmark\n\n`{result['command']}`\n\n{where}\n\n{LEGEND}\n\n{tables}\n")
+    write_whole(folder / "bench.md", f"# Benchmark\n\n`{result['command']}`\n\n{where}\n\n{LEGEND}\n\n{tables}\n")
     plot(result["rows"], folder / "bench.png")
 
 
@@ -33,6 +33,7 @@ LEGEND = (
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the ratios to torch's BatchNorm, a panel per shape."""
+    # Only a report with pictures needs matplotlib, and not every installation has it.
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
@@ -46,16 +47,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.barh([r["name"] for r in mine], [r["ratio"] for r in mine], color=colors)
         axes.axvline(1.0, color="black", linewidth=1)
         axes.set_title(shape, fontsize=10)
+        # Bars are drawn from below; the table is read from above.
         axes.invert_yaxis()
         for i, r in enumerate(mine):
             axes.text(r["ratio"], i, f" {r['ratio']:.2f}", va="center", fontsize=8)
         axes.margins(x=0.18)
+    # What the loop above has left of the iterator: panels without a shape.
     for axes in list(panels):
         axes.axis("off")
     figure.suptitle(
         "time of forward + backward, nn.BatchNorm = 1 (eager orange, compiled blue; shorter is faster)", fontsize=11
     )
-    figure.savefig(path, dpi=110)
+    with writing_whole(path) as there:
+        figure.savefig(there, dpi=110)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

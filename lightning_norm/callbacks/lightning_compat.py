@@ -1,10 +1,14 @@
 """Everything public of Lightning that the callbacks and plugins use, imported in one place.
 
-Lightning is published under two names, ``lightning.pytorch`` and ``pytorch_lightning``, whose classes do not mix. What
-is to serve both has this one file to choose in.
+Lightning is published under two names, ``lightning.pytorch`` and ``pytorch_lightning``, with the same code and with
+classes of their own. This package serves both: a Trainer calls callbacks by the names of their hooks, and what depends
+on a class of Lightning asks :func:`is_instance`, which knows both by their names and imports neither.
 """
 
 from __future__ import annotations
+
+import sys
+from typing import Any, TypeGuard, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
@@ -18,12 +22,11 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.overrides import is_overridden as differs_from
 
 __all__ = [
     "BaseFinetuning",
@@ -41,11 +44,13 @@ __all__ = [
     "TorchSyncBatchNorm",
     "WeightAveraging",
     "callbacks_of",
+    "is_instance",
     "is_overridden",
-    "isolate_rng",
+    "lightning_base",
     "pl",
     "rank_zero_info",
     "rank_zero_warn",
+    "take_as_layer_sync",
 ]
 
 
@@ -53,3 +58,41 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
     """Return the callbacks of a Trainer, an attribute that Lightning sets where type checkers do not see it."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+T = TypeVar("T")
+
+
+def lightning_base(value: Any, kind: type[T]) -> type[T] | None:
+    """Return the class that ``kind`` is or has as its twin under the other name, where ``value`` is an instance of it.
+
+    Args:
+        value: anything.
+        kind: a class of ``lightning.pytorch``.
+
+    >>> lightning_base(pl.LightningModule(), pl.LightningModule) is pl.LightningModule
+    True
+    >>> lightning_base(3, pl.LightningModule)
+    """
+    modules = (kind.__module__, kind.__module__.replace("lightning.pytorch", "pytorch_lightning", 1))
+    named = (c for c in type(value).__mro__ if c.__qualname__ == kind.__qualname__ and c.__module__ in modules)
+    return next(named, None)
+
+
+def is_instance(value: Any, *kinds: type[T]) -> TypeGuard[T]:
+    """Tell whether a value is of one of Lightning's classes, under either name of Lightning."""
+    return any(lightning_base(value, kind) is not None for kind in kinds)
+
+
+def is_overridden(name: str, holder: Any) -> bool:
+    """Tell whether a LightningModule or a LightningDataModule has a method of its own in place of Lightning's."""
+    kinds: tuple[type[Any], ...] = (pl.LightningModule, pl.LightningDataModule)
+    return any(differs_from(name, holder, base) for kind in kinds if (base := lightning_base(holder, kind)) is not None)
+
+
+def take_as_layer_sync(kind: type[LayerSync]) -> None:
+    """Let a Trainer of ``pytorch_lightning`` take a plugin of ours, which it looks up by its own base class."""
+    # Whoever has such a Trainer has imported its package.
+    twin = sys.modules.get("pytorch_lightning.plugins.layer_sync")
+    if twin is not None:
+        twin.LayerSync.register(kind)

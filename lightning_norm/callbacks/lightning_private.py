@@ -1,4 +1,4 @@
-"""Every private name of Lightning, torchmetrics and torch that the callbacks and plugins read, each with its reason.
+"""Every private name of Lightning and torch that the callbacks and plugins read, each with its reason.
 
 Nothing private is replaced anywhere. ``tests/callbacks/test_lightning_private.py`` asks the real classes for each name
 and fails when one has disappeared.
@@ -11,9 +11,8 @@ from typing import Any
 
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
-from torchmetrics import Metric
 
-from lightning_norm.callbacks.lightning_compat import CombinedLoader, TensorBoardLogger, pl
+from lightning_norm.callbacks.lightning_compat import CombinedLoader, TensorBoardLogger, is_instance, pl
 
 
 def starts_processes(trainer: pl.Trainer) -> bool:
@@ -21,7 +20,7 @@ def starts_processes(trainer: pl.Trainer) -> bool:
 
     ``_MultiProcessingLauncher``: strategies of both kinds are ``DDPStrategy``, and only the launcher tells.
     """
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    return is_instance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def synchronizes_batchnorm(trainer: pl.Trainer) -> bool:
@@ -68,15 +67,6 @@ def without_iterator(loader: Any) -> Any:
     twin = copy.copy(loader)
     twin.__dict__["_iterator"] = None
     return twin
-
-
-def metric_state(metric: Metric) -> list[str]:
-    """Return the names of the attributes that a metric's ``update`` changes.
-
-    ``Metric._defaults``, ``_update_count``, ``_computed``: ``state_dict`` is without the states that are not
-    persistent, which is the default.
-    """
-    return [*metric._defaults, "_update_count", "_computed"]
 
 
 def tag_prefix(logger: TensorBoardLogger) -> str:

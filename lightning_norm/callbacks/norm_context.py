@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,17 +14,16 @@ from lightning_norm.callbacks.lightning_compat import (
     Callback,
     CombinedLoader,
     callbacks_of,
-    is_overridden,
-    isolate_rng,
     pl,
     rank_zero_info,
     rank_zero_warn,
 )
 from lightning_norm.callbacks.lightning_private import fresh_training_loader
-from lightning_norm.callbacks.training_data import generators_restored
+from lightning_norm.callbacks.training_data import as_in_training, import_function, loader_of, refuse_stream
 from lightning_norm.errors import NoEffectWarning
 from lightning_norm.normalizers.context.assignment import assign, context_layers, set_centroids
 from lightning_norm.ops import kmeans
+from lightning_norm.surgery.restore import random_numbers_restored
 
 
 class NormContext(Callback):
@@ -44,6 +42,8 @@ class NormContext(Callback):
             floating-point numbers or bytes.
         fit_batches: training batches that k-means looks at, at most.
         seed: of the start of k-means.
+        loader: batches for k-means in place of the Trainer's training data, or a function (or its dotted path) that
+            returns them. A stream, whose samples another reading may not get again, is read in no other way.
 
     Raises:
         ValueError: both ``context_fn`` and ``key``, a function that cannot be imported, or a number out of range.
@@ -60,6 +60,7 @@ class NormContext(Callback):
         images: str | int | None = None,
         fit_batches: int = 50,
         seed: int = 0,
+        loader: Any = None,
     ) -> None:
         if context_fn is not None and key is not None:
             raise ValueError("NormContext: context_fn and key exclude each other.")
@@ -69,7 +70,8 @@ class NormContext(Callback):
                 raise ValueError(f"NormContext: {name} must be a positive int, got {value!r}.")
         self.context_fn, self.key, self.images = context_fn, key, images
         self.views, self.fit_batches, self.seed = views, fit_batches, seed
-        self._function = _import_function(context_fn)
+        self.loader = loader
+        self._function = import_function("NormContext", "context_fn", context_fn)
         self._layers: dict[str, Any] = {}
         self._needs: set[str] = set()
 
@@ -204,12 +206,12 @@ class NormContext(Callback):
             layer.descriptor_scale.copy_(fitted[name][1])
 
     def _fit_on_rank_zero(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, Tensor]]:
-        loader = fresh_training_loader(trainer)
-        if any(isinstance(each, Iterator) for each in loader.flattened):
-            raise ValueError(
-                "the training data can be read only once: pass a DataLoader, or fit_contexts(model, images)."
-            )
-        with isolate_rng(), generators_restored(loader.flattened):
+        if self.loader is None:
+            loader = fresh_training_loader(trainer)
+            refuse_stream("NormContext", loader.flattened)
+        else:
+            loader = CombinedLoader([loader_of("NormContext", self.loader)], "sequential")
+        with random_numbers_restored(*loader.flattened):
             # Neither the random numbers nor the order of the training's own batches must change by this reading.
             descriptors = torch.cat(list(self._describe_batches(trainer, pl_module, loader)))
         set_centroids(self._layers, descriptors, self.seed)
@@ -221,12 +223,10 @@ class NormContext(Callback):
     ) -> Iterator[Tensor]:
         """Yield the descriptors of each batch, as the training loop would hand it to the model."""
         # The number of batches may be infinite, for a loader without a length.
-        limit = int(min(self.fit_batches, trainer.num_training_batches))
+        limit = int(min(self.fit_batches, trainer.num_training_batches if self.loader is None else self.fit_batches))
         rank_zero_info(f"NormContext: looking for contexts in up to {limit} training batches ...")
         for batch, _, _ in itertools.islice(loader, limit):
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = _before_transfer(trainer, pl_module, batch)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            batch = as_in_training(trainer, pl_module, batch)
             images = _images(batch, self.images)
             if images is None:
                 raise ValueError(f"no images in a batch ({_shape_of(batch)}). Type images=KEY.")
@@ -251,27 +251,6 @@ def check_contexts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             "itself uses `with contexts(self, ids):`, call lightning_norm.swap in the module's __init__ and leave "
             "NormSwap out."
         )
-
-
-def _import_function(path: str | Callable[[Any], Tensor | None] | None) -> Callable[[Any], Any] | None:
-    if path is None or callable(path):
-        return path
-    try:
-        function = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"NormContext: cannot import context_fn={path!r}: {error}. Check the dotted path.") from error
-    if not callable(function):
-        raise ValueError(f"NormContext: context_fn={path!r} is no function but {type(function).__name__}.")
-    return function  # type: ignore[no-any-return]
-
-
-def _before_transfer(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
-    """Call ``on_before_batch_transfer`` of the data module if it has one of its own, else of the module."""
-    # As Lightning chooses between the two, which it offers in private only.
-    datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is not None and is_overridden("on_before_batch_transfer", datamodule):
-        return datamodule.on_before_batch_transfer(batch, dataloader_idx=0)
-    return pl_module.on_before_batch_transfer(batch, dataloader_idx=0)
 
 
 def _pick(batch: Any, key: str | int | None) -> Any:

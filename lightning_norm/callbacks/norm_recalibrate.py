@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_norm.callbacks.lightning_compat import (
     Callback,
+    CombinedLoader,
     StochasticWeightAveraging,
     WeightAveraging,
     callbacks_of,
+    is_instance,
     is_overridden,
-    isolate_rng,
     pl,
     rank_zero_info,
 )
-from lightning_norm.callbacks.lightning_private import metric_state, without_iterator
+from lightning_norm.callbacks.lightning_private import without_iterator
 from lightning_norm.callbacks.patching import Patches
-from lightning_norm.callbacks.training_data import generators_restored
-from lightning_norm.surgery.recalibrate import Recalibration, layers_of, recalibrate
+from lightning_norm.callbacks.training_data import as_in_training, import_function, loader_of, refuse_stream
+from lightning_norm.surgery.recalibrate import Recalibration, layers_of, recalibrate, try_on
+from lightning_norm.surgery.restore import random_numbers_restored
 
 WHEN = ("fit_end", "before_validation", "on_request")
 
@@ -42,13 +42,17 @@ class NormRecalibrate(Callback):
         exclude: which layers not; as in :func:`lightning_norm.swap`.
         inputs: which part of a batch ``forward`` is called with: an index, a key, or ``None`` for the whole batch. By
             default the first part of a tuple or list, and else the whole. A module without ``forward`` runs its
-            ``training_step``, with logging off and metrics as they were.
+            ``training_step``, with logging off.
+        forward: a function of the module and a batch, or its dotted path, that runs the network in place of that.
+        loader: batches in place of the Trainer's training data, or a function (or its dotted path) that returns them:
+            where that has several loaders, or is a stream, whose samples another reading may not get again.
 
     Attributes:
         result: what the last call did.
 
     Raises:
-        ValueError: ``num_batches`` or ``when`` out of range, or statistics that cannot be re-estimated.
+        ValueError: ``num_batches`` or ``when`` out of range; or, before the first step, statistics that cannot be
+            re-estimated, data that cannot be read again, or a module that cannot be run on a batch.
         RuntimeError: a callback that averages weights stands behind this one.
 
     >>> from lightning.pytorch import Trainer
@@ -61,13 +65,18 @@ class NormRecalibrate(Callback):
         when: Literal["fit_end", "before_validation", "on_request"] = "fit_end",
         exclude: str | list[str] | None = None,
         inputs: int | str | None = "first",
+        forward: str | Callable[[Any, Any], Any] | None = None,
+        loader: Any = None,
     ) -> None:
         if num_batches < 1:
             raise ValueError(f"NormRecalibrate: num_batches must be at least 1, got {num_batches!r}.")
         if when not in WHEN:
             raise ValueError(f"NormRecalibrate: when must be one of {WHEN}, got {when!r}.")
         self.num_batches, self.when, self.exclude, self.inputs = num_batches, when, exclude, inputs
+        self.forward, self.loader = forward, loader
         self.result: Recalibration | None = None
+        self._function = import_function("NormRecalibrate", "forward", forward)
+        self._tried = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -75,7 +84,7 @@ class NormRecalibrate(Callback):
         # Hooks are called in the order of the callbacks, so only those behind this one act after it.
         behind = callbacks[callbacks.index(self) :] if self in callbacks else []
         for callback in behind:
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            if is_instance(callback, WeightAveraging, StochasticWeightAveraging):
                 raise RuntimeError(
                     f"{type(callback).__name__} stands behind NormRecalibrate in the callbacks and would put its "
                     "weights in place after the statistics were estimated. Put NormRecalibrate last."
@@ -84,7 +93,20 @@ class NormRecalibrate(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Raises for what cannot be re-estimated: better before the training than after it.
-        layers_of(pl_module, self.exclude)
+        layers = layers_of(pl_module, self.exclude)
+        self._tried = not layers or self.when == "on_request"
+        if not self._tried:
+            self._loader(trainer)
+            self._forward(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # The first batch is here anyway; batches of a loader of its own may be of another form.
+        if not self._tried and self.loader is None:
+            self._try(trainer, pl_module, batch)
+        self._tried = True
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,55 +120,77 @@ class NormRecalibrate(Callback):
             self.run(trainer, pl_module)
 
     def run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Recalibration:
-        """Re-estimate now, on the Trainer's training batches, which the training itself does not notice.
+        """Re-estimate now, on the Trainer's training batches or on those of ``loader``; the training does not notice.
 
         Raises:
-            ValueError: there is no training data, or there are several loaders.
+            ValueError: there is no training data, or it cannot be used; the message says why.
         """
-        loader = trainer.train_dataloader
-        # Which of several loaders belongs to forward, only the user knows.
-        if loader is None or isinstance(loader, (dict, list, tuple)):
-            count = "none" if loader is None else "several"
-            raise ValueError(
-                f"NormRecalibrate needs one training loader, the Trainer has {count}. "
-                "Call lightning_norm.recalibrate(model, loader) with the one to use."
-            )
-        with isolate_rng(), generators_restored([loader]), _without_traces(pl_module):
+        loader, limit = self._loader(trainer)
+        forward = self._forward(trainer, pl_module)
+        with random_numbers_restored(loader), _without_logging(pl_module):
             self.result = recalibrate(
                 pl_module,
                 without_iterator(loader),
-                self.num_batches,
-                forward=self._forward(trainer, pl_module),
+                limit,
+                forward=lambda batch: forward(as_in_training(trainer, pl_module, batch)),
                 exclude=self.exclude,
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
         rank_zero_info(f"NormRecalibrate: {self.result}")
         return self.result
 
+    def _loader(self, trainer: pl.Trainer) -> tuple[Any, int]:
+        """Return the batches to read, and how many at most."""
+        if self.loader is not None:
+            return loader_of("NormRecalibrate", self.loader), self.num_batches
+        loader = trainer.train_dataloader
+        # Which of several loaders belongs to forward, only the user knows.
+        if loader is None or isinstance(loader, (dict, list, tuple)) or is_instance(loader, CombinedLoader):
+            count = "none" if loader is None else "several"
+            raise ValueError(
+                f"NormRecalibrate needs one training loader, the Trainer has {count}. Type NormRecalibrate(loader=...) "
+                "with the one to use."
+            )
+        refuse_stream("NormRecalibrate", [loader])
+        # Batches beyond limit_train_batches are none of the training's.
+        return loader, int(min(self.num_batches, trainer.num_training_batches))
+
     def _forward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[Any], Any]:
+        """Return what runs the module on a batch that is on its device."""
         # Without a forward the training_step is the only way through the network, if it does not also optimize.
-        has_forward = is_overridden("forward", pl_module, pl.LightningModule)
-        if not has_forward and not pl_module.automatic_optimization:
+        has_forward = is_overridden("forward", pl_module)
+        if self._function is None and not has_forward and not pl_module.automatic_optimization:
             raise ValueError(
                 f"NormRecalibrate: {type(pl_module).__name__} has no forward, and its training_step optimizes by "
-                "itself. Define forward, or call lightning_norm.recalibrate(model, loader, forward=...)."
+                "itself. Define forward, or type NormRecalibrate(forward=...)."
             )
 
         def forward(batch: Any) -> Any:
-            # The same precision and device as in training, which hands over batches in just this way.
-            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-            if not has_forward:
-                with trainer.precision_plugin.forward_context():
-                    return pl_module.training_step(*(batch, 0)[: _arguments(pl_module.training_step)])
-            # A batch is mostly (inputs, targets), and forward takes the inputs.
-            if self.inputs == "first":
-                x = batch[0] if isinstance(batch, (tuple, list)) else batch
-            else:
-                x = batch if self.inputs is None else batch[self.inputs]
             with trainer.precision_plugin.forward_context():
-                return pl_module(x)
+                if self._function is not None:
+                    return self._function(pl_module, batch)
+                if not has_forward:
+                    return pl_module.training_step(*(batch, 0)[: _arguments(pl_module.training_step)])
+                # A batch is mostly (inputs, targets), and forward takes the inputs.
+                if self.inputs == "first":
+                    return pl_module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                return pl_module(batch if self.inputs is None else batch[self.inputs])
 
         return forward
+
+    def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Run the module on a batch and forget it, so that what cannot work is told before the first step."""
+        forward = self._forward(trainer, pl_module)
+        try:
+            with random_numbers_restored(), _without_logging(pl_module):
+                try_on(pl_module, batch, forward, self.exclude)
+        except Exception as error:
+            how = "forward" if self._function is not None else f"inputs={self.inputs!r}"
+            raise ValueError(
+                f"NormRecalibrate cannot run {type(pl_module).__name__} on a training batch with {how}: "
+                f"{type(error).__name__}: {error}. Type NormRecalibrate(inputs=...) with the part of the batch that "
+                "forward takes, or NormRecalibrate(forward='my_module.function'), a function of the module and a batch."
+            ) from error
 
 
 def _arguments(step: Callable[..., Any]) -> int:
@@ -155,18 +199,9 @@ def _arguments(step: Callable[..., Any]) -> int:
 
 
 @contextmanager
-def _without_traces(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Within it nothing is logged, and after it metrics are as they were."""
-    # Metrics count the batches that pass through training_step and would report on these as well.
-    metrics = [m for m in pl_module.modules() if isinstance(m, Metric)]
-    names = [(m, name) for m in metrics for name in metric_state(m)]
-    values = [(m, name, copy.deepcopy(getattr(m, name))) for m, name in names]
-    try:
-        with Patches() as patches:
-            # A training_step that is run outside of the loop may not log: Lightning would raise an error.
-            for name in ("log", "log_dict"):
-                patches.wrap(pl_module, name, lambda *_, **__: None)
-            yield
-    finally:
-        for metric, name, value in values:
-            setattr(metric, name, value)
+def _without_logging(pl_module: pl.LightningModule) -> Iterator[None]:
+    # A training_step that is run outside of the loop may not log: Lightning would raise an error.
+    with Patches() as patches:
+        for name in ("log", "log_dict"):
+            patches.wrap(pl_module, name, lambda *_, **__: None)
+        yield

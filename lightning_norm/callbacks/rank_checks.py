@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from lightning_norm.callbacks.lightning_compat import DDPStrategy, FSDPStrategy, pl, rank_zero_warn
+from lightning_norm.callbacks.lightning_compat import DDPStrategy, FSDPStrategy, is_instance, pl, rank_zero_warn
 from lightning_norm.callbacks.lightning_private import synchronizes_batchnorm
 from lightning_norm.errors import SyncWarning
 from lightning_norm.layers.swap_record import swap_settings
@@ -83,7 +83,7 @@ def check_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 def warn_ignored(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Warn of a strategy that takes ``sync_batchnorm`` and does nothing with it."""
     strategy = trainer.strategy
-    if not synchronizes_batchnorm(trainer) or isinstance(strategy, (DDPStrategy, FSDPStrategy)):
+    if not synchronizes_batchnorm(trainer) or is_instance(strategy, DDPStrategy, FSDPStrategy):
         return
     unswapped = sum(isinstance(module, TORCH_BATCH_NORMS) for module in pl_module.modules())
     rank_zero_warn(

@@ -1,27 +1,66 @@
-"""Read training batches without the training noticing it."""
+"""Training batches, as the training loop would hand them to the model, for callbacks that read them by themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import pkgutil
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
+from lightning_norm.callbacks.lightning_compat import is_overridden, pl
+from lightning_norm.surgery.restore import is_stream
 
 
-@contextmanager
-def generators_restored(loaders: Iterable[Any]) -> Iterator[None]:
-    """Put back the state of every ``torch.Generator`` that the loaders and their samplers draw from."""
-    owners = list(loaders)
-    # A sampler may be nested in a batch sampler, and a dataset may draw random numbers too.
-    for name in ("sampler", "batch_sampler", "dataset"):
-        owners += [getattr(owner, name, None) for owner in owners]
-    attributes = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
-    # Loader and sampler often hold the same generator.
-    generators = {id(value): value for value in attributes if isinstance(value, torch.Generator)}
-    states = [(generator, generator.get_state()) for generator in generators.values()]
+def as_in_training(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+    """Return a batch of a loader in the precision and on the device of the training, after the hooks on transfers."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    # Lightning chooses between the hooks of the two in this way, and offers the choice in private only.
+    datamodule = getattr(trainer, "datamodule", None)
+    hooks: Any = datamodule if is_overridden("on_before_batch_transfer", datamodule) else pl_module
+    batch = hooks.on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def refuse_stream(who: str, loaders: Iterable[Any]) -> None:
+    """Refuse training data that another reading may not get again.
+
+    Raises:
+        ValueError: one of them is an iterator, or its data set is an IterableDataset.
+    """
+    for loader in loaders:
+        if is_stream(loader):
+            dataset = getattr(loader, "dataset", loader)
+            raise ValueError(
+                f"{who} would take samples of a stream ({type(dataset).__name__}) that the training then misses or has "
+                f"not seen yet. Type {who}(loader=...): other data, or this very loader if each reading of it starts "
+                "anew."
+            )
+
+
+def import_function(who: str, argument: str, path: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Return a function, or import it by its dotted path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path is None or callable(path):
+        return path
     try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
+        function = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{who}: cannot import {argument}={path!r}: {error}. Check the dotted path.") from error
+    if not callable(function):
+        raise ValueError(f"{who}: {argument}={path!r} is no function but {type(function).__name__}.")
+    return function  # type: ignore[no-any-return]
+
+
+def loader_of(who: str, loader: Any) -> Any:
+    """Return an iterable of batches: the argument, or what the function that it is or names returns."""
+    if isinstance(loader, str) or (callable(loader) and not hasattr(loader, "__iter__")):
+        function = import_function(who, "loader", loader)
+        assert function is not None
+        loader = function()
+    if not hasattr(loader, "__iter__"):
+        raise ValueError(
+            f"{who}: loader must be an iterable of batches, or a function that returns one, got {loader!r}."
+        )
+    return loader

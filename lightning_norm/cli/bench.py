@@ -14,6 +14,7 @@ from lightning_norm.bench.clock import machine
 from lightning_norm.bench.shapes import bench_shape
 from lightning_norm.bench.tables import save, table
 from lightning_norm.normalizers import create, normalizers
+from lightning_norm.surgery.whole_files import write_whole
 
 SHAPES = "32x64x32x32,32x256x14x14,32x512x7x7,128x64"
 EPILOG = "example: lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json --save docs/benchmarks"
@@ -34,6 +35,7 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     options = _parser().parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("no CUDA device found. Type --device cpu.")
+    # Fixed and written down, for the times of a CPU depend on it more than on the layer.
     torch.set_num_threads(options.threads)
     shapes, keys = [parse_shape(text) for text in options.shapes.split(",")], options.norms.split(",")
     for key in keys:
@@ -45,10 +47,11 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
             rows_of_shape = bench_shape(shape, keys, channels_last, options.device, options.repeats, options.compile)
             rows += rows_of_shape
             print(f"\n{rows_of_shape[0]['shape']}\n{table(rows_of_shape)}", flush=True)
+    # Whoever finds the file can repeat the measurement.
     command = " ".join(["lightning-norm bench", *argv])
     result = {"machine": machine(options.threads), "command": command, "rows": rows}
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1))
+        write_whole(options.json, json.dumps(result, indent=1))
     if options.save:
         save(result, Path(options.save))
     return rows
@@ -63,6 +66,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     >>> parse_shape("32x64x7x7")
     (32, 64, 7, 7)
     """
+    # Anything that is no number becomes 0, which the check below refuses together with 0 itself.
     shape = tuple(int(size) if size.isdigit() else 0 for size in text.split("x"))
     if not 2 <= len(shape) <= 5 or min(shape) < 1:
         raise ValueError(f"--shapes: {text!r} is no shape. Expected sizes joined by x, for example 32x64x32x32,128x64.")

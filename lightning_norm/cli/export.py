@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.deploy import fold, to_plain
 from lightning_norm.surgery.manifest import load_weights, manifest_in, rebuild
 from lightning_norm.surgery.swap import swap
+from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
 EPILOG = """The options of fit build the model: --config FILE, --model.arch resnet34, ... What is swapped is read
 from the checkpoint, or else from the configuration: its section norm: {norm: sn}, or a NormSwap among the callbacks.
@@ -44,11 +46,14 @@ def run(argv: Sequence[str]) -> None:
     options, rest = _parser().parse_known_args(argv)
     if not options.out.endswith((".pt2", ".onnx")):
         raise ValueError(f"--out must end in .pt2 or .onnx, got {options.out!r}.")
+    # Told now, and not after the model was built and loaded.
     if options.out.endswith(".onnx") and not all(importlib.util.find_spec(n) for n in ("onnx", "onnxscript")):
         raise ModuleNotFoundError("ONNX needs onnx and onnxscript: pip install 'lightning-norm[export]'.")
+    # Without the callback that saves the configuration: nothing is trained, and no folder is made.
     cli = NormCLI(rest, run=False, save_config_callback=None)
     model = prepared(cli, options.ckpt_path)
     example = _example(model, options.shape)
+    # The layers are changed first, or the file would hold the graph of the swapped network.
     if options.layers != "keep":
         print({"fold": fold, "plain": to_plain}[options.layers](model, example))
     write(model, example, options.out)
@@ -58,13 +63,14 @@ def run(argv: Sequence[str]) -> None:
 def prepared(cli: NormCLI, path: str | None) -> pl.LightningModule:
     """Return the model of a configuration, swapped and loaded, in evaluation mode."""
     model: pl.LightningModule = cli.model
+    # The Trainer would call it; there is none here, and the layers that it builds are in the checkpoint.
     if is_overridden("configure_model", model, pl.LightningModule):
         model.configure_model()
     checkpoint: dict[str, Any] = {} if path is None else read_checkpoint(path)
-    manifest = manifest_in(checkpoint)
+    manifest = manifest_in(checkpoint, repr(path))
     # The checkpoint knows best what was swapped; the configuration may have changed since the training.
     if manifest is not None:
-        rebuild(model, manifest)
+        rebuild(model, manifest, repr(path))
     else:
         for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
             if isinstance(callback, NormSwap):
@@ -80,9 +86,17 @@ def write(model: torch.nn.Module, example: Tensor, out: str) -> None:
     dynamic = ({0: torch.export.Dim.AUTO},)
     with torch.no_grad():
         if out.endswith(".pt2"):
-            torch.export.save(torch.export.export(model, (example,), dynamic_shapes=dynamic), out)
+            program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
+            # Through memory: torch's own writer ends the process where the disk is full.
+            content = io.BytesIO()
+            torch.export.save(program, content)
+            write_whole(out, content.getvalue())
         else:
-            torch.onnx.export(model, (example,), out, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+            # The exporter that reads the graph of torch.export; the older one traces, and fixes the batch size.
+            made = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+            assert made is not None  # it is, without a file and with dynamo
+            with writing_whole(out) as there:
+                made.save(there, external_data=True)
 
 
 def _example(model: pl.LightningModule, shape: str | None) -> Tensor:
@@ -107,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write the network for inference: normalizers folded, or as torch's own layers.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # An abbreviation would take options of fit that begin alike, --l or --o for example.
         allow_abbrev=False,
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="net.pt2 (torch.export) or net.onnx")

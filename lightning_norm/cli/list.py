@@ -45,6 +45,7 @@ def run(argv: Sequence[str]) -> None:
     if parser.parse_args(argv).json:
         print(json.dumps(rows, indent=2))
         return
+    # The shortest headings that tell the columns apart; the lines below the table explain them.
     header = ("key", "class", "paper", "added", "batch", "sample", "keeps", "needs")
     cells = [[row["key"], row["class"], row["paper"] or "-", _signed(row["added_to_64"])] for row in rows]
     names = ("train_uses_batch_stats", "eval_uses_input_stats", "preserves_eval")

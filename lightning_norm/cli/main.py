@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import TextIO
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,47 @@ COMMANDS = {
 }
 TRACEBACK = "LIGHTNING_NORM_TRACEBACK"
 """Environment variable that asks for the traceback of an error of this package's own."""
+UNREAD = 141
+"""The status of a command whose output nobody reads any more: 128 and the number of SIGPIPE, as a shell shows it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command.
+    """Run one command, and end quietly where the reader of its output has left, as ``head`` does.
 
     Args:
         argv: the arguments behind the program's name; those of the process by default.
 
     Raises:
-        SystemExit: with status 2 for an error of the command line, a configuration file or the package's own checks.
+        SystemExit: with status 2 for an error of the command line, a configuration file or the package's own checks;
+            with 141 where nobody reads the output any more.
     """
+    try:
+        try:
+            _main(argv)
+        finally:
+            # What is still buffered would otherwise fail while Python shuts down, where nothing can catch it.
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+    except BrokenPipeError as error:
+        # Any other pipe, such as that of a logger or of a worker, is an error like others.
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+        if not unread:
+            raise
+        for stream in unread:
+            # Python flushes them once more at its end, and must find a place to write to.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise SystemExit(UNREAD) from error
+
+
+def _main(argv: Sequence[str] | None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Without a command the overview is of more use than an error.
     name = arguments[0] if arguments else "--help"
     if name in ("--help", "-h", "help"):
         print(overview())
         return
     if name == "--version":
+        # Imported late: every other command does without.
         from importlib.metadata import version
 
         print(f"lightning-norm {version('lightning-norm')}")
@@ -83,11 +109,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         cause = _raised_by_this_package(error)
         if cause is None or os.environ.get(TRACEBACK):
             raise
+        # A user's mistake needs the sentence and not the frames; the variable helps whoever doubts that.
         _exit(f"{cause}\n(the traceback: {TRACEBACK}=1)")
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Tell whether a stream is a pipe whose reader has left; never on Windows, where that is no BrokenPipeError."""
+    if sys.platform == "win32":
+        return False
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def overview() -> str:
     """Return the text of ``lightning-norm --help``: an example of each command, by group."""
+    # Written by hand: argparse would list the commands without an example that works.
     lines = ["usage: lightning-norm COMMAND [options]        (COMMAND --help shows its options)"]
     for group, commands in groupby(COMMANDS.values(), key=lambda command: command.group):
         lines += ["", group]
@@ -119,8 +156,9 @@ def _raised_by_this_package(error: BaseException | None) -> BaseException | None
     # Lightning wraps errors in its own; the one that this package raised is then further down the chain.
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
+        # The innermost frame decides: an error from torch below our code may be a bug of ours.
         raised_here = frames and Path(frames[-1].filename).resolve().is_relative_to(package)
-        if raised_here and isinstance(error, (ValueError, TypeError, RuntimeError, ModuleNotFoundError)):
+        if raised_here and isinstance(error, (ValueError, TypeError, RuntimeError, ModuleNotFoundError, OSError)):
             return error
         error = error.__cause__ or error.__context__
     return None

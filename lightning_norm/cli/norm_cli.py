@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import math
 import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import lightning.pytorch.callbacks
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,10 +24,13 @@ from typing_extensions import override
 
 import lightning_norm.callbacks
 import lightning_norm.plugins
+from lightning_norm.callbacks import NormSwap
+from lightning_norm.callbacks.lightning_private import starts_processes
 from lightning_norm.cli.section import (
     PARSER_MODE,
     SECTION,
     add_section,
+    check_sections,
     expand_norm,
     known_names,
     norm_swap_of,
@@ -32,8 +38,11 @@ from lightning_norm.cli.section import (
 )
 from lightning_norm.demo import job
 from lightning_norm.demo.data import ImageData
+from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers import resolve
 from lightning_norm.schedules import composed, curves
+from lightning_norm.surgery.checkpoint_files import check_file
+from lightning_norm.surgery.manifest import manifest_in
 
 DESCRIPTION = """{what}
 
@@ -71,6 +80,13 @@ class NormParser(LightningArgumentParser):
         self.exit(2, f"lightning-norm: error: {clarify(message, list(parser.get_defaults().keys()))}\n")
 
 
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's help, with the lines of a description as they are.
+
+    It has a name in this module so that processes which are spawned can be sent the parser.
+    """
+
+
 class NormCLI(LightningCLI):
     """LightningCLI for any model and data, in which ``class_path: NormSwap`` and ``ImageClassifier`` need no prefix.
 
@@ -85,6 +101,7 @@ class NormCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True, **options: Any) -> None:
+        # Without subcommands there is one parser, and these are texts for several.
         if run:
             options.setdefault("parser_kwargs", _descriptions())
         super().__init__(
@@ -100,6 +117,9 @@ class NormCLI(LightningCLI):
             **options,
         )
 
+    _checkpoint: Mapping[str, Any] = MappingProxyType({})
+    """What the file of ``--ckpt_path`` holds, without its tensors."""
+
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)
@@ -109,12 +129,42 @@ class NormCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # As LightningCLI does, without its warning on arguments that come from the caller.
         self.config = parser.parse_args(args)
+        command = self.config.get("subcommand")
+        check_sections(self.config[command] if command else self.config)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Take the hyper-parameters of a checkpoint for the model, whoever wrote it.
+
+        Lightning's method knows those that its own command wrote, with the class of the model among them.
+        """
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path is None or _is_keyword(path):
+            return
+        # A missing or damaged file is told here, before a model is built.
+        self._checkpoint = check_file(path)
+        saved = dict(self._checkpoint.get("hyper_parameters") or {})
+        saved.pop("_instantiator", None)
+        written_for = saved.pop("_class_path", None)
+        model = self.config[command].model
+        if written_for not in (None, model.class_path):
+            rank_zero_info(
+                f"{path} was written for {written_for}; its hyper-parameters are used for {model.class_path}."
+            )
+        # What else was saved, such as the arguments of a data module, the class would refuse.
+        known = inspect.signature(pkgutil.resolve_name(model.class_path)).parameters
+        arguments = {name: value for name, value in saved.items() if name in known}
+        if arguments:
+            spec = {"class_path": model.class_path, "init_args": arguments}
+            self.config = self.parser.parse_object({command: {"model": spec}}, self.config)
 
     @override
     def before_instantiate_classes(self) -> None:
         """Write out a plan; complete the built-in job: its data are Digits, the number of classes is theirs."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         write_out_plan(config[SECTION])
+        # Another job has data of its own, and gets none that it did not ask for.
         if config.model.class_path != class_path(job.ImageClassifier):
             return
         if config.get("data") is None:
@@ -123,6 +173,7 @@ class NormCLI(LightningCLI):
             parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
             config.data = parser.parse_object({"data": "Digits"}).data
         data = {class_path(c): c for c in _built_in_data()}.get(config.data.class_path)
+        # A number that was typed stays; the model refuses one that does not fit.
         if data is not None and config.model.init_args.get("num_classes") is None:
             config.model.init_args.num_classes = data.num_classes
 
@@ -137,13 +188,36 @@ class NormCLI(LightningCLI):
             and path
             and Path(path).is_file()
             and not any(isinstance(c, Checkpoint) for c in callbacks)
+            and config.trainer.get("enable_checkpointing") is not False
         ):
             # The Trainer compares the folder of the file that it reads with the one it would write to.
             callbacks = [*callbacks, ModelCheckpoint(dirpath=Path(path).parent)]
         # The swap comes first: the other callbacks are to find the layers that are trained.
         swap = norm_swap_of(config.get(SECTION))
+        if swap is None and not any(isinstance(c, NormSwap) for c in callbacks):
+            swap = self._swap_of_checkpoint(path)
         kwargs["callbacks"] = callbacks if swap is None else [swap, *callbacks]
         return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Swap now if the strategy is about to start processes, ``ddp_spawn`` say: no callback is asked before that."""
+        # Nobody can call swap_before_launch from a command line.
+        if starts_processes(self.trainer):
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, NormSwap):
+                    callback.swap_before_launch(self.model)
+
+    def _swap_of_checkpoint(self, path: str | None) -> NormSwap | None:
+        """Return a callback that swaps the model as the checkpoint says, unless the model does that by itself."""
+        manifest = manifest_in(self._checkpoint) if self._checkpoint else None
+        if manifest is None:
+            return None
+        layers = dict(self.model.named_modules())
+        present = [layers[row["name"]] for row in manifest["layers"] if row["name"] in layers]
+        if present and all(isinstance(layer, Normalizer) for layer in present):
+            return None
+        rank_zero_info(f"The model is swapped as {path} says.")
+        return NormSwap(plan=str(path))
 
     def after_fit(self) -> None:
         """Test the built-in job's best weights, or its last where no checkpoint is monitored, and say what is next."""
@@ -153,8 +227,10 @@ class NormCLI(LightningCLI):
         if not complete or not isinstance(self.model, job.ImageClassifier):
             return
         checkpoint: Any = trainer.checkpoint_callback
+        # The best weights as validation saw them, so that the test set chooses nothing.
         best = "best" if getattr(checkpoint, "monitor", None) and checkpoint.best_model_path else None
         results = trainer.test(None if best else self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        # With limit_test_batches=0 there is nothing to tell.
         accuracy = results[0]["test_acc"] if results else math.nan
         line = [f"Test accuracy {accuracy:.3f}" + (f" (best {checkpoint.monitor})" if best else "")]
         if isinstance(trainer.logger, TensorBoardLogger):
@@ -169,6 +245,7 @@ def expand_root(args: list[str]) -> list[str]:
     >>> expand_root(["fit", "--root", "d", "--data", "MNIST"])
     ['fit', '--data', 'MNIST', '--data.init_args.root', 'd']
     """
+    # Behind all others, for the data may be chosen after --root, and its class clears earlier arguments.
     others: list[str] = []
     root: list[str] = []
     rest = iter(args)
@@ -188,6 +265,7 @@ def clarify(message: str, options: Sequence[str]) -> str:
     >>> clarify("Subcommand 'fit' does not accept option 'trainer.max_epoch'", ["--trainer.max_epochs"])
     "Subcommand 'fit' does not accept option 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"
     """
+    # jsonargparse tells of every type that a value could have had; one line of it is the reason.
     noise = ("Does not validate against", "Subtypes:", "- Expected a <class 'NoneType'>", "Errors:")
     lines: list[str] = []
     for line in message.splitlines():
@@ -197,6 +275,9 @@ def clarify(message: str, options: Sequence[str]) -> str:
         if not line.strip().startswith(noise):
             lines.append(line)
     text = "\n".join(lines)
+    other = re.search(r"Import path ([\w.]+) does not correspond to a subclass of Lightning", text)
+    if other and any(c.__module__.startswith("pytorch_lightning.") for c in pkgutil.resolve_name(other[1]).__mro__):
+        return f"{text}. It is one of pytorch_lightning: type import lightning.pytorch as pl where it is defined."
     if re.search(r"Unable to load config ['\"]?([\w.]+)", text) and f'"{SECTION}"' in text:
         key = re.findall(r"Unable to load config ['\"]?([\w.]+)", text)[0]
         return f"{SECTION}: is a section with the arguments of NormSwap, got {key!r}. Type {SECTION}: {{norm: {key}}}."
@@ -211,6 +292,7 @@ def clarify(message: str, options: Sequence[str]) -> str:
         if name and name[1] in known_names():
             path = f"lightning_norm.{resolve(name[1])[0].__name__}"
             return f"{text}. Type norm: {name[1]} with norm_args: {{...}}, or class_path: {path} in full."
+        # Every public class of these modules may be written without a prefix.
         known = [n for module in NAMED for n in dir(module) if n[0].isupper()]
         close = difflib.get_close_matches(name[1], known, n=1) if name else []
         return text + (f". Did you mean {close[0]!r}?" if close else "")
@@ -219,6 +301,7 @@ def clarify(message: str, options: Sequence[str]) -> str:
     # A misspelt argument of a class is compared with the arguments of that class.
     if owner:
         known = list(inspect.signature(pkgutil.resolve_name(owner[-1])).parameters)
+    # One guess: several would be as long as the help, which is one option away.
     near = difflib.get_close_matches(typo[1] or typo[2], known, n=1)
     names = f" It takes {', '.join(known)}." if owner else ""
     return text + (f". Did you mean {near[0]!r}?" if near else ".") + names
@@ -234,24 +317,22 @@ def _built_in_data() -> list[type[ImageData]]:
 
 
 def _descriptions() -> dict[str, Any]:
-    import argparse
-
     return {
         name: {
             "description": DESCRIPTION.format(what=what, name=name, more=more),
-            "formatter_class": _formatter(argparse.RawDescriptionHelpFormatter),
+            "formatter_class": HelpFormatter,
         }
         for name, (what, more) in COMMANDS.items()
     }
 
 
-def _formatter(raw: type) -> type:
-    from jsonargparse import DefaultHelpFormatter
-
-    return type("HelpFormatter", (DefaultHelpFormatter, raw), {})
+def _is_keyword(path: str) -> bool:
+    """Tell whether Lightning itself finds the file: the best, the last, or one of a registry."""
+    return path in ("best", "last", "hpc") or path.startswith("registry")
 
 
 def _short(path: str) -> str:
     """Return a path as one would type it here."""
+    # A relative path is shorter, and can be copied from the screen as long as one stays in this folder.
     here, there = Path.cwd(), Path(path).resolve()
     return str(there.relative_to(here)) if there.is_relative_to(here) else str(there)

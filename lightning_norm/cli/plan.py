@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +14,7 @@ from lightning_norm.cli.norm_cli import NormCLI
 from lightning_norm.demo.job import ImageClassifier
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import swap
+from lightning_norm.surgery.whole_files import write_whole
 
 HELP = """usage: lightning-norm plan --config FILE [options of fit] [--save PLAN]
 
@@ -38,6 +38,7 @@ def run(argv: Sequence[str]) -> None:
         ValueError: ``--save`` without a path, or no NormSwap in the configuration.
         SystemExit: an argument or a configuration file is wrong.
     """
+    # argparse is not asked: its parser would show all options of fit.
     if not argv or "--help" in argv or "-h" in argv:
         print(HELP, end="")
         return
@@ -47,6 +48,7 @@ def run(argv: Sequence[str]) -> None:
     swaps = [c for c in callbacks if isinstance(c, NormSwap)]
     if not swaps:
         raise ValueError("the configuration has no NormSwap: add a section norm: sn, or type --norm sn.")
+    # One file is applied by one NormSwap, and the second plan would overwrite the first.
     if save and len(swaps) > 1:
         raise ValueError(f"--save writes one plan, the configuration has {len(swaps)} NormSwap callbacks.")
     # Several NormSwaps are shown one by one, each on the model as it was built.
@@ -54,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
         report = _dry_run(cli.model, callback)
         print(report)
         if save:
-            Path(save).write_text(report.to_yaml(), encoding="utf-8")
+            write_whole(save, report.to_yaml())
             print(f"written to {save}; apply it with NormSwap(plan={save!r})")
 
 
@@ -63,7 +65,9 @@ def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
     if late:
         # The Trainer calls it after setup; without one it runs here, on a model that nobody trains.
         model.configure_model()
+        # To the other stream, so that the table can be piped into a file.
         print("configure_model() was called: the layers it builds are in the table.", file=sys.stderr)
+    # setup may read data or need a Trainer, so it is not called; that of the built-in job builds no layer.
     if is_overridden("setup", model, pl.LightningModule) and not isinstance(model, ImageClassifier):
         print(
             f"{type(model).__name__}.setup() was not called: layers that it builds are swapped too, but not shown.",
@@ -78,6 +82,7 @@ def _take_save(arguments: list[str]) -> tuple[list[str], str | None]:
     save: str | None = None
     rest = iter(arguments)
     for argument in rest:
+        # Both spellings that argparse would understand.
         if argument == "--save":
             save = next(rest, "")
         elif argument.startswith("--save="):

@@ -23,6 +23,7 @@ SECTION = "norm"
 
 def add_section(parser: LightningArgumentParser) -> None:
     """Let a parser know the section and its options, ``--norm.norm sn`` for one."""
+    # Not instantiated by the parser: whether there is a swap at all is seen only when all is read.
     parser.add_class_arguments(NormSwap, SECTION, instantiate=False, fail_untyped=False)
 
 
@@ -60,6 +61,7 @@ def expand_norm(args: list[str]) -> list[str]:
         arg.replace("=", ".norm=", 1) if arg.startswith(option + "=") and arg[7:].isidentifier() else arg
         for arg in args
     ]
+    # The two-word spelling; what follows may be a key, or the path of a file.
     for i, (arg, value) in enumerate(pairwise(args)):
         if arg == option and value.isidentifier():
             full[i] = f"{option}.norm"
@@ -77,11 +79,50 @@ def load_configuration(text: str, path: str | None = None) -> Any:
     >>> load_configuration("norm: sn", path="run.yaml"), load_configuration("norm: sn")
     ({'norm': {'norm': 'sn'}}, {'norm': 'sn'})
     """
-    config = _with_dotted_paths(get_loader("yaml")(text))
+    config = get_loader("yaml")(text)
+    _count(config, {}, set())
+    config = _with_dotted_paths(config)
     # A word that is no identifier is the path of a file that holds the section.
     if path is not None and isinstance(config, dict) and _is_identifier(config.get(SECTION)):
         config[SECTION] = {"norm": config[SECTION]}
     return config
+
+
+MOST_VALUES = 100_000
+
+
+def _count(config: Any, known: dict[int, int], open_: set[int]) -> int:
+    """Return how many values a configuration has once its YAML aliases are written out.
+
+    Raises:
+        yaml.YAMLError: more than anybody would write, or an alias stands inside of what it stands for.
+    """
+    if not isinstance(config, (dict, list)):
+        return 1
+    if id(config) in open_:
+        raise yaml.YAMLError("a YAML alias stands inside of what it stands for: write the value out.")
+    if id(config) not in known:
+        open_.add(id(config))
+        parts = config.values() if isinstance(config, dict) else config
+        known[id(config)] = 1 + sum(_count(part, known, open_) for part in parts)
+        open_.remove(id(config))
+        if known[id(config)] > MOST_VALUES:
+            raise yaml.YAMLError(
+                f"its YAML aliases stand for more than {MOST_VALUES} values: write out what is needed."
+            )
+    return known[id(config)]
+
+
+def check_sections(config: Any) -> None:
+    """Refuse a section that holds a value where its options should be.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for name, example in (("trainer", "{max_epochs: 5}"), (SECTION, "{norm: sn}")):
+        section = config.get(name)
+        if section is not None and not hasattr(section, "items"):
+            raise TypeError(f"{name}: is a section of options, such as {example}, got {section!r}.")
 
 
 def _is_identifier(value: Any) -> bool:
@@ -98,6 +139,10 @@ def _with_dotted_paths(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     result = {name: _with_dotted_paths(value) for name, value in config.items()}
+    path = result.get("class_path")
+    if isinstance(path, str) and path.startswith("."):
+        raise yaml.YAMLError(f"{path!r} is a relative path: type the whole one, such as 'my_package{path}'.")
+    # At any depth, for a NormSwap may stand among the callbacks.
     spec = result.get("norm")
     if isinstance(spec, dict) and spec.get("class_path") in known_names():
         cls = resolve(spec["class_path"])[0]
@@ -123,6 +168,7 @@ def write_out_plan(section: Any) -> None:
     Raises:
         ValueError: the file cannot be read, or is no plan.
     """
+    # A plan beside other arguments that choose layers is a mistake, and NormSwap tells.
     arguments = non_defaults(section)
     if "plan" not in arguments or any(name in arguments for name in NormSwapOptions.chooses_layers):
         return

@@ -59,6 +59,7 @@ class InMemoryLoader:
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Images]:
+        # Indexed a whole batch at a time, which is much faster than picking image after image.
         order = torch.tensor(list(self.sampler))
         for batch in range(len(self)):
             yield self.dataset[order[batch * self.batch_size : (batch + 1) * self.batch_size]]
@@ -96,9 +97,11 @@ class ImageData(pl.LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
+        # The Trainer calls it once for each stage, and the data stay the same.
         if self.splits:
             return
         self.splits = {name: InMemoryDataset(*pair) for name, pair in self.read().items()}
+        # Of the training images alone, so that nothing of the others enters the training.
         pixels = self.splits["train"].images.float()
         self.std, self.mean = torch.std_mean(pixels, dim=(0, 2, 3), keepdim=True)
 
@@ -107,6 +110,7 @@ class ImageData(pl.LightningDataModule):
         images, labels = batch
         # Bytes travel to the device and become floats there: a quarter of the traffic.
         images = (images.float() - self.mean.to(images.device)) / self.std.to(images.device)
+        # Grey images get the three channels that a torchvision network reads.
         return images.expand(-1, self.channels, -1, -1), labels
 
     @override
@@ -132,7 +136,9 @@ class ImageData(pl.LightningDataModule):
         sampler: DistributedSampler[int] = DistributedSampler(
             data, num_replicas=ranks, rank=rank, shuffle=shuffle, seed=torch.initial_seed() % 2**31
         )
+        # A last batch of one image has no batch statistics; a data set of a single batch keeps it.
         drop_last = shuffle and len(sampler) > self.batch_size
+        # Worker processes pay off only for a user who adds work per image.
         if not self.num_workers:
             return InMemoryLoader(data, self.batch_size, sampler, drop_last)
         return DataLoader(
@@ -163,6 +169,7 @@ class Digits(ImageData):
     @override
     def read(self) -> dict[str, Images]:
         try:
+            # Imported late: the other data sets do without scikit-learn.
             from sklearn.datasets import load_digits
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
@@ -174,6 +181,7 @@ class Digits(ImageData):
         images = torch.nn.functional.pad(images, (1, 1, 1, 1))
         labels = torch.from_numpy(data.target).long()
         train, others = stratified_split(labels, 0.2)
+        # The second split counts within the first one's rest, hence the indices of indices.
         val, test = stratified_split(labels[others], 0.5)
         parts = {"train": train, "val": others[val], "test": others[test]}
         return {name: (images[i], labels[i]) for name, i in parts.items()}
@@ -193,6 +201,7 @@ class TorchvisionData(ImageData):
 
     @override
     def prepare_data(self) -> None:
+        # Lightning calls this in one process per machine: here, and nowhere else, may be downloaded.
         self._open(train=True, download=True)
         self._open(train=False, download=True)
 
@@ -209,14 +218,17 @@ class TorchvisionData(ImageData):
     def _tensors(self, train: bool) -> Images:
         dataset = self._open(train, download=False)
         images = torch.as_tensor(dataset.data)
+        # torchvision holds grey images as (N, H, W) and colored ones as (N, H, W, C).
         images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
         return images, torch.as_tensor(dataset.targets).long()
 
     def _open(self, train: bool, download: bool) -> Any:
+        # Imported late, as scikit-learn above: each data set needs its own library alone.
         from torchvision import datasets
 
         name = type(self).__name__
         source = getattr(datasets, name)
+        # Files that are there are used without a look at the network, which may not be there.
         try:
             return source(self.root, train=train, download=False)
         except RuntimeError as missing:  # torchvision: "Dataset not found or corrupted."
@@ -261,6 +273,7 @@ def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     >>> len(first), len(second)
     (16, 4)
     """
+    # A generator and a seed of its own: the split must not depend on the seed of the training.
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(labels), generator=generator)
     by_class = order[labels[order].sort(stable=True).indices]

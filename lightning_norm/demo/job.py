@@ -47,16 +47,19 @@ class ImageClassifier(pl.LightningModule):
         weight_decay: float = 5e-4,
     ) -> None:
         super().__init__()
+        # They let load_from_checkpoint rebuild the network without the configuration.
         self.save_hyperparameters()
         self.arch, self.lr, self.momentum, self.weight_decay = arch, lr, momentum, weight_decay
         self.num_classes = 10 if num_classes is None else num_classes
         self.net = build(arch, self.num_classes)
         self.loss = nn.CrossEntropyLoss()
         for split in ("train", "val", "test"):
+            # One metric per split: a shared one would mix the states of training and validation.
             setattr(self, f"{split}_acc", MulticlassAccuracy(self.num_classes, average="micro"))
 
     @override
     def setup(self, stage: str) -> None:
+        # Only the data know their classes, and they are known here for the first time.
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageData) and data.num_classes != self.num_classes:
             raise ValueError(
@@ -95,6 +98,7 @@ class ImageClassifier(pl.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):  # trained until somebody stops it: a constant rate
             return optimizer
+        # Per step and not per epoch, or a short training would see a few stairs of the cosine.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_cosine(step, int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -103,6 +107,7 @@ class ImageClassifier(pl.LightningModule):
         logits = self(images)
         loss: Tensor = self.loss(logits, labels)
         accuracy = getattr(self, f"{split}_acc")
+        # Logged as an object: Lightning then adds up batches of different sizes, and ranks, rightly.
         accuracy(logits, labels)
         shown, size = split == "val", len(labels)
         self.log(f"{split}_loss", loss, prog_bar=split == "train", batch_size=size)
@@ -139,6 +144,7 @@ def warm_up_and_cosine(step: int, steps: int) -> float:
     (1.0, 0.0)
     """
     warm = max(1, steps // 10)
+    # A large rate at random weights may diverge within its first steps.
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))

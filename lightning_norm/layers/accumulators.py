@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks
 
@@ -21,10 +22,12 @@ def merge(
     """
     (count, mean, var), (new_count, new_mean, new_var) = old, new
     total = count + new_count
+    # A set without elements has the fraction 0, and 0 / 0 would be NaN.
     fraction = new_count / total.clamp_min(1)
     difference = new_mean - mean
     merged = var + fraction * (new_var - var)
     if between:
+        # Chan's term: two sets about different means vary more together than each by itself.
         merged = merged + fraction * (1 - fraction) * difference.square()
     return total, mean + fraction * difference, merged
 
@@ -49,12 +52,14 @@ class AccumulationWindow:
         """Return count, mean and variance themselves."""
         return self.count, self.mean, self.var
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def add(self, mean: Tensor, var: Tensor, count: int | Tensor, usable: Tensor) -> None:
         """Merge (K, C) moments of ``count`` elements if a 0-dim ``usable`` is true."""
+        # The window is a sum over batches, and must not keep the graphs of all of them alive.
         m, v = (t.detach().to(self.mean.dtype).reshape(self.mean.shape) for t in (mean, var))
         n = torch.as_tensor(count, device=m.device).detach().to(m.dtype).expand_as(self.count)
         for old, new in zip(self.tensors(), merge(self.tensors(), (n, m, v), self.between), strict=True):
+            # In place, so that a compiled graph finds the same tensors, and without reading a value back from a GPU.
             old.copy_(torch.where(usable, new, old))
 
     def moments(self) -> Moments:
@@ -73,21 +78,24 @@ class StatisticsAccumulator:
     Args:
         shape: of the statistics, (K, C).
         between: the variance between the batches' means is part of the variance.
+        dtype: of the running statistics, in which all must be finite.
     """
 
-    def __init__(self, shape: tuple[int, int], between: bool = True) -> None:
-        self.between = between
+    def __init__(self, shape: tuple[int, int], between: bool = True, dtype: torch.dtype = torch.float32) -> None:
+        self.between, self.dtype = between, dtype
+        # On the CPU, so that the result does not depend on the device, and so that MPS has float64, too.
         self.count = torch.zeros(shape[0], 1, dtype=torch.float64)
         self.mean = torch.zeros(shape, dtype=torch.float64)
         self.var = torch.zeros(shape, dtype=torch.float64)
         self.batches = self.skipped = 0
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def add(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
         """Merge (K, C) moments of ``count`` elements; those with a NaN or an infinity are counted and left out."""
         m, v = (t.detach().cpu().double().reshape(self.mean.shape) for t in (mean, var))
         n = torch.as_tensor(count).detach().cpu().double().expand_as(self.count)
-        if not bool(torch.isfinite(m + v).all()):
+        # One bad batch would spoil the average of all others for good.
+        if not bool(torch.isfinite(torch.stack([m, v]).to(self.dtype)).all()):
             self.skipped += 1
             return
         self.batches += 1
@@ -97,6 +105,7 @@ class StatisticsAccumulator:
         """Return the moments of all ranks; every rank must call it."""
         if ranks is None:
             return Moments(self.mean, self.var, self.count)
+        # Counters travel as means over ranks, for pooling is the only collective that this file uses.
         batches = torch.full_like(self.count, self.batches)
         skipped = torch.full_like(self.count, self.skipped)
         zero = torch.zeros_like(self.var)

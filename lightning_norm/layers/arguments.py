@@ -8,14 +8,21 @@ needs no checks of its own for names, nor for values out of a ``Literal``.
 from __future__ import annotations
 
 import collections.abc
+import decimal
 import difflib
+import enum
 import functools
 import inspect
+import numbers
+import operator
+import os
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
 
 TORCH_NAMES = {"num_channels": "num_features", "normalized_shape": "num_features", "elementwise_affine": "affine"}
 """Names of torch's arguments that have another name here."""
@@ -39,6 +46,7 @@ def _arguments_of(cls: type) -> Mapping[str, inspect.Parameter]:
         parameters = inspect.signature(init).parameters
         for name, parameter in parameters.items():
             if name != "self" and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                # A subclass's own default wins over that of its base.
                 arguments.setdefault(name, parameter)
         # Without **options nothing reaches the bases.
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -53,7 +61,8 @@ def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
         TypeError: too many arguments by position, or one that the class does not take; the nearest name is given.
         ValueError: a value that is none of those in the argument's ``Literal``.
     """
-    if not args and not kwargs:  # unpickling and copying call __new__ without arguments
+    # Unpickling and copying call ``__new__`` without arguments.
+    if not args and not kwargs:
         return
     known = arguments_of(cls)
     # A class that takes *args says itself what they are.
@@ -61,6 +70,7 @@ def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
         positional = [p.name for p in _parameters(cls) if p.kind is p.POSITIONAL_OR_KEYWORD]
         if len(args) > len(positional):
             raise TypeError(_too_many(cls, args, positional, known))
+        # From here on it does not matter how an argument was passed.
         kwargs = {**dict(zip(positional, args, strict=False)), **kwargs}
     check_names(cls, kwargs)
     for name, (choices, several) in _choices(cls).items():
@@ -69,8 +79,8 @@ def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
             _check_choice(f"{cls.__name__}: {name}", kwargs[name], choices, several, f"{name}={default!r}")
 
 
-def check_names(cls: type, names: Mapping[str, Any]) -> None:
-    """Check that a class has these arguments.
+def check_names(cls: type, names: Mapping[str, Any], where: str = "") -> None:
+    """Check that a class has these arguments; ``where`` precedes the error.
 
     Raises:
         TypeError: it takes no such argument; the nearest name is given.
@@ -78,9 +88,12 @@ def check_names(cls: type, names: Mapping[str, Any]) -> None:
     known = arguments_of(cls)
     for name in names:
         if name not in known:
+            # Names of torch first: by their spelling alone they would not be near to ours.
             near = [n for n in (TORCH_NAMES.get(name),) if n in known] or difflib.get_close_matches(name, known, n=1)
             guess = f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{cls.__name__} takes no argument {name!r}.{guess} It takes: {', '.join(sorted(known))}.")
+            raise TypeError(
+                f"{where}{cls.__name__} takes no argument {name!r}.{guess} It takes: {', '.join(sorted(known))}."
+            )
 
 
 def checked_arguments(cls: type, arguments: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -90,9 +103,65 @@ def checked_arguments(cls: type, arguments: Mapping[str, Any], where: str = "") 
         TypeError: it takes no such argument; the nearest name is given.
         ValueError: text that is no number.
     """
-    check_names(cls, arguments)
+    check_names(cls, arguments, where)
     known = arguments_of(cls)
-    return {n: _number(v, known[n], f"{where}{cls.__name__}: {n}") for n, v in arguments.items()}
+    return {n: _number(plain_value(v), known[n], f"{where}{cls.__name__}: {n}") for n, v in arguments.items()}
+
+
+_PLAIN: tuple[tuple[Any, Any], ...] = (
+    (bool, bool),
+    (numbers.Integral, int),
+    ((numbers.Real, decimal.Decimal), float),
+    (str, str),
+    (os.PathLike, os.fspath),
+)
+"""Kinds of values, the first that fits, and Python's own type of that kind."""
+
+
+def plain_value(value: Any) -> Any:
+    """Return numbers, text, lists and mappings of any library in Python's own types, and all else as it is.
+
+    What a user's configuration brings, such as NumPy's and torch's scalars, enumerations, Hydra's lists, is then equal
+    to what a checkpoint, a plan and YAML give back.
+
+    >>> plain_value({"eps": decimal.Decimal("0.5"), "choices": range(2)})
+    {'eps': 0.5, 'choices': [0, 1]}
+    """
+    if isinstance(value, enum.Enum):
+        return plain_value(value.value)
+    if hasattr(value, "tolist") and hasattr(value, "ndim"):  # NumPy's and torch's, and what is like them
+        return plain_value(value.tolist())
+    for kinds, plain in _PLAIN:
+        if isinstance(value, kinds):
+            return plain(value)
+    if isinstance(value, Mapping):
+        return {plain_value(k): plain_value(v) for k, v in value.items()}
+    # Lists and sets, and what can be gone through once, such as a generator.
+    if isinstance(value, (Sequence, Set, Iterator)) and not isinstance(value, (bytes, bytearray)):
+        return (tuple if isinstance(value, tuple) else list)(plain_value(v) for v in value)
+    return value
+
+
+def as_int(value: Any) -> int | None:
+    """Return a whole number of any type, numpy's and a 0-dim tensor's too, as an int; ``None`` for anything else.
+
+    >>> as_int(6), as_int(6.0), as_int(True)
+    (6, None, None)
+    """
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def merged_signature(cls: type) -> inspect.Signature:
+    """Return the signature of a class with the arguments that its ``**options`` hand on, as keywords."""
+    own = {p.name: p for p in _parameters(cls) if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    inherited = [p for name, p in arguments_of(cls).items() if name not in own]
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inherited]
+    return inspect.Signature([*own.values(), *keywords])
 
 
 def check_num_groups(who: str, num_features: int, num_groups: int) -> int:
@@ -102,6 +171,7 @@ def check_num_groups(who: str, num_features: int, num_groups: int) -> int:
         ValueError: it does not divide the channels.
     """
     if not isinstance(num_groups, int) or num_groups < 1 or num_features % num_groups:
+        # The divisors near to what was typed are the numbers that one would type next.
         fit = [d for d in range(1, num_features + 1) if num_features % d == 0]
         near = sorted(sorted(fit, key=lambda d: abs(d - num_groups) if isinstance(num_groups, int) else d)[:4])
         raise ValueError(
@@ -109,6 +179,19 @@ def check_num_groups(who: str, num_features: int, num_groups: int) -> int:
             f"channels. Divisors of {num_features} nearby: {near}."
         )
     return num_groups
+
+
+def check_zero_weight(layer: Any, source: Any) -> None:
+    """Check that a layer with ``zero_weight`` takes over no weight from another layer.
+
+    Raises:
+        ValueError: it would, and the zero would be lost.
+    """
+    if getattr(layer, "zero_weight", False) and getattr(source, "weight", None) is not None:
+        raise ValueError(
+            f"{type(layer).__name__}: zero_weight=True would overwrite the weight that the swap moves. Build the "
+            "network with its own zero-init option (torchvision: zero_init_residual=True) and leave zero_weight out."
+        )
 
 
 def stateless(who: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +203,7 @@ def stateless(who: str, options: dict[str, Any]) -> dict[str, Any]:
     for name in ("track_running_stats", "momentum"):
         if name in options:
             raise TypeError(f"{who} keeps no running statistics: leave out {name}={options[name]!r}.")
+    # The arguments exist in the base class, so that a silent default would look like an accepted value.
     return {**options, "track_running_stats": False}
 
 
@@ -131,7 +215,9 @@ def _parameters(cls: type) -> list[inspect.Parameter]:
 
 def _too_many(cls: type, args: tuple[Any, ...], positional: list[str], known: Mapping[str, Any]) -> str:
     """Return the message for arguments by position beyond those that the class takes so."""
+    # The call as it was typed, so that the reader finds it in the code.
     call = f"{cls.__name__}({', '.join(map(repr, args))})"
+    # ``GroupNorm(4, 8)`` is right in torch and would be 4 channels here: it must not pass for a typing error.
     if "num_groups" in known and isinstance(args[1], int):
         return (
             f"{call} has torch's order (num_groups, num_channels); here the channels come first, and all else by name. "
@@ -152,13 +238,16 @@ def _choices(cls: type) -> Mapping[str, tuple[tuple[Any, ...], bool]]:
     choices: dict[str, tuple[tuple[Any, ...], bool]] = {}
     for name, parameter in arguments_of(cls).items():
         annotation = parameter.annotation
+        # Annotations are text here, for every file has ``from __future__ import annotations``.
         if isinstance(annotation, str) and "Literal" in annotation:
             owner = next(c for c in cls.__mro__ if name in inspect.signature(c.__init__).parameters)  # type: ignore[misc]
             try:
-                annotation = eval(annotation, vars(sys.modules[owner.__module__]))  # a class's own annotation
+                # The text is a class's own annotation and comes from no user.
+                annotation = eval(annotation, vars(sys.modules[owner.__module__]))
             except (KeyError, NameError):  # a name that exists for type checkers alone, or inside a function
                 continue
         several = get_origin(annotation) is collections.abc.Sequence
+        # ``Sequence[Literal[...]]`` means several of the values, ``Literal[...]`` one.
         values = _literals(get_args(annotation)[0] if several else annotation)
         if values:
             choices[name] = (values, several)
@@ -192,6 +281,11 @@ def _check_choice(what: str, value: Any, choices: tuple[Any, ...], several: bool
 def _number(value: Any, parameter: inspect.Parameter, what: str) -> Any:
     """Return text as a number where the argument is one: YAML reads 1e-3, which has no point, as text."""
     annotation = inspect.formatannotation(parameter.annotation)
+    if parameter.name == "dtype" and isinstance(value, str):  # as a plan and a checkpoint hold it: "torch.float64"
+        dtype = getattr(torch, value.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{what} must be a dtype, got the text {value!r}. Type it like torch.float64.")
+        return dtype
     is_float = isinstance(parameter.default, float) or re.search(r"\bfloat\b", annotation)
     if not isinstance(value, str) or not is_float or re.search(r"\bstr\b", annotation):
         return value

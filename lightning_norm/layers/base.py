@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_norm.layers.arguments import check_call
+from lightning_norm.errors import NoEffectWarning
+from lightning_norm.layers.arguments import arguments_of, as_int, check_call, check_zero_weight, merged_signature
 from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
@@ -23,14 +25,16 @@ from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.state import Loading, restore_precision
 from lightning_norm.layers.swap_record import SwapRecord
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import GRAPH_KEY, compiled_forward
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout, layout_of
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.normalize import activated, normalize
+from lightning_norm.ops.normalize import Call, activated, run
 from lightning_norm.ops.sync import Ranks, active_ranks
+from lightning_norm.ops.torch_private import is_update_bn
 
 
 class Normalizer(Loading, Evaluation, SwapRecord):
@@ -70,6 +74,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     sync: bool
     sync_group: str | int
     sync_paused: bool = False
+    agreed_in: str = ""
+    """The process group in which ranks have compared their layers."""
     compiled: bool
     backend: str
 
@@ -77,14 +83,18 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         super().__init_subclass__(**kwargs)
         # One truth per equation: whatever a subclass changes, its inherited fused_spec no longer counts.
         cls._fused_spec_holds = "fused_spec" in vars(cls)
+        # Only what the class itself says: a subclass of a registered class must not take the place of it.
         key = cls.__dict__.get("key", "")
         other = Normalizer.registry.get(key)
+        # The same class may be defined twice, when a notebook's cell runs again or a module is reloaded.
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
                 f"the key {key!r} is taken by {other.__module__}.{other.__qualname__}. Choose another key."
             )
         if key:
             Normalizer.registry[key] = cls
+        # torch.nn.utils.skip_init, for one, looks for ``device`` there, which **options would hide.
+        cls.__signature__ = merged_signature(cls)  # type: ignore[attr-defined]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Check the arguments before ``__init__``, where Python's own error would name neither the nearest nor a fix.
@@ -98,7 +108,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__.pop(SPECS, None)
-        if name not in self.ranges:  # a scheduled value changes without a new graph
+        # A scheduled value is a tensor that the graph reads, so that its change needs no new graph.
+        if name not in self.ranges:
             self.__dict__.pop(GRAPH_KEY, None)
         super().__setattr__(name, value)
         _look_for_replaced_methods(self, name)
@@ -107,6 +118,18 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         self.__dict__.pop(SPECS, None)
         super().__delattr__(name)
         _look_for_replaced_methods(self, name)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the layer, and tell ``torch.optim.swa_utils.update_bn`` that it re-estimates torch's layers alone."""
+        if is_update_bn():
+            warnings.warn(
+                f"update_bn re-estimates torch's BatchNorm layers alone and leaves the running statistics of "
+                f"{type(self).__name__} as they are: call lightning_norm.recalibrate(model, loader) in its place.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+        modules: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return modules
 
     @property
     def preserves_eval(self) -> bool:
@@ -125,37 +148,65 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         """Take over Parameters and running statistics: the same objects, but for ``translated_tensors``.
 
         Running statistics narrower than float32 are widened.
+
+        Raises:
+            ValueError: the layer brings a weight, and ``zero_weight`` asks for one of zeros.
         """
+        check_zero_weight(self, source)
+        # The values come from a layer that holds them in another form, such as one row per context.
         values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
-        counters = self.counters if type(source) is type(self) else ()
-        for name in ("weight", "bias", *self.running_names, "num_batches_tracked", *counters):
+        # Weight and bias are two: what one layer lacks is not made up.
+        present = [name for name in ("weight", "bias") if has_affine(source, name)]
+        for name in {"weight", "bias"} - {*present} if present else ():
+            setattr(self, name, None)
+        for name in self._taken_names(source):
             new, old = getattr(self, name, None), getattr(source, name, None)
             if new is None or name in self.translated_tensors:
                 continue
             if name in values:
                 new.data.copy_(values[name])
             elif old is not None:
-                setattr(self, name, old)
+                # A frozen layer holds its weight and bias as buffers: here they are parameters that do not train. All
+                # others are the objects themselves: an optimizer that holds them goes on training them.
+                buffer = isinstance(new, nn.Parameter) and not isinstance(old, nn.Parameter)
+                setattr(self, name, nn.Parameter(old.detach(), requires_grad=False) if buffer else old)
         # After the running statistics: what is translated may replace one of them.
         for translation in self.translations:
             translation.take(self, source)
-        restore_precision(self)  # a network built in bfloat16 holds its statistics in it
+        # A network that was built in bfloat16 has its statistics in it, which would lose small updates.
+        restore_precision(self)
+
+    def _taken_names(self, source: nn.Module) -> tuple[str, ...]:
+        """Return the names of the tensors that are taken from a layer where both have them."""
+        # Another class's counter of the same name may count something else.
+        counters = self.counters if type(source) is type(self) else ()
+        return ("weight", "bias", *self.running_names, "num_batches_tracked", *counters)
 
     def as_batch_norm(self) -> dict[str, Tensor]:
         """Return the values, (C,), of those of a BatchNorm's tensors that this class holds in another form."""
         return {}
+
+    def follow(self, name: str, before: Tensor, now: Tensor) -> None:
+        """Change a tensor that :meth:`as_batch_norm` gives in another form as that form, (C,), was changed."""
 
     def return_to(self, source: nn.Module) -> None:
         """Give a layer what was taken from it, as it is now: the inverse of :meth:`take_from`.
 
         A class with ``translated_tensors`` writes those values into the layer's own tensors, where they changed since.
         """
+        # What both have and the swap did not take, such as the importance weights of two SwitchableNorms or a scheduled
+        # value, is the source's as it was.
+        names = self._taken_names(source)
+        values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
         for name, old in (*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)):
-            new = getattr(self, name, None)
-            if isinstance(new, Tensor) and name not in self.translated_tensors:
+            new = getattr(self, name, None) if name in names else None
+            if isinstance(new, Tensor) and name in values and name not in self.translated_tensors:
+                source.follow(name, values[name].to(new), new.detach())  # type: ignore[operator]  # a Normalizer
+            elif isinstance(new, Tensor) and name not in self.translated_tensors:
                 # A network built in bfloat16 gets its statistics back in it.
                 narrow = name in self.running_names and old.dtype.itemsize < 4
-                setattr(source, name, new.to(old.dtype) if narrow else new)
+                new = new.to(old.dtype) if narrow else new
+                setattr(source, name, new if isinstance(old, nn.Parameter) else new.detach())
         for translation in self.translations:
             translation.give_back(self, source)
 
@@ -168,6 +219,12 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         return {}
 
 
+def has_affine(layer: nn.Module, name: str) -> bool:
+    """Tell whether a layer has a "weight" or a "bias", in another form perhaps."""
+    forms = layer.translations if isinstance(layer, Normalizer) else ()
+    return any(getattr(layer, n, None) is not None for n in (name, *(t.target for t in forms if t.source == name)))
+
+
 def _is_own_method(cls: type, name: str) -> bool:
     """Tell whether a class has a method of that name that is not one of ``nn.Module``, which holds no equation."""
     return not hasattr(nn.Module, name) and inspect.isroutine(getattr(cls, name, None))
@@ -178,6 +235,7 @@ def _look_for_replaced_methods(layer: Normalizer, name: str) -> None:
     cls = type(layer)
     if not _is_own_method(cls, name):
         return
+    # A method may be replaced twice: what counts is whether any replacement is left.
     if any(_is_own_method(cls, attribute) for attribute in vars(layer)):
         vars(layer)["_fused_spec_holds"] = False
     else:
@@ -196,6 +254,7 @@ class MomentNorm(Normalizer):
         eps: added to the variance, inside the root.
         momentum: weight of the new batch in the running statistics; ``None`` for the average of all batches.
         affine: learn ``weight`` (gamma) and ``bias`` (beta), each (C,).
+        bias: ``False`` for no bias beside the weight.
         track_running_stats: keep running statistics and evaluate on them; otherwise always use those of the input.
         channel_dim: 1, or -1 for tokens (N, L, C).
         device: of the parameters.
@@ -214,35 +273,42 @@ class MomentNorm(Normalizer):
         num_features: int,
         *,
         eps: float = 1e-5,
-        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         channel_dim: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        if not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 1:
+        name, features = type(self).__name__, as_int(num_features)
+        if features is None or features < 1:
             raise ValueError(f"{name}: num_features must be a positive int, got {num_features!r}.")
+        num_features = features
         if isinstance(eps, str) or not 0 <= eps < float("inf"):
             raise ValueError(f"{name}: eps must be a number >= 0, got {eps!r}.")
         if channel_dim not in (1, -1):
             raise ValueError(f"{name}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim!r}.")
         self.num_features, self.eps, self.affine, self.channel_dim = num_features, float(eps), affine, channel_dim
         self.sync, self.sync_group, self.compiled, self.backend = True, "world", False, "auto"
-        for parameter in ("weight", "bias"):
-            value = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+        # Also ``None`` is registered, so that state_dict and ``named_parameters`` know the names, as in torch.
+        for parameter, wanted in (("weight", affine), ("bias", affine and bias)):
+            value = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None
             self.register_parameter(parameter, value)
         self._make_running_stats(num_features, track_running_stats, device, dtype)
+        # Only now: the tensor behind it goes where the running statistics are.
         self.momentum = momentum
         self.reset_parameters()
 
-    def _add_parameters(self, options: Mapping[str, Any], **shapes: tuple[int, ...]) -> None:
-        """Register parameters of these shapes at their ``start_values``, where and in which dtype ``options`` say."""
+    def _add_parameters(self, options: Mapping[str, Any], **shapes: tuple[int, ...] | None) -> None:
+        """Register parameters of these shapes at their ``start_values``, where and in which dtype ``options`` say.
+
+        One without a shape is registered as ``None``, which torch's layers do with a bias that they do not have.
+        """
+        where = {"device": options.get("device"), "dtype": options.get("dtype")}
         for name, shape in shapes.items():
-            empty = torch.empty(shape, device=options.get("device"), dtype=options.get("dtype"))
-            self.register_parameter(name, nn.Parameter(empty))
+            self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **where)))
         self.reset_parameters()
 
     def algebra(self, m: Moments) -> Affine:
@@ -263,7 +329,8 @@ class MomentNorm(Normalizer):
 
     def standardize(self, mean: Tensor, var: Tensor) -> Affine:
         r"""Return the Affine of :math:`\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta`."""
-        scale = (var + self.eps).rsqrt()
+        # Without the property, which looks at who reads it.
+        scale = (var + self._eps).rsqrt()
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
 
     def statistic_size(self, n: int, size: int) -> int:
@@ -278,18 +345,48 @@ class MomentNorm(Normalizer):
             activation: "none", "relu" or "silu".
             residual: added before the activation, in the shape of x.
         """
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch_private.is_proxy(input):
+            return _node_of(self, input, activation, residual)
+        if not self.behind:
+            return self._normalize(input, activation, residual)
+        activation, modules = self.fuse_behind(activation)
+        return self.call_behind(self._normalize(input, activation, residual), modules)
+
+    def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _forward(self, input, activation, residual)
+        # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
+        if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
             keep_float32(self)
             keep_exact(self)
-            if self.compiled:
-                options = vars(self).get("_compile_options")
-                y = compiled_forward(self, input, _forward, _ranks_of(self), options)
-                return activated(y, activation, residual)
-            if SPECS in vars(self) and _ranks_of(self) is None:
-                again = same_as_before(self, input, activation, residual)
-                if again is not None:
-                    return again
-        return _forward(self, input, activation, residual)
+        if self.compiled and not torch_private.is_transformed():
+            options = vars(self).get("_compile_options")
+            y = compiled_forward(self, input, _forward, _ranks_of(self), options)
+            return activated(y, activation, residual)
+        if SPECS in vars(self) and _ranks_of(self) is None:
+            again = same_as_before(self, input, activation, residual)
+            if again is not None:
+                return again
+        try:
+            return _forward(self, input, activation, residual)
+        except RuntimeError as error:
+            tracked = self.num_batches_tracked if self.moves_running_stats else None
+            if tracked is not None and torch_private.is_captured(tracked):
+                raise RuntimeError(_REFUSED_CHANGE.format(who=type(self).__name__)) from error
+            raise
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Name what works in place of ``torch.jit.script``, which asks each layer for this method.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: torch.jit.script cannot compile a layer of lightning_norm. Type "
+            "torch.jit.trace(model.eval(), example), to_torchscript(method='trace', example_inputs=example) in "
+            "Lightning, or lightning_norm.to_plain(model, example) first, where every normalizer becomes a layer of "
+            "torch's."
+        )
 
     def compile(self, **options: Any) -> None:
         """Compile the forward pass, by default fullgraph and at static shapes; equal layers share their graphs.
@@ -300,6 +397,7 @@ class MomentNorm(Normalizer):
         Raises:
             TypeError: ``torch.compile`` takes no such argument.
         """
+        # From torch's signature, so that arguments of later versions pass as well.
         known = list(inspect.signature(torch.compile).parameters)[1:]
         for name in options:
             if name not in known:
@@ -312,59 +410,106 @@ class MomentNorm(Normalizer):
         return {}
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, the running statistics to their start and what else there is to its own."""
+        """Set weight to 1, or with ``zero_weight`` to 0, bias to 0, and all else to its start."""
         self.reset_running_stats()
-        starts: dict[str, float | Tensor] = {"weight": 1.0, "bias": 0.0, **self.start_values()}
+        weight = 0.0 if getattr(self, "zero_weight", False) else 1.0
+        starts: dict[str, float | Tensor] = {"weight": weight, "bias": 0.0, **self.start_values()}
         parameters = dict(self.named_parameters(recurse=False))
         with torch.no_grad():
-            for name in starts.keys() & parameters.keys():  # __init__ may not have made all of them yet
+            # The first call comes from this class's __init__, before a subclass has made its parameters.
+            for name in starts.keys() & parameters.keys():
                 start = starts[name]
                 parameters[name].copy_(start) if isinstance(start, Tensor) else parameters[name].fill_(start)
 
     def extra_repr(self) -> str:
         """Show the arguments."""
         names = ["eps", "momentum", "affine", "track_running_stats", *["channel_dim"] * (self.channel_dim != 1)]
+        # A class that fixes an argument, and takes it from nobody, does not show it.
+        names = [name for name in names if name in arguments_of(type(self))]
         shown = [f"{name}={getattr(self, name)!r}" for name in (*names, *self.repr_arguments)]
+        shown += ["bias=False"] * (self.affine and self.bias is None)
         return ", ".join([str(self.num_features), *shown])
 
     repr_arguments: ClassVar[tuple[str, ...]] = ()
     """A subclass's own arguments, for ``repr``."""
 
 
+_REFUSED_CHANGE = (
+    "{who} in training cannot move its running statistics inside of torch.func, and neither can torch's BatchNorm: "
+    "they are no argument of the function that is transformed. Type model.eval(), or track_running_stats=False, or "
+    "pass the buffers in: torch.func.functional_call(model, (parameters, buffers), x) with dict(model.named_buffers())."
+)
+
+
+def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any) -> Tensor:
+    """Return the node of torch.fx that calls the layer: it is a leaf, as torch's own layers are."""
+    name = x.tracer.path_of_module(layer)
+    if not name:
+        raise ValueError(
+            f"{type(layer).__name__} is a leaf for torch.fx. Trace a module that holds it: nn.Sequential(layer)."
+        )
+    options = {} if activation == "none" else {"activation": activation}
+    options |= {} if residual is None else {"residual": residual}
+    node: Tensor = x.tracer.create_proxy("call_module", name, (x,), options)  # a proxy stands for a tensor
+    return node
+
+
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
-    pools = layer.train_uses_batch_stats or layer.track_running_stats
+    pools = layer.train_uses_batch_stats or layer.moves_running_stats
     return active_ranks(layer.sync and not layer.sync_paused, layer.training, layer.sync_group) if pools else None
 
 
+def _of_empty(layer: MomentNorm, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    """Return the output for a batch without samples in training: as in torch, the batch counts and moves nothing."""
+    if layer.moves_running_stats and layer.num_batches_tracked is not None and layer.accumulator is None:
+        layer.num_batches_tracked.add_(1)
+    y = x
+    for parameter in layer._parameters.values():
+        if parameter is not None:  # each has a gradient, of zeros: DistributedDataParallel waits for all of them
+            y = y + parameter.sum().to(y.dtype)
+    return activated(y + 0, activation, residual)
+
+
+def _agree_once(layer: MomentNorm, ranks: Ranks | None, x: Tensor) -> None:
+    """Compare the layer with that of the other ranks, before the first time that they pool."""
+    # In a graph nothing can be told; what differs there is told by torch, or by NormSwap before the training.
+    if ranks is not None and layer.agreed_in != ranks.group and not torch.compiler.is_compiling():
+        settings = f"sync_group={layer.sync_group!r}, affine={[n for n, _ in layer.named_parameters(recurse=False)]}"
+        ranks.agree(f"{layer.place or 'a layer'}: {type(layer).__name__}({layer.extra_repr()}, {settings})", x.device)
+        layer.agreed_in = ranks.group
+
+
 def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-    who = type(layer).__name__
-    layout = layout_of(x, layer.num_features, layer.channel_dim, who)
+    layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
-    of_input = layer.training or not layer.track_running_stats
-    pooled = (
-        ranks is not None and layer.train_uses_batch_stats
-    )  # how many values there are in all is known only after pooling
-    if of_input and not pooled and layer.statistic_size(layout.n, layout.size) < 2:
-        remedy = "Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
-        if not layer.train_uses_batch_stats:
-            remedy = "Use larger feature maps, or leave this layer out of the swap: exclude=[its name]."
-        raise ValueError(
-            f"{who}: expected more than one value per statistic, got {layout.n} sample(s) of {layout.size} "
-            f"element(s) per channel. {remedy}"
-        )
+    _agree_once(layer, ranks, x)
+    # Which statistics are used decides how many values must be there.
+    of_input = layer.training or not layer.has_running_stats
+    if layout.n == 0 and of_input and ranks is None:
+        return _of_empty(layer, x, activation, residual)
+    if of_input and layer.statistic_size(layout.n, layout.size) < 2:
+        _check_values(layer, layout, ranks)
     moments = None if of_input or layer.eval_uses_input_stats else layer.running()
-    accumulates = layer.training and layer.accumulator is not None  # which the kernels do not know
-    algebra = layer.algebra_of(x, layout)
+    # The kernels move the running statistics themselves and know nothing of an accumulator.
+    accumulates = layer.training and layer.accumulator is not None
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
-    return normalize(
-        x,
-        algebra,
-        layout=layout,
-        moments=moments,
-        ranks=ranks,
-        backend=layer.backend,
-        fused_spec=fused_spec,
-        depthwise_conv=layer.depthwise_conv(),
-        activation=activation,
-        residual=residual,
+    algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
+    return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))
+
+
+def _check_values(layer: MomentNorm, layout: Layout, ranks: Ranks | None) -> None:
+    """Refuse an input with one value per statistic, unless other ranks may bring more."""
+    by_more_samples = layer.statistic_size(2, layout.size) > 1
+    # Over ranks the number of values is known only after the statistics have met.
+    if ranks is not None and layer.train_uses_batch_stats and by_more_samples:
+        return
+    remedy = "Use a larger batch, drop_last=True in the DataLoader, or layer.eval()."
+    # Evaluation of such a layer would be refused as well.
+    if not layer.training or not layer.has_running_stats:
+        remedy = "Use a larger batch, or a layer with running statistics: track_running_stats=True."
+    if not by_more_samples:
+        remedy = "Use larger feature maps, or leave this layer out of the swap: exclude=[its name]."
+    raise ValueError(
+        f"{type(layer).__name__}: expected more than one value per statistic, got {layout.n} sample(s) of "
+        f"{layout.size} element(s) per channel. {remedy}"
     )

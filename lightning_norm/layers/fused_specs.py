@@ -39,7 +39,8 @@ def spec_of(layer: Any, layout: Layout) -> Any:
     """
     if layer.fused_spec_varies or torch.compiler.is_compiling():
         return layer.fused_spec(layout)
-    spec = _remembered(layer, layout.shape)
+    key = _key(layer, layout.shape)
+    spec = _remembered(layer, key)
     if spec is None:
         spec = layer.fused_spec(layout)
         tensors = _tensors(layer)
@@ -48,13 +49,13 @@ def spec_of(layer: Any, layout: Layout) -> Any:
             specs = vars(layer).get(SPECS)
             if specs is None or len(specs) > MANY:
                 specs = vars(layer)[SPECS] = _Specs()
-            specs[layout.shape] = spec, tensors
+            specs[key] = spec, tensors
     return spec
 
 
 def same_as_before(layer: Any, x: Tensor, activation: str, residual: Tensor | None) -> Tensor | None:
     """Return the output if a call like this was recorded and nothing has changed since; ``None`` otherwise."""
-    spec = _remembered(layer, x.shape) if isinstance(x, Tensor) else None
+    spec = _remembered(layer, _key(layer, x.shape)) if isinstance(x, Tensor) else None
     convolved = None if spec is None else vars(spec).get(CONVOLVED)
     if convolved is not None:
         # A kernel with other axes than the layer's, or tokens with their axes moved, are views made in that call.
@@ -64,8 +65,13 @@ def same_as_before(layer: Any, x: Tensor, activation: str, residual: Tensor | No
     return None if spec is None else recorded.again(x, spec, layer.channel_dim % x.dim(), activation, residual)
 
 
-def _remembered(layer: Any, shape: Any) -> Any:
-    known = vars(layer).get(SPECS, {}).get(shape)
+def _key(layer: Any, shape: Any) -> Any:
+    # With gradients, evaluation is described by copies of the running statistics, and without by those themselves.
+    return shape, layer.training, torch.is_grad_enabled()
+
+
+def _remembered(layer: Any, key: Any) -> Any:
+    known = vars(layer).get(SPECS, {}).get(key)
     if known is None:
         return None
     tensors = _tensors(layer)
@@ -76,21 +82,37 @@ def _tensors(layer: Any) -> tuple[Tensor | None, ...]:
     return *layer._parameters.values(), *layer._buffers.values()
 
 
+def uses_running_stats(layer: Any) -> bool:
+    """Tell whether the next forward pass reads or moves the running statistics."""
+    uses: bool = layer.has_running_stats and (layer.track_running_stats or not layer.training)
+    return uses
+
+
+def running_stats(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return running mean and variance, the number of updates and that of skipped ones, as the kernels move them.
+
+    In evaluation the first two are copies where a backward pass may read them after the next update.
+    """
+    mean, var = (layer._buffers[name] for name in layer.running_names)
+    if not layer.training and torch.is_grad_enabled():
+        mean, var = mean.clone(), var.clone()
+    counters = (layer._buffers.get(name) for name in ("num_batches_tracked", "skipped_updates"))
+    tracked, skipped = (mean.new_zeros((), dtype=torch.long) if t is None else t for t in counters)
+    return mean, var, tracked, skipped
+
+
 def mixture_spec(
     layer: Any, statistics: tuple[str, ...], *, w: Tensor | None = None, v: Tensor | None = None, **flags: Any
 ) -> MixtureSpec:
     """Describe the layer with its eps, weight, bias and running statistics; ``flags`` as ``MixtureFlags.of``."""
     running = None
-    if layer.track_running_stats and "bn" in statistics:
-        mean, var = (layer._buffers[name] for name in layer.running_names)
-        tracked, skipped = layer.num_batches_tracked, layer.skipped_updates
-        assert mean is not None
-        assert var is not None
-        assert tracked is not None
-        assert skipped is not None
+    # Statistics of a sample or a layer have no running ones, whatever the layer keeps.
+    if "bn" in statistics and uses_running_stats(layer):
+        mean, var, tracked, skipped = running_stats(layer)
         momentum = layer._buffers["_momentum"]
         running = Running(mean, var, tracked, skipped, momentum)
         flags["frozen"] = not layer.training
+        # 2 is the cumulative average, whose weight the kernel computes from the number of batches.
         flags["track"] = (2 if momentum is None else 1) if layer.training else 0
     known = MixtureFlags.of(statistics, weighted=w is not None, **flags)
     return MixtureSpec(known, layer.eps, layer.weight, layer.bias, w, v, running)
@@ -99,11 +121,11 @@ def mixture_spec(
 def per_channel_spec(layer: Any, numbers: dict[str, float], **flags: Any) -> PerChannelSpec:
     """Return a description with the layer's weight, bias and running statistics, with these flags and numbers."""
     known = PerChannelNumbers(layer.eps, **numbers)
-    if not layer.track_running_stats:
+    if not uses_running_stats(layer):
         return PerChannelSpec(layer.weight, layer.bias, PerChannelFlags(**flags), known)
-    names = (*layer.running_names, "num_batches_tracked", "skipped_updates")
     momentum = layer._buffers.get("_momentum")
     track = (2 if momentum is None else 1) if layer.training else 0
+    # A method that moves its running statistics in another way says so by its own flags, which win.
     flags = {"frozen": not layer.training, "track": track, **flags}
-    running = tuple(layer._buffers[name] for name in names)
+    running = running_stats(layer)
     return PerChannelSpec(layer.weight, layer.bias, PerChannelFlags(**flags), known, running=running, rate=momentum)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import FusionError
+from lightning_norm.layers.behind import Behind
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine
 
@@ -19,7 +23,7 @@ EPS = 2.0**-20
 """torch takes no eps of 0; with this one, 1 - eps and their sum 1 are exact in float32."""
 
 
-class Evaluation(nn.Module):
+class Evaluation(Behind):
     """Mixin: a class whose evaluation is a fixed map under conditions of its own says so.
 
     By :meth:`evaluates_on_running_stats` where the map is that of its algebra, otherwise by :meth:`eval_affine`; one
@@ -29,16 +33,48 @@ class Evaluation(nn.Module):
     eval_uses_input_stats: ClassVar[bool]
     num_features: int
     channel_dim: int
-    eps: float
     affine: bool
     track_running_stats: bool
+    _eps: float
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance.
+
+        Raises:
+            FusionError: code outside of this package, which names ``running_var`` as well, is about to multiply both
+                into a convolution, and this layer is no such map in evaluation.
+        """
+        # Every fusion of a BatchNorm reads eps and running_var in one function, and hardly any other code does. What
+        # a layer's own method reads of itself is no fusion. The graph that torch.compile traces has no frames.
+        if not torch.compiler.is_compiling():
+            frame = sys._getframe(1)
+            if "running_var" in frame.f_code.co_names and not _may_read(self, frame):
+                raise FusionError(
+                    f"{frame.f_code.co_name}() reads eps and running_var of {type(self).__name__}, as code does that "
+                    "fuses a BatchNorm into a convolution. In evaluation this layer is not the map that a BatchNorm "
+                    "with these tensors is, and the network would compute something else. Use "
+                    "lightning_norm.fold(model, example_input), which folds what can be folded and says why the rest "
+                    "stays."
+                )
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = value
+
+    @property
+    def has_running_stats(self) -> bool:
+        """Whether there are running statistics."""
+        raise NotImplementedError
 
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether evaluation, with the present parameters, looks at the running statistics alone."""
-        return self.track_running_stats and not self.eval_uses_input_stats
+        return self.has_running_stats and not self.eval_uses_input_stats
 
     def eval_affine(self) -> Affine | None:
         """Return the map that the layer is in evaluation, (C,) each in float64; ``None`` if it looks at the sample."""
+        # In float64, because the map is folded into other layers, and each rounding would be theirs.
         layer: Any = double_copy(self)
         if not hasattr(layer, "algebra") or not layer.evaluates_on_running_stats():
             return None
@@ -52,6 +88,7 @@ class Evaluation(nn.Module):
         Args:
             dims: dimensions of the input, which tell BatchNorm1d, 2d and 3d apart.
         """
+        # torch's BatchNorm takes channels on axis 1 and 2 to 5 dimensions, nothing else.
         affine = self.eval_affine() if dims in BATCH_NORMS and self.channel_dim == 1 else None
         return None if affine is None else batch_norm(self, affine, BATCH_NORMS[dims or 4])
 
@@ -65,9 +102,39 @@ class Evaluation(nn.Module):
 
     def fuse(self) -> nn.Module:
         """Return torch's own layer where there is one, else itself; timm's ``reparameterize_model`` calls it."""
+        # The layer that stood here before the swap tells how many dimensions the input has.
         kind = str((getattr(self, "origin", None) or {}).get("source", ""))
-        plain = self.plain(dims_of(kind))
+        plain = self.deployed(dims_of(kind))
         return self if plain is None else plain.train(self.training)
+
+    def deployed(self, dims: int | None = None) -> nn.Module | None:
+        """Return :meth:`plain` with the modules that the layer calls behind its normalization."""
+        plain = self.plain(dims)
+        return None if plain is None else self.followed(plain)
+
+
+def _may_read(layer: Any, frame: types.FrameType) -> bool:
+    code = frame.f_code
+    if str(frame.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]:
+        return True
+    if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is layer:
+        return True
+    affine = layer.eval_affine()
+    return affine is not None and is_batch_norm(layer, affine)
+
+
+def is_batch_norm(layer: nn.Module, affine: Affine) -> bool:
+    """Tell whether ``affine`` is the map of a BatchNorm with the layer's own tensors."""
+    tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    mean, var, weight = (tensors.get(name) for name in ("running_mean", "running_var", "weight"))
+    if mean is None or var is None or not mean.shape == var.shape == (len(affine.scale),):
+        return False
+    scale = (_exact(var) + float(getattr(layer, "eps", 0.0))).rsqrt()
+    scale = scale if weight is None else scale * _exact(weight)
+    shift = _exact(tensors["bias"]) if "bias" in tensors else torch.zeros_like(scale)
+    return all(
+        torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in _pairs(Affine(_exact(mean), scale, shift), affine)
+    )
 
 
 @torch.no_grad()
@@ -88,8 +155,8 @@ def per_channel(affine: Affine, channels: int) -> Affine:
 
 
 def share_parameters(layer: nn.Module, plain: nn.Module) -> nn.Module:
-    """Return ``plain`` with the layer's own parameters."""
-    for name in dict(plain.named_parameters(recurse=False)):
+    """Return ``plain`` with the layer's own weight and bias, or without where it has none."""
+    for name in ("weight", "bias"):
         setattr(plain, name, getattr(layer, name))
     return plain
 
@@ -107,23 +174,25 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
     """Return torch's BatchNorm that evaluates to ``affine``, with the layer's own tensors if those say the same."""
     tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
     like = next((t for t in tensors.values() if t.is_floating_point()), affine.scale)
-    wide = at_least_float32(like.dtype)  # torch's BatchNorm takes narrow inputs if all its tensors are wide
+    # torch's BatchNorm takes narrow inputs if all its tensors are wide.
+    wide = at_least_float32(like.dtype)
     options = {"device": like.device, "dtype": wide}
     c, eps = len(affine.scale), float(getattr(layer, "eps", 0.0))
-    mean, var, weight = (tensors.get(name) for name in ("running_mean", "running_var", "weight"))
-    if mean is not None and var is not None and mean.shape == var.shape == (c,):
-        scale = (_exact(var) + eps).rsqrt()
-        scale = scale if weight is None else scale * _exact(weight)
-        shift = _exact(tensors["bias"]) if "bias" in tensors else torch.zeros_like(scale)
-        same = Affine(_exact(mean), scale, shift)
-        if all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in _pairs(same, affine)):
-            plain = kind(c, eps=eps, momentum=getattr(layer, "momentum", 0.1), affine=weight is not None, **options)
-            for name, value in tensors.items():
-                if hasattr(plain, name):
-                    narrow = value.is_floating_point() and value.dtype != wide
-                    setattr(plain, name, _cast(value, wide) if narrow else value)
-            return plain
+    if is_batch_norm(layer, affine):
+        # The same objects can be handed on, and training can continue with them.
+        affine_too = "weight" in tensors or "bias" in tensors
+        plain = kind(c, eps=eps, momentum=getattr(layer, "momentum", 0.1), affine=affine_too, **options)
+        for name in ("weight", "bias"):
+            if name not in tensors:
+                plain.register_parameter(name, None)
+        for name, value in tensors.items():
+            if hasattr(plain, name):
+                # A cast makes a new object, so it is left out where nothing changes.
+                narrow = value.is_floating_point() and value.dtype != wide
+                setattr(plain, name, _cast(value, wide) if narrow else value)
+        return plain
     assert affine.shift is not None
+    # Otherwise the map goes into weight and bias, over running statistics that normalize by exactly 1.
     plain = kind(c, eps=EPS, **options)
     with torch.no_grad():
         plain.get_buffer("running_mean").copy_(affine.center)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from lightning_norm.layers.arguments import checked_arguments
+from lightning_norm.layers.arguments import checked_arguments, plain_value
 from lightning_norm.layers.base import Normalizer
 
 NormSpec: TypeAlias = str | type[nn.Module] | Mapping[str, Any]
@@ -21,6 +21,7 @@ def normalizers() -> dict[str, type[Normalizer]]:
     >>> list(normalizers())[0]
     'bn'
     """
+    # A class without a paper, such as a user's own, stands at the end.
     return dict(sorted(Normalizer.registry.items(), key=lambda item: item[1].paper.year if item[1].paper else 9999))
 
 
@@ -50,6 +51,8 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
         ValueError: nothing has that name.
         TypeError: it is not a normalizer, or the spec has unknown entries.
     """
+    norm = plain_value(norm)
+    # The form in which LightningCLI writes a class and its arguments.
     if isinstance(norm, Mapping):
         unknown = set(norm) - {"class_path", "init_args"}
         if unknown or "class_path" not in norm:
@@ -57,15 +60,17 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
                 f"a normalizer is written {{class_path: sn, init_args: {{...}}}}, got the entries "
                 f"{sorted(map(str, norm))}."
             )
-        cls, _ = resolve(norm["class_path"])
-        return cls, dict(norm.get("init_args") or {})
-    found: Any = _by_name(norm) if isinstance(norm, str) else norm
-    if not (isinstance(found, type) and issubclass(found, Normalizer)):
+        arguments = norm.get("init_args") or {}
+        if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+            raise TypeError(f"init_args must be a mapping of names such as {{momentum: 0.2}}, got {arguments!r}.")
+        return resolve(norm["class_path"])[0], dict(arguments)
+    cls: Any = _by_name(norm) if isinstance(norm, str) else norm
+    if not (isinstance(cls, type) and issubclass(cls, Normalizer)):
         raise TypeError(
-            f"{norm!r} is not a normalizer: expected a subclass of lightning_norm.MomentNorm, got {found!r}. "
+            f"{norm!r} is not a normalizer: expected a subclass of lightning_norm.MomentNorm, got {cls!r}. "
             "examples/write_your_own.py shows one in 15 lines."
         )
-    return found, {}
+    return cls, {}
 
 
 def _by_name(name: str) -> Any:
@@ -73,12 +78,16 @@ def _by_name(name: str) -> Any:
     by_class = {cls.__name__: cls for cls in known.values()}
     if name in known or name in by_class:
         return known.get(name) or by_class[name]
+    if name.startswith("."):
+        raise ValueError(f"{name!r} is a relative path: type the whole one, such as 'my_package{name}'.")
     if "." in name:
+        # A dotted path imports its module, which may enter a class of the user's.
         module, _, attribute = name.rpartition(".")
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"cannot import the normalizer {name!r}: {error}. Check the dotted path.") from error
+    # In lower case, for ``batchnorm`` and ``BatchNorm`` differ in two of nine letters.
     lowered = {k.lower(): k for k in (*known, *by_class)}
     near = [lowered[n] for n in difflib.get_close_matches(name.lower(), lowered, n=2, cutoff=0.3)]
     hints = [f"{_key_of(n)!r} ({_class_of(n)})" for n in near]

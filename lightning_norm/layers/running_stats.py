@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_norm.layers.accumulators import AccumulationWindow, StatisticsAccumulator
-from lightning_norm.layers.variance import unbiased
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32
-from lightning_norm.ops.moments import Moments
+from lightning_norm.ops.moments import Moments, to_var
 
 
 class RunningStats(nn.Module):
@@ -32,12 +32,13 @@ class RunningStats(nn.Module):
     """Takes the statistics of each training step in place of the running ones: a :class:`StatisticsAccumulator` while
     those are re-estimated, an :class:`AccumulationWindow` where they move once per optimizer step."""
 
+    eps: float
     num_batches_tracked: Tensor | None
     skipped_updates: Tensor | None
 
     @property
     def running_names(self) -> tuple[str, str]:
-        """Names of the buffers that hold the running mean and the running variance."""
+        """Names of the buffers of the running mean and the running variance, or standard deviation ``running_std``."""
         return "running_mean", "running_var"
 
     @property
@@ -45,14 +46,29 @@ class RunningStats(nn.Module):
         """Why the running statistics cannot wait for the end of a window of batches; empty where they can."""
         return ""
 
+    @property
+    def has_running_stats(self) -> bool:
+        """Whether there are running statistics to evaluate on; ``track_running_stats = False`` only stops their moves.
+
+        As in torch, where evaluation looks at the buffers and not at the flag.
+        """
+        return all(self._buffers.get(name) is not None for name in self.running_names)
+
+    @property
+    def moves_running_stats(self) -> bool:
+        """Whether the next forward pass moves the running statistics."""
+        return self.training and self.track_running_stats and self.has_running_stats
+
     def _make_running_stats(
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         self.track_running_stats = track
+        # torch's starting values, with which a fresh layer evaluates to its own input.
         for name, fill in zip(self.running_names, (0.0, 1.0), strict=True):
             stat = torch.full((num_features,), fill, device=device, dtype=at_least_float32(dtype))
             self.register_buffer(name, stat if track else None)
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device) if track else None)
+        # Not saved: a checkpoint must have the keys of torch's BatchNorm and no others.
         self.register_buffer("skipped_updates", torch.tensor(0, device=device) if track else None, persistent=False)
         for name in self.counters:
             self.register_buffer(name, torch.tensor(0, device=device) if track else None)
@@ -63,62 +79,27 @@ class RunningStats(nn.Module):
         Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it
         is skipped and counted in ``skipped_updates``.
         """
-        if not self.track_running_stats:
-            return m
         if not self.training:
-            return self.running()
-        self._update_running(m)
+            return self.running() if self.has_running_stats else m
+        if self.moves_running_stats:
+            update_running(self, m)
         return m
 
     def running(self) -> Moments:
-        """Return the running statistics as (1, C) moments."""
-        mean, var = (getattr(self, name) for name in self.running_names)
-        return Moments(mean.unsqueeze(0), var.unsqueeze(0), 1)
+        """Return the running statistics as (1, C) moments; a running standard deviation as a variance."""
+        mean, var = running_buffers(self)
+        return Moments(mean, to_var(var, self.eps) if self.running_names[1] == "running_std" else var, 1)
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean and the unbiased variance that the running statistics move towards."""
-        return m.mean, m.var * unbiased(m.count)
-
-    @torch.no_grad()
-    def _usable(self, mean: Tensor, var: Tensor, count: int | Tensor) -> Tensor:
-        """Tell whether statistics may move the running ones, as a 0-dim tensor; count those that may not."""
-        finite = torch.isfinite(mean + var).all()
-        if isinstance(count, Tensor):  # pooled over ranks, which may all be empty
-            finite = finite & (count > 1).all()
-        assert self.skipped_updates is not None
-        self.skipped_updates.add_(~finite)
-        return finite
-
-    @torch.no_grad()
-    def _update_running(self, m: Moments, wanted: Tensor | None = None) -> None:
-        """Move the running statistics towards m, or accumulate it, unless a 0-dim ``wanted`` is false."""
-        mean, var = self.running_target(m)
-        if isinstance(self.accumulator, StatisticsAccumulator):
-            self.accumulator.add(*_for_accumulator(self, m, mean, var))  # which leaves out what is not finite itself
-            return
-        usable = self._usable(mean, var, m.count)
-        usable = usable if wanted is None else usable & wanted
-        if self.accumulator is None:
-            self._move_running(mean, var, usable)
-        else:
-            self.accumulator.add(*_for_accumulator(self, m, mean, var), usable)
-
-    @torch.no_grad()
-    def _move_running(self, mean: Tensor, var: Tensor, usable: Tensor) -> None:
-        """Move the running statistics a step of size ``momentum`` towards these, if a 0-dim ``usable`` is true."""
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(usable)
-        momentum: Tensor | None = getattr(self, "_momentum", None)
-        weight = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype) if momentum is None else momentum
-        # Written by torch.where and not under an if, which would read a value back from the device.
-        for name, new in zip(self.running_names, (mean, var), strict=True):
-            old: Tensor = getattr(self, name)
-            moved = torch.lerp(old, new.detach().reshape(-1).to(old.dtype), weight.to(old.dtype))
-            old.copy_(torch.where(usable, moved, old))
+        return m.mean, m.unbiased().var
 
     def _move_by_window(self, m: Moments) -> None:
         """Move the running statistics by the moments of a whole window of batches."""
-        self._move_running(*_from_accumulator(self, m), (torch.as_tensor(m.count) > 1).all())
+        mean, var = _from_accumulator(self, m)
+        enough, finite = (torch.as_tensor(m.count) > 1).all(), fits(self, mean, var)
+        count_skipped(self, enough & ~finite)
+        _move_running(self, mean, var, enough & finite)
 
     def without_effect(self) -> dict[str, str]:
         """Return the scheduled arguments that do nothing in this layer as it is: name -> the argument that says so."""
@@ -128,11 +109,19 @@ class RunningStats(nn.Module):
         """Set the running mean to 0, the running variance to 1 and the counters to 0."""
         if self.track_running_stats:
             for name in (*self.running_names, "num_batches_tracked", "skipped_updates", *self.counters):
-                self.get_buffer(name).fill_(name == self.running_names[1])
+                buffer = self._buffers.get(name)
+                if buffer is not None:
+                    buffer.fill_(name == self.running_names[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: getattr(self, name, None) for name in (*self.running_names, *self.float32_buffers)}
+        unsaved = self._non_persistent_buffers_set
+        unmade = [name for name, t in self.named_buffers(recurse=False) if t.is_meta and name in unsaved]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # What no checkpoint brings must not stay as to_empty() leaves it.
+        for name in unmade:
+            if not self.get_buffer(name).is_meta:
+                self.get_buffer(name).zero_()
         # From the value before the cast, whose digits the narrow one has lost.
         for name, old in before.items():
             new = getattr(self, name, None)
@@ -141,15 +130,88 @@ class RunningStats(nn.Module):
         return self
 
 
+def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
+    """Return the running mean, and the running variance or standard deviation, as (1, C)."""
+    mean, var = (layer.get_buffer(name).unsqueeze(0) for name in layer.running_names)
+    # Copies where a backward pass may read them after the next batch has moved the buffers.
+    return (mean.clone(), var.clone()) if torch.is_grad_enabled() else (mean, var)
+
+
+@torch_private.without_gradients
+def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None) -> None:
+    """Move the running statistics towards m, or accumulate it, unless a 0-dim ``wanted`` is false."""
+    mean, var = layer.running_target(m)
+    if isinstance(layer.accumulator, StatisticsAccumulator):
+        # The accumulator itself leaves out, and counts, what is not finite.
+        layer.accumulator.add(*_for_accumulator(layer, m, mean, var))
+        return
+    usable = is_usable(layer, mean, var, m.count)
+    # Counted as skipped is only what was not finite, and not what a method chose to leave out.
+    usable = usable if wanted is None else usable & wanted
+    if layer.accumulator is None:
+        _move_running(layer, mean, var, usable)
+    else:
+        layer.accumulator.add(*_for_accumulator(layer, m, mean, var), usable)
+
+
+@torch_private.without_gradients
+def is_usable(layer: RunningStats, mean: Tensor, var: Tensor, count: int | Tensor) -> Tensor:
+    """Tell whether statistics may move the running ones, as a 0-dim tensor; count those that may not."""
+    usable = fits(layer, mean, var)
+    if isinstance(count, Tensor):
+        # The ranks that were pooled may all have been empty.
+        usable = usable & (count > 1).all()
+    count_skipped(layer, ~usable)
+    return usable
+
+
+def fits(layer: RunningStats, mean: Tensor, var: Tensor) -> Tensor:
+    """Tell whether statistics are finite in the dtype of the running ones, as a 0-dim tensor."""
+    dtype = layer.get_buffer(layer.running_names[0]).dtype
+    return torch.isfinite(mean.to(dtype)).all() & torch.isfinite(var.to(dtype)).all()
+
+
+def count_skipped(layer: RunningStats, skipped: Tensor) -> None:
+    """Count an update that was skipped, if a 0-dim tensor is true."""
+    # No state_dict holds the counter, so that it may not be passed to a function that is transformed.
+    if layer.skipped_updates is not None and not torch_private.is_captured(layer.skipped_updates):
+        layer.skipped_updates.add_(skipped)
+
+
+def count_batch(layer: RunningStats, usable: Tensor) -> Tensor:
+    """Count a batch if a 0-dim ``usable`` is true, and return how many there were, at least 1."""
+    # torch allows that the user sets the counter to None.
+    if layer.num_batches_tracked is None:
+        return torch.ones_like(usable, dtype=torch.long)
+    return layer.num_batches_tracked.add_(usable).clamp_min(1)
+
+
+def _move_running(layer: RunningStats, mean: Tensor, var: Tensor, usable: Tensor) -> None:
+    """Move the running statistics a step of size ``momentum`` towards these, if a 0-dim ``usable`` is true."""
+    batches = count_batch(layer, usable)
+    momentum = layer._buffers.get("_momentum")
+    weight = 1.0 / batches.to(mean.dtype) if momentum is None else momentum
+    for name, new in zip(layer.running_names, (mean, var), strict=True):
+        old: Tensor = getattr(layer, name)
+        write(old, torch.lerp(old, new.detach().reshape(-1).to(old.dtype), weight.to(old.dtype)), usable)
+
+
+def write(buffer: Tensor, new: Tensor, usable: Tensor) -> None:
+    """Write new values, in the shape and dtype of the buffer, where ``usable`` is true; call it under ``no_grad``."""
+    # By torch.where and not under an if, which would read a value back from the device.
+    buffer.copy_(torch.where(usable, new.reshape(buffer.shape).to(buffer.dtype), buffer))
+
+
 def open_window(layer: RunningStats) -> None:
     """From now on, gather the statistics of each batch until :func:`close_window`.
 
     Raises:
         ValueError: there are no running statistics, or they cannot wait.
     """
-    if not layer.track_running_stats or layer.no_window:
+    if not layer.track_running_stats or not layer.has_running_stats or layer.no_window:
         raise ValueError(f"{type(layer).__name__}: {layer.no_window or 'it keeps no running statistics'}.")
     stat = layer.get_buffer(layer.running_names[0])
+    # One row of all channels, or with contexts one row for each.
     features = stat.shape[-1]
     shape = (stat.numel() // features, features)
     layer.accumulator = AccumulationWindow(shape, layer.includes_between_var, stat.device)
@@ -160,6 +222,7 @@ def close_window(layer: RunningStats) -> None:
     """Move the running statistics by what the window gathered, as if it had been one batch, and empty it."""
     if isinstance(layer.accumulator, AccumulationWindow):
         layer._move_by_window(layer.accumulator.moments())
+        # The window stays open and starts anew with the next batch.
         layer.accumulator.clear()
 
 
@@ -181,6 +244,7 @@ def keep_float32(layer: Any) -> None:
     for name in (*layer.running_names, *layer.float32_buffers):
         buffer = getattr(layer, name, None)
         if buffer is not None:
+            # By ``data``, because FSDP and compiled graphs hold the buffer itself.
             buffer.data = buffer.data.to(at_least_float32(buffer.dtype))
 
 
@@ -188,6 +252,7 @@ def _for_accumulator(layer: RunningStats, m: Moments, mean: Tensor, var: Tensor)
     """Return mean, variance and count as they are merged over batches, given what the running ones move towards."""
     if layer.includes_between_var:
         return m.mean, m.var, m.count
+    # How many elements all ranks had together, for the merge weighs batches by it.
     return mean, var, Moments(m.mean, m.var * 0, m.count, m.ranks).over_batch().count
 
 

@@ -1,7 +1,8 @@
-"""Hyper-parameters that may change during training, held in 0-dim tensors so that no change recompiles anything."""
+"""Hyper-parameters that may change during training, stored in 0-dim tensors so that no change recompiles anything."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import sys
@@ -24,6 +25,7 @@ class Scheduled:
         low: smallest legal value.
         high: largest legal value.
         optional: the value may be ``None``; a signature says so by ``float | None``.
+        training_only: evaluation does not read it, so that no checkpoint has to hold it.
 
     >>> from typing import Annotated
     >>> Alpha = Annotated[float, Scheduled(0.0, 1.0)]
@@ -32,6 +34,7 @@ class Scheduled:
     low: float
     high: float
     optional: bool = False
+    training_only: bool = False
 
     def check(self, who: str, name: str, value: float | None) -> float | None:
         """Return ``value`` as a float, or ``None`` where that is legal.
@@ -42,9 +45,11 @@ class Scheduled:
         if value is None and self.optional:
             return None
         try:
+            # Text from YAML and 0-dim tensors are numbers as well.
             number = float(value)  # type: ignore[arg-type]  # None is refused below
         except (TypeError, ValueError):
             number = math.nan
+        # Written so that NaN, for which every comparison is false, is refused.
         if not self.low <= number <= self.high:
             raise ValueError(f"{who}: {name} must lie in [{self.low}, {self.high}], got {value!r}.")
         return number
@@ -62,6 +67,7 @@ class ScheduledValues(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # Only the class's own arguments: those of its bases have their properties already.
         declared = _declared(cls)
         cls.ranges = {**cls.ranges, **declared}
         for name in declared:
@@ -80,9 +86,46 @@ class ScheduledValues(nn.Module):
             if old is None:
                 self._buffers[name] = None
                 continue
-            device = fn(torch.zeros((), device=old.device)).device
-            self._buffers[name] = old if device == old.device else _scalar(_values(self)[name[1:]], device)
+            # Where the move leads is known to ``fn`` alone, so it is tried on a tensor that may be cast.
+            probe = fn(torch.zeros((), device=old.device))
+            moved = old if probe.device == old.device else _scalar(getattr(self, name[1:]), probe.device)
+            if _is_shared(probe):
+                moved.share_memory_()  # type: ignore[no-untyped-call]
+            self._buffers[name] = moved
+            _remember(self, name[1:])
         return self
+
+    def saved_values(self) -> dict[str, float | None]:
+        """Return the scheduled values that evaluation reads, which ``state_dict`` therefore holds, as ``_name``."""
+        idle: dict[str, str] = getattr(self, "without_effect", dict)()
+        return {n: getattr(self, n) for n, r in self.ranges.items() if not r.training_only and n not in idle}
+
+    def _choose_saved_values(self) -> None:
+        saved, unsaved = self.saved_values(), self._non_persistent_buffers_set
+        for name in self.ranges:
+            (unsaved.discard if name in saved else unsaved.add)(f"_{name}")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._choose_saved_values()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_scheduled(self, state_dict: dict[str, Any], prefix: str, strict: bool) -> str:
+        """Take over the values in a checkpoint, and return what is wrong with them; older ones hold none."""
+        self._choose_saved_values()
+        for name in self.saved_values():
+            key = f"{prefix}_{name}"
+            device = next((t.device for t in state_dict.values() if isinstance(t, Tensor)), None)
+            loaded = state_dict.get(key)
+            if isinstance(loaded, Tensor) and not loaded.is_meta and loaded.numel() == 1:
+                try:
+                    # As if a schedule had set it: what evaluates the loaded layer leaves it alone.
+                    set_scheduled(self, name, float(loaded))
+                except ValueError as error:
+                    return str(error)
+            value = getattr(self, name)
+            if value is not None and (isinstance(loaded, Tensor) or strict):
+                state_dict[key] = _scalar(value, device)  # in its precision, also with assign=True
+        return ""
 
 
 def _values(layer: ScheduledValues) -> dict[str, float | None]:
@@ -122,7 +165,8 @@ def _declared(cls: type) -> dict[str, Scheduled]:
     for name, parameter in inspect.signature(init).parameters.items() if init is not None else ():
         annotation = parameter.annotation
         if isinstance(annotation, str) and "Scheduled" in annotation:
-            annotation = eval(annotation, vars(sys.modules[cls.__module__]))  # a class's own annotation
+            # The text is a class's own annotation and comes from no user.
+            annotation = eval(annotation, vars(sys.modules[cls.__module__]))
         for extra in getattr(annotation, "__metadata__", ()):
             if isinstance(extra, Scheduled):
                 declared[name] = replace(extra, optional=type(None) in get_args(get_args(annotation)[0]))
@@ -130,7 +174,21 @@ def _declared(cls: type) -> dict[str, Scheduled]:
 
 
 def _getter(name: str) -> Callable[[ScheduledValues], float | None]:
-    return lambda self: _values(self)[name]
+    def get_value(self: ScheduledValues) -> float | None:
+        value, tensor = _values(self)[name], self._buffers.get(f"_{name}")
+        if torch.compiler.is_compiling() or value is None or tensor is None or tensor.is_meta:
+            return value
+        # Something else may have written to the tensor: an average of models, another process, load_state_dict.
+        known = vars(self).get("_scheduled_versions", {}).get(name)
+        if known != _version(tensor) or _is_shared(tensor):
+            with contextlib.suppress(RuntimeError):  # a stand-in without a value, while something is traced
+                written = float(tensor)
+                _remember(self, name)
+                if written != float(torch.tensor(value, dtype=tensor.dtype)):
+                    _values(self)[name] = value = written
+        return value
+
+    return get_value
 
 
 def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
@@ -139,16 +197,36 @@ def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
         _values(self)[name] = value
         tensor = getattr(self, f"_{name}", None)
         if tensor is None or value is None:
+            # A value that was None has no tensor yet: it goes where the layer's other tensors are.
             device = next((t.device for t in (*self.parameters(False), *self.buffers(False))), None)
             self.__dict__.pop(GRAPH_KEY, None)
             self.register_buffer(f"_{name}", None if value is None else _scalar(value, device), persistent=False)
         else:
             with torch.no_grad():
+                # In place, because compiled graphs hold this tensor.
                 tensor.fill_(value)
+        _remember(self, name)
 
     return set_value
 
 
+def _is_shared(tensor: Tensor) -> bool:
+    """Tell whether other processes may write to a tensor; those on a GPU always count as shared."""
+    return tensor.is_cpu and bool(tensor.is_shared())  # type: ignore[no-untyped-call]
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
+
+
+def _remember(layer: ScheduledValues, name: str) -> None:
+    """Remember that the tensor of a value says what was set."""
+    tensor = layer._buffers.get(f"_{name}")
+    if tensor is not None and not torch.compiler.is_compiling():
+        vars(layer).setdefault("_scheduled_versions", {})[name] = _version(tensor)
+
+
 def _scalar(value: float | None, device: torch.device | None) -> Tensor:
+    # Apple's GPUs have no float64.
     dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
     return torch.tensor(value, dtype=dtype, device=device)

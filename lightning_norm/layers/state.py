@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_norm.errors import CheckpointError, PublishedFileWarning
 from lightning_norm.layers.running_stats import RunningStats
 from lightning_norm.layers.scheduled import ScheduledValues, scheduled_value
 from lightning_norm.layers.translation import Translation
 from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.torch_private import loads_strictly
 
 BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -30,46 +33,87 @@ class Loading(ScheduledValues, RunningStats):
         """Tensors of a BatchNorm that this layer holds in another form, under a name of its own."""
         return ()
 
+    published_names: ClassVar[tuple[str, ...]] = ()
+    """Names, or their beginnings up to a dot, that a file of the paper's authors has and that do not load."""
+
+    published_remedy: ClassVar[str] = ""
+    """What to do with such a file."""
+
+    def published_arguments(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments with which this class computes what the authors' does, if the file is theirs."""
+        return {}
+
     def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
         """Return what to type so that a checkpoint's tensor, of another shape than the layer's, fits; "" if unknown."""
         return ""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         loaded = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        # First, before a tensor of another method could pass for one of this layer's.
+        _refuse_published(self, loaded, prefix)
         _refuse_another(self, loaded, prefix)
-        self._translate(state_dict, prefix)
+        theirs = {k: v for k, v in self.published_arguments(loaded).items() if getattr(self, k) != v}
+        self._translate(state_dict, prefix, loads_strictly())
         for name in BATCH_NORM_BUFFERS:
             if getattr(self, name, None) is None:
-                state_dict.pop(prefix + name, None)  # a BatchNorm's statistics, for a method without them
+                # A method without running statistics starts from a BatchNorm's weight and bias alone.
+                state_dict.pop(prefix + name, None)
+        strict = loads_strictly()
+        if wrong := self._load_scheduled(state_dict, prefix, strict):
+            args[4].append(f"{prefix[:-1] or 'this layer'}: {wrong}")
         counters = [name for name in self.counters if getattr(self, name) is not None]
-        if not any(prefix + name in state_dict for name in counters):
+        # A BatchNorm's file has no counters; one that has some and lacks others is damaged, and torch says so.
+        if strict and not any(prefix + name in state_dict for name in counters):
             state_dict.update({prefix + name: torch.tensor(0) for name in counters})
         for name, value in _saved_tensors(self).items():
             old = state_dict.get(prefix + name)
-            if old is None and _keeps_start(self, name, loaded):
+            # torch would call it missing: what a BatchNorm does not have keeps its starting value. With strict=False
+            # what stays as it is does count as missing, but for the counter that torch fills in itself.
+            if old is None and (strict or name == "num_batches_tracked") and _keeps_start(self, name, loaded):
                 state_dict[prefix + name] = value.detach().clone()
             elif isinstance(old, Tensor) and old.shape != value.shape:
-                if advice := self.arguments_that_fit(name, old):
-                    raise RuntimeError(
-                        f"{prefix[:-1] or 'this layer'}: the checkpoint has a {name} {tuple(old.shape)}, this "
-                        f"{type(self).__name__} one of {tuple(value.shape)}. Type {advice}."
-                    )
+                _refuse_shape(self, name, old, value, prefix, theirs)
+                # Published checkpoints hold (1, C, 1, 1) where this package has (C,).
                 if old.numel() == value.numel():
-                    state_dict[prefix + name] = old.reshape(value.shape)  # (1, C, 1, 1) in published checkpoints
+                    state_dict[prefix + name] = old.reshape(value.shape)
+        # torch passes local_metadata, strict and then the list of missing keys.
         missing: list[str] = args[2]
         before = len(missing)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         restore_precision(self)
+        if theirs:
+            _warn_once_per_load(
+                args[-1],
+                f"the file is of the authors' code of {self.key!r}, by its shapes (first layer: "
+                f"{prefix[:-1] or 'this'}), and with the arguments that it has {type(self).__name__} computes another "
+                f"function. Type norm_args={theirs!r} before loading.",
+            )
+        # What is missing may mean that the file is another method's, and then that is the better message.
         others = likely(self.registry, loaded)
         made = {prefix + t.target for t in self.translations if t.target in self.extra_parameters}
         if len(missing) > before and not made & set(missing) and loaded and self.key not in [cls.key for cls in others]:
             last = missing[-1] = MissingKey(missing[-1])
             last.remark = f" ({_another(self, loaded, prefix, others)})"
 
-    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _translate(self, state_dict: dict[str, Any], prefix: str, strict: bool = True) -> None:
         """Write what came in another form as this class holds it."""
         for translation in self.translations:
             translation.load(state_dict, prefix)
+
+
+def _refuse_shape(
+    layer: Loading, name: str, loaded: Tensor, value: Tensor, prefix: str, theirs: Mapping[str, Any]
+) -> None:
+    """Refuse a tensor of another shape where it is known which arguments give the layer that shape."""
+    advice = layer.arguments_that_fit(name, loaded)
+    if advice and theirs:
+        arguments = ", ".join(f"{argument}={wanted!r}" for argument, wanted in theirs.items())
+        advice = f"{arguments}, as the authors' code has it, whose file this is"
+    if advice:
+        raise RuntimeError(
+            f"{prefix[:-1] or 'this layer'}: the checkpoint has a {name} {tuple(loaded.shape)}, this "
+            f"{type(layer).__name__} one of {tuple(value.shape)}. Type {advice}."
+        )
 
 
 def _saved_tensors(layer: Loading) -> dict[str, Tensor]:
@@ -88,17 +132,38 @@ def _keeps_start(layer: Loading, name: str, loaded: Mapping[str, Any]) -> bool:
     return "bias" not in loaded or not any(t.target == name for t in layer.translations)
 
 
+_last_load: tuple[object, set[str]] = (None, set())
+
+
+def _warn_once_per_load(messages: object, text: str) -> None:
+    """Warn, but not for each of the layers that one ``load_state_dict`` fills: they share its list of messages."""
+    global _last_load
+    if _last_load[0] is not messages:
+        _last_load = (messages, set())
+    kind = text.partition(" (first layer")[0]
+    if kind not in _last_load[1]:
+        _last_load[1].add(kind)
+        warnings.warn(text, PublishedFileWarning, stacklevel=5)
+
+
 def restore_precision(layer: Any) -> None:
     """After ``load_state_dict(assign=True)``: statistics in float32 at least, nothing left on the meta device."""
     for name in (*layer.running_names, *layer.float32_buffers):
         stat = getattr(layer, name, None)
         if stat is not None:
             setattr(layer, name, stat.to(at_least_float32(stat.dtype)))
+    # A layer that was built on the meta device has its device from what was loaded.
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     device = next((t.device for t in tensors if not t.is_meta), None)
     for name, t in list(layer.named_buffers(recurse=False)) if device is not None else ():
-        if t.is_meta and name in layer._non_persistent_buffers_set:  # torch has no public way to ask
+        # Buffers that no file holds would stay on the meta device. torch has no public way to ask for them.
+        if t.is_meta and name in layer._non_persistent_buffers_set:
             setattr(layer, name, torch.full_like(t, scheduled_value(layer, name[1:]) or 0, device=device))
+
+
+def of_one_layer(tensor: Any, channels: int) -> bool:
+    """Tell whether a tensor holds one value per channel as published code does: (1, C, 1, 1), and not (C,)."""
+    return isinstance(tensor, Tensor) and tensor.dim() > 1 and tensor.shape[0] == 1 and tensor.numel() == channels
 
 
 class MissingKey(str):
@@ -138,6 +203,35 @@ def likely(registry: Mapping[str, Any], loaded: Mapping[str, Any]) -> list[Any]:
     return [cls for cls in registry.values() if agreement(cls) == best]
 
 
+def _refuse_published(layer: Loading, loaded: Mapping[str, Any], prefix: str) -> None:
+    """Refuse a file of the authors' code whose tensors are others than those held here, and say whose it is."""
+    strange = [name for name in loaded if name not in _saved_tensors(layer)]
+    counts = {cls: [n for n in strange if _begins(n, cls.published_names)] for cls in layer.registry.values()}
+    most = max(map(len, counts.values()), default=0)
+    if not most:
+        return
+    owners = [cls for cls, names in counts.items() if len(names) == most]
+    if type(layer) in owners:
+        owners = [type(layer), *(cls for cls in owners if cls is not type(layer))]
+    keys = " or ".join(repr(cls.key) for cls in owners)
+    swap_first = "" if type(layer) in owners else f" Swap to {owners[0].key!r} and not to {layer.key!r}."
+    came = _came(counts[owners[0]], loaded)
+    raise CheckpointError(
+        f"{prefix[:-1] or 'this layer'} is {type(layer).__name__}, and the file holds {came}, as the "
+        f"authors' code of {keys} writes it, which does not load as it is.{swap_first} "
+        f"{owners[0].published_remedy}"
+    )
+
+
+def _begins(name: str, beginnings: tuple[str, ...]) -> bool:
+    return any(name == b or (b.endswith(".") and name.startswith(b)) for b in beginnings)
+
+
+def _came(names: list[str], loaded: Mapping[str, Any]) -> str:
+    came = [f"{n} {tuple(loaded[n].shape)}" if isinstance(loaded[n], Tensor) else n for n in names[:3]]
+    return ", ".join(came + ["..."] * (len(names) > 3))
+
+
 def _refuse_another(layer: Loading, loaded: Mapping[str, Any], prefix: str) -> None:
     expected = marks(type(layer))
     foreign = {n for cls in layer.registry.values() for n in marks(cls) & loaded.keys() if n not in expected}
@@ -148,11 +242,14 @@ def _refuse_another(layer: Loading, loaded: Mapping[str, Any], prefix: str) -> N
 
 def _another(layer: Loading, loaded: Mapping[str, Any], prefix: str, others: list[Any]) -> str:
     here, there = type(layer).__name__, " or ".join(cls.__name__ for cls in others)
+    # Several classes may fit, and then the swap to any of them loads the file.
     key = others[0].key
     names = [name for name in loaded if not isinstance(getattr(layer, name, None), Tensor)] or list(loaded)
-    came = [f"{n} {tuple(loaded[n].shape)}" if isinstance(loaded[n], Tensor) else n for n in names[:3]]
-    came += ["..."] * (len(names) > 3)
+    came = _came(names, loaded)
+    known = {"weight", "bias", *BATCH_NORM_BUFFERS}.union(*(marks(cls) for cls in layer.registry.values()))
+    if not known & loaded.keys():
+        return f"{prefix[:-1] or 'this layer'} is {here}, the file holds {came}: names of no normalizer of this package"
     return (
-        f"{prefix[:-1] or 'this layer'} is {here}, the file holds {', '.join(came)}, as of {there}. "
+        f"{prefix[:-1] or 'this layer'} is {here}, the file holds {came}, as of {there}. "
         f"Swap to {key!r} before loading; swap(model, {layer.key or here!r}, source={key!r}) goes on from there."
     )

@@ -19,10 +19,13 @@ class SwapRecord(nn.Module):
     """
 
     origin: dict[str, Any] | None = None
+    place: str = ""
+    """Its name in the model that it was swapped in, for messages."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)  # a plain dict has none
+        # ``state_dict(destination={})`` passes a plain dictionary, which has no metadata.
+        metadata = getattr(destination, "_metadata", None)
         if metadata is not None and self.origin is not None:
             metadata.setdefault(prefix[:-1], {})[MANIFEST_KEY] = {
                 **copy.deepcopy(self.origin),
@@ -31,6 +34,9 @@ class SwapRecord(nn.Module):
 
 
 def swap_settings(layer: Any) -> dict[str, Any]:
-    """Return what a swap set on the layer beside the normalizer's arguments."""
+    """Return what is set on the layer beside the normalizer's arguments, scheduled values among it."""
+    # The attribute and the argument of ``swap`` have one name, but for ``compile``, which is a method of nn.Module.
     names = {"sync": "sync", "sync_group": "sync_group", "backend": "backend", "compiled": "compile"}
-    return {written: getattr(layer, name) for name, written in names.items()}
+    settings = {written: getattr(layer, name) for name, written in names.items()}
+    scheduled = layer.saved_values()  # as they are now: evaluation reads them
+    return {**settings, **({"scheduled": scheduled} if scheduled else {})}

@@ -1,4 +1,4 @@
-"""Tensors that a class holds in another form than the layers it is made from, and what becomes of them."""
+"""Tensors that a class stores in another form than the layers it is made from, and what becomes of them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.ops.moments import to_std, to_var
+
 
 @dataclass(frozen=True)
 class Translation:
-    """One tensor of another layer, and the form in which a normalizer holds it.
+    """One tensor of another layer, and the form in which a normalizer stores it.
 
     A swap, its undoing and ``load_state_dict`` all follow from it.
 
     Args:
         source: name of the tensor in the other layer and in its checkpoint, such as "running_var".
-        target: name of the tensor that holds it here, such as "running_std".
-        forward: from the other layer's values to those held here.
+        target: name of the tensor of this class, such as "running_std".
+        forward: from the other layer's values to those of this class.
         backward: the inverse.
         swapped: a swap takes the values over too, and not only ``load_state_dict``.
 
@@ -38,7 +40,9 @@ class Translation:
         if new is None or old is None or not self.swapped:
             return
         if isinstance(new, nn.Parameter):
+            # The Parameter stays the object that the layer registered; its values and its shape are the source's.
             new.data = self.forward(old.detach())
+            # A layer that was frozen stays frozen.
             new.requires_grad_(old.requires_grad)
         else:
             setattr(layer, self.target, self.forward(old))
@@ -48,17 +52,28 @@ class Translation:
         new, old = getattr(layer, self.target, None), getattr(source, self.source, None)
         if new is None or old is None or new.is_meta or not self.swapped:
             return
+        # Back and forth rounds: what training left alone must return bit by bit.
         if not torch.equal(new.detach().to(old), self.forward(old.detach()).to(old)):
             # The values and not the object, for an optimizer may hold the object.
             old.data = self.backward(new.detach()).to(old).view_as(old)
 
     def load(self, state: dict[str, Tensor], prefix: str) -> None:
-        """Write the tensor of another layer's checkpoint as it is held here, unless the checkpoint has it so."""
+        """Write the tensor of another layer's checkpoint in this class's form, unless the checkpoint has it so."""
         if prefix + self.source in state:
             state.setdefault(prefix + self.target, self.forward(state[prefix + self.source]))
             del state[prefix + self.source]
 
 
+def std_of_var(eps: float) -> Translation:
+    """Return the translation of a running variance, stored as the standard deviation that evaluates to the same."""
+    return Translation("running_var", "running_std", lambda var: to_std(var, eps), lambda std: to_var(std, eps))
+
+
+def var_of_std(eps: float) -> Translation:
+    """Return the inverse of :func:`std_of_var`: a running standard deviation, stored as a variance."""
+    return Translation("running_std", "running_var", lambda std: to_var(std, eps), lambda var: to_std(var, eps))
+
+
 def renamed(source: str, target: str) -> Translation:
-    """Return the translation of a tensor that a published checkpoint holds as it is here, under another name."""
+    """Return the translation of a tensor that a published checkpoint has in the same form, under another name."""
     return Translation(source, target, lambda t: t, lambda t: t, swapped=False)

@@ -23,6 +23,7 @@ from lightning_norm.normalizers.context.context_norm import ContextNorm as Conte
 from lightning_norm.normalizers.diminishing_batch_norm import DiminishingBatchNorm as DiminishingBatchNorm
 from lightning_norm.normalizers.group_norm import GroupNorm as GroupNorm
 from lightning_norm.normalizers.group_norm import LayerNorm as LayerNorm
+from lightning_norm.normalizers.ibn import IBN as IBN
 from lightning_norm.normalizers.instance_norm import InstanceNorm as InstanceNorm
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm as RepresentativeBatchNorm
 from lightning_norm.normalizers.switchable_norm import SwitchableNorm as SwitchableNorm
@@ -41,7 +42,8 @@ class _CallableModule(types.ModuleType):
         return normalizers()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return importlib.import_module, (self.__name__,)  # a plain module cannot be pickled, a function can
+        # A plain module cannot be pickled, and a function can.
+        return importlib.import_module, (self.__name__,)
 
 
 sys.modules[__name__].__class__ = _CallableModule

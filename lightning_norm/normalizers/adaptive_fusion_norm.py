@@ -37,7 +37,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         rescale_ratio: E_r has C // rescale_ratio, at least one.
         gate_init: start of lambda_mu and lambda_sigma; ``-inf`` closes the gates for good, for it has no gradient.
         rescale_init: start of lambda_beta and lambda_gamma, which no sigmoid bounds.
-        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: a ratio, a start or dropout out of range.
@@ -67,7 +67,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         self,
         num_features: int,
         *,
-        dropout: Annotated[float, Scheduled(0, 1)] = 0.3,
+        dropout: Annotated[float, Scheduled(0, 1, training_only=True)] = 0.3,
         std_ratio: int = 2,
         rescale_ratio: int = 16,
         gate_init: float = -3.0,
@@ -82,20 +82,25 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
             rescale_init=rescale_init,
             **options,
         )
+        # After the base class, for the tensor behind it goes where the parameters are.
         self.dropout = dropout
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
+        # The networks see the batch's statistics, and the map is written around each sample's mean.
         return self.recode(self.track(m.over_batch()), m)
 
+    # A description holds for the class that defines it alone: this line says that it holds here, too.
     fused_spec = EncoderDecoderNorm.fused_spec
 
-    def drop(self, statistics: Tensor) -> Tensor:
+    def drop_statistics(self, statistics: Tensor) -> Tensor:
         """Return ``statistics`` after dropout: some entries 0, the others divided by the probability to stay."""
         p = self.drop_prob()
         if p is None:
             return statistics
+        # One mask for mu and another for sigma, since the two lie one below the other.
         stays = torch.rand_like(statistics) >= p
+        # At a dropout of 1 nothing stays, and 0 / 0 would be NaN.
         return statistics * stays / (1 - p).clamp_min(torch.finfo(torch.float32).tiny)
 
     def drop_prob(self) -> Tensor | None:

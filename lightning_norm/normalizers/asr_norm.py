@@ -32,7 +32,7 @@ class ASRNorm(EncoderDecoderNorm):
         gate_init: start of lambda_mu and lambda_sigma; ``-inf`` closes the gates for good, for it has no gradient.
         rescale_init: start of lambda_beta and lambda_gamma, which no sigmoid bounds.
         rescale_gate: ``False`` for 1 in place of lambda_beta and lambda_gamma, for training from scratch.
-        options: eps, affine, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, affine, bias, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: a ratio or a start out of range, or one element per sample and channel.
@@ -77,8 +77,10 @@ class ASRNorm(EncoderDecoderNorm):
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
+        # The same object twice tells ``recode`` that the statistics are those of the sample itself.
         return self.recode(m, m)
 
+    # A description holds for the class that defines it alone: this line says that it holds here, too.
     fused_spec = EncoderDecoderNorm.fused_spec
 
     def statistic_size(self, n: int, size: int) -> int:

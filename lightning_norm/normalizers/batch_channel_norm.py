@@ -31,7 +31,7 @@ class BatchChannelNorm(MomentNorm):
         num_features: channels, the C of an input (N, C, *).
         constraint: how iota is kept in [0, 1]: ``None`` not at all (published), "clamp", or "sigmoid" of a stored
             logit, which starts at 6 (iota = 0.9975), since iota = 1 is out of a sigmoid's reach.
-        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: an unknown constraint.
@@ -51,11 +51,17 @@ class BatchChannelNorm(MomentNorm):
     )
     extra_parameters: ClassVar[dict[str, str]] = {"iota": "C"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("constraint",)
+    published_names: ClassVar[tuple[str, ...]] = ("BCN_var", "gamma", "beta", "Batchh.", "layeer.")
+    published_remedy: ClassVar[str] = (
+        "Rename BCN_var to iota, gamma to weight, beta to bias, Batchh.runningmean to running_mean and "
+        "Batchh.runningvar to running_var, and leave out the rest, which is unused."
+    )
     iota: nn.Parameter
 
     def __init__(
         self, num_features: int, *, constraint: Literal["clamp", "sigmoid"] | None = None, **options: Any
     ) -> None:
+        # Before the base class, whose ``reset_parameters`` asks for the start of iota.
         self.constraint = constraint
         super().__init__(num_features, **options)
         self._add_parameters(options, iota=(num_features,))
@@ -64,12 +70,13 @@ class BatchChannelNorm(MomentNorm):
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
         batch, layer = self.track(m.over_batch()), m.over_channels()
         iota = self.mixture()
+        # With X = (x - mu_B) / sigma_B and Y alike, both are affine in x, so their mixture is one affine map.
         x = iota * (batch.var.to(m.mean.dtype) + self.eps).rsqrt()
         y = (1 - iota) * (layer.var.to(m.mean.dtype) + self.eps).rsqrt()
         scale, shift = x + y, x * (m.mean - batch.mean) + y * (m.mean - layer.mean)
-        if self.weight is not None and self.bias is not None:
-            scale, shift = self.weight * scale, torch.addcmul(self.bias, self.weight, shift)
-        return Affine(m.mean, scale, shift)
+        if self.weight is not None:
+            scale, shift = self.weight * scale, self.weight * shift
+        return Affine(m.mean, scale, shift if self.bias is None else shift + self.bias)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the same equation for the kernels."""
@@ -82,10 +89,11 @@ class BatchChannelNorm(MomentNorm):
 
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether iota is exactly 1 in every channel: batch normalization."""
-        return self.track_running_stats and bool((self.mixture() == 1).all())
+        return self.has_running_stats and bool((self.mixture() == 1).all())
 
     def mixture(self) -> Tensor:
         """Return iota (C,), constrained: 1 is batch normalization, 0 layer normalization."""
+        # A sigmoid in half precision has three digits, and iota multiplies the whole output.
         iota = self.iota.to(at_least_float32(self.iota.dtype))
         return {None: lambda: iota, "clamp": lambda: iota.clamp(0, 1), "sigmoid": iota.sigmoid}[self.constraint]()
 

@@ -26,7 +26,7 @@ class BatchNorm(MomentNorm):
 
     Args:
         num_features: channels, the C of an input (N, C, *).
-        eps, momentum, affine, track_running_stats, device, dtype, channel_dim: see :class:`MomentNorm`.
+        eps, momentum, affine, track_running_stats, device, dtype, channel_dim, bias: see :class:`MomentNorm`.
 
     >>> BatchNorm(8)(torch.randn(4, 8, 5, 5)).shape
     torch.Size([4, 8, 5, 5])
@@ -41,13 +41,14 @@ class BatchNorm(MomentNorm):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
         channel_dim: int = 1,
+        bias: bool = True,
     ) -> None:
         super().__init__(
             num_features,
@@ -58,6 +59,7 @@ class BatchNorm(MomentNorm):
             channel_dim=channel_dim,
             device=device,
             dtype=dtype,
+            bias=bias,
         )
 
     def algebra(self, m: Moments) -> Affine:

@@ -1,24 +1,20 @@
-"""BNET: batch normalization whose last step is a depthwise convolution in place of a scale."""
+"""BNET: batch normalization with a depthwise convolution in place of the scale."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
-from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.base import Paper
+from lightning_norm.layers.convolved import ConvolvedNorm, centre_taps
 from lightning_norm.layers.fused_specs import mixture_spec
-from lightning_norm.layers.inference import BATCH_NORMS, batch_norm
 from lightning_norm.layers.translation import Translation, renamed
-from lightning_norm.ops.compiled import GRAPH_KEY
 from lightning_norm.ops.fused.mixture import MixtureSpec
-from lightning_norm.ops.layout import Layout, at_least_float32
+from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
 
 
-class BNET(MomentNorm):
+class BNET(ConvolvedNorm):
     r"""Normalize by the batch, then recover with a k x k convolution of each channel in place of a scale.
 
     .. math::
@@ -57,9 +53,6 @@ class BNET(MomentNorm):
         "Xu et al.", 2023, "BNET: Batch Normalization With Enhanced Linear Transformation", "arXiv 2011.14150"
     )
     eval_uses_input_stats: ClassVar[bool] = False
-    extra_parameters: ClassVar[dict[str, str]] = {"kernel": "C*kernel_size**spatial_dims"}
-    repr_arguments: ClassVar[tuple[str, ...]] = ("kernel_size", "spatial_dims", "init")
-    kernel: nn.Parameter
 
     def __init__(
         self,
@@ -70,28 +63,18 @@ class BNET(MomentNorm):
         init: Literal["dirac", "zero"] = "dirac",
         **options: Any,
     ) -> None:
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(
-                f"BNET: kernel_size must be an odd int, got {kernel_size!r}: an even one has no centre and shrinks "
-                "the map. Type kernel_size=3."
-            )
-        self.kernel_size, self.spatial_dims, self.init = kernel_size, spatial_dims, init
-        super().__init__(num_features, **options)
-        self.weight = None
-        self._add_parameters(options, kernel=(num_features, 1, *(kernel_size,) * spatial_dims))
+        kernel: dict[str, Any] = {"kernel_size": kernel_size, "spatial_dims": spatial_dims, "init": init}
+        super().__init__(num_features, **kernel, **options)
 
     def algebra(self, m: Moments) -> Affine:
-        """Return the affine map from x to the normalized map."""
+        """Return the affine map from x to the normalized map; the convolution of the base class follows."""
         batch = self.track(m.over_batch())
         return Affine(batch.mean, (batch.var + self.eps).rsqrt())
 
     def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the equation of the normalized map for the kernels."""
+        # The bias belongs to the convolution, which the kernels apply in the same pass.
         return replace(mixture_spec(self, ("bn",)), weight=None, bias=None)
-
-    def depthwise_conv(self) -> tuple[Tensor, Tensor | None]:
-        """Return W and b."""
-        return self.kernel, self.bias
 
     @property
     def preserves_eval(self) -> bool:
@@ -100,71 +83,6 @@ class BNET(MomentNorm):
 
     @property
     def translations(self) -> tuple[Translation, ...]:
-        """A BatchNorm's weight is the centre taps; with ``init="zero"`` a swap leaves it behind."""
-        weight = Translation("weight", "kernel", self._dirac, self._centre, swapped=self.init == "dirac")
-        return renamed("bnconv.weight", "kernel"), renamed("bnconv.bias", "bias"), weight  # the authors' names first
-
-    def eval_affine(self) -> Affine | None:
-        """Return the map that the layer is in evaluation, if its kernels are their centre taps alone."""
-        taps, middle = self.kernel.detach().flatten(1).cpu().double(), self.kernel[0].numel() // 2
-        normalized = super().eval_affine()
-        if normalized is None or taps.abs().sum(1).ne(taps[:, middle].abs()).any():
-            return None
-        shift = torch.zeros_like(normalized.center) if self.bias is None else self.bias.detach().cpu().double()
-        return Affine(normalized.center, normalized.scale * taps[:, middle], shift)
-
-    def plain(self, dims: int | None = None) -> nn.Module | None:
-        """Return torch's BatchNorm, followed by a depthwise convolution unless the kernels are their centre taps."""
-        found = super().plain(dims)
-        conv = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}.get(dims or 0)
-        fits = self.channel_dim == 1 and self.track_running_stats and dims == self.spatial_dims + 2
-        if found is not None or conv is None or not fits:
-            return found
-        normalized = super().eval_affine()
-        assert normalized is not None
-        c = self.num_features
-        kind: dict[str, Any] = {"device": self.kernel.device, "dtype": self.kernel.dtype}
-        depthwise_conv = conv(c, c, self.kernel_size, padding=self.kernel_size // 2, groups=c, bias=self.affine, **kind)
-        depthwise_conv.weight, depthwise_conv.bias = self.kernel, self.bias
-        shift = torch.zeros_like(normalized.center)
-        return nn.Sequential(
-            batch_norm(self, Affine(normalized.center, normalized.scale, shift), BATCH_NORMS[self.spatial_dims + 2]),
-            depthwise_conv,
-        )
-
-    def freeze_kernel(self) -> None:
-        """Train kernel and bias no longer, as the authors do after 60 of 100 epochs of a ResNet-101."""
-        self.__dict__.pop(GRAPH_KEY, None)
-        for p in (self.kernel, self.bias):
-            if p is not None:
-                p.requires_grad_(False)
-
-    @torch.no_grad()
-    def monitor(self) -> dict[str, Tensor]:
-        """Return the share of the kernels' energy outside their centre taps, and the mean norm of a kernel."""
-        kernel = self.kernel.to(at_least_float32(self.kernel.dtype)).flatten(1)
-        energy, centre = kernel.square().sum(), kernel[:, kernel.shape[1] // 2].square().sum()
-        off = (energy - centre) / energy.clamp_min(torch.finfo(kernel.dtype).tiny)
-        return {"off_center": off, "kernel_norm": kernel.norm(dim=1).mean()}
-
-    def start_values(self) -> dict[str, float | Tensor]:
-        """Return a Dirac for the kernel, or 0 with ``init="zero"``."""
-        ones = self.kernel.detach().new_ones(self.num_features) if "kernel" in self._parameters else torch.empty(0)
-        return {"kernel": 0.0 if self.init == "zero" else self._dirac(ones)}
-
-    def _dirac(self, centre: Tensor) -> Tensor:
-        """Return kernels of zeros with these centre taps."""
-        kernel = centre.new_zeros(centre.numel(), self.kernel_size**self.spatial_dims)
-        kernel[:, kernel.shape[1] // 2] = centre.reshape(-1)
-        return kernel.view(-1, 1, *(self.kernel_size,) * self.spatial_dims)
-
-    def _centre(self, kernel: Tensor) -> Tensor:
-        """Return the centre taps, (C,)."""
-        taps = kernel.flatten(1)
-        return taps[:, taps.shape[1] // 2].clone()
-
-    def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
-        """Return the arguments of a checkpoint's kernel."""
-        if name != "kernel" or tensor.dim() < 3 or tensor.shape[0] != self.num_features:
-            return ""
-        return f"kernel_size={tensor.shape[-1]}, spatial_dims={tensor.dim() - 2} for it"
+        """The authors' names; and a BatchNorm's weight is the centre taps, which ``init="zero"`` leaves behind."""
+        weight = Translation("weight", "kernel", self.dirac, centre_taps, swapped=self.init == "dirac")
+        return renamed("bnconv.weight", "kernel"), renamed("bnconv.bias", "bias"), weight

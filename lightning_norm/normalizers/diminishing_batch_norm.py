@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.base import Paper
+from lightning_norm.layers.blended import BlendedNorm
 from lightning_norm.layers.fused_specs import per_channel_spec
+from lightning_norm.layers.running_stats import is_usable, running_buffers
 from lightning_norm.layers.scheduled import Scheduled
-from lightning_norm.layers.translation import Translation
-from lightning_norm.layers.variance import to_std, to_var
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
@@ -22,7 +22,7 @@ from lightning_norm.ops.moments import Affine, Moments
 TINY = torch.finfo(torch.float32).tiny
 
 
-class DiminishingBatchNorm(MomentNorm):
+class DiminishingBatchNorm(BlendedNorm):
     r"""Normalize by running statistics, in training as in evaluation; batch m moves them by alpha(m) first.
 
     .. math::
@@ -42,7 +42,7 @@ class DiminishingBatchNorm(MomentNorm):
         average: "std", as published (eps beside the root), or "var" (eps inside the root, BatchNorm's own buffers).
         stat_grad: "batch" lets the gradient pass through the new batch's part, "none" through no statistics.
         eps: added to the standard deviation, or to the variance with ``average="var"``.
-        options: affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`. There is no momentum.
+        options: affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`; no momentum.
 
     Raises:
         ValueError: alpha out of range, power not positive, an unknown ``average`` or ``stat_grad``; a momentum, or an
@@ -60,17 +60,13 @@ class DiminishingBatchNorm(MomentNorm):
     paper = Paper("Ma and Klabjan", 2024, "Diminishing Batch Normalization", "arXiv 1705.08011")
     eval_uses_input_stats: ClassVar[bool] = False
     no_recalibration: ClassVar[str] = "its running statistics are what it trains with, moved by alpha alone"
-    no_window = "it normalizes by its running statistics in training, which each batch has to move first"
-    counters: ClassVar[tuple[str, ...]] = ("updates",)
     repr_arguments: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")
-    updates: Tensor
-    gap: Tensor
 
     def __init__(
         self,
         num_features: int,
         *,
-        alpha: Annotated[float, Scheduled(0, 1)] = 0.25,
+        alpha: Annotated[float, Scheduled(0, 1, training_only=True)] = 0.25,
         power: float | None = None,
         average: Literal["std", "var"] = "std",
         stat_grad: Literal["batch", "none"] = "batch",
@@ -80,14 +76,15 @@ class DiminishingBatchNorm(MomentNorm):
         channel_dim: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        bias: bool = True,
     ) -> None:
         if power is not None and not 0 < power < math.inf:
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
-        self.average, self.stat_grad = average, stat_grad
+        self.stat_grad = stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
-        options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype}
-        super().__init__(num_features, momentum=None, **options)
-        self.register_buffer("gap", torch.zeros(2, device=device) if track_running_stats else None, persistent=False)
+        options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype, "bias": bias}
+        super().__init__(num_features, average=average, momentum=None, **options)
+        # In this order, for with a power no alpha can be set.
         self.alpha = alpha
         self.power = None if power is None else float(power)
 
@@ -104,55 +101,31 @@ class DiminishingBatchNorm(MomentNorm):
         scale = 1 / (std_or_var + self.eps) if self.average == "std" else (std_or_var + self.eps).rsqrt()
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
 
-    def fused_spec(self, layout: Layout) -> PerChannelSpec:
-        """Return the same equations for the kernels."""
-        frozen = self.track_running_stats and not self.training
-        flags: dict[str, Any] = {"needs_moments": not frozen, "std": self.average == "std"}
-        if not self.track_running_stats or frozen:
-            return per_channel_spec(self, {}, **flags)
-        flags |= {"blend": True, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
-        spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
-        return replace(spec, counters=(self.updates, self.gap), rate=self.scheduled("alpha"))
-
     def _statistics(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
-        if self.track_running_stats and not self.training:
-            return self._running()
+        if self.has_running_stats and not self.training:
+            return running_buffers(self)
         batch = m.over_batch()
         mean, std_or_var = batch.mean, batch.var
         if self.average == "std":
-            std_or_var = std_or_var.clamp_min(TINY).sqrt()  # the clamp cuts the infinite slope of the root at 0
-        if not self.track_running_stats:
+            # The root of 0 has an infinite slope, and a channel that is constant must not get a gradient of NaN.
+            std_or_var = std_or_var.clamp_min(TINY).sqrt()
+        if not self.moves_running_stats:
             return mean, std_or_var
         if self.stat_grad == "none":
             mean, std_or_var = mean.detach(), std_or_var.detach()
-        steps = self._steps()
+        steps = self.steps()
         # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
-        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *self._running())
+        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *running_buffers(self))
         batch_values = (mean, std_or_var)
-        mixed = [alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)]
-        self._move_average(mixed, batch_values, steps, self._usable(mean, batch.var, batch.count))
-        return mixed[0], mixed[1]
-
-    @torch.no_grad()
-    def _move_average(self, mixed: list[Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor) -> None:
-        """Write the moved statistics, and how far the batch lay from them, unless it has a NaN or an infinity."""
-        was, now = ((s if self.average == "std" else s.sqrt()) for s in (mixed[1], batch[1]))
-        gap = torch.stack([batch[0] - mixed[0], now - was]).abs() / (was + self.eps)
-        news = [*mixed, steps, gap.flatten(1).mean(1)]
-        for name, new in zip((*self.running_names, "updates", "gap"), news, strict=True):
-            old: Tensor = getattr(self, name)
-            old.copy_(torch.where(usable, new.reshape(old.shape).to(old.dtype), old))
-        self.get_buffer("num_batches_tracked").add_(usable)
-
-    def _running(self) -> tuple[Tensor, Tensor]:
-        """Return the running mean, and the running standard deviation or variance, each (1, C)."""
-        mean, std_or_var = (getattr(self, name).unsqueeze(0) for name in self.running_names)
+        # The old statistics are constants, so the gradient passes through the new batch's part alone.
+        mean, std_or_var = (
+            alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)
+        )
+        self.write_blend(
+            (mean, std_or_var), batch_values, steps, is_usable(self, batch.mean, batch_values[1], batch.count)
+        )
         return mean, std_or_var
-
-    def _steps(self) -> Tensor:
-        """Return m of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
-        return self.updates + 1 + ((self.updates == 0) & (self._running()[0] != 0).any())
 
     def _alpha_at(self, steps: Tensor) -> Tensor:
         """Return alpha(m) of the equation above, 0-dim."""
@@ -160,23 +133,16 @@ class DiminishingBatchNorm(MomentNorm):
         assert alpha is not None
         return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
 
-    def running(self) -> Moments:
-        """Return the running statistics as those of a BatchNorm: mean, and the variance that evaluates alike."""
-        mean, std_or_var = self._running()
-        return Moments(mean, std_or_var if self.average == "var" else to_var(std_or_var, self.eps), 1)
-
-    @property
-    def running_names(self) -> tuple[str, str]:
-        """The second is the standard deviation, or with ``average="var"`` BatchNorm's own variance."""
-        return "running_mean", f"running_{self.average}"
-
-    @property
-    def translations(self) -> tuple[Translation, ...]:
-        """A BatchNorm's variance is held as a standard deviation, and that of another such layer as a variance."""
-        std, var = (lambda t: to_std(t, self.eps)), (lambda t: to_var(t, self.eps))
-        if self.average == "std":
-            return (Translation("running_var", "running_std", std, var),)
-        return (Translation("running_std", "running_var", var, std),)
+    def fused_spec(self, layout: Layout) -> PerChannelSpec:
+        """Return the same equations for the kernels."""
+        frozen = self.has_running_stats and not self.training
+        flags: dict[str, Any] = {"needs_moments": not frozen, "std": self.average == "std"}
+        if not self.moves_running_stats or frozen:
+            return per_channel_spec(self, {}, **flags)
+        # Here the kernels move the statistics before they normalize, and by alpha in place of momentum.
+        flags |= {"blend": True, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
+        spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
+        return replace(spec, counters=(self.updates, self.gap), rate=self.scheduled("alpha"))
 
     @property
     def preserves_eval(self) -> bool:
@@ -186,10 +152,8 @@ class DiminishingBatchNorm(MomentNorm):
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
         """Return alpha of the last batch, and how far its mean and std lay from the running ones, in running stds."""
-        if not self.track_running_stats:
+        if not self.track_running_stats or not self.has_running_stats:
             return {}
+        # A copy, for the monitor keeps the value and the schedule overwrites the tensor.
         alpha = self._alpha_at(self.updates.clamp_min(1)).clone()
         return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}
-
-    def extra_repr(self) -> str:  # noqa: D102
-        return super().extra_repr().replace("momentum=None, ", "")

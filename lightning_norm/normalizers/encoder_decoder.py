@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
 from lightning_norm.layers.base import MomentNorm
+from lightning_norm.layers.fused_specs import running_stats, uses_running_stats
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.linear import linear
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.torch_private import loads_strictly
 
 DECODERS = {"std": ("mu", "sigma"), "rescale": ("beta", "gamma")}
 """Each encoder, and its two decoders."""
@@ -63,6 +65,16 @@ class EncoderDecoderNorm(MomentNorm):
         "gamma_decoder_bias": "C",
         **dict.fromkeys(GATES, "1"),
     }
+    published_names: ClassVar[tuple[str, ...]] = (
+        *("standard_encoder.", "standard_mean_decoder.", "standard_std_decoder.", "rescale_encoder."),
+        *("rescale_beta_decoder.", "rescale_gamma_decoder.", "bias_beta", "bias_gamma", "real_gamma", "real_beta"),
+    )
+    published_remedy: ClassVar[str] = (
+        "Rename standard_encoder.* to std_encoder_*, standard_mean_decoder.1.* to mu_decoder_*, "
+        "standard_std_decoder.1.* to sigma_decoder_*, rescale_encoder.* to rescale_encoder_*, rescale_beta_decoder.1.* "
+        "to beta_decoder_*, rescale_gamma_decoder.1.* to gamma_decoder_*, bias_beta to bias and bias_gamma to weight; "
+        "the authors' gates pass the sigmoid twice, so that lambda_mu and lambda_sigma are sigmoid(theirs)."
+    )
     repr_arguments: ClassVar[tuple[str, ...]] = ("std_ratio", "rescale_ratio", "gate_init", "rescale_init")
 
     lambda_mu: nn.Parameter
@@ -90,18 +102,17 @@ class EncoderDecoderNorm(MomentNorm):
         self.std_ratio, self.rescale_ratio, self.rescale_gate = std_ratio, rescale_ratio, rescale_gate
         self.gate_init, self.rescale_init = float(gate_init), float(rescale_init)
         super().__init__(num_features, **options)
-        tensor_options = {"device": options.get("device"), "dtype": options.get("dtype")}
+        layers: dict[str, tuple[int, ...]] = {}
         for encoder, ratio in (("std", std_ratio), ("rescale", rescale_ratio)):
+            # Narrow layers, as the first one of a network, still have a unit to code with.
             hidden = max(1, num_features // ratio)
             shapes = {f"{encoder}_encoder": (hidden, num_features)}
             shapes |= {f"{decoder}_decoder": (num_features, hidden) for decoder in DECODERS[encoder]}
             for name, shape in shapes.items():
-                self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(shape, **tensor_options)))
-                self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape[0], **tensor_options)))
-        for name in GATES:
-            learned = rescale_gate or name in ("lambda_mu", "lambda_sigma")
-            self.register_parameter(name, nn.Parameter(torch.empty(1, **tensor_options)) if learned else None)
-        self.reset_parameters()
+                layers[f"{name}_weight"], layers[f"{name}_bias"] = shape, shape[:1]
+        rescale_shape = (1,) if rescale_gate else None
+        gates = dict(zip(GATES, ((1,), (1,), rescale_shape, rescale_shape), strict=True))
+        self._add_parameters(options, **layers, **gates)
 
     def recode(self, s: Moments, m: Moments) -> Affine:
         """Return the affine map of the equation above, written around the mean of x, where no digit is lost.
@@ -115,36 +126,42 @@ class EncoderDecoderNorm(MomentNorm):
         std = (s.var.to(wide) + self.eps).sqrt()
         # An encoder reads mu and sigma by the same weights: one matrix product for both, one below the other.
         measured = torch.cat([s.mean.to(m.var.dtype), std.to(m.var.dtype)])
-        mu, sigma = self._decode("std", self.drop(measured), wide)
+        mu, sigma = self._decode("std", self.drop_statistics(measured), wide)
         beta, gamma = self._decode("rescale", measured, wide)
         beta, gamma = beta.tanh(), gamma.sigmoid()
         if self.rescale_gate:
             beta = self._parameter("lambda_beta", wide) * beta
             gamma = self._parameter("lambda_gamma", wide) * gamma
-        bias, weight = (0.0, 1.0) if self.bias is None or self.weight is None else (self.bias, self.weight)
-        centered_mean = self._parameter("lambda_mu", wide).sigmoid() * (s.mean - mu)  # mean of x minus the adapted m
+        bias, weight = 0.0 if self.bias is None else self.bias, 1.0 if self.weight is None else self.weight
+        # The mean of x minus the adapted m: two near numbers are subtracted before anything is multiplied by their
+        # rounding.
+        centered_mean = self._parameter("lambda_mu", wide).sigmoid() * (s.mean - mu)
         if s is not m:
+            # The two differences are small, so that their sum rounds less than one of the means would.
             centered_mean = (m.mean - s.mean) + centered_mean
         d = std + self._parameter("lambda_sigma", wide).sigmoid() * (sigma.relu() - std)
-        scale = (weight + gamma) / d.clamp_min(math.sqrt(self.eps))  # the least that std can be
+        # An adapted deviation may come near 0, and sqrt(eps) is the least that a measured one can be.
+        scale = (weight + gamma) / d.clamp_min(math.sqrt(self.eps))
         return Affine(m.mean, scale, scale * centered_mean + (bias + beta))
 
     def fused_spec(self, layout: Layout) -> EncoderDecoderSpec | None:
         """Return the same equations for the kernels, if encoders and decoders have one dtype. AFN and ASR opt in."""
-        coders = tuple(p for pair in self.linear_parameters() for p in pair)
-        if len({p.dtype for p in coders}) > 1:
+        linear_layers = tuple(p for pair in self.linear_parameters() for p in pair)
+        # The kernels read all weights as one dtype; mixed ones are rare, and PyTorch takes them.
+        if len({p.dtype for p in linear_layers}) > 1:
             return None
         gates = tuple(self._parameters[f"lambda_{name}"] for name in ("mu", "sigma", "beta", "gamma"))
         flags = EncoderDecoderFlags(batch=self.train_uses_batch_stats)
-        spec = EncoderDecoderSpec(self.weight, self.bias, gates, coders, flags, self.eps, drop_prob=self.drop_prob())
-        if not self.train_uses_batch_stats or not self.track_running_stats:
+        spec = EncoderDecoderSpec(
+            self.weight, self.bias, gates, linear_layers, flags, self.eps, drop_prob=self.drop_prob()
+        )
+        if not self.train_uses_batch_stats or not uses_running_stats(self):
             return spec
-        names = (*self.running_names, "num_batches_tracked", "skipped_updates", "_momentum")
-        running = tuple(self._buffers[name] for name in names)
+        running = (*running_stats(self), self._buffers["_momentum"])
         track = (2 if running[4] is None else 1) if self.training else 0
         return replace(spec, flags=replace(flags, frozen=not self.training, track=track), running=running)
 
-    def drop(self, statistics: Tensor) -> Tensor:
+    def drop_statistics(self, statistics: Tensor) -> Tensor:
         """Return what E_s reads of ``statistics``, mu and sigma one below the other, (2 N, C) or (2, C): all of it."""
         return statistics
 
@@ -159,26 +176,29 @@ class EncoderDecoderNorm(MomentNorm):
         for name in GATES:
             parameter = getattr(self, name)
             if parameter is not None:
+                # A copy, for the monitor keeps it while training goes on.
                 value = parameter.detach().squeeze().to(at_least_float32(parameter.dtype), copy=True)
                 bounded = name in ("lambda_mu", "lambda_sigma")
                 shown[name.replace("lambda", "gate")] = value.sigmoid() if bounded else value
         return shown
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, the gates to their starts and the encoder-decoders as nn.Linear does."""
+        """Set weight to 1, bias to 0, the gates to their starts and the linear layers as nn.Linear does."""
         super().reset_parameters()
         for weight, bias in self.linear_parameters():
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             bound = weight.shape[1] ** -0.5
             nn.init.uniform_(bias, -bound, bound)
-        for name, start in zip(GATES, (self.gate_init,) * 2 + (self.rescale_init,) * 2, strict=True):
-            gate = getattr(self, name, None)  # not there yet while the base class is being constructed
-            if gate is not None:
-                nn.init.constant_(gate, start)
+
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return the starts of the gates."""
+        return dict(zip(GATES, (self.gate_init,) * 2 + (self.rescale_init,) * 2, strict=True))
 
     def linear_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Yield weight and bias of each linear layer, an encoder before its two decoders."""
         for name, weight in self.named_parameters(remove_duplicate=False):
+            # Encoders and decoders by their names, so that the order of registration is the order of the kernels'
+            # arguments.
             if name.endswith("coder_weight"):
                 yield weight, getattr(self, name.replace("weight", "bias"))
 
@@ -198,8 +218,9 @@ class EncoderDecoderNorm(MomentNorm):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # AFN and ASR-Norm have the same parameters: without this, each would load the other's checkpoint in silence.
         if prefix + "std_encoder_weight" in state_dict:
-            tracked = prefix + "running_mean" in state_dict
-            if tracked != self.track_running_stats:
+            tracked, strict = prefix + "running_mean" in state_dict, loads_strictly()
+            # Running statistics are what tells the two methods' files apart.
+            if tracked != self.track_running_stats and (strict or tracked):
                 kinds = ("ASRNorm, or of AdaptiveFusionNorm with track_running_stats=False", "AdaptiveFusionNorm")
                 raise RuntimeError(
                     f"checkpoint of another normalizer: {prefix[:-1] or 'this layer'} is {type(self).__name__} with "

@@ -26,7 +26,7 @@ class GroupNorm(MomentNorm):
     Args:
         num_features: channels, the C of an input (N, C, *).
         num_groups: G; must divide the channels.
-        options: eps, affine, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, affine, bias, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: ``num_groups`` does not divide ``num_features``.
@@ -43,6 +43,7 @@ class GroupNorm(MomentNorm):
 
     def __init__(self, num_features: int, *, num_groups: int = 32, **options: Any) -> None:
         super().__init__(num_features, **stateless(type(self).__name__, options))
+        # After the base class has checked the channels that the groups must divide.
         self.num_groups = check_num_groups(type(self).__name__, num_features, num_groups)
 
     def algebra(self, m: Moments) -> Affine:
@@ -72,7 +73,7 @@ class LayerNorm(MomentNorm):
 
     Args:
         num_features: channels, the C of an input (N, C, *).
-        eps, affine: as torch's eps and elementwise_affine, and by position likewise.
+        eps, affine, bias: as torch's eps, elementwise_affine and bias, and by position likewise.
         options: channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
@@ -89,14 +90,17 @@ class LayerNorm(MomentNorm):
     paper = Paper("Ba et al.", 2016, "Layer Normalization", "arXiv 1607.06450")
     train_uses_batch_stats: ClassVar[bool] = False
 
-    def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True, **options: Any) -> None:
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, affine: bool = True, bias: bool = True, **options: Any
+    ) -> None:
+        # torch's LayerNorm takes a shape, so this is the mistake that its users make.
         if isinstance(num_features, (tuple, list, torch.Size)):
             raise ValueError(
                 f"LayerNorm: num_features must be a positive int, got {num_features!r}: it normalizes over the "
                 f"channels and all positions. Type LayerNorm({num_features[0] if num_features else 8!r}), or use "
                 "torch.nn.LayerNorm for the last axes of a shape."
             )
-        super().__init__(num_features, eps=eps, affine=affine, **stateless(type(self).__name__, options))
+        super().__init__(num_features, eps=eps, affine=affine, bias=bias, **stateless(type(self).__name__, options))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
@@ -117,6 +121,7 @@ class LayerNorm(MomentNorm):
 
 
 def _torch_group_norm(layer: MomentNorm, groups: int) -> nn.Module | None:
+    # torch's GroupNorm knows channels on axis 1 alone.
     if layer.channel_dim != 1:
         return None
-    return share_parameters(layer, nn.GroupNorm(groups, layer.num_features, eps=layer.eps, affine=layer.affine))
+    return share_parameters(layer, nn.GroupNorm(groups, layer.num_features, eps=layer.eps, affine=True))

@@ -11,7 +11,6 @@ from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.inference import share_parameters
 from lightning_norm.layers.scheduled import Scheduled
-from lightning_norm.layers.variance import unbiased
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
@@ -30,7 +29,7 @@ class InstanceNorm(MomentNorm):
         track_running_stats: keep the mean over samples of mean and unbiased variance, and evaluate on it; off by
             default.
         momentum: of these.
-        eps, affine, device, dtype, channel_dim: see :class:`MomentNorm`.
+        eps, affine, device, dtype, channel_dim, bias: see :class:`MomentNorm`.
 
     Raises:
         ValueError: one element per sample and channel.
@@ -48,13 +47,14 @@ class InstanceNorm(MomentNorm):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = 0.1,
         affine: bool = True,
         track_running_stats: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
         channel_dim: int = 1,
+        bias: bool = True,
     ) -> None:
         super().__init__(
             num_features,
@@ -65,6 +65,7 @@ class InstanceNorm(MomentNorm):
             channel_dim=channel_dim,
             device=device,
             dtype=dtype,
+            bias=bias,
         )
 
     def algebra(self, m: Moments) -> Affine:
@@ -74,24 +75,26 @@ class InstanceNorm(MomentNorm):
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, unless it keeps running statistics."""
-        return None if self.track_running_stats else mixture_spec(self, ("in",))
+        return None if self.track_running_stats or self.has_running_stats else mixture_spec(self, ("in",))
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean over samples of mean and unbiased variance."""
+        # The average over samples, as torch has it: without the variance between their means, which pooling would add.
         zero = m.var * 0
         mean = Moments(m.mean, zero, m.count, m.ranks).over_batch().mean
-        return mean, Moments(m.var * unbiased(m.count), zero, m.count, m.ranks).over_batch().mean
+        return mean, Moments(m.unbiased().var, zero, m.count, m.ranks).over_batch().mean
 
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether running statistics are kept."""
-        return self.track_running_stats
+        return self.has_running_stats
 
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's InstanceNorm, or BatchNorm where running statistics are kept."""
         kind = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}.get(dims or 0)
-        if self.track_running_stats or kind is None or self.channel_dim != 1:
+        # With running statistics evaluation is a fixed map, which is a BatchNorm.
+        if self.has_running_stats or kind is None or self.channel_dim != 1:
             return super().plain(dims)
-        return share_parameters(self, kind(self.num_features, eps=self.eps, affine=self.affine))
+        return share_parameters(self, kind(self.num_features, eps=self.eps, affine=True))
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and channel."""

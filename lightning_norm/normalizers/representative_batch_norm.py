@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import per_channel_spec
+from lightning_norm.layers.state import of_one_layer
 from lightning_norm.ops.fused.per_channel import GATES, PerChannelSpec
 from lightning_norm.ops.layout import Layout, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
@@ -35,7 +36,7 @@ class RepresentativeBatchNorm(MomentNorm):
         rectify: the rectifications, out of "center" and "scale"; without both the layer is BatchNorm.
         gate_init: "unit" divides the gate by its starting value, so that the layer starts as BatchNorm; "paper" does
             not, and starts with outputs of sigmoid(1) = 0.731 times the size.
-        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: an unknown rectification or ``gate_init``.
@@ -72,17 +73,11 @@ class RepresentativeBatchNorm(MomentNorm):
         who, known = type(self).__name__, tuple(self.rectifications)
         if isinstance(rectify, str) or set(rectify) - set(known):
             raise ValueError(f"{who}: rectify must be a list out of {known}, got {rectify!r}.")
-        if gate_init not in ("unit", "paper"):
-            raise ValueError(f"{who}: gate_init must be 'unit' or 'paper', got {gate_init!r}.")
         # In the order of the table, whatever order was typed: repr, checkpoints and graphs are then the same.
         self.rectify, self.gate_init = tuple(k for k in known if k in rectify), gate_init
         super().__init__(num_features, **options)
-        device, dtype = options.get("device"), options.get("dtype")
         for part, starts in self.rectifications.items():
-            for name in starts:
-                value = torch.empty(num_features, device=device, dtype=dtype) if part in self.rectify else None
-                self.register_parameter(name, None if value is None else nn.Parameter(value))
-        self.reset_parameters()
+            self._add_parameters(options, **dict.fromkeys(starts, (num_features,) if part in self.rectify else None))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
@@ -90,6 +85,7 @@ class RepresentativeBatchNorm(MomentNorm):
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec:
         """Return the same equations for the kernels."""
+        # A rectification with a bias is a gate; centering has a weight alone.
         gated = {part: starts for part, starts in self.rectifications.items() if len(starts) == 2}
         unit = {f"unit_{part}": 1 + math.exp(-list(starts.values())[-1]) for part, starts in gated.items()}
         numbers = unit if self.gate_init == "unit" else {}
@@ -105,20 +101,21 @@ class RepresentativeBatchNorm(MomentNorm):
                 that is added to x_s.
         """
         w_m = self.center_weight
-        k_c = m.mean if w_m is None else torch.addcmul(m.mean, m.mean, w_m.to(m.mean.dtype))  # K(x_c) = (1 + w_m) K(x)
+        # K(x_c) = (1 + w_m) K(x), since the mean of w_m K(x) over positions is itself.
+        k_c = m.mean if w_m is None else torch.addcmul(m.mean, m.mean, w_m.to(m.mean.dtype))
         batch, offset = statistics(Moments(k_c, m.var, m.count, m.ranks).over_batch())
         scale = (batch.var.to(m.mean.dtype) + self.eps).rsqrt()
-        k_s = scale * (k_c - batch.mean).to(scale.dtype)  # K(x_s)
+        # K(x_s) follows from K(x_c) without a pass over x, because standardization is affine.
+        k_s = scale * (k_c - batch.mean).to(scale.dtype)
         if offset is not None:
             k_s = k_s + offset.to(scale.dtype)
         # x_s = scale * (x - K(x)) + K(x_s), so both factors of the rest of the equation act on scale and K(x_s).
         gain = self._gain(m.mean, k_s)
         if gain is not None:
             scale, k_s = scale * gain, k_s * gain
-        if self.weight is None or self.bias is None:
-            return Affine(m.mean, scale, k_s)
-        gamma = self.weight.to(scale.dtype)
-        return Affine(m.mean, scale * gamma, torch.addcmul(self.bias.to(scale.dtype), k_s, gamma))
+        if self.weight is not None:
+            scale, k_s = (t * self.weight.to(scale.dtype) for t in (scale, k_s))
+        return Affine(m.mean, scale, k_s if self.bias is None else k_s + self.bias.to(scale.dtype))
 
     def _gain(self, k: Tensor, k_s: Tensor) -> Tensor | None:
         """Return the product of the gates, given K(x) and K(x_s), each (N, C); ``None`` for 1."""
@@ -128,10 +125,12 @@ class RepresentativeBatchNorm(MomentNorm):
         """Return sigmoid(w * k + b), at k = 0 without ``k``; over its starting value with ``gate_init="unit"``."""
         w, b = (getattr(self, name) for name in self.rectifications[part])
         k = b.new_zeros(()) if k is None else k
-        wide = stat_dtype(k)  # sigmoid(-100) is as far off, relative, as its argument, absolute
+        # sigmoid(-100) is as far off, relative, as its argument, absolute.
+        wide = stat_dtype(k)
         gate = torch.addcmul(b.to(wide), k.to(wide), w.to(wide)).sigmoid()
         if self.gate_init == "unit":
-            _, bias = self.rectifications[part].values()  # the starting weight is 0: the gate starts at sigmoid(bias)
+            # The starting weight is 0, so every gate starts at the sigmoid of its starting bias.
+            _, bias = self.rectifications[part].values()
             gate = gate * (1 + math.exp(-bias))
         return gate.to(k.dtype)
 
@@ -140,6 +139,14 @@ class RepresentativeBatchNorm(MomentNorm):
         """Whether every gate starts at 1."""
         return self.gate_init == "unit" or set(self.rectify) <= {"center"}
 
+    def published_arguments(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the authors' gate, where there is one."""
+        theirs = any(
+            of_one_layer(loaded.get(n), self.num_features) for n in ("center_weight", "scale_weight", "weight")
+        )
+        gated = any(len(self.rectifications[part]) == 2 for part in self.rectify)
+        return {"gate_init": "paper"} if theirs and gated else {}
+
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:
         """Return the means over the channels: of the centering weight, and of each gate and its slope at K = 0."""
@@ -147,11 +154,6 @@ class RepresentativeBatchNorm(MomentNorm):
         gates = {f"gate_{part}": self._gate(part).mean() for part in self.rectify if part != "center"}
         return {**weights, **gates}
 
-    def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0 and the rectifications to their starting values."""
-        super().reset_parameters()
-        for starts in self.rectifications.values():
-            for name, start in starts.items():
-                parameter = getattr(self, name, None)  # not there yet while the base class is being constructed
-                if parameter is not None:
-                    nn.init.constant_(parameter, start)
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return the starting values of the rectifications."""
+        return {name: start for starts in self.rectifications.values() for name, start in starts.items()}

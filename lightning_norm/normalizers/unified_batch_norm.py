@@ -12,12 +12,14 @@ from torch import Tensor
 
 from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Paper
+from lightning_norm.layers.running_stats import update_running
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.condensation import condensation, squared_norms
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
-from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
 
 
@@ -54,7 +56,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         gate_init: "unit" divides each gate by its starting value, so that the layer starts as BatchNorm; "paper" does
             not, and starts with outputs of sigmoid(1) sigmoid(-1) = 0.197 times the size.
         momentum: weight of the new batch in the running statistics.
-        options: eps, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: threshold out of range, or without running statistics; an unknown mode, rectification or
@@ -104,39 +106,39 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         self,
         num_features: int,
         *,
-        threshold: Annotated[float | None, Scheduled(-1, 1)] = None,
+        threshold: Annotated[float | None, Scheduled(-1, 1, training_only=True)] = None,
         mode: Literal["switch", "gate"] = "switch",
         condensed_grad: Literal["detach", "renorm"] = "detach",
         min_updates: int = 100,
         max_skip: int = 100,
         rectify: Sequence[str] = ("center", "scale", "affine"),
         gate_init: Literal["unit", "paper"] = "unit",
-        momentum: Annotated[float | None, Scheduled(0, 1)] = 0.1,
+        momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = 0.1,
         **options: Any,
     ) -> None:
-        if mode not in ("switch", "gate"):
-            raise ValueError(f"UnifiedBatchNorm: mode must be 'switch' or 'gate', got {mode!r}.")
-        if condensed_grad not in ("renorm", "detach"):
-            raise ValueError(f"UnifiedBatchNorm: condensed_grad must be 'detach' or 'renorm', got {condensed_grad!r}.")
         for name, value, least in (("min_updates", min_updates, 0), ("max_skip", max_skip, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"UnifiedBatchNorm: {name} must be an int >= {least}, got {value!r}.")
         self.condensed_grad = condensed_grad
         self.mode, self.min_updates, self.max_skip = mode, min_updates, max_skip
         super().__init__(num_features, rectify=rectify, gate_init=gate_init, momentum=momentum, **options)
+        # After the base class, which may have turned them off.
         if threshold is not None and not self.track_running_stats:
             raise ValueError(
                 "UnifiedBatchNorm: a threshold chooses between batch and running statistics, and this layer keeps "
                 "none. Leave out threshold, or pass track_running_stats=True."
             )
-        last_condensation = torch.zeros((), device=options.get("device")) if self.track_running_stats else None
+        # The last value is for the monitor alone, so that no file holds it.
+        like: dict[str, Any] = {"device": options.get("device"), "dtype": at_least_float32(options.get("dtype"))}
+        last_condensation = torch.zeros((), **like) if self.track_running_stats else None
         self.register_buffer("condensation", last_condensation, persistent=False)
         self.threshold = threshold
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra; with a threshold, in training, the one that also measures the condensation of x."""
-        recalibrates = isinstance(self.accumulator, StatisticsAccumulator)  # which takes every batch
-        may_choose = self.training and self.track_running_stats and not recalibrates
+        # Recalibration takes every batch, condensed or not.
+        recalibrates = isinstance(self.accumulator, StatisticsAccumulator)
+        may_choose = self.moves_running_stats and not recalibrates
         if self.scheduled("threshold") is None or not may_choose:
             return self.algebra
 
@@ -149,8 +151,9 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
     def fused_spec(self, layout: Layout) -> PerChannelSpec:
         """Return the same equations for the kernels, which measure the condensation where a threshold is set."""
         spec, threshold = super().fused_spec(layout), self.scheduled("threshold")
-        if threshold is None or not self.training or not self.track_running_stats:
+        if threshold is None or not self.moves_running_stats:
             return spec
+        # The numbers are those of the kernel's ``condensed``.
         how = 2 if self.mode == "gate" else {"detach": 1, "renorm": 3}[self.condensed_grad]
         flags = replace(spec.flags, condensed=how, min_updates=self.min_updates, max_skip=self.max_skip)
         counters = tuple(self._buffers[name] for name in ("condensation", *self.counters))
@@ -173,7 +176,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         running = self.running()
         mean, var, condensed = snapshot(running.mean, running.var, self._is_condensed(similarity))
         # A batch that is too alike must not move what the others are normalized by.
-        self._update_running(batch, ~condensed)
+        update_running(self, batch, ~condensed)
         if self.mode == "gate":
             return batch, None
         mean, var = mean.to(batch.mean.dtype), var.to(batch.var.dtype)
@@ -181,13 +184,14 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
             mean, var = torch.where(condensed, mean, batch.mean), torch.where(condensed, var, batch.var)
             return Moments(mean, var, batch.count), None
         # Batch renormalization (Ioffe 2017): r and d are constants, so the gradient is that of the batch's statistics.
-        with torch.no_grad():
-            ratio = ((var + self.eps) / (batch.var + self.eps)).clamp(1 / 9, 9)
-            offset = ((batch.mean - mean) * (var + self.eps).rsqrt()).clamp(-5, 5)
-            ratio, offset = torch.where(condensed, ratio, 1.0), torch.where(condensed, offset, 0.0)
+        batch_mean, batch_var = batch.mean.detach(), batch.var.detach()
+        # The limits are those of Ioffe's r <= 3 and d <= 5; r is squared here, for it multiplies a variance.
+        ratio = ((var + self.eps) / (batch_var + self.eps)).clamp(1 / 9, 9)
+        offset = ((batch_mean - mean) * (var + self.eps).rsqrt()).clamp(-5, 5)
+        ratio, offset = torch.where(condensed, ratio, 1.0), torch.where(condensed, offset, 0.0)
         return Moments(batch.mean, (batch.var + self.eps) * ratio - self.eps, batch.count), offset
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def _is_condensed(self, similarity: Tensor) -> Tensor:
         """Tell whether the batch counts as condensed, as a 0-dim tensor, and count it.
 
@@ -195,12 +199,13 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         """
         threshold = self.scheduled("threshold")
         assert threshold is not None
-        assert self.num_batches_tracked is not None
+        tracked = 0 if self.num_batches_tracked is None else self.num_batches_tracked
         # Few updates make running statistics too poor to normalize by; and no layer may skip for ever.
-        may_skip = (self.num_batches_tracked >= self.min_updates) & (self.skipped_in_a_row < self.max_skip)
+        may_skip = (torch.as_tensor(tracked) >= self.min_updates) & (self.skipped_in_a_row < self.max_skip)
         condensed = (similarity > threshold) & may_skip
         defined = similarity.isfinite()
-        self.condensation.copy_(torch.where(defined, similarity.to(self.condensation.dtype), self.condensation))
+        if not torch_private.is_captured(self.condensation):  # no state_dict holds it
+            self.condensation.copy_(torch.where(defined, similarity.to(self.condensation.dtype), self.condensation))
         self.measured.add_(defined)
         self.skipped.add_(condensed)
         self.skipped_in_a_row.copy_(torch.where(condensed, self.skipped_in_a_row + 1, 0))
@@ -208,6 +213,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
     def _gain(self, k: Tensor, k_s: Tensor) -> Tensor | None:
         gain = super()._gain(k, k_s)
+        # The third gate sees K(x) and not K(x_s): it belongs to gamma, before anything was standardized.
         if "affine" not in self.rectify:
             return gain
         gate = self._gate("affine", k)
@@ -217,6 +223,6 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
     def monitor(self) -> dict[str, Tensor]:
         """Return the last condensation, the fraction of batches it kept out, and what the rectifications learned."""
         shown = super().monitor()
-        if self.threshold is None or not self.track_running_stats:
+        if self.threshold is None or not self.track_running_stats or not self.has_running_stats:
             return shown
         return {"condensation": self.condensation, "skipped": self.skipped / self.measured.clamp_min(1), **shown}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_norm.errors import BackendWarning
 from lightning_norm.kernels.grid import LONGEST, is_channels_last
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import Layout
 
 BACKENDS = ("auto", "eager", "triton")
@@ -17,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _installed() -> bool:
     try:
+        # Asked without an import, which takes a second and which the CPU path does not need.
         return importlib.util.find_spec("triton") is not None
     except ValueError:  # a test has put None for it into sys.modules
         return False
@@ -27,15 +33,28 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads the variable when it is imported, so it holds for the whole process."""
 
 
-def on_kernels(x: Tensor, layout: Layout, backend: str, empty: bool = False) -> bool:
+def on_kernels(x: Tensor, layout: Layout, backend: str, empty: bool = False, what: Any = None) -> bool:
     """Return whether x goes to the Triton kernels; an x without samples only if ``empty``.
+
+    Args:
+        x: the input.
+        layout: its layout.
+        backend: one of ``BACKENDS``.
+        empty: an x without samples is let pass.
+        what: will be computed; a kernel that has not run yet may not be launched in a CUDA graph capture.
 
     Raises:
         RuntimeError: ``backend="triton"`` and it cannot.
     """
+    # On a CPU the kernels run only if they are asked for by name: there they are interpreted, for tests.
     if backend == "eager" or (backend == "auto" and not x.is_cuda):
         return False
     reason = obstacle(x, layout, empty)
+    if reason is None and x.is_cuda:
+        reason = _device_obstacle(x.device.index)
+    if reason is None and x.is_cuda and not torch.compiler.is_compiling():
+        key = (x.device, x.dtype, x.shape, x.stride(), layout.channel_dim, torch.is_grad_enabled(), what)
+        reason = _first_in_capture(key, torch.cuda.is_current_stream_capturing())
     if reason is not None and backend == "triton":
         raise RuntimeError(f"backend='triton' cannot take this input: {reason}. Type backend='auto'.")
     return reason is None
@@ -45,19 +64,71 @@ def obstacle(x: Tensor, layout: Layout, empty: bool = False) -> str | None:
     """Return why the kernels cannot take x, ``None`` where they can; ``empty`` allows an x without samples."""
     if not INSTALLED:
         return "Triton is not installed"
+    # From here on each line is a limit of the kernels, the cheapest question first.
     if not x.is_cuda and not (INTERPRETED and x.is_cpu):
         return f"it is on {x.device.type}, and the kernels need CUDA (or, for tests on a CPU, TRITON_INTERPRET=1)"
     if x.dtype not in DTYPES:
         return f"its dtype is {x.dtype}, and the kernels take float32, bfloat16 and float16"
+    # Compute capability 8.0 is the first that has bfloat16 in hardware.
     if x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_properties(x.device).major < 8:
         return "bfloat16 needs compute capability 8.0"
     if layout.n * layout.c == 0 and not empty:
         return "it is empty"
     if is_channels_last(x, layout.channel_dim) is None:
         return f"its strides {x.stride()} are neither contiguous nor channels_last"
+    # Offsets are computed in 32 bits, which is faster, and a larger x would wrap around in silence.
     if layout.size >= LONGEST or layout.n * layout.c >= LONGEST or layout.size * layout.c >= 1 << 31:
         return "one sample of it leaves 32-bit offsets"
     return None
+
+
+@torch_private.constant_in_graphs  # nothing in it can be traced
+def _device_obstacle(index: int | None) -> str | None:
+    # The trial itself would be a first launch; its answer is not known before the capture is over.
+    if torch.cuda.is_current_stream_capturing() and index not in _tried:
+        return "a CUDA graph is being captured, and no kernel ran before the capture"
+    _tried.add(index)
+    return launch_obstacle(index)
+
+
+@functools.cache
+def launch_obstacle(index: int | None) -> str | None:
+    """Return why no kernel can run on a CUDA device, ``None`` where one did; a warning says it once.
+
+    Without a C compiler, on a device that the installed Triton does not know, or with a driver that does not match,
+    the first launch would fail, in the middle of the first step.
+    """
+    if torch.version.hip is not None:
+        return "the kernels are written for CUDA, and this is ROCm"
+    try:
+        from lightning_norm.kernels import trial
+
+        trial.launch(torch.device("cuda" if index is None else f"cuda:{index}"))
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        reason = f"a kernel launched for trial failed ({type(error).__name__}: {first})"
+        warnings.warn(
+            f"layers run in plain PyTorch: {reason}. Triton needs a C compiler (gcc, clang or the variable CC), and "
+            "a version that knows the device. backend='eager' says that plain PyTorch is meant.",
+            BackendWarning,
+            stacklevel=2,
+        )
+        return reason
+    return None
+
+
+_launched: set[Any] = set()
+_tried: set[int | None] = set()
+"""Devices with an answer of ``launch_obstacle``."""
+
+
+def _first_in_capture(key: Any, capturing: bool) -> str | None:
+    """Return why a launch cannot be made in a CUDA graph capture; note it as made where there is none."""
+    if not capturing:
+        _launched.add(key)
+        return None
+    # The first launch loads the kernel, which a capture forbids and does not survive.
+    return None if key in _launched else "a CUDA graph is being captured, and no such step ran before the capture"
 
 
 def explain(backend: str) -> str:
@@ -73,8 +144,8 @@ def explain(backend: str) -> str:
     missing = None
     if not INSTALLED:
         missing = "Triton is not installed"
-    elif not (INTERPRETED and backend == "triton") and not torch.cuda.is_available():
-        missing = "no CUDA device"
+    elif not (INTERPRETED and backend == "triton"):
+        missing = "no CUDA device" if not torch.cuda.is_available() else launch_obstacle(torch.cuda.current_device())
     if backend == "triton" and missing is not None:
         raise ValueError(f"backend='triton': {missing}. Type backend='auto'.")
     if missing is not None:

@@ -53,6 +53,7 @@ def compiled_forward(
         options: further arguments of ``torch.compile``.
     """
     options = options or {}
+    # What torch.compile would compile anew for: here each has a graph of its own from the start.
     mode = (x.dtype, x.dim(), x.device, x.requires_grad, torch.is_grad_enabled())
     any_shape: Hashable = (forward, ranks, repr(options), _graph_key_of(layer), *mode)
     key: Hashable = (any_shape, tuple(x.shape), x.stride())
@@ -63,7 +64,8 @@ def compiled_forward(
     try:
         return _graphs[key](layer, x)
     except Exception as error:
-        if type(error).__name__ != "FailOnRecompileLimitHit":  # importing it would import the whole compiler
+        # Importing the class would import the whole compiler, a second that uncompiled runs would pay.
+        if type(error).__name__ != "FailOnRecompileLimitHit":
             raise
         # torch guards on something that the key does not hold: begin again with a code object that has no variants yet.
         _graphs[key] = _new_graph(layer, x, forward, any_shape, options)
@@ -79,6 +81,7 @@ def _graph_key_of(layer: nn.Module) -> Hashable:
     if key is not None:
         return key
     plain = tuple(v for v in vars(layer).values() if isinstance(v, (bool, int, float, str, tuple, type(None))))
+    # A frozen parameter has another backward pass, so requires_grad is part of the key.
     tensors = (*layer._parameters.values(), *layer._buffers.values())
     dtypes = tuple(None if t is None else (t.dtype, t.requires_grad) for t in tensors)
     # vars, since setting an attribute of the layer would delete the key again.
@@ -94,6 +97,7 @@ def snapshot(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if not torch.compiler.is_compiling():
         return tensors
+    # A concatenation costs little here, for the tensors are (C,) or 0-dim.
     joined = torch.cat([t.to(tensors[0].dtype).reshape(-1) for t in tensors])
     parts = torch.split(joined, [t.numel() for t in tensors])
     return tuple(part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True))
@@ -118,6 +122,7 @@ def _new_graph(
     options: Mapping[str, Any],
 ) -> Callable[[nn.Module, Tensor], Tensor]:
     _shapes[any_shape] += 1
+    # A graph per shape is faster, but a detection network would compile one for each size of image.
     dynamic = _shapes[any_shape] > MANY_SHAPES
     if dynamic:
         warnings.warn(
@@ -136,5 +141,6 @@ def _new_graph(
     code = run.__code__.replace(co_name=f"run_{len(_graphs)}")
     copied = types.FunctionType(code, run.__globals__, closure=run.__closure__)
     chosen = {"fullgraph": True, "dynamic": dynamic, **options}
+    # The user's options come last and win, ``fullgraph=False`` included.
     compiled: Callable[[nn.Module, Tensor], Tensor] = torch.compile(copied, **chosen)
     return compiled

@@ -9,15 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops import torch_private
+from lightning_norm.ops.layout import at_least_float32, stat_dtype, without_autocast
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks
+
+SMALL = 1e-30
+"""Mean square of a sample below which a float32 variance loses digits."""
 
 CHUNKS = 8
 """A batch in half precision is converted to float32 in so many parts, one after the other, to spare memory."""
 
 
-@torch.no_grad()
+@torch_private.without_gradients
 def condensation(x: Tensor, squares: Tensor | None = None, ranks: Ranks | None = None) -> Tensor:
     r"""Return the mean pairwise cosine of the samples of x, a 0-dim tensor; no value leaves the device.
 
@@ -43,7 +47,7 @@ def condensation(x: Tensor, squares: Tensor | None = None, ranks: Ranks | None =
     return mean_cosine(total, count)
 
 
-@torch.no_grad()
+@torch_private.without_gradients
 def unit_sum(x: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the sum of the samples, each divided by its norm, and how many are not zero; both add up over batches.
 
@@ -53,14 +57,21 @@ def unit_sum(x: Tensor, squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     dtype = at_least_float32(x.dtype)
     if squares is None:
-        squares = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype).square()
-    not_zero = ~(squares <= 0)  # not "squares > 0": a NaN must reach the result
+        axes = tuple(range(1, x.dim()))
+        # By the largest element first, for its square may leave the range of the dtype.
+        peak = torch.linalg.vector_norm(x, float("inf"), dim=axes, keepdim=True, dtype=dtype)
+        safe = torch.where(peak > 0, peak, 1)
+        lengths = torch.linalg.vector_norm(x.to(dtype) / safe, dim=axes)
+        x, squares = x.to(dtype) / safe, lengths.square()
+    # Not ``squares > 0``: a NaN must reach the result.
+    not_zero = ~(squares <= 0)
+    # A sample of zeros has no direction, and is left out of sum and count alike.
     weights = torch.where(not_zero, squares.rsqrt(), 0).to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return _weighted_sum(x, weights), not_zero.sum().to(dtype)
 
 
-@torch.no_grad()
+@torch_private.without_gradients
 def mean_cosine(total: Tensor, count: Tensor) -> Tensor:
     """Return the mean cosine of all pairs, from the sum of the unit vectors and their number; NaN below two."""
     # |sum u|^2 counts each sample with itself once, which is 1 for a unit vector.
@@ -69,8 +80,14 @@ def mean_cosine(total: Tensor, count: Tensor) -> Tensor:
 
 
 def squared_norms(m: Moments) -> Tensor:
-    """Return the (N,) squared norms of the samples whose (N, C) moments are given: S * sum_c (var + mean^2)."""
-    return m.count * (m.var + m.mean.square()).sum(1)
+    """Return the (N,) squared norms of the samples whose (N, C) moments are given: S * sum_c (var + mean^2).
+
+    NaN where they left the range in which float32 holds their digits: such a batch has no condensation.
+    """
+    wide = stat_dtype(m.var)
+    squares = (m.var.to(wide) + m.mean.to(wide).square()).sum(1)
+    known = squares.isfinite() & ((squares == 0) | (squares >= SMALL * m.var.shape[1]))
+    return torch.where(known, m.count * squares, torch.nan)
 
 
 def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
@@ -78,10 +95,12 @@ def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     # In the order of its strides a dense sample is one row of memory: flatten copies nothing, channels-last or not.
     dims = sorted(range(1, x.dim()), key=x.stride, reverse=True)
     rows = x.permute(0, *dims).flatten(1)
+    # One product of a matrix and a vector reads x once and makes nothing of its size.
     if rows.dtype == weights.dtype:
         total = torch.mv(rows.t(), weights)
     else:
         total = weights.new_zeros(rows.shape[1])
+        # Sums over a batch in half precision would lose most digits of small cosines.
         for part, weight in zip(rows.chunk(CHUNKS), weights.chunk(CHUNKS), strict=True):
             total = torch.addmv(total, part.t().to(weight.dtype), weight)
     return total.view([x.shape[d] for d in dims]).permute([dims.index(d) for d in range(1, x.dim())])

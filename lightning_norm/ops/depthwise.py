@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.fused import operators
 
 LONGEST = 7
@@ -27,7 +28,8 @@ def with_spatial_axes(kernel: Tensor, spatial: int) -> Tensor:
     element. A map with more is a stack of separate maps along its first axes.
     """
     for _ in range(kernel.dim() - 2 - spatial):
-        kernel = kernel.select(-1, kernel.shape[-1] // 2)
+        # The other taps meet only the zeros around the map.
+        kernel = kernel.select(-1, torch_private.static_shape(kernel)[-1] // 2)
     for _ in range(spatial - (kernel.dim() - 2)):
         kernel = kernel.unsqueeze(2)
     return kernel
@@ -44,20 +46,26 @@ def unrolled(x: Tensor, kernel: Tensor) -> bool:
     For contiguous maps of some width that is faster than oneDNN, which turns a map to a format of its own and back. Ask
     in the forward pass: a gradient that is being traced does not show its memory format.
     """
+    # Narrow maps and large kernels are left to oneDNN.
     known = x.is_cpu and x.dim() > 2 and x.is_contiguous() and x.shape[-1] >= 12 and kernel[0].numel() <= 49
     return known and _compiling()
 
 
-def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, unroll: bool = False) -> Tensor:
-    """Convolve each channel with its kernel; the result has the memory format of x."""
+def convolve(
+    x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, unroll: bool = False, recorded: bool = False
+) -> Tensor:
+    """Convolve each channel with its kernel; the result has the memory format of x, unless it is ``recorded``."""
     if unroll:
         # One term per tap: its weight times the map, moved by the tap.
         start = x.new_zeros(()) if bias is None else _per_channel(bias, x)
         weights, windows = kernel.flatten(2).unbind(2), _windows(x, kernel)
         return sum((_per_channel(w, x) * window for w, window in zip(weights, windows, strict=True)), start)
     if x.dim() == 2:
+        # Without spatial axes the kernel has one tap, which is a scale.
         y = x * kernel.squeeze(1)
         return y if bias is None else y + bias
+    if recorded:
+        return _convolution(x, kernel, bias)
     if not _compiling():
         return _convolve(x, kernel, bias)
     # As an operator the compiler leaves it alone, see the end of this file.
@@ -78,6 +86,7 @@ def kernel_gradients(dy: Tensor, x: Tensor, kernel: Tensor, *, unroll: bool = Fa
         return torch.stack(taps, 1).view(kernel.shape), dy.sum(over).sum(0)
     if not over:
         return (dy * x).sum(0).unsqueeze(1), dy.sum(0)
+    # As an operator where a compiler traces, for the reason at the end of this file.
     run = torch.ops.lightning_norm.depthwise_kernel_gradients if _compiling() else _kernel_gradients
     dkernel, dbias = run(dy, x, kernel)
     return dkernel, dbias
@@ -109,16 +118,22 @@ def _kernel_gradients(dy: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Te
 
 
 def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    # aten.convolution and not conv2d: autocast, which would narrow the map, knows the second name only.
-    zeros = [0] * (x.dim() - 2)
-    y: Tensor = torch.ops.aten.convolution(x, kernel, bias, *_geometry(kernel), False, zeros, x.shape[1])
+    y = _convolution(x, kernel, bias)
+    # oneDNN may choose another memory format than that of x, which the output has to keep.
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+
+
+def _convolution(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    # aten.convolution and not conv2d: autocast, which would narrow the map, knows the second name only.
+    zeros, groups = [0] * (x.dim() - 2), torch_private.static_shape(kernel)[0]
+    y: Tensor = torch.ops.aten.convolution(x, kernel, bias, *_geometry(kernel), False, zeros, groups)
+    return y
 
 
 def _geometry(kernel: Tensor) -> tuple[list[int], list[int], list[int]]:
     """Return stride, padding and dilation."""
     ones = [1] * (kernel.dim() - 2)
-    return ones, [size // 2 for size in kernel.shape[2:]], ones
+    return ones, [size // 2 for size in torch_private.static_shape(kernel)[2:]], ones
 
 
 # Operators that the compiler does not look into: it would turn every map to another memory format and back around a

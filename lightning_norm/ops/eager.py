@@ -20,30 +20,47 @@ SMALL_MEAN = 8.0
 """|mean| / std up to which scale * x + offset loses no digits against scale * (x - mean) + shift."""
 
 
-def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per (sample, channel), each (N, C)."""
+def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per (sample, channel), each (N, C).
+
+    Args:
+        x: the input.
+        layout: of x.
+        recorded: every operation is looked at or differentiated: no value is read back, and nothing is overwritten.
+    """
     mean_dtype = stat_dtype(x)
     var_dtype = at_least_float32(x.dtype)
-    if layout.size == 1:
-        mean = x.reshape(layout.n, layout.c).to(mean_dtype, copy=True)
+    if not layout.reduced or (layout.size == 1 and not recorded):
+        # A copy, for the mean is an output of an autograd function and must not be x itself.
+        mean = x.flatten(1).to(mean_dtype, copy=True)
         return mean, torch.zeros_like(mean, dtype=var_dtype)
+    keep = recorded or is_recording()
     rough_mean = x.mean(layout.reduced, dtype=var_dtype)
     u = x - layout.broadcast_to_input(rough_mean)
+    # In float64 and for half inputs the statistics are as wide as they will get, and the mean is exact enough.
     if mean_dtype == var_dtype:
-        return rough_mean, _dot(u, u, layout) / layout.size
-    if may_read_back(x):
-        var = _dot(u, u, layout) / layout.size
+        return rough_mean, _mean_square(u, layout, keep)
+    if not recorded and may_read_back(x):
+        var = _mean_square(u, layout, keep)
         if bool((rough_mean.square() <= SMALL_MEAN**2 * var).all()):
-            return rough_mean, var  # a small mean keeps its digits, and float32 halves the work of the algebra
-        u = x - layout.broadcast_to_input(rough_mean)  # again: the product has overwritten it
+            # A small mean keeps its digits, and float32 halves the work of the algebra.
+            return rough_mean, var
+        # Centered once more, since the product has overwritten it.
+        u = x - layout.broadcast_to_input(rough_mean)
     # The rough mean is off by its rounding. What is left over is so small that its own mean is exact enough in float32.
     residual_mean = u.mean(layout.reduced)
-    var = (_dot(u, u, layout) / layout.size - residual_mean.square()).clamp_min(0)
+    var = (_mean_square(u, layout, keep) - residual_mean.square()).clamp_min(0)
     return rough_mean.to(mean_dtype) + residual_mean, var
 
 
 def apply(
-    x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, mean_is_small: bool = False
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    layout: Layout,
+    mean_is_small: bool = False,
+    recorded: bool = False,
 ) -> Tensor:
     """Return y = scale * (x - center) + shift, a fresh tensor in x's dtype and memory format.
 
@@ -54,23 +71,27 @@ def apply(
         shift: what is added.
         layout: of x.
         mean_is_small: x need not be centered first; in eager code that saves a temporary of the size of x.
+        recorded: as for :func:`moments`.
     """
     u = _widened(x)
+    recorded = recorded or is_recording()
     if u.dtype == center.dtype and not mean_is_small:
         centered = u - layout.broadcast_to_input(center)
-        return cast(_affine(centered, scale.to(u.dtype), shift.to(u.dtype), layout), x.dtype)
+        return cast(_affine(centered, scale.to(u.dtype), shift.to(u.dtype), layout, recorded), x.dtype)
     pivot, scale = center.to(at_least_float32(u.dtype)), scale.to(at_least_float32(u.dtype))
-    if mean_is_small and not _recording():
+    if mean_is_small and not recorded:
         offset = torch.addcmul(shift, scale, center, value=-1).to(scale.dtype)
-        return cast(_affine(u, scale, offset, layout), x.dtype)
+        return cast(_affine(u, scale, offset, layout, recorded), x.dtype)
     # The pivot is the center as x's dtype can hold it. What rounding took from it goes into the offset.
     offset = (shift + scale * (pivot - center)).to(scale.dtype)
-    return cast(_affine(u - layout.broadcast_to_input(pivot), scale, offset, layout), x.dtype)
+    return cast(_affine(u - layout.broadcast_to_input(pivot), scale, offset, layout, recorded), x.dtype)
 
 
 def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: bool = False) -> tuple[Tensor, Tensor]:
     """Sum of dy and of dy * (x - pivot) per (sample, channel), each (N, C) in the dtype of ``pivot``."""
-    if mean_is_small and _is_one_row_per_channel(x, pivot, layout) and dy.is_contiguous() and _can_leave_out_dx():
+    recorded = is_recording(dy)
+    one_pass = mean_is_small and not recorded and _is_one_row_per_channel(x, pivot, layout)
+    if one_pass and dy.is_contiguous() and _can_leave_out_dx():
         # Group norm's parameter gradients, each row a group: both sums in one pass and no temporary.
         rows = layout.n * layout.c
         dy, x, ones = dy.view(1, rows, -1), x.view(1, rows, -1), pivot.new_ones(1, rows)
@@ -79,29 +100,36 @@ def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: 
             dy, x, _one_per_row(pivot, layout).view(1, rows), ones, None, 1, rows, layout.size, rows, needs_gradient
         )
         return total.view(layout.n, layout.c), dot.view(layout.n, layout.c)
+    # A vector (N, C) has nothing to sum over, and torch takes no axes for all axes.
     total = dy.sum(layout.reduced, dtype=pivot.dtype) if layout.reduced else dy.to(pivot.dtype)
-    return total, _dot(x - layout.broadcast_to_input(pivot), dy, layout)
+    centered = x - layout.broadcast_to_input(pivot)
+    product = centered * dy if recorded else centered.mul_(dy)
+    return total, product.sum(layout.reduced) if layout.reduced else product
 
 
 def combine(
     dy: Tensor, scale: Tensor, x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None, layout: Layout
 ) -> Tensor:
     """Return dx = scale * dy + dmean / S + (2 * dvar / S) * (x - mean), in x's dtype."""
+    # A compiled graph has no fused multiply-add on the CPU, and float64 registers cost it nothing.
     dy, u = _widened(dy), _widened(x)
     dtype = at_least_float32(u.dtype)
     scale = layout.broadcast_to_input(scale.to(dtype))
     offset = None if dmean is None else dmean.to(dtype) / layout.size
-    if dvar is None or layout.size == 1:  # the variance of one element is constant
+    # The variance of one element is constant.
+    if dvar is None or layout.size == 1:
         dx = dy * scale if offset is None else torch.addcmul(layout.broadcast_to_input(offset), dy, scale)
         return dx.to(x.dtype)
     slope = dvar.to(dtype) * (2 / layout.size)
     pivot = mean.to(dtype)
     if pivot.dtype != mean.dtype:
+        # x is centered by the rounded mean; what rounding took is the same for all positions, so the offset can hold
+        # it.
         rounding = slope * (pivot - mean).to(dtype)
         offset = rounding if offset is None else offset + rounding
     offset = layout.broadcast_to_input(torch.zeros_like(slope) if offset is None else offset)
     u, slope = u - layout.broadcast_to_input(pivot), layout.broadcast_to_input(slope)
-    if _recording():
+    if is_recording(dy, dmean, dvar):
         return torch.addcmul(u * slope + offset, dy, scale).to(x.dtype)
     # What comes through the statistics is small against scale * dy, so only the rounding of the last addcmul matters.
     u.mul_(slope).add_(offset)
@@ -113,21 +141,23 @@ def may_read_back(x: Tensor) -> bool:
     return x.is_cpu and not torch.compiler.is_compiling() and x.numel() > 0
 
 
-def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout) -> Tensor:
+def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout, recorded: bool) -> Tensor:
     """Return scale * u + offset, with one rounding per element."""
-    if _is_one_row_per_channel(u, scale, layout):
+    if not recorded and _is_one_row_per_channel(u, scale, layout):
         # torch's batch norm in evaluation, with mean 0, variance 1 and eps 0, is a fused multiply-add over whole rows.
         scale, offset = _one_per_row(scale, layout), _one_per_row(offset, layout)
         zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
         rows = u.view(1, scale.numel(), -1)
         y = torch.batch_norm(rows, scale, offset, zeros, ones, False, 0.0, 0.0, False)
-        return torch_private.reshaped(y, layout.shape)
+        # Autograd refuses an in-place operation, such as the ReLU of most networks, on a view that an autograd function
+        # returned; ``data`` shares the memory and is no view.
+        return y.view(layout.shape).data
     return torch.addcmul(layout.broadcast_to_input(offset), u, layout.broadcast_to_input(scale))
 
 
 def _is_one_row_per_channel(x: Tensor, statistic: Tensor, layout: Layout) -> bool:
     """Whether ATen's CPU kernels can take x as (1, N * C, S): every (sample, channel) a channel of its own."""
-    plain = x.is_cpu and x.dtype == statistic.dtype and not _recording()
+    plain = x.is_cpu and x.dtype == statistic.dtype
     return plain and layout.channel_dim == 1 and x.is_contiguous() and x.numel() > 0
 
 
@@ -153,12 +183,18 @@ def _widened(x: Tensor) -> Tensor:
     return x.double() if torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.float32 else x
 
 
-def _dot(u: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Sum of u * v per (sample, channel); u is overwritten."""
-    product = u * v if _recording() else u.mul_(v)
-    return product.sum(layout.reduced) if layout.reduced else product
+def _mean_square(u: Tensor, layout: Layout, recorded: bool = False) -> Tensor:
+    """Mean of u * u per (sample, channel); u is overwritten unless ``recorded``."""
+    return (u * u if recorded else u.mul_(u)).mean(layout.reduced)
 
 
-def _recording() -> bool:
-    """Whether operations are recorded, by autograd or a compiler, so that nothing may be overwritten."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+def is_recording(*gradients: Tensor | None) -> bool:
+    """Whether operations are recorded, by autograd or a compiler, or a gradient is more than it seems to be.
+
+    Then nothing may be overwritten: a tensor without the tangents, or the batch, of what it is multiplied by has no
+    room for theirs.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return True
+    # Forward passes of autograd functions pass none: while operations are looked at, those functions do not run.
+    return bool(gradients) and (torch_private.is_transformed() or torch_private.is_batched(*gradients))

@@ -5,10 +5,13 @@ Nothing here copies x: channels-last inputs and transposed views are read as the
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightning_norm.ops import torch_private
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,20 @@ class Layout:
     def broadcast_to_input(self, t: Tensor) -> Tensor:
         """View an (N, C), (1, C), (N, 1) or (1, 1) tensor so that it broadcasts against x."""
         shape = [1] * len(self.shape)
-        shape[0], shape[self.channel_dim] = t.shape
+        rows, columns = t.shape
+        if isinstance(rows, Tensor):  # torch.jit.trace: the graph takes any number of samples
+            rows, columns = -1, torch_private.static_shape(t)[1]
+        shape[0], shape[self.channel_dim] = rows, columns
         return t.reshape(shape)
+
+    def count(self, x: Tensor) -> int | Tensor:
+        """Return ``size``; in a graph of ``torch.jit.trace`` as a tensor that follows the input."""
+        if not torch_private.is_traced():
+            return self.size
+        count = torch.ones((), dtype=stat_dtype(x))
+        for d in self.reduced:
+            count = count * x.shape[d]
+        return count
 
 
 def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "normalize") -> Layout:
@@ -59,7 +74,7 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
     if channel_dim not in (1, -1):
         raise ValueError(f"{who}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim}.")
     # The shape is checked before anything is computed, and the messages are put together only where they are needed.
-    shape = tuple(x.shape)
+    shape = torch_private.static_shape(x)
     dims = len(shape)
     if not 2 <= dims <= 5:
         raise ValueError(f"{who} expects {_wrong_rank(shape, channel_dim)}")
@@ -68,7 +83,8 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
         raise ValueError(f"{who} has {_wrong_channels(shape, axis, num_features)}")
     reduced = tuple(d for d in range(1, dims) if d != axis)
     size = 1
-    for d in reduced:  # not math.prod, which torch.compile cannot trace
+    # Not ``math.prod``, which torch.compile cannot trace.
+    for d in reduced:
         size *= shape[d]
     if size == 0:
         raise ValueError(f"{who}: input {shape} has no element per channel. Check the size of the feature map.")
@@ -78,6 +94,7 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
 def _wrong_rank(shape: tuple[int, ...], channel_dim: int) -> str:
     remedy = "A single sample needs a batch axis: x.unsqueeze(0)."
     if len(shape) > 5:
+        # Which axes may be merged depends on where the channels are.
         remedy = f"Merge axes: x.flatten({'4' if channel_dim == 1 else '1, -2'})."
     return f"(N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), got {len(shape)} dimensions: {shape}. {remedy}"
 
@@ -102,6 +119,12 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     without an error.
     """
     return t if t.dtype == dtype else t.to(dtype)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return the context in which autocast rounds nothing of x; a cheap one where it is off."""
+    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 def stat_dtype(x: Tensor) -> torch.dtype:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_norm.ops import torch_private
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return x W^T + b for x (N, C), weight (H, C) and bias (H,).
@@ -15,6 +17,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     autocast: there the matrix products of ``torch.nn.functional.linear`` would round to half precision. This function
     turns it off in both. Its backward pass can be differentiated once more.
     """
+    if torch_private.is_transformed():
+        return torch.addmm(bias, x, weight.t())
     y: Tensor = _Linear.apply(x, weight, bias)
     return y
 
@@ -24,7 +28,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # Both as they came, so that a second derivative can be taken through them.
         ctx.save_for_backward(x, weight)
+        # Autocast is off here already: the caller's forward pass runs without it.
         return torch.addmm(bias, x, weight.t())
 
     @staticmethod

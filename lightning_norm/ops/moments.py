@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_norm.ops.layout import cast, stat_dtype
+from lightning_norm.ops import torch_private
+from lightning_norm.ops.layout import at_least_float32, cast, stat_dtype
 from lightning_norm.ops.sync import Ranks
 
 
@@ -50,19 +51,24 @@ class Moments:
         Raises:
             ValueError: ``num_groups`` does not divide the channels.
         """
-        n, c = self.mean.shape
-        if num_groups == 1:
-            mean, var = _pool(self.mean, self.var, dim=1)
-            return Moments(mean, var, self.count * c, self.ranks)
+        if num_groups > 1:
+            return self._over_groups(num_groups)
+        mean, var = _pool(self.mean, self.var, dim=1)
+        return Moments(mean, var, self.count * torch_private.static_shape(self.mean)[1], self.ranks)
+
+    def _over_groups(self, num_groups: int) -> Moments:
+        _, c = torch_private.static_shape(self.mean)
         if c % num_groups:
             raise ValueError(
                 f"cannot split {c} channels into {num_groups} groups: groups must divide the channels. "
                 f"Divisors of {c}: {[d for d in range(1, c + 1) if c % d == 0]}."
             )
-        grouped = n, num_groups, c // num_groups
-        mean, var = _pool(self.mean.view(grouped), self.var.view(grouped), dim=2)
-        mean, var = (t.expand(grouped).reshape(n, c) for t in (mean, var))
-        return Moments(mean, var, self.count * grouped[2], self.ranks)
+        # No size of the batch is written into the views, so that a traced graph takes any.
+        grouped = torch.unflatten(self.mean, 1, (num_groups, c // num_groups))
+        pooled = _pool(grouped, torch.unflatten(self.var, 1, (num_groups, c // num_groups)), dim=2)
+        # Each channel gets its group's moments, so that an algebra need not know the groups.
+        mean, var = (t.expand_as(grouped).flatten(1) for t in pooled)
+        return Moments(mean, var, self.count * (c // num_groups), self.ranks)
 
     def over_batch(self, weights: Tensor | None = None) -> Moments:
         """Pool the samples of the whole batch, over all ranks: (N, C) -> (1, C).
@@ -73,12 +79,14 @@ class Moments:
         Args:
             weights: (N, K) soft or hard assignment of each sample to K sets; the result is then (K, C).
         """
-        n = self.mean.shape[0]
-        if weights is None and self.ranks is None:
-            mean, var = _pool(self.mean, self.var, dim=0)
-            return Moments(mean, var, self.count * n)
+        if weights is not None or self.ranks is not None:
+            return self._over_sets(weights)
+        mean, var = _pool(self.mean, self.var, dim=0)
+        return Moments(mean, var, self.count * self.mean.shape[0])
+
+    def _over_sets(self, weights: Tensor | None) -> Moments:
         # Over ranks all samples are one set, so that an empty rank, whose mean is undefined, has the mass 0.
-        weights = self.mean.new_ones(n, 1) if weights is None else weights.to(self.mean.dtype)
+        weights = self.mean.new_ones(self.mean.shape[0], 1) if weights is None else weights.to(self.mean.dtype)
         mass = weights.sum(0).unsqueeze(1)  # (K, 1)
         weights = weights.t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
         # No matmul: autocast would round the matrix product in its backward pass to half precision.
@@ -89,6 +97,12 @@ class Moments:
         if self.ranks is not None:
             count, mean, var = self.ranks.pool(count, mean, var)
         return Moments(mean, var, count)
+
+    def unbiased(self) -> Moments:
+        """Return the same with unbiased variances, n / (n - 1) times the biased ones; those of one element stay 0."""
+        one_less = self.count - 1
+        one_less = one_less.clamp_min(1) if isinstance(one_less, Tensor) else max(one_less, 1)
+        return Moments(self.mean, self.var * (self.count / one_less), self.count, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -113,19 +127,33 @@ class Affine:
         """
         shift = self.scale.new_zeros(1, 1) if self.shift is None else self.shift
         named = (("center", self.center), ("scale", self.scale), ("shift", shift))
-        center, scale, shift = (self._field(name, t, n, c) for name, t in named)
+        shape_of = torch_private.static_shape if torch_private.is_traced() else _shape_of
+        center, scale, shift = (self._field(name, t, shape_of(t), n, c) for name, t in named)
         return center, scale, shift
 
-    def _field(self, name: str, t: Tensor, n: int, c: int) -> Tensor:
+    def _field(self, name: str, t: Tensor, shape: tuple[int, ...], n: int, c: int) -> Tensor:
         # Missing dimensions are added in front, as broadcasting does: (C,) is (1, C).
-        rows, columns = (1,) * (2 - t.dim()) + tuple(t.shape) if t.dim() < 3 else (0, 0)
+        # A tensor of three axes is refused with the others: it would broadcast against x and mean something else.
+        rows, columns = (1,) * (2 - len(shape)) + shape if len(shape) < 3 else (0, 0)
         if rows in (1, n) and columns in (1, c):
-            return t.reshape(rows, columns)
+            return t if len(shape) == 2 else t.reshape(1, -1)
         shapes = {k: None if v is None else tuple(v.shape) for k, v in vars(self).items()}
         raise ValueError(
             f"algebra returned {name} of shape {tuple(t.shape)}, which does not broadcast to (N, C) = ({n}, {c}). "
             f"All shapes: {shapes}."
         )
+
+
+@torch.no_grad()
+def to_std(var: Tensor, eps: float) -> Tensor:
+    """Return the s with s + eps = sqrt(var + eps): evaluation stays what it was."""
+    return (var.to(at_least_float32(var.dtype)) + eps).sqrt() - eps
+
+
+@torch.no_grad()
+def to_var(std: Tensor, eps: float) -> Tensor:
+    """Return the v with sqrt(v + eps) = std + eps; 0 where it would be negative, for a BatchNorm has none below."""
+    return ((std + eps).square() - eps).clamp_min(0)
 
 
 def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
@@ -138,13 +166,31 @@ def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
         terms: K tensors; the result has the dtype of the first.
     """
     dtype = terms[0].dtype
+    # The dtypes meet here: weights in float32 must not narrow means in float64.
     first, *rest = (term.to(dtype) * weight for term, weight in zip(terms, weights.to(dtype).unbind(), strict=True))
     return sum(rest, first)
 
 
+def _shape_of(t: Tensor) -> tuple[int, ...]:
+    return t.shape
+
+
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    if torch_private.is_transformed():
+        return _pooled(mean, var, dim)
     pooled: tuple[Tensor, Tensor] = _PoolMoments.apply(mean, var, dim)
     return pooled
+
+
+def _pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the law of total variance along one axis, in plain differentiable PyTorch."""
+    # (N, C) numbers are few, so that exact sums cost nothing here.
+    wide = stat_dtype(var)
+    pooled = mean.mean(dim, keepdim=True, dtype=wide)
+    # Deviations and not squares of means: at mean / std = 1e4 the squares would agree in every digit.
+    # A small difference has all its digits in float32 as well.
+    between_var = (mean - cast(pooled, mean.dtype)).to(var.dtype).square()
+    return pooled, (var + between_var).mean(dim, keepdim=True, dtype=wide)
 
 
 class _PoolMoments(torch.autograd.Function):
@@ -155,13 +201,10 @@ class _PoolMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        wide = stat_dtype(var)  # (N, C) numbers are few: exact sums cost nothing here
-        pooled = mean.mean(dim, keepdim=True, dtype=wide)
-        deviation = mean - cast(pooled, mean.dtype)
+        pooled, pooled_var = _pooled(mean, var, dim)
         ctx.size, ctx.var_dtype = mean.shape[dim], var.dtype
         ctx.save_for_backward(mean, pooled)
-        between_var = deviation.to(var.dtype).square()  # a small difference has all its digits in float32 as well
-        return pooled, (var + between_var).mean(dim, keepdim=True, dtype=wide)
+        return pooled, pooled_var
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

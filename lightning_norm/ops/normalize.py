@@ -20,20 +20,19 @@ Forward, both are inputs of ``_Apply`` that it does not use. Only x is saved for
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import depthwise, eager
+from lightning_norm.ops import depthwise, eager, torch_private
 from lightning_norm.ops.backend import on_kernels
 from lightning_norm.ops.fused import triton_passes
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
-from lightning_norm.ops.layout import Layout, at_least_float32, cast, layout_of, stat_dtype
+from lightning_norm.ops.layout import Layout, at_least_float32, cast, layout_of, stat_dtype, without_autocast
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.sync import Ranks
 
@@ -47,20 +46,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One call of :func:`normalize`; its arguments of the same names."""
+class Call:
+    """One call of :func:`normalize`: its arguments of the same names, with a layout that was checked against x."""
 
     algebra: Algebra
     layout: Layout
-    moments: Moments | None
-    ranks: Ranks | None
-    backend: str
-    fused_spec: Callable[[Layout], FusedSpec | None] | None
-    activation: str
-    residual: Tensor | None
-    depthwise_conv: tuple[Tensor, Tensor | None] | None
+    moments: Moments | None = None
+    ranks: Ranks | None = None
+    backend: str = "auto"
+    fused_spec: Callable[[Layout], FusedSpec | None] | None = None
+    activation: str = "none"
+    residual: Tensor | None = None
+    depthwise_conv: tuple[Tensor, Tensor | None] | None = None
 
-    def channels_second(self, x: Tensor) -> _Call:
+    def channels_second(self, x: Tensor) -> Call:
         """Return the same call for x with its channels moved from the last axis to the second."""
         residual = None if self.residual is None else self.residual.movedim(-1, 1)
         return replace(self, layout=layout_of(x, self.layout.c), residual=residual)
@@ -112,16 +111,7 @@ def normalize(
     """
     if not isinstance(layout, Layout):
         layout = layout_of(x, x.shape[layout] if isinstance(x, Tensor) and x.dim() > 1 else 0, layout)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}.")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"normalize: residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must agree.")
-    call = _Call(algebra, layout, moments, ranks, backend, fused_spec, activation, residual, depthwise_conv)
-    if depthwise_conv is None or layout.channel_dim == 1:
-        return _run(x, call)
-    # A convolution takes its channels on the second axis: a view of tokens has them there.
-    x = x.movedim(-1, 1)
-    return _run(x, call.channels_second(x)).movedim(1, -1)
+    return run(x, Call(algebra, layout, moments, ranks, backend, fused_spec, activation, residual, depthwise_conv))
 
 
 def activated(y: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
@@ -131,15 +121,30 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
     return ACTIVATIONS[activation](y)
 
 
-def _run(x: Tensor, call: _Call) -> Tensor:
-    """Choose between the equations on the kernels, and the passes around the algebra in PyTorch."""
-    kernels = on_kernels(x, call.layout, call.backend, empty=call.ranks is not None)
+def run(x: Tensor, call: Call) -> Tensor:
+    """Do what :func:`normalize` says: by its equations on the kernels, or by the passes around the algebra."""
+    static_shape = torch_private.static_shape
+    wrong_shape = call.residual is not None and static_shape(call.residual) != static_shape(x)
+    if call.activation not in ACTIVATIONS or wrong_shape:
+        raise ValueError(f"normalize: {_wrong_ending(x, call)}")
+    if call.depthwise_conv is not None and call.layout.channel_dim != 1:
+        # A convolution takes its channels on the second axis: a view of tokens has them there.
+        x = x.movedim(-1, 1)
+        return run(x, call.channels_second(x)).movedim(1, -1)
+    if torch_private.is_transformed():
+        with without_autocast(x):
+            return activated(_normalize_plainly(x, call), call.activation, call.residual)
+    kernels = call.backend != "eager" and on_kernels(
+        x, call.layout, call.backend, empty=call.ranks is not None, what=_kind_of_launch(x, call)
+    )
     spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
     if spec is not None and call.ranks is not None:
+        # Descriptions know nothing of ranks, so that a layer need not ask for them.
         spec = spec.over(call.ranks)
     if spec is None and not x.numel():
-        kernels = False  # an empty x meets the other ranks in plain PyTorch, whose passes take it
-    with _full_precision(x):
+        # An empty x meets the other ranks in plain PyTorch, whose passes take it.
+        kernels = False
+    with without_autocast(x):
         if call.depthwise_conv is not None:
             y = _normalize_and_convolve(x, call, call.depthwise_conv, spec)
         elif spec is not None and (call.residual is None or call.residual.dtype == x.dtype):
@@ -149,11 +154,44 @@ def _run(x: Tensor, call: _Call) -> Tensor:
     return activated(y, call.activation, call.residual)
 
 
+def _kind_of_launch(x: Tensor, call: Call) -> tuple[Any, ...] | None:
+    """Return what tells this call's kernels from others, for a GPU on which some may turn out not to run."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return None
+    return getattr(call.algebra, "__qualname__", None), call.activation, call.residual is None
+
+
+def _wrong_ending(x: Tensor, call: Call) -> str:
+    if call.activation not in ACTIVATIONS:
+        return f"activation must be one of {tuple(ACTIVATIONS)}, got {call.activation!r}."
+    assert call.residual is not None
+    return f"residual has shape {tuple(call.residual.shape)}, x {tuple(x.shape)}: they must agree."
+
+
+def _normalize_plainly(x: Tensor, call: Call) -> Tensor:
+    """Run the same passes without an autograd function, for whatever looks at single operations.
+
+    Autograd keeps more tensors of the size of x than the functions below do.
+    """
+    layout, moments = call.layout, call.moments
+    if moments is None:
+        moments = Moments(*eager.moments(x, layout, recorded=True), layout.count(x), call.ranks)
+    fields = call.algebra(moments).fields(layout.n, layout.c)
+    if call.depthwise_conv is None:
+        return eager.apply(x, *fields, layout, recorded=True)
+    kernel, bias = call.depthwise_conv
+    kernel = depthwise.with_spatial_axes(kernel, len(layout.reduced)).to(at_least_float32(x.dtype))
+    normalized = eager.apply(x.to(kernel.dtype), *fields, layout, recorded=True)
+    bias = None if bias is None else bias.to(kernel.dtype)
+    return depthwise.convolve(normalized, kernel, bias, recorded=True).to(x.dtype)
+
+
 def _normalize_and_convolve(
-    x: Tensor, call: _Call, depthwise_conv: tuple[Tensor, Tensor | None], spec: FusedSpec | None
+    x: Tensor, call: Call, depthwise_conv: tuple[Tensor, Tensor | None], spec: FusedSpec | None
 ) -> Tensor:
     """Return the depthwise convolution of the normalized x, by one kernel where it can."""
     kernel, bias = depthwise_conv
+    # One layer serves maps of any dimension, and the convolution needs as many axes as the map has.
     kernel = depthwise.with_spatial_axes(kernel, len(call.layout.reduced))
     if isinstance(spec, MixtureSpec) and depthwise.on_kernels(kernel, call.layout.size):
         return spec.normalize_depthwise(x, kernel, bias, call.layout)
@@ -164,14 +202,14 @@ def _normalize_and_convolve(
     return y
 
 
-def _normalize(x: Tensor, call: _Call, kernels: bool) -> Tensor:
+def _normalize(x: Tensor, call: Call, kernels: bool) -> Tensor:
     """Run the passes, on the kernels or not, with the algebra in PyTorch between them."""
     x_alias, scale_carrier, fields, mean_is_small = _fields(x, call, kernels)
     y: Tensor = _Apply.apply(x_alias, scale_carrier, x, *fields, call.layout, mean_is_small, kernels)
     return y
 
 
-def _fields(x: Tensor, call: _Call, kernels: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], bool]:
+def _fields(x: Tensor, call: Call, kernels: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], bool]:
     """Return alias and carrier, the center, scale and shift that the algebra makes, and whether the mean is small.
 
     A mean is small where eager's moments kept it in float32: then scale * x + offset loses nothing.
@@ -186,14 +224,10 @@ def _fields(x: Tensor, call: _Call, kernels: bool) -> tuple[Tensor, Tensor, tupl
     return x_alias, scale_carrier, call.algebra(moments).fields(layout.n, layout.c), mean_is_small
 
 
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    on = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
-
-
-def _passes(kernels: bool) -> Any:
+def _passes(kernels: bool, *gradients: Tensor | None) -> Any:
     """Return the module that runs the passes; what is differentiated once more is recorded in plain PyTorch."""
-    return triton_passes if kernels and (torch.compiler.is_compiling() or not torch.is_grad_enabled()) else eager
+    on_kernels = kernels and (torch.compiler.is_compiling() or not eager.is_recording(*gradients))
+    return triton_passes if on_kernels else eager
 
 
 class _Moments(torch.autograd.Function):
@@ -203,6 +237,7 @@ class _Moments(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layout: Layout, kernels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, var = (triton_passes if kernels else eager).moments(x, layout)
         ctx.layout, ctx.kernels = layout, kernels
+        # A gradient that is missing must be told from zeros, which would cost a pass over x.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean)
         return x.view_as(x), mean, var, torch.zeros_like(mean)
@@ -212,9 +247,10 @@ class _Moments(torch.autograd.Function):
         # What autograd calls the gradients of x_alias and scale_carrier are dy and scale, from the second node.
         dy, dmean, dvar, scale = grads
         x, mean = ctx.saved_tensors
-        if dy is None or scale is None:  # y was not used, only the moments
+        # Where only the moments were used and not y, nothing came from the second node.
+        if dy is None or scale is None:
             dy, scale = torch.zeros_like(x), torch.zeros_like(mean)
-        return _passes(ctx.kernels).combine(dy, scale, x, mean, dmean, dvar, ctx.layout), None, None
+        return _passes(ctx.kernels, dy, dmean, dvar).combine(dy, scale, x, mean, dmean, dvar, ctx.layout), None, None
 
 
 class _Alias(torch.autograd.Function):
@@ -262,7 +298,7 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, center, scale = ctx.saved_tensors
-        need, passes = ctx.needs_input_grad, _passes(ctx.kernels)
+        need, passes = ctx.needs_input_grad, _passes(ctx.kernels, dy)
         fields = _field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
         return dy if need[0] else None, _carrier_grad(ctx, scale), None, *fields, None, None, None
 
@@ -290,7 +326,9 @@ class _ApplyDepthwise(torch.autograd.Function):
         ctx.layout, ctx.mean_is_small = layout, mean_is_small
         ctx.carrier_dtype, ctx.shift_like = scale_carrier.dtype, (shift.shape, shift.dtype)
         ctx.save_for_backward(x, center, scale, shift, kernel)
+        # Decided here, since the backward pass may not see the memory format any more.
         ctx.unroll = depthwise.unrolled(x, kernel)
+        # Rounded to half only after the convolution, which sums k * k of these numbers.
         normalized = eager.apply(x.to(kernel.dtype), center, scale, shift, layout, mean_is_small)
         return cast(depthwise.convolve(normalized, kernel, bias, unroll=ctx.unroll), x.dtype)
 

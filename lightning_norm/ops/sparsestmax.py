@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from lightning_norm.ops import torch_private
+
+
+def without_entry(weights_of: Callable[[Tensor], Tensor], z: Tensor, entry: int) -> Tensor:
+    """Return the weights of logits (K,) where one entry has the weight 0, as if it were not there.
+
+    >>> without_entry(lambda z: torch.softmax(z, 0), torch.tensor([5.0, 0.0, 0.0]), 0)
+    tensor([0.0000, 0.5000, 0.5000])
+    """
+    rest = weights_of(torch.cat([z[:entry], z[entry + 1 :]]))
+    return torch.cat([rest[:entry], rest.new_zeros(1), rest[entry:]])
 
 
 def sparsemax(z: Tensor) -> Tensor:
     """Project a vector (K,) on the simplex: non-negative entries with sum 1, the nearest in Euclidean distance."""
-    k = torch.arange(1, z.numel() + 1, device=z.device, dtype=z.dtype)
+    k = torch.arange(1, _length(z) + 1, device=z.device, dtype=z.dtype)
     ordered = torch.sort(z, descending=True).values
     excess = ordered.cumsum(0) - 1
+    # As a tensor, for the size of the support would have to be read back from a GPU.
     support = (ordered * k > excess).sum()
     tau = excess.gather(0, (support - 1).unsqueeze(0)) / support
     return (z - tau).clamp_min(0)
@@ -39,13 +54,16 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
     p = sparsemax(z)
     if radius is None:
         return p
-    square = torch.as_tensor(radius, dtype=z.dtype, device=z.device).square()
+    square = (radius if isinstance(radius, Tensor) else torch.tensor(radius)).to(z).square()
     support = p > 0
     centre = support.to(z.dtype) / support.sum()
-    for _ in range(z.numel() - 1):
+    # Each step loses an entry or changes nothing, so that K - 1 are enough whatever the values are.
+    for _ in range(_length(z) - 1):
         away = p - centre
         norm2 = away.square().sum()
+        # Below this the direction is rounding noise, and dividing by it would leave the simplex.
         known = norm2 > (64 * torch.finfo(z.dtype).eps) ** 2
+        # 1 in place of 0, for the gradient of a root at 0 is infinite even where the result is not used.
         norm = torch.where(known, norm2, 1.0).sqrt()
         out = known & (norm2 < square)
         moved = centre + square.sqrt() * away / norm
@@ -53,6 +71,11 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
         p = torch.where(out, projected, p)
         support = torch.where(out, projected > 0, support)
         smaller = support.to(z.dtype) / support.sum()
+        # The circle is cut by the smaller face, around that face's centre, in one of this radius.
         square = (square - (smaller - centre).square().sum()).clamp_min(0)
         centre = smaller
     return p
+
+
+def _length(z: Tensor) -> int:
+    return torch_private.static_shape(z)[0]

@@ -5,18 +5,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+# Looked up once: every forward pass asks these, a few times.
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
+_in_functorch = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 def constant_in_graphs(function: Function) -> Function:
@@ -27,6 +38,31 @@ def constant_in_graphs(function: Function) -> Function:
     """
     function.__dict__["_dynamo_marked_constant"] = True
     return function
+
+
+def loads_strictly() -> bool:
+    """Tell whether the ``load_state_dict`` that is running was called with ``strict=True``.
+
+    torch hands ``strict=True`` to every module's ``_load_from_state_dict``, whatever the user typed, and decides at the
+    end; only the frame of ``load_state_dict`` knows.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.nn.Module.load_state_dict.__code__:
+            return bool(frame.f_locals["strict"])
+        frame = frame.f_back  # type: ignore[assignment]
+    return True
+
+
+def is_update_bn() -> bool:
+    """Tell whether ``torch.optim.swa_utils.update_bn`` walks over the modules of a model at this moment.
+
+    It looks for subclasses of torch's BatchNorm, ends in silence where there are none, and has no hook.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name in ("modules", "named_modules"):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and frame.f_code.co_name == "update_bn" and "swa_utils" in frame.f_code.co_filename
 
 
 def in_backward_pass() -> bool:
@@ -40,25 +76,101 @@ def in_backward_pass() -> bool:
 def watched() -> bool:
     """Tell whether somebody beside autograd watches what is computed, who must see operators.
 
-    A dispatch mode (fake tensors, a counter of operations), a transform of torch.func, forward-mode derivatives, or
-    torch.jit.trace. torch has no public function for some of these, and for others one that imports torch.compile.
+    That is what :func:`is_transformed` tells of, and any other dispatch mode, such as a counter of operations.
     """
+    return _dispatch_modes() > 0 or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Tell whether something looks at, or differentiates, each operation of PyTorch: then no autograd function may run.
+
+    That is ``torch.jit.trace``, a transform of ``torch.func``, forward-mode AD, ``FakeTensorMode`` or ``make_fx``. The
+    first has a public function, with two more checks in it; the others have none. What torch.compile and torch.export
+    trace does not count: they take autograd functions as they are.
+    """
+    if _is_compiling():
+        return False
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        _in_functorch()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or _is_tracing()
+        or (_dispatch_modes() > 0 and _is_fake_or_proxy())
+        or _is_included(_PRE_DISPATCH)
     )
 
 
-def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a dense tensor in another shape without a copy, and not as a view.
+def _is_fake_or_proxy() -> bool:
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
 
-    Autograd refuses an in-place operation, such as the ReLU of most networks, on a view that an autograd function
-    returned. ``Tensor.view`` returns a view, and ``Tensor.resize_`` cannot be exported to ONNX.
+
+def is_batched(*gradients: Tensor | None) -> bool:
+    """Tell whether a gradient is a batch of them, as ``torch.autograd.grad(..., is_grads_batched=True)`` sends it.
+
+    That runs an older vmap, of which nothing but the tensors can tell.
     """
-    result: Tensor = torch.ops.aten._unsafe_view(t, shape)
-    return result
+    if _is_compiling():
+        return False
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+
+
+def static_shape(t: Tensor) -> tuple[int, ...]:
+    """Return the shape as plain integers, for checks.
+
+    While ``torch.jit.trace`` runs, ``t.shape`` holds tensors that are part of the graph, and a comparison of one warns.
+    """
+    if not is_traced():
+        return tuple(t.shape)
+    pause: Callable[[Any], None] = vars(torch._C)["_set_tracing_state"]  # of which torch's own types know nothing
+    state = torch._C._get_tracing_state()
+    pause(None)
+    try:
+        return tuple(t.shape)
+    finally:
+        pause(state)
+
+
+def is_traced() -> bool:
+    """Tell whether ``torch.jit.trace`` runs. ``torch.jit.is_tracing`` does the same at three times the cost."""
+    return not _is_compiling() and _is_tracing()
+
+
+def without_gradients(function: Function) -> Function:
+    """Run a function without gradients, as ``torch.no_grad`` does, and without those of forward-mode AD.
+
+    ``torch.no_grad`` leaves tangents alone: running statistics would have some, and what is a constant for the backward
+    pass would be none for the forward one.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            if forward_ad._current_level < 0:
+                return function(*args, **kwargs)
+            with forward_ad._set_fwd_grad_enabled(False):
+                return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def is_captured(buffer: Tensor) -> bool:
+    """Tell whether a transform of ``torch.func`` would refuse a change of this tensor, which it was not given."""
+    if _is_compiling() or not _in_functorch():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(buffer)
+
+
+def is_proxy(x: object) -> bool:
+    """Tell whether ``torch.fx`` traces the call: x is one of its proxies, which ``import torch.fx`` names."""
+    return not isinstance(x, Tensor) and isinstance(x, torch.fx.Proxy)
+
+
+def recomputes_saved_tensors() -> bool:
+    """Tell whether activation checkpointing with ``use_reentrant=False`` runs a part of the forward pass again.
+
+    It does so under hooks for saved tensors, and no public function tells whether there are any.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def timeout_of(group: ProcessGroup) -> timedelta:
@@ -70,3 +182,36 @@ def timeout_of(group: ProcessGroup) -> timedelta:
     backend = group._get_backend(torch.device(group._device_types[0]))
     timeout: timedelta = backend.options._timeout
     return timeout
+
+
+# torch registers hooks one by one and has no way to list or to move them, so that a layer which takes another's place
+# has to take over its dictionaries: handles that the user holds then still remove what they registered.
+HOOK_ATTRIBUTES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` call the forward and backward hooks that were registered on ``source``."""
+    for attribute in HOOK_ATTRIBUTES:
+        setattr(target, attribute, getattr(source, attribute))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a forward or backward hook is registered on a module."""
+    return any(getattr(module, a) for a in HOOK_ATTRIBUTES if a != "_is_full_backward_hook")
+
+
+def store_of(group: ProcessGroup) -> Any:
+    """Return the store by which the ranks of ``group`` found each other.
+
+    A collective in its place could meet another one of a rank that is elsewhere. Public functions make stores alone.
+    """
+    return torch.distributed.distributed_c10d._world.pg_map[group][1]

@@ -8,7 +8,14 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from lightning_norm.callbacks.lightning_compat import TorchSyncBatchNorm, pl, rank_zero_info, rank_zero_warn
+from lightning_norm.callbacks.lightning_compat import (
+    TorchSyncBatchNorm,
+    is_instance,
+    pl,
+    rank_zero_info,
+    rank_zero_warn,
+    take_as_layer_sync,
+)
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.rank_checks import check_same_on_ranks
 from lightning_norm.errors import SyncWarning
@@ -52,6 +59,7 @@ class NormSync(TorchSyncBatchNorm):
         self._report: SwapReport | None = None
         self._paused: list[Normalizer] = []
         self._patches = Patches()
+        take_as_layer_sync(type(self))
 
     @override
     def apply(self, model: nn.Module) -> nn.Module:
@@ -88,7 +96,7 @@ class NormSync(TorchSyncBatchNorm):
 
     def _pause_until_start(self, model: nn.Module, layers: list[Normalizer]) -> None:
         # The current epoch is asked from the module, which knows its Trainer.
-        if not isinstance(model, pl.LightningModule):
+        if not is_instance(model, pl.LightningModule):
             raise TypeError(
                 f"NormSync(start_epoch={self.start_epoch}) needs the epochs of a LightningModule's Trainer."
             )

@@ -10,6 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+MANY_TIMES = 10_000
+"""Times at which a schedule that tells nothing of its shape is evaluated before a run, however long that is."""
+
 
 class Schedule(ABC):
     """Abstract: a value over time. ``time`` counts epochs or steps from 0, whichever the scheduler's interval says.
@@ -35,9 +38,17 @@ class Schedule(ABC):
         """Return times from 0 to ``last``, among them those of the smallest and the largest value.
 
         The scheduler looks there whether a schedule stays within the range of a hyper-parameter. Without knowledge of
-        the schedule they are all the whole numbers.
+        the schedule they are all the whole numbers, and in a run of more than 10 000 as many of them, evenly spread.
         """
-        return range(int(last) + 1) if math.isfinite(last) else (0,)
+        # Training without an end has no last time; its schedules are checked when they are asked for.
+        if math.isinf(last):
+            return (0,)
+        end = int(last)
+        return range(end + 1) if end < MANY_TIMES else {end * i // (MANY_TIMES - 1) for i in range(MANY_TIMES)}
+
+    def pieces(self, last: float, epoch: float = 1.0) -> Iterable[float]:
+        """Return the ends of the pieces on which it is monotone, up to ``last``; they may lie between whole numbers."""
+        return self.turns(last, epoch)
 
     def units(self) -> set[str]:
         """Return in which units its durations were written: "epochs", "steps", both or none."""
@@ -63,6 +74,7 @@ class Timed(Schedule):
         name = type(self).__name__
         for unit in ("epochs", "steps"):
             duration = getattr(self, unit)
+            # NaN and infinity are floats as well, and would divide a formula to nothing.
             if duration is not None and not (is_number(duration) and duration > 0):
                 raise ValueError(f"{name}: {unit} must be a number > 0, got {duration!r}.")
         if self.epochs is not None and self.steps is not None:
@@ -75,13 +87,14 @@ class Timed(Schedule):
     def __call__(self, time: float, epoch: float = 1.0) -> float:
         """Return the value at ``time``: the first value before 0, and the last one after the end."""
         length = self.length(epoch)
-        return self.at(min(max(time, 0.0), length), length)
+        # Clamped here, so that a formula need not say what happens before and after.
+        return self.at(min(max(as_float(time), 0.0), length), length)
 
     def length(self, epoch: float = 1.0) -> float:
         """Return the duration in units of time."""
         if self.steps is not None:
             return self.steps
-        return math.inf if self.epochs is None else self.epochs * epoch
+        return math.inf if self.epochs is None else self.epochs * as_float(epoch)
 
     def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
         """Return both ends: it is monotone."""
@@ -97,11 +110,25 @@ class Timed(Schedule):
                 raise ValueError(f"{type(self).__name__}: {name} must be a number, got {getattr(self, name)!r}.")
 
     def _needs_end(self) -> None:
+        # Of the base class, for a subclass may add units and still has no duration.
         if not Timed.units(self):
             name = type(self).__name__
             raise ValueError(f"{name} needs its duration: {name}(..., epochs=10), or steps=1000 with interval='step'.")
 
 
 def is_number(value: object) -> bool:
-    """Tell whether it is a finite number, and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Tell whether it is a finite number within the range of a float, and not a bool."""
+    # ``True`` is an int in Python and a slip of the pen in a schedule.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(as_float(value))
+
+
+def as_float(number: float) -> float:
+    """Return a number as a float, infinite beyond the range of those.
+
+    >>> as_float(10**400)
+    inf
+    """
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf

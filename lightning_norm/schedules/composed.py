@@ -38,6 +38,7 @@ class Chain(Schedule):
             if not isinstance(part, Schedule):
                 raise TypeError(f"Chain: expected schedules, got {part!r}. Type Constant({part!r}, epochs=5).")
         for part in self.schedules[:-1]:
+            # Found at construction, because it would show in training only as a schedule that never changes.
             if math.isinf(part.length()):
                 raise ValueError(f"Chain: {part} never ends, but others follow. Give it epochs=... or steps=...")
 
@@ -56,18 +57,25 @@ class Chain(Schedule):
         """Return the sum of the lengths."""
         return sum(part.length(epoch) for part in self.schedules)
 
-    def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
-        """Return the turns of all, and the whole numbers around each: an end may lie between two steps."""
+    def pieces(self, last: float, epoch: float = 1.0) -> Iterable[float]:
+        """Return the pieces of all, one after the other."""
+        # The first value counts even where a part says nothing of its own start.
         start, times = 0.0, {0.0}
         for part in self.schedules:
             if start > last:
                 break
             length = part.length(epoch)
-            times |= {start, *(start + t for t in part.turns(min(last - start, length), epoch))}
+            times |= {start, *(start + t for t in part.pieces(min(last - start, length), epoch))}
             start += length
-        # Training asks at whole numbers alone, and a schedule may end between two of them.
-        whole = {n for t in times for n in ((t,) if math.isinf(t) else (math.ceil(t) - 1, math.floor(t), math.ceil(t)))}
-        return [t for t in whole if 0 <= t <= last]
+        return times
+
+    def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
+        """Return the whole numbers around the ends of all pieces: a piece may end between two steps."""
+        # Rounded here, once, and not in the parts, whose whole numbers are no whole numbers of the chain. One more to
+        # each side, for the lengths are added here and subtracted from the time of a call, which rounds differently.
+        times = self.pieces(last, epoch)
+        whole = {math.floor(t) + i for t in times if math.isfinite(t) for i in (-1, 0, 1, 2)}
+        return [t for t in whole if 0 <= t <= last] + [t for t in (last,) if math.isinf(t)]
 
     def units(self) -> set[str]:
         """Return the units of all."""
@@ -102,6 +110,7 @@ class Warmup(Schedule):
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        # Without this, the message would be that of the line, which the user never typed.
         if self.epochs is None and self.steps is None:
             raise ValueError("Warmup needs its duration: Warmup(schedule=..., epochs=5), or steps=500.")
         self.chain()
@@ -109,6 +118,7 @@ class Warmup(Schedule):
     def chain(self) -> Chain:
         """Return the same as a Chain."""
         schedule = as_schedule("Warmup: schedule", self.schedule)
+        # A chain of a line and the schedule, so that there is one arithmetic of what comes after what.
         return Chain([Linear(self.start, schedule(0), epochs=self.epochs, steps=self.steps), schedule])
 
     def __call__(self, time: float, epoch: float = 1.0) -> float:
@@ -118,6 +128,10 @@ class Warmup(Schedule):
     def length(self, epoch: float = 1.0) -> float:
         """Return the length of both."""
         return self.chain().length(epoch)
+
+    def pieces(self, last: float, epoch: float = 1.0) -> Iterable[float]:
+        """Return the pieces of both."""
+        return self.chain().pieces(last, epoch)
 
     def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
         """Return the turns of both."""
@@ -141,5 +155,6 @@ def as_schedule(what: str, value: Schedule | float) -> Schedule:
     if isinstance(value, Schedule):
         return value
     if is_number(value):
+        # A plain number is what most users type where a value shall not change.
         return Constant(float(value))
     raise TypeError(f"{what} must be a number or a schedule such as Linear(0.5, 0.9, epochs=10), got {value!r}.")

@@ -61,7 +61,7 @@ class Linear(Timed):
 
     def at(self, time: float, length: float) -> float:
         """Return the value on the line."""
-        return _between(self.start, self.end, time / length)
+        return _between(self.start, self.end, _part(time, length))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Cosine(Timed):
 
     def at(self, time: float, length: float) -> float:
         """Return the value on the cosine."""
-        return _between(self.start, self.end, (1 - math.cos(math.pi * (time / length))) / 2)
+        return _between(self.start, self.end, (1 - math.cos(math.pi * _part(time, length))) / 2)
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,10 @@ class Exponential(Timed):
     def at(self, time: float, length: float) -> float:
         """Return the power."""
         try:
+            # A schedule that starts at 0 stays there, however large the power becomes.
             return self.start * float(self.gamma**time) if self.start else 0.0
         except OverflowError:
+            # An infinity is refused by the range of every hyper-parameter, with a message that names the step.
             return math.copysign(math.inf, self.start)
 
 
@@ -147,6 +149,7 @@ class InversePower(Timed):
 
     def at(self, time: float, length: float) -> float:
         """Return the power of m."""
+        # Time counts from 0 and the paper's m from 1.
         return self.scale * float((time + 1.0) ** -self.power)
 
 
@@ -169,6 +172,7 @@ class Steps(Timed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # YAML makes text of a key in quotes, and text would be compared with a number only in training.
         bad = [k for k in self.values if not isinstance(k, int) or k < 0]
         if bad:
             raise ValueError(f"Steps: each key is an epoch (or step), an int >= 0, got {bad[0]!r}.")
@@ -180,16 +184,23 @@ class Steps(Timed):
 
     def at(self, time: float, length: float) -> float:
         """Return the value of the last key that was reached."""
+        # Keys may stand in any order, as in Lightning's GradientAccumulationScheduler.
         return self.values[max(key for key in self.values if key <= time)]
 
     def turns(self, last: float, epoch: float = 1.0) -> Iterable[float]:
         """Return the keys."""
+        # Between two keys nothing changes, so these are the only times to look at.
         return [key for key in self.values if key <= last]
+
+
+def _part(time: float, length: float) -> float:
+    return 1.0 if time >= length else time / length  # both may be infinite
 
 
 def _between(start: float, end: float, fraction: float) -> float:
     value = start * (1 - fraction) + end * fraction
-    return min(max(value, min(start, end)), max(start, end))  # rounding must not leave the range of a hyper-parameter
+    # Rounding must not leave the range of a hyper-parameter.
+    return min(max(value, min(start, end)), max(start, end))
 
 
 def _inside(values: Mapping[int, float]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
+import reprlib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +17,24 @@ from lightning_norm.errors import CheckpointError
 
 File: TypeAlias = str | os.PathLike[str]
 
+RUNS_CODE = re.compile(
+    r"(os|posix|nt|sys|subprocess|shutil|pty|socket|runpy|importlib|ctypes|webbrowser|pdb|timeit|commands)\."
+    r"|((builtins|__builtin__)\.)?(eval|exec|compile|__import__|open|input|breakpoint)$"
+)
+"""Functions that only a malicious pickle calls; torch loads none of them with ``weights_only=True``."""
+
+HEADER: dict[str, tuple[type, ...]] = {
+    "epoch": (int,),
+    "global_step": (int,),
+    "pytorch-lightning_version": (str,),
+    "loops": (Mapping,),
+    "callbacks": (Mapping,),
+    "optimizer_states": (list,),
+    "lr_schedulers": (list,),
+    "hyper_parameters": (Mapping,),
+}
+"""Entries that Lightning writes beside the weights, and what they must be."""
+
 
 def read_checkpoint(path: File, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
     """Read a file; a ``state_dict`` by itself becomes ``{"state_dict": ...}``.
@@ -28,7 +46,7 @@ def read_checkpoint(path: File, map_location: Any = "cpu", weights_only: bool | 
     check_file(path, weights_only)
     try:
         return _checked(path, torch.load(path, map_location=map_location, weights_only=_safe(weights_only)))
-    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError) as error:
+    except Exception as error:  # a damaged file makes the unpickler raise anything
         raise unreadable(path, error) from error
 
 
@@ -65,7 +83,7 @@ def check_file(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             bad = archive.testzip() if torch.serialization.get_crc32_options() else None
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except Exception as error:  # damaged names and lengths in the index raise anything as well
         raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: damaged archive ({error}).") from error
     if bad is not None:
         raise CheckpointError(
@@ -79,8 +97,13 @@ def check_file(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     # On the meta device nothing but the structure is read, whatever the size of the file.
     try:
         return _checked(path, torch.load(file, map_location="meta", mmap=True, weights_only=_safe(weights_only)))
-    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError) as error:
+    except Exception as error:
         raise unreadable(path, error) from error
+
+
+def is_url(path: Any) -> bool:
+    """Tell whether Lightning reads the path from the web."""
+    return str(path).startswith(("http://", "https://"))
 
 
 def unreadable(path: Any, error: BaseException) -> BaseException:
@@ -88,10 +111,15 @@ def unreadable(path: Any, error: BaseException) -> BaseException:
     if isinstance(error, CheckpointError):
         return error
     # torch says which class it refused in the middle of a long message; it is all that the user needs.
-    unsafe = re.search(r"Unsupported (?:global|class)[^\n]*?((?:[\w<>]+\.)+[\w<>]+)", str(error))
+    unsafe = re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.<>]+)", str(error))
+    if unsafe and RUNS_CODE.match(unsafe[1]):
+        return CheckpointError(
+            f"{str(path)!r} would run code when it is loaded: it calls {unsafe[1]}, which no checkpoint needs. Nothing "
+            "of it was run. Do not load this file, and tell whoever gave it to you."
+        )
     if unsafe:
         return CheckpointError(
-            f"cannot read the checkpoint {str(path)!r}: it holds objects of {unsafe[1].removeprefix('GLOBAL ')}, which "
+            f"cannot read the checkpoint {str(path)!r}: it holds objects of {unsafe[1]}, which "
             "torch does not load from files by default. If you trust the file, pass weights_only=False."
         )
     first = str(error).strip().splitlines()[:1]
@@ -105,8 +133,26 @@ def _safe(weights_only: bool | None) -> bool:
     return True if weights_only is None else weights_only
 
 
+def _check_header(path: Any, content: Mapping[str, Any]) -> None:
+    for name, kinds in HEADER.items():
+        value = content.get(name)
+        version = name.endswith("version") and isinstance(value, str) and not re.match(r"\d+(\.\d+)+", value)
+        if name in content and (version or isinstance(value, bool) or not isinstance(value, kinds)):
+            expected = "a version" if name.endswith("version") else f"a {kinds[0].__name__.lower()}"
+            raise CheckpointError(
+                f"cannot read the checkpoint {str(path)!r}: its entry {name!r} must be {expected}, got "
+                f"{reprlib.repr(value)}."
+            )
+    for name in content["state_dict"]:
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"cannot read the checkpoint {str(path)!r}: a name in its state_dict is {reprlib.repr(name)}, no text."
+            )
+
+
 def _checked(path: Any, content: Any) -> dict[str, Any]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        _check_header(path, content)
         return dict(content)
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
         return {"state_dict": content}

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
-from lightning_norm.layers.arguments import arguments_of, checked_arguments
-from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.arguments import arguments_of, as_int, checked_arguments
+from lightning_norm.layers.base import MomentNorm, Normalizer, has_affine
+from lightning_norm.normalizers.batch_norm import BatchNorm
 from lightning_norm.normalizers.group_norm import GroupNorm
 from lightning_norm.surgery.options import ResolvedNorm
-from lightning_norm.surgery.torch_layers import LAZY_BATCH_NORMS
+from lightning_norm.surgery.torch_layers import FAMILIES, LAZY_BATCH_NORMS
 from lightning_norm.surgery.torch_private import TorchBatchNormBase, move_hooks
+from lightning_norm.surgery.whole import Whole, channels_of, measured_difference, read
 
 
-def convert(module: nn.Module, name: str, norm: ResolvedNorm) -> tuple[Normalizer, dict[str, Any]]:
+def convert(
+    module: nn.Module, name: str, norm: ResolvedNorm, whole: Whole | None = None
+) -> tuple[Normalizer, dict[str, Any]]:
     """Build the normalizer that replaces ``module``, which is left as it is.
 
     Args:
         module: a torch normalization layer, or one of this package.
         name: its dotted name, for messages.
         norm: the class that it becomes, and arguments that win over those taken from ``module``.
+        whole: what the module is beside its class; by default it is read.
 
     Returns:
         The layer, and the arguments that the user chose (not those taken over).
@@ -36,20 +46,109 @@ def convert(module: nn.Module, name: str, norm: ResolvedNorm) -> tuple[Normalize
             f"{name!r} is a {type(module).__name__} that has not seen an input and has no channels yet. Run one "
             "forward pass through the model first, swap after it, or exclude it."
         )
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise TypeError(
+            f"{name!r} is a {type(module).__name__} that has not seen an input. Run one forward pass through the model "
+            "first, swap after it, or exclude it."
+        )
+    if computed := computed_weights(module):
+        raise TypeError(f"{name!r} is a {type(module).__name__} {computed}, then swap.")
     cls, arguments = norm
     # What the user typed is checked by itself and told with the class that refuses it. What the module has and the
     # normalizer does not take is left out without a word: a swap takes over what it can.
     chosen = checked_arguments(cls, arguments, f"{name}: ")
     known = arguments_of(cls)
-    inherited = {k: v for k, v in _arguments_from(module, name, cls).items() if k in known}
+    if whole is None:
+        found = read(module)
+        whole = Whole(None) if isinstance(found, str) else found
+    inherited = {k: v for k, v in _arguments_from(module, name, cls, whole).items() if k in known}
+    _check_device(cls, name, chosen.pop("device", None), inherited.get("device"))
     try:
-        layer = cls(**{**inherited, **chosen})
+        layer = _built(cls, {**inherited, **chosen}, module)
+        asked = [name for name, argument in (("weight", "affine"), ("bias", "bias")) if chosen.get(argument)]
+        made = {parameter: getattr(layer, parameter) for parameter in asked}
         layer.take_from(module)
+        for parameter, value in made.items():  # asked for, and the module has none
+            if getattr(layer, parameter) is None:
+                setattr(layer, parameter, value)
         _translate_variance(module, layer)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
-    _carry_over(module, layer)
+    _carry_over(module, layer, whole, name)
     return layer, chosen
+
+
+def _check_device(cls: type[Normalizer], name: str, chosen: Any, present: Any) -> None:
+    """Refuse another device than that of the module, whose tensors are moved and not copied."""
+    if chosen is None or present is None:
+        return
+    device = torch.device(chosen)
+    if device.type != present.type or device.index not in (None, present.index):
+        raise ValueError(
+            f"{name}: {cls.__name__}: device={str(device)!r}, but the layer that it replaces is on {str(present)!r}. "
+            "Leave device out; model.to(...) moves a swapped model as any other."
+        )
+
+
+def can_be_swapped(module: nn.Module) -> bool:
+    """Tell whether a swap can read from a module what it needs, such as the number of its channels."""
+    if isinstance(module, LazyModuleMixin) or computed_weights(module):
+        return False
+    try:
+        _arguments_from(module, "", BatchNorm, Whole(None))
+    except TypeError:
+        return False
+    return True
+
+
+def computed_weights(module: nn.Module) -> str:
+    """Return what to do about a layer whose weight is computed from other parameters, "" for a plain one."""
+    names = ("weight", "bias")
+    if hasattr(module, "parametrizations"):
+        computed: Any = module.parametrizations
+        name = next(iter(computed))
+        return (
+            f"whose {name} is parametrized: a swap would lose that. Type torch.nn.utils.parametrize."
+            f"remove_parametrizations(layer, {name!r}) first"
+        )
+    for name in names:
+        if name in module._parameters or name in module._buffers or getattr(module, name, None) is None:
+            continue
+        if f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers:
+            return (
+                f"whose {name} is pruned: a swap would lose the mask. Make it permanent: type "
+                f"torch.nn.utils.prune.remove(layer, {name!r}) first"
+            )
+        if f"{name}_g" in module._parameters:
+            return f"under weight_norm. Type torch.nn.utils.remove_weight_norm(layer, {name!r}) first"
+        if f"{name}_orig" in module._parameters:
+            return f"under spectral_norm. Type torch.nn.utils.remove_spectral_norm(layer, {name!r}) first"
+        return f"whose {name} is no parameter but computed from others. Make it one: layer.{name} = nn.Parameter(...)"
+    return ""
+
+
+def _built(cls: type[Normalizer], arguments: dict[str, Any], module: nn.Module) -> Normalizer:
+    """Build the layer; random starting values depend on the module alone, so that copies of it start alike."""
+    tensors = [t for t in (*module.parameters(False), *module.buffers(False)) if t is not None]
+    devices = list({t.device for t in tensors if t.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        state = torch.get_rng_state()
+        layer = cls(**arguments)
+        drew = not torch.equal(state, torch.get_rng_state()) or bool(devices)
+        if drew and any(p.numel() for p in layer.parameters()):
+            torch.manual_seed(_seed_of(module))
+            layer = cls(**arguments)
+    return layer
+
+
+def _seed_of(module: nn.Module) -> int:
+    """Return a seed from the user's seed and the values of a module's tensors, the same for a copy of it."""
+    digest = hashlib.sha256(f"{torch.initial_seed()} {type(module).__name__}".encode())
+    for name, t in sorted((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))):
+        digest.update(f"{name} {tuple(t.shape)}".encode())
+        if not t.is_meta:
+            digest.update(t.detach().double().cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:7], "little")
 
 
 def own_arguments(layer: nn.Module) -> dict[str, Any]:
@@ -57,6 +156,19 @@ def own_arguments(layer: nn.Module) -> dict[str, Any]:
     cls = type(layer)
     names = dict.fromkeys((*getattr(cls, "repr_arguments", ()), *getattr(cls, "ranges", ()), "num_groups"))
     return {n: getattr(layer, n) for n in names if n in arguments_of(cls) and hasattr(layer, n)}
+
+
+def preserved(module: nn.Module, layer: Normalizer, name: str, norm: ResolvedNorm, whole: Whole) -> tuple[bool, str]:
+    """Tell whether the layer evaluates to what the module did, and why: measured, unless it is of torch's own class."""
+    same, reason = preserves_eval(module, layer)
+    if whole.exact:
+        return same, reason
+    distance = measured_difference(module, whole, lambda twin: convert(twin, name, norm, whole)[0])
+    if isinstance(distance, str):
+        return False, f"not measured: {distance}" if same else reason
+    if not distance:
+        return True, f"measured: computes what {type(module).__name__} did"
+    return False, f"measured: outputs differ by {distance:.2g}" if same else reason
 
 
 def preserves_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
@@ -110,40 +222,39 @@ def _what_changed(module: nn.Module, layer: Normalizer) -> str:
 
 def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
     return {
-        "affine": bool(getattr(layer, "affine", getattr(layer, "weight", None) is not None)),
+        "affine": has_affine(layer, "weight") or has_affine(layer, "bias"),
         "track_running_stats": any(getattr(layer, name, None) is not None for name in stats),
         "channel_dim": getattr(layer, "channel_dim", 1),
+        **{name: has_affine(layer, name) for name in ("weight", "bias")},
     }
 
 
-def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict[str, Any]:
-    features = getattr(module, "num_features", getattr(module, "num_channels", None))
+def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer], whole: Whole) -> dict[str, Any]:
+    features = channels_of(module)
     arguments: dict[str, Any] = {}
     # torch's LayerNorm normalizes the last axes. With one of them that axis is the channels, as in transformers.
-    if isinstance(module, nn.LayerNorm):
-        if len(module.normalized_shape) != 1:
-            raise TypeError(
-                f"{name}: LayerNorm over {tuple(module.normalized_shape)} has no channel axis; only LayerNorm over "
-                "one axis can "
-                "be swapped. Exclude it."
-            )
-        features = module.normalized_shape[0]
-        arguments["channel_dim"] = 1 if type(module).__name__ == "LayerNorm2d" else -1  # torchvision's permutes NCHW
-    if not isinstance(features, int):
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+        raise TypeError(
+            f"{name}: LayerNorm over {tuple(module.normalized_shape)} has no channel axis; only LayerNorm over one "
+            "axis can be swapped. Exclude it."
+        )
+    if whole.channel_dim == -1 or isinstance(module, nn.LayerNorm):
+        arguments["channel_dim"] = whole.channel_dim
+    features = as_int(features)
+    if not features:
         raise TypeError(f"{name}: {type(module).__name__} does not say how many channels it has (num_features).")
-    for argument in ("eps", "momentum", "track_running_stats", "channel_dim"):
-        if hasattr(module, argument):
-            arguments[argument] = getattr(module, argument)
-    if isinstance(module, TorchBatchNormBase) and module.running_mean is not None:
+    names = ("eps", "momentum", "track_running_stats", "channel_dim")
+    arguments |= {name: getattr(module, name) for name in names if hasattr(module, name)}
+    if arguments.get("eps", 0) is None:  # RMSNorm's word for the smallest number of the input's dtype
+        del arguments["eps"]
+    if (whole.frozen or isinstance(module, TorchBatchNormBase)) and module.running_mean is not None:
         arguments["track_running_stats"] = True  # it evaluates on them; Lightning's finetuning clears the flag alone
     # The replacement is built where the module's first tensor lies, and in its precision.
     tensor = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), None)
-    affine = (isinstance(module, Normalizer) and module.affine) or getattr(module, "weight", None) is not None
-    arguments |= {"num_features": features, "affine": affine}
-    # A class name is all that tells of the input's dimensions: BatchNorm1d and 2d have the same attributes.
-    axes = re.search(r"([123])d$", type(module).__name__)
-    if axes:
-        arguments["spatial_dims"] = int(axes[1])
+    affine, bias = (has_affine(module, parameter) for parameter in ("weight", "bias"))
+    arguments |= {"num_features": features, "affine": affine or bias, "bias": bias}
+    if axes := _axes_in_name(module, whole):
+        arguments["spatial_dims"] = axes
     if tensor is not None:
         arguments |= {"device": tensor.device, "dtype": tensor.dtype}
     # Only torch's GroupNorm says in how many groups it normalizes; every other normalizer here chooses for itself.
@@ -153,29 +264,51 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer]) -> dict
         arguments |= own_arguments(module)
         tracks = cls.train_uses_batch_stats or bool(module.track_running_stats)
     else:  # running statistics that are not those of batches mean something else
-        instance = type(module).__name__.startswith("InstanceNorm")
+        instance = isinstance(module, FAMILIES["InstanceNorm"])
         tracks = cls.train_uses_batch_stats and not instance and getattr(module, "train_uses_batch_stats", True)
     if not tracks:
         arguments = {k: v for k, v in arguments.items() if k not in ("momentum", "track_running_stats")}
     return arguments
 
 
+def _axes_in_name(module: nn.Module, whole: Whole) -> int | None:
+    """Return the spatial axes of the input: a class's name alone tells, for 1d and 2d have the same attributes."""
+    for kind in (type(module), whole.kind):
+        if axes := re.search(r"([123])d$", getattr(kind, "__name__", "")):
+            return int(axes[1])
+    return None
+
+
 def _translate_variance(module: nn.Module, layer: Normalizer) -> None:
     """Give the layer the variance of one that holds it in another form."""
     if layer._buffers.get("running_var") is None or not isinstance(module, Normalizer):
         return
-    if "running_var" in module.translated_tensors and module.track_running_stats:
+    both = "running_var" in layer.translated_tensors  # which take_from has served
+    if "running_var" in module.translated_tensors and module.track_running_stats and not both:
         layer._buffers["running_var"] = module.running().var.squeeze(0)
 
 
-def _carry_over(module: nn.Module, layer: Normalizer) -> None:
-    """Give the layer the training flag, the hooks and the frozen state of the module."""
+def _carry_over(module: nn.Module, layer: Normalizer, whole: Whole, name: str) -> None:
+    """Give the layer the training flag, the hooks, the frozen state and the children of the module."""
     layer.training = module.training
     move_hooks(module, layer)
     parameters = list(module.parameters(False))
     # A frozen layer stays frozen, the parameters that are new in it included.
-    if parameters and not any(p.requires_grad for p in parameters):
+    if whole.frozen or (parameters and not any(p.requires_grad for p in parameters)):
         layer.requires_grad_(False)
+    if whole.frozen:
+        layer.always_eval = True
+        layer.train(module.training)
+    if whole.behind and not isinstance(layer, MomentNorm):
+        raise TypeError(
+            f"{name}: {type(module).__name__} calls {', '.join(whole.behind)} behind the normalization, which "
+            f"{type(layer).__name__} does not: only subclasses of MomentNorm do. Exclude the layer."
+        )
+    if whole.kind is not None:
+        try:
+            layer.add_children(dict(module._modules), whole.behind)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}. Exclude it.") from error
 
 
 def device_and_dtype(layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
@@ -185,6 +318,25 @@ def device_and_dtype(layer: nn.Module) -> tuple[torch.device | None, torch.dtype
     weights = weights or [t for n, t in buffers if n.startswith("running")]
     tensors = [*weights, *(t for _, t in buffers)]
     return tensors[0].device if tensors else None, weights[0].dtype if weights else None
+
+
+@contextlib.contextmanager
+def unchanged_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """If the block raises, put back attributes, tensors and values of these modules as they were before it."""
+    before = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
+    tensors = {t for _, _, parameters, buffers in before for t in (*parameters.values(), *buffers.values())}
+    values = [(t, t.data, t.detach().clone()) for t in tensors if t is not None and not is_lazy(t)]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, parameters, buffers in before:
+            vars(module).clear()
+            vars(module).update({**attributes, "_parameters": parameters, "_buffers": buffers})
+        for tensor, storage, value in values:
+            # A tensor may have been given another storage, as by `to`, or have been written to.
+            storage.copy_(value)
+            tensor.data = storage
+        raise
 
 
 def restore_original(
@@ -199,8 +351,10 @@ def restore_original(
             ``model.to(...)`` since, and follow it here.
     """
     # The user may have called eval() or train() since, on a model that does not hold the original.
-    module.training = layer.training
+    module.training = layer.requested_mode
     layer.return_to(module)
+    for child in layer._modules.keys() & module._modules.keys():  # the user may have put another one there
+        module._modules[child] = layer._modules[child]
     device, dtype = device_and_dtype(layer)
     if (device, dtype) == made_with:
         return

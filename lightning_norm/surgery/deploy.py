@@ -122,6 +122,8 @@ def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
         affine = affine_of(norm)
         # What depends on the sample is no fixed map, and `_all_plain` says so.
         if affine is None:
+            if not isinstance(norm, Normalizer) and type(norm) not in TORCH_BATCH_NORMS:
+                reasons[norm] = "a subclass of torch's may do more than normalize; swap it to 'bn' first"
             continue
         why = before if isinstance(before, str) else _obstacle(norm, before, watch)
         if why or isinstance(before, str):
@@ -131,7 +133,7 @@ def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
         name = watch.names[norm]
         into = f"into {watch.names[before]} ({type(before).__name__})"
         rows.append(DeployedLayer(name, type(norm).__name__, "Identity", "folded", into))
-        watch.replace(norm, nn.Identity())
+        watch.replace(norm, norm.remainder() if isinstance(norm, Normalizer) else nn.Identity())
     return watch.report([*rows, *_all_plain(model, watch, reasons)])
 
 
@@ -141,14 +143,12 @@ def affine_of(module: nn.Module) -> Affine | None:
         return module.eval_affine()
     mean: Tensor | None = getattr(module, "running_mean", None)
     var: Tensor | None = getattr(module, "running_var", None)
-    if not isinstance(module, TORCH_BATCH_NORMS) or mean is None or var is None:
+    if type(module) not in TORCH_BATCH_NORMS or mean is None or var is None:
         return None
     norm: Any = module
     center, scale = mean.detach().cpu().double(), (var.detach().cpu().double() + norm.eps).rsqrt()
-    if norm.weight is None:
-        return per_channel(Affine(center, scale), len(center))
-    weight, bias = (t.detach().cpu().double() for t in (norm.weight, norm.bias))
-    return per_channel(Affine(center, scale * weight, bias), len(center))
+    weight, bias = (None if t is None else t.detach().cpu().double() for t in (norm.weight, norm.bias))
+    return per_channel(Affine(center, scale if weight is None else scale * weight, bias), len(center))
 
 
 class _Watch:
@@ -163,8 +163,9 @@ class _Watch:
         self.dims: dict[nn.Module, int] = {}
         # The dimensions of a layer's input tell which of torch's classes it becomes (1d, 2d or 3d).
         model.eval()
-        # Only modules without children normalize or convolve; containers may be called with anything.
-        hooks = [m.register_forward_pre_hook(self._see) for m in model.modules() if not list(m.children())]
+        # Normalizers and modules without children normalize or convolve; containers may be called with anything.
+        seen = [m for m in model.modules() if isinstance(m, Normalizer) or not list(m.children())]
+        hooks = [m.register_forward_pre_hook(self._see) for m in seen]
         try:
             self.outputs_before = self._outputs()
         finally:
@@ -187,7 +188,7 @@ class _Watch:
         return self.dims.get(module) or dims_of(str(origin.get("source", "")))
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        new.training = old.training
+        new.train(old.training)  # bnet becomes a BatchNorm and a convolution, in a module
         # A shared layer is replaced in every place, so that it stays shared.
         for parent, attribute in self.places[old]:
             parent.add_module(attribute, new)
@@ -212,7 +213,7 @@ def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[nn.Module, str]
                 rows.append(DeployedLayer(name, kind, kind, "stays", why))
             continue
         dims = watch.dims_of(module)
-        plain = module.plain(dims) if name else None
+        plain = module.deployed(dims) if name else None
         if plain is None:
             why = module.why_not_plain(dims) if name else "is the model itself"
             rows.append(DeployedLayer(name, kind, kind, "stays", why))

@@ -1,7 +1,8 @@
 """The manifest: what was swapped, in plain types, so that a checkpoint can rebuild its network or refuse another's.
 
 ``{"format": 1, "version": "0.1.0", "layers": [{"name", "also", "source", "target", "num_features", "norm", "before",
-"options"}]}``; ``norm`` is ``{"class_path", "init_args"}`` and ``options`` holds sync, sync_group, backend, compile.
+"options"}]}``; ``norm`` is ``{"class_path", "init_args"}`` and ``options`` holds sync, sync_group, backend, compile and
+the scheduled values that evaluation reads.
 
 It is the entry ``"lightning_norm"`` of a checkpoint. A checkpoint without that entry, such as a ``state_dict`` by
 itself, may still have in its metadata what each layer wrote of itself (``layers/swap_record.py``).
@@ -10,6 +11,7 @@ itself, may still have in its metadata what each layer wrote of itself (``layers
 from __future__ import annotations
 
 import re
+import reprlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,8 +23,10 @@ from lightning_norm.layers.arguments import arguments_of
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.swap_record import MANIFEST_KEY, swap_settings
 from lightning_norm.normalizers import normalizers
+from lightning_norm.surgery.convert import unchanged_on_error
 from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
+from lightning_norm.surgery.saved_rows import checked_rows
 from lightning_norm.surgery.swap import prepare_swap
 from lightning_norm.surgery.torch_private import STATE_DICT_METADATA
 from lightning_norm.surgery.walk import (
@@ -36,7 +40,6 @@ from lightning_norm.surgery.walk import (
 )
 
 FORMAT = 1
-ENTRIES = ("name", "source", "norm")
 
 
 def write_manifest(model: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -58,33 +61,35 @@ def manifest_of(model: nn.Module) -> dict[str, Any] | None:
     return _manifest(layers, sys.modules[__name__.partition(".")[0]].__version__) if layers else None
 
 
-def manifest_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+def manifest_in(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Any] | None:
     """Return the manifest that a checkpoint holds, or that the layers left in its ``state_dict``'s metadata.
 
+    Args:
+        checkpoint: the checkpoint.
+        where: its file, for messages.
+
     Raises:
-        CheckpointError: it is of a later format, or not one.
+        CheckpointError: it is of a later format, or not one, or a row of it is wrong.
     """
     manifest = checkpoint.get(MANIFEST_KEY)
     if manifest is None:
         # A weights-only file of another framework's loop, or torch.save(model.state_dict()), has no entry of its own.
         # torch keeps the metadata of each layer as an attribute of the state_dict, which a plain dict does not have.
         metadata = getattr(checkpoint.get("state_dict"), STATE_DICT_METADATA, None) or {}
-        origins = {clean_name(name): entry[MANIFEST_KEY] for name, entry in metadata.items() if MANIFEST_KEY in entry}
-        layers = [_entry([name], origin, origin.get("options", {}), "", None) for name, origin in origins.items()]
-        return _manifest(layers, "unknown") if layers else None
+        entries = metadata.items() if isinstance(metadata, Mapping) else ()
+        origins = {clean_name(n): e[MANIFEST_KEY] for n, e in entries if isinstance(e, Mapping) and MANIFEST_KEY in e}
+        layers = [{**origin, "name": n} if isinstance(origin, Mapping) else origin for n, origin in origins.items()]
+        return _manifest(checked_rows(layers, where, CheckpointError), "unknown") if layers else None
     if not isinstance(manifest, Mapping) or not isinstance(manifest.get("layers"), list):
         raise CheckpointError(
-            f"the checkpoint's entry {MANIFEST_KEY!r} is not a list of swapped layers: {manifest!r:.80}."
+            f"{where}: the entry {MANIFEST_KEY!r} is not a list of swapped layers: {reprlib.repr(manifest)}."
         )
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
-            f"the checkpoint's manifest has format {manifest.get('format')}, written by lightning_norm "
-            f"{manifest.get('version')}; this version reads format {FORMAT}. Update lightning_norm."
+            f"{where}: the manifest has format {manifest.get('format')!r:.80}, written by lightning_norm "
+            f"{manifest.get('version')!s:.80}; this version reads format {FORMAT}. Update lightning_norm."
         )
-    for row in manifest["layers"]:
-        if not isinstance(row, Mapping) or any(entry not in row for entry in ENTRIES):
-            raise CheckpointError(f"the checkpoint's manifest has a row without {', '.join(ENTRIES)}: {row!r:.80}.")
-    return dict(manifest)
+    return {**manifest, "layers": checked_rows(manifest["layers"], f"{where}: the manifest", CheckpointError)}
 
 
 def rules_of(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -99,7 +104,7 @@ def rules_of(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return rules, [*dict.fromkeys(row["source"] for row in rows)]
 
 
-def loaded_class(spec: Mapping[str, Any]) -> type[Normalizer]:
+def loaded_class(spec: Mapping[str, Any], where: str = "the checkpoint") -> type[Normalizer]:
     """Return the class that a manifest names, among those that are imported: a file must not import code.
 
     Raises:
@@ -112,27 +117,55 @@ def loaded_class(spec: Mapping[str, Any]) -> type[Normalizer]:
         if path == f"{cls.__module__}.{cls.__qualname__}":
             return cls
     raise CheckpointError(
-        f"the checkpoint was written with the normalizer {path!r}, which is not imported. Import the module that "
+        f"{where} was written with the normalizer {path!r}, which is not imported. Import the module that "
         "defines it, then load again."
     )
 
 
-def rebuild(model: nn.Module, manifest: Mapping[str, Any]) -> SwapReport | None:
+def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the checkpoint") -> SwapReport | None:
     """Swap a freshly built model as the manifest says; layers that are so already are left alone.
 
+    Args:
+        model: the model; it is as it was if anything fails.
+        manifest: from :func:`manifest_in`.
+        where: its file, for messages.
+
     Raises:
-        CheckpointError: a layer of the manifest is not in the model, or is something else there.
+        CheckpointError: a layer of the manifest is not in the model, is something else there, or cannot be built.
     """
-    report: SwapReport | None = None
     modules = modules_by_name(model)
-    rows = [row for row in manifest["layers"] if _found_instead(modules, row)]
+    rows = [row for row in manifest["layers"] if _found_instead(modules, row, where)]
+    for row in rows:
+        module = modules.get(row["name"])
+        there, here = row.get("num_features"), getattr(module, "num_features", None)
+        if there is not None and isinstance(here, int) and here != there:
+            raise CheckpointError(
+                f"{where} has {there} channels at {row['name']!r}, and this {type(model).__name__} has {here}. Build "
+                "it with the arguments it was trained with."
+            )
+    reports: list[SwapReport] = []
+    try:
+        _rebuild_levels(model, rows, reports, where)
+        modules = modules_by_name(model)
+        for row in rows:
+            _check_rebuilt(model, modules, row, where)
+    except (TypeError, ValueError, RuntimeError) as error:
+        for report in reversed(reports):
+            report.undo()
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{where}: {error}") from error
+    for row in rows:
+        _set_options(modules[row["name"]], row.get("options") or {})
+    return reports[0] if reports else None
+
+
+def _rebuild_levels(model: nn.Module, rows: list[dict[str, Any]], reports: list[SwapReport], where: str) -> None:
     # A layer that was swapped several times goes through all of its norms again, one per level: each takes arguments
     # over from the one before it, so that the last one alone would not be the layer that was trained.
-    norms = [[*row.get("before", []), row["norm"]] for row in rows]
+    norms = [[*row["before"], row["norm"]] for row in rows]
     for level in range(max(map(len, norms), default=0)):
         rules = {
             re.escape(row["name"]): {
-                "class_path": loaded_class(steps[level]),
+                "class_path": loaded_class(steps[level], where),
                 # The file may be read on another machine: the layer goes where the module is that it replaces.
                 "init_args": {k: v for k, v in steps[level]["init_args"].items() if k not in ("device", "dtype")},
             }
@@ -142,19 +175,19 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any]) -> SwapReport | None:
         # Behind the first level, the layers that are swapped once more are those of the level before.
         earlier = [type(layer).__name__ for layer in normalizers_of(model) if level]
         sources = dict.fromkeys(["BatchNorm", *(row["source"] for row in rows), *earlier])
-        level_report, _, _ = prepare_swap(model, SwapOptions(rules=rules, source=list(sources)))
-        level_report.commit()
-        report = level_report if report is None else report
-    modules = modules_by_name(model)
-    for row in rows:
-        actual = _found_instead(modules, row)
-        if actual:
-            raise CheckpointError(
-                f"the checkpoint has {row['norm']['class_path']} at {row['name']!r} in place of a {row['source']}, and "
-                f"this {type(model).__name__} has {actual} there. Build it with the arguments it was trained with."
-            )
-        _set_options(modules[row["name"]], row.get("options", {}))
-    return report
+        report, _, _ = prepare_swap(model, SwapOptions(rules=rules, source=list(sources)))
+        if len(report):
+            report.commit()
+            reports.append(report)
+
+
+def _check_rebuilt(model: nn.Module, modules: Mapping[str, nn.Module], row: Mapping[str, Any], where: str) -> None:
+    actual = _found_instead(modules, row, where)
+    if actual:
+        raise CheckpointError(
+            f"{where} has {row['norm']['class_path']} at {row['name']!r} in place of a {row['source']}, and "
+            f"this {type(model).__name__} has {actual} there. Build it with the arguments it was trained with."
+        )
 
 
 def difference(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> str | None:
@@ -202,7 +235,7 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any], path: str, *
     Raises:
         CheckpointError: it is of another swap, or it has no manifest and the optimizer's state cannot fit.
     """
-    saved, current = manifest_in(checkpoint), manifest_of(model)
+    saved, current = manifest_in(checkpoint, repr(path)), manifest_of(model)
     if saved is not None:
         other = difference(saved, current)
         if other:
@@ -223,21 +256,21 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any], path: str, *
     return missing
 
 
-def rebuild_from(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def rebuild_from(model: nn.Module, checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> None:
     """Swap a freshly built model as a checkpoint says; one of a network that was never swapped changes nothing.
 
     Raises:
         CheckpointError: a layer of the manifest is not in the model, or a parameter of a normalizer is in the
             checkpoint and nothing says how the network was swapped.
     """
-    manifest = manifest_in(checkpoint)
+    manifest = manifest_in(checkpoint, where)
     if manifest is not None:
-        rebuild(model, manifest)
+        rebuild(model, manifest, where)
         return
     # A file with a normalizer's parameters and no manifest would load with strict=False and lose them without a word.
     for name, key in unplaced_parameters(model, checkpoint.get("state_dict", {})).items():
         raise CheckpointError(
-            f"the checkpoint holds {name!r} of {key!r}, and neither says what was swapped nor does "
+            f"{where} holds {name!r} of {key!r}, and neither says what was swapped nor does "
             f"{type(model).__name__} swap by itself. Call lightning_norm.swap in its __init__, as in training."
         )
 
@@ -271,17 +304,20 @@ def unplaced_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> dict
 def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str, strict: bool = True) -> None:
     """Load the weights of a checkpoint of this network, before or after its swap, and nothing else of it.
 
+    If it fails, the model is as it was.
+
     Raises:
         CheckpointError: the file is of another swap, or does not fit.
     """
-    saved = manifest_in(checkpoint)
+    saved = manifest_in(checkpoint, repr(path))
     other = None if saved is None else difference(saved, manifest_of(model))
     if other:
         raise CheckpointError(
             f"{path!r} is a checkpoint of another swap: {other}. NormSwap(plan={path!r}) swaps as it was swapped there."
         )
     try:
-        model.load_state_dict(rename_for_wrappers(model, checkpoint["state_dict"]), strict=strict)
+        with unchanged_on_error(list(model.modules())):
+            model.load_state_dict(rename_for_wrappers(model, checkpoint["state_dict"]), strict=strict)
     except RuntimeError as error:
         raise CheckpointError(f"the weights of {path!r} do not fit this {type(model).__name__}: {error}") from error
 
@@ -298,10 +334,10 @@ def _entry(
     return {**row, **{k: origin[k] for k in ("source", "norm", "before")}, "options": dict(options)}
 
 
-def _found_instead(modules: Mapping[str, nn.Module], row: Mapping[str, Any]) -> str | None:
+def _found_instead(modules: Mapping[str, nn.Module], row: Mapping[str, Any], where: str = "the file") -> str | None:
     """Return what a layer is, if it is not what the row says."""
     module = modules.get(row["name"])
-    if type(module) is loaded_class(row["norm"]):
+    if type(module) is loaded_class(row["norm"], where):
         return None
     return "nothing" if module is None else type(module).__name__
 
@@ -313,6 +349,9 @@ def _set_options(layer: nn.Module, options: Mapping[str, Any]) -> None:
     backend = options.get("backend", "auto")
     # The file may be read where there is no GPU: "auto" takes the kernels as well, where they can run.
     layer.backend = "auto" if backend == "triton" else backend
+    for name, value in options.get("scheduled", {}).items():
+        if name in layer.ranges:
+            setattr(layer, name, value)
     if options.get("compile"):
         layer.compile()
 

@@ -8,11 +8,12 @@ import re
 import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, is_dataclass
+from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
 from torch import nn
 
+from lightning_norm.layers.arguments import TORCH_NAMES, plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.registry import NormSpec
 from lightning_norm.normalizers import resolve
@@ -73,11 +74,15 @@ class SwapOptions:
     what_to_type: ClassVar[str] = "swap needs norm='sn' (say) or rules={'layer1.*': 'sn', ...}."
 
     def __post_init__(self) -> None:
+        self._make_plain()
         examples = {"norm_args": "{'momentum': 0.2}", "rules": "{'layer1.*': 'sn'}"}
         for name, example in examples.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"{name} must be a mapping such as {example}, got {value!r}.")
+            for key in value or ():
+                if not isinstance(key, str):
+                    raise TypeError(f"{name} must have names as keys, as in {example}, got the key {key!r}.")
         # The names are looked up here, so that a wrong one is told before a model is built or a process started.
         if self.resolved_norm is None and not self.resolved_rules:
             raise ValueError(self.what_to_type)
@@ -86,7 +91,14 @@ class SwapOptions:
                 f"norm_args={dict(self.norm_args)!r} are arguments of norm, and this is a swap without norm. Put "
                 "them in the rule: rules={'layer1.*': {'class_path': 'sn', 'init_args': {...}}}."
             )
+        for norm in (self.resolved_norm, *self.resolved_rules.values()):
+            _refuse_channels(norm)
         check_group(self.sync_group)
+
+    def _make_plain(self) -> None:
+        # Options come from anywhere, such as Hydra, and go into checkpoints, plans and the keys of callbacks' states.
+        for each in fields(self):
+            object.__setattr__(self, each.name, plain_value(getattr(self, each.name)))
 
     @functools.cached_property
     def resolved_norm(self) -> ResolvedNorm | None:
@@ -106,6 +118,17 @@ class SwapOptions:
     def targets(self) -> set[type[Normalizer]]:
         """The classes that layers may become."""
         return {resolved[0] for resolved in (self.resolved_norm, *self.resolved_rules.values()) if resolved is not None}
+
+
+def _refuse_channels(norm: ResolvedNorm | None) -> None:
+    """Refuse a number of channels, under any of its names: it is that of the layer that is replaced."""
+    cls, arguments = norm or (None, {})
+    for name in arguments:
+        if cls is not None and TORCH_NAMES.get(name, name) == "num_features":
+            raise TypeError(
+                f"{cls.__name__}: {name}={arguments[name]!r} is that of each layer that is replaced. Leave it out; to "
+                "build a single layer, type lightning_norm.create(...)."
+            )
 
 
 Arguments = ParamSpec("Arguments")

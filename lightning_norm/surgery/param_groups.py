@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_norm.surgery.torch_layers import TORCH_NORMS
+from lightning_norm.layers.base import Normalizer
+from lightning_norm.surgery.recognize import is_norm
 from lightning_norm.surgery.walk import named_normalizers
 
 
@@ -56,8 +57,8 @@ def norm_param_groups(
     """Return all parameters of a model in groups for a torch optimizer, each parameter once.
 
     The groups are named "decay", "no_decay" (biases, other parameters of one dimension, and what the model's own
-    ``no_weight_decay()`` names), "norm" (parameters of this package's and of torch's normalization layers) and, with
-    ``switch_lr``, "switch". An empty group is left out.
+    ``no_weight_decay()`` names), "norm" (parameters of layers for which :func:`lightning_norm.is_norm` is true) and,
+    with ``switch_lr``, "switch". An empty group is left out.
 
     Args:
         model: any module, swapped or not: what a later swap adds joins the group of its layer.
@@ -102,13 +103,18 @@ def _kinds(model: nn.Module, switch: bool) -> list[tuple[nn.Parameter, str]]:
     # timm's convention: a model's method of that name returns the parameters that it wants without weight decay.
     method = getattr(model, "no_weight_decay", None)
     without_decay = set(method()) if callable(method) else set()
-    of_torch_norms = {id(p) for m in model.modules() if isinstance(m, TORCH_NORMS) for p in m.parameters(recurse=False)}
+    of_other_norms = {
+        id(p)
+        for m in model.modules()
+        if is_norm(m) and not isinstance(m, Normalizer)
+        for p in m.parameters(recurse=False)
+    }
     # The first that applies wins: what a normalizer learns beyond weight and bias is never left in "norm" by its name.
     kinds = []
     for name, parameter in model.named_parameters():
         if name in switches:
             kind = "switch"
-        elif name in of_normalizers or id(parameter) in of_torch_norms:
+        elif name in of_normalizers or id(parameter) in of_other_norms:
             kind = "norm"
         elif (
             name in without_decay

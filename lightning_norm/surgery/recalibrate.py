@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.running_stats import write_running
-from lightning_norm.layers.variance import unbiased
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks, active_ranks
 from lightning_norm.surgery.options import Pattern
+from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.select import ModuleSlot, matches
 from lightning_norm.surgery.torch_private import TorchBatchNormBase
 from lightning_norm.surgery.walk import names_by_module
@@ -63,10 +63,13 @@ def recalibrate(
     """Replace running statistics by those of ``num_batches`` batches, as if they were one batch.
 
     The layers normalize by the statistics of each batch, as in training; everything else, dropout included, is in
-    evaluation mode, and no parameter changes. Means and variances are merged in float64, weighted by their counts, and
-    the variance between the batches' means is included. torch's own BatchNorm layers are re-estimated too. In a
-    distributed run every rank takes the batches of its own loader, which may be of different lengths, and all ranks end
-    with the same statistics: those of one process that takes all batches.
+    evaluation mode. Means and variances are merged in float64, weighted by their counts, and the variance between the
+    batches' means is included. torch's own BatchNorm layers are re-estimated too. In a distributed run every rank takes
+    the batches of its own loader, which may be of different lengths, and all ranks end with the same statistics: those
+    of one process that takes all batches.
+
+    Nothing else changes. What the forward pass does to parameters, buffers and other attributes of the modules (queues
+    and pointers, momentum encoders, metrics) is put back, and so are random numbers, those of the loader included.
 
     Args:
         model: any module.
@@ -90,10 +93,16 @@ def recalibrate(
     if not layers:
         raise ValueError("recalibrate: the model has no layer with running statistics (or all are excluded).")
     ranks = active_ranks(sync=True, training=True)
-    with _estimating(model, layers) as pools, torch.no_grad(), _uncompiled():
+    with random_numbers_restored(loader), _estimating(model, layers) as pools, torch.no_grad(), _uncompiled():
         for batch in _shown(itertools.islice(loader, num_batches), num_batches, loader, progress):
             (forward or _ForwardOnBatch(model))(batch)
     return _write_statistics(layers, pools, ranks)
+
+
+def try_on(model: nn.Module, batch: Any, forward: Callable[[Any], Any], exclude: Pattern | None = None) -> None:
+    """Run a model on one batch as :func:`recalibrate` would, and leave everything as it was."""
+    with _estimating(model, layers_of(model, exclude)), torch.no_grad(), _uncompiled():
+        forward(batch)
 
 
 def layers_of(model: nn.Module, exclude: Pattern | None = None) -> dict[str, nn.Module]:
@@ -130,51 +139,30 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _estimating(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[dict[str, StatisticsAccumulator]]:
     """Only the layers are in training mode, each with a pool; everything is put back, whatever happens."""
-    # Dropout and the like are in evaluation mode, as they are when the statistics will be used.
-    modes = {module: module.training for module in model.modules()}
-    pools: dict[str, StatisticsAccumulator] = {}
-    undo: list[Callable[[], None]] = []
-    try:
+    with everything_restored(model), contextlib.ExitStack() as hooks:
+        # Dropout and the like are in evaluation mode, as they are when the statistics will be used.
         model.eval()
-        for name, layer in layers.items():
-            accumulate = _accumulate_in_layer if isinstance(layer, Normalizer) else _accumulate_before_layer
-            pools[name] = accumulate(layer, undo)
-        yield pools
-    finally:
-        for restore in reversed(undo):
-            restore()
-        for module, training in modes.items():
-            module.training = training
+        yield {
+            name: _accumulate_in_layer(layer) if isinstance(layer, Normalizer) else _accumulate_before(layer, hooks)
+            for name, layer in layers.items()
+        }
 
 
-def _accumulate_in_layer(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccumulator:
+def _accumulate_in_layer(layer: Any) -> StatisticsAccumulator:
     """Let a normalizer of this package give the moments of each batch to an accumulator."""
-    buffers = {name: t.clone() for name, t in layer.named_buffers(recurse=False)}
-    state = {name: layer.__dict__[name] for name in ("sync", "compiled")}
     stat = layer._buffers[layer.running_names[0]]
-    before = layer.accumulator
     pool = layer.accumulator = StatisticsAccumulator(
-        (stat.numel() // layer.num_features, layer.num_features), layer.includes_between_var
+        (stat.numel() // layer.num_features, layer.num_features), layer.includes_between_var, stat.dtype
     )
-
-    def restore() -> None:
-        layer.accumulator = before
-        for name, value in state.items():
-            setattr(layer, name, value)
-        # Whatever else a training step counts or measures is as it was before.
-        for name, value in buffers.items():
-            layer._buffers[name].copy_(value)
-
-    undo.append(restore)
     # Loaders may be uneven, so that ranks cannot meet in each batch: their statistics are merged at the end.
     layer.sync = layer.compiled = False
     layer.training = True
     return pool
 
 
-def _accumulate_before_layer(layer: Any, undo: list[Callable[[], None]]) -> StatisticsAccumulator:
+def _accumulate_before(layer: Any, hooks: contextlib.ExitStack) -> StatisticsAccumulator:
     """Give the moments of each batch that reaches a BatchNorm layer of torch's to an accumulator."""
-    pool = StatisticsAccumulator((1, layer.num_features))
+    pool = StatisticsAccumulator((1, layer.num_features), dtype=layer.running_mean.dtype)
 
     def see(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         x = arguments[0]
@@ -182,11 +170,9 @@ def _accumulate_before_layer(layer: Any, undo: list[Callable[[], None]]) -> Stat
         m = Moments(*eager.moments(x.detach(), layout), layout.size).over_batch()
         pool.add(m.mean, m.var, m.count)
 
-    buffers = {name: getattr(layer, name) for name in ("running_mean", "running_var")}
-    handle = layer.register_forward_pre_hook(see)
-    undo += [handle.remove, lambda: layer._buffers.update(buffers)]
+    hooks.callback(layer.register_forward_pre_hook(see).remove)
     # Without running statistics it normalizes by those of the batch, in evaluation mode too, and never synchronizes.
-    layer._buffers.update(dict.fromkeys(buffers))
+    layer._buffers.update(running_mean=None, running_var=None)
     return pool
 
 
@@ -199,8 +185,17 @@ def _write_statistics(
     batches = max(pool.batches for pool in pools.values())
     if not batches:
         seen = max(pool.skipped for pool in pools.values())
-        why = "every batch has a NaN or an infinity" if seen else "the loader gave no batch that reaches a layer"
+        why = "every batch has a NaN or an infinity, or statistics that overflow the running ones"
+        if not seen:
+            why = "the loader gave no batch that reaches a layer"
         raise ValueError(f"recalibrate: {why}. The running statistics are as they were.")
+    for name, pool in pools.items():
+        # Each batch is within range by itself, and the variance between them need not be.
+        if not torch.isfinite(torch.stack([moments[name].mean, moments[name].var]).to(pool.dtype)).all():
+            raise ValueError(
+                f"recalibrate: the variance between the batches of {name} is beyond {pool.dtype}. The running "
+                "statistics are as they were."
+            )
     # A layer that no batch went through, such as an auxiliary head in evaluation mode, keeps its statistics.
     used = [name for name, pool in pools.items() if pool.batches]
     for name in used:
@@ -211,7 +206,7 @@ def _write_statistics(
         else:
             # torch keeps the unbiased variance.
             layer.running_mean.copy_(m.mean.reshape(-1))
-            layer.running_var.copy_((m.var * unbiased(m.count)).reshape(-1))
+            layer.running_var.copy_(m.unbiased().var.reshape(-1))
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(pools[name].batches)
     skipped = max(pool.skipped for pool in pools.values())

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import nn
+
+from lightning_norm.errors import NotReachedWarning
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.surgery.convert import device_and_dtype, restore_original
-from lightning_norm.surgery.select import ModuleSlot
+from lightning_norm.surgery.convert import device_and_dtype, restore_original, unchanged_on_error
+from lightning_norm.surgery.options import SwapOptions
+from lightning_norm.surgery.reach import check_reach, tell
+from lightning_norm.surgery.select import Left, ModuleSlot
 from lightning_norm.surgery.text_tables import aligned
 
 MANY = 100_000
@@ -62,14 +68,17 @@ class SwapReport:
         layers: one row per swapped layer.
         skipped: (name, type, why) of layers that look like candidates and were left alone.
         candidates: how many layers could have been swapped.
+        others: the same of all other normalization layers of the model.
 
     Attributes:
         dry_run: nothing was changed.
         total_before: parameters of the model before the swap, in elements.
     """
 
-    def __init__(self, layers: list[SwappedLayer], skipped: list[tuple[str, str, str]], candidates: int) -> None:
-        self.layers, self.skipped, self.candidates = layers, skipped, candidates
+    def __init__(
+        self, layers: list[SwappedLayer], skipped: list[Left], candidates: int, others: list[Left] | None = None
+    ) -> None:
+        self.layers, self.skipped, self.candidates, self.others = layers, skipped, candidates, others or []
         self.dry_run = True
         self.total_before = 0
         self._undo: list[tuple[ModuleSlot, Normalizer]] = []
@@ -116,7 +125,8 @@ class SwapReport:
         known = {layer.name for layer in self.layers}
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
-        self.skipped = list({s[0]: s for s in [*self.skipped, *other.skipped]}.values())
+        for mine, later in ((self.skipped, other.skipped), (self.others, other.others)):
+            mine[:] = {row[0]: row for row in [*mine, *later]}.values()
         self.total_before = max(self.total_before, other.total_before - changed)
         self._undo += other._undo
 
@@ -135,6 +145,56 @@ class SwapReport:
             f"the swap adds {_spaced(added)} parameters to the model's {_spaced(before)} (+{added / before:.0%}); "
             f"optimizer states and checkpoints grow with them. {'. '.join(ways)}."
         )
+
+    def left_alone(self, options: SwapOptions) -> str:
+        """Return what to tell of layers that were passed over; "" where the options have left them out.
+
+        Args:
+            options: whoever names kinds or names of layers there has left out the others.
+        """
+        chosen = any(o is not None for o in (options.source, options.include, options.rules))
+        left = self.skipped if chosen else [*self.skipped, *self.others]
+        if not left or not self.layers:
+            return ""
+        stay = (
+            " source='BatchNorm' says that layers of other kinds are to stay." if len(left) > len(self.skipped) else ""
+        )
+        return f"the swap leaves {len(left)} normalization layers alone: {'; '.join(_by_class(left))}.{stay}"
+
+    def replaced(self) -> dict[str, tuple[Normalizer, nn.Module]]:
+        """Return name -> (layer, the module that it has replaced) of the layers that are in place."""
+        return {slot.name: (layer, slot.module) for slot, layer in self._undo}
+
+    def check(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
+        """Run the model once, forward and backward in training, and name the layers of the swap that it does not reach.
+
+        A layer that code keeps in a list or a closure besides, calls through a bound method, or replaces by a function
+        of its tensors is swapped without effect. :class:`lightning_norm.NormSwap` asks the same after the first
+        training step. Parameters, statistics, gradients, modes and random states are afterwards what they were.
+
+        Args:
+            model: the swapped model.
+            args: an example for ``model(*args, **kwargs)``, or one function that is called with the model and returns
+                outputs or a loss.
+            kwargs: see ``args``.
+
+        Returns:
+            Name -> what happened, for the layers that did not run or got no gradient; a NotReachedWarning says it too.
+
+        Raises:
+            RuntimeError: the report holds no layers: it is of a dry run, changed nothing, or was undone.
+
+        >>> import torch, lightning_norm
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> lightning_norm.swap(model, "sn").check(model, torch.randn(2, 3, 8, 8))
+        {}
+        """
+        if not self._undo:
+            raise RuntimeError("nothing to check: this report is of a dry run, changed nothing or was undone.")
+        missed = check_reach(self.replaced(), model, args, kwargs)
+        if missed:
+            warnings.warn(tell(missed, "this step"), NotReachedWarning, stacklevel=2)
+        return missed
 
     def undo(self) -> None:
         """Put every original module back, with the Parameters and statistics as they are now.
@@ -157,8 +217,10 @@ class SwapReport:
                         f"cannot undo: {slot.name} holds {type(now).__name__} and no longer the "
                         f"{type(layer).__name__} of this swap. Undo later swaps first."
                     )
-        for slot, layer in self._undo:
-            restore_original(layer, slot.module, slot.device_and_dtype)
+        with unchanged_on_error([module for slot, layer in self._undo for module in (slot.module, layer)]):
+            for slot, layer in self._undo:
+                restore_original(layer, slot.module, slot.device_and_dtype)
+        for slot, _ in self._undo:
             slot.fill(slot.module)
         self._undo = []
 
@@ -166,7 +228,7 @@ class SwapReport:
         """Return the report in plain types."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
-            "skipped": [{"name": n, "type": t, "reason": r} for n, t, r in self.skipped],
+            "skipped": [{"name": n, "type": t, "reason": r} for n, t, r in [*self.skipped, *self.others]],
             "candidates": self.candidates,
             "parameters_added": self.parameters_added,
         }
@@ -185,7 +247,7 @@ class SwapReport:
         verb = "would become" if self.dry_run else "->"
         lines = [f"{len(self)} of {self.candidates} {sources} layers {verb} {names or 'nothing'}"]
         if not self.layers:
-            return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
+            return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
         total = f" ({_spaced(self.total_before)} -> {_spaced(self.total_after)})"
         # A tensor that the normalizer holds in another form is counted twice: removed as it was, and added as it is.
         removed = f" -{self.parameters_removed}" if self.parameters_removed else ""
@@ -208,7 +270,10 @@ class SwapReport:
             lines.append("  evaluation  preserved: the same as the original network's until training changes it")
         sync = "on in training with several processes" if any(layer.sync for layer in self.layers) else "off"
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
-        return "\n".join(lines + [f"  left alone  {n} ({t}): {why}" for n, t, why in self.skipped])
+        return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
+
+    def _left_lines(self) -> list[str]:
+        return _by_class([*self.skipped, *self.others])
 
     def _kinds(self, what: str) -> str:
         # The counter of batches is moved with every layer that has one, and tells nothing.
@@ -243,6 +308,17 @@ class SwapReport:
 
     def __repr__(self) -> str:
         return f"SwapReport({len(self)} of {self.candidates} layers{', dry run' if self.dry_run else ''})"
+
+
+def _by_class(left: list[Left]) -> list[str]:
+    """Return a line for each class of layers that were left alone, and reason."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, kind, why in left:
+        kinds.setdefault((kind, why), []).append(name)
+    return [
+        f"{len(names)} {kind} ({'' if len(names) == 1 else 'first: '}{names[0]}): {why}"
+        for (kind, why), names in kinds.items()
+    ]
 
 
 def _title(target: str, key: str, count: int) -> str:

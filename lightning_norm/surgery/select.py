@@ -6,15 +6,19 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.surgery.convert import can_be_swapped, computed_weights
 from lightning_norm.surgery.options import Pattern, ResolvedNorm, Source, SwapOptions
+from lightning_norm.surgery.recognize import is_frozen, is_norm
 from lightning_norm.surgery.residual_blocks import LAST_NORMS, LAST_OF_BLOCK, is_last_of_block
 from lightning_norm.surgery.torch_layers import FAMILIES, LAZY_BATCH_NORMS
 from lightning_norm.surgery.walk import names_by_module, places_by_module
+from lightning_norm.surgery.whole import TORCH_CLASSES, Whole, channels_of, read
 
 
 @dataclass
@@ -26,12 +30,14 @@ class ModuleSlot:
         names: its dotted names; several for a shared module.
         parents: the (parent, attribute) pairs to write to.
         device_and_dtype: those of the replacement when it was made.
+        whole: what the module is beside its class.
     """
 
     module: nn.Module
     names: list[str] = field(default_factory=list)
     parents: list[tuple[nn.Module, str]] = field(default_factory=list)
     device_and_dtype: tuple[torch.device | None, torch.dtype | None] = (None, None)
+    whole: Whole = field(default_factory=lambda: Whole(None))
 
     @property
     def name(self) -> str:
@@ -44,36 +50,57 @@ class ModuleSlot:
             parent.add_module(attribute, module)
 
 
-def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[ModuleSlot], list[tuple[str, str, str]]]:
-    """Find the candidates, each once, and the near misses: (name, type, why it was left alone).
+Left = tuple[str, str, str]
+"""A layer that is left alone: its name, its class, and why."""
+
+
+def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[ModuleSlot], list[Left], list[Left]]:
+    """Find the candidates, each once; the near misses; and all other normalization layers that are left alone.
 
     Raises:
         ValueError: an unknown source, or the model itself is a candidate and has no parent to be replaced in.
     """
-    # Only the classes themselves are candidates: a subclass may do more than normalize, and a swap would drop that.
-    # Names are compared as well, since a class of the user's code need not be importable from a configuration.
     classes = _source_types(source)
+    # Names are compared as well, since a class of the user's code need not be importable from a configuration.
     by_name = {s for s in _as_tuple(source) if isinstance(s, str)}
     slots: dict[nn.Module, ModuleSlot] = {}
-    skipped: list[tuple[str, str, str]] = []
+    skipped: list[Left] = []
+    others: list[Left] = []
+    known: dict[Any, Whole | str] = {}
     for module, names in names_by_module(model).items():
         kind = type(module)
         # A lazy layer becomes one of these at its first input. It is a candidate, so that `convert` can say what to do.
         lazy = isinstance(module, LAZY_BATCH_NORMS) and module.cls_to_become in classes
-        if lazy or kind in classes or kind.__name__ in by_name or getattr(kind, "key", None) in by_name - {""}:
-            if module is model:
-                raise ValueError(
-                    f"the model itself is a {kind.__name__}: build the layer with lightning_norm.create(...)."
-                )
-            slots[module] = ModuleSlot(module, names)
-        elif isinstance(module, classes) and not isinstance(module, Normalizer):
-            base = kind.__mro__[1].__name__
-            why = f"a subclass of {base} may do more than normalize; pass source={kind.__name__!r} to include it"
-            skipped += [(name, kind.__name__, why) for name in names]
+        named = kind in classes or kind.__name__ in by_name or getattr(kind, "key", None) in by_name - {""}
+        derived = isinstance(module, classes) and not isinstance(module, Normalizer)
+        if not (lazy or named or derived):
+            if not isinstance(module, Normalizer) and is_norm(module):
+                others += [(name, kind.__name__, _how_to_include(module)) for name in names]
+            continue
+        # A subclass may do more than normalize: it is taken where its outputs say that it does not.
+        whole = Whole(None) if lazy else computed_weights(module) or read(module, known)
+        if isinstance(whole, Whole) and whole.kind is None and not (named or lazy):
+            whole = f"a subclass of {kind.__mro__[1].__name__}; pass source={kind.__name__!r} to include it"
+        if isinstance(whole, str):
+            title = kind.__name__ if not hasattr(nn, kind.__name__) else f"{kind.__module__}.{kind.__qualname__}"
+            skipped += [(name, title, whole) for name in names]
+        elif module is model:
+            raise ValueError(f"the model itself is a {kind.__name__}: build the layer with lightning_norm.create(...).")
+        else:
+            slots[module] = ModuleSlot(module, names, whole=whole)
     places = places_by_module(model)
     for module, slot in slots.items():
         slot.parents = places[module]
-    return list(slots.values()), skipped
+    return list(slots.values()), skipped, others
+
+
+def _how_to_include(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+        return f"it normalizes over the axes {tuple(module.normalized_shape)} and has no channels"
+    if isinstance(module, TORCH_CLASSES) or is_frozen(module):
+        return f"source={kind!r} includes it"
+    return f"no layer that a swap knows{f'; source={kind!r} includes it' if channels_of(module) else ''}"
 
 
 def assign_norms(
@@ -146,9 +173,13 @@ def explain_source(model: nn.Module, source: Source | None) -> str:
 
 
 def _nearest(model: nn.Module, entries: Sequence[str]) -> str:
-    kinds = [type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()]
+    # Only what a swap would take: a hint must not lead to an error.
+    kinds = [type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower() and can_be_swapped(m)]
     near = max(sorted(set(kinds)), key=lambda k: max(_likeness(k, e) for e in entries), default=None)
     if near is None:
+        others = sorted({type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()})
+        if others:
+            return f"It holds {', '.join(others)}, which a swap cannot take: no number of channels to normalize over."
         return "It holds no layer with 'Norm' in its class name; for another one, pass source=<its class>."
     return f"The nearest class in the model is {near} ({kinds.count(near)} of them): pass source={near!r}."
 

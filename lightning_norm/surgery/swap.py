@@ -7,15 +7,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_norm.errors import AlreadySwappedError, NoEffectWarning, ParameterGrowthWarning
+from lightning_norm.errors import AlreadySwappedError, LeftAloneWarning, NoEffectWarning, ParameterGrowthWarning
+from lightning_norm.layers.arguments import plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers.context.assignment import ContextState
 from lightning_norm.ops.backend import explain
-from lightning_norm.surgery.convert import convert, preserves_eval
-from lightning_norm.surgery.options import Source, SwapOptions, takes_options
+from lightning_norm.surgery.convert import convert, preserved
+from lightning_norm.surgery.options import ResolvedNorm, Source, SwapOptions, takes_options
 from lightning_norm.surgery.report import SwappedLayer, SwapReport
 from lightning_norm.surgery.select import (
     ModuleSlot,
@@ -73,6 +74,8 @@ def swap(model: nn.Module, options: SwapCall) -> SwapReport:
     check_not_empty(model, report, slots, options.source, options.on_empty)
     if report.growth():
         warnings.warn(report.growth(), ParameterGrowthWarning, stacklevel=3)
+    if left := report.left_alone(options):
+        warnings.warn(left, LeftAloneWarning, stacklevel=3)
     report.commit(not options.dry_run)
     return report
 
@@ -96,31 +99,34 @@ def prepare_swap(
         )
     # Whether the backend can run is asked here and not by the options: they may be built in another process.
     backend = explain(options.backend)
-    slots, near_misses = find_slots(model, options.source)
+    slots, near_misses, others = find_slots(model, options.source)
     slots = [slot for slot in slots if id(slot.module) not in skip]
     assigned, unmatched = assign_norms(slots, options)
-    report = SwapReport([], near_misses, len(slots))
+    report = SwapReport([], near_misses, len(slots), others)
     report.total_before = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     for slot, norm in assigned:
         # A failure from here on leaves the model as it was: the original modules are read and not changed.
-        layer, arguments = convert(slot.module, slot.name, norm)
+        layer, arguments = convert(slot.module, slot.name, norm, slot.whole)
         layer.sync, layer.sync_group, layer.backend = options.sync, options.sync_group, options.backend
         if isinstance(state := getattr(layer, "contexts", None), ContextState):
             state.name = slot.name
         if options.compile:
             layer.compile()
-        row = _row(slot, layer, arguments, backend)
+        row = _row(slot, layer, arguments, backend, norm)
         layer.origin = _origin(slot.module, row)
+        layer.place = row.name
         report.add(slot, layer, row)
     return report, unmatched, slots
 
 
-def _row(slot: ModuleSlot, layer: Normalizer, arguments: dict[str, Any], backend: str) -> SwappedLayer:
+def _row(
+    slot: ModuleSlot, layer: Normalizer, arguments: dict[str, Any], backend: str, norm: ResolvedNorm
+) -> SwappedLayer:
     # A tensor counts as moved if the very same object is in the new layer: an optimizer that holds it stays valid.
     before = slot.module.state_dict(keep_vars=True)
-    after = {**layer._parameters, **layer._buffers}
-    moved = [name for name, value in before.items() if after.get(name) is value]
-    same, reason = preserves_eval(slot.module, layer)
+    after = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    moved = [name for name, value in before.items() if _is_same(after.get(name), value)]
+    same, reason = preserved(slot.module, layer, slot.name, norm, slot.whole)
     return SwappedLayer(
         name=slot.name,
         source=type(slot.module).__name__,
@@ -138,6 +144,13 @@ def _row(slot: ModuleSlot, layer: Normalizer, arguments: dict[str, Any], backend
         compiled=layer.compiled,
         sync=layer.sync and (layer.train_uses_batch_stats or layer.track_running_stats),
         also=slot.names[1:],
+    )
+
+
+def _is_same(after: Tensor | None, before: Tensor) -> bool:
+    # The buffer of a frozen layer becomes a parameter of the same memory.
+    return after is before or (
+        after is not None and after.is_set_to(before) and not before.is_meta and not isinstance(before, nn.Parameter)
     )
 
 
@@ -161,6 +174,7 @@ def _origin(module: nn.Module, row: SwappedLayer) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Return arguments in the types that YAML and a checkpoint hold without code."""
+    value = plain_value(value)
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

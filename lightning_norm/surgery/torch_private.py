@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
 from torch.nn.modules import batchnorm
+
+from lightning_norm.ops.torch_private import HOOK_ATTRIBUTES as HOOK_ATTRIBUTES
+from lightning_norm.ops.torch_private import has_hooks as has_hooks
+from lightning_norm.ops.torch_private import move_hooks as move_hooks
 
 MODULE_ATTRIBUTES = {
     "_parameters": "an entry may be None, and named_parameters() leaves those out; an entry is replaced as it is",
@@ -20,27 +23,3 @@ TorchBatchNormBase = batchnorm._BatchNorm
 
 # The same with InstanceNorm1d, 2d and 3d.
 TorchRunningNormBase = batchnorm._NormBase
-
-# torch registers hooks one by one and has no way to list or to move them, so that a layer which takes another's place
-# has to take over its dictionaries: handles that the user holds then still remove what they registered.
-HOOK_ATTRIBUTES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
-
-def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Let ``target`` call the forward and backward hooks that were registered on ``source``."""
-    for attribute in HOOK_ATTRIBUTES:
-        setattr(target, attribute, getattr(source, attribute))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Tell whether a forward or backward hook is registered on a module."""
-    return any(getattr(module, a) for a in HOOK_ATTRIBUTES if a != "_is_full_backward_hook")

@@ -11,10 +11,20 @@ A check raises AssertionError and says what differs, by how much, and how much w
 
 from __future__ import annotations
 
-from lightning_norm.testing import declarations, gradients, graphs, inputs, layouts, numerics, parallel, state
+from lightning_norm.testing import (
+    declarations,
+    gradients,
+    graphs,
+    inputs,
+    layouts,
+    numerics,
+    parallel,
+    state,
+    transforms,
+)
 from lightning_norm.testing.kit import REGISTRY, Check, Make
 
-GROUPS = (layouts, gradients, numerics, inputs, declarations, state, graphs, parallel)
+GROUPS = (layouts, gradients, numerics, inputs, declarations, state, graphs, transforms, parallel)
 
 
 def checks() -> dict[str, Check]:

@@ -32,6 +32,7 @@ def train_uses_batch_stats(make: Make) -> None:
     layer = built(make, torch.float64)
     x = features(5, C, 7, 3, dtype=torch.float64)
     others = torch.cat([x[:1], features(4, C, 7, 3, seed=9, dtype=torch.float64) * 3])
+    # A layer for each input, because the first forward moves what the second would see.
     apart = distance(*(built(make, torch.float64)(t)[:1] for t in (x, others)))
     assert (apart > 1e-6) == layer.train_uses_batch_stats, (
         f"train_uses_batch_stats={layer.train_uses_batch_stats}, but other batch mates move the output by {apart:.1e}"
@@ -44,7 +45,8 @@ def eval_uses_input_stats(make: Make) -> None:
     layer = built(make, torch.float64).eval()
     x = features(5, C, 7, 3, dtype=torch.float64)
     other = x.clone()
-    other[:, :, 5:] += noise(5, C, 2, 3, seed=9, dtype=torch.float64)  # out of a 9 x 9 kernel's reach
+    # Out of the reach of a 9 x 9 kernel, which may look at near pixels and still be a fixed map.
+    other[:, :, 5:] += noise(5, C, 2, 3, seed=9, dtype=torch.float64)
     apart = distance(*(layer(t)[:, :, 0] for t in (x, other)))
     assert (apart > 1e-6) == layer.eval_uses_input_stats, (
         f"eval_uses_input_stats={layer.eval_uses_input_stats}, but far pixels move the output by {apart:.1e}"
@@ -56,6 +58,7 @@ def evaluation_ignores_batch_mates(make: Make) -> None:
     """In evaluation, each sample's output is the same alone, among others, and among wild others."""
     layer = built(make, torch.float64).eval()
     x = features(5, C, 7, 3, dtype=torch.float64)
+    # A sum over the batch that is divided out again would pass with mates of the same size.
     wild = torch.cat([x[:1], 100 * features(4, C, 7, 3, seed=9, dtype=torch.float64)])
     together = layer(x)
     same(torch.cat([layer(x[i : i + 1]) for i in range(5)]), together, 1e-12, "samples one by one")
@@ -66,6 +69,7 @@ def evaluation_ignores_batch_mates(make: Make) -> None:
 def extra_parameters(make: Make) -> None:
     """``extra_parameters`` lists each parameter beside weight and bias, its size in terms of C and the arguments."""
     layer = make(C)
+    # Elements and not shapes, for the sizes are what the report of a swap and the cards say.
     actual = {name: p.numel() for name, p in layer.named_parameters() if name not in ("weight", "bias")}
     # The declared sizes are expressions such as "max(1, C//2)": only these words and arithmetic are evaluated.
     known = {
@@ -101,6 +105,7 @@ def preserves_eval(make: Make) -> None:
         for i, p in enumerate(bn.parameters()):
             p.add_(0.3 * noise(C, seed=500 + i, dtype=torch.float64))
     layer = make(C).double()
+    # As a swap does it; whether a checkpoint loads to the same is another check.
     layer.take_from(bn)
     for name in ("weight", "bias"):
         parameter = getattr(layer, name)
@@ -138,17 +143,19 @@ def variants(make: Make, name: str, value: float) -> list[Normalizer]:
         try:
             layers.append(built(lambda c, o=other: make(c, **{name: value, **o}), torch.float64))
         except (TypeError, ValueError):
-            continue  # the class does not take this argument
+            # The class does not take this argument, or not beside the other.
+            continue
     return layers
 
 
 @check
 def scheduled(make: Make) -> None:
-    """Every ``Scheduled`` argument has an effect, however set; refuses bad values; is not saved."""
+    """Every ``Scheduled`` argument has an effect, however set; refuses bad values; is saved if evaluation reads it."""
 
     def outcome(layer: Normalizer) -> Tensor:
         x = features(5, C, 7, 3, dtype=torch.float64)
-        trained = seeded(layer.train(), x)  # dropout draws alike
+        # Seeded, so that two layers with dropout draw alike.
+        trained = seeded(layer.train(), x)
         parts = [trained, *(v.double() for v in statistics(layer).values()), layer.eval()(x)]
         return torch.cat([part.detach().flatten() for part in parts])
 
@@ -156,7 +163,8 @@ def scheduled(make: Make) -> None:
         low, high = (span.low + fraction * (span.high - span.low) for fraction in (0.3, 0.6))
         pairs = list(zip(variants(make, name, low), variants(make, name, high), strict=True))
         if not pairs:
-            continue  # inherited, and refused by this class
+            # The argument is inherited, and this class refuses it.
+            continue
         effects = []
         for at_low, at_high in pairs:
             assert getattr(at_low, name) == low, f"{name}={low} reads back as {getattr(at_low, name)}"
@@ -165,19 +173,50 @@ def scheduled(make: Make) -> None:
             assigned = outcome(at_low)
             same(assigned, expected, 1e-12, f"{name}: assigned and constructed")
             effects.append(name)
+        # New layers, for the ones above have moved their running statistics.
         fresh = zip(variants(make, name, low), variants(make, name, high), strict=True)
         moved = [distance(outcome(a), outcome(b)) for a, b in fresh]
         assert max(moved) > 1e-6, f"{name} has no effect at {low} against {high}, whatever flag is set"
         layer = make(C)
+        # ``None`` is a value like any other where the signature allows it.
         nothing = () if span.optional else (None,)
         for bad in (span.low - 0.1, span.high + 0.1, float("nan"), "x", *nothing):
             before = getattr(layer, name)
             with refused(ValueError, f"{name} = {bad!r}", name, str(bad)):
                 setattr(layer, name, bad)
             assert getattr(layer, name) == before, f"{name} changed although {bad!r} was refused"
-        assert not [k for k in layer.state_dict() if k.lstrip("_") == name], (
-            f"{name} is saved, but follows from the step alone"
+        saved = f"_{name}" in layer.state_dict()
+        assert not (saved and span.training_only), f"{name} is saved, but declared Scheduled(..., training_only=True)"
+        layer = make(C).double().eval()
+        x = features(5, C, 7, 3, dtype=torch.float64)
+        outputs = []
+        for value in (low, high):
+            setattr(layer, name, value)
+            outputs.append(layer(x))
+        assert saved or distance(*outputs) == 0, (
+            f"evaluation reads {name}, and no checkpoint holds it: leave out training_only=True, and name it in "
+            "without_effect() only where it has no effect"
         )
+
+
+@check
+def running_statistics_as_in_torch(make: Make) -> None:
+    """``track_running_stats = False`` at run time only stops updates; without buffers, the input's count."""
+    layer, x = built(make), features(5, C, 7, 3)
+    if not layer.track_running_stats:
+        return
+    expected, before = layer.eval()(x), statistics(layer)
+    layer.track_running_stats = False
+    same(layer(x), expected, 0.0, "evaluation after track_running_stats = False")
+    layer.train()(x)
+    for name, value in statistics(layer).items():
+        assert torch.equal(value, before[name]), f"{name} moved after track_running_stats = False"
+    cleared, never = built(make), built(lambda c: make(c, track_running_stats=False))
+    for name in (*cleared.running_names, "num_batches_tracked"):
+        setattr(cleared, name, None)
+    for training in (True, False):
+        got, wanted = (seeded(one.train(training), x) for one in (cleared, never))
+        same(got, wanted, 1e-6, f"running statistics set to None, training={training}")
 
 
 @check
@@ -209,6 +248,7 @@ def recalibrates(make: Make) -> None:
     layer = built(make, torch.float64)
     if not layer.track_running_stats or layer.no_recalibration:
         return
+    # Batches of unequal size and scale: an average of their variances would be wrong by much.
     parts = [features(n, C, 7, 3, seed=n, dtype=torch.float64) * n for n in (3, 4)]
     whole = copy.deepcopy(layer)
     recalibrate(torch.nn.Sequential(layer), parts)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.testing.kit import C, Make, built, check, features, noise, same, statistics, step
+from lightning_norm.testing.kit import C, Make, built, check, features, noise, same, seeded, statistics, step
 
 
 def as_function(layer: Normalizer) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -32,6 +32,7 @@ def gradcheck(make: Make) -> None:
     """Every gradient agrees with finite differences in float64, in training and evaluation."""
     for training in (True, False):
         call, parameters = as_function(built(make, torch.float64).train(training))
+        # Small, because finite differences call the layer once for each element.
         x = features(3, C, 3, dtype=torch.float64).requires_grad_()
         try:
             torch.autograd.gradcheck(call, (*parameters, x))
@@ -62,6 +63,7 @@ def every_parameter_gets_a_gradient(make: Make) -> None:
     )
     for name, grad in (*got.grads.items(), ("the input", got.dx)):
         assert bool(grad.isfinite().all()), f"the gradient of {name} is not finite"
+        # Rounding gives 1e-17 where a parameter has no effect.
         assert float(grad.abs().max()) > 1e-9, f"the gradient of {name} is zero"
 
 
@@ -71,6 +73,7 @@ def expanded_gradient(make: Make) -> None:
     for dtype, channel_dim in itertools.product((torch.float64, torch.float32), (1, -1)):
         x = features(5, C, 7, 3, dtype=dtype)
         x = x if channel_dim == 1 else x.movedim(1, -1).contiguous()
+        # As autograd makes it: one element, with a stride of 0 along every axis.
         one = torch.ones((), dtype=dtype).expand(x.shape)
         expanded, dense = (step(built(make, dtype, channel_dim=channel_dim), x, dy) for dy in (one, one.clone()))
         for name in expanded.grads:
@@ -88,9 +91,27 @@ def inplace_after(make: Make) -> None:
         for inplace in (True, False):
             x = features(5, C, 7, 3, dtype=dtype).requires_grad_()
             y = built(make, dtype).train(training)(x)
+            # Autograd notices if y was saved, or is a view, and raises; a wrong gradient would show below.
             z = torch.relu_(y) if inplace else torch.relu(y)
             grads += torch.autograd.grad(z, x, noise(5, C, 7, 3, seed=7, dtype=dtype))
         same(grads[0], grads[1], 0.0, f"{dtype}, training={training}, input gradient under an in-place ReLU")
+
+
+@check
+def other_passes_before_the_backward_pass(make: Make) -> None:
+    """A pass in either mode, and a schedule that moves, between a pass and its backward pass change no gradient."""
+    dy = noise(5, C, 7, 3, seed=7)
+    for first, second in itertools.product((True, False), repeat=2):
+        gradients: list[Tensor] = []
+        for disturbed in (False, True):
+            layer, x = built(make).train(first), features(5, C, 7, 3).requires_grad_()
+            y = seeded(layer, x)
+            if disturbed:
+                layer.train(second)(features(5, C, 7, 3, seed=2))
+                for name, value in layer.saved_values().items():
+                    setattr(layer, name, value)
+            gradients.append(torch.autograd.grad(y, x, dy)[0])
+        same(gradients[1], gradients[0], 0.0, f"training={first}, then training={second}: input gradient")
 
 
 @check
@@ -98,6 +119,7 @@ def input_is_left_alone(make: Make) -> None:
     """Neither pass writes to its input, nor to the gradient it is handed."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x, dy = features(5, C, 7, 3, dtype=dtype), noise(5, C, 7, 3, seed=7, dtype=dtype)
+        # An in-place write would also spoil what another branch of the network reads.
         before = x.clone(), dy.clone()
         step(built(make), x, dy)
         assert torch.equal(x, before[0]), f"{dtype}: the input was overwritten"
@@ -109,7 +131,8 @@ def statistics_hold_no_graph(make: Make) -> None:
     """Running statistics never require gradients, whatever the input does."""
     layer = make(C)
     for seed in (1, 2):
-        x = features(5, C, 7, 3, seed=seed).requires_grad_() * 2  # an upstream graph
+        # Times 2, so that x has a graph behind it, as a convolution's output has.
+        x = features(5, C, 7, 3, seed=seed).requires_grad_() * 2
         layer(x)
     for name, buffer in layer.named_buffers():
         assert not buffer.requires_grad, f"{name} requires grad"
@@ -124,6 +147,7 @@ def evaluation_moves_nothing(make: Make) -> None:
     layer(features(5, C, 7, 3))
     for name, t in (*layer.named_buffers(), *layer.named_parameters()):
         assert torch.equal(t, before[name]), f"evaluation moved {name}"
+    # The reverse, or a layer that never moves anything would pass.
     layer.train()(features(5, C, 7, 3))
     moved = statistics(layer)
     for name in layer.running_names if layer.track_running_stats else ():
@@ -140,6 +164,7 @@ def saves_only_the_input(make: Make) -> None:
 
         def pack(t: Tensor, saved: dict[int, int] = saved) -> Tensor:
             storage = t.untyped_storage()
+            # By storage, for two views of x are one piece of memory.
             saved[storage.data_ptr()] = storage.nbytes()
             return t
 
@@ -147,7 +172,8 @@ def saves_only_the_input(make: Make) -> None:
             y = layer(x)
         size_of_x = saved.pop(x.untyped_storage().data_ptr(), 0)
         assert size_of_x == x.untyped_storage().nbytes(), f"training={training}: x itself is not what is saved"
-        bound = 8 * 4 * 5 * C  # a few (N, C) tensors in float64
+        # A few (N, C) tensors in float64 are allowed.
+        bound = 8 * 4 * 5 * C
         large = [size for size in saved.values() if size > bound]
         assert not large, f"training={training}: beside x, tensors of {large} bytes are kept; x has {x.nbytes}"
         assert y.requires_grad

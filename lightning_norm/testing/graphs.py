@@ -14,7 +14,8 @@ def compiled_equals_eager(make: Make) -> None:
     eager, compiled = built(make), built(make)
     compiled.compile()
     x, dy = features(5, C, 7, 3), noise(5, C, 7, 3, seed=7)
-    same_step(step(compiled, x, dy), step(eager, x, dy), 3e-6, "compiled")  # two float32 roundings of about 100 terms
+    # Two float32 roundings of sums over about 100 terms may lie between them.
+    same_step(step(compiled, x, dy), step(eager, x, dy), 3e-6, "compiled")
     for (name, a), b in zip(statistics(compiled).items(), statistics(eager).values(), strict=True):
         same(a, b, 1e-6, f"compiled, {name}")
     with torch.no_grad():
@@ -25,8 +26,10 @@ def compiled_equals_eager(make: Make) -> None:
 def exports(make: Make) -> None:
     """torch.export takes the layer in evaluation, for any batch size, and the exported program computes the same."""
     layer = built(make).eval()
-    network = nn.Sequential(layer)  # torch 2.15 miscounts the buffers of a root module that has None among them
+    # torch 2.15 miscounts the buffers of a root module that has None among them.
+    network = nn.Sequential(layer)
     program = torch.export.export(network, (features(5, C, 7, 3),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    for n in (2, 5, C + 4):  # fewer and more samples than channels
+    # Fewer and more samples than channels, so that no axis was taken for another.
+    for n in (2, 5, C + 4):
         x = features(n, C, 7, 3)
         same(program.module()(x), layer(x), 3e-6, f"exported, {n} samples")

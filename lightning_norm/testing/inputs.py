@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from lightning_norm.testing.kit import C, Make, built, check, defined, features, noise, refused, statistics, step
@@ -28,23 +29,27 @@ def small_inputs(make: Make) -> None:
             with refused(ValueError, what, "more than one value per statistic", type(layer).__name__):
                 layer(x)
             after = statistics(layer)
+            # A refusal in the middle of a run must leave a state that can be saved.
             assert all(torch.equal(after[k], v) for k, v in before.items()), f"{what}: refused, yet statistics moved"
 
 
 @check
 def empty_batch(make: Make) -> None:
-    """An empty batch passes in evaluation; in training it passes, or is refused, and moves no statistics."""
+    """An empty batch passes, and in training moves no statistics; it counts as a batch, as in torch's BatchNorm."""
     layer = built(make)
     for shape in ((0, C), (0, C, 7, 3)):
         if defined(layer.eval(), 2, torch.Size(shape[2:]).numel()):
             y = layer.eval()(torch.empty(shape))
             assert tuple(y.shape) == shape, f"input {shape}: output {tuple(y.shape)}"
         before = statistics(layer)
-        try:
-            layer.train()(torch.empty(shape))
-        except ValueError as error:
-            assert "0 sample" in str(error), f"empty batch in training: {error}"  # noqa: PT017  an assertion on the message
+        # Other ranks may have samples, so that an empty batch cannot simply be an error.
+        got = step(layer.train(), torch.empty(shape), torch.empty(shape))
+        assert tuple(got.y.shape) == shape, f"input {shape} in training: output {tuple(got.y.shape)}"
+        for name, grad in got.grads.items():
+            assert not bool(grad.any()), f"an empty batch {shape} gives {name} a gradient"
         after = statistics(layer)
+        if before:
+            assert after.pop("num_batches_tracked") == before.pop("num_batches_tracked") + 1, "an empty batch counts"
         assert all(torch.equal(after[k], v) for k, v in before.items()), f"an empty batch {shape} moved the statistics"
     with refused(ValueError, "an empty feature map", "no element per channel", f"(2, {C}, 0, 3)"):
         layer(torch.empty(2, C, 0, 3))
@@ -72,14 +77,18 @@ def wrong_shape(make: Make) -> None:
     for shape in ((5, C + 1, 7, 3), (5, C - 1)):
         with refused(ValueError, f"input {shape}", str(shape), f"num_features={C}", str(shape[1])):
             layer(torch.ones(shape))
+    # The usual mistake, and the message has to name the argument that mends it.
     with refused(ValueError, "tokens without channel_dim", "channel_dim=-1"):
         layer(torch.ones(5, 7, C))
 
 
 @check
 def wrong_arguments(make: Make) -> None:
-    """num_features, eps and channel_dim out of range are refused by name."""
-    for bad in (0, -1, 2.5, True):
+    """num_features, eps and channel_dim out of range are refused by name; a whole number of any type is one."""
+    for whole in (np.int64(C), np.int32(C), np.array(C), torch.tensor(C)):
+        assert type(make(whole).num_features) is int, f"num_features={whole!r} stayed {type(whole).__name__}"
+    # ``True`` is an int in Python, and would be one channel.
+    for bad in (0, -1, 2.5, True, np.float32(C), np.bool_(True)):
         with refused(ValueError, f"num_features={bad!r}", "num_features", repr(bad)):
             make(bad)
     arguments: dict[str, tuple[object, ...]] = {"eps": (-1.0, math.nan, math.inf), "channel_dim": (0, 2, "last")}

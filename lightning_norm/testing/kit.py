@@ -31,6 +31,7 @@ def check(fn: Check) -> Check:
 
     @functools.wraps(fn)
     def run(make: Make) -> None:
+        # A check that compares two layers needs equal starts, also of a class that draws them.
         fn(functools.partial(seeded, make))
 
     REGISTRY[fn.__name__] = run
@@ -78,6 +79,7 @@ def built(make: Make, dtype: torch.dtype | None = None, **arguments: Any) -> Nor
     # Sorted, so that the values do not depend on the order in which a class registers its parameters.
     with torch.no_grad():
         for i, (_, p) in enumerate(sorted(layer.named_parameters())):
+            # At the starting values many layers are BatchNorm, and a wrong equation would not show.
             p.add_(0.3 * noise(*p.shape, seed=300 + i).to(p.dtype))
         for i, name in enumerate(layer.running_names):
             stat = layer._buffers.get(name)
@@ -92,6 +94,7 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Step:
     y = layer(x)
     names = [name for name, p in layer.named_parameters() if p.requires_grad]
     wanted = [x, *(layer.get_parameter(name) for name in names)]
+    # Not ``backward``, which would add to gradients that an earlier step left behind.
     dx, *rest = torch.autograd.grad(y, wanted, dy, allow_unused=True, materialize_grads=True)
     return Step(y.detach(), dx, dict(zip(names, rest, strict=True)))
 
@@ -108,6 +111,7 @@ def distance(got: Tensor, expected: Tensor) -> float:
 
 def same(got: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
     """Assert that two tensors agree, relative to their norm, or absolutely where that is below one."""
+    # Near zero a relative distance would compare rounding with rounding.
     apart = distance(got, expected) * min(1.0, float(expected.detach().double().norm()))
     assert apart <= tolerance, f"{what}: {apart:.2e} apart, at most {tolerance:.0e} expected"
 
@@ -129,6 +133,7 @@ def statistics(layer: Normalizer) -> dict[str, Tensor]:
 
 def defined(layer: Normalizer, n: int, size: int) -> bool:
     """Tell whether each statistic of n samples with ``size`` elements per channel has more than one value."""
+    # Running statistics are there whatever the input is.
     of_input = layer.training or not layer.track_running_stats
     return not of_input or int(getattr(layer, "statistic_size", lambda n, size: n * size)(n, size)) > 1
 
@@ -142,5 +147,6 @@ def refused(error: type[Exception], what: str, *words: str) -> Iterator[None]:
     except error as e:
         said = str(e)
     assert said is not None, f"{what}: {error.__name__} expected, nothing was raised"
+    # A message is held to its facts, so that its wording may be improved.
     missing = [word for word in words if word not in said]
     assert not missing, f"{what}: the message does not say {missing}: {said}"

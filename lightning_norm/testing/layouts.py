@@ -40,13 +40,15 @@ def keeps_shape_dtype_and_strides(make: Make) -> None:
                     layer(x)
                 continue
             for name, view in formats(x).items():
+                # A graph behind the input must not change what comes out.
                 for recorded in (view, view.detach().requires_grad_()):
                     y = layer(recorded)
                     what = f"{name} {shape}, training={training}"
                     assert y.shape == view.shape, f"{what}: output {tuple(y.shape)}"
                     assert y.dtype == view.dtype, f"{what}: output {y.dtype}, input {view.dtype}"
                     if name not in ("contiguous", "channels_last"):
-                        continue  # no memory format: nothing to keep
+                        # Other strides are no memory format of torch's, and need not be kept.
+                        continue
                     expected = view.stride()
                     assert y.stride() == expected, f"{what}: strides {y.stride()}, expected {expected}"
 
@@ -62,6 +64,7 @@ def formats_agree(make: Make) -> None:
             for training in (True, False):
                 reference = step(built(make, dtype).train(training), x, dy)
                 for name, view in formats(x).items():
+                    # A gradient may come in another format than the input, as behind a reshape.
                     for dname, dy_view in (("contiguous", dy), (name, formats(dy)[name])):
                         got = step(built(make, dtype).train(training), view, dy_view)
                         what = f"{dtype}, input {name}, gradient {dname}, {shape}, training={training}"
@@ -77,7 +80,8 @@ def tokens_agree(make: Make) -> None:
             for training in (True, False):
                 reference = step(built(make, dtype).train(training), x, dy)
                 layer = built(make, dtype, channel_dim=-1).train(training)
-                for copy in (True, False):  # dense tokens, and a transposed view
+                # Dense tokens, and a transposed view of a map.
+                for copy in (True, False):
                     tokens = [t.movedim(1, -1).contiguous() if copy else t.movedim(1, -1) for t in (x, dy)]
                     got = step(layer, *tokens)
                     assert got.y.shape == tokens[0].shape, (

@@ -66,7 +66,8 @@ def gradient_of_weight_as_precise_as_torchs(make: Make) -> None:
                 errors.append((of_weight, (got.dx - exact.dx).norm().item()))
                 sizes.append(exact.dx.norm().item())
             # Where the factor of x is more than weight, dx is larger, and what counts is the error relative to it.
-            relative = errors[1][1] / sizes[1] if sizes[1] else relative  # with weight 0, torch's is 0
+            # With weight 0 torch's input gradient is 0, and the relative error is that of the weight before.
+            relative = errors[1][1] / sizes[1] if sizes[1] else relative
             floors = (0.0, relative * sizes[0])
             what_of = ("weight's gradient", "input gradient")
             for what, error, torchs, floor in zip(what_of, *errors, floors, strict=True):
@@ -79,6 +80,7 @@ def gradient_of_weight_as_precise_as_torchs(make: Make) -> None:
 def half_inputs(make: Make) -> None:
     """Half inputs: output in their dtype, one rounding away from float64, also where their squares overflow."""
     for dtype in (torch.float16, torch.bfloat16):
+        # 300 squared is beyond float16, so squares must be taken in float32.
         for size in (1.0, 300.0):
             x, dy = (features(5, C, 7, 3) * size).to(dtype), noise(5, C, 7, 3, seed=7).to(dtype)
             for training in (True, False):
@@ -86,11 +88,13 @@ def half_inputs(make: Make) -> None:
                 wide = copy.deepcopy(layer).double()
                 got, exact = step(layer, x, dy), step(wide, x.double(), dy.double())
                 nudged = x.double() * (1 + torch.finfo(torch.float32).eps * noise(5, C, 1, 1, seed=8).sign().double())
-                nearby = step(copy.deepcopy(layer).double(), nudged, dy.double())  # statistics rounded to float32
+                # What statistics rounded to float32 would give: an error of that size is allowed.
+                nearby = step(copy.deepcopy(layer).double(), nudged, dy.double())
                 what = f"{dtype} inputs of size {size}, training={training}"
                 assert got.y.dtype == dtype, f"{what}: output {got.y.dtype}"
                 assert got.dx.dtype == dtype, f"{what}: input gradient {got.dx.dtype}"
-                eps = torch.finfo(dtype).eps  # rounding y costs eps / 2; the float32 statistics about 1e-6
+                # Rounding y costs eps / 2, and the float32 statistics about 1e-6.
+                eps = torch.finfo(dtype).eps
                 for part, a, b in (("output", got.y, exact.y), ("input gradient", got.dx, exact.dx)):
                     apart = distance(a, b)
                     assert apart <= eps, f"{what}: {part} {apart:.1e} from float64, at most {eps:.1e} expected"
@@ -110,6 +114,7 @@ def autocast_changes_nothing(make: Make) -> None:
     for training in (True, False):
         x, dy = features(5, C, 7, 3), noise(5, C, 7, 3, seed=7)
         outside = step(built(make).train(training), x, dy)
+        # Forward and backward both, for the backward pass runs matrix products of its own.
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = step(built(make).train(training), x, dy)
         assert inside.y.dtype == torch.float32, f"output {inside.y.dtype} for a float32 input"
@@ -140,6 +145,23 @@ def casts_keep_statistics(make: Make) -> None:
 
 
 @check
+def overflow_does_not_poison(make: Make) -> None:
+    """Statistics that are finite in float64 and not in the float32 of the buffers move none, and are counted."""
+    for size, offset in ((1e25, 0.0), (1.0, 1e39)):
+        layer = built(make)
+        layer(features(5, C, 7, 3))
+        before = statistics(layer)
+        layer(features(5, C, 7, 3, seed=2, dtype=torch.float64) * size + offset)
+        after = statistics(layer)
+        for name, value in layer.named_buffers():
+            assert not value.is_floating_point() or bool(value.isfinite().all()), f"{name} is not finite"
+        moved = [name for name in before.keys() - {"skipped_updates"} if not torch.equal(after[name], before[name])]
+        skipped = int(after["skipped_updates"] - before["skipped_updates"]) if before else 0
+        # Deviations of 1e25 fit where variances do not: all statistics move, or none and the batch is counted.
+        assert bool(moved) != bool(skipped) or not before, f"{moved} moved, skipped_updates rose by {skipped}"
+
+
+@check
 def nan_does_not_poison(make: Make) -> None:
     """A NaN or an infinity in the input leaves the running statistics as they were and is counted."""
     for bad in (float("nan"), float("inf"), float("-inf")):
@@ -147,6 +169,7 @@ def nan_does_not_poison(make: Make) -> None:
         layer(features(5, C, 7, 3))
         before = statistics(layer)
         x = features(5, C, 7, 3, seed=2)
+        # A single element, as one broken image in a batch would bring.
         x[1, 2, 3, 1] = bad
         layer(x)
         after = statistics(layer)
@@ -157,5 +180,6 @@ def nan_does_not_poison(make: Make) -> None:
             assert skipped == 1, f"skipped_updates is {skipped} after one input with {bad}"
             layer(features(5, C, 7, 3, seed=3))
             again = statistics(layer)
+            # The layer must go on as if the bad batch had never come.
             assert int(again["num_batches_tracked"]) == 2, "the update after the skipped one was not made"
             assert all(bool(v.isfinite().all()) for v in again.values()), "running statistics are not finite"

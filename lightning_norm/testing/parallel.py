@@ -39,10 +39,12 @@ def ranks_equal_one_process(make: Make) -> None:
     x, dy = features(5, C, 3, 2, dtype=torch.float64), noise(5, C, 3, 2, seed=7, dtype=torch.float64)
     whole = built(make, torch.float64)
     if not (whole.train_uses_batch_stats or whole.track_running_stats):
-        return  # nothing to exchange
+        # A sample's statistics alone have nothing to exchange.
+        return
     expected, running = step(whole, x, dy), statistics(whole)
     first, second = run_ranks(_steps, 2, [built(make, torch.float64) for _ in SPLITS], x, dy)
     for split, (a, running_a), (b, running_b) in zip(SPLITS, first, second, strict=True):
+        # DDP adds the parameters' gradients, and each rank has the outputs of its samples.
         joined = Step(torch.cat([a.y, b.y]), torch.cat([a.dx, b.dx]), {k: a.grads[k] + b.grads[k] for k in a.grads})
         same_step(joined, expected, 1e-10, f"batch split {split}")
         for name, value in running.items():

@@ -35,7 +35,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     """
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        torch.save((fn, args), here / "call")  # by value: pickled to a process, tensors would share their memory
+        # By value: pickled to a process, tensors would share their memory.
+        torch.save((fn, args), here / "call")
         context = _context()
         ranks = [
             context.Process(target=_rank, args=(rank, world_size, folder, timeout), daemon=True)
@@ -66,6 +67,7 @@ def _wait(ranks: list[Any], here: Path, until: float, timeout: float) -> None:
     while True:
         alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
         for rank, process in enumerate(ranks):
+            # The first rank to fail is the cause; the others then wait in a collective for it.
             if process.exitcode:
                 error = here / f"error{rank}"
                 said = error.read_text() if error.exists() else f"ended with exit code {process.exitcode}"
@@ -81,6 +83,7 @@ def _wait(ranks: list[Any], here: Path, until: float, timeout: float) -> None:
 
 def _rank(rank: int, world_size: int, folder: str, timeout: float) -> None:
     here = Path(folder)
+    # Several processes with all cores each would wait for one another.
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
@@ -95,6 +98,7 @@ def _rank(rank: int, world_size: int, folder: str, timeout: float) -> None:
             torch.save(fn(rank, *args), here / f"result{rank}")
         finally:
             dist.destroy_process_group()
+    # Also a KeyboardInterrupt or SystemExit of the function: the parent would wait for a rank that is gone.
     except BaseException:
         (here / f"error{rank}").write_text(traceback.format_exc())
         raise SystemExit(1) from None

@@ -1,7 +1,6 @@
 """Each private name of others that ``lightning_private.py`` reads is still there and means what it is read for."""
 
 import ast
-import copy
 import inspect
 import pathlib
 
@@ -12,7 +11,6 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Stochastic
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanMetric
 
 from lightning_norm.callbacks import lightning_private
 from lightning_norm.callbacks.lightning_private import (
@@ -20,7 +18,6 @@ from lightning_norm.callbacks.lightning_private import (
     event_writer,
     fresh_training_loader,
     logs_hyperparameters,
-    metric_state,
     starts_processes,
     synchronizes_batchnorm,
     tag_prefix,
@@ -87,15 +84,6 @@ def test_a_copy_of_a_loader_has_workers_of_its_own():
     assert [int(x) for (x,) in first] == [1, 2, 3]
     plain = [1, 2]
     assert without_iterator(plain) is plain
-
-
-def test_state_of_a_metric():
-    metric = MeanMetric()
-    before = {name: copy.deepcopy(getattr(metric, name)) for name in metric_state(metric)}
-    metric.update(3.0)
-    metric.compute()
-    changed = {name for name, value in before.items() if getattr(metric, name) != value}
-    assert changed >= {"mean_value", "weight", "_update_count", "_computed"}
 
 
 def test_tensorboard_logger(tmp_path):

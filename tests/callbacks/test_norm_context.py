@@ -250,7 +250,7 @@ class TestInput:
             trainer(NormSwap("cn"), NormContext()).fit(Net(), kinds(n=2))
 
     def test_data_that_can_be_read_only_once(self):
-        with pytest.raises(RuntimeError, match="the training data can be read only once"):
+        with pytest.raises(RuntimeError, match="would take samples of a stream"):
             trainer(NormSwap("cn"), NormContext(), limit_train_batches=2).fit(Net(), iter(kinds()))
 
     def test_a_stream(self):
@@ -258,8 +258,12 @@ class TestInput:
             def __iter__(self):
                 return iter(kinds().dataset)
 
+        model, runner = Net(), trainer(NormSwap("cn"), NormContext())
+        with pytest.raises(RuntimeError, match=r"samples of a stream \(Stream\).*NormContext\(loader="):
+            runner.fit(model, DataLoader(Stream(), 12))
+        assert runner.global_step == 0
         model = Net()
-        trainer(NormSwap("cn"), NormContext()).fit(model, DataLoader(Stream(), 12))
+        trainer(NormSwap("cn"), NormContext(loader=kinds)).fit(model, DataLoader(Stream(), 12))
         assert model.net[1].is_fitted()
 
     @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
 from lightning_norm import MomentNorm, NormRecalibrate, NormSwap, load_from_checkpoint, recalibrate
@@ -162,6 +162,8 @@ def test_refused():
         trainer(NormRecalibrate(inputs=None)).fit(Pair(), {"a": loader(), "b": loader()})
     with pytest.raises(ValueError, match="num_batches must be at least 1"):
         NormRecalibrate(0)
+    with pytest.raises(ValueError, match="cannot import forward='nowhere.function'"):
+        NormRecalibrate(forward="nowhere.function")
     with pytest.raises(ValueError, match="when must be one of"):
         NormRecalibrate(when="sometimes")
 
@@ -200,6 +202,7 @@ def test_a_module_without_forward_runs_its_training_step_and_logs_nothing(when):
     assert torch.equal(loss, expected_loss)
     assert torch.equal(mean, expected_mean)
     assert "log" not in vars(model)
+    model.mean.reset()  # it holds a graph of the training, which cannot be copied
     twin = copy.deepcopy(model)
     recalibrate(twin, loader(), forward=lambda batch: twin.net(batch[0]))
     if when == "fit_end":
@@ -219,3 +222,104 @@ class Pair(Net):
 
 def test_other_stages_have_no_training_data():
     trainer(NormSwap("sn"), NormRecalibrate(when="before_validation")).validate(Net(), loader())
+
+
+class Stream(IterableDataset):
+    """Samples that come once; how many were taken is counted."""
+
+    taken = 0
+
+    def __iter__(self):
+        for x, y in loader().dataset:
+            Stream.taken += 1
+            yield x, y
+
+
+class TwoInputs(Net):
+    def forward(self, x, y):
+        return super().forward(x + 0 * y.mean())
+
+    def training_step(self, batch, batch_idx):
+        return (self(*batch) - batch[1]).square().mean()
+
+
+class Mapping(Net):
+    """Its forward takes one argument as any other, which only a call shows to be a dictionary."""
+
+    def forward(self, batch):
+        return super().forward(batch["x"])
+
+    def training_step(self, batch, batch_idx):
+        return self({"x": batch[0]}).square().mean()
+
+
+class Manual(Net):
+    automatic_optimization = False
+    forward = LightningModule.forward
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        self.manual_backward(self.net(batch[0]).square().mean())
+        self.optimizers().step()
+
+
+REFUSED = {
+    "several loaders": (Pair, lambda: {"a": loader(), "b": loader()}, {}, "Trainer has several.*loader="),
+    "a list of loaders": (Pair, lambda: [loader(), loader()], {}, "Trainer has several"),
+    "manual optimization": (Manual, loader, {}, "optimizes by itself.*forward="),
+    "forward with two arguments": (TwoInputs, loader, {}, "cannot run TwoInputs on a training batch.*'y'.*forward="),
+    "forward with a dictionary": (Mapping, loader, {}, "cannot run Mapping on a training batch with inputs='first'"),
+    "a part that is not there": (Net, loader, {"inputs": "image"}, "cannot run Net .* with inputs='image'"),
+    "a function that fails": (
+        Net,
+        loader,
+        {"forward": lambda module, batch: module.nothing},
+        "cannot run Net .*forward",
+    ),
+    "a stream": (Net, lambda: DataLoader(Stream(), 4), {}, r"samples of a stream \(Stream\).*loader="),
+    "an iterator": (Net, lambda: iter(loader()), {}, "samples of a stream"),
+    "a loader that is none": (Net, loader, {"loader": 3}, "loader must be an iterable of batches"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module")
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_job_that_it_cannot_serve_is_refused_before_the_first_step(case):
+    net, data, arguments, message = REFUSED[case]
+    runner, Stream.taken = trainer(NormSwap("bn"), NormRecalibrate(**arguments), limit_train_batches=2), 0
+    with pytest.raises(ValueError, match=message):
+        runner.fit(net(), data())
+    assert runner.global_step == 0
+    assert Stream.taken == 0
+
+
+def features_of(module, batch):
+    return module.features(batch[0])
+
+
+@pytest.mark.parametrize("net", [TwoInputs, Mapping, Manual])
+def test_a_function_and_a_loader_of_ones_own(net):
+    model = net()
+    path = f"{__name__}.features_of"
+    trainer(NormSwap("bn"), NormRecalibrate(forward=path, loader=loader)).fit(model, DataLoader(Stream(), 4))
+    twin = copy.deepcopy(model)
+    recalibrate(twin, loader(), forward=lambda batch: twin.features(batch[0]))
+    same(model.state_dict(), twin.state_dict())
+
+
+def test_no_batch_beyond_those_of_the_training_is_read():
+    callback = NormRecalibrate()
+    trainer(callback, limit_train_batches=1).fit(Net(), loader())
+    assert callback.result.batches == 1
+
+
+def test_the_hooks_on_transfers_are_called_as_in_training():
+    class Doubled(Net):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return 2 * batch[0], batch[1]
+
+    model = Doubled()
+    trainer(NormRecalibrate()).fit(model, loader())
+    twin = copy.deepcopy(model)
+    recalibrate(twin, [2 * x for x, _ in loader()])
+    same(model.state_dict(), twin.state_dict())

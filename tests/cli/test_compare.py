@@ -1,5 +1,4 @@
 import csv
-import errno
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from lightning_norm.cli.compare import command, training
 from lightning_norm.cli.compare.comparison import Report, matplotlib
 from lightning_norm.cli.compare.intervals import compare_paired
 from lightning_norm.cli.compare.runs import all_runs, read_contenders, read_sweeps
-from lightning_norm.cli.compare.store import RunStore, write_whole
+from lightning_norm.cli.compare.store import RunStore
 from lightning_norm.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -217,20 +216,6 @@ def test_ctrl_c_ends_all_jobs_and_the_same_command_goes_on(job):
     assert "The same command goes on" in error
     compare.run([*job(), "--seeds", "2", "--trainer.max_epochs", "30"])
     assert len(RunStore(Path("compare")).read_all()) == 4
-
-
-def test_a_run_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "runs" / "a.json"
-    write_whole(path, "old")
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(path, "new" * 1000)
-    assert path.read_text() == "old"
-    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_damaged_file_is_told(tmp_path):

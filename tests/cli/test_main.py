@@ -75,6 +75,44 @@ def edited(tmp_path, *changes):
     return str(path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no BrokenPipeError here")
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [
+        (["--help"], ""),
+        (["list"], ""),
+        (["list"], "1"),
+        (["list", "--no"], ""),
+        (["plan", "--help"], ""),
+        pytest.param(["fit", "--help"], "", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_command_whose_reader_has_left_ends_quietly(arguments, unbuffered):
+    command = [sys.executable, "-W", "ignore", "-m", "lightning_norm", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": unbuffered}
+    wrong = "--no" in arguments
+    reader, writer = os.pipe()
+    os.close(reader)
+    # An error of the command line goes to the other stream.
+    streams = {"stdout": subprocess.PIPE if wrong else writer, "stderr": writer if wrong else subprocess.PIPE}
+    done = subprocess.run(command, **streams, text=True, env=environment)
+    os.close(writer)
+    assert not done.stderr
+    assert not done.stdout
+    # argparse passes over what it cannot write; unbuffered, nothing is left that would tell.
+    assert done.returncode in ({0, 141} if "--help" in arguments else {141})
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError("of a logger")
+
+    monkeypatch.setattr(lightning_norm.cli.main, "_run", broken)
+    with pytest.raises(BrokenPipeError, match="of a logger"):
+        main(["list"])
+
+
 def test_the_overview_shows_every_command(capsys):
     main([])
     shown = capsys.readouterr().out
@@ -84,10 +122,10 @@ def test_the_overview_shows_every_command(capsys):
     assert capsys.readouterr().out == shown
 
 
-def test_a_file_with_run_is_a_command_and_a_command_has_its_file():
-    files = {
-        f.stem for f in Path(lightning_norm.cli.main.__file__).parent.glob("*.py") if "\ndef run(" in f.read_text()
-    }
+def test_a_file_or_folder_with_run_is_a_command_and_a_command_has_its_own():
+    here = Path(lightning_norm.cli.main.__file__).parent
+    files = {f.stem for f in here.glob("*.py") if "\ndef run(" in f.read_text()}
+    files |= {f.parent.name for f in here.glob("*/__init__.py") if "import run as run" in f.read_text()}
     assert files == {name for name, command in COMMANDS.items() if command.group != TRAIN}
 
 

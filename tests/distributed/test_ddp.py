@@ -86,10 +86,26 @@ def test_the_process_that_starts_the_others_gets_the_swap_and_what_was_learned(s
 def test_without_the_swap_beforehand_what_to_type_is_told_before_the_training(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.spawned", "ddp_notebook"]
     command += [str(tmp_path / "held.pt"), "late"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "Type norm_swap.swap_before_launch(model) before trainer.fit(model)" in done.stderr
     assert not (tmp_path / "held.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["norm", "trainer.callbacks"])
+def test_the_command_line_swaps_before_it_starts_processes(section, tmp_path):
+    swap = ["--norm", "sn"] if section == "norm" else ["--trainer.callbacks+=NormSwap", "--trainer.callbacks.norm=sn"]
+    command = [sys.executable, "-W", "ignore", "-m", "lightning_norm", "fit", "--trainer.strategy", "ddp_spawn"]
+    command += ["--model", "tests.cli.own_job.Classifier", "--data", "tests.cli.own_job.Stripes", *swap]
+    command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.max_epochs", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("2 of 2 BatchNorm2d layers -> SwitchableNorm") + done.stderr.count("2 of 2 Batch") == 1
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    learned = torch.load(checkpoint)["state_dict"]["net.1.mean_weight"]
+    assert not torch.equal(learned, torch.ones(3))
 
 
 @pytest.mark.slow

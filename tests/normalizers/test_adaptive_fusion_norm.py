@@ -165,7 +165,7 @@ class TestDropout:
     def test_keeps_the_expectation(self):
         layer = self.layer()
         statistics = torch.full((2000, 64), 3.0)
-        dropped = layer.drop(statistics)
+        dropped = layer.drop_statistics(statistics)
         assert dropped.unique().tolist() == [0.0, pytest.approx(3 / 0.7)]
         error = 3 * math.sqrt(0.3 / 0.7 / statistics.numel())  # standard error of the mean
         assert abs(dropped.mean().item() - 3) < 5 * error
@@ -180,7 +180,7 @@ class TestDropout:
     def test_ends(self, share):
         layer, x = self.layer(share), data(5, 64, 3, 3)
         expected = x if share == 0 else torch.zeros_like(x)
-        assert torch.equal(layer.drop(x), expected)
+        assert torch.equal(layer.drop_statistics(x), expected)
         assert layer(x).isfinite().all()
 
     def test_a_new_share_compiles_nothing_anew(self, monkeypatch):

@@ -1,7 +1,11 @@
 """How a layer deep inside a model hears of the contexts, and what it says when it does not."""
 
+import asyncio
+import concurrent.futures
+import contextvars
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -127,20 +131,53 @@ class TestRefused:
         with pytest.raises(ValueError, match="one of the two"):
             contexts(model).__enter__()
 
-    @pytest.mark.parametrize("use_reentrant", [True, False])
-    def test_activation_checkpointing(self, use_reentrant):
-        """A changed context would give another gradient: an error, whatever is set by then."""
+    def test_reentrant_checkpointing_keeps_nothing_and_is_refused(self):
         model, _ = network()
         x = torch.randn(6, 3, 8, 8, requires_grad=True)
         for inside in (True, False):
             with contexts(model, torch.arange(6) % 3):
-                y = checkpoint(model, x, use_reentrant=use_reentrant)
+                model(x)  # a graph of the same layer that is alive must not stand in for it
+                y = checkpoint(model, x, use_reentrant=True)
                 if inside:
                     with pytest.raises(RuntimeError, match=r"'1' .* activation checkpointing .*'context': 'gate'"):
                         y.sum().backward()
             if not inside:
                 with pytest.raises(RuntimeError, match=r"'1' .* activation checkpointing"):
                     y.sum().backward()
+
+    @pytest.mark.parametrize("thread", [False, True])
+    def test_checkpointing_runs_again_with_the_contexts_of_the_forward(self, thread):
+        """Outside of the block, inside of another one, and in another thread, as autograd's own on a GPU."""
+        grads = []
+        for run in (lambda f, t: f(t), lambda f, t: checkpoint(f, t, use_reentrant=False)):
+            model, _ = network()
+            x = torch.arange(6 * 3 * 64.0).sin().view(6, 3, 8, 8).requires_grad_()
+            with contexts(model, torch.arange(6) % 3):
+                loss = run(model, x).square().sum()
+            with contexts(model, torch.zeros(6).long()):
+                if thread:
+                    worker = threading.Thread(target=loss.backward)
+                    worker.start()
+                    worker.join()
+                else:
+                    loss.backward()
+            grads.append([x.grad, *(p.grad for p in model.parameters())])
+        torch.testing.assert_close(grads[0], grads[1])
+
+    def test_checkpointing_of_two_batches_at_once_is_refused_unless_they_are_alike(self):
+        model, _ = network()
+        x = torch.randn(6, 3, 8, 8, requires_grad=True)
+        for second in (torch.arange(6) % 3, torch.zeros(6).long()):
+            losses = []
+            for ids in (torch.arange(6) % 3, second):
+                with contexts(model, ids):
+                    losses.append(checkpoint(model, x, use_reentrant=False).sum())
+            if second.any():
+                sum(losses).backward()
+            else:
+                with pytest.raises(RuntimeError, match="the graphs of several batches are alive"):
+                    sum(losses).backward()
+            del losses
 
     def test_activation_checkpointing_with_the_gate(self):
         model, _ = network("gate")
@@ -352,3 +389,110 @@ def test_two_ranks_with_a_context_on_one_or_on_neither():
         torch.testing.assert_close(two[0][1][i] + two[1][1][i], one[1][i])
     for r in two:
         torch.testing.assert_close(r[2:], one[2:])
+
+
+class TestTasks:
+    """What is told belongs to the thread or the async task that told it."""
+
+    def layer(self):
+        torch.manual_seed(0)
+        layer = ContextNorm(4, context="ids", num_contexts=3)
+        with torch.no_grad():
+            layer.weight.copy_(torch.arange(12.0).view(3, 4))
+        layer.eval()
+        x = torch.ones(4, 4, 3, 3) * 2
+        expected = []
+        for k in range(3):
+            with contexts(layer, torch.full((4,), k)):
+                expected.append(layer(x))
+        return layer, x, expected
+
+    def test_threads(self):
+        layer, x, expected = self.layer()
+        barrier, wrong = threading.Barrier(3), []
+
+        def work(k):
+            for _ in range(50):
+                with contexts(layer, torch.full((4,), k)):
+                    barrier.wait()  # all three are inside of their blocks
+                    wrong.append(not torch.equal(layer(x), expected[k]))
+                    barrier.wait()
+            wrong.append(layer.contexts.responsibilities is not None)
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert wrong == [False] * 153
+
+    def test_a_thread_that_was_told_nothing_hears_nothing(self):
+        layer, _, _ = self.layer()
+        heard = []
+        with contexts(layer, torch.zeros(4).long()):
+            thread = threading.Thread(target=lambda: heard.append(layer.contexts.responsibilities))
+            thread.start()
+            thread.join()
+        assert heard == [None]
+
+    def test_async_tasks_and_the_threads_that_they_wait_for(self):
+        layer, x, expected = self.layer()
+
+        async def work(k):
+            good = []
+            for _ in range(20):
+                with contexts(layer, torch.full((4,), k)):
+                    await asyncio.sleep(0)
+                    good.append(torch.equal(layer(x), expected[k]))
+                    good.append(torch.equal(await asyncio.to_thread(layer, x), expected[k]))
+                good.append(layer.contexts.responsibilities is None)
+            return all(good)
+
+        async def main():
+            return await asyncio.gather(*(work(k % 3) for k in range(9)))
+
+        assert asyncio.run(main()) == [True] * 9
+
+    def test_a_task_that_outlives_the_block_keeps_what_it_was_started_with(self):
+        layer, x, expected = self.layer()
+
+        async def work():
+            await asyncio.sleep(0.01)
+            return layer(x)
+
+        async def main():
+            with contexts(layer, torch.full((4,), 2)):
+                task = asyncio.create_task(work())
+                await asyncio.sleep(0)
+            with contexts(layer, torch.zeros(4).long()):
+                return await task
+
+        assert torch.equal(asyncio.run(main()), expected[2])
+
+    def test_blocks_may_be_left_in_any_order(self):
+        layer, _, _ = self.layer()
+        first, second = contexts(layer, torch.zeros(4).long()), contexts(layer, torch.ones(4).long())
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert layer.contexts.responsibilities.argmax(1).tolist() == [1] * 4
+        second.__exit__(None, None, None)
+        assert layer.contexts.responsibilities is None
+
+    def test_loader_threads_of_a_task_and_copies_hear_the_same(self):
+        layer, x, expected = self.layer()
+        average = copy.deepcopy(layer)
+        with contexts(layer, torch.full((4,), 1)):
+            assert torch.equal(average(x), expected[1])
+            context = contextvars.copy_context()
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                assert torch.equal(pool.submit(context.run, layer, x).result(), expected[1])
+            data = torch.utils.data.DataLoader(range(4), num_workers=1, pin_memory=False)
+            assert [torch.equal(layer(x), expected[1]) for _ in data] == [True] * 4
+
+    def test_one_graph_serves_all_contexts(self):
+        layer, x, expected = self.layer()
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for k in (1, 2, 0):
+                with contexts(layer, torch.full((4,), k)):
+                    assert torch.equal(compiled(x), expected[k])

@@ -1,17 +1,15 @@
 """Luo et al. 2021 (arXiv 1806.10779) equations (2) to (5); Shao et al. 2019 (arXiv 1903.03793), sparsestmax."""
 
 import itertools
-import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_norm import SwitchableNorm
-from lightning_norm.ops.sparsestmax import sparsemax, sparsestmax
-from tests.normalizers.paper import F64, agrees, along, data, shaken
+from tests.normalizers.paper import agrees, along, data, shaken
+from tests.ops.test_sparsestmax import recursive
 
 SHAPES = [(5, 6, 7), (5, 6, 7, 3), (3, 6, 2, 5, 3)]
 SUBSETS = [c for k in (1, 2, 3, 4) for c in itertools.combinations(("in", "ln", "bn", "gn"), k)]
@@ -157,6 +155,13 @@ def test_without_a_second_element_instance_statistics_leave(shape, training):
     agrees(layer, reference, data(*shape))
 
 
+def test_where_no_further_sample_would_help_larger_maps_are_advised():
+    with pytest.raises(ValueError, match="Use larger feature maps"):
+        SwitchableNorm(6, choices=("in",))(data(5, 6, 1, 1).float())
+    with pytest.raises(ValueError, match="Use a larger batch"):
+        SwitchableNorm(6)(data(1, 6, 1, 1).float())
+
+
 def test_starts_at_equal_weights_and_adds_six_numbers():
     layer = SwitchableNorm(6)
     assert sum(p.numel() for p in layer.parameters()) == 2 * 6 + 6
@@ -228,85 +233,6 @@ def test_zero_weight():
 
 
 # --- sparse ---------------------------------------------------------------------------------------------------------
-
-
-def simplex(z):
-    """Euclidean projection on the simplex by bisection of the threshold."""
-    low, high = z.min() - 1.0, z.max()
-    for _ in range(200):
-        tau = (low + high) / 2
-        low, high = (tau, high) if np.clip(z - tau, 0, None).sum() > 1 else (low, tau)
-    return np.clip(z - tau, 0, None)
-
-
-def recursive(z, radius):
-    """The authors' recursion, from the paper's text."""
-    p = simplex(z)
-    return outward(p, np.where(p > 0, 1 / (p > 0).sum(), 0.0), radius)
-
-
-def outward(p, centre, radius):
-    if (p > 1e-12).sum() == 1:
-        return p
-    away = np.linalg.norm(p - centre)
-    if away >= radius:
-        return p
-    p = centre + radius * (p - centre) / away
-    if p.min() >= 0:
-        return p
-    p = simplex(p)
-    smaller = np.where(p > 1e-12, 1 / (p > 1e-12).sum(), 0.0)
-    return outward(p, smaller, math.sqrt(max(radius**2 - np.linalg.norm(smaller - centre) ** 2, 0.0)))
-
-
-@pytest.mark.parametrize("k", [2, 3, 4])
-def test_sparsestmax_agrees_with_the_recursion(k):
-    g = torch.Generator().manual_seed(k)
-    for _ in range(60):
-        z = torch.randn(k, generator=g, dtype=F64)
-        for radius in (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0):
-            expected = torch.from_numpy(recursive(z.numpy(), radius))
-            torch.testing.assert_close(sparsestmax(z, radius), expected, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(sparsemax(z), torch.from_numpy(simplex(z.numpy())), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_sparsestmax_stays_on_the_simplex_at_equal_weights(k, dtype):
-    for value, radius in itertools.product((0.0, 1.0, -7.3), np.linspace(0, 1, 21)):
-        z = torch.full((k,), value, dtype=dtype).requires_grad_()
-        p = sparsestmax(z, float(radius))
-        torch.testing.assert_close(p, torch.full((k,), 1 / k, dtype=dtype))
-        (grad,) = torch.autograd.grad(p, z, torch.arange(k, dtype=dtype))
-        assert grad.isfinite().all()
-
-
-@pytest.mark.parametrize("tie", [(0.5, 0.5, 0.1), (0.5, 0.1, 0.1), (0.5, 0.5 + 1e-7, 0.5)])
-def test_sparsestmax_with_ties(tie):
-    for radius in np.linspace(0, 1, 21):
-        z = torch.tensor(tie, dtype=torch.float32).requires_grad_()
-        p = sparsestmax(z, float(radius))
-        assert p.min() >= 0
-        torch.testing.assert_close(p.sum(), torch.tensor(1.0))
-        (grad,) = torch.autograd.grad(p, z, torch.tensor([1.0, -2.0, 0.5]))
-        assert grad.isfinite().all()
-
-
-def test_sparsestmax_ends_in_a_corner():
-    corner = math.sqrt(2 / 3)
-    g = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        z = torch.randn(3, generator=g, dtype=F64)
-        for radius in (corner + 1e-9, 0.9, 1.0):
-            expected = F.one_hot(z.argmax(), 3).double()
-            torch.testing.assert_close(sparsestmax(z, radius), expected, rtol=0, atol=1e-12)
-    assert sparsestmax(torch.tensor([0.3, 0.2, 0.1], dtype=F64), 0.8).max() < 1  # before it, not yet
-
-
-def test_sparsestmax_gradient():
-    z = torch.tensor([0.4, 0.15, -0.1], dtype=F64, requires_grad=True)
-    for radius in (0.0, 0.2, 0.5, 0.65):
-        assert torch.autograd.gradcheck(lambda z, r=radius: sparsestmax(z, r), z)
 
 
 @pytest.mark.parametrize("radius", [0.0, 0.3, 0.6, 1.0])

@@ -48,6 +48,7 @@ def collectives():
     found = {}
     for key, cls in normalizers().items():
         layer, x = cls(6, **cls.test_arguments), torch.randn(4, 6, 5, requires_grad=True)
+        layer(x)  # ranks compare their layers once, in a collective of its own
         with Collectives() as forward:
             y = layer(x)
         with Collectives() as backward:
@@ -255,3 +256,17 @@ def test_run_ranks_reports_a_hang():
 def test_count_is_a_tensor_once_pooled():
     m = Moments(torch.zeros(3, 2), torch.ones(3, 2), 5).over_batch(torch.ones(3, 1))
     assert isinstance(m.count, torch.Tensor)
+
+
+def at_offset(rank, x):
+    layer = BatchNorm(6, momentum=1.0, dtype=x.dtype)
+    layer(x.chunk(2)[rank])
+    return layer.running_var
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5, 1e7])
+def test_ranks_keep_the_digits_that_one_process_keeps(offset):
+    x = torch.randn(8, 6, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + offset
+    exact = x.var((0, 2, 3))
+    for of_rank in run_ranks(at_offset, 2, x):
+        torch.testing.assert_close(of_rank, exact, rtol=1e-15 + 1e-16 * offset, atol=0.0)

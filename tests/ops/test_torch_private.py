@@ -5,10 +5,15 @@ import datetime
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_norm.ops import torch_private
 from lightning_norm.testing.ranks import run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
 
 
 def test_in_backward_pass():
@@ -22,27 +27,16 @@ def test_in_backward_pass():
     assert seen == [False, True]
 
 
-def test_reshaped_is_neither_a_copy_nor_a_view():
-    storages = []
+def test_recomputes_saved_tensors():
+    for use_reentrant in (False, True):
+        seen = []
 
-    class Reshape(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, view):
-            y = x * 2
-            storages.append(y.data_ptr())
-            return y.view(3, 2) if view else torch_private.reshaped(y, (3, 2))
+        def fn(x, seen=seen):
+            seen.append(torch_private.in_backward_pass() and torch_private.recomputes_saved_tensors())
+            return x.exp()
 
-        @staticmethod
-        def backward(ctx, dy):
-            return 2 * dy.reshape(6), None
-
-    x = torch.arange(6.0, requires_grad=True)
-    y = Reshape.apply(x, False)
-    assert y.data_ptr() == storages[0]
-    y.relu_().sum().backward()
-    assert x.grad.tolist() == [0, 2, 2, 2, 2, 2]
-    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
-        Reshape.apply(x, True).relu_()
+        checkpoint(fn, torch.ones(2, requires_grad=True), use_reentrant=use_reentrant).sum().backward()
+        assert seen == [False, not use_reentrant]
 
 
 def timeouts(rank):
@@ -62,25 +56,92 @@ def test_a_constant_is_marked_as_torch_marks_it():
     assert vars(marked) == vars(torch.compiler.assume_constant_result(lambda: 1)) != {}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-def test_watched():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.autograd import forward_ad
+def test_is_transformed_and_watched():
+    seen, watched = {}, {}
 
+    def note(name):
+        def fn(x):
+            seen[name] = torch_private.is_transformed()
+            watched[name] = torch_private.watched()
+            return x * 2
+
+        return fn
+
+    x = torch.ones(2, 3)
+    note("plain")(x)
+    with FlopCounterMode(display=False):
+        note("counter")(x)
+    torch.compile(note("compiled"), backend="eager")(x)
+    torch.jit.trace(note("trace"), x, check_trace=False)
+    torch.func.vmap(note("vmap"))(x)
+    torch.func.grad(lambda x: note("grad")(x).sum())(x)
+    torch.func.jvp(note("jvp"), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        note("forward")(x)
+    with FakeTensorMode():
+        note("fake")(torch.ones(2))
+    for mode in ("real", "fake", "symbolic"):
+        make_fx(note(mode), tracing_mode=mode)(x)
+    make_fx(note("pre-dispatch"), pre_dispatch=True)(x)
+    note("after")(x)
+    assert [name for name, value in seen.items() if not value] == ["plain", "counter", "compiled", "after"]
+    assert [name for name, value in watched.items() if not value] == ["plain", "compiled", "after"]
+
+
+def test_is_batched():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda g: seen.append(torch_private.is_batched(None, g)))
+    torch.autograd.grad(y, x, torch.ones(3, 2), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(2))
+    assert seen == [True, False]
+
+
+def test_static_shape_is_no_part_of_a_traced_graph():
     seen = []
 
-    def look(x):
-        seen.append(torch_private.watched())
-        return x.exp()
+    def fn(x):
+        seen.append((torch_private.is_traced(), torch_private.static_shape(x), type(x.shape[0])))
+        return x * 2
 
-    x = torch.ones(2)
-    look(x)
-    torch.func.vmap(look)(x)
-    torch.func.grad(lambda x: look(x).sum())(x)
-    torch.jit.trace(look, x, check_trace=False)
-    with FakeTensorMode():
-        look(torch.ones(2))
+    graph = torch.jit.trace(fn, torch.ones(2, 3), check_trace=False).graph
+    assert seen == [(True, (2, 3), torch.Tensor)]
+    assert all(type(size) is int for size in seen[0][1])
+    assert "aten::mul" in str(graph)
+    assert not torch_private.is_traced()
+
+
+def test_without_gradients_holds_for_tangents_too():
+    double = torch_private.without_gradients(lambda x: x * 2)
+    x = torch.ones(2, requires_grad=True)
+    assert not double(x).requires_grad
+    forward_ad = torch.autograd.forward_ad
     with forward_ad.dual_level():
-        look(x)
-    look(x)
-    assert seen == [False, True, True, True, True, True, False]
+        dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        with torch.no_grad():
+            assert forward_ad.unpack_dual(dual * 2).tangent is not None
+        assert forward_ad.unpack_dual(double(dual)).tangent is None
+        assert forward_ad.unpack_dual(dual.detach()).tangent is None
+
+
+def test_is_captured():
+    outside, seen = torch.zeros(2), []
+    torch.func.vmap(lambda x: seen.append((torch_private.is_captured(outside), torch_private.is_captured(x))) or x)(
+        torch.ones(3)
+    )
+    assert seen == [(True, False)]
+    assert not torch_private.is_captured(outside)
+
+
+def test_is_proxy():
+    seen = []
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            seen.append(torch_private.is_proxy(x))
+            return x
+
+    torch.fx.symbolic_trace(Module())(torch.ones(1))
+    Module()(torch.ones(1))
+    assert seen == [True, False]

@@ -1,10 +1,14 @@
 """recalibrate: running statistics of several batches are those of one big batch, in float64, and nothing else moves."""
 
 import copy
+import random
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import lightning_norm
 from lightning_norm import MomentNorm, create, recalibrate
@@ -187,3 +191,92 @@ def test_two_uneven_ranks_agree_with_one_process_on_all_batches():
         for name, value in whole.state_dict().items():
             torch.testing.assert_close(one[key][0][name], value, rtol=1e-12, atol=1e-12, msg=f"{key} {name}")
             assert torch.equal(one[key][0][name], two[key][0][name]), f"{key} {name}"
+
+
+class Contrast(nn.Module):
+    """A momentum encoder, a queue and its pointer, and what else a forward pass may write to."""
+
+    def __init__(self, key):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.5))
+        lightning_norm.swap(self, key)
+        self.momentum = copy.deepcopy(self.encoder)
+        self.register_buffer("queue", torch.zeros(6, 8))
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("replaced", torch.zeros(3))
+        self.steps, self.bank, self.seen, self.last, self.plain = 0, [], {}, None, torch.zeros(2)
+        self.draw = random.Random(3)
+        self.never = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        with torch.no_grad():
+            for slow, fast in zip(self.momentum.parameters(), self.encoder.parameters(), strict=True):
+                slow.mul_(0.9).add_(fast, alpha=0.1)
+                slow.data.add_(1.0)
+        y = self.encoder(x).mean((2, 3))
+        self.queue[:, : len(x)] = y.detach().T
+        self.pointer += len(x)
+        self.replaced = self.replaced + 1
+        self.steps += 1
+        self.bank.append(y)
+        self.seen[self.steps] = y
+        self.last = y
+        self.plain += 1
+        self.extra = torch.rand(2), random.random(), np.random.rand(), self.draw.random()
+        return y
+
+
+def content(model):
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    attributes = {n: v for n, v in vars(model).items() if not n.startswith("_")}
+    attributes["draw"] = attributes["draw"].getstate()
+    return {n: v.clone() for n, v in values.items()}, copy.deepcopy(attributes), {n: id(v) for n, v in values.items()}
+
+
+def generators():
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("key", ["bn", "sn", "bcn"])
+def test_nothing_that_the_forward_pass_writes_to_is_left_changed(key, fails):
+    model = Contrast(key)
+    data = DataLoader(TensorDataset(torch.randn(12, 3, 8, 8)), 4, shuffle=True, generator=torch.Generator())
+    before, numbers, drawn = content(model), generators(), data.generator.get_state()
+
+    def forward(batch):
+        model(batch[0])
+        if fails:
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError) if fails else nullcontext():
+        recalibrate(model, data, forward=forward, exclude=["momentum.*", "never"])
+    tensors, attributes, identities = content(model)
+    changed = {name for name in tensors if not torch.equal(tensors[name], before[0][name])}
+    layer = model.encoder[1]
+    mine = {f"encoder.1.{name}" for name in (*layer.running_names, "num_batches_tracked")}
+    assert changed <= (set() if fails else mine)
+    assert str(attributes) == str(before[1])
+    assert identities == before[2]
+    assert generators() == numbers
+    assert torch.equal(data.generator.get_state(), drawn)
+
+
+def test_generators_and_places_of_samplers_are_put_back():
+    class Walk(Sampler):
+        """Goes on where it stopped, and draws from numpy and Python."""
+
+        def __init__(self):
+            self.place, self.numpy, self.python = 0, np.random.default_rng(0), random.Random(0)
+
+        def __iter__(self):
+            for _ in range(8):
+                self.place += 1
+                yield int(self.numpy.integers(8)) * 0 + self.python.randrange(8)
+
+    model, walk = network("bn"), Walk()
+    data = DataLoader(torch.randn(8, 3, 6, 6, dtype=torch.float64), 4, sampler=walk)
+    state = str(walk.numpy.bit_generator.state), walk.python.getstate()
+    recalibrate(model, data)
+    assert walk.place == 0
+    assert (str(walk.numpy.bit_generator.state), walk.python.getstate()) == state

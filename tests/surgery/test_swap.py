@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 import lightning_norm
-from lightning_norm import AlreadySwappedError, NoEffectWarning, SwitchableNorm, swap
+from lightning_norm import AlreadySwappedError, LeftAloneWarning, NoEffectWarning, SwitchableNorm, swap
 from lightning_norm.layers.base import Normalizer
 
 ARCHITECTURES = [
@@ -233,7 +233,8 @@ def test_list_entries_are_exact_names_or_suffixes():
 
 def test_other_sources_on_request():
     model = nn.Sequential(nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True), nn.BatchNorm2d(6), nn.LayerNorm(5))
-    assert len(swap(copy.deepcopy(model), "sn")) == 1
+    with pytest.warns(LeftAloneWarning, match=r"leaves 3 .* 1 LayerNorm \(3\): source='LayerNorm' includes it\. sourc"):
+        assert len(swap(copy.deepcopy(model), "sn")) == 1
     assert len(swap(copy.deepcopy(model), "sn", source=["GroupNorm", "InstanceNorm"])) == 2
     x = torch.randn(3, 6, 4, 5)
     want = model.eval()(x)
@@ -393,10 +394,12 @@ class TestBadInput:
                 return super().forward(x).relu()
 
         model = nn.Sequential(BatchNormAct(3), nn.BatchNorm2d(3))
-        report = swap(model, "sn")
+        with pytest.warns(LeftAloneWarning, match=r"leaves 1 .*: 1 BatchNormAct \(0\): its own forward"):
+            report = swap(model, "sn")
         assert len(report) == 1
-        assert "0 (BatchNormAct): a subclass of BatchNorm2d" in report.summary()
-        assert len(swap(model, "sn", source="BatchNormAct")) == 1
+        assert "1 BatchNormAct (0): its own forward, outputs differ by" in report.summary()
+        with pytest.warns(NoEffectWarning, match="its own forward"):
+            assert not len(swap(nn.Sequential(BatchNormAct(3)), "sn", source="BatchNormAct"))
 
     def test_forms_that_are_none(self):
         for rules in (["bn1"], "bn1"):

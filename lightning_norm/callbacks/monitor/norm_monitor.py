@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_norm.callbacks.lightning_compat import Callback, TensorBoardLogger, callbacks_of, pl, rank_zero_info
+from lightning_norm.callbacks.lightning_compat import (
+    Callback,
+    TensorBoardLogger,
+    callbacks_of,
+    is_instance,
+    pl,
+    rank_zero_info,
+)
 from lightning_norm.callbacks.lightning_private import tag_prefix
 from lightning_norm.callbacks.monitor import page as page
 from lightning_norm.callbacks.monitor import pictures as pictures
@@ -307,4 +314,4 @@ class NormMonitor(Callback):
 
     @staticmethod
     def _tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
-        return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        return [logger for logger in trainer.loggers if is_instance(logger, TensorBoardLogger)]

@@ -14,6 +14,8 @@ from lightning_norm.callbacks.lightning_compat import (
     ModelCheckpoint,
     TensorBoardLogger,
     callbacks_of,
+    is_instance,
+    lightning_base,
     pl,
 )
 from lightning_norm.callbacks.lightning_private import (
@@ -41,7 +43,8 @@ Layout = dict[str, dict[str, list[Any]]]
 def log_scalars(logger: Logger, scalars: Mapping[str, float], step: int) -> None:
     """Log as ``logger.log_metrics`` does; TensorBoard gets all of a step in one event, at a tenth of the cost."""
     # A subclass that logs in its own way is asked in its own way.
-    if not isinstance(logger, TensorBoardLogger) or type(logger).log_metrics is not TensorBoardLogger.log_metrics:
+    base: Any = lightning_base(logger, TensorBoardLogger)
+    if not is_instance(logger, TensorBoardLogger) or type(logger).log_metrics is not base.log_metrics:
         logger.log_metrics(dict(scalars), step=step)
         return
     prefix = tag_prefix(logger)
@@ -142,12 +145,11 @@ def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str,
         end: of fit; its start otherwise.
     """
     norm = norm_hparams(trainer, pl_module, prefix)
-    watched = [
-        c.monitor for c in callbacks_of(trainer) if isinstance(c, (ModelCheckpoint, EarlyStopping)) and c.monitor
-    ]
+    watching = [c for c in callbacks_of(trainer) if is_instance(c, ModelCheckpoint) or is_instance(c, EarlyStopping)]
+    watched = [c.monitor for c in watching if c.monitor]
     metrics = ([metric] if metric else watched)[:1]
     for logger in trainer.loggers:
-        if norm and isinstance(logger, TensorBoardLogger) and writes_default_metric(logger) is not end:
+        if norm and is_instance(logger, TensorBoardLogger) and writes_default_metric(logger) is not end:
             logged = {k: plain(v) for k, v in flat(initial_hparams(trainer, pl_module)).items()}
             # hp_metric must be among the columns, or Lightning's own list would not match this one.
             names = [f"{tag_prefix(logger)}{m}" for m in (*metrics, *(() if end else ("hp_metric",)))]

@@ -8,7 +8,13 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from lightning_norm.callbacks.lightning_compat import Callback, GradientAccumulationScheduler, callbacks_of, pl
+from lightning_norm.callbacks.lightning_compat import (
+    Callback,
+    GradientAccumulationScheduler,
+    callbacks_of,
+    is_instance,
+    pl,
+)
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.rank_checks import check_same_on_ranks
 from lightning_norm.callbacks.scheduler.scheduled_parameters import (
@@ -17,6 +23,7 @@ from lightning_norm.callbacks.scheduler.scheduled_parameters import (
     check_value,
     find_scheduled_parameters,
     split_key,
+    value_at,
 )
 from lightning_norm.layers.scheduled import set_scheduled, was_scheduled
 from lightning_norm.schedules.base import Schedule
@@ -209,7 +216,7 @@ class NormScheduler(Callback):
         for p in parameters:
             key = id(p.schedule)
             if key not in values:
-                values[key] = p.schedule(time, self._epoch_length())
+                values[key] = value_at(p, time, self._epoch_length())
             # Writing into a layer's tensor costs a launch per layer and step on a GPU, so only changes are written.
             if getattr(p.layer, p.argument) != values[key] or not was_scheduled(p.layer, p.argument):
                 check_value(p, time, values[key], self.interval)
@@ -247,7 +254,7 @@ class NormScheduler(Callback):
 def steps_per_epoch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
     """Return the optimizer steps of each epoch, ``None`` where they are not known or not always the same."""
     batches = trainer.num_training_batches
-    changing = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks_of(trainer))
+    changing = any(is_instance(c, GradientAccumulationScheduler) for c in callbacks_of(trainer))
     reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
     # Each of these changes the number of steps between epochs, or hides it.
     if changing or reloaded or not pl_module.automatic_optimization or math.isinf(batches):

@@ -101,9 +101,25 @@ def check_run(parameters: Sequence[ScheduledParameter], last: float, epoch: floa
         schedule = parameter.schedule
         if id(schedule) not in extremes:
             # A schedule that many layers follow is evaluated once, and only where it can be at its greatest or least.
-            extremes[id(schedule)] = [(t, schedule(t, epoch)) for t in sorted(schedule.turns(last, epoch))]
+            extremes[id(schedule)] = [(t, value_at(parameter, t, epoch)) for t in sorted(schedule.turns(last, epoch))]
         for time, value in extremes[id(schedule)]:
             check_value(parameter, time, value, unit)
+
+
+def value_at(parameter: ScheduledParameter, time: float, epoch: float) -> float:
+    """Return what the schedule gives.
+
+    Raises:
+        ValueError: the schedule's own code raises an ArithmeticError, or gives no number.
+    """
+    try:
+        value = parameter.schedule(time, epoch)
+        return float(value)
+    except (ArithmeticError, TypeError) as error:
+        raise ValueError(
+            f"schedules[{parameter.key!r}] = {parameter.schedule} gives no number at {time}: {type(error).__name__}: "
+            f"{error}."
+        ) from error
 
 
 def check_value(parameter: ScheduledParameter, time: float, value: float, unit: str) -> None:

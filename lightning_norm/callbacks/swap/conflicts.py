@@ -13,6 +13,7 @@ from lightning_norm.callbacks.lightning_compat import (
     StochasticWeightAveraging,
     WeightAveraging,
     callbacks_of,
+    is_instance,
     pl,
     rank_zero_info,
     rank_zero_warn,
@@ -41,7 +42,7 @@ def check_order(trainer: pl.Trainer, swap: Callback) -> None:
         if callback is swap:
             return
         for kind, harm in HARM_BEFORE_SWAP.items():
-            if isinstance(callback, kind):
+            if is_instance(callback, kind):
                 raise ConflictError(
                     f"{type(callback).__name__} stands before NormSwap in the callbacks and would {harm}. Put NormSwap "
                     "first. (Callbacks of LightningModule.configure_callbacks stand behind the Trainer's: give both to "
@@ -96,10 +97,10 @@ def check_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         ConflictError: a copy was made before a layer was built.
     """
     for callback in callbacks_of(trainer):
-        if not isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+        if not is_instance(callback, WeightAveraging, StochasticWeightAveraging):
             continue
         name, average = type(callback).__name__, averaged_model(callback)
-        if isinstance(callback, WeightAveraging):
+        if is_instance(callback, WeightAveraging):
             average = getattr(average, "module", average)  # torch's AveragedModel keeps the network in an attribute
         if average is not None:
             # Names and shapes of the two must match, because averaging pairs parameters by their order.
@@ -111,7 +112,7 @@ def check_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
                     "Build all layers in the module's __init__ (WeightAveraging also knows those of configure_model)."
                 )
         # Lightning finds layers to update by torch's own class, and ours are not of it.
-        if isinstance(callback, StochasticWeightAveraging) and not _recalibrates(trainer):
+        if is_instance(callback, StochasticWeightAveraging) and not _recalibrates(trainer):
             _warn_of_statistics(name, pl_module)
 
 
@@ -136,7 +137,7 @@ def tell_frozen(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         learning = [layer for layer in normalizers_of(pl_module) if any(True for _ in layer.parameters())]
         frozen = [layer for layer in learning if not any(p.requires_grad for p in layer.parameters())]
         # Both orders are right, so this is a line of information and no warning.
-        if isinstance(callback, BaseFinetuning) and frozen:
+        if is_instance(callback, BaseFinetuning) and frozen:
             name = type(callback).__name__
             rank_zero_info(
                 f"NormSwap: {len(frozen)} of {len(learning)} layers are frozen with the rest until {name} unfreezes "

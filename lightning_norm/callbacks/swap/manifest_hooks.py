@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 from lightning_norm.callbacks.lightning_compat import pl, rank_zero_info
 from lightning_norm.callbacks.patching import Patches, is_patched
 from lightning_norm.errors import CheckpointError
-from lightning_norm.surgery.checkpoint_files import File, check_file, read_checkpoint, unreadable
+from lightning_norm.surgery.checkpoint_files import File, check_file, is_url, read_checkpoint, unreadable
 from lightning_norm.surgery.manifest import check_manifest, load_weights, rebuild_from, write_manifest
 from lightning_norm.surgery.walk import rename_for_wrappers
 
@@ -69,7 +70,11 @@ def _checkpoint_path(pl_module: pl.LightningModule) -> str:
 
 def reading(original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
     """Read a checkpoint for the Trainer, and name the path and the reason where that fails."""
-    check_file(path, kwargs.get("weights_only", args[0] if args else None))
+    weights_only = kwargs.get("weights_only", args[0] if args else None)
+    check_file(path, weights_only)
+    if is_url(path) and weights_only is None:
+        # Lightning's default is to run whatever code the pickle at a URL holds.
+        args, kwargs = (), {**kwargs, "weights_only": True}
     try:
         return original(path, *args, **kwargs)
     except (FileNotFoundError, IsADirectoryError):
@@ -117,19 +122,25 @@ def load_from_checkpoint(
             f"{str(path)!r} holds weights alone and was not written by a Trainer: build the {cls.__name__}, swap it "
             "and load them with load_state_dict."
         )
-    if not content:
+    url = is_url(path)
+    if not content and not url:
         read_checkpoint(path, "cpu", weights_only)
-    with _rebuilding(cls):
-        return cls.load_from_checkpoint(
-            Path(path), map_location=map_location, strict=strict, weights_only=weights_only, **kwargs
-        )
+    arguments = {"map_location": map_location, "strict": strict, **kwargs}
+    try:
+        with _rebuilding(cls, repr(str(path))):
+            if url:  # where Lightning's default is to run whatever code the pickle holds
+                safe = True if weights_only is None else weights_only
+                return cls.load_from_checkpoint(str(path), weights_only=safe, **arguments)
+            return cls.load_from_checkpoint(Path(path), weights_only=weights_only, **arguments)
+    except pickle.UnpicklingError as error:
+        raise unreadable(path, error) from error
 
 
 _lock = threading.RLock()
 
 
 @contextmanager
-def _rebuilding(cls: type[pl.LightningModule]) -> Iterator[None]:
+def _rebuilding(cls: type[pl.LightningModule], where: str) -> Iterator[None]:
     """While it is open, modules of a class or its subclasses rebuild the swap of a checkpoint before they load it.
 
     Lightning has no hook between building and loading but the module's own ``on_load_checkpoint``.
@@ -139,12 +150,14 @@ def _rebuilding(cls: type[pl.LightningModule]) -> Iterator[None]:
         # LightningModule.load_from_checkpoint may build a subclass, whose own hook would hide that of the class.
         for each in _with_subclasses(cls):
             if each is cls or "on_load_checkpoint" in vars(each):
-                patches.wrap(each, "on_load_checkpoint", _rebuild_first)
+                patches.wrap(each, "on_load_checkpoint", functools.partial(_rebuild_first, where))
         yield
 
 
-def _rebuild_first(original: Callable[..., Any], pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    rebuild_from(pl_module, checkpoint)
+def _rebuild_first(
+    where: str, original: Callable[..., Any], pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+) -> None:
+    rebuild_from(pl_module, checkpoint, where)
     original(pl_module, checkpoint)
     _rename_states(pl_module, checkpoint)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -20,12 +21,13 @@ from lightning_norm.callbacks.swap.conflicts import (
     check_settings,
     tell_frozen,
 )
+from lightning_norm.callbacks.swap.first_step import SHARDED, FirstStep
 from lightning_norm.callbacks.swap.kernel_freeze import KernelFreeze
 from lightning_norm.callbacks.swap.manifest_hooks import patch_checkpoint_hooks, reading, start_from
-from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, optimizers_in
+from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, decayed_norms, optimizers_in
 from lightning_norm.callbacks.swap.regroup import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.swap.saved_plan import read_plan
-from lightning_norm.errors import ParameterGrowthWarning
+from lightning_norm.errors import LeftAloneWarning, ParameterGrowthWarning, PlanError, WeightDecayWarning
 from lightning_norm.ops.compiled import on_compile
 from lightning_norm.surgery.manifest import write_manifest
 from lightning_norm.surgery.options import SwapOptions, takes_options, with_fields
@@ -66,6 +68,7 @@ class NormSwapOptions(SwapOptions):
     what_to_type: ClassVar[str] = "NormSwap needs norm='sn' (say), rules={'layer1.*': 'sn', ...} or plan='plan.yaml'."
 
     def __post_init__(self) -> None:
+        self._make_plain()
         if self.plan is None:
             super().__post_init__()
         elif any(getattr(self, name) is not None for name in self.chooses_layers):
@@ -80,7 +83,10 @@ class NormSwapOptions(SwapOptions):
         if self.plan is None:
             return self
         rules, source = read_plan(self.plan)
-        return replace(self, plan=None, rules=rules, source=source)
+        try:
+            return replace(self, plan=None, rules=rules, source=source)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"cannot read the plan {self.plan!r}: {error}") from error
 
 
 class NormSwap(Callback):
@@ -114,9 +120,10 @@ class NormSwap(Callback):
 
     @takes_options(NormSwapOptions)
     def __init__(self, options: NormSwapOptions) -> None:
-        self.options = options.with_plan_read()
+        self.options, self._plan = options.with_plan_read(), options.plan
         self._freeze = KernelFreeze(options.freeze_kernel_at)
         self._accumulation = Accumulation(options.accumulate_statistics)
+        self._first_step = FirstStep()
         self.report: SwapReport | None = None
         self._model: pl.LightningModule | None = None
         self._unmatched: set[str] = set()
@@ -124,7 +131,7 @@ class NormSwap(Callback):
         self._made: set[int] = set()
         self._setup_patches = Patches()
         self._run_patches = Patches()
-        self._warm = self._untold = False
+        self._warm = self._untold = self._arrived_swapped = False
         self._stop_observing: Callable[[], None] | None = None
 
     def swap_arguments(self) -> dict[str, Any]:
@@ -143,9 +150,10 @@ class NormSwap(Callback):
         self._run_patches.undo_on_exception(trainer.strategy, self._clean)
         # Layers of __init__ and of LightningModule.setup are there by now. Those of configure_model are built after all
         # setups, and the optimizer after those: Lightning has no callback hook at either place.
-        arrived_swapped = self.report is not None
-        self._swap(pl_module)
-        check_launcher(trainer, stage, arrived_swapped or not self.report)
+        self._arrived_swapped = self.report is not None
+        with self._undone_on_error():
+            self._swap(pl_module)
+            check_launcher(trainer, stage, self._arrived_swapped or not self.report)
         self._setup_patches.wrap(
             pl_module, "configure_model", lambda original: self._late(trainer, pl_module, original)
         )
@@ -174,13 +182,24 @@ class NormSwap(Callback):
         # An epoch that is resumed in its middle has no on_train_epoch_start.
         self._freeze.freeze_if_due(trainer, pl_module)
         self._accumulation.start(trainer, pl_module)
+        self._first_step.start(pl_module, self.report)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._freeze.freeze_if_due(trainer, pl_module)
+        self._first_step.start_epoch()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first_step.end_epoch(trainer)
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first_step.after_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        self._first_step.before_step(optimizer)
         self._freeze.drop_gradients(trainer, pl_module)
 
     @override
@@ -188,12 +207,13 @@ class NormSwap(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._accumulation.after_batch(trainer)
+        self._first_step.after_batch(trainer, pl_module)
 
     def _check_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.optimizers or not self.options.check_optimizer:
             return
         # A sharded parameter is no longer the object that the optimizer holds.
-        if any(name in type(trainer.strategy).__name__ for name in ("FSDP", "DeepSpeed", "ModelParallel")):
+        if any(name in type(trainer.strategy).__name__ for name in SHARDED):
             rank_zero_info("NormSwap: parameters are sharded by this strategy; the optimizer check is skipped.")
             return
         add_missing(pl_module, trainer.optimizers)
@@ -246,6 +266,7 @@ class NormSwap(Callback):
         self._setup_patches.undo()
         self._run_patches.undo()
         self._accumulation.stop()
+        self._first_step.stop()
         if self._stop_observing is not None:
             self._stop_observing()
             self._stop_observing = None
@@ -286,8 +307,24 @@ class NormSwap(Callback):
             self._unmatched &= set(unmatched)
         self.report.candidates = len(self._slots)
 
+    @contextlib.contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Give the model back as it was where the swap of this very run cannot be finished."""
+        try:
+            yield
+        except BaseException:
+            if self.report and not self._arrived_swapped:
+                with contextlib.suppress(RuntimeError):  # another callback has replaced a layer meanwhile
+                    self.report.undo()
+                self.report, self._made, self._slots = None, set(), []
+            raise
+
     def _late(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any]) -> None:
         original()
+        with self._undone_on_error():
+            self._finish_swap(trainer, pl_module)
+
+    def _finish_swap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._swap(pl_module)
         check_layers(pl_module)
         if self.options.warm_start is not None and not self._warm:
@@ -297,10 +334,17 @@ class NormSwap(Callback):
             # WeightAveraging calls configure_model once more, and the report is to be printed once.
             self._untold = False
             source = self.options.source
-            check_patterns(pl_module, self._slots, sorted(self._unmatched), source)
+            try:
+                check_patterns(pl_module, self._slots, sorted(self._unmatched), source)
+            except ValueError as error:
+                if self._plan is None:
+                    raise
+                raise PlanError(f"the plan {self._plan!r} does not fit this model: {error}") from error
             check_not_empty(pl_module, self.report, self._slots, source, "warn", already_present=self.options.targets)
             if growth := self.report.growth():
                 rank_zero_warn(growth, category=ParameterGrowthWarning)
+            if left := self.report.left_alone(self.options):
+                rank_zero_warn(left, category=LeftAloneWarning)
             warn_ignored(trainer, pl_module)
             if len(self.report):
                 rank_zero_info(f"NormSwap: {self.report.summary()}")
@@ -317,4 +361,6 @@ class NormSwap(Callback):
             rank_zero_info(
                 f"NormSwap: parameter groups {', '.join(f'{k} ({n} parameters)' for k, n in counts.items()) or 'none'}"
             )
+        elif decayed := decayed_norms(pl_module, optimizers):
+            rank_zero_warn(decayed, category=WeightDecayWarning)
         return configured

@@ -92,6 +92,41 @@ def check_owned(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         )
 
 
+def decayed_norms(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> str:
+    """Return what to tell of parameters of normalizers that are decayed where others are decayed less; else "".
+
+    Groups that were made by looking for BatchNorm's class spare BatchNorm's parameters and not those of a swap, which
+    confounds a comparison of the two.
+    """
+    names = {
+        id(p): f"{prefix}.{n}"
+        for prefix, layer in named_normalizers(pl_module, raw_names=True)
+        if layer.origin is not None
+        for n, p in layer.named_parameters()
+        if p.requires_grad
+    }
+    for optimizer in optimizers:
+        decays = sorted({float(group.get("weight_decay") or 0) for group in optimizer.param_groups})
+        # A group that is decayed as much as any other is no choice against norms.
+        of_norms = [
+            (names[id(p)], float(group["weight_decay"]))
+            for group in optimizer.param_groups
+            if group.get("weight_decay")
+            for p in group["params"]
+            if id(p) in names
+        ]
+        if len(decays) > 1 and of_norms:
+            name, decay = of_norms[0]
+            return (
+                f"{len(of_norms)} parameters of swapped layers (first: {name}) are in groups with weight decay, "
+                f"{decay:g}, of a {type(optimizer).__name__} whose groups have {', '.join(f'{d:g}' for d in decays)}. "
+                "Groups made by looking for torch's classes miss them: type NormSwap(norm_weight_decay=0), use "
+                "lightning_norm.is_norm where the groups are made, or say that it is meant, "
+                f"norm_weight_decay={decay:g}."
+            )
+    return ""
+
+
 def _nearest_groups(pl_module: nn.Module, name: str, group_of: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the groups of the nearest parent that has a parameter in an optimizer."""
     while name:

@@ -3,37 +3,71 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lightning_norm.errors import PlanError
+from lightning_norm.layers.arguments import checked_arguments
+from lightning_norm.normalizers import resolve
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.manifest import manifest_in, rules_of
+from lightning_norm.surgery.saved_rows import checked_rows
 
 
 def read_plan(path: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the rules that a plan file or a checkpoint holds, and the names of the classes that it was made for."""
+    """Return the rules that a plan file or a checkpoint holds, and the names of the classes that it was made for.
+
+    Raises:
+        PlanError: the file, and the row and the entry that are wrong.
+        CheckpointError: the same of a checkpoint.
+    """
     import yaml
 
     # A checkpoint is a zip archive and a plan is YAML, whatever the files are called. Weights are not needed: meta.
     if zipfile.is_zipfile(path):
-        manifest = manifest_in(read_checkpoint(path, "meta"))
+        manifest = manifest_in(read_checkpoint(path, "meta"), repr(path))
         if manifest is None:
-            raise ValueError(f"the checkpoint {path!r} is of a network that was not swapped. Type norm='sn' (say).")
+            raise PlanError(f"the checkpoint {path!r} is of a network that was not swapped. Type norm='sn' (say).")
         return rules_of(manifest)
     try:
-        rows = yaml.safe_load(Path(path).read_text())["layers"]
-        # A row without a norm becomes a rule with None, which leaves the layer alone.
-        rules = {re.escape(row["name"]): row["norm"] for row in rows}
-        sources = list(dict.fromkeys(row["source"] for row in rows))
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"cannot read the plan {path!r}: {type(error).__name__} {error}. Expected the file that `lightning-norm "
-            "plan --save` writes."
-        ) from error
+        plan = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise PlanError(_cannot_read(path, f"{type(error).__name__} {error}")) from error
+    if not isinstance(plan, Mapping) or "layers" not in plan:
+        raise PlanError(_cannot_read(path, f"it holds {reprlib.repr(plan)}, and a plan has layers"))
+    rows = checked_rows(plan["layers"], f"cannot read the plan {path!r}", PlanError, may_stay=True)
+    for row in rows:
+        if row["norm"] is not None:
+            _try_to_build(row, path)
+    # A row without a norm becomes a rule with None, which leaves the layer alone.
+    rules = {re.escape(row["name"]): row["norm"] for row in rows}
     if all(norm is None for norm in rules.values()):
-        raise ValueError(
+        raise PlanError(
             f"the plan {path!r} swaps no layer: it has {len(rules)} rows under layers, none with a norm. Type "
             "norm: {class_path: sn} in a row, or leave out NormSwap."
         )
-    return rules, sources
+    return rules, list(dict.fromkeys(row["source"] for row in rows))
+
+
+def _cannot_read(path: str, why: str) -> str:
+    return (
+        f"cannot read the plan {path!r}: {why}. Expected the file that `lightning-norm plan --save` or a training run "
+        "writes."
+    )
+
+
+def _try_to_build(row: Mapping[str, Any], path: str) -> None:
+    """Build the layer of a row for the sake of its arguments' checks, without a trace in the random numbers."""
+    try:
+        cls, arguments = resolve(row["norm"])
+        arguments = checked_arguments(cls, {k: v for k, v in arguments.items() if k != "device"})
+        if row.get("num_features"):
+            with torch.random.fork_rng(devices=[]):
+                cls(row["num_features"], **arguments)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"cannot read the plan {path!r}, row {row['name']!r}: {error}") from error

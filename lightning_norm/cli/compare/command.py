@@ -52,12 +52,14 @@ def run(argv: Sequence[str]) -> None:
         ValueError: an argument cannot be read, or OUT holds runs of other settings.
         SystemExit: with status 130 after Ctrl-C.
     """
+    # What this parser does not know belongs to the job, and LightningCLI refuses it if it is wrong.
     options, job = parser().parse_known_args(argv)
     if options.report:
         report_only(options, job)
         return
     if options.seeds < 1 or options.jobs < 1:
         raise ValueError(f"compare needs --seeds and --jobs of at least 1, got {options.seeds} and {options.jobs}.")
+    # In front, so that options of the command line win over the file.
     job = [*(("--config", options.config) if options.config else BUILT_IN), *job]
     contenders = read_contenders(options.norms)
     runs = all_runs(contenders, read_sweeps(options.sweep), range(options.seeds))
@@ -71,10 +73,12 @@ def run(argv: Sequence[str]) -> None:
 
         check_pictures()  # before hours of training, not after
     store = RunStore(Path(options.out))
+    # Parsed once before anything is trained: a mistake in the job is told within seconds.
     settings = _settings_of(job, runs[0], store.folder)
     remaining = [r for r in runs if not _finished(store, r, settings)]
     if options.list:
         for r in remaining:
+            # The number and not the name: it is short, and the same command line gives the same numbers.
             print(shlex.join(["lightning-norm", "compare", *_without(argv, "--list"), "--run", str(runs.index(r))]))
         return
     if options.run is not None:
@@ -87,9 +91,11 @@ def run(argv: Sequence[str]) -> None:
         else:
             _train(store, remaining, job, options)
     except KeyboardInterrupt:
+        # Read from the folder, for other processes may have finished some.
         done = len(runs) - sum(store.read(r.name) is None for r in runs)
         print(f"\nStopped: {done} of {len(runs)} runs are done. The same command goes on.", file=sys.stderr)
         raise SystemExit(130) from None
+    # The process that started the workers, or a later command, writes the report.
     if options.worker or options.run is not None:
         return
     _report(store, [r for r in (store.read(r.name) for r in runs) if r is not None], options, baseline, metric, higher)
@@ -125,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--run", type=int, metavar="N", help="train only the run of that number, without a report")
     made.add_argument("--report", metavar="FOLDER", help="draw the results in FOLDER again, without training")
     made.add_argument("--out", default="compare", help="folder of the results (default: %(default)s)")
+    # For processes that this command starts itself, with --jobs.
     made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return made
 
@@ -143,6 +150,7 @@ def metric_of(options: argparse.Namespace) -> tuple[str, bool]:
                 "ModelCheckpoint monitors."
             )
         metric = "test_acc"
+    # Typed by the user, so it wins over the guess from the name.
     if options.mode:
         return metric, options.mode == "max"
     return metric, not any(part in metric.lower() for part in LOWER_IS_BETTER)
@@ -154,6 +162,7 @@ def report_only(options: argparse.Namespace, job: Sequence[str]) -> None:
     Raises:
         ValueError: there is no finished run, or arguments of a job were given.
     """
+    # Ignored arguments would look as if the report were of another job.
     if job:
         raise ValueError(f"compare --report trains nothing and takes no arguments of a job, got {' '.join(job)}.")
     store = RunStore(Path(options.report))
@@ -167,6 +176,7 @@ def report_only(options: argparse.Namespace, job: Sequence[str]) -> None:
 def _report(
     store: RunStore, records: list[Record], options: argparse.Namespace, baseline: str, metric: str, higher: bool
 ) -> None:
+    # Imported late: workers draw nothing.
     from lightning_norm.cli.compare import comparison
 
     check_metric(records, metric)
@@ -194,6 +204,7 @@ def check_metric(records: Sequence[Record], metric: str) -> None:
 
 
 def _train(store: RunStore, runs: Sequence[Run], job: Sequence[str], options: argparse.Namespace) -> None:
+    # Imported late: --help does not wait for Lightning.
     from lightning_norm.cli.compare.training import quiet, train
 
     elsewhere: list[Run] = []
@@ -201,6 +212,7 @@ def _train(store: RunStore, runs: Sequence[Run], job: Sequence[str], options: ar
         for r in bar:
             bar.set_postfix_str(" ".join([r.contender.label, *(f"{k}={v}" for k, v in r.sweep), f"seed {r.seed}"]))
             with store.claim(r.name) as claimed:
+                # Left to the process that has it, so that the others go on with what is free.
                 if not claimed:
                     elsewhere.append(r)
                 elif store.read(r.name) is None:  # another process may have finished it since
@@ -216,6 +228,7 @@ def _wait(store: RunStore, runs: Sequence[Run]) -> None:
     for r in runs:
         while store.read(r.name) is None:
             with store.claim(r.name) as free:
+                # The lock ends with its process, so a free one without a result means that the process has died.
                 if free and store.read(r.name) is None:
                     raise RuntimeError(
                         f"the run {r.name} was begun by another process, which ended without a result. The same "
@@ -226,6 +239,7 @@ def _wait(store: RunStore, runs: Sequence[Run]) -> None:
 
 def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]) -> None:
     """Let several processes of this command take the runs one after another; show how many are done."""
+    # Each process would otherwise take all cores, and all of them together run slower than one.
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     command = [sys.executable, "-m", "lightning_norm", "compare", *argv, "--jobs", "1", "--worker"]
@@ -237,16 +251,19 @@ def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]
         with tqdm(total=len(runs), desc="runs", unit="run") as bar:
             while True:
                 running = [w for w in workers if w.poll() is None]
+                # Counted in the folder: the workers do not talk to this process.
                 bar.update(sum(store.read(r.name) is not None for r in runs) - bar.n)
                 if not running:
                     break
                 time.sleep(0.5)
     except BaseException:
+        # Ctrl-C reaches them too, but another error in this process would leave them training.
         for worker in workers:
             worker.terminate()
         raise
     for worker in workers:
         if worker.returncode:
+            # The end of it: the exception stands behind all warnings.
             error = worker.stderr.read() if worker.stderr else ""
             raise RuntimeError(
                 f"one of {len(workers)} processes ended with status {worker.returncode}:\n{error[-2000:]}"
@@ -257,6 +274,7 @@ def _settings_of(job: Sequence[str], first: Run, folder: Path) -> dict[str, str]
     """Return what the job's configuration says, which all runs of a folder must share."""
     from lightning_norm.cli.compare.training import JobCLI, quiet
 
+    # LightningCLI has no way to parse alone: an exception ends it before the model is built.
     class Parsed(Exception):  # noqa: N818  # no error: it ends the construction where everything is parsed
         pass
 
@@ -283,6 +301,7 @@ def _finished(store: RunStore, r: Run, settings: dict[str, str]) -> bool:
     record = store.read(r.name)
     if record is None:
         return False
+    # What differs between the runs of one comparison by design is no other setting.
     swept = [*(key for key, _ in r.sweep), *(key.rstrip("+") for key in r.contender.entries)]
     differ: dict[str, tuple[Any, Any]] = {
         name: (record["settings"].get(name), settings.get(name))

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_norm.cli.compare.intervals import LEAST_SEEDS, Difference, compare_paired, half_width_ratio
-from lightning_norm.cli.compare.store import Record, write_whole
+from lightning_norm.cli.compare.store import Record
 from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, which colour-blind readers tell apart."""
@@ -54,12 +55,14 @@ class Report:
             self.labels.insert(0, baseline)
         self.points: list[Point] = list(dict.fromkeys(_point(r) for r in self.records))
         others = [label for label in self.labels if label != baseline]
+        # Each normalizer at each point is one chance of a false finding.
         self.comparisons = max(1, len(others) * len(self.points))
 
     def value(self, record: Record) -> float:
         """Return the metric of one run."""
         if self.metric in record["test"]:
             return float(record["test"][self.metric])
+        # A diverged epoch is never the best one; the last value below may still be NaN, and is shown so.
         history = [v for v in record["history"][self.metric] if math.isfinite(v)]
         if self.best and history:
             return float(max(history) if self.higher else min(history))
@@ -72,6 +75,7 @@ class Report:
     def difference(self, label: str, point: Point) -> Difference:
         """Return the paired difference to the baseline at one point of the sweep."""
         runs, base = self.of(label, point), self.of(self.baseline, point)
+        # By seed, for the same seed means the same data and the same starting weights.
         seeds = [seed for seed in runs if seed in base]
         return compare_paired(
             [self.value(runs[s]) for s in seeds], [self.value(base[s]) for s in seeds], self.comparisons
@@ -86,6 +90,7 @@ class Report:
                 runs = self.of(label, point)
                 if not runs:
                     continue
+                # A mean over diverged runs would be NaN, so they are counted apart.
                 values = [self.value(r) for r in runs.values()]
                 finite = [v for v in values if math.isfinite(v)]
                 row: dict[str, Any] = {"norm": label, **dict(point), "seeds": len(values)}
@@ -122,6 +127,7 @@ class Report:
             tuple(dict(p).values()): _median(self.of(self.baseline, p), "parameters") for p in self.points
         }
         for row in self.rows():
+            # The columns behind the norm: the swept entries in their order.
             point = tuple(row[key] for key, _ in self.points[0])
             sd = "" if row["sd"] is None else f" +- {row['sd']:.4f}"
             mean = f"{row['mean']:.4f}{sd}" if math.isfinite(row["mean"]) else "-"
@@ -133,6 +139,7 @@ class Report:
                 if base is None or row["parameters"] is None
                 else f"{row['parameters'] - base:+,.0f}".replace(",", " ")
             )
+            # The number for the baseline, for all others the difference, which is what one looks for.
             params = _count(row["parameters"]) if row["norm"] == self.baseline else added
             lines.append(
                 (
@@ -167,14 +174,15 @@ class Report:
                 f"t, Bonferroni over {self.comparisons} comparison{'s' if self.comparisons > 1 else ''}; they say "
                 "nothing about other data."
             )
+            # The price beside the gain: whether more seeds are worth it is for the user to say.
             seconds = sum(row["seconds"] or 0.0 for row in rows)
             ratio = half_width_ratio(seeds, seeds, self.comparisons)
             notes.append(
                 f"One more seed costs about {_duration(seconds)} of training; {seeds} more would narrow the intervals "
                 f"to about {ratio:.0%} ({_duration(seconds * seeds)})."
             )
-        found = [r for r in rows if r.get("verdict") in ("higher", "lower")]
-        for row in found:
+        decided = [r for r in rows if r.get("verdict") in ("higher", "lower")]
+        for row in decided:
             good = (row["verdict"] == "higher") == self.higher
             at = "".join(f", {key.rpartition('.')[2]}={row[key]}" for key, _ in self.points[0])
             notes.append(
@@ -195,6 +203,7 @@ class Report:
             at = [row for row in rows if all(row[key] == value for key, value in point)]
             counts = sorted({int(row["steps"]) for row in at if row["steps"] is not None})
             where = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in point)
+            # Runs of one point can differ in steps if one was stopped early; then the range is told.
             told.append(
                 " to ".join(map(str, dict.fromkeys(counts[:1] + counts[-1:]))) + (f" at {where}" if where else "")
             )
@@ -207,6 +216,7 @@ class Report:
     def save(self, folder: Path) -> list[str]:
         """Write everything into a folder; return one line per file of interest."""
         rows = self.rows()
+        # The baseline has no difference, so no single row has all columns.
         columns = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns)
@@ -221,6 +231,7 @@ class Report:
         }
         write_whole(folder / "results.json", json.dumps(summary, indent=1))
         pictures = self._pictures(folder)
+        # The pictures are inside the page, so that one file can be sent.
         write_whole(folder / "index.html", self._page(pictures))
         self._hparams(folder / "tensorboard")
         return [
@@ -230,6 +241,7 @@ class Report:
 
     def _pictures(self, folder: Path) -> list[tuple[str, Path]]:
         pictures = []
+        # The last word of the dotted name makes a file name that every system takes.
         swept = [key for key, _ in self.points[0]]
         for key in swept:
             path = folder / f"sweep_{key.rpartition('.')[2]}.png"
@@ -247,6 +259,7 @@ class Report:
         return pictures
 
     def _draw_curves(self, name: str, path: Path) -> None:
+        # Without pyplot, which would ask for a display and keep every figure.
         figure, canvas = matplotlib()
         columns = min(3, len(self.points))
         lines = math.ceil(len(self.points) / columns)
@@ -260,11 +273,13 @@ class Report:
             title = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in point)
             axes.set_title(title or name, loc="left")
             _dress(axes, "epoch")
+        # Panels that no point has taken.
         for axes in list(grid):
             axes.set_visible(False)
         seeds = max(len(self.of(label, p)) for label in self.labels for p in self.points)
         made.suptitle(f"{name}: mean over {seeds} seed{'s' if seeds > 1 else ''}, band: one standard deviation")
-        made.savefig(path)
+        with writing_whole(path) as there:
+            made.savefig(there)
 
     def _draw_sweep(self, key: str, path: Path) -> None:
         figure, canvas = matplotlib()
@@ -276,6 +291,7 @@ class Report:
             means, deviations = [], []
             for value in values:
                 runs = [r for p in self.points if dict(p)[key] == value for r in self.of(label, p).values()]
+                # A diverged run has no place on the axis; the table counts it.
                 finite = [v for v in map(self.value, runs) if math.isfinite(v)]
                 means.append(statistics.fmean(finite) if finite else math.nan)
                 deviations.append(statistics.stdev(finite) if len(finite) > 1 else 0.0)
@@ -285,9 +301,11 @@ class Report:
         axes.set_xticks(range(len(values)), values)
         axes.set_title(f"{self.metric} (mean, bar: one standard deviation)", loc="left")
         _dress(axes, key)
-        made.savefig(path)
+        with writing_whole(path) as there:
+            made.savefig(there)
 
     def _page(self, pictures: Sequence[tuple[str, Path]]) -> str:
+        # Written by hand, without a template engine: one table, a list and some pictures.
         heading, *lines = self.table()
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heading)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
@@ -327,6 +345,7 @@ class Report:
             # Beside the run's curves; drawn again, they replace what an earlier report wrote.
             target = folder / record["name"] / "hparams"
             shutil.rmtree(target, ignore_errors=True)
+            # The three summaries that TensorBoard wants; add_hparams would write them into a folder of its own.
             with SummaryWriter(str(target)) as writer:
                 for summary in hparams(row, {self.metric: 0.0}):  # type: ignore[no-untyped-call]
                     writer._get_file_writer().add_summary(summary)
@@ -339,6 +358,7 @@ def check_pictures() -> None:
     Raises:
         ModuleNotFoundError: matplotlib or scipy is not installed.
     """
+    # Both at once, so that one installation mends everything.
     matplotlib()
     try:
         import scipy.stats  # noqa: F401
@@ -428,6 +448,7 @@ def _curve(axes: Any, series: list[list[float]], label: str, i: int) -> None:
     """Draw the mean over seeds, and a band of one standard deviation."""
     if not series:
         return
+    # Up to the shortest run: an early stop ends the band there.
     by_epoch = list(zip(*series, strict=False))
     epochs = range(1, len(by_epoch) + 1)
     mean = [statistics.fmean(values) for values in by_epoch]
@@ -442,6 +463,7 @@ def _dress(axes: Any, below: str) -> None:
     axes.set_xlabel(below)
     if below == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)
+    # Values such as 0.9812 are read as they are, not as an offset and a rest. A logarithmic axis has no offset.
     axes.ticklabel_format(axis="y", useOffset=False) if hasattr(
         axes.yaxis.get_major_formatter(), "set_useOffset"
     ) else None

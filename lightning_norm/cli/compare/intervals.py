@@ -48,6 +48,7 @@ def compare_paired(values: Sequence[float], baseline: Sequence[float], compariso
     >>> round(compare_paired([1.01, 2.02, 3.03], [1.0, 2.0, 3.0]).high, 4)
     0.0448
     """
+    # Paired: what a seed does to every normalizer alike leaves the deviation.
     differences = [v - b for v, b in zip(values, baseline, strict=True)]
     n = len(differences)
     if not n or not all(map(math.isfinite, differences)):
@@ -60,6 +61,7 @@ def compare_paired(values: Sequence[float], baseline: Sequence[float], compariso
 
     deviation = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1))
     half = float(t.ppf(1 - (1 - CONFIDENCE) / (2 * comparisons), n - 1)) * deviation / math.sqrt(n)
+    # Zero inside the interval is no evidence, which is not the same as evidence of no difference.
     verdict = "higher" if mean - half > 0 else "lower" if mean + half < 0 else "no evidence"
     return Difference(mean, mean - half, mean + half, n, verdict)
 
@@ -72,6 +74,7 @@ def half_width_ratio(seeds: int, more: int, comparisons: int = 1) -> float:
     """
     from scipy.stats import t
 
+    # Both the root of n and the quantile change, and for few seeds the quantile changes more.
     level = 1 - (1 - CONFIDENCE) / (2 * comparisons)
     now, then = (float(t.ppf(level, n - 1)) / math.sqrt(n) for n in (seeds, seeds + more))
     return then / now

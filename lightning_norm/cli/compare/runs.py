@@ -39,6 +39,7 @@ class Contender:
 
     def arguments(self) -> list[str]:
         """Return the entries as they are typed on the command line."""
+        # JSON is YAML, in which jsonargparse reads lists and mappings.
         written = ((k, v if isinstance(v, str) else json.dumps(v)) for k, v in self.entries.items())
         return [f"--{key}={value}" for key, value in written]
 
@@ -75,6 +76,7 @@ def read_contenders(text: str) -> list[Contender]:
     ['bn', 'sn', 'half']
     """
     try:
+        # With brackets the commas of YAML separate, and those inside of braces do not.
         entries = yaml.safe_load(f"[{text}]")
     except yaml.YAMLError as error:
         raise ValueError(
@@ -99,6 +101,7 @@ def _contender(entry: Any) -> Contender:
 
     known = ("class_path", SET, *inspect.signature(NormSwap).parameters)
     label = None
+    # A single unknown name in front of an entry can only be a label.
     if isinstance(entry, Mapping) and len(entry) == 1 and next(iter(entry)) not in known:
         ((label, entry),) = entry.items()
     if isinstance(entry, str):
@@ -116,10 +119,12 @@ def _contender(entry: Any) -> Contender:
             f"norm: and {SET}."
         )
     swap, entries = {k: v for k, v in entry.items() if k != SET}, entry.get(SET) or {}
+    # Torch's own layers are the baseline, and not ours of the same name in their place.
     if swap == {"norm": BASELINE}:
         return Contender(str(label or BASELINE), {}, entries)
     if "norm" not in swap:
         return Contender(str(label or ("rules" if swap else BASELINE)), swap, entries)
+    # Unknown names end here, before anything is trained.
     cls, arguments = resolve(swap["norm"])
     shown = ", ".join(f"{name}={value}" for name, value in {**arguments, **(swap.get("norm_args") or {})}.items())
     name = cls.key or cls.__name__
@@ -139,6 +144,7 @@ def read_sweeps(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
     for text in texts:
         key, equals, values = text.partition("=")
         key = key.strip().lstrip("-")
+        # The same value twice would be the same run twice.
         listed = list(dict.fromkeys(value.strip() for value in values.split(",") if value.strip()))
         if not equals or not key or not listed:
             raise ValueError(f"--sweep {text!r}: expected ENTRY=VALUE,VALUE such as data.init_args.batch_size=2,8,32.")

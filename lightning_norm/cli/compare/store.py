@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from lightning_norm.surgery.whole_files import write_whole
 
 FORMAT = 1
 """Of the files; a reader of another format says so instead of guessing."""
@@ -34,6 +34,7 @@ class RunStore:
             ValueError: the file is damaged, or of another format.
         """
         path = self.runs / f"{name}.json"
+        # Tried and not asked for: another process may delete or write it in between.
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -67,6 +68,7 @@ class RunStore:
     def claim(self, name: str) -> Iterator[bool]:
         """Hold a run's lock; yield whether this process has it, and ``False`` while another one does."""
         self.locks.mkdir(parents=True, exist_ok=True)
+        # Not to wait: whoever is refused goes on with another run.
         lock = FileLock(self.locks / f"{name}.lock", timeout=0)
         try:
             lock.acquire()
@@ -77,18 +79,3 @@ class RunStore:
             yield True
         finally:
             lock.release()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name beside it, flush it to the disk, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # a full disk, or Ctrl-C: nothing half-written stays
-        Path(temporary).unlink(missing_ok=True)
-        raise

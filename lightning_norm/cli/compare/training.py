@@ -63,12 +63,14 @@ class JobCLI(NormCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        # Taken out before the callbacks are built, for the contender brings a swap of its own.
         written = _take_out_swaps(self.config.trainer)
         super().before_instantiate_classes()
         written |= non_defaults(self.config[SECTION])
         self._arguments = (
             {**{k: v for k, v in written.items() if k not in REPLACED}, **self._swap} if self._swap else {}
         )
+        # As text, to be compared with those of other runs and shown in the report.
         self.settings = flat(self.config.clone(), written)
 
     @override
@@ -79,6 +81,7 @@ class JobCLI(NormCLI):
         if self._arguments:
             swap = NormSwap(**self._arguments)
             swaps.append(swap)
+            # Users compare keys; that one of them needs a second callback they should not have to know.
             if _uses_contexts(swap) and not any(isinstance(c, NormContext) for c in callbacks):
                 swaps.append(NormContext())
         kwargs |= {
@@ -91,6 +94,7 @@ class JobCLI(NormCLI):
             "enable_model_summary": False,
             "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
         }
+        # Past NormCLI, which would add the swap of the section again.
         return super(NormCLI, self).instantiate_trainer(**kwargs)
 
 
@@ -106,6 +110,7 @@ class Recorder(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        # Between the hooks lies the step alone, without the loading of its batch.
         self._start = _now(pl_module)
 
     @override
@@ -145,6 +150,7 @@ def train(run: Run, args: Sequence[str], folder: Path, best: bool) -> dict[str, 
     trainer.fit(model, datamodule=cli.datamodule)
     if trainer.interrupted:  # Lightning swallows the first Ctrl-C
         raise KeyboardInterrupt
+    # Read before the test, which may load an earlier checkpoint.
     steps = trainer.global_step
     tested: Mapping[str, float] = {}
     if is_overridden("test_step", model) and _has_test_data(cli):
@@ -152,6 +158,7 @@ def train(run: Run, args: Sequence[str], folder: Path, best: bool) -> dict[str, 
         monitored = best and getattr(checkpoint, "monitor", None) and checkpoint.best_model_path
         path = "best" if monitored else None
         (tested, *_) = trainer.test(None if path else model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+    # A run of fewer steps has at least its last one timed.
     timed = recorder.step_ms[min(WARM_UP, len(recorder.step_ms) - 1) :]
     return {
         "name": run.name,
@@ -187,6 +194,7 @@ def flat(config: Any, swap: Mapping[str, Any]) -> dict[str, str]:
     entries: dict[str, str] = {}
 
     def add(prefix: str, value: Any) -> None:
+        # jsonargparse's namespaces are no mappings.
         if hasattr(value, "as_dict"):
             value = value.as_dict()
         if isinstance(value, Mapping) and value:
@@ -206,7 +214,7 @@ def flat(config: Any, swap: Mapping[str, Any]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the Trainer's introduction of itself, the seed and hints, which would come once per run."""
+    """Silence the Trainer's introduction of itself, the seed and hints, which would come once per run."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [log.level for log in loggers]
     for log in loggers:
@@ -234,6 +242,7 @@ def _take_out_swaps(trainer: Any) -> dict[str, Any]:
             written |= non_defaults(entry.get("init_args") or {})
         else:
             others.append(entry)
+    # Untouched otherwise: a single callback may be written without a list.
     if len(others) < len(entries):
         trainer.callbacks = others
     return written
@@ -245,6 +254,7 @@ def _uses_contexts(swap: NormSwap) -> bool:
 
 
 def _has_test_data(cli: JobCLI) -> bool:
+    # A LightningModule may bring its own loaders.
     data = cli.datamodule
     return is_overridden("test_dataloader", data if data is not None else cli.model)
 
@@ -259,6 +269,7 @@ def plain(value: Any) -> Any:
 
 
 def _now(module: pl.LightningModule) -> float:
+    # The device works on after the call has returned.
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
     return time.perf_counter()
@@ -266,6 +277,7 @@ def _now(module: pl.LightningModule) -> float:
 
 def _start_peak() -> float | None:
     """Forget the peak of memory so far and return what is in use, in MB; ``None`` where the system cannot say."""
+    # Of the device where there is one: there lies what limits the batch size.
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 1e6

@@ -94,7 +94,7 @@ def dropout_factor(noise, drop_prob, seed, drawn, q, c, channels):
     u = tl.load(noise + q * channels + c, mask=(c < channels) & (drawn == 0), other=0.0)
     u = tl.where(drawn == 0, u, tl.rand(seed, q * channels + c))[None, :]
     # What is not dropped is scaled up, so that the expectation stays.
-    left = tl.maximum(1.0 - p, 1.1754943508222875e-38)
+    left = tl.maximum(1.0 - p, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(u >= p, tl.div_rn(tl.full((), 1.0, tl.float32), left), 0.0)
 
 

@@ -107,7 +107,7 @@ class MixtureStatistics(NamedTuple):
         batch: (3, C), likewise of the whole batch, on all ranks.
         layer: (3, N, G), likewise of each sample's groups.
         affine: (3, N, C), pivot, scale and offset: y = scale * (x - pivot) + offset.
-        rank_sums: (1, 1 + 2 C) in float64, what the ranks added up.
+        rank_sums: (1, 1 + R (1 + 2 C)) in float64, what the R ranks added up.
     """
 
     moments: Tensor

@@ -164,7 +164,7 @@ def adjoint(
         )  # fmt: skip
         # Between the two launches: pooled gradients are summed over the ranks.
         if over_ranks is not None:
-            pool_ranks_gradient(dbatch, batch, rank_sums, grid.n * grid.size, over_ranks)
+            pool_ranks_gradient(dbatch, rank_sums, over_ranks)
         if flags.needs_moments or flags.num_weights > 0:
             launch(vjp_mix, cdiv(number, BLOCK))(
                 *parts, affine, moments, batch, layer, *parameters, dbatch, dlayer, weight_partials, dw, dv, dx_affine,

@@ -10,7 +10,7 @@ import triton.language as tl
 from lightning_norm.kernels.mixture.forward import per_channel
 from lightning_norm.kernels.passes.backward import read_sum
 from lightning_norm.kernels.per_channel.forward import gate, masses, prior_scale, weights_at
-from lightning_norm.kernels.per_channel.running_stats import TINY
+from lightning_norm.kernels.per_channel.running_stats import NAN, TINY
 
 
 @triton.jit
@@ -181,8 +181,8 @@ def channels_vjp(
         if GATE:
             beta_ = per_channel(bias, at, kc_mask, 0.0, BIAS) * factor
             dresponsibilities += tl.program_id(0).to(tl.int64) * ((samples + 1) * contexts)
-            part = tl.maximum(1.0 - mass * size / tl.cast(least, tl.float32), 0.0)
-            wide = tl.maximum(mass, TINY)
+            part = tl.maximum(1.0 - mass * size / tl.cast(least, tl.float32), 0.0, propagate_nan=NAN)
+            wide = tl.maximum(mass, TINY, propagate_nan=NAN)
             dpart = tl.where(part > 0.0, -1.0 * size / tl.cast(least, tl.float32), 0.0)
             every = tl.zeros((N_BLOCK, K_BLOCK), tl.float32)
         for begin in range(0, samples, N_BLOCK):

@@ -18,7 +18,7 @@ import triton.language as tl
 from lightning_norm.kernels.mixture.forward import per_channel
 from lightning_norm.kernels.passes.forward import read_moments
 from lightning_norm.kernels.per_channel.condensation import decide
-from lightning_norm.kernels.per_channel.running_stats import TINY, move, new_weight
+from lightning_norm.kernels.per_channel.running_stats import NAN, TINY, move, new_weight
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def weights_at(
     if CONTEXTS:
         # ``part`` is 0 for a context that is large enough.
         g = tl.load(responsibilities + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
-        part = tl.maximum(1.0 - mass * size / tl.cast(least, tl.float32), 0.0)[None, :]
-        a = (1.0 - part) * g / tl.maximum(mass, TINY)[None, :] + part / samples
+        part = tl.maximum(1.0 - mass * size / tl.cast(least, tl.float32), 0.0, propagate_nan=NAN)[None, :]
+        a = (1.0 - part) * g / tl.maximum(mass, TINY, propagate_nan=NAN)[None, :] + part / samples
     else:
         # Without contexts there is one, and every sample belongs to it.
         g = tl.where(inside, 1.0, 0.0)
@@ -58,10 +58,11 @@ def weights_at(
 
 @triton.jit
 def prior_scale(survey_out, contexts, K_BLOCK: tl.constexpr):
-    """Return 1 / sqrt of each context's prior, (K,), at most 10."""
+    """Return 1 / sqrt of each context's prior, (K,), at most 10; a new context has the others' factor."""
     q = tl.arange(0, K_BLOCK)
-    prior = tl.load(survey_out + 2 + 2 * contexts + q, mask=q < contexts, other=1.0)
-    return tl.rsqrt(tl.maximum(prior, 0.01))
+    prior = tl.load(survey_out + 2 + 2 * contexts + q, mask=q < contexts, other=0.0)
+    factor = tl.rsqrt(tl.maximum(prior, 0.01, propagate_nan=NAN))
+    return tl.where(prior > 0.0, factor, tl.sum(prior * factor, 0))
 
 
 @triton.jit
@@ -223,7 +224,7 @@ def channels_of(
             away = (tl.load(running_mean + c, mask=inside, other=0.0) - of_all - rest)[None, :] + mean * 0.0
     # From here on ``used`` is what is divided by, ``delta`` the shift of U, ``p`` the weight of the batch.
     if STD and not FROZEN:
-        used = tl.sqrt_rn(tl.maximum(variance, TINY))
+        used = tl.sqrt_rn(tl.maximum(variance, TINY, propagate_nan=NAN))
     if FROZEN:
         used, delta, p = old, away, mean * 0.0
     elif BLEND:
@@ -240,7 +241,8 @@ def channels_of(
         p = tl.where(off, 0.0, p)
     # ... or it keeps its own and is scaled and moved to the value of theirs, both clamped.
     if CONDENSED == 3:  # p is the ratio of the variances, and delta a constant in units of 1 / r
-        p = tl.minimum(tl.maximum(tl.div_rn(old + eps, variance + eps), 1.0 / 9.0), 9.0)
+        ratio = tl.div_rn(old + eps, variance + eps)
+        p = tl.minimum(tl.maximum(ratio, 1.0 / 9.0, propagate_nan=NAN), 9.0, propagate_nan=NAN)
         p = tl.where(off, p, 1.0)
     if DETACH:
         p = p * 0.0
@@ -249,7 +251,8 @@ def channels_of(
     if CONDENSED == 3:
         r = tl.div_rn(one, tl.sqrt_rn((variance + eps) * p))
         apart = tl.div_rn(away, tl.sqrt_rn(old + eps))
-        delta = tl.where(off, tl.div_rn(tl.minimum(tl.maximum(apart, -5.0), 5.0), r), 0.0)
+        clamped = tl.minimum(tl.maximum(apart, -5.0, propagate_nan=NAN), 5.0, propagate_nan=NAN)
+        delta = tl.where(off, tl.div_rn(clamped, r), 0.0)
     elif STD:
         r = tl.div_rn(one, used + eps)
     else:

@@ -194,7 +194,7 @@ def gradients(
         # The gradients of U and V go to the other ranks between two launches of the same kernel.
         vjp(0 if over_ranks is None else 1)
         if over_ranks is not None:
-            pool_ranks_gradient(dpooled, batch, rank_sums, grid.n * grid.size, over_ranks)
+            pool_ranks_gradient(dpooled, rank_sums, over_ranks)
             vjp(2)
         # From the gradient of the responsibilities to the gate's parameters and dx.
         if flags.gate:

@@ -17,6 +17,10 @@ import triton.language as tl
 from lightning_norm.kernels.passes.forward import read_moments
 
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
+SMALL: tl.constexpr = tl.constexpr(1e-30)
+"""Mean square below which float32 squares lose digits: the least normal number over the machine epsilon, at least."""
+NAN: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
+"""With it a NaN passes through tl.maximum and tl.minimum, as it does through torch's clamp."""
 
 
 @triton.jit
@@ -57,7 +61,7 @@ def survey(
             # New contexts count for nothing as long as there is an old one.
             any_old = tl.sum(tl.where(new, 0, 1), 0) > 0
             known_prior = tl.where(new & any_old, 0.0, old)
-            known_prior = known_prior / tl.maximum(tl.sum(known_prior, 0), TINY)
+            known_prior = known_prior / tl.maximum(tl.sum(known_prior, 0), TINY, propagate_nan=NAN)
         tl.store(survey_out, count.to(tl.float32))
         tl.store(survey_out + 1, allowed.to(tl.float32))
         tl.store(survey_out + 2 + q, old, mask=real)
@@ -85,6 +89,9 @@ def survey(
             tl.store(left + n, tl.sum(bad, 0).to(tl.float32))
             if NORM:  # 0 for a sample of zeros, NaN stays
                 square = tl.sum(squares, 0) * (size * fold)
+                # Squares that left float32's range say nothing about the norm: no condensation for this batch.
+                least = SMALL * (size * fold) * channels
+                square = tl.where((square > 0.0) & ((square < least) | (square == float("inf"))), float("nan"), square)
                 tl.store(left + samples + n, tl.where(square <= 0.0, 0.0, tl.rsqrt(tl.where(square <= 0.0, 1.0, square))))  # noqa: E501  # fmt: skip
             if GATE:
                 # Lanes beyond K get a logit so low that they take no part.
@@ -138,9 +145,9 @@ def move(
         old = tl.load(survey_out + 2 + q, mask=real, other=0.0)
         new = old + speed * (fraction - old)
         if AVERAGE:
-            step = fraction / tl.maximum(times * new, TINY)
+            step = fraction / tl.maximum(times * new, TINY, propagate_nan=NAN)
         else:
-            step = speed * tl.minimum(contexts * fraction, 1.0)
+            step = speed * tl.minimum(contexts * fraction, 1.0, propagate_nan=NAN)
         step = tl.where(tl.load(survey_out + 2 + contexts + q, mask=real, other=0.0) != 0.0, 1.0, step)
         may = may & (fraction > 0.0)[:, None]
     # Read, compute, and only then write, behind the barrier.
@@ -210,7 +217,7 @@ def commit(
         was = tl.load(stats + 8 * channels + c, mask=keep, other=0.0)
         # What is stored is a deviation already, or a variance.
         if STD:
-            now = tl.maximum(now, TINY)
+            now = tl.maximum(now, TINY, propagate_nan=NAN)
         else:
             was = tl.sqrt_rn(was)
         r = 1.0 / (was + tl.cast(eps, tl.float32))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +22,21 @@ REMEDY = {
 }
 
 
+Told: TypeAlias = "dict[ContextState, Tensor | None]"
+
+_blocks: ContextVar[tuple[tuple[Told, object], ...]] = ContextVar("lightning_norm_contexts", default=())
+"""What layers were told in this thread or async task: one entry per open ``with`` block, the innermost last.
+
+Entries are replaced and not changed, for tasks that were started inside of a block hold the same ones.
+"""
+
+
 class ContextState:
     """What one layer was told about the samples of the batch, and its dotted name for messages.
 
-    ``responsibilities`` (N, K) say how much each sample belongs to each context; ``None`` where that is not known.
     Neither a Module nor a buffer: nothing of it is saved. Copies of a layer, such as an average of the weights, share
-    the state of the original, so that they hear what it hears.
+    the state of the original, so that they hear what it hears. What is told belongs to the thread or the async task
+    that told it, and to those that inherit its context variables, such as ``asyncio.to_thread``.
 
     Args:
         name: dotted name of the layer.
@@ -33,7 +44,33 @@ class ContextState:
 
     def __init__(self, name: str = "") -> None:
         self.name = name
-        self.responsibilities: Tensor | None = None
+        self.forwards: weakref.WeakSet[_Forward] = weakref.WeakSet()
+
+    @property
+    def responsibilities(self) -> Tensor | None:
+        """How much each sample belongs to each context, (N, K); ``None`` where that is not known."""
+        for told, _ in reversed(_blocks.get()):
+            if self in told:
+                return told[self]
+        return None
+
+    @responsibilities.setter
+    def responsibilities(self, value: Tensor | None) -> None:
+        _tell({self: value})
+
+    def remember(self, y: Tensor) -> None:
+        """Keep what a forward pass was told as long as its graph lives, for a second run in the backward pass."""
+        responsibilities = self.responsibilities
+        if y.grad_fn is not None and responsibilities is not None:
+            forward = _Forward(responsibilities)
+            y.grad_fn.metadata[_Forward] = forward  # type: ignore[index]  # a dict, which torch annotates as a method
+            self.forwards.add(forward)
+
+    def of_forward(self, n: int) -> Tensor | None:
+        """Return what the forward passes of n samples whose graphs live were told, ``None`` unless it is the same."""
+        told = [f.responsibilities for f in self.forwards if f.responsibilities.shape[0] == n]
+        same = all(t is told[0] or torch.equal(t, told[0]) for t in told[1:])
+        return told[0] if told and same else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextState:
         return self
@@ -42,12 +79,20 @@ class ContextState:
         return ContextState, (self.name,)
 
 
+class _Forward:
+    """What one forward pass was told."""
+
+    def __init__(self, responsibilities: Tensor) -> None:
+        self.responsibilities = responsibilities
+
+
 def context_layers(model: nn.Module) -> dict[str, Any]:
     """Return the layers that take contexts by their dotted names, and tell each its name, for messages."""
     layers: dict[str, Any] = {}
     for name, module in model.named_modules():
         state = getattr(module, "contexts", None)
         if isinstance(state, ContextState):
+            # Told here, because a layer does not know where in a model it stands.
             state.name = clean_name(name)
             layers[state.name] = module
     return layers
@@ -85,14 +130,9 @@ def contexts(
             f"no layer takes {'images' if ids is None else 'ids'}: the model has {present}. "
             f"Swap with norm_args={{'context': {wanted!r}}}."
         )
-    # Restored at the end, so that ``with`` blocks may be nested, or stand inside of a Trainer's step.
-    before = [(layer.contexts, layer.contexts.responsibilities) for layer in layers.values()]
-    try:
+    with _block():
         assign(layers, ids, images, views)
         yield
-    finally:
-        for state, responsibilities in before:
-            state.responsibilities = responsibilities
 
 
 def assign(layers: Mapping[str, Any], ids: Tensor | None = None, images: Tensor | None = None, views: int = 1) -> None:
@@ -109,12 +149,15 @@ def assign(layers: Mapping[str, Any], ids: Tensor | None = None, images: Tensor 
     """
     if not isinstance(views, int) or views < 1:
         raise ValueError(f"views must be a positive int, got {views!r}.")
+    # Once per batch, and not once per layer.
     descriptors = None if images is None else kmeans.describe(images)
     # Layers of one kind share one tensor: a network has dozens of layers, and the batch has one set of contexts.
     shared: dict[tuple[str, int, torch.device], Tensor | None] = {}
+    news: Told = {}
     for name, layer in layers.items():
         if layer.context == "gate":
             continue
+        # A model may be spread over devices, and each layer reads its contexts where it is.
         device = layer.prior_or_uniform().device
         kind = (layer.context, layer.num_contexts, device)
         if kind not in shared:
@@ -124,32 +167,73 @@ def assign(layers: Mapping[str, Any], ids: Tensor | None = None, images: Tensor 
             if known is not None:
                 known = as_responsibilities(known, layer.num_contexts, name).to(device).repeat(views, 1)
             shared[kind] = known
-        layer.contexts.responsibilities = shared[kind]
+        news[layer.contexts] = shared[kind]
+    _tell(news)
+
+
+def _tell(news: Told) -> None:
+    """Tell layers in the innermost block, or outside of all."""
+    *outer, (told, block) = _blocks.get() or (({}, None),)
+    told = {**told, **news}
+    # Outside of all blocks no entry is left of a layer of which nothing is known any longer.
+    told = told if block is not None else {state: known for state, known in told.items() if known is not None}
+    _blocks.set((*outer, (told, block)) if told or block is not None else ())
+
+
+@contextmanager
+def _block() -> Iterator[None]:
+    block = object()
+    _blocks.set((*_blocks.get(), ({}, block)))
+    try:
+        yield
+    finally:
+        # By itself and not by restoring what was there before: blocks of generators may be left in any order.
+        _blocks.set(tuple(entry for entry in _blocks.get() if entry[1] is not block))
 
 
 def check_contexts_of(layer: Any, n: int) -> None:
     """Check what a layer was told against the n samples that it is to normalize.
 
     Raises:
-        RuntimeError: it was told nothing, or it runs again in a backward pass.
+        RuntimeError: it was told nothing in training.
         ValueError: it was told of another number of samples.
     """
     responsibilities = layer.contexts.responsibilities
-    name = f"ContextNorm {layer.contexts.name!r}" if layer.contexts.name else "ContextNorm"
-    who = f"{name} (context={layer.context!r})"
-    if not torch.compiler.is_compiling() and torch_private.in_backward_pass():
-        raise RuntimeError(
-            f"{who} was run again in a backward pass, as activation checkpointing does: the contexts may have changed "
-            "since, and the gradient would be wrong. Leave this layer out of the checkpointed part, or swap with "
-            "norm_args={'context': 'gate'}."
-        )
+    told = None if responsibilities is None else torch_private.static_shape(responsibilities)[0]
     if responsibilities is None and (layer.training or layer.missing == "error"):
-        raise RuntimeError(f"{who} was run without contexts. {REMEDY[layer.context]}")
-    if responsibilities is not None and responsibilities.shape[0] != n:
+        raise RuntimeError(f"{_who(layer)} was run without contexts. {REMEDY[layer.context]}")
+    if told is not None and told != n:
         raise ValueError(
-            f"{who} expected contexts for {n} samples, got {responsibilities.shape[0]}: contexts of another batch, "
-            "or several views of one (then pass views=m)."
+            f"{_who(layer)} expected contexts for {n} samples, got {told}: contexts of another "
+            "batch, or several views of one (then pass views=m)."
         )
+
+
+@contextmanager
+def contexts_of_forward(layer: Any, n: int) -> Iterator[None]:
+    """While it is open, the layer knows again what it was told in its forward pass: it runs once more in backward.
+
+    Autograd does that in a thread of its own on a GPU, and the ids of the task may be others by then.
+
+    Raises:
+        RuntimeError: what it was told is not known any longer.
+    """
+    known = layer.contexts.of_forward(n) if torch_private.recomputes_saved_tensors() else None
+    if known is None:
+        raise RuntimeError(
+            f"{_who(layer)} was run again in a backward pass, as activation checkpointing does, and which contexts its "
+            "forward pass had is not known: use_reentrant=True keeps nothing of it, or the graphs of several batches "
+            "are alive. Type checkpoint(..., use_reentrant=False) and detach what you keep of a batch, leave this "
+            "layer out of the checkpointed part, or swap with norm_args={'context': 'gate'}."
+        )
+    with _block():
+        layer.contexts.responsibilities = known
+        yield
+
+
+def _who(layer: Any) -> str:
+    name = f"ContextNorm {layer.contexts.name!r}" if layer.contexts.name else "ContextNorm"
+    return f"{name} (context={layer.context!r})"
 
 
 def as_responsibilities(ids: Tensor, k: int, name: str) -> Tensor:
@@ -174,6 +258,7 @@ def as_responsibilities(ids: Tensor, k: int, name: str) -> Tensor:
         if ids.dim() != 1:
             remedy = "ids.float()" if ids.dim() == 2 and ids.shape[1] == k > 1 else "ids.flatten()"
             raise ValueError(f"{who}: integers must have the shape (N,), got {tuple(ids.shape)}. Type {remedy}.")
+        # An index out of range would match no context, and the sample would count for none.
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
         if low < 0 or high >= k:
             raise ValueError(f"{who} must lie in [0, {k - 1}], got {low} to {high}.")
@@ -183,7 +268,8 @@ def as_responsibilities(ids: Tensor, k: int, name: str) -> Tensor:
     # Probabilities may come from a network in half precision: the sums are taken in float32.
     with torch.no_grad():
         wide = ids.float()
-        tolerance = max(4 * torch.finfo(ids.dtype).eps * k, 1e-4)  # each entry is rounded to the dtype of ids
+        # Each entry is rounded to the dtype of ids, so a row of k may be off by k roundings.
+        tolerance = max(4 * torch.finfo(ids.dtype).eps * k, 1e-4)
         valid = not ids.numel() or bool((wide >= 0).all() & ((wide.sum(1) - 1).abs() <= tolerance).all())
     if not valid:
         raise ValueError(f"{who}: probabilities must be at least 0, and each row must sum to 1.")
@@ -219,6 +305,7 @@ def set_centroids(layers: Mapping[str, Any], descriptors: Tensor, seed: int = 0)
     unfitted = []
     for layer in layers.values():
         if layer.context == "input" and layer.is_fitted():
+            # Layers with as many contexts must number them alike, also where only some were loaded from a file.
             clusters.setdefault(layer.num_contexts, (layer.centroids, layer.descriptor_scale))
         elif layer.context == "input":
             unfitted.append(layer)

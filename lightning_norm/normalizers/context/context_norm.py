@@ -10,23 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Paper
-from lightning_norm.layers.fused_specs import per_channel_spec
+from lightning_norm.layers.fused_specs import per_channel_spec, uses_running_stats
 from lightning_norm.layers.inference import double_copy, per_channel
-from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of
+from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of, contexts_of_forward
 from lightning_norm.normalizers.context.statistics import ContextStatistics
-from lightning_norm.ops import kmeans
+from lightning_norm.ops import kmeans, torch_private
 from lightning_norm.ops.fused.per_channel import GATES, PerChannelSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.torch_private import in_backward_pass
 
 MAX_FUSED_CONTEXTS = 16
 """Contexts that a kernel holds at once."""
-
-SOURCES = ("input", "ids", "gate")
-"""Where the responsibilities come from."""
-
-MISSING = ("pooled", "posterior", "error")
-"""What evaluation does where there are none."""
 
 
 class ContextNorm(ContextStatistics):
@@ -52,7 +47,7 @@ class ContextNorm(ContextStatistics):
             contexts given the layer's input, or "error". Training without contexts is always an error.
         prior_scale: multiply context k by 1 / sqrt(prior_k), as published.
         min_count: elements per channel below which a context's statistics are drawn to those of all contexts.
-        options: eps, momentum, affine, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: an unknown context or missing, a bad num_contexts or min_count, contexts of the wrong length.
@@ -87,9 +82,6 @@ class ContextNorm(ContextStatistics):
         min_count: int = 16,
         **options: Any,
     ) -> None:
-        for name, value, allowed in (("context", context, SOURCES), ("missing", missing, MISSING)):
-            if value not in allowed:
-                raise ValueError(f"ContextNorm: {name} must be one of {allowed}, got {value!r}.")
         if not min_count >= 1:
             raise ValueError(f"ContextNorm: min_count must be at least 1, got {min_count!r}.")
         self.context, self.missing, self.prior_scale, self.min_count = context, missing, prior_scale, min_count
@@ -119,9 +111,19 @@ class ContextNorm(ContextStatistics):
 
     def forward(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """Normalize the input x, by the contexts that the layer was told of its samples."""
-        if self.context != "gate" and isinstance(input, Tensor) and input.dim() > 1 and input.is_floating_point():
-            check_contexts_of(self, input.shape[0])
-        return super().forward(input, activation, residual)
+        # What is no input at all is refused by the base class, with its better message.
+        told = self.context != "gate" and isinstance(input, Tensor) and input.dim() > 1 and input.is_floating_point()
+        n = torch_private.static_shape(input)[0] if told else 0
+        compiling = torch.compiler.is_compiling()
+        if told and not compiling and in_backward_pass():
+            with contexts_of_forward(self, n):
+                return super().forward(input, activation, residual)
+        if told:
+            check_contexts_of(self, n)
+        y = super().forward(input, activation, residual)
+        if told and not compiling:
+            self.contexts.remember(y)
+        return y
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra that mixes the contexts of this input."""
@@ -142,17 +144,22 @@ class ContextNorm(ContextStatistics):
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels; what concerns the posterior is computed in PyTorch."""
         responsibilities, gated = self.contexts.responsibilities, self.context == "gate"
-        frozen, posterior = self.track_running_stats and not self.training, self.missing == "posterior"
+        frozen, posterior = self.has_running_stats and not self.training, self.missing == "posterior"
         if self.num_contexts > MAX_FUSED_CONTEXTS or (posterior and not frozen):
             return None
+        if self.prior_scale and self.has_running_stats and not uses_running_stats(self):
+            return None  # the kernels know the priors of running statistics that they read or move
         pooled = not gated and responsibilities is None
+        # The kernels give no gradient of responsibilities from outside, which probabilities of another network may
+        # want.
         needs_grad = not gated and responsibilities is not None and responsibilities.requires_grad
         if needs_grad or (pooled and posterior):
             return None
         flags = {"contexts": self.num_contexts, "prior": self.prior_scale, "gate": gated, "pooled": pooled and frozen}
         numbers = {"least": float(self.min_count)}
         spec = per_channel_spec(self, numbers, needs_moments=gated or not frozen, **flags)
-        if pooled and not frozen:  # evaluation without running statistics: the batch's, and all contexts alike
+        # Evaluation without running statistics is on the batch's, and all contexts count alike.
+        if pooled and not frozen:
             uniform = (layout.n, self.num_contexts), 1 / self.num_contexts
             responsibilities = self.prior_or_uniform().new_full(*uniform, dtype=torch.float32)
         gates = tuple(getattr(self, name, None) for name in GATES)
@@ -164,8 +171,9 @@ class ContextNorm(ContextStatistics):
 
     def eval_affine(self) -> Affine | None:
         """Return the pooled map, which evaluation without contexts is; ``None`` where contexts are always there."""
-        if self.context != "ids" or self.missing != "pooled" or not self.track_running_stats:
+        if self.context != "ids" or self.missing != "pooled" or not self.has_running_stats:
             return None
+        # In float64, because the map is folded into other layers.
         twin: Any = double_copy(self)
         return per_channel(twin.mixture(twin.running(), None), self.num_features)
 
@@ -175,7 +183,8 @@ class ContextNorm(ContextStatistics):
 
     def gate(self, m: Moments) -> Tensor:
         """Return the learned responsibilities, softmax(W mean + b), (N, K)."""
-        wide = stat_dtype(m.var)  # responsibilities whose sum is off by 1e-7 would scale the output
+        # Responsibilities whose sum is off by 1e-7 would scale the output.
+        wide = stat_dtype(m.var)
         logits = (m.mean.to(wide).unsqueeze(1) * self.gate_weight.to(wide)).sum(2) + self.gate_bias.to(wide)
         return torch.softmax(logits, 1)
 
@@ -189,13 +198,14 @@ class ContextNorm(ContextStatistics):
         if responsibilities is None and self.missing == "posterior":
             responsibilities = self.posterior(m)
         weight, bias = self.per_context_affine(wide := stat_dtype(m.var))
-        if responsibilities is None:  # in evaluation only: all contexts together as one
+        # This happens in evaluation only, where all contexts then count as one.
+        if responsibilities is None:
             prior = self.seen_prior().to(wide)
-            pooled = self.running() if self.track_running_stats else m.over_batch()
+            pooled = self.running() if self.has_running_stats else m.over_batch()
             scale = (pooled.var + self.eps).rsqrt() * (prior * weight).sum(0, keepdim=True)
             return Affine(pooled.mean, scale, (prior * bias).sum(0, keepdim=True).expand_as(scale))
         responsibilities = responsibilities.to(wide)
-        if self.training or not self.track_running_stats:
+        if self.training or not self.has_running_stats:
             contexts, pivot = self.statistics(m, responsibilities)
         else:
             contexts, _, pooled = self.running_per_context()
@@ -213,7 +223,11 @@ class ContextNorm(ContextStatistics):
         weight = ones if self.weight is None else self.weight.to(dtype)
         bias = 0 * ones if self.bias is None else self.bias.to(dtype)
         if self.prior_scale:
-            factor = self.seen_prior().to(dtype).clamp_min(0.01).rsqrt()  # at most 10, also for an unseen context
+            prior = self.seen_prior().to(dtype)
+            # A rare context has a factor of 10 at most.
+            factor = prior.clamp_min(0.01).rsqrt()
+            # A context that training has not seen has the others' factor, as it has their statistics.
+            factor = torch.where(prior > 0, factor, (prior * factor).sum())
             weight, bias = factor * weight, factor * bias
         return weight, bias
 
@@ -241,8 +255,10 @@ class ContextNorm(ContextStatistics):
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the gate to small numbers which are the same for layers of one size."""
         super().reset_parameters()
-        if hasattr(self, "gate_weight"):  # not yet while the base class is being constructed
-            generator = torch.Generator().manual_seed(0)  # every rank must start from the same gate
+        # The base class calls this before there is a gate.
+        if hasattr(self, "gate_weight"):
+            # Every rank must start from the same gate.
+            generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
                 self.gate_weight.copy_(0.01 * torch.randn(self.gate_weight.shape, generator=generator))
                 self.gate_bias.zero_()

@@ -29,6 +29,11 @@ class ContextParameters(MomentNorm):
     translated_tensors: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
     float32_buffers: ClassVar[tuple[str, ...]] = ("prior",)
     has_rows: ClassVar[bool] = True
+    published_names: ClassVar[tuple[str, ...]] = ("context_norm_layers.", "means", "variances")
+    published_remedy: ClassVar[str] = (
+        "Stack the weight, bias, running_mean and running_var of context_norm_layers.0, 1, ... into one tensor each, "
+        "(contexts, channels); the priors are constants of the authors' code."
+    )
     prior: Tensor | None
 
     def __init__(self, num_features: int, *, num_contexts: int = 3, **options: Any) -> None:
@@ -39,6 +44,7 @@ class ContextParameters(MomentNorm):
         for name in ("weight", "bias"):
             parameter = getattr(self, name)
             if parameter is not None:
+                # All contexts start alike, so that a swapped network computes what it did.
                 setattr(self, name, nn.Parameter(parameter.detach().repeat(num_contexts, 1)))
 
     def _make_running_stats(self, num_features: int, track: bool, device: Any, dtype: torch.dtype | None) -> None:
@@ -77,7 +83,8 @@ class ContextParameters(MomentNorm):
         others. Before training, when none was seen, all keep the values that they start with.
         """
         mean, var = (getattr(self, name) for name in self.running_names)
-        mean, var = mean.to(stat_dtype(mean)), var.to(stat_dtype(var))
+        copied = torch.is_grad_enabled()  # a backward pass may read them after the next update
+        mean, var = (t.to(stat_dtype(t), copy=copied) for t in (mean, var))
         # torch.where in place of a branch: no value is read back from the device, and a compiled graph serves both.
         unseen = self.unseen()
         prior = self.prior_or_uniform().to(mean.dtype).unsqueeze(1)
@@ -89,7 +96,7 @@ class ContextParameters(MomentNorm):
 
     def seen_prior(self) -> Tensor:
         """Return the prior of each context, (K, 1), sum 1; it is 0 for a context that training has not seen."""
-        return self.running_per_context()[1] if self.track_running_stats else self.prior_or_uniform().unsqueeze(1)
+        return self.running_per_context()[1] if self.has_running_stats else self.prior_or_uniform().unsqueeze(1)
 
     def running(self) -> Moments:
         """Return the running statistics of all contexts pooled, (1, C)."""
@@ -98,7 +105,7 @@ class ContextParameters(MomentNorm):
     def as_batch_norm(self) -> dict[str, Tensor]:
         """Return one BatchNorm's tensors, (C,) each: moments pooled, weight and bias averaged by the prior."""
         tensors: dict[str, Tensor] = {}
-        if self.track_running_stats:
+        if self.has_running_stats:
             pooled = self.running()
             tensors = {"running_mean": pooled.mean[0], "running_var": pooled.var[0]}
         prior = self.seen_prior()
@@ -108,6 +115,18 @@ class ContextParameters(MomentNorm):
                 tensors[name] = (prior * parameter.detach()).sum(0)
         return tensors
 
+    @torch.no_grad()
+    def follow(self, name: str, before: Tensor, now: Tensor) -> None:
+        """Move the rows of all contexts as their average was moved, variances by its factor."""
+        rows: Tensor = getattr(self, name)
+        if rows.is_meta or now.is_meta or torch.equal(before, now):
+            return
+        before, now = before.to(rows), now.to(rows)
+        if name == "running_var":
+            rows.mul_(now / before.clamp_min(torch.finfo(before.dtype).tiny))
+        else:
+            rows.add_(now - before)
+
     def take_from(self, source: nn.Module) -> None:
         """Start every context from the source's weight, bias and running statistics.
 
@@ -115,6 +134,7 @@ class ContextParameters(MomentNorm):
             ValueError: the source has another number of contexts.
         """
         super().take_from(source)
+        # From another layer with contexts each row goes to its own context, and the priors with them.
         per_context = isinstance(source, ContextParameters)
         if isinstance(source, ContextParameters) and source.num_contexts != self.num_contexts:
             raise ValueError(
@@ -126,7 +146,8 @@ class ContextParameters(MomentNorm):
             if old is None or new is None:
                 continue
             with torch.no_grad():
-                new.copy_(old)  # (C,) broadcasts to a row per context
+                # (C,) broadcasts to a row per context.
+                new.copy_(old)
             if isinstance(new, nn.Parameter):
                 new.requires_grad_(old.requires_grad)
 
@@ -134,22 +155,24 @@ class ContextParameters(MomentNorm):
         """Give the source what is not translated, and of a tensor whose rows changed their average over contexts."""
         super().return_to(source)
         averages: dict[str, Tensor] = {}
-        for name in self.translated_tensors:
+        per_context = isinstance(source, ContextParameters)
+        for name in (*self.translated_tensors, "prior") if per_context else self.translated_tensors:
             ours, theirs = getattr(self, name), getattr(source, name, None)
             # What did not change is left alone: an average of equal rows would still round.
             if ours is None or theirs is None or ours.is_meta or torch.equal(ours, theirs.to(ours).expand_as(ours)):
                 continue
-            averages = averages or self.as_batch_norm()
+            averages = averages or ({} if per_context else self.as_batch_norm())
             with torch.no_grad():
-                theirs.copy_(ours if isinstance(source, ContextParameters) else averages[name])
+                theirs.copy_(ours if per_context else averages[name])
 
-    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _translate(self, state_dict: dict[str, Any], prefix: str, strict: bool = True) -> None:
         of_batch_norm = False
         for name in self.translated_tensors:
             value = state_dict.get(prefix + name)
             if not isinstance(value, Tensor) or getattr(self, name) is None:
                 continue
             if value.numel() == self.num_features:
+                # A BatchNorm's tensor becomes the row of every context.
                 of_batch_norm = True
                 state_dict[prefix + name] = value.reshape(1, -1).repeat(self.num_contexts, 1)
             elif value.dim() == 2 and value.shape[0] != self.num_contexts:
@@ -158,7 +181,7 @@ class ContextParameters(MomentNorm):
                     f"{type(self).__name__} {self.num_contexts}. Type num_contexts={value.shape[0]}."
                 )
         # A BatchNorm's checkpoint has none of the buffers that only contexts need: they keep their starting values.
-        for name in self.float32_buffers if of_batch_norm else ():
+        for name in self.float32_buffers if of_batch_norm and strict else ():
             buffer = getattr(self, name, None)
             if buffer is not None:
                 state_dict.setdefault(prefix + name, buffer.detach().clone())

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.accumulators import AccumulationWindow
-from lightning_norm.layers.variance import unbiased
+from lightning_norm.layers.running_stats import count_batch, count_skipped, fits, is_usable
 from lightning_norm.normalizers.context.parameters import ContextParameters, pool_moments
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.moments import Moments
 
 
@@ -37,7 +38,7 @@ class ContextStatistics(ContextParameters):
         batch = m.over_batch(responsibilities)
         assert isinstance(batch.count, Tensor)
         contexts, frequency, pooled = self._shrink_small_contexts(batch)
-        if self.training and self.track_running_stats:
+        if self.moves_running_stats:
             if self.missing == "posterior":
                 between = Moments(m.mean, torch.zeros_like(m.var), 1, m.ranks).over_batch(responsibilities)
                 self._update_running_spread(between.var, frequency)
@@ -45,7 +46,7 @@ class ContextStatistics(ContextParameters):
             if not isinstance(self.accumulator, AccumulationWindow):
                 self.update_running_stats(contexts, frequency, total)
             else:
-                usable = self._usable(batch.mean, batch.var, total)
+                usable = is_usable(self, batch.mean, batch.var, total)
                 self.accumulator.add(batch.mean, batch.var, batch.count, usable)
         return contexts, pooled.mean.detach()
 
@@ -59,9 +60,11 @@ class ContextStatistics(ContextParameters):
         total = batch.count.sum()
         frequency = batch.count / total.clamp_min(1)
         pooled = pool_moments(batch.mean, batch.var, frequency)
-        borrowed = (1 - batch.count / self.min_count).clamp_min(0)  # the batch's part in the mixture
+        # This is the whole batch's part in the mixture.
+        borrowed = (1 - batch.count / self.min_count).clamp_min(0)
         distance = pooled.mean - batch.mean
         mean = batch.mean + borrowed * distance
+        # The last term is the variance between the two parts, by the law of total variance.
         var = batch.var + borrowed * (pooled.var - batch.var + (1 - borrowed) * distance.square())
         return Moments(mean, var, batch.count + borrowed * (total - batch.count)), frequency, pooled
 
@@ -76,19 +79,21 @@ class ContextStatistics(ContextParameters):
         A context as frequent as 1 / K, or more, has ``momentum``. A rarer one has in proportion less, for its few
         samples say less. The first samples of a context replace the starting values, which stand for nothing.
         """
+        # With K contexts alike each has the frequency 1 / K, and then the step is the momentum.
         step = momentum * (self.num_contexts * frequency).clamp_max(1)
         return torch.where(self.unseen(), (frequency > 0).to(step.dtype), step)
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def _update_running_spread(self, between_var: Tensor, frequency: Tensor) -> None:
         """Move the running variance of the samples' means, (K, C), which the posterior measures distances in."""
         buffer: Tensor = self.running_spread
         step = self._step_size(frequency, self.momentum or 0.1)
-        usable = torch.isfinite(between_var).all() & (frequency > 0)
+        # A context that the batch does not have keeps its spread.
+        usable = torch.isfinite(between_var.to(buffer.dtype)).all() & (frequency > 0)
         moved = torch.lerp(buffer.to(step.dtype), between_var, step)
         buffer.copy_(torch.where(usable, moved, buffer).to(buffer.dtype))
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def posterior(self, m: Moments) -> Tensor:
         r"""Return the probability of each context given the means of a sample's channels, (N, K).
 
@@ -102,9 +107,10 @@ class ContextStatistics(ContextParameters):
         contexts, prior, _ = self.running_per_context()
         var = self.running_spread.to(contexts.mean.dtype) + self.eps
         squared_distance = (m.mean.unsqueeze(1) - contexts.mean).square() / var  # (N, K, C)
+        # A context with the prior 0 has the logit -inf, and so the probability 0.
         return torch.softmax(prior[:, 0].log() - 0.5 * (squared_distance + var.log()).mean(2), 1)
 
-    @torch.no_grad()
+    @torch_private.without_gradients
     def update_running_stats(self, m: Moments, frequency: Tensor, total: Tensor, wanted: Tensor | None = None) -> None:
         """Move the running statistics towards those of this batch, each context in proportion to its frequency.
 
@@ -117,15 +123,12 @@ class ContextStatistics(ContextParameters):
             total: elements per channel in the batch.
             wanted: 0-dim; where it is false, there was no batch, and nothing counts as skipped.
         """
-        mean, var = m.mean, m.var * unbiased(m.count)
-        finite = torch.isfinite(mean + var).all() & torch.isfinite(frequency).all() & (total > 1)
+        mean, var = m.mean, m.unbiased().var
+        finite = fits(self, mean, var) & torch.isfinite(frequency).all() & (total > 1)
         assert self.prior is not None
-        assert self.num_batches_tracked is not None
-        assert self.skipped_updates is not None
-        self.num_batches_tracked.add_(finite)
-        self.skipped_updates.add_(~finite if wanted is None else wanted & ~finite)
+        batches = count_batch(self, finite).to(frequency.dtype)
+        count_skipped(self, ~finite if wanted is None else wanted & ~finite)
         momentum = self._buffers["_momentum"]
-        batches = self.num_batches_tracked.clamp_min(1).to(frequency.dtype)
         weight = 1 / batches if momentum is None else momentum.to(frequency.dtype)
         prior = torch.lerp(self.prior.to(frequency.dtype), frequency[:, 0], weight)
         if momentum is None:

@@ -115,7 +115,7 @@ class EncoderDecoderSpec:
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
         dropout = self._dropout(x, layout.c)
-        if recorded.can_record(x, self) and all(t.is_contiguous() for t in self.linears):
+        if recorded.can_record(x, self, residual) and all(t.is_contiguous() for t in self.linears):
             noise, drop_prob, seed = dropout
             of_call = noise, drop_prob, Number(seed)
             return recorded.normalize(x, self, layout.channel_dim, activation, residual, of_call)

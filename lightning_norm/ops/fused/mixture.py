@@ -136,7 +136,7 @@ class MixtureSpec:
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
-        if not self.group and recorded.can_record(x, self):
+        if not self.group and recorded.can_record(x, self, residual):
             return recorded.normalize(x, self, layout.channel_dim, activation, residual)
         y: Tensor = _Mixture.apply(
             x, self.weight, self.bias, self.w, self.v, residual, *self._statistics(x, layout), *self._frozen(),
@@ -310,7 +310,7 @@ def _fake_affine(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     moments = torch.empty_like(affine) if flags.needs_moments else affine.new_empty(0)
     batch = affine.new_empty(3, c) if flags.pools_batch else affine.new_empty(0)
     layer = affine.new_empty(3, n, flags.num_groups) if flags.pools_layer else affine.new_empty(0)
-    rank_sums = affine.new_empty((1, 1 + 2 * c) if group else (0,), dtype=torch.float64)
+    rank_sums = affine.new_empty(operators.rank_sums_shape(group, c), dtype=torch.float64)
     return moments, batch, layer, affine, rank_sums
 
 

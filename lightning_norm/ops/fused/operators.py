@@ -56,9 +56,14 @@ def from_numbers(cls: type[Flags], numbers: Sequence[float]) -> Flags:
     return cls(**{name: types[name](number) for name, number in zip(names, numbers, strict=True)})
 
 
-def over_ranks(group: str) -> Callable[[Tensor], Tensor] | None:
+def over_ranks(group: str) -> Ranks | None:
     """Return what adds a tensor up over the ranks of that name; ``None`` for the empty name, this process alone."""
-    return Ranks(group).sum if group else None
+    return Ranks(group) if group else None
+
+
+def rank_sums_shape(group: str, channels: int) -> tuple[int, ...]:
+    """Return the shape of what the ranks of that name add up for so many channels; ``(0,)`` for the empty name."""
+    return (1, 1 + Ranks(group).size * (1 + 2 * channels)) if group else (0,)
 
 
 def _moments(x: Tensor, channel_dim: int) -> Tensor:

@@ -127,7 +127,7 @@ class PerChannelSpec:
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
-        if not self.group and recorded.can_record(x, self):
+        if not self.group and recorded.can_record(x, self, residual):
             return recorded.normalize(x, self, layout.channel_dim, activation, residual)
         weight, bias, *gates = (None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
         counters = (*self.counters, *(None,) * (4 - len(self.counters)))
@@ -211,7 +211,7 @@ def _fake_affine(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     affine = operators.per_sample_and_channel(x, channel_dim, 3)
     moments = torch.empty_like(affine) if flags.needs_moments else affine.new_empty(0)
     stats, survey_out = affine.new_empty(flags.num_statistics, flags.rows, c), affine.new_empty(flags.survey_size(n))
-    rank_sums = affine.new_empty((1, 1 + 2 * c) if group else (0,), dtype=torch.float64)
+    rank_sums = affine.new_empty(operators.rank_sums_shape(group, c), dtype=torch.float64)
     return moments, stats, affine, survey_out, affine.new_empty(3, c if group else 0), rank_sums
 
 

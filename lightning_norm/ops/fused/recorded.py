@@ -64,15 +64,20 @@ def kind_of(*what: Hashable) -> object:
     return _kinds.setdefault(what, object())
 
 
-def can_record(x: Tensor, spec: Recordable) -> bool:
+def can_record(x: Tensor, spec: Recordable, residual: Tensor | None = None) -> bool:
     """Return whether the launches may be called directly: x has elements, and nobody but autograd watches."""
     return (
         not torch.compiler.is_compiling()
-        and type(x) in PLAIN
-        and x.numel() > 0
         and not torch_private.watched()
-        and all(type(t) in PLAIN for t in spec.parameters)
+        and all(type(t) in PLAIN for t in (x, residual, *spec.parameters, *spec.buffers))
+        and x.numel() > 0
+        and _is_written_out(x, residual)
     )
+
+
+def _is_written_out(*tensors: Tensor | None) -> bool:
+    """Tell whether the memory of tensors holds their values, and not the negative or nothing at all."""
+    return not any(t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors)
 
 
 def normalize(
@@ -95,7 +100,8 @@ def again(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residu
 
     What was checked then, and depends on nothing but the look of the input, is not checked again.
     """
-    if _look(x, activation, residual) not in vars(spec).get(KNOWN, ()) or torch_private.watched():
+    known = _look(x, activation, residual) in vars(spec).get(KNOWN, ())
+    if not known or torch_private.watched() or not _is_written_out(x, residual):
         return None
     y: Tensor = _Recorded.apply(x, residual, spec, channel_dim, activation, (), *spec.parameters)
     return y

@@ -13,9 +13,11 @@ from lightning_norm import Affine, BatchNorm, SwitchableNorm, normalize
 from lightning_norm.layers.running_stats import close_window, open_window
 from lightning_norm.ops import backend
 from lightning_norm.ops.fused import operators
+from lightning_norm.ops.fused.mixture import MixtureSpec
+from lightning_norm.ops.layout import layout_of
 from lightning_norm.testing.kit import REGISTRY, features, noise, statistics, step
 
-RECIPES = [
+LISTED = [
     ("bn", {}),
     ("bn", {"affine": False, "momentum": None}),
     ("in", {}),
@@ -28,6 +30,18 @@ RECIPES = [
     ("bcn", {}),
     ("bcn", {"constraint": "clamp", "affine": False}),
 ]
+
+
+def is_mixture(cls):
+    """Whether a class describes itself as a mixture, and nothing follows its normalization."""
+    layer = cls(6, **cls.test_arguments)
+    described = isinstance(layer.fused_spec(layout_of(features(4, 6, 5, 3), 6)), MixtureSpec)
+    return described and layer.depthwise_conv() is None
+
+
+OTHERS = [key for key, cls in lightning_norm.normalizers().items() if key not in dict(LISTED) and is_mixture(cls)]
+RECIPES = [*LISTED, *((key, lightning_norm.normalizers()[key].test_arguments) for key in OTHERS)]
+"""The arguments that matter to the kernels, and every further layer of this family with the arguments of its tests."""
 
 
 def pair(key, arguments, train=True, offset=0.0):

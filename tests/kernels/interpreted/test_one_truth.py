@@ -10,8 +10,8 @@ from lightning_norm.testing.kit import features
 
 
 class Halved(SwitchableNorm):
-    def _statistic(self, k, m, alone):
-        s = super()._statistic(k, m, alone)
+    def _statistic(self, k, m):
+        s = super()._statistic(k, m)
         return type(s)(s.mean / 2, s.var, s.count, s.ranks)
 
 

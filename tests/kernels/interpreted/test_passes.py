@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lightning_norm.kernels import trial
 from lightning_norm.kernels.depthwise.forward import tile_lanes
 from lightning_norm.kernels.passes import launch
 from lightning_norm.kernels.passes.forward import row_span
@@ -189,3 +190,7 @@ def test_row_of_every_element():
         t = torch.arange(launch.TILE + size)
         assert torch.equal((t * 4 * launch.magic(size)) >> 32, t // size)
         assert launch.magic(size) < 1 << 31
+
+
+def test_the_launch_for_trial():
+    trial.launch(torch.device("cpu"))

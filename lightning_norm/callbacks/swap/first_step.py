@@ -1,0 +1,116 @@
+"""After the first training step: was every swapped layer reached, and was it treated as BatchNorm is?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_norm.callbacks.lightning_compat import pl, rank_zero_warn
+from lightning_norm.errors import ConflictWarning, NotReachedWarning
+from lightning_norm.layers.base import Normalizer
+from lightning_norm.surgery.reach import Reach, tell
+from lightning_norm.surgery.recognize import has_running_stats
+from lightning_norm.surgery.report import SwapReport
+from lightning_norm.surgery.walk import names_by_module, normalizers_of
+
+SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
+"""Strategies, by parts of their names, under which a rank holds pieces of parameters."""
+
+
+class FirstStep:
+    """Watch the swapped layers until each optimizer has stepped, and name those that were not reached, once.
+
+    Batches of an accumulation window and optimizers that take turns count together. Nothing is told of a run without
+    a backward pass.
+    """
+
+    def __init__(self) -> None:
+        self._reach: Reach | None = None
+        self._stepped: set[int] = set()
+        self._epoch_is_new = self._evaluation_told = False
+
+    def start(self, pl_module: pl.LightningModule, report: SwapReport | None) -> None:
+        """Begin to watch."""
+        self.stop()
+        self._epoch_is_new, self._evaluation_told = True, False
+        layers = {} if report is None else report.replaced()
+        in_place = {id(m) for m in normalizers_of(pl_module)}
+        layers = {name: pair for name, pair in layers.items() if id(pair[0]) in in_place}
+        if layers:
+            self._reach, self._stepped = Reach(layers, hooks=not _is_compiled(pl_module)), set()
+
+    def start_epoch(self) -> None:
+        """Take note of a new epoch, in whose hooks layers may have been put in evaluation."""
+        self._epoch_is_new = True
+
+    def after_backward(self) -> None:
+        """Take note of gradients."""
+        if self._reach is not None:
+            self._reach.look_at_gradients()
+
+    def before_step(self, optimizer: Any) -> None:
+        """Take note of gradients, and of the step of an optimizer that has some."""
+        if self._reach is None:
+            return
+        self._reach.look_at_gradients()
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            self._stepped.add(id(optimizer))
+
+    def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell, once all optimizers have stepped."""
+        if self._epoch_is_new:
+            self._epoch_is_new = False
+            self._tell_of_evaluation(pl_module)
+        if self._reach is not None and len(self._stepped) >= max(1, len(trainer.optimizers)):
+            self._tell(trainer)
+
+    def end_epoch(self, trainer: pl.Trainer) -> None:
+        """Tell, where one of several optimizers has waited for a whole epoch."""
+        if self._reach is not None and self._stepped:
+            self._tell(trainer)
+
+    def stop(self) -> None:
+        """Stop to watch."""
+        if self._reach is not None:
+            self._reach.stop()
+            self._reach = None
+
+    def _tell(self, trainer: pl.Trainer) -> None:
+        assert self._reach is not None
+        sharded = any(name in type(trainer.strategy).__name__ for name in SHARDED)
+        missed = self._reach.missed(gradients=not sharded)
+        self.stop()
+        if missed:
+            rank_zero_warn(tell(missed, "the first training step"), category=NotReachedWarning)
+
+    def _tell_of_evaluation(self, pl_module: pl.LightningModule) -> None:
+        ours = [layer for layer in normalizers_of(pl_module) if layer.training and layer.origin is not None]
+        names = names_by_module(pl_module)
+        # A layer that was put in evaluation with all that is around it was not chosen by its class.
+        alone = [
+            names[child][0]
+            for parent in pl_module.modules()
+            if parent.training
+            for child in parent.children()
+            if not child.training
+            and not isinstance(child, Normalizer)
+            and has_running_stats(child)
+            and any(True for _ in child.parameters(recurse=False))
+        ]
+        if ours and alone and not self._evaluation_told:
+            self._evaluation_told = True
+            rank_zero_warn(
+                f"{len(alone)} BatchNorm layers (first: {alone[0]}) were put in evaluation one by one, and {len(ours)} "
+                "layers of this package were not: code that looks for torch's class does not find them. "
+                "lightning_norm.is_norm(module) finds both.",
+                category=ConflictWarning,
+            )
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    # A hook in a compiled network would have it compiled once more.
+    return any(
+        getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
+        for m in model.modules()
+    )

@@ -1,0 +1,72 @@
+"""A normalizer that mixes several statistics by learned weights: its parameters, and what the weights say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.layers.arguments import check_num_groups
+from lightning_norm.layers.base import MomentNorm
+
+
+class MixedNorm(MomentNorm):
+    """Abstract: mean and variance are mixtures of statistics, with weights that :meth:`weights` makes of parameters.
+
+    ``mean_weight`` and ``var_weight`` have an entry for each of ``choices`` and start at 1.
+
+    Args:
+        num_features: channels.
+        choices: which statistics are mixed: "in", "ln", "bn", "gn".
+        num_groups: for "gn".
+        options: see :class:`MomentNorm`.
+
+    Raises:
+        ValueError: no choices, or groups that do not divide the channels.
+    """
+
+    extra_parameters: ClassVar[dict[str, str]] = {"mean_weight": "3", "var_weight": "3"}
+    mean_weight: nn.Parameter
+    var_weight: nn.Parameter
+
+    def __init__(self, num_features: int, *, choices: Sequence[str], num_groups: int, **options: Any) -> None:
+        name = type(self).__name__
+        if not choices:
+            raise ValueError(f"{name}: choices must name at least one statistic, got none.")
+        self.choices = tuple(choices)
+        if "bn" not in choices:
+            # Running statistics that nobody reads would still be saved, synchronized and shown.
+            options["track_running_stats"] = False
+        super().__init__(num_features, **options)
+        self.num_groups = check_num_groups(name, num_features, num_groups) if "gn" in choices else num_groups
+        self._add_parameters(options, mean_weight=(len(choices),), var_weight=(len(choices),))
+
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return 1 for every entry: all statistics count alike."""
+        return {"mean_weight": 1.0, "var_weight": 1.0}
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """Return the weights of the statistics, non-negative with sum 1, given ``mean_weight`` or ``var_weight``."""
+        raise NotImplementedError(f"{type(self).__name__} must define weights(self, logits: Tensor) -> Tensor.")
+
+    @torch.no_grad()
+    def importance(self) -> dict[str, Tensor]:
+        """Return the importance weights of means and variances, each (len(choices),), in the order of ``choices``."""
+        return {"mean": self.weights(self.mean_weight), "var": self.weights(self.var_weight)}
+
+    def monitor(self) -> dict[str, Tensor]:
+        """Return the importance weights one by one: ``mean_in``, ``mean_ln``, ..., ``var_bn``."""
+        return {f"{q}_{k}": w[i] for q, w in self.importance().items() for i, k in enumerate(self.choices)}
+
+    def evaluates_on_running_stats(self) -> bool:
+        """Tell whether all importance is on the batch statistics."""
+        at = self.choices.index("bn") if "bn" in self.choices and self.has_running_stats else None
+        return at is not None and all(float(w[at]) == 1 for w in self.importance().values())
+
+    def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
+        """Return the choices behind a checkpoint's weights."""
+        known = {2: '("in", "ln") or, for the authors\' 1d layer, ("ln", "bn")', 3: '("in", "ln", "bn")'}
+        fit = known.get(tensor.numel(), f"the {tensor.numel()} statistics of the checkpoint")
+        return f"choices={fit} in place of {self.choices}" if name in self.extra_parameters else ""

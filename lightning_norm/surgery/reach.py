@@ -1,0 +1,157 @@
+"""Whether the layers of a swap are reached: they run in a training step, and their parameters get gradients.
+
+Code may keep a layer beside the attribute that a swap writes to, in a list, a closure or as a bound method, or use its
+tensors by itself. The layer that was replaced then goes on computing, and the new one learns nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.layers.base import Normalizer
+
+
+class Reach:
+    """Watch layers through a training step.
+
+    Args:
+        layers: name -> the layer, and the module that it has replaced.
+        hooks: see which layers run; otherwise only which parameters have gradients.
+    """
+
+    def __init__(self, layers: Mapping[str, tuple[Normalizer, nn.Module]], *, hooks: bool = True) -> None:
+        self.layers = dict(layers)
+        self.hooks = hooks
+        self.ran: set[int] = set()
+        self.learning: set[int] = set()
+        # A replacement has the dictionaries of hooks of what it replaces: a hook on either is called for both.
+        watched = [layer for layer, _ in self.layers.values()] if hooks else []
+        self._handles = [layer.register_forward_hook(self._see) for layer in watched]
+
+    def _see(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.ran.add(id(module))
+
+    def look_at_gradients(self) -> bool:
+        """Take note of the parameters that have a gradient now, and tell whether any has one."""
+        parameters = [p for layer, _ in self.layers.values() for p in layer.parameters()]
+        self.learning |= {id(p) for p in parameters if p.grad is not None}
+        return bool(self.learning)
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def missed(self, *, gradients: bool = True) -> dict[str, str]:
+        """Return the layers that were not reached: name -> what happened in their place.
+
+        Args:
+            gradients: look at them too; parameters that are split over ranks have none of their own.
+        """
+        reasons = {name: self._why(*pair, gradients) for name, pair in self.layers.items()}
+        return {name: why for name, why in reasons.items() if why}
+
+    def _why(self, layer: Normalizer, replaced: nn.Module, gradients: bool) -> str:
+        trainable = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+        silent = [n for n, p in trainable.items() if id(p) not in self.learning]
+        if id(replaced) in self.ran:
+            also = "as well" if id(layer) in self.ran else "in its place"
+            return f"the {type(replaced).__name__} that it has replaced ran {also}: a list, dict or closure holds that"
+        if self.hooks and id(layer) not in self.ran:
+            if len(silent) < len(trainable):
+                return "did not run, and code that uses its tensors did: a bound method, or a call of a function"
+            return "did not run: this step does not use it, or calls a bound method of what it has replaced"
+        return f"ran, and {', '.join(silent)} got no gradient" if gradients and silent else ""
+
+
+def tell(missed: Mapping[str, str], when: str) -> str:
+    """Return the text of a warning that names layers which were not reached.
+
+    >>> tell({"bn1": "did not run"}, "the first training step").partition(". ")[0]
+    '1 layer of the swap learned nothing in the first training step: bn1 (did not run)'
+    """
+    kinds: dict[str, list[str]] = {}
+    for name, why in missed.items():
+        kinds.setdefault(why, []).append(name)
+    named = "; ".join(f"{', '.join(names)} ({why})" for why, names in kinds.items())
+    return (
+        f"{len(missed)} layer{'s' * (len(missed) > 1)} of the swap learned nothing in {when}: {named}. Call layers by "
+        "the attribute of their parent, self.bn(x), when they are used; exclude those that are not to be swapped."
+    )
+
+
+def check_reach(
+    layers: Mapping[str, tuple[Normalizer, nn.Module]], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Run a model forward and backward in training, and return what :meth:`Reach.missed` says.
+
+    Parameters, buffers, gradients, modes and random states are afterwards what they were.
+
+    Args:
+        layers: as for :class:`Reach`.
+        model: the model.
+        args: what it is called with; a function by itself is called with the model, and returns outputs or a loss.
+        kwargs: likewise.
+    """
+    reach = Reach(layers)
+    with _unchanged(model), torch.enable_grad():
+        try:
+            model.train()
+            is_function = len(args) == 1 and callable(args[0]) and not isinstance(args[0], (Tensor, nn.Module))
+            outputs = args[0](model) if is_function else model(*args, **kwargs)
+            # A random weighting: the plain sum of normalized outputs has gradients of zero, which are gradients, and
+            # may be cancelled by autograd where a constant is left.
+            losses = [(t * torch.randn_like(t)).sum() for t in _floating(outputs) if t.requires_grad]
+            if losses:
+                torch.autograd.backward(losses)
+            reach.look_at_gradients()
+        finally:
+            reach.stop()
+    return reach.missed()
+
+
+def _floating(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        if outputs.is_floating_point():
+            yield outputs
+    elif isinstance(outputs, Mapping):
+        yield from (t for value in outputs.values() for t in _floating(value))
+    elif isinstance(outputs, (list, tuple)):
+        yield from (t for value in outputs for t in _floating(value))
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore the model's tensors, gradients and modes, and the random states."""
+    modes = [(module, module.training) for module in model.modules()]
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [(t, t.detach().clone(), t.grad) for t in tensors]
+    # A forward may put another tensor in a buffer's place.
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    devices = {t.device for t in tensors if t.device.type == "cuda"}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=list(devices)):
+        for t in tensors:
+            t.grad = None
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for module, before in buffers:
+                module._buffers.update(before)
+            with torch.no_grad():
+                for t, value, grad in values:
+                    t.grad = grad
+                    if not torch.equal(t, value):
+                        t.copy_(value)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

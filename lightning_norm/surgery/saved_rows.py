@@ -1,0 +1,99 @@
+"""The rows of a manifest or a plan: every one is checked before anything of a file is used."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_norm.ops.backend import BACKENDS
+from lightning_norm.ops.sync import check_group
+
+
+class BadRowError(ValueError):
+    """What is wrong with a row, for a message that begins with the file and the row."""
+
+
+def checked_rows(rows: Any, where: str, error: type[Exception], *, may_stay: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of a file with every norm as ``{"class_path": ..., "init_args": {...}}``.
+
+    Args:
+        rows: what the file has under ``layers``.
+        where: the file, for messages.
+        error: what to raise.
+        may_stay: a row may have no norm, which leaves its layer alone.
+
+    Raises:
+        error: the file, the row and the entry that is wrong.
+    """
+    if not isinstance(rows, list):
+        raise error(f"{where}: layers must be a list of rows, got {reprlib.repr(rows)}.")
+    checked: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for number, row in enumerate(rows):
+        try:
+            checked.append(_checked_row(row, seen, may_stay))
+        except ValueError as bad:
+            name = f" ({row['name']!r:.80})" if isinstance(row, Mapping) and isinstance(row.get("name"), str) else ""
+            raise error(f"{where}, row {number}{name}: {bad}") from bad
+    return checked
+
+
+def _checked_row(row: Any, seen: set[str], may_stay: bool) -> dict[str, Any]:
+    needed = ("name", "source", "norm")
+    if not isinstance(row, Mapping) or any(entry not in row for entry in needed):
+        raise BadRowError(f"a row without {', '.join(needed)}: {reprlib.repr(row)}.")
+    for entry, (kind, what) in _KINDS.items():
+        if entry in row and not kind(row[entry]):
+            raise BadRowError(f"{entry} must be {what}, got {reprlib.repr(row[entry])}.")
+    names = [row["name"], *row.get("also", ())]
+    for name in names:
+        if name in seen:
+            raise BadRowError(f"a second row for {name!r}. Take one of the two out.")
+    seen |= {*names}
+    norm = None if may_stay and row["norm"] is None else _checked_norm(row["norm"], "norm")
+    before = [_checked_norm(each, "before") for each in row.get("before") or ()]
+    if (group := (row.get("options") or {}).get("sync_group")) is not None:
+        check_group(group)
+    return {**row, "norm": norm, "before": before}
+
+
+def _checked_norm(norm: Any, entry: str) -> dict[str, Any]:
+    spec = {"class_path": norm} if isinstance(norm, str) else norm
+    arguments = spec.get("init_args") if isinstance(spec, Mapping) else None
+    named = isinstance(spec, Mapping) and isinstance(spec.get("class_path"), str) and bool(spec["class_path"])
+    if not named or not isinstance(arguments, (Mapping, type(None))) or not all(_is_text(k) for k in arguments or ()):
+        raise BadRowError(f"{entry} must be {{class_path: sn, init_args: {{...}}}}, got {reprlib.repr(norm)}.")
+    return {"class_path": spec["class_path"], "init_args": dict(arguments or {})}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_options(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    flags = (value[name] for name in ("sync", "compile") if name in value)
+    return all(map(_is_bool, flags)) and value.get("backend", "auto") in BACKENDS
+
+
+# Entries that are not here are for readers of the file alone.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (_is_text, "the dotted name of a layer"),
+    "also": (lambda v: isinstance(v, (list, tuple)) and all(map(_is_text, v)), "a list of names"),
+    "source": (_is_text, "the name of a class"),
+    "before": (lambda v: isinstance(v, (list, tuple)), "a list of norms"),
+    "num_features": (lambda v: v is None or (type(v) is int and v > 0), "a positive int"),
+    "options": (
+        _are_options,
+        f"a mapping of sync and compile (true or false), sync_group, backend (one of {BACKENDS})",
+    ),
+    "sync": (_is_bool, "true or false"),
+    "compiled": (_is_bool, "true or false"),
+    "backend": (lambda v: isinstance(v, str) and v.partition(":")[0] in BACKENDS, f"one of {BACKENDS}"),
+}
