@@ -133,8 +133,10 @@ class RunningStats(nn.Module):
 def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
     """Return the running mean, and the running variance or standard deviation, as (1, C)."""
     mean, var = (layer.get_buffer(name).unsqueeze(0) for name in layer.running_names)
-    # Copies where a backward pass may read them after the next batch has moved the buffers.
-    return (mean.clone(), var.clone()) if torch.is_grad_enabled() else (mean, var)
+    # Copies where a backward pass may read them after the next batch has moved the buffers; always in a graph of
+    # torch.jit.trace, which is checked without gradients and must come out the same.
+    copied = torch.is_grad_enabled() or torch_private.is_traced()
+    return (mean.clone(), var.clone()) if copied else (mean, var)
 
 
 @torch_private.without_gradients
