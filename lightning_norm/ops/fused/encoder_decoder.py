@@ -107,6 +107,18 @@ class EncoderDecoderSpec:
         )  # fmt: skip
         return dx, dresidual, [dweight, dbias, *(None,) * 4, *dlinears], (dgates,)
 
+    def operator_backward(
+        self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Run the backward pass as one operator."""
+        weight, gates, linears, (channel_dim, activation) = parameters[0], parameters[2:6], parameters[6:], how
+        noise, drop_prob, seed = buffers
+        dx, (dweight, dbias, dgates, *dlinears), dresidual = ops.encoder_decoder_gradients(
+            dy, x, *stats, linears, gates, weight, noise, drop_prob, int(seed), residual, channel_dim,
+            to_numbers(self.flags), self.eps, activation, need_dx,
+        )  # fmt: skip
+        return dx, dresidual, [dweight, dbias, *dgates, *dlinears]
+
     def unpack(self, gradients: list[Any], packed: Tensor) -> None:
         """Write the gradients of the four gates."""
         for i, (gate, g) in enumerate(zip(self.gates, torch.split(packed[:4], 1), strict=True)):

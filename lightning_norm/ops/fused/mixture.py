@@ -131,6 +131,17 @@ class MixtureSpec:
         )  # fmt: skip
         return dx, dresidual, of_parameters, ()
 
+    def operator_backward(
+        self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Run the backward pass as one operator."""
+        (weight, _, w, v), (channel_dim, activation) = parameters, how
+        dx, *of_parameters, dresidual = ops.mixture_gradients(
+            dy, x, *stats, weight, w, v, *buffers, residual, channel_dim, to_numbers(self.flags), self.eps,
+            activation, need_dx, "",
+        )  # fmt: skip
+        return dx, dresidual, of_parameters
+
     def unpack(self, gradients: list[Any], packed: Tensor) -> None:
         """Do nothing: each gradient is a tensor of its own."""
 
@@ -226,6 +237,15 @@ class RecordedDepthwise:
             dy, x, MixtureStatistics(*stats), parameters[0], buffers, flags, eps, need_dx
         )  # fmt: skip
         return dx, None, of_parameters, ()
+
+    def operator_backward(
+        self, dy: Tensor, x: Tensor, residual: None, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Run the backward pass as one operator."""
+        dx, *of_parameters = ops.apply_depthwise_gradients(
+            dy, x, *stats, parameters[0], *buffers, to_numbers(self.mixture.flags), self.mixture.eps, need_dx, ""
+        )
+        return dx, None, of_parameters
 
     def unpack(self, gradients: list[Any], packed: Tensor) -> None:
         """Do nothing: each gradient is a tensor of its own."""

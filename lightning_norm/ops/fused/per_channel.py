@@ -122,6 +122,17 @@ class PerChannelSpec:
         shaped = [g if t is None else g.view(t.shape) for g, t in zip(of_parameters, parameters, strict=True)]
         return dx, dresidual, shaped, ()
 
+    def operator_backward(
+        self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Run the backward pass as one operator."""
+        (weight, bias, *gates), (channel_dim, activation) = parameters, how
+        dx, *of_parameters, dresidual = ops.per_channel_gradients(
+            dy, x, *stats, weight, bias, gates, buffers[0], residual, channel_dim, to_numbers(self.flags),
+            to_numbers(self.numbers), activation, need_dx, "",
+        )  # fmt: skip
+        return dx, dresidual, of_parameters
+
     def unpack(self, gradients: list[Any], packed: Tensor) -> None:
         """Do nothing: each gradient is a tensor of its own."""
 

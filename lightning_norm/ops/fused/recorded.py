@@ -55,6 +55,10 @@ class Recordable(Protocol):
         cut.
         """
 
+    @property
+    def operator_backward(self) -> Callable[..., tuple[Tensor, Tensor | None, Sequence[Tensor | None]]]:
+        """What :meth:`launch_backward` returns but for the last, by the operator that launches the same."""
+
     def unpack(self, gradients: list[Any], packed: Tensor) -> None:
         """Write the gradients of several parameters that lie in one tensor into the list."""
 
@@ -151,8 +155,12 @@ class _Recorded(torch.autograd.Function):
         x, residual, kept, *saved = ctx.saved_tensors
         need_dx, need_dresidual, _, _, _, _, *need = ctx.needs_input_grad
         spec, how, buffers, forward = ctx.spec, ctx.how, ctx.buffers, ctx.plan
-        dy = dense(grads[0], x)
         parameters = saved[: ctx.n]
+        if torch_private.is_batched(grads[0]) or torch_private.watched() or type(grads[0]) not in PLAIN:
+            return _by_operator(ctx, grads[0], x, residual, kept, saved)
+        dy = dense(grads[0], x)
+        if not _is_written_out(dy):
+            dy = torch.empty_like(dy).copy_(dy)
         inputs = (x, dy, residual, kept, *saved, *buffers)
         key, pointers = launcher.key_of((forward, need_dx, *need), inputs)
 
@@ -175,3 +183,19 @@ class _Recorded(torch.autograd.Function):
         if need_dresidual and residual is None:
             dresidual = grads[0]
         return (dx, dresidual, None, None, None, None, *gradients)
+
+
+def _by_operator(
+    ctx: Any, dy: Tensor, x: Tensor, residual: Tensor | None, kept: Tensor, saved: list[Any]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients where somebody watches the backward pass, or where there are many gradients in one."""
+    parameters, (need_dx, need_dresidual, _, _, _, _, *need) = saved[: ctx.n], ctx.needs_input_grad
+    dx, dresidual, gradients = ctx.spec.operator_backward(
+        dy, x, residual, ctx.plan.views(kept), parameters, (*saved[ctx.n :], *ctx.buffers), need_dx, *ctx.how
+    )
+    shaped = [
+        g.view(t.shape).to(t.dtype) if needed and g is not None and t is not None else None
+        for g, t, needed in zip(gradients, parameters, need, strict=True)
+    ]
+    dresidual = dy if residual is None else dresidual
+    return (dx if need_dx else None, dresidual if need_dresidual else None, *(None,) * 4, *shaped)
