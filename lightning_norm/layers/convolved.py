@@ -94,14 +94,9 @@ class ConvolvedNorm(MomentNorm):
     def _torch_conv(self) -> nn.Module:
         """Return the convolution as torch's layer, with this layer's parameters."""
         kind, c = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[self.spatial_dims], self.num_features
-        where: dict[str, Any] = {
-            "device": self.kernel.device,
-            "dtype": self.kernel.dtype,
-            "bias": self.bias is not None,
-        }
-        conv = kind(
-            c, c, self.kernel_size, padding=self.kernel_size // 2, groups=c, bias=self.bias is not None, **where
-        )
+        where: dict[str, Any] = {"device": self.kernel.device, "dtype": self.kernel.dtype}
+        options: dict[str, Any] = {"padding": self.kernel_size // 2, "groups": c, "bias": self.bias is not None}
+        conv = kind(c, c, self.kernel_size, **options, **where)
         conv.weight, conv.bias = self.kernel, self.bias
         return conv
 

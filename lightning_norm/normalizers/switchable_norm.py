@@ -94,12 +94,12 @@ class SwitchableNorm(MixedNorm):
             return m
         s = {"ln": m.over_channels, "gn": lambda: m.over_channels(self.num_groups), "bn": m.over_batch}[k]()
         # In the authors' 1d layer the variance is unbiased over the only axis that there is.
-        s = s.unbiased() if self.correction and m.count == 1 else s
+        s = s.unbiased() if self.correction and _is_one(m.count) else s
         return self.track(s) if k == "bn" else s
 
     def weights(self, logits: Tensor, count: int | Tensor = 2) -> Tensor:
         """Return w or w', (len(choices),); 0 for "in" where one element per sample and channel has no variance."""
-        if count == 1 and "in" in self.choices and len(self.choices) > 1:
+        if _is_one(count) and "in" in self.choices and len(self.choices) > 1:
             return without_entry(self.weights, logits, self.choices.index("in"))
         logits = logits.to(at_least_float32(logits.dtype))
         return sparsestmax(logits, self.scheduled("radius")) if self.sparse else torch.softmax(logits, 0)
@@ -144,3 +144,8 @@ class SwitchableNorm(MixedNorm):
             return {"correction": 1}
         flat = isinstance(tensors[0], Tensor) and tensors[0].dim() == 2
         return {"choices": ("ln", "bn") if flat or tensors[1] is not None else ("in", "ln"), "correction": 1}
+
+
+def _is_one(count: int | Tensor) -> bool:
+    """Tell whether a map has one element; a graph of ``torch.jit.trace`` counts anew and has no branch."""
+    return isinstance(count, int) and count == 1

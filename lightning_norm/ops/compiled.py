@@ -80,7 +80,9 @@ def _graph_key_of(layer: nn.Module) -> Hashable:
     key: Hashable = vars(layer).get(GRAPH_KEY)
     if key is not None:
         return key
-    plain = tuple(v for v in vars(layer).values() if isinstance(v, (bool, int, float, str, tuple, type(None))))
+    kinds = (bool, int, float, str, tuple, type(None))
+    # A layer's place in the model is in its messages only.
+    plain = tuple(v for name, v in vars(layer).items() if name != "place" and isinstance(v, kinds))
     # A frozen parameter has another backward pass, so requires_grad is part of the key.
     tensors = (*layer._parameters.values(), *layer._buffers.values())
     dtypes = tuple(None if t is None else (t.dtype, t.requires_grad) for t in tensors)
