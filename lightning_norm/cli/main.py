@@ -105,6 +105,8 @@ def _main(argv: Sequence[str] | None) -> None:
         sys.path.insert(0, here)
     try:
         _run(COMMANDS[name], arguments)
+    except BrokenPipeError:
+        raise  # main() tells a reader that has left from any other pipe
     except Exception as error:
         cause = _raised_by_this_package(error)
         if cause is None or os.environ.get(TRACEBACK):

@@ -130,13 +130,19 @@ class RunningStats(nn.Module):
         return self
 
 
+def reads_copies() -> bool:
+    """Tell whether a forward pass must read copies of the running statistics.
+
+    It must where a backward pass may need them after the next batch has moved the buffers; and always in a graph of
+    ``torch.jit.trace``, which is checked without gradients and must come out the same.
+    """
+    return torch.is_grad_enabled() or torch_private.is_traced()
+
+
 def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
     """Return the running mean, and the running variance or standard deviation, as (1, C)."""
     mean, var = (layer.get_buffer(name).unsqueeze(0) for name in layer.running_names)
-    # Copies where a backward pass may read them after the next batch has moved the buffers; always in a graph of
-    # torch.jit.trace, which is checked without gradients and must come out the same.
-    copied = torch.is_grad_enabled() or torch_private.is_traced()
-    return (mean.clone(), var.clone()) if copied else (mean, var)
+    return (mean.clone(), var.clone()) if reads_copies() else (mean, var)
 
 
 @torch_private.without_gradients

@@ -201,7 +201,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         assert threshold is not None
         tracked = 0 if self.num_batches_tracked is None else self.num_batches_tracked
         # Few updates make running statistics too poor to normalize by; and no layer may skip for ever.
-        may_skip = (torch.as_tensor(tracked) >= self.min_updates) & (self.skipped_in_a_row < self.max_skip)
+        may_skip = (tracked >= self.min_updates) & (self.skipped_in_a_row < self.max_skip)
         condensed = (similarity > threshold) & may_skip
         defined = similarity.isfinite()
         if not torch_private.is_captured(self.condensation):  # no state_dict holds it

@@ -54,7 +54,8 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
     p = sparsemax(z)
     if radius is None:
         return p
-    square = (radius if isinstance(radius, Tensor) else torch.tensor(radius)).to(z).square()
+    # As float64 first: a number has more digits than the default dtype.
+    square = (radius if isinstance(radius, Tensor) else torch.tensor(radius, dtype=torch.float64)).to(z).square()
     support = p > 0
     centre = support.to(z.dtype) / support.sum()
     # Each step loses an entry or changes nothing, so that K - 1 are enough whatever the values are.

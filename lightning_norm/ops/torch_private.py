@@ -59,6 +59,8 @@ def is_update_bn() -> bool:
 
     It looks for subclasses of torch's BatchNorm, ends in silence where there are none, and has no hook.
     """
+    if _is_compiling():  # no graph holds a frame
+        return False
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_name in ("modules", "named_modules"):
         frame = frame.f_back  # type: ignore[assignment]

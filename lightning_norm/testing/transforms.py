@@ -71,10 +71,12 @@ def traced(make: Make) -> None:
     for training in (False, True):
         layer = wide(make, training)
         network = nn.Sequential(copy.deepcopy(layer))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", TracerWarning)
+        # Recorded, for torch goes on after a warning that is an error, with the exception set.
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             program = seeded(torch.jit.trace, network, sample(), check_trace=False)
+        frozen = [f"{w.filename}:{w.lineno}: {w.message}" for w in caught if issubclass(w.category, TracerWarning)]
+        assert not frozen, "the graph holds constants:\n" + "\n".join(frozen)
         program.load_state_dict({f"0.{name}": value for name, value in layer.state_dict().items()}, strict=False)
         for shape in ((3, C, 4, 3), (7, C, 6, 5)):
             x = sample(*shape, seed=9)

@@ -5,6 +5,9 @@ import functools
 import inspect
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,8 @@ from lightning_norm import (
 )
 from lightning_norm.callbacks.patching import Patch, Patches, is_patched
 from tests.callbacks.toy import LateNet, Net, loader, trainer
+
+ROOT = Path(__file__).parents[2]
 
 
 class Thing:
@@ -226,14 +231,14 @@ def test_construction_and_load_from_checkpoint_leave_no_trace(tmp_path):
     assert traces(model, runner, runner.strategy) == before
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork"])
-def test_processes_that_a_strategy_starts(strategy):
+def train_in_forked_processes():
+    """Check that nothing is left behind; in a process without other threads, whose locks a fork would never get."""
     from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
     before = dict(vars(_MultiProcessingLauncher))
     swap, model = NormSwap("sn"), Net()
     swap.swap_before_launch(model)
-    runner = trainer(swap, strategy=strategy, devices=2)
+    runner = trainer(swap, strategy="ddp_fork", devices=2)
     objects = (model, runner, runner.strategy, runner.strategy.launcher, *runner.callbacks)
     methods = traces(*objects)
     runner.fit(model, loader())
@@ -241,3 +246,10 @@ def test_processes_that_a_strategy_starts(strategy):
     assert dict(vars(_MultiProcessingLauncher)) == before
     assert not torch.equal(model.net[1].mean_weight, torch.ones(3))
     assert os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def test_processes_that_a_strategy_starts():
+    code = "from tests.callbacks.test_patching import train_in_forked_processes as train; train()"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200)
+    assert run.returncode == 0, run.stderr

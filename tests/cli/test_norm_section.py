@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_norm import NormMonitor, NormScheduler, NormSwap, SwitchableNorm
-from lightning_norm.cli import compare
 from lightning_norm.cli.main import main
 from lightning_norm.cli.norm_cli import NormCLI
 from tests.callbacks.toy import Net, loader
@@ -262,38 +261,3 @@ def test_a_mistake_is_told(arguments, said, capfd):
     message = capfd.readouterr().err
     assert said in message
     assert "Traceback" not in message
-
-
-def test_compare_takes_the_job_and_the_section(monkeypatch, capsys):
-    made = []
-    monkeypatch.setattr(compare, "NormSwap", lambda *args, **kwargs: made.append(NormSwap(*args, **kwargs)) or made[-1])
-    config = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
-    config["trainer"]["max_epochs"] = 1
-    config["model"] = {"class_path": "ImageClassifier", "init_args": {"weight_decay": 0.25}}
-    Path("job.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    options = ["--norms", "bn,sn,bcn", "--seeds", "1", "--limit", "1", "--batch-size", "4", "--accelerator", "cpu"]
-    main(["compare", "--config", "job.yaml", *options])
-    assert [(s.options.norm, s.options.norm_args, s.options.exclude) for s in made] == [
-        ("sn", {"momentum": 0.05}, ["downsample.1"]),
-        ("bcn", None, ["downsample.1"]),
-    ]
-    assert "+102" in capsys.readouterr().out  # 17 layers of sn
-    runs = Path("compare/runs.csv").read_text(encoding="utf-8")
-    assert runs.count('""weight_decay"": 0.25') == 3
-    assert ",1,4,0.05," in runs  # epochs of the file, batch size of the command line
-    with pytest.raises(SystemExit):  # the same folder, another section
-        main(["compare", *options, "--epochs", "1"])
-
-
-@pytest.mark.parametrize(
-    ("section", "said"),
-    [
-        ({"norm": "sn"}, "compare trains ImageClassifier"),
-        ({"rules": {".*": "sn"}}, "compare takes norms by their keys"),
-    ],
-)
-def test_compare_refuses_other_jobs_and_rules(section, said, capfd):
-    more = {} if "norm" in section else {"model": "ImageClassifier", "data": "Digits", "optimizer": None}
-    with pytest.raises(SystemExit):
-        main(["compare", "--config", config_file(section, **more)])
-    assert said in capfd.readouterr().err

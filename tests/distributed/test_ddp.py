@@ -44,11 +44,11 @@ def test_two_ranks_train_as_one_on_the_kernels(key, tmp_path):
 
 @pytest.mark.slow  # test_agree.py is quicker
 def test_ranks_that_disagree_on_the_swap_are_told_at_setup():
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.disagree"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.disagree_at_setup"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
-    plan = r"\(plan \w{8}"
-    expected = rf"ranks disagree on the swap: rank 0 has 3 layers {plan}\), rank 1 has 2 {plan}; missing there: late"
+    plan = r"layers \(hash \w{8}"
+    expected = rf"ranks disagree on the swap: rank 0 has 3 {plan}\), rank 1 has 2 \(hash \w{{8}}; missing there: late"
     assert re.search(expected, done.stderr)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm
-from lightning_norm.ops import torch_private
+from lightning_norm.layers.running_stats import reads_copies
 from lightning_norm.ops.layout import at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Moments
 
@@ -84,9 +84,7 @@ class ContextParameters(MomentNorm):
         others. Before training, when none was seen, all keep the values that they start with.
         """
         mean, var = (getattr(self, name) for name in self.running_names)
-        # A backward pass may read them after the next update; see running_buffers() on torch.jit.trace.
-        copied = torch.is_grad_enabled() or torch_private.is_traced()
-        mean, var = (t.to(stat_dtype(t), copy=copied) for t in (mean, var))
+        mean, var = (t.to(stat_dtype(t), copy=reads_copies()) for t in (mean, var))
         # torch.where in place of a branch: no value is read back from the device, and a compiled graph serves both.
         unseen = self.unseen()
         prior = self.prior_or_uniform().to(mean.dtype).unsqueeze(1)

@@ -223,7 +223,7 @@ def test_a_subclass_that_drops_otherwise_is_not_given_the_recipe():
     class Whole(lightning_norm.AdaptiveFusionNorm):
         key = ""
 
-        def drop(self, statistics):
+        def drop_statistics(self, statistics):
             return statistics * 2
 
     ours, _ = pair("afn", PLAIN)
