@@ -53,6 +53,11 @@ class Number(int):
     slot = -1
 
 
+def is_recording() -> bool:
+    """Tell whether this thread records a call, in which nothing may be computed but by launches."""
+    return _thread.launches is not None
+
+
 def launch(kernel: Any, *grid: int) -> Callable[..., Any]:
     """Return what launches a kernel on a grid; while a call is recorded, what writes the launch down."""
     if _thread.launches is None:
@@ -191,9 +196,13 @@ def key_of(kind: Hashable, inputs: Sequence[Any]) -> tuple[Hashable, list[int]]:
 
     Args:
         kind: what the launch code looks at beside its tensors.
-        inputs: tensors, numbers and ``None``; the first is x, and others that have elements of x have its strides.
+        inputs: tensors, numbers and ``None``; the first is x, those like x have its strides, all others none but 1.
+
+    Raises:
+        RuntimeError: the tensors are on more than one device, where a kernel would read an address that is not its.
     """
     x = inputs[0]
+    device = x.get_device()
     pointers, dtypes, misaligned = [], [], 0
     for t in inputs:
         if t is None:
@@ -203,11 +212,16 @@ def key_of(kind: Hashable, inputs: Sequence[Any]) -> tuple[Hashable, list[int]]:
             pointers.append(t)
             dtypes.append(int)
         else:
+            if t.get_device() != device:
+                raise RuntimeError(
+                    f"all tensors of a layer must be on the device of its input, {x.device}, got one on {t.device}. "
+                    f"Type layer.to({str(x.device)!r})."
+                )
             pointer = t.data_ptr()
             misaligned |= pointer
             pointers.append(pointer)
             dtypes.append(t.dtype)
-    key = (kind, x.get_device(), x.shape, x.stride(), tuple(dtypes))
+    key = (kind, device, x.shape, x.stride(), tuple(dtypes))
     # Nearly always all are multiples of 16.
     return (key if misaligned & 15 == 0 else (key, *(p & 15 for p in pointers))), pointers
 
@@ -257,6 +271,8 @@ def _plan(own: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | No
     for slot, t in enumerate(outputs, len(own)):
         made.append(_output(t, own[0]) if t is not None and t.numel() and _storage(t) in used else None)
         if t is not None and made[-1] is not None:
+            assert _storage(t) not in storages, "an output that is an input, or a part of another output"
+            assert t.storage_offset() == 0
             storages[_storage(t)] = (slot, 0) if made[-1].like_x else (last + 2, 4 * size)
             size += 0 if made[-1].like_x else t.numel() + -t.numel() % 4
     sizes = _fill(storages, keep, last), _fill(storages, passed, last + 1), size

@@ -66,6 +66,9 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     fused_spec_varies: bool = False
     """``fused_spec`` looks at more than the shape of x and the layer's attributes and tensors."""
 
+    fused_spec_key: Any = None
+    """What else ``fused_spec`` looks at, such as the value of a tensor, where that is an object with a hash."""
+
     registry: ClassVar[dict[str, type[Normalizer]]] = {}
 
     num_features: int

@@ -7,13 +7,14 @@ arguments that the kernels do not know, and then the algebra runs as written.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_norm.kernels.mixture.flags import MixtureFlags
 from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
+from lightning_norm.layers.running_stats import reads_copies
 from lightning_norm.ops.fused import recorded
 from lightning_norm.ops.fused.mixture import CONVOLVED, MixtureSpec, Running
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
@@ -32,24 +33,50 @@ class _Specs(dict[Any, Any]):
         return type(self), ()
 
 
+class _Remembered(NamedTuple):
+    """A description and what it was made of: the very objects, not equal ones.
+
+    Args:
+        spec: the description.
+        tensors: parameters and buffers of the layer.
+        dtypes: of them; ``.data = ...`` changes a tensor that stays the same object.
+        attributes: all others of the layer.
+    """
+
+    spec: Any
+    tensors: tuple[Tensor | None, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+    attributes: tuple[Any, ...]
+
+
 def spec_of(layer: Any, layout: Layout) -> Any:
     """Return ``layer.fused_spec(layout)``, remembered as long as attributes and tensors of the layer are the same.
 
-    Setting an attribute forgets it. Only a description made of nothing but the layer's tensors is remembered.
+    ``None`` where the kernels cannot read the layer's tensors, which they take to be contiguous. Only a description
+    made of nothing but the layer's tensors is remembered.
     """
     if layer.fused_spec_varies or torch.compiler.is_compiling():
-        return layer.fused_spec(layout)
+        return _readable(layer.fused_spec(layout))
     key = _key(layer, layout.shape)
     spec = _remembered(layer, key)
     if spec is None:
-        spec = layer.fused_spec(layout)
+        spec = _readable(layer.fused_spec(layout))
         tensors = _tensors(layer)
         ids = {*map(id, tensors)}
-        if spec is not None and all(id(t) in ids for t in (*spec.parameters, *spec.buffers) if t is not None):
+        of_layer = spec is not None and all(id(t) in ids for t in (*spec.parameters, *spec.buffers) if t is not None)
+        # Those of torch.func.functional_call may hang on a graph, which must not live longer than the call.
+        if of_layer and all(t is None or t.is_leaf for t in tensors):
             specs = vars(layer).get(SPECS)
             if specs is None or len(specs) > MANY:
                 specs = vars(layer)[SPECS] = _Specs()
-            specs[key] = spec, tensors
+            dtypes = tuple(None if t is None else t.dtype for t in tensors)
+            specs[key] = _Remembered(spec, tensors, dtypes, (*vars(layer).values(),))
+    return spec
+
+
+def _readable(spec: Any) -> Any:
+    if spec is None or not all(t is None or t.is_contiguous() for t in (*spec.parameters, *spec.buffers)):
+        return None
     return spec
 
 
@@ -66,16 +93,25 @@ def same_as_before(layer: Any, x: Tensor, activation: str, residual: Tensor | No
 
 
 def _key(layer: Any, shape: Any) -> Any:
-    # With gradients, evaluation is described by copies of the running statistics, and without by those themselves.
-    return shape, layer.training, torch.is_grad_enabled()
+    # Evaluation is described by the running statistics or by copies of them.
+    return shape, layer.training, reads_copies(), type(layer).fused_spec, layer.fused_spec_key
 
 
 def _remembered(layer: Any, key: Any) -> Any:
     known = vars(layer).get(SPECS, {}).get(key)
-    if known is None:
+    if known is None or not _same(known.attributes, vars(layer).values()):
         return None
     tensors = _tensors(layer)
-    return known[0] if len(tensors) == len(known[1]) and all(map(operator.is_, known[1], tensors)) else None
+    if not _same(known.tensors, tensors):
+        return None
+    for t, dtype in zip(tensors, known.dtypes, strict=True):
+        if t is not None and (t.dtype is not dtype or not t.is_contiguous()):
+            return None
+    return known.spec
+
+
+def _same(before: Any, now: Any) -> bool:
+    return len(before) == len(now) and all(map(operator.is_, before, now))
 
 
 def _tensors(layer: Any) -> tuple[Tensor | None, ...]:
@@ -94,7 +130,7 @@ def running_stats(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     In evaluation the first two are copies where a backward pass may read them after the next update.
     """
     mean, var = (layer._buffers[name] for name in layer.running_names)
-    if not layer.training and torch.is_grad_enabled():
+    if not layer.training and reads_copies():
         mean, var = mean.clone(), var.clone()
     counters = (layer._buffers.get(name) for name in ("num_batches_tracked", "skipped_updates"))
     tracked, skipped = (mean.new_zeros((), dtype=torch.long) if t is None else t for t in counters)
@@ -115,12 +151,12 @@ def mixture_spec(
         # 2 is the cumulative average, whose weight the kernel computes from the number of batches.
         flags["track"] = (2 if momentum is None else 1) if layer.training else 0
     known = MixtureFlags.of(statistics, weighted=w is not None, **flags)
-    return MixtureSpec(known, layer.eps, layer.weight, layer.bias, w, v, running)
+    return MixtureSpec(known, float(layer.eps), layer.weight, layer.bias, w, v, running)
 
 
 def per_channel_spec(layer: Any, numbers: dict[str, float], **flags: Any) -> PerChannelSpec:
     """Return a description with the layer's weight, bias and running statistics, with these flags and numbers."""
-    known = PerChannelNumbers(layer.eps, **numbers)
+    known = PerChannelNumbers(float(layer.eps), **{name: float(number) for name, number in numbers.items()})
     if not uses_running_stats(layer):
         return PerChannelSpec(layer.weight, layer.bias, PerChannelFlags(**flags), known)
     momentum = layer._buffers.get("_momentum")

@@ -23,8 +23,8 @@ def test_recorded_launches(key):
     assert seen.pop("launcher") in ("tuple", "flat", "")
     assert seen == {
         "loaded by a second step": 0,  # so a graph may capture it
-        "launches": 8,
-        "replayed": True,
-        "asked for the same": True,
+        "launches": {"sn": 8},
+        "asked for the same": [True, True],  # forward and backward
+        "loaded by Triton": 0,
         "hooks called": True,
     }

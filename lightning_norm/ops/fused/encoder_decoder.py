@@ -79,6 +79,11 @@ class EncoderDecoderSpec:
         """Nothing beside what is of the call: noise, probability and seed."""
         return ()
 
+    @functools.cached_property
+    def moved(self) -> tuple[Tensor, ...]:
+        """The running statistics and their counters, in training."""
+        return tuple(t for t in self.running[:4] if t is not None) if self.flags.track else ()
+
     def launch_forward(
         self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
     ) -> tuple[Tensor, tuple[Tensor, ...]]:

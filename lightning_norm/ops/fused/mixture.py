@@ -107,6 +107,12 @@ class MixtureSpec:
         """The running statistics where y depends on them."""
         return self._frozen()
 
+    @functools.cached_property
+    def moved(self) -> tuple[Tensor, ...]:
+        """The running statistics and their counters, in training."""
+        r = self.running
+        return (r.mean, r.var, r.tracked, r.skipped) if r is not None and self.flags.track else ()
+
     def launch_forward(
         self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
     ) -> tuple[Tensor, MixtureStatistics]:
@@ -214,6 +220,11 @@ class RecordedDepthwise:
     def backward_buffers(self) -> tuple[Tensor | None, ...]:
         """The running statistics where y depends on them."""
         return self.mixture.backward_buffers
+
+    @property
+    def moved(self) -> tuple[Tensor, ...]:
+        """The running statistics and their counters, in training."""
+        return self.mixture.moved
 
     def launch_forward(
         self, x: Tensor, residual: None, parameters: Any, buffers: Any, channel_dim: int, activation: str

@@ -93,6 +93,11 @@ class PerChannelSpec:
         """What else the backward launches read."""
         return (self.responsibilities,)
 
+    @functools.cached_property
+    def moved(self) -> tuple[Tensor, ...]:
+        """The running statistics and counters, in training."""
+        return tuple(t for t in (*self.running, *self.counters) if t is not None) if self.flags.track else ()
+
     def launch_forward(
         self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
     ) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -42,6 +42,10 @@ class Recordable(Protocol):
         """What else the backward launches read."""
 
     @property
+    def moved(self) -> tuple[Tensor, ...]:
+        """Those of the buffers that the forward launches write to."""
+
+    @property
     def launch_forward(self) -> Callable[..., tuple[Tensor, Sequence[Tensor]]]:
         """From x, residual, parameters, buffers, channel_dim and activation to y and the statistics that are kept."""
 
@@ -65,6 +69,8 @@ class Recordable(Protocol):
 
 def kind_of(*what: Hashable) -> object:
     """Return one object for equal arguments, whose hash takes no time."""
+    if len(_kinds) >= launcher.LIMIT:
+        _kinds.clear()
     return _kinds.setdefault(what, object())
 
 
@@ -75,7 +81,9 @@ def can_record(x: Tensor, spec: Recordable, residual: Tensor | None = None) -> b
         and not torch_private.watched()
         and all(type(t) in PLAIN for t in (x, residual, *spec.parameters, *spec.buffers))
         and x.numel() > 0
-        and _is_written_out(x, residual)
+        and _is_written_out(x, residual, *spec.parameters, *spec.buffers)
+        # What the launches are given beside x is brought into its strides, which a new tensor must be able to have.
+        and torch.empty_like(x).stride() == x.stride()
     )
 
 
@@ -104,15 +112,16 @@ def again(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residu
 
     What was checked then, and depends on nothing but the look of the input, is not checked again.
     """
-    known = _look(x, activation, residual) in vars(spec).get(KNOWN, ())
-    if not known or torch_private.watched() or not _is_written_out(x, residual):
+    if type(x) not in PLAIN or torch_private.watched() or not _is_written_out(x, residual):
+        return None
+    if _look(x, activation, residual) not in vars(spec).get(KNOWN, ()):
         return None
     y: Tensor = _Recorded.apply(x, residual, spec, channel_dim, activation, (), *spec.parameters)
     return y
 
 
 def _look(x: Tensor, activation: str, residual: Tensor | None) -> Hashable:
-    look = type(x), x.shape, x.stride(), x.dtype, x.get_device(), activation
+    look = type(x), x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, activation
     return look if residual is None else (*look, type(residual), residual.shape, residual.dtype)
 
 
@@ -143,6 +152,9 @@ class _Recorded(torch.autograd.Function):
         plan = launcher.plan_of(key, inputs, call)
         (y,), kept = plan(inputs, pointers)
         assert y is not None
+        if spec.moved:
+            # A graph of the user's that holds one of them must not go on as if it were as before.
+            torch.autograd.graph.increment_version(spec.moved)
         # Without an activation the gradient of the residual is dy, and the residual itself is not needed.
         ctx.save_for_backward(x, None if activation == "none" else residual, kept, *parameters, *spec.backward_buffers)
         ctx.spec, ctx.how, ctx.plan = spec, (channel_dim, activation), plan
@@ -158,7 +170,10 @@ class _Recorded(torch.autograd.Function):
         parameters = saved[: ctx.n]
         if torch_private.is_batched(grads[0]) or torch_private.watched() or type(grads[0]) not in PLAIN:
             return _by_operator(ctx, grads[0], x, residual, kept, saved)
+        if kept.dtype is not torch.float32 or not kept.is_contiguous():
+            kept = kept.float().contiguous()  # hooks for saved tensors may have stored it in another way
         dy = dense(grads[0], x)
+        residual = None if residual is None else dense(residual, x)
         if not _is_written_out(dy):
             dy = torch.empty_like(dy).copy_(dy)
         inputs = (x, dy, residual, kept, *saved, *buffers)

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_norm
 from lightning_norm.kernels import launcher
@@ -110,8 +111,6 @@ def test_copies_and_files_of_a_layer_begin_without_recordings():
 
 
 def test_operators_are_seen_by_who_watches():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     names = []
 
     class Watch(TorchDispatchMode):
@@ -134,3 +133,92 @@ def test_no_more_plans_than_the_limit(monkeypatch):
     for width in range(2, 8):
         compare(ours, exact, features(2, 6, 3, width), noise(2, 6, 3, width, seed=7))
         assert len(launcher._plans) <= launcher.LIMIT
+
+
+@pytest.mark.parametrize(("key", "arguments"), KEYS, ids=str)
+def test_launch_code_only_allocates_and_launches(key, arguments, monkeypatch):
+    """What else it did would be done at the first call and at no later one."""
+
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            name, view = func.overloadpacket.__name__, all(r.alias_info for r in func._schema.returns)
+            empty = isinstance(out, torch.Tensor) and out.numel() == 0
+            assert view or empty or name in ("empty", "empty_like", "new_empty", "detach"), name
+            return out
+
+    record, seen = launcher.record, []
+
+    def watched(inputs, call):
+        def watched_call(*own):
+            with Nothing():
+                return call(*own)
+
+        seen.append(inputs)
+        return record(inputs, watched_call)
+
+    monkeypatch.setattr(launcher, "_plans", {})
+    monkeypatch.setattr(launcher, "record", watched)
+    ours, exact = pair(key, arguments)
+    for x, dy in ((features(4, 6, 5, 3), noise(4, 6, 5, 3, seed=7)), (features(2, 6, 33, 70), noise(2, 6, 33, 70))):
+        compare(ours, exact, x, dy, 2e-5)
+    layer = pair(key, arguments)[0]
+    x = features(4, 6, 5, 3).contiguous(memory_format=torch.channels_last)
+    layer(x, "relu", noise(4, 6, 5, 3, seed=4)).sum().backward()
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(("key", "arguments"), [c for c in KEYS if c[0] not in ("in", "asr")], ids=str)
+def test_running_statistics_count_as_written_to(key, arguments):
+    layer, _ = pair(key, arguments)
+    x, w = features(4, 6, 5, 3), torch.ones(6, requires_grad=True)
+    layer(x)
+    y = (layer.get_buffer(layer.running_names[0]) * w).sum()
+    layer(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize(("key", "arguments"), [*KEYS, ("dbn", {}), ("bcn", {}), ("afn", {}), ("ubn", {})], ids=str)
+def test_parameters_with_strides(key, arguments):
+    """Set, or as functional_call brings them: a column of a matrix, or one number for all channels."""
+    ours, exact = pair(key, arguments)
+    x = features(4, 6, 5, 3)
+    ours(x)
+    tensors = {name: torch.stack([p.detach() + 0.1, p.detach()], -1)[..., 0] for name, p in ours.named_parameters()}
+    tensors |= {"bias": torch.full((1,), 0.5).expand(6)}
+    want = torch.func.functional_call(exact, {k: t.double() for k, t in tensors.items()}, x.double())
+    torch.testing.assert_close(torch.func.functional_call(ours, tensors, x), want.float(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            p.data = tensors[name]
+    for name in ("running_mean", "running_var"):  # as functional_call found them
+        if ours._buffers.get(name) is not None:
+            ours._buffers[name].copy_(torch.stack([exact._buffers[name].float()], -1)[..., 0])
+    torch.testing.assert_close(ours.eval()(x), exact_with(exact, tensors)(x.double()).float(), rtol=1e-4, atol=1e-5)
+
+
+def exact_with(exact, tensors):
+    with torch.no_grad():
+        for name, p in exact.named_parameters():
+            p.copy_(tensors[name])
+    return exact.eval()
+
+
+def test_a_tensor_on_another_device_is_refused_before_a_kernel_reads_its_address():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        weight = torch.empty(6, device="cuda")
+    with pytest.raises(RuntimeError, match=r"device of its input, cpu, got one on cuda:0.*layer\.to\('cpu'\)"):
+        launcher.key_of("kind", (torch.ones(2, 6), None, weight))
+
+
+def test_a_dropout_that_was_written_to_its_tensor():
+    """As an average of models or another process writes it; with a dropout of 0 nothing is drawn."""
+    layer, _ = pair("afn", {"dropout": 0.0})
+    x = features(4, 6, 5, 3)
+    y = layer(x)
+    assert torch.equal(layer(x), y)
+    layer.scheduled("dropout").fill_(0.9)
+    assert not torch.equal(layer(x), y)
