@@ -64,7 +64,10 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     """``fused_spec`` says the same as this class's methods: the class itself defines it, and no instance differs."""
 
     fused_spec_varies: bool = False
-    """``fused_spec`` looks at more than the shape of x and the layer's attributes and tensors."""
+    """``fused_spec`` looks at more than the shape of x and the layer's attributes and tensors.
+
+    True for a class outside of this package that defines ``fused_spec``, unless it says False.
+    """
 
     fused_spec_key: Any = None
     """What else ``fused_spec`` looks at, such as the value of a tensor, where that is an object with a hash."""
@@ -86,6 +89,9 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         super().__init_subclass__(**kwargs)
         # One truth per equation: whatever a subclass changes, its inherited fused_spec no longer counts.
         cls._fused_spec_holds = "fused_spec" in vars(cls)
+        outside = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
+        if cls._fused_spec_holds and outside and "fused_spec_varies" not in vars(cls):
+            cls.fused_spec_varies = True
         # Only what the class itself says: a subclass of a registered class must not take the place of it.
         key = cls.__dict__.get("key", "")
         other = Normalizer.registry.get(key)

@@ -139,3 +139,19 @@ def test_other_attributes_change_nothing():
     layer.note, layer.forward = "mine", layer.forward
     layer.register_forward_hook(lambda module, inputs, output: output)
     assert asks_for_its_description(layer)
+
+
+NUMBERS = [1.0]
+
+
+class OfANumber(SwitchableNorm):
+    def fused_spec(self, layout):
+        return NUMBERS[0], layout.shape
+
+
+def test_a_description_of_somebody_else_is_asked_for_at_each_call():
+    """Nobody knows what it looks at; those of this package are remembered."""
+    assert OfANumber(6).fused_spec_varies
+    assert not SwitchableNorm(6).fused_spec_varies
+    names = {"fused_spec": OfANumber.fused_spec, "fused_spec_varies": False}
+    assert not type("Says", (OfANumber,), names)(6).fused_spec_varies
