@@ -40,13 +40,13 @@ class _Remembered(NamedTuple):
         spec: the description.
         tensors: parameters and buffers of the layer.
         dtypes: of them; ``.data = ...`` changes a tensor that stays the same object.
-        attributes: all others of the layer.
+        attributes: all others of the layer, without what it remembers, which would be a cycle of references.
     """
 
     spec: Any
     tensors: tuple[Tensor | None, ...]
     dtypes: tuple[torch.dtype | None, ...]
-    attributes: tuple[Any, ...]
+    attributes: list[Any]
 
 
 def spec_of(layer: Any, layout: Layout) -> Any:
@@ -70,7 +70,7 @@ def spec_of(layer: Any, layout: Layout) -> Any:
             if specs is None or len(specs) > MANY:
                 specs = vars(layer)[SPECS] = _Specs()
             dtypes = tuple(None if t is None else t.dtype for t in tensors)
-            specs[key] = _Remembered(spec, tensors, dtypes, (*vars(layer).values(),))
+            specs[key] = _Remembered(spec, tensors, dtypes, _attributes(layer))
     return spec
 
 
@@ -99,7 +99,7 @@ def _key(layer: Any, shape: Any) -> Any:
 
 def _remembered(layer: Any, key: Any) -> Any:
     known = vars(layer).get(SPECS, {}).get(key)
-    if known is None or not _same(known.attributes, vars(layer).values()):
+    if known is None or not _same(known.attributes, _attributes(layer)):
         return None
     tensors = _tensors(layer)
     if not _same(known.tensors, tensors):
@@ -112,6 +112,12 @@ def _remembered(layer: Any, key: Any) -> Any:
 
 def _same(before: Any, now: Any) -> bool:
     return len(before) == len(now) and all(map(operator.is_, before, now))
+
+
+def _attributes(layer: Any) -> list[Any]:
+    attributes = vars(layer)
+    specs = attributes[SPECS]
+    return [None if value is specs else value for value in attributes.values()]
 
 
 def _tensors(layer: Any) -> tuple[Tensor | None, ...]:

@@ -84,6 +84,11 @@ class EncoderDecoderSpec:
         """The running statistics and their counters, in training."""
         return tuple(t for t in self.running[:4] if t is not None) if self.flags.track else ()
 
+    def of_call(self, x: Tensor) -> tuple[Any, ...]:
+        """Return noise, probability and seed of the dropout."""
+        noise, drop_prob, seed = self._dropout(x)
+        return noise, drop_prob, Number(seed)
+
     def launch_forward(
         self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -131,11 +136,9 @@ class EncoderDecoderSpec:
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
-        dropout = self._dropout(x, layout.c)
-        if recorded.can_record(x, self, residual) and all(t.is_contiguous() for t in self.linears):
-            noise, drop_prob, seed = dropout
-            of_call = noise, drop_prob, Number(seed)
-            return recorded.normalize(x, self, layout.channel_dim, activation, residual, of_call)
+        if recorded.can_record(x, self, residual):
+            return recorded.normalize(x, self, layout.channel_dim, activation, residual)
+        dropout = self._dropout(x)
         linears = [t.detach() for t in self.linears]
         weight, bias, *gates = (None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
         op = ops.encoder_decoder_affine_and_track if self.flags.track else ops.encoder_decoder_affine
@@ -149,12 +152,12 @@ class EncoderDecoderSpec:
         )  # fmt: skip
         return y
 
-    def _dropout(self, x: Tensor, channels: int) -> tuple[Tensor | None, Tensor | None, int]:
+    def _dropout(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, int]:
         """Return noise, probability and seed: the kernels draw from a seed, but for graphs, which would repeat it."""
         if self.drop_prob is None:
             return None, None, 0
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return torch.rand(2, channels, device=x.device), self.drop_prob, 0
+            return torch.rand(2, self.linears[0].shape[1], device=x.device), self.drop_prob, 0
         return None, self.drop_prob, int(torch.randint(1 << 31, (), device="cpu"))
 
 

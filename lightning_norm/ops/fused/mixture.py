@@ -113,6 +113,10 @@ class MixtureSpec:
         r = self.running
         return (r.mean, r.var, r.tracked, r.skipped) if r is not None and self.flags.track else ()
 
+    def of_call(self, x: Tensor) -> tuple[Any, ...]:
+        """Return nothing: no call draws numbers."""
+        return ()
+
     def launch_forward(
         self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
     ) -> tuple[Tensor, MixtureStatistics]:
@@ -165,7 +169,8 @@ class MixtureSpec:
         """Return the depthwise convolution of the normalized x, on the kernels, of a spec without weight and bias."""
         depthwise = vars(self).get(CONVOLVED)
         if depthwise is None or depthwise.kernel is not kernel or depthwise.bias is not bias:
-            depthwise = vars(self)[CONVOLVED] = RecordedDepthwise(self, kernel, bias)
+            # A copy, for two that know each other would outlive the layer until Python looks for cycles.
+            depthwise = vars(self)[CONVOLVED] = RecordedDepthwise(replace(self), kernel, bias)
         if not self.group and recorded.can_record(x, depthwise) and kernel.is_contiguous():
             return recorded.normalize(x, depthwise, layout.channel_dim, "none", None)
         stats = self._statistics(x, layout)
@@ -225,6 +230,10 @@ class RecordedDepthwise:
     def moved(self) -> tuple[Tensor, ...]:
         """The running statistics and their counters, in training."""
         return self.mixture.moved
+
+    def of_call(self, x: Tensor) -> tuple[Any, ...]:
+        """Return nothing: no call draws numbers."""
+        return ()
 
     def launch_forward(
         self, x: Tensor, residual: None, parameters: Any, buffers: Any, channel_dim: int, activation: str

@@ -98,6 +98,10 @@ class PerChannelSpec:
         """The running statistics and counters, in training."""
         return tuple(t for t in (*self.running, *self.counters) if t is not None) if self.flags.track else ()
 
+    def of_call(self, x: Tensor) -> tuple[Any, ...]:
+        """Return nothing: no call draws numbers."""
+        return ()
+
     def launch_forward(
         self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
     ) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -45,6 +45,9 @@ class Recordable(Protocol):
     def moved(self) -> tuple[Tensor, ...]:
         """Those of the buffers that the forward launches write to."""
 
+    def of_call(self, x: Tensor) -> tuple[Any, ...]:
+        """Return what the launches of both directions read beside, and what is drawn anew for each call."""
+
     @property
     def launch_forward(self) -> Callable[..., tuple[Tensor, Sequence[Tensor]]]:
         """From x, residual, parameters, buffers, channel_dim and activation to y and the statistics that are kept."""
@@ -92,19 +95,10 @@ def _is_written_out(*tensors: Tensor | None) -> bool:
     return not any(t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors)
 
 
-def normalize(
-    x: Tensor,
-    spec: Recordable,
-    channel_dim: int,
-    activation: str,
-    residual: Tensor | None,
-    buffers: tuple[Any, ...] = (),
-) -> Tensor:
-    """Return act(normalized x + residual); ``buffers`` are those of this call alone, for both directions."""
-    if not buffers:
-        vars(spec).setdefault(KNOWN, set()).add(_look(x, activation, residual))
-    y: Tensor = _Recorded.apply(x, residual, spec, channel_dim, activation, buffers, *spec.parameters)
-    return y
+def normalize(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residual: Tensor | None) -> Tensor:
+    """Return act(normalized x + residual)."""
+    vars(spec).setdefault(KNOWN, set()).add(_look(x, activation, residual))
+    return _recorded(x, spec, channel_dim, activation, residual)
 
 
 def again(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residual: Tensor | None) -> Tensor | None:
@@ -116,7 +110,12 @@ def again(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residu
         return None
     if _look(x, activation, residual) not in vars(spec).get(KNOWN, ()):
         return None
-    y: Tensor = _Recorded.apply(x, residual, spec, channel_dim, activation, (), *spec.parameters)
+    return _recorded(x, spec, channel_dim, activation, residual)
+
+
+def _recorded(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residual: Tensor | None) -> Tensor:
+    of_call = spec.of_call(x)
+    y: Tensor = _Recorded.apply(x, residual, spec, channel_dim, activation, of_call, *spec.parameters)
     return y
 
 
