@@ -15,6 +15,7 @@ from lightning_norm.layers.fused_specs import SPECS
 from lightning_norm.testing.kit import features, noise, statistics, step
 
 KEYS = [("bn", {}), ("sn", {}), ("rbn", {}), ("cn", {"context": "gate"}), ("asr", {}), ("bnet", {})]
+STRIDED = [("dbn", {}), ("bcn", {}), ("afn", {"dropout": 0.0}), ("ubn", {})]
 
 
 def pair(key, arguments):
@@ -181,7 +182,7 @@ def test_running_statistics_count_as_written_to(key, arguments):
         y.backward()
 
 
-@pytest.mark.parametrize(("key", "arguments"), [*KEYS, ("dbn", {}), ("bcn", {}), ("afn", {"dropout": 0.0}), ("ubn", {})], ids=str)
+@pytest.mark.parametrize(("key", "arguments"), [*KEYS, *STRIDED], ids=str)
 def test_parameters_with_strides(key, arguments):
     """Set, or as functional_call brings them: a column of a matrix, or one number for all channels."""
     ours, exact = pair(key, arguments)
