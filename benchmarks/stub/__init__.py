@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sysconfig
 import tempfile
@@ -25,7 +26,10 @@ def install() -> None:
     library = _build(Path(folder.name))
     os.environ["TRITON_LIBCUDA_PATH"] = folder.name
     stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    stub.stub_launches.restype = stub.stub_loads.restype = ctypes.c_ulonglong
+    for function in (stub.stub_launches, stub.stub_loads, stub.stub_asked):
+        function.restype = ctypes.c_ulonglong
+    stub.stub_asked.argtypes = ctypes.c_ulonglong, ctypes.c_int
+    stub.stub_expect.argtypes = ctypes.c_ulonglong, ctypes.c_int, ctypes.c_int
     _loaded[:] = [stub, folder]
     # torch meets the stub as well, and has no use for it.
     warnings.filterwarnings("ignore", message="CUDA initialization")
@@ -59,6 +63,26 @@ def launches() -> int:
 def loads() -> int:
     """Return how many kernels were loaded into the device, which happens once after each was compiled."""
     return int(_loaded[0].stub_loads())
+
+
+def expect(kernels: list[Any]) -> None:
+    """Say which compiled kernels are launched next, at most 64, so that :func:`asked` can tell their parameters."""
+    for launch, compiled in enumerate(kernels, launches()):
+        for i, size in enumerate(_parameters(compiled)):
+            _loaded[0].stub_expect(launch, i, size)
+
+
+def asked(kernels: list[Any]) -> list[tuple[int, ...]]:
+    """Return grid, threads, shared memory, stream, function and parameters of the last launches, as expected."""
+    first = launches() - len(kernels)
+    counts = [7 + len(_parameters(compiled)) for compiled in kernels]
+    return [tuple(int(_loaded[0].stub_asked(first + i, j)) for j in range(n)) for i, n in enumerate(counts)]
+
+
+def _parameters(compiled: Any) -> list[int]:
+    """Return the bytes of each parameter of a compiled kernel."""
+    head = compiled.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
+    return [int(bits) // 8 for bits in re.findall(r"\.param\s+\.[a-z](\d+)\b", head)]
 
 
 def _build(folder: Path) -> Path:

@@ -18,7 +18,7 @@ CUresult cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute name, int value) { return 0; }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return 0; }
 CUresult cuGetErrorString(CUresult error, const char **text) { *text = "stub"; return 0; }
-CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) { *function = (CUfunction)16; return 0; }
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) { *function = (CUfunction)module; return 0; }
 CUresult cuModuleUnload(CUmodule module) { return 0; }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute name, CUdevice device) {
@@ -42,8 +42,33 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute name, CUdevicept
     return 0;
 }
 
-CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)16; loads++; return 0; }
-CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) { launches++; return 0; }
+CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)(16 * ++loads); return 0; }
+
+/* What the last launches were asked for: grid, threads, shared memory, stream, function and parameters. How many bytes
+   each parameter has is known only to who expects the launch. */
+#define KEPT 64
+#define MOST 96
+static unsigned long long asked[KEPT][7 + MOST];
+static unsigned char expected[KEPT][MOST];
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
+    unsigned long long *a = asked[launches++ % KEPT];
+    a[0] = config->gridDimX; a[1] = config->gridDimY; a[2] = config->gridDimZ;
+    a[3] = config->blockDimX; a[4] = config->sharedMemBytes; a[5] = (unsigned long long)config->hStream;
+    a[6] = (unsigned long long)function;
+    unsigned char *bytes = expected[(launches - 1) % KEPT];
+    for (int i = 0; i < MOST; i++) {
+        a[7 + i] = 0;
+        for (int j = 0; j < bytes[i]; j++) ((unsigned char *)&a[7 + i])[j] = ((unsigned char *)parameters[i])[j];
+        bytes[i] = 0;
+    }
+    return 0;
+}
+
+/* Before launch number `launch`, counted from 0: its parameter number `i` has so many bytes. */
+void stub_expect(unsigned long long launch, int i, int bytes) { expected[launch % KEPT][i] = bytes; }
+
+unsigned long long stub_asked(unsigned long long launch, int i) { return asked[launch % KEPT][i]; }
 
 unsigned long long stub_launches(void) { return launches; }
 unsigned long long stub_loads(void) { return loads; }

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels import launcher
+
 BUSY = 264
 """Programs that fill a GPU: two on each of 132 multiprocessors."""
 
@@ -183,6 +185,7 @@ def dense(t: Tensor, like: Tensor) -> Tensor:
     """Return t with the strides of ``like``: a gradient may arrive expanded, or in another memory format."""
     if t.stride() == like.stride():
         return t
+    assert not launcher.is_recording(), "a copy is no launch, and would be made at the first call alone"
     return torch.empty_like(like, dtype=t.dtype).copy_(t)
 
 

@@ -6,6 +6,7 @@ rebuilds each of those and would erase ours.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing_extensions import Self
 
 from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.arguments import arguments_of, as_int, check_call, check_zero_weight, merged_signature
+from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.running_stats import keep_float32
@@ -61,6 +63,15 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     _fused_spec_holds: ClassVar[bool] = False
     """``fused_spec`` says the same as this class's methods: the class itself defines it, and no instance differs."""
 
+    fused_spec_varies: bool = False
+    """``fused_spec`` looks at more than the shape of x and the layer's attributes and tensors.
+
+    True for a class outside of this package that defines ``fused_spec``, unless it says False.
+    """
+
+    fused_spec_key: Any = None
+    """What else ``fused_spec`` looks at, such as the value of a tensor, where that is an object with a hash."""
+
     registry: ClassVar[dict[str, type[Normalizer]]] = {}
 
     num_features: int
@@ -78,6 +89,9 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         super().__init_subclass__(**kwargs)
         # One truth per equation: whatever a subclass changes, its inherited fused_spec no longer counts.
         cls._fused_spec_holds = "fused_spec" in vars(cls)
+        outside = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
+        if cls._fused_spec_holds and outside and "fused_spec_varies" not in vars(cls):
+            cls.fused_spec_varies = True
         # Only what the class itself says: a subclass of a registered class must not take the place of it.
         key = cls.__dict__.get("key", "")
         other = Normalizer.registry.get(key)
@@ -102,6 +116,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop(SPECS, None)
         # A scheduled value is a tensor that the graph reads, so that its change needs no new graph.
         if name not in self.ranges:
             self.__dict__.pop(GRAPH_KEY, None)
@@ -109,6 +124,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         _look_for_replaced_methods(self, name)
 
     def __delattr__(self, name: str) -> None:
+        self.__dict__.pop(SPECS, None)
         super().__delattr__(name)
         _look_for_replaced_methods(self, name)
 
@@ -356,6 +372,10 @@ class MomentNorm(Normalizer):
             options = vars(self).get("_compile_options")
             y = compiled_forward(self, input, _forward, _ranks_of(self), options)
             return activated(y, activation, residual)
+        if SPECS in vars(self) and _ranks_of(self) is None:
+            again = same_as_before(self, input, activation, residual)
+            if again is not None:
+                return again
         try:
             return _forward(self, input, activation, residual)
         except RuntimeError as error:
@@ -481,7 +501,7 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
     moments = None if of_input or layer.eval_uses_input_stats else layer.running()
     # The kernels move the running statistics themselves and know nothing of an accumulator.
     accumulates = layer.training and layer.accumulator is not None
-    fused_spec = layer.fused_spec if layer._fused_spec_holds and not accumulates else None
+    fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
     algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
     return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))
 

@@ -6,15 +6,122 @@ arguments that the kernels do not know, and then the algebra runs as written.
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_norm.kernels.mixture.flags import MixtureFlags
 from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
-from lightning_norm.ops.fused.mixture import MixtureSpec, Running
+from lightning_norm.layers.running_stats import reads_copies
+from lightning_norm.ops.fused import recorded
+from lightning_norm.ops.fused.mixture import CONVOLVED, MixtureSpec, Running
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
+from lightning_norm.ops.layout import Layout
+
+MANY = 64
+"""Shapes whose descriptions a layer remembers."""
+
+SPECS = "_fused_specs"
+
+
+class _Specs(dict[Any, Any]):
+    """Descriptions by the shape of x, each with the layer's tensors; copies and pickles of a layer begin with none."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class _Remembered(NamedTuple):
+    """A description and what it was made of: the very objects, not equal ones.
+
+    Args:
+        spec: the description.
+        tensors: parameters and buffers of the layer.
+        dtypes: of them; ``.data = ...`` changes a tensor that stays the same object.
+        attributes: all others of the layer, without what it remembers, which would be a cycle of references.
+    """
+
+    spec: Any
+    tensors: tuple[Tensor | None, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+    attributes: list[Any]
+
+
+def spec_of(layer: Any, layout: Layout) -> Any:
+    """Return ``layer.fused_spec(layout)``, remembered as long as attributes and tensors of the layer are the same.
+
+    ``None`` where the kernels cannot read the layer's tensors, which they take to be contiguous. Only a description
+    made of nothing but the layer's tensors is remembered.
+    """
+    if layer.fused_spec_varies or torch.compiler.is_compiling():
+        return _readable(layer.fused_spec(layout))
+    key = _key(layer, layout.shape)
+    spec = _remembered(layer, key)
+    if spec is None:
+        spec = _readable(layer.fused_spec(layout))
+        tensors = _tensors(layer)
+        ids = {*map(id, tensors)}
+        of_layer = spec is not None and all(id(t) in ids for t in (*spec.parameters, *spec.buffers) if t is not None)
+        # Those of torch.func.functional_call may hang on a graph, which must not live longer than the call.
+        if of_layer and all(t is None or t.is_leaf for t in tensors):
+            specs = vars(layer).get(SPECS)
+            if specs is None or len(specs) > MANY:
+                specs = vars(layer)[SPECS] = _Specs()
+            dtypes = tuple(None if t is None else t.dtype for t in tensors)
+            specs[key] = _Remembered(spec, tensors, dtypes, _attributes(layer))
+    return spec
+
+
+def _readable(spec: Any) -> Any:
+    if spec is None or not all(t is None or t.is_contiguous() for t in (*spec.parameters, *spec.buffers)):
+        return None
+    return spec
+
+
+def same_as_before(layer: Any, x: Tensor, activation: str, residual: Tensor | None) -> Tensor | None:
+    """Return the output if a call like this was recorded and nothing has changed since; ``None`` otherwise."""
+    spec = _remembered(layer, _key(layer, x.shape)) if isinstance(x, Tensor) else None
+    convolved = None if spec is None else vars(spec).get(CONVOLVED)
+    if convolved is not None:
+        # A kernel with other axes than the layer's, or tokens with their axes moved, are views made in that call.
+        if layer.channel_dim != 1 or not any(convolved.kernel is p for p in layer._parameters.values()):
+            return None
+        spec = convolved
+    return None if spec is None else recorded.again(x, spec, layer.channel_dim % x.dim(), activation, residual)
+
+
+def _key(layer: Any, shape: Any) -> Any:
+    # Evaluation is described by the running statistics or by copies of them.
+    return shape, layer.training, reads_copies(), type(layer).fused_spec, layer.fused_spec_key
+
+
+def _remembered(layer: Any, key: Any) -> Any:
+    known = vars(layer).get(SPECS, {}).get(key)
+    if known is None or not _same(known.attributes, _attributes(layer)):
+        return None
+    tensors = _tensors(layer)
+    if not _same(known.tensors, tensors):
+        return None
+    for t, dtype in zip(tensors, known.dtypes, strict=True):
+        if t is not None and (t.dtype is not dtype or not t.is_contiguous()):
+            return None
+    return known.spec
+
+
+def _same(before: Any, now: Any) -> bool:
+    return len(before) == len(now) and all(map(operator.is_, before, now))
+
+
+def _attributes(layer: Any) -> list[Any]:
+    attributes = vars(layer)
+    specs = attributes[SPECS]
+    return [None if value is specs else value for value in attributes.values()]
+
+
+def _tensors(layer: Any) -> tuple[Tensor | None, ...]:
+    return *layer._parameters.values(), *layer._buffers.values()
 
 
 def uses_running_stats(layer: Any) -> bool:
@@ -29,7 +136,7 @@ def running_stats(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     In evaluation the first two are copies where a backward pass may read them after the next update.
     """
     mean, var = (layer._buffers[name] for name in layer.running_names)
-    if not layer.training and torch.is_grad_enabled():
+    if not layer.training and reads_copies():
         mean, var = mean.clone(), var.clone()
     counters = (layer._buffers.get(name) for name in ("num_batches_tracked", "skipped_updates"))
     tracked, skipped = (mean.new_zeros((), dtype=torch.long) if t is None else t for t in counters)
@@ -50,12 +157,12 @@ def mixture_spec(
         # 2 is the cumulative average, whose weight the kernel computes from the number of batches.
         flags["track"] = (2 if momentum is None else 1) if layer.training else 0
     known = MixtureFlags.of(statistics, weighted=w is not None, **flags)
-    return MixtureSpec(known, layer.eps, layer.weight, layer.bias, w, v, running)
+    return MixtureSpec(known, float(layer.eps), layer.weight, layer.bias, w, v, running)
 
 
 def per_channel_spec(layer: Any, numbers: dict[str, float], **flags: Any) -> PerChannelSpec:
     """Return a description with the layer's weight, bias and running statistics, with these flags and numbers."""
-    known = PerChannelNumbers(layer.eps, **numbers)
+    known = PerChannelNumbers(float(layer.eps), **{name: float(number) for name, number in numbers.items()})
     if not uses_running_stats(layer):
         return PerChannelSpec(layer.weight, layer.bias, PerChannelFlags(**flags), known)
     momentum = layer._buffers.get("_momentum")

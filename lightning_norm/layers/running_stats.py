@@ -246,7 +246,7 @@ def write_running(layer: RunningStats, m: Moments) -> None:
 
 def keep_float32(layer: Any) -> None:
     """Widen again what FSDP's mixed precision has narrowed: it spares the buffers of torch's BatchNorm alone."""
-    stat = getattr(layer, layer.running_names[0], None)
+    stat = layer._buffers.get(layer.running_names[0])
     if stat is None or stat.dtype == at_least_float32(stat.dtype):
         return
     for name in (*layer.running_names, *layer.float32_buffers):

@@ -153,7 +153,7 @@ def scheduled_value(layer: ScheduledValues, name: str) -> float | None:
 def keep_exact(layer: ScheduledValues) -> None:
     """Give back its digits to a value that something, such as FSDP's mixed precision, has rounded to half."""
     for name in layer.ranges:
-        tensor = layer.scheduled(name)
+        tensor = layer._buffers.get(f"_{name}")
         if tensor is not None and tensor.dtype not in (torch.float64, torch.float32):
             tensor.data = _scalar(_values(layer)[name], tensor.device)
 

@@ -113,6 +113,11 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         return self.scheduled("dropout") if any_value or self.dropout else None
 
     @property
+    def fused_spec_key(self) -> bool:
+        """Whether anything is dropped, which the value of ``dropout`` decides."""
+        return self.drop_prob() is None
+
+    @property
     def preserves_eval(self) -> bool:
         """Whether all gates start closed."""
         return self.gate_init == -math.inf and self.rescale_init == 0

@@ -153,7 +153,7 @@ class EncoderDecoderNorm(MomentNorm):
         gates = tuple(self._parameters[f"lambda_{name}"] for name in ("mu", "sigma", "beta", "gamma"))
         flags = EncoderDecoderFlags(batch=self.train_uses_batch_stats)
         spec = EncoderDecoderSpec(
-            self.weight, self.bias, gates, linear_layers, flags, self.eps, drop_prob=self.drop_prob()
+            self.weight, self.bias, gates, linear_layers, flags, float(self.eps), drop_prob=self.drop_prob()
         )
         if not self.train_uses_batch_stats or not uses_running_stats(self):
             return spec

@@ -155,7 +155,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
             return spec
         # The numbers are those of the kernel's ``condensed``.
         how = 2 if self.mode == "gate" else {"detach": 1, "renorm": 3}[self.condensed_grad]
-        flags = replace(spec.flags, condensed=how, min_updates=self.min_updates, max_skip=self.max_skip)
+        flags = replace(spec.flags, condensed=how, min_updates=int(self.min_updates), max_skip=int(self.max_skip))
         counters = tuple(self._buffers[name] for name in ("condensation", *self.counters))
         return replace(spec, flags=flags, counters=counters, threshold=threshold)
 

@@ -53,7 +53,9 @@ def on_kernels(x: Tensor, layout: Layout, backend: str, empty: bool = False, wha
     if reason is None and x.is_cuda:
         reason = _device_obstacle(x.device.index)
     if reason is None and x.is_cuda and not torch.compiler.is_compiling():
-        key = (x.device, x.dtype, x.shape, x.stride(), layout.channel_dim, torch.is_grad_enabled(), what)
+        # Triton compiles other code for an x that does not begin at a multiple of 16 bytes.
+        begin = x.data_ptr() & 15
+        key = (x.device, x.dtype, x.shape, x.stride(), begin, layout.channel_dim, torch.is_grad_enabled(), what)
         reason = _first_in_capture(key, torch.cuda.is_current_stream_capturing())
     if reason is not None and backend == "triton":
         raise RuntimeError(f"backend='triton' cannot take this input: {reason}. Type backend='auto'.")

@@ -193,7 +193,8 @@ def _normalize_and_convolve(
     kernel, bias = depthwise_conv
     # One layer serves maps of any dimension, and the convolution needs as many axes as the map has.
     kernel = depthwise.with_spatial_axes(kernel, len(call.layout.reduced))
-    if isinstance(spec, MixtureSpec) and depthwise.on_kernels(kernel, call.layout.size):
+    readable = bias is None or bias.is_contiguous()
+    if isinstance(spec, MixtureSpec) and readable and depthwise.on_kernels(kernel, call.layout.size):
         return spec.normalize_depthwise(x, kernel, bias, call.layout)
     x_alias, scale_carrier, fields, mean_is_small = _fields(x, call, kernels=False)
     kernel = kernel.to(at_least_float32(x.dtype))

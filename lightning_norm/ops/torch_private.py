@@ -75,6 +75,14 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def watched() -> bool:
+    """Tell whether somebody beside autograd watches what is computed, who must see operators.
+
+    That is what :func:`is_transformed` tells of, and any other dispatch mode, such as a counter of operations.
+    """
+    return _dispatch_modes() > 0 or is_transformed()
+
+
 def is_transformed() -> bool:
     """Tell whether something looks at, or differentiates, each operation of PyTorch: then no autograd function may run.
 

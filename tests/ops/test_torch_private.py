@@ -56,12 +56,13 @@ def test_a_constant_is_marked_as_torch_marks_it():
     assert vars(marked) == vars(torch.compiler.assume_constant_result(lambda: 1)) != {}
 
 
-def test_is_transformed():
-    seen = {}
+def test_is_transformed_and_watched():
+    seen, watched = {}, {}
 
     def note(name):
         def fn(x):
             seen[name] = torch_private.is_transformed()
+            watched[name] = torch_private.watched()
             return x * 2
 
         return fn
@@ -82,7 +83,9 @@ def test_is_transformed():
     for mode in ("real", "fake", "symbolic"):
         make_fx(note(mode), tracing_mode=mode)(x)
     make_fx(note("pre-dispatch"), pre_dispatch=True)(x)
-    assert [name for name, value in seen.items() if not value] == ["plain", "counter", "compiled"]
+    note("after")(x)
+    assert [name for name, value in seen.items() if not value] == ["plain", "counter", "compiled", "after"]
+    assert [name for name, value in watched.items() if not value] == ["plain", "compiled", "after"]
 
 
 def test_is_batched():

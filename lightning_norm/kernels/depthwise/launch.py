@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_norm.kernels.depthwise.backward import depthwise_combine, depthwise_sums, join_taps
 from lightning_norm.kernels.depthwise.forward import depthwise_apply
 from lightning_norm.kernels.grid import BUSY, REGISTERS, cdiv, dense, is_channels_last, power, registers
+from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
 from lightning_norm.kernels.mixture.launch import adjoint
 from lightning_norm.kernels.passes.launch import device_of
@@ -126,7 +127,7 @@ def apply_depthwise(x: Tensor, affine: Tensor, kernel: Tensor, bias: Tensor | No
     taps = kernel[0].numel()
     s = stencil_of(x, taps)
     with device_of(x):
-        depthwise_apply[s.grid](
+        launch(depthwise_apply, *s.grid)(
             x,
             y,
             kernel,
@@ -151,12 +152,12 @@ def sum_parts(dy: Tensor, x: Tensor, affine: Tensor, kernel: Tensor) -> tuple[Te
     tap_parts = affine.new_empty(chunks * s.pieces, taps + 1, s.c)
     dkernel, dbias = torch.empty_like(kernel, dtype=torch.float32), affine.new_empty(s.c)
     with device_of(x):
-        depthwise_sums[(chunks * s.blocks, s.pieces)](
+        launch(depthwise_sums, chunks * s.blocks, s.pieces)(
             dy, x, kernel, *affine, *out, tap_parts, *s.shape[:-1], s.blocks, s.piece, s.repeat, num_warps=2,
             maxnreg=REGISTERS["depthwise_sums"],
             **s.constants(kernel),
         )  # fmt: skip
-        join_taps[(cdiv(s.c * (taps + 1), JOIN),)](
+        launch(join_taps, cdiv(s.c * (taps + 1), JOIN))(
             tap_parts, dkernel, dbias, s.c * (taps + 1), s.c, chunks * s.pieces, T=taps, BLOCK=JOIN, num_warps=4
         )
     return out, s, dkernel, dbias
@@ -192,7 +193,7 @@ def gradients(
         dx = torch.empty_like(x)
         constant, slope = affine[:2] if dx_affine is None else dx_affine
         with device_of(x):
-            depthwise_combine[s.grid](
+            launch(depthwise_combine, *s.grid)(
                 dy, x, dx, kernel, affine[0], affine[1], constant, slope, *s.shape, PLAIN=dx_affine is None,
                 num_warps=4, maxnreg=REGISTERS["depthwise_combine"], **s.constants(kernel),
             )  # fmt: skip

@@ -12,6 +12,7 @@ from lightning_norm.kernels.encoder_decoder.backward import vjp_affine, vjp_deco
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
 from lightning_norm.kernels.encoder_decoder.forward import decode, encode
 from lightning_norm.kernels.grid import BUSY, Grid, cdiv, grid_of, power
+from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.launch import device_of, input_gradients, moment_parts, sum_parts
 
 BLOCK = 256
@@ -108,12 +109,12 @@ def affine_of(
     linears = [p.contiguous() for p in linears]
     size, count = (grid.n, rows, grid.c, *units), grid.n * grid.size
     with device_of(x):
-        encode[(e.across, sum(e.units), e.spans)](
+        launch(encode, e.across, sum(e.units), e.spans)(
             *parts, mean, var, *_or_dummy((noise, drop_prob), affine), linears[0], linears[6], statistics, sums, *size,
             e.span, *grid.moment_layout, seed, int(noise is None), eps, BATCH=flags.batch, FROZEN=flags.frozen,
             MERGE=merge, DROP=drop_prob is not None, N_BLOCK=min(power(grid.n), 16), num_warps=4, **e.blocks,
         )  # fmt: skip
-        decode[(d.across, d.along)](
+        launch(decode, d.across, d.along)(
             sums, statistics, linears[1], linears[7], *linears[2:6], *linears[8:],
             *_or_dummy((*gates, weight, bias), affine), mean, var, tracked, skipped, momentum, hidden, outputs, affine,
             *size, eps, count / max(count - 1, 1), BATCH=flags.batch, TRACK=flags.track,
@@ -165,18 +166,18 @@ def gradients(
     jobs = max(h * (d.across * d.spans + d.along) for h in d.units)
     n_block, size = min(power(grid.n), 32), (rows, grid.c)
     with device_of(x):
-        vjp_affine[(a.along,)](
+        launch(vjp_affine, a.along)(
             *parts, statistics, outputs, *_or_dummy((weight, *gates), affine), dweight, dbias,
             *(back[i] for i in (3, 5, 9, 11)), gate_parts, doutputs, direct, grid.n, *size, grid.parts,
             grid.sample_stride, grid.part_stride, eps, BATCH=flags.batch, MERGE=grid.parts > 1,
             GATED=gates[2] is not None, WEIGHT=weight is not None, N_BLOCK=n_block, R_BLOCK=a.r, C_BLOCK=a.c,
             num_warps=4,
         )  # fmt: skip
-        vjp_decode[(jobs, 4)](
+        launch(vjp_decode, jobs, 4)(
             doutputs, hidden, *(linears[i] for i in (2, 4, 8, 10)), *(back[i] for i in (2, 4, 8, 10)), sums, *size,
             *units, d.span, SPANS=d.spans, num_warps=4, **d.blocks,
         )  # fmt: skip
-        vjp_encode[(statistics_jobs + e.along * sum(e.units),)](
+        launch(vjp_encode, statistics_jobs + e.along * sum(e.units))(
             sums, hidden, statistics, direct, gate_parts, *_or_dummy((noise, drop_prob), affine), linears[0],
             linears[6], *(back[i] for i in (0, 1, 6, 7)), dgates, dx_affine, grid.n, *size, *units, statistics_jobs,
             a.along, grid.size, seed, int(noise is None), eps, BATCH=flags.batch, DROP=drop_prob is not None,

@@ -77,8 +77,8 @@ class MixtureFlags:
             outputs=outputs,
             frozen=frozen,
             track=track,
-            num_groups=num_groups,
-            correction=correction,
+            num_groups=int(num_groups),
+            correction=int(correction),
         )
 
     @property

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels.grid import REGISTERS, Grid, cdiv, grid_of, power
+from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.mixture.backward import vjp_mix, vjp_pool
 from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
 from lightning_norm.kernels.mixture.forward import mix, pool
@@ -61,7 +62,7 @@ def affine_of(
         jobs = columns + (cdiv(grid.n * flags.num_groups, tile["G_BLOCK"]) if flags.pools_layer else 0)
         if jobs:
             with device_of(x):
-                pool[(jobs,)](
+                launch(pool, jobs)(
                     *parts, batch, layer, grid.n, grid.c, grid.n * flags.num_groups, grid.c // flags.num_groups,
                     columns, *grid.moment_layout, factor, MERGE=merge, num_warps=4, **tile,
                 )  # fmt: skip
@@ -73,7 +74,7 @@ def affine_of(
     mean, var, tracked, skipped, momentum = (affine if t is None else t for t in running)
     hi, lo, variance = parts if flags.needs_moments and grid.n else affine
     with device_of(x):
-        mix[(max(1, cdiv(number, BLOCK)),)](
+        launch(mix, max(1, cdiv(number, BLOCK)))(
             hi, lo, variance, batch, layer, rank_sums, *(affine if t is None else t for t in (weight, bias, w, v)),
             mean, var, tracked, skipped, momentum, moments, affine, number, grid.c, grid.n * flags.num_groups,
             grid.c // flags.num_groups, *grid.moment_layout, eps, factor, unbias, MERGE=merge, TRACK=flags.track,
@@ -156,7 +157,7 @@ def adjoint(
     common = {**flags.constants(), "MERGE": partial_layout[0] > 1, "WEIGHT": weight is not None, "num_warps": 4}
     per_group = grid.c // flags.num_groups
     with device_of(x):
-        vjp_pool[(columns + rows,)](
+        launch(vjp_pool, columns + rows)(
             *parts, affine, moments, batch, layer, *parameters, dbatch, dlayer, dweight, dbias, dw, weight_partials,
             grid.n, number, grid.c, groups, per_group, columns, *partial_layout, eps, factor,
             maxnreg=REGISTERS["vjp_pool"], **tile, **common,
@@ -165,7 +166,7 @@ def adjoint(
         if over_ranks is not None:
             pool_ranks_gradient(dbatch, rank_sums, over_ranks)
         if flags.needs_moments or flags.num_weights > 0:
-            vjp_mix[(cdiv(number, BLOCK),)](
+            launch(vjp_mix, cdiv(number, BLOCK))(
                 *parts, affine, moments, batch, layer, *parameters, dbatch, dlayer, weight_partials, dw, dv, dx_affine,
                 grid.n, number, grid.c, groups, per_group, columns, *partial_layout, grid.size, eps, factor,
                 BLOCK=BLOCK, **common,

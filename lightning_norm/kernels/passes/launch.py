@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels.grid import REGISTERS, TILE, Grid, cdiv, dense, grid_of
+from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.backward import combine_columns, combine_flat, join_sums, sums_columns, sums_rows
 from lightning_norm.kernels.passes.forward import (
     apply_columns,
@@ -36,7 +37,7 @@ def moments(x: Tensor, channel_dim: int) -> Tensor:
     out = parts.new_empty(3, grid.n, grid.c)
     number = grid.n * grid.c
     with device_of(x):
-        join_moments[(cdiv(number, JOIN),)](
+        launch(join_moments, cdiv(number, JOIN))(
             *parts, out, number, grid.c, grid.parts, grid.sample_stride, grid.part_stride, grid.piece, grid.length,
             grid.fold, BLOCK=JOIN, num_warps=4,
         )  # fmt: skip
@@ -49,12 +50,12 @@ def moment_parts(x: Tensor, grid: Grid) -> Tensor:
     with device_of(x):
         # The first axis of the grid may be long, the second holds at most 65535 programs.
         if grid.columns:
-            moments_columns[(grid.n * grid.pieces, grid.block_columns)](
+            launch(moments_columns, grid.n * grid.pieces, grid.block_columns)(
                 x, *out, grid.length, grid.units, grid.piece, grid.pieces, ALIGN=grid.align, ROWS=grid.rows,
                 BLOCK=grid.block, num_warps=grid.warps,
             )  # fmt: skip
         else:
-            moments_rows[(cdiv(grid.n * grid.c, grid.rows), grid.pieces)](
+            launch(moments_rows, cdiv(grid.n * grid.c, grid.rows), grid.pieces)(
                 x, *out, grid.n * grid.c, grid.size, grid.units, grid.piece, ALIGN=grid.align, ROWS=grid.rows,
                 BLOCK=grid.block, LOOP=loops(grid), num_warps=grid.warps,
             )  # fmt: skip
@@ -72,7 +73,7 @@ def sums(
     out = parts.new_empty(2, grid.n, grid.c)
     number = grid.n * grid.c
     with device_of(x):
-        join_sums[(cdiv(number, JOIN),)](
+        launch(join_sums, cdiv(number, JOIN))(
             *parts, out, number, grid.c, grid.parts, grid.sample_stride, grid.part_stride, BLOCK=JOIN, num_warps=4
         )
     return out
@@ -90,12 +91,12 @@ def sum_parts(dy: Tensor, x: Tensor, affine: Tensor, grid: Grid, activation: str
     blocks = {"ALIGN": grid.align, "ROWS": grid.rows, "BLOCK": grid.block, "ACT": act, "RESIDUAL": act > 0 and residual is not None}  # noqa: E501  # fmt: skip
     with device_of(x):
         if grid.columns:
-            sums_columns[(grid.n * grid.pieces, grid.block_columns)](
+            launch(sums_columns, grid.n * grid.pieces, grid.block_columns)(
                 dy, x, residual_or_x, pivot, scale, offset, *out, grid.length, grid.units, grid.piece, grid.pieces,
                 grid.c, FOLD=grid.fold, num_warps=grid.warps, **blocks,
             )  # fmt: skip
         else:
-            sums_rows[(cdiv(grid.n * grid.c, grid.rows), grid.pieces)](
+            launch(sums_rows, cdiv(grid.n * grid.c, grid.rows), grid.pieces)(
                 dy, x, residual_or_x, pivot, scale, offset, *out, grid.n * grid.c, grid.size, grid.units, grid.piece,
                 LOOP=loops(grid), num_warps=grid.warps, maxnreg=REGISTERS["sums_rows"], **blocks,
             )  # fmt: skip
@@ -115,12 +116,12 @@ def apply(
     blocks = {"ALIGN": grid.align, "ACT": ACTIVATIONS.index(activation), "RESIDUAL": residual is not None}
     with device_of(x):
         if grid.columns:
-            apply_columns[(grid.n * grid.block_rows, grid.block_columns)](
+            launch(apply_columns, grid.n * grid.block_rows, grid.block_columns)(
                 x, residual_or_x, y, *affine, grid.length, grid.units, grid.block_rows, grid.c, ROWS=grid.rows,
                 BLOCK=grid.block, FOLD=grid.fold, num_warps=grid.warps, maxnreg=REGISTERS["apply_columns"], **blocks,
             )  # fmt: skip
         else:
-            apply_flat[(cdiv(x.numel(), TILE),)](
+            launch(apply_flat, cdiv(x.numel(), TILE))(
                 x, residual_or_x, y, *affine, grid.n * grid.c, grid.size, grid.units, magic(grid.size), BLOCK=TILE,
                 WIDE=grid.size >= TILE, num_warps=4, **blocks,
             )  # fmt: skip
@@ -150,13 +151,13 @@ def combine(
     blocks = {"ALIGN": grid.align, "ACT": act, "RESIDUAL": residual is not None, "PLAIN": dx_affine is None}
     with device_of(x):
         if grid.columns:
-            combine_columns[(grid.n * grid.block_rows, grid.block_columns)](
+            launch(combine_columns, grid.n * grid.block_rows, grid.block_columns)(
                 dy, x, residual_or_x, dx, dresidual_or_dx, *affine, constant, slope, grid.length, grid.units,
                 grid.block_rows, grid.c, ROWS=grid.rows, BLOCK=grid.block, FOLD=grid.fold, num_warps=grid.warps,
                 **blocks,
             )  # fmt: skip
         else:
-            combine_flat[(cdiv(x.numel(), TILE),)](
+            launch(combine_flat, cdiv(x.numel(), TILE))(
                 dy, x, residual_or_x, dx, dresidual_or_dx, *affine, constant, slope, grid.n * grid.c, grid.size,
                 grid.units, magic(grid.size), BLOCK=TILE, WIDE=grid.size >= TILE, num_warps=4, **blocks,
             )  # fmt: skip

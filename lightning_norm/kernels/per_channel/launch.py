@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels.grid import BUSY, REGISTERS, TILE, Grid, cdiv, grid_of, power
+from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.launch import device_of, input_gradients, moment_parts, sum_parts
 from lightning_norm.kernels.per_channel.backward import channels_vjp, gate_logits_vjp, gate_vjp
 from lightning_norm.kernels.per_channel.condensation import directions
@@ -81,14 +82,14 @@ def affine_of(
     if over_ranks is not None:
         with device_of(x):
             if grid.n:
-                pool_channels[(blocks,)](
+                launch(pool_channels, blocks)(
                     *parts, affine if gates[0] is None else gates[0], batch, grid.n, grid.c, *grid.moment_layout,
                     MERGE=merge, CENTER=flags.center, num_warps=4, **tile,
                 )  # fmt: skip
         rank_sums = pool_ranks(batch, grid.n * grid.size, over_ranks)
     with device_of(x):
         if flags.surveys:
-            survey[((grid.n if flags.surveys_samples else 0) + 1,)](
+            launch(survey, (grid.n if flags.surveys_samples else 0) + 1)(
                 *parts, *(affine if t is None else t for t in gates[5:]), mean, running_var, tracked, last, more[0],
                 survey_out, grid.n, grid.c, flags.rows, *grid.moment_layout, flags.min_updates, flags.max_skip,
                 LOOK=flags.surveys_samples, MERGE=merge, NORM=flags.condensed > 0, GATE=flags.gate,
@@ -100,7 +101,7 @@ def affine_of(
         responsibilities_used, stride = _responsibilities(responsibilities, survey_out, grid.n, flags)
         parameters = [affine if t is None else t for t in (responsibilities_used, weight, bias, *gates[:5])]
         rate = affine if rate is None else rate
-        channels_of[(blocks,)](
+        launch(channels_of, blocks)(
             *parts, *parameters, mean, running_var, tracked, skipped, more[0], more[0], *more, rate,
             affine if threshold is None else threshold, survey_out, direction_parts, batch, rank_sums, moments, stats,
             affine, grid.n, grid.n * grid.c, grid.c, flags.rows, stride, direction_parts.numel(), *grid.moment_layout,
@@ -112,7 +113,7 @@ def affine_of(
         )  # fmt: skip
         # Blended statistics move together, or not at all: one program looks at all channels.
         if flags.blend:
-            commit[(1,)](
+            launch(commit, 1)(
                 stats, mean, running_var, tracked, skipped, *more[:2], rate, grid.c, numbers.eps, numbers.power,
                 STD=flags.std, POWER=flags.powers, RANKS=flags.ranks, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
@@ -127,7 +128,7 @@ def _direction_parts(x: Tensor, survey_out: Tensor, grid: Grid, flags: PerChanne
     block = max(min(TILE, power(cdiv(length, 2 * BUSY))), 256)
     parts = survey_out.new_empty(cdiv(length, block))
     inverse = survey_out[2 + 3 * flags.rows + grid.n :]
-    directions[(parts.numel(),)](x, inverse, parts, grid.n, length // align, ALIGN=align, BLOCK=block, num_warps=4)
+    launch(directions, parts.numel())(x, inverse, parts, grid.n, length // align, ALIGN=align, BLOCK=block, num_warps=4)
     return parts
 
 
@@ -180,7 +181,7 @@ def gradients(
     dpooled, centered = affine.new_empty(3, grid.c), affine.new_empty(grid.c)
 
     def vjp(ranks: int) -> None:
-        channels_vjp[(blocks,)](
+        launch(channels_vjp, blocks)(
             *parts, affine, moments, stats, *parameters, dweight, dbias, *dgates[:5], dx_affine, dresponsibilities,
             stats[-1], dpooled, centered, grid.n, grid.n * grid.c, grid.c, flags.rows, stride, grid.parts,
             grid.sample_stride, grid.part_stride, grid.size, numbers.least, numbers.unit_scale, numbers.unit_affine,
@@ -199,11 +200,11 @@ def gradients(
         if flags.gate:
             dlogits = affine.new_empty(grid.n, flags.rows)
             k = tile["K_BLOCK"]
-            gate_logits_vjp[(grid.n,)](
+            launch(gate_logits_vjp, grid.n)(
                 dresponsibilities, responsibilities_used, dlogits, grid.n, flags.rows, blocks, K_BLOCK=k,
                 BLOCK=min(power(blocks), BLOCK // k), num_warps=4,
             )  # fmt: skip
-            gate_vjp[(blocks,)](
+            launch(gate_vjp, blocks)(
                 dlogits, affine, moments, gates[5], *dgates[5:], dx_affine, grid.n, grid.n * grid.c, grid.c, flags.rows,
                 grid.size, num_warps=4, **tile,
             )  # fmt: skip

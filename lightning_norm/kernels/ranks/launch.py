@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels.grid import cdiv
+from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.launch import device_of
 from lightning_norm.kernels.ranks.pack import pack, pack_gradient, unpack, unpack_gradient
 
@@ -37,10 +38,10 @@ def pool_ranks(batch: Tensor, count: int, over_ranks: AllReduce) -> Tensor:
     message = torch.zeros(1, 1 + ranks * (1 + 2 * channels), device=batch.device, dtype=torch.float64)
     grid = (cdiv(channels, BLOCK),)
     with device_of(batch):
-        pack[grid](batch, message, count, over_ranks.rank, channels, BLOCK=BLOCK, num_warps=4)
+        launch(pack, *grid)(batch, message, count, over_ranks.rank, channels, BLOCK=BLOCK, num_warps=4)
     gathered = over_ranks.sum(message)
     with device_of(batch):
-        unpack[grid](gathered, batch, channels, ranks, BLOCK=BLOCK, num_warps=4)
+        launch(unpack, *grid)(gathered, batch, channels, ranks, BLOCK=BLOCK, num_warps=4)
     return gathered
 
 
@@ -49,12 +50,12 @@ def pool_ranks_gradient(dbatch: Tensor, gathered: Tensor, over_ranks: AllReduce)
     channels, ranks, message = dbatch.shape[1], over_ranks.size, torch.empty_like(gathered)
     grid = (cdiv(channels, BLOCK),)
     with device_of(dbatch):
-        pack_gradient[grid](dbatch, gathered, message, channels, ranks, BLOCK=BLOCK, num_warps=4)
+        launch(pack_gradient, *grid)(dbatch, gathered, message, channels, ranks, BLOCK=BLOCK, num_warps=4)
     dgathered = over_ranks.sum(message)
     with device_of(dbatch):
-        unpack_gradient[grid](
+        launch(unpack_gradient, *grid)(
             dgathered, gathered, dbatch, over_ranks.rank, channels, ranks, BLOCK=BLOCK, num_warps=4
-        )  # fmt: skip
+        )
 
 
 def empty_gradient(batch: Tensor, gathered: Tensor, over_ranks: AllReduce | None) -> Tensor:

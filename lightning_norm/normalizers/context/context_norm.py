@@ -136,6 +136,11 @@ class ContextNorm(ContextStatistics):
         """Return the affine map of the equation above, with the responsibilities of the gate."""
         return self.mixture(m, self.gate(m))
 
+    @property
+    def fused_spec_varies(self) -> bool:  # type: ignore[override]
+        """Whether the contexts of each batch, which no attribute holds, decide on the description."""
+        return self.context != "gate"
+
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels; what concerns the posterior is computed in PyTorch."""
         responsibilities, gated = self.contexts.responsibilities, self.context == "gate"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
-from lightning_norm.ops.fused import operators
+from lightning_norm.kernels.launcher import Number
+from lightning_norm.ops.fused import operators, recorded
 from lightning_norm.ops.fused.operators import from_numbers, to_numbers
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.sync import Ranks
@@ -57,9 +59,86 @@ class EncoderDecoderSpec:
     def over(self, ranks: Ranks) -> None:
         """Return ``None``: the one row of statistics would be that of all ranks, which the kernels do not ask for."""
 
+    @functools.cached_property
+    def kind(self) -> object:
+        """What the launches depend on beside tensors."""
+        return recorded.kind_of("encoder decoder", self.flags, self.eps, *(t.shape for t in self.linears))
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """The tensors that may need a gradient."""
+        return self.weight, self.bias, *self.gates, *self.linears
+
+    @property
+    def buffers(self) -> tuple[Tensor | None, ...]:
+        """The running statistics."""
+        return self.running
+
+    @property
+    def backward_buffers(self) -> tuple[Tensor | None, ...]:
+        """Nothing beside what is of the call: noise, probability and seed."""
+        return ()
+
+    @functools.cached_property
+    def moved(self) -> tuple[Tensor, ...]:
+        """The running statistics and their counters, in training."""
+        return tuple(t for t in self.running[:4] if t is not None) if self.flags.track else ()
+
+    def of_call(self, x: Tensor) -> tuple[Any, ...]:
+        """Return noise, probability and seed of the dropout."""
+        noise, drop_prob, seed = self._dropout(x)
+        return noise, drop_prob, Number(seed)
+
+    def launch_forward(
+        self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Launch the pass over x and the equations, and then apply."""
+        from lightning_norm.kernels.encoder_decoder.launch import affine_of
+        from lightning_norm.kernels.passes.launch import apply
+
+        weight, bias, gates, linears = parameters[0], parameters[1], parameters[2:6], parameters[6:]
+        *running, noise, drop_prob, seed = buffers
+        stats = affine_of(
+            x, linears, gates, weight, bias, noise, drop_prob, seed, running, channel_dim, self.flags, self.eps
+        )
+        return apply(x, stats[3], channel_dim, activation, residual), stats
+
+    def launch_backward(
+        self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Launch the backward pass."""
+        from lightning_norm.kernels.encoder_decoder.launch import gradients
+
+        weight, gates, linears, (channel_dim, activation) = parameters[0], parameters[2:6], parameters[6:], how
+        noise, drop_prob, seed = buffers
+        dx, (dweight, dbias, dgates, *dlinears), dresidual = gradients(
+            dy, x, stats, linears, gates, weight, noise, drop_prob, seed, residual, channel_dim, self.flags, self.eps,
+            activation, need_dx,
+        )  # fmt: skip
+        return dx, dresidual, [dweight, dbias, *(None,) * 4, *dlinears], (dgates,)
+
+    def operator_backward(
+        self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Run the backward pass as one operator."""
+        weight, gates, linears, (channel_dim, activation) = parameters[0], parameters[2:6], parameters[6:], how
+        noise, drop_prob, seed = buffers
+        dx, (dweight, dbias, dgates, *dlinears), dresidual = ops.encoder_decoder_gradients(
+            dy, x, *stats, linears, gates, weight, noise, drop_prob, int(seed), residual, channel_dim,
+            to_numbers(self.flags), self.eps, activation, need_dx,
+        )  # fmt: skip
+        return dx, dresidual, [dweight, dbias, *dgates, *dlinears]
+
+    def unpack(self, gradients: list[Any], packed: Tensor) -> None:
+        """Write the gradients of the four gates."""
+        for i, (gate, g) in enumerate(zip(self.gates, torch.split(packed[:4], 1), strict=True)):
+            gradients[2 + i] = None if gate is None else g.view(gate.shape)
+
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
-        dropout = self._dropout(x, layout.c)
+        if recorded.can_record(x, self, residual):
+            return recorded.normalize(x, self, layout.channel_dim, activation, residual)
+        dropout = self._dropout(x)
         linears = [t.detach() for t in self.linears]
         weight, bias, *gates = (None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
         op = ops.encoder_decoder_affine_and_track if self.flags.track else ops.encoder_decoder_affine
@@ -73,12 +152,12 @@ class EncoderDecoderSpec:
         )  # fmt: skip
         return y
 
-    def _dropout(self, x: Tensor, channels: int) -> tuple[Tensor | None, Tensor | None, int]:
+    def _dropout(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, int]:
         """Return noise, probability and seed: the kernels draw from a seed, but for graphs, which would repeat it."""
         if self.drop_prob is None:
             return None, None, 0
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return torch.rand(2, channels, device=x.device), self.drop_prob, 0
+            return torch.rand(2, self.linears[0].shape[1], device=x.device), self.drop_prob, 0
         return None, self.drop_prob, int(torch.randint(1 << 31, (), device="cpu"))
 
 

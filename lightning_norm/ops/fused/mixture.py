@@ -6,6 +6,7 @@ A normalizer describes its equations as a :class:`MixtureSpec`. The kernels comp
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
-from lightning_norm.ops.fused import operators
+from lightning_norm.ops.fused import operators, recorded
 from lightning_norm.ops.fused.apply_depthwise import apply_depthwise
 from lightning_norm.ops.fused.operators import from_numbers, to_numbers
 from lightning_norm.ops.layout import Layout
@@ -21,6 +22,8 @@ from lightning_norm.ops.sync import Ranks
 
 ops = torch.ops.lightning_norm
 _BUFFERS = ("running_mean", "running_var", "tracked", "skipped")
+CONVOLVED = "_convolved"
+"""Where a mixture holds the description of itself with the convolution that was behind it in the last call."""
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 SCHEMAS = {
     name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor? w, Tensor? v, "
@@ -83,8 +86,79 @@ class MixtureSpec:
         """Return the same equations for a batch that lies on several ranks."""
         return replace(self, group=ranks.group) if self.flags.at_bn >= 0 else self
 
+    @functools.cached_property
+    def kind(self) -> object:
+        """What the launches depend on beside tensors."""
+        return recorded.kind_of("mixture", self.flags, self.eps)
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """The tensors that may need a gradient."""
+        return self.weight, self.bias, self.w, self.v
+
+    @property
+    def buffers(self) -> tuple[Tensor | None, ...]:
+        """The running statistics."""
+        r = self.running
+        return (None,) * 5 if r is None else (r.mean, r.var, r.tracked, r.skipped, r.momentum)
+
+    @property
+    def backward_buffers(self) -> tuple[Tensor | None, ...]:
+        """The running statistics where y depends on them."""
+        return self._frozen()
+
+    @functools.cached_property
+    def moved(self) -> tuple[Tensor, ...]:
+        """The running statistics and their counters, in training."""
+        r = self.running
+        return (r.mean, r.var, r.tracked, r.skipped) if r is not None and self.flags.track else ()
+
+    def of_call(self, x: Tensor) -> tuple[Any, ...]:
+        """Return nothing: no call draws numbers."""
+        return ()
+
+    def launch_forward(
+        self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
+    ) -> tuple[Tensor, MixtureStatistics]:
+        """Launch the pass over x and the equations, and then apply."""
+        from lightning_norm.kernels.mixture.launch import affine_of
+        from lightning_norm.kernels.passes.launch import apply
+
+        weight, bias, w, v = parameters
+        stats = affine_of(x, weight, bias, w, v, buffers, channel_dim, self.flags, self.eps)
+        return apply(x, stats.affine, channel_dim, activation, residual), stats
+
+    def launch_backward(
+        self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Launch the backward pass."""
+        from lightning_norm.kernels.mixture.launch import gradients
+
+        (weight, _, w, v), (channel_dim, activation) = parameters, how
+        dx, *of_parameters, dresidual = gradients(
+            dy, x, MixtureStatistics(*stats), weight, w, v, buffers, residual, channel_dim, self.flags, self.eps,
+            activation, need_dx,
+        )  # fmt: skip
+        return dx, dresidual, of_parameters, ()
+
+    def operator_backward(
+        self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Run the backward pass as one operator."""
+        (weight, _, w, v), (channel_dim, activation) = parameters, how
+        dx, *of_parameters, dresidual = ops.mixture_gradients(
+            dy, x, *stats, weight, w, v, *buffers, residual, channel_dim, to_numbers(self.flags), self.eps,
+            activation, need_dx, "",
+        )  # fmt: skip
+        return dx, dresidual, of_parameters
+
+    def unpack(self, gradients: list[Any], packed: Tensor) -> None:
+        """Do nothing: each gradient is a tensor of its own."""
+
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
+        if not self.group and recorded.can_record(x, self, residual):
+            return recorded.normalize(x, self, layout.channel_dim, activation, residual)
         y: Tensor = _Mixture.apply(
             x, self.weight, self.bias, self.w, self.v, residual, *self._statistics(x, layout), *self._frozen(),
             layout.channel_dim, self.flags, self.eps, activation, self.group,
@@ -93,23 +167,108 @@ class MixtureSpec:
 
     def normalize_depthwise(self, x: Tensor, kernel: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
         """Return the depthwise convolution of the normalized x, on the kernels, of a spec without weight and bias."""
+        depthwise = vars(self).get(CONVOLVED)
+        if depthwise is None or depthwise.kernel is not kernel or depthwise.bias is not bias:
+            # A copy, for two that know each other would outlive the layer until Python looks for cycles.
+            depthwise = vars(self)[CONVOLVED] = RecordedDepthwise(replace(self), kernel, bias)
+        if not self.group and recorded.can_record(x, depthwise) and kernel.is_contiguous():
+            return recorded.normalize(x, depthwise, layout.channel_dim, "none", None)
         stats = self._statistics(x, layout)
         return apply_depthwise(x, kernel, bias, stats, self._frozen(), self.flags, self.eps, self.group)
 
     def _statistics(self, x: Tensor, layout: Layout) -> MixtureStatistics:
         """Return the statistics of x, and move the running ones."""
-        r = self.running
-        parameters = (None if t is None else t.detach() for t in (self.weight, self.bias, self.w, self.v))
-        buffers = (None,) * 5 if r is None else (r.mean, r.var, r.tracked, r.skipped, r.momentum)
+        parameters = (None if t is None else t.detach() for t in self.parameters)
         op = ops.mixture_affine_and_track if self.flags.track else ops.mixture_affine
         return MixtureStatistics(
-            *op(x.detach(), *parameters, *buffers, layout.channel_dim, to_numbers(self.flags), self.eps, self.group)
+            *op(
+                x.detach(), *parameters, *self.buffers, layout.channel_dim, to_numbers(self.flags), self.eps, self.group
+            )
         )
 
     def _frozen(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the running statistics where y depends on them, for the backward pass."""
         r = self.running
         return (r.mean, r.var) if r is not None and self.flags.frozen else (None, None)
+
+
+@dataclass(frozen=True)
+class RecordedDepthwise:
+    """A mixture and the depthwise convolution behind it, for ``lightning_norm.ops.fused.recorded``.
+
+    Args:
+        mixture: the normalization, without weight and bias.
+        kernel: (C, 1, *).
+        bias: (C,).
+    """
+
+    mixture: MixtureSpec
+    kernel: Tensor
+    bias: Tensor | None
+
+    @functools.cached_property
+    def kind(self) -> object:
+        """What the launches depend on beside tensors."""
+        return recorded.kind_of(self.mixture.kind, self.kernel.shape)
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """The tensors that may need a gradient."""
+        return self.kernel, self.bias
+
+    @property
+    def buffers(self) -> tuple[Tensor | None, ...]:
+        """The running statistics."""
+        return self.mixture.buffers
+
+    @property
+    def backward_buffers(self) -> tuple[Tensor | None, ...]:
+        """The running statistics where y depends on them."""
+        return self.mixture.backward_buffers
+
+    @property
+    def moved(self) -> tuple[Tensor, ...]:
+        """The running statistics and their counters, in training."""
+        return self.mixture.moved
+
+    def of_call(self, x: Tensor) -> tuple[Any, ...]:
+        """Return nothing: no call draws numbers."""
+        return ()
+
+    def launch_forward(
+        self, x: Tensor, residual: None, parameters: Any, buffers: Any, channel_dim: int, activation: str
+    ) -> tuple[Tensor, MixtureStatistics]:
+        """Launch the pass over x and the equations, and then apply."""
+        from lightning_norm.kernels.depthwise.launch import apply_depthwise as launch
+        from lightning_norm.kernels.mixture.launch import affine_of
+
+        flags, eps = self.mixture.flags, self.mixture.eps
+        stats = affine_of(x, None, None, None, None, buffers, channel_dim, flags, eps)
+        return launch(x, stats.affine, *parameters), stats
+
+    def launch_backward(
+        self, dy: Tensor, x: Tensor, residual: None, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Launch the backward pass."""
+        from lightning_norm.kernels.depthwise.launch import gradients
+
+        flags, eps = self.mixture.flags, self.mixture.eps
+        dx, *of_parameters = gradients(
+            dy, x, MixtureStatistics(*stats), parameters[0], buffers, flags, eps, need_dx
+        )  # fmt: skip
+        return dx, None, of_parameters, ()
+
+    def operator_backward(
+        self, dy: Tensor, x: Tensor, residual: None, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Run the backward pass as one operator."""
+        dx, *of_parameters = ops.apply_depthwise_gradients(
+            dy, x, *stats, parameters[0], *buffers, to_numbers(self.mixture.flags), self.mixture.eps, need_dx, ""
+        )
+        return dx, None, of_parameters
+
+    def unpack(self, gradients: list[Any], packed: Tensor) -> None:
+        """Do nothing: each gradient is a tensor of its own."""
 
 
 class _Mixture(torch.autograd.Function):

@@ -5,6 +5,7 @@ At most five launches forward and five backward; four and three where nothing is
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
-from lightning_norm.ops.fused import operators
+from lightning_norm.ops.fused import operators, recorded
 from lightning_norm.ops.fused.operators import from_numbers, to_numbers
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.sync import Ranks
@@ -71,8 +72,83 @@ class PerChannelSpec:
             return None
         return replace(self, flags=replace(self.flags, ranks=True), group=ranks.group)
 
+    @functools.cached_property
+    def kind(self) -> object:
+        """What the launches depend on beside tensors."""
+        return recorded.kind_of("per channel", self.flags, self.numbers)
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """The tensors that may need a gradient."""
+        return self.weight, self.bias, *self.gates
+
+    @property
+    def buffers(self) -> tuple[Tensor | None, ...]:
+        """What else the forward launches read or move."""
+        counters = (*self.counters, *(None,) * (4 - len(self.counters)))
+        return self.responsibilities, *self.running, *counters, self.rate, self.threshold
+
+    @property
+    def backward_buffers(self) -> tuple[Tensor | None, ...]:
+        """What else the backward launches read."""
+        return (self.responsibilities,)
+
+    @functools.cached_property
+    def moved(self) -> tuple[Tensor, ...]:
+        """The running statistics and counters, in training."""
+        return tuple(t for t in (*self.running, *self.counters) if t is not None) if self.flags.track else ()
+
+    def of_call(self, x: Tensor) -> tuple[Any, ...]:
+        """Return nothing: no call draws numbers."""
+        return ()
+
+    def launch_forward(
+        self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Launch the pass over x and the equations, and then apply."""
+        from lightning_norm.kernels.passes.launch import apply
+        from lightning_norm.kernels.per_channel.launch import affine_of
+
+        (weight, bias, *gates), (responsibilities, *moved, rate, threshold) = parameters, buffers
+        stats = affine_of(
+            x, weight, bias, gates, responsibilities, moved[:4], moved[4:], rate, threshold, channel_dim, self.flags,
+            self.numbers,
+        )  # fmt: skip
+        return apply(x, stats[2], channel_dim, activation, residual), stats
+
+    def launch_backward(
+        self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Launch the backward pass."""
+        from lightning_norm.kernels.per_channel.launch import gradients
+
+        (weight, bias, *gates), (channel_dim, activation) = parameters, how
+        moments, of_channels, affine, survey_out, batch, rank_sums = stats
+        dx, *of_parameters, dresidual = gradients(
+            dy, x, moments, of_channels, affine, survey_out, batch, rank_sums, weight, bias, gates, buffers[0],
+            residual, channel_dim, self.flags, self.numbers, activation, need_dx,
+        )  # fmt: skip
+        shaped = [g if t is None else g.view(t.shape) for g, t in zip(of_parameters, parameters, strict=True)]
+        return dx, dresidual, shaped, ()
+
+    def operator_backward(
+        self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
+    ) -> tuple[Any, ...]:
+        """Run the backward pass as one operator."""
+        (weight, bias, *gates), (channel_dim, activation) = parameters, how
+        dx, *of_parameters, dresidual = ops.per_channel_gradients(
+            dy, x, *stats, weight, bias, gates, buffers[0], residual, channel_dim, to_numbers(self.flags),
+            to_numbers(self.numbers), activation, need_dx, "",
+        )  # fmt: skip
+        return dx, dresidual, of_parameters
+
+    def unpack(self, gradients: list[Any], packed: Tensor) -> None:
+        """Do nothing: each gradient is a tensor of its own."""
+
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
+        if not self.group and recorded.can_record(x, self, residual):
+            return recorded.normalize(x, self, layout.channel_dim, activation, residual)
         weight, bias, *gates = (None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
         counters = (*self.counters, *(None,) * (4 - len(self.counters)))
         op = ops.per_channel_affine_and_track if self.flags.track else ops.per_channel_affine

@@ -1,0 +1,417 @@
+"""Launches, recorded at the first call of a kind and replayed at each later one.
+
+At every launch Triton decides anew what the same arguments led to before: which compiled kernel runs, and how its
+arguments are passed. That takes the host longer than a small kernel takes the GPU. So the first call of a kind runs the
+launch code of a family without launching anything: :func:`record` compiles each ``launch(kernel, *grid)(...)`` and
+writes it down, with every tensor as a slot and an offset in bytes. The :class:`Plan` that results allocates what the
+launch code allocated, in fewer tensors, and launches with plain integers for pointers.
+
+Calls are of one kind if they agree in device, shapes, strides, dtypes, flags and in the alignment of each pointer, for
+Triton compiles other code for multiples of 16: :func:`key_of`. Triton's usual launch runs in place of the recorded one
+under the interpreter, on backends other than CUDA, and while hooks are set, which expect tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LIMIT = 4096
+"""Plans that are remembered: inputs that never have the same shape twice must not fill the memory."""
+
+ALIGN = 64
+"""Tensors in a workspace begin at multiples of this many numbers, 256 bytes, as those of torch's allocator do."""
+
+
+def _installed() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+class _Thread(threading.local):
+    """What this thread records, if anything: backward passes run in threads of their own."""
+
+    launches: list[_Launch] | None = None
+
+
+_thread = _Thread()
+_plans: dict[Hashable, Plan] = {}
+
+
+class Number(int):
+    """An input of a recorded call that is not a tensor, and differs from call to call."""
+
+    slot = -1
+
+
+def is_recording() -> bool:
+    """Tell whether this thread records a call, in which nothing may be computed but by launches."""
+    return _thread.launches is not None
+
+
+def launch(kernel: Any, *grid: int) -> Callable[..., Any]:
+    """Return what launches a kernel on a grid; while a call is recorded, what writes the launch down."""
+    if _thread.launches is None:
+        return kernel[grid]  # type: ignore[no-any-return]
+    return functools.partial(_write_down, _thread.launches, kernel, grid)
+
+
+class _Launch(NamedTuple):
+    """A launch as the launch code asked for it, and the kernel that Triton compiled for it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    compiled: Any
+
+
+def _write_down(launches: list[_Launch], kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    from triton.runtime.jit import JITFunction
+
+    compiled = None
+    if isinstance(kernel, JITFunction):  # and not one of the interpreter's
+        plain = (int(a) if isinstance(a, Number) else a for a in args)
+        compiled = kernel.warmup(*plain, grid=grid, **options)
+    launches.append(_Launch(kernel, grid, args, options, compiled))
+
+
+class _Pointer(NamedTuple):
+    """A tensor that a kernel gets: ``offset`` bytes into the one in ``slot``, or the number there if dtype is None."""
+
+    slot: int
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def of(self, tensors: Sequence[Any]) -> Tensor:
+        """Return it as a tensor."""
+        base = tensors[self.slot]
+        start = (base.storage_offset() * base.element_size() + self.offset) // self.dtype.itemsize
+        empty = torch.tensor([], dtype=self.dtype, device=base.device)
+        return empty.set_(base.untyped_storage(), start, self.shape, self.stride)
+
+
+class _Output(NamedTuple):
+    """An output: a tensor like x, or the gradient of a parameter, which lies beside the others in one tensor."""
+
+    like_x: bool
+    shape: torch.Size
+
+
+@dataclass(eq=False)
+class Plan:
+    """The launches of one kind of call.
+
+    Args:
+        launches: in their order; every tensor in them is a :class:`_Pointer`.
+        inputs: how many tensors and numbers the call gets.
+        outputs: ``None`` for one that no kernel writes.
+        sizes: of three workspaces in float32 numbers: kept for the backward pass, dropped, gradients of parameters.
+        kept: the tensors in the first of them.
+    """
+
+    launches: list[_Launch]
+    inputs: int
+    outputs: list[_Output | None]
+    sizes: tuple[int, int, int]
+    kept: list[_Pointer]
+
+    def __post_init__(self) -> None:
+        self._replay = _replayed(self)
+        # How the last workspace is cut: gradients that do not end at a multiple of 16 bytes have a rest behind them.
+        self._cuts: list[int] = []
+        self._cut_of: list[int | None] = []
+        for output in self.outputs:
+            in_workspace = output is not None and not output.like_x
+            self._cut_of.append(len(self._cuts) if in_workspace else None)
+            if output is not None and in_workspace:
+                n = output.shape.numel()
+                self._cuts += [n, -n % 4] if n % 4 else [n]
+
+    def __call__(self, inputs: Sequence[Any], pointers: list[int]) -> tuple[list[Tensor | None], Tensor | None]:
+        """Run the launches.
+
+        Args:
+            inputs: tensors, numbers and ``None``, as the key was made of; the first is x.
+            pointers: of them, which :func:`key_of` returned; more are added.
+
+        Returns:
+            The outputs, and the workspace that is kept.
+        """
+        x = inputs[0]
+        device = x.device
+        outputs: list[Any] = []
+        for output in self.outputs:
+            made = torch.empty_like(x) if output is not None and output.like_x else None
+            outputs.append(made)
+            pointers.append(0 if made is None else made.data_ptr())
+        workspaces = [torch.empty(n, dtype=torch.float32, device=device) if n else None for n in self.sizes]
+        for w in workspaces:
+            pointers.append(0 if w is None else w.data_ptr())
+        if self._replay is None or not self._replay(pointers, x.get_device()):
+            self._launch_as_usual([*inputs, *outputs, *workspaces])
+        if workspaces[2] is not None:
+            parts: Any = workspaces[2].split_with_sizes(self._cuts)
+            for i, cut in enumerate(self._cut_of):
+                if cut is not None:
+                    shape = self.outputs[i].shape  # type: ignore[union-attr]
+                    outputs[i] = parts[cut] if len(shape) == 1 else parts[cut].view(shape)
+        return outputs, workspaces[0]
+
+    def views(self, kept: Tensor) -> list[Tensor]:
+        """Return the tensors in the workspace that is kept."""
+        tensors = [*(None,) * (self.inputs + len(self.outputs)), kept]
+        return [p.of(tensors) if p.slot >= 0 else kept.new_empty(p.shape, dtype=p.dtype) for p in self.kept]
+
+    def _launch_as_usual(self, tensors: list[Any]) -> None:
+        with torch.cuda.device_of(tensors[0]):
+            for kernel, grid, args, options, _ in self.launches:
+                kernel[grid](*(_argument(a, tensors) for a in args), **options)
+
+
+def _argument(a: Any, tensors: list[Any]) -> Any:
+    if isinstance(a, Number):
+        return int(tensors[a.slot])
+    if not isinstance(a, _Pointer):
+        return a
+    if a.slot < 0:  # a tensor without elements, which no kernel reads
+        return torch.empty(0, dtype=a.dtype, device=tensors[0].device)
+    whole = tensors[a.slot]
+    return whole if a.offset == 0 and whole.shape == a.shape and whole.dtype == a.dtype else a.of(tensors)
+
+
+def key_of(kind: Hashable, inputs: Sequence[Any]) -> tuple[Hashable, list[int]]:
+    """Return what calls of one kind have in common, and the pointers of the inputs (0 for ``None``).
+
+    Args:
+        kind: what the launch code looks at beside its tensors.
+        inputs: tensors, numbers and ``None``; the first is x, those like x have its strides, all others none but 1.
+
+    Raises:
+        RuntimeError: the tensors are on more than one device, where a kernel would read an address that is not its.
+    """
+    x = inputs[0]
+    device = x.get_device()
+    pointers, dtypes, misaligned = [], [], 0
+    for t in inputs:
+        if t is None:
+            pointers.append(0)
+            dtypes.append(None)
+        elif t.__class__ is Number:
+            pointers.append(t)
+            dtypes.append(int)
+        else:
+            if t.get_device() != device:
+                raise RuntimeError(
+                    f"all tensors of a layer must be on the device of its input, {x.device}, got one on {t.device}. "
+                    f"Type layer.to({str(x.device)!r})."
+                )
+            pointer = t.data_ptr()
+            misaligned |= pointer
+            pointers.append(pointer)
+            dtypes.append(t.dtype)
+    key = (kind, device, x.shape, x.stride(), tuple(dtypes))
+    # Nearly always all are multiples of 16.
+    return (key if misaligned & 15 == 0 else (key, *(p & 15 for p in pointers))), pointers
+
+
+def plan_of(
+    key: Hashable, inputs: Sequence[Any], call: Callable[..., tuple[Sequence[Tensor | None], Sequence[Tensor]]]
+) -> Plan:
+    """Return the plan of a key; where there is none yet, record what ``call(*inputs)`` launches.
+
+    ``call`` returns outputs and what is to be kept for the backward pass.
+    """
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= LIMIT:
+            _plans.clear()
+        plan = _plans[key] = record(inputs, call)
+    return plan
+
+
+def record(inputs: Sequence[Any], call: Callable[..., tuple[Sequence[Tensor | None], Sequence[Tensor]]]) -> Plan:
+    """Run the launch code of a call without launching, and return the plan of it; see :func:`plan_of`."""
+    # Objects of their own, by which the launch code's arguments are told apart even where two are the same tensor.
+    own = [_named(t, slot) for slot, t in enumerate(inputs)]
+    launches: list[_Launch] = []
+    with torch.cuda.device_of(inputs[0]), torch.no_grad():
+        _thread.launches = launches
+        try:
+            outputs, keep = call(*own)
+        finally:
+            _thread.launches = None
+        return _plan(own, launches, outputs, keep)
+
+
+def _plan(own: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | None], keep: Sequence[Tensor]) -> Plan:
+    """Find out where each tensor of the launches lies."""
+    passed = [a for step in launches for a in step.args if isinstance(a, Tensor)]
+    used = {_storage(t) for t in passed}
+    places = {id(t): (slot, 0) for slot, t in enumerate(own) if isinstance(t, Tensor)}
+    storages: dict[int, tuple[int, int]] = {}  # pointer of a storage -> slot, offset of its first byte in that slot
+    for slot, t in enumerate(own):
+        if isinstance(t, Tensor) and _storage(t):
+            offset = -t.storage_offset() * t.element_size()
+            # Part of what two inputs have in common could be part of either.
+            storages[_storage(t)] = (slot, offset) if _storage(t) not in storages else (-1, 0)
+    made: list[_Output | None] = []
+    last, size = len(own) + len(outputs), 0
+    for slot, t in enumerate(outputs, len(own)):
+        made.append(_output(t, own[0]) if t is not None and t.numel() and _storage(t) in used else None)
+        if t is not None and made[-1] is not None:
+            assert _storage(t) not in storages, "an output that is an input, or a part of another output"
+            assert t.storage_offset() == 0
+            storages[_storage(t)] = (slot, 0) if made[-1].like_x else (last + 2, 4 * size)
+            size += 0 if made[-1].like_x else t.numel() + -t.numel() % 4
+    sizes = _fill(storages, keep, last), _fill(storages, passed, last + 1), size
+
+    def pointer(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        slot, offset = places.get(id(t), (-1, 0))
+        if slot < 0 and t.numel():
+            slot, first = storages[_storage(t)]
+            assert slot >= 0, "a part of a tensor that is passed twice"
+            offset = first + t.storage_offset() * t.element_size()
+        return _Pointer(slot, offset, t.shape, t.stride(), t.dtype)
+
+    steps = [step._replace(args=tuple(map(pointer, step.args))) for step in launches]
+    return Plan(steps, len(own), made, sizes, [pointer(t) for t in keep])
+
+
+def _named(t: Any, slot: int) -> Any:
+    if isinstance(t, Number):
+        t = Number(t)
+        t.slot = slot
+        return t
+    return None if t is None else t.detach()
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _output(t: Tensor, x: Tensor) -> _Output:
+    if (t.shape, t.stride(), t.dtype) == (x.shape, x.stride(), x.dtype):
+        return _Output(True, t.shape)
+    assert t.is_contiguous()
+    assert t.dtype == torch.float32
+    return _Output(False, t.shape)
+
+
+def _fill(storages: dict[int, tuple[int, int]], tensors: Iterable[Tensor], slot: int) -> int:
+    """Give each storage that has no place yet one in a workspace, and return the float32 numbers that it needs."""
+    size = 0
+    for t in tensors:
+        storage = t.untyped_storage()
+        if storage.data_ptr() and storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = slot, 4 * size
+            size += -(-storage.nbytes() // (4 * ALIGN)) * ALIGN
+    return size
+
+
+def _replayed(plan: Plan) -> Callable[[list[int], int], bool] | None:
+    """Return a function that launches the plan, given all pointers and the device; ``None`` where Triton must do it.
+
+    It returns False, and has launched nothing, while hooks are set in Triton, as its profiler does: they want tensors.
+
+    The launches are written as one function, with every argument in its place: a loop over lists of arguments would
+    take as long as the launches themselves.
+    """
+    compiled = [step.compiled for step in plan.launches]
+    if any(c is None or c.metadata.target.backend != "cuda" for c in compiled):
+        return None
+    from triton import knobs
+    from triton.runtime import driver
+
+    names: dict[str, Any] = {}
+    lines = []
+    for i, step in enumerate(plan.launches):
+        x, y, z = (*step.grid, 1, 1)[:3]
+        arguments = [_spelled(a, names) for a in _in_order(step)]
+        lines.append(f"    {_call(step.compiled, i, names)(f'{x}, {y}, {z}, stream, f{i}', arguments)}")
+    code = "\n".join(["def launches(p, stream):", *lines, *([] if lines else ["    pass"])])
+    exec(compile(code, "<recorded launches>", "exec"), names)  # nothing in it but numbers and names made here
+    launches = names["launches"]
+
+    runtime = knobs.runtime
+
+    def replay(pointers: list[int], device: int) -> bool:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            return False
+        active = driver.active
+        if device < 0 or device == active.get_current_device():
+            launches(pointers, active.get_current_stream(max(device, 0)))
+        else:
+            with torch.cuda.device(device):
+                launches(pointers, active.get_current_stream(device))
+        return True
+
+    return replay
+
+
+def _call(compiled: Any, i: int, names: dict[str, Any]) -> Callable[[str, list[str]], str]:
+    """Return what writes the call of a kernel, from grid, stream and function and from the kernel's arguments.
+
+    ``CompiledKernel.run`` serves any version of Triton. Where the launcher behind it is one that we know, and the
+    kernel needs no scratch memory, that is called, which saves half of the time.
+    """
+    run = compiled.run  # loads the kernel
+    names |= {f"f{i}": compiled.function, f"m{i}": compiled.packed_metadata}
+    raw = getattr(run, "launch", None)
+    scratch = getattr(run, "global_scratch_size", 1) + getattr(run, "profile_scratch_size", 1)
+    known = raw is not None and scratch == 0 and not getattr(run, "gsan_enabled", False)
+    if known and LAUNCHER == "tuple" and hasattr(run, "arg_annotations") and hasattr(run, "kernel_signature"):
+        names |= {f"r{i}": raw, f"a{i}": run.arg_annotations, f"s{i}": run.kernel_signature}
+        flags = f"{int(run.launch_cooperative_grid)}, {int(run.launch_pdl)}"
+        nothing = "None, None, None, None, None"  # metadata for hooks, two hooks, and scratch memory
+        return lambda head, args: f"r{i}({head}, {flags}, m{i}, {nothing}, a{i}, s{i}, ({', '.join(args)},))"
+    if known and LAUNCHER == "flat":
+        names[f"r{i}"] = raw
+        flags = f"{bool(run.launch_cooperative_grid)}, {bool(run.launch_pdl)}"
+        return lambda head, args: f"r{i}({head}, {flags}, None, None, m{i}, None, None, None, {', '.join(args)})"
+    names[f"r{i}"] = run
+    return lambda head, args: f"r{i}({head}, m{i}, None, None, None, {', '.join(args)})"
+
+
+def _launcher_of(version: str) -> str:
+    """Return how the launcher of a version of Triton takes its arguments, "" where nobody has looked.
+
+    >>> _launcher_of("3.6.0"), _launcher_of("3.8.0"), _launcher_of("4.0.0")
+    ('flat', 'tuple', '')
+    """
+    return {"3.6": "flat", "3.8": "tuple"}.get(".".join(version.split(".")[:2]), "")
+
+
+LAUNCHER = _launcher_of(_installed())
+
+
+def _in_order(step: _Launch) -> list[Any]:
+    """Return the arguments of a launch in the order of the kernel's parameters; constants are compiled in."""
+    rest = [None if p.is_constexpr else step.options[p.name] for p in step.kernel.params[len(step.args) :]]
+    return [*step.args, *rest]
+
+
+def _spelled(a: Any, names: dict[str, Any]) -> str:
+    if isinstance(a, Number):
+        return f"p[{a.slot}]"
+    if isinstance(a, _Pointer):
+        return "0" if a.slot < 0 else f"p[{a.slot}] + {a.offset}" if a.offset else f"p[{a.slot}]"
+    if a is None or type(a) is int:
+        return repr(a)
+    name = f"c{len(names)}"
+    names[name] = a
+    return name

@@ -1,0 +1,30 @@
+"""Recorded launches on Triton's compiler and launcher, over a stubbed driver; interpreted/ compares values."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+@pytest.mark.parametrize("key", ["sn"])
+def test_recorded_launches(key):
+    """Run by .ci/run on the newest Triton, by .ci/oldest on the oldest: their launchers differ."""
+    command = [sys.executable, "-m", "tests.kernels.on_the_stub", key]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    seen = json.loads(process.stdout.splitlines()[-1])
+    assert seen.pop("launcher") in ("tuple", "flat", "")
+    assert seen == {
+        "loaded by a second step": 0,  # so a graph may capture it
+        "launches": {"sn": 8},
+        "asked for the same": [True, True],  # forward and backward
+        "loaded by Triton": 0,
+        "hooks called": True,
+    }
