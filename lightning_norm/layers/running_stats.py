@@ -136,7 +136,7 @@ def reads_copies() -> bool:
     It must where a backward pass may need them after the next batch has moved the buffers; and always in a graph of
     ``torch.jit.trace``, which is checked without gradients and must come out the same.
     """
-    return torch.is_grad_enabled() or torch_private.is_traced()
+    return torch.is_grad_enabled() or torch_private.tracing_state() is not None
 
 
 def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
@@ -149,17 +149,23 @@ def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
 def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None) -> None:
     """Move the running statistics towards m, or accumulate it, unless a 0-dim ``wanted`` is false."""
     mean, var = layer.running_target(m)
-    if isinstance(layer.accumulator, StatisticsAccumulator):
-        # The accumulator itself leaves out, and counts, what is not finite.
-        layer.accumulator.add(*_for_accumulator(layer, m, mean, var))
+    if layer.accumulator is not None:
+        _accumulate(layer, m, mean, var, wanted)
         return
     usable = is_usable(layer, mean, var, m.count)
     # Counted as skipped is only what was not finite, and not what a method chose to leave out.
-    usable = usable if wanted is None else usable & wanted
-    if layer.accumulator is None:
-        _move_running(layer, mean, var, usable)
-    else:
-        layer.accumulator.add(*_for_accumulator(layer, m, mean, var), usable)
+    _move_running(layer, mean, var, usable if wanted is None else usable & wanted)
+
+
+def _accumulate(layer: RunningStats, m: Moments, mean: Tensor, var: Tensor, wanted: Tensor | None) -> None:
+    """Hand moments to the layer's accumulator, given what the running statistics would move towards."""
+    values = _for_accumulator(layer, m, mean, var)
+    if isinstance(layer.accumulator, StatisticsAccumulator):
+        # It leaves out, and counts, what is not finite by itself.
+        layer.accumulator.add(*values)
+    elif layer.accumulator is not None:
+        usable = is_usable(layer, mean, var, m.count)
+        layer.accumulator.add(*values, usable if wanted is None else usable & wanted)
 
 
 @torch_private.without_gradients
