@@ -133,7 +133,7 @@ class Evaluation(Behind):
 
 
 def _may_read(layer: Any, frame: types.FrameType) -> bool:
-    """Tell whether a function may read eps beside running_var: one of ours or the layer's, or any if it is a BatchNorm."""
+    """Tell whether a function may read eps beside running_var: one of ours or the layer's, or any, of a BatchNorm."""
     code = frame.f_code
     if str(frame.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]:
         return True
