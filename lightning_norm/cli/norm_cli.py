@@ -140,7 +140,7 @@ class NormCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, and refuse sections that contradict each other."""
+        """Parse the command line, and refuse a section that holds one value where its options should be."""
         # As LightningCLI does, without its warning on arguments that come from the caller.
         self.config = parser.parse_args(args)
         command = self.config.get("subcommand")
