@@ -33,7 +33,18 @@ PEER_FACTOR = 10
 def contenders(
     shape: tuple[int, ...], keys: Sequence[str], device: str, compiled: bool, naive: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and layer: torch's, ours eager and compiled, and the naive formula eager and compiled."""
+    """Yield name and layer: torch's, ours eager and compiled, and the naive formula eager and compiled.
+
+    Args:
+        shape: of x, (N, C, *).
+        keys: of the normalizers.
+        device: "cpu" or "cuda".
+        compiled: each under torch.compile as well.
+        naive: the published formulas as well.
+
+    >>> [name for name, _ in contenders((4, 8, 3, 3), ["sn"], "cpu", compiled=False)]
+    ['torch', 'sn', 'sn naive']
+    """
     c = shape[1]
     yield "torch", (nn.BatchNorm1d if len(shape) < 4 else nn.BatchNorm2d)(c).to(device)
     for key in keys:
@@ -58,7 +69,13 @@ def contenders(
 
 
 def ready(key: str, shape: tuple[int, ...], device: str) -> Normalizer:
-    """Build a layer; cn is told the contexts of its samples, and a kernel of bnet gets distinct taps."""
+    """Build a layer; cn is told the contexts of its samples, and a kernel of bnet gets distinct taps.
+
+    Args:
+        key: of the normalizer.
+        shape: of x, (N, C, *).
+        device: of the layer.
+    """
     more = {"num_groups": groups_of(shape[1])} if key == "gn" else {}
     layer = create(key, shape[1], device=device, **ARGUMENTS.get(key, {}), **more)
     # It must know the context of each sample before its first call.
@@ -154,7 +171,12 @@ def without_dropout(layer: nn.Module) -> Iterator[None]:
 
 
 def saved_for_backward(layer: nn.Module, x: Tensor) -> float:
-    """Return the bytes that one forward pass keeps for the backward pass, as a multiple of x; x itself counts as 1."""
+    """Return the bytes that one forward pass keeps for the backward pass, as a multiple of x; x itself counts as 1.
+
+    >>> x = torch.randn(2, 8, 64, 64, requires_grad=True)
+    >>> round(saved_for_backward(create("bn", 8), x), 2)
+    1.0
+    """
     sizes: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -168,6 +190,10 @@ def saved_for_backward(layer: nn.Module, x: Tensor) -> float:
 
 
 def has_formula(key: str, shape: Sequence[int]) -> bool:
-    """Tell whether there is a naive formula of a normalizer for inputs of that shape."""
+    """Tell whether there is a naive formula of a normalizer for inputs of that shape.
+
+    >>> has_formula("bnet", (4, 8, 5, 5)), has_formula("bnet", (4, 8, 5))
+    (True, False)
+    """
     # Instance statistics need positions, and the formula of bnet is a convolution of two dimensions.
     return key in FORMULAS and (len(shape) == 4 if key == "bnet" else len(shape) > 2)

@@ -61,7 +61,14 @@ def moments(x: Tensor, statistic: str) -> tuple[Tensor, Tensor]:
 
 
 def standardized(x: Tensor, statistic: str) -> Tensor:
-    """Return (x - mean) / sqrt(variance + eps)."""
+    r"""Return the input with mean 0 and variance 1.
+
+    .. math:: \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}, \qquad \epsilon = 10^{-5}
+
+    Args:
+        x: (N, C, *).
+        statistic: over what mean and variance are taken: "bn", "in" or "ln".
+    """
     mean, var = moments(x, statistic)
     return (x - mean) / torch.sqrt(var + 1e-5)
 
@@ -79,12 +86,19 @@ def grouped(x: Tensor, p: Parameters) -> Tensor:
 
 
 def groups_of(channels: int) -> int:
-    """Return the groups of gn in the benchmark: 32, or the most that divide the channels."""
+    """Return the groups of gn in the benchmark: 32, or the most that divide the channels.
+
+    >>> groups_of(64), groups_of(24)
+    (32, 8)
+    """
     return math.gcd(32, channels)
 
 
 def switchable(x: Tensor, p: Parameters) -> Tensor:
-    """Normalize as sn does: mix three pairs of statistics."""
+    r"""Normalize as sn does: mix three pairs of statistics.
+
+    .. math:: y = \gamma \frac{x - \sum_k w_k \mu_k}{\sqrt{\sum_k w'_k \sigma^2_k + \epsilon}} + \beta
+    """
     # One set of importance weights for the means, another for the variances.
     w, v = torch.softmax(p["mean_weight"], 0), torch.softmax(p["var_weight"], 0)
     statistics = [moments(x, statistic) for statistic in ("in", "ln", "bn")]
@@ -95,20 +109,30 @@ def switchable(x: Tensor, p: Parameters) -> Tensor:
 
 
 def batch_channel(x: Tensor, p: Parameters) -> Tensor:
-    """Normalize as bcn does: mix two normalized outputs."""
+    r"""Normalize as bcn does: mix two normalized outputs.
+
+    .. math:: y = \gamma\,(\iota\,\hat{x}_{\mathrm{bn}} + (1 - \iota)\,\hat{x}_{\mathrm{ln}}) + \beta
+    """
     iota = along(p["iota"], x)
     return affine(iota * standardized(x, "bn") + (1 - iota) * standardized(x, "ln"), p)
 
 
 def diminishing(x: Tensor, p: Parameters) -> Tensor:
-    """Normalize as dbn does with a first batch."""
+    r"""Normalize as dbn does with a first batch.
+
+    .. math:: y = \gamma \frac{x - \mu_B}{\sigma_B + \epsilon} + \beta
+    """
     mean, var = moments(x, "bn")
     # The paper adds eps to the deviation, outside of the root.
     return affine((x - mean) / (var.sqrt() + 1e-5), p)
 
 
 def representative(x: Tensor, p: Parameters) -> Tensor:
-    """Normalize as rbn does with unit gates."""
+    r"""Normalize as rbn does with unit gates.
+
+    .. math:: y = \gamma\,\frac{\mathrm{sigmoid}(w_v m + w_b)}{\mathrm{sigmoid}(1)}
+        \,\hat{x} + \beta, \qquad \hat{x} = \mathrm{BN}(x + w_m \bar{x}_{nc}), \quad m = \overline{\hat{x}}_{nc}
+    """
     # A new tensor, where the published code writes into its input.
     x = x + along(p["center_weight"], x) * x.mean(space(x), keepdim=True)
     x = standardized(x, "bn")

@@ -61,5 +61,6 @@ def bench_shape(
 
 
 def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Run:
+    """Return a function that runs the layer forward and backward once."""
     wanted = [x, *layer.parameters()]
     return lambda: torch.autograd.grad(layer(x), wanted, dy)

@@ -14,7 +14,13 @@ from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
 
 def save(result: dict[str, Any], folder: Path) -> None:
-    """Write ``bench.json``, ``bench.md`` and ``bench.png`` into a folder."""
+    """Write ``bench.json``, ``bench.md`` and ``bench.png`` into a folder.
+
+    Args:
+        result: ``command`` as typed, ``machine`` as :func:`lightning_norm.bench.clock.machine` describes it, and
+            ``rows``.
+        folder: which exists; files of an earlier benchmark are replaced, each as a whole.
+    """
     write_whole(folder / "bench.json", json.dumps(result, indent=1))
     where = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v)
     shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
@@ -32,7 +38,15 @@ LEGEND = (
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the ratios to torch's BatchNorm, a panel per shape."""
+    """Draw the ratios to torch's BatchNorm, a panel per shape.
+
+    Args:
+        rows: of all shapes, as :func:`rows_of` returns them.
+        path: of a picture; its ending says in which format.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     # Only a report with pictures needs matplotlib, and not every installation has it.
     from matplotlib.figure import Figure
 
@@ -75,7 +89,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def rows_of(label: str, times: dict[str, list[float]], saved: dict[str, float]) -> list[dict[str, Any]]:
-    """Return a row per contender of one shape: median and quartiles in milliseconds, ratios, memory."""
+    """Return a row per contender of one shape: median and quartiles in milliseconds, ratios, memory.
+
+    Args:
+        label: of the shape.
+        times: contender -> milliseconds, one per round; "torch" is what the others are held against.
+        saved: contender -> what is kept for the backward pass, as a multiple of x.
+
+    >>> rows = rows_of("2x8", {"torch": [1.0, 1.0, 1.0], "sn": [2.0, 2.0, 2.0]}, {"sn": 1.5})
+    >>> [(row["name"], row["ratio"], row["saved"]) for row in rows]
+    [('torch', 1.0, None), ('sn', 2.0, 1.5)]
+    """
     medians = {name: statistics.median(ts) for name, ts in times.items()}
     rows = []
     for name, ts in times.items():

@@ -80,12 +80,20 @@ def lightning_base(value: Any, kind: type[T]) -> type[T] | None:
 
 
 def is_instance(value: Any, *kinds: type[T]) -> TypeGuard[T]:
-    """Tell whether a value is of one of Lightning's classes, under either name of Lightning."""
+    """Tell whether a value is of one of Lightning's classes, under either name of Lightning.
+
+    >>> is_instance(EarlyStopping("loss"), EarlyStopping, ModelCheckpoint)
+    True
+    """
     return any(lightning_base(value, kind) is not None for kind in kinds)
 
 
 def is_overridden(name: str, holder: Any) -> bool:
-    """Tell whether a LightningModule or a LightningDataModule has a method of its own in place of Lightning's."""
+    """Tell whether a LightningModule or a LightningDataModule has a method of its own in place of Lightning's.
+
+    >>> is_overridden("forward", pl.LightningModule())
+    False
+    """
     kinds: tuple[type[Any], ...] = (pl.LightningModule, pl.LightningDataModule)
     return any(differs_from(name, holder, base) for kind in kinds if (base := lightning_base(holder, kind)) is not None)
 

@@ -33,6 +33,13 @@ class NormContext(Callback):
     before the first step, on rank 0, and kept in the checkpoint: a resumed run does not look for them again. That
     reading of the data changes no random number of the training.
 
+    A training batch without contexts stops the run. In validation, test and prediction it does not: the layers then do
+    what their argument ``missing`` says. Contexts are forgotten at the end of each batch, so that no layer applies them
+    to what is called in between.
+
+    Nothing is logged but two lines of information while k-means runs. The callback saves nothing: the centroids are
+    buffers of the layers, ``centroids`` (K, D) and ``descriptor_scale`` (D,), for D numbers that describe an image.
+
     Args:
         context_fn: dotted path of a function from the batch, on its device, to its contexts: integers (N,) or
             probabilities (N, K); ``None`` where they are missing.
@@ -47,9 +54,15 @@ class NormContext(Callback):
 
     Raises:
         ValueError: both ``context_fn`` and ``key``, a function that cannot be imported, or a number out of range.
+        RuntimeError: once the model is known: the layers need what this callback was not told, or not what it was told;
+            a training batch without contexts or without images; or images in which no contexts can be found.
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[NormContext(key="domain")], logger=False, enable_checkpointing=False)
+
+    A function in its place, here of batches (images, labels, cameras):
+
+    >>> callback = NormContext(context_fn=lambda batch: batch[2])
     """
 
     def __init__(
@@ -77,12 +90,14 @@ class NormContext(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look the layers up, and warn where there is none."""
         self._look_up_layers(pl_module)
         if not self._layers:
             rank_zero_warn("NormContext has no effect: the model holds no ContextNorm.", category=NoEffectWarning)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fit the centroids of layers with ``context="input"`` that no checkpoint has brought."""
         self._look_up_layers(pl_module)
         # Centroids of a checkpoint are in the layers' buffers by now, and are not looked for again.
         waiting = [layer for layer in self._layers.values() if layer.context == "input" and not layer.is_fitted()]
@@ -91,6 +106,7 @@ class NormContext(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look the layers up: there may have been no fit before."""
         self._look_up_layers(pl_module)
 
     @override
@@ -105,12 +121,18 @@ class NormContext(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Give the layers the contexts of this batch.
+
+        Raises:
+            RuntimeError: the batch has none, or no images.
+        """
         self._give_contexts(batch, training=True)
 
     @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Give the layers the contexts of this batch, if it has any; so in test and in prediction."""
         self._give_contexts(batch, training=False)
 
     on_test_batch_start = on_validation_batch_start
@@ -120,6 +142,7 @@ class NormContext(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Take the contexts away."""
         self._forget_contexts()
 
     @override
@@ -139,6 +162,7 @@ class NormContext(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the contexts away, and forget the layers: a callback must not keep a model alive."""
         self._forget_contexts()
         self._layers = {}
 
@@ -148,6 +172,7 @@ class NormContext(Callback):
         self._layers = {}
 
     def _give_contexts(self, batch: Any, training: bool) -> None:
+        """Read the contexts, the images or both out of a batch, as the layers need them, and hand them over."""
         ids = images = None
         if "ids" in self._needs:
             ids = self._function(batch) if self._function else _pick(batch, self.key)
@@ -188,6 +213,7 @@ class NormContext(Callback):
             )
 
     def _fit_centroids(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Run k-means on rank 0, and write what it found into the layers of every rank."""
         # One rank looks and the others take its result: k-means on each rank's own data would give other clusters.
         fitted: Any = None
         cause: Exception | None = None
@@ -206,6 +232,7 @@ class NormContext(Callback):
             layer.descriptor_scale.copy_(fitted[name][1])
 
     def _fit_on_rank_zero(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the name of each layer -> its centroids and the scale of its descriptors, on the CPU."""
         if self.loader is None:
             loader = fresh_training_loader(trainer)
             refuse_stream("NormContext", loader.flattened)
@@ -254,6 +281,7 @@ def check_contexts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def _pick(batch: Any, key: str | int | None) -> Any:
+    """Return what a batch holds under a key or an index, ``None`` if it holds no such thing."""
     try:
         return batch[key]
     except (KeyError, IndexError, TypeError):
@@ -261,6 +289,7 @@ def _pick(batch: Any, key: str | int | None) -> Any:
 
 
 def _images(batch: Any, key: str | int | None) -> Tensor | None:
+    """Return the images in a batch: those under ``key``, or the first tensor that looks like some, depth first."""
     if key is not None:
         # An absent key is answered with the same message as one that holds no images.
         part = _pick(batch, key)
@@ -273,6 +302,7 @@ def _images(batch: Any, key: str | int | None) -> Tensor | None:
 
 
 def _shape_of(batch: Any) -> str:
+    """Say what kind of batch came, for messages."""
     if isinstance(batch, Mapping):
         return f"a mapping with the keys {sorted(map(str, batch))}"
     return f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (list, tuple)) else "")

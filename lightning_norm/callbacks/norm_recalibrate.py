@@ -30,10 +30,21 @@ WHEN = ("fit_end", "before_validation", "on_request")
 
 
 class NormRecalibrate(Callback):
-    """Re-estimate running statistics over training batches, exactly: see :func:`lightning_norm.recalibrate`.
+    r"""Re-estimate running statistics over training batches, exactly: see :func:`lightning_norm.recalibrate`.
 
     For weights that were averaged (SWA, EMA), whose running statistics belong to no network that ever ran; for small or
-    noisy batches; for switchable normalization, whose authors evaluate on batch averages.
+    noisy batches; for switchable normalization, whose authors evaluate on batch averages. With batches b of
+    :math:`n_b` elements each, over all ranks,
+
+    .. math:: \mu = \sum_b \frac{n_b}{n} \mu_b, \qquad
+        \sigma^2 = \sum_b \frac{n_b}{n} (\sigma^2_b + (\mu_b - \mu)^2), \qquad n = \sum_b n_b
+
+    and the running variance is :math:`\sigma^2 n / (n - 1)`, as torch's; a class that keeps the mean of its samples'
+    variances gets that one. Weights, gradients, random numbers and the order of the training's batches stay as they
+    are, and nothing is logged but one line that says what was done. The statistics are saved as the layers' buffers;
+    the callback itself has no state.
+
+    Put it last: callbacks act in their order, and one that averages weights has to be done before.
 
     Args:
         num_batches: training batches to take at most, on each rank.
@@ -57,6 +68,10 @@ class NormRecalibrate(Callback):
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[NormRecalibrate(100)], logger=False, enable_checkpointing=False)
+
+    A network that is called with a part of a dictionary:
+
+    >>> callback = NormRecalibrate(100, when="before_validation", inputs="image")
     """
 
     def __init__(
@@ -80,6 +95,11 @@ class NormRecalibrate(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the order of the callbacks.
+
+        Raises:
+            RuntimeError: one that averages weights stands behind this one.
+        """
         callbacks = callbacks_of(trainer)
         # Hooks are called in the order of the callbacks, so only those behind this one act after it.
         behind = callbacks[callbacks.index(self) :] if self in callbacks else []
@@ -92,6 +112,12 @@ class NormRecalibrate(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the layers, the data and the module before the first step, and not hours later.
+
+        Raises:
+            ValueError: statistics that cannot be re-estimated, data that cannot be read again, or no way to run the
+                module.
+        """
         # Raises for what cannot be re-estimated: better before the training than after it.
         layers = layers_of(pl_module, self.exclude)
         self._tried = not layers or self.when == "on_request"
@@ -103,6 +129,11 @@ class NormRecalibrate(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Try once, on the first batch, whether the module can be run on it.
+
+        Raises:
+            ValueError: it cannot.
+        """
         # The first batch is here anyway; batches of a loader of its own may be of another form.
         if not self._tried and self.loader is None:
             self._try(trainer, pl_module, batch)
@@ -110,17 +141,28 @@ class NormRecalibrate(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Re-estimate with ``when="before_validation"``, but for the sanity check and ``trainer.validate``."""
         # Before the first step there is nothing to re-estimate, and no training data outside of fit.
         if self.when == "before_validation" and not trainer.sanity_checking and trainer.train_dataloader is not None:
             self.run(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Re-estimate with ``when="fit_end"``."""
         if self.when == "fit_end":
             self.run(trainer, pl_module)
 
     def run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Recalibration:
         """Re-estimate now, on the Trainer's training batches or on those of ``loader``; the training does not notice.
+
+        Every rank must call it: what the ranks have seen is merged at the end.
+
+        Args:
+            trainer: whose precision, device and hooks on transfers each batch goes through.
+            pl_module: whose layers get new statistics.
+
+        Returns:
+            How many layers and batches there were; also :attr:`result`.
 
         Raises:
             ValueError: there is no training data, or it cannot be used; the message says why.
@@ -200,6 +242,7 @@ def _arguments(step: Callable[..., Any]) -> int:
 
 @contextmanager
 def _without_logging(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Make ``log`` and ``log_dict`` of a module do nothing for a while."""
     # A training_step that is run outside of the loop may not log: Lightning would raise an error.
     with Patches() as patches:
         for name in ("log", "log_dict"):

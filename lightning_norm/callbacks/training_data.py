@@ -11,7 +11,13 @@ from lightning_norm.surgery.restore import is_stream
 
 
 def as_in_training(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
-    """Return a batch of a loader in the precision and on the device of the training, after the hooks on transfers."""
+    """Return a batch of a loader in the precision and on the device of the training, after the hooks on transfers.
+
+    Args:
+        trainer: whose strategy moves it and whose precision plugin converts it.
+        pl_module: whose ``on_before_batch_transfer`` it goes through, unless the DataModule has its own.
+        batch: as the loader returns it.
+    """
     batch = trainer.precision_plugin.convert_input(batch)
     # Lightning chooses between the hooks of the two in this way, and offers the choice in private only.
     datamodule = getattr(trainer, "datamodule", None)
@@ -39,6 +45,14 @@ def refuse_stream(who: str, loaders: Iterable[Any]) -> None:
 def import_function(who: str, argument: str, path: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
     """Return a function, or import it by its dotted path.
 
+    >>> import_function("NormContext", "context_fn", "math.sqrt")(9)
+    3.0
+
+    Args:
+        who: the callback, for messages.
+        argument: its argument, for messages.
+        path: the function itself, its dotted path, or ``None``.
+
     Raises:
         ValueError: there is none.
     """
@@ -54,7 +68,18 @@ def import_function(who: str, argument: str, path: str | Callable[..., Any] | No
 
 
 def loader_of(who: str, loader: Any) -> Any:
-    """Return an iterable of batches: the argument, or what the function that it is or names returns."""
+    """Return an iterable of batches: the argument, or what the function that it is or names returns.
+
+    >>> list(loader_of("NormRecalibrate", lambda: [1, 2]))
+    [1, 2]
+
+    Args:
+        who: the callback, for messages.
+        loader: an iterable, a function, or its dotted path.
+
+    Raises:
+        ValueError: no such function, or nothing that can be read batch by batch.
+    """
     if isinstance(loader, str) or (callable(loader) and not hasattr(loader, "__iter__")):
         function = import_function(who, "loader", loader)
         assert function is not None

@@ -61,7 +61,15 @@ def run(argv: Sequence[str]) -> None:
 
 
 def prepared(cli: NormCLI, path: str | None) -> pl.LightningModule:
-    """Return the model of a configuration, swapped and loaded, in evaluation mode."""
+    """Return the model of a configuration, swapped and loaded, in evaluation mode.
+
+    Args:
+        cli: with the model as it was built.
+        path: of a checkpoint, whose manifest wins over the configuration; ``None`` for the weights of the model itself.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or does not fit.
+    """
     model: pl.LightningModule = cli.model
     # The Trainer would call it; there is none here, and the layers that it builds are in the checkpoint.
     if is_overridden("configure_model", model, pl.LightningModule):
@@ -81,7 +89,13 @@ def prepared(cli: NormCLI, path: str | None) -> pl.LightningModule:
 
 
 def write(model: torch.nn.Module, example: Tensor, out: str) -> None:
-    """Write the model, for any batch size where its code allows that."""
+    """Write the model, for any batch size where its code allows that.
+
+    Args:
+        model: in evaluation mode.
+        example: an input of two samples at least: a batch of one would become a constant of the graph.
+        out: a path that ends in .pt2, for ``torch.export.load``, or in .onnx.
+    """
     # Only the batch may vary; the other sizes decide what the network computes.
     dynamic = ({0: torch.export.Dim.AUTO},)
     with torch.no_grad():
@@ -100,6 +114,11 @@ def write(model: torch.nn.Module, example: Tensor, out: str) -> None:
 
 
 def _example(model: pl.LightningModule, shape: str | None) -> Tensor:
+    """Return a random input of the shape that was typed, or the module's own example.
+
+    Raises:
+        ValueError: neither is known.
+    """
     if shape is not None:
         sizes = shape.lower().split("x")
         if not all(size.isdigit() and int(size) for size in sizes):
@@ -116,6 +135,7 @@ def _example(model: pl.LightningModule, shape: str | None) -> Tensor:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the options that are not LightningCLI's."""
     parser = argparse.ArgumentParser(
         "lightning-norm export",
         description="Write the network for inference: normalizers folded, or as torch's own layers.",

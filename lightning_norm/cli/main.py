@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
+    """Run the command that the first argument names, or print the overview."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Without a command the overview is of more use than an error.
     name = arguments[0] if arguments else "--help"
@@ -137,6 +138,7 @@ def overview() -> str:
 
 
 def _run(command: Command, arguments: list[str]) -> None:
+    """Run a command, whose file is imported only now."""
     if command.group == TRAIN:
         from lightning_norm.cli.norm_cli import NormCLI
 
@@ -147,6 +149,7 @@ def _run(command: Command, arguments: list[str]) -> None:
 
 
 def _unknown(name: str) -> str:
+    """Return the message for a command that does not exist."""
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     return f"no command {name!r}.{guess} Known: {', '.join(COMMANDS)}. lightning-norm --help shows an example of each."
@@ -167,6 +170,7 @@ def _raised_by_this_package(error: BaseException | None) -> BaseException | None
 
 
 def _exit(message: str) -> None:
+    """Print a message to stderr and end with status 2."""
     print(f"lightning-norm: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

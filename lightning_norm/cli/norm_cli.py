@@ -73,6 +73,7 @@ class NormParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with status 2 and the few lines of the message that matter."""
         if not self.exit_on_error:
             super().error(message, ex)
         # The options to suggest are those of the subcommand in which the mistake was made.
@@ -90,11 +91,22 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 class NormCLI(LightningCLI):
     """LightningCLI for any model and data, in which ``class_path: NormSwap`` and ``ImageClassifier`` need no prefix.
 
-    The section ``norm:`` holds the arguments of a :class:`lightning_norm.NormSwap` that comes before all callbacks.
+    The section ``norm:`` holds the arguments of a :class:`lightning_norm.NormSwap` that comes before all callbacks:
+
+    .. code-block:: yaml
+
+        norm: {norm: sn, exclude: [bn1]}
+        model: my_module.MyModel
+        data: my_module.MyData
+        trainer: {max_epochs: 90, callbacks: [NormMonitor]}
+
+    With a ``ckpt_path``, the model takes the hyper-parameters that the file holds, and is swapped as the file says
+    unless the configuration swaps it. The configuration is saved beside the logs, with a plan written out in full.
 
     Args:
         args: command line; ``sys.argv`` by default.
         run: with a subcommand, run it; otherwise only build model, data and Trainer.
+        options: of LightningCLI.
 
     Raises:
         SystemExit: an argument or a configuration file is wrong; the message says where.
@@ -122,11 +134,13 @@ class NormCLI(LightningCLI):
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add Lightning's arguments and the section ``norm:``."""
         super().add_core_arguments_to_parser(parser)
         add_section(parser)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and refuse a section that holds one value where its options should be."""
         # As LightningCLI does, without its warning on arguments that come from the caller.
         self.config = parser.parse_args(args)
         command = self.config.get("subcommand")
@@ -179,6 +193,7 @@ class NormCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the Trainer; the swap of the section ``norm:``, or of the checkpoint, comes before all callbacks."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         callbacks = config.trainer.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]

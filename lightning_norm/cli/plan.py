@@ -61,6 +61,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
+    """Return what the swap would do, with the layers of ``configure_model``, and say what is not in the table."""
     late = is_overridden("configure_model", model, pl.LightningModule)
     if late:
         # The Trainer calls it after setup; without one it runs here, on a model that nobody trains.
@@ -77,6 +78,11 @@ def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
 
 
 def _take_save(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Return the arguments without ``--save``, and its path.
+
+    >>> _take_save(["--config", "job.yaml", "--save=plan.yaml"])
+    (['--config', 'job.yaml'], 'plan.yaml')
+    """
     # Everything else is for NormCLI, whose parser does not know the option.
     others: list[str] = []
     save: str | None = None

@@ -33,7 +33,7 @@ from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout, layout_of
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.normalize import Call, activated, run
-from lightning_norm.ops.sync import Ranks, active_ranks
+from lightning_norm.ops.sync import Ranks, active_ranks, is_running
 from lightning_norm.ops.torch_private import is_update_bn
 
 
@@ -354,20 +354,29 @@ class MomentNorm(Normalizer):
             activation: "none", "relu" or "silu".
             residual: added before the activation, in the shape of x.
         """
-        if not torch.compiler.is_compiling() and torch_private.is_proxy(input):
+        if self.behind or not isinstance(input, Tensor):
+            return self._call_whole(input, activation, residual)
+        return self._normalize(input, activation, residual)
+
+    def _call_whole(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+        """Call the layer with its modules behind; for torch.fx, which hands it a proxy, write down the call."""
+        if torch_private.is_proxy(input):
             return _node_of(self, input, activation, residual)
-        if not self.behind:
-            return self._normalize(input, activation, residual)
         activation, modules = self.fuse_behind(activation)
         return self.call_behind(self._normalize(input, activation, residual), modules)
 
     def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling():
-            return _forward(self, input, activation, residual)
-        # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
-        if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
-            keep_float32(self)
-            keep_exact(self)
+        if not torch.compiler.is_compiling():
+            # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
+            if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
+                keep_float32(self)
+                keep_exact(self)
+            if self.compiled or torch_private.is_transformed():
+                return self._normalize_specially(input, activation, residual)
+        return _forward(self, input, activation, residual)
+
+    def _normalize_specially(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+        """Normalize by the layer's own graph, or where a transform may refuse that running statistics move."""
         if self.compiled and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
             y = compiled_forward(self, input, _forward, _ranks_of(self), options)
@@ -464,7 +473,7 @@ def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any) -> Tenso
 
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
-    pools = layer.train_uses_batch_stats or layer.moves_running_stats
+    pools = is_running() and (layer.train_uses_batch_stats or layer.moves_running_stats)
     return active_ranks(layer.sync and not layer.sync_paused, layer.training, layer.sync_group) if pools else None
 
 
@@ -479,10 +488,10 @@ def _of_empty(layer: MomentNorm, x: Tensor, activation: str, residual: Tensor | 
     return activated(y + 0, activation, residual)
 
 
-def _agree_once(layer: MomentNorm, ranks: Ranks | None, x: Tensor) -> None:
+def _agree_once(layer: MomentNorm, ranks: Ranks, x: Tensor) -> None:
     """Compare the layer with that of the other ranks, before the first time that they pool."""
     # In a graph nothing can be told; what differs there is told by torch, or by NormSwap before the training.
-    if ranks is not None and layer.agreed_in != ranks.group and not torch.compiler.is_compiling():
+    if layer.agreed_in != ranks.group and not torch.compiler.is_compiling():
         settings = f"sync_group={layer.sync_group!r}, affine={[n for n, _ in layer.named_parameters(recurse=False)]}"
         ranks.agree(f"{layer.place or 'a layer'}: {type(layer).__name__}({layer.extra_repr()}, {settings})", x.device)
         layer.agreed_in = ranks.group
@@ -491,7 +500,8 @@ def _agree_once(layer: MomentNorm, ranks: Ranks | None, x: Tensor) -> None:
 def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
     layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
-    _agree_once(layer, ranks, x)
+    if ranks is not None:
+        _agree_once(layer, ranks, x)
     # Which statistics are used decides how many values must be there.
     of_input = layer.training or not layer.has_running_stats
     if layout.n == 0 and of_input and ranks is None:

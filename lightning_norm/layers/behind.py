@@ -23,7 +23,10 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 class Behind(nn.Module):
-    """Mixin: children that a layer calls behind its normalization, and a layer that stays in evaluation."""
+    """Mixin: children that a layer calls behind its normalization, and a layer that stays in evaluation.
+
+    A ReLU or SiLU right behind is computed in the pass that writes y, unless a hook is registered on it.
+    """
 
     behind: tuple[str, ...] = ()
     """Names of the children that are called behind the normalization, in this order."""
@@ -33,6 +36,10 @@ class Behind(nn.Module):
 
     def add_children(self, children: dict[str, nn.Module | None], behind: tuple[str, ...]) -> None:
         """Take children under their names, and call those that are named in ``behind``.
+
+        Args:
+            children: name -> module, as the replaced layer held them.
+            behind: names of those to call, in the order in which they are called.
 
         Raises:
             TypeError: the layer has an attribute of such a name.

@@ -146,7 +146,15 @@ def running_stats(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def mixture_spec(
     layer: Any, statistics: tuple[str, ...], *, w: Tensor | None = None, v: Tensor | None = None, **flags: Any
 ) -> MixtureSpec:
-    """Describe the layer with its eps, weight, bias and running statistics; ``flags`` as ``MixtureFlags.of``."""
+    """Describe the layer with its eps, weight, bias and running statistics; ``flags`` as ``MixtureFlags.of``.
+
+    Args:
+        layer: the normalizer.
+        statistics: which of "in", "ln" and "bn" are mixed, in the order of the weights.
+        w: weights of the means, (len(statistics),); ``None`` for a single statistic.
+        v: those of the variances.
+        flags: what else tells this equation from others of the family.
+    """
     running = None
     # Statistics of a sample or a layer have no running ones, whatever the layer keeps.
     if "bn" in statistics and uses_running_stats(layer):
@@ -161,7 +169,13 @@ def mixture_spec(
 
 
 def per_channel_spec(layer: Any, numbers: dict[str, float], **flags: Any) -> PerChannelSpec:
-    """Return a description with the layer's weight, bias and running statistics, with these flags and numbers."""
+    """Return a description with the layer's weight, bias and running statistics, with these flags and numbers.
+
+    Args:
+        layer: the normalizer.
+        numbers: constants of the equation beside eps, by their names in ``PerChannelNumbers``.
+        flags: which parts of the equation run, by their names in ``PerChannelFlags``.
+    """
     known = PerChannelNumbers(float(layer.eps), **{name: float(number) for name, number in numbers.items()})
     if not uses_running_stats(layer):
         return PerChannelSpec(layer.weight, layer.bias, PerChannelFlags(**flags), known)

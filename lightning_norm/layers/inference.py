@@ -28,6 +28,9 @@ class Evaluation(Behind):
 
     By :meth:`evaluates_on_running_stats` where the map is that of its algebra, otherwise by :meth:`eval_affine`; one
     that is a layer of torch's other than BatchNorm overrides :meth:`plain`.
+
+    What follows from it: ``lightning_norm.to_plain`` and ``fold``, the export to other runtimes, timm's
+    ``reparameterize_model``, and the answer to code that fuses BatchNorm layers by itself.
     """
 
     eval_uses_input_stats: ClassVar[bool]
@@ -73,7 +76,13 @@ class Evaluation(Behind):
         return self.has_running_stats and not self.eval_uses_input_stats
 
     def eval_affine(self) -> Affine | None:
-        """Return the map that the layer is in evaluation, (C,) each in float64; ``None`` if it looks at the sample."""
+        """Return the map that the layer is in evaluation, (C,) each in float64; ``None`` if it looks at the sample.
+
+        >>> from lightning_norm import BatchNorm, SwitchableNorm
+        >>> BatchNorm(3, eps=0.0).eval_affine().scale
+        tensor([1., 1., 1.], dtype=torch.float64)
+        >>> SwitchableNorm(3).eval_affine()
+        """
         # In float64, because the map is folded into other layers, and each rounding would be theirs.
         layer: Any = double_copy(self)
         if not hasattr(layer, "algebra") or not layer.evaluates_on_running_stats():
@@ -84,16 +93,26 @@ class Evaluation(Behind):
         """Return torch's own layer that evaluates to the same, or ``None`` if there is none.
 
         Parameters and running statistics are handed on as they are where torch's layer means the same by them.
+        Elsewhere the map goes into weight and bias, over a running variance of 1.
 
         Args:
             dims: dimensions of the input, which tell BatchNorm1d, 2d and 3d apart.
+
+        >>> from lightning_norm import DiminishingBatchNorm
+        >>> type(DiminishingBatchNorm(3).plain(dims=4)).__name__
+        'BatchNorm2d'
         """
         # torch's BatchNorm takes channels on axis 1 and 2 to 5 dimensions, nothing else.
         affine = self.eval_affine() if dims in BATCH_NORMS and self.channel_dim == 1 else None
         return None if affine is None else batch_norm(self, affine, BATCH_NORMS[dims or 4])
 
     def why_not_plain(self, dims: int | None = None) -> str:
-        """Return why :meth:`plain` gives ``None``."""
+        """Return why :meth:`plain` gives ``None``.
+
+        >>> from lightning_norm import SwitchableNorm
+        >>> SwitchableNorm(3).why_not_plain(dims=4)
+        'looks at the sample in evaluation'
+        """
         if self.channel_dim != 1:
             return "torch's own layer takes channels from axis 1, this one from the last"
         if self.eval_affine() is None:
@@ -114,6 +133,7 @@ class Evaluation(Behind):
 
 
 def _may_read(layer: Any, frame: types.FrameType) -> bool:
+    """Tell whether a function may read eps beside running_var: one of ours or the layer's, or any, of a BatchNorm."""
     code = frame.f_code
     if str(frame.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]:
         return True
@@ -124,7 +144,10 @@ def _may_read(layer: Any, frame: types.FrameType) -> bool:
 
 
 def is_batch_norm(layer: nn.Module, affine: Affine) -> bool:
-    """Tell whether ``affine`` is the map of a BatchNorm with the layer's own tensors."""
+    """Tell whether ``affine`` is the map of a BatchNorm with the layer's own tensors.
+
+    Compared in float64, to a relative 1e-12: one rounding of float32 is 6e-8.
+    """
     tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
     mean, var, weight = (tensors.get(name) for name in ("running_mean", "running_var", "weight"))
     if mean is None or var is None or not mean.shape == var.shape == (len(affine.scale),):
@@ -171,7 +194,13 @@ def dims_of(kind: str) -> int | None:
 
 
 def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Module:
-    """Return torch's BatchNorm that evaluates to ``affine``, with the layer's own tensors if those say the same."""
+    """Return torch's BatchNorm that evaluates to ``affine``, with the layer's own tensors if those say the same.
+
+    Args:
+        layer: whose tensors, device, precision, eps and momentum are taken over.
+        affine: (C,) each, in float64.
+        kind: BatchNorm1d, 2d or 3d.
+    """
     tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
     like = next((t for t in tensors.values() if t.is_floating_point()), affine.scale)
     # torch's BatchNorm takes narrow inputs if all its tensors are wide.
@@ -203,15 +232,18 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
 
 
 def _exact(t: Tensor) -> Tensor:
+    """Return the value in float64 on the CPU."""
     return t.detach().cpu().double()
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in another dtype, a Parameter as a Parameter."""
     cast: Tensor = value.detach().to(dtype)
     return nn.Parameter(cast, value.requires_grad) if isinstance(value, nn.Parameter) else cast
 
 
 def _pairs(a: Affine, b: Affine) -> list[tuple[Tensor, Tensor]]:
+    """Return the fields of two maps side by side."""
     assert a.shift is not None
     assert b.shift is not None
     return [(a.center, b.center), (a.scale, b.scale), (a.shift, b.shift)]

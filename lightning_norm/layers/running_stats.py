@@ -16,7 +16,17 @@ from lightning_norm.ops.moments import Moments, to_var
 
 
 class RunningStats(nn.Module):
-    """Mixin: ``running_mean``, ``running_var`` (C,) and ``num_batches_tracked`` with torch's names and meaning."""
+    r"""Mixin: ``running_mean``, ``running_var`` (C,) and ``num_batches_tracked`` with torch's names and meaning.
+
+    In training, with m the :attr:`momentum`, or 1 / ``num_batches_tracked`` where that is ``None``,
+
+    .. math:: \hat\mu \leftarrow (1 - m)\,\hat\mu + m\,\mu, \qquad
+        \hat\sigma^2 \leftarrow (1 - m)\,\hat\sigma^2 + m\,\frac{n}{n - 1}\,\sigma^2
+
+    for the mean and the biased variance of n elements. A batch in which either is not finite moves nothing and is
+    counted in ``skipped_updates``, a buffer that no checkpoint holds. Buffers stay in float32 at least under
+    ``model.half()``.
+    """
 
     counters: ClassVar[tuple[str, ...]] = ()
     """Further integers that a resumed run needs; a BatchNorm's checkpoint has none of them, and they start at 0."""
@@ -62,6 +72,7 @@ class RunningStats(nn.Module):
     def _make_running_stats(
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
+        """Register the buffers, or ``None`` under their names as torch does."""
         self.track_running_stats = track
         # torch's starting values, with which a fresh layer evaluates to its own input.
         for name, fill in zip(self.running_names, (0.0, 1.0), strict=True):
@@ -78,6 +89,12 @@ class RunningStats(nn.Module):
 
         Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it
         is skipped and counted in ``skipped_updates``.
+
+        Args:
+            m: moments of the batch, (1, C).
+
+        Returns:
+            The moments to normalize by, (1, C).
         """
         if not self.training:
             return self.running() if self.has_running_stats else m
@@ -91,7 +108,10 @@ class RunningStats(nn.Module):
         return Moments(mean, to_var(var, self.eps) if self.running_names[1] == "running_std" else var, 1)
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
-        """Return the mean and the unbiased variance that the running statistics move towards."""
+        """Return the mean and the unbiased variance that the running statistics move towards.
+
+        A class that keeps another quantity overrides it; the movement, the checks and the accumulation stay the same.
+        """
         return m.mean, m.unbiased().var
 
     def _move_by_window(self, m: Moments) -> None:
@@ -106,7 +126,15 @@ class RunningStats(nn.Module):
         return {} if vars(self).get("track_running_stats", True) else {"momentum": "track_running_stats=False"}
 
     def reset_running_stats(self) -> None:
-        """Set the running mean to 0, the running variance to 1 and the counters to 0."""
+        """Set the running mean to 0, the running variance to 1 and the counters to 0.
+
+        >>> from lightning_norm import BatchNorm
+        >>> layer = BatchNorm(2)
+        >>> _ = layer(torch.randn(4, 2) + 9)
+        >>> layer.reset_running_stats()
+        >>> layer.running_mean, layer.num_batches_tracked
+        (tensor([0., 0.]), tensor(0))
+        """
         if self.track_running_stats:
             for name in (*self.running_names, "num_batches_tracked", "skipped_updates", *self.counters):
                 buffer = self._buffers.get(name)
@@ -114,6 +142,7 @@ class RunningStats(nn.Module):
                     buffer.fill_(name == self.running_names[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the buffers with the layer, and keep the statistics in float32 at least."""
         before = {name: getattr(self, name, None) for name in (*self.running_names, *self.float32_buffers)}
         unsaved = self._non_persistent_buffers_set
         unmade = [name for name, t in self.named_buffers(recurse=False) if t.is_meta and name in unsaved]
@@ -136,7 +165,7 @@ def reads_copies() -> bool:
     It must where a backward pass may need them after the next batch has moved the buffers; and always in a graph of
     ``torch.jit.trace``, which is checked without gradients and must come out the same.
     """
-    return torch.is_grad_enabled() or torch_private.is_traced()
+    return torch.is_grad_enabled() or torch_private.tracing_state() is not None
 
 
 def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
@@ -149,17 +178,23 @@ def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
 def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None) -> None:
     """Move the running statistics towards m, or accumulate it, unless a 0-dim ``wanted`` is false."""
     mean, var = layer.running_target(m)
-    if isinstance(layer.accumulator, StatisticsAccumulator):
-        # The accumulator itself leaves out, and counts, what is not finite.
-        layer.accumulator.add(*_for_accumulator(layer, m, mean, var))
+    if layer.accumulator is not None:
+        _accumulate(layer, m, mean, var, wanted)
         return
     usable = is_usable(layer, mean, var, m.count)
     # Counted as skipped is only what was not finite, and not what a method chose to leave out.
-    usable = usable if wanted is None else usable & wanted
-    if layer.accumulator is None:
-        _move_running(layer, mean, var, usable)
-    else:
-        layer.accumulator.add(*_for_accumulator(layer, m, mean, var), usable)
+    _move_running(layer, mean, var, usable if wanted is None else usable & wanted)
+
+
+def _accumulate(layer: RunningStats, m: Moments, mean: Tensor, var: Tensor, wanted: Tensor | None) -> None:
+    """Hand moments to the layer's accumulator, given what the running statistics would move towards."""
+    values = _for_accumulator(layer, m, mean, var)
+    if isinstance(layer.accumulator, StatisticsAccumulator):
+        # It leaves out, and counts, what is not finite by itself.
+        layer.accumulator.add(*values)
+    elif layer.accumulator is not None:
+        usable = is_usable(layer, mean, var, m.count)
+        layer.accumulator.add(*values, usable if wanted is None else usable & wanted)
 
 
 @torch_private.without_gradients
@@ -213,6 +248,9 @@ def write(buffer: Tensor, new: Tensor, usable: Tensor) -> None:
 def open_window(layer: RunningStats) -> None:
     """From now on, gather the statistics of each batch until :func:`close_window`.
 
+    Args:
+        layer: with running statistics, which do not move meanwhile.
+
     Raises:
         ValueError: there are no running statistics, or they cannot wait.
     """
@@ -236,7 +274,12 @@ def close_window(layer: RunningStats) -> None:
 
 @torch.no_grad()
 def write_running(layer: RunningStats, m: Moments) -> None:
-    """Set the running statistics to those of accumulated moments."""
+    """Set the running statistics to those of accumulated moments.
+
+    Args:
+        layer: with running statistics.
+        m: moments and counts, (K, C) and (K, 1), K being 1 but for contexts.
+    """
     # A context that no batch had keeps its statistics.
     for name, value in zip(layer.running_names, _from_accumulator(layer, m), strict=True):
         stat = layer.get_buffer(name)

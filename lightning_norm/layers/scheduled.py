@@ -21,6 +21,9 @@ from lightning_norm.ops.compiled import GRAPH_KEY
 class Scheduled:
     """Say in a signature that a value may be scheduled, and within which closed range.
 
+    Such an argument becomes a property: it is checked whenever it is set, a compiled graph reads the new value without
+    being made anew, and :class:`lightning_norm.NormScheduler` finds it.
+
     Args:
         low: smallest legal value.
         high: largest legal value.
@@ -39,8 +42,16 @@ class Scheduled:
     def check(self, who: str, name: str, value: float | None) -> float | None:
         """Return ``value`` as a float, or ``None`` where that is legal.
 
+        Args:
+            who: the class, for messages.
+            name: the argument, for messages.
+            value: a number, or what ``float`` makes one of.
+
         Raises:
             ValueError: the value is outside the range or not a number.
+
+        >>> Scheduled(0, 1).check("SwitchableNorm", "radius", "0.5")
+        0.5
         """
         if value is None and self.optional:
             return None
@@ -74,11 +85,19 @@ class ScheduledValues(nn.Module):
             setattr(cls, name, property(_getter(name), _setter(name)))
 
     def scheduled(self, name: str) -> Tensor | None:
-        """Return the 0-dim tensor behind a scheduled argument, ``None`` if it was set to ``None``."""
+        """Return the 0-dim tensor behind a scheduled argument, ``None`` if it was set to ``None``.
+
+        An algebra reads its value here and not from the property: a graph then holds the tensor and not the number.
+
+        >>> from lightning_norm import BatchNorm
+        >>> BatchNorm(3, momentum=0.25).scheduled("momentum")
+        tensor(0.2500, dtype=torch.float64)
+        """
         value: Tensor | None = getattr(self, f"_{name}")
         return value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the tensors of scheduled values with the layer, in float64 whatever the layer is cast to."""
         # Taken out of the buffers for a moment, for float64 must not reach .half(), nor MPS, which has none.
         before = {f"_{name}": self._buffers.pop(f"_{name}") for name in self.ranges}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -101,6 +120,7 @@ class ScheduledValues(nn.Module):
         return {n: getattr(self, n) for n, r in self.ranges.items() if not r.training_only and n not in idle}
 
     def _choose_saved_values(self) -> None:
+        """Let ``state_dict`` hold the values that evaluation reads, and no others."""
         saved, unsaved = self.saved_values(), self._non_persistent_buffers_set
         for name in self.ranges:
             (unsaved.discard if name in saved else unsaved.add)(f"_{name}")
@@ -174,6 +194,8 @@ def _declared(cls: type) -> dict[str, Scheduled]:
 
 
 def _getter(name: str) -> Callable[[ScheduledValues], float | None]:
+    """Return the getter of the property of that name."""
+
     def get_value(self: ScheduledValues) -> float | None:
         value, tensor = _values(self)[name], self._buffers.get(f"_{name}")
         if torch.compiler.is_compiling() or value is None or tensor is None or tensor.is_meta:
@@ -192,6 +214,8 @@ def _getter(name: str) -> Callable[[ScheduledValues], float | None]:
 
 
 def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
+    """Return the setter of the property of that name, which checks the range."""
+
     def set_value(self: ScheduledValues, value: float | None) -> None:
         value = self.ranges[name].check(type(self).__name__, name, value)
         _values(self)[name] = value
@@ -216,6 +240,7 @@ def _is_shared(tensor: Tensor) -> bool:
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
+    """Return what changes if something writes to the tensor, or another one takes its place."""
     return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
@@ -227,6 +252,7 @@ def _remember(layer: ScheduledValues, name: str) -> None:
 
 
 def _scalar(value: float | None, device: torch.device | None) -> Tensor:
+    """Return a value as a 0-dim tensor."""
     # Apple's GPUs have no float64.
     dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
     return torch.tensor(value, dtype=dtype, device=device)

@@ -20,7 +20,22 @@ BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Loading(ScheduledValues, RunningStats):
-    """Mixin: what ``load_state_dict`` accepts."""
+    """Mixin: what ``load_state_dict`` accepts.
+
+    * Its own file, tensor for tensor, with torch's meaning of ``strict``.
+    * That of a plain BatchNorm: what it lacks keeps its starting value, what the layer holds in another form is
+      translated, and running statistics that the layer does not keep are passed over.
+    * That of the paper's authors where the tensors mean the same, (1, C, 1, 1) for (C,) included; it warns if the
+      arguments with which the file was written make another function.
+    * A file of another normalizer, or of the authors' code in a form that does not load, is refused with the swap or
+    the
+      arguments to type.
+
+    >>> from torch import nn
+    >>> from lightning_norm import SwitchableNorm
+    >>> SwitchableNorm(4).load_state_dict(nn.BatchNorm2d(4).state_dict())
+    <All keys matched successfully>
+    """
 
     registry: ClassVar[dict[str, Any]]
     extra_parameters: ClassVar[dict[str, str]]
@@ -30,7 +45,11 @@ class Loading(ScheduledValues, RunningStats):
 
     @property
     def translations(self) -> tuple[Translation, ...]:
-        """Tensors of a BatchNorm that this layer holds in another form, under a name of its own."""
+        """Tensors of a BatchNorm that this layer holds in another form, under a name of its own.
+
+        Each says how it is read from a checkpoint, taken in a swap and given back. ``weight`` becomes the centre tap of
+        a kernel in BNET, ``running_var`` a standard deviation in DiminishingBatchNorm.
+        """
         return ()
 
     published_names: ClassVar[tuple[str, ...]] = ()
@@ -40,14 +59,32 @@ class Loading(ScheduledValues, RunningStats):
     """What to do with such a file."""
 
     def published_arguments(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments with which this class computes what the authors' does, if the file is theirs."""
+        """Return the arguments with which this class computes what the authors' does, if the file is theirs.
+
+        Args:
+            loaded: the layer's part of a checkpoint, name -> tensor.
+
+        Returns:
+            Argument -> value; empty for a file that is not the authors', or not known to be.
+        """
         return {}
 
     def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
-        """Return what to type so that a checkpoint's tensor, of another shape than the layer's, fits; "" if unknown."""
+        """Return what to type so that a checkpoint's tensor, of another shape than the layer's, fits; "" if unknown.
+
+        Args:
+            name: of the tensor.
+            tensor: as it is in the checkpoint.
+        """
         return ""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Bring this layer's part of a checkpoint into the layer's own form, and let torch load it.
+
+        Raises:
+            CheckpointError: the file is of the authors' code, in a form that does not load.
+            RuntimeError: it is of another normalizer, or a tensor has a shape that other arguments would have made.
+        """
         loaded = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
         # First, before a tensor of another method could pass for one of this layer's.
         _refuse_published(self, loaded, prefix)
@@ -162,7 +199,11 @@ def restore_precision(layer: Any) -> None:
 
 
 def of_one_layer(tensor: Any, channels: int) -> bool:
-    """Tell whether a tensor holds one value per channel as published code does: (1, C, 1, 1), and not (C,)."""
+    """Tell whether a tensor holds one value per channel as published code does: (1, C, 1, 1), and not (C,).
+
+    >>> of_one_layer(torch.ones(1, 3, 1, 1), 3), of_one_layer(torch.ones(3), 3)
+    (True, False)
+    """
     return isinstance(tensor, Tensor) and tensor.dim() > 1 and tensor.shape[0] == 1 and tensor.numel() == channels
 
 
@@ -181,13 +222,25 @@ def marks(cls: Any) -> set[str]:
 
 
 def has_rows(loaded: Mapping[str, Any]) -> bool:
-    """Tell whether a checkpoint has a weight or a bias per context."""
+    """Tell whether a checkpoint has a weight or a bias per context.
+
+    >>> has_rows({"weight": torch.ones(2, 8)}), has_rows({"weight": torch.ones(8)})
+    (True, False)
+    """
     affine = (loaded.get("weight"), loaded.get("bias"))
     return any(isinstance(t, Tensor) and t.dim() == 2 and t.shape[0] > 1 for t in affine)
 
 
 def likely(registry: Mapping[str, Any], loaded: Mapping[str, Any]) -> list[Any]:
-    """Return the normalizers that a layer's checkpoint is most likely of; several where it cannot be told."""
+    """Return the normalizers that a layer's checkpoint is most likely of; several where it cannot be told.
+
+    What counts, in this order: a row per context or not, names that only this class has, few of them missing, and
+    running statistics where batches are normalized by them.
+
+    Args:
+        registry: key -> class.
+        loaded: the layer's part of a checkpoint, name -> tensor.
+    """
     tracked = any(name.startswith("running_") for name in loaded)
 
     def agreement(cls: Any) -> tuple[bool, int, int, bool]:
@@ -224,15 +277,18 @@ def _refuse_published(layer: Loading, loaded: Mapping[str, Any], prefix: str) ->
 
 
 def _begins(name: str, beginnings: tuple[str, ...]) -> bool:
+    """Tell whether a name is one of these, or begins with one that ends in a dot."""
     return any(name == b or (b.endswith(".") and name.startswith(b)) for b in beginnings)
 
 
 def _came(names: list[str], loaded: Mapping[str, Any]) -> str:
+    """Return up to three of the names, with their shapes."""
     came = [f"{n} {tuple(loaded[n].shape)}" if isinstance(loaded[n], Tensor) else n for n in names[:3]]
     return ", ".join(came + ["..."] * (len(names) > 3))
 
 
 def _refuse_another(layer: Loading, loaded: Mapping[str, Any], prefix: str) -> None:
+    """Refuse a file with tensors that only other normalizers have."""
     expected = marks(type(layer))
     foreign = {n for cls in layer.registry.values() for n in marks(cls) & loaded.keys() if n not in expected}
     if foreign or (has_rows(loaded) and not layer.has_rows):
@@ -241,6 +297,7 @@ def _refuse_another(layer: Loading, loaded: Mapping[str, Any], prefix: str) -> N
 
 
 def _another(layer: Loading, loaded: Mapping[str, Any], prefix: str, others: list[Any]) -> str:
+    """Return whose file it is, by its names and shapes, and what to type."""
     here, there = type(layer).__name__, " or ".join(cls.__name__ for cls in others)
     # Several classes may fit, and then the swap to any of them loads the file.
     key = others[0].key

@@ -34,7 +34,12 @@ class SwapRecord(nn.Module):
 
 
 def swap_settings(layer: Any) -> dict[str, Any]:
-    """Return what is set on the layer beside the normalizer's arguments, scheduled values among it."""
+    """Return what is set on the layer beside the normalizer's arguments, scheduled values among it.
+
+    >>> from lightning_norm import BatchNorm
+    >>> swap_settings(BatchNorm(3))
+    {'sync': True, 'sync_group': 'world', 'backend': 'auto', 'compile': False}
+    """
     # The attribute and the argument of ``swap`` have one name, but for ``compile``, which is a method of nn.Module.
     names = {"sync": "sync", "sync_group": "sync_group", "backend": "backend", "compiled": "compile"}
     settings = {written: getattr(layer, name) for name, written in names.items()}

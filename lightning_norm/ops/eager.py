@@ -28,29 +28,34 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
         layout: of x.
         recorded: every operation is looked at or differentiated: no value is read back, and nothing is overwritten.
     """
-    mean_dtype = stat_dtype(x)
-    var_dtype = at_least_float32(x.dtype)
     if not layout.reduced or (layout.size == 1 and not recorded):
-        # A copy, for the mean is an output of an autograd function and must not be x itself.
-        mean = x.flatten(1).to(mean_dtype, copy=True)
-        return mean, torch.zeros_like(mean, dtype=var_dtype)
+        return _moments_of_one(x)
     keep = recorded or is_recording()
-    rough_mean = x.mean(layout.reduced, dtype=var_dtype)
-    u = x - layout.broadcast_to_input(rough_mean)
+    rough_mean = x.mean(layout.reduced, dtype=at_least_float32(x.dtype))
     # In float64 and for half inputs the statistics are as wide as they will get, and the mean is exact enough.
-    if mean_dtype == var_dtype:
-        return rough_mean, _mean_square(u, layout, keep)
-    if not recorded and may_read_back(x):
-        var = _mean_square(u, layout, keep)
-        if bool((rough_mean.square() <= SMALL_MEAN**2 * var).all()):
-            # A small mean keeps its digits, and float32 halves the work of the algebra.
+    wide = stat_dtype(x) == rough_mean.dtype
+    # A GPU would be waited for, and a graph has no values yet.
+    if wide or (not recorded and x.is_cpu and x.numel() > 0 and not torch.compiler.is_compiling()):
+        var = _mean_square(x - layout.broadcast_to_input(rough_mean), layout, keep)
+        # A small mean keeps its digits, and float32 halves the work of the algebra.
+        if wide or bool((rough_mean.square() <= SMALL_MEAN**2 * var).all()):
             return rough_mean, var
-        # Centered once more, since the product has overwritten it.
-        u = x - layout.broadcast_to_input(rough_mean)
+    return _refined(rough_mean, x - layout.broadcast_to_input(rough_mean), layout, keep)
+
+
+def _moments_of_one(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the moments where each (sample, channel) has one element: itself and 0."""
+    # A copy, for the mean is an output of an autograd function and must not be x itself.
+    mean = x.flatten(1).to(stat_dtype(x), copy=True)
+    return mean, torch.zeros_like(mean, dtype=at_least_float32(x.dtype))
+
+
+def _refined(rough_mean: Tensor, u: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, Tensor]:
+    """Return the moments of x, its mean in float64, given a float32 mean and u = x - that."""
     # The rough mean is off by its rounding. What is left over is so small that its own mean is exact enough in float32.
     residual_mean = u.mean(layout.reduced)
     var = (_mean_square(u, layout, keep) - residual_mean.square()).clamp_min(0)
-    return rough_mean.to(mean_dtype) + residual_mean, var
+    return rough_mean.double() + residual_mean, var
 
 
 def apply(
@@ -73,15 +78,19 @@ def apply(
         mean_is_small: x need not be centered first; in eager code that saves a temporary of the size of x.
         recorded: as for :func:`moments`.
     """
+    if recorded or not mean_is_small or is_recording():
+        return _apply_centered(x, center, scale, shift, layout, recorded or is_recording())
+    scale = scale.to(x.dtype)  # which is float32
+    return _affine(x, scale, torch.addcmul(shift, scale, center, value=-1).to(x.dtype), layout, recorded=False)
+
+
+def _apply_centered(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, recorded: bool) -> Tensor:
+    """Return scale * (x - center) + shift for a mean that may be large against the standard deviation."""
     u = _widened(x)
-    recorded = recorded or is_recording()
-    if u.dtype == center.dtype and not mean_is_small:
+    if u.dtype == center.dtype:
         centered = u - layout.broadcast_to_input(center)
         return cast(_affine(centered, scale.to(u.dtype), shift.to(u.dtype), layout, recorded), x.dtype)
     pivot, scale = center.to(at_least_float32(u.dtype)), scale.to(at_least_float32(u.dtype))
-    if mean_is_small and not recorded:
-        offset = torch.addcmul(shift, scale, center, value=-1).to(scale.dtype)
-        return cast(_affine(u, scale, offset, layout, recorded), x.dtype)
     # The pivot is the center as x's dtype can hold it. What rounding took from it goes into the offset.
     offset = (shift + scale * (pivot - center)).to(scale.dtype)
     return cast(_affine(u - layout.broadcast_to_input(pivot), scale, offset, layout, recorded), x.dtype)
@@ -134,11 +143,6 @@ def combine(
     # What comes through the statistics is small against scale * dy, so only the rounding of the last addcmul matters.
     u.mul_(slope).add_(offset)
     return u.addcmul_(dy, scale).to(x.dtype)
-
-
-def may_read_back(x: Tensor) -> bool:
-    """Whether the values of x's statistics may decide how to go on: on the CPU alone, for it would wait for a GPU."""
-    return x.is_cpu and not torch.compiler.is_compiling() and x.numel() > 0
 
 
 def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout, recorded: bool) -> Tensor:
@@ -194,7 +198,6 @@ def is_recording(*gradients: Tensor | None) -> bool:
     Then nothing may be overwritten: a tensor without the tangents, or the batch, of what it is multiplied by has no
     room for theirs.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return True
     # Forward passes of autograd functions pass none: while operations are looked at, those functions do not run.
-    return bool(gradients) and (torch_private.is_transformed() or torch_private.is_batched(*gradients))
+    looked_at = bool(gradients) and (torch_private.is_transformed() or torch_private.is_batched(*gradients))
+    return looked_at or torch.is_grad_enabled() or torch.compiler.is_compiling()

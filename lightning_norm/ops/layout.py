@@ -37,16 +37,25 @@ class Layout:
     def broadcast_to_input(self, t: Tensor) -> Tensor:
         """View an (N, C), (1, C), (N, 1) or (1, 1) tensor so that it broadcasts against x."""
         shape = [1] * len(self.shape)
-        rows, columns = t.shape
-        if isinstance(rows, Tensor):  # torch.jit.trace: the graph takes any number of samples
-            rows, columns = -1, torch_private.static_shape(t)[1]
-        shape[0], shape[self.channel_dim] = rows, columns
+        shape[0], shape[self.channel_dim] = t.shape
         return t.reshape(shape)
 
     def count(self, x: Tensor) -> int | Tensor:
-        """Return ``size``; in a graph of ``torch.jit.trace`` as a tensor that follows the input."""
-        if not torch_private.is_traced():
-            return self.size
+        """Return ``size``, for Moments."""
+        return self.size
+
+
+class TracedLayout(Layout):
+    """The axes of an input of ``torch.jit.trace``, whose graph takes any number of samples and maps of any size."""
+
+    def broadcast_to_input(self, t: Tensor) -> Tensor:
+        """View a tensor as :class:`Layout` does, with the number of samples left open."""
+        shape = [1] * len(self.shape)
+        shape[0], shape[self.channel_dim] = -1, torch_private.static_shape(t)[1]
+        return t.reshape(shape)
+
+    def count(self, x: Tensor) -> int | Tensor:
+        """Return the size as a tensor that follows the input."""
         count = torch.ones((), dtype=stat_dtype(x))
         for d in self.reduced:
             count = count * x.shape[d]
@@ -68,34 +77,42 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
         TypeError: x is not a floating-point tensor.
         ValueError: wrong rank, channel count or channel_dim, or no element per channel.
     """
-    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-        came = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{who} expects a floating-point tensor, got {came}. Convert it first: x.float().")
-    if channel_dim not in (1, -1):
-        raise ValueError(f"{who}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim}.")
-    # The shape is checked before anything is computed, and the messages are put together only where they are needed.
-    shape = torch_private.static_shape(x)
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point or channel_dim not in (1, -1):
+        raise _refusal(x, channel_dim, who)
+    traced = torch_private.tracing_state() is not None
+    shape = torch_private.static_shape(x) if traced else tuple(x.shape)
     dims = len(shape)
-    if not 2 <= dims <= 5:
-        raise ValueError(f"{who} expects {_wrong_rank(shape, channel_dim)}")
     axis = 1 if channel_dim == 1 else dims - 1
-    if shape[axis] != num_features:
-        raise ValueError(f"{who} has {_wrong_channels(shape, axis, num_features)}")
+    if not 2 <= dims <= 5 or shape[axis] != num_features or 0 in shape[1:]:
+        raise ValueError(f"{who}{_wrong_shape(shape, axis, num_features)}")
     reduced = tuple(d for d in range(1, dims) if d != axis)
     size = 1
     # Not ``math.prod``, which torch.compile cannot trace.
     for d in reduced:
         size *= shape[d]
-    if size == 0:
-        raise ValueError(f"{who}: input {shape} has no element per channel. Check the size of the feature map.")
-    return Layout(shape, axis, shape[0], num_features, reduced, size)
+    return (TracedLayout if traced else Layout)(shape, axis, shape[0], num_features, reduced, size)
 
 
-def _wrong_rank(shape: tuple[int, ...], channel_dim: int) -> str:
+def _refusal(x: object, channel_dim: int, who: str) -> Exception:
+    if isinstance(x, Tensor) and x.dtype.is_floating_point:
+        return ValueError(f"{who}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim}.")
+    came = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
+    return TypeError(f"{who} expects a floating-point tensor, got {came}. Convert it first: x.float().")
+
+
+def _wrong_shape(shape: tuple[int, ...], axis: int, num_features: int) -> str:
+    if not 2 <= len(shape) <= 5:
+        return f" expects {_wrong_rank(shape, axis)}"
+    if shape[axis] != num_features:
+        return f" has {_wrong_channels(shape, axis, num_features)}"
+    return f": input {shape} has no element per channel. Check the size of the feature map."
+
+
+def _wrong_rank(shape: tuple[int, ...], axis: int) -> str:
     remedy = "A single sample needs a batch axis: x.unsqueeze(0)."
     if len(shape) > 5:
         # Which axes may be merged depends on where the channels are.
-        remedy = f"Merge axes: x.flatten({'4' if channel_dim == 1 else '1, -2'})."
+        remedy = f"Merge axes: x.flatten({'4' if axis == 1 else '1, -2'})."
     return f"(N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), got {len(shape)} dimensions: {shape}. {remedy}"
 
 

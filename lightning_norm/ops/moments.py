@@ -15,6 +15,7 @@ Variances are pooled by the law of total variance and never as E[x^2] - E[x]^2, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch import Tensor
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32, cast, stat_dtype
 from lightning_norm.ops.sync import Ranks
+
+ShapeOf = Callable[[Tensor], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Moments:
         if num_groups > 1:
             return self._over_groups(num_groups)
         mean, var = _pool(self.mean, self.var, dim=1)
-        return Moments(mean, var, self.count * torch_private.static_shape(self.mean)[1], self.ranks)
+        return Moments(mean, var, self.count * self.mean.shape[1], self.ranks)
 
     def _over_groups(self, num_groups: int) -> Moments:
         _, c = torch_private.static_shape(self.mean)
@@ -119,27 +122,27 @@ class Affine:
     scale: Tensor
     shift: Tensor | None = None
 
-    def fields(self, n: int, c: int) -> tuple[Tensor, Tensor, Tensor]:
+    def fields(self, n: int, c: int, shape_of: ShapeOf = Tensor.size) -> tuple[Tensor, Tensor, Tensor]:
         """Return center, scale and shift, each of two dimensions and broadcastable to (n, c).
+
+        Where operations are traced, ``shape_of`` returns sizes that are no part of the graph.
 
         Raises:
             ValueError: a field cannot be broadcast to (n, c).
         """
         shift = self.scale.new_zeros(1, 1) if self.shift is None else self.shift
-        named = (("center", self.center), ("scale", self.scale), ("shift", shift))
-        shape_of = torch_private.static_shape if torch_private.is_traced() else _shape_of
-        center, scale, shift = (self._field(name, t, shape_of(t), n, c) for name, t in named)
+        # Missing dimensions are added in front, as broadcasting does: (C,) is (1, C).
+        center, scale, shift = (t if t.dim() > 1 else t.reshape(1, -1) for t in (self.center, self.scale, shift))
+        # A tensor of three axes is refused with the others: it would broadcast against x and mean something else.
+        fits = [len(s) == 2 and s[0] in (1, n) and s[1] in (1, c) for s in map(shape_of, (center, scale, shift))]
+        if not all(fits):
+            raise ValueError(self._wrong_shape(("center", "scale", "shift")[fits.index(False)], n, c))
         return center, scale, shift
 
-    def _field(self, name: str, t: Tensor, shape: tuple[int, ...], n: int, c: int) -> Tensor:
-        # Missing dimensions are added in front, as broadcasting does: (C,) is (1, C).
-        # A tensor of three axes is refused with the others: it would broadcast against x and mean something else.
-        rows, columns = (1,) * (2 - len(shape)) + shape if len(shape) < 3 else (0, 0)
-        if rows in (1, n) and columns in (1, c):
-            return t if len(shape) == 2 else t.reshape(1, -1)
+    def _wrong_shape(self, name: str, n: int, c: int) -> str:
         shapes = {k: None if v is None else tuple(v.shape) for k, v in vars(self).items()}
-        raise ValueError(
-            f"algebra returned {name} of shape {tuple(t.shape)}, which does not broadcast to (N, C) = ({n}, {c}). "
+        return (
+            f"algebra returned {name} of shape {shapes[name]}, which does not broadcast to (N, C) = ({n}, {c}). "
             f"All shapes: {shapes}."
         )
 
@@ -169,10 +172,6 @@ def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
     # The dtypes meet here: weights in float32 must not narrow means in float64.
     first, *rest = (term.to(dtype) * weight for term, weight in zip(terms, weights.to(dtype).unbind(), strict=True))
     return sum(rest, first)
-
-
-def _shape_of(t: Tensor) -> tuple[int, ...]:
-    return t.shape
 
 
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,26 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How the passes over one x are run.
+
+    Args:
+        layout: of x.
+        kernels: by the Triton kernels, otherwise in plain PyTorch.
+        mean_is_small: eager's moments kept the mean in float32: then scale * x + offset loses nothing.
+    """
+
+    layout: Layout
+    kernels: bool = False
+    mean_is_small: bool = False
+
+    def module(self, *gradients: Tensor | None) -> Any:
+        """Return the module that runs them; what is differentiated once more is recorded in plain PyTorch."""
+        on_kernels = self.kernels and (torch.compiler.is_compiling() or not eager.is_recording(*gradients))
+        return triton_passes if on_kernels else eager
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of :func:`normalize`: its arguments of the same names, with a layout that was checked against x."""
 
@@ -123,10 +143,8 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
 
 def run(x: Tensor, call: Call) -> Tensor:
     """Do what :func:`normalize` says: by its equations on the kernels, or by the passes around the algebra."""
-    static_shape = torch_private.static_shape
-    wrong_shape = call.residual is not None and static_shape(call.residual) != static_shape(x)
-    if call.activation not in ACTIVATIONS or wrong_shape:
-        raise ValueError(f"normalize: {_wrong_ending(x, call)}")
+    if call.residual is not None or call.activation not in ACTIVATIONS:
+        _check_ending(x, call)
     if call.depthwise_conv is not None and call.layout.channel_dim != 1:
         # A convolution takes its channels on the second axis: a view of tokens has them there.
         x = x.movedim(-1, 1)
@@ -134,16 +152,7 @@ def run(x: Tensor, call: Call) -> Tensor:
     if torch_private.is_transformed():
         with without_autocast(x):
             return activated(_normalize_plainly(x, call), call.activation, call.residual)
-    kernels = call.backend != "eager" and on_kernels(
-        x, call.layout, call.backend, empty=call.ranks is not None, what=_kind_of_launch(x, call)
-    )
-    spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
-    if spec is not None and call.ranks is not None:
-        # Descriptions know nothing of ranks, so that a layer need not ask for them.
-        spec = spec.over(call.ranks)
-    if spec is None and not x.numel():
-        # An empty x meets the other ranks in plain PyTorch, whose passes take it.
-        kernels = False
+    kernels, spec = (False, None) if call.backend == "eager" else _on_kernels(x, call)
     with without_autocast(x):
         if call.depthwise_conv is not None:
             y = _normalize_and_convolve(x, call, call.depthwise_conv, spec)
@@ -154,6 +163,17 @@ def run(x: Tensor, call: Call) -> Tensor:
     return activated(y, call.activation, call.residual)
 
 
+def _on_kernels(x: Tensor, call: Call) -> tuple[bool, FusedSpec | None]:
+    """Return whether kernels run, and the equations for them; ``None`` if only the passes around the algebra do."""
+    kernels = on_kernels(x, call.layout, call.backend, empty=call.ranks is not None, what=_kind_of_launch(x, call))
+    spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
+    if spec is not None and call.ranks is not None:
+        # Descriptions know nothing of ranks, so that a layer need not ask for them.
+        spec = spec.over(call.ranks)
+    # An empty x meets the other ranks in plain PyTorch, whose passes take it.
+    return kernels and (spec is not None or x.numel() > 0), spec
+
+
 def _kind_of_launch(x: Tensor, call: Call) -> tuple[Any, ...] | None:
     """Return what tells this call's kernels from others, for a GPU on which some may turn out not to run."""
     if not x.is_cuda or torch.compiler.is_compiling():
@@ -161,11 +181,13 @@ def _kind_of_launch(x: Tensor, call: Call) -> tuple[Any, ...] | None:
     return getattr(call.algebra, "__qualname__", None), call.activation, call.residual is None
 
 
-def _wrong_ending(x: Tensor, call: Call) -> str:
+def _check_ending(x: Tensor, call: Call) -> None:
+    """Refuse an unknown activation, and a residual in another shape than x."""
     if call.activation not in ACTIVATIONS:
-        return f"activation must be one of {tuple(ACTIVATIONS)}, got {call.activation!r}."
-    assert call.residual is not None
-    return f"residual has shape {tuple(call.residual.shape)}, x {tuple(x.shape)}: they must agree."
+        raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {call.activation!r}.")
+    shape, wanted = (None if t is None else torch_private.static_shape(t) for t in (call.residual, x))
+    if shape is not None and shape != wanted:
+        raise ValueError(f"normalize: residual has shape {shape}, x {wanted}: they must agree.")
 
 
 def _normalize_plainly(x: Tensor, call: Call) -> Tensor:
@@ -176,7 +198,7 @@ def _normalize_plainly(x: Tensor, call: Call) -> Tensor:
     layout, moments = call.layout, call.moments
     if moments is None:
         moments = Moments(*eager.moments(x, layout, recorded=True), layout.count(x), call.ranks)
-    fields = call.algebra(moments).fields(layout.n, layout.c)
+    fields = call.algebra(moments).fields(layout.n, layout.c, torch_private.static_shape)
     if call.depthwise_conv is None:
         return eager.apply(x, *fields, layout, recorded=True)
     kernel, bias = call.depthwise_conv
@@ -196,25 +218,22 @@ def _normalize_and_convolve(
     readable = bias is None or bias.is_contiguous()
     if isinstance(spec, MixtureSpec) and readable and depthwise.on_kernels(kernel, call.layout.size):
         return spec.normalize_depthwise(x, kernel, bias, call.layout)
-    x_alias, scale_carrier, fields, mean_is_small = _fields(x, call, kernels=False)
+    x_alias, scale_carrier, fields, how = _fields(x, call, kernels=False)
     kernel = kernel.to(at_least_float32(x.dtype))
     bias = None if bias is None else bias.to(kernel.dtype)
-    y: Tensor = _ApplyDepthwise.apply(x_alias, scale_carrier, x, *fields, kernel, bias, call.layout, mean_is_small)
+    y: Tensor = _ApplyDepthwise.apply(x_alias, scale_carrier, x, *fields, kernel, bias, how)
     return y
 
 
 def _normalize(x: Tensor, call: Call, kernels: bool) -> Tensor:
     """Run the passes, on the kernels or not, with the algebra in PyTorch between them."""
-    x_alias, scale_carrier, fields, mean_is_small = _fields(x, call, kernels)
-    y: Tensor = _Apply.apply(x_alias, scale_carrier, x, *fields, call.layout, mean_is_small, kernels)
+    x_alias, scale_carrier, fields, how = _fields(x, call, kernels)
+    y: Tensor = _Apply.apply(x_alias, scale_carrier, x, *fields, how)
     return y
 
 
-def _fields(x: Tensor, call: Call, kernels: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], bool]:
-    """Return alias and carrier, the center, scale and shift that the algebra makes, and whether the mean is small.
-
-    A mean is small where eager's moments kept it in float32: then scale * x + offset loses nothing.
-    """
+def _fields(x: Tensor, call: Call, kernels: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Passes]:
+    """Return alias and carrier, the center, scale and shift that the algebra makes, and how the passes go on."""
     layout, moments, mean_is_small = call.layout, call.moments, False
     if moments is None:
         x_alias, mean, var, scale_carrier = _Moments.apply(x, layout, kernels)
@@ -222,13 +241,8 @@ def _fields(x: Tensor, call: Call, kernels: bool) -> tuple[Tensor, Tensor, tuple
         moments = Moments(mean, var, layout.size, call.ranks)
     else:
         x_alias, scale_carrier = _Alias.apply(x, layout)
-    return x_alias, scale_carrier, call.algebra(moments).fields(layout.n, layout.c), mean_is_small
-
-
-def _passes(kernels: bool, *gradients: Tensor | None) -> Any:
-    """Return the module that runs the passes; what is differentiated once more is recorded in plain PyTorch."""
-    on_kernels = kernels and (torch.compiler.is_compiling() or not eager.is_recording(*gradients))
-    return triton_passes if on_kernels else eager
+    fields = call.algebra(moments).fields(layout.n, layout.c)
+    return x_alias, scale_carrier, fields, Passes(layout, kernels, mean_is_small)
 
 
 class _Moments(torch.autograd.Function):
@@ -237,7 +251,7 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout, kernels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, var = (triton_passes if kernels else eager).moments(x, layout)
-        ctx.layout, ctx.kernels = layout, kernels
+        ctx.how = Passes(layout, kernels)
         # A gradient that is missing must be told from zeros, which would cost a pass over x.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean)
@@ -251,7 +265,8 @@ class _Moments(torch.autograd.Function):
         # Where only the moments were used and not y, nothing came from the second node.
         if dy is None or scale is None:
             dy, scale = torch.zeros_like(x), torch.zeros_like(mean)
-        return _passes(ctx.kernels, dy, dmean, dvar).combine(dy, scale, x, mean, dmean, dvar, ctx.layout), None, None
+        dx = ctx.how.module(dy, dmean, dvar).combine(dy, scale, x, mean, dmean, dvar, ctx.how.layout)
+        return dx, None, None
 
 
 class _Alias(torch.autograd.Function):
@@ -278,30 +293,21 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_alias: Tensor,
-        scale_carrier: Tensor,
-        x: Tensor,
-        center: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        layout: Layout,
-        mean_is_small: bool,
-        kernels: bool,
+        ctx: Any, x_alias: Tensor, carrier: Tensor, x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, how: Passes
     ) -> Tensor:
-        ctx.layout, ctx.mean_is_small, ctx.kernels = layout, mean_is_small, kernels
-        ctx.carrier_dtype, ctx.shift_like = scale_carrier.dtype, (shift.shape, shift.dtype)
+        ctx.how, ctx.carrier_dtype, ctx.shift_like = how, carrier.dtype, (shift.shape, shift.dtype)
         ctx.save_for_backward(x, center, scale)
-        y: Tensor = (triton_passes if kernels else eager).apply(x, center, scale, shift, layout, mean_is_small)
+        passes = triton_passes if how.kernels else eager
+        y: Tensor = passes.apply(x, center, scale, shift, how.layout, how.mean_is_small)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, center, scale = ctx.saved_tensors
-        need, passes = ctx.needs_input_grad, _passes(ctx.kernels, dy)
+        need, passes = ctx.needs_input_grad, ctx.how.module(dy)
         fields = _field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
-        return dy if need[0] else None, _carrier_grad(ctx, scale), None, *fields, None, None, None
+        return dy if need[0] else None, _carrier_grad(ctx, scale), None, *fields, None
 
 
 class _ApplyDepthwise(torch.autograd.Function):
@@ -321,16 +327,14 @@ class _ApplyDepthwise(torch.autograd.Function):
         shift: Tensor,
         kernel: Tensor,
         bias: Tensor | None,
-        layout: Layout,
-        mean_is_small: bool,
+        how: Passes,
     ) -> Tensor:
-        ctx.layout, ctx.mean_is_small = layout, mean_is_small
-        ctx.carrier_dtype, ctx.shift_like = scale_carrier.dtype, (shift.shape, shift.dtype)
+        ctx.how, ctx.carrier_dtype, ctx.shift_like = how, scale_carrier.dtype, (shift.shape, shift.dtype)
         ctx.save_for_backward(x, center, scale, shift, kernel)
         # Decided here, since the backward pass may not see the memory format any more.
         ctx.unroll = depthwise.unrolled(x, kernel)
         # Rounded to half only after the convolution, which sums k * k of these numbers.
-        normalized = eager.apply(x.to(kernel.dtype), center, scale, shift, layout, mean_is_small)
+        normalized = eager.apply(x.to(kernel.dtype), center, scale, shift, how.layout, how.mean_is_small)
         return cast(depthwise.convolve(normalized, kernel, bias, unroll=ctx.unroll), x.dtype)
 
     @staticmethod
@@ -342,17 +346,18 @@ class _ApplyDepthwise(torch.autograd.Function):
         dnormalized = depthwise.transposed(dy, kernel, unroll=ctx.unroll)
         if any(need[6:8]):
             # The normalized map was not saved: it is computed again.
-            normalized = eager.apply(x, center, scale, shift, ctx.layout, ctx.mean_is_small)
+            normalized = eager.apply(x, center, scale, shift, ctx.how.layout, ctx.how.mean_is_small)
             dkernel, dbias = depthwise.kernel_gradients(dy, normalized, kernel, unroll=ctx.unroll)
         wanted = any(need[3:6])
         fields = _field_gradients(ctx, eager, dnormalized, x, center, scale) if wanted else (None, None, None)
         gradients = dnormalized if need[0] else None, _carrier_grad(ctx, scale), None, *fields
-        return *gradients, dkernel, dbias if need[7] else None, None, None
+        return *gradients, dkernel, dbias if need[7] else None, None
 
 
 def _carrier_grad(ctx: Any, scale: Tensor) -> Tensor | None:
     """Return scale in the shape and dtype of the carrier, as its gradient."""
-    return scale.to(ctx.carrier_dtype).expand(ctx.layout.n, ctx.layout.c) if ctx.needs_input_grad[1] else None
+    layout = ctx.how.layout
+    return scale.to(ctx.carrier_dtype).expand(layout.n, layout.c) if ctx.needs_input_grad[1] else None
 
 
 def _field_gradients(
@@ -363,7 +368,7 @@ def _field_gradients(
     They are -scale * sum dy, sum dy * (x - center) and sum dy over what each field was broadcast along.
     """
     pivot = center.to(at_least_float32(x.dtype))
-    total, dot = passes.reduce(dy, x, pivot, ctx.layout, ctx.mean_is_small)
+    total, dot = passes.reduce(dy, x, pivot, ctx.how.layout, ctx.how.mean_is_small)
     dscale = _sum_to(dot, scale.shape, scale.dtype)
     if pivot.dtype != center.dtype:
         # The pass subtracted the center rounded to pivot's dtype: add what rounding left.

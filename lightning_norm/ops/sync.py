@@ -27,6 +27,9 @@ from torch import Tensor
 from lightning_norm.errors import SyncError, SyncWarning
 from lightning_norm.ops import torch_private
 
+# Tells whether this process is one of a distributed run. Some builds of torch, such as Apple's, have no such function.
+is_running: Callable[[], bool] = dist.is_initialized if dist.is_available() else bool
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -108,11 +111,6 @@ class Ranks:
         return total
 
 
-def is_running() -> bool:
-    """Tell whether this process is one of a distributed run."""
-    return bool(dist.is_available() and dist.is_initialized())
-
-
 def active_ranks(sync: bool, training: bool, group: str | int = "world") -> Ranks | None:
     """Return the ranks to pool with, or ``None`` outside of training, with ``sync=False``, or for a rank by itself.
 
@@ -126,7 +124,7 @@ def active_ranks(sync: bool, training: bool, group: str | int = "world") -> Rank
     Raises:
         ValueError: not such a group, or a number that does not divide the ranks.
     """
-    if not (sync and training and dist.is_available() and dist.is_initialized()):
+    if not (sync and training and is_running()):
         return None
     name = _name_of(group)
     return Ranks(name) if name else None
@@ -277,7 +275,7 @@ def _nodes(world: dist.ProcessGroup, group: str | int) -> list[Any]:
 
 def gather(value: Any) -> list[Any]:
     """Return what every rank passed, in their order; ``[value]`` for one process. All ranks must call it."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not (is_running() and dist.get_world_size() > 1):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

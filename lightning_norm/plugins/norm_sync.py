@@ -36,7 +36,7 @@ class NormSync(TorchSyncBatchNorm):
     Checkpoints are those of a plain network all along.
 
     With ``Trainer(plugins=[NormSync()])``, with or without ``sync_batchnorm=True``. Of Lightning's strategies DDP and
-    FSDP call it; with others NormSwap warns.
+    FSDP call it; with others NormSwap warns. It logs nothing, and prints a line when synchronization begins or ends.
 
     Args:
         sync_group: of the layers that it converts; as for :func:`lightning_norm.swap`. Others keep their own.
@@ -49,6 +49,10 @@ class NormSync(TorchSyncBatchNorm):
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(plugins=[NormSync()], sync_batchnorm=True, logger=False, enable_checkpointing=False)
+
+    Each rank by itself for five epochs, then pooled among the ranks of one machine:
+
+    >>> plugin = NormSync(sync_group="node", start_epoch=5)
     """
 
     def __init__(self, sync_group: str | int = "world", start_epoch: int = 0) -> None:
@@ -63,6 +67,12 @@ class NormSync(TorchSyncBatchNorm):
 
     @override
     def apply(self, model: nn.Module) -> nn.Module:
+        """Convert torch's BatchNorm layers; the strategy calls it before it wraps the model.
+
+        Raises:
+            RuntimeError: ranks have different layers.
+            TypeError: ``start_epoch`` needs the epochs of a Trainer, and this is no LightningModule.
+        """
         self.revert(model)  # an earlier fit that was killed by an exception may not have reverted
         # Nothing is checked yet: a model without BatchNorm of torch's is no mistake here.
         report, _, _ = prepare_swap(model, SwapOptions("bn", sync_group=self.sync_group))
@@ -84,6 +94,7 @@ class NormSync(TorchSyncBatchNorm):
 
     @override
     def revert(self, model: nn.Module) -> nn.Module:
+        """Put the layers back, with what they learned; the strategy calls it when the fit is over."""
         self._patches.undo()
         # First the pauses, because the layers that undo takes out may be among them.
         for layer in self._paused:
@@ -95,6 +106,7 @@ class NormSync(TorchSyncBatchNorm):
         return model
 
     def _pause_until_start(self, model: nn.Module, layers: list[Normalizer]) -> None:
+        """Let each rank use its own statistics until the epoch ``start_epoch`` begins."""
         # The current epoch is asked from the module, which knows its Trainer.
         if not is_instance(model, pl.LightningModule):
             raise TypeError(

@@ -39,6 +39,14 @@ HEADER: dict[str, tuple[type, ...]] = {
 def read_checkpoint(path: File, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
     """Read a file; a ``state_dict`` by itself becomes ``{"state_dict": ...}``.
 
+    Args:
+        path: of what ``torch.save`` or Lightning wrote.
+        map_location: as for ``torch.load``.
+        weights_only: as for ``torch.load``; ``True`` by default, so that no code in the file is run.
+
+    Returns:
+        The checkpoint, with "state_dict" and whatever else was saved.
+
     Raises:
         CheckpointError: it cannot be read, or holds no weights.
         FileNotFoundError: it does not exist.
@@ -52,6 +60,10 @@ def read_checkpoint(path: File, map_location: Any = "cpu", weights_only: bool | 
 
 def check_file(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     """Check the archive, its checksums and what it holds, without its tensors; a remote path or a folder is let pass.
+
+    Args:
+        path: of a checkpoint.
+        weights_only: as for :func:`read_checkpoint`.
 
     Returns:
         The checkpoint with its tensors on the meta device; empty for a remote path, a folder or an old format.
@@ -102,12 +114,21 @@ def check_file(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
 
 
 def is_url(path: Any) -> bool:
-    """Tell whether Lightning reads the path from the web."""
+    """Tell whether Lightning reads the path from the web.
+
+    >>> is_url("https://example.org/last.ckpt"), is_url("last.ckpt")
+    (True, False)
+    """
     return str(path).startswith(("http://", "https://"))
 
 
 def unreadable(path: Any, error: BaseException) -> BaseException:
-    """Return what to raise in place of torch's error: a path and a reason."""
+    """Return what to raise in place of torch's error: a path and a reason.
+
+    Args:
+        path: of the file.
+        error: what torch raised; one of this package's own is returned as it is.
+    """
     if isinstance(error, CheckpointError):
         return error
     # torch says which class it refused in the middle of a long message; it is all that the user needs.
@@ -134,6 +155,11 @@ def _safe(weights_only: bool | None) -> bool:
 
 
 def _check_header(path: Any, content: Mapping[str, Any]) -> None:
+    """Refuse entries beside the weights that are not what Lightning writes.
+
+    Raises:
+        CheckpointError: the entry, what it must be and what it is.
+    """
     for name, kinds in HEADER.items():
         value = content.get(name)
         version = name.endswith("version") and isinstance(value, str) and not re.match(r"\d+(\.\d+)+", value)
@@ -151,6 +177,11 @@ def _check_header(path: Any, content: Mapping[str, Any]) -> None:
 
 
 def _checked(path: Any, content: Any) -> dict[str, Any]:
+    """Return the content as a checkpoint with a ``state_dict``.
+
+    Raises:
+        CheckpointError: it is none.
+    """
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         _check_header(path, content)
         return dict(content)

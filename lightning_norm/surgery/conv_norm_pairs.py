@@ -23,9 +23,18 @@ class _NormTracer(torch.fx.Tracer):
 def layers_before(model: nn.Module, norms: tuple[type[nn.Module], ...]) -> dict[nn.Module, nn.Module | str]:
     """Return, for every module of the classes ``norms``, the module whose output it alone takes, or why there is none.
 
+    Only then may the normalizer's map be multiplied into that module's weight: nobody else sees the output that
+    changes.
+
+    Args:
+        model: the network; parts whose code torch.fx cannot trace are looked into one by one.
+        norms: the classes of the normalizers.
+
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     >>> layers_before(model, (nn.BatchNorm2d,))[model[1]] is model[0]
     True
+    >>> layers_before(nn.Sequential(nn.BatchNorm2d(8)), (nn.BatchNorm2d,)).popitem()[1]
+    'its input does not come from a layer'
     """
     result: dict[nn.Module, nn.Module | str] = {}
     _trace(model, norms, result)
@@ -62,6 +71,7 @@ def _layer_before(
     calls: Counter[nn.Module],
     attributes: set[str],
 ) -> nn.Module | str:
+    """Return the module whose output alone goes into a call of a normalizer, or why there is none."""
     # Folding is exact only if nothing but the normalizer sees the layer's output and nothing but the layer its weight.
     source: Any = node.args[0] if node.args else None
     if not isinstance(source, torch.fx.Node) or source.op != "call_module":

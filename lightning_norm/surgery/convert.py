@@ -28,6 +28,10 @@ def convert(
 ) -> tuple[Normalizer, dict[str, Any]]:
     """Build the normalizer that replaces ``module``, which is left as it is.
 
+    Weight, bias and running statistics are the very objects of ``module``, so that an optimizer goes on training them;
+    what the normalizer holds in another form is computed from them. eps, momentum, ``channel_dim``, device and dtype
+    are taken over, hooks and children as well. Random starting values depend on the module and the user's seed alone.
+
     Args:
         module: a torch normalization layer, or one of this package.
         name: its dotted name, for messages.
@@ -91,7 +95,11 @@ def _check_device(cls: type[Normalizer], name: str, chosen: Any, present: Any) -
 
 
 def can_be_swapped(module: nn.Module) -> bool:
-    """Tell whether a swap can read from a module what it needs, such as the number of its channels."""
+    """Tell whether a swap can read from a module what it needs, such as the number of its channels.
+
+    >>> can_be_swapped(nn.BatchNorm2d(4)), can_be_swapped(nn.LazyBatchNorm2d()), can_be_swapped(nn.LayerNorm((4, 4)))
+    (True, False, False)
+    """
     if isinstance(module, LazyModuleMixin) or computed_weights(module):
         return False
     try:
@@ -152,14 +160,27 @@ def _seed_of(module: nn.Module) -> int:
 
 
 def own_arguments(layer: nn.Module) -> dict[str, Any]:
-    """Return the arguments that only the layer's class has, and the scheduled ones."""
+    """Return the arguments that only the layer's class has, and the scheduled ones.
+
+    >>> from lightning_norm import GroupNorm
+    >>> own_arguments(GroupNorm(8, num_groups=4))["num_groups"]
+    4
+    """
     cls = type(layer)
     names = dict.fromkeys((*getattr(cls, "repr_arguments", ()), *getattr(cls, "ranges", ()), "num_groups"))
     return {n: getattr(layer, n) for n in names if n in arguments_of(cls) and hasattr(layer, n)}
 
 
 def preserved(module: nn.Module, layer: Normalizer, name: str, norm: ResolvedNorm, whole: Whole) -> tuple[bool, str]:
-    """Tell whether the layer evaluates to what the module did, and why: measured, unless it is of torch's own class."""
+    """Tell whether the layer evaluates to what the module did, and why: measured, unless it is of torch's own class.
+
+    Args:
+        module: before the swap.
+        layer: what replaces it.
+        name: of the module, for messages.
+        norm: the class and the arguments of the layer.
+        whole: what the module is beside its class.
+    """
     same, reason = preserves_eval(module, layer)
     if whole.exact:
         return same, reason
@@ -172,7 +193,14 @@ def preserved(module: nn.Module, layer: Normalizer, name: str, norm: ResolvedNor
 
 
 def preserves_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
-    """Tell whether the layer evaluates to what the module did, and why."""
+    """Tell whether the layer evaluates to what the module did, and why.
+
+    By what is known of both classes and by their tensors; nothing is computed.
+
+    >>> from lightning_norm import BatchNorm, SwitchableNorm
+    >>> preserves_eval(nn.BatchNorm2d(4), SwitchableNorm(4))
+    (False, "uses each sample's own statistics")
+    """
     # eps is part of what every layer computes, so that a change of it is told before anything else is compared.
     came = type(module).__name__
     if getattr(module, "eps", layer.eps) != layer.eps:
@@ -199,6 +227,7 @@ def preserves_eval(module: nn.Module, layer: Normalizer) -> tuple[bool, str]:
 
 
 def _what_changed(module: nn.Module, layer: Normalizer) -> str:
+    """Return the first thing in which two layers differ that decides what they compute; "" for none."""
     stats: tuple[str, ...] = getattr(module, "running_names", ("running_mean", "running_var"))
     tensors = ["weight", "bias", *stats]
     before, after = _what_counts(module, stats), _what_counts(layer, layer.running_names)
@@ -221,6 +250,7 @@ def _what_changed(module: nn.Module, layer: Normalizer) -> str:
 
 
 def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
+    """Return what two layers of one family must have in common to compute the same."""
     return {
         "affine": has_affine(layer, "weight") or has_affine(layer, "bias"),
         "track_running_stats": any(getattr(layer, name, None) is not None for name in stats),
@@ -230,6 +260,11 @@ def _what_counts(layer: nn.Module, stats: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer], whole: Whole) -> dict[str, Any]:
+    """Return the arguments by which a normalizer starts as the module that it replaces.
+
+    Raises:
+        TypeError: the module does not say how many channels it has, or has no channel axis.
+    """
     features = channels_of(module)
     arguments: dict[str, Any] = {}
     # torch's LayerNorm normalizes the last axes. With one of them that axis is the channels, as in transformers.

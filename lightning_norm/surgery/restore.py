@@ -60,13 +60,18 @@ def random_numbers_restored(*readers: Any) -> Iterator[None]:
 
 
 def is_stream(loader: Any) -> bool:
-    """Tell whether reading from the loader takes samples that another reading may not get again."""
+    """Tell whether reading from the loader takes samples that another reading may not get again.
+
+    >>> is_stream([1, 2]), is_stream(iter([1, 2]))
+    (False, True)
+    """
     return isinstance(loader, Iterator) or isinstance(
         getattr(loader, "dataset", None), (torch.utils.data.IterableDataset, Iterator)
     )
 
 
 def _note_attributes(module: nn.Module, undo: list[Undo], known: set[int]) -> None:
+    """Note the attributes of a module, and what is in them."""
     attributes = dict(vars(module))
     undo.append(lambda: _put_attributes(module, attributes))
     for value in attributes.values():
@@ -113,6 +118,7 @@ def _note_content(value: Any, undo: list[Undo], known: set[int]) -> None:
 
 
 def _put_items(container: Any, items: list[Any], fill: Undo) -> None:
+    """Put the content of a container back if it has changed."""
     now = [*container.items()] if isinstance(container, dict) else [*container]
     # By identity: tensors cannot be compared with ==, and what has not changed is not touched.
     if [*map(_identity, now)] != [*map(_identity, items)]:
@@ -126,6 +132,7 @@ def _identity(item: Any) -> Any:
 
 @torch.no_grad()
 def _put_tensor(tensor: Tensor, saved: Tensor) -> None:
+    """Put the value of a tensor back if it has changed."""
     if (tensor.shape, tensor.dtype, tensor.device) != (saved.shape, saved.dtype, saved.device):
         tensor.data = saved
     elif not torch.equal(tensor, saved):  # a copy would count as a change in place, which autograd looks for
@@ -133,6 +140,7 @@ def _put_tensor(tensor: Tensor, saved: Tensor) -> None:
 
 
 def _global_generators() -> Iterable[Undo]:
+    """Note the states of the generators that a program shares: Python's, torch's and numpy's."""
     python, cpu = random.getstate(), torch.get_rng_state()
     yield lambda: random.setstate(python)
     yield lambda: torch.set_rng_state(cpu)
@@ -147,6 +155,7 @@ def _global_generators() -> Iterable[Undo]:
 
 
 def _generator(value: Any) -> Iterator[Undo]:
+    """Note the state of a generator of random numbers, if the value is one."""
     numpy = sys.modules.get("numpy")
     if isinstance(value, torch.Generator):
         torch_state = value.get_state()

@@ -57,8 +57,20 @@ Left = tuple[str, str, str]
 def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[ModuleSlot], list[Left], list[Left]]:
     """Find the candidates, each once; the near misses; and all other normalization layers that are left alone.
 
+    Args:
+        model: the network.
+        source: classes, their names, or families such as "BatchNorm", "LayerNorm" and "all"; "BatchNorm" by default.
+
+    Returns:
+        The candidates; those of a class that was asked for which cannot be taken, each with the reason; and the others.
+
     Raises:
         ValueError: an unknown source, or the model itself is a candidate and has no parent to be replaced in.
+
+    >>> model = nn.Sequential(nn.BatchNorm2d(4), nn.LayerNorm(4))
+    >>> slots, skipped, others = find_slots(model)
+    >>> [slot.name for slot in slots], others
+    (['0'], [('1', 'LayerNorm', "source='LayerNorm' includes it")])
     """
     classes = _source_types(source)
     # Names are compared as well, since a class of the user's code need not be importable from a configuration.
@@ -95,6 +107,7 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
 
 
 def _how_to_include(module: nn.Module) -> str:
+    """Return what to type so that a layer which was left alone is swapped, or why none can be."""
     kind = type(module).__name__
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
         return f"it normalizes over the axes {tuple(module.normalized_shape)} and has no channels"
@@ -110,6 +123,13 @@ def assign_norms(
 
     ``rules`` come first, in order, the first match wins and ``None`` leaves the layer alone; then ``include`` and
     ``exclude`` choose what becomes ``norm``.
+
+    Args:
+        slots: the candidates.
+        options: of the swap.
+
+    Returns:
+        The slots that change, each with its normalizer; and the patterns without a match, as ``include['bn1']``.
     """
     rules, include, exclude = options.resolved_rules, options.include, options.exclude
     matched: set[str] = set()
@@ -128,7 +148,12 @@ def assign_norms(
 
 
 def explain_unmatched(unmatched: str, slots: Sequence[ModuleSlot]) -> str:
-    """Return the error text for a pattern that matched nothing."""
+    """Return the error text for a pattern that matched nothing.
+
+    Args:
+        unmatched: as :func:`assign_norms` names it, ``exclude['layer5.*']`` say.
+        slots: the candidates, among whose names the nearest is looked for.
+    """
     # An entry reads label['pattern']; see `assign_norms`.
     label, pattern = unmatched.split("[", 1)
     pattern = pattern[:-1].strip("'\"")
@@ -173,6 +198,7 @@ def explain_source(model: nn.Module, source: Source | None) -> str:
 
 
 def _nearest(model: nn.Module, entries: Sequence[str]) -> str:
+    """Return the class in the model whose name is most like the one that was asked for, as a sentence."""
     # Only what a swap would take: a hint must not lead to an error.
     kinds = [type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower() and can_be_swapped(m)]
     near = max(sorted(set(kinds)), key=lambda k: max(_likeness(k, e) for e in entries), default=None)
@@ -193,7 +219,23 @@ def _as_list(pattern: Pattern | None) -> list[str]:
 
 
 def matches(pattern: Pattern, slot: ModuleSlot, matched: set[str], label: str) -> bool:
-    """Tell whether a slot's names match, and enter the patterns that do in ``matched``."""
+    """Tell whether a slot's names match, and enter the patterns that do in ``matched``.
+
+    A string is a regular expression for the whole dotted name; an entry of a list is the name, or its end behind a dot.
+
+    Args:
+        pattern: a string, or a list of them.
+        slot: with all of its names.
+        matched: patterns that have matched something so far.
+        label: "include", "exclude" or "rules[...]".
+
+    Raises:
+        ValueError: a string that is no regular expression.
+
+    >>> slot = ModuleSlot(nn.BatchNorm2d(4), ["layer1.0.bn1"])
+    >>> [matches(pattern, slot, set(), "include") for pattern in ("layer1.*", ["bn1"], "bn1")]
+    [True, True, False]
+    """
     any_match = False
     # Every pattern is tried, also behind one that matched: the report is to name those that match nothing.
     for p in _as_list(pattern):
@@ -227,6 +269,7 @@ def _as_tuple(source: Source | None) -> tuple[str | type[nn.Module], ...]:
 
 
 def _source_types(source: Source | None) -> tuple[type[nn.Module], ...]:
+    """Return the classes behind ``source``."""
     entries: Iterable[str | type[nn.Module]]
     entries = ["BatchNorm"] if source is None else _as_tuple(source)
     types: list[type[nn.Module]] = []

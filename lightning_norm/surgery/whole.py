@@ -55,9 +55,21 @@ class Whole:
 def read(module: nn.Module, known: dict[Any, Whole | str] | None = None) -> Whole | str:
     """Return what a module is, or why it cannot be taken for what its base is.
 
+    A class derived from one of torch's is run beside the plain layer with its tensors, on random inputs in training and
+    in evaluation, and taken for it if outputs and running statistics agree up to rounding. The module, the random
+    numbers and the gradient mode are left as they were.
+
     Args:
         module: the module.
         known: results for layers of the same class and arguments, which are measured once.
+
+    >>> class Half(nn.BatchNorm2d):
+    ...     def forward(self, x):
+    ...         return super().forward(x) / 2
+    >>> read(nn.BatchNorm2d(4)).exact
+    True
+    >>> "outputs differ" in read(Half(4))
+    True
     """
     if isinstance(module, Normalizer):
         return Whole(type(module), True, module.behind, getattr(module, "channel_dim", 1), module.always_eval)
@@ -111,6 +123,7 @@ def _behind(module: nn.Module) -> tuple[str, ...]:
 
 
 def _measured(module: nn.Module, base: type[nn.Module]) -> Whole | str:
+    """Return what a module is, by its outputs, or in what it differs from the nearest thing that it could be."""
     frozen = is_frozen(module)
     modes = (False,) if base is nn.SyncBatchNorm and is_running() else (True, False)
     children = _behind(module)
@@ -185,7 +198,11 @@ def inputs_of(module: nn.Module, whole: Whole) -> list[tuple[int, ...]]:
 
 
 def channels_of(module: nn.Module) -> int | None:
-    """Return how many channels a normalization layer has, by torch's names or by its weight."""
+    """Return how many channels a normalization layer has, by torch's names or by its weight.
+
+    >>> channels_of(nn.GroupNorm(2, 8)), channels_of(nn.LayerNorm((4, 4))), channels_of(nn.ReLU())
+    (8, None, None)
+    """
     for name in ("num_features", "num_channels"):
         if isinstance(getattr(module, name, None), int):
             return int(getattr(module, name))
@@ -205,6 +222,7 @@ def plain_of(twin: nn.Module, whole: Whole) -> nn.Module:
 
 
 def _run_plain(plain: nn.Module, whole: Whole, x: Tensor) -> Tensor:
+    """Return the output of the plain layer with the module's children behind it."""
     permute = isinstance(plain, nn.LayerNorm) and whole.channel_dim == 1
     layer: Any = plain
 
@@ -226,6 +244,7 @@ def _through(y: Tensor, modules: Sequence[nn.Module]) -> Tensor:
 
 
 def _seeded(function: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    """Return the output for one and the same draw of random numbers: a child may be a dropout."""
     torch.manual_seed(0)
     y = function(x.clone())
     if not isinstance(y, Tensor):
@@ -234,7 +253,11 @@ def _seeded(function: Callable[[Tensor], Any], x: Tensor) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Return the largest absolute difference of two tensors, and 0 where it is no more than rounding."""
+    """Return the largest absolute difference of two tensors, and 0 where it is no more than rounding.
+
+    >>> [difference(torch.ones(2), other) for other in (torch.ones(2) + 1e-6, torch.zeros(2), torch.ones(3))]
+    [0.0, 1.0, inf]
+    """
     if a.shape != b.shape:
         return float("inf")
     if not a.numel():
@@ -264,6 +287,7 @@ def randomized(module: nn.Module) -> nn.Module:
 
 
 def _input(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Return a random input of that shape, with a mean and a variance that are not those of a normalized one."""
     like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.zeros(1))
     return 2 * torch.randn(shape, device=like.device, dtype=like.dtype) + 0.5
 
@@ -286,7 +310,13 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
 
 def measured_difference(module: nn.Module, whole: Whole, make: Callable[[nn.Module], nn.Module]) -> float | str:
-    """Return how far the layer that ``make`` makes of a module is from it in evaluation, or why that is unknown."""
+    """Return how far the layer that ``make`` makes of a module is from it in evaluation, or why that is unknown.
+
+    Args:
+        module: before the swap; a copy of it is run.
+        whole: what it is beside its class.
+        make: from a module to its replacement.
+    """
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return "it is on the meta device"
     known = whole if whole.kind is not None else Whole(_kind_by_name(module))

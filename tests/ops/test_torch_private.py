@@ -102,14 +102,14 @@ def test_static_shape_is_no_part_of_a_traced_graph():
     seen = []
 
     def fn(x):
-        seen.append((torch_private.is_traced(), torch_private.static_shape(x), type(x.shape[0])))
+        seen.append((torch_private.tracing_state() is not None, torch_private.static_shape(x), type(x.shape[0])))
         return x * 2
 
     graph = torch.jit.trace(fn, torch.ones(2, 3), check_trace=False).graph
     assert seen == [(True, (2, 3), torch.Tensor)]
     assert all(type(size) is int for size in seen[0][1])
     assert "aten::mul" in str(graph)
-    assert not torch_private.is_traced()
+    assert torch_private.tracing_state() is None
 
 
 def test_without_gradients_holds_for_tangents_too():

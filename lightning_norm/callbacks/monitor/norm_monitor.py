@@ -46,6 +46,11 @@ class NormMonitor(Callback):
     Only global rank zero reads and logs, without any collective. All values of a step leave the device in one transfer,
     and only in the steps that are logged and at the end of an epoch.
 
+    The x axis is ``trainer.global_step``, as for everything else that Lightning logs. The state of the callback in a
+    checkpoint is the history, one number per epoch and quantity, so that the pictures of a resumed run begin at its
+    start. Where nothing can be logged (no logger, no layer with anything to show, parameters that are sharded), it says
+    so once.
+
     Args:
         every_n_steps: cadence; the Trainer's ``log_every_n_steps`` by default.
         prefix: first part of the tags.
@@ -60,8 +65,15 @@ class NormMonitor(Callback):
         progress_bar: show two means over all layers in the progress bar, or those of the quantities listed here.
         print_table: print the table at the end of fit, the greatest weight of a mixture between asterisks.
 
+    Attributes:
+        history: number of finished epochs -> (key, quantity, layer) -> value; 0 is the state before the training.
+
     Raises:
         ValueError: a cadence is not a positive int, or there is no such interval.
+
+    >>> from lightning.pytorch import Trainer
+    >>> monitor = NormMonitor(every_n_steps=50, progress_bar=["mean_bn"])
+    >>> trainer = Trainer(callbacks=[monitor], logger=False, enable_checkpointing=False)
     """
 
     def __init__(
@@ -104,15 +116,29 @@ class NormMonitor(Callback):
         return f"{type(self).__qualname__}{ {'prefix': self.prefix}!r}"
 
     def quantities(self, pl_module: torch.nn.Module) -> dict[str, Tensor]:
-        """Return tag -> 0-dim tensor for every layer that has something to show."""
+        """Return tag -> 0-dim tensor for every layer that has something to show.
+
+        Nothing is transferred: the tensors are where the layers are, and none needs a gradient.
+
+        >>> from lightning_norm import SwitchableNorm
+        >>> len(NormMonitor(extras=False).quantities(torch.nn.Sequential(SwitchableNorm(4))))
+        6
+        """
         return {self.tag(series): value for series, value in self._quantities.tensors(pl_module).items()}
 
     def tag(self, series: Series, group: str = "") -> str:
-        """Return the tag of a quantity of a layer or, with ``group="_by_depth"``, of a depth."""
+        """Return the tag of a quantity of a layer or, with ``group="_by_depth"``, of a depth.
+
+        >>> NormMonitor().tag(("sn", "mean_bn", "net.bn1"))
+        'norm/sn/mean_bn/net.bn1'
+        >>> NormMonitor().tag(("sn", "mean_bn", "early"), "_by_depth")
+        'norm_by_depth/sn/mean_bn/early'
+        """
         return "/".join((f"{self.prefix}{group}", *series))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Arrange that the columns under "HParams" are written with Lightning's own."""
         self._active = False
         self._patches.undo()
         if self.page and trainer.is_global_zero:
@@ -121,12 +147,14 @@ class NormMonitor(Callback):
             self._patches.undo_on_exception(trainer.strategy, self._patches.undo)
 
     def _add_hparams(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
+        """Let the module do its on_fit_start, and write the columns right behind it."""
         returned = original()
         page.add_hparams(trainer, pl_module, self.prefix, self.metric, end=False)
         return returned
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the state before the training, and lay out the page of charts; warn where nothing can be logged."""
         self._patches.undo()
         step = trainer.global_step
         if step != self._logged_at:
@@ -152,6 +180,7 @@ class NormMonitor(Callback):
         self.history.setdefault(epoch, values)
 
     def _has_effect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Tell whether anything can be logged; warn where not, and of what will be missing."""
         strategy = type(trainer.strategy).__name__
         reason = ""
         if not (trainer.loggers or self.progress_bar or self.print_table):
@@ -183,6 +212,7 @@ class NormMonitor(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the scalars with ``logging_interval="epoch"``."""
         # At the start of an epoch, when scheduled values of the epoch are in place.
         if self._active and self.logging_interval == "epoch":
             self._log(trainer, pl_module)
@@ -191,12 +221,14 @@ class NormMonitor(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Log the scalars every ``every_n_steps`` optimizer steps."""
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._active and self.logging_interval != "epoch" and trainer.global_step % every == 0:
             self._log(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the epoch into the history; write histograms, and pictures if they are due."""
         boards = self._tensorboards(trainer)
         if not self._active or not boards:
             return
@@ -216,6 +248,7 @@ class NormMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the last values, and write or print the tables, the columns under "HParams" and the pictures."""
         if not self._active:
             return
         self._log(trainer, pl_module, end=True)
@@ -228,12 +261,14 @@ class NormMonitor(Callback):
         self._draw(trainer, trainer.global_step)
 
     def _print_tables(self) -> None:
+        """Print one table per key: layers down, quantities across."""
         for key in families(self._values):
             tables = page.tables(self._values, key, mark="*")
             text = "\n\n".join(aligned(table, numbers=True) for table in tables)
             rank_zero_info(f"NormMonitor: {key}\n{text}")
 
     def _write_tables(self, trainer: pl.Trainer) -> None:
+        """Write the same tables under "Text", as Markdown."""
         for board in self._tensorboards(trainer):
             for key in families(self._values):
                 text = "\n\n".join(map(page.markdown, page.tables(self._values, key, mark="**")))
@@ -249,7 +284,11 @@ class NormMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the history, so that the pictures of a resumed run are whole."""
+        """Return the history, so that the pictures of a resumed run are whole.
+
+        ``epochs`` (E,) ints, ``places`` of the Q quantities, and ``values``, a tensor (E, Q) with NaN where an epoch
+        had none.
+        """
         logged = list(dict.fromkeys(series for values in self.history.values() for series in values))
         # A table of numbers: checkpoints are read with weights_only, which allows plain types and tensors.
         rows = [[values.get(series, float("nan")) for series in logged] for values in self.history.values()]
@@ -257,6 +296,7 @@ class NormMonitor(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the history of the run that is continued."""
         rows = state_dict["values"].tolist()
         logged = [tuple(series) for series in state_dict["places"]]
         self.history = {
@@ -265,6 +305,7 @@ class NormMonitor(Callback):
         }
 
     def _read(self, pl_module: pl.LightningModule, step: int) -> dict[Series, float]:
+        """Return the values of a step, read from the layers at most once."""
         # The scalars and the end of an epoch may fall on the same step; one transfer is enough.
         if step != self._read_at:
             self._values, _ = self._quantities.read(pl_module)
@@ -272,6 +313,7 @@ class NormMonitor(Callback):
         return self._values
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, end: bool = False) -> None:
+        """Hand the scalars of this step to every logger and to the progress bar, at most once per step."""
         step = trainer.global_step
         if step == self._logged_at:
             return  # gradients accumulate, and the optimizer has not stepped since
@@ -305,6 +347,7 @@ class NormMonitor(Callback):
         return means
 
     def _draw(self, trainer: pl.Trainer, step: int) -> None:
+        """Add the pictures of the history so far to TensorBoard."""
         boards = self._tensorboards(trainer)
         if not self.pictures or not boards or not pictures.can_draw():
             return

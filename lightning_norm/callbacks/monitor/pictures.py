@@ -33,7 +33,13 @@ def can_draw() -> bool:
 
 
 def draw(history: History) -> dict[tuple[str, str], Image]:
-    """Return every picture of a run: (key, title) -> (height, width, 3)."""
+    """Return every picture of a run: (key, title) -> (height, width, 3).
+
+    A mixture, whose weights sum to one, becomes a heat map, "choice"; everything else becomes profiles over the depth.
+
+    Args:
+        history: the values at the end of each epoch; 0 is the state before the training.
+    """
     last = history[max(history)]
     images: dict[tuple[str, str], Image] = {}
     for key, grouped in families(last).items():
@@ -52,6 +58,9 @@ def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -
         history: the values at the end of each epoch.
         key: of the normalizers.
         mixtures: family -> its quantities.
+
+    Returns:
+        The pixels, (height, width, 3), 0 to 255; the height grows with the layers.
     """
     epochs, last = sorted(history), history[max(history)]
     names = layer_names(last, key)
@@ -98,6 +107,9 @@ def draw_profile(history: History, key: str, grouped: Mapping[str, list[str]]) -
         history: the values at the end of each epoch.
         key: of the normalizers.
         grouped: family -> its quantities.
+
+    Returns:
+        The pixels, (height, width, 3), 0 to 255.
     """
     # The first entry is the state before the training, or of the checkpoint that it was resumed from.
     first, last = history[min(history)], history[max(history)]
@@ -155,10 +167,12 @@ def _cube(
 
 
 def _color(quantity: str, i: int) -> str:
+    """Return the colour of a quantity: that of its statistic, or the i-th of the others."""
     return COLORS.get(quantity.rpartition("_")[2], OTHERS[i % len(OTHERS)])
 
 
 def _rgb(color: str) -> tuple[float, ...]:
+    """Return a colour as three numbers between 0 and 1."""
     from matplotlib.colors import to_rgb
 
     return tuple(to_rgb(color))
@@ -178,6 +192,7 @@ def _layers(axis: Any, names: list[str]) -> None:
 
 
 def _epochs_below(axis: Any, epochs: list[int]) -> None:
+    """Write the epochs below a heat map, eight at most."""
     every = -(-len(epochs) // 8)
     axis.set_xticks(range(0, len(epochs), every), ["start" if e == 0 else str(e) for e in epochs[::every]], fontsize=9)
     axis.set_xlabel("epochs", fontsize=9)
@@ -218,15 +233,18 @@ def _strips(axis: Any, quantities: list[str]) -> None:
 
 
 def _title(figure: Any, first: str, second: str) -> None:
+    """Write two lines above the whole figure."""
     figure.suptitle(f"{first}\n{second}", x=0.02, ha="left", fontsize=10)
 
 
 def _rows(axis: Any) -> int:
+    """Return how many rows a panel has, within the limits of the figure's height."""
     bottom, top = axis.get_ylim()
     return int(max(min(round(bottom - top), MOST_ROWS), 4))
 
 
 def _pixels(figure: Any) -> Image:
+    """Draw a figure, and return what it shows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(figure)

@@ -41,6 +41,9 @@ class NormScheduler(Callback):
     Evaluation uses the value of the last training step: in validation during training, after it, and in
     ``trainer.test(ckpt_path=...)`` that of the checkpoint. A model that was never trained has the first value.
 
+    The callback logs nothing itself: :class:`NormMonitor` shows every scheduled value beside what the layers learn.
+    ``layer.ranges`` names the arguments of a layer that may be scheduled, and their ranges.
+
     Args:
         schedules: ``alpha``, or ``layer regex:alpha`` for the layers whose whole dotted name the regular expression
             matches, -> a schedule, or a number. Of several keys for one value the first wins.
@@ -56,6 +59,10 @@ class NormScheduler(Callback):
 
     >>> from lightning_norm import Linear
     >>> callback = NormScheduler({"radius": Linear(0.0, 1.0, epochs=10), "net.bn1:momentum": 0.05})
+
+    The first key that matches wins, so the special one comes first:
+
+    >>> callback = NormScheduler({"net.layer4.*:radius": 1.0, "radius": Linear(0.0, 1.0, steps=500)}, interval="step")
     """
 
     def __init__(self, schedules: dict[str, float | Schedule], interval: Literal["epoch", "step"] = "epoch") -> None:
@@ -84,6 +91,7 @@ class NormScheduler(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Arrange that finders, which train before a fit starts, and evaluation know the values."""
         self._checkpoint_time = None
         self._patches.undo()
         self._patches.undo_on_exception(trainer.strategy, self._patches.undo)
@@ -96,6 +104,11 @@ class NormScheduler(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look up what the keys name, compare it between ranks, and set the first values.
+
+        Raises:
+            ValueError: a name that no layer has, or one value that two NormSchedulers would set.
+        """
         self._patches.undo()
         self._find_parameters(trainer, pl_module)
         # Ranks with different schedules would train different networks without an error.
@@ -105,6 +118,11 @@ class NormScheduler(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check every value of the whole run against the ranges of the layers, before the first step.
+
+        Raises:
+            ValueError: one is outside of its range, or a duration in epochs has no known number of steps.
+        """
         # Lightning knows the number of batches only from here on.
         self._steps_per_epoch = steps_per_epoch(trainer, pl_module)
         check_run(self.parameters, self._last(trainer), self._epoch_length(), self.interval)
@@ -112,12 +130,14 @@ class NormScheduler(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the values of this epoch, or of its first step."""
         self.set_values(trainer)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Set the values of this step with ``interval="step"``."""
         if self.interval == "step":
             self.set_values(trainer)
 
@@ -125,16 +145,19 @@ class NormScheduler(Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Set the values once more, before the first batch."""
         if batch_idx == dataloader_idx == 0:
             # WeightAveraging validates with averages of all buffers, those of scheduled values included.
             self._write_again()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the values once more: callbacks that average weights have put averages of buffers in the network."""
         self._write_again()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the values of an evaluation outside of a fit; the same in test and in prediction."""
         if trainer.state.fn != "fit":
             self._evaluate(trainer, pl_module)
 
@@ -153,6 +176,7 @@ class NormScheduler(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over how many steps an epoch had."""
         self._steps_per_epoch = state_dict["steps_per_epoch"]
 
     @override
@@ -168,6 +192,7 @@ class NormScheduler(Callback):
         self._set(self.parameters, trainer.current_epoch if self.interval == "epoch" else trainer.global_step)
 
     def _early(self, trainer: pl.Trainer, pl_module: pl.LightningModule, make: Callable[[], Any]) -> Any:
+        """Set the first values before the optimizers are built: a finder trains before this callback's on_fit_start."""
         self._find_parameters(trainer, pl_module)
         self.set_values(trainer)
         return make()
@@ -193,6 +218,7 @@ class NormScheduler(Callback):
             )
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the values of an evaluation that is not part of a fit."""
         self._patches.undo()
         self._find_parameters(trainer, pl_module)
         # What a fit in this process has set stays; what was never set gets the first value.
@@ -203,6 +229,7 @@ class NormScheduler(Callback):
             self._write_again()
 
     def _find_parameters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look up what the keys name, and refuse what another NormScheduler of the Trainer schedules as well."""
         self.parameters = find_scheduled_parameters(pl_module, self.schedules)
         mine = {(id(p.layer), p.argument) for p in self.parameters}
         for other in callbacks_of(trainer):
@@ -212,6 +239,7 @@ class NormScheduler(Callback):
                         raise ValueError(f"two NormSchedulers schedule {p.argument} of {p.layer_name}. Leave out one.")
 
     def _set(self, parameters: Iterable[ScheduledParameter], time: float) -> None:
+        """Set the values of a time, in epochs or steps, where they differ from those that are set."""
         values: dict[int, float] = {}
         for p in parameters:
             key = id(p.schedule)
@@ -252,7 +280,12 @@ class NormScheduler(Callback):
 
 
 def steps_per_epoch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
-    """Return the optimizer steps of each epoch, ``None`` where they are not known or not always the same."""
+    r"""Return the optimizer steps of each epoch, ``None`` where they are not known or not always the same.
+
+    They are :math:`\lceil \mathrm{batches} / \mathrm{accumulate\_grad\_batches} \rceil`, for Lightning steps on the
+    last batch of an epoch in any case. They are not known if the optimizer is stepped by hand, if the data have no
+    length or are reloaded, or if a GradientAccumulationScheduler changes the divisor.
+    """
     batches = trainer.num_training_batches
     changing = any(is_instance(c, GradientAccumulationScheduler) for c in callbacks_of(trainer))
     reloaded = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]

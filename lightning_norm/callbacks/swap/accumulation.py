@@ -16,6 +16,11 @@ from lightning_norm.surgery.walk import named_normalizers
 class Accumulation:
     """What NormSwap does about ``accumulate_statistics``, for every layer of this package in the model.
 
+    With gradients accumulated over k batches, the optimizer sees one batch of k times the size; BatchNorm's running
+    statistics move k times, by the statistics of k small ones. Here the moments of the k batches are merged as if they
+    had been one batch, and the running statistics move once, by ``momentum``. The output of a training batch still
+    depends on that batch alone.
+
     Args:
         enabled: the argument of NormSwap; without it every method does nothing.
     """
@@ -91,6 +96,7 @@ class Accumulation:
         self._loaded = {}
 
     def _fill(self) -> None:
+        """Empty every window, and put in what a checkpoint has gathered."""
         for name, layer in self._layers.items():
             assert isinstance(layer.accumulator, AccumulationWindow)
             # What batches of a finder's trial run have gathered goes, before the saved state comes in.

@@ -34,6 +34,10 @@ HARM_BEFORE_SWAP = {
 def check_order(trainer: pl.Trainer, swap: Callback) -> None:
     """Refuse callbacks in front of a swap that keep what they find in the network.
 
+    Args:
+        trainer: with all callbacks, in the order in which they are called.
+        swap: the NormSwap that asks; callbacks behind it see the swapped network.
+
     Raises:
         ConflictError: there is one.
     """
@@ -77,6 +81,11 @@ def check_settings(trainer: pl.Trainer, swap: Any) -> None:
 def check_launcher(trainer: pl.Trainer, stage: str, parent_is_swapped: bool) -> None:
     """Refuse to train where the process that called ``fit`` would lose what the new layers learn.
 
+    Args:
+        trainer: whose strategy starts processes or does not.
+        stage: "fit", "validate", "test" or "predict".
+        parent_is_swapped: the network came to this process swapped, or there was nothing to swap.
+
     Raises:
         ConflictError: the strategy starts processes that train copies, and the network came to them without the swap.
     """
@@ -117,6 +126,7 @@ def check_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def _warn_of_statistics(name: str, pl_module: nn.Module) -> None:
+    """Warn that a callback re-estimates torch's running statistics alone, with the callback that does ours."""
     layers = {n: layer for n, layer in named_normalizers(pl_module) if layer.track_running_stats}
     # NormRecalibrate refuses layers that normalize by their running statistics; they are to be excluded.
     excluded = [n for n, layer in layers.items() if layer.no_recalibration]
@@ -147,4 +157,5 @@ def tell_frozen(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def _recalibrates(trainer: pl.Trainer) -> bool:
+    """Tell whether a NormRecalibrate is among the callbacks."""
     return any(isinstance(callback, NormRecalibrate) for callback in callbacks_of(trainer))

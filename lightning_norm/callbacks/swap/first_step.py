@@ -21,6 +21,9 @@ SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 class FirstStep:
     """Watch the swapped layers until each optimizer has stepped, and name those that were not reached, once.
 
+    A layer may be swapped and never called: the network may keep a reference to the old one, call a function in its
+    place, or leave the branch out. A run with such layers looks like any other, and compares something else.
+
     Batches of an accumulation window and optimizers that take turns count together. Nothing is told of a run without
     a backward pass.
     """
@@ -77,6 +80,7 @@ class FirstStep:
             self._reach = None
 
     def _tell(self, trainer: pl.Trainer) -> None:
+        """Name the layers that were missed, and stop to watch."""
         assert self._reach is not None
         sharded = any(name in type(trainer.strategy).__name__ for name in SHARDED)
         missed = self._reach.missed(gradients=not sharded)
@@ -85,6 +89,7 @@ class FirstStep:
             rank_zero_warn(tell(missed, "the first training step"), category=NotReachedWarning)
 
     def _tell_of_evaluation(self, pl_module: pl.LightningModule) -> None:
+        """Warn, once, where code put torch's BatchNorm layers in evaluation by their class, and not ours."""
         ours = [layer for layer in normalizers_of(pl_module) if layer.training and layer.origin is not None]
         names = names_by_module(pl_module)
         # A layer that was put in evaluation with all that is around it was not chosen by its class.
@@ -109,6 +114,7 @@ class FirstStep:
 
 
 def _is_compiled(model: nn.Module) -> bool:
+    """Tell whether the network, or a part of it, was handed to ``torch.compile``."""
     # A hook in a compiled network would have it compiled once more.
     return any(
         getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"

@@ -56,6 +56,7 @@ class KernelFreeze:
                         p.grad = None
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
+        """Tell whether the kernels are frozen in the current epoch."""
         return self.at is not None and trainer.current_epoch >= self.at
 
 

@@ -79,7 +79,12 @@ class NormSwapOptions(SwapOptions):
         check_number("switch_lr_scale", self.switch_lr_scale)
 
     def with_plan_read(self) -> NormSwapOptions:
-        """Return options that say themselves what the file ``plan`` says."""
+        """Return options that say themselves what the file ``plan`` says.
+
+        Raises:
+            PlanError: the file cannot be read, or does not say what becomes of which layer.
+            CheckpointError: the same of a checkpoint.
+        """
         if self.plan is None:
             return self
         rules, source = read_plan(self.plan)
@@ -96,6 +101,12 @@ class NormSwap(Callback):
     move; new parameters join the optimizer group of their layer, also where LightningCLI built the optimizer
     beforehand, and before training starts it is proved that none was forgotten. In YAML a norm with arguments is
     ``{class_path: sn, init_args: {...}}``; Lightning's own CLI wants a dotted path there.
+
+    It prints one line that says what was swapped, and warns of each thing that the swap leaves or that would surprise:
+    layers that were left alone, parameters that it adds, settings that contradict each other. It logs nothing. In a
+    checkpoint it saves a manifest, what every swapped layer was and is, in plain types: by it
+    :func:`lightning_norm.load_from_checkpoint` builds the network again, and a checkpoint of the network before the
+    swap loads into the swapped one. Its own state is the open window of ``accumulate_statistics``.
 
     Args:
         options: the fields of :class:`lightning_norm.surgery.options.SwapOptions` and :class:`NormSwapOptions`, as
@@ -114,6 +125,10 @@ class NormSwap(Callback):
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[NormSwap("sn")], logger=False, enable_checkpointing=False)
+
+    Another norm for the last stage, the first layer left alone, and no weight decay on any of them:
+
+    >>> callback = NormSwap(rules={"bn1": None, "layer4.*": "gn", ".*": "sn"}, norm_weight_decay=0.0)
     """
 
     __doc__ = with_fields(__doc__, NormSwapOptions)
@@ -135,11 +150,21 @@ class NormSwap(Callback):
         self._stop_observing: Callable[[], None] | None = None
 
     def swap_arguments(self) -> dict[str, Any]:
-        """Return the arguments that :func:`lightning_norm.swap` is called with."""
+        """Return the arguments that :func:`lightning_norm.swap` is called with.
+
+        >>> NormSwap("sn", exclude="fc.*").swap_arguments()["exclude"]
+        'fc.*'
+        """
         return {field.name: getattr(self.options, field.name) for field in fields(SwapOptions)}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Swap what is there, and arrange that layers and optimizers which are built later are seen to.
+
+        Raises:
+            ConflictError: another callback or the strategy would lose what the layers learn.
+            ValueError, TypeError: a norm, pattern or argument that does not exist or matches nothing.
+        """
         # What cannot go together is told before anything is changed.
         check_order(trainer, self)
         check_settings(trainer, self)
@@ -169,11 +194,23 @@ class NormSwap(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the module's methods as they were: every layer is built by now.
+
+        Raises:
+            RuntimeError: layers wait for contexts that no callback gives.
+        """
         self._setup_patches.undo()
         check_contexts(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prove that each trainable parameter of a normalizer is in exactly one optimizer; begin to watch the layers.
+
+        Raises:
+            OptimizerError: one is in none, or in several.
+            ConflictError: a callback that averages weights has copied the network before the swap.
+            ValueError: layers that cannot accumulate statistics.
+        """
         check_batches(trainer, pl_module)
         check_copies(trainer, pl_module)
         tell_frozen(trainer, pl_module)
@@ -186,19 +223,23 @@ class NormSwap(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Freeze the kernels if the epoch ``freeze_kernel_at`` begins."""
         self._freeze.freeze_if_due(trainer, pl_module)
         self._first_step.start_epoch()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Name layers that no gradient reached, where one of several optimizers never stepped in the first epoch."""
         self._first_step.end_epoch(trainer)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take note of the layers that have gradients, until the first step is done."""
         self._first_step.after_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Take note of the optimizer that steps, and drop the gradients of frozen kernels."""
         self._first_step.before_step(optimizer)
         self._freeze.drop_gradients(trainer, pl_module)
 
@@ -206,10 +247,12 @@ class NormSwap(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Move accumulated statistics if the optimizer has stepped; after the first step, name what it missed."""
         self._accumulation.after_batch(trainer)
         self._first_step.after_batch(trainer, pl_module)
 
     def _check_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add new parameters where they belong, and prove that each one is in exactly one optimizer."""
         if not trainer.optimizers or not self.options.check_optimizer:
             return
         # A sharded parameter is no longer the object that the optimizer holds.
@@ -221,6 +264,7 @@ class NormSwap(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the module's methods as they were; the same in test and in prediction."""
         self._setup_patches.undo()
 
     @override
@@ -235,6 +279,7 @@ class NormSwap(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Write the manifest: what every swapped layer was and is."""
         # After the fit, trainer.save_checkpoint still calls this, and the hook on the module is gone.
         write_manifest(pl_module, checkpoint)
 
@@ -248,14 +293,17 @@ class NormSwap(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        """Return what ``accumulate_statistics`` gathered since the last optimizer step; empty without it."""
         return self._accumulation.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it over; it goes on with the next batch."""
         self._accumulation.load_state_dict(state_dict)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take off everything that was put on the module, the strategy and the layers for this run; the layers stay."""
         self._clean()
 
     @override
@@ -263,6 +311,7 @@ class NormSwap(Callback):
         self._clean()
 
     def _clean(self) -> None:
+        """Undo what was patched and opened for this run. It may be called twice."""
         self._setup_patches.undo()
         self._run_patches.undo()
         self._accumulation.stop()
@@ -272,6 +321,7 @@ class NormSwap(Callback):
             self._stop_observing = None
 
     def _take(self, pl_module: pl.LightningModule) -> None:
+        """Begin anew if the model is another one than before."""
         # One callback may be used for several models, one after the other, and for several stages of one model.
         if self._model is not pl_module:
             self._model, self.report, self._unmatched, self._slots = pl_module, None, set(), []
@@ -282,6 +332,12 @@ class NormSwap(Callback):
 
         ``ddp_spawn`` and ``ddp_notebook`` send what was learned back into the network of the process that called
         ``fit``, and drop what finds no place there. No hook of a callback is called in that process beforehand.
+
+        Args:
+            pl_module: the model that ``trainer.fit`` will be called with; the Trainer must have this very callback.
+
+        Raises:
+            ValueError, TypeError: a norm, pattern or argument that does not exist.
 
         >>> from torch import nn
         >>> model = pl.LightningModule()
@@ -295,6 +351,7 @@ class NormSwap(Callback):
         self._swap(pl_module)
 
     def _swap(self, pl_module: pl.LightningModule) -> None:
+        """Swap the layers that were built since the last call, and add them to the report."""
         report, unmatched, slots = prepare_swap(pl_module, self.options, skip=self._made)
         # Layers that this callback has made are no candidates later: source may name their class as well.
         self._made |= report.commit()
@@ -320,11 +377,13 @@ class NormSwap(Callback):
             raise
 
     def _late(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any]) -> None:
+        """Let ``configure_model`` build its layers, swap them as well, and finish."""
         original()
         with self._undone_on_error():
             self._finish_swap(trainer, pl_module)
 
     def _finish_swap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do what needs all layers: compare ranks, take over a warm start, check the patterns, tell what was done."""
         self._swap(pl_module)
         check_layers(pl_module)
         if self.options.warm_start is not None and not self._warm:
@@ -350,6 +409,7 @@ class NormSwap(Callback):
                 rank_zero_info(f"NormSwap: {self.report.summary()}")
 
     def _optimizers(self, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
+        """Let the module build its optimizers, and put the new parameters in their groups."""
         # Optimizers of LightningCLI were built before the swap, those of the module's own method after it. New
         # parameters are missing in the former only, and `add_missing` leaves the latter as they are.
         configured = original()

@@ -14,7 +14,13 @@ from lightning_norm.surgery.walk import named_normalizers
 
 
 def optimizers_in(configured: Any) -> Iterator[Optimizer]:
-    """Yield the optimizers in whatever ``configure_optimizers`` returned."""
+    """Yield the optimizers in whatever ``configure_optimizers`` returned.
+
+    >>> from torch import nn, optim
+    >>> sgd = optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    >>> [type(o).__name__ for o in optimizers_in(([sgd], [{"scheduler": None}]))]
+    ['SGD']
+    """
     if isinstance(configured, Optimizer):
         yield configured
     elif isinstance(configured, Mapping):
@@ -30,6 +36,10 @@ def add_missing(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> list[s
     A group grows in place, so learning-rate schedulers built before stay valid. A layer without weight and bias follows
     the nearest parent that has a parameter in an optimizer. A layer whose own weight was left out of every optimizer is
     left alone.
+
+    Args:
+        pl_module: the network with its swapped layers.
+        optimizers: of the network; what holds all parameters already stays as it is.
 
     Returns:
         The names of the parameters that were added.

@@ -22,6 +22,17 @@ from lightning_norm.surgery.saved_rows import checked_rows
 def read_plan(path: str) -> tuple[dict[str, Any], list[str]]:
     """Return the rules that a plan file or a checkpoint holds, and the names of the classes that it was made for.
 
+    A plan is YAML with a row for each layer:
+
+    .. code-block:: yaml
+
+        layers:
+        - {name: backbone.bn1, source: BatchNorm2d, num_features: 64, norm: {class_path: sn, init_args: {sparse: true}}}
+        - {name: backbone.bn2, source: BatchNorm2d, num_features: 64, norm: null}
+
+    Args:
+        path: of such a file, or of a checkpoint of a swapped network, which holds the same in its manifest.
+
     Raises:
         PlanError: the file, and the row and the entry that are wrong.
         CheckpointError: the same of a checkpoint.
@@ -55,6 +66,7 @@ def read_plan(path: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _cannot_read(path: str, why: str) -> str:
+    """Return the message for a file that is no plan."""
     return (
         f"cannot read the plan {path!r}: {why}. Expected the file that `lightning-norm plan --save` or a training run "
         "writes."

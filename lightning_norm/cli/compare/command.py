@@ -139,8 +139,14 @@ def parser() -> argparse.ArgumentParser:
 def metric_of(options: argparse.Namespace) -> tuple[str, bool]:
     """Return the metric's name and whether more of it is better.
 
+    Args:
+        options: what was typed: ``metric``, ``mode`` and ``config``.
+
     Raises:
-        ValueError: no metric was named for a job of one's own, or its name does not tell which is better.
+        ValueError: no metric was named for a job of one's own.
+
+    >>> metric_of(argparse.Namespace(metric="val/loss", mode=None, config="job.yaml"))
+    ('val/loss', False)
     """
     metric = options.metric
     if metric is None:
@@ -159,6 +165,10 @@ def metric_of(options: argparse.Namespace) -> tuple[str, bool]:
 def report_only(options: argparse.Namespace, job: Sequence[str]) -> None:
     """Draw the report of a folder again.
 
+    Args:
+        options: what was typed, with the folder as ``report``.
+        job: arguments that are none of the command's own.
+
     Raises:
         ValueError: there is no finished run, or arguments of a job were given.
     """
@@ -176,6 +186,7 @@ def report_only(options: argparse.Namespace, job: Sequence[str]) -> None:
 def _report(
     store: RunStore, records: list[Record], options: argparse.Namespace, baseline: str, metric: str, higher: bool
 ) -> None:
+    """Print the table, and write the report into the folder."""
     # Imported late: workers draw nothing.
     from lightning_norm.cli.compare import comparison
 
@@ -189,8 +200,14 @@ def _report(
 def check_metric(records: Sequence[Record], metric: str) -> None:
     """Refuse a metric that some run does not have.
 
+    Args:
+        records: of all runs.
+        metric: a name that was logged.
+
     Raises:
         ValueError: with the nearest name and all that were logged.
+
+    >>> check_metric([{"test": {"test_acc": 0.9}, "history": {}}], "test_acc")
     """
     for record in records:
         known = [*record["test"], *record["history"]]
@@ -204,6 +221,7 @@ def check_metric(records: Sequence[Record], metric: str) -> None:
 
 
 def _train(store: RunStore, runs: Sequence[Run], job: Sequence[str], options: argparse.Namespace) -> None:
+    """Train the runs that no other process trains, one after the other, and wait for those."""
     # Imported late: --help does not wait for Lightning.
     from lightning_norm.cli.compare.training import quiet, train
 

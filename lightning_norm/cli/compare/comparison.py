@@ -214,7 +214,14 @@ class Report:
         return "\n".join([aligned(self.table()), *self.notes()])
 
     def save(self, folder: Path) -> list[str]:
-        """Write everything into a folder; return one line per file of interest."""
+        """Write everything into a folder; return one line per file of interest.
+
+        ``results.csv`` and ``results.json`` hold a row per normalizer and point of the sweep, ``index.html`` the table
+        and all pictures in one file that can be sent, ``tensorboard`` the curves and the columns under "HParams".
+
+        Args:
+            folder: of the comparison; what an earlier report wrote is replaced.
+        """
         rows = self.rows()
         # The baseline has no difference, so no single row has all columns.
         columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -240,6 +247,7 @@ class Report:
         ]
 
     def _pictures(self, folder: Path) -> list[tuple[str, Path]]:
+        """Draw the pictures, and return the title and the path of each."""
         pictures = []
         # The last word of the dotted name makes a file name that every system takes.
         swept = [key for key, _ in self.points[0]]
@@ -259,6 +267,7 @@ class Report:
         return pictures
 
     def _draw_curves(self, name: str, path: Path) -> None:
+        """Draw a logged quantity over the epochs, a panel for each point of the sweep."""
         # Without pyplot, which would ask for a display and keep every figure.
         figure, canvas = matplotlib()
         columns = min(3, len(self.points))
@@ -282,6 +291,7 @@ class Report:
             made.savefig(there)
 
     def _draw_sweep(self, key: str, path: Path) -> None:
+        """Draw the metric over the values of one swept entry."""
         figure, canvas = matplotlib()
         made = figure(figsize=(7.2, 4.6), layout="constrained", dpi=130)
         canvas(made)
@@ -305,6 +315,7 @@ class Report:
             made.savefig(there)
 
     def _page(self, pictures: Sequence[tuple[str, Path]]) -> str:
+        """Return the page: table, notes, pictures, and all settings of the job."""
         # Written by hand, without a template engine: one table, a list and some pictures.
         heading, *lines = self.table()
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heading)
@@ -383,6 +394,7 @@ def matplotlib() -> tuple[Any, Any]:
 
 
 def _point(record: Record) -> Point:
+    """Return the swept values of a run."""
     return tuple(record["sweep"].items())
 
 
@@ -404,26 +416,31 @@ def _finite(value: Any) -> Any:
 
 
 def _median(runs: dict[int, Record], column: str) -> float | None:
+    """Return the median of a column over the seeds that have it."""
     values = [r[column] for r in runs.values() if r.get(column) is not None]
     return statistics.median(values) if values else None
 
 
 def _ratio(runs: dict[int, Record], base: dict[int, Record], column: str, least: float = 0.0) -> float | None:
+    """Return the median of a column over that of the baseline; ``None`` where one is missing or that is too small."""
     one, other = _median(runs, column), _median(base, column)
     return one / other if one is not None and other and other >= least else None
 
 
 def _count(parameters: float | None) -> str:
+    """Return a number of parameters in short."""
     if parameters is None:
         return "-"
     return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else f"{parameters:.0f}"
 
 
 def _times(ratio: float | None) -> str:
+    """Return a ratio as text."""
     return "-" if ratio is None else f"{ratio:.2f} x"
 
 
 def _against(row: dict[str, Any]) -> str:
+    """Return the difference to the baseline with its interval, or why there is none."""
     if "difference" not in row:
         return "-"
     if not math.isfinite(row["difference"]):
@@ -434,6 +451,11 @@ def _against(row: dict[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
+    """Return seconds as a person would say them.
+
+    >>> _duration(30), _duration(600), _duration(7200)
+    ('30 s', '10 minutes', '2.0 hours')
+    """
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
@@ -441,6 +463,7 @@ def _duration(seconds: float) -> str:
 
 
 def _look(i: int) -> dict[str, str]:
+    """Return colour, line and marker of the i-th normalizer, which tell it apart in print as well."""
     return {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)], "marker": MARKERS[i % len(MARKERS)]}
 
 
@@ -460,6 +483,7 @@ def _curve(axes: Any, series: list[list[float]], label: str, i: int) -> None:
 
 
 def _dress(axes: Any, below: str) -> None:
+    """Give the axes of a picture their grid, label and legend."""
     axes.set_xlabel(below)
     if below == "epoch":
         axes.xaxis.get_major_locator().set_params(integer=True)

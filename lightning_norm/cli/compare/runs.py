@@ -46,7 +46,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a normalizer, one value for each swept entry of the configuration, a seed."""
+    """One training: a normalizer, one value for each swept entry of the configuration, a seed.
+
+    Args:
+        contender: the normalizer.
+        sweep: (entry, value) of each entry that is swept.
+        seed: of the weights, the order of the data and all else that is random.
+    """
 
     contender: Contender
     sweep: tuple[tuple[str, str], ...]
@@ -97,6 +103,7 @@ def read_contenders(text: str) -> list[Contender]:
 
 
 def _contender(entry: Any) -> Contender:
+    """Return the normalizer that one entry of ``--norms`` describes."""
     from lightning_norm.callbacks import NormSwap
 
     known = ("class_path", SET, *inspect.signature(NormSwap).parameters)
@@ -134,6 +141,9 @@ def _contender(entry: Any) -> Contender:
 def read_sweeps(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Return the entries of the configuration that are swept, each with its values.
 
+    Args:
+        texts: what was typed behind each ``--sweep``.
+
     Raises:
         ValueError: not of the form ENTRY=VALUE,VALUE, or an entry twice.
 
@@ -158,6 +168,11 @@ def all_runs(
     contenders: Sequence[Contender], sweeps: Sequence[tuple[str, Sequence[str]]], seeds: Sequence[int]
 ) -> list[Run]:
     """Return every run, seeds outermost: a comparison that is stopped early has met every normalizer alike.
+
+    Args:
+        contenders: the normalizers.
+        sweeps: entries of the configuration, each with its values; every combination is a run.
+        seeds: of the runs.
 
     >>> runs = all_runs(read_contenders("bn,sn"), [("lr", ["1", "2"])], range(2))
     >>> len(runs), len({r.name for r in runs})

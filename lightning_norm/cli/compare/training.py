@@ -128,6 +128,11 @@ class Recorder(Callback):
 def train(run: Run, args: Sequence[str], folder: Path, best: bool) -> dict[str, Any]:
     """Train and test once; return the record of the run.
 
+    The record is what the run's file holds, in JSON's types: ``history``, name -> a value for each epoch; ``test``,
+    name -> value; ``steps`` of the optimizer; ``step_ms``, the median time of a training step; ``peak_mb`` of memory
+    beyond what was in use before; ``parameters``; ``seconds``; and what was trained: ``label``, ``swap``, ``set``,
+    ``sweep``, ``seed``, ``settings``, ``versions``, ``device``.
+
     Args:
         run: normalizer, swept values and seed.
         args: the job, as on the command line of ``fit``.
@@ -254,13 +259,18 @@ def _uses_contexts(swap: NormSwap) -> bool:
 
 
 def _has_test_data(cli: JobCLI) -> bool:
+    """Tell whether the data, or the model itself, has a loader for the test."""
     # A LightningModule may bring its own loaders.
     data = cli.datamodule
     return is_overridden("test_dataloader", data if data is not None else cli.model)
 
 
 def plain(value: Any) -> Any:
-    """Return entries of the section in JSON's types."""
+    """Return entries of the section in JSON's types.
+
+    >>> plain({"layers": (1, 2), "dtype": torch.float32})
+    {'layers': [1, 2], 'dtype': 'torch.float32'}
+    """
     if isinstance(value, Mapping):
         return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -269,6 +279,7 @@ def plain(value: Any) -> Any:
 
 
 def _now(module: pl.LightningModule) -> float:
+    """Return the time, once the device has done its work."""
     # The device works on after the call has returned.
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
