@@ -19,6 +19,7 @@ from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.arguments import arguments_of, as_int, check_call, check_zero_weight, merged_signature
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
+from lightning_norm.layers.pausing import is_paused
 from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.state import Loading, restore_precision
@@ -203,6 +204,29 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         for translation in self.translations:
             translation.give_back(self, source)
 
+    def freeze_statistics(self, frozen: bool = True) -> Self:
+        """Normalize by the running statistics in training as well, and leave them as they are; ``train()`` keeps that.
+
+        What the layer learns goes on learning, modules behind it keep their mode, and "afn" drops nothing. A checkpoint
+        says in its manifest that the statistics are frozen.
+
+        Args:
+            frozen: ``False`` ends it.
+
+        Raises:
+            ValueError: there are no running statistics.
+
+        >>> from lightning_norm import create
+        >>> layer = create("bnet", 8).freeze_statistics().train()
+        >>> layer.training, layer.kernel.requires_grad
+        (False, True)
+        """
+        if frozen and not self.has_running_stats:
+            why = "track_running_stats=True keeps some" if self.train_uses_batch_stats else "it needs none"
+            raise ValueError(f"{type(self).__name__} has no running statistics to normalize by: {why}.")
+        self.keep_in_evaluation(frozen)
+        return self
+
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay is to leave alone, as timm asks for them: all."""
         return {name for name, _ in self.named_parameters()}
@@ -352,7 +376,9 @@ class MomentNorm(Normalizer):
         if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
             keep_float32(self)
             keep_exact(self)
-        if self.compiled and not torch_private.is_transformed():
+        # A graph knows no thread: where only another one has paused the statistics, this one runs without.
+        of_this_thread = not self.statistics_paused or is_paused(self)
+        if self.compiled and of_this_thread and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
             y = compiled_forward(self, input, _forward, _ranks_of(self), options)
             return activated(y, activation, residual)
@@ -417,6 +443,7 @@ class MomentNorm(Normalizer):
         names = [name for name in names if name in arguments_of(type(self))]
         shown = [f"{name}={getattr(self, name)!r}" for name in (*names, *self.repr_arguments)]
         shown += ["bias=False"] * (self.affine and self.bias is None)
+        shown += ["statistics=frozen"] * self.always_eval
         return ", ".join([str(self.num_features), *shown])
 
     repr_arguments: ClassVar[tuple[str, ...]] = ()

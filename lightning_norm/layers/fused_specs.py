@@ -19,7 +19,7 @@ from lightning_norm.ops.fused.per_channel import PerChannelSpec
 
 def uses_running_stats(layer: Any) -> bool:
     """Tell whether the next forward pass reads or moves the running statistics."""
-    uses: bool = layer.has_running_stats and (layer.track_running_stats or not layer.training)
+    uses: bool = layer.moves_running_stats if layer.training else layer.has_running_stats
     return uses
 
 

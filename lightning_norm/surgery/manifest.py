@@ -1,8 +1,8 @@
 """The manifest: what was swapped, in plain types, so that a checkpoint can rebuild its network or refuse another's.
 
 ``{"format": 1, "version": "0.1.0", "layers": [{"name", "also", "source", "target", "num_features", "norm", "before",
-"options"}]}``; ``norm`` is ``{"class_path", "init_args"}`` and ``options`` holds sync, sync_group, backend, compile and
-the scheduled values that evaluation reads.
+"options"}]}``; ``norm`` is ``{"class_path", "init_args"}`` and ``options`` holds sync, sync_group, backend, compile,
+the scheduled values that evaluation reads, and ``frozen`` where the statistics are.
 
 It is the entry ``"lightning_norm"`` of a checkpoint. A checkpoint without that entry, such as a ``state_dict`` by
 itself, may still have in its metadata what each layer wrote of itself (``layers/swap_record.py``).
@@ -352,6 +352,8 @@ def _set_options(layer: nn.Module, options: Mapping[str, Any]) -> None:
     for name, value in options.get("scheduled", {}).items():
         if name in layer.ranges:
             setattr(layer, name, value)
+    if options.get("frozen") and layer.has_running_stats:
+        layer.freeze_statistics()
     if options.get("compile"):
         layer.compile()
 

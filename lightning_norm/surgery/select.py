@@ -209,6 +209,36 @@ def matches(pattern: Pattern, slot: ModuleSlot, matched: set[str], label: str) -
     return any_match
 
 
+def choose_layers(
+    model: nn.Module,
+    kinds: tuple[type[nn.Module], ...],
+    include: Pattern | None,
+    exclude: Pattern | None,
+    who: str,
+) -> dict[str, nn.Module]:
+    """Return the modules of these classes that ``include`` and ``exclude`` choose, by their first names.
+
+    Raises:
+        ValueError: a pattern matches none of them; ``who`` precedes the message.
+    """
+    places = places_by_module(model)
+    slots = [
+        ModuleSlot(m, names, places.get(m, [])) for m, names in names_by_module(model).items() if isinstance(m, kinds)
+    ]
+    matched: set[str] = set()
+    chosen = {}
+    for slot in slots:
+        included = include is None or matches(include, slot, matched, "include")
+        excluded = exclude is not None and matches(exclude, slot, matched, "exclude")
+        if included and not excluded:
+            chosen[slot.name] = slot.module
+    for label, pattern in (("include", include), ("exclude", exclude)):
+        for p in _as_list(pattern):
+            if f"{label}[{p!r}]" not in matched and slots:
+                raise ValueError(f"{who}: {explain_unmatched(f'{label}[{p!r}]', slots)}")
+    return chosen
+
+
 def _fullmatch(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
