@@ -69,6 +69,7 @@ class SwapReport:
         skipped: (name, type, why) of layers that look like candidates and were left alone.
         candidates: how many layers could have been swapped.
         others: the same of all other normalization layers of the model.
+        frozen: the same of those that ``skip_frozen`` leaves alone.
 
     Attributes:
         dry_run: nothing was changed.
@@ -76,9 +77,15 @@ class SwapReport:
     """
 
     def __init__(
-        self, layers: list[SwappedLayer], skipped: list[Left], candidates: int, others: list[Left] | None = None
+        self,
+        layers: list[SwappedLayer],
+        skipped: list[Left],
+        candidates: int,
+        others: list[Left] | None = None,
+        frozen: list[Left] | None = None,
     ) -> None:
         self.layers, self.skipped, self.candidates, self.others = layers, skipped, candidates, others or []
+        self.frozen = frozen or []
         self.dry_run = True
         self.total_before = 0
         self._undo: list[tuple[ModuleSlot, Normalizer]] = []
@@ -125,7 +132,11 @@ class SwapReport:
         known = {layer.name for layer in self.layers}
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
-        for mine, later in ((self.skipped, other.skipped), (self.others, other.others)):
+        for mine, later in (
+            (self.skipped, other.skipped),
+            (self.others, other.others),
+            (self.frozen, other.frozen),
+        ):
             mine[:] = {row[0]: row for row in [*mine, *later]}.values()
         self.total_before = max(self.total_before, other.total_before - changed)
         self._undo += other._undo
@@ -152,7 +163,8 @@ class SwapReport:
         Args:
             options: whoever names kinds or names of layers there has left out the others.
         """
-        chosen = any(o is not None for o in (options.source, options.include, options.rules))
+        said = (options.source, options.include, options.rules, options.filter, options.in_block, options.every)
+        chosen = any(o is not None for o in said)
         left = self.skipped if chosen else [*self.skipped, *self.others]
         if not left or not self.layers:
             return ""
@@ -228,7 +240,7 @@ class SwapReport:
         """Return the report in plain types."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
-            "skipped": [{"name": n, "type": t, "reason": r} for n, t, r in [*self.skipped, *self.others]],
+            "skipped": [{"name": n, "type": t, "reason": r} for n, t, r in self._left()],
             "candidates": self.candidates,
             "parameters_added": self.parameters_added,
         }
@@ -273,7 +285,10 @@ class SwapReport:
         return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
 
     def _left_lines(self) -> list[str]:
-        return _by_class([*self.skipped, *self.others])
+        return _by_class(self._left())
+
+    def _left(self) -> list[Left]:
+        return [*self.skipped, *self.others, *self.frozen]
 
     def _kinds(self, what: str) -> str:
         # The counter of batches is moved with every layer that has one, and tells nothing.

@@ -42,7 +42,7 @@ class NormSwapOptions(SwapOptions):
 
     Args:
         plan: path of a YAML file written by ``lightning-norm plan --save``, or of a checkpoint: swap as it was swapped
-            there; excludes norm, norm_args, include, exclude, source and rules.
+            there; excludes norm, norm_args, source, rules and whatever chooses layers.
         norm_weight_decay: weight decay of the normalizers' parameters, whatever the optimizer has; 0 takes them out of
             it.
         switch_lr_scale: factor of the learning rate of what the normalizers learn beyond weight and bias, such as the
@@ -64,14 +64,17 @@ class NormSwapOptions(SwapOptions):
     warm_start: str | None = None
     freeze_kernel_at: int | None = None
 
-    chooses_layers: ClassVar[tuple[str, ...]] = ("norm", "norm_args", "include", "exclude", "source", "rules")
+    chooses_layers: ClassVar[tuple[str, ...]] = (
+        *("norm", "norm_args", "include", "exclude", "source", "rules"),
+        *("filter", "skip_frozen", "in_block", "every"),
+    )
     what_to_type: ClassVar[str] = "NormSwap needs norm='sn' (say), rules={'layer1.*': 'sn', ...} or plan='plan.yaml'."
 
     def __post_init__(self) -> None:
         self._make_plain()
         if self.plan is None:
             super().__post_init__()
-        elif any(getattr(self, name) is not None for name in self.chooses_layers):
+        elif any(getattr(self, name) not in (None, False) for name in self.chooses_layers):
             raise ValueError(
                 f"NormSwap: plan says which layers become what: leave out {', '.join(self.chooses_layers)}."
             )
@@ -242,8 +245,11 @@ class NormSwap(Callback):
     @override
     def state_key(self) -> str:
         # Several NormSwaps in one Trainer differ in what they select or in what they put there.
-        names = ("norm", "norm_args", "include", "exclude", "source", "rules")
-        arguments = {name: getattr(self.options, name) for name in names if getattr(self.options, name) is not None}
+        chosen = {name: getattr(self.options, name) for name in self.options.chooses_layers}
+        arguments = {name: value for name, value in chosen.items() if value is not None and value is not False}
+        if self.options.filter is not None:
+            # Its own repr holds an address, which is another one in the process that resumes.
+            arguments["filter"] = getattr(self.options.filter, "__qualname__", type(self.options.filter).__qualname__)
         return f"{type(self).__qualname__}{arguments!r}"
 
     @override
