@@ -227,6 +227,15 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         self.keep_in_evaluation(frozen)
         return self
 
+    def settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that the layer was built with, with what follows from the channels written out."""
+        return dict(arguments)
+
+    @classmethod
+    def earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a checkpoint, with those that it leaves out since their default was another one."""
+        return dict(arguments)
+
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay is to leave alone, as timm asks for them: all."""
         return {name for name, _ in self.named_parameters()}

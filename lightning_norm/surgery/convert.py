@@ -62,6 +62,8 @@ def convert(
         found = read(module)
         whole = Whole(None) if isinstance(found, str) else found
     inherited = {k: v for k, v in _arguments_from(module, name, cls, whole).items() if k in known}
+    if "channels_per_group" in chosen:  # which decides, whatever the number of groups was
+        inherited.pop("num_groups", None)
     _check_device(cls, name, chosen.pop("device", None), inherited.get("device"))
     try:
         layer = _built(cls, {**inherited, **chosen}, module)
@@ -75,7 +77,7 @@ def convert(
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
     _carry_over(module, layer, whole, name)
-    return layer, chosen
+    return layer, layer.settled_arguments(chosen)
 
 
 def _check_device(cls: type[Normalizer], name: str, chosen: Any, present: Any) -> None:

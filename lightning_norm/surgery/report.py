@@ -60,6 +60,12 @@ class SwappedLayer:
     removed: int = 0
     also: list[str] = field(default_factory=list)
 
+    @property
+    def num_groups(self) -> int | None:
+        """In how many groups the channels lie; ``None`` where the normalizer has no groups."""
+        number: int | None = self.norm["init_args"].get("num_groups")
+        return number if isinstance(number, int) else None
+
 
 class SwapReport:
     """The outcome of :func:`lightning_norm.swap`: its length, a table, plain data, and the way back.
@@ -281,6 +287,10 @@ class SwapReport:
         else:
             lines.append("  evaluation  preserved: the same as the original network's until training changes it")
         sync = "on in training with several processes" if any(layer.sync for layer in self.layers) else "off"
+        groups = Counter(n for layer in self.layers if (n := layer.num_groups) is not None)
+        if groups:
+            counts = ", ".join(f"{n} in {count} layers" for n, count in sorted(groups.items(), reverse=True))
+            lines.append(f"  groups      {counts}")
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
         return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
 
@@ -311,7 +321,7 @@ class SwapReport:
                 (
                     name,
                     layer.source,
-                    layer.target,
+                    layer.target + (f" ({n} groups)" if (n := layer.num_groups) is not None else ""),
                     str(layer.num_features),
                     added,
                     evaluation,
