@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_norm.schedules.base import Schedule, is_number
 from lightning_norm.schedules.curves import Constant, Linear, Steps
@@ -156,20 +155,20 @@ def as_schedule(what: str, value: Schedule | float | Mapping[int, float]) -> Sch
     """
     if isinstance(value, Schedule):
         return value
-    if is_number(value):
-        # A plain number is what most users type where a value shall not change.
-        return Constant(float(value))
     if isinstance(value, Mapping):
         try:
             return Steps({_as_time(key): v for key, v in value.items()})
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
+    if is_number(value):
+        # A plain number is what most users type where a value shall not change.
+        return Constant(float(value))
     raise TypeError(
-        f"{what} must be a number, steps such as {{0: 0.9, 10: 0.1}}, or a schedule such as "
-        f"Linear(0.5, 0.9, epochs=10), got {value!r}."
+        f"{what} must be a number or a schedule such as Linear(0.5, 0.9, epochs=10) or {{0: 0.9, 10: 0.1}}, "
+        f"got {value!r}."
     )
 
 
-def _as_time(key: object) -> Any:
+def _as_time(key: int | str) -> int:
     # JSON and the command line have text alone for keys.
-    return int(key) if isinstance(key, str) and key.isdecimal() else key
+    return int(key) if isinstance(key, str) and key.isdecimal() else key  # type: ignore[return-value]  # Steps tells

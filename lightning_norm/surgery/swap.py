@@ -227,7 +227,9 @@ def check_not_empty(
         return
     # A model that holds normalizers and has no candidate was swapped before, most likely by the same code.
     present = dict(named_normalizers(model))
-    if present and not slots:
+    # A NormSwap that is run again on its model finds the layers that it chose in place, and others left.
+    in_place = already_present is not None and {type(layer) for layer in present.values()} & set(already_present)
+    if present and (not slots or in_place):
         _tell_swapped_before(present, already_present)
         return
     text = (

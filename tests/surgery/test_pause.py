@@ -193,7 +193,7 @@ def test_replicas_are_paused():
     with paused_statistics(model):
         replicas = [m._replicate_for_data_parallel() for m in (model[1], model[3])]
     for replica, layer in zip(replicas, (model[1], model[3]), strict=True):
-        replica._buffers = dict(layer._buffers)
+        vars(replica).update(_buffers=dict(layer._buffers), _parameters=dict(layer._parameters))
         before = state(layer)
         threads = [threading.Thread(target=replica, args=(X,))]
         threads[0].start()

@@ -74,12 +74,16 @@ class NormSwapOptions(SwapOptions):
         self._make_plain()
         if self.plan is None:
             super().__post_init__()
-        elif any(getattr(self, name) not in (None, False) for name in self.chooses_layers):
+        elif any(value is not None and value is not False for value in self.choice().values()):
             raise ValueError(
                 f"NormSwap: plan says which layers become what: leave out {', '.join(self.chooses_layers)}."
             )
         check_number("norm_weight_decay", self.norm_weight_decay)
         check_number("switch_lr_scale", self.switch_lr_scale)
+
+    def choice(self) -> dict[str, Any]:
+        """Return the arguments that choose layers and what they become."""
+        return {name: getattr(self, name) for name in self.chooses_layers}
 
     def with_plan_read(self) -> NormSwapOptions:
         """Return options that say themselves what the file ``plan`` says."""
@@ -245,8 +249,9 @@ class NormSwap(Callback):
     @override
     def state_key(self) -> str:
         # Several NormSwaps in one Trainer differ in what they select or in what they put there.
-        chosen = {name: getattr(self.options, name) for name in self.options.chooses_layers}
-        arguments = {name: value for name, value in chosen.items() if value is not None and value is not False}
+        arguments = {
+            name: value for name, value in self.options.choice().items() if value is not None and value is not False
+        }
         if self.options.filter is not None:
             # Its own repr holds an address, which is another one in the process that resumes.
             arguments["filter"] = getattr(self.options.filter, "__qualname__", type(self.options.filter).__qualname__)
