@@ -13,6 +13,7 @@ from lightning_norm import (
     NormSwap,
     load_from_checkpoint,
 )
+from lightning_norm.callbacks.monitor.quantities import hyper_parameters
 from tests.callbacks.toy import Net, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -159,6 +160,7 @@ def test_frozen_by_hand_stays_frozen():
     model = _warm()
     lightning_norm.swap(model, "sn", include=["net.1"])
     model.net[1].freeze_statistics()
+    assert hyper_parameters(model) == {("sn", "frozen", "net.1"): 1.0}
     trainer(NormFreeze(at_epoch=0)).fit(model, loader())
     assert not model.net[1].training
     assert model.net[4].training

@@ -74,7 +74,7 @@ class NormSwapOptions(SwapOptions):
         self._make_plain()
         if self.plan is None:
             super().__post_init__()
-        elif any(value is not None and value is not False for value in self.choice().values()):
+        elif self.choice():
             raise ValueError(
                 f"NormSwap: plan says which layers become what: leave out {', '.join(self.chooses_layers)}."
             )
@@ -82,8 +82,9 @@ class NormSwapOptions(SwapOptions):
         check_number("switch_lr_scale", self.switch_lr_scale)
 
     def choice(self) -> dict[str, Any]:
-        """Return the arguments that choose layers and what they become."""
-        return {name: getattr(self, name) for name in self.chooses_layers}
+        """Return the arguments that choose layers and what they become, as far as they were given."""
+        chosen = {name: getattr(self, name) for name in self.chooses_layers}
+        return {name: value for name, value in chosen.items() if value is not None and value is not False}
 
     def with_plan_read(self) -> NormSwapOptions:
         """Return options that say themselves what the file ``plan`` says."""
@@ -249,9 +250,7 @@ class NormSwap(Callback):
     @override
     def state_key(self) -> str:
         # Several NormSwaps in one Trainer differ in what they select or in what they put there.
-        arguments = {
-            name: value for name, value in self.options.choice().items() if value is not None and value is not False
-        }
+        arguments = self.options.choice()
         if self.options.filter is not None:
             # Its own repr holds an address, which is another one in the process that resumes.
             arguments["filter"] = getattr(self.options.filter, "__qualname__", type(self.options.filter).__qualname__)
