@@ -131,7 +131,7 @@ class NormFreeze(Callback):
             for p in _learned(layer) if self.affine and may_stop_gradients(trainer, pl_module) else ():
                 if p.requires_grad:
                     p.requires_grad_(False)
-                    self._undo.append(functools.partial(p.requires_grad_, True))
+                    self._undo.append(functools.partial(setattr, p, "requires_grad", True))
         what = [n for n, wanted in (("statistics", self.statistics), ("parameters", self.affine)) if wanted]
         rank_zero_info(f"NormFreeze: {' and '.join(what)} of {len(self.layers)} layers are frozen from now on.")
         if self.statistics:

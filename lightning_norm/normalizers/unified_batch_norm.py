@@ -154,7 +154,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         They count whatever they measure, so that paused statistics are left to PyTorch.
         """
         spec, threshold = super().fused_spec(layout), self.scheduled("threshold")
-        if threshold is None or not self.trains_with_running_stats:
+        if spec is None or threshold is None or not self.trains_with_running_stats:
             return spec
         if not self.moves_running_stats:
             return None

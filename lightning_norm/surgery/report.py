@@ -289,8 +289,8 @@ class SwapReport:
         sync = "on in training with several processes" if any(layer.sync for layer in self.layers) else "off"
         groups = Counter(n for layer in self.layers if (n := layer.num_groups) is not None)
         if groups:
-            counts = ", ".join(f"{n} in {count} layers" for n, count in sorted(groups.items(), reverse=True))
-            lines.append(f"  groups      {counts}")
+            counts = ", ".join(f"{n} in {count}" for n, count in sorted(groups.items(), reverse=True))
+            lines.append(f"  groups      {counts} layers")
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
         return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
 
