@@ -13,7 +13,6 @@ from lightning_norm.errors import CheckpointError
 from lightning_norm.surgery.manifest import difference, manifest_in, manifest_of, rebuild
 from tests.callbacks.toy import Net, loader, trainer
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
 
@@ -45,8 +44,7 @@ def test_mobilenet_just_works(norm, norm_args):
     assert "(24 groups)" in text
     counts = collections.Counter(groups[row.num_features] for row in report.layers)
     told = ", ".join(f"{n} in {counts[n]}" for n in (32, 24, 16, 12, 8))
-    assert f"  groups      {told} layers
-" in text
+    assert f"  groups      {told} layers\n" in text
 
 
 @pytest.mark.parametrize("norm", [{"norm": "gn"}, {"norm": "sn", "norm_args": {"choices": ["gn", "bn"]}}])
