@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
@@ -206,6 +207,27 @@ def test_bad_arguments():
         NormFreeze(statistics=False)
     with pytest.raises(ValueError, match=r"NormFreeze: include='body.*' matched none of the 2 .* nearest name"):
         trainer(NormFreeze(include=r"body\..*")).fit(Two(), loader())
+
+
+def test_beside_accumulated_statistics():
+    seen = Seen()
+    callbacks = [swap_first(accumulate_statistics=True), NormFreeze(1)]
+    trainer(*callbacks, seen, max_epochs=3, accumulate_grad_batches=2).fit(Two(), loader())
+    assert seen.moved("net.1.running_mean") == seen.moved("net.4.running_mean") == [False, False]
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_in_yaml(tmp_path):
+    from lightning_norm.cli.norm_cli import NormCLI
+
+    path = tmp_path / "config.yaml"
+    arguments = {"at_epoch": 5, "statistics": True, "affine": True, "include": ["net.4"]}
+    callbacks = [{"class_path": "NormFreeze", "init_args": arguments}]
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "callbacks": callbacks}
+    path.write_text(yaml.safe_dump({"model": {"class_path": f"{__name__}.Two"}, "norm": "sn", "trainer": quiet}))
+    cli = NormCLI(["--config", str(path)], run=False, save_config_callback=None)
+    (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, NormFreeze))
+    assert {name: getattr(callback, name) for name in arguments} == arguments
 
 
 def _warm():
