@@ -33,6 +33,11 @@ def paused_statistics_stand_still(make: Make) -> None:
         # The pass in the block has left nothing behind that the next one would see.
         for name, value in _buffers(layer).items():
             same(value, after[name], 1e-12, f"after the block, {name}")
+    narrow = built(make)
+    before = _buffers(narrow)
+    with paused_statistics(narrow), torch.autocast("cpu", torch.bfloat16):
+        narrow(features(5, C, 7, 3, dtype=torch.bfloat16))
+    _stood_still(narrow, before, "in the block under autocast")
 
 
 @check

@@ -178,6 +178,19 @@ def test_compiled(whole):
     assert int(model[1].num_batches_tracked) == int(model[3].num_batches_tracked) == (2 if whole else 3)
 
 
+def test_compiled_and_frozen():
+    model, plain = (create("sn", 4) for _ in range(2))
+    model.compile(backend="eager")
+    for layer in (model, plain):
+        layer(X)
+        layer.freeze_statistics()
+    before = state(model)
+    torch.testing.assert_close(model.train()(X), plain.eval()(X))
+    assert stood_still(model, before)
+    model.freeze_statistics(False)(X)
+    assert int(model.num_batches_tracked) == 2
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputed_inside_of_the_block(reentrant):
     model = network("sn")
@@ -207,6 +220,9 @@ def _second_pass(rank):
     before = state(model)
     with paused_statistics(model):
         y = model[1](torch.randn(2 + rank, 4, 5, 5))
+    model[1].freeze_statistics()
+    for _ in range(1 + rank):  # frozen, ranks do not wait for each other
+        model.train()[1](torch.randn(2, 4, 5, 5))
     return stood_still(model, before), float(y.detach().mean())
 
 
