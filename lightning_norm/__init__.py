@@ -31,7 +31,10 @@ _METHODS: tuple[str, ...] = (
 # end of generated
 
 _PUBLIC = {
-    "callbacks": ("NormContext", "NormMonitor", "NormRecalibrate", "NormScheduler", "NormSwap", "load_from_checkpoint"),
+    "callbacks": (
+        *("NormContext", "NormFreeze", "NormMonitor", "NormRecalibrate", "NormScheduler", "NormSwap"),
+        "load_from_checkpoint",
+    ),
     "errors": (
         "AlreadySwappedError",
         "BackendWarning",
@@ -61,8 +64,9 @@ _PUBLIC = {
     "plugins": ("NormSync",),
     "schedules.base": ("Schedule",),
     "schedules.composed": ("Chain", "Warmup"),
-    "schedules.curves": ("Constant", "Cosine", "Exponential", "InversePower", "Linear", "Steps"),
+    "schedules.curves": ("Constant", "Cosine", "Exponential", "InversePower", "Linear", "Staircase", "Steps"),
     "surgery.deploy": ("DeployReport", "fold", "to_plain"),
+    "surgery.pause": ("paused_statistics",),
     "surgery.param_groups": ("no_weight_decay", "norm_param_groups"),
     "surgery.recognize": ("is_norm", "norm_types"),
     "surgery.recalibrate": ("Recalibration", "recalibrate"),

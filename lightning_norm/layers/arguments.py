@@ -164,21 +164,56 @@ def merged_signature(cls: type) -> inspect.Signature:
     return inspect.Signature([*own.values(), *keywords])
 
 
-def check_num_groups(who: str, num_features: int, num_groups: int) -> int:
-    """Return ``num_groups``.
+def number_of_groups(
+    who: str, num_features: int, num_groups: int | Literal["auto"], channels_per_group: int | None
+) -> int:
+    """Return in how many groups the channels lie.
+
+    "auto" is the largest number up to the paper's 32 that divides the channels and leaves two or more in a group, for
+    groups of one channel are instance normalization; 1 where there is none.
 
     Raises:
-        ValueError: it does not divide the channels.
+        ValueError: groups that do not divide the channels, or both a number and a size of groups.
+
+    >>> [number_of_groups("GroupNorm", c, "auto", None) for c in (16, 24, 32, 64, 144, 1280, 7)]
+    [8, 12, 16, 32, 24, 32, 1]
+    >>> number_of_groups("GroupNorm", 96, "auto", 16)
+    6
     """
+    if channels_per_group is not None:
+        if num_groups != "auto":
+            raise ValueError(
+                f"{who}: num_groups={num_groups!r} and channels_per_group={channels_per_group!r} say the same of a "
+                "layer. Leave out one."
+            )
+        size = as_int(channels_per_group)
+        if size is None or size < 1 or num_features % size:
+            near = _nearest_divisors(num_features, channels_per_group)
+            raise ValueError(
+                f"{who}(channels_per_group={channels_per_group!r}) cannot split {num_features} channels: it must "
+                f"divide them. Divisors of {num_features} nearby: {near}. num_groups='auto' fits any number."
+            )
+        return num_features // size
+    if num_groups == "auto":
+        return max(d for d in range(1, 33) if num_features % d == 0 and (d == 1 or num_features >= 2 * d))
     if not isinstance(num_groups, int) or num_groups < 1 or num_features % num_groups:
-        # The divisors near to what was typed are the numbers that one would type next.
-        fit = [d for d in range(1, num_features + 1) if num_features % d == 0]
-        near = sorted(sorted(fit, key=lambda d: abs(d - num_groups) if isinstance(num_groups, int) else d)[:4])
+        near = _nearest_divisors(num_features, num_groups)
         raise ValueError(
             f"{who}(num_groups={num_groups!r}) cannot split {num_features} channels: num_groups must divide the "
-            f"channels. Divisors of {num_features} nearby: {near}."
+            f"channels. Divisors of {num_features} nearby: {near}. num_groups='auto' fits any number."
         )
     return num_groups
+
+
+def _nearest_divisors(number: int, wanted: Any) -> list[int]:
+    """Return the divisors near to what was typed: those that one would type next."""
+    fit = [d for d in range(1, number + 1) if number % d == 0]
+    return sorted(sorted(fit, key=lambda d: abs(d - wanted) if isinstance(wanted, int) else d)[:4])
+
+
+def settled_groups(arguments: Mapping[str, Any], num_groups: int) -> dict[str, Any]:
+    """Return arguments with the number of groups that follows from them."""
+    return {**{k: v for k, v in arguments.items() if k != "channels_per_group"}, "num_groups": num_groups}
 
 
 def check_zero_weight(layer: Any, source: Any) -> None:

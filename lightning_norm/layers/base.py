@@ -21,6 +21,7 @@ from lightning_norm.layers.arguments import arguments_of, as_int, check_call, ch
 from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
+from lightning_norm.layers.pausing import is_paused
 from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.state import Loading, restore_precision
@@ -219,6 +220,38 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         for translation in self.translations:
             translation.give_back(self, source)
 
+    def freeze_statistics(self, frozen: bool = True) -> Self:
+        """Normalize by the running statistics in training as well, and leave them as they are; ``train()`` keeps that.
+
+        What the layer learns goes on learning, modules behind it keep their mode, and "afn" drops nothing. A checkpoint
+        says in its manifest that the statistics are frozen.
+
+        Args:
+            frozen: ``False`` ends it.
+
+        Raises:
+            ValueError: there are no running statistics.
+
+        >>> from lightning_norm import create
+        >>> layer = create("bnet", 8).freeze_statistics().train()
+        >>> layer.training, layer.kernel.requires_grad
+        (False, True)
+        """
+        if frozen and not self.has_running_stats:
+            why = "track_running_stats=True keeps some" if self.train_uses_batch_stats else "it needs none"
+            raise ValueError(f"{type(self).__name__} has no running statistics to normalize by: {why}.")
+        self.keep_in_evaluation(frozen)
+        return self
+
+    def settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that the layer was built with, with what follows from the channels written out."""
+        return dict(arguments)
+
+    @classmethod
+    def earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a checkpoint, with those that it leaves out since their default was another one."""
+        return dict(arguments)
+
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay is to leave alone, as timm asks for them: all."""
         return {name for name, _ in self.named_parameters()}
@@ -373,18 +406,20 @@ class MomentNorm(Normalizer):
                 keep_exact(self)
             if self.compiled or torch_private.is_transformed():
                 return self._normalize_specially(input, activation, residual)
+            if SPECS in vars(self) and _ranks_of(self) is None:
+                again = same_as_before(self, input, activation, residual)
+                if again is not None:
+                    return again
         return _forward(self, input, activation, residual)
 
     def _normalize_specially(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         """Normalize by the layer's own graph, or where a transform may refuse that running statistics move."""
-        if self.compiled and not torch_private.is_transformed():
+        # A graph knows no thread: where only another one has paused the statistics, this one runs without.
+        of_this_thread = not self.statistics_paused or is_paused(self)
+        if self.compiled and of_this_thread and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
             y = compiled_forward(self, input, _forward, _ranks_of(self), options)
             return activated(y, activation, residual)
-        if SPECS in vars(self) and _ranks_of(self) is None:
-            again = same_as_before(self, input, activation, residual)
-            if again is not None:
-                return again
         try:
             return _forward(self, input, activation, residual)
         except RuntimeError as error:
@@ -446,6 +481,7 @@ class MomentNorm(Normalizer):
         names = [name for name in names if name in arguments_of(type(self))]
         shown = [f"{name}={getattr(self, name)!r}" for name in (*names, *self.repr_arguments)]
         shown += ["bias=False"] * (self.affine and self.bias is None)
+        shown += ["statistics=frozen"] * self.always_eval
         return ", ".join([str(self.num_features), *shown])
 
     repr_arguments: ClassVar[tuple[str, ...]] = ()

@@ -32,7 +32,7 @@ class Behind(nn.Module):
     """Names of the children that are called behind the normalization, in this order."""
 
     always_eval: bool = False
-    """``train()`` leaves the layer itself in evaluation: it was made from one whose statistics are frozen."""
+    """``train()`` leaves the layer itself in evaluation: its statistics are frozen."""
 
     def add_children(self, children: dict[str, nn.Module | None], behind: tuple[str, ...]) -> None:
         """Take children under their names, and call those that are named in ``behind``.
@@ -62,6 +62,12 @@ class Behind(nn.Module):
         if self.always_eval:
             vars(self)["_mode"], self.training = mode, False
         return self
+
+    def keep_in_evaluation(self, always: bool, mode: bool | None = None) -> None:
+        """Set :attr:`always_eval`, with a mode or the one last asked for; the layer's children are left alone."""
+        mode = self.requested_mode if mode is None else mode
+        self.always_eval, self.training = always, mode and not always
+        vars(self)["_mode"] = mode
 
     @property
     def requested_mode(self) -> bool:

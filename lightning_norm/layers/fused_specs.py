@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_norm.kernels.mixture.flags import MixtureFlags
 from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
+from lightning_norm.layers.pausing import is_paused
 from lightning_norm.layers.running_stats import reads_copies
 from lightning_norm.ops.fused import recorded
 from lightning_norm.ops.fused.mixture import CONVOLVED, MixtureSpec, Running
@@ -94,7 +95,7 @@ def same_as_before(layer: Any, x: Tensor, activation: str, residual: Tensor | No
 
 def _key(layer: Any, shape: Any) -> Any:
     # Evaluation is described by the running statistics or by copies of them.
-    return shape, layer.training, reads_copies(), type(layer).fused_spec, layer.fused_spec_key
+    return shape, layer.training, reads_copies(), is_paused(layer), type(layer).fused_spec, layer.fused_spec_key
 
 
 def _remembered(layer: Any, key: Any) -> Any:
@@ -126,7 +127,7 @@ def _tensors(layer: Any) -> tuple[Tensor | None, ...]:
 
 def uses_running_stats(layer: Any) -> bool:
     """Tell whether the next forward pass reads or moves the running statistics."""
-    uses: bool = layer.has_running_stats and (layer.track_running_stats or not layer.training)
+    uses: bool = layer.moves_running_stats if layer.training else layer.has_running_stats
     return uses
 
 

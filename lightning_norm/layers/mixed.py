@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.layers.arguments import check_num_groups
+from lightning_norm.layers.arguments import number_of_groups, settled_groups
 from lightning_norm.layers.base import MomentNorm
 
 
@@ -20,7 +20,8 @@ class MixedNorm(MomentNorm):
     Args:
         num_features: channels.
         choices: which statistics are mixed: "in", "ln", "bn", "gn".
-        num_groups: for "gn".
+        num_groups: for "gn"; a number, or "auto".
+        channels_per_group: for "gn", in place of it.
         options: see :class:`MomentNorm`.
 
     Raises:
@@ -31,7 +32,15 @@ class MixedNorm(MomentNorm):
     mean_weight: nn.Parameter
     var_weight: nn.Parameter
 
-    def __init__(self, num_features: int, *, choices: Sequence[str], num_groups: int, **options: Any) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        choices: Sequence[str],
+        num_groups: int | Literal["auto"],
+        channels_per_group: int | None = None,
+        **options: Any,
+    ) -> None:
         name = type(self).__name__
         if not choices:
             raise ValueError(f"{name}: choices must name at least one statistic, got none.")
@@ -40,8 +49,20 @@ class MixedNorm(MomentNorm):
             # Running statistics that nobody reads would still be saved, synchronized and shown.
             options["track_running_stats"] = False
         super().__init__(num_features, **options)
-        self.num_groups = check_num_groups(name, num_features, num_groups) if "gn" in choices else num_groups
+        self.num_groups: Any = num_groups
+        if "gn" in choices:
+            self.num_groups = number_of_groups(name, self.num_features, num_groups, channels_per_group)
         self._add_parameters(options, mean_weight=(len(choices),), var_weight=(len(choices),))
+
+    def settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments with the number of groups where there are groups, and without where there are none."""
+        settled = settled_groups(arguments, self.num_groups)
+        return settled if "gn" in self.choices else {k: v for k, v in settled.items() if k != "num_groups"}
+
+    @classmethod
+    def earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments, with the 32 groups that no number has meant before "auto"."""
+        return {**({"num_groups": 32} if "gn" in (arguments.get("choices") or ()) else {}), **arguments}
 
     def start_values(self) -> dict[str, float | Tensor]:
         """Return 1 for every entry: all statistics count alike."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_norm.layers.accumulators import AccumulationWindow, StatisticsAccumulator
+from lightning_norm.layers.pausing import is_paused
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Moments, to_var
@@ -42,6 +43,9 @@ class RunningStats(nn.Module):
     """Takes the statistics of each training step in place of the running ones: a :class:`StatisticsAccumulator` while
     those are re-estimated, an :class:`AccumulationWindow` where they move once per optimizer step."""
 
+    statistics_paused: bool = False
+    """A thread is in a block of :func:`lightning_norm.paused_statistics`; :func:`is_paused` tells whether this one."""
+
     eps: float
     num_batches_tracked: Tensor | None
     skipped_updates: Tensor | None
@@ -65,15 +69,21 @@ class RunningStats(nn.Module):
         return all(self._buffers.get(name) is not None for name in self.running_names)
 
     @property
-    def moves_running_stats(self) -> bool:
-        """Whether the next forward pass moves the running statistics."""
+    def trains_with_running_stats(self) -> bool:
+        """Whether the layer is in training and has running statistics that belong to it."""
         return self.training and self.track_running_stats and self.has_running_stats
+
+    @property
+    def moves_running_stats(self) -> bool:
+        """Whether the next forward pass moves the running statistics: not while they are paused."""
+        return self.trains_with_running_stats and not is_paused(self)
 
     def _make_running_stats(
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         """Register the buffers, or ``None`` under their names as torch does."""
-        self.track_running_stats = track
+        # On the layer itself, where torch.compile sees it change.
+        self.track_running_stats, self.statistics_paused = track, False
         # torch's starting values, with which a fresh layer evaluates to its own input.
         for name, fill in zip(self.running_names, (0.0, 1.0), strict=True):
             stat = torch.full((num_features,), fill, device=device, dtype=at_least_float32(dtype))

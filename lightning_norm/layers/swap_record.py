@@ -44,4 +44,5 @@ def swap_settings(layer: Any) -> dict[str, Any]:
     names = {"sync": "sync", "sync_group": "sync_group", "backend": "backend", "compiled": "compile"}
     settings = {written: getattr(layer, name) for name, written in names.items()}
     scheduled = layer.saved_values()  # as they are now: evaluation reads them
-    return {**settings, **({"scheduled": scheduled} if scheduled else {})}
+    more = {"scheduled": scheduled} if scheduled else {}
+    return {**settings, **more, **({"frozen": True} if layer.always_eval else {})}

@@ -110,7 +110,7 @@ class DiminishingBatchNorm(BlendedNorm):
         if self.average == "std":
             # The root of 0 has an infinite slope, and a channel that is constant must not get a gradient of NaN.
             std_or_var = std_or_var.clamp_min(TINY).sqrt()
-        if not self.moves_running_stats:
+        if not self.trains_with_running_stats:
             return mean, std_or_var
         if self.stat_grad == "none":
             mean, std_or_var = mean.detach(), std_or_var.detach()
@@ -122,9 +122,9 @@ class DiminishingBatchNorm(BlendedNorm):
         mean, std_or_var = (
             alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)
         )
-        self.write_blend(
-            (mean, std_or_var), batch_values, steps, is_usable(self, batch.mean, batch_values[1], batch.count)
-        )
+        if self.moves_running_stats:
+            usable = is_usable(self, batch.mean, batch_values[1], batch.count)
+            self.write_blend((mean, std_or_var), batch_values, steps, usable)
         return mean, std_or_var
 
     def _alpha_at(self, steps: Tensor) -> Tensor:
@@ -133,8 +133,10 @@ class DiminishingBatchNorm(BlendedNorm):
         assert alpha is not None
         return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
 
-    def fused_spec(self, layout: Layout) -> PerChannelSpec:
-        """Return the same equations for the kernels."""
+    def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
+        """Return the same equations for the kernels, which write the blend whenever they compute it."""
+        if self.trains_with_running_stats and not self.moves_running_stats:
+            return None
         frozen = self.has_running_stats and not self.training
         flags: dict[str, Any] = {"needs_moments": not frozen, "std": self.average == "std"}
         if not self.moves_running_stats or frozen:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from lightning_norm.layers.arguments import check_num_groups, stateless
+from lightning_norm.layers.arguments import arguments_of, number_of_groups, settled_groups, stateless
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.inference import share_parameters
@@ -25,11 +26,13 @@ class GroupNorm(MomentNorm):
 
     Args:
         num_features: channels, the C of an input (N, C, *).
-        num_groups: G; must divide the channels.
+        num_groups: G, which must divide the channels; "auto" is the largest number up to the paper's 32 that does and
+            leaves two channels or more in a group.
+        channels_per_group: C / G in place of it.
         options: eps, affine, bias, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
-        ValueError: ``num_groups`` does not divide ``num_features``.
+        ValueError: ``num_groups`` or ``channels_per_group`` does not divide ``num_features``, or both are given.
 
     >>> GroupNorm(8, num_groups=4)(torch.randn(2, 8, 5, 5)).shape
     torch.Size([2, 8, 5, 5])
@@ -41,10 +44,28 @@ class GroupNorm(MomentNorm):
     repr_arguments: ClassVar[tuple[str, ...]] = ("num_groups",)
     test_arguments: ClassVar[dict[str, Any]] = {"num_groups": 3}
 
-    def __init__(self, num_features: int, *, num_groups: int = 32, **options: Any) -> None:
-        super().__init__(num_features, **stateless(type(self).__name__, options))
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        num_groups: int | Literal["auto"] = "auto",
+        channels_per_group: int | None = None,
+        **options: Any,
+    ) -> None:
+        name = type(self).__name__
+        super().__init__(num_features, **stateless(name, options))
         # After the base class has checked the channels that the groups must divide.
-        self.num_groups = check_num_groups(type(self).__name__, num_features, num_groups)
+        self.num_groups = number_of_groups(name, self.num_features, num_groups, channels_per_group)
+
+    def settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments with the number of groups."""
+        takes_groups = "num_groups" in arguments_of(type(self))
+        return settled_groups(arguments, self.num_groups) if takes_groups else dict(arguments)
+
+    @classmethod
+    def earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments, with the 32 groups that no number has meant before "auto"."""
+        return {**({"num_groups": 32} if "num_groups" in arguments_of(cls) else {}), **arguments}
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""

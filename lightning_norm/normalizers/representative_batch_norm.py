@@ -83,7 +83,7 @@ class RepresentativeBatchNorm(MomentNorm):
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
         return self._rectified(m, lambda batch: (self.track(batch), None))
 
-    def fused_spec(self, layout: Layout) -> PerChannelSpec:
+    def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels."""
         # A rectification with a bias is a gate; centering has a weight alone.
         gated = {part: starts for part, starts in self.rectifications.items() if len(starts) == 2}

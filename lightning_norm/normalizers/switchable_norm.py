@@ -36,7 +36,8 @@ class SwitchableNorm(MixedNorm):
     Args:
         num_features: channels, the C of an input (N, C, *).
         choices: which statistics to mix, in the order of the weights: "in", "ln", "bn" and also "gn".
-        num_groups: for "gn".
+        num_groups: for "gn"; "auto" as in :class:`lightning_norm.GroupNorm`.
+        channels_per_group: for "gn", in place of it.
         correction: 0 for biased variances, 1 for the authors' estimator (unbiased within each sample), which their
             checkpoints need.
         sparse: replace the softmax by sparsestmax, which reaches one-hot weights as ``radius`` grows.
@@ -68,7 +69,8 @@ class SwitchableNorm(MixedNorm):
         num_features: int,
         *,
         choices: Sequence[Literal["in", "ln", "bn", "gn"]] = ("in", "ln", "bn"),
-        num_groups: int = 32,
+        num_groups: int | Literal["auto"] = "auto",
+        channels_per_group: int | None = None,
         correction: Literal[0, 1] = 0,
         sparse: bool = False,
         radius: Annotated[float, Scheduled(0, 1)] = 0.0,
@@ -77,7 +79,8 @@ class SwitchableNorm(MixedNorm):
         **options: Any,
     ) -> None:
         self.correction, self.sparse, self.zero_weight = correction, sparse, zero_weight
-        super().__init__(num_features, choices=choices, num_groups=num_groups, momentum=momentum, **options)
+        groups: dict[str, Any] = {"num_groups": num_groups, "channels_per_group": channels_per_group}
+        super().__init__(num_features, choices=choices, momentum=momentum, **groups, **options)
         self.radius = radius
 
     def algebra(self, m: Moments) -> Affine:

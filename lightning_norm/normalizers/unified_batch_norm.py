@@ -138,7 +138,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         """Return the algebra; with a threshold, in training, the one that also measures the condensation of x."""
         # Recalibration takes every batch, condensed or not.
         recalibrates = isinstance(self.accumulator, StatisticsAccumulator)
-        may_choose = self.moves_running_stats and not recalibrates
+        may_choose = self.trains_with_running_stats and not recalibrates
         if self.scheduled("threshold") is None or not may_choose:
             return self.algebra
 
@@ -148,11 +148,16 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
 
         return with_threshold
 
-    def fused_spec(self, layout: Layout) -> PerChannelSpec:
-        """Return the same equations for the kernels, which measure the condensation where a threshold is set."""
+    def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
+        """Return the same equations for the kernels, which measure the condensation where a threshold is set.
+
+        They count whatever they measure, so that paused statistics are left to PyTorch.
+        """
         spec, threshold = super().fused_spec(layout), self.scheduled("threshold")
-        if threshold is None or not self.moves_running_stats:
+        if spec is None or threshold is None or not self.trains_with_running_stats:
             return spec
+        if not self.moves_running_stats:
+            return None
         # The numbers are those of the kernel's ``condensed``.
         how = 2 if self.mode == "gate" else {"detach": 1, "renorm": 3}[self.condensed_grad]
         flags = replace(spec.flags, condensed=how, min_updates=int(self.min_updates), max_skip=int(self.max_skip))
@@ -176,7 +181,8 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         running = self.running()
         mean, var, condensed = snapshot(running.mean, running.var, self._is_condensed(similarity))
         # A batch that is too alike must not move what the others are normalized by.
-        update_running(self, batch, ~condensed)
+        if self.moves_running_stats:
+            update_running(self, batch, ~condensed)
         if self.mode == "gate":
             return batch, None
         mean, var = mean.to(batch.mean.dtype), var.to(batch.var.dtype)
@@ -203,6 +209,8 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         # Few updates make running statistics too poor to normalize by; and no layer may skip for ever.
         may_skip = (tracked >= self.min_updates) & (self.skipped_in_a_row < self.max_skip)
         condensed = (similarity > threshold) & may_skip
+        if not self.moves_running_stats:
+            return condensed
         defined = similarity.isfinite()
         if not torch_private.is_captured(self.condensation):  # no state_dict holds it
             self.condensation.copy_(torch.where(defined, similarity.to(self.condensation.dtype), self.condensation))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_norm.schedules.base import Schedule, is_number
-from lightning_norm.schedules.curves import Constant, Linear
+from lightning_norm.schedules.curves import Constant, Linear, Steps
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Warmup(Schedule):
     .. math:: v(t) = start + (s(0) - start)\,t/T \;\text{ for } t < T, \qquad v(t) = s(t - T) \;\text{ after}
 
     Args:
-        schedule: what follows, s; a number for a constant.
+        schedule: what follows, s; a number for a constant, ``{0: 0.9, 10: 0.1}`` for :class:`Steps`.
         start: value at time 0.
         epochs: length of the line T, in epochs.
         steps: or T in steps.
@@ -104,7 +104,7 @@ class Warmup(Schedule):
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
 
-    schedule: Schedule | float
+    schedule: Schedule | float | dict[int, float]
     start: float = 0.0
     epochs: float | None = None
     steps: int | None = None
@@ -142,19 +142,33 @@ class Warmup(Schedule):
         return self.chain().units()
 
 
-def as_schedule(what: str, value: Schedule | float) -> Schedule:
-    """Return a schedule as it is, and a number as a constant.
+def as_schedule(what: str, value: Schedule | float | Mapping[int, float]) -> Schedule:
+    """Return a schedule as it is, a number as a constant, and ``{0: 0.9, 10: 0.1}`` as :class:`Steps`.
 
     Args:
         what: the name of the value, for the message.
-        value: a schedule or a number.
+        value: a schedule, a number, or a mapping from times to the values from then on.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is none of these.
+        ValueError: a mapping that is no staircase, such as one without the key 0.
     """
     if isinstance(value, Schedule):
         return value
+    if isinstance(value, Mapping):
+        try:
+            return Steps({_as_time(key): v for key, v in value.items()})
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
     if is_number(value):
         # A plain number is what most users type where a value shall not change.
         return Constant(float(value))
-    raise TypeError(f"{what} must be a number or a schedule such as Linear(0.5, 0.9, epochs=10), got {value!r}.")
+    raise TypeError(
+        f"{what} must be a number or a schedule such as Linear(0.5, 0.9, epochs=10) or {{0: 0.9, 10: 0.1}}, "
+        f"got {value!r}."
+    )
+
+
+def _as_time(key: int | str) -> int:
+    # JSON and the command line have text alone for keys.
+    return int(key) if isinstance(key, str) and key.isdecimal() else key  # type: ignore[return-value]  # Steps tells

@@ -193,6 +193,52 @@ class Steps(Timed):
         return [key for key in self.values if key <= last]
 
 
+@dataclass(frozen=True)
+class Staircase(Timed):
+    r"""A factor every so many epochs (or steps), down to a floor.
+
+    .. math:: v(t) = \max(floor, start \cdot \gamma^{\lfloor t/every \rfloor})
+
+    BatchNorm's momentum in networks of point clouds follows one: ``Staircase(0.5, 0.5, every=20, floor=0.01)``.
+
+    Args:
+        start: value at time 0.
+        gamma: factor at each stair.
+        every: units of the interval from one stair to the next.
+        floor: the least value; ``None`` for none.
+        epochs: how long the value changes; for ever by default.
+        steps: likewise.
+
+    >>> [Staircase(0.5, 0.5, every=20, floor=0.1)(t) for t in (0, 19, 20, 40, 60)]
+    [0.5, 0.5, 0.25, 0.125, 0.1]
+    """
+
+    start: float
+    gamma: float
+    every: int
+    floor: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._numbers("start", "gamma")
+        if self.gamma <= 0:
+            raise ValueError(f"Staircase: gamma must be > 0, got {self.gamma!r}.")
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise ValueError(
+                f"Staircase: every must be a number of epochs (or steps), an int >= 1, got {self.every!r}."
+            )
+        if self.floor is not None:
+            self._numbers("floor")
+            if self.floor > self.start:
+                raise ValueError(f"Staircase: floor={self.floor} is above start={self.start}: nothing would change.")
+
+    def at(self, time: float, length: float) -> float:
+        """Return the power, or the floor."""
+        stairs = time // self.every if math.isfinite(time) else time
+        value = Exponential(self.start, self.gamma).at(stairs, length)
+        return value if self.floor is None else max(self.floor, value)
+
+
 def _part(time: float, length: float) -> float:
     return 1.0 if time >= length else time / length  # both may be infinite
 

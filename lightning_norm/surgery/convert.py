@@ -66,6 +66,8 @@ def convert(
         found = read(module)
         whole = Whole(None) if isinstance(found, str) else found
     inherited = {k: v for k, v in _arguments_from(module, name, cls, whole).items() if k in known}
+    if "channels_per_group" in chosen:  # which decides, whatever the number of groups was
+        inherited.pop("num_groups", None)
     _check_device(cls, name, chosen.pop("device", None), inherited.get("device"))
     try:
         layer = _built(cls, {**inherited, **chosen}, module)
@@ -79,7 +81,7 @@ def convert(
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
     _carry_over(module, layer, whole, name)
-    return layer, chosen
+    return layer, layer.settled_arguments(chosen)
 
 
 def _check_device(cls: type[Normalizer], name: str, chosen: Any, present: Any) -> None:
@@ -325,15 +327,14 @@ def _translate_variance(module: nn.Module, layer: Normalizer) -> None:
 
 def _carry_over(module: nn.Module, layer: Normalizer, whole: Whole, name: str) -> None:
     """Give the layer the training flag, the hooks, the frozen state and the children of the module."""
-    layer.training = module.training
+    layer.training = getattr(module, "requested_mode", module.training)
     move_hooks(module, layer)
     parameters = list(module.parameters(False))
     # A frozen layer stays frozen, the parameters that are new in it included.
     if whole.frozen or (parameters and not any(p.requires_grad for p in parameters)):
         layer.requires_grad_(False)
-    if whole.frozen:
-        layer.always_eval = True
-        layer.train(module.training)
+    if whole.frozen or (getattr(module, "always_eval", False) and layer.has_running_stats):
+        layer.keep_in_evaluation(True)
     if whole.behind and not isinstance(layer, MomentNorm):
         raise TypeError(
             f"{name}: {type(module).__name__} calls {', '.join(whole.behind)} behind the normalization, which "
@@ -387,6 +388,8 @@ def restore_original(
     """
     # The user may have called eval() or train() since, on a model that does not hold the original.
     module.training = layer.requested_mode
+    if isinstance(module, Normalizer):
+        module.keep_in_evaluation(module.always_eval, layer.requested_mode)
     layer.return_to(module)
     for child in layer._modules.keys() & module._modules.keys():  # the user may have put another one there
         module._modules[child] = layer._modules[child]

@@ -1,8 +1,8 @@
 """The manifest: what was swapped, in plain types, so that a checkpoint can rebuild its network or refuse another's.
 
 ``{"format": 1, "version": "0.1.0", "layers": [{"name", "also", "source", "target", "num_features", "norm", "before",
-"options"}]}``; ``norm`` is ``{"class_path", "init_args"}`` and ``options`` holds sync, sync_group, backend, compile and
-the scheduled values that evaluation reads.
+"options"}]}``; ``norm`` is ``{"class_path", "init_args"}`` and ``options`` holds sync, sync_group, backend, compile,
+the scheduled values that evaluation reads, and ``frozen`` where the statistics are.
 
 It is the entry ``"lightning_norm"`` of a checkpoint. A checkpoint without that entry, such as a ``state_dict`` by
 itself, may still have in its metadata what each layer wrote of itself (``layers/swap_record.py``).
@@ -100,7 +100,10 @@ def rules_of(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     # The rules hold classes and not their paths: to resolve a path imports code, and a file may name any module.
     rows = manifest["layers"]
-    rules = {re.escape(row["name"]): {**row["norm"], "class_path": loaded_class(row["norm"])} for row in rows}
+    rules = {
+        re.escape(row["name"]): {"class_path": loaded_class(row["norm"]), "init_args": arguments_in(row["norm"])}
+        for row in rows
+    }
     return rules, [*dict.fromkeys(row["source"] for row in rows)]
 
 
@@ -120,6 +123,15 @@ def loaded_class(spec: Mapping[str, Any], where: str = "the checkpoint") -> type
         f"{where} was written with the normalizer {path!r}, which is not imported. Import the module that "
         "defines it, then load again."
     )
+
+
+def arguments_in(spec: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Any]:
+    """Return the arguments with which a layer of a manifest was built, what an earlier version left out included.
+
+    Raises:
+        CheckpointError: its class is not imported.
+    """
+    return loaded_class(spec, where).earlier_arguments(spec.get("init_args") or {})
 
 
 def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the checkpoint") -> SwapReport | None:
@@ -167,7 +179,9 @@ def _rebuild_levels(model: nn.Module, rows: list[dict[str, Any]], reports: list[
             re.escape(row["name"]): {
                 "class_path": loaded_class(steps[level], where),
                 # The file may be read on another machine: the layer goes where the module is that it replaces.
-                "init_args": {k: v for k, v in steps[level]["init_args"].items() if k not in ("device", "dtype")},
+                "init_args": {
+                    k: v for k, v in arguments_in(steps[level], where).items() if k not in ("device", "dtype")
+                },
             }
             for row, steps in zip(rows, norms, strict=True)
             if level < len(steps)
@@ -208,7 +222,7 @@ def difference(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> s
             return "{} is {} in the file and {} here".format(name, *(kinds if a is None else kinds[::-1]))
         if a["norm"]["class_path"] != b["norm"]["class_path"]:
             return f"{name} is {a['norm']['class_path']} in the file and {b['norm']['class_path']} here"
-        arguments_there, arguments_here = (row["norm"].get("init_args") or {} for row in (a, b))
+        arguments_there, arguments_here = (arguments_in(row["norm"]) for row in (a, b))
         # An argument that was left out counts with its default: to type a default is no other swap. Nor is a layer in
         # another place or precision.
         for argument in sorted({*arguments_there, *arguments_here} - {"device", "dtype"}):
@@ -352,6 +366,8 @@ def _set_options(layer: nn.Module, options: Mapping[str, Any]) -> None:
     for name, value in options.get("scheduled", {}).items():
         if name in layer.ranges:
             setattr(layer, name, value)
+    if options.get("frozen") and layer.has_running_stats:
+        layer.freeze_statistics()
     if options.get("compile"):
         layer.compile()
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeAlias, Ty
 
 from torch import nn
 
-from lightning_norm.layers.arguments import TORCH_NAMES, plain_value
+from lightning_norm.layers.arguments import TORCH_NAMES, as_int, plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.registry import NormSpec
 from lightning_norm.normalizers import resolve
@@ -39,6 +39,12 @@ class SwapOptions:
         include: which layers; a string is a regular expression for the whole dotted name, a list holds names or their
             ends, and "last_of_block" is the last one of each residual block of a ResNet.
         exclude: which layers not; likewise.
+        filter: which of them, by a function of the dotted name and the module that returns True for those to swap; in
+            YAML its dotted path.
+        skip_frozen: leave parts of the model whose parameters all require no gradient, such as a teacher.
+        in_block: which of those that are chosen so far in each block, 0 for the first and -1 for the last, or a list. A
+            block is the nearest module around a layer that holds several of them and whose class the model repeats.
+        every: of those that are chosen so far, the first and then each so many, in the model's order.
         source: which kinds of layers are candidates: "BatchNorm" (the default: 1d, 2d, 3d and SyncBatchNorm),
             "LayerNorm", "GroupNorm", "InstanceNorm", "all", a class or its name, the key of a normalizer of this
             package, or a list of these.
@@ -64,6 +70,10 @@ class SwapOptions:
     _: KW_ONLY
     include: Pattern | None = None
     exclude: Pattern | None = None
+    filter: Callable[[str, nn.Module], bool] | None = None
+    skip_frozen: bool = False
+    in_block: int | list[int] | None = None
+    every: int | None = None
     source: Source | None = None
     rules: Mapping[str, NormSpec | None] | None = None
     backend: Literal["auto", "eager", "triton"] = "auto"
@@ -94,6 +104,19 @@ class SwapOptions:
         for norm in (self.resolved_norm, *self.resolved_rules.values()):
             _refuse_channels(norm)
         check_group(self.sync_group)
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        if self.filter is not None and not callable(self.filter):
+            raise TypeError(f"filter must be a function of a layer's name and the layer, got {self.filter!r}.")
+        every = as_int(self.every)
+        if self.every is not None and (every is None or every < 1):
+            raise ValueError(f"every must be an int > 0: 2 for every second layer, got {self.every!r}.")
+        positions = self.in_block if isinstance(self.in_block, (list, tuple)) else [self.in_block]
+        if self.in_block is not None and (not positions or None in map(as_int, positions)):
+            raise ValueError(
+                f"in_block must be an int or a list of ints: 0 for a block's first, got {self.in_block!r}."
+            )
 
     def _make_plain(self) -> None:
         # Options come from anywhere, such as Hydra, and go into checkpoints, plans and the keys of callbacks' states.

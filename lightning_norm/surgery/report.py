@@ -60,6 +60,12 @@ class SwappedLayer:
     removed: int = 0
     also: list[str] = field(default_factory=list)
 
+    @property
+    def num_groups(self) -> int | None:
+        """In how many groups the channels lie; ``None`` where the normalizer has no groups."""
+        number: int | None = self.norm["init_args"].get("num_groups")
+        return number if isinstance(number, int) else None
+
 
 class SwapReport:
     """The outcome of :func:`lightning_norm.swap`: its length, a table, plain data, and the way back.
@@ -69,6 +75,7 @@ class SwapReport:
         skipped: (name, type, why) of layers that look like candidates and were left alone.
         candidates: how many layers could have been swapped.
         others: the same of all other normalization layers of the model.
+        frozen: the same of those that ``skip_frozen`` leaves alone.
 
     Attributes:
         dry_run: nothing was changed.
@@ -76,9 +83,15 @@ class SwapReport:
     """
 
     def __init__(
-        self, layers: list[SwappedLayer], skipped: list[Left], candidates: int, others: list[Left] | None = None
+        self,
+        layers: list[SwappedLayer],
+        skipped: list[Left],
+        candidates: int,
+        others: list[Left] | None = None,
+        frozen: list[Left] | None = None,
     ) -> None:
         self.layers, self.skipped, self.candidates, self.others = layers, skipped, candidates, others or []
+        self.frozen = frozen or []
         self.dry_run = True
         self.total_before = 0
         self._undo: list[tuple[ModuleSlot, Normalizer]] = []
@@ -125,7 +138,11 @@ class SwapReport:
         known = {layer.name for layer in self.layers}
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
-        for mine, later in ((self.skipped, other.skipped), (self.others, other.others)):
+        for mine, later in (
+            (self.skipped, other.skipped),
+            (self.others, other.others),
+            (self.frozen, other.frozen),
+        ):
             mine[:] = {row[0]: row for row in [*mine, *later]}.values()
         self.total_before = max(self.total_before, other.total_before - changed)
         self._undo += other._undo
@@ -152,7 +169,8 @@ class SwapReport:
         Args:
             options: whoever names kinds or names of layers there has left out the others.
         """
-        chosen = any(o is not None for o in (options.source, options.include, options.rules))
+        said = (options.source, options.include, options.rules, options.filter, options.in_block, options.every)
+        chosen = any(o is not None for o in said)
         left = self.skipped if chosen else [*self.skipped, *self.others]
         if not left or not self.layers:
             return ""
@@ -228,7 +246,7 @@ class SwapReport:
         """Return the report in plain types."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
-            "skipped": [{"name": n, "type": t, "reason": r} for n, t, r in [*self.skipped, *self.others]],
+            "skipped": [{"name": n, "type": t, "reason": r} for n, t, r in self._left()],
             "candidates": self.candidates,
             "parameters_added": self.parameters_added,
         }
@@ -269,11 +287,18 @@ class SwapReport:
         else:
             lines.append("  evaluation  preserved: the same as the original network's until training changes it")
         sync = "on in training with several processes" if any(layer.sync for layer in self.layers) else "off"
+        groups = Counter(n for layer in self.layers if (n := layer.num_groups) is not None)
+        if groups:
+            counts = ", ".join(f"{n} in {count}" for n, count in sorted(groups.items(), reverse=True))
+            lines.append(f"  groups      {counts} layers")
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
         return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
 
     def _left_lines(self) -> list[str]:
-        return _by_class([*self.skipped, *self.others])
+        return _by_class(self._left())
+
+    def _left(self) -> list[Left]:
+        return [*self.skipped, *self.others, *self.frozen]
 
     def _kinds(self, what: str) -> str:
         # The counter of batches is moved with every layer that has one, and tells nothing.
@@ -296,7 +321,7 @@ class SwapReport:
                 (
                     name,
                     layer.source,
-                    layer.target,
+                    layer.target + (f" ({n} groups)" if (n := layer.num_groups) is not None else ""),
                     str(layer.num_features),
                     added,
                     evaluation,

@@ -78,7 +78,7 @@ def _is_bool(value: Any) -> bool:
 def _are_options(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
-    flags = (value[name] for name in ("sync", "compile") if name in value)
+    flags = (value[name] for name in ("sync", "compile", "frozen") if name in value)
     return all(map(_is_bool, flags)) and value.get("backend", "auto") in BACKENDS
 
 
@@ -91,7 +91,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_features": (lambda v: v is None or (type(v) is int and v > 0), "a positive int"),
     "options": (
         _are_options,
-        f"a mapping of sync and compile (true or false), sync_group, backend (one of {BACKENDS})",
+        f"a mapping of sync, compile and frozen (true or false), sync_group, backend (one of {BACKENDS})",
     ),
     "sync": (_is_bool, "true or false"),
     "compiled": (_is_bool, "true or false"),

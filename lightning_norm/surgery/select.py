@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_norm.layers.arguments import plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.convert import can_be_swapped, computed_weights
 from lightning_norm.surgery.options import Pattern, ResolvedNorm, Source, SwapOptions
+from lightning_norm.surgery.positions import at_positions, blocks_of, frozen_parts
 from lightning_norm.surgery.recognize import is_frozen, is_norm
 from lightning_norm.surgery.residual_blocks import LAST_NORMS, LAST_OF_BLOCK, is_last_of_block
 from lightning_norm.surgery.torch_layers import FAMILIES, LAZY_BATCH_NORMS
@@ -117,34 +119,88 @@ def _how_to_include(module: nn.Module) -> str:
 
 
 def assign_norms(
-    slots: Sequence[ModuleSlot], options: SwapOptions
-) -> tuple[list[tuple[ModuleSlot, ResolvedNorm]], list[str]]:
-    """Give each slot the normalizer that it is to hold, and tell which patterns matched nothing.
+    model: nn.Module, slots: Sequence[ModuleSlot], options: SwapOptions
+) -> tuple[list[tuple[ModuleSlot, ResolvedNorm]], list[str], list[Left]]:
+    """Give each slot the normalizer that it is to hold.
 
-    ``rules`` come first, in order, the first match wins and ``None`` leaves the layer alone; then ``include`` and
-    ``exclude`` choose what becomes ``norm``.
+    ``rules`` come first, in order, the first match wins and ``None`` leaves the layer alone; then ``include``,
+    ``exclude``, ``filter``, ``in_block`` and ``every``, in this order, choose what becomes ``norm``.
 
     Args:
+        model: that holds the slots.
         slots: the candidates.
         options: of the swap.
 
     Returns:
-        The slots that change, each with its normalizer; and the patterns without a match, as ``include['bn1']``.
+        The slots that change, each with its normalizer; the patterns without a match, as ``include['bn1']``; and what
+        ``skip_frozen`` leaves alone.
     """
     rules, include, exclude = options.resolved_rules, options.include, options.exclude
     matched: set[str] = set()
-    assigned: list[tuple[ModuleSlot, ResolvedNorm]] = []
-    for slot in slots:
+    frozen = frozen_parts(model) if options.skip_frozen else set()
+    by_rule: dict[nn.Module, ResolvedNorm | None] = {}
+    chosen: list[nn.Module] = []
+    # What is swapped already counts, or each further setup of one model would choose among the layers that are left.
+    places = _with_swapped(model, slots) if options.in_block is not None or options.every is not None else slots
+    candidates = {slot.module for slot in slots}
+    for slot in places:
+        known = matched if slot.module in candidates else set()
         # include and exclude are matched also where a rule wins, so that their patterns count as matched.
-        rule = next((p for p in rules if matches(p, slot, matched, f"rules[{p!r}]")), None)
-        included = include is None or matches(include, slot, matched, "include")
-        excluded = exclude is not None and matches(exclude, slot, matched, "exclude")
-        norm = rules[rule] if rule is not None else options.resolved_norm if included and not excluded else None
-        if norm is not None:
-            assigned.append((slot, norm))
+        rule = next((p for p in rules if matches(p, slot, known, f"rules[{p!r}]")), None)
+        included = include is None or matches(include, slot, known, "include")
+        excluded = exclude is not None and matches(exclude, slot, known, "exclude")
+        if rule is not None:
+            by_rule[slot.module] = rules[rule]
+        elif (
+            included
+            and not excluded
+            and slot.module not in frozen
+            # What is swapped has passed; it is of another class now, and would not again.
+            and (slot.module not in candidates or _passes(options.filter, slot))
+        ):
+            chosen.append(slot.module)
+    if options.in_block is not None:
+        chosen = at_positions(chosen, blocks_of(model, [slot.module for slot in places]), options.in_block)
+        matched |= {f"in_block[{options.in_block!r}]"} if chosen else set()
+    norms = {**by_rule, **dict.fromkeys(chosen[:: options.every or 1], options.resolved_norm)}
+    assigned = [
+        (slot, norm) for slot in slots if slot.module not in frozen and (norm := norms.get(slot.module)) is not None
+    ]
     patterns = [f"rules[{p!r}]" for p in rules]
     patterns += [f"{label}[{p!r}]" for label, ps in (("include", include), ("exclude", exclude)) for p in _as_list(ps)]
-    return assigned, [p for p in patterns if p not in matched]
+    patterns += [f"in_block[{options.in_block!r}]"] * (options.in_block is not None)
+    kept = [
+        (slot.name, type(slot.module).__name__, "skip_frozen=True: nothing around it requires a gradient")
+        for slot in slots
+        if slot.module in frozen
+    ]
+    return assigned, [p for p in patterns if p not in matched], kept
+
+
+def _with_swapped(model: nn.Module, slots: Sequence[ModuleSlot]) -> list[ModuleSlot]:
+    """Return the slots and one for each layer that a swap has made, in the model's order."""
+    known = {slot.module: slot for slot in slots}
+    places = places_by_module(model)
+    return [
+        known.get(m) or ModuleSlot(m, names, places.get(m, []))
+        for m, names in names_by_module(model).items()
+        if m in known or (isinstance(m, Normalizer) and m.origin is not None)
+    ]
+
+
+def _passes(function: Callable[[str, nn.Module], bool] | None, slot: ModuleSlot) -> bool:
+    """Ask the user's function for each name of a layer.
+
+    Raises:
+        TypeError: it returns no truth value, as one without a return statement.
+    """
+    answers = [True] if function is None else [function(name, slot.module) for name in slot.names]
+    for answer in answers:
+        if not isinstance(plain_value(answer), bool):
+            raise TypeError(
+                f"filter must return True or False, got {answer!r} for {slot.name!r}: does every way through it return?"
+            )
+    return any(answers)
 
 
 def explain_unmatched(unmatched: str, slots: Sequence[ModuleSlot]) -> str:
@@ -157,6 +213,12 @@ def explain_unmatched(unmatched: str, slots: Sequence[ModuleSlot]) -> str:
     # An entry reads label['pattern']; see `assign_norms`.
     label, pattern = unmatched.split("[", 1)
     pattern = pattern[:-1].strip("'\"")
+    if label == "in_block":
+        return (
+            f"in_block={pattern} matched none of the {len(slots)} layers: a block is the nearest module around a layer "
+            "that holds two or more of them and whose class the model has several times, and none has that many of "
+            "those that are chosen."
+        )
     if pattern == LAST_OF_BLOCK:
         blocks = " or ".join(f"{attribute} of a {block}" for block, attribute in LAST_NORMS.items())
         return f"{label}={pattern!r} matched none of the {len(slots)} layers: none is the {blocks}, as in a ResNet."
@@ -249,6 +311,36 @@ def matches(pattern: Pattern, slot: ModuleSlot, matched: set[str], label: str) -
             matched.add(label if label.startswith("rules") else f"{label}[{p!r}]")
         any_match |= match
     return any_match
+
+
+def choose_layers(
+    model: nn.Module,
+    kinds: tuple[type[nn.Module], ...],
+    include: Pattern | None,
+    exclude: Pattern | None,
+    who: str,
+) -> dict[str, nn.Module]:
+    """Return the modules of these classes that ``include`` and ``exclude`` choose, by their first names.
+
+    Raises:
+        ValueError: a pattern matches none of them; ``who`` precedes the message.
+    """
+    places = places_by_module(model)
+    slots = [
+        ModuleSlot(m, names, places.get(m, [])) for m, names in names_by_module(model).items() if isinstance(m, kinds)
+    ]
+    matched: set[str] = set()
+    chosen = {}
+    for slot in slots:
+        included = include is None or matches(include, slot, matched, "include")
+        excluded = exclude is not None and matches(exclude, slot, matched, "exclude")
+        if included and not excluded:
+            chosen[slot.name] = slot.module
+    for label, pattern in (("include", include), ("exclude", exclude)):
+        for p in _as_list(pattern):
+            if f"{label}[{p!r}]" not in matched and slots:
+                raise ValueError(f"{who}: {explain_unmatched(f'{label}[{p!r}]', slots)}")
+    return chosen
 
 
 def _fullmatch(pattern: str, name: str) -> bool:

@@ -101,8 +101,8 @@ def prepare_swap(
     backend = explain(options.backend)
     slots, near_misses, others = find_slots(model, options.source)
     slots = [slot for slot in slots if id(slot.module) not in skip]
-    assigned, unmatched = assign_norms(slots, options)
-    report = SwapReport([], near_misses, len(slots), others)
+    assigned, unmatched, frozen = assign_norms(model, slots, options)
+    report = SwapReport([], near_misses, len(slots), others, frozen)
     report.total_before = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     for slot, norm in assigned:
         # A failure from here on leaves the model as it was: the original modules are read and not changed.
@@ -227,7 +227,9 @@ def check_not_empty(
         return
     # A model that holds normalizers and has no candidate was swapped before, most likely by the same code.
     present = dict(named_normalizers(model))
-    if present and not slots:
+    # A NormSwap that is run again on its model finds the layers that it chose in place, and others left.
+    in_place = already_present is not None and {type(layer) for layer in present.values()} & set(already_present)
+    if present and (not slots or in_place):
         _tell_swapped_before(present, already_present)
         return
     text = (

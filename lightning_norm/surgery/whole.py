@@ -72,7 +72,7 @@ def read(module: nn.Module, known: dict[Any, Whole | str] | None = None) -> Whol
     True
     """
     if isinstance(module, Normalizer):
-        return Whole(type(module), True, module.behind, getattr(module, "channel_dim", 1), module.always_eval)
+        return Whole(type(module), True, module.behind, getattr(module, "channel_dim", 1))
     kind = type(module)
     base = next((cls for cls in kind.__mro__ if cls in TORCH_CLASSES), nn.BatchNorm2d if is_frozen(module) else None)
     last = -1 if base is nn.LayerNorm else 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from lightning_norm.testing import (
     declarations,
+    frozen,
     gradients,
     graphs,
     inputs,
@@ -24,7 +25,7 @@ from lightning_norm.testing import (
 )
 from lightning_norm.testing.kit import REGISTRY, Check, Make
 
-GROUPS = (layouts, gradients, numerics, inputs, declarations, state, graphs, transforms, parallel)
+GROUPS = (layouts, gradients, numerics, inputs, declarations, state, frozen, graphs, transforms, parallel)
 
 
 def checks() -> dict[str, Check]:

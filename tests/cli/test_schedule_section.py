@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_norm import Chain, Constant, Cosine, Exponential, InversePower, Linear, NormScheduler, Steps, Warmup
+from lightning_norm import (
+    Chain,
+    Constant,
+    Cosine,
+    Exponential,
+    InversePower,
+    Linear,
+    NormScheduler,
+    Staircase,
+    Steps,
+    Warmup,
+)
 from lightning_norm.cli.norm_cli import NormCLI
 from tests.callbacks.toy import Net, loader
 
@@ -34,6 +45,9 @@ e:radius:
       - class_path: Warmup
         init_args: {schedule: {class_path: Cosine, init_args: {start: 1, end: 0, epochs: 4}}, epochs: 2}
 f:radius: {class_path: Warmup, init_args: {schedule: 0.4, start: 0.1, steps: 50}}
+g:radius: {0: 0.9, 10: 0.1}
+h:radius: {class_path: Warmup, init_args: {schedule: {0: 0.9, 10: 0.1}, steps: 50}}
+i:momentum: {class_path: Staircase, init_args: {start: 0.5, gamma: 0.5, every: 20, floor: 0.01}}
 """
 EXPECTED = {
     "radius": Linear(0.5, 0.9, epochs=10),
@@ -50,6 +64,9 @@ EXPECTED = {
         ]
     ),
     "f:radius": Warmup(schedule=0.4, start=0.1, steps=50),
+    "g:radius": Steps({0: 0.9, 10: 0.1}),
+    "h:radius": Warmup(schedule={0: 0.9, 10: 0.1}, steps=50),
+    "i:momentum": Staircase(0.5, 0.5, every=20, floor=0.01),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

@@ -10,7 +10,18 @@ import pytest
 
 import lightning_norm
 import lightning_norm.schedules
-from lightning_norm import Chain, Constant, Cosine, Exponential, InversePower, Linear, Schedule, Steps, Warmup
+from lightning_norm import (
+    Chain,
+    Constant,
+    Cosine,
+    Exponential,
+    InversePower,
+    Linear,
+    Schedule,
+    Staircase,
+    Steps,
+    Warmup,
+)
 
 TIMES = [0, 1, 2, 3, 4, 5, 6, 50]
 
@@ -22,6 +33,9 @@ VALUES = [
     (Cosine(1.0, 0.0, epochs=4), [1.0, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5, 0.0, 0.0, 0.0, 0.0]),
     (Cosine(0.0, 1.0, steps=2), [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
     (Steps({0: 0.5, 2: 0.1, 5: 0.7}), [0.5, 0.5, 0.1, 0.1, 0.1, 0.7, 0.7, 0.7]),
+    (Staircase(0.8, 0.5, 2, 0.15), [0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.15, 0.15]),
+    (Staircase(0.8, 0.5, 2, epochs=4), [0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2]),
+    (Staircase(0.1, 2, 3), [0.1, 0.1, 0.1, 0.2, 0.2, 0.2, 0.4, 0.1 * 2**16]),
     (Exponential(0.8, 0.5), [0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.8 / 2**50]),
     (Exponential(0.8, 0.5, epochs=2), [0.8, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]),
     (InversePower(1), [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 1 / 6, 1 / 7, 1 / 51]),
@@ -138,6 +152,12 @@ def test_ones_own_is_looked_at_everywhere():
         (lambda: Linear(0, math.nan, epochs=1), "end must be a number, got nan"),
         (lambda: Steps({5: 0.1}), r"Steps needs the value at the start: Steps\(\{0: ..., 5: 0.1\}\)"),
         (lambda: Steps({0: 0.1, 1.5: 0.2}), "each key is an epoch .* got 1.5"),
+        (lambda: Staircase(0.5, 0, 2), "gamma must be > 0, got 0"),
+        (lambda: Staircase(0.5, 0.5, 0), "every must be a number of epochs .* got 0"),
+        (lambda: Staircase(0.5, 0.5, 2.5), "every must be a number of epochs .* got 2.5"),
+        (lambda: Staircase(0.5, 0.5, 2, "low"), "floor must be a number, got 'low'"),
+        (lambda: Staircase(0.5, 0.5, 2, 0.6), "floor=0.6 is above start=0.5"),
+        (lambda: Warmup(schedule={5: 0.1}, epochs=2), r"Warmup: schedule: Steps needs the value at the start"),
         (lambda: Steps({0: "a"}), "value from 0 on must be a number, got 'a'"),
         (lambda: Exponential(1, 0), "gamma must be > 0"),
         (lambda: InversePower(-1), "power must be >= 0"),

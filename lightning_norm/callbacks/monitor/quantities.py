@@ -132,11 +132,11 @@ def learned_values(pl_module: nn.Module) -> Iterator[tuple[Series, Tensor]]:
 
 
 def hyper_parameters(pl_module: nn.Module, only_scheduled: bool = False) -> dict[Series, float]:
-    """Return the hyper-parameters that follow a schedule or differ from their default.
+    """Return the hyper-parameters that follow a schedule or differ from their default, and 1 for frozen statistics.
 
     Args:
         pl_module: its layers are looked through.
-        only_scheduled: those that follow a schedule.
+        only_scheduled: those that follow a schedule, and what is frozen.
     """
     values: dict[Series, float] = {}
     for name, layer in named_normalizers(pl_module):
@@ -147,6 +147,8 @@ def hyper_parameters(pl_module: nn.Module, only_scheduled: bool = False) -> dict
             chosen = argument in default and argument not in MomentNorm.ranges and value != default[argument]
             if value is not None and (chosen or was_scheduled(layer, argument)):
                 values[key_of(layer), argument, name] = float(value)
+        if layer.always_eval:
+            values[key_of(layer), "frozen", name] = 1.0
     return values
 
 

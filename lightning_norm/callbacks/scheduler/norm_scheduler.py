@@ -25,13 +25,15 @@ from lightning_norm.callbacks.scheduler.scheduled_parameters import (
     split_key,
     value_at,
 )
-from lightning_norm.layers.scheduled import set_scheduled, was_scheduled
 from lightning_norm.schedules.base import Schedule
 from lightning_norm.schedules.composed import as_schedule
 
 
 class NormScheduler(Callback):
     """Let hyper-parameters of the normalizers follow schedules: a sparse radius, a momentum, an alpha, a threshold.
+
+    ``momentum`` is also that of torch's own BatchNorm layers, in a network that was never swapped and in what a swap
+    has left.
 
     A value follows from the epoch (or the optimizer step) alone, so that a resumed run has the values of the
     uninterrupted one, and so has each rank. Values live in tensors, so that no change compiles anything anew. Names,
@@ -46,7 +48,8 @@ class NormScheduler(Callback):
 
     Args:
         schedules: ``alpha``, or ``layer regex:alpha`` for the layers whose whole dotted name the regular expression
-            matches, -> a schedule, or a number. Of several keys for one value the first wins.
+            matches, -> a schedule, a number, or ``{0: 0.9, 10: 0.1}`` for :class:`lightning_norm.Steps`. Of several
+            keys for one value the first wins.
         interval: "epoch" or "step": when values change, and the unit of time of the schedules. A step is an optimizer
             step, ``trainer.global_step``. With "step", a duration in ``epochs`` advances by fractions of an epoch.
 
@@ -65,7 +68,11 @@ class NormScheduler(Callback):
     >>> callback = NormScheduler({"net.layer4.*:radius": 1.0, "radius": Linear(0.0, 1.0, steps=500)}, interval="step")
     """
 
-    def __init__(self, schedules: dict[str, float | Schedule], interval: Literal["epoch", "step"] = "epoch") -> None:
+    def __init__(
+        self,
+        schedules: dict[str, float | Schedule | dict[int, float]],
+        interval: Literal["epoch", "step"] = "epoch",
+    ) -> None:
         if interval not in ("epoch", "step"):
             raise ValueError(f"NormScheduler: interval must be 'epoch' or 'step', got {interval!r}.")
         if not schedules:
@@ -225,7 +232,7 @@ class NormScheduler(Callback):
         if self._checkpoint_time is not None:
             self._set(self.parameters, self._checkpoint_time)
         else:
-            self._set([p for p in self.parameters if not was_scheduled(p.layer, p.argument)], 0)
+            self._set([p for p in self.parameters if not p.was_set], 0)
             self._write_again()
 
     def _find_parameters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -246,14 +253,14 @@ class NormScheduler(Callback):
             if key not in values:
                 values[key] = value_at(p, time, self._epoch_length())
             # Writing into a layer's tensor costs a launch per layer and step on a GPU, so only changes are written.
-            if getattr(p.layer, p.argument) != values[key] or not was_scheduled(p.layer, p.argument):
+            if getattr(p.layer, p.argument) != values[key] or not p.was_set:
                 check_value(p, time, values[key], self.interval)
-                set_scheduled(p.layer, p.argument, values[key])
+                p.set(values[key])
 
     def _write_again(self) -> None:
         """Write the current values into the layers' tensors, whatever was put there."""
         for p in self.parameters:
-            set_scheduled(p.layer, p.argument, getattr(p.layer, p.argument))
+            p.set(getattr(p.layer, p.argument))
 
     def _epoch_length(self) -> float:
         return 1.0 if self.interval == "epoch" else self._steps_per_epoch or 1.0

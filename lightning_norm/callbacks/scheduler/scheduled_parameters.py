@@ -8,12 +8,18 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import nn
 
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.scheduled import Scheduled, set_scheduled, was_scheduled
 from lightning_norm.schedules.base import Schedule
+from lightning_norm.surgery.torch_private import TorchRunningNormBase
 from lightning_norm.surgery.walk import names_by_module
+
+Layer: TypeAlias = Normalizer | TorchRunningNormBase
+"""What has values to schedule: of torch's own layers, those that may have running statistics."""
 
 
 @dataclass
@@ -28,11 +34,28 @@ class ScheduledParameter:
         schedule: what it follows.
     """
 
-    layer: Normalizer
+    layer: Layer
     layer_name: str
     argument: str
     key: str
     schedule: Schedule
+
+    @property
+    def range(self) -> Scheduled:
+        """Which values the layer takes."""
+        return _ranges(self.layer)[self.argument]
+
+    @property
+    def was_set(self) -> bool:
+        """Whether a schedule has set the value; evaluation does not read that of torch's layers."""
+        return not isinstance(self.layer, Normalizer) or was_scheduled(self.layer, self.argument)
+
+    def set(self, value: float) -> None:
+        """Give the layer a value."""
+        if isinstance(self.layer, Normalizer):
+            set_scheduled(self.layer, self.argument, value)
+        else:
+            setattr(self.layer, self.argument, value)
 
 
 def split_key(key: str) -> tuple[str | None, str]:
@@ -63,8 +86,8 @@ def find_scheduled_parameters(pl_module: nn.Module, schedules: Mapping[str, Sche
     layers = _normalizers_with_all_names(pl_module)
     if not layers:
         raise ValueError(
-            "NormScheduler: the model has no layer of this package, so nothing to schedule. Swap first: "
-            "Trainer(callbacks=[NormSwap('sn'), NormScheduler(...)])."
+            "NormScheduler: the model has no layer of this package and no BatchNorm, so nothing to schedule. Swap "
+            "first: Trainer(callbacks=[NormSwap('sn'), NormScheduler(...)])."
         )
     taken: dict[tuple[int, str], str] = {}
     parameters: list[ScheduledParameter] = []
@@ -128,7 +151,7 @@ def check_value(parameter: ScheduledParameter, time: float, value: float, unit: 
     Raises:
         ValueError: it is outside the layer's range.
     """
-    span = parameter.layer.ranges[parameter.argument]
+    span = parameter.range
     if not span.low <= value <= span.high:
         when = f"{unit} {time:.0f}" if math.isfinite(time) else "the long run (this training has no end)"
         raise ValueError(
@@ -138,13 +161,24 @@ def check_value(parameter: ScheduledParameter, time: float, value: float, unit: 
         )
 
 
-def _normalizers_with_all_names(pl_module: nn.Module) -> list[tuple[list[str], Normalizer]]:
+def _normalizers_with_all_names(pl_module: nn.Module) -> list[tuple[list[str], Layer]]:
     # A layer that stands twice in the model may be called by either of its names.
-    return [(names, module) for module, names in names_by_module(pl_module).items() if isinstance(module, Normalizer)]
+    kinds = (Normalizer, TorchRunningNormBase)
+    return [(names, module) for module, names in names_by_module(pl_module).items() if isinstance(module, kinds)]
 
 
-def _arguments(layer: Normalizer) -> set[str]:
-    return set(layer.ranges) - set(layer.without_effect())
+def _ranges(layer: Layer) -> Mapping[str, Scheduled]:
+    return layer.ranges if isinstance(layer, Normalizer) else {"momentum": Scheduled(0, 1, training_only=True)}
+
+
+def _without_effect(layer: Layer) -> Mapping[str, str]:
+    if isinstance(layer, Normalizer):
+        return layer.without_effect()
+    return {} if layer.running_mean is not None else {"momentum": "track_running_stats=False"}
+
+
+def _arguments(layer: Layer) -> set[str]:
+    return set(_ranges(layer)) - set(_without_effect(layer))
 
 
 def _matches(pattern: str, names: Sequence[str]) -> bool:
@@ -155,8 +189,8 @@ def _explain(
     key: str,
     pattern: str | None,
     argument: str,
-    matched: Sequence[tuple[list[str], Normalizer]],
-    layers: Sequence[tuple[list[str], Normalizer]],
+    matched: Sequence[tuple[list[str], Layer]],
+    layers: Sequence[tuple[list[str], Layer]],
 ) -> str:
     if not matched:
         names = [name for all_names, _ in layers for name in all_names]
@@ -169,7 +203,7 @@ def _explain(
         )
     # The argument may exist and have no effect in this layer: then the reason is the better answer.
     for names, layer in matched:
-        why = layer.without_effect().get(argument)
+        why = _without_effect(layer).get(argument)
         if why:
             return f"schedules[{key!r}]: {argument} has no effect in {type(layer).__name__} {names[0]} with {why}."
     counts = Counter(name for _, layer in matched for name in sorted(_arguments(layer)))

@@ -101,6 +101,7 @@ class FirstStep:
             if not child.training
             and not isinstance(child, Normalizer)
             and has_running_stats(child)
+            and "train" not in vars(child)  # NormFreeze has chosen it by its name
             and any(True for _ in child.parameters(recurse=False))
         ]
         if ours and alone and not self._evaluation_told:

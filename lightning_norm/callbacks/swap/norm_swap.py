@@ -42,7 +42,7 @@ class NormSwapOptions(SwapOptions):
 
     Args:
         plan: path of a YAML file written by ``lightning-norm plan --save``, or of a checkpoint: swap as it was swapped
-            there; excludes norm, norm_args, include, exclude, source and rules.
+            there; excludes norm, norm_args, source, rules and whatever chooses layers.
         norm_weight_decay: weight decay of the normalizers' parameters, whatever the optimizer has; 0 takes them out of
             it.
         switch_lr_scale: factor of the learning rate of what the normalizers learn beyond weight and bias, such as the
@@ -64,19 +64,27 @@ class NormSwapOptions(SwapOptions):
     warm_start: str | None = None
     freeze_kernel_at: int | None = None
 
-    chooses_layers: ClassVar[tuple[str, ...]] = ("norm", "norm_args", "include", "exclude", "source", "rules")
+    chooses_layers: ClassVar[tuple[str, ...]] = (
+        *("norm", "norm_args", "include", "exclude", "source", "rules"),
+        *("filter", "skip_frozen", "in_block", "every"),
+    )
     what_to_type: ClassVar[str] = "NormSwap needs norm='sn' (say), rules={'layer1.*': 'sn', ...} or plan='plan.yaml'."
 
     def __post_init__(self) -> None:
         self._make_plain()
         if self.plan is None:
             super().__post_init__()
-        elif any(getattr(self, name) is not None for name in self.chooses_layers):
+        elif self.choice():
             raise ValueError(
                 f"NormSwap: plan says which layers become what: leave out {', '.join(self.chooses_layers)}."
             )
         check_number("norm_weight_decay", self.norm_weight_decay)
         check_number("switch_lr_scale", self.switch_lr_scale)
+
+    def choice(self) -> dict[str, Any]:
+        """Return the arguments that choose layers and what they become, as far as they were given."""
+        chosen = {name: getattr(self, name) for name in self.chooses_layers}
+        return {name: value for name, value in chosen.items() if value is not None and value is not False}
 
     def with_plan_read(self) -> NormSwapOptions:
         """Return options that say themselves what the file ``plan`` says.
@@ -287,8 +295,10 @@ class NormSwap(Callback):
     @override
     def state_key(self) -> str:
         # Several NormSwaps in one Trainer differ in what they select or in what they put there.
-        names = ("norm", "norm_args", "include", "exclude", "source", "rules")
-        arguments = {name: getattr(self.options, name) for name in names if getattr(self.options, name) is not None}
+        arguments = self.options.choice()
+        if self.options.filter is not None:
+            # Its own repr holds an address, which is another one in the process that resumes.
+            arguments["filter"] = getattr(self.options.filter, "__qualname__", type(self.options.filter).__qualname__)
         return f"{type(self).__qualname__}{arguments!r}"
 
     @override
