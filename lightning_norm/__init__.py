@@ -63,6 +63,8 @@ _PUBLIC = {
     "schedules.composed": ("Chain", "Warmup"),
     "schedules.curves": ("Constant", "Cosine", "Exponential", "InversePower", "Linear", "Steps"),
     "surgery.deploy": ("DeployReport", "fold", "to_plain"),
+    "surgery.harden": ("HardenReport", "harden"),
+    "surgery.load_published": ("load_published",),
     "surgery.param_groups": ("no_weight_decay", "norm_param_groups"),
     "surgery.recognize": ("is_norm", "norm_types"),
     "surgery.recalibrate": ("Recalibration", "recalibrate"),
