@@ -1,4 +1,4 @@
-"""The layers of the papers' authors in evaluation, written anew from their equations; and files as their code saves them.
+"""The layers of the papers' authors in evaluation, written anew from their equations, and files as their code saves.
 
     python -m tests.published FOLDER
 
@@ -67,7 +67,7 @@ class SparseSN(SN):
 
     def weights(self):
         pairs = ((self.mean_weight, self.mean_fixed), (self.var_weight, self.var_fixed))
-        return [z if fixed else sparsestmax(z, float(self.radius)) for z, fixed in pairs]
+        return [z.detach() if fixed else sparsestmax(z.detach(), float(self.radius)) for z, fixed in pairs]
 
 
 def on_the_simplex(z):
@@ -200,7 +200,9 @@ class CN(nn.Module):
 
 
 def empty_linear(c, hidden):
-    layer = nn.utils.skip_init(nn.Linear, c, hidden)
+    """A linear layer of no units as well, which torch would warn of."""
+    layer = nn.Linear(1, 1)
+    layer.weight, layer.bias = nn.Parameter(torch.empty(hidden, c)), nn.Parameter(torch.empty(hidden))
     return layer
 
 

@@ -86,6 +86,17 @@ class PublishedEntries(Mapping[str, Any]):
         shapes = [(channels,), *((1, channels, *(1,) * axes) for axes in range(4))]
         return self.take(name, *shapes).reshape(channels)
 
+    def number(self, name: str) -> float:
+        """Return the value of a tensor of one element.
+
+        Raises:
+            CheckpointError: it is missing, no tensor, of more elements, or on the meta device.
+        """
+        value = self.take(name, (1,), ())
+        if value.is_meta:
+            raise CheckpointError(f"{name} is on the meta device and has no value")
+        return float(value)
+
     def running_stats(self, channels: int) -> dict[str, Tensor]:
         """Return the running statistics under torch's names, and the number of batches where there is one.
 

@@ -255,8 +255,11 @@ class EncoderDecoderNorm(MomentNorm):
             **{name: entries.take(name, (1,)) for name in GATES},
         }
         for (encoder, decoders), ratio in zip(DECODERS.items(), (2, 16), strict=True):
-            theirs, h = {"std": "standard", "rescale": "rescale"}[encoder], c // ratio
-            tensors[f"{encoder}_encoder_weight"] = unit_at_least(entries.take(f"{theirs}_encoder.weight", (h, c)), 0)
+            theirs = {"std": "standard", "rescale": "rescale"}[encoder]
+            sizes = dict.fromkeys((c // ratio, max(1, c // ratio)))
+            weight = entries.take(f"{theirs}_encoder.weight", *((h, c) for h in sizes))
+            h = len(weight)
+            tensors[f"{encoder}_encoder_weight"] = unit_at_least(weight, 0)
             tensors[f"{encoder}_encoder_bias"] = unit_at_least(entries.take(f"{theirs}_encoder.bias", (h,)), 0)
             for decoder in decoders:
                 name = f"{theirs}_{_PUBLIC_NAMES.get(decoder, decoder)}_decoder.1"

@@ -150,8 +150,8 @@ class SwitchableNorm(MixedNorm):
         arguments: dict[str, Any] = {"choices": choices, "correction": 1, "eps": 1e-5}
         fixed: tuple[str, ...] = ()
         if "radius" in entries:
-            arguments |= {"sparse": True, "radius": float(entries.take("radius", (1,)))}
-            fixed = tuple(q for q in ("mean", "var") if int(entries.take(f"{q}_fixed", (1,))))
+            arguments |= {"sparse": True, "radius": entries.number("radius")}
+            fixed = tuple(q for q in ("mean", "var") if entries.number(f"{q}_fixed"))
         for quantity in fixed:
             # The authors' code then takes the parameter itself for the weights.
             logits = tensors[f"{quantity}_weight"].tolist()

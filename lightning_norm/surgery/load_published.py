@@ -234,8 +234,8 @@ def _layers_of(
             raise CheckpointError(f"{where} holds one layer by itself: type rename={{'^': 'NAME.'}} with its name.")
         if unread := entries.unread():
             raise CheckpointError(
-                f"{where}, layer {prefix!r}, holds {', '.join(unread)}, which the authors' code of {cls.key!r} does not "
-                "write: it is of another version or another layer."
+                f"{where}, layer {prefix!r}, holds {', '.join(unread)}, which the authors' code of {cls.key!r} does "
+                "not write: it is of another version or another layer."
             )
         layers[prefix] = layer
         for name in found:
