@@ -60,6 +60,9 @@ from lightning_norm.schedules.curves import Steps as Steps
 from lightning_norm.surgery.deploy import DeployReport as DeployReport
 from lightning_norm.surgery.deploy import fold as fold
 from lightning_norm.surgery.deploy import to_plain as to_plain
+from lightning_norm.surgery.harden import HardenReport as HardenReport
+from lightning_norm.surgery.harden import harden as harden
+from lightning_norm.surgery.load_published import load_published as load_published
 from lightning_norm.surgery.param_groups import no_weight_decay as no_weight_decay
 from lightning_norm.surgery.param_groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.recalibrate import Recalibration as Recalibration

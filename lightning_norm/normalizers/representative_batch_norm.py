@@ -141,18 +141,14 @@ class RepresentativeBatchNorm(MomentNorm):
 
     @classmethod
     def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
-        """Return the authors' gate, which starts at sigmoid(1), and the rectifications that the file has."""
-        parts = tuple(part for part, names in cls.rectifications.items() if all(name in entries for name in names))
-        known = (channels_of_one_layer(entries.get(f"{part}_weight")) for part in parts)
+        """Return the authors' gate, which starts at sigmoid(1)."""
+        names = ("center_weight", "scale_weight", "scale_bias")
+        known = (channels_of_one_layer(entries.get(name)) for name in names)
         channels = next((c for c in known if c is not None), None)
         if channels is None:
             return None
-        affine = [name for name in ("weight", "bias") if name in entries]
-        names = [*affine, *(name for part in parts for name in cls.rectifications[part])]
-        tensors = {name: entries.per_channel(name, channels) for name in names}
-        arguments: dict[str, Any] = {"rectify": parts}
-        if any(len(cls.rectifications[part]) == 2 for part in parts):
-            arguments["gate_init"] = "paper"
+        tensors = {name: entries.per_channel(name, channels) for name in ("weight", "bias", *names)}
+        arguments = {"rectify": ("center", "scale"), "gate_init": "paper"}
         return PublishedLayer(channels, arguments, {**tensors, **entries.running_stats(channels)})
 
     @torch.no_grad()

@@ -134,7 +134,8 @@ def convert_published(
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
-        parent.add_module(last, getattr(nn, layer.source)(layer.num_features))
+        dtype = next(t.dtype for t in layer.tensors.values() if t.is_floating_point())
+        parent.add_module(last, getattr(nn, layer.source)(layer.num_features, dtype=dtype))
     layers = {f"{prefix}{name}": layer for name, layer in file.layers.items()}
     renamed = PublishedFile(file.path, file.cls, file.chosen, layers, {})
     report = _swap(renamed, skeleton, modules_by_name(skeleton))
@@ -160,7 +161,12 @@ def read_published(
     """
     cls, chosen = resolve(norm)
     where = repr(str(path))
-    content = read_checkpoint(path, entries=WEIGHTS)
+    try:
+        content = read_checkpoint(path, entries=WEIGHTS)
+    except CheckpointError as error:
+        # There is no argument for code in the file, which need be run once and never again.
+        way = "take its weights out: torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
+        raise CheckpointError(str(error).replace("pass weights_only=False", way)) from error
     if MANIFEST_KEY in content:
         raise CheckpointError(
             f"{where} was written by lightning_norm and not by the authors' code: load it with load_from_checkpoint, "
@@ -304,9 +310,9 @@ def _load(file: PublishedFile, model: nn.Module, strict: bool) -> None:
         # What an argument has switched off is registered as None, and what follows from arguments is in no file.
         slots = {**layer._parameters, **layer._buffers}
         tensors = {n: t for n, t in published.tensors.items() if slots.get(n) is not None or n not in slots}
-        start = {n: t for n, t in layer.named_buffers(recurse=False) if n not in layer.running_names}
-        saved = {n: t for n, t in start.items() if n not in layer._non_persistent_buffers_set}
-        state |= {f"{name}.{n}": t for n, t in {**saved, **tensors}.items()}
+        unsaved = layer._non_persistent_buffers_set
+        start = {n: t for n, t in layer.named_buffers(recurse=False) if n not in unsaved}
+        state |= {f"{name}.{n}": t for n, t in {**start, **tensors}.items()}
     try:
         with unchanged_on_error(list(model.modules())):
             model.load_state_dict(rename_for_wrappers(model, state), strict=strict)
