@@ -84,7 +84,7 @@ class ContextParameters(MomentNorm):
         mean, var = (t.to(stat_dtype(t), copy=reads_copies()) for t in (mean, var))
         # torch.where in place of a branch: no value is read back from the device, and a compiled graph serves both.
         # As published, a context with a constant prior is answered by its own statistics, whatever they are.
-        unseen = self.unseen() & (self.priors is None)
+        unseen = self.unseen() if self.priors is None else torch.zeros_like(self.unseen())
         prior = self.prior_or_uniform().to(mean.dtype).unsqueeze(1)
         prior = torch.where(unseen & ~unseen.all(), 0, prior)
         prior = prior / prior.sum().clamp_min(torch.finfo(prior.dtype).tiny)
