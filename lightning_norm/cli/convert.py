@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
         options.file, {"class_path": norm, "init_args": arguments}, rename=rename, prefix=options.prefix
     )
     # Lightning migrates checkpoints by the version that wrote them.
-    header: dict[str, Any] = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": pl.__version__}
+    header: dict[str, Any] = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": vars(pl)["__version__"]}
     content = io.BytesIO()
     torch.save({**header, **checkpoint}, content)
     write_whole(options.out, content.getvalue())

@@ -136,7 +136,7 @@ class SwitchableNorm(MixedNorm):
     @classmethod
     def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
         """Return the authors' estimator, the choices by the number of weights, and the radius of the sparse layer."""
-        weight = entries.get("weight")
+        weight: Any = entries.get("weight")
         channels = channels_of_one_layer(weight)
         if "mean_weight" not in entries or channels is None:
             return None

@@ -165,9 +165,9 @@ def _check_header(path: Any, content: Mapping[str, Any]) -> None:
 def _checked(path: Any, content: Any, entries: Sequence[str]) -> dict[str, Any]:
     for entry in entries if isinstance(content, Mapping) else ():
         if isinstance(content.get(entry), Mapping):
-            content = {**content, "state_dict": content[entry]}
-            _check_header(path, content)
-            return content
+            checked: dict[str, Any] = {**content, "state_dict": content[entry]}
+            _check_header(path, checked)
+            return checked
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
         return {"state_dict": content}
     what = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -190,7 +190,7 @@ def _row(name: str, layer: Normalizer, choice: Choice, moved: float | None) -> H
 
 @torch.no_grad()
 def _outputs(
-    model: nn.Module, arguments: tuple[Any, ...] | None, hooks: dict[Normalizer, Callable[..., None]]
+    model: nn.Module, arguments: tuple[Any, ...] | None, hooks: Mapping[Any, Callable[..., None]]
 ) -> list[Tensor]:
     """Return the model's outputs in evaluation, which leaves no trace; call a function at each of some layers."""
     if arguments is None:
@@ -202,7 +202,7 @@ def _outputs(
 
 
 @contextmanager
-def _hooked(hooks: dict[Normalizer, Callable[..., None]]) -> Iterator[None]:
+def _hooked(hooks: Mapping[Any, Callable[..., None]]) -> Iterator[None]:
     handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks.items()]
     try:
         yield

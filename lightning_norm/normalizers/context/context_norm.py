@@ -282,7 +282,7 @@ class ContextNorm(ContextStatistics):
             return None
         c, k = getattr(first, "numel", int)(), 0
         rows: dict[str, list[Tensor]] = {}
-        names = ("weight", "bias", "running_mean", "running_var")
+        names: tuple[str, ...] = ("weight", "bias", "running_mean", "running_var")
         names = names if "context_norm_layers.0.weight" in entries else names[2:]
         while f"context_norm_layers.{k}.running_mean" in entries:
             for name in names:
