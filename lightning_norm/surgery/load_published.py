@@ -317,7 +317,11 @@ def _load(file: PublishedFile, model: nn.Module, strict: bool) -> None:
         with unchanged_on_error(list(model.modules())):
             model.load_state_dict(rename_for_wrappers(model, state), strict=strict)
     except RuntimeError as error:
-        raise CheckpointError(f"the weights of {file.path} do not fit this {type(model).__name__}: {error}") from error
+        beyond = "Unexpected key" in str(error) or "Missing key" in str(error)
+        hint = " Type strict=False if the network may lack what the file has, or have more." if beyond else ""
+        raise CheckpointError(
+            f"the weights of {file.path} do not fit this {type(model).__name__}: {error}{hint}"
+        ) from error
     for name, published in file.layers.items():
         for parameter in published.fixed:
             modules[name].get_parameter(parameter).requires_grad_(False)

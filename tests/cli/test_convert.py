@@ -51,6 +51,7 @@ def test_the_new_file_is_a_checkpoint_of_a_swapped_network(folder, capsys):
     again = Net()
     trainer(NormSwap(plan="sn.ckpt", warm_start="sn.ckpt"), max_epochs=1).fit(again, loader())
     assert [m.correction for m in again.modules() if getattr(m, "key", "") == "sn"]
+    trainer(NormSwap(plan="sn.ckpt")).test(Net(), loader(), ckpt_path="sn.ckpt", verbose=False)
     assert torch.load("sn.ckpt", weights_only=True)["lightning_norm"]["layers"]
 
 

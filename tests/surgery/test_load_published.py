@@ -323,3 +323,31 @@ def test_a_checkpoint_of_what_was_loaded_says_what_was_swapped(tmp_path):
     x = inputs(20)
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(x), theirs(x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_detector_file_in_its_backbone(tmp_path):
+    theirs = resnet(nn.BatchNorm2d, "bottleneck")
+    theirs.layer4[0].bn3 = published.BNET(theirs.layer4[0].bn3.num_features)
+    state = renamed(trained(theirs).state_dict(), (r"\bbn3\.bnconv\.", "bnconv3."), ("^", "backbone."))
+    path = saved(tmp_path, {"state_dict": {**state, "neck.weight": torch.ones(3)}})
+    ours = resnet(nn.BatchNorm2d, "bottleneck").double()
+    with pytest.raises(CheckpointError, match=r"Unexpected key.*neck.weight.*Type strict=False"):
+        load_published(ours, path, "bnet", rename={r"^backbone\.": ""})
+    load_published(ours, path, "bnet", rename={r"^backbone\.": ""}, strict=False)
+    x = inputs(3, n=2)[..., :1].repeat(1, 1, 16, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs(x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["sn", "bcn"])
+def test_what_does_not_load_otherwise_points_here(name):
+    from lightning_norm.surgery.manifest import load_weights
+
+    model = nn.Sequential(OrderedDict(bn1=nn.BatchNorm2d(6)))
+    swap(model, name)
+    for place in ("sn1", "bn1"):
+        state = renamed(one(name), ("^0", place))
+        if (name, place) != ("sn", "bn1"):  # which loads, with a warning
+            with pytest.raises(CheckpointError, match=re.escape(f"load_published(model, path, {name!r})")) as error:
+                load_weights(model, {"state_dict": state}, "theirs.pth")
+            assert str(error.value).count("lightning-norm convert") == 1
