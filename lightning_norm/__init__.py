@@ -50,6 +50,7 @@ _PUBLIC = {
         "WeightDecayWarning",
         "WriteError",
     ),
+    "layers.choice": ("Choice",),
     "metrics": ("FeatureCondensation",),
     "normalizers": (
         *_METHODS,

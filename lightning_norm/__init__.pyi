@@ -21,6 +21,7 @@ from lightning_norm.errors import SyncError as SyncError
 from lightning_norm.errors import SyncWarning as SyncWarning
 from lightning_norm.errors import WeightDecayWarning as WeightDecayWarning
 from lightning_norm.errors import WriteError as WriteError
+from lightning_norm.layers.choice import Choice as Choice
 from lightning_norm.metrics import FeatureCondensation as FeatureCondensation
 from lightning_norm.normalizers import BNET as BNET
 from lightning_norm.normalizers import IBN as IBN

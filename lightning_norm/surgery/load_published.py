@@ -25,6 +25,7 @@ from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import prepare_swap
 from lightning_norm.surgery.walk import modules_by_name, rename_for_wrappers
+from lightning_norm.surgery.whole import channels_of
 
 WEIGHTS = ("state_dict", "model", "model_state_dict", "net")
 """Entries under which the authors' training scripts keep the weights."""
@@ -97,13 +98,13 @@ def load_published(
     modules = modules_by_name(model)
     file = read_published(path, norm, rename, modules)
     _check_places(file, model, modules)
+    _tell(file, model)
     report = _swap(file, model, modules)
     try:
         _load(file, model, strict)
     except CheckpointError:
         report.undo()
         raise
-    _tell(file, model)
     return report
 
 
@@ -125,6 +126,7 @@ def convert_published(
         CheckpointError: as for :func:`load_published`.
     """
     file = read_published(path, norm, rename)
+    prefix = prefix and prefix.removesuffix(".") + "."
     # A network of these layers and nothing else goes the way that a user's network goes.
     skeleton = nn.Module()
     for name, layer in file.layers.items():
@@ -138,9 +140,9 @@ def convert_published(
         parent.add_module(last, getattr(nn, layer.source)(layer.num_features, dtype=dtype))
     layers = {f"{prefix}{name}": layer for name, layer in file.layers.items()}
     renamed = PublishedFile(file.path, file.cls, file.chosen, layers, {})
+    _tell(renamed, skeleton)
     report = _swap(renamed, skeleton, modules_by_name(skeleton))
     _load(renamed, skeleton, True)
-    _tell(renamed, skeleton)
     state = {**{f"{prefix}{name}": t for name, t in file.others.items()}, **skeleton.state_dict()}
     return {"state_dict": state, MANIFEST_KEY: manifest_of(skeleton)}, report
 
@@ -261,11 +263,13 @@ def _check_places(file: PublishedFile, model: nn.Module, modules: Mapping[str, n
     for name, layer in file.layers.items():
         if name not in modules:
             raise CheckpointError(_no_place(file, name, model, modules))
-        channels = getattr(modules[name], "num_features", None)
+        channels, there = channels_of(modules[name]), type(modules[name]).__name__
+        if channels is None:
+            raise CheckpointError(_no_norm(file, name, model, there))
         if channels != layer.num_features:
             raise CheckpointError(
                 f"{file.path} has {layer.num_features} channels at {name!r}, and this {type(model).__name__} has a "
-                f"{type(modules[name]).__name__} of {channels} there. Build the network that the file is of."
+                f"{there} of {channels} there. Build the network that the file is of."
             )
 
 
@@ -284,6 +288,13 @@ def _no_place(file: PublishedFile, name: str, model: nn.Module, modules: Mapping
     return f"{who}.{hint} Type rename={{'PATTERN': 'REPLACEMENT'}}, a regular expression over the names of the file."
 
 
+def _no_norm(file: PublishedFile, name: str, model: nn.Module, there: str) -> str:
+    return (
+        f"{file.path} holds {name!r} of {file.cls.key!r}, and this {type(model).__name__} has a {there} there, which a "
+        "swap leaves alone. Build the network with BatchNorm."
+    )
+
+
 def _swap(file: PublishedFile, model: nn.Module, modules: Mapping[str, nn.Module]) -> SwapReport:
     rules = {
         re.escape(name): {"class_path": file.cls, "init_args": file.arguments(layer)}
@@ -294,10 +305,7 @@ def _swap(file: PublishedFile, model: nn.Module, modules: Mapping[str, nn.Module
     swapped = {name for row in report.layers for name in (row.name, *row.also)}
     if left := [name for name in file.layers if name not in swapped]:
         report.commit(False)
-        raise CheckpointError(
-            f"{file.path} holds {left[0]!r} of {file.cls.key!r}, and this {type(model).__name__} has a "
-            f"{type(modules[left[0]]).__name__} there, which a swap leaves alone. Build the network with BatchNorm."
-        )
+        raise CheckpointError(_no_norm(file, left[0], model, type(modules[left[0]]).__name__))
     report.commit()
     return report
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_norm import MomentNorm, Normalizer, create, fold, harden, normalizers, swap
+from lightning_norm import Choice, MomentNorm, Normalizer, create, fold, harden, normalizers, swap
 from lightning_norm.errors import NoEffectWarning
-from lightning_norm.layers.choice import Choice
 from lightning_norm.testing.kit import features, noise
 
 F64 = torch.float64

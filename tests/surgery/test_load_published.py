@@ -222,6 +222,7 @@ BAD = {
     "no priors": (lambda: one("cn"), "cn", r"'priors': \[0.333333, 0.333333, 0.333333\]"),
     "another place": (lambda: renamed(one("sn"), ("^0", "a.b")), "sn", "'a.b'.*no layer of that name.*rename="),
     "other channels": (lambda: one("sn", 8), "sn", "8 channels at '0'.*BatchNorm2d of 6"),
+    "no norm there": (lambda: renamed(one("sn"), ("^0", "1")), "sn", "'1' of 'sn'.*has a ReLU there"),
     "the layer by itself": (lambda: trained(published.SN(6)).state_dict(), "sn", "one layer by itself"),
     "no tensor": (lambda: {**one("sn"), "0.weight": [1.0]}, "sn", "list and no tensor|no checkpoint"),
     "an entry more": (lambda: {**one("bcn"), "0.extra": torch.ones(1)}, "bcn", "holds extra, which"),
@@ -239,7 +240,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_foreign_and_damaged_files_are_refused(case, tmp_path):
     state, norm, said = BAD[case]
-    model = nn.Sequential(nn.BatchNorm2d(6))
+    model = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU())
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CheckpointError, match=said) as error:
         load_published(model, saved(tmp_path, state()), norm)
