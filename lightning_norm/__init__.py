@@ -53,6 +53,7 @@ _PUBLIC = {
         "WeightDecayWarning",
         "WriteError",
     ),
+    "layers.choice": ("Choice",),
     "metrics": ("FeatureCondensation",),
     "normalizers": (
         *_METHODS,
@@ -66,6 +67,8 @@ _PUBLIC = {
     "schedules.composed": ("Chain", "Warmup"),
     "schedules.curves": ("Constant", "Cosine", "Exponential", "InversePower", "Linear", "Staircase", "Steps"),
     "surgery.deploy": ("DeployReport", "fold", "to_plain"),
+    "surgery.harden": ("HardenReport", "harden"),
+    "surgery.load_published": ("load_published",),
     "surgery.pause": ("paused_statistics",),
     "surgery.param_groups": ("no_weight_decay", "norm_param_groups"),
     "surgery.recognize": ("is_norm", "norm_types"),

@@ -22,6 +22,7 @@ from lightning_norm.errors import SyncError as SyncError
 from lightning_norm.errors import SyncWarning as SyncWarning
 from lightning_norm.errors import WeightDecayWarning as WeightDecayWarning
 from lightning_norm.errors import WriteError as WriteError
+from lightning_norm.layers.choice import Choice as Choice
 from lightning_norm.metrics import FeatureCondensation as FeatureCondensation
 from lightning_norm.normalizers import BNET as BNET
 from lightning_norm.normalizers import IBN as IBN
@@ -62,6 +63,9 @@ from lightning_norm.schedules.curves import Steps as Steps
 from lightning_norm.surgery.deploy import DeployReport as DeployReport
 from lightning_norm.surgery.deploy import fold as fold
 from lightning_norm.surgery.deploy import to_plain as to_plain
+from lightning_norm.surgery.harden import HardenReport as HardenReport
+from lightning_norm.surgery.harden import harden as harden
+from lightning_norm.surgery.load_published import load_published as load_published
 from lightning_norm.surgery.param_groups import no_weight_decay as no_weight_decay
 from lightning_norm.surgery.param_groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.pause import paused_statistics as paused_statistics

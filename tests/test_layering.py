@@ -30,8 +30,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 SAME_NAMES = {"__init__", "base", "torch_private", "forward", "backward", "launch", "flags"}
 """Names that say their role in a folder; the folder says of what."""
-NAMED_AFTER_ANOTHER = ("kernels/", "ops/fused/", "testing/")
-"""Folders whose files may have the name of the file that they are the kernels, the description or the checks of."""
+NAMED_AFTER_ANOTHER = ("kernels/", "ops/fused/", "testing/", "cli/")
+"""Folders whose files may have the name of the file that they are the kernels, the description, the checks or the
+command of."""
 
 
 def name_of(file):

@@ -17,6 +17,7 @@ from lightning_norm.callbacks import NormSwap
 from lightning_norm.cli.norm_cli import NormCLI
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.deploy import fold, to_plain
+from lightning_norm.surgery.harden import harden
 from lightning_norm.surgery.manifest import load_weights, manifest_in, rebuild
 from lightning_norm.surgery.swap import swap
 from lightning_norm.surgery.whole_files import write_whole, writing_whole
@@ -54,6 +55,8 @@ def run(argv: Sequence[str]) -> None:
     model = prepared(cli, options.ckpt_path)
     example = _example(model, options.shape)
     # The layers are changed first, or the file would hold the graph of the swapped network.
+    if options.harden is not None:
+        print(harden(model, example, threshold=options.harden))
     if options.layers != "keep":
         print({"fold": fold, "plain": to_plain}[options.layers](model, example))
     write(model, example, options.out)
@@ -152,5 +155,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("fold", "plain", "keep"),
         default="fold",
         help="fold into convolutions (default), only make plain, or keep the normalizers",
+    )
+    parser.add_argument(
+        "--harden",
+        type=float,
+        metavar="THRESHOLD",
+        help="first turn sn and bcn layers whose weights have decided into what they chose: 0.9, say",
     )
     return parser

@@ -46,6 +46,7 @@ COMMANDS = {
         Command("predict", TRAIN, f"{CONFIG} --ckpt_path last.ckpt"),
         Command("list", "look", "", "the normalizers"),
         Command("plan", "look", CONFIG, "what a swap would do"),
+        Command("convert", "bring", "published.pth --norm sn --out sn.ckpt", "a file of a paper's authors"),
         Command("export", "leave", "--config your.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2"),
         Command("compare", "measure", "--norms bn,sn,bcn --seeds 3", "accuracy, with intervals"),
         Command("bench", "measure", "--device cpu", "time and memory"),

@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.arguments import arguments_of, as_int, check_call, check_zero_weight, merged_signature
+from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
@@ -259,6 +260,13 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     def monitor(self) -> dict[str, Tensor]:
         """Return what the layer has learned, as quantity -> 0-dim tensor, for the loggers."""
         return {}
+
+    def choice(self, threshold: float) -> Choice | None:
+        """Return which plain normalizer the weights have chosen, each by ``threshold`` at least, in (0.5, 1].
+
+        ``None`` in a class whose weights choose nothing; :func:`lightning_norm.harden` leaves its layers alone.
+        """
+        return None
 
 
 def has_affine(layer: nn.Module, name: str) -> bool:

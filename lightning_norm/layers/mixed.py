@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.arguments import number_of_groups, settled_groups
 from lightning_norm.layers.base import MomentNorm
+from lightning_norm.layers.choice import Choice
 
 
 class MixedNorm(MomentNorm):
@@ -85,6 +86,20 @@ class MixedNorm(MomentNorm):
         """Tell whether all importance is on the batch statistics."""
         at = self.choices.index("bn") if "bn" in self.choices and self.has_running_stats else None
         return at is not None and all(float(w[at]) == 1 for w in self.importance().values())
+
+    def choice(self, threshold: float) -> Choice:
+        """Return the statistic on which nearly all importance is, of the mean as of the variance."""
+        best = {quantity: w.double().cpu().max(0) for quantity, w in self.importance().items()}
+        mean, var = (self.choices[int(b.indices)] for b in best.values())
+        weights = [float(b.values) for b in best.values()]
+        said = f"mean: {mean} {weights[0]:.3g}, variance: {var} {weights[1]:.3g}"
+        if not all(weight >= threshold for weight in weights):  # so that NaN has not decided
+            return Choice("", min(weights), f"undecided ({said})")
+        if mean != var:
+            return Choice("", min(weights), f"no plain normalizer mixes its choices ({said})")
+        biased = getattr(self, "correction", 0) and mean != "bn"
+        why = "correction=1: the plain normalizer's variance is biased" if biased else ""
+        return Choice(mean, min(weights), why, {"num_groups": self.num_groups} if mean == "gn" else {})
 
     def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
         """Return the choices behind a checkpoint's weights."""

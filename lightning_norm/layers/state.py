@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.errors import CheckpointError, PublishedFileWarning
+from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer, by_prefix
 from lightning_norm.layers.running_stats import RunningStats
 from lightning_norm.layers.scheduled import ScheduledValues, scheduled_value
 from lightning_norm.layers.translation import Translation
@@ -55,19 +56,17 @@ class Loading(ScheduledValues, RunningStats):
     published_names: ClassVar[tuple[str, ...]] = ()
     """Names, or their beginnings up to a dot, that a file of the paper's authors has and that do not load."""
 
-    published_remedy: ClassVar[str] = ""
-    """What to do with such a file."""
+    published_renames: ClassVar[dict[str, str]] = {}
+    """Regular expression -> replacement: names of layers in the authors' networks, as torchvision has them."""
 
-    def published_arguments(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments with which this class computes what the authors' does, if the file is theirs.
+    @classmethod
+    def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
+        """Return what the authors' file says of a layer, in this class's words; ``None`` if it is none of theirs.
 
-        Args:
-            loaded: the layer's part of a checkpoint, name -> tensor.
-
-        Returns:
-            Argument -> value; empty for a file that is not the authors', or not known to be.
+        Raises:
+            CheckpointError: it is theirs, and an entry is missing or wrong.
         """
-        return {}
+        return None
 
     def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
         """Return what to type so that a checkpoint's tensor, of another shape than the layer's, fits; "" if unknown.
@@ -89,7 +88,8 @@ class Loading(ScheduledValues, RunningStats):
         # First, before a tensor of another method could pass for one of this layer's.
         _refuse_published(self, loaded, prefix)
         _refuse_another(self, loaded, prefix)
-        theirs = {k: v for k, v in self.published_arguments(loaded).items() if getattr(self, k) != v}
+        published = published_layer(type(self), loaded)
+        theirs = {k: v for k, v in (published.arguments if published else {}).items() if getattr(self, k) != v}
         self._translate(state_dict, prefix, loads_strictly())
         for name in BATCH_NORM_BUFFERS:
             if getattr(self, name, None) is None:
@@ -123,7 +123,7 @@ class Loading(ScheduledValues, RunningStats):
                 args[-1],
                 f"the file is of the authors' code of {self.key!r}, by its shapes (first layer: "
                 f"{prefix[:-1] or 'this'}), and with the arguments that it has {type(self).__name__} computes another "
-                f"function. Type norm_args={theirs!r} before loading.",
+                f"function. {convert_first(self.key)} Or type norm_args={theirs!r} before loading.",
             )
         # What is missing may mean that the file is another method's, and then that is the better message.
         others = likely(self.registry, loaded)
@@ -145,11 +145,11 @@ def _refuse_shape(
     advice = layer.arguments_that_fit(name, loaded)
     if advice and theirs:
         arguments = ", ".join(f"{argument}={wanted!r}" for argument, wanted in theirs.items())
-        advice = f"{arguments}, as the authors' code has it, whose file this is"
+        advice = f"{arguments}, as the authors' code has it, whose file this is. {convert_first(layer.key)}"
     if advice:
         raise RuntimeError(
             f"{prefix[:-1] or 'this layer'}: the checkpoint has a {name} {tuple(loaded.shape)}, this "
-            f"{type(layer).__name__} one of {tuple(value.shape)}. Type {advice}."
+            f"{type(layer).__name__} one of {tuple(value.shape)}. Type {advice.removesuffix('.')}."
         )
 
 
@@ -196,15 +196,6 @@ def restore_precision(layer: Any) -> None:
         # Buffers that no file holds would stay on the meta device. torch has no public way to ask for them.
         if t.is_meta and name in layer._non_persistent_buffers_set:
             setattr(layer, name, torch.full_like(t, scheduled_value(layer, name[1:]) or 0, device=device))
-
-
-def of_one_layer(tensor: Any, channels: int) -> bool:
-    """Tell whether a tensor holds one value per channel as published code does: (1, C, 1, 1), and not (C,).
-
-    >>> of_one_layer(torch.ones(1, 3, 1, 1), 3), of_one_layer(torch.ones(3), 3)
-    (True, False)
-    """
-    return isinstance(tensor, Tensor) and tensor.dim() > 1 and tensor.shape[0] == 1 and tensor.numel() == channels
 
 
 class MissingKey(str):
@@ -267,12 +258,36 @@ def _refuse_published(layer: Loading, loaded: Mapping[str, Any], prefix: str) ->
     if type(layer) in owners:
         owners = [type(layer), *(cls for cls in owners if cls is not type(layer))]
     keys = " or ".join(repr(cls.key) for cls in owners)
-    swap_first = "" if type(layer) in owners else f" Swap to {owners[0].key!r} and not to {layer.key!r}."
     came = _came(counts[owners[0]], loaded)
+    readable = published_layer(owners[0], loaded) is not None
+    remedy = convert_first(owners[0].key) if readable else "Entries are missing or wrong, or it is another layer."
     raise CheckpointError(
         f"{prefix[:-1] or 'this layer'} is {type(layer).__name__}, and the file holds {came}, as the "
-        f"authors' code of {keys} writes it, which does not load as it is.{swap_first} "
-        f"{owners[0].published_remedy}"
+        f"authors' code of {keys} writes it, which does not load as it is. {remedy}"
+    )
+
+
+def published_layer(cls: type[Loading], entries: Mapping[str, Any]) -> PublishedLayer | None:
+    """Return what a class reads of a layer in its authors' file; ``None`` if it is none, or a damaged one."""
+    try:
+        return cls.read_published(PublishedEntries(entries))
+    except CheckpointError:
+        return None
+
+
+def published_keys(registry: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """Return the normalizers whose authors' code may have written layers of a network's entries."""
+    # A class that is derived from a registered one has inherited how that one reads.
+    readers = {key: cls for key, cls in registry.items() if not any(vars(base).get("key") for base in cls.__mro__[1:])}
+    groups = by_prefix(state).values()
+    return [key for key, cls in readers.items() if any(published_layer(cls, entries) for entries in groups)]
+
+
+def convert_first(key: str) -> str:
+    """Return what to type for a file of the authors' code."""
+    return (
+        f"lightning_norm.load_published(model, path, {key!r}) swaps a network that has not been swapped, and loads the "
+        f"file; lightning-norm convert FILE --norm {key} --out OUT rewrites it."
     )
 
 

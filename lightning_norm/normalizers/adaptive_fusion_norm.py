@@ -37,7 +37,8 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
         rescale_ratio: E_r has C // rescale_ratio, at least one.
         gate_init: start of lambda_mu and lambda_sigma; ``-inf`` closes the gates for good, for it has no gradient.
         rescale_init: start of lambda_beta and lambda_gamma, which no sigmoid bounds.
-        options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: ``correction=1`` and ``eps_outside=True`` are as in the public code, whose checkpoints need them; eps,
+            momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: a ratio, a start or dropout out of range.

@@ -32,7 +32,8 @@ class ASRNorm(EncoderDecoderNorm):
         gate_init: start of lambda_mu and lambda_sigma; ``-inf`` closes the gates for good, for it has no gradient.
         rescale_init: start of lambda_beta and lambda_gamma, which no sigmoid bounds.
         rescale_gate: ``False`` for 1 in place of lambda_beta and lambda_gamma, for training from scratch.
-        options: eps, affine, bias, channel_dim, device, dtype: see :class:`MomentNorm`.
+        options: ``correction=1`` and ``eps_outside=True`` are as in the public code, whose checkpoints need them; eps,
+            affine, bias, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: a ratio or a start out of range, or one element per sample and channel.

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import mixture_spec
+from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
@@ -31,15 +33,16 @@ class BatchChannelNorm(MomentNorm):
         num_features: channels, the C of an input (N, C, *).
         constraint: how iota is kept in [0, 1]: ``None`` not at all (published), "clamp", or "sigmoid" of a stored
             logit, which starts at 6 (iota = 0.9975), since iota = 1 is out of a sigmoid's reach.
+        correction: 0, or 1 for the authors' estimator, which their checkpoints need: the running variance is biased,
+            and evaluation multiplies it by m / (m - 1), with m the elements per channel of the evaluation batch.
         options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
         ValueError: an unknown constraint.
 
     Differs from the paper: the running variance is stored unbiased, as in torch, and used as it is, so that evaluation
-    never depends on the evaluation batch (the published code multiplies by m / (m - 1) of that batch); ``momentum``
-    takes effect. Not to be confused with Qiao et al.'s batch-channel normalization (arXiv 1911.09738), which applies
-    the two in sequence.
+    never depends on the evaluation batch (``correction=1`` is published); ``momentum`` takes effect. Not to be confused
+    with Qiao et al.'s batch-channel normalization (arXiv 1911.09738), which applies the two in sequence.
 
     >>> BatchChannelNorm(8)(torch.randn(4, 8, 5, 5)).shape
     torch.Size([4, 8, 5, 5])
@@ -50,25 +53,29 @@ class BatchChannelNorm(MomentNorm):
         "Khaled et al.", 2023, "BCN: Batch Channel Normalization for Image Classification", "arXiv 2312.00596"
     )
     extra_parameters: ClassVar[dict[str, str]] = {"iota": "C"}
-    repr_arguments: ClassVar[tuple[str, ...]] = ("constraint",)
+    repr_arguments: ClassVar[tuple[str, ...]] = ("constraint", "correction")
     published_names: ClassVar[tuple[str, ...]] = ("BCN_var", "gamma", "beta", "Batchh.", "layeer.")
-    published_remedy: ClassVar[str] = (
-        "Rename BCN_var to iota, gamma to weight, beta to bias, Batchh.runningmean to running_mean and "
-        "Batchh.runningvar to running_var, and leave out the rest, which is unused."
-    )
     iota: nn.Parameter
 
     def __init__(
-        self, num_features: int, *, constraint: Literal["clamp", "sigmoid"] | None = None, **options: Any
+        self,
+        num_features: int,
+        *,
+        constraint: Literal["clamp", "sigmoid"] | None = None,
+        correction: Literal[0, 1] = 0,
+        **options: Any,
     ) -> None:
         # Before the base class, whose ``reset_parameters`` asks for the start of iota.
-        self.constraint = constraint
+        self.constraint, self.correction = constraint, correction
         super().__init__(num_features, **options)
         self._add_parameters(options, iota=(num_features,))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
-        batch, layer = self.track(m.over_batch()), m.over_channels()
+        pooled, layer = m.over_batch(), m.over_channels()
+        batch = self.track(pooled)
+        if self.correction and not self.training and self.has_running_stats:
+            batch = Moments(batch.mean, batch.var, pooled.count).unbiased()
         iota = self.mixture()
         # With X = (x - mu_B) / sigma_B and Y alike, both are affine in x, so their mixture is one affine map.
         x = iota * (batch.var.to(m.mean.dtype) + self.eps).rsqrt()
@@ -78,18 +85,36 @@ class BatchChannelNorm(MomentNorm):
             scale, shift = self.weight * scale, self.weight * shift
         return Affine(m.mean, scale, shift if self.bias is None else shift + self.bias)
 
-    def fused_spec(self, layout: Layout) -> MixtureSpec:
-        """Return the same equation for the kernels."""
+    def fused_spec(self, layout: Layout) -> MixtureSpec | None:
+        """Return the same equation for the kernels, which know the running variance of torch alone."""
+        if self.correction:
+            return None
         return mixture_spec(self, ("bn", "ln"), w=self.mixture(), outputs=True)
 
     @property
     def preserves_eval(self) -> bool:
-        """Whether iota starts at exactly 1."""
-        return self.constraint != "sigmoid"
+        """Whether iota starts at exactly 1, and the running variance means what it means in torch."""
+        return self.constraint != "sigmoid" and not self.correction
 
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether iota is exactly 1 in every channel: batch normalization."""
-        return self.has_running_stats and bool((self.mixture() == 1).all())
+        return self.has_running_stats and not self.correction and bool((self.mixture() == 1).all())
+
+    def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
+        """Return the mean and variance that the running ones move towards; the authors' are biased."""
+        return (m.mean, m.var) if self.correction else super().running_target(m)
+
+    def choice(self, threshold: float) -> Choice:
+        """Return batch normalization where iota is near 1 in every channel, layer normalization where it is near 0."""
+        iota = self.mixture().detach().double().cpu()
+        weights = {"bn": 1 - (1 - iota).abs(), "ln": 1 - iota.abs()}
+        norm = max(weights, key=lambda norm: int((weights[norm] >= threshold).sum()))
+        least = float(weights[norm].min())
+        if not least >= threshold:  # so that NaN has not decided
+            counts = ", ".join(f"{norm} in {int((w >= threshold).sum())}" for norm, w in weights.items())
+            return Choice("", least, f"undecided (of {len(iota)} channels {counts})")
+        why = "correction=1: evaluation no longer depends on the batch" if self.correction and norm == "bn" else ""
+        return Choice(norm, least, why)
 
     def mixture(self) -> Tensor:
         """Return iota (C,), constrained: 1 is batch normalization, 0 layer normalization."""
@@ -106,3 +131,15 @@ class BatchChannelNorm(MomentNorm):
     def start_values(self) -> dict[str, float | Tensor]:
         """Return 1 for iota; 6 where it is a sigmoid's logit."""
         return {"iota": 6.0 if self.constraint == "sigmoid" else 1.0}
+
+    @classmethod
+    def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
+        """Return the authors' evaluation; the affine maps of their two inner layers are never used."""
+        if "BCN_var" not in entries:
+            return None
+        c = getattr(entries["BCN_var"], "numel", int)()
+        names = {"BCN_var": "iota", "gamma": "weight", "beta": "bias"}
+        names |= {"Batchh.runningmean": "running_mean", "Batchh.runningvar": "running_var"}
+        tensors = {ours: entries.per_channel(theirs, c) for theirs, ours in names.items()}
+        entries.leave_out(f"{inner}.{name}" for inner in ("Batchh", "layeer") for name in ("gamma", "beta"))
+        return PublishedLayer(c, {"correction": 1, "eps": 1e-5}, tensors)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+from lightning_norm.errors import CheckpointError
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.convolved import ConvolvedNorm, centre_taps
 from lightning_norm.layers.fused_specs import mixture_spec
+from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer
 from lightning_norm.layers.translation import Translation, renamed
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout
@@ -86,3 +88,21 @@ class BNET(ConvolvedNorm):
         """The authors' names; and a BatchNorm's weight is the centre taps, which ``init="zero"`` leaves behind."""
         weight = Translation("weight", "kernel", self.dirac, centre_taps, swapped=self.init == "dirac")
         return renamed("bnconv.weight", "kernel"), renamed("bnconv.bias", "bias"), weight
+
+    published_renames: ClassVar[dict[str, str]] = {
+        r"\bbnet(\d+)\b": r"bn\1",  # ImageNet
+        r"\bbnconv(\d+)\b": r"bn\1.bnconv",  # an older format, for detection: the convolution beside its layer
+    }
+
+    @classmethod
+    def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
+        """Return the size of the kernel."""
+        if "bnconv.weight" not in entries:
+            return None
+        shape = tuple(getattr(entries["bnconv.weight"], "shape", ()))
+        c, axes, k = (*shape, 0)[0], len(shape) - 2, (*shape, 0)[-2]
+        kernel = entries.take("bnconv.weight", (c, 1, *(k,) * max(axes, 1)))
+        if axes not in (1, 2, 3) or k % 2 == 0:
+            raise CheckpointError(f"bnconv.weight has the shape {shape}, expected (C, 1, k, k) with an odd k")
+        tensors = {"kernel": kernel, "bias": entries.take("bnconv.bias", (c,)), **entries.running_stats(c)}
+        return PublishedLayer(c, {"kernel_size": k, "spatial_dims": axes}, tensors, SOURCES[axes])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
 from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.fused_specs import running_stats, uses_running_stats
+from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer, unit_at_least
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.linear import linear
@@ -43,6 +44,8 @@ class EncoderDecoderNorm(MomentNorm):
         gate_init: start of lambda_mu and lambda_sigma.
         rescale_init: start of lambda_beta and lambda_gamma.
         rescale_gate: ``False`` for 1 in place of lambda_beta and lambda_gamma.
+        correction: 0 for the biased variance, 1 for the unbiased one of the public code, which its checkpoints need.
+        eps_outside: sigma is sqrt(variance) + eps, as in the public code of AFN, and d has no lower limit.
         options: see :class:`MomentNorm`.
 
     Raises:
@@ -69,13 +72,9 @@ class EncoderDecoderNorm(MomentNorm):
         *("standard_encoder.", "standard_mean_decoder.", "standard_std_decoder.", "rescale_encoder."),
         *("rescale_beta_decoder.", "rescale_gamma_decoder.", "bias_beta", "bias_gamma", "real_gamma", "real_beta"),
     )
-    published_remedy: ClassVar[str] = (
-        "Rename standard_encoder.* to std_encoder_*, standard_mean_decoder.1.* to mu_decoder_*, "
-        "standard_std_decoder.1.* to sigma_decoder_*, rescale_encoder.* to rescale_encoder_*, rescale_beta_decoder.1.* "
-        "to beta_decoder_*, rescale_gamma_decoder.1.* to gamma_decoder_*, bias_beta to bias and bias_gamma to weight; "
-        "the authors' gates pass the sigmoid twice, so that lambda_mu and lambda_sigma are sigmoid(theirs)."
+    repr_arguments: ClassVar[tuple[str, ...]] = (
+        *("std_ratio", "rescale_ratio", "gate_init", "rescale_init", "correction", "eps_outside"),
     )
-    repr_arguments: ClassVar[tuple[str, ...]] = ("std_ratio", "rescale_ratio", "gate_init", "rescale_init")
 
     lambda_mu: nn.Parameter
     lambda_sigma: nn.Parameter
@@ -89,6 +88,8 @@ class EncoderDecoderNorm(MomentNorm):
         gate_init: float,
         rescale_init: float,
         rescale_gate: bool = True,
+        correction: Literal[0, 1] = 0,
+        eps_outside: bool = False,
         **options: Any,
     ) -> None:
         who = type(self).__name__
@@ -101,6 +102,7 @@ class EncoderDecoderNorm(MomentNorm):
             raise ValueError(f"{who}: rescale_init must be a finite number, got {rescale_init!r}.")
         self.std_ratio, self.rescale_ratio, self.rescale_gate = std_ratio, rescale_ratio, rescale_gate
         self.gate_init, self.rescale_init = float(gate_init), float(rescale_init)
+        self.correction, self.eps_outside = correction, bool(eps_outside)
         super().__init__(num_features, **options)
         layers: dict[str, tuple[int, ...]] = {}
         for encoder, ratio in (("std", std_ratio), ("rescale", rescale_ratio)):
@@ -121,9 +123,12 @@ class EncoderDecoderNorm(MomentNorm):
             s: the statistics mu and sigma^2, (N, C) or (1, C).
             m: the moments of x, (N, C); the same object where mu and sigma^2 are those of x.
         """
+        if self.correction:
+            same, s = s is m, s.unbiased()  # running statistics, which are so already, stay as they are
+            m = s if same else m
         # The networks run in the dtype of the variances; the sums with mu and sigma in that of the means.
         wide = stat_dtype(s.var)
-        std = (s.var.to(wide) + self.eps).sqrt()
+        std, least_d = self._std(s.var.to(wide))
         # An encoder reads mu and sigma by the same weights: one matrix product for both, one below the other.
         measured = torch.cat([s.mean.to(m.var.dtype), std.to(m.var.dtype)])
         mu, sigma = self._decode("std", self.drop_statistics(measured), wide)
@@ -140,12 +145,21 @@ class EncoderDecoderNorm(MomentNorm):
             # The two differences are small, so that their sum rounds less than one of the means would.
             centered_mean = (m.mean - s.mean) + centered_mean
         d = std + self._parameter("lambda_sigma", wide).sigmoid() * (sigma.relu() - std)
-        # An adapted deviation may come near 0, and sqrt(eps) is the least that a measured one can be.
-        scale = (weight + gamma) / d.clamp_min(math.sqrt(self.eps))
+        scale = (weight + gamma) / d.clamp_min(least_d)
         return Affine(m.mean, scale, scale * centered_mean + (bias + beta))
+
+    def _std(self, var: Tensor) -> tuple[Tensor, float]:
+        """Return sigma, and the least that d may be."""
+        if self.eps_outside:
+            tiny = torch.finfo(var.dtype).tiny  # the root of 0 has an infinite slope
+            return var.clamp_min(tiny).sqrt() + self.eps, tiny
+        # An adapted deviation may come near 0, and sqrt(eps) is the least that a measured one can be.
+        return (var + self.eps).sqrt(), math.sqrt(self.eps)
 
     def fused_spec(self, layout: Layout) -> EncoderDecoderSpec | None:
         """Return the same equations for the kernels, if encoders and decoders have one dtype. AFN and ASR opt in."""
+        if self.correction or self.eps_outside:
+            return None  # the kernels know sigma = sqrt(biased variance + eps)
         linear_layers = tuple(p for pair in self.linear_parameters() for p in pair)
         # The kernels read all weights as one dtype; mixed ones are rare, and PyTorch takes them.
         if len({p.dtype for p in linear_layers}) > 1:
@@ -228,3 +242,36 @@ class EncoderDecoderNorm(MomentNorm):
                     "the model to that normalizer before loading."
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @classmethod
+    def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
+        """Return what the public code does: unbiased variance, eps = 1e-6; AFN's statistics are the test batch's."""
+        if "standard_encoder.weight" not in entries:
+            return None
+        c = getattr(entries.get("bias_gamma"), "numel", int)()
+        tensors = {
+            "bias": entries.take("bias_beta", (c,)),
+            "weight": entries.take("bias_gamma", (c,)),
+            **{name: entries.take(name, (1,)) for name in GATES},
+        }
+        for (encoder, decoders), ratio in zip(DECODERS.items(), (2, 16), strict=True):
+            theirs = {"std": "standard", "rescale": "rescale"}[encoder]
+            sizes = dict.fromkeys((c // ratio, max(1, c // ratio)))
+            weight = entries.take(f"{theirs}_encoder.weight", *((h, c) for h in sizes))
+            h = len(weight)
+            tensors[f"{encoder}_encoder_weight"] = unit_at_least(weight, 0)
+            tensors[f"{encoder}_encoder_bias"] = unit_at_least(entries.take(f"{theirs}_encoder.bias", (h,)), 0)
+            for decoder in decoders:
+                name = f"{theirs}_{_PUBLIC_NAMES.get(decoder, decoder)}_decoder.1"
+                tensors[f"{decoder}_decoder_weight"] = unit_at_least(entries.take(f"{name}.weight", (c, h)), 1)
+                tensors[f"{decoder}_decoder_bias"] = entries.take(f"{name}.bias", (c,))
+        arguments: dict[str, Any] = {"correction": 1, "eps": 1e-6}
+        if cls.train_uses_batch_stats:
+            tracked = "running_mean" in entries
+            arguments |= {"eps_outside": True, "track_running_stats": tracked}
+            tensors |= entries.running_stats(c) if tracked else {}
+        return PublishedLayer(c, arguments, tensors)
+
+
+_PUBLIC_NAMES = {"mu": "mean", "sigma": "std"}
+"""Names of decoders here -> in the public code, where they differ."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import per_channel_spec
-from lightning_norm.layers.state import of_one_layer
+from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer, channels_of_one_layer
 from lightning_norm.ops.fused.per_channel import GATES, PerChannelSpec
 from lightning_norm.ops.layout import Layout, stat_dtype
 from lightning_norm.ops.moments import Affine, Moments
@@ -139,13 +139,17 @@ class RepresentativeBatchNorm(MomentNorm):
         """Whether every gate starts at 1."""
         return self.gate_init == "unit" or set(self.rectify) <= {"center"}
 
-    def published_arguments(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the authors' gate, where there is one."""
-        theirs = any(
-            of_one_layer(loaded.get(n), self.num_features) for n in ("center_weight", "scale_weight", "weight")
-        )
-        gated = any(len(self.rectifications[part]) == 2 for part in self.rectify)
-        return {"gate_init": "paper"} if theirs and gated else {}
+    @classmethod
+    def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
+        """Return the authors' gate, which starts at sigmoid(1)."""
+        names = ("center_weight", "scale_weight", "scale_bias")
+        known = (channels_of_one_layer(entries.get(name)) for name in names)
+        channels = next((c for c in known if c is not None), None)
+        if channels is None:
+            return None
+        tensors = {name: entries.per_channel(name, channels) for name in ("weight", "bias", *names)}
+        arguments = {"rectify": ("center", "scale"), "gate_init": "paper"}
+        return PublishedLayer(channels, arguments, {**tensors, **entries.running_stats(channels)})
 
     @torch.no_grad()
     def monitor(self) -> dict[str, Tensor]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_norm.errors import CheckpointError
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.mixed import MixedNorm
+from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer, channels_of_one_layer
 from lightning_norm.layers.scheduled import Scheduled
-from lightning_norm.layers.state import of_one_layer
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments, mixture
@@ -133,20 +134,33 @@ class SwitchableNorm(MixedNorm):
         return {**super().without_effect(), **({} if self.sparse else {"radius": "sparse=False"})}
 
     published_names: ClassVar[tuple[str, ...]] = ("radius", "mean_fixed", "var_fixed")
-    published_remedy: ClassVar[str] = (
-        "It is of the sparse layer: take radius, mean_fixed and var_fixed out of the file, and type "
-        "norm_args={'sparse': True, 'correction': 1, 'radius': ...} with the radius that the file has."
-    )
+    published_renames: ClassVar[dict[str, str]] = {r"\bsn(\d+)\b": r"bn\1"}
 
-    def published_arguments(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the estimator, and the choices of a file with two: the authors' 1d layer has no "in"."""
-        tensors = [loaded.get(name) for name in ("weight", "running_mean")]
-        if "mean_weight" not in loaded or not any(of_one_layer(t, self.num_features) for t in tensors):
-            return {}
-        if loaded["mean_weight"].numel() != 2:
-            return {"correction": 1}
-        flat = isinstance(tensors[0], Tensor) and tensors[0].dim() == 2
-        return {"choices": ("ln", "bn") if flat or tensors[1] is not None else ("in", "ln"), "correction": 1}
+    @classmethod
+    def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
+        """Return the authors' estimator, the choices by the number of weights, and the radius of the sparse layer."""
+        weight: Any = entries.get("weight")
+        channels = channels_of_one_layer(weight)
+        if "mean_weight" not in entries or channels is None:
+            return None
+        axes, two = weight.dim() - 2, getattr(entries["mean_weight"], "shape", ()) == (2,)
+        choices: tuple[str, ...] = ("in", "ln", "bn")
+        if two:  # the authors' 1d layer has no "in"; their others have no "bn" where they keep no running statistics
+            choices = ("ln", "bn") if not axes or "running_mean" in entries else ("in", "ln")
+        tensors = {name: entries.per_channel(name, channels) for name in ("weight", "bias")}
+        tensors |= {name: entries.take(name, (len(choices),)) for name in ("mean_weight", "var_weight")}
+        tensors |= entries.running_stats(channels) if "bn" in choices else {}
+        arguments: dict[str, Any] = {"choices": choices, "correction": 1, "eps": 1e-5}
+        fixed: tuple[str, ...] = ()
+        if "radius" in entries:
+            arguments |= {"sparse": True, "radius": entries.number("radius")}
+            fixed = tuple(q for q in ("mean", "var") if entries.number(f"{q}_fixed"))
+        for quantity in fixed:
+            # The authors' code then takes the parameter itself for the weights.
+            logits = tensors[f"{quantity}_weight"].tolist()
+            if sorted(logits) != [0.0] * (len(choices) - 1) + [1.0]:
+                raise CheckpointError(f"{quantity}_fixed is set, and {quantity}_weight is not one-hot: {logits}")
+        return PublishedLayer(channels, arguments, tensors, SOURCES[axes], tuple(f"{q}_weight" for q in fixed))
 
 
 def _is_one(count: int | Tensor) -> bool:

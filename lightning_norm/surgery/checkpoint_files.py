@@ -6,7 +6,7 @@ import os
 import re
 import reprlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +16,9 @@ from torch import Tensor
 from lightning_norm.errors import CheckpointError
 
 File: TypeAlias = str | os.PathLike[str]
+
+STATE_DICT = ("state_dict",)
+"""Under which name Lightning keeps the weights."""
 
 RUNS_CODE = re.compile(
     r"(os|posix|nt|sys|subprocess|shutil|pty|socket|runpy|importlib|ctypes|webbrowser|pdb|timeit|commands)\."
@@ -36,13 +39,16 @@ HEADER: dict[str, tuple[type, ...]] = {
 """Entries that Lightning writes beside the weights, and what they must be."""
 
 
-def read_checkpoint(path: File, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+def read_checkpoint(
+    path: File, map_location: Any = "cpu", weights_only: bool | None = None, entries: Sequence[str] = STATE_DICT
+) -> dict[str, Any]:
     """Read a file; a ``state_dict`` by itself becomes ``{"state_dict": ...}``.
 
     Args:
         path: of what ``torch.save`` or Lightning wrote.
         map_location: as for ``torch.load``.
         weights_only: as for ``torch.load``; ``True`` by default, so that no code in the file is run.
+        entries: names under which the weights may be.
 
     Returns:
         The checkpoint, with "state_dict" and whatever else was saved.
@@ -51,14 +57,14 @@ def read_checkpoint(path: File, map_location: Any = "cpu", weights_only: bool | 
         CheckpointError: it cannot be read, or holds no weights.
         FileNotFoundError: it does not exist.
     """
-    check_file(path, weights_only)
+    check_file(path, weights_only, entries)
     try:
-        return _checked(path, torch.load(path, map_location=map_location, weights_only=_safe(weights_only)))
+        return _checked(path, torch.load(path, map_location=map_location, weights_only=_safe(weights_only)), entries)
     except Exception as error:  # a damaged file makes the unpickler raise anything
         raise unreadable(path, error) from error
 
 
-def check_file(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+def check_file(path: Any, weights_only: bool | None = None, entries: Sequence[str] = STATE_DICT) -> dict[str, Any]:
     """Check the archive, its checksums and what it holds, without its tensors; a remote path or a folder is let pass.
 
     Args:
@@ -108,7 +114,8 @@ def check_file(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         )
     # On the meta device nothing but the structure is read, whatever the size of the file.
     try:
-        return _checked(path, torch.load(file, map_location="meta", mmap=True, weights_only=_safe(weights_only)))
+        content = torch.load(file, map_location="meta", mmap=True, weights_only=_safe(weights_only))
+        return _checked(path, content, entries)
     except Exception as error:
         raise unreadable(path, error) from error
 
@@ -176,15 +183,17 @@ def _check_header(path: Any, content: Mapping[str, Any]) -> None:
             )
 
 
-def _checked(path: Any, content: Any) -> dict[str, Any]:
+def _checked(path: Any, content: Any, entries: Sequence[str]) -> dict[str, Any]:
     """Return the content as a checkpoint with a ``state_dict``.
 
     Raises:
         CheckpointError: it is none.
     """
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        _check_header(path, content)
-        return dict(content)
+    for entry in entries if isinstance(content, Mapping) else ():
+        if isinstance(content.get(entry), Mapping):
+            checked: dict[str, Any] = {**content, "state_dict": content[entry]}
+            _check_header(path, checked)
+            return checked
     if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
         return {"state_dict": content}
     what = (

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_norm.errors import CheckpointError
 from lightning_norm.layers.arguments import arguments_of
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.state import convert_first, published_keys
 from lightning_norm.layers.swap_record import MANIFEST_KEY, swap_settings
 from lightning_norm.normalizers import normalizers
 from lightning_norm.surgery.convert import unchanged_on_error
@@ -333,7 +334,11 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str, str
         with unchanged_on_error(list(model.modules())):
             model.load_state_dict(rename_for_wrappers(model, checkpoint["state_dict"]), strict=strict)
     except RuntimeError as error:
-        raise CheckpointError(f"the weights of {path!r} do not fit this {type(model).__name__}: {error}") from error
+        keys = [] if "load_published" in str(error) else published_keys(normalizers(), checkpoint["state_dict"])
+        hint = f" The file is as the authors' code of {keys[0]!r} writes it. {convert_first(keys[0])}" if keys else ""
+        raise CheckpointError(
+            f"the weights of {path!r} do not fit this {type(model).__name__}: {error}{hint}"
+        ) from error
 
 
 def _manifest(layers: list[dict[str, Any]], version: str) -> dict[str, Any]:

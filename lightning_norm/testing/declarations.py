@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.surgery.harden import harden
 from lightning_norm.surgery.recalibrate import recalibrate
 from lightning_norm.testing.kit import (
     C,
@@ -63,6 +64,20 @@ def evaluation_ignores_batch_mates(make: Make) -> None:
     together = layer(x)
     same(torch.cat([layer(x[i : i + 1]) for i in range(5)]), together, 1e-12, "samples one by one")
     same(layer(wild)[:1], together[:1], 1e-12, "a sample among others")
+
+
+@check
+def choice_is_what_it_computes(make: Make) -> None:
+    """Where ``choice`` names a plain normalizer, with all weight on it, ``harden`` keeps what evaluation computes."""
+    model = nn.Sequential(make(C)).double()
+    choice = model[0].choice(1.0)
+    if choice is None or not choice.norm:
+        return
+    x = features(5, C, 7, 3, dtype=torch.float64)
+    model(x)
+    before = model.eval()(x)
+    assert len(harden(model, x, threshold=1.0)) == 1, f"choice says {choice}, and harden leaves the layer"
+    same(model(x), before, 1e-12, f"{choice.norm}, which the weights chose,")
 
 
 @check

@@ -104,3 +104,12 @@ def test_bad_input(trained, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(["--help"])
     assert "--layers" in capsys.readouterr().out
+
+
+def test_what_has_decided_is_hardened_first(trained, capsys):
+    main(["export", "--model", "exported_job.Exported", "--ckpt_path", "net.ckpt", "--harden", "0.9", "--out", "n.pt2"])
+    shown = capsys.readouterr().out
+    assert "1 bn     outputs moved by" in shown
+    assert "1 folded" in shown
+    program = torch.export.load("n.pt2").module()
+    torch.testing.assert_close(program(X), trained(X), rtol=1e-4, atol=1e-5)

@@ -48,7 +48,7 @@ def cn():
     return {f"context_norm_layers.{k}.{name}": r(C) for k in range(3) for name in names}
 
 
-SPARSE = {"radius": r(1), "mean_fixed": torch.tensor([1]), "var_fixed": torch.tensor([0])}
+SPARSE = {"radius": r(1) / 2, "mean_fixed": torch.tensor([0]), "var_fixed": torch.tensor([0])}
 
 LOADS = {
     "sn 2d": ("sn", {}, sn(1, 1), {"correction": 1}),
@@ -79,6 +79,8 @@ def test_what_loads_and_computes_something_else_is_told_once_a_load(case):
     model = network(key, arguments)
     said = (
         re.escape(f"authors' code of {key!r}, by its shapes (first layer: 0)")
+        + ".*"
+        + re.escape(f"load_published(model, path, {key!r})")
         + ".*"
         + re.escape(f"norm_args={wanted!r}")
     )
@@ -117,16 +119,20 @@ def test_other_choices_are_told_by_the_shapes(state, wanted):
         create("sn", C).load_state_dict(state)
 
 
+COMMAND = "load_published(model, path, {!r})"
+UNKNOWN = "Entries are missing or wrong, or it is another layer"
 REFUSED = {
-    "bcn": (["bcn"], bcn(), "Rename BCN_var to iota"),
-    "asr and afn": (["asr", "afn"], asr(), "Rename standard_encoder"),
+    "bcn": (["bcn"], bcn(), COMMAND.format("bcn")),
+    "bcn, damaged": (["bcn"], {k: t for k, t in bcn().items() if k != "gamma"}, UNKNOWN),
+    "asr and afn": (["asr", "afn"], asr(), "load_published(model, path, 'a"),
     "afn with batch statistics": (
         ["afn", "asr"],
         {**asr(), "running_mean": r(C), "running_var": r(C)},
-        "Rename standard_encoder",
+        "load_published(model, path, 'a",
     ),
-    "cn": (["cn"], cn(), "Stack the weight"),
-    "sparse sn": (["sn"], {**sn(1, 1), **SPARSE}, "'sparse': True"),
+    "cn": (["cn"], cn(), COMMAND.format("cn")),
+    "cn as a table": (["cn"], {"means": r(3, C), "variances": r(3, C)}, UNKNOWN),
+    "sparse sn": (["sn"], {**sn(1, 1), **SPARSE}, COMMAND.format("sn")),
 }
 
 
@@ -143,15 +149,8 @@ def test_what_does_not_load_is_named_in_every_layer(case, key):
     assert set(re.findall(r"'(\w+)'", named)) == set(owners)
     assert remedy in said
     assert "GroupNorm" not in said.replace(type(layer).__name__, "")
-    assert ("Swap to" in said) == (key not in owners)
+    assert ("lightning-norm convert FILE --norm" in said) == (remedy != UNKNOWN)
     assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
-
-
-def test_renamed_as_told_a_file_of_bcn_loads():
-    names = {"BCN_var": "iota", "gamma": "weight", "beta": "bias"}
-    names |= {"Batchh.runningmean": "running_mean", "Batchh.runningvar": "running_var"}
-    state = {names[name]: t for name, t in bcn().items() if name in names}
-    create("bcn", C).load_state_dict(state)
 
 
 def test_names_of_no_normalizer_are_no_group_norm():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.fused_specs import per_channel_spec, uses_running_stats
 from lightning_norm.layers.inference import double_copy, per_channel
+from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer
 from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of, contexts_of_forward
 from lightning_norm.normalizers.context.statistics import ContextStatistics
 from lightning_norm.ops import kmeans, torch_private
@@ -46,11 +47,13 @@ class ContextNorm(ContextStatistics):
         missing: what evaluation does without a context: "pooled" moments of all contexts, the "posterior" of the
             contexts given the layer's input, or "error". Training without contexts is always an error.
         prior_scale: multiply context k by 1 / sqrt(prior_k), as published.
+        priors: constants in place of the running frequencies, as published, where each context is then answered by its
+            own statistics alone; checkpoints of the authors need them, and do not hold them.
         min_count: elements per channel below which a context's statistics are drawn to those of all contexts.
         options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
-        ValueError: an unknown context or missing, a bad num_contexts or min_count, contexts of the wrong length.
+        ValueError: an unknown context or missing, bad num_contexts, priors or min_count, contexts of the wrong length.
         RuntimeError: training without contexts, or a recomputation by activation checkpointing.
 
     Differs from the paper: ``prior_scale`` is off, for it multiplies the variance by K; rare contexts borrow from the
@@ -63,7 +66,14 @@ class ContextNorm(ContextStatistics):
     key = "cn"
     paper = Paper("Faye et al.", 2023, "Context Normalization Layer with Applications", "arXiv 2303.07651")
     extra_parameters: ClassVar[dict[str, str]] = {"gate_weight": "3 * C", "gate_bias": "3"}
-    repr_arguments: ClassVar[tuple[str, ...]] = ("num_contexts", "context", "missing", "prior_scale", "min_count")
+    repr_arguments: ClassVar[tuple[str, ...]] = (
+        "num_contexts",
+        "context",
+        "missing",
+        "prior_scale",
+        "priors",
+        "min_count",
+    )
     float32_buffers: ClassVar[tuple[str, ...]] = ("prior", "running_spread", "centroids", "descriptor_scale")
     no_recalibration: ClassVar[str] = "each context has statistics of its own, and batches without contexts move none"
     required_callback: ClassVar[str] = "NormContext"
@@ -79,12 +89,14 @@ class ContextNorm(ContextStatistics):
         context: Literal["input", "ids", "gate"] = "input",
         missing: Literal["pooled", "posterior", "error"] = "pooled",
         prior_scale: bool = False,
+        priors: Sequence[float] | None = None,
         min_count: int = 16,
         **options: Any,
     ) -> None:
         if not min_count >= 1:
             raise ValueError(f"ContextNorm: min_count must be at least 1, got {min_count!r}.")
         self.context, self.missing, self.prior_scale, self.min_count = context, missing, prior_scale, min_count
+        self.priors = None if priors is None else checked_priors(priors, num_contexts)
         super().__init__(num_features, num_contexts=num_contexts, **options)
         if missing == "posterior" and not self.track_running_stats:
             raise ValueError("ContextNorm: missing='posterior' needs track_running_stats=True.")
@@ -145,8 +157,8 @@ class ContextNorm(ContextStatistics):
         """Return the same equations for the kernels; what concerns the posterior is computed in PyTorch."""
         responsibilities, gated = self.contexts.responsibilities, self.context == "gate"
         frozen, posterior = self.has_running_stats and not self.training, self.missing == "posterior"
-        if self.num_contexts > MAX_FUSED_CONTEXTS or (posterior and not frozen):
-            return None
+        if self.num_contexts > MAX_FUSED_CONTEXTS or (posterior and not frozen) or self.priors is not None:
+            return None  # the kernels move the priors, and answer for contexts that training has not seen
         if self.prior_scale and self.has_running_stats and not uses_running_stats(self):
             return None  # the kernels know the priors of running statistics that they read or move
         pooled = not gated and responsibilities is None
@@ -222,7 +234,11 @@ class ContextNorm(ContextStatistics):
         ones = torch.ones((), dtype=dtype, device=self.prior_or_uniform().device).expand(self.num_contexts, 1)
         weight = ones if self.weight is None else self.weight.to(dtype)
         bias = 0 * ones if self.bias is None else self.bias.to(dtype)
-        if self.prior_scale:
+        if self.prior_scale and self.priors is not None:
+            # Each by a fill, for a tensor of numbers from the host could not be part of a recorded graph.
+            factor = torch.stack([weight.new_full((1,), p**-0.5) for p in self.priors])
+            weight, bias = factor * weight, factor * bias
+        elif self.prior_scale:
             prior = self.seen_prior().to(dtype)
             # A rare context has a factor of 10 at most.
             factor = prior.clamp_min(0.01).rsqrt()
@@ -262,3 +278,41 @@ class ContextNorm(ContextStatistics):
             with torch.no_grad():
                 self.gate_weight.copy_(0.01 * torch.randn(self.gate_weight.shape, generator=generator))
                 self.gate_bias.zero_()
+
+    @classmethod
+    def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
+        """Return a row per BatchNorm of the authors' layer, whose priors are constants outside of the file."""
+        first = entries.get("context_norm_layers.0.running_mean")
+        if first is None:
+            return None
+        c, k = getattr(first, "numel", int)(), 0
+        rows: dict[str, list[Tensor]] = {}
+        names: tuple[str, ...] = ("weight", "bias", "running_mean", "running_var")
+        names = names if "context_norm_layers.0.weight" in entries else names[2:]
+        while f"context_norm_layers.{k}.running_mean" in entries:
+            for name in names:
+                rows.setdefault(name, []).append(entries.take(f"context_norm_layers.{k}.{name}", (c,)))
+            k += 1
+        counters = [f"context_norm_layers.{i}.num_batches_tracked" for i in range(k)]
+        seen = [entries.take(name, ()) for name in counters if name in entries]
+        tensors = {name: torch.stack(each) for name, each in rows.items()}
+        if seen:
+            tensors["num_batches_tracked"] = torch.stack(seen).amax()
+        fixed = {"num_contexts": k, "context": "ids", "missing": "error", "prior_scale": True, "eps": 1e-3}
+        arguments = {**fixed, "affine": len(names) == 4}
+        return PublishedLayer(c, arguments, tensors, ask={"priors": [round(1 / k, 6)] * k})
+
+
+def checked_priors(priors: Sequence[float], num_contexts: int) -> tuple[float, ...]:
+    """Return priors as a tuple of numbers.
+
+    Raises:
+        ValueError: not one number in (0, 1] for each context.
+    """
+    numbers = () if isinstance(priors, str) else tuple(priors)
+    if len(numbers) != num_contexts or not all(isinstance(p, (int, float)) and 0 < p <= 1 for p in numbers):
+        raise ValueError(
+            f"ContextNorm: priors must be {num_contexts} numbers in (0, 1], one for each context, got {priors!r}. Type "
+            f"priors={[round(1 / num_contexts, 3)] * num_contexts}, say."
+        )
+    return tuple(float(p) for p in numbers)

@@ -31,10 +31,7 @@ class ContextParameters(MomentNorm):
     float32_buffers: ClassVar[tuple[str, ...]] = ("prior",)
     has_rows: ClassVar[bool] = True
     published_names: ClassVar[tuple[str, ...]] = ("context_norm_layers.", "means", "variances")
-    published_remedy: ClassVar[str] = (
-        "Stack the weight, bias, running_mean and running_var of context_norm_layers.0, 1, ... into one tensor each, "
-        "(contexts, channels); the priors are constants of the authors' code."
-    )
+    priors: tuple[float, ...] | None = None
     prior: Tensor | None
 
     def __init__(self, num_features: int, *, num_contexts: int = 3, **options: Any) -> None:
@@ -54,13 +51,13 @@ class ContextParameters(MomentNorm):
         # The base class makes (C,) buffers; each context starts from a row of its own.
         for name in self.running_names if track else ():
             setattr(self, name, getattr(self, name).repeat(k, 1))
-        prior = torch.full((k,), 1 / k, device=device, dtype=at_least_float32(dtype))
+        prior = torch.tensor(self.priors or (1 / k,) * k, device=device, dtype=at_least_float32(dtype))
         self.register_buffer("prior", prior if track else None)
 
     def reset_running_stats(self) -> None:
-        """Set means to 0, variances to 1, the counters to 0 and the prior of each context to 1 / K."""
+        """Set means to 0, variances to 1, the counters to 0 and the prior of each context to 1 / K, if it can move."""
         super().reset_running_stats()
-        if self.prior is not None:
+        if self.prior is not None and self.priors is None:
             self.prior.fill_(1 / self.num_contexts)
 
     def prior_or_uniform(self) -> Tensor:
@@ -69,7 +66,7 @@ class ContextParameters(MomentNorm):
             return self.prior
         parameter = next(self.parameters(), None)
         device = None if parameter is None else parameter.device
-        return torch.full((self.num_contexts,), 1 / self.num_contexts, device=device)
+        return torch.tensor(self.priors or (1 / self.num_contexts,) * self.num_contexts, device=device)
 
     def unseen(self) -> Tensor:
         """Tell which contexts still have the statistics of a new layer, (K, 1)."""
@@ -86,7 +83,8 @@ class ContextParameters(MomentNorm):
         mean, var = (getattr(self, name) for name in self.running_names)
         mean, var = (t.to(stat_dtype(t), copy=reads_copies()) for t in (mean, var))
         # torch.where in place of a branch: no value is read back from the device, and a compiled graph serves both.
-        unseen = self.unseen()
+        # As published, a context with a constant prior is answered by its own statistics, whatever they are.
+        unseen = self.unseen() if self.priors is None else torch.zeros_like(self.unseen())
         prior = self.prior_or_uniform().to(mean.dtype).unsqueeze(1)
         prior = torch.where(unseen & ~unseen.all(), 0, prior)
         prior = prior / prior.sum().clamp_min(torch.finfo(prior.dtype).tiny)

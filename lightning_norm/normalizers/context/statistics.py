@@ -142,4 +142,5 @@ class ContextStatistics(ContextParameters):
             # In the dtype of the batch's statistics, rounded once; torch.lerp takes one dtype only.
             moved = (1 - step) * old + step * new
             old.copy_(torch.where(finite & (frequency > 0), moved.to(old.dtype), old))
-        self.prior.copy_(torch.where(finite, prior.to(self.prior.dtype), self.prior))
+        if self.priors is None:
+            self.prior.copy_(torch.where(finite, prior.to(self.prior.dtype), self.prior))

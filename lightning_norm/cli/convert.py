@@ -1,0 +1,92 @@
+"""``lightning-norm convert``: a file of a paper's authors becomes a checkpoint of this package."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import yaml
+
+from lightning_norm.callbacks.lightning_compat import pl
+from lightning_norm.errors import CheckpointError
+from lightning_norm.layers.state import published_keys
+from lightning_norm.normalizers import normalizers
+from lightning_norm.surgery.checkpoint_files import read_checkpoint
+from lightning_norm.surgery.load_published import WEIGHTS, convert_published
+from lightning_norm.surgery.whole_files import write_whole
+
+EPILOG = """The new file says itself which layers were swapped to what: NormSwap(plan=OUT, warm_start=OUT) trains on
+from it, lightning_norm.load_from_checkpoint and lightning-norm test --ckpt_path OUT load it.
+
+examples:
+  lightning-norm convert ResNet50v1+SN.pth --norm sn --out sn50.ckpt --prefix net.
+  lightning-norm convert cn.pt --norm cn --norm_args '{priors: [0.2, 0.3, 0.5]}' --out cn.ckpt
+"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Convert a file.
+
+    Args:
+        argv: the arguments behind ``convert``.
+
+    Raises:
+        CheckpointError: the file cannot be read, is damaged, or is not of the authors' code.
+        ValueError: ``--norm_args`` is no mapping, or ``--rename`` no PATTERN=REPLACEMENT.
+        SystemExit: an argument is wrong.
+    """
+    options = _parser().parse_args(argv)
+    arguments = yaml.safe_load(options.norm_args)
+    if not isinstance(arguments, dict):
+        raise ValueError(f"--norm_args must be a mapping such as '{{eps: 1.0e-3}}', got {options.norm_args!r}.")
+    rename = dict(_pair(text) for text in options.rename)
+    norm = options.norm or _only_one(options.file)
+    checkpoint, report = convert_published(
+        options.file, {"class_path": norm, "init_args": arguments}, rename=rename, prefix=options.prefix
+    )
+    # Lightning migrates checkpoints by the version that wrote them.
+    header: dict[str, Any] = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": vars(pl)["__version__"]}
+    content = io.BytesIO()
+    torch.save({**header, **checkpoint}, content)
+    write_whole(options.out, content.getvalue())
+    kinds = {str(row.norm["init_args"]): row.norm["init_args"] for row in report.layers}
+    print(f"{len(report)} layers of {norm}, with {' and '.join(kinds)}")
+    print(f"written to {options.out}; swap and load it with NormSwap(plan={options.out!r}, warm_start={options.out!r})")
+
+
+def _only_one(path: str) -> str:
+    """Return the one normalizer whose authors' file this is."""
+    keys = published_keys(normalizers(), read_checkpoint(path, entries=WEIGHTS)["state_dict"])
+    if len(keys) != 1:
+        kinds = f"may be of {' or '.join(keys)}: type --norm {keys[0]}, say" if keys else "is of no authors' code known"
+        raise CheckpointError(f"{path!r} {kinds}.")
+    return keys[0]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    pattern, equals, replacement = text.partition("=")
+    if not equals:
+        raise ValueError(f"--rename must read PATTERN=REPLACEMENT, got {text!r}.")
+    return pattern, replacement
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "lightning-norm convert",
+        description="Rewrite a checkpoint of a paper's authors as one of lightning_norm.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", metavar="FILE", help="what the authors' code has written")
+    parser.add_argument("--out", required=True, metavar="OUT", help="the new file")
+    parser.add_argument("--norm", metavar="KEY", help="sn, bnet, rbn, bcn, asr, afn or cn; by default what FILE holds")
+    parser.add_argument("--norm_args", default="{}", metavar="YAML", help="arguments that are in no file, or others")
+    parser.add_argument("--prefix", default="", help="put before all names: net. for a LightningModule with a net")
+    parser.add_argument(
+        "--rename", action="append", default=[], metavar="PATTERN=REPLACEMENT", help="regular expression over names"
+    )
+    return parser
