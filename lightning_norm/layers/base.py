@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.arguments import arguments_of, as_int, check_call, check_zero_weight, merged_signature
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
+from lightning_norm.layers.pooling import ready_window, refuse_without_window
 from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.state import Loading, restore_precision
@@ -31,7 +32,7 @@ from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout, layout_of
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.normalize import Call, activated, run
-from lightning_norm.ops.sync import Ranks, active_ranks
+from lightning_norm.ops.sync import Ranks, active_ranks, pools_later
 from lightning_norm.ops.torch_private import is_update_bn
 
 
@@ -66,7 +67,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     num_features: int
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    sync: bool
+    sync: bool | Literal["running"]
     sync_group: str | int
     sync_paused: bool = False
     agreed_in: str = ""
@@ -347,7 +348,11 @@ class MomentNorm(Normalizer):
 
     def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
+            if pools_later(self.sync):
+                refuse_without_window(self)
             return _forward(self, input, activation, residual)
+        if pools_later(self.sync):
+            ready_window(self)
         # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
         if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
             keep_float32(self)
@@ -445,7 +450,8 @@ def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any) -> Tenso
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
     pools = layer.train_uses_batch_stats or layer.moves_running_stats
-    return active_ranks(layer.sync and not layer.sync_paused, layer.training, layer.sync_group) if pools else None
+    now = bool(layer.sync) and not pools_later(layer.sync) and not layer.sync_paused
+    return active_ranks(now, layer.training, layer.sync_group) if pools else None
 
 
 def _of_empty(layer: MomentNorm, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_norm.layers.arguments import TORCH_NAMES, plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.registry import NormSpec
 from lightning_norm.normalizers import resolve
-from lightning_norm.ops.sync import check_group
+from lightning_norm.ops.sync import check_group, check_sync
 
 Pattern: TypeAlias = str | Sequence[str]
 Source: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]]
@@ -47,11 +47,13 @@ class SwapOptions:
         backend: "auto" for the Triton kernels on CUDA inputs that they can take and plain PyTorch elsewhere, "eager"
             for plain PyTorch everywhere, "triton" for the kernels or an error.
         compile: compile each layer's forward pass (the first pass of each input shape takes seconds).
-        sync: pool statistics over the ranks of a distributed run, in training.
+        sync: pool statistics over the ranks of a distributed run, in training; "running" pools the running ones
+            alone, those of all layers in one collective per optimizer step, and each rank normalizes by its own.
         sync_group: with which ranks: "world", "node" (those of one host) or a number of consecutive ranks.
 
     Raises:
-        ValueError: unknown norm or ``sync_group``, ``norm_args`` without ``norm``, neither ``norm`` nor ``rules``.
+        ValueError: unknown norm, ``sync`` or ``sync_group``, ``norm_args`` without ``norm``, neither ``norm`` nor
+            ``rules``.
         TypeError: ``rules`` or ``norm_args`` no mapping, or a norm that is no normalizer.
 
     >>> SwapOptions("sn").resolved_norm[0].__name__
@@ -68,7 +70,7 @@ class SwapOptions:
     rules: Mapping[str, NormSpec | None] | None = None
     backend: Literal["auto", "eager", "triton"] = "auto"
     compile: bool = False
-    sync: bool = True
+    sync: bool | Literal["running"] = True
     sync_group: str | int = "world"
 
     what_to_type: ClassVar[str] = "swap needs norm='sn' (say) or rules={'layer1.*': 'sn', ...}."
@@ -93,6 +95,7 @@ class SwapOptions:
             )
         for norm in (self.resolved_norm, *self.resolved_rules.values()):
             _refuse_channels(norm)
+        check_sync(self.sync)
         check_group(self.sync_group)
 
     def _make_plain(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -19,6 +19,12 @@ from lightning_norm.surgery.text_tables import aligned
 
 MANY = 100_000
 """Parameters that are worth a word wherever they make a model larger by more than a tenth."""
+
+SYNC = {
+    True: "on in training with several processes",
+    "running": "of the running statistics alone, once per optimizer step of several processes",
+    False: "off",
+}
 
 
 @dataclass
@@ -40,7 +46,7 @@ class SwappedLayer:
         removed: elements of the parameters that were not moved.
         backend: of the passes, and why.
         compiled: each forward pass runs under torch.compile.
-        sync: statistics are pooled over ranks in training.
+        sync: statistics are pooled over ranks in training; "running" the running ones alone, once per optimizer step.
     """
 
     name: str
@@ -56,7 +62,7 @@ class SwappedLayer:
     added: dict[str, int]
     backend: str
     compiled: bool
-    sync: bool
+    sync: bool | Literal["running"]
     removed: int = 0
     also: list[str] = field(default_factory=list)
 
@@ -268,7 +274,7 @@ class SwapReport:
             lines.append(f"  evaluation  differs from the original network in {len(changed)} layers ({why})")
         else:
             lines.append("  evaluation  preserved: the same as the original network's until training changes it")
-        sync = "on in training with several processes" if any(layer.sync for layer in self.layers) else "off"
+        sync = SYNC[next((layer.sync for layer in self.layers if layer.sync), False)]
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
         return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
 
@@ -301,7 +307,7 @@ class SwapReport:
                     added,
                     evaluation,
                     backend,
-                    "on" if layer.sync else "off",
+                    "running" if layer.sync == "running" else "on" if layer.sync else "off",
                 )
             )
         return "\n".join([aligned(rows), "", self.summary()])

@@ -15,6 +15,7 @@ from lightning_norm.layers.arguments import plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers.context.assignment import ContextState
 from lightning_norm.ops.backend import explain
+from lightning_norm.ops.sync import pools_later
 from lightning_norm.surgery.convert import convert, preserved
 from lightning_norm.surgery.options import ResolvedNorm, Source, SwapOptions, takes_options
 from lightning_norm.surgery.report import SwappedLayer, SwapReport
@@ -108,6 +109,11 @@ def prepare_swap(
         # A failure from here on leaves the model as it was: the original modules are read and not changed.
         layer, arguments = convert(slot.module, slot.name, norm, slot.whole)
         layer.sync, layer.sync_group, layer.backend = options.sync, options.sync_group, options.backend
+        if pools_later(options.sync) and layer.no_window and layer.track_running_stats:
+            raise ValueError(
+                f"{slot.name}: sync='running': {type(layer).__name__} cannot wait for the optimizer step: "
+                f"{layer.no_window}. Type sync=True, or exclude the layer."
+            )
         if isinstance(state := getattr(layer, "contexts", None), ContextState):
             state.name = slot.name
         if options.compile:
@@ -142,9 +148,16 @@ def _row(
         removed=sum(p.numel() for n, p in slot.module.named_parameters(recurse=False) if n not in moved),
         backend=backend,
         compiled=layer.compiled,
-        sync=layer.sync and (layer.train_uses_batch_stats or layer.track_running_stats),
+        sync=_synced(layer),
         also=slot.names[1:],
     )
+
+
+def _synced(layer: Normalizer) -> bool | Literal["running"]:
+    """Return what of ``sync`` has an effect in a layer."""
+    if pools_later(layer.sync):
+        return layer.sync if layer.has_running_stats else False
+    return layer.sync and (layer.train_uses_batch_stats or layer.track_running_stats)
 
 
 def _is_same(after: Tensor | None, before: Tensor) -> bool:
