@@ -97,6 +97,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         _are_options,
         f"a mapping of sync (true, false, running), compile (true or false), sync_group, backend (one of {BACKENDS})",
     ),
+    "activation": (lambda v: isinstance(v, str), "the dotted name of an activation, or empty"),
     "sync": (_is_sync, "true, false or running"),
     "compiled": (_is_bool, "true or false"),
     "backend": (lambda v: isinstance(v, str) and v.partition(":")[0] in BACKENDS, f"one of {BACKENDS}"),

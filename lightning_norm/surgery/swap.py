@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -37,10 +37,13 @@ class SwapCall(SwapOptions):
     Args:
         dry_run: report what would happen and change nothing.
         on_empty: what to do when no layer is swapped: "warn" (NoEffectWarning) or "error".
+        example: for ``fuse_activation``: a tensor, a tuple of arguments or a mapping of keyword arguments on which the
+            model is run once in training and once in evaluation; nothing of that stays.
     """
 
     dry_run: bool = False
     on_empty: Literal["warn", "error"] = "warn"
+    example: Any = field(default=None, metadata={"as_it_is": True})
 
 
 @takes_options(SwapCall)
@@ -77,7 +80,10 @@ def swap(model: nn.Module, options: SwapCall) -> SwapReport:
         warnings.warn(report.growth(), ParameterGrowthWarning, stacklevel=3)
     if left := report.left_alone(options):
         warnings.warn(left, LeftAloneWarning, stacklevel=3)
+    activations = report.find_activations(model, options.fuse_activation, options.example)
     report.commit(not options.dry_run)
+    if not options.dry_run:
+        report.take_activations(model, activations)
     return report
 
 
@@ -182,7 +188,8 @@ def _origin(module: nn.Module, row: SwappedLayer) -> dict[str, Any]:
     earlier: dict[str, Any] | None = getattr(module, "origin", None)
     if earlier is None:
         return {"source": row.source, "norm": row.norm, "before": []}
-    return {"source": earlier["source"], "norm": row.norm, "before": [*earlier["before"], earlier["norm"]]}
+    before = [*earlier["before"], earlier["norm"]]
+    return {**earlier, "norm": row.norm, "before": before}
 
 
 def _plain(value: Any) -> Any:
