@@ -359,8 +359,10 @@ class MomentNorm(Normalizer):
             keep_exact(self)
         if self.compiled and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
-            y = compiled_forward(self, input, _forward, _ranks_of(self), options)
-            return activated(y, activation, residual)
+            # The activation belongs in the graph, where it costs no pass of its own.
+            forward = _WITH_ACTIVATION.get(activation, _forward) if residual is None else _forward
+            y = compiled_forward(self, input, forward, _ranks_of(self), options)
+            return y if forward is not _forward else activated(y, activation, residual)
         try:
             return _forward(self, input, activation, residual)
         except RuntimeError as error:
@@ -490,6 +492,18 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
     fused_spec = layer.fused_spec if layer._fused_spec_holds and not accumulates else None
     algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
     return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))
+
+
+def _forward_relu(layer: MomentNorm, x: Tensor) -> Tensor:
+    return _forward(layer, x, "relu")
+
+
+def _forward_silu(layer: MomentNorm, x: Tensor) -> Tensor:
+    return _forward(layer, x, "silu")
+
+
+_WITH_ACTIVATION: dict[str, Callable[[Any, Tensor], Tensor]] = {"relu": _forward_relu, "silu": _forward_silu}
+"""Functions of a layer and its input alone, by which graphs are kept apart."""
 
 
 def _check_values(layer: MomentNorm, layout: Layout, ranks: Ranks | None) -> None:
