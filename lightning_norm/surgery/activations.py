@@ -181,11 +181,10 @@ class _Run:
             return None, "the example does not reach it"
         if norm is None:
             return None, ""
-        name = self.norms[norm]
         if any(n is not norm for n in calls):
-            return None, f"it is called behind {name} and elsewhere"
+            return None, "it is called behind a swapped layer and elsewhere"
         if norm in self.used_elsewhere or self.runs[norm] != len(calls):
-            return None, f"the output of {name} is used elsewhere as well"
+            return None, "the output of the layer before it is used elsewhere as well"
         return norm, ""
 
     @contextlib.contextmanager

@@ -50,7 +50,6 @@ class SwapOptions:
         sync: pool statistics over the ranks of a distributed run, in training; "running" pools the running ones
             alone, those of all layers in one collective per optimizer step, and each rank normalizes by its own.
         sync_group: with which ranks: "world", "node" (those of one host) or a number of consecutive ranks.
-
         fuse_activation: let a layer compute the ReLU or SiLU module that follows it and serves it alone, in the pass
             that writes its output. Found in ``nn.Sequential``, and elsewhere by running the model on an example; or
             a mapping from layers to activations, as a plan holds it.

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_norm
+from benchmarks.decoders import ConditionalUnet1d, VaeDecoder
 from lightning_norm import NormSwap, NotReachedWarning, normalizers, swap
 from lightning_norm.layers.behind import TakenActivation
 from lightning_norm.surgery.manifest import manifest_of, rebuild
@@ -99,11 +100,11 @@ class TestByRunning:
     @pytest.mark.parametrize(
         ("how", "why"),
         [
-            ("shared", "it is called behind bn and elsewhere"),
-            ("used elsewhere", "the output of bn is used elsewhere as well"),
-            ("returned", "the output of bn is used elsewhere as well"),
-            ("added first", "the output of bn is used elsewhere as well"),
-            ("dropped first", "it is called behind bn and elsewhere"),
+            ("shared", "it is called behind a swapped layer and elsewhere"),
+            ("used elsewhere", "the output of the layer before it is used elsewhere as well"),
+            ("returned", "the output of the layer before it is used elsewhere as well"),
+            ("added first", "the output of the layer before it is used elsewhere as well"),
+            ("dropped first", "it is called behind a swapped layer and elsewhere"),
         ],
     )
     def test_left_with_a_word(self, how, why):
@@ -266,6 +267,32 @@ class TestCalledElsewhere:
                 model(images())
             two = [model[1](model[0](images(seed=s))) for s in (1, 2)]  # as in a siamese network
             [model[2](y) for y in two]
+
+
+class TestGroupNormAndSilu:
+    """Networks built as those of diffusers and diffusion-policy are."""
+
+    def swapped(self, build, x):
+        torch.manual_seed(0)
+        model = build()
+        plain = copy.deepcopy(model)
+        return model, plain, swap(model, "gn", source="GroupNorm", fuse_activation=True, example=x)
+
+    def test_a_decoder_whose_blocks_share_their_activations(self):
+        x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+        model, plain, report = self.swapped(VaeDecoder, x)
+        assert {r.name: r.activation for r in report.layers if r.activation} == {"conv_norm_out": "conv_act"}
+        assert [name for name, _, _ in report.activations_left] == ["blocks.0.nonlinearity", "blocks.1.nonlinearity"]
+        assert "activation  left: 2 SiLU (first: blocks.0.nonlinearity): it is called behind" in report.summary()
+        equal(results(model, x), results(plain, x), rtol=1e-4, atol=1e-4)
+
+    def test_a_unet_of_blocks_in_a_row(self):
+        x = torch.randn(2, 3, 16)
+        model, plain, report = self.swapped(ConditionalUnet1d, x)
+        assert all(r.activation for r in report.layers)
+        assert len(report.layers) == 7
+        assert report.activations_left == []  # those of the conditions follow no norm
+        equal(results(model, x), results(plain, x), rtol=1e-4, atol=1e-4)
 
 
 def test_in_a_trainer(tmp_path):
