@@ -2,8 +2,8 @@
 
     python -m benchmarks.ranks_cost [--steps 20] [--save docs/benchmarks/distributed.md]
 
-Every rank trains the same network (DDP, gloo, one thread), every second step without synchronization, so that whatever
-else the machine does falls on both kinds of step.
+Every rank trains the same network (DDP, gloo, one thread), its steps in turn without synchronization, with
+``sync="running"`` and with ``sync=True``, so that whatever else the machine does falls on all kinds of step.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_norm import create, normalizers, swap
+from lightning_norm import create, normalizers, pool_statistics, swap
 from lightning_norm.surgery.walk import normalizers_of
 from lightning_norm.testing.ranks import run_ranks
 
 WORLDS = (1, 2, 4)
 CHANNELS = 64
-KEYS = ("bn", "sn")
+KEYS = ("bn", "sn", "dbn")
+KINDS = (False, "running", True)
 WIDTHS = (64, 256, 1024)
 LINKS = (("one node, NVLink", 2e-6, 200e9), ("nodes, InfiniBand", 5e-6, 25e9), ("nodes, Ethernet", 25e-6, 3e9))
 """Assumed: seconds from one rank to the next, and bytes per second."""
@@ -83,8 +84,8 @@ def latency(rank: int, repeats: int = 200) -> list[float]:
     return medians
 
 
-def steps(rank: int, key: str, repeats: int) -> tuple[float, float, int]:
-    """Return the median milliseconds of a step with and without synchronization, and the number of layers."""
+def steps(rank: int, key: str, repeats: int) -> tuple[dict[Any, float], int]:
+    """Return the median milliseconds of a step with each kind of synchronization, and the number of layers."""
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=10)
     swap(net, key, norm_args=normalizers()[key].test_arguments)
@@ -92,17 +93,22 @@ def steps(rank: int, key: str, repeats: int) -> tuple[float, float, int]:
     run: nn.Module = DistributedDataParallel(net) if dist.get_world_size() > 1 else net
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     x, target = torch.randn(8, 3, 64, 64), torch.arange(8)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(4 + 2 * repeats):
-        for layer in layers:
-            layer.sync = number % 2 == 0
+    seconds: dict[Any, list[float]] = {kind: [] for kind in KINDS}
+    windows: list[Any] = [None for _ in layers]
+    for number in range(len(KINDS) * (2 + repeats)):
+        kind = KINDS[number % len(KINDS)]
+        for layer, window in zip(layers, windows, strict=True):
+            layer.sync, layer.accumulator = kind, window if kind == "running" else None  # type: ignore[assignment]
         begin = time.perf_counter()
         torch.autograd.backward(nn.functional.cross_entropy(run(x), target))
         optimizer.step()
         optimizer.zero_grad()
-        if number >= 4:  # the first ones warm up
-            seconds[number % 2 == 0].append(time.perf_counter() - begin)
-    return statistics.median(seconds[True]) * 1e3, statistics.median(seconds[False]) * 1e3, len(layers)
+        pool_statistics(net)
+        if number >= 2 * len(KINDS):  # the first ones warm up
+            seconds[kind].append(time.perf_counter() - begin)
+        if kind == "running":
+            windows = [layer.accumulator for layer in layers]
+    return {kind: statistics.median(times) * 1e3 for kind, times in seconds.items()}, len(layers)
 
 
 def measure(rank: int, repeats: int) -> dict[str, Any]:
@@ -110,21 +116,23 @@ def measure(rank: int, repeats: int) -> dict[str, Any]:
     return {"latency": latency(rank), "steps": {key: steps(rank, key, repeats) for key in KEYS}}
 
 
-def model(ranks: int, layers: int, width: int, hop: float, bandwidth: float) -> tuple[float, float]:
+def model(ranks: int, layers: int, width: int, hop: float, bandwidth: float, running: bool) -> tuple[float, float]:
     """Return the milliseconds that a step waits for statistics, all-reduced in a ring and in a tree.
 
     Args:
         ranks: p.
-        layers: each with one all-reduce forward and one backward.
+        layers: each with one all-reduce forward and one backward, in which each rank has a place of its own.
         width: channels of a layer.
         hop: seconds from one rank to the next.
         bandwidth: bytes per second of one link.
+        running: one all-reduce for all layers, of sums, in place of these.
     """
-    size = 8 * (2 * width + 1)
+    collectives = 1 if running else 2 * layers
+    size = 8 * layers * (2 * width + 1) if running else 8 * (1 + ranks * (2 * width + 1))
     ring = 2 * (ranks - 1) * hop + 2 * (ranks - 1) / ranks * size / bandwidth
     depth = (ranks - 1).bit_length()
     tree = 2 * depth * hop + 2 * size / bandwidth
-    return 2 * layers * ring * 1e3, 2 * layers * tree * 1e3
+    return collectives * ring * 1e3, collectives * tree * 1e3
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -144,9 +152,10 @@ def modelled() -> str:
     for where, hop, bandwidth in LINKS:
         for p in (8, 64, 1024):
             if p == 8 or where != "one node, NVLink":
-                ring, tree = model(p, 53, 512, hop, bandwidth)
-                rows.append((where, str(p), f"{ring:.1f}", f"{tree:.1f}"))
-    return table(("between", "ranks", "ring, ms per step", "tree, ms per step"), rows)
+                times = [t for running in (False, True) for t in model(p, 53, 512, hop, bandwidth, running)]
+                rows.append((where, str(p), *(f"{t:.1f}" if t >= 0.1 else f"{t:.2f}" for t in times)))
+    head = ("between", "ranks", "ring, ms per step", "tree, ms per step", "running: ring, ms", "running: tree, ms")
+    return table(head, rows)
 
 
 def main() -> None:
@@ -157,14 +166,16 @@ def main() -> None:
     options = parser.parse_args()
     counts = run_ranks(count, 2)[0]
     results = {world: run_ranks(measure, world, options.steps, timeout=900)[0] for world in WORLDS}
-    base = {key: results[1]["steps"][key][1] for key in KEYS}
+    base = {key: results[1]["steps"][key][0][False] for key in KEYS}
     rows, waits = [], []
     for world, measured in results.items():
         for key in KEYS:
-            on, off, layers = measured["steps"][key]
+            times, layers = measured["steps"][key]
+            off, later, on = (times[kind] for kind in KINDS)
             each = f"{(on - off) / layers:.2f}" if world > 1 else "-"
-            rate = [f"{world * base[key] / t:.2f} x" for t in (on, off)]
-            rows.append((str(world), key, f"{off:.0f}", f"{on:.0f}", f"{on / off:.2f} x", each, *rate[::-1]))
+            ratios = [f"{t / off:.2f} x" for t in (later, on)]
+            rate = [f"{world * base[key] / t:.2f} x" for t in (off, later, on)]
+            rows.append((str(world), key, *(f"{t:.0f}" for t in (off, later, on)), *ratios, each, *rate))
         if world > 1:
             waits.append((str(world), *(f"{ms:.2f}" for ms in measured["latency"])))
     cpu = next(
@@ -173,7 +184,10 @@ def main() -> None:
     )
     machine = f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end"
     versions = f"torch {torch.__version__}, python {platform.python_version()}"
-    head = ("ranks", "norm", "ms without", "ms with", "ratio", "ms per layer", "throughput without", "throughput with")
+    head = (
+        *("ranks", "norm", "ms without", "ms running", "ms with", "running / without", "with / without"),
+        *("ms per layer", "throughput without", "throughput running", "throughput with"),
+    )
     text = f"""# Cost of synchronized statistics
 
 `python -m benchmarks.ranks_cost --steps {options.steps} --save docs/benchmarks/distributed.md`
@@ -196,8 +210,9 @@ Median milliseconds for a layer's statistics, 8 (2C + 1) bytes.
 ## A training step
 
 ResNet-18, 20 layers, 8 images of 64 x 64 per rank, DDP; medians of interleaved steps. Throughput is relative to one
-rank without synchronization; linear scaling would be the number of ranks. With one rank there is nothing to
-synchronize: how far its ratio is from 1 is the noise of this table, for other programs ran as well (see the load).
+rank without synchronization; linear scaling would be the number of ranks. "Running" is `sync="running"`: one all-reduce
+per step for all layers, in place of two per layer. With one rank there is nothing to synchronize: how far its ratios
+are from 1 is the noise of this table, for other programs ran as well (see the load).
 
 {table(head, rows)}
 

@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import lightning_norm
+from benchmarks.decoders import ConditionalUnet1d, VaeDecoder
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
-LIBRARIES = ("timm", "torchvision", "smp", "monai", "ultralytics")
+LIBRARIES = ("timm", "torchvision", "smp", "monai", "ultralytics", "decoders")
 TOLERANCE = 1e-4
 """Of a layer's or a model's evaluation, relative to its largest absolute output."""
 BATCH = 2
@@ -266,12 +267,30 @@ def ultralytics_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Mo
         yield Model("ultralytics", name, name, build, (96, 320))
 
 
+def decoder_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Model | Row]:
+    """Yield stand-ins of this project, small, for networks with GroupNorm and SiLU."""
+    if wanted("VaeDecoder"):
+        yield Model(
+            "decoders", "VaeDecoder", "VaeDecoder", lambda size: VaeDecoder(), (8,), lambda size: (4, size, size)
+        )
+    if wanted("ConditionalUnet1d"):
+        yield Model(
+            "decoders",
+            "ConditionalUnet1d",
+            "ConditionalUnet1d",
+            lambda size: ConditionalUnet1d(),
+            (16,),
+            lambda size: (3, size),
+        )
+
+
 MODELS: dict[str, Callable[[int, Callable[[str], bool]], Iterator[Model | Row]]] = {
     "timm": timm_models,
     "torchvision": torchvision_models,
     "smp": smp_models,
     "monai": monai_models,
     "ultralytics": ultralytics_models,
+    "decoders": decoder_models,
 }
 
 

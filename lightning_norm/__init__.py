@@ -70,6 +70,7 @@ _PUBLIC = {
     "surgery.harden": ("HardenReport", "harden"),
     "surgery.load_published": ("load_published",),
     "surgery.pause": ("paused_statistics",),
+    "surgery.pool": ("pool_statistics",),
     "surgery.param_groups": ("no_weight_decay", "norm_param_groups"),
     "surgery.recognize": ("is_norm", "norm_types"),
     "surgery.recalibrate": ("Recalibration", "recalibrate"),

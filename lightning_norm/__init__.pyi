@@ -69,6 +69,7 @@ from lightning_norm.surgery.load_published import load_published as load_publish
 from lightning_norm.surgery.param_groups import no_weight_decay as no_weight_decay
 from lightning_norm.surgery.param_groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.pause import paused_statistics as paused_statistics
+from lightning_norm.surgery.pool import pool_statistics as pool_statistics
 from lightning_norm.surgery.recalibrate import Recalibration as Recalibration
 from lightning_norm.surgery.recalibrate import recalibrate as recalibrate
 from lightning_norm.surgery.recognize import is_norm as is_norm

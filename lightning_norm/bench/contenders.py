@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from lightning_norm.bench.formulas import CONTEXTS, FORMULAS, Naive, contexts_of, groups_of
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.inference import BATCH_NORMS
 from lightning_norm.normalizers import create
 from lightning_norm.normalizers.context.assignment import assign, context_layers
+from lightning_norm.ops.normalize import activated
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "ubn": {"threshold": 1.0},  # the condensation of every batch is measured
@@ -20,7 +22,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 """Key of a normalizer -> the arguments that it is built with."""
 
-PEERS = {"bnet": "torch + depthwise"}
+PEERS = {"bnet": "torch + depthwise", "gn": "torch GroupNorm"}
 """Key of a normalizer -> name of what its user would otherwise take, where that is not torch's BatchNorm alone."""
 
 TOLERANCE = 1e-4
@@ -30,30 +32,62 @@ PEER_FACTOR = 10
 """A peer may be that much further off: on CUDA its convolution may round to TF32."""
 
 
+class Activated(nn.Module):
+    """A contender with an activation behind it, which a normalizer of this package computes by itself.
+
+    Args:
+        layer: the contender.
+        activation: "relu" or "silu".
+    """
+
+    def __init__(self, layer: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.layer, self.activation = layer, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activation of what the layer makes of x."""
+        if isinstance(self.layer, Normalizer):
+            y: Tensor = self.layer(x, self.activation)
+            return y
+        return activated(self.layer(x), self.activation, None)
+
+
 def contenders(
-    shape: tuple[int, ...], keys: Sequence[str], device: str, compiled: bool, naive: bool = True
+    shape: tuple[int, ...],
+    keys: Sequence[str],
+    device: str,
+    compiled: bool,
+    naive: bool = True,
+    activation: str = "none",
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and layer: torch's, ours eager and compiled, and the naive formula eager and compiled.
 
     Args:
-        shape: of x, (N, C, *).
+        shape: of x.
         keys: of the normalizers.
         device: "cpu" or "cuda".
-        compiled: each under torch.compile as well.
-        naive: the published formulas as well.
-
-    >>> [name for name, _ in contenders((4, 8, 3, 3), ["sn"], "cpu", compiled=False)]
-    ['torch', 'sn', 'sn naive']
+        compiled: also under torch.compile.
+        naive: also the formulas.
+        activation: behind each of them.
     """
+    for name, layer in _layers(shape, keys, device, compiled, naive):
+        yield name, layer if activation == "none" else Activated(layer, activation)
+
+
+def _layers(
+    shape: tuple[int, ...], keys: Sequence[str], device: str, compiled: bool, naive: bool
+) -> Iterator[tuple[str, nn.Module]]:
     c = shape[1]
-    yield "torch", (nn.BatchNorm1d if len(shape) < 4 else nn.BatchNorm2d)(c).to(device)
+    yield "torch", BATCH_NORMS[len(shape)](c).to(device)
     for key in keys:
         # Of an input without positions each instance is a single value, which has no variance.
         if len(shape) == 2 and key in ("in",):
             continue
-        # The peer is a convolution of two dimensions.
-        if key in PEERS and len(shape) == 4:
+        # The peer of bnet is a convolution of two dimensions.
+        if key == "bnet" and len(shape) == 4:
             yield PEERS[key], depthwise_peer(c).to(device)
+        if key == "gn":
+            yield PEERS[key], nn.GroupNorm(groups_of(c), c).to(device)
         yield key, ready(key, shape, device)
         if compiled:
             # A layer of its own, or its compiled form would be timed in place of the eager one above.
@@ -132,6 +166,7 @@ def check(
         ArithmeticError: an error is larger than ``tolerance``.
     """
     # Every contender of a key, under whatever name, is held to the formula of that key.
+    activation, layer = (layer.activation, layer.layer) if isinstance(layer, Activated) else ("none", layer)
     key = next((k for k, peer in PEERS.items() if peer == name), name.split()[0].replace("torch", "bn"))
     if key in FORMULAS and not has_formula(key, x.shape):
         return None
@@ -141,9 +176,9 @@ def check(
     # The same numbers in float64, so that only the arithmetic differs.
     x64 = x.detach().double().requires_grad_()
     with without_dropout(formula), without_dropout(layer):
-        expected = formula(x64)
+        expected = activated(formula(x64), activation, None)
         (expected_dx,) = torch.autograd.grad(expected, x64, dy.double())
-        y = layer(x)
+        y = (Activated(layer, activation) if activation != "none" else layer)(x)
         (dx,) = torch.autograd.grad(y, x, dy)
     errors = []
     for what, actual, exact in (("output", y, expected), ("input gradient", dx, expected_dx)):

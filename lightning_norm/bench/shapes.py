@@ -22,7 +22,13 @@ from lightning_norm.bench.tables import rows_of
 
 
 def bench_shape(
-    shape: tuple[int, ...], keys: Sequence[str], channels_last: bool, device: str, repeats: int, compiled: bool
+    shape: tuple[int, ...],
+    keys: Sequence[str],
+    channels_last: bool,
+    device: str,
+    repeats: int,
+    compiled: bool,
+    activation: str = "none",
 ) -> list[dict[str, Any]]:
     """Time one forward and backward of every contender at one shape.
 
@@ -33,6 +39,7 @@ def bench_shape(
         device: "cpu" or "cuda".
         repeats: rounds, in each of which every contender runs once.
         compiled: time each contender under torch.compile as well.
+        activation: "relu" or "silu" behind each contender, or "none".
 
     Returns:
         A row per contender: milliseconds (median, quartiles), ratios to nn.BatchNorm and to its own naive formula.
@@ -44,11 +51,12 @@ def bench_shape(
     torch.manual_seed(0)
     x, dy = torch.randn(shape, device=device), torch.randn(shape, device=device)
     if channels_last:
-        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+        last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+        x, dy = (t.contiguous(memory_format=last) for t in (x, dy))
     # After the change of the format, whose result would otherwise be no leaf and have no gradient.
     x.requires_grad_()
     with shared_code():
-        layers = dict(contenders(shape, keys, device, compiled))
+        layers = dict(contenders(shape, keys, device, compiled, activation=activation))
         # Before anything is timed: the time of a wrong result is worth nothing.
         for name, layer in layers.items():
             check(name, layer, x, dy, TOLERANCE * (PEER_FACTOR if name in PEERS.values() else 1))
@@ -57,6 +65,7 @@ def bench_shape(
         times = interleaved(runs, repeats)
         saved = {name: saved_for_backward(layer, x) for name, layer in layers.items() if "naive" not in name}
     label = "x".join(map(str, shape)) + (" channels_last" if channels_last else "")
+    label += "" if activation == "none" else f" + {activation}"
     return rows_of(label, times, saved)
 
 

@@ -17,6 +17,9 @@ from lightning_norm.normalizers import create, normalizers
 from lightning_norm.surgery.whole_files import write_whole
 
 SHAPES = "32x64x32x32,32x256x14x14,32x512x7x7,128x64"
+DECODERS = "1x128x256x256,1x512x64x64,1x128x20x256x256"
+"""Of the decoders of VAEs and U-Nets for images and video, which normalize by GroupNorm and SiLU."""
+
 EPILOG = "example: lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json --save docs/benchmarks"
 
 
@@ -37,14 +40,16 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
         raise RuntimeError("no CUDA device found. Type --device cpu.")
     # Fixed and written down, for the times of a CPU depend on it more than on the layer.
     torch.set_num_threads(options.threads)
-    shapes, keys = [parse_shape(text) for text in options.shapes.split(",")], options.norms.split(",")
+    texts = DECODERS if options.shapes == "decoders" else options.shapes
+    shapes, keys = [parse_shape(text) for text in texts.split(",")], options.norms.split(",")
     for key in keys:
         create(key, 32)  # so that an unknown key is told before anything runs
     rows: list[dict[str, Any]] = []
     for shape in shapes:
-        # Maps of three dimensions have such a format as well, but hardly anybody trains in it.
-        for channels_last in (False, True) if len(shape) == 4 else (False,):
-            rows_of_shape = bench_shape(shape, keys, channels_last, options.device, options.repeats, options.compile)
+        for channels_last in (False, True) if len(shape) > 3 else (False,):
+            rows_of_shape = bench_shape(
+                shape, keys, channels_last, options.device, options.repeats, options.compile, options.activation
+            )
             rows += rows_of_shape
             print(f"\n{rows_of_shape[0]['shape']}\n{table(rows_of_shape)}", flush=True)
     # Whoever finds the file can repeat the measurement.
@@ -82,7 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     keys = ",".join(normalizers())
     parser.add_argument("--norms", default="bn,sn,bcn", help=f"out of {keys}, by commas (default: %(default)s)")
-    parser.add_argument("--shapes", default=SHAPES, help="of the input, by commas (default: %(default)s)")
+    parser.add_argument(
+        "--shapes",
+        default=SHAPES,
+        help=f"of the input, by commas (default: %(default)s); 'decoders' for those of VAEs and U-Nets: {DECODERS}",
+    )
+    parser.add_argument(
+        "--activation", choices=("none", "relu", "silu"), default="none", help="behind each layer (default: none)"
+    )
     parser.add_argument("--repeats", type=int, default=50, help="rounds, in each of which every contender runs")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")

@@ -74,7 +74,7 @@ def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
             f"{type(model).__name__}.setup() was not called: layers that it builds are swapped too, but not shown.",
             file=sys.stderr,
         )
-    return swap(model, **callback.swap_arguments(), dry_run=True)
+    return swap(model, **callback.swap_arguments(), dry_run=True, example=model.example_input_array)
 
 
 def _take_save(arguments: list[str]) -> tuple[list[str], str | None]:

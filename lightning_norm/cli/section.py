@@ -173,7 +173,8 @@ def write_out_plan(section: Any) -> None:
     if "plan" not in arguments or any(name in arguments for name in NormSwapOptions.chooses_layers):
         return
     # The run is to be repeated from its saved configuration alone, also after the plan was edited or lost.
-    rules, section.source = read_plan(arguments["plan"])
+    rules, section.source, activations = read_plan(arguments["plan"])
+    section.fuse_activation = activations or section.fuse_activation
     section.rules = {name: _plain(norm) for name, norm in rules.items()}
     section.plan = None
 

@@ -47,6 +47,10 @@ class AccumulationWindow:
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.count = torch.zeros(shape[0], 1, dtype=wide, device=device)
         self.mean, self.var = (torch.zeros(shape, dtype=wide, device=device) for _ in range(2))
+        self.shift: Tensor | None = None
+        """What means are sent to other ranks relative to, (K, C): see ``lightning_norm.layers.pooling``."""
+        self.agreed_in = ""
+        """The process group whose ranks have compared their layers, and will move the running statistics together."""
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return count, mean and variance themselves."""

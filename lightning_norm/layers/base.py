@@ -10,7 +10,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.pausing import is_paused
+from lightning_norm.layers.pooling import ready_window
 from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.state import Loading, restore_precision
@@ -35,7 +36,7 @@ from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout, layout_of
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.normalize import Call, activated, run
-from lightning_norm.ops.sync import Ranks, active_ranks, is_running
+from lightning_norm.ops.sync import Ranks, active_ranks, is_running, pools_later
 from lightning_norm.ops.torch_private import is_update_bn
 
 
@@ -79,7 +80,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     num_features: int
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    sync: bool
+    sync: bool | Literal["running"]
     sync_group: str | int
     sync_paused: bool = False
     agreed_in: str = ""
@@ -407,6 +408,8 @@ class MomentNorm(Normalizer):
         return self.call_behind(self._normalize(input, activation, residual), modules)
 
     def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+        if pools_later(self.sync):
+            ready_window(self)
         if not torch.compiler.is_compiling():
             # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
             if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
@@ -426,8 +429,10 @@ class MomentNorm(Normalizer):
         of_this_thread = not self.statistics_paused or is_paused(self)
         if self.compiled and of_this_thread and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
-            y = compiled_forward(self, input, _forward, _ranks_of(self), options)
-            return activated(y, activation, residual)
+            # The activation belongs in the graph, where it costs no pass of its own.
+            forward = _WITH_ACTIVATION.get(activation, _forward) if residual is None else _forward
+            y = compiled_forward(self, input, forward, _ranks_of(self), options)
+            return y if forward is not _forward else activated(y, activation, residual)
         try:
             return _forward(self, input, activation, residual)
         except RuntimeError as error:
@@ -518,7 +523,8 @@ def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any) -> Tenso
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
     pools = is_running() and (layer.train_uses_batch_stats or layer.moves_running_stats)
-    return active_ranks(layer.sync and not layer.sync_paused, layer.training, layer.sync_group) if pools else None
+    now = bool(layer.sync) and not pools_later(layer.sync) and not layer.sync_paused
+    return active_ranks(now, layer.training, layer.sync_group) if pools else None
 
 
 def _of_empty(layer: MomentNorm, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
@@ -558,6 +564,18 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
     algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
     return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))
+
+
+def _forward_relu(layer: MomentNorm, x: Tensor) -> Tensor:
+    return _forward(layer, x, "relu")
+
+
+def _forward_silu(layer: MomentNorm, x: Tensor) -> Tensor:
+    return _forward(layer, x, "silu")
+
+
+_WITH_ACTIVATION: dict[str, Callable[[Any, Tensor], Tensor]] = {"relu": _forward_relu, "silu": _forward_silu}
+"""Functions of a layer and its input alone, by which graphs are kept apart."""
 
 
 def _check_values(layer: MomentNorm, layout: Layout, ranks: Ranks | None) -> None:

@@ -8,18 +8,98 @@ reads ``bn1.act``.
 from __future__ import annotations
 
 import sys
+import warnings
+import weakref
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_norm.errors import NotReachedWarning
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.torch_private import has_hooks
 
 FUSED: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
 """Activations that the pass which writes y computes as well."""
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+ACTIVATION = "activation"
+"""Name of the child that a swap with ``fuse_activation`` has taken from its place behind the layer."""
+
+
+class TakenActivation(nn.Module):
+    """Stands where an activation was that a normalizer now computes: it passes on what that layer returns.
+
+    What comes from anywhere else gets the activation here, and a NotReachedWarning says so once; so does an output of
+    the layer that went elsewhere, which has the activation in it.
+
+    Args:
+        activation: the module that stood here.
+        name: its name in the model, for messages.
+        layer: the name of the layer that computes it.
+    """
+
+    def __init__(self, activation: nn.Module, name: str, layer: str) -> None:
+        super().__init__()
+        # Not a child: it is one of the layer's, and a module is to have one place.
+        vars(self)["taken"] = activation
+        self.name, self.layer = name, layer
+        self.train(activation.training)
+        self._due: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+        self._told = False
+
+    def expect(self, y: Tensor) -> None:
+        """Note an output of the layer, which is due here."""
+        lost = [(key, first) for key, (ref, first) in self._due.items() if ref() is None]
+        for key, _ in lost:
+            del self._due[key]
+        # A recomputation of checkpointed activations ends where it has all that it needs.
+        if any(first for _, first in lost):
+            self._tell(f"an output of {self.layer} did not come to {self.name}, and has its activation in it")
+        self._due[id(y)] = (weakref.ref(y), not torch_private.in_backward_pass())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output as it is, and anything else with the activation."""
+        # A graph was made from calls that were looked at before, and its tensors are others in each call.
+        if torch.compiler.is_compiling() or torch_private.is_proxy(input) or torch_private.tracing_state() is not None:
+            return input
+        due = self._due.pop(id(input), None)
+        if due is not None and due[0]() is input:
+            return input
+        for key, (ref, _) in list(self._due.items()):
+            y = ref()
+            # A view of the whole output, or the output detached.
+            if y is not None and y.shape == input.shape and y.is_set_to(input):
+                del self._due[key]
+                return input
+        if not torch_private.is_transformed():
+            self._tell(
+                f"{self.name} was called with a tensor that does not come from {self.layer}: it is computed here"
+            )
+        computed: Tensor = vars(self)["taken"](input)
+        return computed
+
+    def _tell(self, what: str) -> None:
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"fuse_activation: {what}. Leave this layer's activation where it was: report.undo() and swap with "
+                f"fuse_activation=False, or with a mapping that leaves {self.layer!r} out.",
+                NotReachedWarning,
+                stacklevel=4,
+            )
+
+    def extra_repr(self) -> str:
+        """Show who computes it."""
+        return f"{type(vars(self)['taken']).__name__}, computed by {self.layer}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Outputs of this moment are no part of a copy, and weak references cannot be pickled.
+        return {**vars(self), "_due": {}}
 
 
 class Behind(nn.Module):
@@ -30,6 +110,9 @@ class Behind(nn.Module):
 
     behind: tuple[str, ...] = ()
     """Names of the children that are called behind the normalization, in this order."""
+
+    taken_from: TakenActivation | None = None
+    """What stands in the place of the activation that the layer has taken over."""
 
     always_eval: bool = False
     """``train()`` leaves the layer itself in evaluation: its statistics are frozen."""
@@ -50,6 +133,24 @@ class Behind(nn.Module):
             self.add_module(name, child)
         if behind:
             self.behind = behind
+
+    def take_activation(self, activation: nn.Module, place: TakenActivation) -> None:
+        """Compute an activation that stood behind the layer, in ``place``.
+
+        Raises:
+            TypeError: the layer has a module of that name.
+        """
+        self.add_children({ACTIVATION: activation}, (*self.behind, ACTIVATION))
+        # By vars: as an attribute it would be a child, and have two places in the model.
+        vars(self)["taken_from"] = place
+
+    def give_activation(self) -> nn.Module | None:
+        """Give up an activation that was taken over, and return it; ``None`` if there is none."""
+        place = vars(self).pop("taken_from", None)
+        if place is None:
+            return None
+        self.behind = tuple(name for name in self.behind if name != ACTIVATION)
+        return self._modules.pop(ACTIVATION)
 
     def modules_behind(self) -> list[nn.Module]:
         """Return the modules that are called behind the normalization, in their order."""
@@ -114,6 +215,8 @@ class Behind(nn.Module):
         """Return what ``modules`` make of y, one after the other."""
         for module in modules:
             y = module(y)
+        if self.taken_from is not None and not torch.compiler.is_compiling():
+            self.taken_from.expect(y)
         return y
 
 

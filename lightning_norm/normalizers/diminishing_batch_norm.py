@@ -9,10 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.blended import BlendedNorm
 from lightning_norm.layers.fused_specs import per_channel_spec
-from lightning_norm.layers.running_stats import is_usable, running_buffers
+from lightning_norm.layers.running_stats import count_skipped, fits, is_usable, running_buffers
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
@@ -59,6 +60,7 @@ class DiminishingBatchNorm(BlendedNorm):
     key = "dbn"
     paper = Paper("Ma and Klabjan", 2024, "Diminishing Batch Normalization", "arXiv 1705.08011")
     eval_uses_input_stats: ClassVar[bool] = False
+    no_window = ""
     no_recalibration: ClassVar[str] = "its running statistics are what it trains with, moved by alpha alone"
     repr_arguments: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")
 
@@ -114,18 +116,31 @@ class DiminishingBatchNorm(BlendedNorm):
             return mean, std_or_var
         if self.stat_grad == "none":
             mean, std_or_var = mean.detach(), std_or_var.detach()
-        steps = self.steps()
-        # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
-        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *running_buffers(self))
         batch_values = (mean, std_or_var)
-        # The old statistics are constants, so the gradient passes through the new batch's part alone.
-        mean, std_or_var = (
-            alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)
-        )
+        blend, steps = self._blended(batch_values)
         if self.moves_running_stats:
-            usable = is_usable(self, batch.mean, batch_values[1], batch.count)
-            self.write_blend((mean, std_or_var), batch_values, steps, usable)
-        return mean, std_or_var
+            usable = is_usable(self, batch.mean, std_or_var, batch.count)
+            if isinstance(self.accumulator, AccumulationWindow):
+                self.accumulator.add(batch.mean, batch.var, batch.count, usable)
+            else:
+                self.write_blend(blend, batch_values, steps, usable)
+        return blend
+
+    def _blended(self, batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Return a batch's statistics blended into the running ones, each (1, C), and the number m of the batch."""
+        steps = self.steps()
+        # The gradient needs alpha and the old statistics, and whoever moves these overwrites the buffers.
+        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *running_buffers(self))
+        # The old statistics are constants, so the gradient passes through the new batch's part alone.
+        mean, second = (alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch, old, strict=True))
+        return (mean, second), steps
+
+    def _move_by_window(self, m: Moments) -> None:
+        batch = (m.mean, m.var if self.average == "var" else m.var.sqrt())
+        enough, finite = (torch.as_tensor(m.count) > 1).all(), fits(self, *batch)
+        count_skipped(self, enough & ~finite)
+        blend, steps = self._blended(batch)
+        self.write_blend(blend, batch, steps, enough & finite)
 
     def _alpha_at(self, steps: Tensor) -> Tensor:
         """Return alpha(m) of the equation above, 0-dim."""

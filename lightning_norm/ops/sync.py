@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -128,6 +128,27 @@ def active_ranks(sync: bool, training: bool, group: str | int = "world") -> Rank
         return None
     name = _name_of(group)
     return Ranks(name) if name else None
+
+
+def pools_later(sync: Any) -> bool:
+    """Tell whether a layer's ``sync`` is "running": ranks pool running statistics alone, once per optimizer step."""
+    return isinstance(sync, str) and sync == "running"
+
+
+def check_sync(sync: Any) -> bool | Literal["running"]:
+    """Return ``sync`` if it is what it may be: ``True``, ``False`` or "running".
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(sync, bool):
+        return sync
+    if pools_later(sync):
+        return "running"
+    raise ValueError(
+        f"sync must be True (statistics are pooled in each forward pass), 'running' (the running ones alone, once per "
+        f"optimizer step) or False, got {sync!r}."
+    )
 
 
 def check_group(group: Any) -> str | int:

@@ -70,6 +70,7 @@ def check_file(path: Any, weights_only: bool | None = None, entries: Sequence[st
     Args:
         path: of a checkpoint.
         weights_only: as for :func:`read_checkpoint`.
+        entries: likewise.
 
     Returns:
         The checkpoint with its tensors on the meta device; empty for a remote path, a folder or an old format.

@@ -345,6 +345,8 @@ def _carry_over(module: nn.Module, layer: Normalizer, whole: Whole, name: str) -
             layer.add_children(dict(module._modules), whole.behind)
         except TypeError as error:
             raise TypeError(f"{name}: {error}. Exclude it.") from error
+    if isinstance(module, Normalizer) and module.taken_from is not None:
+        vars(layer)["taken_from"] = module.taken_from  # by vars, for it is no child
 
 
 def device_and_dtype(layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.inference import dims_of, per_channel
 from lightning_norm.ops.moments import Affine
+from lightning_norm.surgery.activations import give_back_activations
 from lightning_norm.surgery.conv_norm_pairs import layers_before
 from lightning_norm.surgery.text_tables import aligned
 from lightning_norm.surgery.torch_layers import TORCH_BATCH_NORMS
@@ -156,6 +157,8 @@ class _Watch:
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.model = model
+        # Layers of torch's compute no activation: it goes back to its place, under the original network's names.
+        give_back_activations(model)
         self.arguments = None if example is None else example if isinstance(example, tuple) else (example,)
         # Names and places are those of the model as it was: a layer that was replaced is still looked up by itself.
         self.names = {module: names[0] for module, names in names_by_module(model).items()}

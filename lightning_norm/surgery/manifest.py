@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import reprlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,8 +93,13 @@ def manifest_in(checkpoint: Mapping[str, Any], where: str = "the checkpoint") ->
     return {**manifest, "layers": checked_rows(manifest["layers"], f"{where}: the manifest", CheckpointError)}
 
 
-def rules_of(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the ``rules`` and the ``source`` with which :func:`lightning_norm.swap` does what the manifest says.
+def activations_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return layer -> the activation that it computes as well, as the rows of a file say."""
+    return {row["name"]: row["activation"] for row in rows if row.get("activation")}
+
+
+def rules_of(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """Return the ``rules``, ``source`` and ``fuse_activation`` with which a swap does what the manifest says.
 
     Raises:
         CheckpointError: a normalizer's class is not imported.
@@ -105,7 +110,7 @@ def rules_of(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         re.escape(row["name"]): {"class_path": loaded_class(row["norm"]), "init_args": arguments_in(row["norm"])}
         for row in rows
     }
-    return rules, [*dict.fromkeys(row["source"] for row in rows)]
+    return rules, [*dict.fromkeys(row["source"] for row in rows)], activations_of(rows)
 
 
 def loaded_class(spec: Mapping[str, Any], where: str = "the checkpoint") -> type[Normalizer]:
@@ -162,6 +167,8 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the che
         modules = modules_by_name(model)
         for row in rows:
             _check_rebuilt(model, modules, row, where)
+        if reports:
+            reports[-1].take_activations(model, reports[-1].find_activations(model, activations_of(rows)))
     except (TypeError, ValueError, RuntimeError) as error:
         for report in reversed(reports):
             report.undo()
@@ -350,7 +357,8 @@ def _entry(
 ) -> dict[str, Any]:
     # Wrappers that are left out of names can give one module the same name twice.
     row = {"name": names[0], "also": list(dict.fromkeys(names[1:])), "target": target, "num_features": num_features}
-    return {**row, **{k: origin[k] for k in ("source", "norm", "before")}, "options": dict(options)}
+    more = {k: origin[k] for k in ("source", "norm", "before", "activation") if k in origin}
+    return {**row, **more, "options": dict(options)}
 
 
 def _found_instead(modules: Mapping[str, nn.Module], row: Mapping[str, Any], where: str = "the file") -> str | None:

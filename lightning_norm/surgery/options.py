@@ -17,7 +17,7 @@ from lightning_norm.layers.arguments import TORCH_NAMES, as_int, plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.registry import NormSpec
 from lightning_norm.normalizers import resolve
-from lightning_norm.ops.sync import check_group
+from lightning_norm.ops.sync import check_group, check_sync
 
 Pattern: TypeAlias = str | Sequence[str]
 Source: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]]
@@ -53,11 +53,16 @@ class SwapOptions:
         backend: "auto" for the Triton kernels on CUDA inputs that they can take and plain PyTorch elsewhere, "eager"
             for plain PyTorch everywhere, "triton" for the kernels or an error.
         compile: compile each layer's forward pass (the first pass of each input shape takes seconds).
-        sync: pool statistics over the ranks of a distributed run, in training.
+        sync: pool statistics over the ranks of a distributed run, in training; "running" pools the running ones
+            alone, those of all layers in one collective per optimizer step, and each rank normalizes by its own.
         sync_group: with which ranks: "world", "node" (those of one host) or a number of consecutive ranks.
+        fuse_activation: let a layer compute the ReLU or SiLU module that follows it and serves it alone, in the pass
+            that writes its output. Found in ``nn.Sequential``, and elsewhere by running the model on an example; or
+            a mapping from layers to activations, as a plan holds it.
 
     Raises:
-        ValueError: unknown norm or ``sync_group``, ``norm_args`` without ``norm``, neither ``norm`` nor ``rules``.
+        ValueError: unknown norm, ``sync`` or ``sync_group``, ``norm_args`` without ``norm``, neither ``norm`` nor
+            ``rules``.
         TypeError: ``rules`` or ``norm_args`` no mapping, or a norm that is no normalizer.
 
     >>> SwapOptions("sn").resolved_norm[0].__name__
@@ -78,8 +83,9 @@ class SwapOptions:
     rules: Mapping[str, NormSpec | None] | None = None
     backend: Literal["auto", "eager", "triton"] = "auto"
     compile: bool = False
-    sync: bool = True
+    sync: bool | Literal["running"] = True
     sync_group: str | int = "world"
+    fuse_activation: bool | Mapping[str, str] = False
 
     what_to_type: ClassVar[str] = "swap needs norm='sn' (say) or rules={'layer1.*': 'sn', ...}."
 
@@ -103,6 +109,15 @@ class SwapOptions:
             )
         for norm in (self.resolved_norm, *self.resolved_rules.values()):
             _refuse_channels(norm)
+        fused = self.fuse_activation
+        if not isinstance(fused, (bool, Mapping)) or (
+            isinstance(fused, Mapping) and not all(map(_is_name, [*fused, *fused.values()]))
+        ):
+            raise TypeError(
+                f"fuse_activation must be true, false or a mapping from layers to activations such as "
+                f"{{'conv1.1': 'conv1.2'}}, got {fused!r}."
+            )
+        check_sync(self.sync)
         check_group(self.sync_group)
         self._check_choice()
 
@@ -121,6 +136,8 @@ class SwapOptions:
     def _make_plain(self) -> None:
         # Options come from anywhere, such as Hydra, and go into checkpoints, plans and the keys of callbacks' states.
         for each in fields(self):
+            if each.metadata.get("as_it_is"):
+                continue
             object.__setattr__(self, each.name, plain_value(getattr(self, each.name)))
 
     @functools.cached_property
@@ -141,6 +158,10 @@ class SwapOptions:
     def targets(self) -> set[type[Normalizer]]:
         """The classes that layers may become."""
         return {resolved[0] for resolved in (self.resolved_norm, *self.resolved_rules.values()) if resolved is not None}
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _refuse_channels(norm: ResolvedNorm | None) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from lightning_norm.errors import NotReachedWarning
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.behind import TakenActivation
+from lightning_norm.surgery.activations import find_activations, take_activation
 from lightning_norm.surgery.convert import device_and_dtype, restore_original, unchanged_on_error
 from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.reach import check_reach, tell
@@ -19,6 +22,12 @@ from lightning_norm.surgery.text_tables import aligned
 
 MANY = 100_000
 """Parameters that are worth a word wherever they make a model larger by more than a tenth."""
+
+SYNC = {
+    True: "on in training with several processes",
+    "running": "of the running statistics alone, once per optimizer step of several processes",
+    False: "off",
+}
 
 
 @dataclass
@@ -38,9 +47,10 @@ class SwappedLayer:
         dropped: those that the normalizer has no place for.
         added: new parameters, name -> number of elements.
         removed: elements of the parameters that were not moved.
+        activation: name of the activation module that the layer computes as well.
         backend: of the passes, and why.
         compiled: each forward pass runs under torch.compile.
-        sync: statistics are pooled over ranks in training.
+        sync: statistics are pooled over ranks in training; "running" the running ones alone, once per optimizer step.
     """
 
     name: str
@@ -56,8 +66,9 @@ class SwappedLayer:
     added: dict[str, int]
     backend: str
     compiled: bool
-    sync: bool
+    sync: bool | Literal["running"]
     removed: int = 0
+    activation: str = ""
     also: list[str] = field(default_factory=list)
 
     @property
@@ -80,6 +91,7 @@ class SwapReport:
     Attributes:
         dry_run: nothing was changed.
         total_before: parameters of the model before the swap, in elements.
+        activations_left: (name, type, why) of activations that ``fuse_activation`` has left where they were.
     """
 
     def __init__(
@@ -95,6 +107,8 @@ class SwapReport:
         self.dry_run = True
         self.total_before = 0
         self._undo: list[tuple[ModuleSlot, Normalizer]] = []
+        self.activations_left: list[Left] = []
+        self._taken: list[tuple[ModuleSlot, TakenActivation, Normalizer]] = []
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -132,12 +146,40 @@ class SwapReport:
             slot.fill(layer)
         return {id(layer) for _, layer in self._undo}
 
+    def find_activations(self, model: nn.Module, how: bool | Mapping[str, str], example: Any = None) -> dict[str, str]:
+        """Return which activation each layer can compute, and note in the report which, and what is left.
+
+        Args:
+            model: the model, before or after the layers were put in place.
+            how: see ``fuse_activation`` of :func:`lightning_norm.swap`.
+            example: see ``example`` there.
+
+        Raises:
+            ValueError: the model fails on the example, or a layer or activation that is named is not there.
+        """
+        if not how:
+            return {}
+        # Those that a layer has behind it already are computed with it anyway.
+        layers = {slot.name: (layer, slot.module) for slot, layer in self._undo if layer.taken_from is None}
+        found, self.activations_left = find_activations(model, layers, how, example)
+        for row in self.layers:
+            row.activation = found.get(row.name, row.activation)
+        return found
+
+    def take_activations(self, model: nn.Module, found: Mapping[str, str]) -> None:
+        """Let layers that are in place compute the activations that were found."""
+        layers = {slot.name: layer for slot, layer in self._undo}
+        self._taken += [
+            (*take_activation(model, layers[name], name, place), layers[name]) for name, place in found.items()
+        ]
+
     def merge(self, other: SwapReport) -> None:
         """Add the layers of a later swap of the same model."""
         # The later swap sees the whole model, and counts what the earlier one added as parameters from before.
         known = {layer.name for layer in self.layers}
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
+        self._taken += other._taken
         for mine, later in (
             (self.skipped, other.skipped),
             (self.others, other.others),
@@ -235,6 +277,17 @@ class SwapReport:
                         f"cannot undo: {slot.name} holds {type(now).__name__} and no longer the "
                         f"{type(layer).__name__} of this swap. Undo later swaps first."
                     )
+        for slot, place, _ in self._taken:
+            for parent, attribute in slot.parents:
+                if getattr(parent, attribute, None) is not place:
+                    raise RuntimeError(
+                        f"cannot undo: {slot.name} holds {type(getattr(parent, attribute, None)).__name__} and no "
+                        "longer what this swap put in the place of its activation."
+                    )
+        for slot, _, layer in self._taken:
+            layer.give_activation()
+            slot.fill(slot.module)
+        self._taken = []
         with unchanged_on_error([module for slot, layer in self._undo for module in (slot.module, layer)]):
             for slot, layer in self._undo:
                 restore_original(layer, slot.module, slot.device_and_dtype)
@@ -286,11 +339,14 @@ class SwapReport:
             lines.append(f"  evaluation  differs from the original network in {len(changed)} layers ({why})")
         else:
             lines.append("  evaluation  preserved: the same as the original network's until training changes it")
-        sync = "on in training with several processes" if any(layer.sync for layer in self.layers) else "off"
+        if taken := [layer for layer in self.layers if layer.activation]:
+            lines.append(f"  activation  computed by the layer before it: {len(taken)} (first: {taken[0].activation})")
+        lines += [f"  activation  left: {line}" for line in _by_class(self.activations_left)]
         groups = Counter(n for layer in self.layers if (n := layer.num_groups) is not None)
         if groups:
             counts = ", ".join(f"{n} in {count}" for n, count in sorted(groups.items(), reverse=True))
             lines.append(f"  groups      {counts} layers")
+        sync = SYNC[next((layer.sync for layer in self.layers if layer.sync), False)]
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
         return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
 
@@ -312,6 +368,7 @@ class SwapReport:
         rows = [("layer", "from", "to", "C", "added", "evaluation", "backend", "sync")]
         for layer in self.layers:
             name = layer.name + (f" (= {', '.join(layer.also)})" if layer.also else "")
+            name += f" + {layer.activation}" if layer.activation else ""
             # BNET and "afn" add many tensors per layer: their number is more readable than their names.
             few = "+".join(f"{k} {v}" for k, v in layer.added.items()) or "-"
             added = few if len(layer.added) <= 6 else f"{sum(layer.added.values())} in {len(layer.added)} tensors"
@@ -326,7 +383,7 @@ class SwapReport:
                     added,
                     evaluation,
                     backend,
-                    "on" if layer.sync else "off",
+                    "running" if layer.sync == "running" else "on" if layer.sync else "off",
                 )
             )
         return "\n".join([aligned(rows), "", self.summary()])

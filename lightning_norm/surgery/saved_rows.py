@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_norm.ops.backend import BACKENDS
-from lightning_norm.ops.sync import check_group
+from lightning_norm.ops.sync import check_group, pools_later
 
 
 class BadRowError(ValueError):
@@ -75,11 +75,16 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _is_sync(value: Any) -> bool:
+    return isinstance(value, bool) or pools_later(value)
+
+
 def _are_options(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
-    flags = (value[name] for name in ("sync", "compile", "frozen") if name in value)
-    return all(map(_is_bool, flags)) and value.get("backend", "auto") in BACKENDS
+    flags = (value[name] for name in ("compile", "frozen") if name in value)
+    known = _is_sync(value.get("sync", True)) and value.get("backend", "auto") in BACKENDS
+    return known and all(map(_is_bool, flags))
 
 
 # Entries that are not here are for readers of the file alone.
@@ -91,9 +96,11 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_features": (lambda v: v is None or (type(v) is int and v > 0), "a positive int"),
     "options": (
         _are_options,
-        f"a mapping of sync, compile and frozen (true or false), sync_group, backend (one of {BACKENDS})",
+        f"a mapping of sync (true, false, running), compile and frozen (true or false), sync_group, backend (one of "
+        f"{BACKENDS})",
     ),
-    "sync": (_is_bool, "true or false"),
+    "activation": (lambda v: isinstance(v, str), "the dotted name of an activation, or empty"),
+    "sync": (_is_sync, "true, false or running"),
     "compiled": (_is_bool, "true or false"),
     "backend": (lambda v: isinstance(v, str) and v.partition(":")[0] in BACKENDS, f"one of {BACKENDS}"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from lightning_norm.layers.arguments import plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers.context.assignment import ContextState
 from lightning_norm.ops.backend import explain
+from lightning_norm.ops.sync import pools_later
 from lightning_norm.surgery.convert import convert, preserved
 from lightning_norm.surgery.options import ResolvedNorm, Source, SwapOptions, takes_options
 from lightning_norm.surgery.report import SwappedLayer, SwapReport
@@ -36,10 +37,13 @@ class SwapCall(SwapOptions):
     Args:
         dry_run: report what would happen and change nothing.
         on_empty: what to do when no layer is swapped: "warn" (NoEffectWarning) or "error".
+        example: for ``fuse_activation``: a tensor, a tuple of arguments or a mapping of keyword arguments on which the
+            model is run once in training and once in evaluation; nothing of that stays.
     """
 
     dry_run: bool = False
     on_empty: Literal["warn", "error"] = "warn"
+    example: Any = field(default=None, metadata={"as_it_is": True})
 
 
 @takes_options(SwapCall)
@@ -76,7 +80,10 @@ def swap(model: nn.Module, options: SwapCall) -> SwapReport:
         warnings.warn(report.growth(), ParameterGrowthWarning, stacklevel=3)
     if left := report.left_alone(options):
         warnings.warn(left, LeftAloneWarning, stacklevel=3)
+    activations = report.find_activations(model, options.fuse_activation, options.example)
     report.commit(not options.dry_run)
+    if not options.dry_run:
+        report.take_activations(model, activations)
     return report
 
 
@@ -108,6 +115,11 @@ def prepare_swap(
         # A failure from here on leaves the model as it was: the original modules are read and not changed.
         layer, arguments = convert(slot.module, slot.name, norm, slot.whole)
         layer.sync, layer.sync_group, layer.backend = options.sync, options.sync_group, options.backend
+        if pools_later(options.sync) and layer.no_window and layer.track_running_stats:
+            raise ValueError(
+                f"{slot.name}: sync='running': {type(layer).__name__} cannot wait for the optimizer step: "
+                f"{layer.no_window}. Type sync=True, or exclude the layer."
+            )
         if isinstance(state := getattr(layer, "contexts", None), ContextState):
             state.name = slot.name
         if options.compile:
@@ -142,9 +154,16 @@ def _row(
         removed=sum(p.numel() for n, p in slot.module.named_parameters(recurse=False) if n not in moved),
         backend=backend,
         compiled=layer.compiled,
-        sync=layer.sync and (layer.train_uses_batch_stats or layer.track_running_stats),
+        sync=_synced(layer),
         also=slot.names[1:],
     )
+
+
+def _synced(layer: Normalizer) -> bool | Literal["running"]:
+    """Return what of ``sync`` has an effect in a layer."""
+    if pools_later(layer.sync):
+        return layer.sync if layer.has_running_stats else False
+    return layer.sync and (layer.train_uses_batch_stats or layer.track_running_stats)
 
 
 def _is_same(after: Tensor | None, before: Tensor) -> bool:
@@ -169,7 +188,8 @@ def _origin(module: nn.Module, row: SwappedLayer) -> dict[str, Any]:
     earlier: dict[str, Any] | None = getattr(module, "origin", None)
     if earlier is None:
         return {"source": row.source, "norm": row.norm, "before": []}
-    return {"source": earlier["source"], "norm": row.norm, "before": [*earlier["before"], earlier["norm"]]}
+    before = [*earlier["before"], earlier["norm"]]
+    return {**earlier, "norm": row.norm, "before": before}
 
 
 def _plain(value: Any) -> Any:

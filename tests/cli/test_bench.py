@@ -94,3 +94,17 @@ def test_bad_input():
 def test_context_normalization_is_timed_with_contexts():
     rows = run(["--shapes", "12x6x5x5", "--norms", "cn", "--repeats", "2", "--no-compile"])
     assert {r["name"] for r in rows} == {"torch", "cn", "cn naive"}
+
+
+def test_group_norm_and_silu_stand_beside_torchs():
+    shapes_of = "1x32x4x4,1x32x2x3x4"
+    arguments = ["--shapes", shapes_of, "--norms", "gn", "--activation", "silu", "--repeats", "2", "--no-compile"]
+    rows = run(arguments)
+    assert {r["name"] for r in rows} == {"torch", "torch GroupNorm", "gn", "gn naive"}
+    assert [*dict.fromkeys(r["shape"] for r in rows)] == [
+        "1x32x4x4 + silu",
+        "1x32x4x4 channels_last + silu",
+        "1x32x2x3x4 + silu",
+        "1x32x2x3x4 channels_last + silu",
+    ]
+    assert all(r["vs_peer"] for r in rows if r["name"] == "gn")

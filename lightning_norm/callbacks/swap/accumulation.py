@@ -1,7 +1,8 @@
-"""Running statistics of an accumulation window: gathered over its batches, and moved once per optimizer step."""
+"""Running statistics that are gathered over batches, and over ranks, and moved once per optimizer step."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -9,7 +10,9 @@ from lightning_norm.callbacks.lightning_compat import pl, rank_zero_info
 from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.running_stats import close_window, open_window
+from lightning_norm.layers.pooling import attend, move_by_windows, pool_windows, ranks_of_window
+from lightning_norm.layers.running_stats import open_window
+from lightning_norm.ops.sync import Ranks
 from lightning_norm.surgery.walk import named_normalizers
 
 
@@ -19,10 +22,10 @@ class Accumulation:
     With gradients accumulated over k batches, the optimizer sees one batch of k times the size; BatchNorm's running
     statistics move k times, by the statistics of k small ones. Here the moments of the k batches are merged as if they
     had been one batch, and the running statistics move once, by ``momentum``. The output of a training batch still
-    depends on that batch alone.
+    depends on that batch alone. The same for layers with ``sync="running"``, whose ranks meet once per optimizer step.
 
     Args:
-        enabled: the argument of NormSwap; without it every method does nothing.
+        enabled: the argument of NormSwap; without it, only layers with ``sync="running"`` have a window.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -37,30 +40,33 @@ class Accumulation:
         Raises:
             ValueError: a layer cannot wait for the end of a window; it says why.
         """
-        if not self.enabled:
+        tracking = {n: layer for n, layer in named_normalizers(pl_module) if layer.track_running_stats}
+        self._layers = {n: t for n, t in tracking.items() if self.enabled or ranks_of_window(t) is not None}
+        if not self.enabled and not self._layers:
             if self._loaded:
                 rank_zero_info(
-                    "NormSwap: the checkpoint was written between two optimizer steps with accumulate_statistics=True; "
-                    "what was gathered is dropped without it."
+                    "NormSwap: the checkpoint was written between two optimizer steps with accumulate_statistics=True "
+                    "or sync='running'; what was gathered is dropped without it."
                 )
             return
-        self._layers = {n: layer for n, layer in named_normalizers(pl_module) if layer.track_running_stats}
         if not self._layers:
             warnings.warn(
                 "NormSwap: accumulate_statistics=True does nothing: no layer keeps running statistics. Leave it out.",
                 NoEffectWarning,
                 stacklevel=3,
             )
+        asked = "accumulate_statistics" if self.enabled else "sync='running'"
         for name, layer in self._layers.items():
             # Checked for all layers before the first window opens, so that a refusal leaves nothing behind.
             if layer.no_window:
                 self.stop()
                 raise ValueError(
-                    f"NormSwap: accumulate_statistics: {name} is {type(layer).__name__}: {layer.no_window}. "
-                    "Type accumulate_statistics=False."
+                    f"NormSwap: {asked}: {name} is {type(layer).__name__}: {layer.no_window}. "
+                    f"Type {'accumulate_statistics=False' if self.enabled else 'sync=True'}."
                 )
         for layer in self._layers.values():
             open_window(layer)
+        attend(self._layers.values())
         self._step = trainer.global_step
         self._fill()
 
@@ -69,16 +75,24 @@ class Accumulation:
         # Whatever decides when the optimizer steps, the step counter tells that it has.
         if trainer.global_step != self._step:
             self._step = trainer.global_step
-            for layer in self._layers.values():
-                close_window(layer)
+            move_by_windows(list(self._layers.values()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was gathered since the last optimizer step: layer -> count, mean and variance so far."""
-        if not self.enabled:
+        """Return what was gathered since the last optimizer step: layer -> count, mean and variance so far.
+
+        Every rank must call it: what ranks gathered by themselves is put together, for one of them writes the file.
+        """
+        if not self.enabled and not self._layers:
             return {}
-        accumulators = {n: layer.accumulator for n, layer in self._layers.items()}
+        accumulators = {n: copy.deepcopy(layer.accumulator) for n, layer in self._layers.items()}
         windows = {n: window for n, window in accumulators.items() if isinstance(window, AccumulationWindow)}
-        gathered = {n: [t.clone() for t in window.tensors()] for n, window in windows.items() if window.count.any()}
+        together: dict[Ranks, list[AccumulationWindow]] = {}
+        for name, window in windows.items():
+            if ranks := ranks_of_window(self._layers[name]):
+                together.setdefault(ranks, []).append(window)
+        for ranks, pooled in together.items():
+            pool_windows(pooled, ranks)
+        gathered = {n: [*window.tensors()] for n, window in windows.items() if window.count.any()}
         # Never empty as a whole: Lightning would skip load_state_dict, and windows would keep what they have.
         return {"window": gathered}
 
@@ -101,6 +115,9 @@ class Accumulation:
             assert isinstance(layer.accumulator, AccumulationWindow)
             # What batches of a finder's trial run have gathered goes, before the saved state comes in.
             layer.accumulator.clear()
-            for tensor, saved in zip(layer.accumulator.tensors(), self._loaded.get(name, ()), strict=False):
+            # The file holds what all ranks gathered together: one of them takes it.
+            ranks = ranks_of_window(layer)
+            loaded = self._loaded.get(name, ()) if ranks is None or ranks.rank == 0 else ()
+            for tensor, saved in zip(layer.accumulator.tensors(), loaded, strict=False):
                 tensor.copy_(saved)
         self._loaded = {}

@@ -95,9 +95,10 @@ class NormSwapOptions(SwapOptions):
         """
         if self.plan is None:
             return self
-        rules, source = read_plan(self.plan)
+        rules, source, activations = read_plan(self.plan)
+        fuse = activations or self.fuse_activation
         try:
-            return replace(self, plan=None, rules=rules, source=source)
+            return replace(self, plan=None, rules=rules, source=source, fuse_activation=fuse)
         except (TypeError, ValueError) as error:
             raise PlanError(f"cannot read the plan {self.plan!r}: {error}") from error
 
@@ -395,6 +396,11 @@ class NormSwap(Callback):
     def _finish_swap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what needs all layers: compare ranks, take over a warm start, check the patterns, tell what was done."""
         self._swap(pl_module)
+        if self.report:
+            # Only now is the network whole, so that it can be run on an example.
+            example = getattr(pl_module, "example_input_array", None)
+            activations = self.report.find_activations(pl_module, self.options.fuse_activation, example)
+            self.report.take_activations(pl_module, activations)
         check_layers(pl_module)
         if self.options.warm_start is not None and not self._warm:
             start_from(pl_module, self.options.warm_start)

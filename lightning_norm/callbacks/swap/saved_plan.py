@@ -15,12 +15,12 @@ from lightning_norm.errors import PlanError
 from lightning_norm.layers.arguments import checked_arguments
 from lightning_norm.normalizers import resolve
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
-from lightning_norm.surgery.manifest import manifest_in, rules_of
+from lightning_norm.surgery.manifest import activations_of, manifest_in, rules_of
 from lightning_norm.surgery.saved_rows import checked_rows
 
 
-def read_plan(path: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the rules that a plan file or a checkpoint holds, and the names of the classes that it was made for.
+def read_plan(path: str) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """Return the rules of a plan file or a checkpoint, the classes that it was made for, and layer -> activation.
 
     A plan is YAML with a row for each layer:
 
@@ -62,7 +62,7 @@ def read_plan(path: str) -> tuple[dict[str, Any], list[str]]:
             f"the plan {path!r} swaps no layer: it has {len(rules)} rows under layers, none with a norm. Type "
             "norm: {class_path: sn} in a row, or leave out NormSwap."
         )
-    return rules, list(dict.fromkeys(row["source"] for row in rows))
+    return rules, list(dict.fromkeys(row["source"] for row in rows)), activations_of(r for r in rows if r["norm"])
 
 
 def _cannot_read(path: str, why: str) -> str:
