@@ -12,6 +12,7 @@ from lightning_norm.layers.running_stats import count_batch, running_buffers, wr
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.moments import Moments
 
 
 class BlendedNorm(MomentNorm):
@@ -20,18 +21,20 @@ class BlendedNorm(MomentNorm):
     Args:
         num_features: channels.
         average: "std" for running standard deviations, "var" for BatchNorm's running variances.
+        averages_blend: keep the blend in buffers of its own, and an average of it in the running statistics.
         options: see :class:`MomentNorm`.
     """
 
     counters: ClassVar[tuple[str, ...]] = ("updates",)
+    float32_buffers: ClassVar[tuple[str, ...]] = ("blend_mean", "blend_std", "blend_var")
     no_window = "it normalizes by its running statistics in training, which each batch has to move first"
     updates: Tensor
     gap: Tensor
     """How far the last batch's mean and deviation lay from the running ones, in running deviations, (2,)."""
 
-    def __init__(self, num_features: int, *, average: str, **options: Any) -> None:
+    def __init__(self, num_features: int, *, average: str, averages_blend: bool = False, **options: Any) -> None:
         # Before the base class, which names the buffers by it.
-        self.average = average
+        self.average, self.averages_blend = average, averages_blend
         super().__init__(num_features, **options)
         # Not saved: it describes the last batch, and a resumed run does not continue from it.
         gap = (
@@ -41,38 +44,93 @@ class BlendedNorm(MomentNorm):
         )
         self.register_buffer("gap", gap, persistent=False)
 
+    def _make_running_stats(self, num_features: int, track: bool, device: Any, dtype: torch.dtype | None) -> None:
+        super()._make_running_stats(num_features, track, device, dtype)
+        if self.averages_blend:
+            for name, running in zip(self.blend_names, self.running_names, strict=True):
+                self.register_buffer(name, self.get_buffer(running).clone())
+
     @property
     def running_names(self) -> tuple[str, str]:
         """The second is the standard deviation, or with ``average="var"`` BatchNorm's own variance."""
         return "running_mean", f"running_{self.average}"
 
     @property
+    def blend_names(self) -> tuple[str, str]:
+        """Names of the buffers that each batch is blended into: the running ones, or those that they average."""
+        return ("blend_mean", f"blend_{self.average}") if self.averages_blend else self.running_names
+
+    @property
     def translations(self) -> tuple[Translation, ...]:
         """A BatchNorm's variance becomes a standard deviation, and that of another such layer a variance."""
-        return (std_of_var(self.eps) if self.average == "std" else var_of_std(self.eps),)
+        form = std_of_var if self.average == "std" else var_of_std
+        return (form(self.eps), *(form(self.eps, "blend") for _ in range(self.averages_blend)))
+
+    def reset_running_stats(self) -> None:
+        """Set means to 0, deviations to 1 and counters to 0."""
+        super().reset_running_stats()
+        self._copy_to_blend()
+
+    def _copy_to_blend(self) -> None:
+        """Begin the blend anew from the running statistics."""
+        if self.averages_blend and self.has_running_stats:
+            with torch.no_grad():
+                for name, running in zip(self.blend_names, self.running_names, strict=True):
+                    self.get_buffer(name).copy_(self.get_buffer(running))
+
+    def take_from(self, source: torch.nn.Module) -> None:
+        """Take over Parameters and running statistics; a layer without a blend gives its running statistics for it."""
+        super().take_from(source)
+        if not getattr(source, "averages_blend", False):
+            self._copy_to_blend()
+
+    def _taken_names(self, source: torch.nn.Module) -> tuple[str, ...]:
+        blend = self.blend_names if getattr(source, "averages_blend", False) and self.averages_blend else ()
+        return (*super()._taken_names(source), *blend)
+
+    def _translate(self, state_dict: dict[str, Any], prefix: str, strict: bool = True) -> None:
+        super()._translate(state_dict, prefix, strict)
+        # A file without a blend continues from its running statistics.
+        for name, running in zip(self.blend_names, self.running_names, strict=True):
+            if self.averages_blend and prefix + running in state_dict:
+                state_dict.setdefault(prefix + name, state_dict[prefix + running])
+
+    def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
+        """Return the mean and the biased deviation or variance that the running statistics move towards."""
+        return m.mean, m.var.sqrt() if self.average == "std" else m.var
 
     def steps(self) -> Tensor:
         """Return the number of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
         # A mean of exactly 0 in every channel is what a new layer has, and hardly what training leaves.
-        return self.updates + 1 + ((self.updates == 0) & (running_buffers(self)[0] != 0).any())
+        return self.updates + 1 + ((self.updates == 0) & (running_buffers(self, self.blend_names)[0] != 0).any())
 
     @torch_private.without_gradients
     def write_blend(
-        self, blend: tuple[Tensor, Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor
+        self,
+        blend: tuple[Tensor, Tensor],
+        batch: tuple[Tensor, Tensor],
+        steps: Tensor,
+        usable: Tensor,
+        weight: Tensor | None = None,
     ) -> None:
         """Write the moved statistics, and how far the batch lay from them, if a 0-dim ``usable`` is true.
 
         Args:
-            blend: the new running mean, and standard deviation or variance, (1, C).
+            blend: the new mean, and standard deviation or variance, (1, C).
             batch: the same two of the batch.
             steps: the number of this batch.
             usable: the batch has neither a NaN nor an infinity.
+            weight: of the blend in the running statistics, where those average it.
         """
         # The gap is measured in standard deviations, whichever of the two is stored.
         was, now = ((s if self.average == "std" else s.sqrt()) for s in (blend[1], batch[1]))
         gap = torch.stack([batch[0] - blend[0], now - was]).abs() / (was + self.eps)
-        values = (*blend, steps, gap.flatten(1).mean(1))
-        for name, new in zip((*self.running_names, "updates", "gap"), values, strict=True):
+        values = dict(zip(self.blend_names, blend, strict=True))
+        if weight is not None:
+            for name, new in zip(self.running_names, blend, strict=True):
+                old = self.get_buffer(name)
+                values[name] = torch.lerp(old, new.reshape(-1).to(old.dtype), weight.to(old.dtype))
+        for name, new in {**values, "updates": steps, "gap": gap.flatten(1).mean(1)}.items():
             # No state_dict holds the gap, so that it may not be passed to a function that is transformed.
             if name != "gap" or not torch_private.is_captured(self.gap):
                 write(getattr(self, name), new, usable)

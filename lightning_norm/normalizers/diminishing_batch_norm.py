@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.blended import BlendedNorm
 from lightning_norm.layers.fused_specs import per_channel_spec
-from lightning_norm.layers.running_stats import is_usable, running_buffers
+from lightning_norm.layers.renormalized import renorm
+from lightning_norm.layers.running_stats import is_usable, running_buffers, update_running
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
@@ -40,13 +41,19 @@ class DiminishingBatchNorm(BlendedNorm):
         power: alpha(m) = 1 / m^power in place of ``alpha``, with the layer's own count m of batches; the published
             convergence proof wants more than 2, 2.001 say.
         average: "std", as published (eps beside the root), or "var" (eps inside the root, BatchNorm's own buffers).
-        stat_grad: "batch" lets the gradient pass through the new batch's part, "none" through no statistics.
+        train_stats: what training normalizes by: "running", the moved statistics, or "batch", the batch's own, beside
+            which the running ones move for evaluation alone.
+        stat_grad: "batch" lets the gradient pass through the new batch's part, "none" through no statistics; "renorm"
+            is the gradient of BatchNorm at the value of the running statistics.
+        init: "first_batch" copies the first batch, whatever alpha; "zero_one" moves mean 0 and deviation 1 by alpha.
+        eval_momentum: evaluate on an exponential average of the moved statistics, with this weight of the new ones;
+            ``None`` evaluates on the last ones.
         eps: added to the standard deviation, or to the variance with ``average="var"``.
         options: affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`; no momentum.
 
     Raises:
-        ValueError: alpha out of range, power not positive, an unknown ``average`` or ``stat_grad``; a momentum, or an
-            alpha where ``power`` rules, set on the layer.
+        ValueError: alpha out of range, power not positive, an unknown word; a ``stat_grad`` or an ``eval_momentum``
+            that would have no effect; a momentum, or an alpha where ``power`` rules, set on the layer.
 
     Differs from the paper: the gradient passes through the statistics by default, so that alpha = 1 with
     ``average="var"`` is BatchNorm in value and gradient; the first batch is copied, whatever alpha, unless statistics
@@ -59,8 +66,15 @@ class DiminishingBatchNorm(BlendedNorm):
     key = "dbn"
     paper = Paper("Ma and Klabjan", 2024, "Diminishing Batch Normalization", "arXiv 1705.08011")
     eval_uses_input_stats: ClassVar[bool] = False
-    no_recalibration: ClassVar[str] = "its running statistics are what it trains with, moved by alpha alone"
-    repr_arguments: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")
+    repr_arguments: ClassVar[tuple[str, ...]] = (
+        "alpha",
+        "power",
+        "average",
+        "train_stats",
+        "stat_grad",
+        "init",
+        "eval_momentum",
+    )
 
     def __init__(
         self,
@@ -69,7 +83,10 @@ class DiminishingBatchNorm(BlendedNorm):
         alpha: Annotated[float, Scheduled(0, 1, training_only=True)] = 0.25,
         power: float | None = None,
         average: Literal["std", "var"] = "std",
-        stat_grad: Literal["batch", "none"] = "batch",
+        train_stats: Literal["running", "batch"] = "running",
+        stat_grad: Literal["batch", "none", "renorm"] = "batch",
+        init: Literal["first_batch", "zero_one"] = "first_batch",
+        eval_momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = None,
         eps: float = 1e-5,
         affine: bool = True,
         track_running_stats: bool = True,
@@ -80,52 +97,120 @@ class DiminishingBatchNorm(BlendedNorm):
     ) -> None:
         if power is not None and not 0 < power < math.inf:
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
-        self.stat_grad = stat_grad
+        if train_stats == "batch" and stat_grad == "renorm":
+            raise ValueError(
+                'DiminishingBatchNorm: stat_grad="renorm" lends the gradient of the batch\'s statistics to the running '
+                'ones, and train_stats="batch" normalizes by the batch\'s. Type stat_grad="batch".'
+            )
+        if eval_momentum is not None and not track_running_stats:
+            raise ValueError(
+                "DiminishingBatchNorm: eval_momentum averages the running statistics, and this layer keeps none. "
+                "Leave it out, or pass track_running_stats=True."
+            )
+        self.train_stats, self.stat_grad, self.init = train_stats, stat_grad, init
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype, "bias": bias}
-        super().__init__(num_features, average=average, momentum=None, **options)
+        averages = eval_momentum is not None
+        super().__init__(num_features, average=average, averages_blend=averages, momentum=None, **options)
         # In this order, for with a power no alpha can be set.
         self.alpha = alpha
         self.power = None if power is None else float(power)
+        self.eval_momentum = eval_momentum
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "alpha" and self.__dict__.get("power") is not None:
             raise ValueError(f"DiminishingBatchNorm: power={self.power} rules alpha. Set power = None first.")
         if name == "momentum" and value is not None:
             raise ValueError("DiminishingBatchNorm has no momentum. Set alpha, the weight of the new batch.")
+        if name == "eval_momentum" and (value is not None) != self.averages_blend:
+            raise ValueError(
+                f"DiminishingBatchNorm: eval_momentum = {value!r} would change which buffers there are. Build the "
+                "layer with it: DiminishingBatchNorm(C, eval_momentum=0.1), say."
+            )
         super().__setattr__(name, value)
+
+    @property
+    def no_recalibration(self) -> str:
+        """Why its statistics cannot be re-estimated: where training normalizes by them, they are a part of it."""
+        trains_with_them = self.train_stats == "running"
+        return "its running statistics are what it trains with, moved by alpha alone" if trains_with_them else ""
+
+    @property
+    def no_window(self) -> str:  # type: ignore[override]  # text where it is the same for all layers of a class
+        """Why its statistics cannot wait for the end of a window."""
+        return super().no_window if self.train_stats == "running" else ""
+
+    def without_effect(self) -> dict[str, str]:
+        """Return what a schedule would not change, and why."""
+        averaged = {} if self.averages_blend else {"eval_momentum": "eval_momentum=None"}
+        ruled = {} if self.power is None else {"alpha": f"power={self.power}"}
+        return {**super().without_effect(), **averaged, **ruled}
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
-        mean, std_or_var = self._statistics(m)
-        scale = 1 / (std_or_var + self.eps) if self.average == "std" else (std_or_var + self.eps).rsqrt()
-        return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
-
-    def _statistics(self, m: Moments) -> tuple[Tensor, Tensor]:
-        """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
         if self.has_running_stats and not self.training:
-            return running_buffers(self)
+            mean, std_or_var = running_buffers(self)
+            return self._affine(mean, self._scale_of(std_or_var))
         batch = m.over_batch()
         mean, std_or_var = batch.mean, batch.var
         if self.average == "std":
             # The root of 0 has an infinite slope, and a channel that is constant must not get a gradient of NaN.
             std_or_var = std_or_var.clamp_min(TINY).sqrt()
         if not self.moves_running_stats:
-            return mean, std_or_var
-        if self.stat_grad == "none":
-            mean, std_or_var = mean.detach(), std_or_var.detach()
+            return self._affine(mean, self._scale_of(std_or_var))
+        constants = mean.detach(), std_or_var.detach()
+        own = constants if self.stat_grad == "none" else (mean, std_or_var)
+        if self.accumulator is not None:
+            update_running(self, Moments(mean, batch.var, batch.count))
+            return self._affine(own[0], self._scale_of(own[1]))
+        blends_gradient = self.train_stats == "running" and self.stat_grad == "batch"
+        blend = self._move(own if blends_gradient else constants, batch.count)
+        mean, std_or_var = own if self.train_stats == "batch" else blend
+        scale = self._scale_of(std_or_var)
+        if self.stat_grad != "renorm":
+            return self._affine(mean, scale)
+        # The value of the blend, as a constant factor and offset on what the batch's statistics make of x.
+        batch_scale = self._scale_of(own[1])
+        r, d = renorm((own[0], batch_scale), (mean, scale))
+        return self._affine(own[0], batch_scale * r, d)
+
+    def _affine(self, mean: Tensor, scale: Tensor, shift: Tensor | None = None) -> Affine:
+        """Return the map gamma (scale (x - mean) + shift) + beta."""
+        if self.weight is not None:
+            gamma = self.weight.to(scale.dtype)
+            scale, shift = scale * gamma, None if shift is None else shift * gamma
+        bias = self.bias
+        return Affine(mean, scale, bias if shift is None else shift if bias is None else shift + bias.to(shift.dtype))
+
+    def _scale_of(self, std_or_var: Tensor) -> Tensor:
+        return 1 / (std_or_var + self.eps) if self.average == "std" else (std_or_var + self.eps).rsqrt()
+
+    def _move(
+        self, batch: tuple[Tensor, Tensor], count: int | Tensor, enough: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Move the statistics by a batch's mean and standard deviation or variance, (1, C), and return the result.
+
+        Args:
+            batch: with a graph, which passes through its part of what is returned.
+            count: elements behind each.
+            enough: whether there is a batch at all, 0-dim.
+        """
         steps = self.steps()
+        alpha = self._alpha_at(steps)
+        copies = steps == (1 if self.init == "first_batch" else 0)
         # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
-        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *running_buffers(self))
-        batch_values = (mean, std_or_var)
+        alpha, *old = snapshot(torch.where(copies, 1, alpha), *running_buffers(self, self.blend_names))
         # The old statistics are constants, so the gradient passes through the new batch's part alone.
-        mean, std_or_var = (
-            alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch_values, old, strict=True)
-        )
-        self.write_blend(
-            (mean, std_or_var), batch_values, steps, is_usable(self, batch.mean, batch_values[1], batch.count)
-        )
+        mean, std_or_var = (alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch, old, strict=True))
+        usable = is_usable(self, *batch, count)
+        usable = usable if enough is None else usable & enough
+        weight = self.scheduled("eval_momentum")
+        weight = None if weight is None else torch.where(copies, 1, weight)
+        self.write_blend((mean, std_or_var), batch, steps, usable, weight)
         return mean, std_or_var
+
+    def _move_by_window(self, m: Moments) -> None:
+        self._move(self.running_target(m), m.count, (torch.as_tensor(m.count) > 1).all())
 
     def _alpha_at(self, steps: Tensor) -> Tensor:
         """Return alpha(m) of the equation above, 0-dim."""
@@ -140,9 +225,16 @@ class DiminishingBatchNorm(BlendedNorm):
         if not self.moves_running_stats or frozen:
             return per_channel_spec(self, {}, **flags)
         # Here the kernels move the statistics before they normalize, and by alpha in place of momentum.
-        flags |= {"blend": True, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
+        blend = 2 if self.train_stats == "batch" else 3 if self.stat_grad == "renorm" else 1
+        flags |= {"blend": blend, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
+        flags |= {"copies_first": self.init == "first_batch", "averages": self.averages_blend}
         spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
-        return replace(spec, counters=(self.updates, self.gap), rate=self.scheduled("alpha"))
+        blended = tuple(self.get_buffer(name) for name in self.blend_names)
+        averaged = tuple(self.get_buffer(name) for name in self.running_names) if self.averages_blend else ()
+        counters = (self.updates, self.gap, *averaged)
+        rate, average_rate = self.scheduled("alpha"), self.scheduled("eval_momentum")
+        running = (*blended, *spec.running[2:])
+        return replace(spec, running=running, counters=counters, rate=rate, threshold=average_rate)
 
     @property
     def preserves_eval(self) -> bool:

@@ -58,7 +58,7 @@ def parts_at(
 def channels_vjp(
     total, dot, affine, moments, stats, responsibilities, survey_out, weight, bias, center_weight, scale_weight,
     scale_bias, affine_weight, affine_bias, dweight, dbias, dcenter_weight, dscale_weight, dscale_bias, daffine_weight,
-    daffine_bias, dx_affine, dresponsibilities, apart, dpooled, centered, samples, number, channels, contexts,
+    daffine_bias, dx_affine, dresponsibilities, apart, offset, dpooled, centered, samples, number, channels, contexts,
     responsibility_stride, pieces, sample_stride, stride, size, least, unit_scale, unit_affine, MOMENTS: tl.constexpr,
     MERGE: tl.constexpr, STD: tl.constexpr, STD_OF_VAR: tl.constexpr, RENORM: tl.constexpr, CONTEXTS: tl.constexpr,
     PRIOR: tl.constexpr, GATE: tl.constexpr, RANKS: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr,
@@ -131,9 +131,10 @@ def channels_vjp(
         dcenter = tl.sum(by_center, 0)
         variance = tl.load(stats + 3 * rows + at, mask=kc_mask, other=0.0)
         p = tl.load(stats + 6 * rows + at, mask=kc_mask, other=0.0)
-        # The scale's clamped ratio p is a constant, and delta one in units of 1 / r.
-        if RENORM:  # delta is a constant in units of 1 / r
-            dr -= dcenter * tl.div_rn(delta, tl.where(kc_mask, r, 1.0))
+        # The scale's ratio p is a constant, and ``offset``, in delta, one in units of 1 / r.
+        if RENORM:
+            constant = tl.load(offset + at, mask=kc_mask, other=0.0)
+            dr -= dcenter * tl.div_rn(constant, tl.where(kc_mask, r, 1.0))
         dvariance = -0.5 * dr * r * r * r
         if STD:
             dvariance = -dr * r * r

@@ -22,6 +22,8 @@ TRAINED = [
     ("ubn", {"threshold": -0.5, "min_updates": 0}),
     ("ubn", {"threshold": -0.5, "min_updates": 0, "condensed_grad": "renorm"}),
     ("dbn", {}),
+    ("dbn", {"stat_grad": "renorm", "eval_momentum": 0.1}),
+    ("dbn", {"train_stats": "batch", "init": "zero_one", "average": "var"}),
     ("cn", {"context": "ids", "min_count": 60, "momentum": None, "num_contexts": 5}),
 ]
 TRAINED_AT_LENGTH = [
@@ -33,10 +35,19 @@ TRAINED_AT_LENGTH = [
     ("dbn", {"average": "var", "power": 2.001}),
     ("dbn", {"stat_grad": "none", "affine": False}),
     ("dbn", {"track_running_stats": False}),
+    ("dbn", {"stat_grad": "renorm", "average": "var", "init": "zero_one"}),
+    ("dbn", {"train_stats": "batch", "stat_grad": "none", "power": 1.0}),
+    ("dbn", {"train_stats": "batch", "init": "zero_one", "average": "var", "eval_momentum": 0.3}),
     ("cn", {"context": "ids"}),
     ("cn", {"context": "ids", "num_contexts": 2, "affine": False, "track_running_stats": False}),
 ]
-EVALUATED = [("rbn", {}), ("ubn", {"threshold": 0.5}), ("dbn", {}), ("dbn", {"average": "var", "affine": False})]
+EVALUATED = [
+    ("rbn", {}),
+    ("ubn", {"threshold": 0.5}),
+    ("dbn", {}),
+    ("dbn", {"average": "var", "affine": False}),
+    ("dbn", {"eval_momentum": 0.1, "train_stats": "batch"}),
+]
 
 
 def pair(key, arguments, train=True, offset=0.0, channels=6):
