@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.base import MomentNorm
-from lightning_norm.layers.running_stats import count_batch, running_buffers, write
+from lightning_norm.layers.running_stats import count_batch, is_usable, running_buffers, write
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops import torch_private
+from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.layout import at_least_float32
-from lightning_norm.ops.moments import Moments
+from lightning_norm.ops.moments import Affine, Moments
 
 
 class BlendedNorm(MomentNorm):
@@ -21,20 +22,29 @@ class BlendedNorm(MomentNorm):
     Args:
         num_features: channels.
         average: "std" for running standard deviations, "var" for BatchNorm's running variances.
-        averages_blend: keep the blend in buffers of its own, and an average of it in the running statistics.
+        init: "first_batch" copies the first batch, "zero_one" moves mean 0 and deviation 1 by its weight.
         options: see :class:`MomentNorm`.
     """
 
     counters: ClassVar[tuple[str, ...]] = ("updates",)
     float32_buffers: ClassVar[tuple[str, ...]] = ("blend_mean", "blend_std", "blend_var")
     no_window = "it normalizes by its running statistics in training, which each batch has to move first"
+    averages_blend: bool = False
+    """The blend has buffers of its own, and the running statistics average it; set before ``__init__``."""
     updates: Tensor
     gap: Tensor
     """How far the last batch's mean and deviation lay from the running ones, in running deviations, (2,)."""
 
-    def __init__(self, num_features: int, *, average: str, averages_blend: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        average: str,
+        init: str = "first_batch",
+        **options: Any,
+    ) -> None:
         # Before the base class, which names the buffers by it.
-        self.average, self.averages_blend = average, averages_blend
+        self.average, self.init = average, init
         super().__init__(num_features, **options)
         # Not saved: it describes the last batch, and a resumed run does not continue from it.
         gap = (
@@ -97,12 +107,66 @@ class BlendedNorm(MomentNorm):
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean and the biased deviation or variance that the running statistics move towards."""
-        return m.mean, m.var.sqrt() if self.average == "std" else m.var
+        return m.mean, self.std_or_var_of(m.var)
 
     def steps(self) -> Tensor:
         """Return the number of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
         # A mean of exactly 0 in every channel is what a new layer has, and hardly what training leaves.
         return self.updates + 1 + ((self.updates == 0) & (running_buffers(self, self.blend_names)[0] != 0).any())
+
+    def scaled(self, mean: Tensor, scale: Tensor, shift: Tensor | None = None) -> Affine:
+        """Return the map gamma (scale (x - mean) + shift) + beta."""
+        if self.weight is not None:
+            gamma = self.weight.to(scale.dtype)
+            scale, shift = scale * gamma, None if shift is None else shift * gamma
+        bias = self.bias
+        return Affine(mean, scale, bias if shift is None else shift if bias is None else shift + bias.to(shift.dtype))
+
+    def std_or_var_of(self, var: Tensor) -> Tensor:
+        """Return what is averaged, given a variance."""
+        return self.std_of(var) if self.average == "std" else var
+
+    def std_of(self, var: Tensor) -> Tensor:
+        """Return the standard deviation that is averaged, beside which eps stands."""
+        raise NotImplementedError(f"{type(self).__name__} must define std_of(self, var: Tensor) -> Tensor.")
+
+    def weight_at(self, steps: Tensor) -> Tensor:
+        """Return the weight of the batch of this number in the blend, 0-dim."""
+        raise NotImplementedError(f"{type(self).__name__} must define weight_at(self, steps: Tensor) -> Tensor.")
+
+    def copies(self, steps: Tensor) -> Tensor:
+        """Tell whether the batch of this number is copied, whatever its weight, as a 0-dim tensor."""
+        return steps == (1 if self.init == "first_batch" else 0)
+
+    def scale_of(self, std_or_var: Tensor) -> Tensor:
+        """Return one over the deviation, with its eps."""
+        return 1 / (std_or_var + self.eps) if self.average == "std" else (std_or_var + self.eps).rsqrt()
+
+    def move(
+        self, batch: tuple[Tensor, Tensor], count: int | Tensor, enough: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Move the statistics by a batch's mean and standard deviation or variance, (1, C), and return the result.
+
+        Args:
+            batch: with a graph, which passes through its part of what is returned.
+            count: elements behind each.
+            enough: whether there is a batch at all, 0-dim.
+        """
+        steps = self.steps()
+        alpha, copies = self.weight_at(steps), self.copies(steps)
+        # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
+        alpha, *old = snapshot(torch.where(copies, 1, alpha), *running_buffers(self, self.blend_names))
+        # The old statistics are constants, so the gradient passes through the new batch's part alone.
+        mean, std_or_var = (alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch, old, strict=True))
+        usable = is_usable(self, *batch, count)
+        usable = usable if enough is None else usable & enough
+        weight = self.scheduled("eval_momentum") if self.averages_blend else None
+        weight = None if weight is None else torch.where(copies, 1, weight)
+        self.write_blend((mean, std_or_var), batch, steps, usable, weight)
+        return mean, std_or_var
+
+    def _move_by_window(self, m: Moments) -> None:
+        self.move(self.running_target(m), m.count, (torch.as_tensor(m.count) > 1).all())
 
     @torch_private.without_gradients
     def write_blend(

@@ -13,9 +13,8 @@ from lightning_norm.layers.base import Paper
 from lightning_norm.layers.blended import BlendedNorm
 from lightning_norm.layers.fused_specs import per_channel_spec
 from lightning_norm.layers.renormalized import renorm
-from lightning_norm.layers.running_stats import is_usable, running_buffers, update_running
+from lightning_norm.layers.running_stats import running_buffers, update_running
 from lightning_norm.layers.scheduled import Scheduled
-from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
@@ -107,11 +106,11 @@ class DiminishingBatchNorm(BlendedNorm):
                 "DiminishingBatchNorm: eval_momentum averages the running statistics, and this layer keeps none. "
                 "Leave it out, or pass track_running_stats=True."
             )
-        self.train_stats, self.stat_grad, self.init = train_stats, stat_grad, init
+        self.train_stats, self.stat_grad = train_stats, stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype, "bias": bias}
-        averages = eval_momentum is not None
-        super().__init__(num_features, average=average, averages_blend=averages, momentum=None, **options)
+        self.averages_blend = eval_momentum is not None
+        super().__init__(num_features, average=average, init=init, momentum=None, **options)
         # In this order, for with a power no alpha can be set.
         self.alpha = alpha
         self.power = None if power is None else float(power)
@@ -150,70 +149,34 @@ class DiminishingBatchNorm(BlendedNorm):
         """Return the affine map of the equation above."""
         if self.has_running_stats and not self.training:
             mean, std_or_var = running_buffers(self)
-            return self._affine(mean, self._scale_of(std_or_var))
+            return self.scaled(mean, self.scale_of(std_or_var))
         batch = m.over_batch()
-        mean, std_or_var = batch.mean, batch.var
-        if self.average == "std":
-            # The root of 0 has an infinite slope, and a channel that is constant must not get a gradient of NaN.
-            std_or_var = std_or_var.clamp_min(TINY).sqrt()
+        mean, std_or_var = batch.mean, self.std_or_var_of(batch.var)
         if not self.moves_running_stats:
-            return self._affine(mean, self._scale_of(std_or_var))
+            return self.scaled(mean, self.scale_of(std_or_var))
         constants = mean.detach(), std_or_var.detach()
         own = constants if self.stat_grad == "none" else (mean, std_or_var)
         if self.accumulator is not None:
             update_running(self, Moments(mean, batch.var, batch.count))
-            return self._affine(own[0], self._scale_of(own[1]))
+            return self.scaled(own[0], self.scale_of(own[1]))
         blends_gradient = self.train_stats == "running" and self.stat_grad == "batch"
-        blend = self._move(own if blends_gradient else constants, batch.count)
+        blend = self.move(own if blends_gradient else constants, batch.count)
         mean, std_or_var = own if self.train_stats == "batch" else blend
-        scale = self._scale_of(std_or_var)
+        scale = self.scale_of(std_or_var)
         if self.stat_grad != "renorm":
-            return self._affine(mean, scale)
+            return self.scaled(mean, scale)
         # The value of the blend, as a constant factor and offset on what the batch's statistics make of x.
-        batch_scale = self._scale_of(own[1])
+        batch_scale = self.scale_of(own[1])
         r, d = renorm((own[0], batch_scale), (mean, scale))
-        return self._affine(own[0], batch_scale * r, d)
+        return self.scaled(own[0], batch_scale * r, d)
 
-    def _affine(self, mean: Tensor, scale: Tensor, shift: Tensor | None = None) -> Affine:
-        """Return the map gamma (scale (x - mean) + shift) + beta."""
-        if self.weight is not None:
-            gamma = self.weight.to(scale.dtype)
-            scale, shift = scale * gamma, None if shift is None else shift * gamma
-        bias = self.bias
-        return Affine(mean, scale, bias if shift is None else shift if bias is None else shift + bias.to(shift.dtype))
+    def std_of(self, var: Tensor) -> Tensor:
+        """Return the root."""
+        # The root of 0 has an infinite slope, and a channel that is constant must not get a gradient of NaN.
+        return var.clamp_min(TINY).sqrt()
 
-    def _scale_of(self, std_or_var: Tensor) -> Tensor:
-        return 1 / (std_or_var + self.eps) if self.average == "std" else (std_or_var + self.eps).rsqrt()
-
-    def _move(
-        self, batch: tuple[Tensor, Tensor], count: int | Tensor, enough: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Move the statistics by a batch's mean and standard deviation or variance, (1, C), and return the result.
-
-        Args:
-            batch: with a graph, which passes through its part of what is returned.
-            count: elements behind each.
-            enough: whether there is a batch at all, 0-dim.
-        """
-        steps = self.steps()
-        alpha = self._alpha_at(steps)
-        copies = steps == (1 if self.init == "first_batch" else 0)
-        # The gradient needs alpha and the old statistics, and the lines below overwrite the buffers they are read from.
-        alpha, *old = snapshot(torch.where(copies, 1, alpha), *running_buffers(self, self.blend_names))
-        # The old statistics are constants, so the gradient passes through the new batch's part alone.
-        mean, std_or_var = (alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch, old, strict=True))
-        usable = is_usable(self, *batch, count)
-        usable = usable if enough is None else usable & enough
-        weight = self.scheduled("eval_momentum")
-        weight = None if weight is None else torch.where(copies, 1, weight)
-        self.write_blend((mean, std_or_var), batch, steps, usable, weight)
-        return mean, std_or_var
-
-    def _move_by_window(self, m: Moments) -> None:
-        self._move(self.running_target(m), m.count, (torch.as_tensor(m.count) > 1).all())
-
-    def _alpha_at(self, steps: Tensor) -> Tensor:
-        """Return alpha(m) of the equation above, 0-dim."""
+    def weight_at(self, steps: Tensor) -> Tensor:
+        """Return alpha(m) of the equation above."""
         alpha = self.scheduled("alpha")
         assert alpha is not None
         return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
@@ -229,11 +192,10 @@ class DiminishingBatchNorm(BlendedNorm):
         flags |= {"blend": blend, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
         flags |= {"copies_first": self.init == "first_batch", "averages": self.averages_blend}
         spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
-        blended = tuple(self.get_buffer(name) for name in self.blend_names)
         averaged = tuple(self.get_buffer(name) for name in self.running_names) if self.averages_blend else ()
-        counters = (self.updates, self.gap, *averaged)
         rate, average_rate = self.scheduled("alpha"), self.scheduled("eval_momentum")
-        running = (*blended, *spec.running[2:])
+        running = (*(self.get_buffer(name) for name in self.blend_names), *spec.running[2:])
+        counters = (self.updates, self.gap, *averaged)
         return replace(spec, running=running, counters=counters, rate=rate, threshold=average_rate)
 
     @property
@@ -247,5 +209,5 @@ class DiminishingBatchNorm(BlendedNorm):
         if not self.track_running_stats or not self.has_running_stats:
             return {}
         # A copy, for the monitor keeps the value and the schedule overwrites the tensor.
-        alpha = self._alpha_at(self.updates.clamp_min(1)).clone()
+        alpha = self.weight_at(self.updates.clamp_min(1)).clone()
         return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}

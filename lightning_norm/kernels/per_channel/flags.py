@@ -14,7 +14,8 @@ class PerChannelFlags:
         frozen: the running statistics stand in for the batch's.
         blend: the batch's statistics are mixed with the running ones by alpha (dbn), and the batch is normalized by
             1: the mixture, whose gradient passes through the batch's part. 2: its own. 3: the mixture, with the
-            gradient of its own. 0: nothing is mixed.
+            gradient of its own. 4: its own, scaled and moved towards the running ones within limits (brn). 0: nothing
+            is mixed.
         std: what is divided by is a standard deviation plus eps, not sqrt(variance + eps) (dbn).
         copies_first: the first batch is copied, whatever alpha (dbn).
         averages: the mixture is kept beside the running statistics, which average it (dbn).
@@ -72,7 +73,7 @@ class PerChannelFlags:
     @property
     def renorm(self) -> bool:
         """Return whether the batch's own statistics are scaled and moved, by constants, to the value of others."""
-        return self.condensed == 3 or self.blend == 3
+        return self.condensed == 3 or self.blend >= 3
 
     @property
     def moves_with_channels(self) -> bool:
@@ -108,6 +109,7 @@ class PerChannelNumbers:
 
     Args:
         eps: inside the root, or beside it with ``std``.
+        inner: added to a variance below the root of a deviation, and taken off behind it (brn).
         least: elements below which a context's statistics are drawn towards those of all samples (cn).
         power: alpha(m) = 1 / m^power (dbn).
         unit_scale: what the gate of the normalized mean is multiplied by, so that it starts at 1 (rbn, ubn).
@@ -115,6 +117,7 @@ class PerChannelNumbers:
     """
 
     eps: float
+    inner: float = 0.0
     least: float = 1.0
     power: float = 1.0
     unit_scale: float = 1.0

@@ -165,9 +165,9 @@ def pool_channels(
 def channels_of(
     hi, lo, var, responsibilities, weight, bias, center_weight, scale_weight, scale_bias, affine_weight, affine_bias,
     running_mean, running_var, tracked, skipped, updates, prior, last, measured, skipped_condensed, in_a_row, rate,
-    threshold, survey_out, parts, pooled, gathered, moments, stats, affine, samples, number, channels, contexts,
-    responsibility_stride, jobs, pieces, sample_stride, stride, piece, size, fold, eps, least, power, unit_scale,
-    unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr, FROZEN: tl.constexpr, BLEND: tl.constexpr,
+    threshold, limit, survey_out, parts, pooled, gathered, moments, stats, affine, samples, number, channels, contexts,
+    responsibility_stride, jobs, pieces, sample_stride, stride, piece, size, fold, eps, inner, least, power,
+    unit_scale, unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr, FROZEN: tl.constexpr, BLEND: tl.constexpr,
     STD: tl.constexpr, COPY: tl.constexpr, POWER: tl.constexpr, DETACH: tl.constexpr, CONDENSED: tl.constexpr,
     MOVE: tl.constexpr, CONTEXTS: tl.constexpr, PRIOR: tl.constexpr, POOLED: tl.constexpr, CENTER: tl.constexpr,
     SCALE: tl.constexpr, AFFINE: tl.constexpr, RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
@@ -181,7 +181,7 @@ def channels_of(
     and a last row that alone. One block of channels to a program.
     """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
-    eps, whole = tl.cast(eps, tl.float32), size * fold
+    eps, inner, whole = tl.cast(eps, tl.float32), tl.cast(inner, tl.float32), size * fold
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
     inside = c < channels
     q = tl.arange(0, K_BLOCK)
@@ -224,7 +224,7 @@ def channels_of(
             away = (tl.load(running_mean + c, mask=inside, other=0.0) - of_all - rest)[None, :] + mean * 0.0
     # From here on ``used`` is what is divided by, ``delta`` the shift of U, ``p`` the weight of the batch.
     if STD and not FROZEN:
-        used = tl.sqrt_rn(tl.maximum(variance, TINY, propagate_nan=NAN))
+        used = tl.sqrt_rn(tl.maximum(variance + inner, TINY, propagate_nan=NAN)) - inner
     if FROZEN:
         used, delta, p = old, away, mean * 0.0
     elif BLEND != 0:
@@ -235,8 +235,17 @@ def channels_of(
             p = tl.div_rn(blended + eps, used + eps)
         if BLEND == 1:
             p = p * alpha
-        if BLEND != 2:
+        if BLEND % 2 == 1:
             delta, used = blend + apart, blended
+        if BLEND == 4:  # within limits, and the first batch, which is copied, agrees with itself
+            if COPY:
+                old, away = tl.where(steps == 1, used, old), tl.where(steps == 1, 0.0, away)
+            most = tl.load(threshold).to(tl.float32)
+            if not STD:
+                most = most * most
+            p = tl.div_rn(old + eps, used + eps)
+            p = tl.minimum(tl.maximum(p, 1.0 / most, propagate_nan=NAN), most, propagate_nan=NAN)
+            used = (used + eps) * p - eps
     # A Boolean tensor that is False.
     off = tl.program_id(0) < 0
     if CONDENSED != 0:
@@ -263,6 +272,10 @@ def channels_of(
         r = tl.div_rn(one, used + eps)
     else:
         r = tl.div_rn(one, tl.sqrt_rn(used + eps))
+    if BLEND == 4:
+        far = tl.div_rn(away, (old + eps) if STD else tl.sqrt_rn(old + eps))
+        most = tl.load(limit).to(tl.float32)
+        delta = apart + tl.div_rn(tl.minimum(tl.maximum(far, -most, propagate_nan=NAN), most, propagate_nan=NAN), r)
     # Elements behind each statistic, for the unbiased variance.
     count = tl.cast(samples, tl.float32) * whole
     if CONTEXTS:

@@ -32,6 +32,7 @@ def affine_of(
     counters: Sequence[Optional],
     rate: Optional,
     threshold: Optional,
+    limit: Optional,
     channel_dim: int,
     flags: PerChannelFlags,
     numbers: PerChannelNumbers,
@@ -52,7 +53,8 @@ def affine_of(
         counters: with ``blend``, batches and the two gaps, and what ``averages`` moves, mean and variance; with
             ``condensed``, the last condensation and three counters; with contexts, the prior of each.
         rate: momentum or alpha.
-        threshold: of the condensation; with ``averages`` the rate of the average.
+        threshold: of the condensation; with ``averages`` the rate of the average; of the factor with ``blend`` 4.
+        limit: of the offset with ``blend`` 4.
         channel_dim: the channel axis.
         flags: which equations.
         numbers: their numbers.
@@ -99,24 +101,23 @@ def affine_of(
         direction_parts = _direction_parts(x, survey_out, grid, flags) if flags.condensed else affine
         responsibilities_used, stride = _responsibilities(responsibilities, survey_out, grid.n, flags)
         parameters = [affine if t is None else t for t in (responsibilities_used, weight, bias, *gates[:5])]
-        rate = affine if rate is None else rate
+        rate, threshold = (affine if t is None else t for t in (rate, threshold))
         channels_of[(blocks,)](
-            *parts, *parameters, mean, running_var, tracked, skipped, more[0], more[0], *more, rate,
-            affine if threshold is None else threshold, survey_out, direction_parts, batch, rank_sums, moments, stats,
+            *parts, *parameters, mean, running_var, tracked, skipped, more[0], more[0], *more, rate, threshold,
+            affine if limit is None else limit, survey_out, direction_parts, batch, rank_sums, moments, stats,
             affine, grid.n, grid.n * grid.c, grid.c, flags.rows, stride, direction_parts.numel(), *grid.moment_layout,
-            numbers.eps, numbers.least, numbers.power, numbers.unit_scale, numbers.unit_affine, MERGE=merge,
-            FROZEN=flags.frozen, BLEND=flags.blend, COPY=flags.copies_first, POWER=flags.powers, DETACH=flags.detach,
-            CONDENSED=flags.condensed, MOVE=flags.track * flags.moves_with_channels, POOLED=flags.pooled,
-            RANKS=flags.ranks,
-            WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4, maxnreg=REGISTERS["channels_of"], **tile,
-            **flags.constants(),
+            numbers.eps, numbers.inner, numbers.least, numbers.power, numbers.unit_scale, numbers.unit_affine,
+            MERGE=merge, FROZEN=flags.frozen, BLEND=flags.blend, COPY=flags.copies_first, POWER=flags.powers,
+            DETACH=flags.detach, CONDENSED=flags.condensed, MOVE=flags.track * flags.moves_with_channels,
+            POOLED=flags.pooled, RANKS=flags.ranks, WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4,
+            maxnreg=REGISTERS["channels_of"], **tile, **flags.constants(),
         )  # fmt: skip
         # Blended statistics move together, or not at all: one program looks at all channels.
         if flags.blend:
             commit[(1,)](
-                stats, mean, running_var, tracked, skipped, *more, rate, affine if threshold is None else threshold,
-                grid.c, numbers.eps, numbers.power, STD=flags.std, COPY=flags.copies_first, POWER=flags.powers,
-                AVERAGE=flags.averages, RANKS=flags.ranks, BLOCK=BLOCK, num_warps=4,
+                stats, mean, running_var, tracked, skipped, *more, rate, threshold, grid.c, numbers.eps, numbers.inner,
+                numbers.power, STD=flags.std, COPY=flags.copies_first, POWER=flags.powers, AVERAGE=flags.averages,
+                RANKS=flags.ranks, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return moments, stats, affine, survey_out, batch, rank_sums
 
@@ -184,10 +185,9 @@ def gradients(
     def vjp(ranks: int) -> None:
         channels_vjp[(blocks,)](
             *parts, affine, moments, stats, *parameters, dweight, dbias, *dgates[:5], dx_affine, dresponsibilities,
-            stats[-1], stats[9 if flags.blend else 4], dpooled, centered, grid.n, grid.n * grid.c, grid.c, flags.rows,
-            stride, grid.parts,
-            grid.sample_stride, grid.part_stride, grid.size, numbers.least, numbers.unit_scale, numbers.unit_affine,
-            MERGE=grid.parts > 1, STD_OF_VAR=flags.std and not flags.frozen, RENORM=flags.renorm,
+            stats[-1], dpooled, centered, grid.n, grid.n * grid.c, grid.c, flags.rows, stride, grid.parts,
+            grid.sample_stride, grid.part_stride, grid.size, numbers.inner, numbers.least, numbers.unit_scale,
+            numbers.unit_affine, MERGE=grid.parts > 1, STD_OF_VAR=flags.std and not flags.frozen, RENORM=flags.renorm,
             GATE=flags.gate, RANKS=ranks, WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4, **tile,
             **flags.constants(),
         )  # fmt: skip

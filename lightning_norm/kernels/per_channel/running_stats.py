@@ -193,7 +193,7 @@ def new_weight(
 @triton.jit
 def commit(
     stats, running_mean, running_var, tracked, skipped, updates, gap, average_mean, average_var, rate, average_rate,
-    channels, eps, power, STD: tl.constexpr, COPY: tl.constexpr, POWER: tl.constexpr, AVERAGE: tl.constexpr,
+    channels, eps, inner, power, STD: tl.constexpr, COPY: tl.constexpr, POWER: tl.constexpr, AVERAGE: tl.constexpr,
     RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store blended statistics and how far they were from the batch's, unless one is NaN or infinite. One program.
@@ -223,12 +223,15 @@ def commit(
         was = tl.load(stats + 8 * channels + c, mask=keep, other=0.0)
         # What is stored is a deviation already, or a variance.
         if STD:
-            now = tl.maximum(now, TINY, propagate_nan=NAN)
+            now = tl.maximum(now + tl.cast(inner, tl.float32), TINY, propagate_nan=NAN)
         else:
             was = tl.sqrt_rn(was)
+        now = tl.sqrt_rn(now)
+        if STD:
+            now -= tl.cast(inner, tl.float32)
         r = 1.0 / (was + tl.cast(eps, tl.float32))
         far += tl.abs(tl.load(stats + 9 * channels + c, mask=keep, other=0.0) * r)
-        wide += tl.where(keep, tl.abs(tl.sqrt_rn(now) - was) * r, 0.0)
+        wide += tl.where(keep, tl.abs(now - was) * r, 0.0)
     tl.debug_barrier()  # every thread has read what is now written
     tl.store(skipped, skips)
     tl.store(tracked, count)
