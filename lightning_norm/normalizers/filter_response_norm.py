@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.arguments import stateless
 from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.ops import torch_private
+from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.normalize import activated
+from lightning_norm.ops.normalize import activated, normalize
 
 
 class FilterResponseNorm(MomentNorm):
@@ -74,23 +76,18 @@ class FilterResponseNorm(MomentNorm):
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, without its threshold."""
-        square = m.var + m.mean.square().to(m.var.dtype) + self.eps
-        if self.extra_eps is not None:
-            square = square + self.extra_eps.abs().to(square.dtype)
-        scale = square.rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight.to(scale.dtype)
-        # In the dtype of the mean: no center is subtracted.
-        return Affine(m.mean.new_zeros(1, 1), scale, self.bias)
+        return _affine(m, self._eps, self.extra_eps, self.weight, self.bias)
 
     def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         if self.tau is None:
             return super()._normalize(input, activation, residual)
         y = super()._normalize(input, "none", None)
-        tau = self.tau.to(y.dtype)
-        if self.channel_dim == 1:
-            tau = tau.view(-1, *(1,) * (y.dim() - 2))
-        return activated(torch.maximum(y, tau), activation, residual)
+        if torch.compiler.is_compiling() or torch_private.is_transformed() or not y.numel():
+            z = torch.maximum(y.to(at_least_float32(y.dtype)), _along(self.tau, y, self.channel_dim)).to(y.dtype)
+        else:
+            parameters = self.tau, self.extra_eps, self.weight, self.bias
+            z = _Threshold.apply(y, input, *parameters, self._eps, self.channel_dim)
+        return activated(z, activation, residual)
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and channel; a learned eps makes one enough."""
@@ -101,3 +98,44 @@ class FilterResponseNorm(MomentNorm):
         """Return the mean threshold, and what is learned beside eps."""
         shown = {"tau": None if self.tau is None else self.tau.mean(), "extra_eps": self.extra_eps}
         return {name: t.abs().squeeze() if name == "extra_eps" else t for name, t in shown.items() if t is not None}
+
+
+def _affine(m: Moments, eps: float, extra_eps: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Affine:
+    square = m.var + m.mean.square().to(m.var.dtype) + eps
+    if extra_eps is not None:
+        square = square + extra_eps.abs().to(square.dtype)
+    scale = square.rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    # In the dtype of the mean, and no center is subtracted.
+    return Affine(m.mean.new_zeros(1, 1), scale, bias)
+
+
+def _along(tau: Tensor, y: Tensor, channel_dim: int) -> Tensor:
+    """Return tau in float32 at least, broadcastable to y."""
+    tau = tau.to(at_least_float32(y.dtype))
+    return tau if channel_dim == -1 else tau.view(-1, *(1,) * (y.dim() - 2))
+
+
+class _Threshold(torch.autograd.Function):
+    """max(y, tau). Backward it computes y again from x, which is saved already, in place of another tensor like x."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, tau: Tensor, *rest: Any) -> Tensor:
+        *parameters, ctx.eps, ctx.channel_dim = rest
+        ctx.save_for_backward(x, tau, *parameters)
+        return torch.maximum(y, _along(tau, y, ctx.channel_dim).to(y.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dz,) = grads
+        x, tau, *parameters = ctx.saved_tensors
+        with torch.no_grad():
+            wide = at_least_float32(x.dtype)
+            y = normalize(x.to(wide), lambda m: _affine(m, ctx.eps, *parameters), layout=ctx.channel_dim)
+            above = y > _along(tau, y, ctx.channel_dim)
+        dtau = None
+        if ctx.needs_input_grad[2]:
+            axes = [d for d in range(x.dim()) if d != ctx.channel_dim % x.dim()]
+            dtau = dz.to(wide).masked_fill(above, 0).sum(axes).to(tau.dtype)
+        return dz.masked_fill(~above, 0), None, dtau, *(None,) * 5
