@@ -104,7 +104,7 @@ def _mixture() -> Iterator[Variant]:
 
 
 def _per_channel() -> Iterator[Variant]:
-    names = ("MOMENTS", "MERGE", "FROZEN", "BLEND", "STD", "POWER", "DETACH", "CONTEXTS", "PRIOR", "POOLED", "CENTER", "SCALE", "AFFINE", "NORM", "GATE")  # noqa: E501  # fmt: skip
+    names = ("MOMENTS", "MERGE", "FROZEN", "STD", "COPY", "POWER", "AVERAGE", "DETACH", "CONTEXTS", "PRIOR", "POOLED", "CENTER", "SCALE", "AFFINE", "NORM", "GATE")  # noqa: E501  # fmt: skip
     one, four, many = ({"N_BLOCK": 32, "K_BLOCK": k, "C_BLOCK": c} for k, c in ((1, 16), (4, 8), (16, 2)))
     rectified = {"MOMENTS": True, "CENTER": True, "SCALE": True, "AFFINE": True, "MOVE": 1}
     grouped = {"MOMENTS": True, "CONTEXTS": True, "MERGE": True, "MOVE": 2}
@@ -112,10 +112,12 @@ def _per_channel() -> Iterator[Variant]:
         ("rbn", rectified, one),
         ("ubn", {**rectified, "CONDENSED": 1, "NORM": True}, one),
         ("ubn renorm, parts", {**rectified, "CONDENSED": 3, "NORM": True, "MERGE": True}, one),
-        ("dbn", {"MOMENTS": True, "BLEND": True, "STD": True, "POWER": True}, one),
+        ("dbn", {"MOMENTS": True, "BLEND": 1, "STD": True, "POWER": True}, one),
+        ("dbn renorm, averaged", {"MOMENTS": True, "BLEND": 3, "STD": True, "AVERAGE": True}, one),
+        ("dbn beside the batch", {"MOMENTS": True, "BLEND": 2}, one),
         ("rbn, ranks", {**rectified, "RANKS": 1}, one),
         ("rbn, ranks afterwards", {**rectified, "RANKS": 2}, one),
-        ("dbn, ranks", {"MOMENTS": True, "BLEND": True, "STD": True, "POWER": True, "RANKS": 1}, one),
+        ("dbn, ranks", {"MOMENTS": True, "BLEND": 1, "STD": True, "POWER": True, "RANKS": 1}, one),
         ("cn", grouped, four),
         ("cn gate", {**grouped, "GATE": True, "PRIOR": True}, four),
         ("cn gate of 16", {**grouped, "GATE": True, "PRIOR": True}, many),
@@ -124,6 +126,7 @@ def _per_channel() -> Iterator[Variant]:
         flags = {
             **dict.fromkeys(names, False),
             "CONDENSED": 0,
+            "BLEND": 0,
             "MOVE": 0,
             "RANKS": 0,
             **on,
@@ -131,7 +134,7 @@ def _per_channel() -> Iterator[Variant]:
             "BIAS": True,
             **tile,
         }
-        flags |= {"STD_OF_VAR": flags["STD"], "RENORM": flags["CONDENSED"] == 3}
+        flags |= {"STD_OF_VAR": flags["STD"], "RENORM": 3 in (flags["CONDENSED"], flags["BLEND"])}
         half = {**flags, "C_BLOCK": tile["C_BLOCK"] // (1 if tile is one else 2)}
         wide = {**flags, "LOOK": bool(flags["MOVE"]), "KNOWN": True, "BLOCK": 1024 // tile["K_BLOCK"]}
         for kernel, constants in (

@@ -30,8 +30,10 @@ from lightning_norm.normalizers import AdaptiveFusionNorm as AdaptiveFusionNorm
 from lightning_norm.normalizers import ASRNorm as ASRNorm
 from lightning_norm.normalizers import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers import BatchNorm as BatchNorm
+from lightning_norm.normalizers import BatchRenorm as BatchRenorm
 from lightning_norm.normalizers import ContextNorm as ContextNorm
 from lightning_norm.normalizers import DiminishingBatchNorm as DiminishingBatchNorm
+from lightning_norm.normalizers import FilterResponseNorm as FilterResponseNorm
 from lightning_norm.normalizers import GroupNorm as GroupNorm
 from lightning_norm.normalizers import InstanceNorm as InstanceNorm
 from lightning_norm.normalizers import LayerNorm as LayerNorm

@@ -52,6 +52,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     """In training, the output for one sample depends on the other samples."""
     eval_uses_input_stats: ClassVar[bool] = True
     """In evaluation, the output depends on the sample's own statistics."""
+    gradient_is_exact: ClassVar[bool] = True
+    """In training, the gradient is that of the output; not so where a method holds statistics constant in it."""
     extra_parameters: ClassVar[dict[str, str]] = {}
     """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
     required_callback: ClassVar[str] = ""

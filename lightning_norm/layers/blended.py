@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.base import MomentNorm
-from lightning_norm.layers.running_stats import count_batch, running_buffers, write
+from lightning_norm.layers.running_stats import (
+    count_batch,
+    count_skipped,
+    fits,
+    is_usable,
+    running_buffers,
+    update_running,
+    write,
+)
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops import torch_private
+from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.moments import Affine, Moments
 
 
 class BlendedNorm(MomentNorm):
@@ -20,18 +30,29 @@ class BlendedNorm(MomentNorm):
     Args:
         num_features: channels.
         average: "std" for running standard deviations, "var" for BatchNorm's running variances.
+        init: "first_batch" copies the first batch, "zero_one" moves mean 0 and deviation 1 by its weight.
         options: see :class:`MomentNorm`.
     """
 
     counters: ClassVar[tuple[str, ...]] = ("updates",)
+    float32_buffers: ClassVar[tuple[str, ...]] = ("blend_mean", "blend_std", "blend_var")
     no_window = "it normalizes by its running statistics in training, which each batch has to move first"
+    averages_blend: bool = False
+    """The blend has buffers of its own, and the running statistics average it; set before ``__init__``."""
     updates: Tensor
     gap: Tensor
     """How far the last batch's mean and deviation lay from the running ones, in running deviations, (2,)."""
 
-    def __init__(self, num_features: int, *, average: str, **options: Any) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        average: str,
+        init: str = "first_batch",
+        **options: Any,
+    ) -> None:
         # Before the base class, which names the buffers by it.
-        self.average = average
+        self.average, self.init = average, init
         super().__init__(num_features, **options)
         # Not saved: it describes the last batch, and a resumed run does not continue from it.
         gap = (
@@ -41,38 +62,173 @@ class BlendedNorm(MomentNorm):
         )
         self.register_buffer("gap", gap, persistent=False)
 
+    def _make_running_stats(self, num_features: int, track: bool, device: Any, dtype: torch.dtype | None) -> None:
+        super()._make_running_stats(num_features, track, device, dtype)
+        if self.averages_blend:
+            for name, running in zip(self.blend_names, self.running_names, strict=True):
+                self.register_buffer(name, self.get_buffer(running).clone())
+
     @property
     def running_names(self) -> tuple[str, str]:
         """The second is the standard deviation, or with ``average="var"`` BatchNorm's own variance."""
         return "running_mean", f"running_{self.average}"
 
     @property
+    def blend_names(self) -> tuple[str, str]:
+        """Names of the buffers that each batch is blended into: the running ones, or those that they average."""
+        return ("blend_mean", f"blend_{self.average}") if self.averages_blend else self.running_names
+
+    @property
     def translations(self) -> tuple[Translation, ...]:
         """A BatchNorm's variance becomes a standard deviation, and that of another such layer a variance."""
-        return (std_of_var(self.eps) if self.average == "std" else var_of_std(self.eps),)
+        form = std_of_var if self.average == "std" else var_of_std
+        return (form(self.eps), *(form(self.eps, "blend") for _ in range(self.averages_blend)))
+
+    def reset_running_stats(self) -> None:
+        """Set means to 0, deviations to 1 and counters to 0."""
+        super().reset_running_stats()
+        self._copy_to_blend()
+
+    def _copy_to_blend(self) -> None:
+        """Begin the blend anew from the running statistics."""
+        if self.averages_blend and self.has_running_stats:
+            with torch.no_grad():
+                for name, running in zip(self.blend_names, self.running_names, strict=True):
+                    self.get_buffer(name).copy_(self.get_buffer(running))
+
+    def take_from(self, source: torch.nn.Module) -> None:
+        """Take over Parameters and running statistics; a layer without a blend gives its running statistics for it."""
+        super().take_from(source)
+        if not getattr(source, "averages_blend", False):
+            self._copy_to_blend()
+
+    def _taken_names(self, source: torch.nn.Module) -> tuple[str, ...]:
+        blend = self.blend_names if getattr(source, "averages_blend", False) and self.averages_blend else ()
+        return (*super()._taken_names(source), *blend)
+
+    def _translate(self, state_dict: dict[str, Any], prefix: str, strict: bool = True) -> None:
+        super()._translate(state_dict, prefix, strict)
+        # A file without a blend continues from its running statistics.
+        for name, running in zip(self.blend_names, self.running_names, strict=True):
+            if self.averages_blend and prefix + running in state_dict:
+                state_dict.setdefault(prefix + name, state_dict[prefix + running])
+
+    def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
+        """Return the mean and the biased deviation or variance that the running statistics move towards."""
+        return m.mean, self.std_or_var_of(m.var)
 
     def steps(self) -> Tensor:
         """Return the number of this batch: 1 for the first; 2 where statistics were moved in, which count as one."""
         # A mean of exactly 0 in every channel is what a new layer has, and hardly what training leaves.
-        return self.updates + 1 + ((self.updates == 0) & (running_buffers(self)[0] != 0).any())
+        return self.updates + 1 + ((self.updates == 0) & (running_buffers(self, self.blend_names)[0] != 0).any())
+
+    def scaled(self, mean: Tensor, scale: Tensor, shift: Tensor | None = None) -> Affine:
+        """Return the map gamma (scale (x - mean) + shift) + beta."""
+        if self.weight is not None:
+            gamma = self.weight.to(scale.dtype)
+            scale, shift = scale * gamma, None if shift is None else shift * gamma
+        bias = self.bias
+        return Affine(mean, scale, bias if shift is None else shift if bias is None else shift + bias.to(shift.dtype))
+
+    def std_or_var_of(self, var: Tensor) -> Tensor:
+        """Return what is averaged, given a variance."""
+        return self.std_of(var) if self.average == "std" else var
+
+    def std_of(self, var: Tensor) -> Tensor:
+        """Return the standard deviation that is averaged, beside which eps stands."""
+        raise NotImplementedError(f"{type(self).__name__} must define std_of(self, var: Tensor) -> Tensor.")
+
+    def weight_at(self, steps: Tensor) -> Tensor:
+        """Return the weight of the batch of this number in the blend, 0-dim."""
+        raise NotImplementedError(f"{type(self).__name__} must define weight_at(self, steps: Tensor) -> Tensor.")
+
+    def copies(self, steps: Tensor) -> Tensor:
+        """Tell whether the batch of this number is copied, whatever its weight, as a 0-dim tensor."""
+        return steps == (1 if self.init == "first_batch" else 0)
+
+    def scale_of(self, std_or_var: Tensor) -> Tensor:
+        """Return one over the deviation, with its eps."""
+        return 1 / (std_or_var + self.eps) if self.average == "std" else (std_or_var + self.eps).rsqrt()
+
+    def blend(self, batch: tuple[Tensor, Tensor], m: Moments) -> tuple[Tensor, Tensor]:
+        """Return the statistics after this batch, and move them, unless they are paused or wait for a window's end.
+
+        Args:
+            batch: its mean and standard deviation or variance, (1, C), with a graph, which passes through its part of
+                what is returned.
+            m: the moments they come from.
+        """
+        if not self.moves_running_stats:
+            return self._blended(batch)[0]
+        if self.accumulator is None:
+            return self.move(batch, m.count)
+        blend = self._blended(batch)[0]
+        update_running(self, Moments(m.mean, m.var, m.count))
+        return blend
+
+    def _blended(self, batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Return a batch's statistics blended into the old ones, the batch's number, and whether it is copied."""
+        steps = self.steps()
+        alpha, copies = self.weight_at(steps), self.copies(steps)
+        # The gradient needs alpha and the old statistics, and whoever moves these overwrites the buffers.
+        alpha, *old = snapshot(torch.where(copies, 1, alpha), *running_buffers(self, self.blend_names))
+        # The old statistics are constants, so the gradient passes through the new batch's part alone.
+        mean, std_or_var = (alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch, old, strict=True))
+        return (mean, std_or_var), steps, copies
+
+    def move(
+        self, batch: tuple[Tensor, Tensor], count: int | Tensor, enough: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Move the statistics by a batch's mean and standard deviation or variance, (1, C), and return the result.
+
+        Args:
+            batch: with a graph, which passes through its part of what is returned.
+            count: elements behind each.
+            enough: whether there is a batch at all, 0-dim.
+        """
+        blend, steps, copies = self._blended(batch)
+        if enough is None:
+            usable = is_usable(self, *batch, count)
+        else:
+            # What no batch brought is neither used nor counted as skipped.
+            finite = fits(self, *batch)
+            count_skipped(self, enough & ~finite)
+            usable = enough & finite
+        weight = self.scheduled("eval_momentum") if self.averages_blend else None
+        weight = None if weight is None else torch.where(copies, 1, weight)
+        self.write_blend(blend, batch, steps, usable, weight)
+        return blend
+
+    def _move_by_window(self, m: Moments) -> None:
+        self.move(self.running_target(m), m.count, (torch.as_tensor(m.count) > 1).all())
 
     @torch_private.without_gradients
     def write_blend(
-        self, blend: tuple[Tensor, Tensor], batch: tuple[Tensor, Tensor], steps: Tensor, usable: Tensor
+        self,
+        blend: tuple[Tensor, Tensor],
+        batch: tuple[Tensor, Tensor],
+        steps: Tensor,
+        usable: Tensor,
+        weight: Tensor | None = None,
     ) -> None:
         """Write the moved statistics, and how far the batch lay from them, if a 0-dim ``usable`` is true.
 
         Args:
-            blend: the new running mean, and standard deviation or variance, (1, C).
+            blend: the new mean, and standard deviation or variance, (1, C).
             batch: the same two of the batch.
             steps: the number of this batch.
             usable: the batch has neither a NaN nor an infinity.
+            weight: of the blend in the running statistics, where those average it.
         """
         # The gap is measured in standard deviations, whichever of the two is stored.
         was, now = ((s if self.average == "std" else s.sqrt()) for s in (blend[1], batch[1]))
         gap = torch.stack([batch[0] - blend[0], now - was]).abs() / (was + self.eps)
-        values = (*blend, steps, gap.flatten(1).mean(1))
-        for name, new in zip((*self.running_names, "updates", "gap"), values, strict=True):
+        values = dict(zip(self.blend_names, blend, strict=True))
+        if weight is not None:
+            for name, new in zip(self.running_names, blend, strict=True):
+                old = self.get_buffer(name)
+                values[name] = torch.lerp(old, new.reshape(-1).to(old.dtype), weight.to(old.dtype))
+        for name, new in {**values, "updates": steps, "gap": gap.flatten(1).mean(1)}.items():
             # No state_dict holds the gap, so that it may not be passed to a function that is transformed.
             if name != "gap" or not torch_private.is_captured(self.gap):
                 write(getattr(self, name), new, usable)

@@ -34,8 +34,6 @@ class RunningStats(nn.Module):
 
     float32_buffers: ClassVar[tuple[str, ...]] = ()
     """Further buffers that stay in float32 at least."""
-    no_recalibration: ClassVar[str] = ""
-    """Why the running statistics cannot be re-estimated from some batches; empty where they can."""
     includes_between_var: ClassVar[bool] = True
     """The running variance is that of all samples together: it includes the variance between their means."""
 
@@ -54,6 +52,11 @@ class RunningStats(nn.Module):
     def running_names(self) -> tuple[str, str]:
         """Names of the buffers of the running mean and the running variance, or standard deviation ``running_std``."""
         return "running_mean", "running_var"
+
+    @property
+    def no_recalibration(self) -> str:
+        """Why the running statistics cannot be re-estimated from some batches; empty where they can."""
+        return ""
 
     @property
     def no_window(self) -> str:
@@ -178,9 +181,9 @@ def reads_copies() -> bool:
     return torch.is_grad_enabled() or torch_private.tracing_state() is not None
 
 
-def running_buffers(layer: RunningStats) -> tuple[Tensor, Tensor]:
-    """Return the running mean, and the running variance or standard deviation, as (1, C)."""
-    mean, var = (layer.get_buffer(name).unsqueeze(0) for name in layer.running_names)
+def running_buffers(layer: RunningStats, names: tuple[str, str] | None = None) -> tuple[Tensor, Tensor]:
+    """Return the running mean, and the running variance or standard deviation, as (1, C); or two others by name."""
+    mean, var = (layer.get_buffer(name).unsqueeze(0) for name in names or layer.running_names)
     return (mean.clone(), var.clone()) if reads_copies() else (mean, var)
 
 

@@ -64,14 +64,14 @@ class Translation:
             del state[prefix + self.source]
 
 
-def std_of_var(eps: float) -> Translation:
-    """Return the translation of a running variance, stored as the standard deviation that evaluates to the same."""
-    return Translation("running_var", "running_std", lambda var: to_std(var, eps), lambda std: to_var(std, eps))
+def std_of_var(eps: float, kind: str = "running") -> Translation:
+    """Return the translation of a variance, stored as the standard deviation that evaluates to the same."""
+    return Translation(f"{kind}_var", f"{kind}_std", lambda var: to_std(var, eps), lambda std: to_var(std, eps))
 
 
-def var_of_std(eps: float) -> Translation:
-    """Return the inverse of :func:`std_of_var`: a running standard deviation, stored as a variance."""
-    return Translation("running_std", "running_var", lambda std: to_var(std, eps), lambda var: to_std(var, eps))
+def var_of_std(eps: float, kind: str = "running") -> Translation:
+    """Return the inverse of :func:`std_of_var`: a standard deviation, stored as a variance."""
+    return Translation(f"{kind}_std", f"{kind}_var", lambda std: to_var(std, eps), lambda var: to_std(var, eps))
 
 
 def renamed(source: str, target: str) -> Translation:

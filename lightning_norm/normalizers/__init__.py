@@ -16,11 +16,13 @@ from lightning_norm.normalizers.adaptive_fusion_norm import AdaptiveFusionNorm a
 from lightning_norm.normalizers.asr_norm import ASRNorm as ASRNorm
 from lightning_norm.normalizers.batch_channel_norm import BatchChannelNorm as BatchChannelNorm
 from lightning_norm.normalizers.batch_norm import BatchNorm as BatchNorm
+from lightning_norm.normalizers.batch_renorm import BatchRenorm as BatchRenorm
 from lightning_norm.normalizers.bnet import BNET as BNET
 from lightning_norm.normalizers.context.assignment import contexts as contexts
 from lightning_norm.normalizers.context.assignment import fit_contexts as fit_contexts
 from lightning_norm.normalizers.context.context_norm import ContextNorm as ContextNorm
 from lightning_norm.normalizers.diminishing_batch_norm import DiminishingBatchNorm as DiminishingBatchNorm
+from lightning_norm.normalizers.filter_response_norm import FilterResponseNorm as FilterResponseNorm
 from lightning_norm.normalizers.group_norm import GroupNorm as GroupNorm
 from lightning_norm.normalizers.group_norm import LayerNorm as LayerNorm
 from lightning_norm.normalizers.ibn import IBN as IBN

@@ -9,13 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.blended import BlendedNorm
 from lightning_norm.layers.fused_specs import per_channel_spec
-from lightning_norm.layers.running_stats import count_skipped, fits, is_usable, running_buffers
+from lightning_norm.layers.renormalized import renorm
+from lightning_norm.layers.running_stats import running_buffers
 from lightning_norm.layers.scheduled import Scheduled
-from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
@@ -41,13 +40,19 @@ class DiminishingBatchNorm(BlendedNorm):
         power: alpha(m) = 1 / m^power in place of ``alpha``, with the layer's own count m of batches; the published
             convergence proof wants more than 2, 2.001 say.
         average: "std", as published (eps beside the root), or "var" (eps inside the root, BatchNorm's own buffers).
-        stat_grad: "batch" lets the gradient pass through the new batch's part, "none" through no statistics.
+        train_stats: what training normalizes by: "running", the moved statistics, or "batch", the batch's own, beside
+            which the running ones move for evaluation alone.
+        stat_grad: "batch" lets the gradient pass through the new batch's part, "none" through no statistics; "renorm"
+            is the gradient of BatchNorm at the value of the running statistics.
+        init: "first_batch" copies the first batch, whatever alpha; "zero_one" moves mean 0 and deviation 1 by alpha.
+        eval_momentum: evaluate on an exponential average of the moved statistics, with this weight of the new ones;
+            ``None`` evaluates on the last ones.
         eps: added to the standard deviation, or to the variance with ``average="var"``.
         options: affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`; no momentum.
 
     Raises:
-        ValueError: alpha out of range, power not positive, an unknown ``average`` or ``stat_grad``; a momentum, or an
-            alpha where ``power`` rules, set on the layer.
+        ValueError: alpha out of range, power not positive, an unknown word; a ``stat_grad`` or an ``eval_momentum``
+            that would have no effect; a momentum, or an alpha where ``power`` rules, set on the layer.
 
     Differs from the paper: the gradient passes through the statistics by default, so that alpha = 1 with
     ``average="var"`` is BatchNorm in value and gradient; the first batch is copied, whatever alpha, unless statistics
@@ -61,8 +66,15 @@ class DiminishingBatchNorm(BlendedNorm):
     paper = Paper("Ma and Klabjan", 2024, "Diminishing Batch Normalization", "arXiv 1705.08011")
     eval_uses_input_stats: ClassVar[bool] = False
     no_window = ""
-    no_recalibration: ClassVar[str] = "its running statistics are what it trains with, moved by alpha alone"
-    repr_arguments: ClassVar[tuple[str, ...]] = ("alpha", "power", "average", "stat_grad")
+    repr_arguments: ClassVar[tuple[str, ...]] = (
+        "alpha",
+        "power",
+        "average",
+        "train_stats",
+        "stat_grad",
+        "init",
+        "eval_momentum",
+    )
 
     def __init__(
         self,
@@ -71,7 +83,10 @@ class DiminishingBatchNorm(BlendedNorm):
         alpha: Annotated[float, Scheduled(0, 1, training_only=True)] = 0.25,
         power: float | None = None,
         average: Literal["std", "var"] = "std",
-        stat_grad: Literal["batch", "none"] = "batch",
+        train_stats: Literal["running", "batch"] = "running",
+        stat_grad: Literal["batch", "none", "renorm"] = "batch",
+        init: Literal["first_batch", "zero_one"] = "first_batch",
+        eval_momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = None,
         eps: float = 1e-5,
         affine: bool = True,
         track_running_stats: bool = True,
@@ -82,68 +97,79 @@ class DiminishingBatchNorm(BlendedNorm):
     ) -> None:
         if power is not None and not 0 < power < math.inf:
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
-        self.stat_grad = stat_grad
+        if train_stats == "batch" and stat_grad == "renorm":
+            raise ValueError(
+                'DiminishingBatchNorm: stat_grad="renorm" lends the gradient of the batch\'s statistics to the running '
+                'ones, and train_stats="batch" normalizes by the batch\'s. Type stat_grad="batch".'
+            )
+        if eval_momentum is not None and not track_running_stats:
+            raise ValueError(
+                "DiminishingBatchNorm: eval_momentum averages the running statistics, and this layer keeps none. "
+                "Leave it out, or pass track_running_stats=True."
+            )
+        self.train_stats, self.stat_grad = train_stats, stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype, "bias": bias}
-        super().__init__(num_features, average=average, momentum=None, **options)
+        self.averages_blend = eval_momentum is not None
+        super().__init__(num_features, average=average, init=init, momentum=None, **options)
         # In this order, for with a power no alpha can be set.
         self.alpha = alpha
         self.power = None if power is None else float(power)
+        self.eval_momentum = eval_momentum
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "alpha" and self.__dict__.get("power") is not None:
             raise ValueError(f"DiminishingBatchNorm: power={self.power} rules alpha. Set power = None first.")
         if name == "momentum" and value is not None:
             raise ValueError("DiminishingBatchNorm has no momentum. Set alpha, the weight of the new batch.")
+        if name == "eval_momentum" and (value is not None) != self.averages_blend:
+            raise ValueError(
+                f"DiminishingBatchNorm: eval_momentum = {value!r} would change which buffers there are. Build the "
+                "layer with it: DiminishingBatchNorm(C, eval_momentum=0.1), say."
+            )
         super().__setattr__(name, value)
+
+    @property
+    def no_recalibration(self) -> str:
+        """Why its statistics cannot be re-estimated: where training normalizes by them, they are a part of it."""
+        trains_with_them = self.train_stats == "running"
+        return "its running statistics are what it trains with, moved by alpha alone" if trains_with_them else ""
+
+    def without_effect(self) -> dict[str, str]:
+        """Return what a schedule would not change, and why."""
+        averaged = {} if self.averages_blend else {"eval_momentum": "eval_momentum=None"}
+        ruled = {} if self.power is None else {"alpha": f"power={self.power}"}
+        return {**super().without_effect(), **averaged, **ruled}
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
-        mean, std_or_var = self._statistics(m)
-        scale = 1 / (std_or_var + self.eps) if self.average == "std" else (std_or_var + self.eps).rsqrt()
-        return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
-
-    def _statistics(self, m: Moments) -> tuple[Tensor, Tensor]:
-        """Return what to normalize by: the mean, and the standard deviation or the variance, each (1, C)."""
         if self.has_running_stats and not self.training:
-            return running_buffers(self)
+            mean, std_or_var = running_buffers(self)
+            return self.scaled(mean, self.scale_of(std_or_var))
         batch = m.over_batch()
-        mean, std_or_var = batch.mean, batch.var
-        if self.average == "std":
-            # The root of 0 has an infinite slope, and a channel that is constant must not get a gradient of NaN.
-            std_or_var = std_or_var.clamp_min(TINY).sqrt()
+        mean, std_or_var = batch.mean, self.std_or_var_of(batch.var)
         if not self.trains_with_running_stats:
-            return mean, std_or_var
-        if self.stat_grad == "none":
-            mean, std_or_var = mean.detach(), std_or_var.detach()
-        batch_values = (mean, std_or_var)
-        blend, steps = self._blended(batch_values)
-        if self.moves_running_stats:
-            usable = is_usable(self, batch.mean, std_or_var, batch.count)
-            if isinstance(self.accumulator, AccumulationWindow):
-                self.accumulator.add(batch.mean, batch.var, batch.count, usable)
-            else:
-                self.write_blend(blend, batch_values, steps, usable)
-        return blend
+            return self.scaled(mean, self.scale_of(std_or_var))
+        constants = mean.detach(), std_or_var.detach()
+        own = constants if self.stat_grad == "none" else (mean, std_or_var)
+        blends_gradient = self.train_stats == "running" and self.stat_grad == "batch"
+        blend = self.blend(own if blends_gradient else constants, batch)
+        mean, std_or_var = own if self.train_stats == "batch" else blend
+        scale = self.scale_of(std_or_var)
+        if self.stat_grad != "renorm":
+            return self.scaled(mean, scale)
+        # The value of the blend, as a constant factor and offset on what the batch's statistics make of x.
+        batch_scale = self.scale_of(own[1])
+        r, d = renorm((own[0], batch_scale), (mean, scale))
+        return self.scaled(own[0], batch_scale * r, d)
 
-    def _blended(self, batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Return a batch's statistics blended into the running ones, each (1, C), and the number m of the batch."""
-        steps = self.steps()
-        # The gradient needs alpha and the old statistics, and whoever moves these overwrites the buffers.
-        alpha, *old = snapshot(torch.where(steps == 1, 1, self._alpha_at(steps)), *running_buffers(self))
-        # The old statistics are constants, so the gradient passes through the new batch's part alone.
-        mean, second = (alpha * new + (1 - alpha) * was.to(new.dtype) for new, was in zip(batch, old, strict=True))
-        return (mean, second), steps
+    def std_of(self, var: Tensor) -> Tensor:
+        """Return the root."""
+        # The root of 0 has an infinite slope, and a channel that is constant must not get a gradient of NaN.
+        return var.clamp_min(TINY).sqrt()
 
-    def _move_by_window(self, m: Moments) -> None:
-        batch = (m.mean, m.var if self.average == "var" else m.var.sqrt())
-        enough, finite = (torch.as_tensor(m.count) > 1).all(), fits(self, *batch)
-        count_skipped(self, enough & ~finite)
-        blend, steps = self._blended(batch)
-        self.write_blend(blend, batch, steps, enough & finite)
-
-    def _alpha_at(self, steps: Tensor) -> Tensor:
-        """Return alpha(m) of the equation above, 0-dim."""
+    def weight_at(self, steps: Tensor) -> Tensor:
+        """Return alpha(m) of the equation above."""
         alpha = self.scheduled("alpha")
         assert alpha is not None
         return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
@@ -157,9 +183,15 @@ class DiminishingBatchNorm(BlendedNorm):
         if not self.moves_running_stats or frozen:
             return per_channel_spec(self, {}, **flags)
         # Here the kernels move the statistics before they normalize, and by alpha in place of momentum.
-        flags |= {"blend": True, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
+        blend = 2 if self.train_stats == "batch" else 3 if self.stat_grad == "renorm" else 1
+        flags |= {"blend": blend, "powers": self.power is not None, "detach": self.stat_grad == "none", "track": 1}
+        flags |= {"copies_first": self.init == "first_batch", "averages": self.averages_blend}
         spec = per_channel_spec(self, {"power": self.power or 1.0}, **flags)
-        return replace(spec, counters=(self.updates, self.gap), rate=self.scheduled("alpha"))
+        averaged = tuple(self.get_buffer(name) for name in self.running_names) if self.averages_blend else ()
+        rate, average_rate = self.scheduled("alpha"), self.scheduled("eval_momentum")
+        running = (*(self.get_buffer(name) for name in self.blend_names), *spec.running[2:])
+        counters = (self.updates, self.gap, *averaged)
+        return replace(spec, running=running, counters=counters, rate=rate, threshold=average_rate)
 
     @property
     def preserves_eval(self) -> bool:
@@ -172,5 +204,5 @@ class DiminishingBatchNorm(BlendedNorm):
         if not self.track_running_stats or not self.has_running_stats:
             return {}
         # A copy, for the monitor keeps the value and the schedule overwrites the tensor.
-        alpha = self._alpha_at(self.updates.clamp_min(1)).clone()
+        alpha = self.weight_at(self.updates.clamp_min(1)).clone()
         return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}

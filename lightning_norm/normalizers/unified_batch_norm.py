@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Paper
+from lightning_norm.layers.renormalized import renorm
 from lightning_norm.layers.running_stats import update_running
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
@@ -189,13 +190,11 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         if self.condensed_grad == "detach":
             mean, var = torch.where(condensed, mean, batch.mean), torch.where(condensed, var, batch.var)
             return Moments(mean, var, batch.count), None
-        # Batch renormalization (Ioffe 2017): r and d are constants, so the gradient is that of the batch's statistics.
-        batch_mean, batch_var = batch.mean.detach(), batch.var.detach()
-        # The limits are those of Ioffe's r <= 3 and d <= 5; r is squared here, for it multiplies a variance.
-        ratio = ((var + self.eps) / (batch_var + self.eps)).clamp(1 / 9, 9)
-        offset = ((batch_mean - mean) * (var + self.eps).rsqrt()).clamp(-5, 5)
-        ratio, offset = torch.where(condensed, ratio, 1.0), torch.where(condensed, offset, 0.0)
-        return Moments(batch.mean, (batch.var + self.eps) * ratio - self.eps, batch.count), offset
+        own, theirs = ((u, (v + self.eps).rsqrt()) for u, v in ((batch.mean, batch.var), (mean, var)))
+        # The limits of Ioffe's experiments; a factor on the scale is one over its square on the variance.
+        r, d = renorm(own, theirs, 3.0, 5.0)
+        r, d = torch.where(condensed, r, 1.0), torch.where(condensed, d, 0.0)
+        return Moments(batch.mean, (batch.var + self.eps) / r.square() - self.eps, batch.count), d
 
     @torch_private.without_gradients
     def _is_condensed(self, similarity: Tensor) -> Tensor:

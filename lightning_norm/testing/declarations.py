@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 
 import torch
@@ -175,7 +176,9 @@ def scheduled(make: Make) -> None:
         return torch.cat([part.detach().flatten() for part in parts])
 
     for name, span in type(make(C)).ranges.items():
-        low, high = (span.low + fraction * (span.high - span.low) for fraction in (0.3, 0.6))
+        # A range without end has its effect near its beginning.
+        width = span.high - span.low if math.isfinite(span.high) else 0.1
+        low, high = (span.low + fraction * width for fraction in (0.3, 0.6))
         pairs = list(zip(variants(make, name, low), variants(make, name, high), strict=True))
         if not pairs:
             # The argument is inherited, and this class refuses it.
@@ -195,7 +198,8 @@ def scheduled(make: Make) -> None:
         layer = make(C)
         # ``None`` is a value like any other where the signature allows it.
         nothing = () if span.optional else (None,)
-        for bad in (span.low - 0.1, span.high + 0.1, float("nan"), "x", *nothing):
+        beyond = (span.high + 0.1,) if math.isfinite(span.high) else ()
+        for bad in (span.low - 0.1, *beyond, float("nan"), "x", *nothing):
             before = getattr(layer, name)
             with refused(ValueError, f"{name} = {bad!r}", name, str(bad)):
                 setattr(layer, name, bad)

@@ -16,6 +16,7 @@ CASES = {
     "ubn, switch": {"threshold": 0.2, "min_updates": 0},
     "ubn, gate": {"threshold": 0.2, "min_updates": 0, "mode": "gate"},
     "dbn, power": {"power": 2.001},
+    "dbn, averaged": {"stat_grad": "renorm", "eval_momentum": 0.1},
     "dbn, var": {"average": "var", "stat_grad": "none"},
     "sn, sparse": {"sparse": True},
 }

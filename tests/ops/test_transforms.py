@@ -32,6 +32,8 @@ VARIANTS = {
     "ubn renormalized": ("ubn", {"threshold": -1.0, "min_updates": 0, "condensed_grad": "renorm"}),
     "ubn gated": ("ubn", {"threshold": 0.2, "min_updates": 0, "mode": "gate"}),
     "dbn by powers": ("dbn", {"power": 2.0}),
+    "dbn renormalized": ("dbn", {"stat_grad": "renorm", "eval_momentum": 0.1}),
+    "dbn beside the batch": ("dbn", {"train_stats": "batch", "init": "zero_one"}),
     "dbn without gradient": ("dbn", {"stat_grad": "none", "average": "var"}),
     "cn with a posterior": ("cn", {"context": "gate", "missing": "posterior"}),
     "cn scaled by priors": ("cn", {"context": "gate", "prior_scale": True}),

@@ -59,11 +59,11 @@ def channels_vjp(
     total, dot, affine, moments, stats, responsibilities, survey_out, weight, bias, center_weight, scale_weight,
     scale_bias, affine_weight, affine_bias, dweight, dbias, dcenter_weight, dscale_weight, dscale_bias, daffine_weight,
     daffine_bias, dx_affine, dresponsibilities, apart, dpooled, centered, samples, number, channels, contexts,
-    responsibility_stride, pieces, sample_stride, stride, size, least, unit_scale, unit_affine, MOMENTS: tl.constexpr,
-    MERGE: tl.constexpr, STD: tl.constexpr, STD_OF_VAR: tl.constexpr, RENORM: tl.constexpr, CONTEXTS: tl.constexpr,
-    PRIOR: tl.constexpr, GATE: tl.constexpr, RANKS: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr,
-    AFFINE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-    C_BLOCK: tl.constexpr,
+    responsibility_stride, pieces, sample_stride, stride, size, inner, least, unit_scale, unit_affine,
+    MOMENTS: tl.constexpr, MERGE: tl.constexpr, STD: tl.constexpr, STD_OF_VAR: tl.constexpr, RENORM: tl.constexpr,
+    CONTEXTS: tl.constexpr, PRIOR: tl.constexpr, GATE: tl.constexpr, RANKS: tl.constexpr, CENTER: tl.constexpr,
+    SCALE: tl.constexpr, AFFINE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters, and constant and slope (2, N * C) of dx = scale dy + constant + slope (x - k).
 
@@ -131,9 +131,12 @@ def channels_vjp(
         dcenter = tl.sum(by_center, 0)
         variance = tl.load(stats + 3 * rows + at, mask=kc_mask, other=0.0)
         p = tl.load(stats + 6 * rows + at, mask=kc_mask, other=0.0)
-        # The scale's clamped ratio p is a constant, and delta one in units of 1 / r.
-        if RENORM:  # delta is a constant in units of 1 / r
-            dr -= dcenter * tl.div_rn(delta, tl.where(kc_mask, r, 1.0))
+        # The scale's ratio p is a constant, and delta, beyond what lies between ranks, one in units of 1 / r.
+        if RENORM:
+            constant = delta
+            if RANKS == 1:
+                constant -= tl.load(apart + at, mask=kc_mask, other=0.0)
+            dr -= dcenter * tl.div_rn(constant, tl.where(kc_mask, r, 1.0))
         dvariance = -0.5 * dr * r * r * r
         if STD:
             dvariance = -dr * r * r
@@ -142,6 +145,7 @@ def channels_vjp(
             p = p * 0.0 + 1.0
         # From the deviation to the variance below it; flat where the variance was clamped.
         if STD_OF_VAR:
+            variance += tl.cast(inner, tl.float32)
             dvariance = tl.where(
                 variance >= TINY, 0.5 * tl.div_rn(dvariance, tl.sqrt_rn(tl.maximum(variance, TINY))), 0.0
             )

@@ -12,8 +12,13 @@ class PerChannelFlags:
     Args:
         needs_moments: the moments of x are needed; not so where everything comes from the running statistics.
         frozen: the running statistics stand in for the batch's.
-        blend: the batch's statistics are mixed with the running ones by alpha (dbn).
+        blend: the batch's statistics are mixed with the running ones by alpha (dbn), and the batch is normalized by
+            1: the mixture, whose gradient passes through the batch's part. 2: its own. 3: the mixture, with the
+            gradient of its own. 4: its own, scaled and moved towards the running ones within limits (brn). 0: nothing
+            is mixed.
         std: what is divided by is a standard deviation plus eps, not sqrt(variance + eps) (dbn).
+        copies_first: the first batch is copied, whatever alpha (dbn).
+        averages: the mixture is kept beside the running statistics, which average it (dbn).
         powers: alpha follows from the number of batches, alpha(m) = 1 / m^power (dbn).
         detach: no gradient passes through the batch's statistics (dbn).
         condensed: what happens to a batch that is condensed (ubn). 0: it is not measured. 1: the running statistics
@@ -36,8 +41,10 @@ class PerChannelFlags:
 
     needs_moments: bool = False
     frozen: bool = False
-    blend: bool = False
+    blend: int = 0
     std: bool = False
+    copies_first: bool = True
+    averages: bool = False
     powers: bool = False
     detach: bool = False
     condensed: int = 0
@@ -61,7 +68,12 @@ class PerChannelFlags:
     @property
     def num_statistics(self) -> int:
         """Return how many numbers ``channels_of`` stores for each context and channel."""
-        return (9 if self.blend else 7) + self.ranks
+        return (10 if self.blend else 7) + self.ranks
+
+    @property
+    def renorm(self) -> bool:
+        """Return whether the batch's own statistics are scaled and moved, by constants, to the value of others."""
+        return self.condensed == 3 or self.blend >= 3
 
     @property
     def moves_with_channels(self) -> bool:
@@ -97,6 +109,7 @@ class PerChannelNumbers:
 
     Args:
         eps: inside the root, or beside it with ``std``.
+        inner: added to a variance below the root of a deviation, and taken off behind it (brn).
         least: elements below which a context's statistics are drawn towards those of all samples (cn).
         power: alpha(m) = 1 / m^power (dbn).
         unit_scale: what the gate of the normalized mean is multiplied by, so that it starts at 1 (rbn, ubn).
@@ -104,6 +117,7 @@ class PerChannelNumbers:
     """
 
     eps: float
+    inner: float = 0.0
     least: float = 1.0
     power: float = 1.0
     unit_scale: float = 1.0

@@ -165,23 +165,23 @@ def pool_channels(
 def channels_of(
     hi, lo, var, responsibilities, weight, bias, center_weight, scale_weight, scale_bias, affine_weight, affine_bias,
     running_mean, running_var, tracked, skipped, updates, prior, last, measured, skipped_condensed, in_a_row, rate,
-    threshold, survey_out, parts, pooled, gathered, moments, stats, affine, samples, number, channels, contexts,
-    responsibility_stride, jobs, pieces, sample_stride, stride, piece, size, fold, eps, least, power, unit_scale,
-    unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr, FROZEN: tl.constexpr, BLEND: tl.constexpr,
-    STD: tl.constexpr, POWER: tl.constexpr, DETACH: tl.constexpr, CONDENSED: tl.constexpr, MOVE: tl.constexpr,
-    CONTEXTS: tl.constexpr, PRIOR: tl.constexpr, POOLED: tl.constexpr, CENTER: tl.constexpr, SCALE: tl.constexpr,
-    AFFINE: tl.constexpr, RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, N_BLOCK: tl.constexpr,
-    K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    threshold, limit, survey_out, parts, pooled, gathered, moments, stats, affine, samples, number, channels, contexts,
+    responsibility_stride, jobs, pieces, sample_stride, stride, piece, size, fold, eps, inner, least, power,
+    unit_scale, unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr, FROZEN: tl.constexpr, BLEND: tl.constexpr,
+    STD: tl.constexpr, COPY: tl.constexpr, POWER: tl.constexpr, DETACH: tl.constexpr, CONDENSED: tl.constexpr,
+    MOVE: tl.constexpr, CONTEXTS: tl.constexpr, PRIOR: tl.constexpr, POOLED: tl.constexpr, CENTER: tl.constexpr,
+    SCALE: tl.constexpr, AFFINE: tl.constexpr, RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pivot, scale and offset (3, N * C), and ``stats`` (7 to 10, K, C); with MOVE the running statistics move.
+    """Pivot, scale and offset (3, N * C), and ``stats`` (7 to 11, K, C); with MOVE the running statistics move.
 
     Rows of ``stats``: mean as hi and lo, variance between samples, V, delta, r, the weight p of the batch in what was
-    used, and with BLEND what the running mean and variance become. With RANKS U and V are those of all ranks,
-    ``pooled`` (3, C); delta holds how far that U is from f mean_B of this one, and a last row that alone. One block of
-    channels to a program.
+    used, and with BLEND what the running mean and variance become, and how far that mean is from the batch's. With
+    RANKS U and V are those of all ranks, ``pooled`` (3, C); delta holds how far that U is from f mean_B of this one,
+    and a last row that alone. One block of channels to a program.
     """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
-    eps, whole = tl.cast(eps, tl.float32), size * fold
+    eps, inner, whole = tl.cast(eps, tl.float32), tl.cast(inner, tl.float32), size * fold
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
     inside = c < channels
     q = tl.arange(0, K_BLOCK)
@@ -216,7 +216,7 @@ def channels_of(
         apart = (tl.fma(-w_m, first, of_all - first) + rest)[None, :] - f[None, :] * mean
     used, delta, p = variance, apart, mean * 0.0 + 1.0
     # Where running statistics take part, ``away`` is how far they are from U.
-    if BLEND or CONDENSED % 2 == 1 or (FROZEN and not CONTEXTS):
+    if BLEND != 0 or CONDENSED % 2 == 1 or (FROZEN and not CONTEXTS):
         old = tl.load(running_var + c, mask=inside, other=0.0).to(tl.float32)[None, :] + mean * 0.0
         away = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32) - first - w_m * first
         away = away[None, :] - f[None, :] * mean
@@ -224,13 +224,28 @@ def channels_of(
             away = (tl.load(running_mean + c, mask=inside, other=0.0) - of_all - rest)[None, :] + mean * 0.0
     # From here on ``used`` is what is divided by, ``delta`` the shift of U, ``p`` the weight of the batch.
     if STD and not FROZEN:
-        used = tl.sqrt_rn(tl.maximum(variance, TINY, propagate_nan=NAN))
+        used = tl.sqrt_rn(tl.maximum(variance + inner, TINY, propagate_nan=NAN)) - inner
     if FROZEN:
         used, delta, p = old, away, mean * 0.0
-    elif BLEND:
-        alpha, steps = new_weight(running_mean, updates, rate, channels, power, POWER, 256)
+    elif BLEND != 0:
+        alpha, steps = new_weight(running_mean, updates, rate, channels, power, COPY, POWER, 256)
         blend = (1.0 - alpha) * away
-        delta, used, p = blend + apart, alpha * used + (1.0 - alpha) * old, p * alpha
+        blended = alpha * used + (1.0 - alpha) * old
+        if BLEND == 3:  # the batch's own scale times a constant, and a constant offset
+            p = tl.div_rn(blended + eps, used + eps)
+        if BLEND == 1:
+            p = p * alpha
+        if BLEND % 2 == 1:
+            delta, used = blend + apart, blended
+        if BLEND == 4:  # within limits, and the first batch, which is copied, agrees with itself
+            if COPY:
+                old, away = tl.where(steps == 1, used, old), tl.where(steps == 1, 0.0, away)
+            most = tl.load(threshold).to(tl.float32)
+            if not STD:
+                most = most * most
+            p = tl.div_rn(old + eps, used + eps)
+            p = tl.minimum(tl.maximum(p, 1.0 / most, propagate_nan=NAN), most, propagate_nan=NAN)
+            used = (used + eps) * p - eps
     # A Boolean tensor that is False.
     off = tl.program_id(0) < 0
     if CONDENSED != 0:
@@ -257,6 +272,10 @@ def channels_of(
         r = tl.div_rn(one, used + eps)
     else:
         r = tl.div_rn(one, tl.sqrt_rn(used + eps))
+    if BLEND == 4:
+        far = tl.div_rn(away, (old + eps) if STD else tl.sqrt_rn(old + eps))
+        most = tl.load(limit).to(tl.float32)
+        delta = apart + tl.div_rn(tl.minimum(tl.maximum(far, -most, propagate_nan=NAN), most, propagate_nan=NAN), r)
     # Elements behind each statistic, for the unbiased variance.
     count = tl.cast(samples, tl.float32) * whole
     if CONTEXTS:
@@ -276,15 +295,16 @@ def channels_of(
     tl.store(stats + 4 * rows + at, delta, mask=kc_mask)
     tl.store(stats + 5 * rows + at, r, mask=kc_mask)
     tl.store(stats + 6 * rows + at, p, mask=kc_mask)
-    if BLEND:
+    if BLEND != 0:
         if RANKS:
             target = of_all[None, :] + (rest[None, :] + blend)
         else:
             target = target + blend
         tl.store(stats + 7 * rows + at, target, mask=kc_mask)
-        tl.store(stats + 8 * rows + at, used, mask=kc_mask)
+        tl.store(stats + 8 * rows + at, blended, mask=kc_mask)
+        tl.store(stats + 9 * rows + at, blend, mask=kc_mask)
     if RANKS:
-        tl.store(stats + (9 if BLEND else 7) * rows + at, apart, mask=kc_mask)
+        tl.store(stats + (10 if BLEND != 0 else 7) * rows + at, apart, mask=kc_mask)
     # The programs own their channels, and ``survey`` saw what concerns all of them.
     if MOVE:
         move(

@@ -33,12 +33,13 @@ def affine_of(
     counters: Sequence[Optional],
     rate: Optional,
     threshold: Optional,
+    limit: Optional,
     channel_dim: int,
     flags: PerChannelFlags,
     numbers: PerChannelNumbers,
     over_ranks: AllReduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the moments of x, the statistics (7 or 9, K, C), (3, N, C) pivot, scale and offset, and what was surveyed.
+    """Return the moments of x, statistics (7 to 11, K, C), (3, N, C) pivot, scale and offset, and what was surveyed.
 
     Then, with ``over_ranks``, U and V (3, C) of the batch on all ranks, and what these added up.
     A rank may have no samples.
@@ -50,10 +51,11 @@ def affine_of(
         gates: weight of the centering, weight and bias of the scaling, of the affine gate and of the contexts' gate.
         responsibilities: of each context for each sample, (N, K).
         running: mean, variance (or deviation), number of updates, number of skipped ones; moved if ``flags.track``.
-        counters: with ``blend``, batches and the two gaps; with ``condensed``, the last condensation and three
-            counters; with contexts, the prior of each.
+        counters: with ``blend``, batches and the two gaps, and what ``averages`` moves, mean and variance; with
+            ``condensed``, the last condensation and three counters; with contexts, the prior of each.
         rate: momentum or alpha.
-        threshold: of the condensation.
+        threshold: of the condensation; with ``averages`` the rate of the average; of the factor with ``blend`` 4.
+        limit: of the offset with ``blend`` 4.
         channel_dim: the channel axis.
         flags: which equations.
         numbers: their numbers.
@@ -100,22 +102,23 @@ def affine_of(
         direction_parts = _direction_parts(x, survey_out, grid, flags) if flags.condensed else affine
         responsibilities_used, stride = _responsibilities(responsibilities, survey_out, grid.n, flags)
         parameters = [affine if t is None else t for t in (responsibilities_used, weight, bias, *gates[:5])]
-        rate = affine if rate is None else rate
+        rate, threshold = (affine if t is None else t for t in (rate, threshold))
         launch(channels_of, blocks)(
-            *parts, *parameters, mean, running_var, tracked, skipped, more[0], more[0], *more, rate,
-            affine if threshold is None else threshold, survey_out, direction_parts, batch, rank_sums, moments, stats,
+            *parts, *parameters, mean, running_var, tracked, skipped, more[0], more[0], *more, rate, threshold,
+            affine if limit is None else limit, survey_out, direction_parts, batch, rank_sums, moments, stats,
             affine, grid.n, grid.n * grid.c, grid.c, flags.rows, stride, direction_parts.numel(), *grid.moment_layout,
-            numbers.eps, numbers.least, numbers.power, numbers.unit_scale, numbers.unit_affine, MERGE=merge,
-            FROZEN=flags.frozen, BLEND=flags.blend, POWER=flags.powers, DETACH=flags.detach, CONDENSED=flags.condensed,
-            MOVE=flags.track * flags.moves_with_channels, POOLED=flags.pooled, RANKS=flags.ranks,
-            WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4, maxnreg=REGISTERS["channels_of"], **tile,
-            **flags.constants(),
+            numbers.eps, numbers.inner, numbers.least, numbers.power, numbers.unit_scale, numbers.unit_affine,
+            MERGE=merge, FROZEN=flags.frozen, BLEND=flags.blend, COPY=flags.copies_first, POWER=flags.powers,
+            DETACH=flags.detach, CONDENSED=flags.condensed, MOVE=flags.track * flags.moves_with_channels,
+            POOLED=flags.pooled, RANKS=flags.ranks, WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4,
+            maxnreg=REGISTERS["channels_of"], **tile, **flags.constants(),
         )  # fmt: skip
         # Blended statistics move together, or not at all: one program looks at all channels.
         if flags.blend:
             launch(commit, 1)(
-                stats, mean, running_var, tracked, skipped, *more[:2], rate, grid.c, numbers.eps, numbers.power,
-                STD=flags.std, POWER=flags.powers, RANKS=flags.ranks, BLOCK=BLOCK, num_warps=4,
+                stats, mean, running_var, tracked, skipped, *more, rate, threshold, grid.c, numbers.eps, numbers.inner,
+                numbers.power, STD=flags.std, COPY=flags.copies_first, POWER=flags.powers, AVERAGE=flags.averages,
+                RANKS=flags.ranks, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return moments, stats, affine, survey_out, batch, rank_sums
 
@@ -184,8 +187,8 @@ def gradients(
         launch(channels_vjp, blocks)(
             *parts, affine, moments, stats, *parameters, dweight, dbias, *dgates[:5], dx_affine, dresponsibilities,
             stats[-1], dpooled, centered, grid.n, grid.n * grid.c, grid.c, flags.rows, stride, grid.parts,
-            grid.sample_stride, grid.part_stride, grid.size, numbers.least, numbers.unit_scale, numbers.unit_affine,
-            MERGE=grid.parts > 1, STD_OF_VAR=flags.std and not flags.frozen, RENORM=flags.condensed == 3,
+            grid.sample_stride, grid.part_stride, grid.size, numbers.inner, numbers.least, numbers.unit_scale,
+            numbers.unit_affine, MERGE=grid.parts > 1, STD_OF_VAR=flags.std and not flags.frozen, RENORM=flags.renorm,
             GATE=flags.gate, RANKS=ranks, WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4, **tile,
             **flags.constants(),
         )  # fmt: skip

@@ -166,8 +166,10 @@ def move(
 
 
 @triton.jit
-def new_weight(running_mean, updates, rate, channels, power, POWER: tl.constexpr, BLOCK: tl.constexpr):
-    """Return alpha and the number of this batch: 1 / m^power with POWER, else the rate; 1 for the first batch.
+def new_weight(
+    running_mean, updates, rate, channels, power, COPY: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return alpha and the number of this batch: 1 / m^power with POWER, else the rate; with COPY 1 for the first.
 
     Statistics that were moved in from another layer count as one batch.
     """
@@ -183,17 +185,21 @@ def new_weight(running_mean, updates, rate, channels, power, POWER: tl.constexpr
         alpha = tl.exp(-tl.cast(power, tl.float32) * tl.log(steps.to(tl.float32)))
     else:
         alpha = tl.load(rate).to(tl.float32)
-    return tl.where(steps == 1, 1.0, alpha), steps
+    if COPY:
+        alpha = tl.where(steps == 1, 1.0, alpha)
+    return alpha, steps
 
 
 @triton.jit
 def commit(
-    stats, running_mean, running_var, tracked, skipped, updates, gap, rate, channels, eps, power,
-    STD: tl.constexpr, POWER: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    stats, running_mean, running_var, tracked, skipped, updates, gap, average_mean, average_var, rate, average_rate,
+    channels, eps, inner, power, STD: tl.constexpr, COPY: tl.constexpr, POWER: tl.constexpr, AVERAGE: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store blended statistics and how far they were from the batch's, unless one is NaN or infinite. One program.
 
     gap[0] is the mean over channels of |mean_B - mean| / std, gap[1] of |std_B - std| / std; mean and std are blended.
+    With AVERAGE these move averages of themselves, by a rate of their own, in the same launch.
     """
     # First look at all channels: either all of them move or none.
     bad = tl.zeros((BLOCK,), tl.int32)
@@ -206,7 +212,7 @@ def commit(
         bad += tl.where(tl.abs(survey_out) < float("inf"), 0, 1)
     finite = tl.sum(bad, 0) == 0
     skips, count = tl.load(skipped) + 1 - finite.to(tl.int64), tl.load(tracked) + finite.to(tl.int64)
-    alpha, steps = new_weight(running_mean, updates, rate, channels, power, POWER, BLOCK)
+    alpha, steps = new_weight(running_mean, updates, rate, channels, power, COPY, POWER, BLOCK)
     # How far the blended statistics are from the batch's own.
     far = tl.zeros((BLOCK,), tl.float32)
     wide = tl.zeros((BLOCK,), tl.float32)
@@ -217,15 +223,15 @@ def commit(
         was = tl.load(stats + 8 * channels + c, mask=keep, other=0.0)
         # What is stored is a deviation already, or a variance.
         if STD:
-            now = tl.maximum(now, TINY, propagate_nan=NAN)
+            now = tl.maximum(now + tl.cast(inner, tl.float32), TINY, propagate_nan=NAN)
         else:
             was = tl.sqrt_rn(was)
+        now = tl.sqrt_rn(now)
+        if STD:
+            now -= tl.cast(inner, tl.float32)
         r = 1.0 / (was + tl.cast(eps, tl.float32))
-        delta = tl.load(stats + 4 * channels + c, mask=keep, other=0.0)
-        if RANKS:
-            delta -= tl.load(stats + 9 * channels + c, mask=keep, other=0.0)
-        far += tl.abs(delta * r)
-        wide += tl.where(keep, tl.abs(tl.sqrt_rn(now) - was) * r, 0.0)
+        far += tl.abs(tl.load(stats + 9 * channels + c, mask=keep, other=0.0) * r)
+        wide += tl.where(keep, tl.abs(now - was) * r, 0.0)
     tl.debug_barrier()  # every thread has read what is now written
     tl.store(skipped, skips)
     tl.store(tracked, count)
@@ -235,5 +241,15 @@ def commit(
     for begin in range(0, channels, BLOCK):
         c = begin + tl.arange(0, BLOCK)
         keep = (c < channels) & finite
-        tl.store(running_mean + c, tl.load(stats + 7 * channels + c, mask=keep, other=0.0), mask=keep)
-        tl.store(running_var + c, tl.load(stats + 8 * channels + c, mask=keep, other=0.0), mask=keep)
+        mean = tl.load(stats + 7 * channels + c, mask=keep, other=0.0)
+        var = tl.load(stats + 8 * channels + c, mask=keep, other=0.0)
+        if AVERAGE:
+            speed = tl.load(average_rate).to(tl.float32)
+            if COPY:
+                speed = tl.where(steps == 1, 1.0, speed)
+            old_mean = tl.load(average_mean + c, mask=keep, other=0.0)
+            old_var = tl.load(average_var + c, mask=keep, other=0.0)
+            tl.store(average_mean + c, (1.0 - speed) * old_mean + speed * mean, mask=keep)
+            tl.store(average_var + c, (1.0 - speed) * old_var + speed * var, mask=keep)
+        tl.store(running_mean + c, mean, mask=keep)
+        tl.store(running_var + c, var, mask=keep)

@@ -24,7 +24,7 @@ _BUFFERS = ("running_mean", "running_var", "tracked", "skipped", *(f"counter{i}"
 SCHEMAS = {
     name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? responsibilities, "
     + ", ".join(f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcdefgh", _BUFFERS, strict=True))
-    + ", Tensor? rate, Tensor? threshold, int channel_dim, int[] flags, float[] numbers, str group) -> "
+    + ", Tensor? rate, Tensor? threshold, Tensor? limit, int channel_dim, int[] flags, float[] numbers, str group) -> "
     f"({', '.join(['Tensor'] * 6)})"
     for name, moves in (("per_channel_affine", False), ("per_channel_affine_and_track", True))
 }
@@ -50,7 +50,8 @@ class PerChannelSpec:
         running: mean, variance (or deviation), number of updates, number of skipped ones.
         counters: see ``lightning_norm.kernels.per_channel.launch.affine_of``.
         rate: momentum or alpha, 0-dim.
-        threshold: of the condensation, 0-dim.
+        threshold: of the condensation, or of what ``affine_of`` says, 0-dim.
+        limit: likewise.
         group: name of the ranks that pool the batch's statistics; "" for this process alone.
     """
 
@@ -64,6 +65,7 @@ class PerChannelSpec:
     counters: tuple[Tensor | None, ...] = ()
     rate: Tensor | None = None
     threshold: Tensor | None = None
+    limit: Tensor | None = None
     group: str = ""
 
     def over(self, ranks: Ranks) -> PerChannelSpec | None:
@@ -86,7 +88,7 @@ class PerChannelSpec:
     def buffers(self) -> tuple[Tensor | None, ...]:
         """What else the forward launches read or move."""
         counters = (*self.counters, *(None,) * (4 - len(self.counters)))
-        return self.responsibilities, *self.running, *counters, self.rate, self.threshold
+        return self.responsibilities, *self.running, *counters, self.rate, self.threshold, self.limit
 
     @property
     def backward_buffers(self) -> tuple[Tensor | None, ...]:
@@ -109,10 +111,10 @@ class PerChannelSpec:
         from lightning_norm.kernels.passes.launch import apply
         from lightning_norm.kernels.per_channel.launch import affine_of
 
-        (weight, bias, *gates), (responsibilities, *moved, rate, threshold) = parameters, buffers
+        (weight, bias, *gates), (responsibilities, *moved, rate, threshold, limit) = parameters, buffers
         stats = affine_of(
-            x, weight, bias, gates, responsibilities, moved[:4], moved[4:], rate, threshold, channel_dim, self.flags,
-            self.numbers,
+            x, weight, bias, gates, responsibilities, moved[:4], moved[4:], rate, threshold, limit, channel_dim,
+            self.flags, self.numbers,
         )  # fmt: skip
         return apply(x, stats[2], channel_dim, activation, residual), stats
 
@@ -154,7 +156,8 @@ class PerChannelSpec:
         op = ops.per_channel_affine_and_track if self.flags.track else ops.per_channel_affine
         stats = op(
             x.detach(), weight, bias, gates, self.responsibilities, *self.running, *counters, self.rate,
-            self.threshold, layout.channel_dim, to_numbers(self.flags), to_numbers(self.numbers), self.group,
+            self.threshold, self.limit, layout.channel_dim, to_numbers(self.flags), to_numbers(self.numbers),
+            self.group,
         )  # fmt: skip
         y: Tensor = _PerChannel.apply(
             x, self.weight, self.bias, *self.gates, residual, *stats, self.responsibilities, layout.channel_dim,
@@ -206,9 +209,9 @@ class _PerChannel(torch.autograd.Function):
 def _affine(x: Tensor, weight: Any, bias: Any, gates: Any, responsibilities: Any, *args: Any) -> tuple[Tensor, ...]:
     from lightning_norm.kernels.per_channel.launch import affine_of
 
-    *buffers, rate, threshold, channel_dim, flags, numbers, group = args
+    *buffers, rate, threshold, limit, channel_dim, flags, numbers, group = args
     return affine_of(
-        x, weight, bias, gates, responsibilities, buffers[:4], buffers[4:], rate, threshold, channel_dim,
+        x, weight, bias, gates, responsibilities, buffers[:4], buffers[4:], rate, threshold, limit, channel_dim,
         from_numbers(PerChannelFlags, flags), from_numbers(PerChannelNumbers, numbers), operators.over_ranks(group),
     )  # fmt: skip
 

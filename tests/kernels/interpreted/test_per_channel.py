@@ -22,6 +22,9 @@ TRAINED = [
     ("ubn", {"threshold": -0.5, "min_updates": 0}),
     ("ubn", {"threshold": -0.5, "min_updates": 0, "condensed_grad": "renorm"}),
     ("dbn", {}),
+    ("dbn", {"stat_grad": "renorm", "eval_momentum": 0.1}),
+    ("dbn", {"train_stats": "batch", "init": "zero_one", "average": "var"}),
+    ("brn", {"r_max": 1.1, "d_max": 0.5}),
     ("cn", {"context": "ids", "min_count": 60, "momentum": None, "num_contexts": 5}),
 ]
 TRAINED_AT_LENGTH = [
@@ -33,10 +36,22 @@ TRAINED_AT_LENGTH = [
     ("dbn", {"average": "var", "power": 2.001}),
     ("dbn", {"stat_grad": "none", "affine": False}),
     ("dbn", {"track_running_stats": False}),
+    ("dbn", {"stat_grad": "renorm", "average": "var", "init": "zero_one"}),
+    ("dbn", {"train_stats": "batch", "stat_grad": "none", "power": 1.0}),
+    ("dbn", {"train_stats": "batch", "init": "zero_one", "average": "var", "eval_momentum": 0.3}),
+    ("brn", {"average": "var", "momentum": None}),
+    ("brn", {"track_running_stats": False, "affine": False}),
     ("cn", {"context": "ids"}),
     ("cn", {"context": "ids", "num_contexts": 2, "affine": False, "track_running_stats": False}),
 ]
-EVALUATED = [("rbn", {}), ("ubn", {"threshold": 0.5}), ("dbn", {}), ("dbn", {"average": "var", "affine": False})]
+EVALUATED = [
+    ("rbn", {}),
+    ("ubn", {"threshold": 0.5}),
+    ("dbn", {}),
+    ("dbn", {"average": "var", "affine": False}),
+    ("dbn", {"eval_momentum": 0.1, "train_stats": "batch"}),
+    ("brn", {}),
+]
 
 
 def pair(key, arguments, train=True, offset=0.0, channels=6):
@@ -183,7 +198,12 @@ def arguments_of(name, layer, x):
     spec = layer.fused_spec(layout_of(x, 6))
     parameters = (detached(spec.weight), detached(spec.bias), [detached(t) for t in spec.gates], spec.responsibilities)
     counters = (*spec.counters, *(None,) * (4 - len(spec.counters)))
-    buffers = (*(t if t is None else t.clone() for t in (*spec.running, *counters)), spec.rate, spec.threshold)
+    buffers = (
+        *(t if t is None else t.clone() for t in (*spec.running, *counters)),
+        spec.rate,
+        spec.threshold,
+        spec.limit,
+    )
     numbers, flags = to_numbers(spec.numbers), to_numbers(spec.flags)
     still = to_numbers(replace(spec.flags, condensed=0, track=0))
     if name == "per_channel_affine_and_track":

@@ -26,6 +26,9 @@ CASES = [  # and launches, forward and backward
     ("dbn", {"average": "var", "power": None, "alpha": 0.3}, 13),
     ("dbn", {"stat_grad": "none"}, 10),  # which hands nothing back
     ("dbn", {"track_running_stats": False}, 12),
+    ("dbn", {"stat_grad": "renorm", "eval_momentum": 0.1, "init": "zero_one", "alpha": 0.9}, 13),
+    ("brn", {"init": "zero_one", "r_max": 1.1}, 13),
+    ("dbn", {"train_stats": "batch", "average": "var", "init": "zero_one"}, 13),
 ]
 
 
