@@ -36,6 +36,11 @@ LINKS = (("one node, NVLink", 2e-6, 200e9), ("nodes, InfiniBand", 5e-6, 25e9), (
 """Assumed: seconds from one rank to the next, and bytes per second."""
 
 
+def message(width: int, ranks: int) -> int:
+    """Return the numbers in a layer's message: the total count, and count, means and variances of every rank."""
+    return 1 + ranks * (2 * width + 1)
+
+
 class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
     """Note the bytes of every all-reduce."""
 
@@ -45,8 +50,10 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at one operator."""
-        if "all_reduce" in str(func):
-            self.bytes.append(args[0].numel() * args[0].element_size())
+        # ``c10d::allreduce_`` takes a list, and ``_c10d_functional::all_reduce`` a tensor.
+        if "allreduce" in str(func).replace("_", ""):
+            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            self.bytes.append(sum(t.numel() * t.element_size() for t in tensors))
         return func(*args, **(kwargs or {}))
 
 
@@ -72,7 +79,7 @@ def latency(rank: int, repeats: int = 200) -> list[float]:
         return [0.0 for _ in WIDTHS]
     medians = []
     for c in WIDTHS:
-        t, seconds = torch.ones(2 * c + 1, dtype=torch.float64), []
+        t, seconds = torch.ones(message(c, dist.get_world_size()), dtype=torch.float64), []
         for _ in range(repeats):
             dist.barrier()
             begin = time.perf_counter()
@@ -120,7 +127,7 @@ def model(ranks: int, layers: int, width: int, hop: float, bandwidth: float) -> 
         hop: seconds from one rank to the next.
         bandwidth: bytes per second of one link.
     """
-    size = 8 * (2 * width + 1)
+    size = 8 * message(width, ranks)
     ring = 2 * (ranks - 1) * hop + 2 * (ranks - 1) / ranks * size / bandwidth
     depth = (ranks - 1).bit_length()
     tree = 2 * depth * hop + 2 * size / bandwidth
@@ -145,8 +152,8 @@ def modelled() -> str:
         for p in (8, 64, 1024):
             if p == 8 or where != "one node, NVLink":
                 ring, tree = model(p, 53, 512, hop, bandwidth)
-                rows.append((where, str(p), f"{ring:.1f}", f"{tree:.1f}"))
-    return table(("between", "ranks", "ring, ms per step", "tree, ms per step"), rows)
+                rows.append((where, str(p), f"{8 * message(512, p) / 1e3:.0f}", f"{ring:.1f}", f"{tree:.1f}"))
+    return table(("between", "ranks", "n, kB", "ring, ms per step", "tree, ms per step"), rows)
 
 
 def main() -> None:
@@ -189,7 +196,7 @@ cores share them: their steps are longer whatever is synchronized.
 
 ## One all-reduce
 
-Median milliseconds for a layer's statistics, 8 (2C + 1) bytes.
+Median milliseconds for a layer's statistics, 8 (1 + p (2C + 1)) bytes on p ranks.
 
 {table(("ranks", *(f"C = {c}" for c in WIDTHS)), waits)}
 

@@ -19,6 +19,7 @@ from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.arguments import arguments_of, as_int, check_call, check_zero_weight, merged_signature
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
+from lightning_norm.layers.recomputation import FirstRun, may_run_again, second_run
 from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.state import Loading, restore_precision
@@ -352,6 +353,18 @@ class MomentNorm(Normalizer):
         if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
             keep_float32(self)
             keep_exact(self)
+        if self.training and isinstance(input, Tensor):
+            if torch_private.in_backward_pass():
+                with second_run(self, input):
+                    return self._normalize_once(input, activation, residual)
+            if self.train_uses_running_stats and may_run_again():
+                first_run = FirstRun(self, input)
+                y = self._normalize_once(input, activation, residual)
+                first_run.keep(self, y)
+                return y
+        return self._normalize_once(input, activation, residual)
+
+    def _normalize_once(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         if self.compiled and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
             y = compiled_forward(self, input, _forward, _ranks_of(self), options)
