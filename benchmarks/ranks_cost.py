@@ -65,6 +65,7 @@ def count(rank: int) -> list[tuple[str, list[int], list[int]]]:
         cases = {key: options} | ({f"{key}, threshold=0.5": {**options, "threshold": 0.5}} if key == "ubn" else {})
         for name, arguments in cases.items():
             layer, x = create(key, CHANNELS, **arguments), torch.randn(4, CHANNELS, 8, 8, requires_grad=True)
+            layer(x)  # the first time ranks compare their layers
             with Collectives() as forward:
                 y = layer(x)
             with Collectives() as backward:
@@ -190,7 +191,8 @@ cores share them: their steps are longer whatever is synchronized.
 
 ## Collectives of one layer
 
-{CHANNELS} channels; counted as operators are dispatched, on one of two ranks.
+{CHANNELS} channels; counted as operators are dispatched, on one of two ranks. On a CPU a message has 8 bytes more, which say
+whether a rank is in the forward or the backward pass.
 
 {table(("normalizer", "forward", "backward"), [(name, sizes(f), sizes(b)) for name, f, b in counts])}
 
