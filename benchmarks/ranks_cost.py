@@ -191,8 +191,8 @@ cores share them: their steps are longer whatever is synchronized.
 
 ## Collectives of one layer
 
-{CHANNELS} channels; counted as operators are dispatched, on one of two ranks. On a CPU a message has 8 bytes more, which say
-whether a rank is in the forward or the backward pass.
+{CHANNELS} channels; counted as operators are dispatched, on one of two ranks. On a CPU a message has 8 bytes more,
+which say whether a rank is in the forward or the backward pass.
 
 {table(("normalizer", "forward", "backward"), [(name, sizes(f), sizes(b)) for name, f, b in counts])}
 
