@@ -37,6 +37,11 @@ LINKS = (("one node, NVLink", 2e-6, 200e9), ("nodes, InfiniBand", 5e-6, 25e9), (
 """Assumed: seconds from one rank to the next, and bytes per second."""
 
 
+def message(width: int, ranks: int) -> int:
+    """Return the numbers in a layer's message: the total count, and count, means and variances of every rank."""
+    return 1 + ranks * (2 * width + 1)
+
+
 class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
     """Note the bytes of every all-reduce."""
 
@@ -46,8 +51,10 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at one operator."""
-        if "all_reduce" in str(func):
-            self.bytes.append(args[0].numel() * args[0].element_size())
+        # ``c10d::allreduce_`` takes a list, and ``_c10d_functional::all_reduce`` a tensor.
+        if "allreduce" in str(func).replace("_", ""):
+            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            self.bytes.append(sum(t.numel() * t.element_size() for t in tensors))
         return func(*args, **(kwargs or {}))
 
 
@@ -59,6 +66,7 @@ def count(rank: int) -> list[tuple[str, list[int], list[int]]]:
         cases = {key: options} | ({f"{key}, threshold=0.5": {**options, "threshold": 0.5}} if key == "ubn" else {})
         for name, arguments in cases.items():
             layer, x = create(key, CHANNELS, **arguments), torch.randn(4, CHANNELS, 8, 8, requires_grad=True)
+            layer(x)  # the first time ranks compare their layers
             with Collectives() as forward:
                 y = layer(x)
             with Collectives() as backward:
@@ -73,7 +81,7 @@ def latency(rank: int, repeats: int = 200) -> list[float]:
         return [0.0 for _ in WIDTHS]
     medians = []
     for c in WIDTHS:
-        t, seconds = torch.ones(2 * c + 1, dtype=torch.float64), []
+        t, seconds = torch.ones(message(c, dist.get_world_size()), dtype=torch.float64), []
         for _ in range(repeats):
             dist.barrier()
             begin = time.perf_counter()
@@ -128,7 +136,7 @@ def model(ranks: int, layers: int, width: int, hop: float, bandwidth: float, run
         running: one all-reduce for all layers, of sums, in place of these.
     """
     collectives = 1 if running else 2 * layers
-    size = 8 * layers * (2 * width + 1) if running else 8 * (1 + ranks * (2 * width + 1))
+    size = 8 * layers * (2 * width + 1) if running else 8 * message(width, ranks)
     ring = 2 * (ranks - 1) * hop + 2 * (ranks - 1) / ranks * size / bandwidth
     depth = (ranks - 1).bit_length()
     tree = 2 * depth * hop + 2 * size / bandwidth
@@ -153,8 +161,9 @@ def modelled() -> str:
         for p in (8, 64, 1024):
             if p == 8 or where != "one node, NVLink":
                 times = [t for running in (False, True) for t in model(p, 53, 512, hop, bandwidth, running)]
-                rows.append((where, str(p), *(f"{t:.1f}" if t >= 0.1 else f"{t:.2f}" for t in times)))
-    head = ("between", "ranks", "ring, ms per step", "tree, ms per step", "running: ring, ms", "running: tree, ms")
+                told = (f"{t:.1f}" if t >= 0.1 else f"{t:.2f}" for t in times)
+                rows.append((where, str(p), f"{8 * message(512, p) / 1e3:.0f}", *told))
+    head = ("between", "ranks", "n, kB", "ring, ms", "tree, ms", "running: ring, ms", "running: tree, ms")
     return table(head, rows)
 
 
@@ -197,13 +206,14 @@ cores share them: their steps are longer whatever is synchronized.
 
 ## Collectives of one layer
 
-{CHANNELS} channels; counted as operators are dispatched, on one of two ranks.
+{CHANNELS} channels; counted as operators are dispatched, on one of two ranks. On a CPU a message has 8 bytes more,
+which say whether a rank is in the forward or the backward pass.
 
 {table(("normalizer", "forward", "backward"), [(name, sizes(f), sizes(b)) for name, f, b in counts])}
 
 ## One all-reduce
 
-Median milliseconds for a layer's statistics, 8 (2C + 1) bytes.
+Median milliseconds for a layer's statistics, 8 (1 + p (2C + 1)) bytes on p ranks.
 
 {table(("ranks", *(f"C = {c}" for c in WIDTHS)), waits)}
 

@@ -7,6 +7,7 @@ on a class of Lightning asks :func:`is_instance`, which knows both by their name
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any, TypeGuard, TypeVar
 
@@ -61,6 +62,8 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
 
 
 T = TypeVar("T")
+NAMES = r"^(lightning\.pytorch|pytorch_lightning)\b"
+"""The two names of Lightning, at the beginning of a module's name."""
 
 
 def lightning_base(value: Any, kind: type[T]) -> type[T] | None:
@@ -68,13 +71,14 @@ def lightning_base(value: Any, kind: type[T]) -> type[T] | None:
 
     Args:
         value: anything.
-        kind: a class of ``lightning.pytorch``.
+        kind: a class of Lightning, from either.
 
     >>> lightning_base(pl.LightningModule(), pl.LightningModule) is pl.LightningModule
     True
     >>> lightning_base(3, pl.LightningModule)
     """
-    modules = (kind.__module__, kind.__module__.replace("lightning.pytorch", "pytorch_lightning", 1))
+    module = kind.__module__
+    modules = (re.sub(NAMES, "lightning.pytorch", module), re.sub(NAMES, "pytorch_lightning", module))
     named = (c for c in type(value).__mro__ if c.__qualname__ == kind.__qualname__ and c.__module__ in modules)
     return next(named, None)
 

@@ -24,6 +24,7 @@ from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.pausing import is_paused
 from lightning_norm.layers.pooling import ready_window
+from lightning_norm.layers.recomputation import FirstRun, runs_twice, second_run
 from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.state import Loading, restore_precision
@@ -417,6 +418,8 @@ class MomentNorm(Normalizer):
             if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
                 keep_float32(self)
                 keep_exact(self)
+            if self.training and runs_twice(self) and isinstance(input, Tensor):
+                return self._normalize_twice(input, activation, residual)
             if self.compiled or torch_private.is_transformed():
                 return self._normalize_specially(input, activation, residual)
             if SPECS in vars(self) and _ranks_of(self) is None:
@@ -424,6 +427,16 @@ class MomentNorm(Normalizer):
                 if again is not None:
                     return again
         return _forward(self, input, activation, residual)
+
+    def _normalize_twice(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+        """Normalize for activation checkpointing: the first time, or once more in the backward pass."""
+        if torch_private.in_backward_pass():
+            with second_run(self, input):
+                return self._normalize_specially(input, activation, residual)
+        first_run = FirstRun(self, input)
+        y = self._normalize_specially(input, activation, residual)
+        first_run.keep(self, y)
+        return y
 
     def _normalize_specially(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         """Normalize by the layer's own graph, or where a transform may refuse that running statistics move."""

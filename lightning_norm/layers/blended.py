@@ -69,6 +69,11 @@ class BlendedNorm(MomentNorm):
                 self.register_buffer(name, self.get_buffer(running).clone())
 
     @property
+    def train_uses_running_stats(self) -> bool:
+        """Always, as long as they move."""
+        return self.moves_running_stats
+
+    @property
     def running_names(self) -> tuple[str, str]:
         """The second is the standard deviation, or with ``average="var"`` BatchNorm's own variance."""
         return "running_mean", f"running_{self.average}"

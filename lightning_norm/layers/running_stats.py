@@ -64,6 +64,11 @@ class RunningStats(nn.Module):
         return ""
 
     @property
+    def train_uses_running_stats(self) -> bool:
+        """Whether in training the output depends on the running statistics, or on another buffer that it moves."""
+        return False
+
+    @property
     def has_running_stats(self) -> bool:
         """Whether there are running statistics to evaluate on; ``track_running_stats = False`` only stops their moves.
 

@@ -135,6 +135,11 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         self.register_buffer("condensation", last_condensation, persistent=False)
         self.threshold = threshold
 
+    @property
+    def train_uses_running_stats(self) -> bool:
+        """With a threshold, which a batch's condensation is compared with."""
+        return self.threshold is not None and self.moves_running_stats
+
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra; with a threshold, in training, the one that also measures the condensation of x."""
         # Recalibration takes every batch, condensed or not.

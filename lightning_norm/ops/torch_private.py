@@ -50,7 +50,8 @@ def loads_strictly() -> bool:
     """
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is torch.nn.Module.load_state_dict.__code__:
+        # By its name, for a library may have put a function of its own in its place, which calls this one.
+        if frame.f_code.co_name == "load_state_dict" and "strict" in frame.f_locals:
             return bool(frame.f_locals["strict"])
         frame = frame.f_back  # type: ignore[assignment]
     return True
@@ -63,10 +64,16 @@ def is_update_bn() -> bool:
     """
     if _is_compiling():  # no graph holds a frame
         return False
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name in ("modules", "named_modules"):
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None and frame.f_code.co_name == "update_bn" and "swa_utils" in frame.f_code.co_filename
+    # A model may have a ``modules`` of its own, or a wrapped one: a few frames of other names are passed over. Not all
+    # of the stack is looked at, for every ``model.parameters()`` comes here once for each layer.
+    frame: Any = sys._getframe(1)
+    others = 4
+    while frame is not None and others:
+        if frame.f_code.co_name == "update_bn" and "swa_utils" in frame.f_code.co_filename:
+            return True
+        others -= frame.f_code.co_name not in ("modules", "named_modules")
+        frame = frame.f_back
+    return False
 
 
 def in_backward_pass() -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.testing.kit import C, Make, built, check, features, noise, same, seeded, statistics, step
@@ -100,6 +101,36 @@ def inplace_after(make: Make) -> None:
             z = torch.relu_(y) if inplace else torch.relu(y)
             grads += torch.autograd.grad(z, x, noise(5, C, 7, 3, seed=7, dtype=dtype))
         same(grads[0], grads[1], 0.0, f"{dtype}, training={training}, input gradient under an in-place ReLU")
+
+
+@check
+def activation_checkpointing(make: Make) -> None:
+    """What ``torch.utils.checkpoint`` runs again gives the same gradients and moves no buffer a second time.
+
+    Two batches are in one graph: where the output in training depends on a buffer, the second run of one batch must see
+    the buffer as the first did, and the class says so by ``train_uses_running_stats``.
+    """
+    dy = noise(4, C, 4, 3, seed=7)
+
+    def run(use_reentrant: bool | None) -> tuple[list[Tensor], dict[str, Tensor]]:
+        layer, xs = built(make), [features(4, C, 4, 3, seed=seed).requires_grad_() for seed in (1, 2)]
+        if use_reentrant is None:
+            ys = [seeded(layer, x) for x in xs]
+        else:
+            ys = [seeded(checkpoint, layer, x, use_reentrant=use_reentrant) for x in xs]
+        wanted = [p for p in layer.parameters() if p.requires_grad]
+        # Not by torch.autograd.grad, which the reentrant kind refuses.
+        torch.autograd.backward(torch.stack([(y * dy).sum() for y in ys]).sum())
+        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in (*xs, *wanted)]
+        return [*(y.detach() for y in ys), *grads], dict(layer.named_buffers())
+
+    expected, buffers = run(None)
+    for use_reentrant in (True, False):
+        got, moved = run(use_reentrant)
+        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+            same(a, b, 1e-6, f"use_reentrant={use_reentrant}, output or gradient {i}")
+        for name, value in buffers.items():
+            same(moved[name], value, 0.0, f"use_reentrant={use_reentrant}, buffer {name}")
 
 
 @check

@@ -11,7 +11,6 @@ import lightning_norm as ln
 from tests.callbacks.toy import loader
 
 NAMES = [lightning.pytorch, pytorch_lightning]
-pytestmark = pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning")
 
 
 class Steps:

@@ -25,6 +25,7 @@ from lightning_norm import (
     NormSync,
     load_from_checkpoint,
 )
+from lightning_norm.callbacks.lightning_compat import is_instance
 from lightning_norm.callbacks.patching import Patch, Patches, is_patched
 from tests.callbacks.toy import LateNet, Net, loader, trainer
 
@@ -152,7 +153,7 @@ def traces(*objects):
     """What methods stand on these objects, and everything that stands on their classes, torch's and Lightning's too."""
     methods = [{k: v for k, v in vars(x).items() if inspect.isroutine(v) or isinstance(v, Patch)} for x in objects]
     for of_object, x in zip(methods, objects, strict=True):
-        if isinstance(x, Callback):
+        if is_instance(x, Callback):  # under either name of Lightning
             of_object.pop("log", None)  # Lightning attaches these two
             of_object.pop("log_dict", None)
     classes = {c: dict(vars(c)) for x in objects for c in type(x).__mro__ if c is not object}

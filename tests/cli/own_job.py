@@ -1,5 +1,10 @@
 """A job of one's own for ``compare``: a small network and data that no part of the package knows."""
 
+import os
+import sys
+import time
+from pathlib import Path
+
 import lightning.pytorch as pl
 import torch
 from torch import nn
@@ -34,6 +39,20 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class WaitsForAFile(Classifier):
+    """Trains with seed 0; with another seed once there is a file "go"."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        while os.environ.get("PL_GLOBAL_SEED") != "0" and not (Path("go").exists() or self.trainer.received_sigterm):
+            time.sleep(0.05)
+
+
+class Talks(Classifier):
+    def on_train_start(self):
+        print("x" * 1_000_000, file=sys.stderr)
+        raise ValueError("it is over")
 
 
 class Stripes(pl.LightningDataModule):

@@ -206,16 +206,39 @@ def test_two_processes_share_a_folder(job):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_all_jobs_and_the_same_command_goes_on(job):
-    arguments = [*job(), "--seeds", "2", "--jobs", "2", "--trainer.max_epochs", "30"]
-    process = start(*arguments)
+    """Only the runs of seed 0 end by themselves: no machine is so slow that the others have ended as well."""
+    arguments = [*job(model={"class_path": "tests.cli.own_job.WaitsForAFile"}), "--seeds", "2"]
+    process = start(*arguments, "--jobs", "2")
     while not list(Path(".").glob("compare/runs/*.json")) and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130, error
     assert "The same command goes on" in error
-    compare.run([*job(), "--seeds", "2", "--trainer.max_epochs", "30"])
+    assert len(RunStore(Path("compare")).read_all()) <= 2
+    Path("go").touch()
+    compare.run(arguments)
     assert len(RunStore(Path("compare")).read_all()) == 4
+
+
+def test_processes_that_do_not_end_are_killed_and_waited_for(monkeypatch):
+    monkeypatch.setattr(command, "PATIENCE", 0.1)
+    deaf = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    workers = [subprocess.Popen([sys.executable, "-c", deaf], **pipes) for _ in range(2)]
+    for worker in workers:
+        worker.stdout.readline()  # now it is deaf
+    command._end(workers)
+    for worker in workers:
+        assert worker.poll() == -signal.SIGKILL
+        worker.communicate()
+
+
+def test_a_process_that_says_more_than_a_pipe_holds(job, monkeypatch, tmp_path):
+    """Nobody reads what a process writes to stderr before it ends."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(RuntimeError, match="ended with status 1:\n(?s:.*)it is over"):
+        compare.run([*job(model={"class_path": "tests.cli.own_job.Talks"}), "--seeds", "1", "--jobs", "2"])
 
 
 def test_a_damaged_file_is_told(tmp_path):

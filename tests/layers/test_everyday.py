@@ -1,6 +1,7 @@
 """What torch's own layers do every day, in a model that was swapped."""
 
 import copy
+import functools
 import warnings
 
 import numpy as np
@@ -69,6 +70,44 @@ def test_update_bn_says_what_to_call(key):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(model.modules())
+
+
+class Wrapped(nn.Sequential):
+    """Its methods are its own, or stand behind a wrapper of another name."""
+
+    def modules(self):
+        def all_of_them():
+            yield from nn.Module.modules(self)
+
+        return all_of_them()
+
+    def load_state_dict(self, *args, **kwargs):
+        return super().load_state_dict(*args, **kwargs)
+
+
+def test_update_bn_of_a_model_with_modules_of_its_own():
+    with pytest.warns(NoEffectWarning, match="recalibrate"):
+        torch.optim.swa_utils.update_bn([torch.randn(4, 6, 3, 3)], Wrapped(ln.BatchNorm(6)))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_file_in_part_where_a_library_has_wrapped_load_state_dict(strict, monkeypatch):
+    original = nn.Module.load_state_dict
+
+    @functools.wraps(original)
+    def wrapper(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "load_state_dict", wrapper)
+    for key in KEYS:
+        layer = Wrapped(ln.create(key, 6, **arguments(key)))
+        part = {"0.bias": torch.ones_like(layer[0].bias)}
+        if strict:
+            with pytest.raises(RuntimeError, match="Missing key"):
+                layer.load_state_dict(part)
+        else:
+            layer.load_state_dict(part, strict=False)
+            assert layer[0].bias.eq(1).all()
 
 
 def test_channels_of_any_whole_type_are_swapped():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +41,8 @@ examples:
   lightning-norm compare --report compare --metric val/loss
 """
 BUILT_IN = ("--model", "ImageClassifier", "--data", "Digits")
+PATIENCE = 60.0
+"""Seconds that a process has to end its batch in, before it is killed."""
 LOWER_IS_BETTER = ("loss", "err", "mse", "mae", "rmse", "perplexity", "fid", "nll")
 
 
@@ -261,31 +265,48 @@ def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     command = [sys.executable, "-m", "lightning_norm", "compare", *argv, "--jobs", "1", "--worker"]
-    workers = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for _ in range(min(jobs, len(runs)))
-    ]
+    with contextlib.ExitStack() as files:
+        # Files and no pipes: a process would stand still once a pipe that nobody reads is full.
+        errors = [files.enter_context(tempfile.TemporaryFile()) for _ in range(min(jobs, len(runs)))]
+        workers: list[subprocess.Popen[bytes]] = []
+        try:
+            for file in errors:
+                workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file))
+            with tqdm(total=len(runs), desc="runs", unit="run") as bar:
+                while True:
+                    running = [w for w in workers if w.poll() is None]
+                    # Counted in the folder: the workers do not talk to this process.
+                    bar.update(sum(store.read(r.name) is not None for r in runs) - bar.n)
+                    if not running:
+                        break
+                    time.sleep(0.5)
+        except BaseException:
+            # Ctrl-C reaches them too, but another error in this process would leave them training.
+            _end(workers)
+            raise
+        for worker, file in zip(workers, errors, strict=True):
+            if worker.returncode:
+                # The end of it: the exception stands behind all warnings.
+                file.seek(0)
+                error = file.read().decode(errors="replace")
+                raise RuntimeError(
+                    f"one of {len(workers)} processes ended with status {worker.returncode}:\n{error[-2000:]}"
+                )
+
+
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes and wait for them: each holds the claim of its run until then, and the next command wants it."""
     try:
-        with tqdm(total=len(runs), desc="runs", unit="run") as bar:
-            while True:
-                running = [w for w in workers if w.poll() is None]
-                # Counted in the folder: the workers do not talk to this process.
-                bar.update(sum(store.read(r.name) is not None for r in runs) - bar.n)
-                if not running:
-                    break
-                time.sleep(0.5)
-    except BaseException:
-        # Ctrl-C reaches them too, but another error in this process would leave them training.
         for worker in workers:
             worker.terminate()
-        raise
-    for worker in workers:
-        if worker.returncode:
-            # The end of it: the exception stands behind all warnings.
-            error = worker.stderr.read() if worker.stderr else ""
-            raise RuntimeError(
-                f"one of {len(workers)} processes ended with status {worker.returncode}:\n{error[-2000:]}"
-            )
+        for worker in workers:
+            # Lightning ends a training at the end of its batch.
+            worker.wait(PATIENCE)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # too long, or a second Ctrl-C
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.wait()
 
 
 def _settings_of(job: Sequence[str], first: Run, folder: Path) -> dict[str, str]:

@@ -121,6 +121,11 @@ class ContextNorm(ContextStatistics):
         """Why the running statistics cannot wait for the end of a window of batches."""
         return "missing='posterior' follows the spread of each batch" if self.missing == "posterior" else ""
 
+    @property
+    def train_uses_running_stats(self) -> bool:
+        """The priors of the contexts, and where contexts are missing the statistics too."""
+        return self.moves_running_stats
+
     def forward(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """Normalize the input x, by the contexts that the layer was told of its samples."""
         # What is no input at all is refused by the base class, with its better message.

@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+import sys
 import types
 import warnings
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 import lightning_norm
@@ -29,6 +31,37 @@ class Reached(nn.Module):
 
     def forward(self, x):
         return self.bn(self.conv(x))
+
+
+class Deep(Net):
+    def __init__(self, layers):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 6, 3), *(nn.BatchNorm2d(6) for _ in range(layers)))
+
+
+@pytest.mark.parametrize("layers", [1, 9])
+def test_from_the_second_step_on_nothing_is_asked_of_any_layer(layers):
+    """Counted and not timed: which functions of the checks are called between the starts of two batches."""
+    called, steps = [], []
+
+    def note(frame, event, _):
+        path = frame.f_code.co_filename
+        if event == "call" and path.endswith(("first_step.py", "surgery/reach.py")) and "tests" not in path:
+            called.append(frame.f_code.co_name)
+
+    class Counter(Callback):
+        def on_train_batch_start(self, *_):
+            steps.append(called.copy())
+            called.clear()
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        trainer(Counter(), NormSwap("sn")).fit(Deep(layers), loader(16, 4))
+    finally:
+        sys.setprofile(before)
+    assert len(steps[1]) > layers  # the first one has been watched
+    assert steps[2] == steps[3] == ["after_backward", "before_step", "after_batch"]
 
 
 class InList(Reached):

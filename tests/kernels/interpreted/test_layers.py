@@ -276,6 +276,22 @@ def test_checkpointing_and_deepcopy():
     assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], plain)
 
 
+ON_KERNELS = [(key, {}) for key in lightning_norm.normalizers() if key != "gn"]
+ON_KERNELS += [("gn", {"num_groups": 3}), ("ubn", {"threshold": 0.1, "min_updates": 1, "max_skip": 1})]
+
+
+@pytest.mark.parametrize(("key", "options"), ON_KERNELS, ids=lambda v: v if isinstance(v, str) else ",".join(v))
+def test_activation_checkpointing(key, options, monkeypatch):
+    options = {**lightning_norm.normalizers()[key].test_arguments, **options}
+
+    def make(c, **more):
+        layer = lightning_norm.create(key, c, **options, **more)
+        layer.backend = "triton"
+        return layer
+
+    REGISTRY["activation_checkpointing"](make)
+
+
 SLOW = pytest.mark.slow
 
 

@@ -1,0 +1,45 @@
+"""A NaN comes out where it comes out of the equations in PyTorch: no kernel makes a number of it."""
+
+import copy
+
+import pytest
+import torch
+
+import lightning_norm
+from lightning_norm.testing.kit import built, features, noise, seeded, step
+
+CASES = [(key, {}) for key in lightning_norm.normalizers()]
+CASES += [("dbn", {"average": "var"}), ("dbn", {"power": 2.5}), ("ubn", {"threshold": 0.1, "min_updates": 0})]
+
+
+def tensors_of(layer):
+    """Names of what may hold a NaN: parameters, running statistics, scheduled values of what is seen in training."""
+    floats = [name for name, b in layer.named_buffers() if b.is_floating_point() and b.dim() and name != "gap"]
+    return ["x", *dict(layer.named_parameters()), *floats]
+
+
+@pytest.mark.parametrize(("key", "options"), CASES, ids=lambda v: v if isinstance(v, str) else ",".join(v))
+def test_nan_in_any_tensor(key, options):
+    def make(c, **more):
+        return lightning_norm.create(key, c, **{**lightning_norm.normalizers()[key].test_arguments, **options, **more})
+
+    plain, dy = seeded(built, make), noise(3, 6, 3, 2, seed=7)
+    seen = 0
+    for name in tensors_of(plain):
+        eager = copy.deepcopy(plain)
+        x = features(3, 6, 3, 2)
+        tensor = x if name == "x" else eager.state_dict(keep_vars=True)[name]
+        tensor.data.view(-1)[1] = float("nan")
+        # In training but for what evaluation alone reads.
+        eager.train(name not in plain._buffers or plain.train_uses_running_stats)
+        kernels = copy.deepcopy(eager)
+        eager.backend, kernels.backend = "eager", "triton"
+        got, want = step(kernels, x, dy), step(eager, x, dy)
+        buffers = zip(kernels.named_buffers(), eager.named_buffers(), strict=True)
+        pairs = {"y": (got.y, want.y), "dx": (got.dx, want.dx)}
+        pairs |= {f"gradient of {n}": (got.grads[n], want.grads[n]) for n in want.grads}
+        pairs |= {f"buffer {n}": (a, b) for (n, a), (_, b) in buffers if b.is_floating_point()}
+        for what, (a, b) in pairs.items():
+            assert torch.equal(a.isnan(), b.isnan()), f"NaN in {name}: {what} is {a}, in PyTorch {b}"
+        seen += bool(want.y.isnan().any())
+    assert seen
