@@ -87,8 +87,7 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
         raise ValueError(f"{who}{_wrong_shape(shape, axis, num_features)}")
     reduced = tuple(d for d in range(1, dims) if d != axis)
     size = 1
-    # Not ``math.prod``, which torch.compile cannot trace.
-    for d in reduced:
+    for d in reduced:  # not math.prod, which torch.compile cannot trace
         size *= shape[d]
     return (TracedLayout if traced else Layout)(shape, axis, shape[0], num_features, reduced, size)
 
