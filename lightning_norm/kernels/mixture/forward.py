@@ -126,6 +126,7 @@ def pool_columns(
 
     ``factor`` turns a sample's variance into the unbiased one.
     """
+    # Neighbouring threads take neighbouring channels, which lie side by side in (N, C).
     c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
     moments = c < channels
     # Means enter as differences from the first sample's, so that a large mean costs no digits.
@@ -202,6 +203,7 @@ def mix(
     running statistics, TRACK: 1 by the momentum, 2 as the average of all batches.
     """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    # Flat over (N, C), so that few samples of many channels fill a GPU as well as many samples of few.
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
     n = i // channels
@@ -223,6 +225,7 @@ def mix(
     dl, lv, db, bv = layer_and_batch(
         layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels, LN, BN, FROZEN
     )
+    # Without a weight or a bias the defaults leave y as it is.
     gamma = per_channel(weight, c, keep, 1.0, WEIGHT)
     beta = per_channel(bias, c, keep, 0.0, BIAS)
     # Both outputs have the same pivot, so their mixture is one affine map.
