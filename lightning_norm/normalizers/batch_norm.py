@@ -64,6 +64,7 @@ class BatchNorm(MomentNorm):
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
+        # In evaluation ``track`` returns the running statistics, so one equation serves both modes.
         batch = self.track(m.over_batch())
         return self.standardize(batch.mean, batch.var)
 

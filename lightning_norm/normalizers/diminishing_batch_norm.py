@@ -110,6 +110,7 @@ class DiminishingBatchNorm(BlendedNorm):
         if self.average == "std":
             # The root of 0 has an infinite slope, and a channel that is constant must not get a gradient of NaN.
             std_or_var = std_or_var.clamp_min(TINY).sqrt()
+        # Nothing is blended in: the batch is normalized by itself.
         if not self.moves_running_stats:
             return mean, std_or_var
         if self.stat_grad == "none":
@@ -131,6 +132,7 @@ class DiminishingBatchNorm(BlendedNorm):
         """Return alpha(m) of the equation above, 0-dim."""
         alpha = self.scheduled("alpha")
         assert alpha is not None
+        # From the counter, which a checkpoint holds: a resumed run goes on with the alpha that it had reached.
         return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec:

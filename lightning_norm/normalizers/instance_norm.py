@@ -70,6 +70,7 @@ class InstanceNorm(MomentNorm):
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
+        # torch's InstanceNorm evaluates on running statistics where it keeps some; so does ``track``.
         sample = self.track(m)
         return self.standardize(sample.mean, sample.var)
 

@@ -56,6 +56,7 @@ class TracedLayout(Layout):
 
     def count(self, x: Tensor) -> int | Tensor:
         """Return the size as a tensor that follows the input."""
+        # Multiplied in the graph, so that maps of another size have another count there.
         count = torch.ones((), dtype=stat_dtype(x))
         for d in self.reduced:
             count = count * x.shape[d]
