@@ -7,7 +7,7 @@ others, and leaves the parameters' gradients; ``vjp_mix`` spreads the sums again
 import triton
 import triton.language as tl
 
-from lightning_norm.kernels.mixture.forward import layer_and_batch, per_channel, root, weights_of
+from lightning_norm.kernels.mixture.forward import layer_and_batch, mixtures, per_channel, root, weights_of
 from lightning_norm.kernels.passes.backward import read_sum
 
 
@@ -30,13 +30,7 @@ def adjoint(
         fl, el, fb, eb = -al * t0, -0.5 * al * rl * rl * ql, -ab * t0, -0.5 * ab * rb * rb * qb
         dgamma, diota = iota * rb * qb + (1.0 - iota) * rl * ql, gamma * (rb * qb - rl * ql)
     else:
-        center, variance = d * 0.0, d * 0.0
-        if IN >= 0:
-            center, variance = wi * d, zi * vi
-        if LN >= 0:
-            center, variance = center + wl * dl, variance + zl * lv
-        if BN >= 0:
-            center, variance = center + wb * db, variance + zb * bv
+        center, variance = mixtures(d, vi, dl, lv, db, bv, wi, wl, wb, zi, zl, zb, IN, LN, BN)
         # One scale, so layer and batch get the same gradients, to be weighted by w and v.
         # Computed again from the statistics: saving it would cost an (N, C) tensor and a read.
         r = root(variance, eps)

@@ -55,6 +55,22 @@ def weights_of(t, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.co
 
 
 @triton.jit
+def mixtures(
+    d, vi, dl, lv, db, bv, wi, wl, wb, zi, zl, zb, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Return the mixture of the means, counted from k, and that of the variances, for each element of a tile."""
+    center, variance = d * 0.0, d * 0.0
+    # Only those that take part: where nothing is mixed, all weights are 1.
+    if IN >= 0:
+        center, variance = wi * d, zi * vi
+    if LN >= 0:
+        center, variance = center + wl * dl, variance + zl * lv
+    if BN >= 0:
+        center, variance = center + wb * db, variance + zb * bv
+    return center, variance
+
+
+@triton.jit
 def layer_and_batch(
     layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels,
     LN: tl.constexpr, BN: tl.constexpr, FROZEN: tl.constexpr,
@@ -238,13 +254,7 @@ def mix(
         # Center and variance as mixtures; the center counted from k.
         wi, wl, wb = weights_of(w, IN, LN, BN, K, SOFTMAX)
         zi, zl, zb = weights_of(v, IN, LN, BN, K, SOFTMAX)
-        center, variance = k * 0.0, k * 0.0
-        if IN >= 0:
-            center, variance = wi * d, zi * vi
-        if LN >= 0:
-            center, variance = center + wl * dl, variance + zl * lv
-        if BN >= 0:
-            center, variance = center + wb * db, variance + zb * bv
+        center, variance = mixtures(d, vi, dl, lv, db, bv, wi, wl, wb, zi, zl, zb, IN, LN, BN)
         scale = gamma * root(variance, eps)
         offset = beta - scale * center
     tl.store(affine + number + i, scale, mask=keep)

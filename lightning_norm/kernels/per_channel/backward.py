@@ -15,11 +15,22 @@ from lightning_norm.kernels.per_channel.running_stats import NAN, TINY
 
 @triton.jit
 def parts_at(
-    total, dot, affine, moments, n, c, keep, number, channels, pieces, sample_stride, stride, g, base, rest, delta, r,
-    f, gamma, w_v, w_b, w_a, b_a, unit_scale, unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr,
-    SCALE: tl.constexpr, AFFINE: tl.constexpr,
+    begin, total, dot, affine, moments, responsibilities, mass, c, inside, samples, number, channels, contexts,
+    responsibility_stride, pieces, sample_stride, stride, size, least, base, rest, delta, r, f, gamma, w_v, w_b, w_a,
+    b_a, unit_scale, unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr, CONTEXTS: tl.constexpr,
+    SCALE: tl.constexpr, AFFINE: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return, for a tile (N, K, C), what each sample sends to the sums over samples; ``e`` is mean_n - mean_B."""
+    """Return a tile of samples, their mask and weights, and for (N, K, C) what each sends to the sums over samples.
+
+    ``e`` is mean_n - mean_B. Both walks need all of it, and to store it would cost more than to compute it again.
+    """
+    n = begin + tl.arange(0, N_BLOCK)
+    keep = (n[:, None] < samples) & inside[None, :]
+    g, a = weights_at(
+        responsibilities, responsibility_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK
+    )
+    # Statistics and gamma are those of a context and a channel, (K, C), the same for every sample.
+    base, rest, delta, r, gamma = base[None, :, :], rest[None, :, :], delta[None, :, :], r[None, :, :], gamma[None, :, :]  # noqa: E501  # fmt: skip
     # The two sums that the pass over dy and x left for each (n, c).
     i = n[:, None] * channels + c[None, :]
     at = n[:, None].to(tl.int64) * sample_stride + c[None, :]
@@ -51,7 +62,7 @@ def parts_at(
     dz = direct
     if SCALE:
         dz = direct + u1 * w_v * r
-    return (k + d)[:, None, :], d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz
+    return n, keep, g, a, (k + d)[:, None, :], d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz
 
 
 @triton.jit
@@ -107,15 +118,11 @@ def channels_vjp(
         by_gamma, by_beta, by_r, by_center = zero, zero, zero, zero
         by_m, by_v, by_b, by_a, by_c = zero, zero, zero, zero, zero
         for begin in range(0, samples, N_BLOCK):
-            n = begin + tl.arange(0, N_BLOCK)
-            keep = (n[:, None] < samples) & inside[None, :]
-            g, a = weights_at(
-                responsibilities, responsibility_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK
-            )
-            mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
-                total, dot, affine, moments, n, c, keep, number, channels, pieces, sample_stride, stride, g,
-                base[None, :, :], rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b,
-                w_a, b_a, unit_scale, unit_affine, MOMENTS, MERGE, SCALE, AFFINE,
+            n, keep, g, a, mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
+                begin, total, dot, affine, moments, responsibilities, mass, c, inside, samples, number, channels,
+                contexts, responsibility_stride, pieces, sample_stride, stride, size, least, base, rest, delta, r, f,
+                gamma, w_v, w_b, w_a, b_a, unit_scale, unit_affine, MOMENTS, MERGE, CONTEXTS, SCALE, AFFINE, N_BLOCK,
+                K_BLOCK,
             )  # fmt: skip
             # What every method needs: the gradients of scale, offset and center.
             by_gamma += q * gain
@@ -193,15 +200,11 @@ def channels_vjp(
             dpart = tl.where(part > 0.0, -1.0 * size / tl.cast(least, tl.float32), 0.0)
             every = tl.zeros((N_BLOCK, K_BLOCK), tl.float32)
         for begin in range(0, samples, N_BLOCK):
-            n = begin + tl.arange(0, N_BLOCK)
-            keep = (n[:, None] < samples) & inside[None, :]
-            g, a = weights_at(
-                responsibilities, responsibility_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK
-            )
-            mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
-                total, dot, affine, moments, n, c, keep, number, channels, pieces, sample_stride, stride, g,
-                base[None, :, :], rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b,
-                w_a, b_a, unit_scale, unit_affine, MOMENTS, MERGE, SCALE, AFFINE,
+            n, keep, g, a, mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
+                begin, total, dot, affine, moments, responsibilities, mass, c, inside, samples, number, channels,
+                contexts, responsibility_stride, pieces, sample_stride, stride, size, least, base, rest, delta, r, f,
+                gamma, w_v, w_b, w_a, b_a, unit_scale, unit_affine, MOMENTS, MERGE, CONTEXTS, SCALE, AFFINE, N_BLOCK,
+                K_BLOCK,
             )  # fmt: skip
             # Through z, through the gates, and through mean_B and the variance between samples.
             dmean = f * dz - direct + a * (dbatch[None, :, :] + curve[None, :, :] * e)
