@@ -85,6 +85,7 @@ class NormContext(Callback):
         self.views, self.fit_batches, self.seed = views, fit_batches, seed
         self.loader = loader
         self._function = import_function("NormContext", "context_fn", context_fn)
+        # Looked up at the start of each stage, since a swap may put other layers there.
         self._layers: dict[str, Any] = {}
         self._needs: set[str] = set()
 
@@ -241,6 +242,7 @@ class NormContext(Callback):
         with random_numbers_restored(*loader.flattened):
             # Neither the random numbers nor the order of the training's own batches must change by this reading.
             descriptors = torch.cat(list(self._describe_batches(trainer, pl_module, loader)))
+        # One fit for all layers: they look at the same images.
         set_centroids(self._layers, descriptors, self.seed)
         rank_zero_info(f"NormContext: contexts found in {len(descriptors)} training images.")
         return {name: (y.centroids.cpu(), y.descriptor_scale.cpu()) for name, y in _of_input(self._layers)}
@@ -269,6 +271,7 @@ def check_contexts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         RuntimeError: there is no NormContext.
     """
     waiting = {n: layer for n, layer in context_layers(pl_module).items() if layer.context != "gate"}
+    # Before the first batch, where the first layer would stop the run with less to say.
     if waiting and not any(isinstance(callback, NormContext) for callback in callbacks_of(trainer)):
         first, layer = next(iter(waiting.items()))
         example = "NormContext(key='domain')" if layer.context == "ids" else "NormContext()"

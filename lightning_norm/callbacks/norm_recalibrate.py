@@ -91,6 +91,7 @@ class NormRecalibrate(Callback):
         self.forward, self.loader = forward, loader
         self.result: Recalibration | None = None
         self._function = import_function("NormRecalibrate", "forward", forward)
+        # Whether the module was run on a batch once; hours of training shall not end in a mistake that the first shows.
         self._tried = False
 
     @override
@@ -170,6 +171,7 @@ class NormRecalibrate(Callback):
         loader, limit = self._loader(trainer)
         forward = self._forward(trainer, pl_module)
         with random_numbers_restored(loader), _without_logging(pl_module):
+            # Batches go through the hooks and the precision of the training: other numbers would give other statistics.
             self.result = recalibrate(
                 pl_module,
                 without_iterator(loader),

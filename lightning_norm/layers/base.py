@@ -383,8 +383,7 @@ class MomentNorm(Normalizer):
 
     def standardize(self, mean: Tensor, var: Tensor) -> Affine:
         r"""Return the Affine of :math:`\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta`."""
-        # Without the property, which looks at who reads it.
-        scale = (var + self._eps).rsqrt()
+        scale = (var + self._eps).rsqrt()  # without the property, which looks at who reads it
         return Affine(mean, scale if self.weight is None else scale * self.weight.to(scale.dtype), self.bias)
 
     def statistic_size(self, n: int, size: int) -> int:

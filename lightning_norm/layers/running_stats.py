@@ -106,13 +106,7 @@ class RunningStats(nn.Module):
         """In training, move the running statistics towards m and return m; in evaluation, return the running ones.
 
         Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it
-        is skipped and counted in ``skipped_updates``.
-
-        Args:
-            m: moments of the batch, (1, C).
-
-        Returns:
-            The moments to normalize by, (1, C).
+        is skipped and counted in ``skipped_updates``. Both are (1, C).
         """
         if not self.training:
             return self.running() if self.has_running_stats else m
@@ -126,10 +120,7 @@ class RunningStats(nn.Module):
         return Moments(mean, to_var(var, self.eps) if self.running_names[1] == "running_std" else var, 1)
 
     def running_target(self, m: Moments) -> tuple[Tensor, Tensor]:
-        """Return the mean and the unbiased variance that the running statistics move towards.
-
-        A class that keeps another quantity overrides it; the movement, the checks and the accumulation stay the same.
-        """
+        """Return the mean and unbiased variance that the running statistics move towards; a class may override it."""
         return m.mean, m.unbiased().var
 
     def _move_by_window(self, m: Moments) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
@@ -46,24 +46,14 @@ class BatchNorm(MomentNorm):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        channel_dim: int = 1,
-        bias: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            track_running_stats=track_running_stats,
-            channel_dim=channel_dim,
-            device=device,
-            dtype=dtype,
-            bias=bias,
-        )
+        options |= {"eps": eps, "momentum": momentum, "affine": affine, "track_running_stats": track_running_stats}
+        super().__init__(num_features, device=device, dtype=dtype, **options)
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
+        # In evaluation ``track`` returns the running statistics, so one equation serves both modes.
         batch = self.track(m.over_batch())
         return self.standardize(batch.mean, batch.var)
 

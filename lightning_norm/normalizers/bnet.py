@@ -70,6 +70,7 @@ class BNET(ConvolvedNorm):
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map from x to the normalized map; the convolution of the base class follows."""
+        # No weight and no bias here: the convolution has both, and brings scale and shift.
         batch = self.track(m.over_batch())
         return Affine(batch.mean, (batch.var + self.eps).rsqrt())
 

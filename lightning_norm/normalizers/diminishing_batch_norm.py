@@ -172,6 +172,7 @@ class DiminishingBatchNorm(BlendedNorm):
         """Return alpha(m) of the equation above."""
         alpha = self.scheduled("alpha")
         assert alpha is not None
+        # From the counter, which a checkpoint holds: a resumed run goes on with the alpha that it had reached.
         return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:

@@ -69,6 +69,7 @@ class GroupNorm(MomentNorm):
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
+        # Nothing is tracked: each sample has its own statistics in evaluation as well.
         group = m.over_channels(self.num_groups)
         return self.standardize(group.mean, group.var)
 

@@ -148,6 +148,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         if self.scheduled("threshold") is None or not may_choose:
             return self.algebra
 
+        # The measure needs x itself, which an algebra of moments does not see.
         def with_threshold(m: Moments) -> Affine:
             similarity = condensation(x, squared_norms(m), m.ranks)
             return self._rectified(m, functools.partial(self._choose, similarity))
@@ -189,8 +190,10 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         # A batch that is too alike must not move what the others are normalized by.
         if self.moves_running_stats:
             update_running(self, batch, ~condensed)
+        # The batch keeps its own statistics, and only moves nothing.
         if self.mode == "gate":
             return batch, None
+        # torch.where promotes: one dtype on both sides keeps the algebra in that of the batch.
         mean, var = mean.to(batch.mean.dtype), var.to(batch.var.dtype)
         if self.condensed_grad == "detach":
             mean, var = torch.where(condensed, mean, batch.mean), torch.where(condensed, var, batch.var)
@@ -228,6 +231,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         # The third gate sees K(x) and not K(x_s): it belongs to gamma, before anything was standardized.
         if "affine" not in self.rectify:
             return gain
+        # Gates multiply, so that each of the three can be left out by itself.
         gate = self._gate("affine", k)
         return gate if gain is None else gain * gate
 

@@ -34,8 +34,7 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
     rough_mean = x.mean(layout.reduced, dtype=at_least_float32(x.dtype))
     # In float64 and for half inputs the statistics are as wide as they will get, and the mean is exact enough.
     wide = stat_dtype(x) == rough_mean.dtype
-    # A GPU would be waited for, and a graph has no values yet.
-    if wide or (not recorded and x.is_cpu and x.numel() > 0 and not torch.compiler.is_compiling()):
+    if wide or (not recorded and may_read_back(x)):
         var = _mean_square(x - layout.broadcast_to_input(rough_mean), layout, keep)
         # A small mean keeps its digits, and float32 halves the work of the algebra.
         if wide or bool((rough_mean.square() <= SMALL_MEAN**2 * var).all()):
@@ -143,6 +142,11 @@ def combine(
     # What comes through the statistics is small against scale * dy, so only the rounding of the last addcmul matters.
     u.mul_(slope).add_(offset)
     return u.addcmul_(dy, scale).to(x.dtype)
+
+
+def may_read_back(x: Tensor) -> bool:
+    """Whether the values of x's statistics may decide how to go on: on the CPU alone, for it would wait for a GPU."""
+    return x.is_cpu and not torch.compiler.is_compiling() and x.numel() > 0
 
 
 def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout, recorded: bool) -> Tensor:

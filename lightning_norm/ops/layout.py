@@ -56,6 +56,7 @@ class TracedLayout(Layout):
 
     def count(self, x: Tensor) -> int | Tensor:
         """Return the size as a tensor that follows the input."""
+        # Multiplied in the graph, so that maps of another size have another count there.
         count = torch.ones((), dtype=stat_dtype(x))
         for d in self.reduced:
             count = count * x.shape[d]
@@ -87,8 +88,7 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
         raise ValueError(f"{who}{_wrong_shape(shape, axis, num_features)}")
     reduced = tuple(d for d in range(1, dims) if d != axis)
     size = 1
-    # Not ``math.prod``, which torch.compile cannot trace.
-    for d in reduced:
+    for d in reduced:  # not math.prod, which torch.compile cannot trace
         size *= shape[d]
     return (TracedLayout if traced else Layout)(shape, axis, shape[0], num_features, reduced, size)
 

@@ -17,6 +17,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     autocast: there the matrix products of ``torch.nn.functional.linear`` would round to half precision. This function
     turns it off in both. Its backward pass can be differentiated once more.
     """
+    # Whatever looks at single operations sees through no autograd function.
     if torch_private.is_transformed():
         return torch.addmm(bias, x, weight.t())
     y: Tensor = _Linear.apply(x, weight, bias)

@@ -96,6 +96,7 @@ class Moments:
         mean = (weights.unsqueeze(2) * self.mean).sum(1)  # (K, C)
         between_var = (self.mean - mean.unsqueeze(1)).square()  # (K, N, C)
         var = (weights.unsqueeze(2) * (self.var + between_var)).sum(1).to(self.var.dtype)
+        # Elements and not samples, for the maps of another rank may have another size.
         count = mass * self.count
         if self.ranks is not None:
             count, mean, var = self.ranks.pool(count, mean, var)

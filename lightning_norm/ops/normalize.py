@@ -185,6 +185,7 @@ def _check_ending(x: Tensor, call: Call) -> None:
     """Refuse an unknown activation, and a residual in another shape than x."""
     if call.activation not in ACTIVATIONS:
         raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {call.activation!r}.")
+    # By static shapes, since torch.jit.trace warns where traced ones are compared.
     shape, wanted = (None if t is None else torch_private.static_shape(t) for t in (call.residual, x))
     if shape is not None and shape != wanted:
         raise ValueError(f"normalize: residual has shape {shape}, x {wanted}: they must agree.")
@@ -219,6 +220,7 @@ def _normalize_and_convolve(
     if isinstance(spec, MixtureSpec) and readable and depthwise.on_kernels(kernel, call.layout.size):
         return spec.normalize_depthwise(x, kernel, bias, call.layout)
     x_alias, scale_carrier, fields, how = _fields(x, call, kernels=False)
+    # Sums over taps in half precision would lose digits that a single rounding keeps.
     kernel = kernel.to(at_least_float32(x.dtype))
     bias = None if bias is None else bias.to(kernel.dtype)
     y: Tensor = _ApplyDepthwise.apply(x_alias, scale_carrier, x, *fields, kernel, bias, how)
@@ -305,6 +307,7 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, center, scale = ctx.saved_tensors
+        # What nobody asked for is not computed: each sum would be a pass over dy and x.
         need, passes = ctx.needs_input_grad, ctx.how.module(dy)
         fields = _field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
         return dy if need[0] else None, _carrier_grad(ctx, scale), None, *fields, None
@@ -342,6 +345,7 @@ class _ApplyDepthwise(torch.autograd.Function):
         x, center, scale, shift, kernel = ctx.saved_tensors
         need = ctx.needs_input_grad
         dkernel = dbias = None
+        # In the precision in which the forward pass computed.
         x, dy = x.to(kernel.dtype), grads[0].to(kernel.dtype)
         dnormalized = depthwise.transposed(dy, kernel, unroll=ctx.unroll)
         if any(need[6:8]):

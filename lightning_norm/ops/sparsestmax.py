@@ -57,9 +57,11 @@ def sparsestmax(z: Tensor, radius: Tensor | float | None) -> Tensor:
     # As float64 first: a number has more digits than the default dtype.
     square = (radius if isinstance(radius, Tensor) else torch.tensor(radius, dtype=torch.float64)).to(z).square()
     support = p > 0
+    # The face that the point is on; its centre has equal weights.
     centre = support.to(z.dtype) / support.sum()
     # Each step loses an entry or changes nothing, so that K - 1 are enough whatever the values are.
     for _ in range(_length(z) - 1):
+        # The direction in which the point lies from the centre of its face.
         away = p - centre
         norm2 = away.square().sum()
         # Below this the direction is rounding noise, and dividing by it would leave the simplex.

@@ -57,6 +57,7 @@ def read_checkpoint(
         CheckpointError: it cannot be read, or holds no weights.
         FileNotFoundError: it does not exist.
     """
+    # First without the tensors: what is wrong is told before gigabytes are read.
     check_file(path, weights_only, entries)
     try:
         return _checked(path, torch.load(path, map_location=map_location, weights_only=_safe(weights_only)), entries)
@@ -81,6 +82,7 @@ def check_file(path: Any, weights_only: bool | None = None, entries: Sequence[st
     """
     if not isinstance(path, (str, os.PathLike)) or "://" in str(path) or Path(path).is_dir():
         return {}
+    # From here on it is a file on this machine, which can be looked at before torch reads it.
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"no checkpoint {str(path)!r}: the file does not exist.")
@@ -170,6 +172,7 @@ def _check_header(path: Any, content: Mapping[str, Any]) -> None:
     """
     for name, kinds in HEADER.items():
         value = content.get(name)
+        # Lightning compares versions before it migrates a checkpoint, and raises far from here for what is none.
         version = name.endswith("version") and isinstance(value, str) and not re.match(r"\d+(\.\d+)+", value)
         if name in content and (version or isinstance(value, bool) or not isinstance(value, kinds)):
             expected = "a version" if name.endswith("version") else f"a {kinds[0].__name__.lower()}"

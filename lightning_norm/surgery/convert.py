@@ -72,6 +72,7 @@ def convert(
     try:
         layer = _built(cls, {**inherited, **chosen}, module)
         asked = [name for name, argument in (("weight", "affine"), ("bias", "bias")) if chosen.get(argument)]
+        # Before take_from, which takes away what the module does not have.
         made = {parameter: getattr(layer, parameter) for parameter in asked}
         layer.take_from(module)
         for parameter, value in made.items():  # asked for, and the module has none
@@ -139,11 +140,13 @@ def computed_weights(module: nn.Module) -> str:
 
 def _built(cls: type[Normalizer], arguments: dict[str, Any], module: nn.Module) -> Normalizer:
     """Build the layer; random starting values depend on the module alone, so that copies of it start alike."""
+    # Only the generators that may be drawn from are kept: those of every GPU would be slow to copy.
     tensors = [t for t in (*module.parameters(False), *module.buffers(False)) if t is not None]
     devices = list({t.device for t in tensors if t.is_cuda})
     with torch.random.fork_rng(devices=devices):
         state = torch.get_rng_state()
         layer = cls(**arguments)
+        # Most normalizers draw nothing, and need not be built twice.
         drew = not torch.equal(state, torch.get_rng_state()) or bool(devices)
         if drew and any(p.numel() for p in layer.parameters()):
             torch.manual_seed(_seed_of(module))
@@ -153,9 +156,11 @@ def _built(cls: type[Normalizer], arguments: dict[str, Any], module: nn.Module) 
 
 def _seed_of(module: nn.Module) -> int:
     """Return a seed from the user's seed and the values of a module's tensors, the same for a copy of it."""
+    # Copies of a network, and the ranks of a run, must start alike; two layers with other values need not.
     digest = hashlib.sha256(f"{torch.initial_seed()} {type(module).__name__}".encode())
     for name, t in sorted((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))):
         digest.update(f"{name} {tuple(t.shape)}".encode())
+        # The values too, or all layers of one shape would start with the same random numbers.
         if not t.is_meta:
             digest.update(t.detach().double().cpu().numpy().tobytes())
     return int.from_bytes(digest.digest()[:7], "little")
@@ -169,6 +174,7 @@ def own_arguments(layer: nn.Module) -> dict[str, Any]:
     4
     """
     cls = type(layer)
+    # A dictionary for its order: a set would change what a report prints from run to run.
     names = dict.fromkeys((*getattr(cls, "repr_arguments", ()), *getattr(cls, "ranges", ()), "num_groups"))
     return {n: getattr(layer, n) for n in names if n in arguments_of(cls) and hasattr(layer, n)}
 
@@ -186,6 +192,7 @@ def preserved(module: nn.Module, layer: Normalizer, name: str, norm: ResolvedNor
     same, reason = preserves_eval(module, layer)
     if whole.exact:
         return same, reason
+    # A class of the user's may compute anything, so that nothing is concluded from its attributes.
     distance = measured_difference(module, whole, lambda twin: convert(twin, name, norm, whole)[0])
     if isinstance(distance, str):
         return False, f"not measured: {distance}" if same else reason
@@ -327,6 +334,7 @@ def _translate_variance(module: nn.Module, layer: Normalizer) -> None:
 
 def _carry_over(module: nn.Module, layer: Normalizer, whole: Whole, name: str) -> None:
     """Give the layer the training flag, the hooks, the frozen state and the children of the module."""
+    # A swap between eval() and train() must not change what the next forward pass does.
     layer.training = getattr(module, "requested_mode", module.training)
     move_hooks(module, layer)
     parameters = list(module.parameters(False))

@@ -120,6 +120,7 @@ def loaded_class(spec: Mapping[str, Any], where: str = "the checkpoint") -> type
         CheckpointError: there is none.
     """
     path = str(spec["class_path"])
+    # A key, as a user types it; a class of the user's has its path.
     if path in normalizers():
         return normalizers()[path]
     for cls in _subclasses(Normalizer):
@@ -170,6 +171,7 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the che
         if reports:
             reports[-1].take_activations(model, reports[-1].find_activations(model, activations_of(rows)))
     except (TypeError, ValueError, RuntimeError) as error:
+        # The last level first, as each has replaced the layers of the one before.
         for report in reversed(reports):
             report.undo()
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{where}: {error}") from error
@@ -312,6 +314,7 @@ def missing_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> list[
 
 def unplaced_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, str]:
     """Return the parameters that only a normalizer has and whose layer in the model has none: name -> key."""
+    # By names that no layer of torch's has: a weight alone tells nothing.
     keys = {name: key for key, cls in normalizers().items() for name in cls.extra_parameters}
     clean, modules = name_cleaner(model), modules_by_name(model)
     unplaced: dict[str, str] = {}
@@ -332,12 +335,14 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str, str
         CheckpointError: the file is of another swap, or does not fit.
     """
     saved = manifest_in(checkpoint, repr(path))
+    # Before anything is loaded: two swaps may have tensors of the same names and shapes.
     other = None if saved is None else difference(saved, manifest_of(model))
     if other:
         raise CheckpointError(
             f"{path!r} is a checkpoint of another swap: {other}. NormSwap(plan={path!r}) swaps as it was swapped there."
         )
     try:
+        # torch loads what fits before it raises for what does not.
         with unchanged_on_error(list(model.modules())):
             model.load_state_dict(rename_for_wrappers(model, checkpoint["state_dict"]), strict=strict)
     except RuntimeError as error:

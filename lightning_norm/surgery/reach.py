@@ -40,6 +40,7 @@ class Reach:
 
     def look_at_gradients(self) -> bool:
         """Take note of the parameters that have a gradient now, and tell whether any has one."""
+        # Gradients are looked at beside the calls: a layer may run under no_grad, and learn nothing.
         parameters = [p for layer, _ in self.layers.values() for p in layer.parameters()]
         self.learning |= {id(p) for p in parameters if p.grad is not None}
         return bool(self.learning)
@@ -66,6 +67,7 @@ class Reach:
             also = "as well" if id(layer) in self.ran else "in its place"
             return f"the {type(replaced).__name__} that it has replaced ran {also}: a list, dict or closure holds that"
         if self.hooks and id(layer) not in self.ran:
+            # Some of its tensors have a gradient although it did not run.
             if len(silent) < len(trainable):
                 return "did not run, and code that uses its tensors did: a bound method, or a call of a function"
             return "did not run: this step does not use it, or calls a bound method of what it has replaced"
@@ -139,6 +141,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     devices = {t.device for t in tensors if t.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=list(devices)):
+        # Without the gradients of an accumulation that is under way, which would look like those of this step.
         for t in tensors:
             t.grad = None
         try:

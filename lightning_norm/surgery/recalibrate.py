@@ -165,6 +165,7 @@ def _accumulate_before(layer: Any, hooks: contextlib.ExitStack) -> StatisticsAcc
     pool = StatisticsAccumulator((1, layer.num_features), dtype=layer.running_mean.dtype)
 
     def see(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        # The input of a BatchNorm; a hook sees arguments by position, which is how it is called.
         x = arguments[0]
         layout = layout_of(x, layer.num_features)
         m = Moments(*eager.moments(x.detach(), layout), layout.size).over_batch()
@@ -209,6 +210,7 @@ def _write_statistics(
             layer.running_var.copy_(m.unbiased().var.reshape(-1))
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(pools[name].batches)
+    # The most of any layer: a batch with a NaN spoils the layers behind it, and not those before.
     skipped = max(pool.skipped for pool in pools.values())
     return Recalibration(used, [name for name in pools if name not in used], batches, skipped)
 
@@ -222,6 +224,7 @@ class _ForwardOnBatch:
         self.device = None if tensor is None else tensor.device
 
     def __call__(self, batch: Any) -> Any:
+        # Most loaders give (inputs, targets), and a network takes the inputs.
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
         return self.model(x.to(self.device) if isinstance(x, Tensor) else x)
 

@@ -31,6 +31,7 @@ def everything_restored(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # In reverse, so that a container is filled again after what it holds is whole.
         for each in reversed(undo):
             each()
 
@@ -91,6 +92,7 @@ def _note_content(value: Any, undo: list[Undo], known: set[int]) -> None:
     if id(value) in known:
         return
     known.add(id(value))
+    # Its value, since others may hold the very tensor; the object itself comes back with the attributes.
     if isinstance(value, Tensor):
         if not (value.is_meta or is_lazy(value)):
             saved = value.detach().clone()
@@ -141,6 +143,7 @@ def _put_tensor(tensor: Tensor, saved: Tensor) -> None:
 
 def _global_generators() -> Iterable[Undo]:
     """Note the states of the generators that a program shares: Python's, torch's and numpy's."""
+    # Data sets and augmentations draw from any of these.
     python, cpu = random.getstate(), torch.get_rng_state()
     yield lambda: random.setstate(python)
     yield lambda: torch.set_rng_state(cpu)

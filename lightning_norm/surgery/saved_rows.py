@@ -28,6 +28,7 @@ def checked_rows(rows: Any, where: str, error: type[Exception], *, may_stay: boo
     """
     if not isinstance(rows, list):
         raise error(f"{where}: layers must be a list of rows, got {reprlib.repr(rows)}.")
+    # Row by row, so that the message can name the one that is wrong.
     checked: list[dict[str, Any]] = []
     seen: set[str] = set()
     for number, row in enumerate(rows):
@@ -46,6 +47,7 @@ def _checked_row(row: Any, seen: set[str], may_stay: bool) -> dict[str, Any]:
     for entry, (kind, what) in _KINDS.items():
         if entry in row and not kind(row[entry]):
             raise BadRowError(f"{entry} must be {what}, got {reprlib.repr(row[entry])}.")
+    # A shared module has several names, and each may stand in one row alone.
     names = [row["name"], *row.get("also", ())]
     for name in names:
         if name in seen:
@@ -59,6 +61,7 @@ def _checked_row(row: Any, seen: set[str], may_stay: bool) -> dict[str, Any]:
 
 
 def _checked_norm(norm: Any, entry: str) -> dict[str, Any]:
+    # A key by itself, as a user types it into a plan by hand.
     spec = {"class_path": norm} if isinstance(norm, str) else norm
     arguments = spec.get("init_args") if isinstance(spec, Mapping) else None
     named = isinstance(spec, Mapping) and isinstance(spec.get("class_path"), str) and bool(spec["class_path"])

@@ -80,6 +80,7 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
     slots: dict[nn.Module, ModuleSlot] = {}
     skipped: list[Left] = []
     others: list[Left] = []
+    # Layers of one class and one set of arguments are measured once for all of them.
     known: dict[Any, Whole | str] = {}
     for module, names in names_by_module(model).items():
         kind = type(module)
@@ -102,6 +103,7 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
             raise ValueError(f"the model itself is a {kind.__name__}: build the layer with lightning_norm.create(...).")
         else:
             slots[module] = ModuleSlot(module, names, whole=whole)
+    # One walk for all slots; each may stand in several places.
     places = places_by_module(model)
     for module, slot in slots.items():
         slot.parents = places[module]
@@ -146,6 +148,7 @@ def assign_norms(
     for slot in places:
         known = matched if slot.module in candidates else set()
         # include and exclude are matched also where a rule wins, so that their patterns count as matched.
+        # The first rule that matches wins, as the last line of a rule list is usually ".*".
         rule = next((p for p in rules if matches(p, slot, known, f"rules[{p!r}]")), None)
         included = include is None or matches(include, slot, known, "include")
         excluded = exclude is not None and matches(exclude, slot, known, "exclude")
@@ -225,6 +228,7 @@ def explain_unmatched(unmatched: str, slots: Sequence[ModuleSlot]) -> str:
     names = [n for s in slots for n in s.names]
     kinds = list(dict.fromkeys(type(s.module).__name__ for s in slots)) or ["normalization"]
     kind = " and ".join([", ".join(kinds[:-1])] * (len(kinds) > 1) + kinds[-1:])
+    # Without the characters of regular expressions, which no name has.
     near = difflib.get_close_matches(re.sub(r"[\\^$*+?()|\[\]]", "", pattern), names, n=1, cutoff=0.0)
     hint = (
         f" The nearest name is {near[0]!r}: a string must match the whole name as a regular expression, a list entry "

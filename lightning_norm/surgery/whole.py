@@ -75,6 +75,7 @@ def read(module: nn.Module, known: dict[Any, Whole | str] | None = None) -> Whol
         return Whole(type(module), True, module.behind, getattr(module, "channel_dim", 1))
     kind = type(module)
     base = next((cls for cls in kind.__mro__ if cls in TORCH_CLASSES), nn.BatchNorm2d if is_frozen(module) else None)
+    # torch's LayerNorm takes channels last, and every other layer of torch's takes them second.
     last = -1 if base is nn.LayerNorm else 1
     if base is None:
         tokens = hasattr(module, "normalized_shape") or re.search(r"(R[Mm][Ss]|Layer)Norm$", kind.__name__)
@@ -129,6 +130,7 @@ def _measured(module: nn.Module, base: type[nn.Module]) -> Whole | str:
     children = _behind(module)
     last = (-1, 1) if base is nn.LayerNorm else (1,)
     wholes = [Whole(base, False, b, dim, frozen) for b in dict.fromkeys((children, ())) for dim in last]
+    # The nearest miss is told: it is most likely what the class was meant to be.
     reasons: list[tuple[float, str]] = []
     with isolated(module):
         try:
@@ -184,6 +186,7 @@ def _title(whole: Whole) -> str:
 def inputs_of(module: nn.Module, whole: Whole) -> list[tuple[int, ...]]:
     """Return the shapes of inputs that torch's layer takes which ``whole`` names; no extent is that of the channels."""
     if isinstance(module, nn.LayerNorm):
+        # Extents of their own for the axes, so that a class that mixes them up is noticed.
         shape = tuple(module.normalized_shape)
         side = next(s for s in (5, 7) if s not in shape)
         return [(4, side, *shape)] if whole.channel_dim == -1 else [(4, shape[0], side, side + 4)]
@@ -215,6 +218,7 @@ def channels_of(module: nn.Module) -> int | None:
 
 def plain_of(twin: nn.Module, whole: Whole) -> nn.Module:
     """Turn a copy of a module into the plain layer of torch's with the same tensors."""
+    # A forward that was replaced on the instance would hide that of the class.
     vars(twin).pop("forward", None)
     if not whole.frozen and whole.kind is not None:
         twin.__class__ = nn.BatchNorm2d if whole.kind is nn.SyncBatchNorm else whole.kind
@@ -223,6 +227,7 @@ def plain_of(twin: nn.Module, whole: Whole) -> nn.Module:
 
 def _run_plain(plain: nn.Module, whole: Whole, x: Tensor) -> Tensor:
     """Return the output of the plain layer with the module's children behind it."""
+    # Libraries have a LayerNorm for images, which moves the channels to the end and back.
     permute = isinstance(plain, nn.LayerNorm) and whole.channel_dim == 1
     layer: Any = plain
 
@@ -258,6 +263,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     >>> [difference(torch.ones(2), other) for other in (torch.ones(2) + 1e-6, torch.zeros(2), torch.ones(3))]
     [0.0, 1.0, inf]
     """
+    # Another shape is no rounding, however small the numbers are.
     if a.shape != b.shape:
         return float("inf")
     if not a.numel():
@@ -274,6 +280,7 @@ def randomized(module: nn.Module) -> nn.Module:
     group = getattr(module, "process_group", None)  # which cannot be copied
     twin = copy.deepcopy(module, {id(group): group}).requires_grad_(False)
     for part in twin.modules():
+        # A hook may count, log or change the output; it is not the layer's own doing.
         for attribute in HOOK_ATTRIBUTES:
             value = getattr(part, attribute)
             setattr(part, attribute, type(value)() if hasattr(value, "clear") else None)

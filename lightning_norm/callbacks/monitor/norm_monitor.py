@@ -297,6 +297,7 @@ class NormMonitor(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the history of the run that is continued."""
+        # NaN stands where a quantity had no value in an epoch; it is left out again.
         rows = state_dict["values"].tolist()
         logged = [tuple(series) for series in state_dict["places"]]
         self.history = {

@@ -64,6 +64,7 @@ def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -
     """
     epochs, last = sorted(history), history[max(history)]
     names = layer_names(last, key)
+    # One array for each mixture, so that its winners are found without a loop over cells.
     cubes = {family: _cube(history, epochs, names, key, members) for family, members in mixtures.items()}
     # All heat maps of a picture share one scale, so that their colours can be compared.
     top = max(float(np.nanmax(cube)) for cube in cubes.values())

@@ -238,6 +238,7 @@ class NormScheduler(Callback):
     def _find_parameters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look up what the keys name, and refuse what another NormScheduler of the Trainer schedules as well."""
         self.parameters = find_scheduled_parameters(pl_module, self.schedules)
+        # By the layer itself: two callbacks may name it by different patterns.
         mine = {(id(p.layer), p.argument) for p in self.parameters}
         for other in callbacks_of(trainer):
             if isinstance(other, NormScheduler) and other is not self:
@@ -247,6 +248,7 @@ class NormScheduler(Callback):
 
     def _set(self, parameters: Iterable[ScheduledParameter], time: float) -> None:
         """Set the values of a time, in epochs or steps, where they differ from those that are set."""
+        # A schedule is asked once, however many layers follow it.
         values: dict[int, float] = {}
         for p in parameters:
             key = id(p.schedule)
@@ -259,6 +261,7 @@ class NormScheduler(Callback):
 
     def _write_again(self) -> None:
         """Write the current values into the layers' tensors, whatever was put there."""
+        # Even where nothing has changed: what is in the tensor may be an average of other values.
         for p in self.parameters:
             p.set(getattr(p.layer, p.argument))
 

@@ -38,6 +38,7 @@ class FirstStep:
         self.stop()
         self._epoch_is_new, self._evaluation_told = True, False
         layers = {} if report is None else report.replaced()
+        # Another callback may have replaced a layer since the swap.
         in_place = {id(m) for m in normalizers_of(pl_module)}
         layers = {name: pair for name, pair in layers.items() if id(pair[0]) in in_place}
         if layers:

@@ -268,6 +268,7 @@ class NormSwap(Callback):
         if any(name in type(trainer.strategy).__name__ for name in SHARDED):
             rank_zero_info("NormSwap: parameters are sharded by this strategy; the optimizer check is skipped.")
             return
+        # Once more: an optimizer may have been built without configure_optimizers being asked again.
         add_missing(pl_module, trainer.optimizers)
         check_owned(pl_module, trainer.optimizers)
 
@@ -389,6 +390,7 @@ class NormSwap(Callback):
 
     def _late(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any]) -> None:
         """Let ``configure_model`` build its layers, swap them as well, and finish."""
+        # The layers are there only after the module has built them.
         original()
         with self._undone_on_error():
             self._finish_swap(trainer, pl_module)

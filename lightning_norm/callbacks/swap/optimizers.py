@@ -49,6 +49,7 @@ def add_missing(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> list[s
     added: list[str] = []
     for prefix, layer in named_normalizers(pl_module, raw_names=True):
         parameters = dict(layer.named_parameters(recurse=False))
+        # Weight and bias came from the layer before the swap, and where that had them in an optimizer they still are.
         new = {
             n: p
             for n, p in parameters.items()
@@ -75,6 +76,7 @@ def check_owned(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     Raises:
         OptimizerError: one is in none or in several; all are named or counted.
     """
+    # By identity: parameters of equal values are different parameters.
     counts = Counter(id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"])
     names = {
         id(p): f"{prefix}.{n}"

@@ -25,6 +25,7 @@ def depthwise_sums(
     job, p = tl.program_id(0), tl.program_id(1)
     chunk = job // blocks
     channel = job % blocks * BLOCK if LAST else job % blocks
+    # The last piece of a map may be shorter.
     end = tl.minimum(size, (p + 1) * piece)
     channels = units * ALIGN if LAST else units
     step = channels if LAST else 1
@@ -98,6 +99,7 @@ def depthwise_sums(
 def add_to(at, value, keep, group):
     """Store a value in the first group of taps, and add it to what is there in the others."""
     tl.store(at, value + tl.load(at, mask=keep & (group > 0), other=0.0), mask=keep)
+    # The next group of taps reads what this one wrote, in threads that may be others.
     tl.debug_barrier()
 
 
@@ -105,6 +107,7 @@ def add_to(at, value, keep, group):
 def store_tap(out, t, s: tl.constexpr, keep, channels, LAST: tl.constexpr, GROUP: tl.constexpr):
     """Store a tile's sum over its positions, and over its samples where they are in it, as the row of tap ``s``."""
     if s < GROUP:
+        # keep_dims, so that one address serves both orders of the tile.
         total = tl.sum(t, 0, keep_dims=True)
         if not LAST:
             total = tl.sum(total, 1, keep_dims=True)
@@ -150,8 +153,10 @@ def depthwise_combine(
             ok, away = neighbour(i, j, group, s, -1, height, width, KH, KW, GROUP)
             w = tl.load(kernel + c * (KH * KW) + group * GROUP + s, mask=stat_mask, other=0.0).to(tl.float32)
             g += w * tl.load(dy + origin + lane + away * step, mask=keep & ok, other=0.0).to(tl.float32)
+    # Scale is constant over the map of a channel, so it stays outside the sum over taps.
     d = tl.load(scale + at, mask=stat_mask, other=0.0) * g
     if not PLAIN:
+        # x is read only where the statistics depend on it; running ones are constants.
         u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - tl.load(
             pivot + at, mask=stat_mask, other=0.0
         )

@@ -65,6 +65,7 @@ def neighbour(
 @triton.jit
 def tile_start(units, blocks, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Return first sample, channel and position of a program that takes one tile."""
+    # The first axis may be long, and CUDA limits the second to 65 535.
     job, tile = tl.program_id(0), tl.program_id(1)
     if LAST:
         sample, channel, first = job // blocks, tile * BLOCK, job % blocks * ROWS
@@ -89,6 +90,7 @@ def depthwise_apply(
     # Elements between two neighbouring positions.
     step = channels if LAST else 1
     k = tl.load(pivot + at, mask=stat_mask, other=0.0)
+    # Summed in float32, whatever x is: k * k numbers of half precision would lose digits.
     v = tl.zeros((ROWS, BLOCK), tl.float32)
     omega = v
     # Scale and offset stay outside the sum over taps: two multiplications per element, however many taps.
@@ -100,6 +102,7 @@ def depthwise_apply(
             u = tl.load(x + origin + lane + away * step, mask=keep & ok, other=0.0).to(tl.float32) - k
             v += w * tl.where(ok, u, 0.0)
             omega += tl.where(ok, w, 0.0)
+    # omega carries the offset: at the border fewer taps see it.
     z = tl.load(scale + at, mask=stat_mask, other=0.0) * v + tl.load(offset + at, mask=stat_mask, other=0.0) * omega
     if BIAS:
         z += tl.load(bias + c, mask=stat_mask, other=0.0).to(tl.float32)

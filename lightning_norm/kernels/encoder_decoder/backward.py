@@ -148,11 +148,14 @@ def vjp_decode(
         weight, dweight = beta_weight, dbeta_weight
     if j == 3:
         weight, dweight = gamma_weight, dgamma_weight
+    # The gradients of the four decoders lie one behind the other.
     doutputs += j * rows * channels
     total, blocks = std_units + rescale_units, tl.cdiv(units, H_BLOCK)
     sums = blocks * tl.cdiv(rows, R_BLOCK).to(tl.int32) * SPANS
+    # Two kinds of programs in one launch, for neither reads what the other writes.
     job = tl.where(pid < sums, pid, pid - sums)
     h = job % blocks * H_BLOCK + tl.arange(0, H_BLOCK)
+    # mu and beta read what follows from the mean (even), sigma and gamma what follows from the deviation (odd).
     side = j % 2 * rows
     # dh = p W, over the channels of a span.
     if pid < sums:
@@ -182,6 +185,7 @@ def hidden_gradient(parts, hidden, r, h, q, before, rows, units, total, SPANS: t
     """Return the gradient of the hidden units (R, H) before their ReLU."""
     keep = (r[:, None] < rows) & (h[None, :] < units)
     at = (q * rows + r[:, None]) * total + before + h[None, :]
+    # The ReLU's mask follows from its own output, which was stored: 0 where it was cut off.
     a = tl.load(hidden + at, mask=keep, other=0.0)
     return tl.where(a <= 0.0, 0.0, spans_at(parts, at, keep, 2 * rows * total, SPANS))
 

@@ -129,6 +129,7 @@ def encode(
     second = j >= of_std
     units, before = tl.where(second, rescale_units, std_units), tl.where(second, std_units, 0)
     h = (j - tl.where(second, of_std, 0)) * H_BLOCK + tl.arange(0, H_BLOCK)
+    # Chosen once, outside of the walk: both encoders then run the same code.
     weight = std_weight
     if second:
         weight = rescale_weight
@@ -170,6 +171,7 @@ def encode(
         mean += times(tl.where(keep, k, 0.0), w, R_BLOCK)
         std += times(tl.where(keep, s, 0.0), w, R_BLOCK)
     # Sums of the mean (q = 0), and of the deviation behind them.
+    # One row holds the units of both encoders.
     total = std_units + rescale_units
     keep = (r[:, None] < rows) & (h[None, :] < units)
     at = (tl.program_id(2) * 2 * rows + r[:, None]) * total + before + h[None, :]
@@ -192,6 +194,7 @@ def decoder_output(
     SPANS: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return a decoder's linear layer, (R, C); the hidden units before it are stored where ``stores_hidden``."""
+    # Block by block, for a layer may have more hidden units than a tile holds.
     y = tl.zeros((R_BLOCK, C_BLOCK), tl.float32)
     for begin in range(0, units, H_BLOCK):
         h = begin + tl.arange(0, H_BLOCK)
@@ -228,6 +231,7 @@ def decode(
     sigma = decoder_output(parts, std_bias, sigma_weight, sigma_bias, hidden, stores_hidden, r, c, 1, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
     beta = decoder_output(parts, rescale_bias, beta_weight, beta_bias, hidden, stores_hidden, r, c, 0, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
     gamma = decoder_output(parts, rescale_bias, gamma_weight, gamma_bias, hidden, stores_hidden, r, c, 1, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    # The ReLU of the deviation's decoder; the comparison keeps NaN.
     sigma = tl.where(sigma <= 0.0, 0.0, sigma)
     bent, slope = tanh(beta)
     k, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)

@@ -7,7 +7,7 @@ others, and leaves the parameters' gradients; ``vjp_mix`` spreads the sums again
 import triton
 import triton.language as tl
 
-from lightning_norm.kernels.mixture.forward import layer_and_batch, per_channel, root, weights_of
+from lightning_norm.kernels.mixture.forward import layer_and_batch, mixtures, per_channel, root, weights_of
 from lightning_norm.kernels.passes.backward import read_sum
 
 
@@ -30,14 +30,9 @@ def adjoint(
         fl, el, fb, eb = -al * t0, -0.5 * al * rl * rl * ql, -ab * t0, -0.5 * ab * rb * rb * qb
         dgamma, diota = iota * rb * qb + (1.0 - iota) * rl * ql, gamma * (rb * qb - rl * ql)
     else:
-        center, variance = d * 0.0, d * 0.0
-        if IN >= 0:
-            center, variance = wi * d, zi * vi
-        if LN >= 0:
-            center, variance = center + wl * dl, variance + zl * lv
-        if BN >= 0:
-            center, variance = center + wb * db, variance + zb * bv
+        center, variance = mixtures(d, vi, dl, lv, db, bv, wi, wl, wb, zi, zl, zb, IN, LN, BN)
         # One scale, so layer and batch get the same gradients, to be weighted by w and v.
+        # Computed again from the statistics: saving it would cost an (N, C) tensor and a read.
         r = root(variance, eps)
         q = t1 - center * t0
         fl, el = -gamma * r * t0, -0.5 * gamma * r * r * r * q
@@ -147,6 +142,7 @@ def vjp_columns(
             s1 += tl.where(keep, e1 * lv, 0.0)
             s2 += tl.where(keep, e1 * bv, 0.0)
     c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
+    # The last program's block may reach beyond the channels.
     channel_mask = c < channels
     # Each program owns its channels: nothing is added to by two.
     tl.store(dbatch + c, tl.sum(f, 0), mask=channel_mask)
@@ -179,6 +175,7 @@ def vjp_rows(
     for begin in range(0, per_group, T_BLOCK):
         t = begin + tl.arange(0, T_BLOCK)[None, :]
         keep = (t < per_group) & (j[:, None] < groups_in_all)
+        # A group's number tells its sample and its first channel.
         n = (j // groups)[:, None] + t * 0
         c = (j % groups * per_group)[:, None] + t
         t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
@@ -188,6 +185,7 @@ def vjp_rows(
         )  # fmt: skip
         f += tl.where(keep, fl, 0.0)
         e += tl.where(keep, el, 0.0)
+    # A group lies in one program, so its sums are complete here.
     tl.store(dlayer + j, tl.sum(f, 1), mask=j < groups_in_all)
     tl.store(dlayer + groups_in_all + j, tl.sum(e, 1), mask=j < groups_in_all)
 
@@ -217,6 +215,7 @@ def vjp_mix(
     # Gradients of this (n, c)'s mean and variance: of the instance itself, ...
     dmean, dvar = d * 0.0, d * 0.0
     if IN >= 0:
+        # The instance's own statistics belong to no other (n, c), so nothing was pooled.
         dmean, dvar = fi, ei
     if LN >= 0:
         # ... through the group's statistics, ...
@@ -249,6 +248,7 @@ def store_weight_gradients(
     p0, p1, p2 = part, part, part
     for begin in range(0, jobs, BLOCK):
         q = begin + tl.arange(0, BLOCK)
+        # In blocks and in order, for the same sum in every run; atomics would add in any order.
         p0 += tl.load(weight_partials + q, mask=q < jobs, other=0.0)
         p1 += tl.load(weight_partials + jobs + q, mask=q < jobs, other=0.0)
         p2 += tl.load(weight_partials + 2 * jobs + q, mask=q < jobs, other=0.0)

@@ -55,6 +55,22 @@ def weights_of(t, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.co
 
 
 @triton.jit
+def mixtures(
+    d, vi, dl, lv, db, bv, wi, wl, wb, zi, zl, zb, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Return the mixture of the means, counted from k, and that of the variances, for each element of a tile."""
+    center, variance = d * 0.0, d * 0.0
+    # Only those that take part: where nothing is mixed, all weights are 1.
+    if IN >= 0:
+        center, variance = wi * d, zi * vi
+    if LN >= 0:
+        center, variance = center + wl * dl, variance + zl * lv
+    if BN >= 0:
+        center, variance = center + wb * db, variance + zb * bv
+    return center, variance
+
+
+@triton.jit
 def layer_and_batch(
     layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels,
     LN: tl.constexpr, BN: tl.constexpr, FROZEN: tl.constexpr,
@@ -126,6 +142,7 @@ def pool_columns(
 
     ``factor`` turns a sample's variance into the unbiased one.
     """
+    # Neighbouring threads take neighbouring channels, which lie side by side in (N, C).
     c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
     moments = c < channels
     # Means enter as differences from the first sample's, so that a large mean costs no digits.
@@ -202,6 +219,7 @@ def mix(
     running statistics, TRACK: 1 by the momentum, 2 as the average of all batches.
     """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    # Flat over (N, C), so that few samples of many channels fill a GPU as well as many samples of few.
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
     n = i // channels
@@ -223,6 +241,7 @@ def mix(
     dl, lv, db, bv = layer_and_batch(
         layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels, LN, BN, FROZEN
     )
+    # Without a weight or a bias the defaults leave y as it is.
     gamma = per_channel(weight, c, keep, 1.0, WEIGHT)
     beta = per_channel(bias, c, keep, 0.0, BIAS)
     # Both outputs have the same pivot, so their mixture is one affine map.
@@ -235,13 +254,7 @@ def mix(
         # Center and variance as mixtures; the center counted from k.
         wi, wl, wb = weights_of(w, IN, LN, BN, K, SOFTMAX)
         zi, zl, zb = weights_of(v, IN, LN, BN, K, SOFTMAX)
-        center, variance = k * 0.0, k * 0.0
-        if IN >= 0:
-            center, variance = wi * d, zi * vi
-        if LN >= 0:
-            center, variance = center + wl * dl, variance + zl * lv
-        if BN >= 0:
-            center, variance = center + wb * db, variance + zb * bv
+        center, variance = mixtures(d, vi, dl, lv, db, bv, wi, wl, wb, zi, zl, zb, IN, LN, BN)
         scale = gamma * root(variance, eps)
         offset = beta - scale * center
     tl.store(affine + number + i, scale, mask=keep)

@@ -17,6 +17,7 @@ def activation_grad(g, z, ACT: tl.constexpr):
     if ACT == 1:
         g = tl.where(z <= 0.0, 0.0, g)
     if ACT == 2:
+        # SiLU is z s with s = sigmoid(z), so its slope is s + z s (1 - s).
         s = 1.0 / (1.0 + tl.exp(-z))
         g = g * (s * (1.0 + z * (1.0 - s)))
     return g
@@ -73,6 +74,7 @@ def sums_rows(
         for first in range(BLOCK, piece + ALIGN - 1, BLOCK):
             at = lane + first
             h, hu = products(dy, x, residual, at, at < stop[:, None], at < end[:, None], k, a, b, ACT, RESIDUAL)
+            # Added tile by tile; the sum over the tile is taken once, behind the loop.
             g += h
             gu += hu
     tl.store(total + p * rows + row + r, tl.sum(g, 1), mask=inside)
@@ -174,6 +176,7 @@ def combine_flat(
             z += tl.load(residual + origin + lane, mask=keep, other=0.0).to(tl.float32)
         g = activation_grad(g, z, ACT)
     if RESIDUAL:
+        # The residual was added as it is, so its gradient is g.
         tl.store(dresidual + origin + lane, g.to(dresidual.dtype.element_ty), mask=keep)
     d = a * g
     # The large term last: it alone is rounded at full size.
@@ -208,6 +211,7 @@ def combine_columns(
             z += tl.load(residual + origin + lane, mask=keep, other=0.0).to(tl.float32)
         g = activation_grad(g, z, ACT)
     if RESIDUAL:
+        # The residual was added as it is, so its gradient is g.
         tl.store(dresidual + origin + lane, g.to(dresidual.dtype.element_ty), mask=keep)
     d = a * g
     # The large term last: it alone is rounded at full size.

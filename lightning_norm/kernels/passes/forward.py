@@ -138,6 +138,7 @@ def read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE
 
     var = sum_p n_p / S (var_p + (mean_p - mean)^2), n_p being the elements of piece p.
     """
+    # The first piece, which is the only one without MERGE.
     k = tl.load(hi + at, mask=keep, other=0.0)
     d = tl.load(lo + at, mask=keep, other=0.0)
     v = tl.load(var + at, mask=keep, other=0.0)
@@ -189,6 +190,7 @@ def activation(z, ACT: tl.constexpr):
     if ACT == 1:
         z = tl.where(z <= 0.0, 0.0, z)
     if ACT == 2:
+        # z sigmoid(z); exp overflows to infinity for a very negative z, and the quotient is then 0, as it should be.
         z = z / (1.0 + tl.exp(-z))
     return z
 

@@ -15,11 +15,22 @@ from lightning_norm.kernels.per_channel.running_stats import NAN, TINY
 
 @triton.jit
 def parts_at(
-    total, dot, affine, moments, n, c, keep, number, channels, pieces, sample_stride, stride, g, base, rest, delta, r,
-    f, gamma, w_v, w_b, w_a, b_a, unit_scale, unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr,
-    SCALE: tl.constexpr, AFFINE: tl.constexpr,
+    begin, total, dot, affine, moments, responsibilities, mass, c, inside, samples, number, channels, contexts,
+    responsibility_stride, pieces, sample_stride, stride, size, least, base, rest, delta, r, f, gamma, w_v, w_b, w_a,
+    b_a, unit_scale, unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr, CONTEXTS: tl.constexpr,
+    SCALE: tl.constexpr, AFFINE: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return, for a tile (N, K, C), what each sample sends to the sums over samples; ``e`` is mean_n - mean_B."""
+    """Return a tile of samples, their mask and weights, and for (N, K, C) what each sends to the sums over samples.
+
+    ``e`` is mean_n - mean_B. Both walks need all of it, and to store it would cost more than to compute it again.
+    """
+    n = begin + tl.arange(0, N_BLOCK)
+    keep = (n[:, None] < samples) & inside[None, :]
+    g, a = weights_at(
+        responsibilities, responsibility_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK
+    )
+    # Statistics and gamma are those of a context and a channel, (K, C), the same for every sample.
+    base, rest, delta, r, gamma = base[None, :, :], rest[None, :, :], delta[None, :, :], r[None, :, :], gamma[None, :, :]  # noqa: E501  # fmt: skip
     # The two sums that the pass over dy and x left for each (n, c).
     i = n[:, None] * channels + c[None, :]
     at = n[:, None].to(tl.int64) * sample_stride + c[None, :]
@@ -51,7 +62,7 @@ def parts_at(
     dz = direct
     if SCALE:
         dz = direct + u1 * w_v * r
-    return (k + d)[:, None, :], d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz
+    return n, keep, g, a, (k + d)[:, None, :], d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz
 
 
 @triton.jit
@@ -82,36 +93,38 @@ def channels_vjp(
     rows = contexts * channels
     # What ``channels_of`` stored: mean, delta and r; then the parameters.
     base, rest = tl.load(stats + at, mask=kc_mask, other=0.0), tl.load(stats + rows + at, mask=kc_mask, other=0.0)
+    # Stored by the forward pass: what was chosen there, such as a clamped r, cannot be computed from V again.
     delta, r = (
         tl.load(stats + 4 * rows + at, mask=kc_mask, other=0.0),
         tl.load(stats + 5 * rows + at, mask=kc_mask, other=0.0),
     )
     gamma, factor = per_channel(weight, at, kc_mask, 1.0, WEIGHT), 1.0
     if PRIOR:
+        # A context's share of the data scales its gamma and beta alike, and both gradients with them.
         factor = prior_scale(survey_out, contexts, K_BLOCK)[:, None]
         gamma = gamma * factor
     w_v, w_b = per_channel(scale_weight, c, inside, 0.0, SCALE), per_channel(scale_bias, c, inside, 0.0, SCALE)
     w_a, b_a = per_channel(affine_weight, c, inside, 0.0, AFFINE), per_channel(affine_bias, c, inside, 0.0, AFFINE)
+    # f stays 1 without a centering, so that the same lines serve every method.
     f = 1.0 + per_channel(center_weight, c, inside, 0.0, CENTER)
+    # Without contexts every sample weighs the same, and no mass is asked for.
     mass = tl.zeros((K_BLOCK,), tl.float32)
     if CONTEXTS:
         mass = masses(responsibilities, responsibility_stride, samples, contexts, N_BLOCK, K_BLOCK)
     # First walk.
     if RANKS != 2:
+        # A tile for each sum, reduced over samples once at the end: fewer reductions, and always in one order.
         zero = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
         by_gamma, by_beta, by_r, by_center = zero, zero, zero, zero
         by_m, by_v, by_b, by_a, by_c = zero, zero, zero, zero, zero
         for begin in range(0, samples, N_BLOCK):
-            n = begin + tl.arange(0, N_BLOCK)
-            keep = (n[:, None] < samples) & inside[None, :]
-            g, a = weights_at(
-                responsibilities, responsibility_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK
-            )
-            mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
-                total, dot, affine, moments, n, c, keep, number, channels, pieces, sample_stride, stride, g,
-                base[None, :, :], rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b,
-                w_a, b_a, unit_scale, unit_affine, MOMENTS, MERGE, SCALE, AFFINE,
+            n, keep, g, a, mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
+                begin, total, dot, affine, moments, responsibilities, mass, c, inside, samples, number, channels,
+                contexts, responsibility_stride, pieces, sample_stride, stride, size, least, base, rest, delta, r, f,
+                gamma, w_v, w_b, w_a, b_a, unit_scale, unit_affine, MOMENTS, MERGE, CONTEXTS, SCALE, AFFINE, N_BLOCK,
+                K_BLOCK,
             )  # fmt: skip
+            # What every method needs: the gradients of scale, offset and center.
             by_gamma += q * gain
             by_beta += beta
             by_center -= dz
@@ -149,6 +162,7 @@ def channels_vjp(
             dvariance = tl.where(
                 variance >= TINY, 0.5 * tl.div_rn(dvariance, tl.sqrt_rn(tl.maximum(variance, TINY))), 0.0
             )
+        # Each program has all samples of its channels, so these are whole gradients and no parts of them.
         tl.store(dweight + at, dgamma * r * factor, mask=kc_mask)
         tl.store(dbias + at, tl.sum(by_beta, 0) * factor, mask=kc_mask)
         # The gradients of U and V go to the other ranks before anything follows from them.
@@ -190,20 +204,18 @@ def channels_vjp(
             dpart = tl.where(part > 0.0, -1.0 * size / tl.cast(least, tl.float32), 0.0)
             every = tl.zeros((N_BLOCK, K_BLOCK), tl.float32)
         for begin in range(0, samples, N_BLOCK):
-            n = begin + tl.arange(0, N_BLOCK)
-            keep = (n[:, None] < samples) & inside[None, :]
-            g, a = weights_at(
-                responsibilities, responsibility_stride, mass, n, samples, contexts, size, least, CONTEXTS, K_BLOCK
-            )
-            mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
-                total, dot, affine, moments, n, c, keep, number, channels, pieces, sample_stride, stride, g,
-                base[None, :, :], rest[None, :, :], delta[None, :, :], r[None, :, :], f, gamma[None, :, :], w_v, w_b,
-                w_a, b_a, unit_scale, unit_affine, MOMENTS, MERGE, SCALE, AFFINE,
+            n, keep, g, a, mean, d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz = parts_at(
+                begin, total, dot, affine, moments, responsibilities, mass, c, inside, samples, number, channels,
+                contexts, responsibility_stride, pieces, sample_stride, stride, size, least, base, rest, delta, r, f,
+                gamma, w_v, w_b, w_a, b_a, unit_scale, unit_affine, MOMENTS, MERGE, CONTEXTS, SCALE, AFFINE, N_BLOCK,
+                K_BLOCK,
             )  # fmt: skip
             # Through z, through the gates, and through mean_B and the variance between samples.
             dmean = f * dz - direct + a * (dbatch[None, :, :] + curve[None, :, :] * e)
             if AFFINE:
+                # The affine gate looks at the plain mean, and adds to its gradient directly.
                 dmean += u2 * w_a
+            # d var / dx = 2 (x - mean) / S: the slope is for x - mean, and dx is written in x - k.
             slope = tl.sum(a * dvariance[None, :, :], 1) * 2.0 / size
             i = n[:, None] * channels + c[None, :]
             tl.store(dx_affine + i, tl.sum(dmean, 1) / size - slope * d, mask=keep)
@@ -215,6 +227,7 @@ def channels_vjp(
                 dresponsibility = tl.sum((t1[:, None, :] + t0[:, None, :] * (z - d[:, None, :])) * (gamma * r)[None, :, :] + t0[:, None, :] * beta_[None, :, :], 2)  # noqa: E501  # fmt: skip
                 fraction = tl.sum(g, 2) / wide[None, :]
                 every += by_weight * (dpart[None, :] * (1.0 / samples - fraction) - (1.0 - part)[None, :] * fraction / wide[None, :])  # noqa: E501  # fmt: skip
+                # Only real samples and contexts: tiles are padded to powers of two.
                 here = (n[:, None] < samples) & (q_[None, :] < contexts)
                 dresponsibility += by_weight * ((1.0 - part) / wide)[None, :]
                 tl.store(dresponsibilities + (n[:, None] + 1) * contexts + q_[None, :], dresponsibility, mask=here)

@@ -29,6 +29,7 @@ def masses(responsibilities, stride, samples, contexts, N_BLOCK: tl.constexpr, K
     for begin in range(0, samples, N_BLOCK):
         n = begin + tl.arange(0, N_BLOCK)
         inside = (n[:, None] < samples) & (q[None, :] < contexts)
+        # Kept apart by sample and added up at the end: a tile is reduced once, not in every turn.
         mass += tl.load(responsibilities + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
     return tl.sum(mass, 0)
 
@@ -61,6 +62,7 @@ def prior_scale(survey_out, contexts, K_BLOCK: tl.constexpr):
     """Return 1 / sqrt of each context's prior, (K,), at most 10; a new context has the others' factor."""
     q = tl.arange(0, K_BLOCK)
     prior = tl.load(survey_out + 2 + 2 * contexts + q, mask=q < contexts, other=0.0)
+    # A rare context would be scaled without bound; 0.01 is where the factor is 10.
     factor = tl.rsqrt(tl.maximum(prior, 0.01, propagate_nan=NAN))
     return tl.where(prior > 0.0, factor, tl.sum(prior * factor, 0))
 
@@ -79,11 +81,13 @@ def running_of(
     mean = tl.load(running_mean + at, mask=kc_mask, other=0.0)
     var = tl.load(running_var + at, mask=kc_mask, other=0.0)
     # All contexts together, by the law of total variance with their priors as weights.
+    # Each is counted from the mean of all: differences of large means keep their digits in float32.
     first = tl.sum(prior * mean, 0)
     away = mean - first[None, :]
     rest = tl.sum(prior * away, 0)[None, :]
     pooled = tl.sum(prior * (var + (away - rest) * (away - rest)), 0)[None, :]
     if POOLED:
+        # True for every context, as a tensor and not as a constant of the compiler.
         new = new | (prior >= 0.0)
     return first, tl.where(new, rest, away), tl.where(new, pooled, var)
 
@@ -145,6 +149,7 @@ def pool_channels(
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
     inside = c < channels
+    # The first sample's mean is near all others of the channel, and costs one load.
     first = tl.load(hi + c, mask=inside, other=0.0)
     w_m = per_channel(center_weight, c, inside, 0.0, CENTER)
     mean, within, between = batch_of(
@@ -155,6 +160,7 @@ def pool_channels(
     more = w_m * first
     near = first + more  # and what rounding both has left
     away = tl.fma(w_m, first, -more) + (more - (near - first)) + (1.0 + w_m) * tl.sum(mean, 0)
+    # As hi and lo: other ranks count from means of their own, and need all digits.
     rounded = near + away
     tl.store(batch + c, rounded, mask=inside)
     tl.store(batch + channels + c, away - (rounded - near), mask=inside)

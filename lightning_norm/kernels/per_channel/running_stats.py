@@ -77,8 +77,10 @@ def survey(
                 c = begin + tl.arange(0, BLOCK)
                 keep = c < channels
                 k, d, v = read_moments(hi, lo, var, n.to(tl.int64) * sample_stride + c, keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+                # Written so that a NaN, for which every comparison is false, counts as bad.
                 bad += tl.where(keep & ~(tl.abs(k + v) < float("inf")), 1, 0)
                 if NORM:
+                    # The mean square of x in this channel: its variance and its mean squared.
                     squares += tl.where(keep, v + (k + d) * (k + d), 0.0)
                 if GATE:
                     inside = real[:, None] & keep[None, :]
