@@ -123,10 +123,7 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
 
 def run(x: Tensor, call: Call) -> Tensor:
     """Do what :func:`normalize` says: by its equations on the kernels, or by the passes around the algebra."""
-    static_shape = torch_private.static_shape
-    wrong_shape = call.residual is not None and static_shape(call.residual) != static_shape(x)
-    if call.activation not in ACTIVATIONS or wrong_shape:
-        raise ValueError(f"normalize: {_wrong_ending(x, call)}")
+    check_ending(x, call.activation, call.residual)
     if call.depthwise_conv is not None and call.layout.channel_dim != 1:
         # A convolution takes its channels on the second axis: a view of tokens has them there.
         x = x.movedim(-1, 1)
@@ -161,11 +158,16 @@ def _kind_of_launch(x: Tensor, call: Call) -> tuple[Any, ...] | None:
     return getattr(call.algebra, "__qualname__", None), call.activation, call.residual is None
 
 
-def _wrong_ending(x: Tensor, call: Call) -> str:
-    if call.activation not in ACTIVATIONS:
-        return f"activation must be one of {tuple(ACTIVATIONS)}, got {call.activation!r}."
-    assert call.residual is not None
-    return f"residual has shape {tuple(call.residual.shape)}, x {tuple(x.shape)}: they must agree."
+def check_ending(x: Tensor, activation: str, residual: Tensor | None) -> None:
+    """Check what comes behind the normalization.
+
+    Raises:
+        ValueError: an unknown activation, or a residual of another shape than x.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}.")
+    if residual is not None and torch_private.static_shape(residual) != torch_private.static_shape(x):
+        raise ValueError(f"normalize: residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}: they must agree.")
 
 
 def _normalize_plainly(x: Tensor, call: Call) -> Tensor:
