@@ -20,6 +20,7 @@ from lightning_norm.errors import OptimizerError as OptimizerError
 from lightning_norm.errors import ParameterGrowthWarning as ParameterGrowthWarning
 from lightning_norm.errors import SyncError as SyncError
 from lightning_norm.errors import SyncWarning as SyncWarning
+from lightning_norm.errors import UnsuitableNormWarning as UnsuitableNormWarning
 from lightning_norm.errors import WeightDecayWarning as WeightDecayWarning
 from lightning_norm.errors import WriteError as WriteError
 from lightning_norm.layers.choice import Choice as Choice
@@ -33,6 +34,8 @@ from lightning_norm.normalizers import BatchNorm as BatchNorm
 from lightning_norm.normalizers import BatchRenorm as BatchRenorm
 from lightning_norm.normalizers import ContextNorm as ContextNorm
 from lightning_norm.normalizers import DiminishingBatchNorm as DiminishingBatchNorm
+from lightning_norm.normalizers import DynamicErf as DynamicErf
+from lightning_norm.normalizers import DynamicTanh as DynamicTanh
 from lightning_norm.normalizers import FilterResponseNorm as FilterResponseNorm
 from lightning_norm.normalizers import GroupNorm as GroupNorm
 from lightning_norm.normalizers import InstanceNorm as InstanceNorm

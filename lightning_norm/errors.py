@@ -14,6 +14,10 @@ class LeftAloneWarning(UserWarning):
     """A swap has passed over normalization layers that nobody said should stay."""
 
 
+class UnsuitableNormWarning(UserWarning):
+    """A swap puts a method where its authors say that it does not belong."""
+
+
 class NotReachedWarning(UserWarning):
     """Layers of a swap did not run, or their parameters got no gradient, in a training step."""
 

@@ -60,6 +60,9 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     required_callback: ClassVar[str] = ""
     """The callback that it does not work without."""
 
+    not_for: ClassVar[dict[str, str]] = {}
+    """Families of torch's layers that it does not replace well -> why, for the warning of a swap."""
+
     growth_hint: ClassVar[str] = ""
     """What the user can do about the parameters it adds, for the warning of a swap that adds many."""
 

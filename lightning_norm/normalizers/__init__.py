@@ -22,6 +22,8 @@ from lightning_norm.normalizers.context.assignment import contexts as contexts
 from lightning_norm.normalizers.context.assignment import fit_contexts as fit_contexts
 from lightning_norm.normalizers.context.context_norm import ContextNorm as ContextNorm
 from lightning_norm.normalizers.diminishing_batch_norm import DiminishingBatchNorm as DiminishingBatchNorm
+from lightning_norm.normalizers.dynamic_erf import DynamicErf as DynamicErf
+from lightning_norm.normalizers.dynamic_tanh import DynamicTanh as DynamicTanh
 from lightning_norm.normalizers.filter_response_norm import FilterResponseNorm as FilterResponseNorm
 from lightning_norm.normalizers.group_norm import GroupNorm as GroupNorm
 from lightning_norm.normalizers.group_norm import LayerNorm as LayerNorm

@@ -12,7 +12,7 @@ from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.normalize import activated, normalize
+from lightning_norm.ops.normalize import activated, check_ending, normalize
 
 
 class FilterResponseNorm(MomentNorm):
@@ -82,6 +82,7 @@ class FilterResponseNorm(MomentNorm):
         if self.tau is None:
             return super()._normalize(input, activation, residual)
         y = super()._normalize(input, "none", None)
+        check_ending(y, activation, residual)
         if torch.compiler.is_compiling() or torch_private.is_transformed() or not y.numel():
             z = torch.maximum(y.to(at_least_float32(y.dtype)), _along(self.tau, y, self.channel_dim)).to(y.dtype)
         else:

@@ -144,7 +144,7 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
 def run(x: Tensor, call: Call) -> Tensor:
     """Do what :func:`normalize` says: by its equations on the kernels, or by the passes around the algebra."""
     if call.residual is not None or call.activation not in ACTIVATIONS:
-        _check_ending(x, call)
+        check_ending(x, call.activation, call.residual)
     if call.depthwise_conv is not None and call.layout.channel_dim != 1:
         # A convolution takes its channels on the second axis: a view of tokens has them there.
         x = x.movedim(-1, 1)
@@ -181,12 +181,16 @@ def _kind_of_launch(x: Tensor, call: Call) -> tuple[Any, ...] | None:
     return getattr(call.algebra, "__qualname__", None), call.activation, call.residual is None
 
 
-def _check_ending(x: Tensor, call: Call) -> None:
-    """Refuse an unknown activation, and a residual in another shape than x."""
-    if call.activation not in ACTIVATIONS:
-        raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {call.activation!r}.")
+def check_ending(x: Tensor, activation: str, residual: Tensor | None) -> None:
+    """Refuse an unknown activation, and a residual in another shape than x.
+
+    Raises:
+        ValueError: one of them.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}.")
     # By static shapes, since torch.jit.trace warns where traced ones are compared.
-    shape, wanted = (None if t is None else torch_private.static_shape(t) for t in (call.residual, x))
+    shape, wanted = (None if t is None else torch_private.static_shape(t) for t in (residual, x))
     if shape is not None and shape != wanted:
         raise ValueError(f"normalize: residual has shape {shape}, x {wanted}: they must agree.")
 

@@ -19,6 +19,7 @@ from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.reach import check_reach, tell
 from lightning_norm.surgery.select import Left, ModuleSlot
 from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.torch_layers import FAMILIES
 
 MANY = 100_000
 """Parameters that are worth a word wherever they make a model larger by more than a tenth."""
@@ -204,6 +205,18 @@ class SwapReport:
             f"the swap adds {_spaced(added)} parameters to the model's {_spaced(before)} (+{added / before:.0%}); "
             f"optimizer states and checkpoints grow with them. {'. '.join(ways)}."
         )
+
+    def unsuitable(self) -> str:
+        """Return what to tell of layers in whose place a method does not belong; "" if there are none."""
+        told = []
+        for family, kinds in FAMILIES.items():
+            replaced = [(s.name, layer) for s, layer in self._undo if isinstance(s.module, kinds)]
+            for cls in {type(layer): None for _, layer in replaced if family in layer.not_for}:
+                names = [name for name, layer in replaced if type(layer) is cls]
+                some = ", ".join(names[:3] + ["..."] * (len(names) > 3))
+                count = f"{len(names)} {family} layer{'s' * (len(names) > 1)}"
+                told.append(f"{cls.__name__} in place of {count} ({some}): {cls.not_for[family]}.")
+        return " ".join(told)
 
     def left_alone(self, options: SwapOptions) -> str:
         """Return what to tell of layers that were passed over; "" where the options have left them out.

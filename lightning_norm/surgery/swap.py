@@ -10,7 +10,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_norm.errors import AlreadySwappedError, LeftAloneWarning, NoEffectWarning, ParameterGrowthWarning
+from lightning_norm.errors import (
+    AlreadySwappedError,
+    LeftAloneWarning,
+    NoEffectWarning,
+    ParameterGrowthWarning,
+    UnsuitableNormWarning,
+)
 from lightning_norm.layers.arguments import plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers.context.assignment import ContextState
@@ -78,6 +84,8 @@ def swap(model: nn.Module, options: SwapCall) -> SwapReport:
     check_not_empty(model, report, slots, options.source, options.on_empty)
     if report.growth():
         warnings.warn(report.growth(), ParameterGrowthWarning, stacklevel=3)
+    if unsuitable := report.unsuitable():
+        warnings.warn(unsuitable, UnsuitableNormWarning, stacklevel=3)
     if left := report.left_alone(options):
         warnings.warn(left, LeftAloneWarning, stacklevel=3)
     activations = report.find_activations(model, options.fuse_activation, options.example)

@@ -27,7 +27,13 @@ from lightning_norm.callbacks.swap.manifest_hooks import patch_checkpoint_hooks,
 from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, decayed_norms, optimizers_in
 from lightning_norm.callbacks.swap.regroup import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.swap.saved_plan import read_plan
-from lightning_norm.errors import LeftAloneWarning, ParameterGrowthWarning, PlanError, WeightDecayWarning
+from lightning_norm.errors import (
+    LeftAloneWarning,
+    ParameterGrowthWarning,
+    PlanError,
+    UnsuitableNormWarning,
+    WeightDecayWarning,
+)
 from lightning_norm.ops.compiled import on_compile
 from lightning_norm.surgery.manifest import write_manifest
 from lightning_norm.surgery.options import SwapOptions, takes_options, with_fields
@@ -420,6 +426,8 @@ class NormSwap(Callback):
             check_not_empty(pl_module, self.report, self._slots, source, "warn", already_present=self.options.targets)
             if growth := self.report.growth():
                 rank_zero_warn(growth, category=ParameterGrowthWarning)
+            if unsuitable := self.report.unsuitable():
+                rank_zero_warn(unsuitable, category=UnsuitableNormWarning)
             if left := self.report.left_alone(self.options):
                 rank_zero_warn(left, category=LeftAloneWarning)
             warn_ignored(trainer, pl_module)

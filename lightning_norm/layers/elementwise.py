@@ -1,0 +1,136 @@
+"""Functions of each element alone that stand where a normalizer stood: nothing is measured, and nothing is pooled."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_norm.layers.arguments import stateless
+from lightning_norm.layers.base import MomentNorm
+from lightning_norm.ops import torch_private
+from lightning_norm.ops.compiled import compiled_forward
+from lightning_norm.ops.layout import Layout, at_least_float32, layout_of, without_autocast
+from lightning_norm.ops.normalize import activated, check_ending
+
+
+class ElementwiseNorm(MomentNorm):
+    """Abstract: gamma f(alpha x + s) + beta, with numbers alpha and perhaps s; a subclass has f and its slope.
+
+    Args:
+        num_features: channels.
+        alpha_init: where alpha starts.
+        shifted: learn s, ``offset``, which starts at 0.
+        options: affine, bias, channel_dim, device, dtype: see :class:`MomentNorm`; an eps is taken and not used.
+
+    Raises:
+        ValueError: alpha_init is no finite number.
+    """
+
+    train_uses_batch_stats: ClassVar[bool] = False
+    extra_parameters: ClassVar[dict[str, str]] = {"alpha": "1"}
+    repr_arguments: ClassVar[tuple[str, ...]] = ("alpha_init",)
+    not_for: ClassVar[dict[str, str]] = {
+        "BatchNorm": "its authors replace LayerNorm by it, and report that it does not replace BatchNorm without loss; "
+        "type source='LayerNorm', or choose another method"
+    }
+    alpha: nn.Parameter
+    offset: nn.Parameter | None
+
+    def __init__(self, num_features: int, *, alpha_init: float, shifted: bool, **options: Any) -> None:
+        if isinstance(alpha_init, str) or not math.isfinite(alpha_init):
+            raise ValueError(f"{type(self).__name__}: alpha_init must be a finite number, got {alpha_init!r}.")
+        self.alpha_init = float(alpha_init)
+        super().__init__(num_features, **stateless(type(self).__name__, options))
+        self._add_parameters(options, alpha=(1,), offset=(1,) if shifted else None)
+
+    @staticmethod
+    def function(u: Tensor) -> Tensor:
+        """Return f."""
+        raise NotImplementedError
+
+    @staticmethod
+    def slope(u: Tensor, f: Tensor) -> Tensor:
+        """Return the derivative of f at u, given f there."""
+        raise NotImplementedError
+
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return the start of alpha, and 0 for s."""
+        return {"alpha": self.alpha_init, "offset": 0.0}
+
+    def statistic_size(self, n: int, size: int) -> int:
+        """Return 2: there are no statistics, so no input is too small for them."""
+        return 2
+
+    def monitor(self) -> dict[str, Tensor]:
+        """Return alpha, and s where there is one."""
+        shown = {"alpha": self.alpha, "offset": self.offset}
+        return {name: t.detach().squeeze() for name, t in shown.items() if t is not None}
+
+    def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+        layout = layout_of(input, self.num_features, self.channel_dim, type(self).__name__)
+        check_ending(input, activation, residual)
+        if self.compiled and not torch.compiler.is_compiling() and not torch_private.is_transformed():
+            y = compiled_forward(self, input, _plainly, None, vars(self).get("_compile_options"))
+        elif torch.compiler.is_compiling() or torch_private.is_transformed():
+            y = _plainly(self, input)
+        else:
+            parameters = self.alpha, self.offset, self.weight, self.bias
+            with without_autocast(input):
+                y = _Elementwise.apply(input, *parameters, type(self), layout)
+        return activated(y, activation, residual)
+
+
+def _plainly(layer: ElementwiseNorm, x: Tensor) -> Tensor:
+    layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
+    return _value(x, layer.alpha, layer.offset, layer.weight, layer.bias, type(layer), layout)[2].to(x.dtype)
+
+
+def _value(
+    x: Tensor,
+    alpha: Tensor,
+    offset: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    cls: type[ElementwiseNorm],
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return alpha x + s, f of it, and y, in float32 at least."""
+    wide = at_least_float32(x.dtype)
+    u = x.to(wide) * alpha.to(wide)
+    u = u if offset is None else u + offset.to(wide)
+    f = cls.function(u)
+    y = f if weight is None else f * layout.broadcast_to_input(weight.to(wide).unsqueeze(0))
+    return u, f, y if bias is None else y + layout.broadcast_to_input(bias.to(wide).unsqueeze(0))
+
+
+class _Elementwise(torch.autograd.Function):
+    """Keep x alone for the backward pass, and compute the rest anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *parameters, ctx.cls, ctx.layout = rest
+        ctx.save_for_backward(x, *parameters)
+        return _value(x, *rest)[2].to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, offset, weight, bias = ctx.saved_tensors
+        need, layout = ctx.needs_input_grad, ctx.layout
+        u, f, _ = _value(x, alpha, offset, weight, None, ctx.cls, layout)
+        dy = grads[0].to(u.dtype)
+        du = dy * ctx.cls.slope(u, f)
+        if weight is not None:
+            du = du * layout.broadcast_to_input(weight.to(u.dtype).unsqueeze(0))
+        axes = [d for d in range(x.dim()) if d != layout.channel_dim % x.dim()]
+        return (
+            (du * alpha.to(u.dtype)).to(x.dtype) if need[0] else None,
+            (du * x.to(u.dtype)).sum().view(1).to(alpha.dtype) if need[1] else None,
+            du.sum().view(1).to(offset.dtype) if need[2] else None,
+            (dy * f).sum(axes).to(weight.dtype) if need[3] else None,
+            dy.sum(axes).to(bias.dtype) if need[4] else None,
+            None,
+            None,
+        )
