@@ -69,8 +69,8 @@ def evaluation_ignores_batch_mates(make: Make) -> None:
 @check
 def choice_is_what_it_computes(make: Make) -> None:
     """Where ``choice`` names a plain normalizer, with all weight on it, ``harden`` keeps what evaluation computes."""
-    model = nn.Sequential(make(C)).double()
-    choice = model[0].choice(1.0)
+    layer = make(C)
+    model, choice = nn.Sequential(layer).double(), layer.choice(1.0)
     if choice is None or not choice.norm:
         return
     x = features(5, C, 7, 3, dtype=torch.float64)
