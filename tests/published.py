@@ -241,7 +241,12 @@ LAYERS = {
 }
 """What a layer is called -> its class, for a number of channels."""
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+
+def write_files(folder, c=20):
+    """A file per layer, which is the layer "0" of a network."""
     for name, make in LAYERS.items():
-        torch.save({"state_dict": trained(nn.Sequential(make(20))).state_dict()}, folder / f"{name}.pth")
+        torch.save({"state_dict": trained(nn.Sequential(make(c))).state_dict()}, Path(folder) / f"{name}.pth")
+
+
+if __name__ == "__main__":
+    write_files(sys.argv[1])

@@ -8,7 +8,7 @@ from lightning_norm import NormSwap, load_from_checkpoint
 from lightning_norm.cli.main import main
 from lightning_norm.errors import PublishedFileWarning
 from tests.callbacks.toy import Net, loader, trainer
-from tests.published import LAYERS, SN, trained
+from tests.published import LAYERS, SN, trained, write_files
 
 KEYS = {
     "sn": "sn",
@@ -55,14 +55,14 @@ def test_the_new_file_is_a_checkpoint_of_a_swapped_network(folder, capsys):
     assert torch.load("sn.ckpt", weights_only=True)["lightning_norm"]["layers"]
 
 
-@pytest.mark.parametrize("name", KEYS)
-def test_every_kind(name, folder):
-    torch.save(trained(nn.Sequential(LAYERS[name](20))).state_dict(), "published.pth")
-    more = ["--norm_args", "{priors: [0.2, 0.5, 0.3]}"] if name == "cn" else []
-    main(["convert", "published.pth", "--norm", KEYS[name], "--out", "ours.ckpt", *more])
-    content = torch.load("ours.ckpt", weights_only=True)
-    (row,) = content["lightning_norm"]["layers"]
-    assert (row["name"], row["source"], row["norm"]["class_path"]) == ("0", "BatchNorm2d", KEYS[name])
+def test_every_kind(folder):
+    write_files(folder)
+    for name in KEYS:
+        more = ["--norm_args", "{priors: [0.2, 0.5, 0.3]}"] if name == "cn" else []
+        main(["convert", f"{name}.pth", "--norm", KEYS[name], "--out", "ours.ckpt", *more])
+        content = torch.load("ours.ckpt", weights_only=True)
+        (row,) = content["lightning_norm"]["layers"]
+        assert (row["name"], row["source"], row["norm"]["class_path"]) == ("0", "BatchNorm2d", KEYS[name])
 
 
 def test_what_a_file_is_of(folder, capsys):

@@ -201,8 +201,8 @@ def test_the_file_is_read_without_running_code(tmp_path):
 
     path = tmp_path / "bad.pth"
     with path.open("wb") as file:
-        pickle.dump({"sn1.weight": Malicious()}, file)
-    with pytest.raises(CheckpointError, match="run code|cannot read"):
+        pickle.dump({"sn1.weight": Malicious()}, file, protocol=2)
+    with pytest.raises(CheckpointError, match="would run code"):
         load_published(nn.Sequential(nn.BatchNorm2d(6)), path, "sn")
 
 
