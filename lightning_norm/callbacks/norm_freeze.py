@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -183,11 +182,10 @@ def _warn_of_fresh(layers: dict[str, nn.Module]) -> None:
     """Warn of running statistics that nothing has moved: normalizing by 0 and 1 leaves the input as it is."""
     fresh = [name for name, layer in layers.items() if holds_statistics(layer) and _is_fresh(layer)]
     if fresh:
-        warnings.warn(
+        rank_zero_warn(
             f"NormFreeze: the running statistics of {len(fresh)} layers (first: {fresh[0]}) are at their start, mean 0 "
             "and variance 1: frozen, these layers do not normalize. Load weights first, or type a later at_epoch.",
-            NoEffectWarning,
-            stacklevel=2,
+            category=NoEffectWarning,
         )
 
 

@@ -211,9 +211,12 @@ def _nearest_divisors(number: int, wanted: Any) -> list[int]:
     return sorted(sorted(fit, key=lambda d: abs(d - wanted) if isinstance(wanted, int) else d)[:4])
 
 
-def settled_groups(arguments: Mapping[str, Any], num_groups: int) -> dict[str, Any]:
-    """Return arguments with the number of groups that follows from them."""
-    return {**{k: v for k, v in arguments.items() if k != "channels_per_group"}, "num_groups": num_groups}
+def settled_groups(cls: type, arguments: Mapping[str, Any], num_groups: int | None) -> dict[str, Any]:
+    """Return arguments of a class with the number of groups that follows from them; ``None`` for no groups."""
+    if "num_groups" not in arguments_of(cls):
+        return dict(arguments)
+    settled = {k: v for k, v in arguments.items() if k not in ("num_groups", "channels_per_group")}
+    return settled if num_groups is None else {**settled, "num_groups": num_groups}
 
 
 def check_zero_weight(layer: Any, source: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.layers.arguments import number_of_groups, settled_groups
+from lightning_norm.layers.arguments import arguments_of, number_of_groups, settled_groups
 from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.choice import Choice
 
@@ -57,13 +57,13 @@ class MixedNorm(MomentNorm):
 
     def settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments with the number of groups where there are groups, and without where there are none."""
-        settled = settled_groups(arguments, self.num_groups)
-        return settled if "gn" in self.choices else {k: v for k, v in settled.items() if k != "num_groups"}
+        return settled_groups(type(self), arguments, self.num_groups if "gn" in self.choices else None)
 
     @classmethod
     def earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments, with the 32 groups that no number has meant before "auto"."""
-        return {**({"num_groups": 32} if "gn" in (arguments.get("choices") or ()) else {}), **arguments}
+        groups = "gn" in (arguments.get("choices") or ()) and "num_groups" in arguments_of(cls)
+        return {**({"num_groups": 32} if groups else {}), **arguments}
 
     def start_values(self) -> dict[str, float | Tensor]:
         """Return 1 for every entry: all statistics count alike."""

@@ -59,8 +59,7 @@ class GroupNorm(MomentNorm):
 
     def settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments with the number of groups."""
-        takes_groups = "num_groups" in arguments_of(type(self))
-        return settled_groups(arguments, self.num_groups) if takes_groups else dict(arguments)
+        return settled_groups(type(self), arguments, self.num_groups)
 
     @classmethod
     def earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -188,7 +188,8 @@ def key_or_path(cls: type[Normalizer]) -> str:
     >>> key_or_path(SwitchableNorm)
     'sn'
     """
-    return cls.key or f"{cls.__module__}.{cls.__qualname__}"
+    # A subclass inherits the key of its base, which stands for the base.
+    return cls.key if Normalizer.registry.get(cls.key) is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _origin(module: nn.Module, row: SwappedLayer) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_norm import NormSwap, create, load_from_checkpoint, swap
+from lightning_norm import GroupNorm, NormSwap, create, load_from_checkpoint, swap
 from lightning_norm.errors import CheckpointError
 from lightning_norm.surgery.manifest import difference, manifest_in, manifest_of, rebuild
 from tests.callbacks.toy import Net, loader, trainer
@@ -105,6 +105,21 @@ def test_checkpoints_and_plans_hold_the_number_of_each_layer(tmp_path):
     plan.write_text(swap(Wide(), "gn").to_yaml())
     trainer(NormSwap(plan=str(plan))).test(planned := Wide(), loader(), verbose=False)
     assert [planned.net[i].num_groups for i in (1, 3)] == [12, 16]
+
+
+class Four(GroupNorm):
+    """A class of the user's own, whose number of groups is no argument."""
+
+    def __init__(self, num_features, *, eps=1e-5):
+        super().__init__(num_features, num_groups=4, eps=eps)
+
+
+def test_a_class_that_chooses_by_itself():
+    model = network(8)
+    report = swap(model, Four, norm_args={"eps": 0.1})
+    assert report.layers[0].norm["init_args"] == {"eps": 0.1}
+    rebuild(again := network(8), manifest_in({"lightning_norm": manifest_of(model)}))
+    assert (again[0].num_groups, again[0].eps) == (4, 0.1)
 
 
 def test_files_of_earlier_versions_mean_32_groups():

@@ -32,6 +32,7 @@ from lightning_norm.callbacks.monitor.quantities import (
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.scheduler.norm_scheduler import NormScheduler
 from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning
+from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.text_tables import aligned
 
 
@@ -188,7 +189,7 @@ class NormMonitor(Callback):
         # By name, because some of these classes need packages that may not be installed.
         elif any(name in strategy for name in ("FSDP", "DeepSpeed", "ModelParallel")):
             reason = f"{strategy} shards the parameters, and no rank holds a whole layer."
-        elif not self._read(pl_module, trainer.global_step):
+        elif not (self._read(pl_module, trainer.global_step) or _scheduled_in_torch(trainer)):
             reason = "no layer of the model has anything to show."
         if reason:
             warnings.warn(f"NormMonitor logs nothing: {reason}", NoEffectWarning, stacklevel=2)
@@ -324,7 +325,8 @@ class NormMonitor(Callback):
             for callback in callbacks_of(trainer):
                 if isinstance(callback, NormScheduler):
                     callback.set_values(trainer)
-        values = {**self._read(pl_module, step), **hyper_parameters(pl_module, only_scheduled=True)}
+        scheduled = {**hyper_parameters(pl_module, only_scheduled=True), **_scheduled_in_torch(trainer)}
+        values = {**self._read(pl_module, step), **scheduled}
         scalars = {self.tag(series): value for series, value in values.items()}
         scalars.update({self.tag(series, "_by_depth"): value for series, value in depth_means(values).items()})
         for logger in trainer.loggers:
@@ -359,3 +361,14 @@ class NormMonitor(Callback):
     @staticmethod
     def _tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
         return [logger for logger in trainer.loggers if is_instance(logger, TensorBoardLogger)]
+
+
+def _scheduled_in_torch(trainer: pl.Trainer) -> dict[Series, float]:
+    """Return the values of torch's own layers that a NormScheduler drives."""
+    schedulers = [c for c in callbacks_of(trainer) if isinstance(c, NormScheduler)]
+    return {
+        (type(p.layer).__name__, p.argument, p.layer_name): float(getattr(p.layer, p.argument))
+        for scheduler in schedulers
+        for p in scheduler.parameters
+        if not isinstance(p.layer, Normalizer)
+    }

@@ -1,11 +1,14 @@
 """NormScheduler and the momentum of torch's own layers."""
 
+import csv
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_norm import NormScheduler, NormSwap, Staircase, Steps
+from lightning_norm import NormMonitor, NormScheduler, NormSwap, Staircase, Steps
 from tests.callbacks.toy import Net, loader, trainer
 
 
@@ -66,6 +69,26 @@ def test_a_resumed_run_has_the_same_values(tmp_path):
     run.fit(Two(), loader(), ckpt_path=tmp_path / "last.ckpt")
     assert trace.seen == [[0.9] * 2, [0.2] * 2]
     trainer(NormScheduler(schedules, "step")).test(Two(), loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_the_monitor_logs_it(tmp_path, swapped):
+    logger = CSVLogger(tmp_path)
+    callbacks = [
+        NormScheduler({"momentum": {0: 0.9, 1: 0.7}}),
+        NormMonitor(),
+        *[NormSwap("sn", include=["1"])] * swapped,
+    ]
+    trainer(*callbacks, logger=logger, max_epochs=2).fit(Two(), loader(4))
+    with open(logger.experiment.metrics_file_path, encoding="utf-8") as file:
+        logged = list(csv.DictReader(file))
+    assert [row["norm/BatchNorm2d/momentum/net.2"] for row in logged] == [
+        "0.9",
+        "0.7",
+        "0.7",
+    ]  # and once more at the end
+    assert ("norm/BatchNorm2d/momentum/net.1" in logged[0]) != swapped
+    assert ("norm/sn/momentum/net.1" in logged[0]) == swapped
 
 
 def test_what_torch_has_not_is_told():
