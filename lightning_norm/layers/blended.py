@@ -23,6 +23,7 @@ class BlendedNorm(MomentNorm):
         options: see :class:`MomentNorm`.
     """
 
+    special = True
     counters: ClassVar[tuple[str, ...]] = ("updates",)
     no_window = "it normalizes by its running statistics in training, which each batch has to move first"
     updates: Tensor

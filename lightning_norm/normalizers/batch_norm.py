@@ -26,7 +26,7 @@ class BatchNorm(MomentNorm):
 
     Args:
         num_features: channels, the C of an input (N, C, *).
-        eps, momentum, affine, track_running_stats, device, dtype, channel_dim, bias: see :class:`MomentNorm`.
+        eps, momentum, affine, track_running_stats, device, dtype, channel_dim, bias, virtual_batch_size: see :class:`MomentNorm`.
 
     >>> BatchNorm(8)(torch.randn(4, 8, 5, 5)).shape
     torch.Size([4, 8, 5, 5])
@@ -49,6 +49,7 @@ class BatchNorm(MomentNorm):
         *,
         channel_dim: int = 1,
         bias: bool = True,
+        virtual_batch_size: int | None = None,
     ) -> None:
         super().__init__(
             num_features,
@@ -60,6 +61,7 @@ class BatchNorm(MomentNorm):
             device=device,
             dtype=dtype,
             bias=bias,
+            virtual_batch_size=virtual_batch_size,
         )
 
     def algebra(self, m: Moments) -> Affine:

@@ -95,6 +95,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         **RepresentativeBatchNorm.rectifications,
         "affine": {"affine_weight": 0.0, "affine_bias": -1.0},
     }
+    special = True
     counters: ClassVar[tuple[str, ...]] = ("measured", "skipped", "skipped_in_a_row")
     test_arguments: ClassVar[dict[str, Any]] = {"min_updates": 0}
     condensation: Tensor

@@ -33,7 +33,8 @@ class Moments:
     Args:
         mean: (N, C), or (1, C), (N, 1), (K, C) once pooled. Float64 where x is float32.
         var: biased variance, same shape as ``mean``, never negative.
-        count: number of elements of x behind each entry; a tensor once ranks were pooled.
+        count: number of elements of x behind each entry; a tensor once ranks were pooled, and (N, 1) where the samples
+            of a batch differ in it, as with a mask: each then weighs by its count where samples are pooled.
         ranks: the ranks that ``over_batch`` pools with; ``None`` for this process alone.
     """
 
@@ -79,7 +80,7 @@ class Moments:
         Args:
             weights: (N, K) soft or hard assignment of each sample to K sets; the result is then (K, C).
         """
-        if weights is not None or self.ranks is not None:
+        if weights is not None or self.ranks is not None or self._counts_samples():
             return self._over_sets(weights)
         mean, var = _pool(self.mean, self.var, dim=0)
         return Moments(mean, var, self.count * self.mean.shape[0])
@@ -87,16 +88,27 @@ class Moments:
     def _over_sets(self, weights: Tensor | None) -> Moments:
         # Over ranks all samples are one set, so that an empty rank, whose mean is undefined, has the mass 0.
         weights = self.mean.new_ones(self.mean.shape[0], 1) if weights is None else weights.to(self.mean.dtype)
+        count = self.count
+        if self._counts_samples():
+            weights, count = weights * count, 1
         mass = weights.sum(0).unsqueeze(1)  # (K, 1)
         weights = weights.t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
         # No matmul: autocast would round the matrix product in its backward pass to half precision.
         mean = (weights.unsqueeze(2) * self.mean).sum(1)  # (K, C)
         between_var = (self.mean - mean.unsqueeze(1)).square()  # (K, N, C)
         var = (weights.unsqueeze(2) * (self.var + between_var)).sum(1).to(self.var.dtype)
-        count = mass * self.count
+        count = mass * count
         if self.ranks is not None:
             count, mean, var = self.ranks.pool(count, mean, var)
         return Moments(mean, var, count)
+
+    def _counts_samples(self) -> bool:
+        # In a graph of torch.jit.trace the one count of all samples is a tensor without axes.
+        return isinstance(self.count, Tensor) and self.count.dim() == 2
+
+    def each(self) -> int | Tensor:
+        """Return the count with which every sample weighs alike: 1, and 0 for one without elements."""
+        return (self.count > 0).to(self.mean.dtype) if self._counts_samples() else 1  # type: ignore[union-attr]
 
     def unbiased(self) -> Moments:
         """Return the same with unbiased variances, n / (n - 1) times the biased ones; those of one element stay 0."""

@@ -123,10 +123,7 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
 
 def run(x: Tensor, call: Call) -> Tensor:
     """Do what :func:`normalize` says: by its equations on the kernels, or by the passes around the algebra."""
-    static_shape = torch_private.static_shape
-    wrong_shape = call.residual is not None and static_shape(call.residual) != static_shape(x)
-    if call.activation not in ACTIVATIONS or wrong_shape:
-        raise ValueError(f"normalize: {_wrong_ending(x, call)}")
+    check_ending(x, call)
     if call.depthwise_conv is not None and call.layout.channel_dim != 1:
         # A convolution takes its channels on the second axis: a view of tokens has them there.
         x = x.movedim(-1, 1)
@@ -159,6 +156,18 @@ def _kind_of_launch(x: Tensor, call: Call) -> tuple[Any, ...] | None:
     if not x.is_cuda or torch.compiler.is_compiling():
         return None
     return getattr(call.algebra, "__qualname__", None), call.activation, call.residual is None
+
+
+def check_ending(x: Tensor, call: Call) -> None:
+    """Check what follows the normalization.
+
+    Raises:
+        ValueError: an unknown activation, or a residual of another shape than x.
+    """
+    static_shape = torch_private.static_shape
+    wrong_shape = call.residual is not None and static_shape(call.residual) != static_shape(x)
+    if call.activation not in ACTIVATIONS or wrong_shape:
+        raise ValueError(f"normalize: {_wrong_ending(x, call)}")
 
 
 def _wrong_ending(x: Tensor, call: Call) -> str:
@@ -299,7 +308,7 @@ class _Apply(torch.autograd.Function):
         (dy,) = grads
         x, center, scale = ctx.saved_tensors
         need, passes = ctx.needs_input_grad, _passes(ctx.kernels, dy)
-        fields = _field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
+        fields = field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
         return dy if need[0] else None, _carrier_grad(ctx, scale), None, *fields, None, None, None
 
 
@@ -344,7 +353,7 @@ class _ApplyDepthwise(torch.autograd.Function):
             normalized = eager.apply(x, center, scale, shift, ctx.layout, ctx.mean_is_small)
             dkernel, dbias = depthwise.kernel_gradients(dy, normalized, kernel, unroll=ctx.unroll)
         wanted = any(need[3:6])
-        fields = _field_gradients(ctx, eager, dnormalized, x, center, scale) if wanted else (None, None, None)
+        fields = field_gradients(ctx, eager, dnormalized, x, center, scale) if wanted else (None, None, None)
         gradients = dnormalized if need[0] else None, _carrier_grad(ctx, scale), None, *fields
         return *gradients, dkernel, dbias if need[7] else None, None, None
 
@@ -354,7 +363,7 @@ def _carrier_grad(ctx: Any, scale: Tensor) -> Tensor | None:
     return scale.to(ctx.carrier_dtype).expand(ctx.layout.n, ctx.layout.c) if ctx.needs_input_grad[1] else None
 
 
-def _field_gradients(
+def field_gradients(
     ctx: Any, passes: Any, dy: Tensor, x: Tensor, center: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of center, scale and shift, given dy of scale * (x - center) + shift.
