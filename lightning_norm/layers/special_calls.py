@@ -249,10 +249,10 @@ def valid_positions(mask: Tensor, x: Tensor, channel_dim: int, who: str) -> Tens
     if len(shape) == len(spatial) + 2 and shape[axis] == 1:
         mask, shape = mask.squeeze(axis), (*shape[:axis], *shape[axis + 1 :])
     if is_lengths(mask) and spatial:
-        valid = of_lengths(mask, spatial[-1], who).view(-1, *(1,) * (len(spatial) - 1), spatial[-1])
+        valid = of_lengths(mask, spatial[-1], who).reshape(-1, *(1,) * (len(spatial) - 1), spatial[-1])
     else:
         valid = as_bool(mask, who)
-        valid = valid.view(-1, *(1,) * len(spatial)) if len(shape) == 1 else valid
+        valid = valid.reshape(-1, *(1,) * len(spatial)) if len(shape) == 1 else valid
     fits = all(a in (1, b) for a, b in zip(valid.shape[1:], spatial, strict=False))
     if shape[0] != n or valid.dim() != len(spatial) + 1 or not fits:
         wanted = " or ".join([f"{(n, *spatial)}"] + [f"lengths ({n},)"] * bool(spatial))
@@ -328,7 +328,7 @@ def resized(mask: Tensor, spatial: tuple[int, ...], who: str) -> Tensor:
     for axis, (old, new) in enumerate(zip(sizes, spatial[first:], strict=True), 1):
         if old not in (1, new):
             mask = mask.index_select(axis, _kept_positions(old, new, mask.device))
-    return mask.view(-1, *(1,) * first, *torch_private.static_shape(mask)[1:])
+    return mask.reshape(-1, *(1,) * first, *torch_private.static_shape(mask)[1:])
 
 
 def _kept_positions(old: int, new: int, device: torch.device) -> Tensor:

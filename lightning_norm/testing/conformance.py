@@ -17,6 +17,7 @@ from lightning_norm.testing import (
     graphs,
     inputs,
     layouts,
+    masks,
     numerics,
     parallel,
     state,
@@ -24,7 +25,7 @@ from lightning_norm.testing import (
 )
 from lightning_norm.testing.kit import REGISTRY, Check, Make
 
-GROUPS = (layouts, gradients, numerics, inputs, declarations, state, graphs, transforms, parallel)
+GROUPS = (layouts, gradients, numerics, inputs, declarations, state, graphs, transforms, masks, parallel)
 
 
 def checks() -> dict[str, Check]:

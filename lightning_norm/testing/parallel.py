@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.base import MomentNorm, Normalizer
 from lightning_norm.testing.kit import (
     C,
     Make,
@@ -19,6 +19,7 @@ from lightning_norm.testing.kit import (
     statistics,
     step,
 )
+from lightning_norm.testing.masks import masked_step, takes_masks
 from lightning_norm.testing.ranks import run_ranks
 
 SPLITS = ((3, 2), (5, 0), (1, 4))
@@ -27,9 +28,11 @@ SPLITS = ((3, 2), (5, 0), (1, 4))
 
 def _steps(rank: int, layers: list[Normalizer], x: Tensor, dy: Tensor) -> list[tuple[Step, dict[str, Tensor]]]:
     results = []
-    for layer, split in zip(layers, SPLITS, strict=True):
+    for layer, split in zip(layers, [*SPLITS, *SPLITS[:2]], strict=True):
         parts = [torch.split(t, list(split))[rank] for t in (x, dy)]
-        results.append((step(layer, *parts), statistics(layer)))
+        # The last two: with a mask, and in ghost batches.
+        run = masked_step if len(results) == len(SPLITS) and takes_masks(layer) else step
+        results.append((run(layer, *parts), statistics(layer)))
     return results
 
 
@@ -42,8 +45,20 @@ def ranks_equal_one_process(make: Make) -> None:
         # A sample's statistics alone have nothing to exchange.
         return
     expected, running = step(whole, x, dy), statistics(whole)
-    first, second = run_ranks(_steps, 2, [built(make, torch.float64) for _ in SPLITS], x, dy)
-    for split, (a, running_a), (b, running_b) in zip(SPLITS, first, second, strict=True):
+    layers = [built(make, torch.float64) for _ in range(len(SPLITS) + 1)]
+    ghost = whole.train_uses_batch_stats and isinstance(whole, MomentNorm)
+    layers.append(built(make, torch.float64, **({"virtual_batch_size": 2} if ghost else {})))
+    first, second = run_ranks(_steps, 2, layers, x, dy)
+    if ghost:
+        # Of 5 and 0 samples: the ranks meet for each of two ghost batches, to which the second brings nothing.
+        alone = built(make, torch.float64, virtual_batch_size=2)
+        by_groups, running_by_groups = step(alone, x, dy), statistics(alone)
+        (a, running_a), (b, _) = first[-1], second[-1]
+        same(torch.cat([a.y, b.y]), by_groups.y, 1e-10, "ghost batches over ranks")
+        for name, value in running_by_groups.items():
+            same(running_a[name], value, 1e-10, f"ghost batches over ranks, {name}")
+    first, second = first[:-1], second[:-1]
+    for split, (a, running_a), (b, running_b) in zip([*SPLITS, SPLITS[0]], first, second, strict=True):
         # DDP adds the parameters' gradients, and each rank has the outputs of its samples.
         joined = Step(torch.cat([a.y, b.y]), torch.cat([a.dx, b.dx]), {k: a.grads[k] + b.grads[k] for k in a.grads})
         same_step(joined, expected, 1e-10, f"batch split {split}")
