@@ -518,9 +518,10 @@ def _forward(
     accumulates = layer.training and layer.accumulator is not None
     mask = None if valid is None else mask_of(valid, x, layout)
     fused_spec = layer.fused_spec if layer._fused_spec_holds and not accumulates else None
-    algebra, conv = layer.algebra_of(x if mask is None else mask.zeroed(x), layout), layer.depthwise_conv()
+    seen = x if mask is None else mask.zeroed(x)
+    algebra, conv = layer.algebra_of(seen, layout), layer.depthwise_conv()
     call = Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv)
-    return run(x, call) if mask is None else run_masked(x, call, mask)
+    return run(x, call) if mask is None else run_masked(x, seen, call, mask)
 
 
 def _check_values(layer: MomentNorm, layout: Layout, ranks: Ranks | None) -> None:

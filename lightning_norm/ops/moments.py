@@ -80,8 +80,12 @@ class Moments:
         Args:
             weights: (N, K) soft or hard assignment of each sample to K sets; the result is then (K, C).
         """
-        if weights is not None or self.ranks is not None or self._counts_samples():
+        if weights is not None or self.ranks is not None:
             return self._over_sets(weights)
+        if self._counts_samples():
+            total = self.count.sum(0, keepdim=True)  # type: ignore[union-attr]  # one for each sample
+            mean, var = _pool(self.mean, self.var, 0, self.count / total.clamp_min(1))
+            return Moments(mean, var, total)
         mean, var = _pool(self.mean, self.var, dim=0)
         return Moments(mean, var, self.count * self.mean.shape[0])
 
@@ -187,17 +191,21 @@ def _shape_of(t: Tensor) -> tuple[int, ...]:
     return t.shape
 
 
-def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _pool(mean: Tensor, var: Tensor, dim: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if torch_private.is_transformed():
-        return _pooled(mean, var, dim)
-    pooled: tuple[Tensor, Tensor] = _PoolMoments.apply(mean, var, dim)
+        return _pooled(mean, var, dim, weights)
+    pooled: tuple[Tensor, Tensor] = _PoolMoments.apply(mean, var, dim, weights)
     return pooled
 
 
-def _pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the law of total variance along one axis, in plain differentiable PyTorch."""
+def _pooled(mean: Tensor, var: Tensor, dim: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the law of total variance along one axis, in plain differentiable PyTorch; weights have the sum 1."""
     # (N, C) numbers are few, so that exact sums cost nothing here.
     wide = stat_dtype(var)
+    if weights is not None:
+        pooled = (mean * weights).sum(dim, keepdim=True)
+        between_var = (mean - cast(pooled, mean.dtype)).to(var.dtype).square()
+        return pooled, ((var + between_var) * weights).sum(dim, keepdim=True)
     pooled = mean.mean(dim, keepdim=True, dtype=wide)
     # Deviations and not squares of means: at mean / std = 1e4 the squares would agree in every digit.
     # A small difference has all its digits in float32 as well.
@@ -212,17 +220,19 @@ class _PoolMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        pooled, pooled_var = _pooled(mean, var, dim)
+    def forward(
+        ctx: Any, mean: Tensor, var: Tensor, dim: int, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        pooled, pooled_var = _pooled(mean, var, dim, weights)
         ctx.size, ctx.var_dtype = mean.shape[dim], var.dtype
-        ctx.save_for_backward(mean, pooled)
+        ctx.save_for_backward(mean, pooled, weights)
         return pooled, pooled_var
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        mean, pooled = ctx.saved_tensors
-        dmean, dvar = (g / ctx.size for g in grads)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        mean, pooled, weights = ctx.saved_tensors
+        dmean, dvar = (g / ctx.size if weights is None else g * weights for g in grads)
         # d var / d pooled is the mean of -2 (mean - pooled), which is zero: the pooled mean passes no gradient on.
         dtype = mean.dtype
         grad = torch.addcmul(dmean.to(dtype), 2 * dvar.to(dtype), mean - pooled.to(dtype))
-        return grad, dvar.to(ctx.var_dtype).expand_as(mean), None
+        return grad, dvar.to(ctx.var_dtype).expand_as(mean), None, None
