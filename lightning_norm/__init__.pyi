@@ -12,6 +12,7 @@ from lightning_norm.errors import CompileWarning as CompileWarning
 from lightning_norm.errors import ConflictError as ConflictError
 from lightning_norm.errors import ConflictWarning as ConflictWarning
 from lightning_norm.errors import LeftAloneWarning as LeftAloneWarning
+from lightning_norm.errors import MaskError as MaskError
 from lightning_norm.errors import MissingDependencyWarning as MissingDependencyWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import NotReachedWarning as NotReachedWarning
@@ -60,6 +61,8 @@ from lightning_norm.schedules.curves import Steps as Steps
 from lightning_norm.surgery.deploy import DeployReport as DeployReport
 from lightning_norm.surgery.deploy import fold as fold
 from lightning_norm.surgery.deploy import to_plain as to_plain
+from lightning_norm.surgery.masks import kept_statistics as kept_statistics
+from lightning_norm.surgery.masks import masks as masks
 from lightning_norm.surgery.param_groups import no_weight_decay as no_weight_decay
 from lightning_norm.surgery.param_groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.recalibrate import Recalibration as Recalibration

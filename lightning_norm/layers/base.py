@@ -372,7 +372,7 @@ class MomentNorm(SpecialCalls, Normalizer):
             keep_exact(self)
         if self.compiled and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
-            forward = _forward if valid is None else _forward_masked
+            forward: Callable[..., Tensor] = _forward if valid is None else _forward_masked
             y = compiled_forward(self, input, forward, _ranks_of(self), options, valid)
             return activated(y, activation, residual)
         try:

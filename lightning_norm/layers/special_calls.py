@@ -100,7 +100,7 @@ class SpecialCalls(nn.Module):
             self.mask_state.remember(y)
             if y.grad_fn is None and self.training:
                 vars(self.mask_state)["lost"] = self.mask_state.value
-        return layer.call_behind(y, modules) if modules else y  # type: ignore[no-any-return]
+        return layer.call_behind(y, modules) if modules else y
 
     def _valid_positions(self, x: Tensor, mask: Tensor | None, again: bool) -> Tensor | None:
         """Return which positions of x count, in a shape that broadcasts against it; ``None`` for all."""

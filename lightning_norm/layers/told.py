@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lightning_norm.ops import torch_private
 
-_blocks: ContextVar[tuple[tuple[dict[Told, Tensor | None], object], ...]] = ContextVar("lightning_norm_told", default=())
+_blocks: ContextVar[tuple[tuple[dict[Told, Tensor | None], object], ...]] = ContextVar(
+    "lightning_norm_told", default=()
+)
 """What layers were told in this thread or async task: one entry per open ``with`` block, the innermost last.
 
 Entries are replaced and not changed, for tasks that were started inside of a block hold the same ones.

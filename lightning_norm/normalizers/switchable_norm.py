@@ -109,8 +109,8 @@ class SwitchableNorm(MixedNorm):
             if _is_one(count):
                 return without_entry(self.weights, logits, self.choices.index("in"))
             if isinstance(count, Tensor) and count.dim() == 2:
-                ways = (self.weights(logits, 1), self.weights(logits))
-                return torch.where(count <= 1, *(w.view(-1, 1, 1) for w in ways))
+                without, with_in = (self.weights(logits, n).view(-1, 1, 1) for n in (1, 2))
+                return torch.where(count <= 1, without, with_in)
         logits = logits.to(at_least_float32(logits.dtype))
         return sparsestmax(logits, self.scheduled("radius")) if self.sparse else torch.softmax(logits, 0)
 

@@ -39,7 +39,7 @@ _observers: list[Callable[[str], None]] = []
 def compiled_forward(
     layer: nn.Module,
     x: Tensor,
-    forward: Callable[[Any, Tensor], Tensor],
+    forward: Callable[..., Tensor],
     ranks: Hashable = None,
     options: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
@@ -124,7 +124,7 @@ def on_compile(observer: Callable[[str], None]) -> Callable[[], None]:
 def _new_graph(
     layer: nn.Module,
     x: Tensor,
-    forward: Callable[[Any, Tensor], Tensor],
+    forward: Callable[..., Tensor],
     any_shape: Hashable,
     options: Mapping[str, Any],
 ) -> Callable[[nn.Module, Tensor], Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.ops import depthwise, eager, torch_private
-from lightning_norm.ops.layout import Layout, at_least_float32, cast, stat_dtype, without_autocast
+from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype, without_autocast
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.normalize import Call, activated, check_ending, field_gradients, run
 
@@ -194,7 +194,7 @@ def _combine(
     mask: Mask,
     layout: Layout,
 ) -> Tensor:
-    """Return dx of the equation above, given a dy with zeros for padding, which is overwritten unless it is recorded."""
+    """Return dx of the equation above, given a dy with zeros for padding, which may be overwritten."""
     small = x.dtype == torch.float32 == mean.dtype and layout.size > 1 and eager.may_read_back(x)
     if small and dmean is not None and dvar is not None and not eager.is_recording(dy, dmean, dvar):
         # The mean is small: x need not be centered, and is 0 where it is padding.

@@ -220,9 +220,7 @@ class _PoolMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, mean: Tensor, var: Tensor, dim: int, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         pooled, pooled_var = _pooled(mean, var, dim, weights)
         ctx.size, ctx.var_dtype = mean.shape[dim], var.dtype
         ctx.save_for_backward(mean, pooled, weights)

@@ -107,8 +107,8 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
     """Run ``model`` without an effect on running statistics: at the end they, and their counters, are as before.
 
     For forward passes in training mode that are no training step: the warm-up runs before a CUDA graph is recorded, the
-    second pass of SAM, adversarial or virtual-adversarial examples, the closure of LBFGS. Layers of torch's with running
-    statistics are kept as well. Under activation checkpointing nothing has to be typed: a second run in a backward pass
+    second pass of SAM, adversarial or virtual-adversarial examples, the closure of LBFGS. The statistics of torch's own
+    layers are kept as well. Under activation checkpointing nothing has to be typed: a second run in a backward pass
     never moves the statistics of this package's layers.
 
     Args:

@@ -79,7 +79,7 @@ class _Called(torch.nn.Module):
         super().__init__()
         self.call = call
         for name, p in layer.named_parameters():
-            self.register_parameter(name.replace(".", "_"), p)  # type: ignore[arg-type]
+            self.register_parameter(name.replace(".", "_"), p)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.call(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,11 @@ SPLITS = ((3, 2), (5, 0), (1, 4))
 
 
 def _steps(rank: int, layers: list[Normalizer], x: Tensor, dy: Tensor) -> list[tuple[Step, dict[str, Tensor]]]:
-    results = []
+    results: list[tuple[Step, dict[str, Tensor]]] = []
     for layer, split in zip(layers, [*SPLITS, *SPLITS[:2]], strict=True):
         parts = [torch.split(t, list(split))[rank] for t in (x, dy)]
         # The last two: with a mask, and in ghost batches.
-        run = masked_step if len(results) == len(SPLITS) and takes_masks(layer) else step
+        run: Any = masked_step if len(results) == len(SPLITS) and takes_masks(layer) else step
         results.append((run(layer, *parts), statistics(layer)))
     return results
 

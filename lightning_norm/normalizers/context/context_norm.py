@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.fused_specs import per_channel_spec, uses_running_stats
-from lightning_norm.layers.told import block
 from lightning_norm.layers.inference import double_copy, per_channel
+from lightning_norm.layers.told import block
 from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of, contexts_of_forward
 from lightning_norm.normalizers.context.statistics import ContextStatistics
 from lightning_norm.ops import kmeans, torch_private
