@@ -13,6 +13,7 @@ from lightning_norm.errors import CompileWarning as CompileWarning
 from lightning_norm.errors import ConflictError as ConflictError
 from lightning_norm.errors import ConflictWarning as ConflictWarning
 from lightning_norm.errors import LeftAloneWarning as LeftAloneWarning
+from lightning_norm.errors import MaskError as MaskError
 from lightning_norm.errors import MissingDependencyWarning as MissingDependencyWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import NotReachedWarning as NotReachedWarning
@@ -71,6 +72,7 @@ from lightning_norm.surgery.deploy import to_plain as to_plain
 from lightning_norm.surgery.harden import HardenReport as HardenReport
 from lightning_norm.surgery.harden import harden as harden
 from lightning_norm.surgery.load_published import load_published as load_published
+from lightning_norm.surgery.masks import masks as masks
 from lightning_norm.surgery.param_groups import no_weight_decay as no_weight_decay
 from lightning_norm.surgery.param_groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.pause import paused_statistics as paused_statistics

@@ -81,6 +81,10 @@ class FusionError(RuntimeError):
     """
 
 
+class MaskError(ValueError):
+    """A mask does not fit the input, holds something else than 0 and 1, or is not known, or a layer takes none."""
+
+
 class SyncError(RuntimeError):
     """Ranks did not meet where they pool statistics: one has ended, is later than the timeout, or runs other layers."""
 

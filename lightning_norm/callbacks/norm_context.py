@@ -19,7 +19,14 @@ from lightning_norm.callbacks.lightning_compat import (
     rank_zero_warn,
 )
 from lightning_norm.callbacks.lightning_private import fresh_training_loader
-from lightning_norm.callbacks.training_data import as_in_training, import_function, loader_of, refuse_stream
+from lightning_norm.callbacks.training_data import (
+    as_in_training,
+    import_function,
+    loader_of,
+    part_of,
+    refuse_stream,
+    shape_of,
+)
 from lightning_norm.errors import NoEffectWarning
 from lightning_norm.normalizers.context.assignment import assign, context_layers, set_centroids
 from lightning_norm.ops import kmeans
@@ -176,17 +183,17 @@ class NormContext(Callback):
         """Read the contexts, the images or both out of a batch, as the layers need them, and hand them over."""
         ids = images = None
         if "ids" in self._needs:
-            ids = self._function(batch) if self._function else _pick(batch, self.key)
+            ids = self._function(batch) if self._function else part_of(batch, self.key)
             # Evaluation goes on without contexts: layers have an answer for missing ones, which training should not
             # need.
             if ids is None and training:
                 place = f"context_fn={self.context_fn!r}" if self._function else f"key={self.key!r}"
-                raise RuntimeError(f"NormContext: {place} found no contexts in a training batch ({_shape_of(batch)}).")
+                raise RuntimeError(f"NormContext: {place} found no contexts in a training batch ({shape_of(batch)}).")
         if "input" in self._needs:
             images = _images(batch, self.images)
             if images is None and training:
                 raise RuntimeError(
-                    f"NormContext found no images in a training batch ({_shape_of(batch)}). Type images=KEY."
+                    f"NormContext found no images in a training batch ({shape_of(batch)}). Type images=KEY."
                 )
         assign(self._layers, ids, images, self.views)
 
@@ -258,7 +265,7 @@ class NormContext(Callback):
             batch = as_in_training(trainer, pl_module, batch)
             images = _images(batch, self.images)
             if images is None:
-                raise ValueError(f"no images in a batch ({_shape_of(batch)}). Type images=KEY.")
+                raise ValueError(f"no images in a batch ({shape_of(batch)}). Type images=KEY.")
             # Only the descriptors are kept: a few numbers per image.
             yield kmeans.describe(images).cpu()
         loader.reset()
@@ -283,32 +290,17 @@ def check_contexts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         )
 
 
-def _pick(batch: Any, key: str | int | None) -> Any:
-    """Return what a batch holds under a key or an index, ``None`` if it holds no such thing."""
-    try:
-        return batch[key]
-    except (KeyError, IndexError, TypeError):
-        return None
-
-
 def _images(batch: Any, key: str | int | None) -> Tensor | None:
     """Return the images in a batch: those under ``key``, or the first tensor that looks like some, depth first."""
     if key is not None:
         # An absent key is answered with the same message as one that holds no images.
-        part = _pick(batch, key)
+        part = part_of(batch, key)
         return part if isinstance(part, Tensor) else None
     if isinstance(batch, Tensor):
         return batch if batch.dim() > 2 and (batch.dtype.is_floating_point or batch.dtype == torch.uint8) else None
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     # The first part that looks like images, depth first.
     return next((images for part in parts if (images := _images(part, None)) is not None), None)
-
-
-def _shape_of(batch: Any) -> str:
-    """Say what kind of batch came, for messages."""
-    if isinstance(batch, Mapping):
-        return f"a mapping with the keys {sorted(map(str, batch))}"
-    return f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (list, tuple)) else "")
 
 
 def _of_input(layers: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

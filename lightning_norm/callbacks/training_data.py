@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning_norm.callbacks.lightning_compat import is_overridden, pl
@@ -89,3 +89,18 @@ def loader_of(who: str, loader: Any) -> Any:
             f"{who}: loader must be an iterable of batches, or a function that returns one, got {loader!r}."
         )
     return loader
+
+
+def part_of(batch: Any, key: str | int | None) -> Any:
+    """Return what a batch holds under a key or an index, ``None`` for nothing."""
+    try:
+        return batch[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def shape_of(batch: Any) -> str:
+    """Describe a batch, for messages."""
+    if isinstance(batch, Mapping):
+        return f"a mapping with the keys {sorted(map(str, batch))}"
+    return f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (list, tuple)) else "")

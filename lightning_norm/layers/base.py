@@ -27,6 +27,7 @@ from lightning_norm.layers.pooling import ready_window
 from lightning_norm.layers.recomputation import FirstRun, runs_twice, second_run
 from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
+from lightning_norm.layers.special_calls import SpecialCalls
 from lightning_norm.layers.state import Loading, restore_precision
 from lightning_norm.layers.swap_record import SwapRecord
 from lightning_norm.ops import torch_private
@@ -35,6 +36,7 @@ from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout, layout_of
+from lightning_norm.ops.masked import mask_of, run_masked
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.normalize import Call, activated, run
 from lightning_norm.ops.sync import Ranks, active_ranks, is_running, pools_later
@@ -299,7 +301,7 @@ def _look_for_replaced_methods(layer: Normalizer, name: str) -> None:
         vars(layer).pop("_fused_spec_holds", None)
 
 
-class MomentNorm(Normalizer):
+class MomentNorm(SpecialCalls, Normalizer):
     r"""Abstract: a normalizer whose output is affine in x, with coefficients that depend on the moments of x alone.
 
     Write :meth:`algebra`; gradients, precision, ranks, swap and tests follow.
@@ -314,6 +316,8 @@ class MomentNorm(Normalizer):
         bias: ``False`` for no bias beside the weight.
         track_running_stats: keep running statistics and evaluate on them; otherwise always use those of the input.
         channel_dim: 1, or -1 for tokens (N, L, C).
+        virtual_batch_size: in training, take the statistics of so many consecutive samples at a time ("ghost batches"),
+            with each of which the running ones move; what is left over joins the last. ``None`` for the whole batch.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -337,6 +341,7 @@ class MomentNorm(Normalizer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         bias: bool = True,
+        virtual_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         name, features = type(self).__name__, as_int(num_features)
@@ -356,6 +361,7 @@ class MomentNorm(Normalizer):
         self._make_running_stats(num_features, track_running_stats, device, dtype)
         # Only now: the tensor behind it goes where the running statistics are.
         self.momentum = momentum
+        self.virtual_batch_size = virtual_batch_size
         self.reset_parameters()
 
     def _add_parameters(self, options: Mapping[str, Any], **shapes: tuple[int, ...] | None) -> None:
@@ -393,26 +399,40 @@ class MomentNorm(Normalizer):
         """Return the elements behind the smallest statistic, for n samples of ``size`` elements per channel."""
         return n * size
 
-    def forward(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, activation: str = "none", residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         r"""Normalize the input x: :math:`\mathrm{act}(y + \mathrm{residual})`, on the GPU in the pass that writes y.
 
         Args:
             input: x.
             activation: "none", "relu" or "silu".
             residual: added before the activation, in the shape of x.
+            mask: which positions are no padding, of bool or 0 and 1: (N, *) without the channels, (N,) for whole
+                samples; or lengths along the last axis, (N,) integers. No statistic reads the others, whatever they
+                hold, and y is 0 there.
+
+        Raises:
+            MaskError: a mask that does not fit x.
         """
-        if self.behind or not isinstance(input, Tensor):
-            return self._call_whole(input, activation, residual)
+        if mask is not None or self.special or self.behind or not isinstance(input, Tensor):
+            return self._call_whole(input, activation, residual, mask)
         return self._normalize(input, activation, residual)
 
-    def _call_whole(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
-        """Call the layer with its modules behind; for torch.fx, which hands it a proxy, write down the call."""
-        if torch_private.is_proxy(input):
-            return _node_of(self, input, activation, residual)
+    def _call_whole(self, input: Tensor, activation: str, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Call the layer with a mask, in ghost batches, or with its modules behind; for torch.fx, note the call."""
+        if torch_private.is_proxy(input):  # torch.fx traces
+            return _node_of(self, input, activation, residual, mask)
         activation, modules = self.fuse_behind(activation)
-        return self.call_behind(self._normalize(input, activation, residual), modules)
+        if (mask is not None or self.special) and isinstance(input, Tensor) and input.dim() > 1:
+            y = self._call_specially(input, activation, residual, mask)
+        else:
+            y = self._normalize(input, activation, residual)
+        return self.call_behind(y, modules)
 
-    def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    def _normalize(
+        self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None = None
+    ) -> Tensor:
         if pools_later(self.sync):
             ready_window(self)
         if not torch.compiler.is_compiling():
@@ -421,42 +441,51 @@ class MomentNorm(Normalizer):
                 keep_float32(self)
                 keep_exact(self)
             if self.training and runs_twice(self) and isinstance(input, Tensor):
-                return self._normalize_twice(input, activation, residual)
+                return self._normalize_twice(input, activation, residual, valid)
             if self.compiled or torch_private.is_transformed():
-                return self._normalize_specially(input, activation, residual)
-            if SPECS in vars(self) and _ranks_of(self) is None:
+                return self._normalize_specially(input, activation, residual, valid)
+            if SPECS in vars(self) and valid is None and _ranks_of(self) is None:
                 again = same_as_before(self, input, activation, residual)
                 if again is not None:
                     return again
-        return _forward(self, input, activation, residual)
+        return _forward(self, input, activation, residual, valid)
 
-    def _normalize_twice(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    def _normalize_twice(self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None) -> Tensor:
         """Normalize for activation checkpointing: the first time, or once more in the backward pass."""
         if torch_private.in_backward_pass():
             with second_run(self, input):
-                return self._normalize_specially(input, activation, residual)
+                return self._normalize_specially(input, activation, residual, valid)
         first_run = FirstRun(self, input)
-        y = self._normalize_specially(input, activation, residual)
+        y = self._normalize_specially(input, activation, residual, valid)
         first_run.keep(self, y)
         return y
 
-    def _normalize_specially(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    def _normalize_specially(
+        self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None
+    ) -> Tensor:
         """Normalize by the layer's own graph, or where a transform may refuse that running statistics move."""
         # A graph knows no thread: where only another one has paused the statistics, this one runs without.
         of_this_thread = not self.statistics_paused or is_paused(self)
         if self.compiled and of_this_thread and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
+            if valid is not None:
+                y = compiled_forward(self, input, _forward_masked, _ranks_of(self), options, valid)
+                return activated(y, activation, residual)
             # The activation belongs in the graph, where it costs no pass of its own.
             forward = _WITH_ACTIVATION.get(activation, _forward) if residual is None else _forward
             y = compiled_forward(self, input, forward, _ranks_of(self), options)
             return y if forward is not _forward else activated(y, activation, residual)
         try:
-            return _forward(self, input, activation, residual)
+            return _forward(self, input, activation, residual, valid)
         except RuntimeError as error:
             tracked = self.num_batches_tracked if self.moves_running_stats else None
             if tracked is not None and torch_private.is_captured(tracked):
                 raise RuntimeError(_REFUSED_CHANGE.format(who=type(self).__name__)) from error
             raise
+
+    def ranks(self) -> Ranks | None:
+        """Return the ranks that the next forward pass pools statistics with."""
+        return _ranks_of(self)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Name what works in place of ``torch.jit.script``, which asks each layer for this method.
@@ -512,6 +541,7 @@ class MomentNorm(Normalizer):
         shown = [f"{name}={getattr(self, name)!r}" for name in (*names, *self.repr_arguments)]
         shown += ["bias=False"] * (self.affine and self.bias is None)
         shown += ["statistics=frozen"] * self.always_eval
+        shown += [f"virtual_batch_size={self.virtual_batch_size}"] * (self.virtual_batch_size is not None)
         return ", ".join([str(self.num_features), *shown])
 
     repr_arguments: ClassVar[tuple[str, ...]] = ()
@@ -525,7 +555,7 @@ _REFUSED_CHANGE = (
 )
 
 
-def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any) -> Tensor:
+def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any, mask: Any = None) -> Tensor:
     """Return the node of torch.fx that calls the layer: it is a leaf, as torch's own layers are."""
     name = x.tracer.path_of_module(layer)
     if not name:
@@ -534,6 +564,7 @@ def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any) -> Tenso
         )
     options = {} if activation == "none" else {"activation": activation}
     options |= {} if residual is None else {"residual": residual}
+    options |= {} if mask is None else {"mask": mask}
     node: Tensor = x.tracer.create_proxy("call_module", name, (x,), options)  # a proxy stands for a tensor
     return node
 
@@ -564,7 +595,17 @@ def _agree_once(layer: MomentNorm, ranks: Ranks, x: Tensor) -> None:
         layer.agreed_in = ranks.group
 
 
-def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+def _forward_masked(layer: MomentNorm, x: Tensor, valid: Tensor) -> Tensor:
+    return _forward(layer, x, valid=valid)
+
+
+def _forward(
+    layer: MomentNorm,
+    x: Tensor,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
     layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
     if ranks is not None:
@@ -578,9 +619,12 @@ def _forward(layer: MomentNorm, x: Tensor, activation: str = "none", residual: T
     moments = None if of_input or layer.eval_uses_input_stats else layer.running()
     # The kernels move the running statistics themselves and know nothing of an accumulator.
     accumulates = layer.training and layer.accumulator is not None
+    mask = None if valid is None else mask_of(valid, x, layout)
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
-    algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
-    return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))
+    seen = x if mask is None else mask.zeroed(x)
+    algebra, conv = layer.algebra_of(seen, layout), layer.depthwise_conv()
+    call = Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv)
+    return run(x, call) if mask is None else run_masked(x, seen, call, mask)
 
 
 def _forward_relu(layer: MomentNorm, x: Tensor) -> Tensor:

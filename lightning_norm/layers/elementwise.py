@@ -69,7 +69,12 @@ class ElementwiseNorm(MomentNorm):
         shown = {"alpha": self.alpha, "offset": self.offset}
         return {name: t.detach().squeeze() for name, t in shown.items() if t is not None}
 
-    def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    def _normalize(
+        self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None = None
+    ) -> Tensor:
+        if valid is not None:
+            # First, so that padding of NaN gives no gradient of NaN; and last, for f(s) need not be 0.
+            input = torch.where(valid, input, input.new_zeros(()))
         layout = layout_of(input, self.num_features, self.channel_dim, type(self).__name__)
         check_ending(input, activation, residual)
         if self.compiled and not torch.compiler.is_compiling() and not torch_private.is_transformed():
@@ -80,6 +85,8 @@ class ElementwiseNorm(MomentNorm):
             parameters = self.alpha, self.offset, self.weight, self.bias
             with without_autocast(input):
                 y = _Elementwise.apply(input, *parameters, type(self), layout)
+        if valid is not None:
+            y = torch.where(valid, y, y.new_zeros(()))
         return activated(y, activation, residual)
 
 

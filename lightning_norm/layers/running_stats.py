@@ -211,8 +211,8 @@ def is_usable(layer: RunningStats, mean: Tensor, var: Tensor, count: int | Tenso
     """Tell whether statistics may move the running ones, as a 0-dim tensor; count those that may not."""
     usable = fits(layer, mean, var)
     if isinstance(count, Tensor):
-        # The ranks that were pooled may all have been empty.
-        usable = usable & (count > 1).all()
+        # The ranks that were pooled may all have been empty, and all positions padding.
+        usable = usable & (count.sum() > 1)
     count_skipped(layer, ~usable)
     return usable
 

@@ -27,6 +27,7 @@ class BatchNorm(MomentNorm):
     Args:
         num_features: channels, the C of an input (N, C, *).
         eps, momentum, affine, track_running_stats, device, dtype, channel_dim, bias: see :class:`MomentNorm`.
+        virtual_batch_size: see :class:`MomentNorm`.
 
     >>> BatchNorm(8)(torch.randn(4, 8, 5, 5)).shape
     torch.Size([4, 8, 5, 5])

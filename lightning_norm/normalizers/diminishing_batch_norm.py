@@ -94,6 +94,7 @@ class DiminishingBatchNorm(BlendedNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         bias: bool = True,
+        virtual_batch_size: int | None = None,
     ) -> None:
         if power is not None and not 0 < power < math.inf:
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
@@ -111,6 +112,7 @@ class DiminishingBatchNorm(BlendedNorm):
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype, "bias": bias}
         self.averages_blend = eval_momentum is not None
+        options |= {"virtual_batch_size": virtual_batch_size}
         super().__init__(num_features, average=average, init=init, momentum=None, **options)
         # In this order, for with a power no alpha can be set.
         self.alpha = alpha

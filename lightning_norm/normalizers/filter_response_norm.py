@@ -57,6 +57,7 @@ class FilterResponseNorm(MomentNorm):
     )
     train_uses_batch_stats: ClassVar[bool] = False
     extra_parameters: ClassVar[dict[str, str]] = {"tau": "C"}
+    no_mask: ClassVar[str] = "its threshold is applied behind the pass that knows the mask"
     repr_arguments: ClassVar[tuple[str, ...]] = ("tlu", "learn_eps")
     tau: nn.Parameter | None
     extra_eps: nn.Parameter | None
@@ -78,7 +79,9 @@ class FilterResponseNorm(MomentNorm):
         """Return the affine map of the equation above, without its threshold."""
         return _affine(m, self._eps, self.extra_eps, self.weight, self.bias)
 
-    def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    def _normalize(
+        self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None = None
+    ) -> Tensor:
         if self.tau is None:
             return super()._normalize(input, activation, residual)
         y = super()._normalize(input, "none", None)

@@ -71,8 +71,8 @@ class InstanceNorm(MomentNorm):
         """Return the mean over samples of mean and unbiased variance."""
         # The average over samples, as torch has it: without the variance between their means, which pooling would add.
         zero = m.var * 0
-        mean = Moments(m.mean, zero, m.count, m.ranks).over_batch().mean
-        return mean, Moments(m.unbiased().var, zero, m.count, m.ranks).over_batch().mean
+        mean = Moments(m.mean, zero, m.each(), m.ranks).over_batch().mean
+        return mean, Moments(m.unbiased().var, zero, m.each(), m.ranks).over_batch().mean
 
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether running statistics are kept."""

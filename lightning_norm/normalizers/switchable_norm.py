@@ -98,13 +98,23 @@ class SwitchableNorm(MixedNorm):
             return m
         s = {"ln": m.over_channels, "gn": lambda: m.over_channels(self.num_groups), "bn": m.over_batch}[k]()
         # In the authors' 1d layer the variance is unbiased over the only axis that there is.
+        if self.correction and isinstance(m.count, Tensor) and m.count.dim() == 2:
+            var = torch.where(m.count.max() <= 1, s.unbiased().var, s.var)
+            s = Moments(s.mean, var, s.count, s.ranks)
         s = s.unbiased() if self.correction and _is_one(m.count) else s
         return self.track(s) if k == "bn" else s
 
     def weights(self, logits: Tensor, count: int | Tensor = 2) -> Tensor:
-        """Return w or w', (len(choices),); 0 for "in" where one element per sample and channel has no variance."""
-        if _is_one(count) and "in" in self.choices and len(self.choices) > 1:
-            return without_entry(self.weights, logits, self.choices.index("in"))
+        """Return w or w', (len(choices),); 0 for "in" where one element per sample and channel has no variance.
+
+        With a count for each sample, (N, 1), they are (len(choices), N, 1).
+        """
+        if "in" in self.choices and len(self.choices) > 1:
+            if _is_one(count):
+                return without_entry(self.weights, logits, self.choices.index("in"))
+            if isinstance(count, Tensor) and count.dim() == 2:
+                without, with_in = (self.weights(logits, n).view(-1, 1, 1) for n in (1, 2))
+                return torch.where(count <= 1, without, with_in)
         logits = logits.to(at_least_float32(logits.dtype))
         return sparsestmax(logits, self.scheduled("radius")) if self.sparse else torch.softmax(logits, 0)
 

@@ -39,9 +39,10 @@ _observers: list[Callable[[str], None]] = []
 def compiled_forward(
     layer: nn.Module,
     x: Tensor,
-    forward: Callable[[Any, Tensor], Tensor],
+    forward: Callable[..., Tensor],
     ranks: Hashable = None,
     options: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Run ``forward(layer, x)`` under torch.compile(fullgraph=True).
 
@@ -51,25 +52,29 @@ def compiled_forward(
         forward: the plain function to compile.
         ranks: the ranks it pools with, which are a constant in a graph.
         options: further arguments of ``torch.compile``.
+        mask: a further argument of ``forward``.
     """
-    options = options or {}
+    options, inputs = options or {}, (layer, x) if mask is None else (layer, x, mask)
     # What torch.compile would compile anew for: here each has a graph of its own from the start.
     mode = (x.dtype, x.dim(), x.device, x.requires_grad, torch.is_grad_enabled())
     any_shape: Hashable = (forward, ranks, repr(options), _graph_key_of(layer), *mode)
     key: Hashable = (any_shape, tuple(x.shape), x.stride())
+    if mask is not None:
+        any_shape = (any_shape, "masked")
+        key = (any_shape, tuple(x.shape), x.stride(), tuple(mask.shape), mask.stride())
     if key not in _graphs and _shapes[any_shape] >= MANY_SHAPES:
         key = any_shape
     if key not in _graphs:
         _graphs[key] = _new_graph(layer, x, forward, any_shape, options)
     try:
-        return _graphs[key](layer, x)
+        return _graphs[key](*inputs)
     except Exception as error:
         # Importing the class would import the whole compiler, a second that uncompiled runs would pay.
         if type(error).__name__ != "FailOnRecompileLimitHit":
             raise
         # torch guards on something that the key does not hold: begin again with a code object that has no variants yet.
         _graphs[key] = _new_graph(layer, x, forward, any_shape, options)
-        return _graphs[key](layer, x)
+        return _graphs[key](*inputs)
 
 
 def _graph_key_of(layer: nn.Module) -> Hashable:
@@ -119,7 +124,7 @@ def on_compile(observer: Callable[[str], None]) -> Callable[[], None]:
 def _new_graph(
     layer: nn.Module,
     x: Tensor,
-    forward: Callable[[Any, Tensor], Tensor],
+    forward: Callable[..., Tensor],
     any_shape: Hashable,
     options: Mapping[str, Any],
 ) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -136,8 +141,8 @@ def _new_graph(
     for observer in _observers:
         observer(f"{type(layer).__name__} {tuple(x.shape)}")
 
-    def run(layer: nn.Module, x: Tensor) -> Tensor:
-        return forward(layer, x)
+    def run(layer: nn.Module, *inputs: Tensor) -> Tensor:
+        return forward(layer, *inputs)
 
     # A copy of ``run`` with a code object of its own, which torch.compile counts its variants by.
     code = run.__code__.replace(co_name=f"run_{len(_graphs)}")

@@ -87,7 +87,8 @@ def squared_norms(m: Moments) -> Tensor:
     wide = stat_dtype(m.var)
     squares = (m.var.to(wide) + m.mean.to(wide).square()).sum(1)
     known = squares.isfinite() & ((squares == 0) | (squares >= SMALL * m.var.shape[1]))
-    return torch.where(known, m.count * squares, torch.nan)
+    count = m.count.flatten() if isinstance(m.count, torch.Tensor) else m.count  # with a mask, one for each sample
+    return torch.where(known, count * squares, torch.nan)
 
 
 def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class Moments:
     Args:
         mean: (N, C), or (1, C), (N, 1), (K, C) once pooled. Float64 where x is float32.
         var: biased variance, same shape as ``mean``, never negative.
-        count: number of elements of x behind each entry; a tensor once ranks were pooled.
+        count: number of elements of x behind each entry; a tensor once ranks were pooled, and (N, 1) where the samples
+            of a batch differ in it, as with a mask: each then weighs by its count where samples are pooled.
         ranks: the ranks that ``over_batch`` pools with; ``None`` for this process alone.
     """
 
@@ -84,12 +85,19 @@ class Moments:
         """
         if weights is not None or self.ranks is not None:
             return self._over_sets(weights)
+        if self._counts_samples():
+            total = self.count.sum(0, keepdim=True)  # type: ignore[union-attr]  # one for each sample
+            mean, var = _pool(self.mean, self.var, 0, self.count / total.clamp_min(1))
+            return Moments(mean, var, total)
         mean, var = _pool(self.mean, self.var, dim=0)
         return Moments(mean, var, self.count * self.mean.shape[0])
 
     def _over_sets(self, weights: Tensor | None) -> Moments:
         # Over ranks all samples are one set, so that an empty rank, whose mean is undefined, has the mass 0.
         weights = self.mean.new_ones(self.mean.shape[0], 1) if weights is None else weights.to(self.mean.dtype)
+        count = self.count
+        if self._counts_samples():
+            weights, count = weights * count, 1
         mass = weights.sum(0).unsqueeze(1)  # (K, 1)
         weights = weights.t() / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # (K, N), rows sum to one
         # No matmul: autocast would round the matrix product in its backward pass to half precision.
@@ -97,10 +105,18 @@ class Moments:
         between_var = (self.mean - mean.unsqueeze(1)).square()  # (K, N, C)
         var = (weights.unsqueeze(2) * (self.var + between_var)).sum(1).to(self.var.dtype)
         # Elements and not samples, for the maps of another rank may have another size.
-        count = mass * self.count
+        count = mass * count
         if self.ranks is not None:
             count, mean, var = self.ranks.pool(count, mean, var)
         return Moments(mean, var, count)
+
+    def _counts_samples(self) -> bool:
+        # In a graph of torch.jit.trace the one count of all samples is a tensor without axes.
+        return isinstance(self.count, Tensor) and self.count.dim() == 2
+
+    def each(self) -> int | Tensor:
+        """Return the count with which every sample weighs alike: 1, and 0 for one without elements."""
+        return (self.count > 0).to(self.mean.dtype) if self._counts_samples() else 1  # type: ignore[union-attr]
 
     def unbiased(self) -> Moments:
         """Return the same with unbiased variances, n / (n - 1) times the biased ones; those of one element stay 0."""
@@ -175,17 +191,21 @@ def mixture(weights: Tensor, terms: list[Tensor]) -> Tensor:
     return sum(rest, first)
 
 
-def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _pool(mean: Tensor, var: Tensor, dim: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if torch_private.is_transformed():
-        return _pooled(mean, var, dim)
-    pooled: tuple[Tensor, Tensor] = _PoolMoments.apply(mean, var, dim)
+        return _pooled(mean, var, dim, weights)
+    pooled: tuple[Tensor, Tensor] = _PoolMoments.apply(mean, var, dim, weights)
     return pooled
 
 
-def _pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the law of total variance along one axis, in plain differentiable PyTorch."""
+def _pooled(mean: Tensor, var: Tensor, dim: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the law of total variance along one axis, in plain differentiable PyTorch; weights have the sum 1."""
     # (N, C) numbers are few, so that exact sums cost nothing here.
     wide = stat_dtype(var)
+    if weights is not None:
+        pooled = (mean * weights).sum(dim, keepdim=True)
+        between_var = (mean - cast(pooled, mean.dtype)).to(var.dtype).square()
+        return pooled, ((var + between_var) * weights).sum(dim, keepdim=True)
     pooled = mean.mean(dim, keepdim=True, dtype=wide)
     # Deviations and not squares of means: at mean / std = 1e4 the squares would agree in every digit.
     # A small difference has all its digits in float32 as well.
@@ -200,17 +220,17 @@ class _PoolMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        pooled, pooled_var = _pooled(mean, var, dim)
+    def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        pooled, pooled_var = _pooled(mean, var, dim, weights)
         ctx.size, ctx.var_dtype = mean.shape[dim], var.dtype
-        ctx.save_for_backward(mean, pooled)
+        ctx.save_for_backward(mean, pooled, weights)
         return pooled, pooled_var
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        mean, pooled = ctx.saved_tensors
-        dmean, dvar = (g / ctx.size for g in grads)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        mean, pooled, weights = ctx.saved_tensors
+        dmean, dvar = (g / ctx.size if weights is None else g * weights for g in grads)
         # d var / d pooled is the mean of -2 (mean - pooled), which is zero: the pooled mean passes no gradient on.
         dtype = mean.dtype
         grad = torch.addcmul(dmean.to(dtype), 2 * dvar.to(dtype), mean - pooled.to(dtype))
-        return grad, dvar.to(ctx.var_dtype).expand_as(mean), None
+        return grad, dvar.to(ctx.var_dtype).expand_as(mean), None, None

@@ -313,7 +313,7 @@ class _Apply(torch.autograd.Function):
         x, center, scale = ctx.saved_tensors
         # What nobody asked for is not computed: each sum would be a pass over dy and x.
         need, passes = ctx.needs_input_grad, ctx.how.module(dy)
-        fields = _field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
+        fields = field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
         return dy if need[0] else None, _carrier_grad(ctx, scale), None, *fields, None
 
 
@@ -357,7 +357,7 @@ class _ApplyDepthwise(torch.autograd.Function):
             normalized = eager.apply(x, center, scale, shift, ctx.how.layout, ctx.how.mean_is_small)
             dkernel, dbias = depthwise.kernel_gradients(dy, normalized, kernel, unroll=ctx.unroll)
         wanted = any(need[3:6])
-        fields = _field_gradients(ctx, eager, dnormalized, x, center, scale) if wanted else (None, None, None)
+        fields = field_gradients(ctx, eager, dnormalized, x, center, scale) if wanted else (None, None, None)
         gradients = dnormalized if need[0] else None, _carrier_grad(ctx, scale), None, *fields
         return *gradients, dkernel, dbias if need[7] else None, None
 
@@ -368,7 +368,7 @@ def _carrier_grad(ctx: Any, scale: Tensor) -> Tensor | None:
     return scale.to(ctx.carrier_dtype).expand(layout.n, layout.c) if ctx.needs_input_grad[1] else None
 
 
-def _field_gradients(
+def field_gradients(
     ctx: Any, passes: Any, dy: Tensor, x: Tensor, center: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of center, scale and shift, given dy of scale * (x - center) + shift.

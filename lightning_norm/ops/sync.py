@@ -96,6 +96,13 @@ class Ranks:
             "way, and run its layers in the same order."
         )
 
+    def largest(self, number: int, device: torch.device) -> int:
+        """Return the largest of the numbers that the ranks bring, in one small collective."""
+        numbers = torch.tensor([number], device=device)
+        with _meeting("a normalizer"):
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_process_groups.by_name[self.group])
+        return int(numbers.item())
+
     def sum(self, t: Tensor, backwards: int = 0) -> Tensor:
         """Return the sum of t over the ranks, the same bits on each; t has one shape on all of them.
 

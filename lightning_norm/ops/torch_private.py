@@ -81,7 +81,7 @@ def in_backward_pass() -> bool:
 
     torch has no public function that tells.
     """
-    return torch._C._current_graph_task_id() != -1
+    return not _is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def watched() -> bool:

@@ -18,6 +18,7 @@ from lightning_norm.testing import (
     graphs,
     inputs,
     layouts,
+    masks,
     numerics,
     parallel,
     state,
@@ -25,7 +26,7 @@ from lightning_norm.testing import (
 )
 from lightning_norm.testing.kit import REGISTRY, Check, Make
 
-GROUPS = (layouts, gradients, numerics, inputs, declarations, state, frozen, graphs, transforms, parallel)
+GROUPS = (layouts, gradients, numerics, inputs, declarations, state, frozen, graphs, transforms, masks, parallel)
 
 
 def checks() -> dict[str, Check]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.base import MomentNorm, Normalizer
 from lightning_norm.layers.pooling import move_by_windows
 from lightning_norm.layers.running_stats import close_window, open_window
 from lightning_norm.testing.kit import (
@@ -21,6 +23,7 @@ from lightning_norm.testing.kit import (
     statistics,
     step,
 )
+from lightning_norm.testing.masks import masked_step, takes_masks
 from lightning_norm.testing.ranks import run_ranks
 
 SPLITS = ((3, 2), (5, 0), (1, 4))
@@ -30,10 +33,12 @@ SPLITS = ((3, 2), (5, 0), (1, 4))
 def _steps(
     rank: int, layers: list[Normalizer], later: Normalizer, x: Tensor, dy: Tensor
 ) -> tuple[list[tuple[Step, dict[str, Tensor]]], dict[str, Tensor]]:
-    results = []
-    for layer, split in zip(layers, SPLITS, strict=True):
+    results: list[tuple[Step, dict[str, Tensor]]] = []
+    for layer, split in zip(layers, [*SPLITS, *SPLITS[:2]], strict=True):
         parts = [torch.split(t, list(split))[rank] for t in (x, dy)]
-        results.append((step(layer, *parts), statistics(layer)))
+        # The last two: with a mask, and in ghost batches.
+        run: Any = masked_step if len(results) == len(SPLITS) and takes_masks(layer) else step
+        results.append((run(layer, *parts), statistics(layer)))
     if waits(later):
         later.sync = "running"
         for split in SPLITS:
@@ -60,9 +65,20 @@ def ranks_equal_one_process(make: Make) -> None:
         # A sample's statistics alone have nothing to exchange.
         return
     expected, running = step(whole, x, dy), statistics(whole)
-    layers = [built(make, torch.float64) for _ in SPLITS]
+    layers = [built(make, torch.float64) for _ in range(len(SPLITS) + 1)]
+    ghost = whole.train_uses_batch_stats and isinstance(whole, MomentNorm)
+    layers.append(built(make, torch.float64, **({"virtual_batch_size": 2} if ghost else {})))
     (first, later_a), (second, later_b) = run_ranks(_steps, 2, layers, built(make, torch.float64), x, dy)
-    for split, (a, running_a), (b, running_b) in zip(SPLITS, first, second, strict=True):
+    if ghost:
+        # Of 5 and 0 samples: the ranks meet for each of two ghost batches, to which the second brings nothing.
+        alone = built(make, torch.float64, virtual_batch_size=2)
+        by_groups, running_by_groups = step(alone, x, dy), statistics(alone)
+        (a, running_a), (b, _) = first[-1], second[-1]
+        same(torch.cat([a.y, b.y]), by_groups.y, 1e-10, "ghost batches over ranks")
+        for name, value in running_by_groups.items():
+            same(running_a[name], value, 1e-10, f"ghost batches over ranks, {name}")
+    first, second = first[:-1], second[:-1]
+    for split, (a, running_a), (b, running_b) in zip([*SPLITS, SPLITS[0]], first, second, strict=True):
         # DDP adds the parameters' gradients, and each rank has the outputs of its samples.
         joined = Step(torch.cat([a.y, b.y]), torch.cat([a.dx, b.dx]), {k: a.grads[k] + b.grads[k] for k in a.grads})
         same_step(joined, expected, 1e-10, f"batch split {split}")

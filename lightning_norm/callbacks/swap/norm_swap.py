@@ -14,6 +14,7 @@ from lightning_norm.callbacks.norm_context import check_contexts
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.rank_checks import check_batches, check_layers, warn_ignored
 from lightning_norm.callbacks.swap.accumulation import Accumulation
+from lightning_norm.callbacks.swap.batch_masks import BatchMasks
 from lightning_norm.callbacks.swap.conflicts import (
     check_copies,
     check_launcher,
@@ -60,6 +61,10 @@ class NormSwapOptions(SwapOptions):
         warm_start: path of a checkpoint whose weights the run starts from, of the network before or after the swap;
             optimizer, epoch and step start anew. A ``ckpt_path`` given to the Trainer wins.
         freeze_kernel_at: first epoch, counted from 0, in which the kernels and biases of BNET layers move no longer.
+        mask_key: where each batch holds which positions are no padding, a key or an index in a tuple: a mask (N, *) or
+            lengths (N,), see :func:`lightning_norm.masks`; all normalizers of this package follow it, in every stage.
+        mask_fn: instead of it, a function from the batch, on its device, to its mask, or its dotted path.
+        mask_size: for lengths: how long the padded input is; by default as long as the longest of the batch.
     """
 
     plan: str | None = None
@@ -69,6 +74,9 @@ class NormSwapOptions(SwapOptions):
     check_optimizer: bool = True
     warm_start: str | None = None
     freeze_kernel_at: int | None = None
+    mask_key: str | int | None = None
+    mask_fn: str | Callable[[Any], Any] | None = None
+    mask_size: int | None = None
 
     chooses_layers: ClassVar[tuple[str, ...]] = (
         *("norm", "norm_args", "include", "exclude", "source", "rules"),
@@ -153,6 +161,7 @@ class NormSwap(Callback):
         self.options, self._plan = options.with_plan_read(), options.plan
         self._freeze = KernelFreeze(options.freeze_kernel_at)
         self._accumulation = Accumulation(options.accumulate_statistics)
+        self._masks = BatchMasks(options.mask_key, options.mask_fn, options.mask_size)
         self._first_step = FirstStep()
         self.report: SwapReport | None = None
         self._model: pl.LightningModule | None = None
@@ -234,6 +243,7 @@ class NormSwap(Callback):
         # An epoch that is resumed in its middle has no on_train_epoch_start.
         self._freeze.freeze_if_due(trainer, pl_module)
         self._accumulation.start(trainer, pl_module)
+        self._masks.start(pl_module)
         self._first_step.start(pl_module, self.report)
 
     @override
@@ -263,6 +273,7 @@ class NormSwap(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move accumulated statistics if the optimizer has stepped; after the first step, name what it missed."""
+        self._masks.forget()
         self._accumulation.after_batch(trainer)
         self._first_step.after_batch(trainer, pl_module)
 
@@ -279,17 +290,50 @@ class NormSwap(Callback):
         check_owned(pl_module, trainer.optimizers)
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._masks.give(batch)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._masks.give(batch)
+
+    on_test_batch_start = on_validation_batch_start
+    on_predict_batch_start = on_validation_batch_start
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._masks.forget()
+
+    on_test_batch_end = on_validation_batch_end
+    on_predict_batch_end = on_validation_batch_end
+
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the module's methods as they were; the same in test and in prediction."""
         self._setup_patches.undo()
+        self._masks.start(pl_module)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._setup_patches.undo()
+        self._masks.start(pl_module)
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._setup_patches.undo()
+        self._masks.start(pl_module)
 
     @override
     def on_save_checkpoint(
@@ -333,6 +377,7 @@ class NormSwap(Callback):
         self._setup_patches.undo()
         self._run_patches.undo()
         self._accumulation.stop()
+        self._masks.stop()
         self._first_step.stop()
         if self._stop_observing is not None:
             self._stop_observing()

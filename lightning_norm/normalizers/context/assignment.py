@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.names import clean_name
+from lightning_norm.layers.told import Told, block, tell
 from lightning_norm.ops import kmeans, torch_private
 
 REMEDY = {
@@ -22,68 +21,17 @@ REMEDY = {
 }
 
 
-Told: TypeAlias = "dict[ContextState, Tensor | None]"
-
-_blocks: ContextVar[tuple[tuple[Told, object], ...]] = ContextVar("lightning_norm_contexts", default=())
-"""What layers were told in this thread or async task: one entry per open ``with`` block, the innermost last.
-
-Entries are replaced and not changed, for tasks that were started inside of a block hold the same ones.
-"""
-
-
-class ContextState:
-    """What one layer was told about the samples of the batch, and its dotted name for messages.
-
-    Neither a Module nor a buffer: nothing of it is saved. Copies of a layer, such as an average of the weights, share
-    the state of the original, so that they hear what it hears. What is told belongs to the thread or the async task
-    that told it, and to those that inherit its context variables, such as ``asyncio.to_thread``.
-
-    Args:
-        name: dotted name of the layer.
-    """
-
-    def __init__(self, name: str = "") -> None:
-        self.name = name
-        self.forwards: weakref.WeakSet[_Forward] = weakref.WeakSet()
+class ContextState(Told):
+    """What one layer was told about the contexts of the samples."""
 
     @property
     def responsibilities(self) -> Tensor | None:
         """How much each sample belongs to each context, (N, K); ``None`` where that is not known."""
-        for told, _ in reversed(_blocks.get()):
-            if self in told:
-                return told[self]
-        return None
+        return self.value
 
     @responsibilities.setter
     def responsibilities(self, value: Tensor | None) -> None:
-        _tell({self: value})
-
-    def remember(self, y: Tensor) -> None:
-        """Keep what a forward pass was told as long as its graph lives, for a second run in the backward pass."""
-        responsibilities = self.responsibilities
-        if y.grad_fn is not None and responsibilities is not None:
-            forward = _Forward(responsibilities)
-            y.grad_fn.metadata[_Forward] = forward  # type: ignore[index]  # a dict, which torch annotates as a method
-            self.forwards.add(forward)
-
-    def of_forward(self, n: int) -> Tensor | None:
-        """Return what the forward passes of n samples whose graphs live were told, ``None`` unless it is the same."""
-        told = [f.responsibilities for f in self.forwards if f.responsibilities.shape[0] == n]
-        same = all(t is told[0] or torch.equal(t, told[0]) for t in told[1:])
-        return told[0] if told and same else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ContextState:
-        return self
-
-    def __reduce__(self) -> tuple[type[ContextState], tuple[str]]:
-        return ContextState, (self.name,)
-
-
-class _Forward:
-    """What one forward pass was told."""
-
-    def __init__(self, responsibilities: Tensor) -> None:
-        self.responsibilities = responsibilities
+        self.value = value
 
 
 def context_layers(model: nn.Module) -> dict[str, Any]:
@@ -130,7 +78,7 @@ def contexts(
             f"no layer takes {'images' if ids is None else 'ids'}: the model has {present}. "
             f"Swap with norm_args={{'context': {wanted!r}}}."
         )
-    with _block():
+    with block():
         assign(layers, ids, images, views)
         yield
 
@@ -153,7 +101,7 @@ def assign(layers: Mapping[str, Any], ids: Tensor | None = None, images: Tensor 
     descriptors = None if images is None else kmeans.describe(images)
     # Layers of one kind share one tensor: a network has dozens of layers, and the batch has one set of contexts.
     shared: dict[tuple[str, int, torch.device], Tensor | None] = {}
-    news: Told = {}
+    news: dict[Any, Tensor | None] = {}
     for name, layer in layers.items():
         if layer.context == "gate":
             continue
@@ -168,27 +116,7 @@ def assign(layers: Mapping[str, Any], ids: Tensor | None = None, images: Tensor 
                 known = as_responsibilities(known, layer.num_contexts, name).to(device).repeat(views, 1)
             shared[kind] = known
         news[layer.contexts] = shared[kind]
-    _tell(news)
-
-
-def _tell(news: Told) -> None:
-    """Tell layers in the innermost block, or outside of all."""
-    *outer, (told, block) = _blocks.get() or (({}, None),)
-    told = {**told, **news}
-    # Outside of all blocks no entry is left of a layer of which nothing is known any longer.
-    told = told if block is not None else {state: known for state, known in told.items() if known is not None}
-    _blocks.set((*outer, (told, block)) if told or block is not None else ())
-
-
-@contextmanager
-def _block() -> Iterator[None]:
-    block = object()
-    _blocks.set((*_blocks.get(), ({}, block)))
-    try:
-        yield
-    finally:
-        # By itself and not by restoring what was there before: blocks of generators may be left in any order.
-        _blocks.set(tuple(entry for entry in _blocks.get() if entry[1] is not block))
+    tell(news)
 
 
 def check_contexts_of(layer: Any, n: int) -> None:
@@ -218,7 +146,7 @@ def contexts_of_forward(layer: Any, n: int) -> Iterator[None]:
     Raises:
         RuntimeError: what it was told is not known any longer.
     """
-    known = layer.contexts.of_forward(n) if torch_private.recomputes_saved_tensors() else None
+    known = layer.contexts.of_forward(n)
     if known is None:
         raise RuntimeError(
             f"{_who(layer)} was run again in a backward pass, as activation checkpointing does, and which contexts its "
@@ -226,7 +154,7 @@ def contexts_of_forward(layer: Any, n: int) -> Iterator[None]:
             "are alive. Type checkpoint(..., use_reentrant=False) and detach what you keep of a batch, leave this "
             "layer out of the checkpointed part, or swap with norm_args={'context': 'gate'}."
         )
-    with _block():
+    with block():
         layer.contexts.responsibilities = known
         yield
 

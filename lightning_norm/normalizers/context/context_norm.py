@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +14,7 @@ from lightning_norm.layers.base import Paper
 from lightning_norm.layers.fused_specs import per_channel_spec, uses_running_stats
 from lightning_norm.layers.inference import double_copy, per_channel
 from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer
+from lightning_norm.layers.told import block
 from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of, contexts_of_forward
 from lightning_norm.normalizers.context.statistics import ContextStatistics
 from lightning_norm.ops import kmeans, torch_private
@@ -126,7 +128,9 @@ class ContextNorm(ContextStatistics):
         """The priors of the contexts, and where contexts are missing the statistics too."""
         return self.moves_running_stats
 
-    def forward(self, input: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, activation: str = "none", residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Normalize the input x, by the contexts that the layer was told of its samples."""
         # What is no input at all is refused by the base class, with its better message.
         told = self.context != "gate" and isinstance(input, Tensor) and input.dim() > 1 and input.is_floating_point()
@@ -134,13 +138,22 @@ class ContextNorm(ContextStatistics):
         compiling = torch.compiler.is_compiling()
         if told and not compiling and in_backward_pass():
             with contexts_of_forward(self, n):
-                return super().forward(input, activation, residual)
+                return super().forward(input, activation, residual, mask)
         if told:
             check_contexts_of(self, n)
-        y = super().forward(input, activation, residual)
+        y = super().forward(input, activation, residual, mask)
         if told and not compiling:
             self.contexts.remember(y)
         return y
+
+    @contextmanager
+    def part_of_batch(self, start: int, stop: int) -> Iterator[None]:
+        """While it is open, the layer knows the contexts of these samples alone."""
+        responsibilities = None if self.context == "gate" else self.contexts.responsibilities
+        with block():
+            if responsibilities is not None:
+                self.contexts.responsibilities = responsibilities[start:stop]
+            yield
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra that mixes the contexts of this input."""

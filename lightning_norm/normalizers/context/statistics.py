@@ -40,7 +40,7 @@ class ContextStatistics(ContextParameters):
         contexts, frequency, pooled = self._shrink_small_contexts(batch)
         if self.moves_running_stats:
             if self.missing == "posterior":
-                between = Moments(m.mean, torch.zeros_like(m.var), 1, m.ranks).over_batch(responsibilities)
+                between = Moments(m.mean, torch.zeros_like(m.var), m.each(), m.ranks).over_batch(responsibilities)
                 self._update_running_spread(between.var, frequency)
             total = batch.count.sum()
             if not isinstance(self.accumulator, AccumulationWindow):
