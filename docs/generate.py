@@ -187,6 +187,8 @@ def _who(paper: Paper | None) -> str:
 
 
 def _depends_on(cls: type[Normalizer]) -> tuple[str, str]:
+    if not cls.eval_uses_input_stats and not cls.train_uses_batch_stats:
+        return "no", "each element alone"
     if not cls.eval_uses_input_stats:
         return "yes" if cls.train_uses_batch_stats else "no", "running statistics"
     return ("yes", "both") if cls.train_uses_batch_stats else ("no", "the sample")

@@ -87,7 +87,8 @@ class ConvolvedNorm(MomentNorm):
         if plain is not None or not fits:
             return plain
         normalized = super().eval_affine()
-        assert normalized is not None
+        if normalized is None:
+            return None
         normalized = Affine(normalized.center, normalized.scale, torch.zeros_like(normalized.center))
         return nn.Sequential(batch_norm(self, normalized, BATCH_NORMS[self.spatial_dims + 2]), self._torch_conv())
 

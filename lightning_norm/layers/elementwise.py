@@ -30,6 +30,7 @@ class ElementwiseNorm(MomentNorm):
     """
 
     train_uses_batch_stats: ClassVar[bool] = False
+    eval_uses_input_stats: ClassVar[bool] = False
     extra_parameters: ClassVar[dict[str, str]] = {"alpha": "1"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("alpha_init",)
     not_for: ClassVar[dict[str, str]] = {

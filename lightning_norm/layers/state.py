@@ -304,7 +304,8 @@ def _came(names: list[str], loaded: Mapping[str, Any]) -> str:
 
 def _refuse_another(layer: Loading, loaded: Mapping[str, Any], prefix: str) -> None:
     """Refuse a file with tensors that only other normalizers have."""
-    expected = marks(type(layer))
+    # Of the layer, whose arguments may give it more tensors than its class has by default.
+    expected = marks(layer)
     foreign = {n for cls in layer.registry.values() for n in marks(cls) & loaded.keys() if n not in expected}
     if foreign or (has_rows(loaded) and not layer.has_rows):
         others = likely(layer.registry, loaded)

@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+import torch
+from torch import Tensor, nn
+
 from lightning_norm.errors import CheckpointError
+from lightning_norm.layers.arguments import stateless
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.convolved import ConvolvedNorm, centre_taps
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer
 from lightning_norm.layers.translation import Translation, renamed
 from lightning_norm.ops.fused.mixture import MixtureSpec
-from lightning_norm.ops.layout import Layout
-from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.layout import Layout, at_least_float32
+from lightning_norm.ops.moments import Affine, Moments, mixture
+from lightning_norm.ops.sparsestmax import without_entry
 
 
 class BNET(ConvolvedNorm):
@@ -35,13 +40,16 @@ class BNET(ConvolvedNorm):
         kernel_size: k, odd.
         spatial_dims: axes of the kernel: 1, 2 or 3. A map with fewer is one of size 1 along the last ones, where only
             the kernel's middle acts; of a map with more, the first ones are separate maps.
+        statistics: what x is normalized by: "bn", the batch; "in", each sample and channel; "sn", a learned mixture of
+            instance, layer and batch statistics as in :class:`SwitchableNorm`, with its two weights.
         init: "dirac" starts as batch normalization; "zero" starts at nothing, as published, for the end of a residual
             branch.
         affine: learn ``bias``; the kernel is always there.
         options: eps, momentum, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
-        ValueError: an even kernel size, or spatial_dims or init out of their choices.
+        ValueError: an even kernel size; spatial_dims, statistics or init out of their choices.
+        TypeError: running statistics, with ``statistics="in"``.
 
     Differs from the paper: the default start is a Dirac kernel with the BatchNorm's weight as centre tap, which keeps
     what a trained network computes (the published start is zero).
@@ -55,6 +63,9 @@ class BNET(ConvolvedNorm):
         "Xu et al.", 2023, "BNET: Batch Normalization With Enhanced Linear Transformation", "arXiv 2011.14150"
     )
     eval_uses_input_stats: ClassVar[bool] = False
+    repr_arguments: ClassVar[tuple[str, ...]] = (*ConvolvedNorm.repr_arguments, "statistics")
+    mean_weight: nn.Parameter
+    var_weight: nn.Parameter
 
     def __init__(
         self,
@@ -63,26 +74,69 @@ class BNET(ConvolvedNorm):
         kernel_size: int = 3,
         spatial_dims: Literal[1, 2, 3] = 2,
         init: Literal["dirac", "zero"] = "dirac",
+        statistics: Literal["bn", "sn", "in"] = "bn",
         **options: Any,
     ) -> None:
+        self.statistics = statistics
+        # What the class declares holds for the default; this layer is another one.
+        self.train_uses_batch_stats = statistics != "in"  # type: ignore[misc]
+        self.eval_uses_input_stats = statistics != "bn"  # type: ignore[misc]
+        if statistics == "in":
+            options = stateless('BNET(statistics="in")', options)
         kernel: dict[str, Any] = {"kernel_size": kernel_size, "spatial_dims": spatial_dims, "init": init}
         super().__init__(num_features, **kernel, **options)
+        if statistics == "sn":
+            self.extra_parameters = {**type(self).extra_parameters, "mean_weight": "3", "var_weight": "3"}  # type: ignore[misc]
+            self._add_parameters(options, mean_weight=(3,), var_weight=(3,))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map from x to the normalized map; the convolution of the base class follows."""
         # No weight and no bias here: the convolution has both, and brings scale and shift.
+        if self.statistics == "in":
+            return Affine(m.mean, (m.var + self.eps).rsqrt())
         batch = self.track(m.over_batch())
-        return Affine(batch.mean, (batch.var + self.eps).rsqrt())
+        if self.statistics == "bn":
+            return Affine(batch.mean, (batch.var + self.eps).rsqrt())
+        mixed = (m, m.over_channels(), batch)
+        w, v = (self._importance(t.to(m.mean.dtype), m.count) for t in (self.mean_weight, self.var_weight))
+        mean, var = mixture(w, [s.mean for s in mixed]), mixture(v, [s.var for s in mixed])
+        return Affine(mean, (var + self.eps).rsqrt())
 
-    def fused_spec(self, layout: Layout) -> MixtureSpec:
-        """Return the equation of the normalized map for the kernels."""
+    @staticmethod
+    def _importance(logits: Tensor, count: int | Tensor = 2) -> Tensor:
+        """Return the weights of instance, layer and batch statistics; a map of one element has no instance's."""
+        logits = logits.to(at_least_float32(logits.dtype))
+        if isinstance(count, int) and count == 1:
+            return without_entry(lambda z: torch.softmax(z, 0), logits, 0)
+        return torch.softmax(logits, 0)
+
+    def fused_spec(self, layout: Layout) -> MixtureSpec | None:
+        """Return the equation of the normalized map for the kernels, whose convolution knows no mixture's weights."""
+        if self.statistics == "sn":
+            return None
         # The bias belongs to the convolution, which the kernels apply in the same pass.
-        return replace(mixture_spec(self, ("bn",)), weight=None, bias=None)
+        return replace(mixture_spec(self, (self.statistics,)), weight=None, bias=None)
+
+    def statistic_size(self, n: int, size: int) -> int:
+        """Return the elements behind the batch statistics, or behind those of a sample."""
+        return size if self.statistics == "in" else n * size
+
+    def start_values(self) -> dict[str, float | Tensor]:
+        """Return those of the kernel, and equal weights for the statistics."""
+        return {**super().start_values(), "mean_weight": 1.0, "var_weight": 1.0}
+
+    @torch.no_grad()
+    def monitor(self) -> dict[str, Tensor]:
+        """Return the part of the kernels' energy that lies outside their centre taps, and the mean norm of a kernel."""
+        shown = super().monitor()
+        for name, logits in (("mean", self.mean_weight), ("var", self.var_weight)) if self.statistics == "sn" else ():
+            shown |= {f"{name}_{k}": w for k, w in zip(("in", "ln", "bn"), self._importance(logits), strict=True)}
+        return shown
 
     @property
     def preserves_eval(self) -> bool:
-        """Whether the kernel starts as a Dirac."""
-        return self.init == "dirac"
+        """Whether it normalizes by the batch, and the kernel starts as a Dirac."""
+        return self.init == "dirac" and self.statistics == "bn"
 
     @property
     def translations(self) -> tuple[Translation, ...]:

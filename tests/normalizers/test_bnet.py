@@ -1,6 +1,7 @@
 """Xu et al. 2023 (arXiv 2011.14150): batch normalization, then one kernel per channel over the normalized map."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ import torchvision
 from torch import nn
 
 from lightning_norm import BNET, create, swap
+from lightning_norm.testing import checks
 from tests.normalizers.paper import F64, agrees, along, data, shaken
 
 SHAPES = {1: (5, 6, 7), 2: (4, 6, 5, 3), 3: (3, 6, 4, 5, 3)}
@@ -316,3 +318,68 @@ def test_compiled_wide_maps(shape, size, dims):
             assert y.stride() == x.stride()
             results.append((y, *torch.autograd.grad(y, [x, *each.parameters()], dy)))
         torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+class TestOtherStatistics:
+    """The recovery step behind the statistics of instances, or behind a mixture as in switchable normalization."""
+
+    @staticmethod
+    def paper(statistics, running=None, eps=1e-5):
+        def reference(x, p):
+            space, rest, batch = list(range(2, x.dim())), list(range(1, x.dim())), [0, *range(2, x.dim())]
+            of_batch = running or (x.mean(batch), x.var(batch, unbiased=False))
+            pairs = {
+                "in": (x.mean(space, keepdim=True), x.var(space, keepdim=True, unbiased=False)),
+                "ln": (x.mean(rest, keepdim=True), x.var(rest, keepdim=True, unbiased=False)),
+                "bn": tuple(along(t, x) for t in of_batch),
+            }
+            mean, var = pairs["in"]
+            if statistics == "sn":
+                w, v = (p[name].exp() / p[name].exp().sum() for name in ("mean_weight", "var_weight"))
+                mean = sum(w[i] * m for i, (m, _) in enumerate(pairs.values()))
+                var = sum(v[i] * s for i, (_, s) in enumerate(pairs.values()))
+            return recovered((x - mean) / (var + eps).sqrt(), p["kernel"], p.get("bias"))
+
+        return reference
+
+    @pytest.mark.parametrize("dims", [1, 2, 3])
+    @pytest.mark.parametrize("statistics", ["sn", "in"])
+    def test_equation(self, statistics, dims):
+        layer = shaken(BNET(6, spatial_dims=dims, statistics=statistics))
+        stretched(layer.kernel)
+        x = data(*SHAPES[dims])
+        agrees(layer, self.paper(statistics), x)
+        running = (layer.running_mean, layer.running_var) if statistics == "sn" else None
+        agrees(layer.eval(), self.paper(statistics, running), x)
+
+    def test_maps_of_one_element_have_no_instances(self):
+        layer, x = BNET(6, statistics="sn").double(), data(5, 6)
+        y = layer(x)
+        layer.mean_weight.data[0] = layer.var_weight.data[0] = 7.0
+        torch.testing.assert_close(layer(x), y)
+        with pytest.raises(ValueError, match="more than one value per statistic"):
+            BNET(6, statistics="in")(x)
+
+    @pytest.mark.parametrize("statistics", ["sn", "in"])
+    def test_swap_files_and_deployment(self, statistics):
+        model = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+        start = model.state_dict()
+        report = swap(model, "bnet", norm_args={"statistics": statistics})
+        assert not report.layers[0].preserves_eval
+        loaded = nn.Sequential(nn.Conv2d(6, 6, 1), BNET(6, statistics=statistics))
+        loaded.load_state_dict(start)
+        loaded.load_state_dict(model.state_dict())
+        x = data(4, 6, 5, 3).float()
+        torch.testing.assert_close(loaded.eval()(x), model.eval()(x))
+        assert model[1].plain(4) is None
+        assert "sample" in model[1].why_not_plain(4) or "running" in model[1].why_not_plain(4)
+        assert ("mean_in" in model[1].monitor()) == (statistics == "sn")
+        report.undo()
+        assert isinstance(model[1], nn.BatchNorm2d)
+
+    @pytest.mark.parametrize("name", ["compiled_equals_eager", "half_inputs", "deepcopy_and_pickle", "layouts"])
+    @pytest.mark.parametrize("statistics", ["sn", "in"])
+    def test_conforms(self, statistics, name):
+        found = {n: check for n, check in checks().items() if n == name}
+        for check in found.values():
+            check(functools.partial(BNET, statistics=statistics))
