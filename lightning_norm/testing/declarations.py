@@ -72,7 +72,7 @@ def choice_is_what_it_computes(make: Make) -> None:
     """Where ``choice`` names a plain normalizer, with all weight on it, ``harden`` keeps what evaluation computes."""
     layer = make(C)
     model, choice = nn.Sequential(layer).double(), layer.choice(1.0)
-    if choice is None or not choice.norm:
+    if choice is None or not choice.norm or choice.why:  # which says how the two differ
         return
     x = features(5, C, 7, 3, dtype=torch.float64)
     model(x)
