@@ -23,6 +23,7 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_norm import create, normalizers, pool_statistics, swap
 from lightning_norm.surgery.walk import normalizers_of
@@ -46,8 +47,8 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at one operator."""
-        if "all_reduce" in str(func):
-            self.bytes.append(args[0].numel() * args[0].element_size())
+        if "allreduce" in str(func):
+            self.bytes.append(sum(t.numel() * t.element_size() for t in tree_leaves(args[0])))
         return func(*args, **(kwargs or {}))
 
 
@@ -59,6 +60,7 @@ def count(rank: int) -> list[tuple[str, list[int], list[int]]]:
         cases = {key: options} | ({f"{key}, threshold=0.5": {**options, "threshold": 0.5}} if key == "ubn" else {})
         for name, arguments in cases.items():
             layer, x = create(key, CHANNELS, **arguments), torch.randn(4, CHANNELS, 8, 8, requires_grad=True)
+            layer(x)  # ranks compare their layers once, in a collective of its own
             with Collectives() as forward:
                 y = layer(x)
             with Collectives() as backward:

@@ -63,6 +63,7 @@ _PUBLIC = {
     "schedules.composed": ("Chain", "Warmup"),
     "schedules.curves": ("Constant", "Cosine", "Exponential", "InversePower", "Linear", "Steps"),
     "surgery.deploy": ("DeployReport", "fold", "to_plain"),
+    "surgery.norm_statistics": ("NormStatistics", "norm_statistics"),
     "surgery.pool": ("pool_statistics",),
     "surgery.param_groups": ("no_weight_decay", "norm_param_groups"),
     "surgery.recognize": ("is_norm", "norm_types"),

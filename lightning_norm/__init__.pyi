@@ -60,6 +60,8 @@ from lightning_norm.schedules.curves import Steps as Steps
 from lightning_norm.surgery.deploy import DeployReport as DeployReport
 from lightning_norm.surgery.deploy import fold as fold
 from lightning_norm.surgery.deploy import to_plain as to_plain
+from lightning_norm.surgery.norm_statistics import NormStatistics as NormStatistics
+from lightning_norm.surgery.norm_statistics import norm_statistics as norm_statistics
 from lightning_norm.surgery.param_groups import no_weight_decay as no_weight_decay
 from lightning_norm.surgery.param_groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.pool import pool_statistics as pool_statistics
