@@ -100,7 +100,7 @@ def steps(rank: int, key: str, repeats: int) -> tuple[dict[Any, float], int]:
     for number in range(len(KINDS) * (2 + repeats)):
         kind = KINDS[number % len(KINDS)]
         for layer, window in zip(layers, windows, strict=True):
-            layer.sync, layer.accumulator = kind, window if kind == "running" else None  # type: ignore[assignment]
+            layer.sync, layer.accumulator = kind, window if kind == "running" else None
         begin = time.perf_counter()
         torch.autograd.backward(nn.functional.cross_entropy(run(x), target))
         optimizer.step()
