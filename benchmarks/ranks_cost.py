@@ -23,6 +23,7 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_norm import create, normalizers, pool_statistics, swap
 from lightning_norm.surgery.walk import normalizers_of
@@ -53,8 +54,7 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         """Look at one operator."""
         # ``c10d::allreduce_`` takes a list, and ``_c10d_functional::all_reduce`` a tensor.
         if "allreduce" in str(func).replace("_", ""):
-            tensors = args[0] if isinstance(args[0], list) else [args[0]]
-            self.bytes.append(sum(t.numel() * t.element_size() for t in tensors))
+            self.bytes.append(sum(t.numel() * t.element_size() for t in tree_leaves(args[0])))
         return func(*args, **(kwargs or {}))
 
 
@@ -106,7 +106,7 @@ def steps(rank: int, key: str, repeats: int) -> tuple[dict[Any, float], int]:
     for number in range(len(KINDS) * (2 + repeats)):
         kind = KINDS[number % len(KINDS)]
         for layer, window in zip(layers, windows, strict=True):
-            layer.sync, layer.accumulator = kind, window if kind == "running" else None  # type: ignore[assignment]
+            layer.sync, layer.accumulator = kind, window if kind == "running" else None
         begin = time.perf_counter()
         torch.autograd.backward(nn.functional.cross_entropy(run(x), target))
         optimizer.step()

@@ -76,6 +76,7 @@ _PUBLIC = {
     "surgery.harden": ("HardenReport", "harden"),
     "surgery.load_published": ("load_published",),
     "surgery.masks": ("masks",),
+    "surgery.norm_statistics": ("NormStatistics", "norm_statistics"),
     "surgery.pause": ("paused_statistics",),
     "surgery.pool": ("pool_statistics",),
     "surgery.param_groups": ("no_weight_decay", "norm_param_groups"),

@@ -73,6 +73,8 @@ from lightning_norm.surgery.harden import HardenReport as HardenReport
 from lightning_norm.surgery.harden import harden as harden
 from lightning_norm.surgery.load_published import load_published as load_published
 from lightning_norm.surgery.masks import masks as masks
+from lightning_norm.surgery.norm_statistics import NormStatistics as NormStatistics
+from lightning_norm.surgery.norm_statistics import norm_statistics as norm_statistics
 from lightning_norm.surgery.param_groups import no_weight_decay as no_weight_decay
 from lightning_norm.surgery.param_groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.pause import paused_statistics as paused_statistics

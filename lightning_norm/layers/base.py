@@ -10,7 +10,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     num_features: int
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    sync: bool | Literal["running"]
+    sync: bool | str
     sync_group: str | int
     sync_paused: bool = False
     agreed_in: str = ""

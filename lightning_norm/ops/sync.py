@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -142,16 +142,14 @@ def pools_later(sync: Any) -> bool:
     return isinstance(sync, str) and sync == "running"
 
 
-def check_sync(sync: Any) -> bool | Literal["running"]:
+def check_sync(sync: Any) -> bool | str:
     """Return ``sync`` if it is what it may be: ``True``, ``False`` or "running".
 
     Raises:
         ValueError: it is none of these.
     """
-    if isinstance(sync, bool):
-        return sync
-    if pools_later(sync):
-        return "running"
+    if isinstance(sync, bool) or pools_later(sync):
+        return sync  # type: ignore[no-any-return]
     raise ValueError(
         f"sync must be True (statistics are pooled in each forward pass), 'running' (the running ones alone, once per "
         f"optimizer step) or False, got {sync!r}."

@@ -83,7 +83,7 @@ class SwapOptions:
     rules: Mapping[str, NormSpec | None] | None = None
     backend: Literal["auto", "eager", "triton"] = "auto"
     compile: bool = False
-    sync: bool | Literal["running"] = True
+    sync: bool | str = True
     sync_group: str | int = "world"
     fuse_activation: bool | Mapping[str, str] = False
 

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -67,7 +67,7 @@ class SwappedLayer:
     added: dict[str, int]
     backend: str
     compiled: bool
-    sync: bool | Literal["running"]
+    sync: bool | str
     removed: int = 0
     activation: str = ""
     also: list[str] = field(default_factory=list)

@@ -167,7 +167,7 @@ def _row(
     )
 
 
-def _synced(layer: Normalizer) -> bool | Literal["running"]:
+def _synced(layer: Normalizer) -> bool | str:
     """Return what of ``sync`` has an effect in a layer."""
     if pools_later(layer.sync):
         return layer.sync if layer.has_running_stats else False

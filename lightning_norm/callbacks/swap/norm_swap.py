@@ -449,8 +449,8 @@ class NormSwap(Callback):
     def _finish_swap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what needs all layers: compare ranks, take over a warm start, check the patterns, tell what was done."""
         self._swap(pl_module)
-        if self.report:
-            # Only now is the network whole, so that it can be run on an example.
+        if self.report and self._untold:
+            # Only now is the network whole, so that it can be run on an example; once, for that takes a while.
             example = getattr(pl_module, "example_input_array", None)
             activations = self.report.find_activations(pl_module, self.options.fuse_activation, example)
             self.report.take_activations(pl_module, activations)
