@@ -364,6 +364,10 @@ class MomentNorm(Normalizer):
     def _normalize(self, input: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return _forward(self, input, activation, residual)
+        if SPECS in vars(self) and not self.compiled and _ranks_of(self) is None:
+            again = same_as_before(self, input, activation, residual)
+            if again is not None:
+                return again
         # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
         if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
             keep_float32(self)
@@ -372,10 +376,6 @@ class MomentNorm(Normalizer):
             options = vars(self).get("_compile_options")
             y = compiled_forward(self, input, _forward, _ranks_of(self), options)
             return activated(y, activation, residual)
-        if SPECS in vars(self) and _ranks_of(self) is None:
-            again = same_as_before(self, input, activation, residual)
-            if again is not None:
-                return again
         try:
             return _forward(self, input, activation, residual)
         except RuntimeError as error:
