@@ -436,18 +436,19 @@ class MomentNorm(SpecialCalls, Normalizer):
         if pools_later(self.sync):
             ready_window(self)
         if not torch.compiler.is_compiling():
+            twice = self.training and runs_twice(self) and isinstance(input, Tensor)
+            if SPECS in vars(self) and valid is None and not (twice or self.compiled) and _ranks_of(self) is None:
+                again = same_as_before(self, input, activation, residual)
+                if again is not None:
+                    return again
             # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
             if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
                 keep_float32(self)
                 keep_exact(self)
-            if self.training and runs_twice(self) and isinstance(input, Tensor):
+            if twice:
                 return self._normalize_twice(input, activation, residual, valid)
             if self.compiled or torch_private.is_transformed():
                 return self._normalize_specially(input, activation, residual, valid)
-            if SPECS in vars(self) and valid is None and _ranks_of(self) is None:
-                again = same_as_before(self, input, activation, residual)
-                if again is not None:
-                    return again
         return _forward(self, input, activation, residual, valid)
 
     def _normalize_twice(self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None) -> Tensor:

@@ -35,19 +35,21 @@ class _Specs(dict[Any, Any]):
 
 
 class _Remembered(NamedTuple):
-    """A description and what it was made of: the very objects, not equal ones.
+    """A description and what it was made of.
 
     Args:
         spec: the description.
-        tensors: parameters and buffers of the layer.
+        tensors: parameters and buffers of the layer, the very objects.
         dtypes: of them; ``.data = ...`` changes a tensor that stays the same object.
-        attributes: all others of the layer, without what it remembers, which would be a cycle of references.
+        attributes: all others of the layer.
+        place: of what it remembers among them, left out: it would be a cycle of references.
     """
 
     spec: Any
     tensors: tuple[Tensor | None, ...]
     dtypes: tuple[torch.dtype | None, ...]
     attributes: list[Any]
+    place: int
 
 
 def spec_of(layer: Any, layout: Layout) -> Any:
@@ -71,7 +73,8 @@ def spec_of(layer: Any, layout: Layout) -> Any:
             if specs is None or len(specs) > MANY:
                 specs = vars(layer)[SPECS] = _Specs()
             dtypes = tuple(None if t is None else t.dtype for t in tensors)
-            specs[key] = _Remembered(spec, tensors, dtypes, _attributes(layer))
+            place = list(vars(layer)).index(SPECS)
+            specs[key] = _Remembered(spec, tensors, dtypes, _attributes(layer, place), place)
     return spec
 
 
@@ -100,10 +103,10 @@ def _key(layer: Any, shape: Any) -> Any:
 
 def _remembered(layer: Any, key: Any) -> Any:
     known = vars(layer).get(SPECS, {}).get(key)
-    if known is None or not _same(known.attributes, _attributes(layer)):
+    if known is None or not _is_equal(known.attributes, _attributes(layer, known.place)):
         return None
     tensors = _tensors(layer)
-    if not _same(known.tensors, tensors):
+    if len(tensors) != len(known.tensors) or not all(map(operator.is_, known.tensors, tensors)):
         return None
     for t, dtype in zip(tensors, known.dtypes, strict=True):
         if t is not None and (t.dtype is not dtype or not t.is_contiguous()):
@@ -111,14 +114,17 @@ def _remembered(layer: Any, key: Any) -> Any:
     return known.spec
 
 
-def _same(before: Any, now: Any) -> bool:
-    return len(before) == len(now) and all(map(operator.is_, before, now))
+def _is_equal(before: list[Any], now: list[Any]) -> bool:
+    try:
+        return before == now  # takes no time for objects that are the same
+    except Exception:  # arrays and tensors have no one answer
+        return False
 
 
-def _attributes(layer: Any) -> list[Any]:
-    attributes = vars(layer)
-    specs = attributes[SPECS]
-    return [None if value is specs else value for value in attributes.values()]
+def _attributes(layer: Any, place: int) -> list[Any]:
+    attributes = [*vars(layer).values()]
+    attributes[place : place + 1] = []
+    return attributes
 
 
 def _tensors(layer: Any) -> tuple[Tensor | None, ...]:

@@ -106,7 +106,9 @@ def again(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residu
 
     What was checked then, and depends on nothing but the look of the input, is not checked again.
     """
-    if type(x) not in PLAIN or torch_private.watched() or not _is_written_out(x, residual):
+    if type(x) not in PLAIN or torch_private.watched() or x.is_neg() or x._is_zerotensor():
+        return None
+    if residual is not None and not _is_written_out(residual):
         return None
     if _look(x, activation, residual) not in vars(spec).get(KNOWN, ()):
         return None
@@ -173,7 +175,7 @@ class _Recorded(torch.autograd.Function):
             kept = kept.float().contiguous()  # hooks for saved tensors may have stored it in another way
         dy = dense(grads[0], x)
         residual = None if residual is None else dense(residual, x)
-        if not _is_written_out(dy):
+        if dy.is_neg() or dy._is_zerotensor():
             dy = torch.empty_like(dy).copy_(dy)
         inputs = (x, dy, residual, kept, *saved, *buffers)
         key, pointers = launcher.key_of((forward, need_dx, *need), inputs)
