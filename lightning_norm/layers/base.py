@@ -29,7 +29,7 @@ from lightning_norm.ops.compiled import GRAPH_KEY, compiled_forward
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
-from lightning_norm.ops.layout import Layout, layout_of
+from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
 from lightning_norm.ops.masked import mask_of, run_masked
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.normalize import Call, activated, run
@@ -373,6 +373,7 @@ class MomentNorm(SpecialCalls, Normalizer):
         if self.compiled and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
             forward: Callable[..., Tensor] = _forward if valid is None else _forward_masked
+            valid = None if valid is None else valid.to(at_least_float32(input.dtype))
             y = compiled_forward(self, input, forward, _ranks_of(self), options, valid)
             return activated(y, activation, residual)
         try:
