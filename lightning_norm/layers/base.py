@@ -35,7 +35,7 @@ from lightning_norm.ops.compiled import GRAPH_KEY, compiled_forward
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
-from lightning_norm.ops.layout import Layout, layout_of
+from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
 from lightning_norm.ops.masked import mask_of, run_masked
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.normalize import Call, activated, run
@@ -470,6 +470,8 @@ class MomentNorm(SpecialCalls, Normalizer):
         if self.compiled and of_this_thread and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
             if valid is not None:
+                # As numbers, which a CPU loads as vectors.
+                valid = valid.to(at_least_float32(input.dtype))
                 y = compiled_forward(self, input, _forward_masked, _ranks_of(self), options, valid)
                 return activated(y, activation, residual)
             # The activation belongs in the graph, where it costs no pass of its own.

@@ -94,6 +94,7 @@ class SpecialCalls(nn.Module):
             if again and not torch.compiler.is_compiling():
                 mask = _mask_of_first_run(state, mask, who, torch_private.static_shape(x)[0])
             if mask is None:
+                vars(state).pop("lost", None)
                 return None
             who = f"{who} {state.name!r}" if state.name else who
             mask = resized(mask, positions(x, self.channel_dim), who)

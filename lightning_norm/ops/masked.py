@@ -69,8 +69,13 @@ class _Zeroed(torch.autograd.Function):
 
 
 def mask_of(valid: Tensor, x: Tensor, layout: Layout) -> Mask:
-    """Return the mask of x, given which positions count, in a shape that broadcasts against x with one channel."""
+    """Return the mask of x, given which positions count, in a shape that broadcasts against x with one channel.
+
+    Of bool or as :attr:`Mask.weights`, from which a compiled CPU graph makes the other in its vector registers: a load
+    of bool is none of a vector.
+    """
     weights = valid.to(at_least_float32(x.dtype))
+    valid = valid if valid.dtype == torch.bool else valid != 0
     sizes = [1 if d == layout.channel_dim else size for d, size in enumerate(layout.shape)]
     count = valid.expand(-1, *sizes[1:]).flatten(1).sum(1, keepdim=True, dtype=stat_dtype(x))
     return Mask(valid, weights, count)
