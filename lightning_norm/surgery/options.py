@@ -96,6 +96,7 @@ class SwapOptions:
         check_group(self.sync_group)
 
     def _make_plain(self) -> None:
+        """Turn values of other libraries, such as numpy's numbers, into Python's own types."""
         # Options come from anywhere, such as Hydra, and go into checkpoints, plans and the keys of callbacks' states.
         for each in fields(self):
             object.__setattr__(self, each.name, plain_value(getattr(self, each.name)))

@@ -61,6 +61,7 @@ class Reach:
         return {name: why for name, why in reasons.items() if why}
 
     def _why(self, layer: Normalizer, replaced: nn.Module, gradients: bool) -> str:
+        """Return what happened in place of a layer; "" if it was reached."""
         trainable = {n: p for n, p in layer.named_parameters() if p.requires_grad}
         silent = [n for n, p in trainable.items() if id(p) not in self.learning]
         if id(replaced) in self.ran:
@@ -121,6 +122,7 @@ def check_reach(
 
 
 def _floating(outputs: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors in whatever a model returned."""
     if isinstance(outputs, Tensor):
         if outputs.is_floating_point():
             yield outputs

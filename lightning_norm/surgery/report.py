@@ -108,7 +108,11 @@ class SwapReport:
         slot.device_and_dtype = device_and_dtype(layer)
 
     def commit(self, replace: bool = True) -> set[int]:
-        """Put the layers in place and return their ids; with ``replace=False`` let them go, as after a dry run."""
+        """Put the layers in place and return their ids; with ``replace=False`` let them go, as after a dry run.
+
+        Args:
+            replace: whether the model changes.
+        """
         # A dry run lets go of the replacements, which hold the model's parameters and would keep them alive.
         if not replace:
             self._undo = []
@@ -225,7 +229,13 @@ class SwapReport:
         self._undo = []
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report in plain types."""
+        """Return the report in plain types.
+
+        >>> import lightning_norm
+        >>> report = lightning_norm.swap(nn.Sequential(nn.BatchNorm2d(4)), "sn", dry_run=True)
+        >>> [(row["name"], row["source"], row["target"]) for row in report.to_dict()["layers"]]
+        [('0', 'BatchNorm2d', 'SwitchableNorm')]
+        """
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": [{"name": n, "type": t, "reason": r} for n, t, r in [*self.skipped, *self.others]],
@@ -276,6 +286,7 @@ class SwapReport:
         return _by_class([*self.skipped, *self.others])
 
     def _kinds(self, what: str) -> str:
+        """Return the kinds of tensors in a column of the report, in words."""
         # The counter of batches is moved with every layer that has one, and tells nothing.
         names = dict.fromkeys(name for layer in self.layers for name in getattr(layer, what))
         names.pop("num_batches_tracked", None)

@@ -243,6 +243,7 @@ def _run_plain(plain: nn.Module, whole: Whole, x: Tensor) -> Tensor:
 
 
 def _through(y: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+    """Return what modules make of y, one after the other."""
     for module in modules:
         y = module(y)
     return y

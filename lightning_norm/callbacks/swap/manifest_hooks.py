@@ -163,6 +163,7 @@ def _rebuild_first(
 
 
 def _with_subclasses(cls: Any) -> Iterator[Any]:
+    """Yield a class and all classes below it."""
     yield cls
     for sub in cls.__subclasses__():
         yield from _with_subclasses(sub)
