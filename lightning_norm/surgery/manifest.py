@@ -313,7 +313,12 @@ def missing_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> list[
 
 
 def unplaced_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """Return the parameters that only a normalizer has and whose layer in the model has none: name -> key."""
+    """Return the parameters that only a normalizer has and whose layer in the model has none: name -> key.
+
+    Args:
+        model: as it was built.
+        state_dict: of a checkpoint.
+    """
     # By names that no layer of torch's has: a weight alone tells nothing.
     keys = {name: key for key, cls in normalizers().items() for name in cls.extra_parameters}
     clean, modules = name_cleaner(model), modules_by_name(model)

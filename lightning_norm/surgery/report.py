@@ -124,7 +124,11 @@ class SwapReport:
         return {id(layer) for _, layer in self._undo}
 
     def merge(self, other: SwapReport) -> None:
-        """Add the layers of a later swap of the same model."""
+        """Add the layers of a later swap of the same model.
+
+        Args:
+            other: whose layers are in place; :meth:`undo` then undoes both.
+        """
         # The later swap sees the whole model, and counts what the earlier one added as parameters from before.
         known = {layer.name for layer in self.layers}
         changed = self.total_after - self.total_before
@@ -250,7 +254,13 @@ class SwapReport:
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     def summary(self) -> str:
-        """Return the few lines that a training run prints first."""
+        """Return the few lines that a training run prints first.
+
+        >>> import lightning_norm
+        >>> report = lightning_norm.swap(nn.Sequential(nn.BatchNorm2d(4)), "sn", dry_run=True)
+        >>> "sn" in report.summary()
+        True
+        """
         sources = " and ".join(dict.fromkeys(layer.source for layer in self.layers)) or "normalization"
         targets = Counter((layer.target, layer.norm["class_path"]) for layer in self.layers)
         names = ", ".join(_title(target, key, n if len(targets) > 1 else 0) for (target, key), n in targets.items())
