@@ -267,11 +267,13 @@ def _fold_into(layer: Any, affine: Affine) -> None:
     # In float64, so that folding adds one rounding to the weights and no more.
     weight = layer.weight
     weight64 = weight.detach().double()
+    # A normalizer's map is computed on a copy of the layer on the CPU.
     center, scale = affine.center.to(weight.device), affine.scale.to(weight.device)
     shift = affine.shift
     assert shift is not None
     if isinstance(layer, TRANSPOSED_CONVOLUTIONS):
         # The weight is (in, out / groups, ...), with the input channels group by group.
+        # Each group of outputs has input channels of its own.
         groups = layer.groups
         by_group = weight64.reshape(groups, weight64.shape[0] // groups, weight64.shape[1], -1)
         new = (by_group * scale.reshape(groups, 1, -1, 1)).reshape(weight64.shape)

@@ -109,6 +109,7 @@ def check_reach(
         try:
             model.train()
             is_function = len(args) == 1 and callable(args[0]) and not isinstance(args[0], (Tensor, nn.Module))
+            # A LightningModule may need its own training_step, which only a function of the user's can call.
             outputs = args[0](model) if is_function else model(*args, **kwargs)
             # A random weighting: the plain sum of normalized outputs has gradients of zero, which are gradients, and
             # may be cancelled by autograd where a constant is left.

@@ -131,6 +131,7 @@ class SwapReport:
         """
         # The later swap sees the whole model, and counts what the earlier one added as parameters from before.
         known = {layer.name for layer in self.layers}
+        # Counted before the rows below change it.
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
         for mine, later in ((self.skipped, other.skipped), (self.others, other.others)):
