@@ -163,6 +163,7 @@ class NormContext(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Take the contexts away; so in test and in prediction."""
         self._forget_contexts()
 
     on_test_batch_end = on_validation_batch_end

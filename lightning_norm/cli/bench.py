@@ -79,6 +79,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = argparse.ArgumentParser(
         prog="lightning-norm bench",
         description="Time every normalizer beside nn.BatchNorm and its own formula written naively, after checking it.",

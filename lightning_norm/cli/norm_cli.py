@@ -277,6 +277,10 @@ def expand_root(args: list[str]) -> list[str]:
 def clarify(message: str, options: Sequence[str]) -> str:
     """Shorten a message of jsonargparse to what went wrong where, and add the nearest name.
 
+    Args:
+        message: of many lines, with every type that a value could have had.
+        options: of the parser, among which the nearest name is looked for.
+
     >>> clarify("Subcommand 'fit' does not accept option 'trainer.max_epoch'", ["--trainer.max_epochs"])
     "Subcommand 'fit' does not accept option 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"
     """
@@ -332,6 +336,7 @@ def _built_in_data() -> list[type[ImageData]]:
 
 
 def _descriptions() -> dict[str, Any]:
+    """Return the help text of each subcommand."""
     return {
         name: {
             "description": DESCRIPTION.format(what=what, name=name, more=more),

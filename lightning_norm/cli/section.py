@@ -116,6 +116,9 @@ def _count(config: Any, known: dict[int, int], open_: set[int]) -> int:
 def check_sections(config: Any) -> None:
     """Refuse a section that holds a value where its options should be.
 
+    Args:
+        config: of one subcommand.
+
     Raises:
         TypeError: there is one.
     """
@@ -164,6 +167,9 @@ set_loader(PARSER_MODE, load_configuration, exceptions=(yaml.YAMLError,))
 
 def write_out_plan(section: Any) -> None:
     """Put what a plan file says in the section itself, so that the saved configuration does without the file.
+
+    Args:
+        section: the section ``norm:`` as it was parsed; it is changed.
 
     Raises:
         ValueError: the file cannot be read, or is no plan.

@@ -202,6 +202,6 @@ def is_recording(*gradients: Tensor | None) -> bool:
     Then nothing may be overwritten: a tensor without the tangents, or the batch, of what it is multiplied by has no
     room for theirs.
     """
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
     # Forward passes of autograd functions pass none: while operations are looked at, those functions do not run.
-    looked_at = bool(gradients) and (torch_private.is_transformed() or torch_private.is_batched(*gradients))
-    return looked_at or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return recorded or (bool(gradients) and (torch_private.is_transformed() or torch_private.is_batched(*gradients)))

@@ -45,6 +45,7 @@ def layers_before(model: nn.Module, norms: tuple[type[nn.Module], ...]) -> dict[
 
 
 def _trace(part: nn.Module, norms: tuple[type[nn.Module], ...], result: dict[nn.Module, nn.Module | str]) -> None:
+    """Enter what a part's graph says into ``result``; where it cannot be traced, what its children's graphs say."""
     if not any(isinstance(m, norms) for m in part.modules()) or isinstance(part, norms):
         return
     try:

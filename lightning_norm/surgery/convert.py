@@ -113,7 +113,17 @@ def can_be_swapped(module: nn.Module) -> bool:
 
 
 def computed_weights(module: nn.Module) -> str:
-    """Return what to do about a layer whose weight is computed from other parameters, "" for a plain one."""
+    """Return what to do about a layer whose weight is computed from other parameters, "" for a plain one.
+
+    Pruning, weight_norm, spectral_norm and parametrizations compute it before each forward: a swap would move the
+    result and lose what it is made of.
+
+    >>> computed_weights(nn.BatchNorm2d(4))
+    ''
+    >>> bn = torch.nn.utils.prune.l1_unstructured(nn.BatchNorm2d(4), "weight", amount=1)
+    >>> computed_weights(bn).partition(":")[0]
+    'whose weight is pruned'
+    """
     names = ("weight", "bias")
     if hasattr(module, "parametrizations"):
         computed: Any = module.parametrizations
@@ -368,7 +378,20 @@ def device_and_dtype(layer: nn.Module) -> tuple[torch.device | None, torch.dtype
 
 @contextlib.contextmanager
 def unchanged_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """If the block raises, put back attributes, tensors and values of these modules as they were before it."""
+    """If the block raises, put back attributes, tensors and values of these modules as they were before it.
+
+    Args:
+        modules: of which the block may change anything; their values are copied beforehand.
+
+    >>> bn = nn.BatchNorm2d(2)
+    >>> try:
+    ...     with unchanged_on_error([bn]):
+    ...         _ = bn.weight.data.zero_()
+    ...         raise KeyError
+    ... except KeyError:
+    ...     print(bn.weight.data)
+    tensor([1., 1.])
+    """
     before = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
     tensors = {t for _, _, parameters, buffers in before for t in (*parameters.values(), *buffers.values())}
     values = [(t, t.data, t.detach().clone()) for t in tensors if t is not None and not is_lazy(t)]

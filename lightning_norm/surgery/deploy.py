@@ -59,7 +59,11 @@ class DeployReport:
         return sum(layer.what != "stays" for layer in self.layers)
 
     def names(self, what: str) -> list[str]:
-        """Return the names of the layers that became "plain", were "folded", or "stay"."""
+        """Return the names of the layers that became "plain", were "folded", or "stay".
+
+        Args:
+            what: "plain", "folded" or "stays".
+        """
         return [layer.name for layer in self.layers if layer.what == what]
 
     def __str__(self) -> str:
@@ -80,6 +84,9 @@ def to_plain(model: nn.Module, example_input: Any = None) -> DeployReport:
     normalization. Parameters and running statistics are handed on as they are where torch means the same by them, so
     that the ``state_dict`` is the original network's. The model is put into evaluation mode.
 
+    A layer that looks at the sample in evaluation in a way that no layer of torch's does, such as "sn", stays; the
+    report says why.
+
     Args:
         model: any module.
         example_input: a tensor, or a tuple of arguments: the outputs on it are compared, and inputs of layers that
@@ -99,7 +106,11 @@ def to_plain(model: nn.Module, example_input: Any = None) -> DeployReport:
 
 
 def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
-    """Fold what is a fixed map per channel in evaluation into the convolution or linear layer before it, in place.
+    r"""Fold what is a fixed map per channel in evaluation into the convolution or linear layer before it, in place.
+
+    With the map s (x - c) + t of the normalizer and the layer's weight W and bias b, in float64,
+
+    .. math:: W' = s\,W, \qquad b' = s\,(b - c) + t
 
     torch's own BatchNorm layers are folded as well. A layer is folded where its input comes from that convolution alone
     and goes nowhere else, which is read from the graph that torch.fx traces, part by part where the whole cannot be
@@ -181,6 +192,7 @@ class _Watch:
 
     @torch.no_grad()
     def _outputs(self) -> list[Tensor]:
+        """Return what the model makes of the example, as a list of tensors."""
         if self.arguments is None:
             return []
         # A model may write into its arguments or return one of its buffers.
@@ -191,12 +203,14 @@ class _Watch:
         return self.dims.get(module) or dims_of(str(origin.get("source", "")))
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put a module in every place of another one, in its mode."""
         new.train(old.training)  # bnet becomes a BatchNorm and a convolution, in a module
         # A shared layer is replaced in every place, so that it stays shared.
         for parent, attribute in self.places[old]:
             parent.add_module(attribute, new)
 
     def report(self, rows: list[DeployedLayer]) -> DeployReport:
+        """Return the report, its rows in the order of the model, with how far the outputs have moved."""
         # Folded layers were found in the order of the graph; the table is in the order of the model.
         order = list(self.names.values())
         rows.sort(key=lambda row: order.index(row.name))
@@ -208,6 +222,7 @@ class _Watch:
 
 
 def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[nn.Module, str] | None = None) -> list[DeployedLayer]:
+    """Turn what is left into torch's layers, and return a row for each normalizer."""
     rows = []
     for module in list(model.modules()):
         name, kind, why = watch.names.get(module, ""), type(module).__name__, (reasons or {}).get(module, "")
@@ -255,11 +270,13 @@ def _fold_into(layer: Any, affine: Affine) -> None:
     # In float64, so that folding adds one rounding to the weights and no more.
     weight = layer.weight
     weight64 = weight.detach().double()
+    # A normalizer's map is computed on a copy of the layer on the CPU.
     center, scale = affine.center.to(weight.device), affine.scale.to(weight.device)
     shift = affine.shift
     assert shift is not None
     if isinstance(layer, TRANSPOSED_CONVOLUTIONS):
         # The weight is (in, out / groups, ...), with the input channels group by group.
+        # Each group of outputs has input channels of its own.
         groups = layer.groups
         by_group = weight64.reshape(groups, weight64.shape[0] // groups, weight64.shape[1], -1)
         new = (by_group * scale.reshape(groups, 1, -1, 1)).reshape(weight64.shape)

@@ -51,7 +51,13 @@ def write_manifest(model: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def manifest_of(model: nn.Module) -> dict[str, Any] | None:
-    """Return the manifest of a model as it is now, or ``None`` if it holds no swapped layer."""
+    """Return the manifest of a model as it is now, or ``None`` if it holds no swapped layer.
+
+    It has a ``format``, the ``version`` of this package, and under ``layers`` a row for each swapped layer: its
+    ``name`` and the other names that it has (``also``), the class that it was (``source``), what to type to get it
+    (``norm``), the norms on its way (``before``), ``num_features`` and ``options``. Plain types alone:
+    ``weights_only=True`` loads it.
+    """
     names = names_by_module(model)
     # A layer that was built as it is has no origin: the user's code builds it again before a checkpoint is loaded.
     layers = [
@@ -181,6 +187,7 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the che
 
 
 def _rebuild_levels(model: nn.Module, rows: list[dict[str, Any]], reports: list[SwapReport], where: str) -> None:
+    """Swap as often as the network was swapped, one report for each time."""
     # A layer that was swapped several times goes through all of its norms again, one per level: each takes arguments
     # over from the one before it, so that the last one alone would not be the layer that was trained.
     norms = [[*row["before"], row["norm"]] for row in rows]
@@ -206,6 +213,11 @@ def _rebuild_levels(model: nn.Module, rows: list[dict[str, Any]], reports: list[
 
 
 def _check_rebuilt(model: nn.Module, modules: Mapping[str, nn.Module], row: Mapping[str, Any], where: str) -> None:
+    """Refuse a model in which a layer is not what the row says.
+
+    Raises:
+        CheckpointError: what the file has there and what the model has.
+    """
     actual = _found_instead(modules, row, where)
     if actual:
         raise CheckpointError(
@@ -215,7 +227,12 @@ def _check_rebuilt(model: nn.Module, modules: Mapping[str, nn.Module], row: Mapp
 
 
 def difference(saved: Mapping[str, Any], current: Mapping[str, Any] | None) -> str | None:
-    """Return the first difference between a checkpoint's manifest and a model's, in words; ``None`` if they agree."""
+    """Return the first difference between a checkpoint's manifest and a model's, in words; ``None`` if they agree.
+
+    Args:
+        saved: of the checkpoint.
+        current: of the model; ``None`` where nothing was swapped.
+    """
     there = {row["name"]: row for row in saved["layers"]}
     here = {row["name"]: row for row in (current or {"layers": []})["layers"]}
     # A shared layer is listed under its first name, which may be another one in the file.
@@ -300,7 +317,12 @@ def rebuild_from(model: nn.Module, checkpoint: Mapping[str, Any], where: str = "
 
 
 def missing_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
-    """Return the parameters of swapped layers that a ``state_dict`` does not hold, or holds in another size."""
+    """Return the parameters of swapped layers that a ``state_dict`` does not hold, or holds in another size.
+
+    Args:
+        model: swapped.
+        state_dict: of a checkpoint, under whatever names its wrappers gave.
+    """
     clean = name_cleaner(model)
     saved = {clean(name): value for name, value in state_dict.items()}
     parameters = [
@@ -313,7 +335,12 @@ def missing_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> list[
 
 
 def unplaced_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """Return the parameters that only a normalizer has and whose layer in the model has none: name -> key."""
+    """Return the parameters that only a normalizer has and whose layer in the model has none: name -> key.
+
+    Args:
+        model: as it was built.
+        state_dict: of a checkpoint.
+    """
     # By names that no layer of torch's has: a weight alone tells nothing.
     keys = {name: key for key, cls in normalizers().items() for name in cls.extra_parameters}
     clean, modules = name_cleaner(model), modules_by_name(model)
@@ -330,6 +357,12 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str, str
     """Load the weights of a checkpoint of this network, before or after its swap, and nothing else of it.
 
     If it fails, the model is as it was.
+
+    Args:
+        model: swapped or not.
+        checkpoint: as :func:`lightning_norm.surgery.checkpoint_files.read_checkpoint` returns it.
+        path: of its file, for messages.
+        strict: as for ``load_state_dict``.
 
     Raises:
         CheckpointError: the file is of another swap, or does not fit.
@@ -360,6 +393,7 @@ def _manifest(layers: list[dict[str, Any]], version: str) -> dict[str, Any]:
 def _entry(
     names: list[str], origin: Mapping[str, Any], options: Mapping[str, Any], target: str, num_features: int | None
 ) -> dict[str, Any]:
+    """Return the row of a layer."""
     # Wrappers that are left out of names can give one module the same name twice.
     row = {"name": names[0], "also": list(dict.fromkeys(names[1:])), "target": target, "num_features": num_features}
     more = {k: origin[k] for k in ("source", "norm", "before", "activation") if k in origin}
@@ -375,6 +409,7 @@ def _found_instead(modules: Mapping[str, nn.Module], row: Mapping[str, Any], whe
 
 
 def _set_options(layer: nn.Module, options: Mapping[str, Any]) -> None:
+    """Set on a layer what the file has beside the normalizer's arguments."""
     assert isinstance(layer, Normalizer)
     layer.sync, layer.sync_group = options.get("sync", True), options.get("sync_group", "world")
     # Entries that a file of an earlier version lacks have the defaults of a swap.
@@ -396,6 +431,7 @@ def _comparable(value: Any) -> Any:
 
 
 def _subclasses(cls: type[Normalizer]) -> Iterator[type[Normalizer]]:
+    """Yield all classes below one, at any depth."""
     for sub in cls.__subclasses__():
         yield sub
         yield from _subclasses(sub)

@@ -134,6 +134,7 @@ class SwapOptions:
             )
 
     def _make_plain(self) -> None:
+        """Turn values of other libraries, such as numpy's numbers, into Python's own types."""
         # Options come from anywhere, such as Hydra, and go into checkpoints, plans and the keys of callbacks' states.
         for each in fields(self):
             if each.metadata.get("as_it_is"):

@@ -61,6 +61,7 @@ class Reach:
         return {name: why for name, why in reasons.items() if why}
 
     def _why(self, layer: Normalizer, replaced: nn.Module, gradients: bool) -> str:
+        """Return what happened in place of a layer; "" if it was reached."""
         trainable = {n: p for n, p in layer.named_parameters() if p.requires_grad}
         silent = [n for n, p in trainable.items() if id(p) not in self.learning]
         if id(replaced) in self.ran:
@@ -108,6 +109,7 @@ def check_reach(
         try:
             model.train()
             is_function = len(args) == 1 and callable(args[0]) and not isinstance(args[0], (Tensor, nn.Module))
+            # A LightningModule may need its own training_step, which only a function of the user's can call.
             outputs = args[0](model) if is_function else model(*args, **kwargs)
             # A random weighting: the plain sum of normalized outputs has gradients of zero, which are gradients, and
             # may be cancelled by autograd where a constant is left.
@@ -121,6 +123,7 @@ def check_reach(
 
 
 def _floating(outputs: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors in whatever a model returned."""
     if isinstance(outputs, Tensor):
         if outputs.is_floating_point():
             yield outputs

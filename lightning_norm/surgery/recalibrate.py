@@ -129,6 +129,7 @@ def layers_of(model: nn.Module, exclude: Pattern | None = None) -> dict[str, nn.
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which nothing compiled runs: an accumulator reads values, which no graph does."""
     # Without torch._dynamo nothing can have been compiled, and importing it takes seconds.
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
@@ -181,6 +182,7 @@ def _accumulate_before(layer: Any, hooks: contextlib.ExitStack) -> StatisticsAcc
 def _write_statistics(
     layers: dict[str, nn.Module], pools: dict[str, StatisticsAccumulator], ranks: Ranks | None
 ) -> Recalibration:
+    """Merge what the ranks have seen, and write it into the layers; nothing is written if anything is wrong."""
     # This is a collective call: every rank makes it, also one whose loader gave nothing.
     moments = {name: pool.over(ranks) for name, pool in pools.items()}
     batches = max(pool.batches for pool in pools.values())
@@ -230,6 +232,7 @@ class _ForwardOnBatch:
 
 
 def _shown(batches: Iterable[Any], most: int, loader: Any, progress: bool) -> Iterable[Any]:
+    """Return the batches, with a progress bar if one is wanted."""
     if not progress:
         return batches
     from tqdm import tqdm  # type: ignore[import-untyped]

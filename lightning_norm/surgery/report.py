@@ -136,7 +136,11 @@ class SwapReport:
         slot.device_and_dtype = device_and_dtype(layer)
 
     def commit(self, replace: bool = True) -> set[int]:
-        """Put the layers in place and return their ids; with ``replace=False`` let them go, as after a dry run."""
+        """Put the layers in place and return their ids; with ``replace=False`` let them go, as after a dry run.
+
+        Args:
+            replace: whether the model changes.
+        """
         # A dry run lets go of the replacements, which hold the model's parameters and would keep them alive.
         if not replace:
             self._undo = []
@@ -175,9 +179,14 @@ class SwapReport:
         ]
 
     def merge(self, other: SwapReport) -> None:
-        """Add the layers of a later swap of the same model."""
+        """Add the layers of a later swap of the same model.
+
+        Args:
+            other: whose layers are in place; :meth:`undo` then undoes both.
+        """
         # The later swap sees the whole model, and counts what the earlier one added as parameters from before.
         known = {layer.name for layer in self.layers}
+        # Counted before the rows below change it.
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
         self._taken += other._taken
@@ -309,7 +318,13 @@ class SwapReport:
         self._undo = []
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report in plain types."""
+        """Return the report in plain types.
+
+        >>> import lightning_norm
+        >>> report = lightning_norm.swap(nn.Sequential(nn.BatchNorm2d(4)), "sn", dry_run=True)
+        >>> [(row["name"], row["source"], row["target"]) for row in report.to_dict()["layers"]]
+        [('0', 'BatchNorm2d', 'SwitchableNorm')]
+        """
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": [{"name": n, "type": t, "reason": r} for n, t, r in self._left()],
@@ -324,7 +339,13 @@ class SwapReport:
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     def summary(self) -> str:
-        """Return the few lines that a training run prints first."""
+        """Return the few lines that a training run prints first.
+
+        >>> import lightning_norm
+        >>> report = lightning_norm.swap(nn.Sequential(nn.BatchNorm2d(4)), "sn", dry_run=True)
+        >>> "sn" in report.summary()
+        True
+        """
         sources = " and ".join(dict.fromkeys(layer.source for layer in self.layers)) or "normalization"
         targets = Counter((layer.target, layer.norm["class_path"]) for layer in self.layers)
         names = ", ".join(_title(target, key, n if len(targets) > 1 else 0) for (target, key), n in targets.items())
@@ -370,6 +391,7 @@ class SwapReport:
         return [*self.skipped, *self.others, *self.frozen]
 
     def _kinds(self, what: str) -> str:
+        """Return the kinds of tensors in a column of the report, in words."""
         # The counter of batches is moved with every layer that has one, and tells nothing.
         names = dict.fromkeys(name for layer in self.layers for name in getattr(layer, what))
         names.pop("num_batches_tracked", None)

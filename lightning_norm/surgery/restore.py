@@ -80,6 +80,7 @@ def _note_attributes(module: nn.Module, undo: list[Undo], known: set[int]) -> No
 
 
 def _put_attributes(owner: Any, attributes: dict[str, Any]) -> None:
+    """Give an object the attributes that it had, and no others."""
     # Past __setattr__, which registers parameters, and in some data loaders refuses.
     now = vars(owner)
     for name in [name for name in now if name not in attributes]:

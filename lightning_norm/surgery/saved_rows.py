@@ -41,6 +41,11 @@ def checked_rows(rows: Any, where: str, error: type[Exception], *, may_stay: boo
 
 
 def _checked_row(row: Any, seen: set[str], may_stay: bool) -> dict[str, Any]:
+    """Return a row with its norms written out.
+
+    Raises:
+        BadRowError: the entry, what it must be and what it is.
+    """
     needed = ("name", "source", "norm")
     if not isinstance(row, Mapping) or any(entry not in row for entry in needed):
         raise BadRowError(f"a row without {', '.join(needed)}: {reprlib.repr(row)}.")
@@ -61,6 +66,7 @@ def _checked_row(row: Any, seen: set[str], may_stay: bool) -> dict[str, Any]:
 
 
 def _checked_norm(norm: Any, entry: str) -> dict[str, Any]:
+    """Return a norm as ``{"class_path": ..., "init_args": {...}}``."""
     # A key by itself, as a user types it into a plan by hand.
     spec = {"class_path": norm} if isinstance(norm, str) else norm
     arguments = spec.get("init_args") if isinstance(spec, Mapping) else None
@@ -83,6 +89,7 @@ def _is_sync(value: Any) -> bool:
 
 
 def _are_options(value: Any) -> bool:
+    """Tell whether a value is what a swap may set on a layer."""
     if not isinstance(value, Mapping):
         return False
     flags = (value[name] for name in ("compile", "frozen") if name in value)

@@ -348,6 +348,11 @@ def choose_layers(
 
 
 def _fullmatch(pattern: str, name: str) -> bool:
+    """Tell whether a regular expression matches the whole name.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:

@@ -175,6 +175,7 @@ def _synced(layer: Normalizer) -> bool | str:
 
 
 def _is_same(after: Tensor | None, before: Tensor) -> bool:
+    """Tell whether a tensor was taken over: the object itself, or the memory of a frozen layer's buffer."""
     # The buffer of a frozen layer becomes a parameter of the same memory.
     return after is before or (
         after is not None and after.is_set_to(before) and not before.is_meta and not isinstance(before, nn.Parameter)

@@ -184,7 +184,11 @@ def _title(whole: Whole) -> str:
 
 
 def inputs_of(module: nn.Module, whole: Whole) -> list[tuple[int, ...]]:
-    """Return the shapes of inputs that torch's layer takes which ``whole`` names; no extent is that of the channels."""
+    """Return the shapes of inputs that torch's layer takes which ``whole`` names; no extent is that of the channels.
+
+    >>> inputs_of(nn.GroupNorm(2, 8), Whole(nn.GroupNorm))
+    [(4, 8, 3, 2)]
+    """
     if isinstance(module, nn.LayerNorm):
         # Extents of their own for the axes, so that a class that mixes them up is noticed.
         shape = tuple(module.normalized_shape)
@@ -243,6 +247,7 @@ def _run_plain(plain: nn.Module, whole: Whole, x: Tensor) -> Tensor:
 
 
 def _through(y: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+    """Return what modules make of y, one after the other."""
     for module in modules:
         y = module(y)
     return y
@@ -301,7 +306,11 @@ def _input(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def isolated(module: nn.Module) -> Iterator[None]:
-    """Leave the random state, the gradient mode and the module's tensors as they were."""
+    """Leave the random state, the gradient mode and the module's tensors as they were.
+
+    Args:
+        module: which the block may run, or a copy of which; gradients are off in the block.
+    """
     devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
     # A forward that was replaced on the instance may be a closure over the module itself, and run that in place of its
     # copy.

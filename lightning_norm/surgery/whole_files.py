@@ -52,6 +52,7 @@ def writing_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _flush(file: Path) -> None:
+    """Wait until a file is on the disk."""
     # Otherwise a machine that loses power may have the new name and not yet the content.
     with file.open("rb") as opened:
         os.fsync(opened.fileno())

@@ -157,6 +157,7 @@ def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str,
 
 
 def _write(hparams: dict[str, Any], metrics: list[str], writer: Any) -> None:
+    """Write the summaries of the page "HParams": these values, and columns for metrics of these names."""
     from torch.utils.tensorboard.summary import hparams as summaries
 
     # The values of the metrics come from the scalars; 0 only says that the column exists.

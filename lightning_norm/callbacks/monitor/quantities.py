@@ -194,6 +194,7 @@ def label(quantity: str) -> str:
 
 
 def _family(quantity: str) -> str:
+    """Return the family of a quantity: its first word, or all of it for the extras."""
     if quantity == "threshold":
         return "condensation"  # drawn beside it: the threshold is what condensation is compared with
     spaced = quantity.replace("_", " ")

@@ -195,7 +195,14 @@ class NormScheduler(Callback):
         self._patches.undo()
 
     def set_values(self, trainer: pl.Trainer) -> None:
-        """Set every scheduled argument to its value in the Trainer's current epoch or step."""
+        """Set every scheduled argument to its value in the Trainer's current epoch or step.
+
+        Args:
+            trainer: whose ``current_epoch`` or ``global_step`` is the time.
+
+        Raises:
+            ValueError: the value is outside the range of a layer.
+        """
         self._set(self.parameters, trainer.current_epoch if self.interval == "epoch" else trainer.global_step)
 
     def _early(self, trainer: pl.Trainer, pl_module: pl.LightningModule, make: Callable[[], Any]) -> Any:

@@ -192,6 +192,15 @@ def _explain(
     matched: Sequence[tuple[list[str], Layer]],
     layers: Sequence[tuple[list[str], Layer]],
 ) -> str:
+    """Return why a key schedules nothing, with the nearest name.
+
+    Args:
+        key: as it was typed.
+        pattern: its regular expression, if it has one.
+        argument: its name.
+        matched: the layers that the pattern matches, with all their names.
+        layers: all layers.
+    """
     if not matched:
         names = [name for all_names, _ in layers for name in all_names]
         # Without its special characters a pattern resembles the name that it was meant to match.

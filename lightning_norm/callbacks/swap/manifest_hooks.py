@@ -61,6 +61,7 @@ def load_with_manifest(
 
 
 def _checkpoint_path(pl_module: pl.LightningModule) -> str:
+    """Return the path of the file that is being loaded, for messages."""
     try:
         trainer = pl_module.trainer
     except RuntimeError:  # a copy of the module that no Trainer runs
@@ -157,18 +158,21 @@ def _rebuilding(cls: type[pl.LightningModule], where: str) -> Iterator[None]:
 def _rebuild_first(
     where: str, original: Callable[..., Any], pl_module: pl.LightningModule, checkpoint: dict[str, Any]
 ) -> None:
+    """Swap the module as the checkpoint says, and then let its own hook see a ``state_dict`` of its names."""
     rebuild_from(pl_module, checkpoint, where)
     original(pl_module, checkpoint)
     _rename_states(pl_module, checkpoint)
 
 
 def _with_subclasses(cls: Any) -> Iterator[Any]:
+    """Yield a class and all classes below it."""
     yield cls
     for sub in cls.__subclasses__():
         yield from _with_subclasses(sub)
 
 
 def _rename_states(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Give the entries of a checkpoint's states the names that they have in the module."""
     # WeightAveraging writes the averaged weights as state_dict, and those being trained beside them.
     for states in ("state_dict", "current_model_state"):
         if states in checkpoint:

@@ -105,6 +105,17 @@ def regroup(
 
 
 def _split(optimizer: Optimizer, index: int, kinds: Mapping[int, GroupKind], schedulers: Iterable[Any]) -> None:
+    """Move the members of one group into groups of their kinds, with all other settings as they were.
+
+    Args:
+        optimizer: which gets the new groups.
+        index: of the group.
+        kinds: id of a parameter -> the kind that it belongs to; what is not in it stays.
+        schedulers: of learning rates, which hold a list with an entry for each group.
+
+    Raises:
+        OptimizerError: the optimizer takes one group alone, or has no such setting.
+    """
     group = optimizer.param_groups[index]
     # Optimizers that were given named parameters keep the names beside them.
     names = group.get("param_names") or [None] * len(group["params"])
@@ -130,6 +141,11 @@ def _split(optimizer: Optimizer, index: int, kinds: Mapping[int, GroupKind], sch
 
 
 def _change(optimizer: Optimizer, group: dict[str, Any], kind: GroupKind) -> None:
+    """Set what a kind asks for in a group: its name, its weight decay and its learning rate.
+
+    Raises:
+        OptimizerError: the optimizer has no weight decay, or no learning rate.
+    """
     group[GROUP] = kind.name
     if "name" in group:  # LearningRateMonitor wants them distinct
         group["name"] = f"{group['name']}/{kind.name}"

@@ -39,12 +39,20 @@ th{border-bottom:2px solid #888}img{max-width:100%;height:auto}
 class Report:
     """The results of finished runs under one metric.
 
+    A normalizer is compared with the baseline seed by seed, for the same seed means the same data and the same starting
+    weights. Intervals hold for all comparisons at once: with many, the chance that one of them is wrong stays 5 %.
+
     Args:
         records: finished runs.
         metric: its name.
         higher: more of it is better.
         best: take the best epoch in place of the last one; a tested metric has one value only.
         baseline: label that the others are held against.
+
+    Attributes:
+        labels: of the normalizers, the baseline first.
+        points: of the sweep, each a tuple of (entry, value).
+        comparisons: differences that are looked at, one for each normalizer beside the baseline and each point.
     """
 
     def __init__(self, records: Sequence[Record], metric: str, higher: bool, best: bool, baseline: str) -> None:
@@ -59,7 +67,7 @@ class Report:
         self.comparisons = max(1, len(others) * len(self.points))
 
     def value(self, record: Record) -> float:
-        """Return the metric of one run."""
+        """Return the metric of one run: of its test, or else of the last epoch or the best one."""
         if self.metric in record["test"]:
             return float(record["test"][self.metric])
         # A diverged epoch is never the best one; the last value below may still be NaN, and is shown so.
@@ -73,7 +81,12 @@ class Report:
         return {r["seed"]: r for r in self.records if r["label"] == label and _point(r) == point}
 
     def difference(self, label: str, point: Point) -> Difference:
-        """Return the paired difference to the baseline at one point of the sweep."""
+        """Return the paired difference to the baseline at one point of the sweep.
+
+        Args:
+            label: of the normalizer.
+            point: of the sweep.
+        """
         runs, base = self.of(label, point), self.of(self.baseline, point)
         # By seed, for the same seed means the same data and the same starting weights.
         seeds = [seed for seed in runs if seed in base]
@@ -82,7 +95,13 @@ class Report:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the table, one row per normalizer and point of the sweep, as numbers."""
+        """Return the table, one row per normalizer and point of the sweep, as numbers.
+
+        A row has ``norm``, the swept entries, ``seeds`` and how many of them ``diverged``; ``mean`` and ``sd`` of the
+        metric over those that did not; beside the baseline ``difference``, ``low``, ``high`` and ``verdict``; and
+        medians over seeds: ``step_ms``, ``peak_mb``, ``parameters``, ``steps``, ``seconds``, with ratios to the
+        baseline.
+        """
         rows: list[dict[str, Any]] = []
         for point in self.points:
             base = self.of(self.baseline, point)

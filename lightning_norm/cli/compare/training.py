@@ -75,6 +75,7 @@ class JobCLI(NormCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the Trainer with this run's normalizer, its folder and what records it."""
         callbacks = self.config_init.get("trainer", {}).get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         swaps: list[Callback] = []
@@ -110,6 +111,7 @@ class Recorder(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Begin to time the step."""
         # Between the hooks lies the step alone, without the loading of its batch.
         self._start = _now(pl_module)
 
@@ -117,6 +119,7 @@ class Recorder(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Note the time of the step."""
         self.step_ms.append(1e3 * (_now(pl_module) - self._start))
 
     @override

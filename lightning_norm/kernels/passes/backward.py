@@ -24,6 +24,14 @@ def activation_grad(g, z, ACT: tl.constexpr):
 
 
 @triton.jit
+def before_activation(g, z, residual, at, keep, ACT: tl.constexpr, RESIDUAL: tl.constexpr):
+    """Return the gradient before the activation; z is scale * (x - pivot) + offset, to which the residual is added."""
+    if RESIDUAL:
+        z += tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
+    return activation_grad(g, z, ACT)
+
+
+@triton.jit
 def products(dy, x, residual, at, loaded, keep, pivot, scale, offset, ACT: tl.constexpr, RESIDUAL: tl.constexpr):
     """Return one tile's g and g * (x - pivot), 0 outside ``keep``.
 
@@ -33,10 +41,7 @@ def products(dy, x, residual, at, loaded, keep, pivot, scale, offset, ACT: tl.co
     u = tl.load(x + at, mask=loaded, other=0.0).to(tl.float32) - pivot
     # z as ``apply`` had it, and with it the activation's mask or slope.
     if ACT != 0:
-        z = tl.fma(scale, u, offset)
-        if RESIDUAL:
-            z += tl.load(residual + at, mask=loaded, other=0.0).to(tl.float32)
-        g = activation_grad(g, z, ACT)
+        g = before_activation(g, tl.fma(scale, u, offset), residual, at, loaded, ACT, RESIDUAL)
     return tl.where(keep, g, 0.0), tl.where(keep, g * u, 0.0)
 
 
@@ -172,9 +177,7 @@ def combine_flat(
     # g before the activation.
     if ACT != 0:
         z = tl.fma(a, u, of_row(offset, row, rows, which, keep, WIDE))
-        if RESIDUAL:
-            z += tl.load(residual + origin + lane, mask=keep, other=0.0).to(tl.float32)
-        g = activation_grad(g, z, ACT)
+        g = before_activation(g, z, residual, origin + lane, keep, ACT, RESIDUAL)
     if RESIDUAL:
         # The residual was added as it is, so its gradient is g.
         tl.store(dresidual + origin + lane, g.to(dresidual.dtype.element_ty), mask=keep)
@@ -207,9 +210,7 @@ def combine_columns(
     # g before the activation.
     if ACT != 0:
         z = tl.fma(a, u, tl.load(offset + at, mask=channel_mask, other=0.0)[None, :])
-        if RESIDUAL:
-            z += tl.load(residual + origin + lane, mask=keep, other=0.0).to(tl.float32)
-        g = activation_grad(g, z, ACT)
+        g = before_activation(g, z, residual, origin + lane, keep, ACT, RESIDUAL)
     if RESIDUAL:
         # The residual was added as it is, so its gradient is g.
         tl.store(dresidual + origin + lane, g.to(dresidual.dtype.element_ty), mask=keep)
