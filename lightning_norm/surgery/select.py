@@ -172,12 +172,12 @@ def assign_norms(
     patterns = [f"rules[{p!r}]" for p in rules]
     patterns += [f"{label}[{p!r}]" for label, ps in (("include", include), ("exclude", exclude)) for p in _as_list(ps)]
     patterns += [f"in_block[{options.in_block!r}]"] * (options.in_block is not None)
-    kept = [
+    left = [
         (slot.name, type(slot.module).__name__, "skip_frozen=True: nothing around it requires a gradient")
         for slot in slots
         if slot.module in frozen
     ]
-    return assigned, [p for p in patterns if p not in matched], kept
+    return assigned, [p for p in patterns if p not in matched], left
 
 
 def _with_swapped(model: nn.Module, slots: Sequence[ModuleSlot]) -> list[ModuleSlot]:

@@ -21,6 +21,8 @@ from lightning_norm.surgery.walk import names_by_module
 Layer: TypeAlias = Normalizer | TorchRunningNormBase
 """What has values to schedule: of torch's own layers, those that may have running statistics."""
 
+SWAP = "Swap first: Trainer(callbacks=[NormSwap('sn'), NormScheduler(...)])."
+
 
 @dataclass
 class ScheduledParameter:
@@ -86,8 +88,7 @@ def find_scheduled_parameters(pl_module: nn.Module, schedules: Mapping[str, Sche
     layers = _normalizers_with_all_names(pl_module)
     if not layers:
         raise ValueError(
-            "NormScheduler: the model has no layer of this package and no BatchNorm, so nothing to schedule. Swap "
-            "first: Trainer(callbacks=[NormSwap('sn'), NormScheduler(...)])."
+            f"NormScheduler: the model has no layer of this package and no BatchNorm, so nothing to schedule. {SWAP}"
         )
     taken: dict[tuple[int, str], str] = {}
     parameters: list[ScheduledParameter] = []
@@ -220,4 +221,5 @@ def _explain(
     close = difflib.get_close_matches(argument, counts, n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     have = ", ".join(f"{name} ({n} layers)" for name, n in counts.items()) or "nothing"
-    return f"schedules[{key!r}]: {where} has a value {argument!r} to schedule.{guess} They have: {have}."
+    hint = "" if any(isinstance(layer, Normalizer) for _, layer in layers) else f" {SWAP}"
+    return f"schedules[{key!r}]: {where} has a value {argument!r} to schedule.{guess} They have: {have}.{hint}"

@@ -338,7 +338,15 @@ class TestBadInput:
         )
 
     def test_a_model_without_our_layers(self):
-        self.refused("no layer of this package, so nothing to schedule. Swap first", {"radius": 0.1}, callbacks=[])
+        self.refused(
+            r"no layer has a value 'radius' to schedule. They have: momentum \(3 layers\). Swap first",
+            {"radius": 0.1},
+            callbacks=[],
+        )
+        model = Net()
+        model.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6))
+        said = "no layer of this package and no BatchNorm, so nothing to schedule. Swap first"
+        self.refused(said, {"momentum": 0.1}, model=model, callbacks=[])
 
     def test_two_schedulers_for_one_value(self):
         callbacks = [swap_sn(), NormScheduler({"late:radius": 0.3})]

@@ -86,7 +86,7 @@ def test_the_monitor_logs_it(tmp_path, swapped):
         "0.9",
         "0.7",
         "0.7",
-    ]  # and once more at the end
+    ]
     assert ("norm/BatchNorm2d/momentum/net.1" in logged[0]) != swapped
     assert ("norm/sn/momentum/net.1" in logged[0]) == swapped
 
