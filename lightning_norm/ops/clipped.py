@@ -15,7 +15,9 @@ def clip_gradient(t: Tensor, limit: float) -> Tensor:
     >>> torch.autograd.grad((clip_gradient(w, 1.0) * torch.tensor([3.0, 4.0])).sum(), w)
     (tensor([0.6000, 0.8000]),)
     """
-    clipped: Tensor = _Clipped.apply(t, limit)
+    # torch.compile traces the older form of an autograd function, and torch.func asks for the newer one.
+    function = _ClippedInGraph if torch.compiler.is_compiling() else _Clipped
+    clipped: Tensor = function.apply(t, limit)
     return clipped
 
 
@@ -39,3 +41,14 @@ class _Clipped(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         return tangents[0].view_as(tangents[0])
+
+
+class _ClippedInGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, limit: float) -> Tensor:
+        ctx.limit = limit
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Clipped.backward(ctx, *grads)
