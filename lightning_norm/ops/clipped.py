@@ -21,6 +21,11 @@ def clip_gradient(t: Tensor, limit: float) -> Tensor:
     return clipped
 
 
+def _shortened(g: Tensor, limit: float) -> Tensor:
+    # A norm of 0 has no direction, and the factor of a short gradient is 1.
+    return g * (limit / g.norm().clamp_min(torch.finfo(g.dtype).tiny)).clamp_max(1)
+
+
 class _Clipped(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -34,9 +39,7 @@ class _Clipped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (g,) = grads
-        # A norm of 0 has no direction, and the factor of a short gradient is 1.
-        return g * (ctx.limit / g.norm().clamp_min(torch.finfo(g.dtype).tiny)).clamp_max(1), None
+        return _shortened(grads[0], ctx.limit), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -51,4 +54,4 @@ class _ClippedInGraph(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Clipped.backward(ctx, *grads)
+        return _shortened(grads[0], ctx.limit), None
