@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.errors import CheckpointError
-from lightning_norm.layers.arguments import stateless
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.convolved import ConvolvedNorm, centre_taps
 from lightning_norm.layers.fused_specs import mixture_spec
@@ -49,7 +48,6 @@ class BNET(ConvolvedNorm):
 
     Raises:
         ValueError: an even kernel size; spatial_dims, statistics or init out of their choices.
-        TypeError: running statistics, with ``statistics="in"``.
 
     Differs from the paper: the default start is a Dirac kernel with the BatchNorm's weight as centre tap, which keeps
     what a trained network computes (the published start is zero).
@@ -82,7 +80,8 @@ class BNET(ConvolvedNorm):
         self.train_uses_batch_stats = statistics != "in"  # type: ignore[misc]
         self.eval_uses_input_stats = statistics != "bn"  # type: ignore[misc]
         if statistics == "in":
-            options = stateless('BNET(statistics="in")', options)
+            # Running statistics that nobody reads would still be saved, synchronized and shown.
+            options["track_running_stats"] = False
         kernel: dict[str, Any] = {"kernel_size": kernel_size, "spatial_dims": spatial_dims, "init": init}
         super().__init__(num_features, **kernel, **options)
         if statistics == "sn":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.mixed import MixedNorm
 from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer, channels_of_one_layer
 from lightning_norm.layers.scheduled import Scheduled
+from lightning_norm.ops.clipped import clip_gradient
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments, mixture
@@ -43,12 +45,14 @@ class SwitchableNorm(MixedNorm):
             checkpoints need.
         sparse: replace the softmax by sparsestmax, which reaches one-hot weights as ``radius`` grows.
         radius: of sparsestmax, scheduled from 0 (softmax-like freedom) to 1 (one choice).
+        clip_grad: largest Euclidean norm of the gradient of lambda, and of lambda'; a longer one is scaled down before
+            it reaches any optimizer. ``None`` clips nothing.
         zero_weight: start gamma at 0, for the last normalizer of a residual branch.
         momentum: weight of the new batch in the running statistics of "bn".
         options: eps, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
-        ValueError: unknown, repeated or no choices, or a correction other than 0 and 1.
+        ValueError: unknown, repeated or no choices, a correction other than 0 and 1, or a clip_grad not above 0.
 
     Differs from the paper: momentum has torch's meaning (the authors' 0.997 and 0.9 are 0.003 and 0.1); the running
     variance starts at 1 and not at 0; where a statistic does not exist (instance statistics of one element) it leaves
@@ -63,7 +67,7 @@ class SwitchableNorm(MixedNorm):
     paper = Paper(
         "Luo et al.", 2021, "Switchable Normalization for Learning-to-Normalize Deep Representation", "arXiv 1806.10779"
     )
-    repr_arguments: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse")
+    repr_arguments: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse", "clip_grad")
 
     def __init__(
         self,
@@ -75,10 +79,14 @@ class SwitchableNorm(MixedNorm):
         correction: Literal[0, 1] = 0,
         sparse: bool = False,
         radius: Annotated[float, Scheduled(0, 1)] = 0.0,
+        clip_grad: float | None = None,
         zero_weight: bool = False,
         momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = 0.1,
         **options: Any,
     ) -> None:
+        if clip_grad is not None and not 0 < clip_grad < math.inf:
+            raise ValueError(f"SwitchableNorm: clip_grad must be a number > 0 or None, got {clip_grad!r}.")
+        self.clip_grad = None if clip_grad is None else float(clip_grad)
         self.correction, self.sparse, self.zero_weight = correction, sparse, zero_weight
         groups: dict[str, Any] = {"num_groups": num_groups, "channels_per_group": channels_per_group}
         super().__init__(num_features, choices=choices, momentum=momentum, **groups, **options)
@@ -90,8 +98,15 @@ class SwitchableNorm(MixedNorm):
             m = m.unbiased()
         statistics = [self._statistic(k, m) for k in self.choices]
         # In float64 for float32 inputs: a sum of weights that is off by 1e-7 would be multiplied by the mean.
-        w, v = (self.weights(logits.to(m.mean.dtype), m.count) for logits in (self.mean_weight, self.var_weight))
+        w, v = (self.weights(logits.to(m.mean.dtype), m.count) for logits in self._logits())
         return self.standardize(mixture(w, [s.mean for s in statistics]), mixture(v, [s.var for s in statistics]))
+
+    def _logits(self) -> tuple[Tensor, Tensor]:
+        """Return lambda and lambda', behind what clips their gradients."""
+        logits = self.mean_weight, self.var_weight
+        if self.clip_grad is None:
+            return logits
+        return clip_gradient(logits[0], self.clip_grad), clip_gradient(logits[1], self.clip_grad)
 
     def _statistic(self, k: str, m: Moments) -> Moments:
         if k == "in":
@@ -124,7 +139,7 @@ class SwitchableNorm(MixedNorm):
         if layout.size == 1 or {"ln", "gn"} <= set(self.choices):
             return None
         # The kernels take a softmax themselves; sparsestmax has a loop and stays in PyTorch.
-        w, v = (self.weights(t) if self.sparse else t for t in (self.mean_weight, self.var_weight))
+        w, v = (self.weights(t) if self.sparse else t for t in self._logits())
         names, groups = (k.replace("gn", "ln") for k in self.choices), self.num_groups if "gn" in self.choices else 1
         more = {"correction": self.correction, "num_groups": groups, "softmax": not self.sparse}
         return mixture_spec(self, tuple(names), w=w, v=v, **more)

@@ -1,5 +1,6 @@
 """Luo et al. 2021 (arXiv 1806.10779) equations (2) to (5); Shao et al. 2019 (arXiv 1903.03793), sparsestmax."""
 
+import copy
 import itertools
 
 import pytest
@@ -258,3 +259,43 @@ def test_sparse_layer_at_its_start(radius):
     torch.testing.assert_close(y, SwitchableNorm(6).double()(x))
     grads = torch.autograd.grad(y, [x, *layer.parameters()], data(5, 6, 7, 3, seed=1))
     assert all(g.isfinite().all() for g in grads)
+
+
+class TestClippedGradients:
+    """``clip_grad`` scales the gradients of the two importance weights, and of nothing else."""
+
+    @staticmethod
+    def gradients(layer, x):
+        a = x.clone().requires_grad_()
+        y = layer(a)
+        names = [name for name, _ in layer.named_parameters()]
+        dy = torch.ones_like(y) * torch.arange(y.shape[1]).reshape(1, -1, 1, 1) * x
+        return y, dict(zip(["x", *names], torch.autograd.grad(y, [a, *layer.parameters()], dy), strict=True))
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("sparse", [True, False])
+    def test_value(self, sparse, compiled):
+        free = SwitchableNorm(6, sparse=sparse, radius=0.3).double()
+        with torch.no_grad():
+            free.mean_weight.copy_(torch.tensor([0.9, 1.0, 1.2]))
+            free.var_weight.copy_(torch.tensor([1.1, 0.9, 1.0]))
+        x = data(5, 6, 7, 3)
+        y, expected = self.gradients(copy.deepcopy(free), x)
+        limit = float(expected["mean_weight"].norm()) / 2
+        clipped = SwitchableNorm(6, sparse=sparse, radius=0.3, clip_grad=limit).double()
+        clipped.load_state_dict(free.state_dict())
+        call = torch.compile(clipped, backend="aot_eager", fullgraph=True) if compiled else clipped
+        a = x.clone().requires_grad_()
+        z = call(a)
+        dy = torch.ones_like(z) * torch.arange(z.shape[1]).reshape(1, -1, 1, 1) * x
+        names = [name for name, _ in clipped.named_parameters()]
+        got = dict(zip(["x", *names], torch.autograd.grad(z, [a, *clipped.parameters()], dy), strict=True))
+        torch.testing.assert_close(z, y)
+        for name, g in expected.items():
+            factor = min(1.0, limit / float(g.norm())) if name in ("mean_weight", "var_weight") else 1.0
+            torch.testing.assert_close(got[name], factor * g, msg=name)
+        torch.testing.assert_close(float(got["mean_weight"].norm()), limit)
+
+    def test_refuses(self):
+        with pytest.raises(ValueError, match="clip_grad must be a number > 0"):
+            SwitchableNorm(6, clip_grad=0.0)
