@@ -74,7 +74,11 @@ def cases(common: Any, cls: type[nn.Module]) -> Callable[..., list[Any]]:
     options |= {"momentum": {"eps": 1e-3, "momentum": 0.8}, "not_affine": {"eps": 1e-3, "affine": False}}
     options |= {"not_tracking_stats": {"eps": 1e-3, "track_running_stats": False}, "affine_not_bias": {"bias": False}}
     table = [(f"{shape}{'_' * bool(o)}{o}", shapes[shape], options[o]) for shape in shapes for o in options]
-    if getattr(cls, "key", "") in ("in", "asr"):  # a statistic of one value; torch's InstanceNorm has no such entry
+    if getattr(cls, "key", "") in (
+        "in",
+        "asr",
+        "ibn",
+    ):  # a statistic of one value; torch's InstanceNorm has no such entry
         table = [row for row in table if not row[0].startswith("2d_input")]
     table += [("zero_batch", (0, 6, 2, 2), {}), ("tokens", (2, 5, 6), {"channel_dim": -1})]
     always = {**getattr(cls, "test_arguments", {}), **({"context": "gate"} if getattr(cls, "key", "") == "cn" else {})}

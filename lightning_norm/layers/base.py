@@ -276,6 +276,7 @@ class MomentNorm(Normalizer):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        vars(self)["_made_on"] = device  # for a layer without parameters and running statistics
         name, features = type(self).__name__, as_int(num_features)
         if features is None or features < 1:
             raise ValueError(f"{name}: num_features must be a positive int, got {num_features!r}.")
