@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_norm.errors import NoEffectWarning
-from lightning_norm.layers.arguments import arguments_of, as_int, check_call, check_zero_weight, merged_signature
+from lightning_norm.layers.arguments import (
+    arguments_of,
+    as_int,
+    check_call,
+    check_zero_weight,
+    is_at_least_zero,
+    merged_signature,
+)
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.recomputation import FirstRun, may_run_again, second_run
@@ -281,7 +288,7 @@ class MomentNorm(Normalizer):
         if features is None or features < 1:
             raise ValueError(f"{name}: num_features must be a positive int, got {num_features!r}.")
         num_features = features
-        if isinstance(eps, str) or not 0 <= eps < float("inf"):
+        if not is_at_least_zero(eps):
             raise ValueError(f"{name}: eps must be a number >= 0, got {eps!r}.")
         if channel_dim not in (1, -1):
             raise ValueError(f"{name}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim!r}.")
