@@ -74,7 +74,11 @@ def cases(common: Any, cls: type[nn.Module]) -> Callable[..., list[Any]]:
     options |= {"momentum": {"eps": 1e-3, "momentum": 0.8}, "not_affine": {"eps": 1e-3, "affine": False}}
     options |= {"not_tracking_stats": {"eps": 1e-3, "track_running_stats": False}, "affine_not_bias": {"bias": False}}
     table = [(f"{shape}{'_' * bool(o)}{o}", shapes[shape], options[o]) for shape in shapes for o in options]
-    if getattr(cls, "key", "") in ("in", "asr"):  # a statistic of one value; torch's InstanceNorm has no such entry
+    if getattr(cls, "key", "") in (
+        "in",
+        "asr",
+        "ibn",
+    ):  # a statistic of one value; torch's InstanceNorm has no such entry
         table = [row for row in table if not row[0].startswith("2d_input")]
     table += [("zero_batch", (0, 6, 2, 2), {}), ("tokens", (2, 5, 6), {"channel_dim": -1})]
     always = {**getattr(cls, "test_arguments", {}), **({"context": "gate"} if getattr(cls, "key", "") == "cn" else {})}
@@ -382,6 +386,17 @@ def table(rows: dict[str, dict[str, list[str]]], kinds: list[str]) -> str:
     return "\n".join(lines)
 
 
+def report(rows: dict[str, dict[str, list[str]]], kinds: list[str]) -> str:
+    """Return the table, what it adds up to, and what does not count in it."""
+    ours = {name: row for name, row in rows.items() if not name.startswith("torch.")}
+    counts = Counter({kind: sum(len(row[kind]) - 1 for row in ours.values()) for kind in kinds})
+    most = ", ".join(f"{kind} {n}" for kind, n in counts.most_common() if n)
+    lines = [table(rows, kinds), "", f"{counts.total()} failures of {len(ours)} normalizers: {most or 'none'}.", ""]
+    lines += [f"- Not counted: {what}: {reason}." for what, reason in PROMISES.items()]
+    lines += [f"- Allowed: {name}, {kind}: {reason}." for (name, kind), reason in ALLOWED.items()]
+    return "\n".join(lines)
+
+
 def parse() -> argparse.Namespace:
     """Return the options."""
     what = "\n".join(f"  {name:<18}{(inspect.getdoc(check) or '').splitlines()[0]}" for name, check in CHECKS.items())
@@ -396,7 +411,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--norms", type=names, default=every, help="keys, and torch for its own norms (default: all)")
     parser.add_argument("--kinds", type=names, default=list(CHECKS), help="of the kinds below (default: all)")
     parser.add_argument("--verbose", action="store_true", help="print each failure")
-    parser.add_argument("--json", type=Path, help="write all failures to this file")
+    parser.add_argument("--json", type=Path, help="write all failures to this file, beside those of other norms in it")
+    parser.add_argument("--markdown", type=Path, help="write the table of all norms in the --json file")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a failure is not allowed")
     options = parser.parse_args()
     for label, given, known in (("norms", options.norms, every), ("kinds", options.kinds, list(CHECKS))):
@@ -422,17 +438,19 @@ def main() -> None:
         if options.verbose:
             for kind, found in rows[name].items():
                 print("\n".join(f"  {kind} {text}" for text in found[1:]), end="\n" * (len(found) > 1))
-    print(table(rows, options.kinds))
-    ours = {name: row for name, row in rows.items() if not name.startswith("torch.")}
-    kinds = Counter({kind: sum(len(row[kind]) - 1 for row in ours.values()) for kind in options.kinds})
-    counts = ", ".join(f"{kind} {n}" for kind, n in kinds.most_common() if n)
-    print(f"\n{kinds.total()} failures of {len(ours)} normalizers: {counts or 'none'}")
-    for what, reason in PROMISES.items():
-        print(f"Not counted: {what}: {reason}.")
-    for (name, kind), reason in ALLOWED.items():
-        print(f"Allowed: {name}, {kind}: {reason}.")
+    if options.json and options.json.exists():
+        rows = {**json.loads(options.json.read_text()), **rows}
+    order = [*lightning_norm.normalizers()]
+    rows = {n: rows[n] for n in sorted(rows, key=lambda n: (order.index(n) if n in order else len(order), n))}
+    text = report(rows, options.kinds)
+    print(text)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
+    if options.markdown:
+        version = torch.__version__.partition("+")[0]
+        how = f"Failures of the checks, by `python benchmarks/module_tests.py`; torch {version}."
+        options.markdown.write_text(f"# torch's own module tests\n\n{how}\n\n{text}\n")
+    ours = {name: row for name, row in rows.items() if not name.startswith("torch.")}
     wrong = [(n, k) for n, row in ours.items() for k, found in row.items() if len(found) > 1 and (n, k) not in ALLOWED]
     if options.check and wrong:
         sys.exit(f"not allowed: {wrong}")

@@ -107,4 +107,5 @@ def take_as_layer_sync(kind: type[LayerSync]) -> None:
     # Whoever has such a Trainer has imported its package.
     twin = sys.modules.get("pytorch_lightning.plugins.layer_sync")
     if twin is not None:
-        twin.LayerSync.register(kind)
+        # Of the class itself, beside which ``Trainer(sync_batchnorm=True)`` takes no plugin of another.
+        twin.TorchSyncBatchNorm.register(kind)

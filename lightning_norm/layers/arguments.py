@@ -138,8 +138,26 @@ def plain_value(value: Any) -> Any:
         return {plain_value(k): plain_value(v) for k, v in value.items()}
     # Lists and sets, and what can be gone through once, such as a generator.
     if isinstance(value, (Sequence, Set, Iterator)) and not isinstance(value, (bytes, bytearray)):
-        return (tuple if isinstance(value, tuple) else list)(plain_value(v) for v in value)
+        values = [plain_value(v) for v in value]
+        if isinstance(value, (set, frozenset)):
+            # Whose order is another one in each process, and the order of choices is that of a layer's weights.
+            values.sort(key=repr)
+        return tuple(values) if isinstance(value, tuple) else values
     return value
+
+
+def is_at_least_zero(value: Any) -> bool:
+    """Tell whether a value is a finite number >= 0, of any library; True and False are none.
+
+    >>> is_at_least_zero(1e-5), is_at_least_zero(True), is_at_least_zero([1.0]), is_at_least_zero(1j)
+    (True, False, False, False)
+    """
+    if isinstance(value, (bool, str)):
+        return False
+    try:
+        return 0 <= float(value) < float("inf")
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def as_int(value: Any) -> int | None:
@@ -196,7 +214,7 @@ def number_of_groups(
         return num_features // size
     if num_groups == "auto":
         return max(d for d in range(1, 33) if num_features % d == 0 and (d == 1 or num_features >= 2 * d))
-    if not isinstance(num_groups, int) or num_groups < 1 or num_features % num_groups:
+    if not isinstance(num_groups, int) or num_groups is True or num_groups < 1 or num_features % num_groups:
         near = _nearest_divisors(num_features, num_groups)
         raise ValueError(
             f"{who}(num_groups={num_groups!r}) cannot split {num_features} channels: num_groups must divide the "

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_norm.errors import NoEffectWarning
-from lightning_norm.layers.arguments import arguments_of, as_int, check_call, check_zero_weight, merged_signature
+from lightning_norm.layers.arguments import (
+    arguments_of,
+    as_int,
+    check_call,
+    check_zero_weight,
+    is_at_least_zero,
+    merged_signature,
+)
 from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.layers.inference import Evaluation
@@ -344,11 +351,12 @@ class MomentNorm(SpecialCalls, Normalizer):
         virtual_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        vars(self)["_made_on"] = device  # for a layer without parameters and running statistics
         name, features = type(self).__name__, as_int(num_features)
         if features is None or features < 1:
             raise ValueError(f"{name}: num_features must be a positive int, got {num_features!r}.")
         num_features = features
-        if isinstance(eps, str) or not 0 <= eps < float("inf"):
+        if not is_at_least_zero(eps):
             raise ValueError(f"{name}: eps must be a number >= 0, got {eps!r}.")
         if channel_dim not in (1, -1):
             raise ValueError(f"{name}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim!r}.")

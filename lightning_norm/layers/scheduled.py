@@ -221,8 +221,9 @@ def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
         _values(self)[name] = value
         tensor = getattr(self, f"_{name}", None)
         if tensor is None or value is None:
-            # A value that was None has no tensor yet: it goes where the layer's other tensors are.
-            device = next((t.device for t in (*self.parameters(False), *self.buffers(False))), None)
+            # A value that was None has no tensor yet: it goes where the layer's other tensors are, or were to be.
+            where = (t.device for t in (*self.parameters(False), *self.buffers(False)))
+            device = next(where, vars(self).get("_made_on"))
             self.__dict__.pop(GRAPH_KEY, None)
             self.register_buffer(f"_{name}", None if value is None else _scalar(value, device), persistent=False)
         else:
@@ -251,8 +252,9 @@ def _remember(layer: ScheduledValues, name: str) -> None:
         vars(layer).setdefault("_scheduled_versions", {})[name] = _version(tensor)
 
 
-def _scalar(value: float | None, device: torch.device | None) -> Tensor:
+def _scalar(value: float | None, device: torch.device | str | None) -> Tensor:
     """Return a value as a 0-dim tensor."""
+    device = torch.device(device) if isinstance(device, str) else device
     # Apple's GPUs have no float64.
     dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
     return torch.tensor(value, dtype=dtype, device=device)

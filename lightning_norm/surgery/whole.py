@@ -199,9 +199,10 @@ def inputs_of(module: nn.Module, whole: Whole) -> list[tuple[int, ...]]:
     n = SAMPLES if "BatchNorm" in kind else 4
     if kind.startswith("InstanceNorm"):
         return [(n, c, *{"1d": (8,), "3d": (3, 4, 3)}.get(kind[-2:], (5, 4)))]
+    # Few samples of large maps as well as many of small ones: a class may tell them apart.
     if kind == "BatchNorm1d":
-        return [(n, c), (n, c, 6)]
-    return [(n, c, 2, 3, 2) if kind == "BatchNorm3d" else (n, c, 3, 2)]
+        return [(n, c), (n, c, 6), (6, c, 33)]
+    return [(n, c, 2, 3, 2), (6, c, 5, 7, 9)] if kind == "BatchNorm3d" else [(n, c, 3, 2), (6, c, 17, 19)]
 
 
 def channels_of(module: nn.Module) -> int | None:

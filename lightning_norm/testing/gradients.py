@@ -119,8 +119,8 @@ def activation_checkpointing(make: Make) -> None:
         else:
             ys = [seeded(checkpoint, layer, x, use_reentrant=use_reentrant) for x in xs]
         wanted = [p for p in layer.parameters() if p.requires_grad]
-        # Not by torch.autograd.grad, which the reentrant kind refuses.
-        torch.autograd.backward(torch.stack([(y * dy).sum() for y in ys]).sum())
+        # Not torch.autograd.grad, which the reentrant kind refuses.
+        torch.autograd.backward([(y * dy).sum() for y in ys])
         grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in (*xs, *wanted)]
         return [*(y.detach() for y in ys), *grads], dict(layer.named_buffers())
 

@@ -91,7 +91,8 @@ def wrong_arguments(make: Make) -> None:
     for bad in (0, -1, 2.5, True, np.float32(C), np.bool_(True)):
         with refused(ValueError, f"num_features={bad!r}", "num_features", repr(bad)):
             make(bad)
-    arguments: dict[str, tuple[object, ...]] = {"eps": (-1.0, math.nan, math.inf), "channel_dim": (0, 2, "last")}
+    arguments: dict[str, tuple[object, ...]] = {"channel_dim": (0, 2, "last")}
+    arguments["eps"] = (-1.0, math.nan, math.inf, True, [1e-5], 1j)
     for name, values in arguments.items():
         for value in values:
             with refused(ValueError, f"{name}={value!r}", name, repr(value)):

@@ -236,8 +236,10 @@ def monitored(make: Make) -> None:
 @check
 def meta_and_arguments(make: Make) -> None:
     """Builds on the meta device, in a dtype that is asked for, and without parameters."""
-    meta = make(C, device="meta")
-    assert all(p.is_meta for p in meta.parameters()), "device='meta' left parameters elsewhere"
+    for arguments in ({}, {"affine": False}):
+        meta = make(C, device="meta", **arguments)
+        left = [name for name, t in (*meta.named_parameters(), *meta.named_buffers()) if not t.is_meta]
+        assert not left, f"device='meta' left {left} elsewhere, with {arguments}"
     for dtype in (torch.float64, torch.bfloat16):
         wrong = {name: p.dtype for name, p in make(C, dtype=dtype).named_parameters() if p.dtype != dtype}
         assert not wrong, f"dtype={dtype} gave {wrong}"

@@ -85,8 +85,9 @@ def test_spawned_processes_are_refused(pl):
 
 
 @pytest.mark.parametrize("pl", NAMES)
-def test_the_plugin_is_taken(pl):
+@pytest.mark.parametrize("both", [False, True])
+def test_the_plugin_is_taken(pl, both):
     model = net(pl)
-    runner = trainer(pl, plugins=[ln.NormSync()], strategy="ddp", devices=1)
+    runner = trainer(pl, plugins=[ln.NormSync()], strategy="ddp", devices=1, sync_batchnorm=both)
     assert isinstance(runner.strategy._layer_sync, ln.NormSync)
     assert type(ln.NormSync().apply(model).net[1]) is ln.BatchNorm

@@ -130,6 +130,9 @@ def move(
     finite = tl.sum(bad, 0) == 0
     if RANKS:
         finite = finite & enough
+    if CONTEXTS:  # whose gate may have a NaN among its parameters
+        known = tl.abs(fraction) < float("inf")
+        finite = finite & (tl.sum(tl.where((tl.arange(0, K_BLOCK) < contexts) & ~known, 1, 0), 0) == 0)
     # A condensed batch is finite, but does not count (``off``).
     counts = finite & ~off
     times = tl.maximum(tl.load(survey_out) + counts.to(tl.float32), 1.0)

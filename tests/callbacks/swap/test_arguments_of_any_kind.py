@@ -14,6 +14,7 @@ from torch import nn
 
 import lightning_norm
 from lightning_norm import NormSwap, create, swap
+from lightning_norm.layers.arguments import plain_value
 from tests.callbacks.toy import Net, loader, trainer
 
 
@@ -121,6 +122,14 @@ def test_checkpoint_plan_and_yaml_give_the_layer_back(case, tmp_path):
         run.fit(net, loader())
         the_same_everywhere(net, tmp_path, name, expected, run)
     assert plain(getattr(create("sn", 6, **{name: value}), name)) == expected
+
+
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_a_set_has_the_same_order_in_every_process(kind):
+    """In each process a text has another hash, and a set of texts another order."""
+    words = [f"{i:02d}" for i in range(30)]
+    assert plain_value(kind(words)) == words
+    assert plain_value(dict.fromkeys(reversed(words)).keys()) == words[::-1]  # which have an order
 
 
 def test_a_generator_is_gone_through_once():

@@ -1,4 +1,7 @@
-"""A NaN comes out where it comes out of the equations in PyTorch: no kernel makes a number of it."""
+"""A NaN comes out wherever it comes out of the equations in PyTorch: no kernel makes a number of it.
+
+A kernel may spread it further, as a product with zero does, but never into another buffer.
+"""
 
 import copy
 
@@ -8,8 +11,10 @@ import torch
 import lightning_norm
 from lightning_norm.testing.kit import built, features, noise, seeded, step
 
-CASES = [(key, {}) for key in lightning_norm.normalizers()]
-CASES += [("dbn", {"average": "var"}), ("dbn", {"power": 2.5}), ("ubn", {"threshold": 0.1, "min_updates": 0})]
+FAST = [("dbn", {}), ("cn", {})]
+MORE = [(key, {}) for key in lightning_norm.normalizers() if (key, {}) not in FAST]
+MORE += [("dbn", {"average": "var"}), ("dbn", {"power": 2.5}), ("ubn", {"threshold": 0.1, "min_updates": 0})]
+CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 
 
 def tensors_of(layer):
@@ -29,7 +34,7 @@ def test_nan_in_any_tensor(key, options):
         eager = copy.deepcopy(plain)
         x = features(3, 6, 3, 2)
         tensor = x if name == "x" else eager.state_dict(keep_vars=True)[name]
-        tensor.data.view(-1)[1] = float("nan")
+        tensor.data.view(-1)[-1] = float("nan")
         # In training but for what evaluation alone reads.
         eager.train(name not in plain._buffers or plain.train_uses_running_stats)
         kernels = copy.deepcopy(eager)
@@ -38,8 +43,9 @@ def test_nan_in_any_tensor(key, options):
         buffers = zip(kernels.named_buffers(), eager.named_buffers(), strict=True)
         pairs = {"y": (got.y, want.y), "dx": (got.dx, want.dx)}
         pairs |= {f"gradient of {n}": (got.grads[n], want.grads[n]) for n in want.grads}
-        pairs |= {f"buffer {n}": (a, b) for (n, a), (_, b) in buffers if b.is_floating_point()}
         for what, (a, b) in pairs.items():
-            assert torch.equal(a.isnan(), b.isnan()), f"NaN in {name}: {what} is {a}, in PyTorch {b}"
+            assert not (b.isnan() & ~a.isnan()).any(), f"NaN in {name}: {what} is a number"
+        for (what, a), (_, b) in buffers:
+            assert torch.equal(a.isnan(), b.isnan()), f"NaN in {name}: buffer {what} differs"
         seen += bool(want.y.isnan().any())
     assert seen
