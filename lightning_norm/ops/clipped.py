@@ -24,7 +24,8 @@ def clip_gradient(t: Tensor, limit: float) -> Tensor:
 def _shortened(g: Tensor, limit: float) -> Tensor:
     # A norm of 0 has no direction, and the factor of a short gradient is 1.
     norm = torch.linalg.vector_norm(g).clamp_min(torch.finfo(g.dtype).tiny)
-    return g * (norm.reciprocal() * limit).clamp_max(1)
+    shortened: Tensor = g * (norm.reciprocal() * limit).clamp_max(1)
+    return shortened
 
 
 class _Clipped(torch.autograd.Function):
