@@ -394,6 +394,7 @@ def report(rows: dict[str, dict[str, list[str]]], kinds: list[str]) -> str:
     lines = [table(rows, kinds), "", f"{counts.total()} failures of {len(ours)} normalizers: {most or 'none'}.", ""]
     lines += [f"- Not counted: {what}: {reason}." for what, reason in PROMISES.items()]
     lines += [f"- Allowed: {name}, {kind}: {reason}." for (name, kind), reason in ALLOWED.items()]
+    lines += ["- Not run: inputs (N, C) for in, asr and ibn, which refuse them: a statistic of a sample has one value."]
     return "\n".join(lines)
 
 
