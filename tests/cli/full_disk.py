@@ -14,7 +14,6 @@ from lightning_norm.cli import bench, export, plan
 from lightning_norm.cli.compare.comparison import Report
 from lightning_norm.cli.compare.store import RunStore
 
-warnings.simplefilter("ignore")
 JOB = ("--model", "ImageClassifier", "--data", "Digits")
 model, example = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), torch.zeros(2, 3, 8, 8)
 row = {
@@ -70,17 +69,25 @@ writers = {
 }
 if os.environ.get("ONNX"):
     writers["net.onnx"] = lambda: export.write(model, example, "net.onnx")
-said = {}
-for name, write in writers.items():
-    Path(name).parent.mkdir(exist_ok=True)
-    Path(name).write_text("old")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40, resource.RLIM_INFINITY))
-    try:
-        write()
-        said[name] = "no error"
-    except BaseException as error:
-        said[name] = type(error).__name__
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    said[name] += " " + Path(name).read_text(errors="replace")[:20]
-left = sorted(str(p) for p in Path(".").rglob("*") if str(p) not in {*writers, "runs"})
-print("RESULT" + json.dumps([said, left]))
+
+
+def main():
+    warnings.simplefilter("ignore")
+    said = {}
+    for name, write in writers.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("old")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, resource.RLIM_INFINITY))
+        try:
+            write()
+            said[name] = "no error"
+        except BaseException as error:
+            said[name] = type(error).__name__
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        said[name] += " " + Path(name).read_text(errors="replace")[:20]
+    left = sorted(str(p) for p in Path(".").rglob("*") if str(p) not in {*writers, "runs"})
+    print("RESULT" + json.dumps([said, left]))
+
+
+if __name__ == "__main__":  # pytest imports every file, in search of doctests
+    main()

@@ -88,4 +88,5 @@ def main(*keys):
     print(json.dumps(seen))
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
