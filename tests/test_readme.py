@@ -100,7 +100,7 @@ def test_each_card_has_the_own_arguments_and_their_defaults(key):
             continue
         assert name in table, f"{key}: {name} is not in the card"
         if table[name]:
-            expected = str(parameter.default).replace("'", '"').replace("1e-05", "1e-5")
+            expected = str(parameter.default).replace("'", '"').replace("e-0", "e-")
             assert table[name] == expected, f"{key}: {name}"
 
 

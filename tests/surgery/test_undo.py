@@ -42,7 +42,7 @@ def move_scheduled(model, value):
     for layer in model[1:]:
         for name in set(layer.ranges) - set(layer.without_effect()):
             if (layer.key, name) != ("dbn", "momentum"):  # it refuses one
-                set_scheduled(layer, name, value)
+                set_scheduled(layer, name, max(value, value + layer.ranges[name].low))  # of brn, from 1 on
 
 
 @pytest.mark.filterwarnings("ignore::lightning_norm.errors.ParameterGrowthWarning")
