@@ -187,7 +187,7 @@ def inputs_of(module: nn.Module, whole: Whole) -> list[tuple[int, ...]]:
     """Return the shapes of inputs that torch's layer takes which ``whole`` names; no extent is that of the channels.
 
     >>> inputs_of(nn.GroupNorm(2, 8), Whole(nn.GroupNorm))
-    [(4, 8, 3, 2)]
+    [(4, 8, 3, 2), (6, 8, 17, 19)]
     """
     if isinstance(module, nn.LayerNorm):
         # Extents of their own for the axes, so that a class that mixes them up is noticed.

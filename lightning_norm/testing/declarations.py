@@ -170,8 +170,9 @@ def scheduled(make: Make) -> None:
 
     def outcome(layer: Normalizer) -> Tensor:
         x = features(5, C, 7, 3, dtype=torch.float64)
-        # Seeded, so that two layers with dropout draw alike.
-        trained = seeded(layer.train(), x)
+        # Twice, for the first batch may be copied whatever its weight; seeded, so that layers with dropout draw alike.
+        seeded(layer.train(), 2 * x + 1)
+        trained = seeded(layer, x)
         parts = [trained, *(v.double() for v in statistics(layer).values()), layer.eval()(x)]
         return torch.cat([part.detach().flatten() for part in parts])
 
@@ -206,7 +207,8 @@ def scheduled(make: Make) -> None:
             assert getattr(layer, name) == before, f"{name} changed although {bad!r} was refused"
         saved = f"_{name}" in layer.state_dict()
         assert not (saved and span.training_only), f"{name} is saved, but declared Scheduled(..., training_only=True)"
-        layer = make(C).double().eval()
+        # Made with a value, for the argument may decide which buffers there are.
+        layer = variants(make, name, low)[0].eval()
         x = features(5, C, 7, 3, dtype=torch.float64)
         outputs = []
         for value in (low, high):

@@ -284,11 +284,11 @@ class IdsOfInput(ContextNorm):
         ids = (first > 0).long() + (first > 1.0).long()
         return (ids == torch.arange(3, device=x.device)).float()
 
-    def forward(self, x):
+    def forward(self, x, *args, **kwargs):
         if isinstance(x, torch.Tensor) and x.dim() > 1 and x.dtype.is_floating_point:
             self.contexts.responsibilities = self.shares_of(x)
         try:
-            return super().forward(x)
+            return super().forward(x, *args, **kwargs)
         finally:
             self.contexts.responsibilities = None
 
@@ -308,6 +308,8 @@ HEAVY = ("gradgradcheck", "formats_agree", "compiled_equals_eager", "ranks_equal
 def test_conformance_with_given_contexts(cls, name):
     if cls is SharesOfInput and name in HEAVY:
         pytest.skip("the same code as with hard contexts, and slow")
+    if name in ("activation_checkpointing", "statistics_move_once"):
+        pytest.skip("use_reentrant=True keeps nothing of told contexts: an error says so, and has its test")
     if name == "evaluation_form":
         pytest.skip("contexts that follow the input leave no fixed map")
     checks()[name](functools.partial(cls))
