@@ -158,6 +158,11 @@ class MLPClassifier(Classifier):
         self.save_hyperparameters()
 
     @override
+    def forward(self, x: Tensor) -> Tensor:
+        # Grey images arrive with three equal channels.
+        return super().forward(x[:, :1])
+
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adagrad(self.parameters(), self.lr, weight_decay=self.weight_decay)
 
