@@ -50,33 +50,23 @@ def identity_depthwise(channels: int, side: int) -> nn.Conv2d:
     return conv
 
 
-class StudyClassifier(pl.LightningModule):
-    """Train a PlainNet by SGD with momentum 0.9, weight decay 5e-4, warm-up over 5 % of the steps and a cosine to zero.
+class Classifier(pl.LightningModule):
+    """Log loss and accuracy of a network's logits as ``train/loss``, ``val/acc``, ``test/acc`` and so on.
 
     Args:
-        channels: see :class:`PlainNet`.
-        strides: see :class:`PlainNet`.
-        lr: peak learning rate at a batch of 128 samples; another batch size scales it in proportion.
-        depthwise: see :class:`PlainNet`.
+        net: images to logits.
+        lr: learning rate.
         weight_decay: on all parameters.
     """
 
-    def __init__(
-        self,
-        channels: list[int],
-        strides: list[int],
-        lr: float = 0.1,
-        depthwise: int = 0,
-        weight_decay: float = 5e-4,
-    ) -> None:
+    def __init__(self, net: nn.Module, lr: float, weight_decay: float) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        self.lr, self.weight_decay = lr, weight_decay
-        self.net = PlainNet(channels, strides, depthwise=depthwise)
+        self.net, self.lr, self.weight_decay = net, lr, weight_decay
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        logits: Tensor = self.net(x)
+        return logits
 
     def _step(self, batch: Any, split: str) -> Tensor:
         images, labels = batch
@@ -99,6 +89,29 @@ class StudyClassifier(pl.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._step(batch, "test")
 
+
+class StudyClassifier(Classifier):
+    """Train a PlainNet by SGD with momentum 0.9, weight decay 5e-4, warm-up over 5 % of the steps and a cosine to zero.
+
+    Args:
+        channels: see :class:`PlainNet`.
+        strides: see :class:`PlainNet`.
+        lr: peak learning rate at a batch of 128 samples; another batch size scales it in proportion.
+        depthwise: see :class:`PlainNet`.
+        weight_decay: on all parameters.
+    """
+
+    def __init__(
+        self,
+        channels: list[int],
+        strides: list[int],
+        lr: float = 0.1,
+        depthwise: int = 0,
+        weight_decay: float = 5e-4,
+    ) -> None:
+        super().__init__(PlainNet(channels, strides, depthwise=depthwise), lr, weight_decay)
+        self.save_hyperparameters()
+
     @override
     def configure_optimizers(self) -> Any:
         batch_size = getattr(self.trainer.datamodule, "batch_size", 128)
@@ -115,6 +128,43 @@ class StudyClassifier(pl.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class MLPClassifier(Classifier):
+    """Train linear layers, each with its normalization and ReLU, by AdaGrad: the network of the DBN paper on MNIST.
+
+    Args:
+        inputs: values of an image.
+        hidden: outputs of each hidden layer; a normalization follows, so they have no bias.
+        num_classes: outputs.
+        lr: AdaGrad's learning rate.
+        weight_decay: on all parameters, the L2 term of the paper, whose size it does not give.
+    """
+
+    def __init__(
+        self,
+        inputs: int = 784,
+        hidden: Sequence[int] = (300, 300),
+        num_classes: int = 10,
+        lr: float = 0.01,
+        weight_decay: float = 1e-4,
+    ) -> None:
+        layers: list[nn.Module] = [nn.Flatten()]
+        previous = inputs
+        for width in hidden:
+            layers += [nn.Linear(previous, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+            previous = width
+        super().__init__(nn.Sequential(*layers, nn.Linear(previous, num_classes)), lr, weight_decay)
+        self.save_hyperparameters()
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        # Grey images arrive with three equal channels.
+        return super().forward(x[:, :1])
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adagrad(self.parameters(), self.lr, weight_decay=self.weight_decay)
 
 
 class LayerMeans(pl.Callback):
