@@ -45,9 +45,7 @@ def folder(tmp_path_factory):
     x, y = digits(32)
     (a, a_lens), (b, b_lens), (t, t_lens) = webp(x[:600]), webp(x[600:1200]), webp(x[1200:1400])
     np.savez(root / "cifar10_webp_a.npz", blob=a, lens=a_lens, y=y[:600])
-    np.savez(
-        root / "cifar10_webp_b.npz", blob=b, lens=b_lens, y=y[600:1200], blob_t=t, lens_t=t_lens, y_t=y[1200:1400]
-    )
+    np.savez(root / "cifar10_webp_b.npz", blob=b, lens=b_lens, y=y[600:1200], blob_t=t, lens_t=t_lens, y_t=y[1200:1400])
     return root
 
 
@@ -66,12 +64,17 @@ def test_a_shortened_study(study, tmp_path):
     norms = (study / "contenders.txt").read_text()
     # Two batches of every contender.
     size = config["data"]["init_args"]["batch_size"]
-    compare.run(
-        ["--config", str(study / "study.yaml"), "--norms", norms, "--seeds", "1", "--metric", "test/acc"]
-        + ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
-        + ["--trainer.limit_test_batches", "1", "--data.init_args.train_size", str(max(2 * size, 100))]
-        + ["--data.init_args.val_size", "200"]
-    )
+    short = {
+        "trainer.max_epochs": 1,
+        "trainer.limit_train_batches": 2,
+        "trainer.limit_val_batches": 1,
+        "trainer.limit_test_batches": 1,
+        "data.init_args.train_size": max(2 * size, 100),
+        "data.init_args.val_size": 200,
+    }
+    options = [text for name, value in short.items() for text in (f"--{name}", str(value))]
+    job = ["--config", str(study / "study.yaml"), "--norms", norms, "--seeds", "1", "--metric", "test/acc"]
+    compare.run([*job, *options])
     records = RunStore(tmp_path / "compare").read_all()
     assert sorted(r["label"] for r in records) == sorted(c.label for c in read_contenders(norms))
     assert all(0 <= r["test"]["test/acc"] <= 1 for r in records)
