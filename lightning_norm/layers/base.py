@@ -31,7 +31,7 @@ from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.pausing import is_paused
 from lightning_norm.layers.pooling import ready_window
-from lightning_norm.layers.recomputation import FirstRun, runs_twice, second_run
+from lightning_norm.layers.recomputation import FirstRun, may_run_again, second_run
 from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.special_calls import SpecialCalls
@@ -46,7 +46,7 @@ from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
 from lightning_norm.ops.masked import mask_of, run_masked
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.normalize import Call, activated, run
-from lightning_norm.ops.sync import Ranks, active_ranks, is_running, pools_later
+from lightning_norm.ops.sync import Ranks, active_ranks, is_running
 from lightning_norm.ops.torch_private import is_update_bn
 
 
@@ -441,10 +441,11 @@ class MomentNorm(SpecialCalls, Normalizer):
     def _normalize(
         self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None = None
     ) -> Tensor:
-        if pools_later(self.sync):
+        if self.sync == "running":
             ready_window(self)
         if not torch.compiler.is_compiling():
-            twice = self.training and runs_twice(self) and isinstance(input, Tensor)
+            twice = torch_private.in_backward_pass() or (self.train_uses_running_stats and may_run_again())
+            twice = twice and self.training and isinstance(input, Tensor)
             if SPECS in vars(self) and valid is None and not (twice or self.compiled) and _ranks_of(self) is None:
                 again = same_as_before(self, input, activation, residual)
                 if again is not None:
@@ -582,7 +583,7 @@ def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any, mask: An
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
     pools = is_running() and (layer.train_uses_batch_stats or layer.moves_running_stats)
-    now = bool(layer.sync) and not pools_later(layer.sync) and not layer.sync_paused
+    now = bool(layer.sync) and layer.sync != "running" and not layer.sync_paused
     return active_ranks(now, layer.training, layer.sync_group) if pools else None
 
 

@@ -65,11 +65,6 @@ def may_run_again() -> bool:
     return not torch.is_grad_enabled() or torch_private.recomputes_saved_tensors()
 
 
-def runs_twice(layer: Any) -> bool:
-    """Tell whether a forward pass in training is a second run, or the first of two that must give the same values."""
-    return torch_private.in_backward_pass() or (layer.train_uses_running_stats and may_run_again())
-
-
 @contextmanager
 def second_run(layer: Any, x: Tensor) -> Iterator[None]:
     """Run a layer that is in training on copies of its buffers: as they are, or as its first run on x found them."""

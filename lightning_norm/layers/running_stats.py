@@ -84,7 +84,7 @@ class RunningStats(nn.Module):
     @property
     def moves_running_stats(self) -> bool:
         """Whether the next forward pass moves the running statistics: not while they are paused."""
-        return self.trains_with_running_stats and not is_paused(self)
+        return self.trains_with_running_stats and not (self.statistics_paused and is_paused(self))
 
     def _make_running_stats(
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
