@@ -380,6 +380,8 @@ class SwapReport:
         if groups:
             counts = ", ".join(f"{n} in {count}" for n, count in sorted(groups.items(), reverse=True))
             lines.append(f"  groups      {counts} layers")
+        ghosts = Counter(n for layer in self.layers if (n := layer.norm["init_args"].get("virtual_batch_size")))
+        lines += [f"  statistics  of {n} samples at a time in {count} layers" for n, count in ghosts.items()]
         sync = SYNC[next((layer.sync for layer in self.layers if layer.sync), False)]
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
         return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])

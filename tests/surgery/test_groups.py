@@ -141,3 +141,10 @@ def test_files_of_earlier_versions_mean_32_groups():
     rebuild(fresh, manifest)
     assert [m.num_groups for m in fresh] == [32, 32]
     assert [m.num_groups for m in model] == [32, 32]
+
+
+def test_the_report_says_how_many_samples_the_statistics_are_of():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    text = swap(model, "bn", norm_args={"virtual_batch_size": 16}, dry_run=True).summary()
+    assert "  statistics  of 16 samples at a time in 2 layers\n" in text
+    assert "at a time" not in swap(model, "bn", dry_run=True).summary()
