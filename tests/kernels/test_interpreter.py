@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("triton")
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 ROOT = Path(__file__).parents[2]
+HALF_A_MINUTE = ("test_layers", "test_recorded", "test_ranks", "test_encoder_decoder", "test_depthwise")
+"""Files that take as much or more on a quiet machine: CI runs them with the slow tests."""
 
 
 def interpret(file, *options):
@@ -22,7 +24,10 @@ def interpret(file, *options):
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f.stem in HALF_A_MINUTE), id=f.stem) for f in FILES],
+)
 def test_interpreted(file):
     interpret(file)
 
