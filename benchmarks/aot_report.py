@@ -30,10 +30,11 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WIDE = ("x", "dy", "y", "dx", "residual", "dresidual")
 """Pointers to tensors like x; the others point to float32."""
 TYPES = {
-    **dict.fromkeys(("message", "gathered"), "*fp64"),
+    **dict.fromkeys(("message", "gathered", "dgathered"), "*fp64"),
     **dict.fromkeys(("tracked", "skipped", "updates", "measured", "skipped_condensed", "in_a_row"), "*i64"),
-    **dict.fromkeys(("eps", "factor", "unbias", "least", "power", "unit_scale", "unit_affine"), "fp32"),
+    **dict.fromkeys(("eps", "inner", "factor", "unbias", "least", "power", "unit_scale", "unit_affine"), "fp32"),
     "count": "i64",
+    "rank": "i32",
 }
 LONG = ("rows", "number", "units")
 
