@@ -101,9 +101,8 @@ class BatchChannelNorm(PerToken):
         batch, iota = self._over_batch(t.moments), self.mixture()
         dtype, zero = t.moments.mean.dtype, t.moments.mean.new_zeros(1, 1)
         x = t.minus(batch.mean, zero) * t.along(iota * (batch.var.to(dtype) + self.eps).rsqrt())
-        y = x + t.centered * (t.var + self.eps).rsqrt() * t.along(1 - iota)
-        y = y if self.weight is None else y * t.along(self.weight)
-        return y if self.bias is None else y + t.along(self.bias)
+        mixed = torch.addcmul(x, t.centered, (t.var + self.eps).rsqrt() * t.along(1 - iota))
+        return t.scaled(mixed, mixed.new_ones(()), self.weight, self.bias)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, which know the running variance of torch alone."""

@@ -125,9 +125,8 @@ class SwitchableNorm(PerToken, MixedNorm):
         var = sum((s.var.to(m.mean.dtype) * v[i] for i, s in others), zero)
         # The authors' estimator is unbiased over the axis that each token has, as their 1d layer's.
         of_token = t.var * (self.num_features / max(self.num_features - 1, 1)) if self.correction else t.var
-        x = t.minus(mean, w[ln]) * (t.along(var) + t.along(v[ln]) * of_token + self._eps).rsqrt()
-        x = x if self.weight is None else x * t.along(self.weight)
-        return x if self.bias is None else x + t.along(self.bias)
+        scale = (t.along(var) + t.along(v[ln]) * of_token + self._eps).rsqrt()
+        return t.scaled(t.minus(mean, w[ln]), scale, self.weight, self.bias)
 
     def _logits(self) -> tuple[Tensor, Tensor]:
         """Return lambda and lambda', behind what clips their gradients."""

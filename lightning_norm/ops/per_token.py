@@ -49,7 +49,13 @@ class Tokens:
         # The few numbers of (N, C) meet in the dtype of the means, where a large mean keeps its digits.
         pivot, weight = self.pivot.to(self.moments.mean.dtype), weight.to(self.moments.mean.dtype)
         moved = pivot - mean - weight * pivot.mean(1, keepdim=True)
-        return self.apart + self.along(moved) - self.along(weight) * self.apart.mean(-1, keepdim=True)
+        mean_of_token = self.apart.mean(-1, keepdim=True)
+        return torch.addcmul(self.apart + self.along(moved), self.along(weight), mean_of_token, value=-1)
+
+    def scaled(self, x: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return weight * scale * x + bias, with one rounding at its end, given a weight and a bias (C,)."""
+        scale = scale if weight is None else scale * self.along(weight)
+        return x * scale if bias is None else torch.addcmul(self.along(bias), x, scale)
 
 
 def normalize_tokens(
