@@ -98,7 +98,7 @@ class SwitchableNorm(PerToken, MixedNorm):
             raise ValueError(f"SwitchableNorm: clip_grad must be a number > 0 or None, got {clip_grad!r}.")
         self.clip_grad = None if clip_grad is None else float(clip_grad)
         if per_token and "ln" not in choices:
-            raise ValueError(f"SwitchableNorm: per_token=True is about \"ln\", got choices={tuple(choices)}: add it.")
+            raise ValueError(f'SwitchableNorm: per_token=True is about "ln", got choices={tuple(choices)}: add it.')
         self.correction, self.sparse, self.zero_weight, self.per_token = correction, sparse, zero_weight, per_token
         groups: dict[str, Any] = {"num_groups": num_groups, "channels_per_group": channels_per_group}
         super().__init__(num_features, choices=choices, momentum=momentum, **groups, **options)
@@ -125,7 +125,7 @@ class SwitchableNorm(PerToken, MixedNorm):
         var = sum((s.var.to(m.mean.dtype) * v[i] for i, s in others), zero)
         # The authors' estimator is unbiased over the axis that each token has, as their 1d layer's.
         of_token = t.var * (self.num_features / max(self.num_features - 1, 1)) if self.correction else t.var
-        scale = (t.along(var) + t.along(v[ln]) * of_token + self._eps).rsqrt()
+        scale = torch.addcmul(t.along(var + self._eps), t.along(v[ln]), of_token).rsqrt()
         return t.scaled(t.minus(mean, w[ln]), scale, self.weight, self.bias)
 
     def _logits(self) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ class Tokens:
 
     Args:
         moments: mean and biased variance per sample and channel, (N, C).
-        centered: x minus the mean of its token, in float32 at least.
+        x: the input, in float32 at least.
+        centered: x minus the mean of its token.
         var: biased variance of each token over its channels, (N, ..., 1).
         apart: x - pivot.
         pivot: constants near the means, (N, C): what is subtracted first costs no digits.
@@ -33,6 +34,7 @@ class Tokens:
     """
 
     moments: Moments
+    x: Tensor
     centered: Tensor
     var: Tensor
     apart: Tensor
@@ -48,9 +50,11 @@ class Tokens:
         r"""Return :math:`x - m - w\,\mu_{nl}`, with the mean of each token; ``m`` and ``w`` broadcast to (N, C)."""
         # The few numbers of (N, C) meet in the dtype of the means, where a large mean keeps its digits.
         pivot, weight = self.pivot.to(self.moments.mean.dtype), weight.to(self.moments.mean.dtype)
-        moved = pivot - mean - weight * pivot.mean(1, keepdim=True)
-        mean_of_token = self.apart.mean(-1, keepdim=True)
-        return torch.addcmul(self.apart + self.along(moved), self.along(weight), mean_of_token, value=-1)
+        center = mean + weight * pivot.mean(1, keepdim=True)
+        rounded = center.detach().to(self.x.dtype)
+        rest = self.along(center - rounded)
+        of_token = torch.addcmul(rest, self.along(weight), self.apart.mean(-1, keepdim=True))
+        return self.x - self.along(rounded) - of_token
 
     def scaled(self, x: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return weight * scale * x + bias, with one rounding at its end, given a weight and a bias (C,)."""
@@ -101,10 +105,11 @@ def _tokens(x: Tensor, moments: Moments, layout: Layout, mask: masked.Mask | Non
     wide = at_least_float32(x.dtype)
     # No gradient goes through the pivot, for no result depends on it.
     pivot = moments.mean.detach().to(wide)
-    apart = x.to(wide) - layout.broadcast_to_input(pivot)
+    x = x.to(wide)
+    apart = x - layout.broadcast_to_input(pivot)
     between = (pivot.to(moments.mean.dtype) - pivot.mean(1, keepdim=True, dtype=moments.mean.dtype)).to(wide)
     centered = apart - apart.mean(-1, keepdim=True) + layout.broadcast_to_input(between)
     var = centered.square().mean(-1, keepdim=True)
     # Padding is all zeros: a variance of 0 has no gradient with an eps of 0.
     var = var if mask is None else torch.where(mask.valid, var, var.new_ones(()))
-    return Tokens(moments, centered, var, apart, pivot, layout)
+    return Tokens(moments, x, centered, var, apart, pivot, layout)
