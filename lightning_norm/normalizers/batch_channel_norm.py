@@ -27,8 +27,8 @@ class BatchChannelNorm(PerToken):
 
     with mu_B, sigma_B over the batch per channel and mu_L, sigma_L over channels and positions per sample. ``iota``
     (C,) starts at 1, where the layer is batch normalization. With ``per_token``, mu_L and sigma_L are those of each
-    token over its channels: :math:`\mu_{nl} = \frac{1}{C} \sum_c x_{nlc}`, :math:`\sigma^2_{nl} = \frac{1}{C} \sum_c (x_{nlc} -
-    \mu_{nl})^2`. Khaled et al. 2023, arXiv 2312.00596.
+    token over its channels: :math:`\mu_{nl} = \frac{1}{C} \sum_c x_{nlc}` and
+    :math:`\sigma^2_{nl} = \frac{1}{C} \sum_c (x_{nlc} - \mu_{nl})^2`. Khaled et al. 2023, arXiv 2312.00596.
 
     When: a network trained with BatchNorm whose batches are small or shift, for it starts from the same function. When
     not: if the layer must be folded for inference.
