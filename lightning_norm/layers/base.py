@@ -46,6 +46,7 @@ from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
 from lightning_norm.ops.masked import mask_of, run_masked
 from lightning_norm.ops.moments import Affine, Moments
 from lightning_norm.ops.normalize import Call, activated, run
+from lightning_norm.ops.per_token import Tokens, normalize_tokens
 from lightning_norm.ops.sync import Ranks, active_ranks, is_running
 from lightning_norm.ops.torch_private import is_update_bn
 
@@ -336,6 +337,9 @@ class MomentNorm(SpecialCalls, Normalizer):
         ValueError: an argument out of range, a wrong number of dimensions or channels, or one value per statistic.
     """
 
+    per_token: bool = False
+    """A statistic is that of each token, so that y is not affine per (sample, channel)."""
+
     def __init__(
         self,
         num_features: int,
@@ -397,6 +401,10 @@ class MomentNorm(SpecialCalls, Normalizer):
     def depthwise_conv(self) -> tuple[Tensor, Tensor | None] | None:
         """Return kernel and bias of the depthwise convolution that follows, ``None`` for none."""
         return None
+
+    def of_tokens(self, t: Tokens) -> Tensor:
+        """Return y of the statistics of each token, where :attr:`per_token` is set; in place of :meth:`algebra`."""
+        raise NotImplementedError(f"{type(self).__name__} must define of_tokens(self, t: Tokens) -> Tensor.")
 
     def standardize(self, mean: Tensor, var: Tensor) -> Affine:
         r"""Return the Affine of :math:`\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta`."""
@@ -634,6 +642,9 @@ def _forward(
     mask = None if valid is None else mask_of(valid, x, layout)
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
     seen = x if mask is None else mask.zeroed(x)
+    if layer.per_token:
+        ending: dict[str, Any] = {"activation": activation, "residual": residual}
+        return normalize_tokens(seen, layer.of_tokens, layout, ranks, mask, layer.backend, **ending)
     algebra, conv = layer.algebra_of(seen, layout), layer.depthwise_conv()
     call = Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv)
     return run(x, call) if mask is None else run_masked(x, seen, call, mask)

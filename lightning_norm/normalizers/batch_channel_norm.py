@@ -7,16 +7,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.base import Paper
 from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import mixture_spec
+from lightning_norm.layers.per_token import PerToken
 from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.per_token import Tokens
 
 
-class BatchChannelNorm(MomentNorm):
+class BatchChannelNorm(PerToken):
     r"""Mix the batch-normalized and the layer-normalized input, channel by channel.
 
     .. math::
@@ -24,7 +26,9 @@ class BatchChannelNorm(MomentNorm):
         X = \frac{x - \mu_B}{\sqrt{\sigma^2_B + \epsilon}},\quad Y = \frac{x - \mu_L}{\sqrt{\sigma^2_L + \epsilon}}
 
     with mu_B, sigma_B over the batch per channel and mu_L, sigma_L over channels and positions per sample. ``iota``
-    (C,) starts at 1, where the layer is batch normalization. Khaled et al. 2023, arXiv 2312.00596.
+    (C,) starts at 1, where the layer is batch normalization. With ``per_token``, mu_L and sigma_L are those of each
+    token over its channels: :math:`\mu_{nl} = \frac{1}{C} \sum_c x_{nlc}` and
+    :math:`\sigma^2_{nl} = \frac{1}{C} \sum_c (x_{nlc} - \mu_{nl})^2`. Khaled et al. 2023, arXiv 2312.00596.
 
     When: a network trained with BatchNorm whose batches are small or shift, for it starts from the same function. When
     not: if the layer must be folded for inference.
@@ -35,10 +39,12 @@ class BatchChannelNorm(MomentNorm):
             logit, which starts at 6 (iota = 0.9975), since iota = 1 is out of a sigmoid's reach.
         correction: 0, or 1 for the authors' estimator, which their checkpoints need: the running variance is biased,
             and evaluation multiplies it by m / (m - 1), with m the elements per channel of the evaluation batch.
+        per_token: for tokens (N, L, C) with ``channel_dim=-1``: mu_L and sigma_L are those of each token over its C
+            channels, as ``torch.nn.LayerNorm`` has them, in place of those of the whole sample.
         options: eps, momentum, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
-        ValueError: an unknown constraint.
+        ValueError: an unknown constraint, or ``per_token`` without ``channel_dim=-1``.
 
     Differs from the paper: the running variance is stored unbiased, as in torch, and used as it is, so that evaluation
     never depends on the evaluation batch (``correction=1`` is published); ``momentum`` takes effect. Not to be confused
@@ -53,7 +59,7 @@ class BatchChannelNorm(MomentNorm):
         "Khaled et al.", 2023, "BCN: Batch Channel Normalization for Image Classification", "arXiv 2312.00596"
     )
     extra_parameters: ClassVar[dict[str, str]] = {"iota": "C"}
-    repr_arguments: ClassVar[tuple[str, ...]] = ("constraint", "correction")
+    repr_arguments: ClassVar[tuple[str, ...]] = ("constraint", "correction", "per_token")
     published_names: ClassVar[tuple[str, ...]] = ("BCN_var", "gamma", "beta", "Batchh.", "layeer.")
     iota: nn.Parameter
 
@@ -63,19 +69,18 @@ class BatchChannelNorm(MomentNorm):
         *,
         constraint: Literal["clamp", "sigmoid"] | None = None,
         correction: Literal[0, 1] = 0,
+        per_token: bool = False,
         **options: Any,
     ) -> None:
         # Before the base class, whose ``reset_parameters`` asks for the start of iota.
-        self.constraint, self.correction = constraint, correction
+        self.constraint, self.correction, self.per_token = constraint, correction, per_token
         super().__init__(num_features, **options)
+        self._check_per_token()
         self._add_parameters(options, iota=(num_features,))
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
-        pooled, layer = m.over_batch(), m.over_channels()
-        batch = self.track(pooled)
-        if self.correction and not self.training and self.has_running_stats:
-            batch = Moments(batch.mean, batch.var, pooled.count).unbiased()
+        batch, layer = self._over_batch(m), m.over_channels()
         iota = self.mixture()
         # With X = (x - mu_B) / sigma_B and Y alike, both are affine in x, so their mixture is one affine map.
         x = iota * (batch.var.to(m.mean.dtype) + self.eps).rsqrt()
@@ -85,9 +90,24 @@ class BatchChannelNorm(MomentNorm):
             scale, shift = self.weight * scale, self.weight * shift
         return Affine(m.mean, scale, shift if self.bias is None else shift + self.bias)
 
+    def _over_batch(self, m: Moments) -> Moments:
+        pooled = m.over_batch()
+        batch = self.track(pooled)
+        if self.correction and not self.training and self.has_running_stats:
+            batch = Moments(batch.mean, batch.var, pooled.count).unbiased()
+        return batch
+
+    def of_tokens(self, t: Tokens) -> Tensor:
+        """Return y, with the layer-normalized input of each token."""
+        batch, iota = self._over_batch(t.moments), self.mixture()
+        dtype, zero = t.moments.mean.dtype, t.moments.mean.new_zeros(1, 1)
+        x = t.minus(batch.mean, zero) * t.along(iota * (batch.var.to(dtype) + self.eps).rsqrt())
+        mixed = torch.addcmul(x, t.centered, (t.var + self.eps).rsqrt() * t.along(1 - iota))
+        return t.scaled(mixed, mixed.new_ones(()), self.weight, self.bias)
+
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, which know the running variance of torch alone."""
-        if self.correction:
+        if self.correction or self.per_token:
             return None
         return mixture_spec(self, ("bn", "ln"), w=self.mixture(), outputs=True)
 
@@ -104,6 +124,10 @@ class BatchChannelNorm(MomentNorm):
         """Return the mean and variance that the running ones move towards; the authors' are biased."""
         return (m.mean, m.var) if self.correction else super().running_target(m)
 
+    def evaluates_as_layer_norm(self) -> bool:
+        """Tell whether iota is exactly 0 in every channel."""
+        return bool((self.mixture() == 0).all())
+
     def choice(self, threshold: float) -> Choice:
         """Return batch normalization where iota is near 1 in every channel, layer normalization where it is near 0."""
         iota = self.mixture().detach().double().cpu()
@@ -114,7 +138,7 @@ class BatchChannelNorm(MomentNorm):
             counts = ", ".join(f"{norm} in {int((w >= threshold).sum())}" for norm, w in weights.items())
             return Choice("", least, f"undecided (of {len(iota)} channels {counts})")
         why = "correction=1: evaluation no longer depends on the batch" if self.correction and norm == "bn" else ""
-        return Choice(norm, least, why)
+        return self._choice_of_tokens(Choice(norm, least, why))
 
     def mixture(self) -> Tensor:
         """Return iota (C,), constrained: 1 is batch normalization, 0 layer normalization."""

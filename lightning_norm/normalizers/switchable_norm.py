@@ -11,24 +11,30 @@ from torch import Tensor
 
 from lightning_norm.errors import CheckpointError
 from lightning_norm.layers.base import Paper
+from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.mixed import MixedNorm
+from lightning_norm.layers.per_token import PerToken
 from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer, channels_of_one_layer
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.ops.clipped import clip_gradient
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments, mixture
+from lightning_norm.ops.per_token import Tokens
 from lightning_norm.ops.sparsestmax import sparsestmax, without_entry
 
 
-class SwitchableNorm(MixedNorm):
+class SwitchableNorm(PerToken, MixedNorm):
     r"""Mix instance, layer and batch statistics by learned weights, separate ones for mean and variance.
 
     .. math::
         y = \gamma \frac{x - \sum_k w_k \mu_k}{\sqrt{\sum_k w'_k \sigma^2_k + \epsilon}} + \beta, \qquad
         w = \mathrm{softmax}(\lambda),\; w' = \mathrm{softmax}(\lambda'), \qquad
         k \in \{\mathrm{in}, \mathrm{ln}, \mathrm{bn}\}
+
+    With ``per_token`` the k = ln entries are :math:`\mu_{nl} = \frac{1}{C} \sum_c x_{nlc}` and
+    :math:`\sigma^2_{nl} = \frac{1}{C} \sum_c (x_{nlc} - \mu_{nl})^2`.
 
     ``mean_weight`` is lambda and ``var_weight`` lambda', (3,) each, starting at 1. Luo et al., TPAMI 2021, arXiv
     1806.10779; sparse: Shao et al., CVPR 2019, arXiv 1903.03793.
@@ -47,12 +53,15 @@ class SwitchableNorm(MixedNorm):
         radius: of sparsestmax, scheduled from 0 (softmax-like freedom) to 1 (one choice).
         clip_grad: largest Euclidean norm of the gradient of lambda, and of lambda'; a longer one is scaled down before
             it reaches any optimizer. ``None`` clips nothing.
+        per_token: for tokens (N, L, C) with ``channel_dim=-1``: "ln" is the mean and the variance of each token over
+            its C channels, as ``torch.nn.LayerNorm`` has them, in place of those of the whole sample.
         zero_weight: start gamma at 0, for the last normalizer of a residual branch.
         momentum: weight of the new batch in the running statistics of "bn".
         options: eps, affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`.
 
     Raises:
-        ValueError: unknown, repeated or no choices, a correction other than 0 and 1, or a clip_grad not above 0.
+        ValueError: unknown, repeated or no choices, a correction other than 0 and 1, a clip_grad not above 0, or
+            ``per_token`` without "ln" among the choices or without ``channel_dim=-1``.
 
     Differs from the paper: momentum has torch's meaning (the authors' 0.997 and 0.9 are 0.003 and 0.1); the running
     variance starts at 1 and not at 0; where a statistic does not exist (instance statistics of one element) it leaves
@@ -67,7 +76,7 @@ class SwitchableNorm(MixedNorm):
     paper = Paper(
         "Luo et al.", 2021, "Switchable Normalization for Learning-to-Normalize Deep Representation", "arXiv 1806.10779"
     )
-    repr_arguments: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse", "clip_grad")
+    repr_arguments: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse", "clip_grad", "per_token")
 
     def __init__(
         self,
@@ -80,6 +89,7 @@ class SwitchableNorm(MixedNorm):
         sparse: bool = False,
         radius: Annotated[float, Scheduled(0, 1)] = 0.0,
         clip_grad: float | None = None,
+        per_token: bool = False,
         zero_weight: bool = False,
         momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = 0.1,
         **options: Any,
@@ -87,9 +97,12 @@ class SwitchableNorm(MixedNorm):
         if clip_grad is not None and not 0 < clip_grad < math.inf:
             raise ValueError(f"SwitchableNorm: clip_grad must be a number > 0 or None, got {clip_grad!r}.")
         self.clip_grad = None if clip_grad is None else float(clip_grad)
-        self.correction, self.sparse, self.zero_weight = correction, sparse, zero_weight
+        if per_token and "ln" not in choices:
+            raise ValueError(f'SwitchableNorm: per_token=True is about "ln", got choices={tuple(choices)}: add it.')
+        self.correction, self.sparse, self.zero_weight, self.per_token = correction, sparse, zero_weight, per_token
         groups: dict[str, Any] = {"num_groups": num_groups, "channels_per_group": channels_per_group}
         super().__init__(num_features, choices=choices, momentum=momentum, **groups, **options)
+        self._check_per_token()
         self.radius = radius
 
     def algebra(self, m: Moments) -> Affine:
@@ -100,6 +113,20 @@ class SwitchableNorm(MixedNorm):
         # In float64 for float32 inputs: a sum of weights that is off by 1e-7 would be multiplied by the mean.
         w, v = (self.weights(logits.to(m.mean.dtype), m.count) for logits in self._logits())
         return self.standardize(mixture(w, [s.mean for s in statistics]), mixture(v, [s.var for s in statistics]))
+
+    def of_tokens(self, t: Tokens) -> Tensor:
+        """Return y, with "ln" of each token: its entry is no part of the mixtures per sample and channel."""
+        m = t.moments.unbiased() if self.correction else t.moments
+        others = [(i, self._statistic(k, m)) for i, k in enumerate(self.choices) if k != "ln"]
+        ln = self.choices.index("ln")
+        w, v = (self.weights(logits.to(m.mean.dtype), m.count).to(m.mean.dtype) for logits in self._logits())
+        zero = m.mean.new_zeros(1, 1)
+        mean = sum((s.mean.to(m.mean.dtype) * w[i] for i, s in others), zero)
+        var = sum((s.var.to(m.mean.dtype) * v[i] for i, s in others), zero)
+        # The authors' estimator is unbiased over the axis that each token has, as their 1d layer's.
+        of_token = t.var * (self.num_features / max(self.num_features - 1, 1)) if self.correction else t.var
+        scale = torch.addcmul(t.along(var + self._eps), t.along(v[ln]), of_token).rsqrt()
+        return t.scaled(t.minus(mean, w[ln]), scale, self.weight, self.bias)
 
     def _logits(self) -> tuple[Tensor, Tensor]:
         """Return lambda and lambda', behind what clips their gradients."""
@@ -136,7 +163,7 @@ class SwitchableNorm(MixedNorm):
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, which know either "ln" or "gn" and more than one element."""
         # Maps of one element have no instance statistics, and the kernels hold one kind of pooling over channels.
-        if layout.size == 1 or {"ln", "gn"} <= set(self.choices):
+        if self.per_token or layout.size == 1 or {"ln", "gn"} <= set(self.choices):
             return None
         # The kernels take a softmax themselves; sparsestmax has a loop and stays in PyTorch.
         w, v = (self.weights(t) if self.sparse else t for t in self._logits())
@@ -152,7 +179,18 @@ class SwitchableNorm(MixedNorm):
         """Return the elements behind the batch statistics, or the layer's where there are none."""
         if "bn" in self.choices:
             return n * size
+        if self.per_token:
+            return self.num_features
         return size if self.choices == ("in",) else size * self.num_features
+
+    def evaluates_as_layer_norm(self) -> bool:
+        """Tell whether all importance is on "ln", whose variance is biased."""
+        weights = [float(w[self.choices.index("ln")]) for w in self.importance().values()]
+        return weights == [1.0, 1.0] and not self.correction
+
+    def choice(self, threshold: float) -> Choice:
+        """Return the statistic on which nearly all importance is, of the mean as of the variance."""
+        return self._choice_of_tokens(super().choice(threshold))
 
     def without_effect(self) -> dict[str, str]:
         """Name the radius of a softmax."""

@@ -125,7 +125,7 @@ def _normalize(x: Tensor, zeroed: Tensor, call: Call, mask: Mask) -> Tensor:
         # The statistics are not those of x, so that its padding has to be kept out of y alone.
         return mask.zeroed(run(zeroed, plain))
     if torch_private.is_transformed():
-        moments = Moments(*_moments(zeroed, mask, call.layout, recorded=True), mask.count, call.ranks)
+        moments = Moments(*masked_moments(zeroed, mask, call.layout, recorded=True), mask.count, call.ranks)
         fields = call.algebra(moments).fields(call.layout.n, call.layout.c)
         return mask.zeroed(eager.apply(zeroed, *fields, call.layout, recorded=True))
     # A tensor of the size of x, in which y is written: memory that was never touched costs more than a pass over it.
@@ -141,7 +141,7 @@ def _normalize(x: Tensor, zeroed: Tensor, call: Call, mask: Mask) -> Tensor:
     return y
 
 
-def _moments(
+def masked_moments(
     x: Tensor, mask: Mask, layout: Layout, recorded: bool = False, scratch: list[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the positions that count, each (N, C), of an x with zeros for padding.
@@ -238,7 +238,7 @@ class _MaskedMoments(torch.autograd.Function):
         layout: Layout,
         scratch: list[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, var = _moments(zeroed, Mask(valid, weights, count), layout, scratch=scratch)
+        mean, var = masked_moments(zeroed, Mask(valid, weights, count), layout, scratch=scratch)
         ctx.layout = layout
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(zeroed, mean, valid, weights, count)

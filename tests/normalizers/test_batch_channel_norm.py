@@ -89,3 +89,50 @@ def test_sigmoid_starts_near_one_and_unknown_constraint_is_refused():
     assert not layer.preserves_eval
     with pytest.raises(ValueError, match="'tanh'"):
         BatchChannelNorm(6, constraint="tanh")
+
+
+def paper_of_tokens(constraint=None, running=None, eps=1e-5):
+    """The equation on tokens (N, ..., C), with the layer-normalized input of each token."""
+
+    def reference(x, p):
+        b = list(range(x.dim() - 1))
+        mean, var = running or (x.mean(b), x.var(b, correction=0))
+        iota = MIX[constraint](p["iota"])
+        mixed = iota * (x - mean) / torch.sqrt(var + eps) + (1 - iota) * nn.functional.layer_norm(x, x.shape[-1:])
+        return p["weight"] * mixed + p["bias"]
+
+    return reference
+
+
+@pytest.mark.parametrize("constraint", [None, "clamp", "sigmoid"])
+@pytest.mark.parametrize("shape", [(5, 6), (5, 7, 6), (3, 2, 5, 6)])
+def test_equation_of_tokens(shape, constraint):
+    layer = shaken(BatchChannelNorm(6, constraint=constraint, per_token=True, channel_dim=-1))
+    agrees(layer, paper_of_tokens(constraint), data(*shape))
+    agrees(layer.eval(), paper_of_tokens(constraint, (layer.running_mean, layer.running_var)), data(*shape))
+
+
+def test_correction_of_tokens_is_that_of_the_batch_statistics():
+    layer = shaken(BatchChannelNorm(6, correction=1, per_token=True, channel_dim=-1)).eval()
+    x = data(5, 7, 6)
+    agrees(layer, paper_of_tokens(running=(layer.running_mean, layer.running_var * 35 / 34)), x)
+
+
+def test_ends_of_tokens_are_torchs_layers():
+    layer, x = BatchChannelNorm(6, per_token=True, channel_dim=-1).double(), data(5, 7, 6)
+    torch.testing.assert_close(layer(x), nn.BatchNorm1d(6).double()(x.movedim(-1, 1)).movedim(1, -1))
+    assert layer.plain(dims=3) is None
+    nn.init.zeros_(layer.iota)
+    torch.testing.assert_close(layer(x), nn.LayerNorm(6).double()(x), rtol=1e-10, atol=1e-10)
+    plain = layer.plain(dims=3)
+    assert type(plain) is nn.LayerNorm
+    assert plain.bias is layer.bias
+    assert layer.choice(0.9).norm == ""
+    assert "torch.nn.LayerNorm" in layer.choice(0.9).why
+    nn.init.constant_(layer.iota, 0.5)
+    assert "each token" in layer.why_not_plain(dims=3)
+
+
+def test_tokens_are_refused_on_maps():
+    with pytest.raises(ValueError, match="channel_dim=-1"):
+        BatchChannelNorm(6, per_token=True)

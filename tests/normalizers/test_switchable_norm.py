@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_norm import SwitchableNorm
+from lightning_norm.ops.sparsestmax import sparsestmax
 from tests.normalizers.paper import agrees, along, data, shaken
 from tests.ops.test_sparsestmax import recursive
 
@@ -299,3 +300,81 @@ class TestClippedGradients:
     def test_refuses(self):
         with pytest.raises(ValueError, match="clip_grad must be a number > 0"):
             SwitchableNorm(6, clip_grad=0.0)
+
+
+def paper_of_tokens(choices=("in", "ln", "bn"), weights=torch.softmax, running=None, correction=0, eps=1e-5):
+    """The equation on tokens (N, ..., C), with the mean and variance of each token for "ln"."""
+
+    def reference(x, p):
+        w, v = weights(p["mean_weight"], 0), weights(p["var_weight"], 0)
+        mean = var = 0.0
+        for i, k in enumerate(choices):
+            if k == "ln":
+                m, s = x.mean(-1, keepdim=True), x.var(-1, correction=correction, keepdim=True)
+            else:
+                m, s = (t.movedim(1, -1) for t in moments(x.movedim(-1, 1), k, running))
+            mean, var = mean + w[i] * m, var + v[i] * s
+        return p["weight"] * (x - mean) / torch.sqrt(var + eps) + p["bias"]
+
+    return reference
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 6), (3, 2, 5, 6)])
+@pytest.mark.parametrize("choices", [c for c in SUBSETS if "ln" in c], ids="-".join)
+def test_equation_of_tokens(shape, choices):
+    layer = shaken(SwitchableNorm(6, choices=choices, num_groups=GROUPS, per_token=True, channel_dim=-1))
+    agrees(layer, paper_of_tokens(choices), data(*shape))
+    running = (layer.running_mean, layer.running_var) if "bn" in choices else None
+    agrees(layer.eval(), paper_of_tokens(choices, running=running), data(*shape))
+
+
+def test_equation_of_tokens_with_sparse_weights():
+    layer = shaken(SwitchableNorm(6, sparse=True, radius=0.3, per_token=True, channel_dim=-1))
+    agrees(layer, paper_of_tokens(weights=lambda logits, _: sparsestmax(logits, 0.3)), data(5, 7, 6))
+
+
+def test_correction_of_tokens_is_unbiased_within_each():
+    def reference(x, p):
+        w, v = torch.softmax(p["mean_weight"], 0), torch.softmax(p["var_weight"], 0)
+        mean_in, var_in = x.mean(1, keepdim=True), x.var(1, keepdim=True)
+        var_bn = var_in.mean(0, keepdim=True) + mean_in.var(0, correction=0, keepdim=True)
+        mean = w[0] * mean_in + w[1] * x.mean(-1, keepdim=True) + w[2] * mean_in.mean(0, keepdim=True)
+        var = v[0] * var_in + v[1] * x.var(-1, keepdim=True) + v[2] * var_bn
+        return p["weight"] * (x - mean) / torch.sqrt(var + 1e-5) + p["bias"]
+
+    agrees(shaken(SwitchableNorm(6, correction=1, per_token=True, channel_dim=-1)), reference, data(5, 7, 6))
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_token_of_its_own_is_a_whole_sample(training, correction):
+    options = {"channel_dim": -1, "correction": correction}
+    whole = shaken(SwitchableNorm(6, **options)).train(training)
+    tokens = shaken(SwitchableNorm(6, per_token=True, **options)).train(training)
+    x = data(5, 6)
+    torch.testing.assert_close(tokens(x), whole(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(tokens.state_dict(), whole.state_dict())
+
+
+def test_all_weight_on_tokens_is_torchs_layer_norm():
+    ours, theirs = SwitchableNorm(6, choices=("ln",), per_token=True, channel_dim=-1), nn.LayerNorm(6)
+    x = data(5, 7, 6).float() + 1000
+    exact = copy.deepcopy(theirs).double()(x.double()).float()
+    assert (ours(x) - exact).abs().max() <= (theirs(x) - exact).abs().max() + 1e-6
+    plain = ours.plain(dims=3)
+    assert type(plain) is nn.LayerNorm
+    assert plain.weight is ours.weight
+    assert ours.choice(0.9).norm == ""
+    assert "torch.nn.LayerNorm" in ours.choice(0.9).why
+    mixed = SwitchableNorm(6, per_token=True, channel_dim=-1)
+    assert mixed.plain(dims=3) is None
+    assert "each token" in mixed.why_not_plain(dims=3)
+    assert SwitchableNorm(6, choices=("ln",), correction=1, per_token=True, channel_dim=-1).plain(dims=3) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({}, "channel_dim=-1"), ({"channel_dim": -1, "choices": ("in", "bn")}, '"ln"')]
+)
+def test_tokens_are_refused_where_there_are_none(options, words):
+    with pytest.raises(ValueError, match=words):
+        SwitchableNorm(6, per_token=True, **options)
