@@ -28,6 +28,7 @@ REGISTERS = {
     "vjp_pool": 200,
     "survey": 128,
     "channels_of": 112,
+    "channels_vjp": 120,
 }
 """Registers of a thread at most: without a limit ptxas spills 8 bytes of these for one more resident program."""
 

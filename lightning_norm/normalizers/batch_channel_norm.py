@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import mixture_spec
-from lightning_norm.layers.per_token import PerToken
 from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer
+from lightning_norm.layers.token_norm import PerToken
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments

@@ -14,9 +14,9 @@ from lightning_norm.layers.base import Paper
 from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.mixed import MixedNorm
-from lightning_norm.layers.per_token import PerToken
 from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer, channels_of_one_layer
 from lightning_norm.layers.scheduled import Scheduled
+from lightning_norm.layers.token_norm import PerToken
 from lightning_norm.ops.clipped import clip_gradient
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32

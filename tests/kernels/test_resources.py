@@ -45,7 +45,7 @@ BUDGET = {
     "vjp_mix": 96,
     "pack": 48,
     "unpack": 48,
-    "pack_gradient": 52,
+    "pack_gradient": 64,
     "unpack_gradient": 48,
     "survey": 124,
     "pool_channels": 96,

@@ -189,8 +189,8 @@ def gradients(
             stats[-1], dpooled, centered, grid.n, grid.n * grid.c, grid.c, flags.rows, stride, grid.parts,
             grid.sample_stride, grid.part_stride, grid.size, numbers.inner, numbers.least, numbers.unit_scale,
             numbers.unit_affine, MERGE=grid.parts > 1, STD_OF_VAR=flags.std and not flags.frozen, RENORM=flags.renorm,
-            GATE=flags.gate, RANKS=ranks, WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4, **tile,
-            **flags.constants(),
+            GATE=flags.gate, RANKS=ranks, WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4,
+            maxnreg=REGISTERS["channels_vjp"], **tile, **flags.constants(),
         )  # fmt: skip
 
     with device_of(x):
