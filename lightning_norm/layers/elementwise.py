@@ -22,7 +22,6 @@ class ElementwiseNorm(MomentNorm):
     Args:
         num_features: channels.
         alpha_init: where alpha starts.
-        shifted: learn s, ``offset``, which starts at 0.
         options: affine, bias, channel_dim, device, dtype: see :class:`MomentNorm`; an eps is taken and not used.
 
     Raises:
@@ -37,15 +36,17 @@ class ElementwiseNorm(MomentNorm):
         "BatchNorm": "its authors replace LayerNorm by it, and report that it does not replace BatchNorm without loss; "
         "type source='LayerNorm', or choose another method"
     }
+    shifted: ClassVar[bool] = False
+    """Learn s, ``offset``, which starts at 0."""
     alpha: nn.Parameter
     offset: nn.Parameter | None
 
-    def __init__(self, num_features: int, *, alpha_init: float, shifted: bool, **options: Any) -> None:
+    def __init__(self, num_features: int, *, alpha_init: float = 0.5, **options: Any) -> None:
         if isinstance(alpha_init, str) or not math.isfinite(alpha_init):
             raise ValueError(f"{type(self).__name__}: alpha_init must be a finite number, got {alpha_init!r}.")
         self.alpha_init = float(alpha_init)
         super().__init__(num_features, **stateless(type(self).__name__, options))
-        self._add_parameters(options, alpha=(1,), offset=(1,) if shifted else None)
+        self._add_parameters(options, alpha=(1,), offset=(1,) if self.shifted else None)
 
     @staticmethod
     def function(u: Tensor) -> Tensor:

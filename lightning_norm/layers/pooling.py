@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_norm.errors import SyncWarning
 from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.running_stats import close_window, open_window
-from lightning_norm.ops.sync import Ranks, active_ranks, pools_later
+from lightning_norm.ops.sync import Ranks, active_ranks
 
 
 def ready_window(layer: Any) -> None:
@@ -58,7 +58,7 @@ def refuse_without_window(layer: Any) -> None:
 
 def ranks_of_window(layer: Any) -> Ranks | None:
     """Return the ranks with which a layer pools once per optimizer step, ``None`` for none."""
-    return active_ranks(pools_later(layer.sync) and not layer.sync_paused, True, layer.sync_group)
+    return active_ranks(layer.sync == "running" and not layer.sync_paused, True, layer.sync_group)
 
 
 def attend(layers: Iterable[Any]) -> None:

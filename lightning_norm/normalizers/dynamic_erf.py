@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,9 +38,7 @@ class DynamicErf(ElementwiseNorm):
     key = "derf"
     paper = Paper("Chen et al.", 2025, "Stronger Normalization-Free Transformers", "arXiv 2512.10938")
     extra_parameters: ClassVar[dict[str, str]] = {"alpha": "1", "offset": "1"}
-
-    def __init__(self, num_features: int, *, alpha_init: float = 0.5, **options: Any) -> None:
-        super().__init__(num_features, alpha_init=alpha_init, shifted=True, **options)
+    shifted: ClassVar[bool] = True
 
     @staticmethod
     def function(u: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -36,9 +34,6 @@ class DynamicTanh(ElementwiseNorm):
 
     key = "dyt"
     paper = Paper("Zhu et al.", 2025, "Transformers without Normalization", "arXiv 2503.10622")
-
-    def __init__(self, num_features: int, *, alpha_init: float = 0.5, **options: Any) -> None:
-        super().__init__(num_features, alpha_init=alpha_init, shifted=False, **options)
 
     @staticmethod
     def function(u: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_norm.ops import depthwise, eager, torch_private
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype, without_autocast
 from lightning_norm.ops.moments import Moments
-from lightning_norm.ops.normalize import Call, Passes, activated, check_ending, field_gradients, run
+from lightning_norm.ops.normalize import Call, Passes, activated, carrier_grad, check_ending, field_gradients, run
 
 
 @dataclass(frozen=True)
@@ -293,5 +293,4 @@ class _MaskedApply(torch.autograd.Function):
         x, center, scale, *mask = ctx.saved_tensors
         need, dy = ctx.needs_input_grad, Mask(*mask).zeroed(grads[0])
         fields = field_gradients(ctx, eager, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
-        carrier = scale.to(ctx.carrier_dtype).expand(ctx.how.layout.n, ctx.how.layout.c) if need[1] else None
-        return dy if need[0] else None, carrier, None, *fields, None, None, None, None, None, None
+        return dy if need[0] else None, carrier_grad(ctx, scale), None, *fields, None, None, None, None, None, None

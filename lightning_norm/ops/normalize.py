@@ -314,7 +314,7 @@ class _Apply(torch.autograd.Function):
         # What nobody asked for is not computed: each sum would be a pass over dy and x.
         need, passes = ctx.needs_input_grad, ctx.how.module(dy)
         fields = field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
-        return dy if need[0] else None, _carrier_grad(ctx, scale), None, *fields, None
+        return dy if need[0] else None, carrier_grad(ctx, scale), None, *fields, None
 
 
 class _ApplyDepthwise(torch.autograd.Function):
@@ -358,11 +358,11 @@ class _ApplyDepthwise(torch.autograd.Function):
             dkernel, dbias = depthwise.kernel_gradients(dy, normalized, kernel, unroll=ctx.unroll)
         wanted = any(need[3:6])
         fields = field_gradients(ctx, eager, dnormalized, x, center, scale) if wanted else (None, None, None)
-        gradients = dnormalized if need[0] else None, _carrier_grad(ctx, scale), None, *fields
+        gradients = dnormalized if need[0] else None, carrier_grad(ctx, scale), None, *fields
         return *gradients, dkernel, dbias if need[7] else None, None
 
 
-def _carrier_grad(ctx: Any, scale: Tensor) -> Tensor | None:
+def carrier_grad(ctx: Any, scale: Tensor) -> Tensor | None:
     """Return scale in the shape and dtype of the carrier, as its gradient."""
     layout = ctx.how.layout
     return scale.to(ctx.carrier_dtype).expand(layout.n, layout.c) if ctx.needs_input_grad[1] else None

@@ -137,18 +137,13 @@ def active_ranks(sync: bool, training: bool, group: str | int = "world") -> Rank
     return Ranks(name) if name else None
 
 
-def pools_later(sync: Any) -> bool:
-    """Tell whether a layer's ``sync`` is "running": ranks pool running statistics alone, once per optimizer step."""
-    return isinstance(sync, str) and sync == "running"
-
-
 def check_sync(sync: Any) -> bool | str:
     """Return ``sync`` if it is what it may be: ``True``, ``False`` or "running".
 
     Raises:
         ValueError: it is none of these.
     """
-    if isinstance(sync, bool) or pools_later(sync):
+    if isinstance(sync, bool) or sync == "running":
         return sync  # type: ignore[no-any-return]
     raise ValueError(
         f"sync must be True (statistics are pooled in each forward pass), 'running' (the running ones alone, once per "

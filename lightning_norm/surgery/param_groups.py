@@ -116,11 +116,7 @@ def _kinds(model: nn.Module, switch: bool) -> list[tuple[nn.Parameter, str]]:
             kind = "switch"
         elif name in of_normalizers or id(parameter) in of_other_norms:
             kind = "norm"
-        elif (
-            name in without_decay
-            or name.rpartition(".")[2] == "bias"
-            or (not is_lazy(parameter) and parameter.ndim <= 1)
-        ):
+        elif name in without_decay or name.rpartition(".")[2] == "bias" or _is_vector(parameter):
             kind = "no_decay"
         else:
             kind = "decay"

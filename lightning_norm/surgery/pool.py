@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_norm.layers.pooling import move_by_windows
-from lightning_norm.ops.sync import pools_later
 from lightning_norm.surgery.walk import normalizers_of
 
 
@@ -33,4 +32,4 @@ def pool_statistics(model: nn.Module) -> None:
     >>> optimizer.step()
     >>> pool_statistics(model)
     """
-    move_by_windows([layer for layer in normalizers_of(model) if pools_later(layer.sync)])
+    move_by_windows([layer for layer in normalizers_of(model) if layer.sync == "running"])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_norm.ops.backend import BACKENDS
-from lightning_norm.ops.sync import check_group, pools_later
+from lightning_norm.ops.sync import check_group
 
 
 class BadRowError(ValueError):
@@ -85,7 +85,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_sync(value: Any) -> bool:
-    return isinstance(value, bool) or pools_later(value)
+    return isinstance(value, bool) or value == "running"
 
 
 def _are_options(value: Any) -> bool:

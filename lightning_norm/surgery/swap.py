@@ -21,7 +21,6 @@ from lightning_norm.layers.arguments import plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers.context.assignment import ContextState
 from lightning_norm.ops.backend import explain
-from lightning_norm.ops.sync import pools_later
 from lightning_norm.surgery.convert import convert, preserved
 from lightning_norm.surgery.options import ResolvedNorm, Source, SwapOptions, takes_options
 from lightning_norm.surgery.report import SwappedLayer, SwapReport
@@ -123,7 +122,7 @@ def prepare_swap(
         # A failure from here on leaves the model as it was: the original modules are read and not changed.
         layer, arguments = convert(slot.module, slot.name, norm, slot.whole)
         layer.sync, layer.sync_group, layer.backend = options.sync, options.sync_group, options.backend
-        if pools_later(options.sync) and layer.no_window and layer.track_running_stats:
+        if options.sync == "running" and layer.no_window and layer.track_running_stats:
             raise ValueError(
                 f"{slot.name}: sync='running': {type(layer).__name__} cannot wait for the optimizer step: "
                 f"{layer.no_window}. Type sync=True, or exclude the layer."
@@ -169,7 +168,7 @@ def _row(
 
 def _synced(layer: Normalizer) -> bool | str:
     """Return what of ``sync`` has an effect in a layer."""
-    if pools_later(layer.sync):
+    if layer.sync == "running":
         return layer.sync if layer.has_running_stats else False
     return layer.sync and (layer.train_uses_batch_stats or layer.track_running_stats)
 
