@@ -177,8 +177,17 @@ class Normalizer(Loading, Evaluation, SwapRecord):
 
         Running statistics narrower than float32 are widened.
 
+        Args:
+            source: a BatchNorm of torch's, or another normalizer.
+
         Raises:
             ValueError: the layer brings a weight, and ``zero_weight`` asks for one of zeros.
+
+        >>> from lightning_norm import SwitchableNorm
+        >>> old, new = nn.BatchNorm2d(8), SwitchableNorm(8)
+        >>> new.take_from(old)
+        >>> new.weight is old.weight, new.running_mean is old.running_mean
+        (True, True)
         """
         check_zero_weight(self, source)
         # The values come from a layer that holds them in another form, such as one row per context.
@@ -221,6 +230,9 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         """Give a layer what was taken from it, as it is now: the inverse of :meth:`take_from`.
 
         A class with ``translated_tensors`` writes those values into the layer's own tensors, where they changed since.
+
+        Args:
+            source: the layer, as it was when :meth:`take_from` read it.
         """
         # What both have and the swap did not take, such as the importance weights of two SwitchableNorms or a scheduled
         # value, is the source's as it was.
@@ -335,6 +347,17 @@ class MomentNorm(SpecialCalls, Normalizer):
     Raises:
         TypeError: the input is not a floating-point tensor.
         ValueError: an argument out of range, a wrong number of dimensions or channels, or one value per statistic.
+
+    A subclass with half of each sample's and half of the batch's statistics, which trains, pools over ranks, saves,
+    loads and swaps as the built-in ones do:
+
+    >>> class HalfNorm(MomentNorm):
+    ...     def algebra(self, m):
+    ...         batch = self.track(m.over_batch())
+    ...         return self.standardize((m.mean + batch.mean) / 2, (m.var + batch.var) / 2)
+    >>> layer = HalfNorm(8)
+    >>> layer(torch.randn(4, 8, 5, 5)).shape, int(layer.num_batches_tracked)
+    (torch.Size([4, 8, 5, 5]), 1)
     """
 
     per_token: bool = False
@@ -523,11 +546,19 @@ class MomentNorm(SpecialCalls, Normalizer):
     def compile(self, **options: Any) -> None:
         """Compile the forward pass, by default fullgraph and at static shapes; equal layers share their graphs.
 
+        The graph is made at the first call, and once more for each new shape, dtype and mode.
+
         Args:
             options: of ``torch.compile``, such as ``mode="max-autotune"``.
 
         Raises:
             TypeError: ``torch.compile`` takes no such argument.
+
+        >>> from lightning_norm import BatchNorm
+        >>> layer = BatchNorm(8)
+        >>> layer.compile(dynamic=False)
+        >>> layer.compiled
+        True
         """
         # From torch's signature, so that arguments of later versions pass as well.
         known = list(inspect.signature(torch.compile).parameters)[1:]

@@ -41,6 +41,12 @@ class TakenActivation(nn.Module):
         activation: the module that stood here.
         name: its name in the model, for messages.
         layer: the name of the layer that computes it.
+
+    >>> import lightning_norm
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> _ = lightning_norm.swap(model, "sn", fuse_activation=True)
+    >>> model[2]
+    TakenActivation(ReLU, computed by 1)
     """
 
     def __init__(self, activation: nn.Module, name: str, layer: str) -> None:
@@ -54,12 +60,15 @@ class TakenActivation(nn.Module):
 
     def expect(self, y: Tensor) -> None:
         """Note an output of the layer, which is due here."""
+        # An output that was freed and has not come by was used by something else, or by nothing.
         lost = [(key, first) for key, (ref, first) in self._due.items() if ref() is None]
         for key, _ in lost:
             del self._due[key]
         # A recomputation of checkpointed activations ends where it has all that it needs.
         if any(first for _, first in lost):
             self._tell(f"an output of {self.layer} did not come to {self.name}, and has its activation in it")
+        # By id, with a weak reference: it keeps no memory alive, and tells whether another tensor has taken over the
+        # id.
         self._due[id(y)] = (weakref.ref(y), not torch_private.in_backward_pass())
 
     def forward(self, input: Tensor) -> Tensor:
@@ -160,6 +169,8 @@ class Behind(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the layer and its children; see :attr:`always_eval`."""
         super().train(mode)
+        # nn.Module.train() sets the children as well, which follow the model; this layer alone stays behind. What was
+        # asked for is noted for whoever ends the freeze.
         if self.always_eval:
             vars(self)["_mode"], self.training = mode, False
         return self
@@ -180,6 +191,7 @@ class Behind(nn.Module):
         modules = self.modules_behind()
         if activation != "none":
             return activation, modules
+        # A dropout in evaluation, between the layer and its ReLU, is in nobody's way.
         while modules and _does_nothing(modules[0]):
             modules = modules[1:]
         if modules and type(modules[0]) in FUSED and not has_hooks(modules[0]):
@@ -195,8 +207,10 @@ class Behind(nn.Module):
         children = {name: m for name, m in self._modules.items() if m is not None and name in self.behind}
         if not children:
             return plain
+        # Looked up and not imported: whoever has such a layer has imported timm.
         timm: Any = sys.modules.get("timm.layers.norm_act")
         if timm is not None and type(plain) is nn.BatchNorm2d and children.keys() == {"drop", "act"}:
+            # Without its __init__, which would make parameters that are thrown away at once.
             whole: nn.Module = timm.BatchNormAct2d.__new__(timm.BatchNormAct2d)
             vars(whole).update(vars(plain))
             for name, module in children.items():

@@ -202,6 +202,7 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
         kind: BatchNorm1d, 2d or 3d.
     """
     tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    # A layer without tensors says neither device nor precision, and the map has both.
     like = next((t for t in tensors.values() if t.is_floating_point()), affine.scale)
     # torch's BatchNorm takes narrow inputs if all its tensors are wide.
     wide = at_least_float32(like.dtype)

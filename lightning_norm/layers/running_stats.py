@@ -27,6 +27,12 @@ class RunningStats(nn.Module):
     for the mean and the biased variance of n elements. A batch in which either is not finite moves nothing and is
     counted in ``skipped_updates``, a buffer that no checkpoint holds. Buffers stay in float32 at least under
     ``model.half()``.
+
+    >>> from lightning_norm import BatchNorm
+    >>> layer = BatchNorm(2, momentum=None)
+    >>> _ = layer(torch.full((4, 2), float("inf"))), layer(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+    >>> layer.running_mean, int(layer.skipped_updates), layer.half().running_mean.dtype
+    (tensor([2., 2.]), 1, torch.float32)
     """
 
     counters: ClassVar[tuple[str, ...]] = ()

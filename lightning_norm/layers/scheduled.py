@@ -71,6 +71,15 @@ class ScheduledValues(nn.Module):
 
     ``layer.alpha`` reads and sets a float; ``layer.scheduled("alpha")`` is the 0-dim float64 tensor for the algebra
     (float64 so that 0.1 means 0.1 for float64 inputs; a 0-dim tensor never raises the dtype of the others).
+
+    >>> from lightning_norm import BatchNorm
+    >>> layer = BatchNorm(3)
+    >>> layer.momentum = 0.25
+    >>> layer.momentum = 2
+    Traceback (most recent call last):
+    ValueError: BatchNorm: momentum must lie in [0, 1], got 2.
+    >>> layer.momentum
+    0.25
     """
 
     ranges: ClassVar[dict[str, Scheduled]] = {}

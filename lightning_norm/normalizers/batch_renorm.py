@@ -119,6 +119,7 @@ class BatchRenorm(BlendedNorm):
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which move the statistics whenever they compute them."""
+        # Paused: these kernels would move what is to stand still.
         if self.trains_with_running_stats and not self.moves_running_stats:
             return None
         frozen, std = self.has_running_stats and not self.training, self.average == "std"
@@ -136,5 +137,6 @@ class BatchRenorm(BlendedNorm):
         """Return the limits, and how far the last batch's mean and std lay from the running ones, in running stds."""
         if not self.track_running_stats or not self.has_running_stats:
             return {}
+        # As far as a schedule has widened them.
         limits = {name: torch.tensor(getattr(self, name)) for name in ("r_max", "d_max")}
         return {**limits, "gap_mean": self.gap[0], "gap_std": self.gap[1]}

@@ -96,6 +96,7 @@ class BNET(ConvolvedNorm):
         batch = self.track(m.over_batch())
         if self.statistics == "bn":
             return Affine(batch.mean, (batch.var + self.eps).rsqrt())
+        # Instance, layer and batch, in the order of the weights.
         mixed = (m, m.over_channels(), batch)
         w, v = (self._importance(t.to(m.mean.dtype), m.count) for t in (self.mean_weight, self.var_weight))
         mean, var = mixture(w, [s.mean for s in mixed]), mixture(v, [s.var for s in mixed])
@@ -105,6 +106,7 @@ class BNET(ConvolvedNorm):
     def _importance(logits: Tensor, count: int | Tensor = 2) -> Tensor:
         """Return the weights of instance, layer and batch statistics; a map of one element has no instance's."""
         logits = logits.to(at_least_float32(logits.dtype))
+        # The variance of one element is 0, and would pull the mixture towards it.
         if isinstance(count, int) and count == 1:
             return without_entry(lambda z: torch.softmax(z, 0), logits, 0)
         return torch.softmax(logits, 0)

@@ -111,6 +111,7 @@ class DiminishingBatchNorm(BlendedNorm):
         self.train_stats, self.stat_grad = train_stats, stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype, "bias": bias}
+        # Before the base class, which makes the buffers for it.
         self.averages_blend = eval_momentum is not None
         options |= {"virtual_batch_size": virtual_batch_size}
         super().__init__(num_features, average=average, init=init, momentum=None, **options)
@@ -179,6 +180,7 @@ class DiminishingBatchNorm(BlendedNorm):
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which write the blend whenever they compute it."""
+        # Paused: these kernels would move what is to stand still.
         if self.trains_with_running_stats and not self.moves_running_stats:
             return None
         frozen = self.has_running_stats and not self.training

@@ -117,6 +117,7 @@ class SwitchableNorm(PerToken, MixedNorm):
     def of_tokens(self, t: Tokens) -> Tensor:
         """Return y, with "ln" of each token: its entry is no part of the mixtures per sample and channel."""
         m = t.moments.unbiased() if self.correction else t.moments
+        # Those per sample and channel meet as usual; "ln" joins them on tensors of the size of x.
         others = [(i, self._statistic(k, m)) for i, k in enumerate(self.choices) if k != "ln"]
         ln = self.choices.index("ln")
         w, v = (self.weights(logits.to(m.mean.dtype), m.count).to(m.mean.dtype) for logits in self._logits())
@@ -138,6 +139,7 @@ class SwitchableNorm(PerToken, MixedNorm):
     def _statistic(self, k: str, m: Moments) -> Moments:
         if k == "in":
             return m
+        # Each is pooled only where it is asked for: over the batch, ranks would meet in vain.
         s = {"ln": m.over_channels, "gn": lambda: m.over_channels(self.num_groups), "bn": m.over_batch}[k]()
         # In the authors' 1d layer the variance is unbiased over the only axis that there is.
         if self.correction and isinstance(m.count, Tensor) and m.count.dim() == 2:
@@ -151,6 +153,7 @@ class SwitchableNorm(PerToken, MixedNorm):
 
         With a count for each sample, (N, 1), they are (len(choices), N, 1).
         """
+        # The variance of one element is 0, and would pull the mixture towards it.
         if "in" in self.choices and len(self.choices) > 1:
             if _is_one(count):
                 return without_entry(self.weights, logits, self.choices.index("in"))
@@ -185,6 +188,7 @@ class SwitchableNorm(PerToken, MixedNorm):
 
     def evaluates_as_layer_norm(self) -> bool:
         """Tell whether all importance is on "ln", whose variance is biased."""
+        # Exactly 1 and not nearly: torch.nn.LayerNorm is then the same function.
         weights = [float(w[self.choices.index("ln")]) for w in self.importance().values()]
         return weights == [1.0, 1.0] and not self.correction
 
@@ -206,6 +210,7 @@ class SwitchableNorm(PerToken, MixedNorm):
         channels = channels_of_one_layer(weight)
         if "mean_weight" not in entries or channels is None:
             return None
+        # The shape of the weight tells whether the authors' layer is of images, sequences or vectors.
         axes, two = weight.dim() - 2, getattr(entries["mean_weight"], "shape", ()) == (2,)
         choices: tuple[str, ...] = ("in", "ln", "bn")
         if two:  # the authors' 1d layer has no "in"; their others have no "bn" where they keep no running statistics

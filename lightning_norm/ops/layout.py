@@ -51,6 +51,7 @@ class TracedLayout(Layout):
     def broadcast_to_input(self, t: Tensor) -> Tensor:
         """View a tensor as :class:`Layout` does, with the number of samples left open."""
         shape = [1] * len(self.shape)
+        # -1 stays open in the graph; the number of channels is fixed by the layer.
         shape[0], shape[self.channel_dim] = -1, torch_private.static_shape(t)[1]
         return t.reshape(shape)
 

@@ -29,7 +29,13 @@ KINDS = {
 class NormStatistics(Mapping[str, Tensor]):
     """The tensors of :func:`norm_statistics`: name, as in the ``state_dict`` -> the model's own tensor.
 
-    ``len``, ``in``, ``items()`` and ``print`` list them; see :meth:`take`, :meth:`put` and :meth:`average`.
+    ``len``, ``in``, ``items()`` and ``print`` list them; see :meth:`take`, :meth:`put` and :meth:`average`. A server
+    that averages clients builds the model as they do and never runs it:
+
+    >>> server = norm_statistics(nn.BatchNorm2d(2))
+    >>> one, other = server.take(), {**server.take(), "running_mean": torch.ones(2)}
+    >>> server.average([one, other], counts=[100, 300])["running_mean"]
+    tensor([0.7500, 0.7500])
 
     Args:
         layers: name -> normalization layer.
@@ -107,6 +113,7 @@ class NormStatistics(Mapping[str, Tensor]):
         result: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             prefix = f"{name}." if name else ""
+            # Layer by layer, for a variance is averaged around the mean beside it.
             mine = {n.removeprefix(prefix): n for n, (owner, _) in self._places.items() if owner is layer}
             held = {n: torch.stack([tensors[full].cpu() for tensors in clients]) for n, full in mine.items()}
             kinds = {n: self.kinds[full] for n, full in mine.items()}
@@ -166,6 +173,7 @@ def norm_statistics(model: nn.Module, personal: bool = False) -> NormStatistics:
 def _kinds(layer: nn.Module, personal: bool) -> dict[str, str]:
     """Return the tensors of a layer's ``state_dict`` that are statistics, or all of them, and what they are."""
     names = getattr(layer, "running_names", ("running_mean", "running_var"))
+    # An average of variances per sample holds no variance between means, and none is added to it.
     per_sample = isinstance(layer, nn.modules.instancenorm._InstanceNorm) or not getattr(
         layer, "includes_between_var", True
     )
@@ -181,6 +189,8 @@ def _kinds(layer: nn.Module, personal: bool) -> dict[str, str]:
         elif not tensor.is_floating_point():
             kind = "counter"
         else:
+            # A float buffer of ours that is no statistic was fitted to data, such as centroids; elsewhere it is an
+            # average.
             kind = known.get(name, "fitted" if isinstance(layer, Normalizer) else "mean")
         if personal or kind != "parameter":
             kinds[name] = kind
@@ -217,6 +227,7 @@ def _of_layer(name: str, held: Mapping[str, Tensor], kinds: Mapping[str, str], c
         elif kind in ("mean", "sample variance") or not center:
             means[n] = _weighted(t, rows)
         else:
+            # What varies within each client's data, and how far the clients lie apart.
             var = t.double().square() if kind == "deviation" else t.double()
             middle = held[center].double()
             pooled = _weighted(var + (middle - _weighted(middle, rows)).square(), rows)

@@ -107,6 +107,7 @@ class SwapReport:
         self.frozen = frozen or []
         self.dry_run = True
         self.total_before = 0
+        # What a commit puts in place, and an undo takes out again.
         self._undo: list[tuple[ModuleSlot, Normalizer]] = []
         self.activations_left: list[Left] = []
         self._taken: list[tuple[ModuleSlot, TakenActivation, Normalizer]] = []
@@ -190,6 +191,7 @@ class SwapReport:
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
         self._taken += other._taken
+        # A layer that both have passed over is listed once, as the later one saw it.
         for mine, later in (
             (self.skipped, other.skipped),
             (self.others, other.others),
@@ -306,10 +308,12 @@ class SwapReport:
                         f"cannot undo: {slot.name} holds {type(getattr(parent, attribute, None)).__name__} and no "
                         "longer what this swap put in the place of its activation."
                     )
+        # Activations first: the layers have to give them up before they leave.
         for slot, _, layer in self._taken:
             layer.give_activation()
             slot.fill(slot.module)
         self._taken = []
+        # Tensors are handed back layer by layer; where one cannot be, all are left as they were.
         with unchanged_on_error([module for slot, layer in self._undo for module in (slot.module, layer)]):
             for slot, layer in self._undo:
                 restore_original(layer, slot.module, slot.device_and_dtype)
@@ -376,6 +380,7 @@ class SwapReport:
         if taken := [layer for layer in self.layers if layer.activation]:
             lines.append(f"  activation  computed by the layer before it: {len(taken)} (first: {taken[0].activation})")
         lines += [f"  activation  left: {line}" for line in _by_class(self.activations_left)]
+        # What num_groups="auto" came to.
         groups = Counter(n for layer in self.layers if (n := layer.num_groups) is not None)
         if groups:
             counts = ", ".join(f"{n} in {count}" for n, count in sorted(groups.items(), reverse=True))

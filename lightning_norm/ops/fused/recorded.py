@@ -72,6 +72,7 @@ class Recordable(Protocol):
 
 def kind_of(*what: Hashable) -> object:
     """Return one object for equal arguments, whose hash takes no time."""
+    # Numbers that change with each call must not fill the memory.
     if len(_kinds) >= launcher.LIMIT:
         _kinds.clear()
     return _kinds.setdefault(what, object())
@@ -122,6 +123,7 @@ def _recorded(x: Tensor, spec: Recordable, channel_dim: int, activation: str, re
 
 
 def _look(x: Tensor, activation: str, residual: Tensor | None) -> Hashable:
+    # Triton compiles other code for addresses that are multiples of 16.
     look = type(x), x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, activation
     return look if residual is None else (*look, type(residual), residual.shape, residual.dtype)
 
@@ -151,6 +153,7 @@ class _Recorded(torch.autograd.Function):
             return (y,), statistics
 
         plan = launcher.plan_of(key, inputs, call)
+        # All statistics lie in one tensor, so that autograd saves one in place of six.
         (y,), kept = plan(inputs, pointers)
         assert y is not None
         if spec.moved:
@@ -192,6 +195,7 @@ class _Recorded(torch.autograd.Function):
         (dx, dresidual, *gradients), packed = plan(inputs, pointers)
         if packed is not None:
             spec.unpack(gradients, packed)
+        # The kernels write float32, and a parameter in half has a gradient in half.
         for i, t in enumerate(parameters):
             g = gradients[i]
             if g is not None and t.dtype is not torch.float32:
