@@ -651,11 +651,7 @@ def _forward_masked(layer: MomentNorm, x: Tensor, valid: Tensor) -> Tensor:
 
 
 def _forward(
-    layer: MomentNorm,
-    x: Tensor,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    valid: Tensor | None = None,
+    layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None, valid: Tensor | None = None
 ) -> Tensor:
     layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
@@ -668,17 +664,46 @@ def _forward(
     if of_input and layer.statistic_size(layout.n, layout.size) < 2:
         _check_values(layer, layout, ranks)
     moments = None if of_input or layer.eval_uses_input_stats else layer.running()
+    if valid is not None or layer.per_token:
+        return _forward_positions(layer, x, layout, moments, ranks, activation, residual, valid)
     # The kernels move the running statistics themselves and know nothing of an accumulator.
     accumulates = layer.training and layer.accumulator is not None
-    mask = None if valid is None else mask_of(valid, x, layout)
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
+    algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
+    return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))
+
+
+def _forward_positions(
+    layer: MomentNorm,
+    x: Tensor,
+    layout: Layout,
+    moments: Moments | None,
+    ranks: Ranks | None,
+    activation: str,
+    residual: Tensor | None,
+    valid: Tensor | None,
+) -> Tensor:
+    """Normalize where positions differ: some are padding, or each token has statistics of its own. Not on the kernels.
+
+    Args:
+        layer: the normalizer.
+        x: the input.
+        layout: of x.
+        moments: those of x where ``None``.
+        ranks: to pool with.
+        activation: as in :meth:`MomentNorm.forward`; likewise the residual.
+        residual: is added before the activation.
+        valid: which positions count; ``None`` for all.
+    """
+    mask = None if valid is None else mask_of(valid, x, layout)
     seen = x if mask is None else mask.zeroed(x)
+    ending: dict[str, Any] = {"activation": activation, "residual": residual}
     if layer.per_token:
-        ending: dict[str, Any] = {"activation": activation, "residual": residual}
         return normalize_tokens(seen, layer.of_tokens, layout, ranks, mask, layer.backend, **ending)
+    assert mask is not None
     algebra, conv = layer.algebra_of(seen, layout), layer.depthwise_conv()
-    call = Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv)
-    return run(x, call) if mask is None else run_masked(x, seen, call, mask)
+    call = Call(algebra, layout, moments, ranks, layer.backend, depthwise_conv=conv, **ending)
+    return run_masked(x, seen, call, mask)
 
 
 def _forward_relu(layer: MomentNorm, x: Tensor) -> Tensor:

@@ -76,10 +76,7 @@ class RunningStats(nn.Module):
 
     @property
     def has_running_stats(self) -> bool:
-        """Whether there are running statistics to evaluate on; ``track_running_stats = False`` only stops their moves.
-
-        As in torch, where evaluation looks at the buffers and not at the flag.
-        """
+        """Whether there are running statistics to evaluate on: as in torch by the buffers, and not by the flag."""
         return all(self._buffers.get(name) is not None for name in self.running_names)
 
     @property
@@ -111,8 +108,7 @@ class RunningStats(nn.Module):
     def track(self, m: Moments) -> Moments:
         """In training, move the running statistics towards m and return m; in evaluation, return the running ones.
 
-        Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it
-        is skipped and counted in ``skipped_updates``. Both are (1, C).
+        Call it exactly once per algebra, with the result of ``over_batch()``. Both are (1, C).
         """
         if not self.training:
             return self.running() if self.has_running_stats else m

@@ -128,7 +128,7 @@ def _normalize(x: Tensor, zeroed: Tensor, call: Call, mask: Mask) -> Tensor:
     if torch_private.is_transformed():
         moments = Moments(*masked_moments(zeroed, mask, call.layout, recorded=True), mask.count, call.ranks)
         fields = call.algebra(moments).fields(call.layout.n, call.layout.c)
-        return mask.zeroed(eager.apply(zeroed, *fields, call.layout, recorded=True))
+        return mask.zeroed(eager.apply_centered(zeroed, *fields, call.layout, recorded=True))
     # A tensor of the size of x, in which y is written: memory that was never touched costs more than a pass over it.
     scratch: list[Tensor] = []
     alias, mean, var, carrier = _MaskedMoments.apply(
