@@ -128,7 +128,7 @@ class Plan:
     inputs: int
     outputs: list[_Output | None]
     sizes: tuple[int, int, int]
-    kept: list[_Pointer]
+    saved: list[_Pointer]
 
     def __post_init__(self) -> None:
         self._replay = _replayed(self)
@@ -174,10 +174,10 @@ class Plan:
                     outputs[i] = parts[cut] if len(shape) == 1 else parts[cut].view(shape)
         return outputs, workspaces[0]
 
-    def views(self, kept: Tensor) -> list[Tensor]:
+    def views(self, saved: Tensor) -> list[Tensor]:
         """Return the tensors in the workspace that is kept."""
-        tensors = [*(None,) * (self.inputs + len(self.outputs)), kept]
-        return [p.of(tensors) if p.slot >= 0 else kept.new_empty(p.shape, dtype=p.dtype) for p in self.kept]
+        tensors = [*(None,) * (self.inputs + len(self.outputs)), saved]
+        return [p.of(tensors) if p.slot >= 0 else saved.new_empty(p.shape, dtype=p.dtype) for p in self.saved]
 
     def _launch_as_usual(self, tensors: list[Any]) -> None:
         # Triton launches on the current device, which need not be that of x.
@@ -251,33 +251,33 @@ def plan_of(
 def record(inputs: Sequence[Any], call: Callable[..., tuple[Sequence[Tensor | None], Sequence[Tensor]]]) -> Plan:
     """Run the launch code of a call without launching, and return the plan of it; see :func:`plan_of`."""
     # Objects of their own, by which the launch code's arguments are told apart even where two are the same tensor.
-    own = [_named(t, slot) for slot, t in enumerate(inputs)]
+    slots = [_named(t, slot) for slot, t in enumerate(inputs)]
     launches: list[_Launch] = []
     with torch.cuda.device_of(inputs[0]), torch.no_grad():
         _thread.launches = launches
         try:
-            outputs, keep = call(*own)
+            outputs, keep = call(*slots)
         finally:
             _thread.launches = None
-        return _plan(own, launches, outputs, keep)
+        return _plan(slots, launches, outputs, keep)
 
 
-def _plan(own: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | None], keep: Sequence[Tensor]) -> Plan:
+def _plan(slots: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | None], keep: Sequence[Tensor]) -> Plan:
     """Find out where each tensor of the launches lies."""
     passed = [a for step in launches for a in step.args if isinstance(a, Tensor)]
     # By storages: the parts of one tensor have one in common, at different offsets.
     used = {_storage(t) for t in passed}
-    places = {id(t): (slot, 0) for slot, t in enumerate(own) if isinstance(t, Tensor)}
+    places = {id(t): (slot, 0) for slot, t in enumerate(slots) if isinstance(t, Tensor)}
     storages: dict[int, tuple[int, int]] = {}  # pointer of a storage -> slot, offset of its first byte in that slot
-    for slot, t in enumerate(own):
+    for slot, t in enumerate(slots):
         if isinstance(t, Tensor) and _storage(t):
             offset = -t.storage_offset() * t.element_size()
             # Part of what two inputs have in common could be part of either.
             storages[_storage(t)] = (slot, offset) if _storage(t) not in storages else (-1, 0)
     made: list[_Output | None] = []
-    last, size = len(own) + len(outputs), 0
-    for slot, t in enumerate(outputs, len(own)):
-        made.append(_output(t, own[0]) if t is not None and t.numel() and _storage(t) in used else None)
+    last, size = len(slots) + len(outputs), 0
+    for slot, t in enumerate(outputs, len(slots)):
+        made.append(_output(t, slots[0]) if t is not None and t.numel() and _storage(t) in used else None)
         if t is not None and made[-1] is not None:
             assert _storage(t) not in storages, "an output that is an input, or a part of another output"
             assert t.storage_offset() == 0
@@ -297,7 +297,7 @@ def _plan(own: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | No
         return _Pointer(slot, offset, t.shape, t.stride(), t.dtype)
 
     steps = [step._replace(args=tuple(map(pointer, step.args))) for step in launches]
-    return Plan(steps, len(own), made, sizes, [pointer(t) for t in keep])
+    return Plan(steps, len(slots), made, sizes, [pointer(t) for t in keep])
 
 
 def _named(t: Any, slot: int) -> Any:

@@ -25,6 +25,7 @@ from lightning_norm.layers.arguments import (
     is_at_least_zero,
     merged_signature,
 )
+from lightning_norm.layers.behind import call_behind, fuse_behind, keep_in_evaluation
 from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.layers.inference import Evaluation
@@ -98,8 +99,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     bias: nn.Parameter | None
     sync: bool | str
     sync_group: str | int
-    sync_paused: bool = False
-    agreed_in: str = ""
+    _sync_paused: bool = False
+    _agreed_in: str = ""
     """The process group in which ranks have compared their layers."""
     compiled: bool
     backend: str
@@ -270,7 +271,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         if frozen and not self.has_running_stats:
             why = "track_running_stats=True keeps some" if self.train_uses_batch_stats else "it needs none"
             raise ValueError(f"{type(self).__name__} has no running statistics to normalize by: {why}.")
-        self.keep_in_evaluation(frozen)
+        keep_in_evaluation(self, frozen)
         return self
 
     def settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,7 +305,7 @@ def has_affine(layer: nn.Module, name: str) -> bool:
     return any(getattr(layer, n, None) is not None for n in (name, *(t.target for t in forms if t.source == name)))
 
 
-def _is_own_method(cls: type, name: str) -> bool:
+def _adds_method(cls: type, name: str) -> bool:
     """Tell whether a class has a method of that name that is not one of ``nn.Module``, which holds no equation."""
     return not hasattr(nn.Module, name) and inspect.isroutine(getattr(cls, name, None))
 
@@ -312,10 +313,10 @@ def _is_own_method(cls: type, name: str) -> bool:
 def _look_for_replaced_methods(layer: Normalizer, name: str) -> None:
     """Leave the kernels while an attribute of this instance stands in for one of its class's methods."""
     cls = type(layer)
-    if not _is_own_method(cls, name):
+    if not _adds_method(cls, name):
         return
     # A method may be replaced twice: what counts is whether any replacement is left.
-    if any(_is_own_method(cls, attribute) for attribute in vars(layer)):
+    if any(_adds_method(cls, attribute) for attribute in vars(layer)):
         vars(layer)["_fused_spec_holds"] = False
     else:
         vars(layer).pop("_fused_spec_holds", None)
@@ -454,7 +455,7 @@ class MomentNorm(SpecialCalls, Normalizer):
         Raises:
             MaskError: a mask that does not fit x.
         """
-        if mask is not None or self.special or self.behind or not isinstance(input, Tensor):
+        if mask is not None or self._special or self.behind or not isinstance(input, Tensor):
             return self._call_whole(input, activation, residual, mask)
         return self._normalize(input, activation, residual)
 
@@ -462,12 +463,12 @@ class MomentNorm(SpecialCalls, Normalizer):
         """Call the layer with a mask, in ghost batches, or with its modules behind; for torch.fx, note the call."""
         if torch_private.is_proxy(input):  # torch.fx traces
             return _node_of(self, input, activation, residual, mask)
-        activation, modules = self.fuse_behind(activation)
-        if (mask is not None or self.special) and isinstance(input, Tensor) and input.dim() > 1:
+        activation, modules = fuse_behind(self, activation)
+        if (mask is not None or self._special) and isinstance(input, Tensor) and input.dim() > 1:
             y = self._call_specially(input, activation, residual, mask)
         else:
             y = self._normalize(input, activation, residual)
-        return self.call_behind(y, modules)
+        return call_behind(self, y, modules)
 
     def _normalize(
         self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None = None
@@ -506,7 +507,7 @@ class MomentNorm(SpecialCalls, Normalizer):
     ) -> Tensor:
         """Normalize by the layer's own graph, or where a transform may refuse that running statistics move."""
         # A graph knows no thread: where only another one has paused the statistics, this one runs without.
-        of_this_thread = not self.statistics_paused or is_paused(self)
+        of_this_thread = not self._statistics_paused or is_paused(self)
         if self.compiled and of_this_thread and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
             if valid is not None:
@@ -526,7 +527,7 @@ class MomentNorm(SpecialCalls, Normalizer):
                 raise RuntimeError(_REFUSED_CHANGE.format(who=type(self).__name__)) from error
             raise
 
-    def ranks(self) -> Ranks | None:
+    def _ranks(self) -> Ranks | None:
         """Return the ranks that the next forward pass pools statistics with."""
         return _ranks_of(self)
 
@@ -622,7 +623,7 @@ def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any, mask: An
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
     pools = is_running() and (layer.train_uses_batch_stats or layer.moves_running_stats)
-    now = bool(layer.sync) and layer.sync != "running" and not layer.sync_paused
+    now = bool(layer.sync) and layer.sync != "running" and not layer._sync_paused
     return active_ranks(now, layer.training, layer.sync_group) if pools else None
 
 
@@ -640,10 +641,10 @@ def _of_empty(layer: MomentNorm, x: Tensor, activation: str, residual: Tensor | 
 def _agree_once(layer: MomentNorm, ranks: Ranks, x: Tensor) -> None:
     """Compare the layer with that of the other ranks, before the first time that they pool."""
     # In a graph nothing can be told; what differs there is told by torch, or by NormSwap before the training.
-    if layer.agreed_in != ranks.group and not torch.compiler.is_compiling():
+    if layer._agreed_in != ranks.group and not torch.compiler.is_compiling():
         settings = f"sync_group={layer.sync_group!r}, affine={[n for n, _ in layer.named_parameters(recurse=False)]}"
         ranks.agree(f"{layer.place or 'a layer'}: {type(layer).__name__}({layer.extra_repr()}, {settings})", x.device)
-        layer.agreed_in = ranks.group
+        layer._agreed_in = ranks.group
 
 
 def _forward_masked(layer: MomentNorm, x: Tensor, valid: Tensor) -> Tensor:

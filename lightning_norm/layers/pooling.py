@@ -59,7 +59,7 @@ def refuse_without_window(layer: Any) -> None:
 
 def ranks_of_window(layer: Any) -> Ranks | None:
     """Return the ranks with which a layer pools once per optimizer step, ``None`` for none."""
-    return active_ranks(layer.sync == "running" and not layer.sync_paused, True, layer.sync_group)
+    return active_ranks(layer.sync == "running" and not layer._sync_paused, True, layer.sync_group)
 
 
 def attend(layers: Iterable[Any]) -> None:
@@ -128,7 +128,7 @@ def pool_windows(windows: Sequence[AccumulationWindow], ranks: Ranks, counters: 
         spread = window.var + apart.square() if window.between else window.var
         packed += [window.count, window.count * apart, window.count * spread]
     # The greatest of some integers by a sum: each rank writes its own into a row of zeros.
-    places = _in_own_place(counters, ranks, packed[0])
+    places = _at_rank(counters, ranks, packed[0])
     total = ranks.sum(_joined([*packed, places]))
     for window, (n, moved, spread) in zip(windows, _split(total, windows, 3), strict=True):
         assert window.shift is not None
@@ -167,7 +167,7 @@ def _split(total: Tensor, windows: Sequence[AccumulationWindow], parts: int) -> 
     return [[next(pieces).view(s) for s in each] for each in shapes]
 
 
-def _in_own_place(counters: Sequence[Tensor], ranks: Ranks, like: Tensor) -> Tensor:
+def _at_rank(counters: Sequence[Tensor], ranks: Ranks, like: Tensor) -> Tensor:
     """Return the counters of this rank among zeros, so that a sum tells each rank those of all."""
     places = like.new_zeros(ranks.size, len(counters))
     if counters:

@@ -47,7 +47,7 @@ class RunningStats(nn.Module):
     """Takes the statistics of each training step in place of the running ones: a :class:`StatisticsAccumulator` while
     those are re-estimated, an :class:`AccumulationWindow` where they move once per optimizer step."""
 
-    statistics_paused: bool = False
+    _statistics_paused: bool = False
     """A thread is in a block of :func:`lightning_norm.paused_statistics`; :func:`is_paused` tells whether this one."""
 
     eps: float
@@ -87,14 +87,14 @@ class RunningStats(nn.Module):
     @property
     def moves_running_stats(self) -> bool:
         """Whether the next forward pass moves the running statistics: not while they are paused."""
-        return self.trains_with_running_stats and not (self.statistics_paused and is_paused(self))
+        return self.trains_with_running_stats and not (self._statistics_paused and is_paused(self))
 
     def _make_running_stats(
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         """Register the buffers, or ``None`` under their names as torch does."""
         # On the layer itself, where torch.compile sees it change.
-        self.track_running_stats, self.statistics_paused = track, False
+        self.track_running_stats, self._statistics_paused = track, False
         # torch's starting values, with which a fresh layer evaluates to its own input.
         for name, fill in zip(self.running_names, (0.0, 1.0), strict=True):
             stat = torch.full((num_features,), fill, device=device, dtype=at_least_float32(dtype))

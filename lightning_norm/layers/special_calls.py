@@ -29,7 +29,7 @@ class SpecialCalls(nn.Module):
     2
     """
 
-    special: bool = False
+    _special: bool = False
     """A call may have a mask that code outside of the model tells, or goes by ghost batches."""
 
     no_mask: ClassVar[str] = ""
@@ -66,22 +66,14 @@ class SpecialCalls(nn.Module):
         vars(self)["_virtual_batch_size"] = value
         self._look_for_special_calls()
 
-    def hear_masks(self) -> Told:
-        """Listen to masks that code outside of the model tells, and return by what."""
-        if self.mask_state is None:
-            self.mask_state = Told()
-            self._look_for_special_calls()
-        assert self.mask_state is not None
-        return self.mask_state
-
     def _look_for_special_calls(self) -> None:
         # One flag, so that the forward pass of a plain layer has one condition to test.
         if self._virtual_batch_size is not None or self.mask_state is not None:
-            vars(self)["special"] = True
+            vars(self)["_special"] = True
         else:
-            vars(self).pop("special", None)
+            vars(self).pop("_special", None)
 
-    def part_of_batch(self, start: int, stop: int) -> AbstractContextManager[object]:
+    def _part_of_batch(self, start: int, stop: int) -> AbstractContextManager[object]:
         """Return the context in which the layer is called with these samples of the batch alone."""
         return contextlib.nullcontext()
 
@@ -129,7 +121,7 @@ class SpecialCalls(nn.Module):
         if size is None or not self.training:
             return layer._normalize(x, activation, residual, valid)  # type: ignore[no-any-return]
         bounds = ghost_batches(torch_private.static_shape(x)[0], size)
-        ranks: Ranks | None = layer.ranks()
+        ranks: Ranks | None = layer._ranks()
         if ranks is not None and not torch.compiler.is_compiling():
             # The ranks meet once for each ghost batch: one with fewer of them brings empty ones.
             bounds += [(bounds[-1][1],) * 2] * (ranks.largest(len(bounds), x.device) - len(bounds))
@@ -138,9 +130,18 @@ class SpecialCalls(nn.Module):
         parts = []
         for start, stop in bounds:
             x_part, residual_part, valid_part = (None if t is None else t[start:stop] for t in (x, residual, valid))
-            with self.part_of_batch(start, stop):
+            with self._part_of_batch(start, stop):
                 parts.append(layer._normalize(x_part, activation, residual_part, valid_part))
         return torch.cat(parts)
+
+
+def hear_masks(layer: SpecialCalls) -> Told:
+    """Let a layer listen to masks that code outside of the model tells, and return by what."""
+    if layer.mask_state is None:
+        layer.mask_state = Told()
+        layer._look_for_special_calls()
+    assert layer.mask_state is not None
+    return layer.mask_state
 
 
 def ghost_batches(n: int, size: int) -> list[tuple[int, int]]:
@@ -292,11 +293,11 @@ def resized(mask: Tensor, spatial: tuple[int, ...], who: str) -> Tensor:
     first = len(spatial) - len(sizes)
     for axis, (old, new) in enumerate(zip(sizes, spatial[first:], strict=True), 1):
         if old not in (1, new):
-            mask = mask.index_select(axis, _kept_positions(old, new, mask.device))
+            mask = mask.index_select(axis, _sampled_positions(old, new, mask.device))
     return mask.reshape(-1, *(1,) * first, *torch_private.static_shape(mask)[1:])
 
 
-def _kept_positions(old: int, new: int, device: torch.device) -> Tensor:
+def _sampled_positions(old: int, new: int, device: torch.device) -> Tensor:
     # Halved until it has the size of the map, as a chain of strided convolutions does it.
     step, size = 1, old
     while size > new:

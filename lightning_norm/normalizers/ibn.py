@@ -71,7 +71,10 @@ class IBN(MomentNorm):
         batch, k = self.track(m.over_batch()), self.instance_channels
         pairs = ((m.mean, batch.mean), (m.var, batch.var))
         # Of the batch there is one row, which every sample of it shares.
-        joined = (torch.cat([own[:, :k], of_all.to(own.dtype).expand_as(own)[:, k:]], 1) for own, of_all in pairs)
+        joined = (
+            torch.cat([instance[:, :k], of_batch.to(instance.dtype).expand_as(instance)[:, k:]], 1)
+            for instance, of_batch in pairs
+        )
         return self.standardize(*joined)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_norm.layers.base import MomentNorm, Normalizer
-from lightning_norm.layers.behind import FUSED, TakenActivation
+from lightning_norm.layers.behind import (
+    FUSED,
+    TakenActivation,
+    compute_activation,
+    give_activation,
+    modules_behind,
+)
 from lightning_norm.ops.torch_private import has_hooks
 from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.select import Left, ModuleSlot
@@ -51,7 +57,7 @@ def find_activations(
     activations = [m for m in model.modules() if type(m) in FUSED and m not in inner]
     # Before the swap the original modules are in the model, after it the normalizers: either can be watched.
     here = {m: n for n, pair in layers.items() for m in pair if m in names and isinstance(pair[0], MomentNorm)}
-    norms = {m: n for m, n in here.items() if not any(type(b) in FUSED for b in layers[n][0].modules_behind())}
+    norms = {m: n for m, n in here.items() if not any(type(b) in FUSED for b in modules_behind(layers[n][0]))}
     reasons: dict[nn.Module, str] = dict.fromkeys(activations, "no nn.Sequential shows what it follows: pass example")
     pairs = _by_sequence(model, norms, names)
     if example is not None:
@@ -86,7 +92,7 @@ def take_activation(model: nn.Module, layer: Normalizer, name: str, place: str) 
     activation = modules_by_name(model)[place]
     slot = ModuleSlot(activation, [place], places_by_module(model)[activation])
     taken = TakenActivation(activation, place, name)
-    layer.take_activation(activation, taken)
+    compute_activation(layer, activation, taken)
     slot.fill(taken)
     if layer.origin is not None:
         layer.origin = {**layer.origin, "activation": place}
@@ -98,7 +104,7 @@ def give_back_activations(model: nn.Module) -> None:
     places = places_by_module(model)
     for module in list(model.modules()):
         if isinstance(module, Normalizer) and (taken := module.taken_from) is not None:
-            activation = module.give_activation()
+            activation = give_activation(module)
             assert activation is not None
             module.origin = {k: v for k, v in (module.origin or {}).items() if k != "activation"} or None
             for parent, attribute in places.get(taken, []):

@@ -241,8 +241,8 @@ def _layers_of(
 ) -> tuple[dict[str, PublishedLayer], dict[str, Tensor]]:
     layers: dict[str, PublishedLayer] = {}
     others = dict(state)
-    for prefix, found in by_prefix(state).items():
-        entries = PublishedEntries(found)
+    for prefix, below in by_prefix(state).items():
+        entries = PublishedEntries(below)
         try:
             layer = cls.read_published(entries)
         except CheckpointError as error:
@@ -261,7 +261,7 @@ def _layers_of(
                 "not write: it is of another version or another layer."
             )
         layers[prefix] = layer
-        for name in found:
+        for name in below:
             del others[f"{prefix}.{name}"]
     return layers, others
 

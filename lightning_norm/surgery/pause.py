@@ -60,7 +60,7 @@ class _Pause:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.blocks = layer, 0
-        self.name, paused = "statistics_paused", True
+        self.name, paused = "_statistics_paused", True
         if isinstance(layer, TorchBatchNormBase):
             self.name, paused = "track_running_stats", False
         elif isinstance(layer, TorchRunningNormBase):

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_norm.errors import NotReachedWarning
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.behind import TakenActivation
+from lightning_norm.layers.behind import TakenActivation, give_activation
 from lightning_norm.surgery.activations import find_activations, take_activation
 from lightning_norm.surgery.convert import device_and_dtype, restore_original, unchanged_on_error
 from lightning_norm.surgery.options import SwapOptions
@@ -167,16 +167,16 @@ class SwapReport:
             return {}
         # Those that a layer has behind it already are computed with it anyway.
         layers = {slot.name: (layer, slot.module) for slot, layer in self._undo if layer.taken_from is None}
-        found, self.activations_left = find_activations(model, layers, how, example)
+        pairs, self.activations_left = find_activations(model, layers, how, example)
         for row in self.layers:
-            row.activation = found.get(row.name, row.activation)
-        return found
+            row.activation = pairs.get(row.name, row.activation)
+        return pairs
 
-    def take_activations(self, model: nn.Module, found: Mapping[str, str]) -> None:
+    def take_activations(self, model: nn.Module, pairs: Mapping[str, str]) -> None:
         """Let layers that are in place compute the activations that were found."""
         layers = {slot.name: layer for slot, layer in self._undo}
         self._taken += [
-            (*take_activation(model, layers[name], name, place), layers[name]) for name, place in found.items()
+            (*take_activation(model, layers[name], name, place), layers[name]) for name, place in pairs.items()
         ]
 
     def merge(self, other: SwapReport) -> None:
@@ -310,7 +310,7 @@ class SwapReport:
                     )
         # Activations first: the layers have to give them up before they leave.
         for slot, _, layer in self._taken:
-            layer.give_activation()
+            give_activation(layer)
             slot.fill(slot.module)
         self._taken = []
         # Tensors are handed back layer by layer; where one cannot be, all are left as they were.

@@ -154,12 +154,12 @@ def _compare(twin: nn.Module, whole: Whole, modes: Sequence[bool]) -> tuple[floa
     for shape in inputs_of(twin, whole):
         x = _input(twin, shape)
         try:
-            found = [_differences(twin, whole, x, training) for training in modes]
+            apart = [_differences(twin, whole, x, training) for training in modes]
         except Exception as error:  # a user's class may raise anything
             what = what or f"its own forward raises on an input {shape}: {_first_line(error)}"
             continue
         agreed += 1
-        for training, (outputs, statistics) in zip(modes, found, strict=True):
+        for training, (outputs, statistics) in zip(modes, apart, strict=True):
             if max(outputs, statistics) > worst:
                 worst = max(outputs, statistics)
                 quantity = "outputs" if outputs > 0 else "running statistics"

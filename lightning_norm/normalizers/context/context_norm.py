@@ -147,7 +147,7 @@ class ContextNorm(ContextStatistics):
         return y
 
     @contextmanager
-    def part_of_batch(self, start: int, stop: int) -> Iterator[None]:
+    def _part_of_batch(self, start: int, stop: int) -> Iterator[None]:
         """While it is open, the layer knows the contexts of these samples alone."""
         responsibilities = None if self.context == "gate" else self.contexts.responsibilities
         with block():
