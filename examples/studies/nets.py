@@ -177,5 +177,5 @@ class LayerMeans(pl.Callback):
             if isinstance(module, lightning_norm.Normalizer):
                 for name, value in module.monitor().items():
                     values.setdefault(name, []).append(float(value))
-        for name, found in values.items():
-            pl_module.log(f"norm/{name}", sum(found) / len(found))
+        for name, numbers in values.items():
+            pl_module.log(f"norm/{name}", sum(numbers) / len(numbers))

@@ -29,6 +29,9 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     Args:
         argv: the arguments behind ``bench``.
 
+    Returns:
+        A row for each contender, shape and direction, as the JSON file holds it.
+
     Raises:
         RuntimeError: ``--device cuda`` without one.
         ValueError: an unknown norm, or a shape that cannot be read.

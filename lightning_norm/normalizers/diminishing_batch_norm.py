@@ -111,6 +111,7 @@ class DiminishingBatchNorm(BlendedNorm):
         self.train_stats, self.stat_grad = train_stats, stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype, "bias": bias}
+        # Before the base class, which makes the buffers for it.
         self.averages_blend = eval_momentum is not None
         options |= {"virtual_batch_size": virtual_batch_size}
         super().__init__(num_features, average=average, init=init, momentum=None, **options)
@@ -153,17 +154,17 @@ class DiminishingBatchNorm(BlendedNorm):
         if not self.trains_with_running_stats:
             return self.scaled(mean, self.scale_of(std_or_var))
         constants = mean.detach(), std_or_var.detach()
-        own = constants if self.stat_grad == "none" else (mean, std_or_var)
+        of_batch = constants if self.stat_grad == "none" else (mean, std_or_var)
         blends_gradient = self.train_stats == "running" and self.stat_grad == "batch"
-        blend = self.blend(own if blends_gradient else constants, batch)
-        mean, std_or_var = own if self.train_stats == "batch" else blend
+        blend = self.blend(of_batch if blends_gradient else constants, batch)
+        mean, std_or_var = of_batch if self.train_stats == "batch" else blend
         scale = self.scale_of(std_or_var)
         if self.stat_grad != "renorm":
             return self.scaled(mean, scale)
         # The value of the blend, as a constant factor and offset on what the batch's statistics make of x.
-        batch_scale = self.scale_of(own[1])
-        r, d = renorm((own[0], batch_scale), (mean, scale))
-        return self.scaled(own[0], batch_scale * r, d)
+        batch_scale = self.scale_of(of_batch[1])
+        r, d = renorm((of_batch[0], batch_scale), (mean, scale))
+        return self.scaled(of_batch[0], batch_scale * r, d)
 
     def std_of(self, var: Tensor) -> Tensor:
         """Return the root."""
@@ -179,6 +180,7 @@ class DiminishingBatchNorm(BlendedNorm):
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which write the blend whenever they compute it."""
+        # Paused: these kernels would move what is to stand still.
         if self.trains_with_running_stats and not self.moves_running_stats:
             return None
         frozen = self.has_running_stats and not self.training

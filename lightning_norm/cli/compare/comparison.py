@@ -1,4 +1,8 @@
-"""What came out of a comparison: table, CSV, JSON, pictures, TensorBoard's HParams and one page of HTML."""
+"""What came out of a comparison: table, CSV, JSON, pictures, TensorBoard's HParams and one page of HTML.
+
+Everything is made from the records of the runs, which :mod:`lightning_norm.cli.compare.training` describes, so that a
+report can be drawn again without training.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +57,13 @@ class Report:
         labels: of the normalizers, the baseline first.
         points: of the sweep, each a tuple of (entry, value).
         comparisons: differences that are looked at, one for each normalizer beside the baseline and each point.
+
+    >>> run = {"sweep": {}, "history": {}, "steps": 10, "seconds": 1.0}
+    >>> bn = [{**run, "label": "bn", "seed": seed, "test": {"acc": 0.90 + seed / 100}} for seed in range(3)]
+    >>> sn = [{**run, "label": "sn", "seed": seed, "test": {"acc": 0.95 + seed / 100}} for seed in range(3)]
+    >>> row = Report([*sn, *bn], "acc", higher=True, best=False, baseline="bn").rows()[1]
+    >>> row["norm"], row["seeds"], round(row["difference"], 2), row["verdict"]
+    ('sn', 3, 0.05, 'higher')
     """
 
     def __init__(self, records: Sequence[Record], metric: str, higher: bool, best: bool, baseline: str) -> None:
@@ -67,7 +78,11 @@ class Report:
         self.comparisons = max(1, len(others) * len(self.points))
 
     def value(self, record: Record) -> float:
-        """Return the metric of one run: of its test, or else of the last epoch or the best one."""
+        """Return the metric of one run: of its test, or else of the last epoch or the best one.
+
+        Raises:
+            KeyError: the run has no such metric; ``command.check_metric`` says so in words before.
+        """
         if self.metric in record["test"]:
             return float(record["test"][self.metric])
         # A diverged epoch is never the best one; the last value below may still be NaN, and is shown so.
@@ -86,6 +101,9 @@ class Report:
         Args:
             label: of the normalizer.
             point: of the sweep.
+
+        Returns:
+            Mean and interval, over the seeds that both have; the interval is NaN where there are too few.
         """
         runs, base = self.of(label, point), self.of(self.baseline, point)
         # By seed, for the same seed means the same data and the same starting weights.
@@ -426,7 +444,11 @@ def _arguments(swap: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value for strict JSON, which has no NaN."""
+    """Return a value for strict JSON, which has no NaN.
+
+    >>> _finite({"mean": math.nan, "sd": [0.5, math.inf]})
+    {'mean': None, 'sd': [0.5, None]}
+    """
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -447,7 +469,11 @@ def _ratio(runs: dict[int, Record], base: dict[int, Record], column: str, least:
 
 
 def _count(parameters: float | None) -> str:
-    """Return a number of parameters in short."""
+    """Return a number of parameters in short.
+
+    >>> _count(4800.0), _count(11_689_512.0), _count(None)
+    ('4800', '11.69 M', '-')
+    """
     if parameters is None:
         return "-"
     return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else f"{parameters:.0f}"
@@ -459,7 +485,11 @@ def _times(ratio: float | None) -> str:
 
 
 def _against(row: dict[str, Any]) -> str:
-    """Return the difference to the baseline with its interval, or why there is none."""
+    """Return the difference to the baseline with its interval, or why there is none.
+
+    >>> _against({"difference": 0.05, "low": 0.01, "high": 0.09, "verdict": "higher"})
+    '+0.0500 [+0.0100, +0.0900]'
+    """
     if "difference" not in row:
         return "-"
     if not math.isfinite(row["difference"]):
