@@ -73,7 +73,8 @@ def test_a_shortened_study(study, tmp_path):
         "data.init_args.val_size": 200,
     }
     options = [text for name, value in short.items() for text in (f"--{name}", str(value))]
-    job = ["--config", str(study / "study.yaml"), "--norms", norms, "--seeds", "1", "--metric", "test/acc"]
+    files = ["--config", str(study / "study.yaml"), "--config", str(study / "full.yaml")]
+    job = [*files, "--norms", norms, "--seeds", "1", "--metric", "test/acc"]
     compare.run([*job, *options])
     records = RunStore(tmp_path / "compare").read_all()
     assert sorted(r["label"] for r in records) == sorted(c.label for c in read_contenders(norms))

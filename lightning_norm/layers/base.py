@@ -64,8 +64,6 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     """In training, the output for one sample depends on the other samples."""
     eval_uses_input_stats: ClassVar[bool] = True
     """In evaluation, the output depends on the sample's own statistics."""
-    gradient_is_exact: ClassVar[bool] = True
-    """In training, the gradient is that of the output; not so where a method holds statistics constant in it."""
     extra_parameters: ClassVar[dict[str, str]] = {}
     """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
     required_callback: ClassVar[str] = ""
@@ -159,6 +157,11 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             )
         modules: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
         return modules
+
+    @property
+    def gradient_is_exact(self) -> bool:
+        """Whether training's gradient is that of the output; not so where a method holds statistics constant in it."""
+        return True
 
     @property
     def preserves_eval(self) -> bool:

@@ -72,7 +72,8 @@ class Report:
         if baseline in self.labels:  # the baseline comes first, in the table and in the legend
             self.labels.remove(baseline)
             self.labels.insert(0, baseline)
-        self.points: list[Point] = list(dict.fromkeys(_point(r) for r in self.records))
+        # Runs come as their files lie, which is 128 before 32.
+        self.points: list[Point] = sorted(dict.fromkeys(_point(r) for r in self.records), key=_in_order)
         others = [label for label in self.labels if label != baseline]
         # Each normalizer at each point is one chance of a false finding.
         self.comparisons = max(1, len(others) * len(self.points))
@@ -433,6 +434,21 @@ def matplotlib() -> tuple[Any, Any]:
 def _point(record: Record) -> Point:
     """Return the swept values of a run."""
     return tuple(record["sweep"].items())
+
+
+def _in_order(point: Point) -> list[tuple[float, str]]:
+    """Return what swept values are sorted by: numbers by their size, then words.
+
+    >>> sorted([(("batch", "32"),), (("batch", "null"),), (("batch", "4"),)], key=_in_order)
+    [(('batch', '4'),), (('batch', '32'),), (('batch', 'null'),)]
+    """
+    keys = []
+    for _, value in point:
+        try:
+            keys.append((float(value), value))
+        except ValueError:
+            keys.append((math.inf, value))
+    return keys
 
 
 def _arguments(swap: dict[str, Any]) -> dict[str, Any]:
