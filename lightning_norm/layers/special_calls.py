@@ -31,6 +31,9 @@ class SpecialCalls(nn.Module):
     mask_state: Told | None = None
     """What :func:`lightning_norm.masks` tells the layer."""
 
+    last_mask: Tensor | None = None
+    """Which positions counted in the last call with a mask, for the monitor; calls inside of a graph are not noted."""
+
     _virtual_batch_size: int | None = None
 
     @property
@@ -77,6 +80,8 @@ class SpecialCalls(nn.Module):
         """Return what ``forward`` does with a mask or in ghost batches, without the modules behind the layer."""
         again = self.training and torch_private.in_backward_pass()
         valid = self._valid_positions(x, mask, again)
+        if valid is not None and not torch.compiler.is_compiling() and not torch_private.is_transformed():
+            vars(self)["last_mask"] = valid
         y = self._by_groups(x, activation, residual, valid)
         told = mask is None and valid is not None and self.mask_state is not None
         if told and not again and not torch.compiler.is_compiling():
