@@ -41,7 +41,7 @@ class Quantities:
         self._last_statistics: dict[Series, Tensor] = {}
 
     def series(self, pl_module: nn.Module) -> list[Series]:
-        """Return all that :meth:`read` will return: the drift, which takes two readings, and what masks leave as well."""
+        """Return all that :meth:`read` will return, the drift and the masks' quantities included, which come later."""
         drifts = [series for series, _ in running_statistics(pl_module)] if self.extras else []
         layers = named_normalizers(pl_module)
         waits = [(key_of(m), "valid_fraction", name) for name, m in layers if getattr(m, "mask_state", None)]

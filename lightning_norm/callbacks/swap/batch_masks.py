@@ -42,9 +42,7 @@ class BatchMasks:
     def source(self) -> str:
         """Where a batch's mask comes from, in words; "" where nothing asks for one."""
         if self._function is not None:
-            return (
-                f"{self._function.__qualname__}(batch)" if hasattr(self._function, "__qualname__") else "mask_fn(batch)"
-            )
+            return f"{getattr(self._function, '__qualname__', 'mask_fn')}(batch)"
         return "" if self._key is None else f"batch[{self._key!r}]"
 
     def start(self, pl_module: pl.LightningModule) -> None:
