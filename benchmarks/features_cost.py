@@ -7,12 +7,15 @@
 layer of this working tree beside that of another tree, such as ``git worktree add TREE COMMIT`` makes, in turn, in one
 process per tree; a second process of this tree says how far two processes of the same code differ.
 
-The CPU time of the one thread that works does not count the time in which a busy machine runs something else.
+The CPU time of the one thread that works does not count the time in which a busy machine runs something else. Memory that
+the C library hands back to the system and fetches again costs more than a pass over it, and whether it does that is a
+matter of chance: here it keeps what it has (glibc).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import statistics
 import subprocess
@@ -148,6 +151,14 @@ def before(tree: Path, keys: Sequence[str], shapes: Sequence[Shape], rounds: int
         print(f"| {key} | {size} | {quotient(new, old)} | {quotient(new, again)} |")
 
 
+def keep_memory() -> None:
+    """Let the C library keep the memory that is freed, where it is glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+
+
 def main() -> None:
     """Print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -161,6 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     keys = options.norms.split(",")
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    keep_memory()
     if options.what == "work":
         work()
     elif options.what == "masks":

@@ -641,13 +641,14 @@ def _forward(
     accumulates = layer.training and layer.accumulator is not None
     mask = None if valid is None else mask_of(valid, x, layout)
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
-    seen = x if mask is None else mask.zeroed(x)
+    looks_at_x = layer.per_token or type(layer).algebra_of is not MomentNorm.algebra_of
+    seen = x if mask is None or not looks_at_x else mask.zeroed(x)
     if layer.per_token:
         ending: dict[str, Any] = {"activation": activation, "residual": residual}
         return normalize_tokens(seen, layer.of_tokens, layout, ranks, mask, layer.backend, **ending)
     algebra, conv = layer.algebra_of(seen, layout), layer.depthwise_conv()
     call = Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv)
-    return run(x, call) if mask is None else run_masked(x, seen, call, mask)
+    return run(x, call) if mask is None else run_masked(x, call, mask)
 
 
 def _forward_relu(layer: MomentNorm, x: Tensor) -> Tensor:
