@@ -700,14 +700,15 @@ def _forward_positions(
         valid: which positions count; ``None`` for all.
     """
     mask = None if valid is None else mask_of(valid, x, layout)
-    seen = x if mask is None else mask.zeroed(x)
+    looks_at_x = layer.per_token or type(layer).algebra_of is not MomentNorm.algebra_of
+    seen = x if mask is None or not looks_at_x else mask.zeroed(x)
     ending: dict[str, Any] = {"activation": activation, "residual": residual}
     if layer.per_token:
         return normalize_tokens(seen, layer.of_tokens, layout, ranks, mask, layer.backend, **ending)
     assert mask is not None
     algebra, conv = layer.algebra_of(seen, layout), layer.depthwise_conv()
     call = Call(algebra, layout, moments, ranks, layer.backend, depthwise_conv=conv, **ending)
-    return run_masked(x, seen, call, mask)
+    return run_masked(x, call, mask)
 
 
 def _forward_relu(layer: MomentNorm, x: Tensor) -> Tensor:
