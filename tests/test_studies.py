@@ -23,6 +23,7 @@ from lightning_norm.cli.compare.store import RunStore
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted(path.parent for path in (ROOT / "examples" / "studies").glob("*/study.yaml"))
+FULL = [study / "full.yaml" for study in STUDIES if (study / "full.yaml").exists()]
 
 
 def digits(side):
@@ -93,6 +94,13 @@ def test_a_shortened_study(study, tmp_path):
     assert sorted(r["label"] for r in records) == sorted(c.label for c in read_contenders(norms))
     assert all(0 <= r["test"]["test/acc"] <= 1 for r in records)
     assert (tmp_path / "compare" / "results.csv").is_file()
+
+
+@pytest.mark.parametrize("full", FULL, ids=lambda path: path.parent.name)
+def test_the_full_size_of_a_study_can_be_read(full, capsys):
+    norms = (full.parent / "contenders.txt").read_text()
+    compare.run(["--config", str(full), "--norms", norms, "--seeds", "1", "--metric", "test/acc", "--list"])
+    assert len(capsys.readouterr().out.splitlines()) == len(read_contenders(norms))
 
 
 def test_a_missing_set_is_named_with_the_command_that_gets_it(tmp_path):
