@@ -6,7 +6,6 @@ published for CIFAR-10-C the trends alone can be compared.
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -85,17 +84,8 @@ KINDS: dict[str, tuple[Corruption, tuple[float, ...]]] = {
 """Each corruption with its strengths of severity 1 to 5."""
 
 
-@functools.cache
-def _corrupted(raw: bytes, shape: tuple[int, ...], kind: str, severity: int) -> np.ndarray:
-    function, strengths = KINDS[kind]
-    x = np.frombuffer(raw, np.uint8).reshape(shape) / 255
-    # The same noise in every run, and another one for each kind and severity.
-    random = np.random.default_rng([list(KINDS).index(kind), severity])
-    return np.rint(255 * np.clip(function(x, strengths[severity - 1], random), 0, 1)).astype(np.uint8)
-
-
 def corrupted(images: Tensor, kind: str, severity: int) -> Tensor:
-    """Return corrupted images, the same in every call: the runs of one process share them.
+    """Return corrupted images, the same ones in every call.
 
     Args:
         images: (N, 3, H, W) in uint8.
@@ -107,8 +97,12 @@ def corrupted(images: Tensor, kind: str, severity: int) -> Tensor:
     """
     if kind not in KINDS or not 1 <= severity <= 5:
         raise ValueError(f"no corruption {kind!r} of severity {severity!r}: {', '.join(KINDS)}, 1 to 5.")
-    last = images.permute(0, 2, 3, 1).contiguous().numpy()
-    return torch.from_numpy(_corrupted(last.tobytes(), last.shape, kind, severity)).permute(0, 3, 1, 2)
+    function, strengths = KINDS[kind]
+    x = images.permute(0, 2, 3, 1).numpy() / 255
+    # The same noise in every run, and another one for each kind and severity.
+    random = np.random.default_rng([list(KINDS).index(kind), severity])
+    y = np.rint(255 * np.clip(function(x, strengths[severity - 1], random), 0, 1)).astype(np.uint8)
+    return torch.from_numpy(y).permute(0, 3, 1, 2).contiguous()
 
 
 def _each(x: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -122,13 +123,8 @@ class CorruptedCifar(ShiftedData):
     @override
     def read(self) -> dict[str, Images]:
         splits = super().read()
-        images, labels = shuffled(*splits.pop("test"))
-        images, labels = images[: self.test_size], labels[: self.test_size]
-        splits["clean"] = images, labels
-        for kind in KINDS:
-            for severity in self.severities:
-                splits[f"{kind}_{severity}"] = (corrupted(images, kind, severity), labels)
-        return splits
+        del splits["test"]
+        return splits | corrupted_cifar(Path(self.root), self.test_size, self.severities)
 
 
 class MixtureData(ShiftedData):
@@ -287,6 +283,20 @@ class RecalibrateOnTarget(pl.Callback):
         with torch.no_grad():
             for name, buffer in pl_module.named_buffers():
                 buffer.copy_(self.buffers[name])
+
+
+@functools.lru_cache(maxsize=1)  # the runs of one comparison share them
+def corrupted_cifar(root: Path, size: int, severities: tuple[int, ...]) -> dict[str, Images]:
+    """Return "clean" test images of CIFAR-10 and the same ones corrupted, as "jpeg_1" and so on.
+
+    Args:
+        root: folder of the files.
+        size: how many images.
+        severities: of each corruption.
+    """
+    images, labels = (part[:size] for part in shuffled(*map(as_tensor, load("cifar10", root)[2:])))
+    sets = {f"{kind}_{s}": (corrupted(images, kind, s), labels) for kind in KINDS for s in severities}
+    return {"clean": (images, labels), **sets}
 
 
 def shuffled(images: Tensor, labels: Tensor) -> Images:
