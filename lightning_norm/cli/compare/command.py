@@ -90,6 +90,8 @@ def run(argv: Sequence[str]) -> None:
     settings = _settings_of(job, runs[0], store.folder)
     remaining = [r for r in runs if not _finished(store, r, settings)]
     if options.list:
+        # A list that was read from a file has several lines, and each command is to be one.
+        argv = [part.replace(options.norms, options.norms.replace("\n", " ")) for part in argv]
         for r in remaining:
             # The number and not the name: it is short, and the same command line gives the same numbers.
             print(shlex.join(["lightning-norm", "compare", *_without(argv, "--list"), "--run", str(runs.index(r))]))
