@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from lightning_norm.callbacks import NormSwap
 from lightning_norm.cli.norm_cli import NormCLI
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.deploy import fold, to_plain
+from lightning_norm.surgery.extras import require
 from lightning_norm.surgery.harden import harden
 from lightning_norm.surgery.manifest import load_weights, manifest_in, rebuild
 from lightning_norm.surgery.swap import swap
@@ -48,8 +48,8 @@ def run(argv: Sequence[str]) -> None:
     if not options.out.endswith((".pt2", ".onnx")):
         raise ValueError(f"--out must end in .pt2 or .onnx, got {options.out!r}.")
     # Told now, and not after the model was built and loaded.
-    if options.out.endswith(".onnx") and not all(importlib.util.find_spec(n) for n in ("onnx", "onnxscript")):
-        raise ModuleNotFoundError("ONNX needs onnx and onnxscript: pip install 'lightning-norm[export]'.")
+    if options.out.endswith(".onnx"):
+        require("a .onnx file", "export", "onnx", "onnxscript")
     # Without the callback that saves the configuration: nothing is trained, and no folder is made.
     cli = NormCLI(rest, run=False, save_config_callback=None)
     model = prepared(cli, options.ckpt_path)

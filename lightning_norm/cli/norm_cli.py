@@ -187,6 +187,8 @@ class NormCLI(LightningCLI):
             parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
             config.data = parser.parse_object({"data": "Digits"}).data
         data = {class_path(c): c for c in _built_in_data()}.get(config.data.class_path)
+        if data is not None:
+            data.check_installed()  # told before the network is built
         # A number that was typed stays; the model refuses one that does not fit.
         if data is not None and config.model.init_args.get("num_classes") is None:
             config.model.init_args.num_classes = data.num_classes
