@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.cli.norm_cli import NormCLI
+from lightning_norm.cli.screen import without_noise
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.deploy import fold, to_plain
 from lightning_norm.surgery.extras import require
@@ -51,7 +52,8 @@ def run(argv: Sequence[str]) -> None:
     if options.out.endswith(".onnx"):
         require("a .onnx file", "export", "onnx", "onnxscript")
     # Without the callback that saves the configuration: nothing is trained, and no folder is made.
-    cli = NormCLI(rest, run=False, save_config_callback=None)
+    with without_noise():
+        cli = NormCLI(rest, run=False, save_config_callback=None)
     model = prepared(cli, options.ckpt_path)
     example = _example(model, options.shape)
     # The layers are changed first, or the file would hold the graph of the swapped network.

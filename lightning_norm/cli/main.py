@@ -145,8 +145,10 @@ def _run(command: Command, arguments: list[str]) -> None:
     """Run a command, whose file is imported only now."""
     if command.group == TRAIN:
         from lightning_norm.cli.norm_cli import NormCLI
+        from lightning_norm.cli.screen import without_noise
 
-        NormCLI(arguments)
+        with without_noise():
+            NormCLI(arguments)
         return
     # Each command is imported only when it is run: ``list`` shall not wait for what ``compare`` needs.
     importlib.import_module(f"lightning_norm.cli.{command.name}").run(arguments[1:])
