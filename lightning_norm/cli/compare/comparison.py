@@ -20,6 +20,7 @@ from typing import Any
 
 from lightning_norm.cli.compare.intervals import LEAST_SEEDS, Difference, compare_paired, half_width_ratio
 from lightning_norm.cli.compare.store import Record
+from lightning_norm.surgery.extras import require
 from lightning_norm.surgery.text_tables import aligned
 from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
@@ -407,12 +408,7 @@ def check_pictures() -> None:
     Raises:
         ModuleNotFoundError: matplotlib or scipy is not installed.
     """
-    # Both at once, so that one installation mends everything.
-    matplotlib()
-    try:
-        import scipy.stats  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"intervals need scipy ({error}): pip install 'lightning-norm[examples]'.") from error
+    require("pictures and intervals", "examples", "matplotlib", "scipy")
 
 
 def matplotlib() -> tuple[Any, Any]:
@@ -421,13 +417,10 @@ def matplotlib() -> tuple[Any, Any]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"pictures need matplotlib ({error}): pip install 'lightning-norm[examples]'."
-        ) from error
+    require("pictures", "examples", "matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     return Figure, FigureCanvasAgg
 
 
