@@ -11,7 +11,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +22,10 @@ from torch import Tensor
 
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.cli.norm_cli import NormCLI
+from lightning_norm.cli.screen import without_noise
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.deploy import fold, to_plain
+from lightning_norm.surgery.extras import require
 from lightning_norm.surgery.harden import harden
 from lightning_norm.surgery.manifest import load_weights, manifest_in, rebuild
 from lightning_norm.surgery.swap import swap
@@ -51,10 +52,11 @@ def run(argv: Sequence[str]) -> None:
     if not options.out.endswith((".pt2", ".onnx")):
         raise ValueError(f"--out must end in .pt2 or .onnx, got {options.out!r}.")
     # Told now, and not after the model was built and loaded.
-    if options.out.endswith(".onnx") and not all(importlib.util.find_spec(n) for n in ("onnx", "onnxscript")):
-        raise ModuleNotFoundError("ONNX needs onnx and onnxscript: pip install 'lightning-norm[export]'.")
+    if options.out.endswith(".onnx"):
+        require("a .onnx file", "export", "onnx", "onnxscript")
     # Without the callback that saves the configuration: nothing is trained, and no folder is made.
-    cli = NormCLI(rest, run=False, save_config_callback=None)
+    with without_noise():
+        cli = NormCLI(rest, run=False, save_config_callback=None)
     model = prepared(cli, options.ckpt_path)
     example = _example(model, options.shape)
     # The layers are changed first, or the file would hold the graph of the swapped network.

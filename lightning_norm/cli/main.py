@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import select
 import sys
 import traceback
@@ -118,6 +119,8 @@ def _main(argv: Sequence[str] | None) -> None:
     except BrokenPipeError:
         raise  # main() tells a reader that has left from any other pipe
     except Exception as error:
+        if (absent := _missing_dependency(error)) and not os.environ.get(TRACEBACK):
+            _exit(f"{absent} is not installed, and this command needs it. Type pip install lightning-norm.")
         cause = _raised_by_this_package(error)
         if cause is None or os.environ.get(TRACEBACK):
             raise
@@ -154,8 +157,10 @@ def _run(command: Command, arguments: list[str]) -> None:
     """Run a command, whose file is imported only now."""
     if command.group == TRAIN:
         from lightning_norm.cli.norm_cli import NormCLI
+        from lightning_norm.cli.screen import without_noise
 
-        NormCLI(arguments)
+        with without_noise():
+            NormCLI(arguments)
         return
     # Each command is imported only when it is run: ``list`` shall not wait for what ``compare`` needs.
     importlib.import_module(f"lightning_norm.cli.{command.name}").run(arguments[1:])
@@ -188,6 +193,19 @@ def _raised_by_this_package(error: BaseException | None) -> BaseException | None
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def _missing_dependency(error: BaseException) -> str | None:
+    """Return the dependency of this package for lack of which an import has failed, in whichever package."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    # Imported late: only a broken installation needs it.
+    from importlib.metadata import requires
+
+    lines = [line for line in requires("lightning-norm") or () if "extra ==" not in line]
+    names = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
+    name = error.name.partition(".")[0]
+    return name if name in names else None
 
 
 def _exit(message: str) -> None:

@@ -37,6 +37,7 @@ import lightning_norm.callbacks
 import lightning_norm.plugins
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.callbacks.lightning_private import starts_processes
+from lightning_norm.cli.screen import screen_callbacks
 from lightning_norm.cli.section import (
     PARSER_MODE,
     SECTION,
@@ -198,6 +199,8 @@ class NormCLI(LightningCLI):
             parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
             config.data = parser.parse_object({"data": "Digits"}).data
         data = {class_path(c): c for c in _built_in_data()}.get(config.data.class_path)
+        if data is not None:
+            data.check_installed()  # told before the network is built
         # A number that was typed stays; the model refuses one that does not fit.
         if data is not None and config.model.init_args.get("num_classes") is None:
             config.model.init_args.num_classes = data.num_classes
@@ -222,7 +225,9 @@ class NormCLI(LightningCLI):
         swap = norm_swap_of(config.get(SECTION))
         if swap is None and not any(isinstance(c, NormSwap) for c in callbacks):
             swap = self._swap_of_checkpoint(path)
-        kwargs["callbacks"] = callbacks if swap is None else [swap, *callbacks]
+        # In front of the swap, which begins to watch its layers when the training starts.
+        screen = screen_callbacks(config.trainer, callbacks) if self.subcommand == "fit" else []
+        kwargs["callbacks"] = [*screen, *(() if swap is None else (swap,)), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -266,7 +271,8 @@ class NormCLI(LightningCLI):
         if isinstance(trainer.logger, TensorBoardLogger):
             line.append(f"TensorBoard: tensorboard --logdir {_short(trainer.logger.root_dir)}")
         line.append("compare: lightning-norm compare --norms bn,sn,bcn")
-        rank_zero_info("     ".join(line))
+        if trainer.is_global_zero:
+            print("     ".join(line), flush=True)
 
 
 def expand_root(args: list[str]) -> list[str]:

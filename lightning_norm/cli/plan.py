@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.cli.norm_cli import NormCLI
+from lightning_norm.cli.screen import without_noise
 from lightning_norm.demo.job import ImageClassifier
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import swap
@@ -46,7 +47,8 @@ def run(argv: Sequence[str]) -> None:
         print(HELP, end="")
         return
     arguments, save = _take_save(list(argv))
-    cli = NormCLI(arguments, run=False, save_config_callback=None)
+    with without_noise():
+        cli = NormCLI(arguments, run=False, save_config_callback=None)
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
     swaps = [c for c in callbacks if isinstance(c, NormSwap)]
     if not swaps:

@@ -64,8 +64,6 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     """In training, the output for one sample depends on the other samples."""
     eval_uses_input_stats: ClassVar[bool] = True
     """In evaluation, the output depends on the sample's own statistics."""
-    gradient_is_exact: ClassVar[bool] = True
-    """In training, the gradient is that of the output; not so where a method holds statistics constant in it."""
     extra_parameters: ClassVar[dict[str, str]] = {}
     """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
     required_callback: ClassVar[str] = ""
@@ -159,6 +157,11 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             )
         modules: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
         return modules
+
+    @property
+    def gradient_is_exact(self) -> bool:
+        """Whether training's gradient is that of the output; not so where a method holds statistics constant in it."""
+        return True
 
     @property
     def preserves_eval(self) -> bool:
@@ -697,14 +700,15 @@ def _forward_positions(
         valid: which positions count; ``None`` for all.
     """
     mask = None if valid is None else mask_of(valid, x, layout)
-    seen = x if mask is None else mask.zeroed(x)
+    looks_at_x = layer.per_token or type(layer).algebra_of is not MomentNorm.algebra_of
+    seen = x if mask is None or not looks_at_x else mask.zeroed(x)
     ending: dict[str, Any] = {"activation": activation, "residual": residual}
     if layer.per_token:
         return normalize_tokens(seen, layer.of_tokens, layout, ranks, mask, layer.backend, **ending)
     assert mask is not None
     algebra, conv = layer.algebra_of(seen, layout), layer.depthwise_conv()
     call = Call(algebra, layout, moments, ranks, layer.backend, depthwise_conv=conv, **ending)
-    return run_masked(x, seen, call, mask)
+    return run_masked(x, call, mask)
 
 
 def _forward_relu(layer: MomentNorm, x: Tensor) -> Tensor:

@@ -42,6 +42,9 @@ class SpecialCalls(nn.Module):
     mask_state: Told | None = None
     """What :func:`lightning_norm.masks` tells the layer."""
 
+    last_mask: Tensor | None = None
+    """Which positions counted in the last call with a mask, for the monitor; calls inside of a graph are not noted."""
+
     _virtual_batch_size: int | None = None
 
     @property
@@ -82,6 +85,8 @@ class SpecialCalls(nn.Module):
         # Activation checkpointing runs the layer once more in the backward pass, when the batch's mask may be gone.
         again = self.training and torch_private.in_backward_pass()
         valid = self._valid_positions(x, mask, again)
+        if valid is not None and not torch.compiler.is_compiling() and not torch_private.is_transformed():
+            vars(self)["last_mask"] = valid
         y = self._by_groups(x, activation, residual, valid)
         told = mask is None and valid is not None and self.mask_state is not None
         if told and not again and not torch.compiler.is_compiling():

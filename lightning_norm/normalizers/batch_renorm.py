@@ -65,7 +65,7 @@ class BatchRenorm(BlendedNorm):
     )
     eval_uses_input_stats: ClassVar[bool] = False
     preserves_eval = True
-    gradient_is_exact: ClassVar[bool] = False
+    gradient_is_exact = False
     no_window = ""
     repr_arguments: ClassVar[tuple[str, ...]] = ("r_max", "d_max", "average", "init")
 

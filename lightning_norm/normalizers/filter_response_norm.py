@@ -72,7 +72,7 @@ class FilterResponseNorm(MomentNorm):
         self._add_parameters(options, **shapes)
 
     def start_values(self) -> dict[str, float | Tensor]:
-        """Return 0 for the threshold, and the paper's 1e-4 for a learned eps."""
+        """Return 0 for the threshold, and 1e-4 for a learned eps, as TensorFlow Addons has it."""
         return {"tau": 0.0, "extra_eps": 1e-4}
 
     def algebra(self, m: Moments) -> Affine:

@@ -92,6 +92,7 @@ class SwapReport:
     Attributes:
         dry_run: nothing was changed.
         total_before: parameters of the model before the swap, in elements.
+        masks: where each batch's mask comes from; empty without masks.
         activations_left: (name, type, why) of activations that ``fuse_activation`` has left where they were.
     """
 
@@ -107,6 +108,7 @@ class SwapReport:
         self.frozen = frozen or []
         self.dry_run = True
         self.total_before = 0
+        self.masks = ""
         # What a commit puts in place, and an undo takes out again.
         self._undo: list[tuple[ModuleSlot, Normalizer]] = []
         self.activations_left: list[Left] = []
@@ -387,6 +389,8 @@ class SwapReport:
             lines.append(f"  groups      {counts} layers")
         ghosts = Counter(n for layer in self.layers if (n := layer.norm["init_args"].get("virtual_batch_size")))
         lines += [f"  statistics  of {n} samples at a time in {count} layers" for n, count in ghosts.items()]
+        if self.masks:
+            lines.append(f"  masks       {self.masks}: what is padding there is read by no statistic, in plain PyTorch")
         sync = SYNC[next((layer.sync for layer in self.layers if layer.sync), False)]
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
         return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])

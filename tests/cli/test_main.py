@@ -1,5 +1,6 @@
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -145,18 +146,26 @@ def test_help_has_an_example(capsys, command):
     assert f"lightning-norm {command}" in capsys.readouterr().out.replace("usage: ", "", 1)
 
 
-def test_fit_prints_swap_result_and_what_is_next(tmp_path):
+def test_fit_prints_the_swap_the_progress_the_result_and_what_is_next(tmp_path):
     done = script(
-        "fit", "--config", SN, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "6", "--data.batch_size",
-        "16", "--trainer.limit_test_batches", "1.0", "--trainer.enable_progress_bar", "false",
+        "fit", "--config", SN, "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "3", "--data.batch_size",
+        "16", "--trainer.log_every_n_steps", "1", "--trainer.limit_test_batches", "1.0",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    shown = done.stdout + done.stderr
-    assert "NormSwap: 20 of 20 BatchNorm2d layers -> SwitchableNorm" in shown
-    assert "num_workers" not in shown
-    closing = next(line for line in shown.splitlines() if line.startswith("Test accuracy"))
+    # In two streams, each in its order; nothing else is in either.
+    lines = [*done.stderr.splitlines(), *done.stdout.splitlines()]
+    first, *_, length, epoch1, epoch2, closing = lines
+    assert first == "NormSwap: 20 of 20 BatchNorm2d layers -> SwitchableNorm (sn, Luo et al. 2021)"
+    assert [line.split()[0] for line in lines] == [
+        *("NormSwap:", "parameters", "evaluation", "backend", "2", "Epoch", "Epoch", "Test"),
+    ]
+    assert re.fullmatch("2 epochs of 3 steps, (about [\\d.]+|a few) (second|minute|hour)s? on this machine", length)
+    for i, line in enumerate((epoch1, epoch2), start=1):
+        assert re.fullmatch(rf"Epoch {i}/2  train_loss [\d.]+  val_acc [\d.]+  \d+ s", line)
+    assert closing.startswith("Test accuracy 0.")
     assert "tensorboard --logdir lightning_logs" in closing
     assert "lightning-norm compare --norms bn,sn,bcn" in closing
+    assert "\x1b" not in done.stdout + done.stderr
     assert list(tmp_path.glob("lightning_logs/version_0/events*"))
     saved = yaml.safe_load((tmp_path / "lightning_logs/version_0/config.yaml").read_text())
     assert saved["model"]["init_args"]["num_classes"] == 10

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lightning_norm.callbacks.monitor.quantities import Series, families, is_choice, label, layer_names, split
+from lightning_norm.surgery.extras import missing
 
 Image = npt.NDArray[np.uint8]
 History = Mapping[int, Mapping[Series, float]]
@@ -29,7 +29,7 @@ MOST_ROWS, MOST_PANELS = 60, 3
 
 def can_draw() -> bool:
     """Tell whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
+    return not missing("matplotlib")
 
 
 def draw(history: History) -> dict[tuple[str, str], Image]:

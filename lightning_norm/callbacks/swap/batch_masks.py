@@ -38,6 +38,13 @@ class BatchMasks:
         """Whether there is anything to do."""
         return self._key is not None or self._function is not None
 
+    @property
+    def source(self) -> str:
+        """Where a batch's mask comes from, in words; "" where nothing asks for one."""
+        if self._function is not None:
+            return f"{getattr(self._function, '__qualname__', 'mask_fn')}(batch)"
+        return "" if self._key is None else f"batch[{self._key!r}]"
+
     def start(self, pl_module: pl.LightningModule) -> None:
         """Look up the layers."""
         if self.enabled:

@@ -72,7 +72,8 @@ def run(argv: Sequence[str]) -> None:
     if options.seeds < 1 or options.jobs < 1:
         raise ValueError(f"compare needs --seeds and --jobs of at least 1, got {options.seeds} and {options.jobs}.")
     # In front, so that options of the command line win over the file.
-    job = [*(("--config", options.config) if options.config else BUILT_IN), *job]
+    files = [text for file in options.config for text in ("--config", file)]
+    job = [*(files or BUILT_IN), *job]
     contenders = read_contenders(options.norms)
     runs = all_runs(contenders, read_sweeps(options.sweep), range(options.seeds))
     labels = [c.label for c in contenders]
@@ -89,6 +90,8 @@ def run(argv: Sequence[str]) -> None:
     settings = _settings_of(job, runs[0], store.folder)
     remaining = [r for r in runs if not _finished(store, r, settings)]
     if options.list:
+        # A list that was read from a file has several lines, and each command is to be one.
+        argv = [part.replace(options.norms, options.norms.replace("\n", " ")) for part in argv]
         for r in remaining:
             # The number and not the name: it is short, and the same command line gives the same numbers.
             print(shlex.join(["lightning-norm", "compare", *_without(argv, "--list"), "--run", str(runs.index(r))]))
@@ -123,7 +126,10 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("--norms", default="bn,sn,bcn", help="normalizers, separated by commas (default: %(default)s)")
-    made.add_argument("--config", metavar="FILE", help="the job, as `lightning-norm fit --config` takes it")
+    made.add_argument(
+        "--config", action="append", default=[], metavar="FILE",
+        help="the job, as `lightning-norm fit --config` takes it; of several, each wins over those before it",
+    )  # fmt: skip
     made.add_argument(
         "--seeds", type=int, default=3, help="runs per normalizer, seeds 0, 1, ... (default: %(default)s)"
     )
@@ -157,7 +163,7 @@ def metric_of(options: argparse.Namespace) -> tuple[str, bool]:
     Raises:
         ValueError: no metric was named for a job of one's own.
 
-    >>> metric_of(argparse.Namespace(metric="val/loss", mode=None, config="job.yaml"))
+    >>> metric_of(argparse.Namespace(metric="val/loss", mode=None, config=["job.yaml"]))
     ('val/loss', False)
     """
     metric = options.metric

@@ -20,6 +20,7 @@ from typing import Any
 
 from lightning_norm.cli.compare.intervals import LEAST_SEEDS, Difference, compare_paired, half_width_ratio
 from lightning_norm.cli.compare.store import Record
+from lightning_norm.surgery.extras import require
 from lightning_norm.surgery.text_tables import aligned
 from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
@@ -72,7 +73,8 @@ class Report:
         if baseline in self.labels:  # the baseline comes first, in the table and in the legend
             self.labels.remove(baseline)
             self.labels.insert(0, baseline)
-        self.points: list[Point] = list(dict.fromkeys(_point(r) for r in self.records))
+        # Runs come as their files lie, which is 128 before 32.
+        self.points: list[Point] = sorted(dict.fromkeys(_point(r) for r in self.records), key=_in_order)
         others = [label for label in self.labels if label != baseline]
         # Each normalizer at each point is one chance of a false finding.
         self.comparisons = max(1, len(others) * len(self.points))
@@ -406,12 +408,7 @@ def check_pictures() -> None:
     Raises:
         ModuleNotFoundError: matplotlib or scipy is not installed.
     """
-    # Both at once, so that one installation mends everything.
-    matplotlib()
-    try:
-        import scipy.stats  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"intervals need scipy ({error}): pip install 'lightning-norm[examples]'.") from error
+    require("pictures and intervals", "examples", "matplotlib", "scipy")
 
 
 def matplotlib() -> tuple[Any, Any]:
@@ -420,19 +417,31 @@ def matplotlib() -> tuple[Any, Any]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"pictures need matplotlib ({error}): pip install 'lightning-norm[examples]'."
-        ) from error
+    require("pictures", "examples", "matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     return Figure, FigureCanvasAgg
 
 
 def _point(record: Record) -> Point:
     """Return the swept values of a run."""
     return tuple(record["sweep"].items())
+
+
+def _in_order(point: Point) -> list[tuple[float, str]]:
+    """Return what swept values are sorted by: numbers by their size, then words.
+
+    >>> sorted([(("batch", "32"),), (("batch", "null"),), (("batch", "4"),)], key=_in_order)
+    [(('batch', '4'),), (('batch', '32'),), (('batch', 'null'),)]
+    """
+    keys = []
+    for _, value in point:
+        try:
+            keys.append((float(value), value))
+        except ValueError:
+            keys.append((math.inf, value))
+    return keys
 
 
 def _arguments(swap: dict[str, Any]) -> dict[str, Any]:
