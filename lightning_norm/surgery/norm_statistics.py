@@ -237,6 +237,7 @@ def _of_layer(name: str, stacked: Mapping[str, Tensor], kinds: Mapping[str, str]
 
 def _each_context(prior: Tensor, weights: Tensor) -> Tensor:
     mass = prior.double() * weights.unsqueeze(1)  # (clients, K)
+    # A client's share of a context: how frequent it is there, times the samples of that client.
     total = mass.sum(0)
     # A context that no client has keeps the clients' own weights.
     return torch.where(total > 0, mass / total.clamp_min(1e-300), weights.unsqueeze(1)).unsqueeze(2)
