@@ -132,7 +132,7 @@ def train(logdir: Path, norm: str, epochs: int) -> None:
 def serve(logdir: Path) -> str:
     """Start TensorBoard on a free port and return its address."""
     board = program.TensorBoard()
-    board.configure(argv=[None, "--logdir", str(logdir), "--port", "0", "--load_fast", "false"])
+    board.configure(argv=[None, "--logdir", str(logdir), "--port", "0"])
     return str(board.launch())
 
 

@@ -137,4 +137,4 @@ class BatchRenorm(BlendedNorm):
         if not self.track_running_stats or not self.has_running_stats:
             return {}
         limits = {name: torch.tensor(getattr(self, name)) for name in ("r_max", "d_max")}
-        return {**limits, "gap_mean": self.gap[0], "gap_std": self.gap[1]}
+        return {**limits, **self.measured_gap()}
