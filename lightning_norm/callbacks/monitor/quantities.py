@@ -99,8 +99,10 @@ class Quantities:
             self._last_statistics[series] = now.clone()
             if old is not None and old.device == now.device:
                 # Statistics that are 0 in both readings have not moved: 0 / tiny is 0.
-                size = torch.maximum(old.abs().sum(), now.abs().sum()).clamp_min(torch.finfo(now.dtype).tiny)
-                drifts[series] = (now - old).abs().sum() / size
+                was, size = old.abs().sum(), torch.maximum(old.abs().sum(), now.abs().sum())
+                drift = (now - old).abs().sum() / size.clamp_min(torch.finfo(now.dtype).tiny)
+                # The way from zeros, where statistics start, is 1 whatever they are: a measure of nothing.
+                drifts[series] = torch.where((was == 0) & (size > 0), torch.nan, drift)
         return drifts
 
 
