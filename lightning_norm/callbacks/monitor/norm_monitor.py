@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_norm.callbacks.described import Described, print_report
 from lightning_norm.callbacks.lightning_compat import (
     Callback,
     TensorBoardLogger,
@@ -37,7 +38,7 @@ from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.text_tables import aligned
 
 
-class NormMonitor(Callback):
+class NormMonitor(Described, Callback):
     """Log each layer's learned quantities, such as the importance weights of switchable normalization.
 
     Every logger gets the scalars: ``norm/<key>/<quantity>/<layer name>``, as in ``norm/sn/mean_bn/net.layer1.0.bn1``,
@@ -278,7 +279,7 @@ class NormMonitor(Callback):
         """Print one table per key: layers down, quantities across."""
         for key in families(self._values):
             tables = [aligned(table, numbers=True) for table in page.tables(self._values, key, mark="*")]
-            print("\n\n".join((f"NormMonitor: {key}\n{tables[0]}", *tables[1:], *told.get(key, {}).values())))
+            print_report("\n\n".join((f"NormMonitor: {key}\n{tables[0]}", *tables[1:], *told.get(key, {}).values())))
 
     def _write_tables(self, trainer: pl.Trainer, told: dict[str, dict[str, str]]) -> None:
         """Write the same tables under "Text", as Markdown."""
