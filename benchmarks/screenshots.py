@@ -166,7 +166,7 @@ def heat_map(logdir: Path) -> Image.Image:
     for file in sorted(logdir.rglob("events.out.tfevents.*")):
         events = EventAccumulator(str(file), size_guidance={"images": 0}).Reload()
         for tag in events.Tags()["images"]:
-            if "mean" in tag or "importance" in tag or "weights" in tag:
+            if tag.endswith("/choice"):
                 return Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string))
     raise FileNotFoundError(f"{logdir}: no run with a heat map.")
 

@@ -14,6 +14,7 @@ import griffe
 
 import lightning_norm
 
+PUBLIC = vars(lightning_norm)["__all__"]  # the stub that type checkers read has no such name
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):`(~?)([^`]+)`")
 DIRECTIVE = re.compile(r"^([ \t]*)\.\. (math|code-block)::[ \t]*([^\n]*)\n((?:\n|\1[ \t]+[^\n]*(?:\n|$))*)", re.M)
 DOCTEST = re.compile(r"^([ \t]*)>>> .*(?:\n(?!\s*$).*)*", re.M)
@@ -35,12 +36,19 @@ def markdown(text: str) -> str:
 
 
 class DocstringsInMarkdown(griffe.Extension):
-    """Rewrite each docstring as it is read."""
+    """Rewrite each docstring, and each annotation with a range, as it is read."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of a module, class, function or attribute."""
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        """Show ``Annotated[float, Scheduled(0, 1)]`` as float: the range is in the text."""
+        for parameter in func.parameters:
+            hint = parameter.annotation
+            if isinstance(hint, griffe.ExprSubscript) and hint.canonical_name == "Annotated":
+                parameter.annotation = next(iter(hint.slice))
 
 
 def _block(match: re.Match[str]) -> str:
@@ -53,7 +61,7 @@ def _block(match: re.Match[str]) -> str:
 def _link(match: re.Match[str]) -> str:
     name = match[2].removesuffix("()")
     owner, _, last = name.rpartition(".")
-    if owner in ("", "lightning_norm") and last in lightning_norm.__all__:
+    if owner in ("", "lightning_norm") and last in PUBLIC:
         return f"[`{last}`][lightning_norm.{last}]"
     return f"`{last if match[1] else name}`"
 

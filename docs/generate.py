@@ -28,6 +28,7 @@ from lightning_norm import Normalizer, Paper
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))  # where this file is loaded by its path, as the tests do
 import code_map  # noqa: E402
+from docstrings import markdown  # noqa: E402
 
 METHODS = {
     key: cls for key, cls in lightning_norm.normalizers().items() if cls.__module__.startswith("lightning_norm.")
@@ -181,6 +182,12 @@ def reference_page(page: str) -> str:
     """Return a page of the reference: a title, a sentence, and a line of mkdocstrings for each name."""
     title, sentence, _ = REFERENCE[page]
     blocks = [f"::: {_documented_at(name)}" for name in reference_names(page)]
+    if page == "normalizers":
+        shown = [json.dumps(_beyond_the_base(cls) or False) for cls in METHODS.values()]
+        blocks = [
+            f"{block}\n    options: {{members: {names}, inherited_members: true}}"
+            for block, names in zip(blocks, shown, strict=True)
+        ]
     return "\n\n".join([f"# {title}", f"<!-- Written by docs/generate.py. -->\n{sentence}", *blocks]) + "\n"
 
 
@@ -191,13 +198,15 @@ def reference_index() -> list[str]:
         ValueError: a public name stands on no page.
     """
     where = {name: page for page in REFERENCE for name in reference_names(page)}
-    if missing := {f"lightning_norm.{name}" for name in lightning_norm.__all__} - set(where):
+    if missing := {f"lightning_norm.{name}" for name in vars(lightning_norm)["__all__"]} - set(where):
         raise ValueError(f"{', '.join(sorted(missing))}: on no page of the reference; see REFERENCE in {__file__}.")
     rows = []
     for name in sorted(where, key=lambda n: n.rpartition(".")[2].lower()):
         short = name.removeprefix("lightning_norm.")
         link = f"[`{short.removeprefix('surgery.options.').removeprefix('callbacks.swap.norm_swap.')}`]"
-        rows.append((f"{link}({where[name]}.md#{_documented_at(name)})", summary(_value(name)).replace("``", "`")))
+        rows.append(
+            (f"{link}({where[name]}.md#{_documented_at(name)})", markdown(summary(_value(name))).replace("``", "`"))
+        )
     return table(("name", "in one line"), rows)
 
 
@@ -323,6 +332,12 @@ def _value(name: str) -> Any:
     if last in (built_in := {cls.__name__: cls for cls in METHODS.values()}):
         return built_in[last]
     return getattr(importlib.import_module(module), last)
+
+
+def _beyond_the_base(cls: type[Normalizer]) -> list[str]:
+    """Return the documented names of a class that its base does not have: those are documented there."""
+    public = [name for name in dir(cls) if not name.startswith("_") and not hasattr(lightning_norm.MomentNorm, name)]
+    return [name for name in public if inspect.getdoc(getattr(cls, name)) and callable(getattr(cls, name))]
 
 
 def _documented_at(name: str) -> str:

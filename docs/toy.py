@@ -17,7 +17,9 @@ class Toy(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
-        return self.head(self.body(self.stem(x)).mean((2, 3)))
+        features: Tensor = self.body(self.stem(x))
+        logits: Tensor = self.head(features.mean((2, 3)))
+        return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss."""

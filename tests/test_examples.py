@@ -17,7 +17,10 @@ from lightning_norm import Normalizer
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 LONG = {"finetune.py"}
-BLOCK = re.compile(r'^(?P<indent> *)```python(?: title="(?P<file>[^"]+)")?\n(?P<code>.*?)^(?P=indent)```$', re.M | re.S)
+BLOCK = re.compile(
+    r'^(?P<indent> *)```(?:python| { \.python })(?: title="(?P<file>[^"]+)")?\n(?P<code>.*?)^(?P=indent)```$',
+    re.M | re.S,
+)
 INCLUDED = re.compile(r'^--8<-- "(.+)"$', re.M)
 
 
