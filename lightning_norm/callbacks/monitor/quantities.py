@@ -21,7 +21,7 @@ Families = dict[str, dict[str, list[str]]]
 
 DEPTHS = {1: ("all",), 2: ("early", "late"), 3: ("early", "middle", "late")}
 STATISTICS = ("in", "ln", "gn", "bn")
-EXTRAS = ("gamma condition", "gamma near zero", "drift")
+EXTRAS = ("gamma condition", "gamma near zero", "drift", "valid fraction")
 """Families that every layer has."""
 NEAR_ZERO = 0.01
 """Part of the greatest gamma below which one counts as near zero."""
@@ -41,15 +41,17 @@ class Quantities:
         self._last_statistics: dict[Series, Tensor] = {}
 
     def series(self, pl_module: nn.Module) -> list[Series]:
-        """Return all that :meth:`read` will return, the drift included, which takes two readings."""
+        """Return all that :meth:`read` will return, the drift and the masks' quantities included, which come later."""
         drifts = [series for series, _ in running_statistics(pl_module)] if self.extras else []
-        return list(dict.fromkeys((*self.tensors(pl_module), *drifts, *hyper_parameters(pl_module))))
+        layers = named_normalizers(pl_module)
+        waits = [(key_of(m), "valid_fraction", name) for name, m in layers if getattr(m, "mask_state", None)]
+        return list(dict.fromkeys((*self.tensors(pl_module), *waits, *drifts, *hyper_parameters(pl_module))))
 
     def tensors(self, pl_module: nn.Module) -> dict[Series, Tensor]:
         """Return every quantity that is computed from tensors, 0-dim."""
         tensors: dict[Series, Tensor] = {}
         for name, layer in named_normalizers(pl_module):
-            quantities = {**layer.monitor(), **(gamma(layer) if self.extras else {})}
+            quantities = {**layer.monitor(), **valid_fraction(layer), **(gamma(layer) if self.extras else {})}
             tensors.update({(key_of(layer), quantity, name): value for quantity, value in quantities.items()})
         return tensors
 
@@ -120,6 +122,18 @@ def gamma(layer: Normalizer) -> dict[str, Tensor]:
     top = size.max().clamp_min(torch.finfo(size.dtype).tiny)
     condition = top / torch.maximum(size.min(), SMALLEST_RATIO * top)
     return {"gamma_condition": condition, "gamma_near_zero": (size < NEAR_ZERO * top).float().mean()}
+
+
+def valid_fraction(layer: Normalizer) -> dict[str, Tensor]:
+    """Return which part of the positions counted in the last call with a mask; nothing where none had one.
+
+    >>> layer = Normalizer.registry["bn"](4)
+    >>> _ = layer(torch.ones(2, 4, 8), mask=torch.tensor([8, 2]))
+    >>> valid_fraction(layer)["valid_fraction"].item()
+    0.625
+    """
+    mask = getattr(layer, "last_mask", None)
+    return {} if mask is None else {"valid_fraction": mask.float().mean()}
 
 
 def learned_values(pl_module: nn.Module) -> Iterator[tuple[Series, Tensor]]:
@@ -217,6 +231,7 @@ def depth_means(values: dict[Series, float]) -> dict[Series, float]:
         over_layers.setdefault((key, quantity), []).append(value)
     means: dict[Series, float] = {}
     for (key, quantity), numbers in over_layers.items():
+        # The order in the model stands for the depth.
         parts = depths(len(numbers))
         for part in dict.fromkeys(parts):
             of_part = [v for v, p in zip(numbers, parts, strict=True) if p == part]

@@ -476,6 +476,7 @@ class NormSwap(Callback):
             if left := self.report.left_alone(self.options):
                 rank_zero_warn(left, category=LeftAloneWarning)
             warn_ignored(trainer, pl_module)
+            self.report.masks = self._masks.source
             if len(self.report):
                 rank_zero_info(f"NormSwap: {self.report.summary()}")
 
