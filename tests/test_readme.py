@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ OURS = {key: cls for key, cls in normalizers().items() if cls.__module__.startsw
 
 
 def blocks(text, language):
-    return re.findall(rf"^```{language}[ \t]*\n(.*?)^```[ \t]*$", text, re.M | re.S)
+    found = re.finditer(rf"^( *)```{language}[ \t]*\n(.*?)^\1```[ \t]*$", text, re.M | re.S)
+    return [textwrap.dedent(block[2]) for block in found]
 
 
 def rows(text, header):
