@@ -73,6 +73,7 @@ class Reach:
 
     def _why(self, layer: Normalizer, replaced: nn.Module, gradients: bool) -> str:
         """Return what happened in place of a layer; "" if it was reached."""
+        # What is frozen gets no gradient, and says nothing.
         trainable = {n: p for n, p in layer.named_parameters() if p.requires_grad}
         silent = [n for n, p in trainable.items() if id(p) not in self.learning]
         if id(replaced) in self.ran:
