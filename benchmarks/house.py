@@ -49,7 +49,7 @@ class Counts:
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
         self.files.append(len(text.splitlines()))
-        self.comments += sum(1 for _ in own_line_comments(text))
+        self.comments += sum(1 for _ in comment_lines(text))
         for node in ast.walk(tree):
             self.docstrings += sum(_lines(d) for d in docstrings(node))
             if isinstance(node, Function):
@@ -85,7 +85,7 @@ class Counts:
         return "| " + " | ".join(cells) + " |"
 
 
-def own_line_comments(text: str) -> Iterator[int]:
+def comment_lines(text: str) -> Iterator[int]:
     """Yield the numbers of the lines that hold a comment and nothing else."""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():

@@ -18,6 +18,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from lightning_norm import Normalizer, Paper
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))  # where this file is loaded by its path, as the tests do
 import code_map  # noqa: E402
+import evidence_tables  # noqa: E402
+from evidence_tables import table  # noqa: E402
 
 METHODS = {
     key: cls for key, cls in lightning_norm.normalizers().items() if cls.__module__.startswith("lightning_norm.")
@@ -36,11 +39,6 @@ METHODS = {
 def summary(documented: Any) -> str:
     """Return the first sentence of a docstring, without its full stop."""
     return (documented.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ").removesuffix(".")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def readme_table() -> list[str]:
@@ -93,6 +91,16 @@ REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
     "docs/monitor.md": {"quantities": monitor_table},
     "mkdocs.yml": {"cards": navigation},
     "lightning_norm/__init__.py": {"methods": method_names},
+    "docs/evidence/index.md": {"overview": evidence_tables.overview},
+    "docs/evidence/dbn.md": {
+        "readings": evidence_tables.dbn_readings,
+        "cifar": partial(evidence_tables.results, "dbn_cifar"),
+    },
+    "docs/evidence/bcn.md": {"results": partial(evidence_tables.results, "sn", ("bn", "bn recalibrated", "bcn"))},
+    **{
+        f"docs/evidence/{study}.md": {"results": partial(evidence_tables.results, study)}
+        for study in ("sn", "bnet", "ubn")
+    },
 }
 """File -> name of a region -> what writes its lines."""
 

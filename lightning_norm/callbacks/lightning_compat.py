@@ -77,6 +77,7 @@ def lightning_base(value: Any, kind: type[T]) -> type[T] | None:
     True
     >>> lightning_base(3, pl.LightningModule)
     """
+    # By names, so that no comparison imports the package of the other name.
     module = kind.__module__
     modules = (re.sub(NAMES, "lightning.pytorch", module), re.sub(NAMES, "pytorch_lightning", module))
     named = (c for c in type(value).__mro__ if c.__qualname__ == kind.__qualname__ and c.__module__ in modules)

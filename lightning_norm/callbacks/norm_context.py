@@ -64,6 +64,11 @@ class NormContext(Callback):
         RuntimeError: once the model is known: the layers need what this callback was not told, or not what it was told;
             a training batch without contexts or without images; or images in which no contexts can be found.
 
+    .. code-block:: yaml
+
+        norm: {norm: cn, norm_args: {context: ids, num_contexts: 3}}
+        trainer: {callbacks: [{class_path: NormContext, init_args: {key: domain}}]}
+
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[NormContext(key="domain")], logger=False, enable_checkpointing=False)
 
@@ -274,6 +279,10 @@ class NormContext(Callback):
 
 def check_contexts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Stop a fit in which layers would wait for contexts that no callback gives.
+
+    Args:
+        trainer: with all callbacks.
+        pl_module: the swapped module.
 
     Raises:
         RuntimeError: there is no NormContext.

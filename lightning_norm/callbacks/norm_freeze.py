@@ -27,6 +27,16 @@ class NormFreeze(Callback):
     whatever calls ``train()``; what the layers learn goes on learning. Everything follows from the epoch alone, so that
     a resumed run is frozen as the uninterrupted one. The end of the run ends it.
 
+    .. code-block:: yaml
+
+        trainer:
+          callbacks:
+            - {class_path: NormFreeze, init_args: {at_epoch: 60}}
+            - {class_path: NormFreeze, init_args: {at_epoch: 0, affine: true, include: "backbone.*"}}
+
+    When: fine-tuning on small batches, or the last epochs of a detector. When not: before statistics have moved at all,
+    of which it warns.
+
     Args:
         at_epoch: first epoch, counted from 0, in which they are frozen; 0 freezes from the start.
         statistics: freeze running statistics.
@@ -127,6 +137,7 @@ class NormFreeze(Callback):
         for layer in self.layers.values():
             if self.statistics and holds_statistics(layer):
                 self._freeze_statistics(pl_module, layer)
+            # Where a wrapper waits for their gradients, these are dropped before each step instead.
             for p in _learned(layer) if self.affine and may_stop_gradients(trainer, pl_module) else ():
                 if p.requires_grad:
                     p.requires_grad_(False)
@@ -143,6 +154,7 @@ class NormFreeze(Callback):
                 layer.freeze_statistics()
             return
 
+        # torch's layers have no flag for it: train() reaches the layer, and leaves it in evaluation.
         def stay(original: Callable[[bool], Any], mode: bool = True) -> nn.Module:
             original(mode)
             layer.training = False
@@ -160,7 +172,11 @@ class NormFreeze(Callback):
 
 
 def holds_statistics(layer: nn.Module) -> bool:
-    """Tell whether a layer has running statistics, of this package or of torch."""
+    """Tell whether a layer has running statistics, of this package or of torch.
+
+    >>> holds_statistics(nn.BatchNorm2d(4)), holds_statistics(nn.LayerNorm(4))
+    (True, False)
+    """
     if isinstance(layer, Normalizer):
         return layer.has_running_stats
     return isinstance(layer, TorchRunningNormBase) and layer.running_mean is not None

@@ -27,6 +27,8 @@ def check_same_on_ranks(what: str, unit: str, lines: Sequence[str], remedy: str)
 
     Raises:
         RuntimeError: ranks differ; all ranks raise it, with the first difference.
+
+    >>> check_same_on_ranks("the swap", "layers", ["bn1 sn"], "Swap them alike.")  # in one process nothing differs
     """
     # Eight characters from each rank instead of a line per layer, in the usual case that all are equal.
     hashes = gather(hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8])

@@ -25,7 +25,12 @@ from lightning_norm.ops.moments import Affine, Moments
 
 
 class BlendedNorm(MomentNorm):
-    """Abstract: a batch is blended into the running statistics, and x is normalized by the blend.
+    r"""Abstract: a batch is blended into the running statistics, and x is normalized by the blend.
+
+    .. math:: (\mu, s)^{(m)} = a^{(m)} (\mu_B, s_B) + (1 - a^{(m)}) (\mu, s)^{(m-1)}
+
+    with s a standard deviation or a variance. A subclass says in :meth:`weight_at` what the weight a of batch m is, and
+    in :meth:`std_of` what a standard deviation is.
 
     Args:
         num_features: channels.

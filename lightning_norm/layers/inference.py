@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.errors import FusionError
-from lightning_norm.layers.behind import Behind
+from lightning_norm.layers.behind import Behind, with_modules_behind
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine
 
@@ -123,13 +123,14 @@ class Evaluation(Behind):
         """Return torch's own layer where there is one, else itself; timm's ``reparameterize_model`` calls it."""
         # The layer that stood here before the swap tells how many dimensions the input has.
         kind = str((getattr(self, "origin", None) or {}).get("source", ""))
-        plain = self.deployed(dims_of(kind))
+        plain = deployed(self, dims_of(kind))
         return self if plain is None else plain.train(self.training)
 
-    def deployed(self, dims: int | None = None) -> nn.Module | None:
-        """Return :meth:`plain` with the modules that the layer calls behind its normalization."""
-        plain = self.plain(dims)
-        return None if plain is None else self.followed(plain)
+
+def deployed(layer: Evaluation, dims: int | None = None) -> nn.Module | None:
+    """Return :meth:`Evaluation.plain` with the modules that the layer calls behind its normalization."""
+    plain = layer.plain(dims)
+    return None if plain is None else with_modules_behind(layer, plain)
 
 
 def _may_read(layer: Any, frame: types.FrameType) -> bool:
@@ -202,6 +203,7 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
         kind: BatchNorm1d, 2d or 3d.
     """
     tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    # A layer without tensors says neither device nor precision, and the map has both.
     like = next((t for t in tensors.values() if t.is_floating_point()), affine.scale)
     # torch's BatchNorm takes narrow inputs if all its tensors are wide.
     wide = at_least_float32(like.dtype)

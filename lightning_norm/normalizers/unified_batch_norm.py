@@ -198,9 +198,9 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         if self.condensed_grad == "detach":
             mean, var = torch.where(condensed, mean, batch.mean), torch.where(condensed, var, batch.var)
             return Moments(mean, var, batch.count), None
-        own, theirs = ((u, (v + self.eps).rsqrt()) for u, v in ((batch.mean, batch.var), (mean, var)))
+        measured_stats, running_stats = ((u, (v + self.eps).rsqrt()) for u, v in ((batch.mean, batch.var), (mean, var)))
         # The limits of Ioffe's experiments; a factor on the scale is one over its square on the variance.
-        r, d = renorm(own, theirs, 3.0, 5.0)
+        r, d = renorm(measured_stats, running_stats, 3.0, 5.0)
         r, d = torch.where(condensed, r, 1.0), torch.where(condensed, d, 0.0)
         return Moments(batch.mean, (batch.var + self.eps) / r.square() - self.eps, batch.count), d
 

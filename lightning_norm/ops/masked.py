@@ -98,6 +98,7 @@ def mask_of(valid: Tensor, x: Tensor, layout: Layout) -> Mask:
     Of bool or as :attr:`Mask.weights`, from which a compiled CPU graph makes the other in its vector registers: a load
     of bool is none of a vector.
     """
+    # As numbers, by which sums and gradients are multiplied.
     weights = valid.to(at_least_float32(x.dtype))
     valid = valid if valid.dtype == torch.bool else valid != 0
     count = weights.flatten(1).sum(1, keepdim=True, dtype=stat_dtype(x))
@@ -153,7 +154,7 @@ def _normalize(x: Tensor, call: Call, mask: Mask) -> Tensor:
         zeroed = mask.zeroed(x)
         moments = Moments(*masked_moments(zeroed, mask, layout, recorded=True), mask.count, call.ranks)
         return mask.zeroed(
-            eager.apply(zeroed, *call.algebra(moments).fields(layout.n, layout.c), layout, recorded=True)
+            eager.apply_centered(zeroed, *call.algebra(moments).fields(layout.n, layout.c), layout, recorded=True)
         )
     tensors, bound = (mask.valid, mask.weights, mask.count), Bound()
     alias, mean, var, carrier = _MaskedMoments.apply(x, *tensors, layout, bound)

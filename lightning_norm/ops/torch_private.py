@@ -77,10 +77,7 @@ def is_update_bn() -> bool:
 
 
 def in_backward_pass() -> bool:
-    """Tell whether autograd is running a backward pass in this thread, as activation checkpointing's second run does.
-
-    torch has no public function that tells.
-    """
+    """Tell whether a backward pass runs in this thread, which may run layers again; no public function tells."""
     return not _is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -95,9 +92,8 @@ def watched() -> bool:
 def is_transformed() -> bool:
     """Tell whether something looks at, or differentiates, each operation of PyTorch: then no autograd function may run.
 
-    That is ``torch.jit.trace``, a transform of ``torch.func``, forward-mode AD, ``FakeTensorMode`` or ``make_fx``. The
-    first has a public function, with two more checks in it; the others have none. What torch.compile and torch.export
-    trace does not count: they take autograd functions as they are.
+    That is ``torch.jit.trace``, whose public function makes two more checks; a transform of ``torch.func``, forward AD,
+    ``FakeTensorMode`` or ``make_fx``, which have none. Not torch.compile and torch.export: they take such functions.
     """
     return not _is_compiling() and (
         _in_functorch()

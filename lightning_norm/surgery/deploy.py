@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.inference import dims_of, per_channel
+from lightning_norm.layers.behind import without_normalization
+from lightning_norm.layers.inference import deployed, dims_of, per_channel
 from lightning_norm.ops.moments import Affine
 from lightning_norm.surgery.activations import give_back_activations
 from lightning_norm.surgery.conv_norm_pairs import layers_before
@@ -145,7 +146,7 @@ def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
         name = watch.names[norm]
         into = f"into {watch.names[before]} ({type(before).__name__})"
         rows.append(DeployedLayer(name, type(norm).__name__, "Identity", "folded", into))
-        watch.replace(norm, norm.remainder() if isinstance(norm, Normalizer) else nn.Identity())
+        watch.replace(norm, without_normalization(norm) if isinstance(norm, Normalizer) else nn.Identity())
     return watch.report([*rows, *_all_plain(model, watch, reasons)])
 
 
@@ -231,7 +232,7 @@ def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[nn.Module, str]
                 rows.append(DeployedLayer(name, kind, kind, "stays", why))
             continue
         dims = watch.dims_of(module)
-        plain = module.deployed(dims) if name else None
+        plain = deployed(module, dims) if name else None
         if plain is None:
             why = module.why_not_plain(dims) if name else "is the model itself"
             rows.append(DeployedLayer(name, kind, kind, "stays", why))

@@ -29,7 +29,13 @@ KINDS = {
 class NormStatistics(Mapping[str, Tensor]):
     """The tensors of :func:`norm_statistics`: name, as in the ``state_dict`` -> the model's own tensor.
 
-    ``len``, ``in``, ``items()`` and ``print`` list them; see :meth:`take`, :meth:`put` and :meth:`average`.
+    ``len``, ``in``, ``items()`` and ``print`` list them; see :meth:`take`, :meth:`put` and :meth:`average`. A server
+    that averages clients builds the model as they do and never runs it:
+
+    >>> server = norm_statistics(nn.BatchNorm2d(2))
+    >>> one, other = server.take(), {**server.take(), "running_mean": torch.ones(2)}
+    >>> server.average([one, other], counts=[100, 300])["running_mean"]
+    tensor([0.7500, 0.7500])
 
     Args:
         layers: name -> normalization layer.
@@ -107,11 +113,12 @@ class NormStatistics(Mapping[str, Tensor]):
         result: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             prefix = f"{name}." if name else ""
+            # Layer by layer, for a variance is averaged around the mean beside it.
             mine = {n.removeprefix(prefix): n for n, (owner, _) in self._places.items() if owner is layer}
-            held = {n: torch.stack([tensors[full].cpu() for tensors in clients]) for n, full in mine.items()}
+            stacked = {n: torch.stack([tensors[full].cpu() for tensors in clients]) for n, full in mine.items()}
             kinds = {n: self.kinds[full] for n, full in mine.items()}
-            means = _of_layer(name, held, kinds, torch.tensor(counts, dtype=torch.float64))
-            result.update({mine[n]: t.to(held[n].dtype).to(clients[0][mine[n]].device) for n, t in means.items()})
+            means = _of_layer(name, stacked, kinds, torch.tensor(counts, dtype=torch.float64))
+            result.update({mine[n]: t.to(stacked[n].dtype).to(clients[0][mine[n]].device) for n, t in means.items()})
         return {name: result[name] for name in self}
 
     def _check(self, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -150,12 +157,12 @@ def norm_statistics(model: nn.Module, personal: bool = False) -> NormStatistics:
 
     >>> import lightning_norm
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    >>> held = norm_statistics(model)
-    >>> list(held)
+    >>> statistics = norm_statistics(model)
+    >>> list(statistics)
     ['1.running_mean', '1.running_var', '1.num_batches_tracked']
-    >>> before = held.take()
+    >>> before = statistics.take()
     >>> _ = model(torch.randn(4, 3, 8, 8))
-    >>> held.put(before)
+    >>> statistics.put(before)
     """
     layers = {names[0]: module for module, names in names_by_module(model).items() if is_norm(module)}
     # A normalization layer inside of another one, such as a wrapper by name, is listed once.
@@ -166,6 +173,7 @@ def norm_statistics(model: nn.Module, personal: bool = False) -> NormStatistics:
 def _kinds(layer: nn.Module, personal: bool) -> dict[str, str]:
     """Return the tensors of a layer's ``state_dict`` that are statistics, or all of them, and what they are."""
     names = getattr(layer, "running_names", ("running_mean", "running_var"))
+    # An average of variances per sample holds no variance between means, and none is added to it.
     per_sample = isinstance(layer, nn.modules.instancenorm._InstanceNorm) or not getattr(
         layer, "includes_between_var", True
     )
@@ -181,6 +189,8 @@ def _kinds(layer: nn.Module, personal: bool) -> dict[str, str]:
         elif not tensor.is_floating_point():
             kind = "counter"
         else:
+            # A float buffer of ours that is no statistic was fitted to data, such as centroids; elsewhere it is an
+            # average.
             kind = known.get(name, "fitted" if isinstance(layer, Normalizer) else "mean")
         if personal or kind != "parameter":
             kinds[name] = kind
@@ -194,15 +204,15 @@ def _attribute(layer: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _of_layer(name: str, held: Mapping[str, Tensor], kinds: Mapping[str, str], counts: Tensor) -> dict[str, Tensor]:
+def _of_layer(name: str, stacked: Mapping[str, Tensor], kinds: Mapping[str, str], counts: Tensor) -> dict[str, Tensor]:
     """Return the averages of one layer's tensors, each (clients, ...), in float64 but for counters."""
     weights = counts / counts.sum()
     means: dict[str, Tensor] = {}
     # A context counts by its samples on each client: (clients, K, 1) in place of one weight for all.
-    rows = _each_context(held["prior"], weights) if "prior" in held else weights
+    rows = _each_context(stacked["prior"], weights) if "prior" in stacked else weights
     center = next((n for n, kind in kinds.items() if kind == "mean"), "")
     for n, kind in kinds.items():
-        t = held[n]
+        t = stacked[n]
         if kind == "counter":
             means[n] = t.amax(0)
         elif kind == "fitted":
@@ -217,8 +227,9 @@ def _of_layer(name: str, held: Mapping[str, Tensor], kinds: Mapping[str, str], c
         elif kind in ("mean", "sample variance") or not center:
             means[n] = _weighted(t, rows)
         else:
+            # What varies within each client's data, and how far the clients lie apart.
             var = t.double().square() if kind == "deviation" else t.double()
-            middle = held[center].double()
+            middle = stacked[center].double()
             pooled = _weighted(var + (middle - _weighted(middle, rows)).square(), rows)
             means[n] = pooled.sqrt() if kind == "deviation" else pooled
     return means

@@ -24,6 +24,17 @@ class Reach:
     Args:
         layers: name -> the layer, and the module that it has replaced.
         hooks: see which layers run; otherwise only which parameters have gradients.
+
+    Attributes:
+        ran: ids of the layers, and of replaced modules, that were called.
+        learning: ids of the parameters that have had a gradient.
+
+    >>> from lightning_norm import create
+    >>> watched, called = create("bn", 8), create("bn", 8)
+    >>> reach = Reach({"bn1": (watched, nn.BatchNorm2d(8))})
+    >>> called(torch.randn(2, 8, 3, 3)).sum().backward()
+    >>> list(reach.missed())
+    ['bn1']
     """
 
     def __init__(self, layers: Mapping[str, tuple[Normalizer, nn.Module]], *, hooks: bool = True) -> None:

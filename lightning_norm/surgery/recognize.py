@@ -32,6 +32,7 @@ def norm_types() -> tuple[type[nn.Module], ...]:
     >>> isinstance(create("sn", 8), norm_types()), isinstance(nn.BatchNorm2d(8), norm_types())
     (True, True)
     """
+    # Only of libraries that the process has imported: without them there is no layer of their classes.
     loaded = [
         getattr(sys.modules[module], name)
         for module, names in ELSEWHERE.items()
@@ -60,6 +61,7 @@ def is_norm(module: nn.Module) -> bool:
     # torch's parametrizations have names such as _SpectralNorm, and normalize weights.
     if kind.__module__.startswith("torch.nn.utils") or not (NAME.search(kind.__name__) or has_running_stats(module)):
         return False
+    # A block called ConvNormAct holds a normalization layer and is none.
     inside = [m for m in module.modules() if m is not module]
     return not any(isinstance(m, (*norm_types(), *CONVOLVES)) or NAME.search(type(m).__name__) for m in inside)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_norm.errors import NotReachedWarning
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.behind import TakenActivation
+from lightning_norm.layers.behind import TakenActivation, give_activation
 from lightning_norm.surgery.activations import find_activations, take_activation
 from lightning_norm.surgery.convert import device_and_dtype, restore_original, unchanged_on_error
 from lightning_norm.surgery.options import SwapOptions
@@ -109,6 +109,7 @@ class SwapReport:
         self.dry_run = True
         self.total_before = 0
         self.masks = ""
+        # What a commit puts in place, and an undo takes out again.
         self._undo: list[tuple[ModuleSlot, Normalizer]] = []
         self.activations_left: list[Left] = []
         self._taken: list[tuple[ModuleSlot, TakenActivation, Normalizer]] = []
@@ -168,16 +169,16 @@ class SwapReport:
             return {}
         # Those that a layer has behind it already are computed with it anyway.
         layers = {slot.name: (layer, slot.module) for slot, layer in self._undo if layer.taken_from is None}
-        found, self.activations_left = find_activations(model, layers, how, example)
+        pairs, self.activations_left = find_activations(model, layers, how, example)
         for row in self.layers:
-            row.activation = found.get(row.name, row.activation)
-        return found
+            row.activation = pairs.get(row.name, row.activation)
+        return pairs
 
-    def take_activations(self, model: nn.Module, found: Mapping[str, str]) -> None:
+    def take_activations(self, model: nn.Module, pairs: Mapping[str, str]) -> None:
         """Let layers that are in place compute the activations that were found."""
         layers = {slot.name: layer for slot, layer in self._undo}
         self._taken += [
-            (*take_activation(model, layers[name], name, place), layers[name]) for name, place in found.items()
+            (*take_activation(model, layers[name], name, place), layers[name]) for name, place in pairs.items()
         ]
 
     def merge(self, other: SwapReport) -> None:
@@ -192,6 +193,7 @@ class SwapReport:
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
         self._taken += other._taken
+        # A layer that both have passed over is listed once, as the later one saw it.
         for mine, later in (
             (self.skipped, other.skipped),
             (self.others, other.others),
@@ -308,10 +310,12 @@ class SwapReport:
                         f"cannot undo: {slot.name} holds {type(getattr(parent, attribute, None)).__name__} and no "
                         "longer what this swap put in the place of its activation."
                     )
+        # Activations first: the layers have to give them up before they leave.
         for slot, _, layer in self._taken:
-            layer.give_activation()
+            give_activation(layer)
             slot.fill(slot.module)
         self._taken = []
+        # Tensors are handed back layer by layer; where one cannot be, all are left as they were.
         with unchanged_on_error([module for slot, layer in self._undo for module in (slot.module, layer)]):
             for slot, layer in self._undo:
                 restore_original(layer, slot.module, slot.device_and_dtype)
@@ -378,6 +382,7 @@ class SwapReport:
         if taken := [layer for layer in self.layers if layer.activation]:
             lines.append(f"  activation  computed by the layer before it: {len(taken)} (first: {taken[0].activation})")
         lines += [f"  activation  left: {line}" for line in _by_class(self.activations_left)]
+        # What num_groups="auto" came to.
         groups = Counter(n for layer in self.layers if (n := layer.num_groups) is not None)
         if groups:
             counts = ", ".join(f"{n} in {count}" for n, count in sorted(groups.items(), reverse=True))

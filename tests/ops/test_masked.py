@@ -77,12 +77,12 @@ def test_sn_mixes_what_each_sample_has():
     for got, (sample, n) in zip(y, samples, strict=True):
         if n == 0:
             continue
-        own = (sample.mean(1), sample.var(1, correction=0))
+        custom = (sample.mean(1), sample.var(1, correction=0))
         all_channels = (sample.mean(), sample.var(correction=0))
         drop = torch.tensor([n == 1, False, False])
         w, v = (t.double().masked_fill(drop, -math.inf).softmax(0) for t in (layer.mean_weight, layer.var_weight))
-        mean = w[0] * own[0] + w[1] * all_channels[0] + w[2] * bn_mean
-        var = v[0] * own[1] + v[1] * all_channels[1] + v[2] * bn_var
+        mean = w[0] * custom[0] + w[1] * all_channels[0] + w[2] * bn_mean
+        var = v[0] * custom[1] + v[1] * all_channels[1] + v[2] * bn_var
         expected = (sample.T - mean) / (var + layer.eps).sqrt() * layer.weight + layer.bias
         assert distance(got[:, :n].T, expected) < 1e-12
 

@@ -72,6 +72,11 @@ class NormMonitor(Callback):
     Raises:
         ValueError: a cadence is not a positive int, or there is no such interval.
 
+    .. code-block:: yaml
+
+        norm: sn
+        trainer: {callbacks: [{class_path: NormMonitor, init_args: {every_n_steps: 50, progress_bar: true}}]}
+
     >>> from lightning.pytorch import Trainer
     >>> monitor = NormMonitor(every_n_steps=50, progress_bar=["mean_bn"])
     >>> trainer = Trainer(callbacks=[monitor], logger=False, enable_checkpointing=False)

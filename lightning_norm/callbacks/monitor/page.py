@@ -119,7 +119,13 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def norm_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> dict[str, Any]:
-    """Return the norm and its arguments: those of NormSwap, or the keys of the layers where there is none."""
+    """Return the norm and its arguments: those of NormSwap, or the keys of the layers where there is none.
+
+    Args:
+        trainer: whose callbacks are looked through for a NormSwap.
+        pl_module: whose layers are looked at otherwise.
+        prefix: name of the norm's column; its arguments stand behind it and a slash.
+    """
     swap = next((c for c in callbacks_of(trainer) if isinstance(c, NormSwap)), None)
     # Layers that were swapped without the callback, in the module's __init__ for one.
     if swap is None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lightning_norm.callbacks.monitor.quantities import Series, families, is_choice, label, layer_names, split
+from lightning_norm.surgery.extras import missing
 
 Image = npt.NDArray[np.uint8]
 History = Mapping[int, Mapping[Series, float]]
@@ -29,7 +29,7 @@ MOST_ROWS, MOST_PANELS = 60, 3
 
 def can_draw() -> bool:
     """Tell whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
+    return not missing("matplotlib")
 
 
 def draw(history: History) -> dict[tuple[str, str], Image]:
@@ -39,6 +39,18 @@ def draw(history: History) -> dict[tuple[str, str], Image]:
 
     Args:
         history: the values at the end of each epoch; 0 is the state before the training.
+
+    Returns:
+        A title is "choice", "profile" (the method's own quantities) or "profile_every_layer" (drift, gamma). Pixels are
+        0 to 255.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing; :func:`can_draw` asks for it.
+
+    >>> start = {("bcn", "iota", name): 1.0 for name in ("net.bn1", "net.bn2")}
+    >>> end = {("bcn", "iota", "net.bn1"): 0.75, ("bcn", "iota", "net.bn2"): 0.5}
+    >>> list(draw({0: start, 1: end})) if can_draw() else [("bcn", "profile")]
+    [('bcn', 'profile')]
     """
     last = history[max(history)]
     images: dict[tuple[str, str], Image] = {}

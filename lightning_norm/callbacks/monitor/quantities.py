@@ -231,6 +231,7 @@ def depth_means(values: dict[Series, float]) -> dict[Series, float]:
         over_layers.setdefault((key, quantity), []).append(value)
     means: dict[Series, float] = {}
     for (key, quantity), numbers in over_layers.items():
+        # The order in the model stands for the depth.
         parts = depths(len(numbers))
         for part in dict.fromkeys(parts):
             of_part = [v for v, p in zip(numbers, parts, strict=True) if p == part]

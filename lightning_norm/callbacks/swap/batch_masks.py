@@ -48,10 +48,14 @@ class BatchMasks:
     def start(self, pl_module: pl.LightningModule) -> None:
         """Look up the layers."""
         if self.enabled:
+            # At the start of a run, when every layer has been built and swapped.
             self._layers = layers_with_masks(pl_module)
 
     def give(self, batch: Any) -> None:
-        """Tell the layers the mask of a batch.
+        """Tell the layers the mask of a batch, which each takes at the size of its own map.
+
+        Args:
+            batch: as the data loader made it, on its device.
 
         Raises:
             MaskError: the batch has none.
@@ -67,6 +71,7 @@ class BatchMasks:
     def forget(self) -> None:
         """Take back the mask of a finished batch."""
         if self.enabled:
+            # A pass between two batches, of another callback say, must not meet the mask of the last one.
             assign(self._layers, None)
 
     def stop(self) -> None:

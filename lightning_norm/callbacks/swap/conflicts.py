@@ -57,6 +57,10 @@ def check_order(trainer: pl.Trainer, swap: Callback) -> None:
 def check_settings(trainer: pl.Trainer, swap: Any) -> None:
     """Compare a NormSwap with the other ones, and with what the Trainer synchronizes.
 
+    Args:
+        trainer: with all callbacks.
+        swap: the NormSwap that asks.
+
     Raises:
         ConflictError: two of them choose parameter groups.
     """
@@ -101,6 +105,10 @@ def check_launcher(trainer: pl.Trainer, stage: str, parent_is_swapped: bool) -> 
 
 def check_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Check that callbacks which average weights hold a copy of this network, and that statistics are taken care of.
+
+    Args:
+        trainer: with all callbacks.
+        pl_module: the module after the swap, and after ``configure_model``.
 
     Raises:
         ConflictError: a copy was made before a layer was built.

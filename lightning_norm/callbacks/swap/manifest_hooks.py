@@ -50,6 +50,7 @@ def load_with_manifest(
 ) -> None:
     """Check, call the module's own hook, and rename what torch.compile has named differently."""
     path = _checkpoint_path(pl_module)
+    # Before the module's own hook, which may look for tensors that only the swapped network has.
     unchanged = check_manifest(pl_module, checkpoint, path, resumes=resumes)
     if unchanged:
         rank_zero_info(

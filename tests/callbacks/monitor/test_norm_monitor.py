@@ -110,15 +110,15 @@ def test_the_table_is_printed_on_request(caplog):
     model = LateNet()
     trainer(NormSwap("sn"), NormMonitor(print_table=True)).fit(model, loader())
     (text,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("NormMonitor: sn\n")]
-    own, every_layer = text.partition("\n")[2].split("\n\n")
-    rows = [row.split() for row in own.splitlines()]
+    custom, every_layer = text.partition("\n")[2].split("\n\n")
+    rows = [row.split() for row in custom.splitlines()]
     assert rows[0] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
     assert [row[0] for row in rows[1:]] == ["net.1", "built.1", "late"]
     weights = model.late.importance()["mean"]
     cells = [f"{w:.3g}" for w in weights.tolist()]
     cells[weights.argmax()] = f"*{cells[weights.argmax()]}*"
     assert rows[3][1:4] == cells
-    assert {len(row) for row in own.splitlines()} == {len(own.splitlines()[0])}  # aligned
+    assert {len(row) for row in custom.splitlines()} == {len(custom.splitlines()[0])}  # aligned
     assert set(every_layer.splitlines()[0].split()) >= EVERY_LAYER
 
 
@@ -154,9 +154,9 @@ def test_depths_average_their_layers(tmp_path):
     events = read(logger)
     names = [f"net.{i}" for i in range(1, 12, 3)]
     last = {n: events.Scalars(f"norm/sn/var_ln/{n}")[-1].value for n in names}
-    for depth, own in {"early": names[:2], "middle": names[2:3], "late": names[3:]}.items():
+    for depth, custom in {"early": names[:2], "middle": names[2:3], "late": names[3:]}.items():
         got = events.Scalars(f"norm_by_depth/sn/var_ln/{depth}")[-1].value
-        assert got == pytest.approx(sum(last[n] for n in own) / len(own), rel=1e-6)
+        assert got == pytest.approx(sum(last[n] for n in custom) / len(custom), rel=1e-6)
     assert len({round(v, 7) for v in last.values()}) > 1  # otherwise any average would do
 
 
@@ -177,9 +177,9 @@ def test_the_page_has_one_chart_per_family_and_depth(prefix, tmp_path):
     assert next(iter(charts["Normalization: bcn"])) == "iota (min, max), all layers"
     assert gamma | {drift[0]} <= charts["Normalization: bcn"].keys()
     shown = [pattern for charts_of in charts.values() for chart in charts_of.values() for pattern in chart]
-    found = [[tag for tag in scalar_tags(events) if re.match(pattern, tag)] for pattern in shown]
-    assert all(len(tags) == 1 for tags in found), found  # as TensorBoard looks for them
-    assert len(shown) == len({tags[0] for tags in found})  # every line in one chart
+    results = [[tag for tag in scalar_tags(events) if re.match(pattern, tag)] for pattern in shown]
+    assert all(len(tags) == 1 for tags in results), results  # as TensorBoard looks for them
+    assert len(shown) == len({tags[0] for tags in results})  # every line in one chart
 
 
 def test_lines_that_belong_together_share_a_chart():
@@ -239,19 +239,19 @@ def test_the_heat_map_has_the_colour_of_the_winner_as_deep_as_its_weight():
         strong = {("sn", f"mean_{k}", "b"): w for k, w in {"in": 1.0, "ln": 0.0, "bn": 0.0}.items()}
         return {0: start, 1: {**now, **strong}}
 
-    def share(image, color, tolerance=12):
+    def fraction(image, color, tolerance=12):
         wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
         return (np.abs(image.astype(int) - wanted).max(2) <= tolerance).mean()
 
     deep = pictures.draw(history(1.0))["sn", "choice"]
     pale = pictures.draw(history(0.4))["sn", "choice"]
     blue, orange, green = (pictures.COLORS[k] for k in ("bn", "in", "ln"))
-    cell = share(deep, orange)
+    cell = fraction(deep, orange)
     assert cell > 0.04  # half of a column of two, less its label
-    assert share(deep, blue) == pytest.approx(cell, rel=0.15)
-    assert share(deep, green) < cell / 5  # its strip in the legend only
-    assert share(pale, orange) == pytest.approx(cell, rel=0.15)
-    assert share(pale, blue) < cell / 5
+    assert fraction(deep, blue) == pytest.approx(cell, rel=0.15)
+    assert fraction(deep, green) < cell / 5  # its strip in the legend only
+    assert fraction(pale, orange) == pytest.approx(cell, rel=0.15)
+    assert fraction(pale, blue) < cell / 5
 
 
 def test_without_matplotlib_the_scalars_go_on(tmp_path, monkeypatch):

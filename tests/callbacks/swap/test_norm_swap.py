@@ -117,13 +117,13 @@ def test_nothing_to_swap_warns():
 
 
 def test_the_source_is_a_class_that_only_the_first_swap_saw():
-    class Own(nn.BatchNorm2d):
+    class Custom(nn.BatchNorm2d):
         pass
 
     model = Net()
-    model.net[1] = Own(6)
+    model.net[1] = Custom(6)
     for _ in range(2):
-        trainer(NormSwap("sn", source="Own")).test(model, loader())
+        trainer(NormSwap("sn", source="Custom")).test(model, loader())
     assert isinstance(model.net[1], SwitchableNorm)
     with pytest.raises(ValueError, match="source='Owm' is no class in the model"):
         trainer(NormSwap("sn", source="Owm")).test(Net(), loader())
