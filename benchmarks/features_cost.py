@@ -23,9 +23,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 SHAPES = ((32, 64, 28, 28), (8, 16, 8, 8))
-ARGUMENTS = {"cn": {"context": "gate"}, "gn": {"num_groups": 8}}
+ARGUMENTS: dict[str, dict[str, Any]] = {"cn": {"context": "gate"}, "gn": {"num_groups": 8}}
 """Of the layers that need some in either tree."""
 
 ROUND = 0.012
