@@ -38,6 +38,8 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     options = _parser().parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("no CUDA device found. Type --device cpu.")
+    if options.repeats < 2:
+        raise ValueError(f"--repeats must be 2 or more, for quartiles, got {options.repeats}.")
     # Fixed and written down, for the times of a CPU depend on it more than on the layer.
     torch.set_num_threads(options.threads)
     texts = DECODERS if options.shapes == "decoders" else options.shapes

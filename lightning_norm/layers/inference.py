@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import sys
 import types
+import warnings
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.errors import FusionError
+from lightning_norm.errors import FusionError, NoEffectWarning
 from lightning_norm.layers.behind import Behind
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine
@@ -18,6 +19,9 @@ from lightning_norm.ops.moments import Affine
 Layer = TypeVar("Layer", bound=nn.Module)
 
 BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+FROZEN = {"torchvision.ops.misc": "FrozenBatchNorm2d", "timm.layers.norm_act": "FrozenBatchNormAct2d"}
+"""Module of another library -> its class whose statistics and weights stay."""
 
 EPS = 2.0**-20
 """torch takes no eps of 0; with this one, 1 - eps and their sum 1 are exact in float32."""
@@ -127,9 +131,43 @@ class Evaluation(Behind):
         return self if plain is None else plain.train(self.training)
 
     def deployed(self, dims: int | None = None) -> nn.Module | None:
-        """Return :meth:`plain` with the modules that the layer calls behind its normalization."""
+        """Return :meth:`plain` with the modules that the layer calls behind its normalization.
+
+        A layer that a swap made of a frozen class of torchvision's or timm's becomes that class again; torch's own
+        layers cannot be frozen, and a warning says so.
+        """
         plain = self.plain(dims)
-        return None if plain is None else self.followed(plain)
+        if plain is None:
+            return None
+        if self.always_eval and isinstance(plain, tuple(BATCH_NORMS.values())):
+            frozen = self._frozen_class(plain)
+            if frozen is not None:
+                return frozen
+            warnings.warn(
+                f"{type(plain).__name__} of torch's has no frozen statistics, and the {type(self).__name__} that "
+                "becomes one has: model.train() would let them move. Leave the model in eval(), or train the network "
+                "as it was before lightning_norm.to_plain or fold.",
+                NoEffectWarning,
+                stacklevel=4,
+            )
+        return self.followed(plain)
+
+    def _frozen_class(self, plain: nn.Module) -> nn.Module | None:
+        """Return the layer's tensors in the frozen class that a swap made it of, ``None`` where they are not of one."""
+        source = (getattr(self, "origin", None) or {}).get("source")
+        module = next((m for m, name in FROZEN.items() if name == source and m in sys.modules), None)
+        tensors = {name: getattr(plain, name) for name in ("weight", "bias", "running_mean", "running_var")}
+        if module is None or any(t is None or t.requires_grad for t in tensors.values()):
+            return None
+        kind: type[nn.Module] = getattr(sys.modules[module], source)
+        frozen: Any = kind.__new__(kind)
+        nn.Module.__init__(frozen)
+        frozen.eps = plain.eps
+        for name, t in tensors.items():
+            frozen.register_buffer(name, t.detach())
+        for name in self.behind:
+            frozen.add_module(name, self._modules[name])
+        return frozen
 
 
 def _may_read(layer: Any, frame: types.FrameType) -> bool:
@@ -228,7 +266,8 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
         plain.get_buffer("running_var").fill_(1 - EPS)
         plain.get_parameter("weight").copy_(affine.scale)
         plain.get_parameter("bias").copy_(affine.shift)
-    return plain
+    # What did not train before does not begin to.
+    return plain.requires_grad_(any(p.requires_grad for p in layer.parameters(recurse=False)))
 
 
 def _exact(t: Tensor) -> Tensor:
