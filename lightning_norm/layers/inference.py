@@ -154,15 +154,15 @@ class Evaluation(Behind):
 
     def _frozen_class(self, plain: nn.Module) -> nn.Module | None:
         """Return the layer's tensors in the frozen class that a swap made it of, ``None`` where they are not of one."""
-        source = (getattr(self, "origin", None) or {}).get("source")
+        source = str((getattr(self, "origin", None) or {}).get("source"))
         module = next((m for m, name in FROZEN.items() if name == source and m in sys.modules), None)
         tensors = {name: getattr(plain, name) for name in ("weight", "bias", "running_mean", "running_var")}
         if module is None or any(t is None or t.requires_grad for t in tensors.values()):
             return None
         kind: type[nn.Module] = getattr(sys.modules[module], source)
-        frozen: Any = kind.__new__(kind)
+        frozen: nn.Module = kind.__new__(kind)
         nn.Module.__init__(frozen)
-        frozen.eps = plain.eps
+        vars(frozen)["eps"] = plain.eps
         for name, t in tensors.items():
             frozen.register_buffer(name, t.detach())
         for name in self.behind:
@@ -266,6 +266,8 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
         plain.get_buffer("running_var").fill_(1 - EPS)
         plain.get_parameter("weight").copy_(affine.scale)
         plain.get_parameter("bias").copy_(affine.shift)
+    if "bias" not in tensors and not plain.get_parameter("bias").any():
+        plain.register_parameter("bias", None)
     # What did not train before does not begin to.
     return plain.requires_grad_(any(p.requires_grad for p in layer.parameters(recurse=False)))
 

@@ -95,6 +95,18 @@ class TestToPlain:
         assert report.names("stays") == ["1"]
         assert isinstance(model[1], MomentNorm)
 
+    @pytest.mark.parametrize("norm", ["bn", "bcn", "dbn", "brn", "bnet"])
+    def test_no_bias_is_invented(self, norm):
+        model = nn.Sequential(nn.BatchNorm2d(6))
+        model[0].bias = None
+        swap(model, norm)
+        model.eval()
+        x = features(2, 6, 8, 8, seed=9, dtype=torch.float32)
+        expected = model(x)
+        to_plain(model, x)
+        assert model[0].bias is None
+        torch.testing.assert_close(model(x), expected)
+
     def test_bcn_away_from_iota_1_stays(self):
         model = network("bcn")
         with torch.no_grad():
