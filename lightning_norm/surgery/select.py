@@ -90,7 +90,7 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
         derived = isinstance(module, classes) and not isinstance(module, Normalizer)
         if not (lazy or named or derived):
             if not isinstance(module, Normalizer) and is_norm(module):
-                others += [(name, kind.__name__, _how_to_include(module)) for name in names]
+                others += [(name, kind.__name__, _how_to_include(module, known)) for name in names]
             continue
         # A subclass may do more than normalize: it is taken where its outputs say that it does not.
         whole = Whole(None) if lazy else computed_weights(module) or read(module, known)
@@ -110,11 +110,14 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
     return list(slots.values()), skipped, others
 
 
-def _how_to_include(module: nn.Module) -> str:
+def _how_to_include(module: nn.Module, known: dict[Any, Whole | str]) -> str:
     """Return what to type so that a layer which was left alone is swapped, or why none can be."""
     kind = type(module).__name__
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
         return f"it normalizes over the axes {tuple(module.normalized_shape)} and has no channels"
+    whole = computed_weights(module) or read(module, known) if channels_of(module) else None
+    if isinstance(whole, str):  # asked for by name it would be refused, for this reason
+        return whole
     if isinstance(module, TORCH_CLASSES) or is_frozen(module):
         return f"source={kind!r} includes it"
     return f"no layer that a swap knows{f'; source={kind!r} includes it' if channels_of(module) else ''}"
