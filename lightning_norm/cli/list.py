@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_norm.cli.parsing import CommandParser
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers import normalizers
 from lightning_norm.surgery.text_tables import aligned
@@ -33,7 +34,7 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: wrong arguments.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "lightning-norm list",
         description="The normalizers, by the key that `norm:` takes.",
         epilog=EPILOG,
@@ -41,8 +42,9 @@ def run(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     # JSON and the table show the same declarations.
+    options = parser.parse_args(argv)
     rows = [describe(cls) for cls in normalizers().values()]
-    if parser.parse_args(argv).json:
+    if options.json:
         print(json.dumps(rows, indent=2))
         return
     # The shortest headings that tell the columns apart; the lines below the table explain them.

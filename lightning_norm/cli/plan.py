@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
         return
     arguments, save = _take_save(list(argv))
     with without_noise():
-        cli = NormCLI(arguments, run=False, save_config_callback=None)
+        cli = NormCLI(arguments, run=False, save_config_callback=None, parser_kwargs={"also": ["--save"]})
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
     swaps = [c for c in callbacks if isinstance(c, NormSwap)]
     if not swaps:
@@ -76,7 +76,8 @@ def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
             f"{type(model).__name__}.setup() was not called: layers that it builds are swapped too, but not shown.",
             file=sys.stderr,
         )
-    return swap(model, **callback.swap_arguments(), dry_run=True, example=model.example_input_array)
+    arguments = callback.swap_arguments() | {"on_empty": callback.options.on_empty}
+    return swap(model, **arguments, dry_run=True, example=model.example_input_array)
 
 
 def _take_save(arguments: list[str]) -> tuple[list[str], str | None]:
