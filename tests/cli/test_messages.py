@@ -161,6 +161,39 @@ def test_two_monitors_and_a_metric_that_nobody_logs(capfd):
     assert "logged no metric 'val_los'. Did you mean 'val_loss'?" in line
 
 
+PLAIN = """
+from lightning.pytorch.cli import LightningCLI
+
+import lightning_norm.callbacks
+
+LightningCLI()
+"""
+
+
+@pytest.mark.parametrize(
+    ("norm", "said"),
+    [
+        ("snn", "no normalizer called 'snn'. Did you mean 'sn' (SwitchableNorm)"),
+        ("torch.nn.Linear", "'torch.nn.Linear' is not a normalizer"),
+        ("sn", None),
+    ],
+)
+def test_a_wrong_key_in_a_script_of_the_user_is_told_by_its_parser(monkeypatch, capfd, norm, said):
+    callback = {"class_path": "NormSwap", "init_args": {"norm": norm}}
+    trainer = {**QUIET, "callbacks": [callback]}
+    Path("job.yaml").write_text(yaml.safe_dump({"model": {"class_path": "small_job.Small"}, "trainer": trainer}))
+    monkeypatch.setattr("sys.argv", ["script.py", "fit", "--config", "job.yaml"])
+    if said is None:
+        exec(PLAIN, {})
+        return
+    with pytest.raises(SystemExit) as ended:
+        exec(PLAIN, {})
+    shown = capfd.readouterr().err
+    assert ended.value.code == 2
+    assert said in shown
+    assert "Traceback" not in shown
+
+
 def test_the_nearest_name():
     options = ["--norms", "--model", "--trainer.max_epochs"]
     assert nearest("--max_epochs", options) == "--trainer.max_epochs"

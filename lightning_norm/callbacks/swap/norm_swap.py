@@ -25,6 +25,7 @@ from lightning_norm.callbacks.swap.conflicts import (
 from lightning_norm.callbacks.swap.first_step import SHARDED, FirstStep
 from lightning_norm.callbacks.swap.kernel_freeze import KernelFreeze
 from lightning_norm.callbacks.swap.manifest_hooks import patch_checkpoint_hooks, reading, start_from
+from lightning_norm.callbacks.swap.norm_name import names_are_checked
 from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, decayed_norms, optimizers_in
 from lightning_norm.callbacks.swap.regroup import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.swap.saved_plan import read_plan
@@ -160,6 +161,7 @@ class NormSwap(Callback):
 
     __doc__ = with_fields(__doc__, NormSwapOptions)
 
+    @names_are_checked
     @takes_options(NormSwapOptions)
     def __init__(self, options: NormSwapOptions) -> None:
         self.options, self._plan = options.with_plan_read(), options.plan
