@@ -13,6 +13,7 @@ import torch
 from lightning_norm.bench.clock import machine
 from lightning_norm.bench.shapes import bench_shape
 from lightning_norm.bench.tables import save, table
+from lightning_norm.cli.parsing import CommandParser
 from lightning_norm.normalizers import create, normalizers
 from lightning_norm.surgery.extras import require
 from lightning_norm.surgery.whole_files import write_whole
@@ -88,7 +89,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lightning-norm bench",
         description="Time every normalizer beside nn.BatchNorm and its own formula written naively, after checking it.",
         epilog=EPILOG,

@@ -52,7 +52,8 @@ def _checked_row(row: Any, seen: set[str], may_stay: bool) -> dict[str, Any]:
     Raises:
         BadRowError: the entry, what it must be and what it is.
     """
-    needed = ("name", "source", "norm")
+    # A plan may be typed by hand; the rows of a checkpoint say what the network was before, so that it can be rebuilt.
+    needed = ("name", "norm") if may_stay else ("name", "source", "norm")
     if not isinstance(row, Mapping) or any(entry not in row for entry in needed):
         raise BadRowError(f"a row without {', '.join(needed)}: {reprlib.repr(row)}.")
     for entry, (kind, what) in _KINDS.items():
