@@ -130,6 +130,25 @@ class Evaluation(Behind):
         plain = deployed(self, dims_of(kind))
         return self if plain is None else plain.train(self.training)
 
+    def switch_to_deploy(self) -> None:
+        """Become torch's own layer in place, where there is one; RepVGG and timm call every module's.
+
+        >>> from lightning_norm import swap
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        >>> _ = swap(model, "dbn")
+        >>> model.eval()[1].switch_to_deploy()
+        >>> type(model[1]).__name__
+        'BatchNorm2d'
+        """
+        plain = self.fuse()
+        if plain is self:
+            return
+        # Whoever holds the layer holds torch's from now on, with the hooks that were put on it.
+        hooks = {name: value for name, value in vars(self).items() if name.endswith("_hooks") and value}
+        vars(plain).update(hooks)
+        self.__class__ = type(plain)  # type: ignore[assignment]
+        object.__setattr__(self, "__dict__", vars(plain))
+
 
 def deployed(layer: Evaluation, dims: int | None = None) -> nn.Module | None:
     """Return :meth:`Evaluation.plain` with the modules that the layer calls behind its normalization.
