@@ -72,7 +72,10 @@ def refuses_rows(cls: type[nn.Module]) -> bool:
     """Tell whether inputs (N, C) give a statistic of one value; torch's InstanceNorm has no such entry either."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return issubclass(cls, Normalizer) and cls(6, **arguments(cls)).statistic_size(4, 1) < 2
+        if not issubclass(cls, Normalizer):
+            return False
+        layer: Any = cls(6, **arguments(cls))
+        return bool(layer.statistic_size(4, 1) < 2)
 
 
 def cases(common: Any, cls: type[nn.Module]) -> Callable[..., list[Any]]:

@@ -42,7 +42,10 @@ const all = (selector, root = document) => [...root.querySelectorAll(selector),
   ...[...root.querySelectorAll('*')].flatMap(e => e.shadowRoot ? all(selector, e.shadowRoot) : [])];
 const seen = selector => all(selector).filter(e => e.getBoundingClientRect().width > 0);
 """
-LEGENDS = "seen('.toggle-matches-button').forEach(e => e.click())"
+LEGENDS = """
+seen('paper-checkbox').filter(e => e.textContent.includes('outliers') && e.checked).forEach(e => e.click());
+seen('.toggle-matches-button').forEach(e => e.click())
+"""
 ACTUAL_SIZE = "seen('paper-checkbox')[0].click()"
 NOTHING = "0"
 PAGES = {  # file -> run, plugin, what must be there, what to do then, width, height
@@ -157,7 +160,7 @@ def train(logdir: Path, norm: str, epochs: int) -> None:
 def serve(logdir: Path) -> str:
     """Start TensorBoard on a free port and return its address."""
     board = program.TensorBoard()
-    board.configure(argv=[None, "--logdir", str(logdir), "--port", "0", "--load_fast", "false"])
+    board.configure(argv=[None, "--logdir", str(logdir), "--port", "0"])
     return str(board.launch())
 
 

@@ -9,8 +9,10 @@ import textwrap
 import types
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
 from lightning_norm import Normalizer
 
@@ -123,3 +125,22 @@ def test_the_trainer_of_the_readme_swaps_the_network(reader):
     kinds = {name: type(m).__name__ for name, m in namespace["model"].named_modules() if name.endswith(("bn1", "bn2"))}
     assert kinds.pop("net.bn1") == "BatchNorm2d"
     assert set(kinds.values()) == {"SwitchableNorm"}
+
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    tables = [o["data"]["text/html"] for o in shown if "text/html" in o.get("data", {})]
+    assert [table.count("<tr>") for table in tables] == [4, 4, 4]  # swap, harden, fold: three layers each
+    printed = "".join(output["text"] for output in shown if output.get("name") == "stdout")
+    assert "NormSwap: 3 of 3 BatchNorm2d layers" in printed
+    assert "NormMonitor: sn" in printed
+    assert (tmp_path / "digits.pt2").exists()

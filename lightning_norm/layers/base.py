@@ -291,7 +291,21 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         return {name for name, _ in self.named_parameters()}
 
     def monitor(self) -> dict[str, Tensor]:
-        """Return what the layer has learned, as quantity -> 0-dim tensor, for the loggers."""
+        """Return what the layer has learned, as quantity -> 0-dim tensor, for the loggers.
+
+        NaN stands for what was not measured yet: it is not drawn.
+        """
+        return {}
+
+    def shared_quantities(self) -> tuple[str, ...]:
+        """Return the quantities of :meth:`monitor` that all layers of a network have in common, to be drawn once."""
+        return ()
+
+    def monitor_notes(self) -> dict[str, str]:
+        """Return quantity -> what its reader must know at this moment, for charts, the table and one line of the log.
+
+        It may read from the device: it is called at the start and at the end of a fit alone.
+        """
         return {}
 
     def choice(self, threshold: float) -> Choice | None:

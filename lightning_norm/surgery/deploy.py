@@ -16,7 +16,7 @@ from lightning_norm.layers.inference import deployed, dims_of, per_channel
 from lightning_norm.ops.moments import Affine
 from lightning_norm.surgery.activations import give_back_activations
 from lightning_norm.surgery.conv_norm_pairs import layers_before
-from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.text_tables import TableReport
 from lightning_norm.surgery.torch_layers import TORCH_BATCH_NORMS
 from lightning_norm.surgery.torch_private import has_hooks, move_hooks
 from lightning_norm.surgery.walk import names_by_module, places_by_module
@@ -44,7 +44,7 @@ class DeployedLayer:
     reason: str
 
 
-class DeployReport:
+class DeployReport(TableReport):
     """What :func:`to_plain` or :func:`fold` did: its length is the number of layers changed.
 
     Args:
@@ -67,12 +67,16 @@ class DeployReport:
         """
         return [layer.name for layer in self.layers if layer.what == what]
 
-    def __str__(self) -> str:
-        rows = [("layer", "from", "to", "", "why")]
-        rows += [(r.name, r.source, r.target, r.what, r.reason) for r in self.layers]
+    def table(self) -> list[tuple[str, ...]]:
+        """Return one row per layer, below a heading."""
+        rows: list[tuple[str, ...]] = [("layer", "from", "to", "", "why")]
+        return rows + [(r.name, r.source, r.target, r.what, r.reason) for r in self.layers]
+
+    def summary(self) -> str:
+        """Return how many layers became what, and how far the outputs moved."""
         counts = ", ".join(f"{n} {what}" for what in ("plain", "folded", "stays") if (n := len(self.names(what))))
         moved = "not measured: pass example_input" if self.moved is None else f"{self.moved:.2g} of {self.largest:.2g}"
-        return "\n".join([aligned(rows), "", f"{counts or 'nothing to do'}     outputs moved by {moved}"])
+        return f"{counts or 'nothing to do'}     outputs moved by {moved}"
 
     def __repr__(self) -> str:
         return f"DeployReport({len(self)} of {len(self.layers)} layers, moved={self.moved})"

@@ -23,7 +23,7 @@ from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.swap import prepare_swap
-from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.text_tables import TableReport
 from lightning_norm.surgery.walk import named_normalizers
 
 
@@ -50,7 +50,7 @@ class HardenedLayer:
     why: str
 
 
-class HardenReport:
+class HardenReport(TableReport):
     """What :func:`harden` did: its length is the number of layers that became plain.
 
     Args:
@@ -96,16 +96,21 @@ class HardenReport:
         """Return the report in plain types."""
         return {"layers": [asdict(row) for row in self.layers], "moved": self.moved, "largest": self.largest}
 
-    def __str__(self) -> str:
-        rows = [("layer", "from", "to", "weight", "moved by", "why")]
+    def table(self) -> list[tuple[str, ...]]:
+        """Return one row per layer that can choose, below a heading."""
+        rows: list[tuple[str, ...]] = [("layer", "from", "to", "weight", "moved by", "why")]
         for row in self.layers:
             moved = "-" if row.moved is None else f"{row.moved:.2g}"
             rows.append((row.name, row.source, row.target, f"{row.weight:.3g}", moved, row.why))
+        return rows
+
+    def summary(self) -> str:
+        """Return how many layers chose what, and how far the outputs moved."""
         kinds = dict.fromkeys(row.norm for row in self.layers if row.norm)
         counts = [f"{len(self.names(norm))} {norm}" for norm in kinds]
         counts += [f"{len(self.undecided)} undecided"] if self.undecided else []
         moved = "not measured: pass example_input" if self.moved is None else f"{self.moved:.2g} of {self.largest:.2g}"
-        return "\n".join([aligned(rows), "", f"{', '.join(counts) or 'nothing to do'}     outputs moved by {moved}"])
+        return f"{', '.join(counts) or 'nothing to do'}     outputs moved by {moved}"
 
     def __repr__(self) -> str:
         return f"HardenReport({len(self)} of {len(self.layers)} layers, moved={self.moved})"

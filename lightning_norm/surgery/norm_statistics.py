@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.recognize import is_norm
-from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.text_tables import TableReport
 from lightning_norm.surgery.walk import names_by_module
 
 KINDS = {
@@ -26,7 +26,7 @@ KINDS = {
 """What a tensor is -> how it is averaged."""
 
 
-class NormStatistics(Mapping[str, Tensor]):
+class NormStatistics(TableReport, Mapping[str, Tensor]):
     """The tensors of :func:`norm_statistics`: name, as in the ``state_dict`` -> the model's own tensor.
 
     ``len``, ``in``, ``items()`` and ``print`` list them; see :meth:`take`, :meth:`put` and :meth:`average`. A server
@@ -135,13 +135,13 @@ class NormStatistics(Mapping[str, Tensor]):
                     f"{what}: {name} is {tuple(tensors[name].shape)}, and {tuple(tensor.shape)} in this model."
                 )
 
-    def __str__(self) -> str:
-        rows = [("tensor", "layer", "shape", "is a", "average over clients")]
-        rows += [
+    def table(self) -> list[tuple[str, ...]]:
+        """Return one row per tensor, below a heading."""
+        rows: list[tuple[str, ...]] = [("tensor", "layer", "shape", "is a", "average over clients")]
+        return rows + [
             (name, type(layer).__name__, str(tuple(self[name].shape)), self.kinds[name], KINDS[self.kinds[name]])
             for name, (layer, _) in self._places.items()
         ]
-        return aligned(rows)
 
     def __repr__(self) -> str:
         return f"NormStatistics({len(self)} tensors of {len(self.layers)} layers)"

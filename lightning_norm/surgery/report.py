@@ -18,7 +18,7 @@ from lightning_norm.surgery.convert import device_and_dtype, restore_original, u
 from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.reach import check_reach, tell
 from lightning_norm.surgery.select import Left, ModuleSlot
-from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.text_tables import TableReport
 from lightning_norm.surgery.torch_layers import FAMILIES
 
 MANY = 100_000
@@ -79,7 +79,7 @@ class SwappedLayer:
         return number if isinstance(number, int) else None
 
 
-class SwapReport:
+class SwapReport(TableReport):
     """The outcome of :func:`lightning_norm.swap`: its length, a table, plain data, and the way back.
 
     Args:
@@ -410,8 +410,9 @@ class SwapReport:
             ", ".join(dict.fromkeys("running statistics" if n.startswith("running") else n for n in names)) or "nothing"
         )
 
-    def __str__(self) -> str:
-        rows = [("layer", "from", "to", "C", "added", "evaluation", "backend", "sync")]
+    def table(self) -> list[tuple[str, ...]]:
+        """Return one row per layer, below a heading."""
+        rows: list[tuple[str, ...]] = [("layer", "from", "to", "C", "added", "evaluation", "backend", "sync")]
         for layer in self.layers:
             name = layer.name + (f" (= {', '.join(layer.also)})" if layer.also else "")
             name += f" + {layer.activation}" if layer.activation else ""
@@ -432,7 +433,7 @@ class SwapReport:
                     "running" if layer.sync == "running" else "on" if layer.sync else "off",
                 )
             )
-        return "\n".join([aligned(rows), "", self.summary()])
+        return rows
 
     def __repr__(self) -> str:
         return f"SwapReport({len(self)} of {self.candidates} layers{', dry run' if self.dry_run else ''})"
