@@ -98,7 +98,7 @@ def monitor_table() -> list[str]:
 
 def cards_table() -> list[str]:
     """Return the table of docs/cards/index.md: what each method is and depends on, in training and in evaluation."""
-    head = ("key", "class", "in one line", "in training, a sample depends on the others", "evaluates on", "from")
+    head = ("key", "class", "in one line", "uses the batch", "evaluates on", "from")
     rows = [
         (f"[{key}]({key}.md)", f"`{cls.__name__}`", summary(cls), *_depends_on(cls), _who(cls.paper))
         for key, cls in METHODS.items()
@@ -150,7 +150,7 @@ REFERENCE = {
     "testing": (
         "Testing",
         "What holds a normalizer of your own to what those of this package are held to.",
-        ("testing.conformance", "testing.ranks"),
+        ("testing",),
     ),
 }
 """Page of docs/reference/ -> title, first sentence, and the modules whose public names stand there."""
@@ -158,10 +158,13 @@ REFERENCE = {
 BESIDE = {
     "surgery.options": ("SwapOptions",),
     "callbacks": ("swap.norm_swap.NormSwapOptions",),
-    "testing.conformance": ("checks", "conform"),
-    "testing.ranks": ("run_ranks",),
+    "testing": ("checks", "conform", "run_ranks"),
 }
 """Documented names that ``lightning_norm`` itself does not export."""
+
+
+HOOKS_ASIDE = json.dumps(["!^_", "!^on_", "!^setup$", "!^teardown$", "!state_dict$", "!^apply$", "!^revert$"])
+"""What Lightning calls is no name that a reader calls."""
 
 
 def reference_names(page: str) -> list[str]:
@@ -187,6 +190,8 @@ def reference_page(page: str) -> str:
             f"{block}\n    options: {{members: {names}, inherited_members: true}}"
             for block, names in zip(blocks, shown, strict=True)
         ]
+    if page == "callbacks":
+        blocks = [f"{block}\n    options: {{filters: {HOOKS_ASIDE}}}" for block in blocks]
     return "\n\n".join([f"# {title}", f"<!-- Written by docs/generate.py. -->\n{sentence}", *blocks]) + "\n"
 
 
