@@ -176,13 +176,16 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the che
             _check_rebuilt(model, modules, row, where)
         if reports:
             reports[-1].take_activations(model, reports[-1].find_activations(model, activations_of(rows)))
+        # Every value is checked before the first is set.
+        for row in rows:
+            _check_scheduled(row)
+        for row in rows:
+            _set_options(modules[row["name"]], row.get("options") or {})
     except (TypeError, ValueError, RuntimeError) as error:
         # The last level first, as each has replaced the layers of the one before.
         for report in reversed(reports):
             report.undo()
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{where}: {error}") from error
-    for row in rows:
-        _set_options(modules[row["name"]], row.get("options") or {})
     return reports[0] if reports else None
 
 
@@ -406,6 +409,18 @@ def _found_instead(modules: Mapping[str, nn.Module], row: Mapping[str, Any], whe
     if type(module) is loaded_class(row["norm"], where):
         return None
     return "nothing" if module is None else type(module).__name__
+
+
+def _check_scheduled(row: Mapping[str, Any]) -> None:
+    """Refuse a scheduled value that is out of the range of the row's normalizer.
+
+    Raises:
+        ValueError: name, range and value.
+    """
+    cls = loaded_class(row["norm"])
+    for name, value in (row.get("options") or {}).get("scheduled", {}).items():
+        if name in cls.ranges:
+            cls.ranges[name].check(f"{row['name']!r}, {cls.__name__}", name, value)
 
 
 def _set_options(layer: nn.Module, options: Mapping[str, Any]) -> None:

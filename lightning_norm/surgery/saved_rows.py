@@ -84,6 +84,10 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
 def _is_sync(value: Any) -> bool:
     return isinstance(value, bool) or value == "running"
 
@@ -93,6 +97,9 @@ def _are_options(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     flags = (value[name] for name in ("compile", "frozen") if name in value)
+    scheduled = value.get("scheduled", {})
+    if not isinstance(scheduled, Mapping) or not all(_is_number(v) for v in scheduled.values()):
+        return False
     known = _is_sync(value.get("sync", True)) and value.get("backend", "auto") in BACKENDS
     return known and all(map(_is_bool, flags))
 
@@ -106,8 +113,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_features": (lambda v: v is None or (type(v) is int and v > 0), "a positive int"),
     "options": (
         _are_options,
-        f"a mapping of sync (true, false, running), compile and frozen (true or false), sync_group, backend (one of "
-        f"{BACKENDS})",
+        f"a mapping of sync (true, false, running), compile and frozen (true or false), sync_group, scheduled (names "
+        f"and numbers), backend (one of {BACKENDS})",
     ),
     "activation": (lambda v: isinstance(v, str), "the dotted name of an activation, or empty"),
     "sync": (_is_sync, "true, false or running"),
