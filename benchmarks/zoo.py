@@ -150,8 +150,8 @@ def timm_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Model | R
         if counts[name] > limit:
             yield Row("timm", family, name, "", "", "skipped", f"{counts[name] / 1e6:.0f} M parameters", counts[name])
             continue
-        own = timm.get_pretrained_cfg(name)
-        size = own.input_size[-1] if own is not None else 224
+        pretrained = timm.get_pretrained_cfg(name)
+        size = pretrained.input_size[-1] if pretrained is not None else 224
 
         def build(size: int | None, name: str = name) -> nn.Module:
             try:
@@ -379,10 +379,10 @@ def randomize(model: nn.Module, x: Tensor) -> tuple[set[str], str]:
 
 def loss_of(result: Any) -> Tensor:
     """Return a loss that every output takes part in."""
-    found = [t for t in outputs(result) if t.requires_grad]
-    if not found:
+    with_gradient = [t for t in outputs(result) if t.requires_grad]
+    if not with_gradient:
         raise RuntimeError("no output depends on a parameter")
-    return torch.stack([t.float().square().mean() for t in found]).sum()
+    return torch.stack([t.float().square().mean() for t in with_gradient]).sum()
 
 
 def left_alone(model: nn.Module) -> dict[str, int]:

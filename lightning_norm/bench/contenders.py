@@ -16,6 +16,7 @@ from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.inference import BATCH_NORMS
 from lightning_norm.normalizers import create
 from lightning_norm.normalizers.context.assignment import assign, context_layers
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.normalize import activated
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -142,7 +143,7 @@ def shared_code() -> Iterator[None]:
     """Let torch.compile make a graph of each naive formula, which share their code, or fail; forget earlier graphs."""
     # All naive layers run the same method, and the default limit of graphs per method is eight.
     torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+    with torch_private.recompile_limit(64):
         yield
 
 

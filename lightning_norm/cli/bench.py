@@ -14,6 +14,7 @@ from lightning_norm.bench.clock import machine
 from lightning_norm.bench.shapes import bench_shape
 from lightning_norm.bench.tables import save, table
 from lightning_norm.normalizers import create, normalizers
+from lightning_norm.surgery.extras import require
 from lightning_norm.surgery.whole_files import write_whole
 
 SHAPES = "32x64x32x32,32x256x14x14,32x512x7x7,128x64"
@@ -29,6 +30,9 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     Args:
         argv: the arguments behind ``bench``.
 
+    Returns:
+        A row for each contender, shape and direction, as the JSON file holds it.
+
     Raises:
         RuntimeError: ``--device cuda`` without one.
         ValueError: an unknown norm, or a shape that cannot be read.
@@ -38,6 +42,8 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     options = _parser().parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("no CUDA device found. Type --device cpu.")
+    if options.save:
+        require("the picture of --save", "examples", "matplotlib", otherwise=", or --json FILE in place of --save")
     if options.repeats < 2:
         raise ValueError(f"--repeats must be 2 or more, for quartiles, got {options.repeats}.")
     # Fixed and written down, for the times of a CPU depend on it more than on the layer.

@@ -1,9 +1,16 @@
-"""``lightning-norm export``: the network for inference, as a .pt2 file of torch.export or as ONNX."""
+"""``lightning-norm export``: the network for inference, as a .pt2 file of torch.export or as ONNX.
+
+The options of fit build the model: --config FILE, --model.arch resnet34, ... What is swapped is read
+from the checkpoint, or else from the configuration: its section norm: {norm: sn}, or a NormSwap among the callbacks.
+
+Examples:
+  lightning-norm export --config examples/configs/digits_bcn.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2
+  lightning-norm export --config examples/configs/digits_bcn.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.onnx
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -15,20 +22,17 @@ from torch import Tensor
 
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.cli.norm_cli import NormCLI
+from lightning_norm.cli.screen import without_noise
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.deploy import fold, to_plain
+from lightning_norm.surgery.extras import require
 from lightning_norm.surgery.harden import harden
 from lightning_norm.surgery.manifest import load_weights, manifest_in, rebuild
 from lightning_norm.surgery.swap import swap
 from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
-EPILOG = """The options of fit build the model: --config FILE, --model.arch resnet34, ... What is swapped is read
-from the checkpoint, or else from the configuration: its section norm: {norm: sn}, or a NormSwap among the callbacks.
-
-examples:
-  lightning-norm export --config examples/configs/digits_bcn.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2
-  lightning-norm export --config examples/configs/digits_bcn.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.onnx
-"""
+EPILOG = str(__doc__).partition("\n\n")[2]
+"""What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -48,10 +52,11 @@ def run(argv: Sequence[str]) -> None:
     if not options.out.endswith((".pt2", ".onnx")):
         raise ValueError(f"--out must end in .pt2 or .onnx, got {options.out!r}.")
     # Told now, and not after the model was built and loaded.
-    if options.out.endswith(".onnx") and not all(importlib.util.find_spec(n) for n in ("onnx", "onnxscript")):
-        raise ModuleNotFoundError("ONNX needs onnx and onnxscript: pip install 'lightning-norm[export]'.")
+    if options.out.endswith(".onnx"):
+        require("a .onnx file", "export", "onnx", "onnxscript")
     # Without the callback that saves the configuration: nothing is trained, and no folder is made.
-    cli = NormCLI(rest, run=False, save_config_callback=None)
+    with without_noise():
+        cli = NormCLI(rest, run=False, save_config_callback=None)
     model = prepared(cli, options.ckpt_path)
     example = _example(model, options.shape)
     # The layers are changed first, or the file would hold the graph of the swapped network.
@@ -118,6 +123,10 @@ def write(model: torch.nn.Module, example: Tensor, out: str) -> None:
 
 def _example(model: pl.LightningModule, shape: str | None) -> Tensor:
     """Return a random input of the shape that was typed, or the module's own example.
+
+    Args:
+        model: whose ``example_input_array`` is taken where no shape was typed.
+        shape: sizes joined by x; a batch of one becomes one of two.
 
     Raises:
         ValueError: neither is known.

@@ -1,6 +1,14 @@
 """The console script ``lightning-norm``, also ``python -m lightning_norm``.
 
 A new command is a file ``cli/NAME.py`` with a function ``run(argv)``, and its line in ``COMMANDS``.
+
+What ends a command, and how the shell sees it:
+
+* a mistake that this package tells of: its message and status 2, without a traceback (``LIGHTNING_NORM_TRACEBACK=1``
+  shows it);
+* a wrong option, told by the parser: status 2;
+* any other exception, which may be a bug: the traceback and status 1;
+* a reader of the output that has left, as in ``lightning-norm list | head -1``: nothing, and status 141.
 """
 
 from __future__ import annotations
@@ -8,6 +16,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import select
 import sys
 import traceback
@@ -110,6 +119,8 @@ def _main(argv: Sequence[str] | None) -> None:
     except BrokenPipeError:
         raise  # main() tells a reader that has left from any other pipe
     except Exception as error:
+        if (absent := _missing_dependency(error)) and not os.environ.get(TRACEBACK):
+            _exit(f"{absent} is not installed, and this command needs it. Type pip install lightning-norm.")
         cause = _raised_by_this_package(error)
         if cause is None or os.environ.get(TRACEBACK):
             raise
@@ -127,7 +138,11 @@ def _is_unread(stream: TextIO) -> bool:
 
 
 def overview() -> str:
-    """Return the text of ``lightning-norm --help``: an example of each command, by group."""
+    """Return the text of ``lightning-norm --help``: an example of each command, by group.
+
+    >>> "lightning-norm list" in overview()
+    True
+    """
     # Written by hand: argparse would list the commands without an example that works.
     lines = ["usage: lightning-norm COMMAND [options]        (COMMAND --help shows its options)"]
     for group, commands in groupby(COMMANDS.values(), key=lambda command: command.group):
@@ -142,22 +157,32 @@ def _run(command: Command, arguments: list[str]) -> None:
     """Run a command, whose file is imported only now."""
     if command.group == TRAIN:
         from lightning_norm.cli.norm_cli import NormCLI
+        from lightning_norm.cli.screen import without_noise
 
-        NormCLI(arguments)
+        with without_noise():
+            NormCLI(arguments)
         return
     # Each command is imported only when it is run: ``list`` shall not wait for what ``compare`` needs.
     importlib.import_module(f"lightning_norm.cli.{command.name}").run(arguments[1:])
 
 
 def _unknown(name: str) -> str:
-    """Return the message for a command that does not exist."""
+    """Return the message for a command that does not exist.
+
+    >>> _unknown("fitt").split(" Known")[0]
+    "no command 'fitt'. Did you mean 'fit'?"
+    """
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     return f"no command {name!r}.{guess} Known: {', '.join(COMMANDS)}. lightning-norm --help shows an example of each."
 
 
 def _raised_by_this_package(error: BaseException | None) -> BaseException | None:
-    """Return the error in a chain that this package raised itself; any other may be a bug and keeps its traceback."""
+    """Return the error in a chain that this package raised itself; any other may be a bug and keeps its traceback.
+
+    Args:
+        error: as it was caught, perhaps with others as its cause or context.
+    """
     package = Path(__file__).resolve().parent.parent
     # Lightning wraps errors in its own; the one that this package raised is then further down the chain.
     while error is not None:
@@ -168,6 +193,19 @@ def _raised_by_this_package(error: BaseException | None) -> BaseException | None
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def _missing_dependency(error: BaseException) -> str | None:
+    """Return the dependency of this package for lack of which an import has failed, in whichever package."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    # Imported late: only a broken installation needs it.
+    from importlib.metadata import requires
+
+    lines = [line for line in requires("lightning-norm") or () if "extra ==" not in line]
+    names = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
+    name = error.name.partition(".")[0]
+    return name if name in names else None
 
 
 def _exit(message: str) -> None:

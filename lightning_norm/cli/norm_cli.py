@@ -1,4 +1,15 @@
-"""NormCLI: LightningCLI with the package's classes known by their short names, and its own job."""
+"""NormCLI: LightningCLI with the package's classes known by their short names, and its own job.
+
+From the command line to the training, in this order:
+
+1. ``--norm sn`` and ``--root DIR`` are written out (:func:`lightning_norm.cli.section.expand_norm`,
+   :func:`expand_root`), and jsonargparse parses arguments and files; what is wrong becomes a few lines
+   (:func:`clarify`).
+2. The hyper-parameters of a ``ckpt_path`` go to the model (``_parse_ckpt_path``).
+3. A plan is written out and the built-in job completed (``before_instantiate_classes``), then model and data are built.
+4. The Trainer is built, with the swap before all callbacks (``instantiate_trainer``).
+5. The subcommand runs, between ``before_fit`` and ``after_fit``.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +37,7 @@ import lightning_norm.callbacks
 import lightning_norm.plugins
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.callbacks.lightning_private import starts_processes
+from lightning_norm.cli.screen import screen_callbacks
 from lightning_norm.cli.section import (
     PARSER_MODE,
     SECTION,
@@ -187,6 +199,8 @@ class NormCLI(LightningCLI):
             parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
             config.data = parser.parse_object({"data": "Digits"}).data
         data = {class_path(c): c for c in _built_in_data()}.get(config.data.class_path)
+        if data is not None:
+            data.check_installed()  # told before the network is built
         # A number that was typed stays; the model refuses one that does not fit.
         if data is not None and config.model.init_args.get("num_classes") is None:
             config.model.init_args.num_classes = data.num_classes
@@ -211,7 +225,9 @@ class NormCLI(LightningCLI):
         swap = norm_swap_of(config.get(SECTION))
         if swap is None and not any(isinstance(c, NormSwap) for c in callbacks):
             swap = self._swap_of_checkpoint(path)
-        kwargs["callbacks"] = callbacks if swap is None else [swap, *callbacks]
+        # In front of the swap, which begins to watch its layers when the training starts.
+        screen = screen_callbacks(config.trainer, callbacks) if self.subcommand == "fit" else []
+        kwargs["callbacks"] = [*screen, *(() if swap is None else (swap,)), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -223,7 +239,11 @@ class NormCLI(LightningCLI):
                     callback.swap_before_launch(self.model)
 
     def _swap_of_checkpoint(self, path: str | None) -> NormSwap | None:
-        """Return a callback that swaps the model as the checkpoint says, unless the model does that by itself."""
+        """Return a callback that swaps the model as the checkpoint says, unless the model does that by itself.
+
+        Args:
+            path: of the checkpoint, which has been read by now.
+        """
         manifest = manifest_in(self._checkpoint) if self._checkpoint else None
         if manifest is None:
             return None
@@ -251,7 +271,8 @@ class NormCLI(LightningCLI):
         if isinstance(trainer.logger, TensorBoardLogger):
             line.append(f"TensorBoard: tensorboard --logdir {_short(trainer.logger.root_dir)}")
         line.append("compare: lightning-norm compare --norms bn,sn,bcn")
-        rank_zero_info("     ".join(line))
+        if trainer.is_global_zero:
+            print("     ".join(line), flush=True)
 
 
 def expand_root(args: list[str]) -> list[str]:
@@ -327,7 +348,11 @@ def clarify(message: str, options: Sequence[str]) -> str:
 
 
 def class_path(cls: type) -> str:
-    """Return what the parsed configuration calls a class."""
+    """Return what the parsed configuration calls a class.
+
+    >>> class_path(NormCLI)
+    'lightning_norm.cli.norm_cli.NormCLI'
+    """
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -347,7 +372,11 @@ def _descriptions() -> dict[str, Any]:
 
 
 def _is_keyword(path: str) -> bool:
-    """Tell whether Lightning itself finds the file: the best, the last, or one of a registry."""
+    """Tell whether Lightning itself finds the file: the best, the last, or one of a registry.
+
+    >>> _is_keyword("best"), _is_keyword("last.ckpt")
+    (True, False)
+    """
     return path in ("best", "last", "hpc") or path.startswith("registry")
 
 

@@ -1,4 +1,15 @@
-"""``lightning-norm plan``: what NormSwap would do, without training."""
+"""``lightning-norm plan``: what NormSwap would do, without training.
+
+usage: lightning-norm plan --config FILE [options of fit] [--save PLAN]
+
+Build the model and the callbacks, and print what NormSwap would do to each layer. Nothing is trained or changed.
+
+  --save PLAN   also write the plan as YAML. Edit a row (norm: null leaves a layer alone) and apply it with
+                  norm: {plan: PLAN}
+
+Example:
+  lightning-norm plan --config examples/configs/digits_sn.yaml --save plan.yaml
+"""
 
 from __future__ import annotations
 
@@ -11,21 +22,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.cli.norm_cli import NormCLI
+from lightning_norm.cli.screen import without_noise
 from lightning_norm.demo.job import ImageClassifier
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import swap
 from lightning_norm.surgery.whole_files import write_whole
 
-HELP = """usage: lightning-norm plan --config FILE [options of fit] [--save PLAN]
-
-Build the model and the callbacks, and print what NormSwap would do to each layer. Nothing is trained or changed.
-
-  --save PLAN   also write the plan as YAML. Edit a row (norm: null leaves a layer alone) and apply it with
-                  norm: {plan: PLAN}
-
-example:
-  lightning-norm plan --config examples/configs/digits_sn.yaml --save plan.yaml
-"""
+HELP = str(__doc__).partition("\n\n")[2]
+"""What ``--help`` prints: this file's docstring from its second paragraph on."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -43,7 +47,8 @@ def run(argv: Sequence[str]) -> None:
         print(HELP, end="")
         return
     arguments, save = _take_save(list(argv))
-    cli = NormCLI(arguments, run=False, save_config_callback=None)
+    with without_noise():
+        cli = NormCLI(arguments, run=False, save_config_callback=None)
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
     swaps = [c for c in callbacks if isinstance(c, NormSwap)]
     if not swaps:
@@ -61,7 +66,12 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
-    """Return what the swap would do, with the layers of ``configure_model``, and say what is not in the table."""
+    """Return what the swap would do, with the layers of ``configure_model``, and say what is not in the table.
+
+    Args:
+        model: as the configuration built it.
+        callback: the NormSwap that is asked.
+    """
     late = is_overridden("configure_model", model, pl.LightningModule)
     if late:
         # The Trainer calls it after setup; without one it runs here, on a model that nobody trains.

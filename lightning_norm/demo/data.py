@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
+from lightning_norm.surgery.extras import require
+
 Images = tuple[Tensor, Tensor]
 
 
@@ -95,6 +97,10 @@ class ImageData(pl.LightningDataModule):
         """Return the splits "train", "val" and "test": images (N, C, H, W) in uint8, labels (N,)."""
         raise NotImplementedError
 
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise ``ModuleNotFoundError`` where something is missing that these data are read with."""
+
     @override
     def setup(self, stage: str | None = None) -> None:
         # The Trainer calls it once for each stage, and the data stay the same.
@@ -166,16 +172,18 @@ class Digits(ImageData):
         ModuleNotFoundError: scikit-learn is not installed.
     """
 
+    @classmethod
+    @override
+    def check_installed(cls) -> None:
+        other = ", or choose other data: --data FashionMNIST --root DIR"
+        require("scikit-learn's Digits", "examples", "sklearn", otherwise=other)
+
     @override
     def read(self) -> dict[str, Images]:
-        try:
-            # Imported late: the other data sets do without scikit-learn.
-            from sklearn.datasets import load_digits
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"Digits are scikit-learn's ({error}): pip install 'lightning-norm[examples]', or choose other data, "
-                "such as --data FashionMNIST --root DIR."
-            ) from error
+        self.check_installed()
+        # Imported late: the other data sets do without scikit-learn.
+        from sklearn.datasets import load_digits
+
         data = load_digits()
         images = torch.from_numpy(data.images).to(torch.uint8).unsqueeze(1)
         images = torch.nn.functional.pad(images, (1, 1, 1, 1))

@@ -48,12 +48,14 @@ class FirstRun:
             _without_graph.setdefault(layer, deque(maxlen=MOST_WITHOUT_GRAPH)).append(self)
 
 
+# Weak references: what is remembered of a run keeps neither a layer nor a graph alive.
 _with_graph: WeakKeyDictionary[nn.Module, WeakSet[FirstRun]] = WeakKeyDictionary()
 _without_graph: WeakKeyDictionary[nn.Module, deque[FirstRun]] = WeakKeyDictionary()
 
 
 def picked(x: Tensor) -> Tensor:
     """Return at most 8 x 8 x 4 x ... numbers of x, spread over all of it."""
+    # At fixed strides, so that the second run picks the same numbers.
     most = (8, 8, 4, 4, 4)
     steps = (-(-size // wanted) or 1 for size, wanted in zip(x.shape, (*most, *x.shape[len(most) :]), strict=False))
     return x.detach()[tuple(slice(None, None, step) for step in steps)].float().nan_to_num()
@@ -83,6 +85,7 @@ def tell_of_graph(who: str) -> None:
 @contextmanager
 def second_run(layer: Any, x: Tensor) -> Iterator[None]:
     """Run a layer that is in training on copies of its buffers: as they are, or as its first run on x found them."""
+    # Copies stand in for the buffers: whatever the layer writes, the real ones are put back untouched.
     now, accumulator = dict(layer._buffers), layer.accumulator
     layer._buffers.update({name: b.clone() for name, b in now.items() if b is not None})
     if layer.train_uses_running_stats:

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.inference import dims_of, per_channel
+from lightning_norm.layers.behind import without_normalization
+from lightning_norm.layers.inference import deployed, dims_of, per_channel
 from lightning_norm.ops.moments import Affine
 from lightning_norm.surgery.activations import give_back_activations
 from lightning_norm.surgery.conv_norm_pairs import layers_before
 from lightning_norm.surgery.recognize import is_frozen
-from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.text_tables import TableReport
 from lightning_norm.surgery.torch_layers import TORCH_BATCH_NORMS
 from lightning_norm.surgery.torch_private import has_hooks, move_hooks
 from lightning_norm.surgery.walk import names_by_module, places_by_module, tensors_in
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NOT_MEASURED = "not measured: pass example_input to a model that returns tensors"
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -45,7 +45,7 @@ class DeployedLayer:
     reason: str
 
 
-class DeployReport:
+class DeployReport(TableReport):
     """What :func:`to_plain` or :func:`fold` did: its length is the number of layers changed.
 
     Args:
@@ -68,16 +68,20 @@ class DeployReport:
         """
         return [layer.name for layer in self.layers if layer.what == what]
 
-    def __str__(self) -> str:
-        rows = [("layer", "from", "to", "", "why")]
-        rows += [(r.name, r.source, r.target, r.what, r.reason) for r in self.layers]
+    def table(self) -> list[tuple[str, ...]]:
+        """Return one row per layer, below a heading."""
+        rows: list[tuple[str, ...]] = [("layer", "from", "to", "", "why")]
+        return rows + [(r.name, r.source, r.target, r.what, r.reason) for r in self.layers]
+
+    def summary(self) -> str:
+        """Return how many layers became what, and how far the outputs moved."""
         counts = ", ".join(f"{n} {what}" for what in ("plain", "folded", "stays") if (n := len(self.names(what))))
         moved = (
             "not measured: pass example_input, and return tensors"
             if self.moved is None
             else f"{self.moved:.2g} of {self.largest:.2g}"
         )
-        return "\n".join([aligned(rows), "", f"{counts or 'nothing to do'}     outputs moved by {moved}"])
+        return f"{counts or 'nothing to do'}     outputs moved by {moved}"
 
     def __repr__(self) -> str:
         return f"DeployReport({len(self)} of {len(self.layers)} layers, moved={self.moved})"
@@ -151,7 +155,7 @@ def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
         name = watch.names[norm]
         into = f"into {watch.names[before]} ({type(before).__name__})"
         rows.append(DeployedLayer(name, type(norm).__name__, "Identity", "folded", into))
-        watch.replace(norm, norm.remainder() if isinstance(norm, Normalizer) else nn.Identity())
+        watch.replace(norm, without_normalization(norm) if isinstance(norm, Normalizer) else nn.Identity())
     return watch.report([*rows, *_all_plain(model, watch, reasons)])
 
 
@@ -237,7 +241,7 @@ def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[nn.Module, str]
                 rows.append(DeployedLayer(name, kind, kind, "stays", why))
             continue
         dims = watch.dims_of(module)
-        plain = module.deployed(dims) if name else None
+        plain = deployed(module, dims) if name else None
         if plain is None:
             why = module.why_not_plain(dims) if name else "is the model itself"
             rows.append(DeployedLayer(name, kind, kind, "stays", why))

@@ -26,6 +26,17 @@ class Reach:
     Args:
         layers: name -> the layer, and the module that it has replaced.
         hooks: see which layers run; otherwise only which parameters have gradients.
+
+    Attributes:
+        ran: ids of the layers, and of replaced modules, that were called.
+        learning: ids of the parameters that have had a gradient.
+
+    >>> from lightning_norm import create
+    >>> watched, called = create("bn", 8), create("bn", 8)
+    >>> reach = Reach({"bn1": (watched, nn.BatchNorm2d(8))})
+    >>> called(torch.randn(2, 8, 3, 3)).sum().backward()
+    >>> list(reach.missed())
+    ['bn1']
     """
 
     def __init__(self, layers: Mapping[str, tuple[Normalizer, nn.Module]], *, hooks: bool = True) -> None:
@@ -64,6 +75,7 @@ class Reach:
 
     def _why(self, layer: Normalizer, replaced: nn.Module, gradients: bool) -> str:
         """Return what happened in place of a layer; "" if it was reached."""
+        # What is frozen gets no gradient, and says nothing.
         trainable = {n: p for n, p in layer.named_parameters() if p.requires_grad}
         silent = [n for n, p in trainable.items() if id(p) not in self.learning]
         if id(replaced) in self.ran:

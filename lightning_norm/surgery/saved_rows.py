@@ -25,6 +25,12 @@ def checked_rows(rows: Any, where: str, error: type[Exception], *, may_stay: boo
 
     Raises:
         error: the file, the row and the entry that is wrong.
+
+    >>> checked_rows([{"name": "bn1", "source": "BatchNorm2d", "norm": "sn"}], "plan.yaml", ValueError)[0]["norm"]
+    {'class_path': 'sn', 'init_args': {}}
+    >>> checked_rows([{"name": "bn1", "norm": "sn"}], "plan.yaml", ValueError)
+    Traceback (most recent call last):
+    ValueError: plan.yaml, row 0 ('bn1'): a row without name, source, norm: {'name': 'bn1', 'norm': 'sn'}.
     """
     if not isinstance(rows, list):
         raise error(f"{where}: layers must be a list of rows, got {reprlib.repr(rows)}.")

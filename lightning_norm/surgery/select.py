@@ -168,6 +168,7 @@ def assign_norms(
     if options.in_block is not None:
         chosen = at_positions(chosen, blocks_of(model, [slot.module for slot in places]), options.in_block)
         matched |= {f"in_block[{options.in_block!r}]"} if chosen else set()
+    # ``every`` comes last, and counts those that all else has left.
     norms = {**by_rule, **dict.fromkeys(chosen[:: options.every or 1], options.resolved_norm)}
     assigned = [
         (slot, norm) for slot in slots if slot.module not in frozen and (norm := norms.get(slot.module)) is not None
@@ -329,8 +330,19 @@ def choose_layers(
 ) -> dict[str, nn.Module]:
     """Return the modules of these classes that ``include`` and ``exclude`` choose, by their first names.
 
+    Args:
+        model: the network.
+        kinds: classes, with all that derives from them.
+        include: as in :func:`lightning_norm.swap`; ``None`` for all of them.
+        exclude: likewise; ``None`` for none.
+        who: asks, for messages.
+
     Raises:
         ValueError: a pattern matches none of them; ``who`` precedes the message.
+
+    >>> model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    >>> list(choose_layers(model, (nn.BatchNorm2d,), None, "0", "NormFreeze"))
+    ['1']
     """
     places = places_by_module(model)
     slots = [

@@ -51,6 +51,7 @@ def names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
     """
     clean = name_cleaner(model)
     names: dict[nn.Module, list[str]] = {}
+    # Under each of its names, in the order of the model.
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(clean(name))
     return names

@@ -159,9 +159,11 @@ def _behind(module: nn.Module) -> tuple[str, ...]:
 def _measured(module: nn.Module, base: type[nn.Module]) -> Whole | str:
     """Return what a module is, by its outputs, or in what it differs from the nearest thing that it could be."""
     frozen = is_frozen(module)
+    # In training SyncBatchNorm would wait for ranks that are not here.
     modes = (False,) if base is nn.SyncBatchNorm and is_running() else (True, False)
     children = _behind(module)
     last = (-1, 1) if base is nn.LayerNorm else (1,)
+    # With its children called behind, as timm calls them, or without; with channels last, or second.
     wholes = [Whole(base, False, b, dim, frozen) for b in dict.fromkeys((children, ())) for dim in last]
     # The nearest miss is told: it is most likely what the class was meant to be.
     reasons: list[tuple[float, str]] = []
@@ -185,12 +187,12 @@ def _compare(twin: nn.Module, whole: Whole, modes: Sequence[bool]) -> tuple[floa
     for shape in inputs_of(twin, whole):
         x = _input(twin, shape)
         try:
-            found = [_differences(twin, whole, x, training) for training in modes]
+            apart = [_differences(twin, whole, x, training) for training in modes]
         except Exception as error:  # a user's class may raise anything
             what = what or f"its own forward raises on an input {shape}: {_first_line(error)}"
             continue
         agreed += 1
-        for training, (outputs, statistics) in zip(modes, found, strict=True):
+        for training, (outputs, statistics) in zip(modes, apart, strict=True):
             if max(outputs, statistics) > worst:
                 worst = max(outputs, statistics)
                 quantity = "outputs" if outputs > 0 else "running statistics"
@@ -255,10 +257,16 @@ def channels_of(module: nn.Module) -> int | None:
 
 
 def plain_of(twin: nn.Module, whole: Whole) -> nn.Module:
-    """Turn a copy of a module into the plain layer of torch's with the same tensors."""
+    """Turn a copy of a module into the plain layer of torch's with the same tensors.
+
+    Args:
+        twin: the copy, which is changed.
+        whole: what it is taken for. A frozen one keeps its class, for torch has none.
+    """
     # A forward that was replaced on the instance would hide that of the class.
     vars(twin).pop("forward", None)
     if not whole.frozen and whole.kind is not None:
+        # The same object as another class: its tensors and arguments need no copying.
         twin.__class__ = nn.BatchNorm2d if whole.kind is nn.SyncBatchNorm else whole.kind
     return twin
 
@@ -311,6 +319,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     distance = float((a - b).abs().max())
     if distance <= TOLERANCE * max(1.0, float(a.abs().max())):
         return 0.0
+    # NaN, which does not equal even itself, is as far off as can be.
     return distance if distance == distance else float("inf")
 
 
@@ -344,6 +353,12 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: which the block may run, or a copy of which; gradients are off in the block.
+
+    >>> layer, before = nn.BatchNorm1d(2), torch.get_rng_state()
+    >>> with isolated(layer):
+    ...     _ = layer(torch.randn(4, 2))
+    >>> int(layer.num_batches_tracked), torch.equal(torch.get_rng_state(), before)
+    (0, True)
     """
     devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
     # A forward that was replaced on the instance may be a closure over the module itself, and run that in place of its
@@ -366,6 +381,9 @@ def measured_difference(module: nn.Module, whole: Whole, make: Callable[[nn.Modu
         module: before the swap; a copy of it is run.
         whole: what it is beside its class.
         make: from a module to its replacement.
+
+    >>> measured_difference(nn.BatchNorm2d(4), Whole(nn.BatchNorm2d, True), lambda m: nn.BatchNorm2d(4)) > 0
+    True
     """
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return "it is on the meta device"

@@ -1,5 +1,6 @@
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 SN = str(CONFIGS / "digits_sn.yaml")
 QUICK = ["--trainer.fast_dev_run", "1", "--data.batch_size", "8", "--trainer.enable_progress_bar", "false"]
 
-OWN = """
+CUSTOM = """
 import lightning.pytorch as pl
 import torch
 from torch import nn
@@ -145,18 +146,26 @@ def test_help_has_an_example(capsys, command):
     assert f"lightning-norm {command}" in capsys.readouterr().out.replace("usage: ", "", 1)
 
 
-def test_fit_prints_swap_result_and_what_is_next(tmp_path):
+def test_fit_prints_the_swap_the_progress_the_result_and_what_is_next(tmp_path):
     done = script(
-        "fit", "--config", SN, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "6", "--data.batch_size",
-        "16", "--trainer.limit_test_batches", "1.0", "--trainer.enable_progress_bar", "false",
+        "fit", "--config", SN, "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "3", "--data.batch_size",
+        "16", "--trainer.log_every_n_steps", "1", "--trainer.limit_test_batches", "1.0",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    shown = done.stdout + done.stderr
-    assert "NormSwap: 20 of 20 BatchNorm2d layers -> SwitchableNorm" in shown
-    assert "num_workers" not in shown
-    closing = next(line for line in shown.splitlines() if line.startswith("Test accuracy"))
+    # In two streams, each in its order; nothing else is in either.
+    lines = [*done.stderr.splitlines(), *done.stdout.splitlines()]
+    first, *_, length, epoch1, epoch2, closing = lines
+    assert first == "NormSwap: 20 of 20 BatchNorm2d layers -> SwitchableNorm (sn, Luo et al. 2021)"
+    assert [line.split()[0] for line in lines] == [
+        *("NormSwap:", "parameters", "evaluation", "backend", "2", "Epoch", "Epoch", "Test"),
+    ]
+    assert re.fullmatch("2 epochs of 3 steps, (about [\\d.]+|a few) (second|minute|hour)s? on this machine", length)
+    for i, line in enumerate((epoch1, epoch2), start=1):
+        assert re.fullmatch(rf"Epoch {i}/2  train_loss [\d.]+  val_acc [\d.]+  \d+ s", line)
+    assert closing.startswith("Test accuracy 0.")
     assert "tensorboard --logdir lightning_logs" in closing
     assert "lightning-norm compare --norms bn,sn,bcn" in closing
+    assert "\x1b" not in done.stdout + done.stderr
     assert list(tmp_path.glob("lightning_logs/version_0/events*"))
     saved = yaml.safe_load((tmp_path / "lightning_logs/version_0/config.yaml").read_text())
     assert saved["model"]["init_args"]["num_classes"] == 10
@@ -217,7 +226,7 @@ def test_a_missing_file_and_a_missing_model_are_told(capfd):
 
 
 def test_a_users_own_module_and_data_less_model(tmp_path, capfd):
-    (tmp_path / "own_job.py").write_text(OWN)
+    (tmp_path / "own_job.py").write_text(CUSTOM)
     main(
         ["fit", "--model", "own_job.OwnModel", "--trainer.max_epochs", "1", "--trainer.callbacks+=NormSwap",
          "--trainer.callbacks.norm=sn", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false",
@@ -229,7 +238,7 @@ def test_a_users_own_module_and_data_less_model(tmp_path, capfd):
 
 
 def test_a_users_own_error_keeps_its_traceback(tmp_path):
-    (tmp_path / "broken_job.py").write_text(OWN.replace("self.lost = []", "raise ValueError('mine')"))
+    (tmp_path / "broken_job.py").write_text(CUSTOM.replace("self.lost = []", "raise ValueError('mine')"))
     with pytest.raises(ValueError, match="mine"):
         main(["fit", "--model", "broken_job.OwnModel", "--trainer.logger", "false"])
 

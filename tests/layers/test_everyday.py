@@ -136,8 +136,8 @@ def test_a_hint_leads_to_a_swap(name):
 
     with pytest.warns(NoEffectWarning) as caught:
         swap(model(), "sn")
-    _, found, rest = str(caught[0].message).partition("pass source='")
-    assert not found or len(swap(model(), "sn", source=rest.partition("'")[0])) == 1
+    _, got, rest = str(caught[0].message).partition("pass source='")
+    assert not got or len(swap(model(), "sn", source=rest.partition("'")[0])) == 1
 
 
 @pytest.mark.parametrize("key", KEYS)

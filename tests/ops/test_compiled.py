@@ -100,8 +100,8 @@ def test_layers_that_agree_share_a_graph():
 def test_what_separates_graphs():
     layer = compiled_layer()
     x = torch.randn(3, 6, 5, 4)
-    for given in (x, x.double(), x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
-        layer(given)
+    for passed in (x, x.double(), x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
+        layer(passed)
     layer.eval()(x)
     with torch.no_grad():
         layer(x)

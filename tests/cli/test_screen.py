@@ -1,0 +1,117 @@
+"""What a training command shows beside what Lightning and other packages would."""
+
+import logging
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_norm.cli.screen import (
+    EpochLines,
+    Forecast,
+    can_be_timed,
+    screen_callbacks,
+    seconds_per_batch,
+    without_noise,
+)
+from lightning_norm.demo.data import Digits
+from lightning_norm.demo.job import ImageClassifier
+from tests.callbacks.toy import Net, loader
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+
+
+def test_only_the_lines_of_others_are_hidden(caplog):
+    caplog.set_level(logging.INFO)
+    seed = logging.getLogger("lightning.fabric.utilities.seed")
+    said = "NormSwap: 3 of 3 BatchNorm2d layers"
+    with without_noise():
+        seed.info("[rank: 1] Seed set to 0")
+        rank_zero_info("GPU available: False, used: False")
+        rank_zero_info("\N{ELECTRIC LIGHT BULB} Tip: For seamless cloud logging, try another product")
+        rank_zero_info(said)
+    assert caplog.messages == [said]
+    seed.info("Seed set to 0")
+    assert caplog.messages == [said, "Seed set to 0"]
+
+
+@pytest.mark.parametrize(
+    ("category", "filename", "shown"),
+    [
+        (DeprecationWarning, "/x/site-packages/torch/a.py", False),
+        (FutureWarning, "/x/dist-packages/lightning/a.py", False),
+        (UserWarning, "/x/site-packages/torch/a.py", True),
+        (DeprecationWarning, "/home/me/my_job.py", True),
+        (FutureWarning, __file__, True),
+    ],
+)
+def test_a_deprecation_is_shown_to_whom_it_concerns(recwarn, category, filename, shown):
+    warnings.simplefilter("always")
+    with without_noise():
+        warnings.warn_explicit("old", category, filename, 1)
+    assert len(recwarn) == shown
+
+
+def test_the_library_hides_nothing(recwarn, caplog):
+    import lightning_norm.cli.screen  # noqa: F401
+
+    caplog.set_level(logging.INFO)
+    warnings.simplefilter("always")
+    warnings.warn_explicit("old", FutureWarning, "/x/site-packages/torch/a.py", 1)
+    rank_zero_info("GPU available: False, used: False")
+    assert len(recwarn) == len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("trainer", "callbacks", "terminal", "lines"),
+    [
+        ({}, [], False, True),
+        ({}, [], True, False),
+        ({"enable_progress_bar": False}, [], False, False),
+        ({}, [TQDMProgressBar()], False, False),
+    ],
+)
+def test_lines_take_the_place_of_a_bar_where_there_is_no_terminal(monkeypatch, trainer, callbacks, terminal, lines):
+    monkeypatch.setattr(
+        "lightning_norm.cli.screen.sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: terminal))
+    )
+    made = screen_callbacks(trainer, callbacks)
+    assert isinstance(made[0], Forecast)
+    assert any(isinstance(c, EpochLines) for c in made) == lines
+
+
+def test_any_job_tells_its_length_and_a_line_per_epoch(capsys):
+    trainer = Trainer(max_epochs=2, callbacks=[Forecast(), EpochLines()], **QUIET)
+    trainer.fit(Net(), loader())
+    length, *epochs = capsys.readouterr().out.splitlines()
+    assert length.startswith(f"2 epochs of {len(loader())} steps, ")
+    assert [line.split()[:2] for line in epochs] == [["Epoch", "1/2"], ["Epoch", "2/2"]]
+
+
+@pytest.mark.parametrize(
+    "options", [{"fast_dev_run": True}, {"max_steps": 3}, {"max_epochs": -1, "max_time": "00:00:00:01"}], ids=str
+)
+def test_a_length_that_nobody_knows_is_not_told(capsys, options):
+    Trainer(callbacks=[Forecast()], enable_progress_bar=False, **options, **QUIET).fit(Net(), loader())
+    assert "machine" not in capsys.readouterr().out
+
+
+def test_the_built_in_job_is_timed_beside_the_training():
+    model, data = ImageClassifier("resnet18"), Digits(batch_size=4)
+    data.setup()
+    trainer = Trainer(**QUIET)
+    trainer.datamodule = data
+    assert can_be_timed(trainer, model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    assert min(seconds_per_batch(trainer, model)) > 0
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not can_be_timed(trainer, LightningModule())
