@@ -4,9 +4,9 @@
     python docs/generate.py --check     say what would change, and exit with status 1 if anything would (CI)
 
 What a file takes from here stands between the lines ``generated: NAME`` and ``end of generated``; the rest is written
-by hand. ``lightning_norm/__init__.pyi`` is generated as a whole. In CITATION.cff a reference is added for each paper
-that has none; its details (all authors, pages) are then completed by hand and stay. The map of the code is that of
-``code_map.py`` beside this file.
+by hand. ``lightning_norm/__init__.pyi`` and ``lightning_norm/cli/normalizers.json`` are generated as a whole. In
+CITATION.cff a reference is added for each paper that has none; its details (all authors, pages) are then completed by
+hand and stay. The map of the code is that of ``code_map.py`` beside this file.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import lightning_norm
 from lightning_norm import Normalizer, Paper
+from lightning_norm.cli import list as command_list
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))  # where this file is loaded by its path, as the tests do
@@ -97,7 +98,7 @@ def monitor_table() -> list[str]:
 
 def cards_table() -> list[str]:
     """Return the table of docs/cards/index.md: what each method is and depends on, in training and in evaluation."""
-    head = ("key", "class", "in one line", "in training, a sample depends on the others", "evaluates on", "from")
+    head = ("key", "class", "in one line", "uses the batch", "evaluates on", "from")
     rows = [
         (f"[{key}]({key}.md)", f"`{cls.__name__}`", summary(cls), *_depends_on(cls), _who(cls.paper))
         for key, cls in METHODS.items()
@@ -149,7 +150,7 @@ REFERENCE = {
     "testing": (
         "Testing",
         "What holds a normalizer of your own to what those of this package are held to.",
-        ("testing.conformance", "testing.ranks"),
+        ("testing",),
     ),
 }
 """Page of docs/reference/ -> title, first sentence, and the modules whose public names stand there."""
@@ -157,10 +158,13 @@ REFERENCE = {
 BESIDE = {
     "surgery.options": ("SwapOptions",),
     "callbacks": ("swap.norm_swap.NormSwapOptions",),
-    "testing.conformance": ("checks", "conform"),
-    "testing.ranks": ("run_ranks",),
+    "testing": ("checks", "conform", "run_ranks"),
 }
 """Documented names that ``lightning_norm`` itself does not export."""
+
+
+HOOKS_ASIDE = json.dumps(["!^_", "!^on_", "!^setup$", "!^teardown$", "!state_dict$", "!^apply$", "!^revert$"])
+"""What Lightning calls is no name that a reader calls."""
 
 
 def reference_names(page: str) -> list[str]:
@@ -186,6 +190,8 @@ def reference_page(page: str) -> str:
             f"{block}\n    options: {{members: {names}, inherited_members: true}}"
             for block, names in zip(blocks, shown, strict=True)
         ]
+    if page == "callbacks":
+        blocks = [f"{block}\n    options: {{filters: {HOOKS_ASIDE}}}" for block in blocks]
     return "\n\n".join([f"# {title}", f"<!-- Written by docs/generate.py. -->\n{sentence}", *blocks]) + "\n"
 
 
@@ -300,6 +306,8 @@ def results() -> Iterator[tuple[Path, str]]:
     for name, (label, says) in badges().items():
         yield ROOT / "docs/img" / name, badge(label, says)
     yield ROOT / "lightning_norm/__init__.pyi", stub(public_names())
+    declared = [command_list.describe(cls) for cls in METHODS.values()]
+    yield ROOT / "lightning_norm/cli/normalizers.json", json.dumps(declared, indent=1) + "\n"
     citation = ROOT / "CITATION.cff"
     yield citation, with_references(citation.read_text(encoding="utf-8"))
     yield code_map.PAGE, code_map.page()

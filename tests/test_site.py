@@ -91,7 +91,7 @@ def test_no_page_asks_another_host(site):
 def test_the_reference_has_every_public_name(site):
     ids = set().union(*(page.ids for file, page in site.items() if "reference" in file.parts))
     public = {f"lightning_norm.{name}" for name in lightning_norm.__all__} - {"lightning_norm.normalizers"}
-    testing = ("conformance.checks", "conformance.conform", "ranks.run_ranks")
+    testing = ("checks", "conform", "run_ranks")
     public |= {f"lightning_norm.testing.{name}" for name in testing}
     assert public | {"lightning_norm.layers.registry.normalizers"} <= ids
 

@@ -171,6 +171,17 @@ def recomputes_saved_tensors() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+@constant_in_graphs
+def is_traced_in_checkpoint() -> bool:
+    """Tell whether torch.compile traces, at this moment, what activation checkpointing runs and will run again.
+
+    Other hooks for saved tensors, such as ``save_on_cpu``, run nothing again; a name tells them apart.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    named = hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+    return named or torch._C._current_graph_task_id() != -1
+
+
 def timeout_of(group: ProcessGroup) -> timedelta:
     """Return how long a collective of ``group`` waits for the other ranks.
 
