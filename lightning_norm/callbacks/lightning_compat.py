@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.overrides import is_overridden as differs_from
 
@@ -50,6 +50,7 @@ __all__ = [
     "lightning_base",
     "pl",
     "rank_zero_info",
+    "rank_zero_only",
     "rank_zero_warn",
     "take_as_layer_sync",
 ]

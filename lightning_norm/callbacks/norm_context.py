@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_norm.callbacks.described import Described
 from lightning_norm.callbacks.lightning_compat import (
     Callback,
     CombinedLoader,
@@ -33,7 +34,7 @@ from lightning_norm.ops import kmeans
 from lightning_norm.surgery.restore import random_numbers_restored
 
 
-class NormContext(Callback):
+class NormContext(Described, Callback):
     """Give each batch's contexts to the layers with ``context="ids"``, and each batch's images to those with "input".
 
     For "input" the contexts are the clusters of the images' channel statistics, found by k-means on training batches

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_norm.callbacks.described import Described
 from lightning_norm.callbacks.frozen_parameters import check_epoch, drop_gradients, may_stop_gradients
 from lightning_norm.callbacks.lightning_compat import Callback, pl, rank_zero_info, rank_zero_warn
 from lightning_norm.callbacks.patching import Patches
@@ -20,7 +21,7 @@ from lightning_norm.surgery.torch_layers import TORCH_NORMS
 from lightning_norm.surgery.torch_private import TorchRunningNormBase
 
 
-class NormFreeze(Callback):
+class NormFreeze(Described, Callback):
     """Freeze normalization layers from an epoch on: those of this package, and torch's own that a model still has.
 
     Frozen statistics: the layers normalize by their running statistics in training as well, and these stand still,
@@ -142,6 +143,7 @@ class NormFreeze(Callback):
                 if p.requires_grad:
                     p.requires_grad_(False)
                     self._undo.append(functools.partial(setattr, p, "requires_grad", True))
+        # Once for each freeze, so that the log of a run says in which epoch it began.
         what = [n for n, wanted in (("statistics", self.statistics), ("parameters", self.affine)) if wanted]
         rank_zero_info(f"NormFreeze: {' and '.join(what)} of {len(self.layers)} layers are frozen from now on.")
         if self.statistics:

@@ -32,7 +32,7 @@ from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.pausing import is_paused
 from lightning_norm.layers.pooling import ready_window
-from lightning_norm.layers.recomputation import FirstRun, may_run_again, second_run
+from lightning_norm.layers.recomputation import FirstRun, may_run_again, second_run, tell_of_graph
 from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.special_calls import SpecialCalls
@@ -291,7 +291,21 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         return {name for name, _ in self.named_parameters()}
 
     def monitor(self) -> dict[str, Tensor]:
-        """Return what the layer has learned, as quantity -> 0-dim tensor, for the loggers."""
+        """Return what the layer has learned, as quantity -> 0-dim tensor, for the loggers.
+
+        NaN stands for what was not measured yet: it is not drawn.
+        """
+        return {}
+
+    def shared_quantities(self) -> tuple[str, ...]:
+        """Return the quantities of :meth:`monitor` that all layers of a network have in common, to be drawn once."""
+        return ()
+
+    def monitor_notes(self) -> dict[str, str]:
+        """Return quantity -> what its reader must know at this moment, for charts, the table and one line of the log.
+
+        It may read from the device: it is called at the start and at the end of a fit alone.
+        """
         return {}
 
     def choice(self, threshold: float) -> Choice | None:
@@ -493,6 +507,8 @@ class MomentNorm(SpecialCalls, Normalizer):
                 return self._normalize_twice(input, activation, residual, valid)
             if self.compiled or torch_private.is_transformed():
                 return self._normalize_specially(input, activation, residual, valid)
+        elif self.moves_running_stats and torch_private.is_traced_in_checkpoint():
+            tell_of_graph(type(self).__name__)
         return _forward(self, input, activation, residual, valid)
 
     def _normalize_twice(self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None) -> Tensor:

@@ -139,4 +139,4 @@ class BatchRenorm(BlendedNorm):
             return {}
         # As far as a schedule has widened them.
         limits = {name: torch.tensor(getattr(self, name)) for name in ("r_max", "d_max")}
-        return {**limits, "gap_mean": self.gap[0], "gap_std": self.gap[1]}
+        return {**limits, **self.measured_gap()}

@@ -213,4 +213,4 @@ class DiminishingBatchNorm(BlendedNorm):
             return {}
         # A copy, for the monitor keeps the value and the schedule overwrites the tensor.
         alpha = self.weight_at(self.updates.clamp_min(1)).clone()
-        return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}
+        return {"alpha": alpha, **self.measured_gap()}

@@ -28,7 +28,7 @@ def groups_fit(make: Make) -> None:
         layer = make(channels, **{"num_groups": "auto", **wanted})
         expected = channels // wanted["channels_per_group"] if wanted else None
         number = getattr(layer, "num_groups", 0)
-        assert number > 0, "no groups"
+        assert number, "no groups"
         assert channels % number == 0, f"{number} groups of {channels} channels"
         assert expected in (None, number), f"{number} groups, not {expected}"
     with refused(ValueError, "channels_per_group=5 of 6", type(make(C)).__name__, "5", "6"):

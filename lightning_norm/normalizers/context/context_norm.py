@@ -290,6 +290,11 @@ class ContextNorm(ContextStatistics):
         priors = {f"prior_{k}": prior for k, prior in enumerate(self.prior)}
         return {**priors, "entropy": torch.special.entr(self.prior).sum()}
 
+    def shared_quantities(self) -> tuple[str, ...]:
+        """Return the priors and their entropy, where all layers are told of the same contexts."""
+        told = self.context != "gate" and self.prior is not None
+        return (*(f"prior_{k}" for k in range(self.num_contexts)), "entropy") if told else ()
+
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the gate to small numbers which are the same for layers of one size."""
         super().reset_parameters()
