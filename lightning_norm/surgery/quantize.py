@@ -41,7 +41,7 @@ def quantize(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     Raises:
         ModuleNotFoundError: torchao is not installed.
         QuantizationError: the model is not on the CPU, ``batches`` holds no tensors, ``torch.export`` cannot trace the
-            model, or torchao cannot quantize what it traced, such as the gates of a rbn that was not folded.
+            model, or torchao cannot quantize what it traced, such as a rbn that was not folded.
 
     Warns:
         LeftAloneWarning: normalizers stay in float; it says which and why.
