@@ -45,7 +45,8 @@ def network(key: str | None, x: Tensor) -> nn.Module:
         optimizer.step()
     with torch.no_grad():
         fold(model.eval(), x)
-    return model.requires_grad_(False)
+    inference: nn.Module = model.requires_grad_(False)
+    return inference
 
 
 def describe(model: nn.Module) -> str:
@@ -68,7 +69,8 @@ def rows(kind: str, keys: list[str], x: Tensor, rounds: int, calls: int) -> list
     models = {key or "BatchNorm2d": network(key, x) for key in (None, *keys)}
     said = {name: describe(model) for name, model in models.items()}
     if kind == "compiled":
-        models = {name: torch.compile(model) for name, model in models.items()}
+        for model in models.values():
+            model.compile()
     for model in models.values():
         timed(model, x, 2)
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -76,7 +78,7 @@ def rows(kind: str, keys: list[str], x: Tensor, rounds: int, calls: int) -> list
         for name, model in models.items():
             times[name].append(timed(model, x, calls))
     reference = times["BatchNorm2d"]
-    made = []
+    made: list[tuple[str, ...]] = []
     for name, own in times.items():
         ratio = statistics.median(a / b for a, b in zip(own, reference, strict=True))
         bar = "" if name == "BatchNorm2d" else f"{BARS[kind]:.2f}"

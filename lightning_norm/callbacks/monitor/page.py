@@ -214,7 +214,7 @@ def _row_writers(trainer: pl.Trainer) -> Iterator[Any]:
     for logger in trainer.loggers:
         if writes_rows(logger):
             assert is_instance(logger, TensorBoardLogger)
-            yield FileWriter(f"{logger.log_dir}/{HPARAMS}")  # type: ignore[no-untyped-call]
+            yield FileWriter(f"{logger.log_dir}/{HPARAMS}")
 
 
 def _summaries(hparams: dict[str, Any]) -> tuple[Any, Any, Any]:
