@@ -115,8 +115,8 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
 
     @property
     def fused_spec_key(self) -> bool:
-        """Whether anything is dropped, which the value of ``dropout`` decides."""
-        return self.drop_prob() is None
+        """Whether nothing is dropped, which the value of ``dropout`` decides."""
+        return not self.training or self.drop_prob() is None
 
     @property
     def preserves_eval(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
+from lightning_norm.kernels.grid import samples_and_channels
 from lightning_norm.kernels.launcher import Number
 from lightning_norm.ops.fused import operators, recorded
 from lightning_norm.ops.fused.operators import from_numbers, to_numbers
@@ -65,16 +66,21 @@ class EncoderDecoderSpec:
         return recorded.kind_of("encoder decoder", self.flags, self.eps, *(t.shape for t in self.linears))
 
     @property
+    def of_batch_alone(self) -> bool:
+        """Whether the networks see the one row of the batch's or the running statistics."""
+        return self.flags.batch
+
+    @functools.cached_property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """The tensors that may need a gradient."""
         return self.weight, self.bias, *self.gates, *self.linears
 
-    @property
+    @functools.cached_property
     def buffers(self) -> tuple[Tensor | None, ...]:
         """The running statistics."""
         return self.running
 
-    @property
+    @functools.cached_property
     def backward_buffers(self) -> tuple[Tensor | None, ...]:
         """Nothing beside what is of the call: noise, probability and seed."""
         return ()
@@ -131,23 +137,27 @@ class EncoderDecoderSpec:
 
     def unpack(self, gradients: list[Any], packed: Tensor) -> None:
         """Write the gradients of the four gates."""
-        for i, (gate, g) in enumerate(zip(self.gates, torch.split(packed[:4], 1), strict=True)):
-            gradients[2 + i] = None if gate is None else g.view(gate.shape)
+        # Each gate is a single number, in a tensor of one axis.
+        gradients[2:6] = packed[:4].unsqueeze(1).unbind()
+        for i, gate in enumerate(self.gates, 2):
+            if gate is None:
+                gradients[i] = None
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
+        channel_dim = recorded.channel_dim_of(x, self, layout.channel_dim)
         if recorded.can_record(x, self, residual):
-            return recorded.normalize(x, self, layout.channel_dim, activation, residual)
+            return recorded.normalize(x, self, channel_dim, activation, residual)
         dropout = self._dropout(x)
         linears = [t.detach() for t in self.linears]
         weight, bias, *gates = (None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
         op = ops.encoder_decoder_affine_and_track if self.flags.track else ops.encoder_decoder_affine
         stats = op(
-            x.detach(), linears, gates, weight, bias, *dropout, *self.running, layout.channel_dim,
+            x.detach(), linears, gates, weight, bias, *dropout, *self.running, channel_dim,
             to_numbers(self.flags), self.eps,
         )  # fmt: skip
         y: Tensor = _EncoderDecoder.apply(
-            x, self.weight, self.bias, *self.gates, *self.linears, residual, *stats, *dropout, layout.channel_dim,
+            x, self.weight, self.bias, *self.gates, *self.linears, residual, *stats, *dropout, channel_dim,
             self.flags, self.eps, activation,
         )  # fmt: skip
         return y
@@ -215,7 +225,7 @@ def _gradients(dy: Tensor, x: Tensor, *args: Any) -> Any:
 
 def _fake_affine(x: Tensor, linears: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channel_dim, numbers, _ = args[-3:]
-    n, c, h = x.shape[0], x.shape[channel_dim], linears[0].shape[0] + linears[6].shape[0]
+    (n, c), h = samples_and_channels(x, channel_dim), linears[0].shape[0] + linears[6].shape[0]
     rows = 1 if from_numbers(EncoderDecoderFlags, numbers).batch else n
     affine = operators.per_sample_and_channel(x, channel_dim, 3)
     return affine.new_empty(3, rows, c), affine.new_empty(2, rows, h), affine.new_empty(4, rows, c), affine
