@@ -180,7 +180,9 @@ def adjoint(
 def _tile(grid: Grid, flags: MixtureFlags, most: int) -> dict[str, int]:
     """Return the tiles over which columns and rows of (N, C) are pooled, of at most ``most`` elements."""
     # At most two steps for 64 samples, or for 2048 channels of a group.
-    n, t = min(power(grid.n), most // 16), min(power(grid.c // flags.num_groups), 1024)
+    n, per_group = min(power(grid.n), most // 16), grid.c // flags.num_groups
+    # Few lengths, so that a network of many widths compiles few kernels.
+    t = power(per_group) if per_group <= 16 else next(t for t in (64, 256, 1024) if per_group <= t or t == 1024)
     return {
         "N_BLOCK": n, "C_BLOCK": max(1, min(power(grid.c), most // n, 64)),
         "G_BLOCK": max(1, min(power(grid.n * flags.num_groups), most // t, 16)), "T_BLOCK": t,

@@ -70,17 +70,17 @@ class EncoderDecoderSpec:
         """Whether the networks see the one row of the batch's or the running statistics."""
         return self.flags.batch
 
-    @functools.cached_property
+    @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """The tensors that may need a gradient."""
         return self.weight, self.bias, *self.gates, *self.linears
 
-    @functools.cached_property
+    @property
     def buffers(self) -> tuple[Tensor | None, ...]:
         """The running statistics."""
         return self.running
 
-    @functools.cached_property
+    @property
     def backward_buffers(self) -> tuple[Tensor | None, ...]:
         """Nothing beside what is of the call: noise, probability and seed."""
         return ()

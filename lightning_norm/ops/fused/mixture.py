@@ -97,18 +97,18 @@ class MixtureSpec:
         """Whether no sample has statistics of its own."""
         return self.flags.at_in < 0 and self.flags.at_ln < 0
 
-    @functools.cached_property
+    @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """The tensors that may need a gradient."""
         return self.weight, self.bias, self.w, self.v
 
-    @functools.cached_property
+    @property
     def buffers(self) -> tuple[Tensor | None, ...]:
         """The running statistics."""
         r = self.running
         return (None,) * 5 if r is None else (r.mean, r.var, r.tracked, r.skipped, r.momentum)
 
-    @functools.cached_property
+    @property
     def backward_buffers(self) -> tuple[Tensor | None, ...]:
         """The running statistics where y depends on them."""
         return self._frozen()
@@ -223,17 +223,17 @@ class RecordedDepthwise:
         """Whether positions have no neighbours: never."""
         return False
 
-    @functools.cached_property
+    @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """The tensors that may need a gradient."""
         return self.kernel, self.bias
 
-    @functools.cached_property
+    @property
     def buffers(self) -> tuple[Tensor | None, ...]:
         """The running statistics."""
         return self.mixture.buffers
 
-    @functools.cached_property
+    @property
     def backward_buffers(self) -> tuple[Tensor | None, ...]:
         """The running statistics where y depends on them."""
         return self.mixture.backward_buffers

@@ -80,24 +80,24 @@ class PerChannelSpec:
         """What the launches depend on beside tensors."""
         return recorded.kind_of("per channel", self.flags, self.numbers)
 
-    @functools.cached_property
+    @property
     def of_batch_alone(self) -> bool:
         """Whether no sample is looked at by itself."""
         f = self.flags
         return not (f.contexts or f.condensed or f.center or f.scale or f.affine or f.gate)
 
-    @functools.cached_property
+    @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """The tensors that may need a gradient."""
         return self.weight, self.bias, *self.gates
 
-    @functools.cached_property
+    @property
     def buffers(self) -> tuple[Tensor | None, ...]:
         """What else the forward launches read or move."""
         counters = (*self.counters, *(None,) * (4 - len(self.counters)))
         return self.responsibilities, *self.running, *counters, self.rate, self.threshold, self.limit
 
-    @functools.cached_property
+    @property
     def backward_buffers(self) -> tuple[Tensor | None, ...]:
         """What else the backward launches read."""
         return (self.responsibilities,)
