@@ -19,7 +19,9 @@ def faults(wheel: Path, tag: str) -> list[str]:
     version = wheel.name.split("-")[1]
     names = set(zipfile.ZipFile(wheel).namelist())
     info = f"{PACKAGE}-{version}.dist-info/"
-    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / PACKAGE).rglob("*") if p.suffix in (".py", ".pyi")}
+    files = {
+        p.relative_to(ROOT).as_posix() for p in (ROOT / PACKAGE).rglob("*") if p.suffix in (".py", ".pyi", ".json")
+    }
     expected = files | {f"{PACKAGE}/py.typed"}
     found = [f"{name} is missing." for name in sorted(expected - names)]
     found += [f"{name} does not belong into it." for name in sorted(names - expected) if not name.startswith(info)]

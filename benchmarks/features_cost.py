@@ -7,9 +7,9 @@
 layer of this working tree beside that of another tree, such as ``git worktree add TREE COMMIT`` makes, in turn, in one
 process per tree; a second process of this tree says how far two processes of the same code differ.
 
-The CPU time of the one thread that works does not count the time in which a busy machine runs something else. Memory that
-the C library hands back to the system and fetches again costs more than a pass over it, and whether it does that is a
-matter of chance: here it keeps what it has (glibc).
+The CPU time of the one thread that works does not count the time in which a busy machine runs something else. Memory
+that the C library hands back to the system and fetches again costs more than a pass over it, and whether it does that
+is a matter of chance: here it keeps what it has (glibc).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 SHAPES = ((32, 64, 28, 28), (8, 16, 8, 8))
-ARGUMENTS = {"cn": {"context": "gate"}, "gn": {"num_groups": 8}}
+ARGUMENTS: dict[str, dict[str, Any]] = {"cn": {"context": "gate"}, "gn": {"num_groups": 8}}
 """Of the layers that need some in either tree."""
 
 ROUND = 0.012

@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import signal
 import statistics
@@ -43,6 +45,8 @@ LIBRARIES = ("timm", "torchvision", "smp", "monai", "ultralytics", "decoders")
 TOLERANCE = 1e-4
 """Of a layer's or a model's evaluation, relative to its largest absolute output."""
 BATCH = 2
+EARLIER: dict[tuple[str, str], Row] = {}
+"""Library and model -> a row of an earlier run: which one is the smallest, and which are measured quickly."""
 
 
 @dataclass
@@ -80,6 +84,7 @@ class Row:
         step: "ok", or what the training step lacked.
         undo: "ok", or what is not bit-identical after it.
         export: "ok", or the error; "" where it was not asked for.
+        measured: the name of the run, as ``--again`` gave it.
     """
 
     library: str
@@ -101,6 +106,7 @@ class Row:
     undo: str = ""
     export: str = ""
     seconds: float = 0.0
+    measured: str = ""
 
     @property
     def id(self) -> tuple[str, str, str, str]:
@@ -111,8 +117,11 @@ class Row:
 # ---------------------------------------------------------------------------------------------------- the libraries
 
 
-def parameters_of(build: Callable[[], nn.Module]) -> int:
+def parameters_of(library: str, name: str, build: Callable[[], nn.Module]) -> int:
     """Return the number of parameters without making them, where the model can be built on the meta device."""
+    earlier = EARLIER.get((library, name))
+    if earlier is not None and earlier.parameters:
+        return earlier.parameters
     try:
         with torch.device("meta"):
             model = build()
@@ -128,10 +137,12 @@ def timm_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Model | R
         if not wanted(family):
             continue
         names = [n for n in timm.list_models(module=family) if not n.startswith("test_")]
+        # To find the smallest, all are built.
+        names = [n for n in names if ("timm", n) in EARLIER] or names
         counts = {}
         for name in names:
             with contextlib.suppress(Exception):
-                counts[name] = parameters_of(lambda name=name: timm.create_model(name, pretrained=False))  # type: ignore[misc]
+                counts[name] = parameters_of("timm", name, lambda name=name: timm.create_model(name, pretrained=False))  # type: ignore[misc]
         if not counts:
             yield Row("timm", family, "", "", "", "skipped", "no model of it can be built without further packages")
             continue
@@ -139,8 +150,8 @@ def timm_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Model | R
         if counts[name] > limit:
             yield Row("timm", family, name, "", "", "skipped", f"{counts[name] / 1e6:.0f} M parameters", counts[name])
             continue
-        own = timm.get_pretrained_cfg(name)
-        size = own.input_size[-1] if own is not None else 224
+        pretrained = timm.get_pretrained_cfg(name)
+        size = pretrained.input_size[-1] if pretrained is not None else 224
 
         def build(size: int | None, name: str = name) -> nn.Module:
             try:
@@ -159,7 +170,8 @@ def torchvision_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Mo
             continue
         options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         try:
-            count = parameters_of(lambda name=name, options=options: models.get_model(name, weights=None, **options))  # type: ignore[misc]
+            make = functools.partial(models.get_model, name, weights=None, **options)
+            count = parameters_of("torchvision", name, make)
         except Exception as error:
             yield Row("torchvision", name, name, "", "", "skipped", short(error))
             continue
@@ -367,10 +379,10 @@ def randomize(model: nn.Module, x: Tensor) -> tuple[set[str], str]:
 
 def loss_of(result: Any) -> Tensor:
     """Return a loss that every output takes part in."""
-    found = [t for t in outputs(result) if t.requires_grad]
-    if not found:
+    with_gradient = [t for t in outputs(result) if t.requires_grad]
+    if not with_gradient:
         raise RuntimeError("no output depends on a parameter")
-    return torch.stack([t.float().square().mean() for t in found]).sum()
+    return torch.stack([t.float().square().mean() for t in with_gradient]).sum()
 
 
 def left_alone(model: nn.Module) -> dict[str, int]:
@@ -507,17 +519,20 @@ def export(model: nn.Module, x: Tensor, seconds: int) -> str:
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise a TimeoutError after some seconds, and again every five: what runs may catch it. Ends an outer limit."""
+    """Raise a TimeoutError after some seconds of the CPU, and again every five: what runs may catch it.
+
+    It ends an outer limit. A wall clock would count what else the machine does.
+    """
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"took longer than {seconds} s")
+        raise TimeoutError(f"took longer than {seconds} s of a CPU")
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 5)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def prepare(model: Model) -> tuple[nn.Module, Tensor, int, set[str], str]:
@@ -579,28 +594,26 @@ def measure(
 
 
 def sweep(options: argparse.Namespace, done: dict[tuple[str, str, str, str], Row]) -> Iterator[Row]:
-    """Yield the rows that are not done yet."""
-    count = 0
+    """Yield the rows that are not done yet, those first that took the shortest time before."""
+    models: list[Model | Row] = []
     for library in options.libraries:
+
+        def wanted(family: str, library: str = library) -> bool:
+            left_out = (library, family, "", "") in done
+            finished = all((library, family, norm, "default") in done for norm in options.norms)
+            return not (left_out or finished or (options.families and family not in options.families))
+
         try:
-
-            def wanted(family: str, library: str = library) -> bool:
-                left_out = (library, family, "", "") in done
-                finished = all((library, family, norm, "default") in done for norm in options.norms)
-                return not (left_out or finished or (options.families and family not in options.families))
-
-            models = MODELS[library](options.max_parameters, wanted)
-            for model in models:
-                if options.limit and count >= options.limit:
-                    return
-                if isinstance(model, Row):
-                    yield model
-                    continue
-                count += 1
-                yield from sweep_model(model, options, done)
-                gc.collect()
+            models += MODELS[library](options.max_parameters, wanted)
         except ImportError as error:
             print(f"{library} is left out: {error}", file=sys.stderr)
+    yield from (model for model in models if isinstance(model, Row))
+    todo = [model for model in models if isinstance(model, Model)]
+    known = {name: row.seconds for name, row in EARLIER.items() if row.seconds}
+    todo.sort(key=lambda m: known.get((m.library, m.name), math.inf))
+    for model in todo[: options.limit or None]:
+        yield from sweep_model(model, options, done)
+        gc.collect()
 
 
 def sweep_model(model: Model, options: argparse.Namespace, done: dict[tuple[str, str, str, str], Row]) -> Iterator[Row]:
@@ -610,7 +623,7 @@ def sweep_model(model: Model, options: argparse.Namespace, done: dict[tuple[str,
     for norm in todo:
         for source in ("default", "hint"):
             row = Row(model.library, model.family, model.name, norm, source)
-            start = time.perf_counter()
+            start = time.process_time()
             hints: list[str] = []
             try:
                 with time_limit(options.seconds), warnings.catch_warnings():
@@ -624,7 +637,7 @@ def sweep_model(model: Model, options: argparse.Namespace, done: dict[tuple[str,
             except Exception as error:
                 row.status, row.reason = "error", short(error)
                 prepared = None  # it may be half swapped
-            row.seconds = round(time.perf_counter() - start, 2)
+            row.seconds = round(time.process_time() - start, 2)
             yield row
             if not hints:
                 break
@@ -663,7 +676,7 @@ def markdown(rows: list[Row]) -> str:
         summary(rows),
         "",
         "Inputs are two images of the smallest size that the model takes (px; volumes of that edge in monai's models), "
-        "for export too. A row may take 300 s, and its export as many; what took longer says so.",
+        "for export too. A row may take 300 s of a CPU, and its export as many; what took longer says so.",
         "",
         f"Versions: {', '.join(versions)}. Median of {seconds:.1f} s per row.",
         "",
@@ -734,7 +747,7 @@ EPILOG = """columns
               original reaches
   undo        state and outputs bit-identical
   export      torch.export of the folded model gives the same
-  s           seconds
+  s           seconds of a CPU
 
 needs  pip install timm torchvision segmentation-models-pytorch monai ultralytics (a missing one is left out)
 """
@@ -764,7 +777,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--export", action="store_true", help="fold, torch.export and compare as well")
     parser.add_argument("--lines", type=Path, default=FOLDER / "zoo.jsonl", help="the rows; a run goes on after them")
     parser.add_argument("--markdown", type=Path, default=FOLDER / "zoo.md", help="the table")
-    parser.add_argument("--again", action="store_true", help="forget the rows of earlier runs")
+    parser.add_argument("--again", default="", metavar="NAME", help="measure all rows anew whose run has another name")
     options = parser.parse_args()
     options.families = set(options.families)
     options.max_parameters = int(options.max_parameters)
@@ -781,11 +794,12 @@ def main() -> None:
     """Run the sweep and write the table."""
     options = parse()
     os.environ.setdefault("YOLO_VERBOSE", "false")
-    if options.again:
-        options.lines.unlink(missing_ok=True)
     options.lines.parent.mkdir(parents=True, exist_ok=True)
-    done = read_lines(options.lines)
+    earlier = read_lines(options.lines)
+    EARLIER.update({(row.library, row.model): row for row in earlier.values()})
+    done = {key: row for key, row in earlier.items() if not options.again or row.measured == options.again}
     for row in sweep(options, done):
+        row.measured = options.again
         with options.lines.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
         done[row.id] = row
@@ -793,7 +807,7 @@ def main() -> None:
         print(
             f"{len(done):4d}  {row.library} {row.family} {row.norm} {row.source}: {what} ({row.seconds} s)", flush=True
         )
-    rows = sorted(done.values(), key=lambda r: (LIBRARIES.index(r.library), r.family))
+    rows = sorted({**earlier, **done}.values(), key=lambda r: (LIBRARIES.index(r.library), r.family))
     options.markdown.write_text(markdown(rows))
     print(summary(rows))
 

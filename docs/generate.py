@@ -4,9 +4,9 @@
     python docs/generate.py --check     say what would change, and exit with status 1 if anything would (CI)
 
 What a file takes from here stands between the lines ``generated: NAME`` and ``end of generated``; the rest is written
-by hand. ``lightning_norm/__init__.pyi`` is generated as a whole. In CITATION.cff a reference is added for each paper
-that has none; its details (all authors, pages) are then completed by hand and stay. The map of the code is that of
-``code_map.py`` beside this file.
+by hand. ``lightning_norm/__init__.pyi`` and ``lightning_norm/cli/normalizers.json`` are generated as a whole. In
+CITATION.cff a reference is added for each paper that has none; its details (all authors, pages) are then completed by
+hand and stay. The map of the code is that of ``code_map.py`` beside this file.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import lightning_norm
 from lightning_norm import Normalizer, Paper
+from lightning_norm.cli import list as command_list
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))  # where this file is loaded by its path, as the tests do
@@ -305,6 +306,8 @@ def results() -> Iterator[tuple[Path, str]]:
     for name, (label, says) in badges().items():
         yield ROOT / "docs/img" / name, badge(label, says)
     yield ROOT / "lightning_norm/__init__.pyi", stub(public_names())
+    declared = [command_list.describe(cls) for cls in METHODS.values()]
+    yield ROOT / "lightning_norm/cli/normalizers.json", json.dumps(declared, indent=1) + "\n"
     citation = ROOT / "CITATION.cff"
     yield citation, with_references(citation.read_text(encoding="utf-8"))
     yield code_map.PAGE, code_map.page()

@@ -70,7 +70,7 @@ def check_wheel(monkeypatch):
 def wheel(tmp_path, check_wheel):
     """A wheel as it should be, by the names in it."""
     folder = ROOT / "lightning_norm"
-    names = [p.relative_to(ROOT).as_posix() for p in folder.rglob("*") if p.suffix in (".py", ".pyi")]
+    names = [p.relative_to(ROOT).as_posix() for p in folder.rglob("*") if p.suffix in (".py", ".pyi", ".json")]
     file = tmp_path / "lightning_norm-9.8.7-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
         for name in [*names, "lightning_norm/py.typed", "lightning_norm-9.8.7.dist-info/METADATA"]:

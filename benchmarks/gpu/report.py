@@ -170,10 +170,10 @@ def memcheck(text: str) -> Row:
     """
     if not text:
         return {"part": "odd_shapes", "kind": "left out", "what": "compute-sanitizer", "why": "it did not run"}
-    found = re.findall(r"ERROR SUMMARY: (\d+) error", text)
+    totals = re.findall(r"ERROR SUMMARY: (\d+) error", text)
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "nothing was printed")
-    summary = f"{found[-1]} errors" if found else f"no summary; the last line: {last[:200]}"
-    return {"part": "odd_shapes", "kind": "memcheck", "errors": int(found[-1]) if found else None, "summary": summary}
+    summary = f"{totals[-1]} errors" if totals else f"no summary; the last line: {last[:200]}"
+    return {"part": "odd_shapes", "kind": "memcheck", "errors": int(totals[-1]) if totals else None, "summary": summary}
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ def shot_noise(x: np.ndarray, photons: float, random: np.random.Generator) -> np
     return random.poisson(x * photons) / photons
 
 
-def impulse_noise(x: np.ndarray, share: float, random: np.random.Generator) -> np.ndarray:
+def impulse_noise(x: np.ndarray, fraction: float, random: np.random.Generator) -> np.ndarray:
     """Replace a share of the values by salt and pepper, in equal parts."""
-    hit, salt = random.random(x.shape) < share, random.random(x.shape) < 0.5
+    hit, salt = random.random(x.shape) < fraction, random.random(x.shape) < 0.5
     return np.where(hit, salt, x)
 
 

@@ -143,6 +143,7 @@ class NormFreeze(Described, Callback):
                 if p.requires_grad:
                     p.requires_grad_(False)
                     self._undo.append(functools.partial(setattr, p, "requires_grad", True))
+        # Once for each freeze, so that the log of a run says in which epoch it began.
         what = [n for n, wanted in (("statistics", self.statistics), ("parameters", self.affine)) if wanted]
         rank_zero_info(f"NormFreeze: {' and '.join(what)} of {len(self.layers)} layers are frozen from now on.")
         if self.statistics:

@@ -87,6 +87,7 @@ def warn_ignored(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     strategy = trainer.strategy
     if not synchronizes_batchnorm(trainer) or is_instance(strategy, DDPStrategy, FSDPStrategy):
         return
+    # Told in numbers: what is left to the user is what the swap has not reached.
     unswapped = sum(isinstance(module, TORCH_BATCH_NORMS) for module in pl_module.modules())
     rank_zero_warn(
         f"{type(strategy).__name__} ignores sync_batchnorm and plugins=[NormSync()]. Layers of this package are "

@@ -13,6 +13,7 @@ import torch
 from lightning_norm.bench.clock import machine
 from lightning_norm.bench.shapes import bench_shape
 from lightning_norm.bench.tables import save, table
+from lightning_norm.cli.parsing import CommandParser
 from lightning_norm.normalizers import create, normalizers
 from lightning_norm.surgery.extras import require
 from lightning_norm.surgery.whole_files import write_whole
@@ -44,6 +45,8 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
         raise RuntimeError("no CUDA device found. Type --device cpu.")
     if options.save:
         require("the picture of --save", "examples", "matplotlib", otherwise=", or --json FILE in place of --save")
+    if options.repeats < 2:
+        raise ValueError(f"--repeats must be 2 or more, for quartiles, got {options.repeats}.")
     # Fixed and written down, for the times of a CPU depend on it more than on the layer.
     torch.set_num_threads(options.threads)
     texts = DECODERS if options.shapes == "decoders" else options.shapes
@@ -86,7 +89,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lightning-norm bench",
         description="Time every normalizer beside nn.BatchNorm and its own formula written naively, after checking it.",
         epilog=EPILOG,

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from lightning_norm.callbacks.lightning_compat import pl
+from lightning_norm.cli.parsing import CommandParser
 from lightning_norm.errors import CheckpointError
 from lightning_norm.layers.state import published_keys
 from lightning_norm.normalizers import normalizers
@@ -92,12 +93,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "lightning-norm convert",
+    parser = CommandParser(
+        prog="lightning-norm convert",
         description="Rewrite a checkpoint of a paper's authors as one of lightning_norm.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help="what the authors' code has written")
     parser.add_argument("--out", required=True, metavar="OUT", help="the new file")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.cli.norm_cli import NormCLI
+from lightning_norm.cli.parsing import CommandParser, own_options
 from lightning_norm.cli.screen import without_noise
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.deploy import fold, to_plain
@@ -48,7 +49,8 @@ def run(argv: Sequence[str]) -> None:
         SystemExit: an argument or a configuration file is wrong.
     """
     # What this parser does not know is left to LightningCLI, which builds the model.
-    options, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
     if not options.out.endswith((".pt2", ".onnx")):
         raise ValueError(f"--out must end in .pt2 or .onnx, got {options.out!r}.")
     # Told now, and not after the model was built and loaded.
@@ -56,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
         require("a .onnx file", "export", "onnx", "onnxscript")
     # Without the callback that saves the configuration: nothing is trained, and no folder is made.
     with without_noise():
-        cli = NormCLI(rest, run=False, save_config_callback=None)
+        cli = NormCLI(rest, run=False, save_config_callback=None, parser_kwargs={"also": own_options(parser)})
     model = prepared(cli, options.ckpt_path)
     example = _example(model, options.shape)
     # The layers are changed first, or the file would hold the graph of the swapped network.
@@ -148,13 +150,11 @@ def _example(model: pl.LightningModule, shape: str | None) -> Tensor:
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the options that are not LightningCLI's."""
-    parser = argparse.ArgumentParser(
-        "lightning-norm export",
+    parser = CommandParser(
+        prog="lightning-norm export",
         description="Write the network for inference: normalizers folded, or as torch's own layers.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # An abbreviation would take options of fit that begin alike, --l or --o for example.
-        allow_abbrev=False,
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="net.pt2 (torch.export) or net.onnx")
     parser.add_argument("--ckpt_path", metavar="FILE", help="weights, and what was swapped")

@@ -17,18 +17,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lightning_norm.layers.base import Normalizer
-from lightning_norm.normalizers import normalizers
+from lightning_norm.cli.parsing import CommandParser
 from lightning_norm.surgery.text_tables import aligned
 
 EPILOG = str(__doc__).partition("\n\n")[2]
 """What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
 
+if TYPE_CHECKING:
+    from lightning_norm.layers.base import Normalizer
+
 
 def run(argv: Sequence[str]) -> None:
-    """Print every registered normalizer.
+    """Print every normalizer of this package.
 
     Args:
         argv: the arguments behind ``list``.
@@ -36,16 +39,17 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: wrong arguments.
     """
-    parser = argparse.ArgumentParser(
-        "lightning-norm list",
+    parser = CommandParser(
+        prog="lightning-norm list",
         description="The normalizers, by the key that `norm:` takes.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    # JSON and the table show the same declarations.
-    rows = [describe(cls) for cls in normalizers().values()]
-    if parser.parse_args(argv).json:
+    options = parser.parse_args(argv)
+    # Written beforehand by docs/generate.py: to ask the classes would first import torch, which takes seconds.
+    rows = json.loads(Path(__file__).with_name("normalizers.json").read_text(encoding="utf-8"))
+    if options.json:
         print(json.dumps(rows, indent=2))
         return
     # The shortest headings that tell the columns apart; the lines below the table explain them.

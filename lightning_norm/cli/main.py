@@ -44,6 +44,16 @@ class Command:
     summary: str = ""
 
 
+INTRODUCTION = """Replace the BatchNorm layers of a PyTorch Lightning model by another normalizer.
+  list       the normalizers, their papers, and what each needs
+  plan       what a swap would do to each layer of your model
+  fit        train with a swap, and its sisters validate, test and predict
+  compare    several normalizers on your own job: accuracy with intervals, time, memory
+  bench      the time of each layer on this machine
+  convert    a file of a paper's authors becomes a checkpoint
+  export     the trained network as .pt2 or ONNX, normalizers folded
+Try it:    lightning-norm fit --model ImageClassifier --norm sn
+More:      lightning-norm --help        lightning-norm COMMAND --help"""
 TRAIN = "train"
 CONFIG = "--config examples/configs/digits_sn.yaml"
 COMMANDS = {
@@ -61,8 +71,15 @@ COMMANDS = {
         Command("bench", "measure", "--device cpu", "time and memory"),
     )
 }
+MISTAKES = (ValueError, TypeError, RuntimeError, ModuleNotFoundError, OSError)
 TRACEBACK = "LIGHTNING_NORM_TRACEBACK"
 """Environment variable that asks for the traceback of an error of this package's own."""
+CHECKS = (
+    "lightning/pytorch/trainer/connectors/",
+    "lightning/pytorch/trainer/configuration_validator",
+    "lightning/pytorch/trainer/setup",
+)
+"""Where Lightning refuses arguments of its Trainer, and modules that lack a method."""
 UNREAD = 141
 """The status of a command whose output nobody reads any more: 128 and the number of SIGPIPE, as a shell shows it."""
 
@@ -98,8 +115,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     """Run the command that the first argument names, or print the overview."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Without a command the overview is of more use than an error.
-    name = arguments[0] if arguments else "--help"
+    # Without a command a few words are of more use than an error.
+    if not arguments:
+        print(INTRODUCTION)
+        return
+    name = arguments[0]
     if name in ("--help", "-h", "help"):
         print(overview())
         return
@@ -125,7 +145,7 @@ def _main(argv: Sequence[str] | None) -> None:
         if cause is None or os.environ.get(TRACEBACK):
             raise
         # A user's mistake needs the sentence and not the frames; the variable helps whoever doubts that.
-        _exit(f"{cause}\n(the traceback: {TRACEBACK}=1)")
+        _exit(" ".join(str(cause).split("\n")))
 
 
 def _is_unread(stream: TextIO) -> bool:
@@ -150,7 +170,7 @@ def overview() -> str:
         for command in commands:
             example = f"lightning-norm {command.name} {command.example}".rstrip()
             lines.append(f"  {command.name:9s}  {example:66s}  {command.summary}".rstrip())
-    return "\n".join([*lines, "", "  --version  --help"])
+    return "\n".join([*lines, "", f"  --version  --help        {TRACEBACK}=1 shows where an error was raised"])
 
 
 def _run(command: Command, arguments: list[str]) -> None:
@@ -188,8 +208,11 @@ def _raised_by_this_package(error: BaseException | None) -> BaseException | None
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
         # The innermost frame decides: an error from torch below our code may be a bug of ours.
-        raised_here = frames and Path(frames[-1].filename).resolve().is_relative_to(package)
-        if raised_here and isinstance(error, (ValueError, TypeError, RuntimeError, ModuleNotFoundError, OSError)):
+        file = Path(frames[-1].filename).resolve() if frames else Path()
+        # Lightning's Trainer checks what it is given, in the same words as ours: what was expected and what came.
+        raised_here = file.is_relative_to(package) or any(part in file.as_posix() for part in CHECKS)
+        # Its own type of error says that it is the user's, wherever it is raised; its module is not imported here.
+        if type(error).__name__ == "MisconfigurationException" or (raised_here and isinstance(error, MISTAKES)):
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -14,11 +14,12 @@ From the command line to the training, in this order:
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
+import itertools
 import math
 import pkgutil
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -26,17 +27,19 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import lightning.pytorch.callbacks
+import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 import lightning_norm.callbacks
 import lightning_norm.plugins
-from lightning_norm.callbacks import NormSwap
+from lightning_norm.callbacks import NormMonitor, NormSwap
 from lightning_norm.callbacks.lightning_private import starts_processes
+from lightning_norm.cli.parsing import nearest, with_nearest
 from lightning_norm.cli.screen import screen_callbacks
 from lightning_norm.cli.section import (
     PARSER_MODE,
@@ -80,8 +83,10 @@ NAMED = (*OURS, lightning.pytorch.callbacks)
 class NormParser(LightningArgumentParser):
     """LightningCLI's parser; an error is the few lines that matter, with the nearest name."""
 
-    def __init__(self, *args: Any, parser_mode: str = PARSER_MODE, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, parser_mode: str = PARSER_MODE, also: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, parser_mode=parser_mode, **kwargs)
+        # Of the command that has this parser read what it does not know itself.
+        self.also = tuple(also)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -90,7 +95,16 @@ class NormParser(LightningArgumentParser):
             super().error(message, ex)
         # The options to suggest are those of the subcommand in which the mistake was made.
         parser = getattr(ex, "subcommand_parser", None) or self
-        self.exit(2, f"lightning-norm: error: {clarify(message, list(parser.get_defaults().keys()))}\n")
+        options = [f"--{name}" for name, _ in parser.get_defaults().items()]
+        self.exit(2, f"lightning-norm: error: {clarify(message, [*self.also, *options, *_options_of(parser)])}\n")
+
+
+def _options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options of a parser and of its subcommands, as they are typed."""
+    # Most subcommands have the same ones, and which of them was meant is not known here.
+    subparsers = [p for a in parser._actions for p in (getattr(a, "_name_parser_map", None) or {}).values()]
+    options = [*parser._option_string_actions, *(o for p in subparsers for o in p._option_string_actions)]
+    return [option for option in options if not option.endswith(".help")]
 
 
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -98,6 +112,20 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
     It has a name in this module so that processes which are spawned can be sent the parser.
     """
+
+
+class SavedConfig(SaveConfigCallback):
+    """Save the configuration beside the logs; without a logger, under a name that is free."""
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Without a logger every run has the same folder, which may hold the user's own config.yaml: Lightning stops.
+        if not self.already_saved and trainer.log_dir is not None:
+            folder = Path(trainer.log_dir)
+            names = (f"config-v{i}.yaml" if i else "config.yaml" for i in itertools.count())
+            free = next(name for name in names if not (folder / name).exists())
+            self.config_filename = trainer.strategy.broadcast(free)
+        super().setup(trainer, pl_module, stage)
 
 
 class NormCLI(LightningCLI):
@@ -135,10 +163,10 @@ class NormCLI(LightningCLI):
             subclass_mode_data=True,
             parser_class=NormParser,
             seed_everything_default=0,
+            **({"save_config_callback": SavedConfig} | options),
             trainer_defaults={"max_epochs": 5},
             args=expand_root(expand_norm(list(args))) if args is not None else None,
             run=run,
-            **options,
         )
 
     _checkpoint: Mapping[str, Any] = MappingProxyType({})
@@ -227,16 +255,19 @@ class NormCLI(LightningCLI):
             swap = self._swap_of_checkpoint(path)
         # In front of the swap, which begins to watch its layers when the training starts.
         screen = screen_callbacks(config.trainer, callbacks) if self.subcommand == "fit" else []
+        _check_monitors(callbacks)
         kwargs["callbacks"] = [*screen, *(() if swap is None else (swap,)), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Swap now if the strategy is about to start processes, ``ddp_spawn`` say: no callback is asked before that."""
+        """Swap now if the strategy starts processes, ``ddp_spawn`` say, before a callback is asked; tell of no swap."""
+        swaps = [c for c in self.trainer.callbacks if isinstance(c, NormSwap)]  # type: ignore[attr-defined]
+        if not swaps:
+            rank_zero_info("No norm: nothing is swapped. Type --norm sn (say) to swap the BatchNorm layers.")
         # Nobody can call swap_before_launch from a command line.
         if starts_processes(self.trainer):
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, NormSwap):
-                    callback.swap_before_launch(self.model)
+            for callback in swaps:
+                callback.swap_before_launch(self.model)
 
     def _swap_of_checkpoint(self, path: str | None) -> NormSwap | None:
         """Return a callback that swaps the model as the checkpoint says, unless the model does that by itself.
@@ -296,7 +327,7 @@ def expand_root(args: list[str]) -> list[str]:
 
 
 def clarify(message: str, options: Sequence[str]) -> str:
-    """Shorten a message of jsonargparse to what went wrong where, and add the nearest name.
+    """Return a message of jsonargparse as one line: what went wrong where, and the nearest name.
 
     Args:
         message: of many lines, with every type that a value could have had.
@@ -305,20 +336,18 @@ def clarify(message: str, options: Sequence[str]) -> str:
     >>> clarify("Subcommand 'fit' does not accept option 'trainer.max_epoch'", ["--trainer.max_epochs"])
     "Subcommand 'fit' does not accept option 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"
     """
-    # jsonargparse tells of every type that a value could have had; one line of it is the reason.
-    noise = ("Does not validate against", "Subtypes:", "- Expected a <class 'NoneType'>", "Errors:")
-    lines: list[str] = []
-    for line in message.splitlines():
-        # What follows repeats the whole value, or lists every class that would have been valid.
-        if line.strip().startswith(("Given value", "- Not a valid subclass")):
-            break
-        if not line.strip().startswith(noise):
-            lines.append(line)
-    text = "\n".join(lines)
+    if re.search(r"arguments are required: (\w+\.)?model$", message):
+        return (
+            "no model. Type --model my_module.MyModel for your own, --model ImageClassifier for the built-in one, or "
+            "--config FILE."
+        )
+    if "unrecognized arguments: " in message:
+        return with_nearest(message, options)
+    text = _in_one_line(message)
     other = re.search(r"Import path ([\w.]+) does not correspond to a subclass of Lightning", text)
     if other and any(c.__module__.startswith("pytorch_lightning.") for c in pkgutil.resolve_name(other[1]).__mro__):
         return f"{text}. It is one of pytorch_lightning: type import lightning.pytorch as pl where it is defined."
-    if re.search(r"Unable to load config ['\"]?([\w.]+)", text) and f'"{SECTION}"' in text:
+    if re.search(r"Unable to load config ['\"]?([\w.]+)", text) and text.startswith(f"{SECTION}:"):
         key = re.findall(r"Unable to load config ['\"]?([\w.]+)", text)[0]
         return f"{SECTION}: is a section with the arguments of NormSwap, got {key!r}. Type {SECTION}: {{norm: {key}}}."
     typo = re.search(
@@ -326,25 +355,77 @@ def clarify(message: str, options: Sequence[str]) -> str:
     )
     if typo is None:
         name = re.search(r"(?:Expected a dot import path string: |has no attribute ')(\w+)", message)
-        if name and name[0] not in text:  # below the first of several types
-            text += f"\n    - {name[0]}"
         # jsonargparse imports any class_path itself, and knows no keys.
         if name and name[1] in known_names():
             path = f"lightning_norm.{resolve(name[1])[0].__name__}"
             return f"{text}. Type norm: {name[1]} with norm_args: {{...}}, or class_path: {path} in full."
-        # Every public class of these modules may be written without a prefix.
-        known = [n for module in NAMED for n in dir(module) if n[0].isupper()]
-        close = difflib.get_close_matches(name[1], known, n=1) if name else []
-        return text + (f". Did you mean {close[0]!r}?" if close else "")
+        known = _classes_for(text.partition(":")[0])
+        if module := re.search(r"module '([\w.]+)' has no attribute", text):
+            known = [n for n, v in vars(sys.modules[module[1]]).items() if isinstance(v, type)]
+        close = nearest(name[1], known) if name else None
+        return text + (f". Did you mean {close!r}?" if close else "")
     known = [option.lstrip("-") for option in options]
     owner = re.findall(r"class_path '([\w.]+)'", text)
     # A misspelt argument of a class is compared with the arguments of that class.
     if owner:
         known = list(inspect.signature(pkgutil.resolve_name(owner[-1])).parameters)
     # One guess: several would be as long as the help, which is one option away.
-    near = difflib.get_close_matches(typo[1] or typo[2], known, n=1)
+    near = nearest(typo[1] or typo[2], known)
     names = f" It takes {', '.join(known)}." if owner else ""
-    return text + (f". Did you mean {near[0]!r}?" if near else ".") + names
+    return text + (f". Did you mean {near!r}?" if near else ".") + names
+
+
+def _in_one_line(message: str) -> str:
+    """Return the reason in a message of many lines, which tells of every type that a value could have had."""
+    noise = (
+        "Does not validate against",
+        "Subtypes:",
+        "Errors:",
+        "Expected a <class 'NoneType'>",
+        "Expected a path but",
+    )
+    parts: list[str] = []
+    choices: list[str] = []
+    for line in message.splitlines():
+        part = line.strip().removeprefix("- ")
+        # What follows repeats the whole value, or lists every class that would have been valid.
+        if part.startswith(("Given value", "Not a valid subclass")):
+            break
+        if part.startswith(noise):
+            continue
+        part = re.sub(r"^Parser key \"([\w.+]+)\":", r"\1:", part)
+        part = re.sub(r"^Expected a dot import path string: ([\w.]+)$", r"'\1' is no dotted path of a class", part)
+        part = re.sub(r"^Expected a <class '(\w+)'>", r"expected \1", part)
+        part = re.sub(r"^Unexpected config: ?(.*)", r"a configuration holds sections such as norm: sn, got: \1", part)
+        if literal := re.match(r"Expected a typing.Literal\[(.*)\]", part):
+            choices.append(literal[1])
+        elif part and part not in parts:
+            parts.append(part)
+    if choices:
+        parts.append(f"expected one of {', '.join(choices)}")
+    text = ""
+    for part in parts:
+        text += part if not text else f" {part}" if text.endswith(":") else f"; {part}"
+    given = re.search(r"Given value: (\S.{0,60})$", message, re.MULTILINE)
+    return f"{text}, got {given[1]!r}" if given and parts[-1].startswith("expected ") else text
+
+
+def _classes_for(key: str) -> list[str]:
+    """Return the names of the classes that may stand at a key of the configuration, without their modules."""
+    last = key.rpartition(".")[2].rstrip("+")
+    if last == SECTION:
+        return sorted(known_names())
+    if last in ("optimizer", "lr_scheduler"):
+        module: Any = torch.optim if last == "optimizer" else torch.optim.lr_scheduler
+        return [name for name in dir(module) if name[0].isupper()]
+    base = {"model": pl.LightningModule, "data": pl.LightningDataModule, "callbacks": pl.Callback}.get(last, object)
+    # Every public class of these modules may be written without a prefix.
+    return [
+        name
+        for module in NAMED
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, base) and not name.startswith("_")
+    ]
 
 
 def class_path(cls: type) -> str:
@@ -369,6 +450,17 @@ def _descriptions() -> dict[str, Any]:
         }
         for name, (what, more) in COMMANDS.items()
     }
+
+
+def _check_monitors(callbacks: list[Any]) -> None:
+    """Refuse monitors that would log under the same names; Lightning's own words say nothing of a prefix."""
+    prefixes = [c.prefix for c in callbacks if isinstance(c, NormMonitor)]
+    for prefix in prefixes:
+        if (number := prefixes.count(prefix)) > 1:
+            raise ValueError(
+                f"{number} NormMonitors log under the same names, with the prefix {prefix!r}. Give each another one: "
+                f"{{class_path: NormMonitor, init_args: {{prefix: {prefix}2}}}}."
+            )
 
 
 def _is_keyword(path: str) -> bool:

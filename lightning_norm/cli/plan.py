@@ -2,10 +2,10 @@
 
 usage: lightning-norm plan --config FILE [options of fit] [--save PLAN]
 
-Build the model and the callbacks, and print what NormSwap would do to each layer. Nothing is trained or changed.
+Print what a swap would do to each normalization layer, those that stay and why included. Nothing is trained.
 
-  --save PLAN   also write the plan as YAML. Edit a row (norm: null leaves a layer alone) and apply it with
-                  norm: {plan: PLAN}
+  --save PLAN   also write the plan as YAML: a row per layer, of which name and norm count (norm: null leaves it alone).
+                Edit it, and apply it with --norm.plan PLAN, or in a configuration with norm: {plan: PLAN}
 
 Example:
   lightning-norm plan --config examples/configs/digits_sn.yaml --save plan.yaml
@@ -14,6 +14,7 @@ Example:
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_norm.callbacks import NormSwap
 from lightning_norm.cli.norm_cli import NormCLI
 from lightning_norm.cli.screen import without_noise
 from lightning_norm.demo.job import ImageClassifier
+from lightning_norm.errors import LeftAloneWarning
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import swap
 from lightning_norm.surgery.whole_files import write_whole
@@ -48,21 +50,21 @@ def run(argv: Sequence[str]) -> None:
         return
     arguments, save = _take_save(list(argv))
     with without_noise():
-        cli = NormCLI(arguments, run=False, save_config_callback=None)
+        cli = NormCLI(arguments, run=False, save_config_callback=None, parser_kwargs={"also": ["--save"]})
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
     swaps = [c for c in callbacks if isinstance(c, NormSwap)]
     if not swaps:
-        raise ValueError("the configuration has no NormSwap: add a section norm: sn, or type --norm sn.")
+        raise ValueError("no norm, so that nothing would be swapped. Type --norm sn (say), or norm: sn in FILE.")
     # One file is applied by one NormSwap, and the second plan would overwrite the first.
     if save and len(swaps) > 1:
-        raise ValueError(f"--save writes one plan, the configuration has {len(swaps)} NormSwap callbacks.")
+        raise ValueError(f"--save writes one plan, and the configuration has {len(swaps)} NormSwaps. Leave out --save.")
     # Several NormSwaps are shown one by one, each on the model as it was built.
     for callback in swaps:
         report = _dry_run(cli.model, callback)
         print(report)
         if save:
             write_whole(save, report.to_yaml())
-            print(f"written to {save}; apply it with NormSwap(plan={save!r})")
+            print(f"written to {save}; apply it with --norm.plan {save}")
 
 
 def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
@@ -84,7 +86,10 @@ def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
             f"{type(model).__name__}.setup() was not called: layers that it builds are swapped too, but not shown.",
             file=sys.stderr,
         )
-    return swap(model, **callback.swap_arguments(), dry_run=True, example=model.example_input_array)
+    arguments = callback.swap_arguments() | {"on_empty": callback.options.on_empty}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftAloneWarning)  # the table has a row for each of them
+        return swap(model, **arguments, dry_run=True, example=model.example_input_array)
 
 
 def _take_save(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -56,14 +57,13 @@ def expand_norm(args: list[str]) -> list[str]:
     ['fit', '--norm.norm', 'sn', '--norm.norm=bcn', '--norm', 'section.yaml']
     """
     option = f"--{SECTION}"
-    # Only a word can be a key: anything else behind --norm is the path of a file, or the section itself as YAML.
+    # Only a word or a dotted path is a norm: anything else is the path of a file, or the section itself as YAML.
     full = [
-        arg.replace("=", ".norm=", 1) if arg.startswith(option + "=") and arg[7:].isidentifier() else arg
-        for arg in args
+        arg.replace("=", ".norm=", 1) if arg.startswith(option + "=") and names_a_norm(arg[7:]) else arg for arg in args
     ]
     # The two-word spelling; what follows may be a key, or the path of a file.
     for i, (arg, value) in enumerate(pairwise(args)):
-        if arg == option and value.isidentifier():
+        if arg == option and names_a_norm(value):
             full[i] = f"{option}.norm"
     return full
 
@@ -82,8 +82,8 @@ def load_configuration(text: str, path: str | None = None) -> Any:
     config = get_loader("yaml")(text)
     _count(config, {}, set())
     config = _with_dotted_paths(config)
-    # A word that is no identifier is the path of a file that holds the section.
-    if path is not None and isinstance(config, dict) and _is_identifier(config.get(SECTION)):
+    # Anything else is the path of a file that holds the section.
+    if path is not None and isinstance(config, dict) and names_a_norm(config.get(SECTION)):
         config[SECTION] = {"norm": config[SECTION]}
     return config
 
@@ -139,8 +139,15 @@ def check_sections(config: Any) -> None:
             raise TypeError(f"{name}: is a section of options, such as {example}, got {section!r}.")
 
 
-def _is_identifier(value: Any) -> bool:
-    return isinstance(value, str) and value.isidentifier()
+def names_a_norm(value: Any) -> bool:
+    """Tell whether a value is a key or a dotted path, and no path of a file.
+
+    >>> [names_a_norm(value) for value in ("sn", "my_package.Norm", "section.yaml", "{norm: sn}", 3)]
+    [True, True, False, False, False]
+    """
+    if not isinstance(value, str) or not all(part.isidentifier() for part in value.split(".")):
+        return False
+    return not value.endswith((".yaml", ".yml", ".json")) and not ("." in value and Path(value).is_file())
 
 
 def _with_dotted_paths(config: Any) -> Any:

@@ -218,6 +218,7 @@ def key_of(kind: Hashable, inputs: Sequence[Any]) -> tuple[Hashable, list[int]]:
             pointers.append(t)
             dtypes.append(int)
         else:
+            # Asked here, for a launch with integers in place of tensors asks nobody.
             if t.get_device() != device:
                 raise RuntimeError(
                     f"all tensors of a layer must be on the device of its input, {x.device}, got one on {t.device}. "
@@ -239,6 +240,7 @@ def plan_of(
 
     ``call`` returns outputs and what is to be kept for the backward pass.
     """
+    # Of a call of a known kind this look-up is all that Triton's own launch would do.
     plan = _plans.get(key)
     if plan is None:
         # All at once: nobody knows which are still needed, and what Triton has compiled stays compiled.
@@ -412,6 +414,7 @@ LAUNCHER = _launcher_of(_installed())
 
 def _in_order(step: _Launch) -> list[Any]:
     """Return the arguments of a launch in the order of the kernel's parameters; constants are compiled in."""
+    # Options such as num_warps are no parameters of the kernel, and were used when it was compiled.
     rest = [None if p.is_constexpr else step.options[p.name] for p in step.kernel.params[len(step.args) :]]
     return [*step.args, *rest]
 

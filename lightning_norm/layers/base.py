@@ -32,7 +32,7 @@ from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.pausing import is_paused
 from lightning_norm.layers.pooling import ready_window
-from lightning_norm.layers.recomputation import FirstRun, may_run_again, second_run
+from lightning_norm.layers.recomputation import FirstRun, may_run_again, second_run, tell_of_graph
 from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.special_calls import SpecialCalls
@@ -507,6 +507,8 @@ class MomentNorm(SpecialCalls, Normalizer):
                 return self._normalize_twice(input, activation, residual, valid)
             if self.compiled or torch_private.is_transformed():
                 return self._normalize_specially(input, activation, residual, valid)
+        elif self.moves_running_stats and torch_private.is_traced_in_checkpoint():
+            tell_of_graph(type(self).__name__)
         return _forward(self, input, activation, residual, valid)
 
     def _normalize_twice(self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ as they were before the first run.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import ConflictWarning
 from lightning_norm.ops import torch_private
 
 MOST_WITHOUT_GRAPH = 64
@@ -65,6 +67,19 @@ def may_run_again() -> bool:
     That is without gradients where ``use_reentrant=True``, and else under hooks for saved tensors.
     """
     return not torch.is_grad_enabled() or torch_private.recomputes_saved_tensors()
+
+
+@torch_private.constant_in_graphs
+def tell_of_graph(who: str) -> None:
+    """Warn that a graph of torch.compile moves running statistics in each of the two runs of checkpointing."""
+    warnings.warn(
+        f"{who}: torch.compile makes a graph of what activation checkpointing runs twice, and the graph moves the "
+        "running statistics both times, as it does of torch's BatchNorm. Call checkpoint inside of what is compiled, "
+        "as model.compile() does of a model that checkpoints its blocks, or compile the layers alone: "
+        "NormSwap(..., compile=True).",
+        ConflictWarning,
+        stacklevel=3,
+    )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_norm.layers.arguments import plain_value
 from lightning_norm.ops.compiled import GRAPH_KEY
 
 
@@ -58,6 +59,8 @@ class Scheduled:
         try:
             # Text from YAML and 0-dim tensors are numbers as well.
             number = float(value)  # type: ignore[arg-type]  # None is refused below
+            # YAML's yes and on are True, and no momentum.
+            number = math.nan if type(value) is not float and isinstance(plain_value(value), bool) else number
         except (TypeError, ValueError):
             number = math.nan
         # Written so that NaN, for which every comparison is false, is refused.

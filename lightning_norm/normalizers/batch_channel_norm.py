@@ -162,6 +162,7 @@ class BatchChannelNorm(PerToken):
     @classmethod
     def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
         """Return the authors' evaluation; the affine maps of their two inner layers are never used."""
+        # A name that no other layer has.
         if "BCN_var" not in entries:
             return None
         c = getattr(entries["BCN_var"], "numel", int)()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_norm.layers.base import MomentNorm, Normalizer
 from lightning_norm.layers.behind import (
@@ -23,6 +22,7 @@ from lightning_norm.layers.behind import (
 from lightning_norm.ops.torch_private import has_hooks
 from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.select import Left, ModuleSlot
+from lightning_norm.surgery.torch_private import TorchDispatchMode, tree_leaves
 from lightning_norm.surgery.walk import modules_by_name, names_by_module, places_by_module
 
 Layers = Mapping[str, tuple[Normalizer, nn.Module]]
@@ -66,7 +66,7 @@ def find_activations(
         # What the example does not reach, such as a second encoder, is judged by its nn.Sequential.
         pairs = {n: a for n, a in pairs.items() if not run.reaches(n) and not run.reaches(a)}
         for activation in activations:
-            norm, reason = run.judge(activation)
+            norm, reason = run.norm_before(activation)
             if norm is not None:
                 pairs[norm] = activation
             elif activation not in pairs.values():
@@ -190,7 +190,7 @@ class _Run:
                         f"{type(error).__name__}: {error}. Pass an example that it can be trained on, or none."
                     ) from error
                 # What the model returns is used by whoever called it.
-                for tensor in torch.utils._pytree.tree_leaves(results):
+                for tensor in tree_leaves(results):
                     self._use(tensor)
             self._outputs.clear()
 
@@ -198,7 +198,7 @@ class _Run:
         """Tell whether a norm or an activation was called."""
         return bool(self.runs.get(module) or self.calls.get(module))
 
-    def judge(self, activation: nn.Module) -> tuple[nn.Module | None, str]:
+    def norm_before(self, activation: nn.Module) -> tuple[nn.Module | None, str]:
         """Return the norm that an activation serves alone; or why there is none, "" where it follows none."""
         calls = self.calls[activation]
         norm = next((n for n in calls if n is not None), None)
@@ -259,7 +259,7 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         self.run = run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in torch.utils._pytree.tree_leaves((args, kwargs or {})):
+        for value in tree_leaves((args, kwargs or {})):
             self.run._use(value)
         return func(*args, **(kwargs or {}))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,11 @@ from lightning_norm.layers.inference import deployed, dims_of, per_channel
 from lightning_norm.ops.moments import Affine
 from lightning_norm.surgery.activations import give_back_activations
 from lightning_norm.surgery.conv_norm_pairs import layers_before
+from lightning_norm.surgery.recognize import is_frozen
 from lightning_norm.surgery.text_tables import TableReport
 from lightning_norm.surgery.torch_layers import TORCH_BATCH_NORMS
 from lightning_norm.surgery.torch_private import has_hooks, move_hooks
-from lightning_norm.surgery.walk import names_by_module, places_by_module
+from lightning_norm.surgery.walk import names_by_module, places_by_module, tensors_in
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -75,7 +76,11 @@ class DeployReport(TableReport):
     def summary(self) -> str:
         """Return how many layers became what, and how far the outputs moved."""
         counts = ", ".join(f"{n} {what}" for what in ("plain", "folded", "stays") if (n := len(self.names(what))))
-        moved = "not measured: pass example_input" if self.moved is None else f"{self.moved:.2g} of {self.largest:.2g}"
+        moved = (
+            "not measured: pass example_input, and return tensors"
+            if self.moved is None
+            else f"{self.moved:.2g} of {self.largest:.2g}"
+        )
         return f"{counts or 'nothing to do'}     outputs moved by {moved}"
 
     def __repr__(self) -> str:
@@ -201,7 +206,7 @@ class _Watch:
         if self.arguments is None:
             return []
         # A model may write into its arguments or return one of its buffers.
-        return [t.clone() for t in _tensors(self.model(*copy.deepcopy(self.arguments)))]
+        return [t.clone() for t in tensors_in(self.model(*copy.deepcopy(self.arguments)))]
 
     def dims_of(self, module: nn.Module) -> int | None:
         origin: dict[str, Any] = getattr(module, "origin", None) or {}
@@ -219,7 +224,7 @@ class _Watch:
         # Folded layers were found in the order of the graph; the table is in the order of the model.
         order = list(self.names.values())
         rows.sort(key=lambda row: order.index(row.name))
-        if self.arguments is None:
+        if not self.outputs_before:
             return DeployReport(rows, None, None)
         pairs = list(zip(self.outputs_before, self._outputs(), strict=True))
         moved = max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
@@ -241,6 +246,8 @@ def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[nn.Module, str]
             why = module.why_not_plain(dims) if name else "is the model itself"
             rows.append(DeployedLayer(name, kind, kind, "stays", why))
             continue
+        if module.always_eval and isinstance(plain, nn.Module) and not is_frozen(plain):
+            why = "frozen no longer: train() lets its statistics move"
         move_hooks(module, plain)
         watch.replace(module, plain)
         rows.append(DeployedLayer(name, kind, type(plain).__name__, "plain", why))
@@ -291,13 +298,3 @@ def _fold_into(layer: Any, affine: Affine) -> None:
     bias = scale * (bias - center) + shift.to(weight.device)
     layer.weight = nn.Parameter(new.to(weight.dtype), weight.requires_grad)
     layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors in whatever a model returned."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from (t for v in output.values() for t in _tensors(v))
-    elif isinstance(output, (list, tuple)):
-        yield from (t for v in output for t in _tensors(v))

@@ -18,13 +18,12 @@ from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.choice import Choice
 from lightning_norm.normalizers import normalizers
-from lightning_norm.surgery.deploy import _tensors
 from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.swap import prepare_swap
 from lightning_norm.surgery.text_tables import TableReport
-from lightning_norm.surgery.walk import named_normalizers
+from lightning_norm.surgery.walk import named_normalizers, tensors_in
 
 
 @dataclass
@@ -109,7 +108,11 @@ class HardenReport(TableReport):
         kinds = dict.fromkeys(row.norm for row in self.layers if row.norm)
         counts = [f"{len(self.names(norm))} {norm}" for norm in kinds]
         counts += [f"{len(self.undecided)} undecided"] if self.undecided else []
-        moved = "not measured: pass example_input" if self.moved is None else f"{self.moved:.2g} of {self.largest:.2g}"
+        moved = (
+            "not measured: pass example_input, and return tensors"
+            if self.moved is None
+            else f"{self.moved:.2g} of {self.largest:.2g}"
+        )
         return f"{', '.join(counts) or 'nothing to do'}     outputs moved by {moved}"
 
     def __repr__(self) -> str:
@@ -169,7 +172,7 @@ def harden(model: nn.Module, example_input: Any = None, *, threshold: float = 0.
         _outputs(model, arguments, pairs)
     swap.commit()
     rows = [_row(name, layers[name], choice, distances.get(name)) for name, choice in choices.items()]
-    if arguments is None:
+    if not before:
         return HardenReport(rows, swap, None, None)
     # Differences of layers add up or cancel on their way, so the model's outputs are compared as well.
     after = _outputs(model, arguments, {})
@@ -215,7 +218,7 @@ def _outputs(
         model.eval()
         with _hooked(hooks):
             # Of copies, for a model may write to its input.
-            return [t.detach().clone() for t in _tensors(model(*copy.deepcopy(arguments)))]
+            return [t.detach().clone() for t in tensors_in(model(*copy.deepcopy(arguments)))]
 
 
 @contextmanager

@@ -168,6 +168,7 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the che
                 f"{where} has {there} channels at {row['name']!r}, and this {type(model).__name__} has {here}. Build "
                 "it with the arguments it was trained with."
             )
+        _check_scheduled(row, where)
     reports: list[SwapReport] = []
     try:
         _rebuild_levels(model, rows, reports, where)
@@ -406,6 +407,21 @@ def _other_class(modules: Mapping[str, nn.Module], row: Mapping[str, Any], where
     if type(module) is loaded_class(row["norm"], where):
         return None
     return "nothing" if module is None else type(module).__name__
+
+
+def _check_scheduled(row: Mapping[str, Any], where: str) -> None:
+    """Check the scheduled values of a row.
+
+    Raises:
+        CheckpointError: the file, the row, and the value that is out of its range.
+    """
+    cls = loaded_class(row["norm"], where)
+    for name, value in (row.get("options") or {}).get("scheduled", {}).items():
+        if name in cls.ranges:
+            try:
+                cls.ranges[name].check(cls.__name__, name, value)
+            except ValueError as error:
+                raise CheckpointError(f"{where}, row {row['name']!r}: {error}") from error
 
 
 def _set_options(layer: nn.Module, options: Mapping[str, Any]) -> None:

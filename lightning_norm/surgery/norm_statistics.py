@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.recognize import is_norm
 from lightning_norm.surgery.text_tables import TableReport
+from lightning_norm.surgery.torch_private import TorchInstanceNormBase
 from lightning_norm.surgery.walk import names_by_module
 
 KINDS = {
@@ -174,9 +175,7 @@ def _kinds(layer: nn.Module, personal: bool) -> dict[str, str]:
     """Return the tensors of a layer's ``state_dict`` that are statistics, or all of them, and what they are."""
     names = getattr(layer, "running_names", ("running_mean", "running_var"))
     # An average of variances per sample holds no variance between means, and none is added to it.
-    per_sample = isinstance(layer, nn.modules.instancenorm._InstanceNorm) or not getattr(
-        layer, "includes_between_var", True
-    )
+    per_sample = isinstance(layer, TorchInstanceNormBase) or not getattr(layer, "includes_between_var", True)
     variance = "sample variance" if per_sample else "deviation" if names[1] == "running_std" else "variance"
     known = {names[0]: "mean", names[1]: variance, "prior": "frequency", "running_spread": "variance"}
     parameters = {name for name, _ in layer.named_parameters()}
@@ -237,6 +236,7 @@ def _of_layer(name: str, stacked: Mapping[str, Tensor], kinds: Mapping[str, str]
 
 def _each_context(prior: Tensor, weights: Tensor) -> Tensor:
     mass = prior.double() * weights.unsqueeze(1)  # (clients, K)
+    # A client's share of a context: how frequent it is there, times the samples of that client.
     total = mass.sum(0)
     # A context that no client has keeps the clients' own weights.
     return torch.where(total > 0, mass / total.clamp_min(1e-300), weights.unsqueeze(1)).unsqueeze(2)

@@ -66,6 +66,7 @@ class _Pause:
         elif isinstance(layer, TorchRunningNormBase):
             # InstanceNorm moves its statistics whatever the flag says; with this weight it moves them by nothing.
             self.name, paused = "momentum", 0  # type: ignore[assignment]
+        # As it was set by the user, which the last block to end puts back.
         self.before, self.paused = getattr(layer, self.name), paused
         self.lock, self.owner = threading.Lock(), 0
         self.handles: list[Any] = []

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.torch_layers import TORCH_NORMS
+from lightning_norm.surgery.torch_private import TorchConvBase
 from lightning_norm.surgery.walk import MODULE_WRAPPERS
 
 ELSEWHERE = {
@@ -19,7 +20,7 @@ ELSEWHERE = {
 """Classes of other libraries that normalize and derive from none of torch's: module -> names."""
 
 NAME = re.compile(r"Norm(?!al)|^InplaceAbn$|^InPlaceABN|^FrozenBN")
-CONVOLVES = (nn.modules.conv._ConvNd, *MODULE_WRAPPERS)
+CONVOLVES = (TorchConvBase, *MODULE_WRAPPERS)
 
 
 def norm_types() -> tuple[type[nn.Module], ...]:

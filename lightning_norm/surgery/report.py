@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -21,6 +21,7 @@ from lightning_norm.surgery.select import Left, ModuleSlot
 from lightning_norm.surgery.text_tables import TableReport
 from lightning_norm.surgery.torch_layers import FAMILIES
 
+Row = TypeVar("Row")
 MANY = 100_000
 """Parameters that are worth a word wherever they make a model larger by more than a tenth."""
 
@@ -93,6 +94,8 @@ class SwapReport(TableReport):
         dry_run: nothing was changed.
         total_before: parameters of the model before the swap, in elements.
         masks: where each batch's mask comes from; empty without masks.
+        unchosen: (name, type, why) of candidates that the options of the swap leave alone.
+        order: the names of all modules, as they come in the model.
         activations_left: (name, type, why) of activations that ``fuse_activation`` has left where they were.
     """
 
@@ -109,6 +112,8 @@ class SwapReport(TableReport):
         self.dry_run = True
         self.total_before = 0
         self.masks = ""
+        self.unchosen: list[Left] = []
+        self.order: list[str] = []
         # What a commit puts in place, and an undo takes out again.
         self._undo: list[tuple[ModuleSlot, Normalizer]] = []
         self.activations_left: list[Left] = []
@@ -198,8 +203,10 @@ class SwapReport(TableReport):
             (self.skipped, other.skipped),
             (self.others, other.others),
             (self.frozen, other.frozen),
+            (self.unchosen, other.unchosen),
         ):
             mine[:] = {row[0]: row for row in [*mine, *later]}.values()
+        self.order = list(dict.fromkeys([*other.order, *self.order]))
         self.total_before = max(self.total_before, other.total_before - changed)
         self._undo += other._undo
 
@@ -339,10 +346,26 @@ class SwapReport(TableReport):
         }
 
     def to_yaml(self) -> str:
-        """Return the report as YAML, which ``NormSwap(plan=...)`` takes; a row with ``norm: null`` is left alone."""
+        """Return the report as YAML, which ``NormSwap(plan=...)`` takes; a row with ``norm: null`` is left alone.
+
+        Every normalization layer has a row, in the model's order. A row needs ``name`` and ``norm`` alone.
+        """
         import yaml
 
-        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        report = self.to_dict()
+        del report["skipped"]  # among the rows, where their norm can be set
+        left = [{"name": n, "source": t, "norm": None, "reason": why} for n, t, why in self._stay()]
+        report["layers"] = self._in_order([*report["layers"], *left], lambda row: row["name"])
+        return str(yaml.safe_dump(report, sort_keys=False))
+
+    def _stay(self) -> list[Left]:
+        """Return every normalization layer that stays what it is."""
+        return [*self._left(), *self.unchosen]
+
+    def _in_order(self, rows: list[Row], name: Callable[[Row], str]) -> list[Row]:
+        """Return rows as their layers come in the model."""
+        places = {name: place for place, name in enumerate(self.order)}
+        return sorted(rows, key=lambda row: places.get(name(row), len(places)))
 
     def summary(self) -> str:
         """Return the few lines that a training run prints first.
@@ -411,8 +434,9 @@ class SwapReport(TableReport):
         )
 
     def table(self) -> list[tuple[str, ...]]:
-        """Return one row per layer, below a heading."""
-        rows: list[tuple[str, ...]] = [("layer", "from", "to", "C", "added", "evaluation", "backend", "sync")]
+        """Return one row per layer that a swap could take, below a heading, in the model's order."""
+        header = ("layer", "from", "to", "C", "added", "evaluation", "backend", "sync")
+        rows = [(name, (name, kind, "-", "", "", f"left alone: {why}", "", "")) for name, kind, why in self._stay()]
         for layer in self.layers:
             name = layer.name + (f" (= {', '.join(layer.also)})" if layer.also else "")
             name += f" + {layer.activation}" if layer.activation else ""
@@ -421,19 +445,18 @@ class SwapReport(TableReport):
             added = few if len(layer.added) <= 6 else f"{sum(layer.added.values())} in {len(layer.added)} tensors"
             evaluation = "preserved" if layer.preserves_eval else f"differs: {layer.reason}"
             backend = layer.backend.split(":")[0] + (", compiled" if layer.compiled else "")
-            rows.append(
-                (
-                    name,
-                    layer.source,
-                    layer.target + (f" ({n} groups)" if (n := layer.num_groups) is not None else ""),
-                    str(layer.num_features),
-                    added,
-                    evaluation,
-                    backend,
-                    "running" if layer.sync == "running" else "on" if layer.sync else "off",
-                )
+            row = (
+                name,
+                layer.source,
+                layer.target + (f" ({n} groups)" if (n := layer.num_groups) is not None else ""),
+                str(layer.num_features),
+                added,
+                evaluation,
+                backend,
+                "running" if layer.sync == "running" else "on" if layer.sync else "off",
             )
-        return rows
+            rows.append((layer.name, row))
+        return [header, *(row for _, row in self._in_order(rows, lambda pair: pair[0]))]
 
     def __repr__(self) -> str:
         return f"SwapReport({len(self)} of {self.candidates} layers{', dry run' if self.dry_run else ''})"

@@ -34,6 +34,7 @@ def everything_restored(model: nn.Module) -> Iterator[None]:
     (tensor([0., 0.]), 0)
     """
     undo: list[Undo] = []
+    # A container may hold itself, or be held twice: each is noted once.
     known: set[int] = set()
     for module in model.modules():
         _note_attributes(module, undo, known)

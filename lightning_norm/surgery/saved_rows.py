@@ -52,7 +52,8 @@ def _checked_row(row: Any, seen: set[str], may_stay: bool) -> dict[str, Any]:
     Raises:
         BadRowError: the entry, what it must be and what it is.
     """
-    needed = ("name", "source", "norm")
+    # A plan may be typed by hand; the rows of a checkpoint say what the network was before, so that it can be rebuilt.
+    needed = ("name", "norm") if may_stay else ("name", "source", "norm")
     if not isinstance(row, Mapping) or any(entry not in row for entry in needed):
         raise BadRowError(f"a row without {', '.join(needed)}: {reprlib.repr(row)}.")
     for entry, (kind, what) in _KINDS.items():
@@ -100,7 +101,15 @@ def _are_options(value: Any) -> bool:
         return False
     flags = (value[name] for name in ("compile", "frozen") if name in value)
     known = _is_sync(value.get("sync", True)) and value.get("backend", "auto") in BACKENDS
-    return known and all(map(_is_bool, flags))
+    return known and all(map(_is_bool, flags)) and _are_numbers(value.get("scheduled", {}))
+
+
+def _are_numbers(values: Any) -> bool:
+    """Tell whether these are scheduled values by their names; whether each is in its range, its class knows."""
+    return isinstance(values, Mapping) and all(
+        _is_text(name) and (v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)))
+        for name, v in values.items()
+    )
 
 
 # Entries that are not here are for readers of the file alone.
@@ -113,7 +122,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "options": (
         _are_options,
         f"a mapping of sync (true, false, running), compile and frozen (true or false), sync_group, backend (one of "
-        f"{BACKENDS})",
+        f"{BACKENDS}), scheduled (numbers by name)",
     ),
     "activation": (lambda v: isinstance(v, str), "the dotted name of an activation, or empty"),
     "sync": (_is_sync, "true, false or running"),

@@ -90,7 +90,7 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
         derived = isinstance(module, classes) and not isinstance(module, Normalizer)
         if not (lazy or named or derived):
             if not isinstance(module, Normalizer) and is_norm(module):
-                others += [(name, kind.__name__, _how_to_include(module)) for name in names]
+                others += [(name, kind.__name__, _how_to_include(module, known)) for name in names]
             continue
         # A subclass may do more than normalize: it is taken where its outputs say that it does not.
         whole = Whole(None) if lazy else computed_weights(module) or read(module, known)
@@ -110,11 +110,14 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
     return list(slots.values()), skipped, others
 
 
-def _how_to_include(module: nn.Module) -> str:
+def _how_to_include(module: nn.Module, known: dict[Any, Whole | str]) -> str:
     """Return what to type so that a layer which was left alone is swapped, or why none can be."""
     kind = type(module).__name__
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
         return f"it normalizes over the axes {tuple(module.normalized_shape)} and has no channels"
+    whole = computed_weights(module) or read(module, known) if channels_of(module) else None
+    if isinstance(whole, str):  # asked for by name it would be refused, for this reason
+        return whole
     if isinstance(module, TORCH_CLASSES) or is_frozen(module):
         return f"source={kind!r} includes it"
     return f"no layer that a swap knows{f'; source={kind!r} includes it' if channels_of(module) else ''}"
@@ -122,7 +125,7 @@ def _how_to_include(module: nn.Module) -> str:
 
 def assign_norms(
     model: nn.Module, slots: Sequence[ModuleSlot], options: SwapOptions
-) -> tuple[list[tuple[ModuleSlot, ResolvedNorm]], list[str], list[Left]]:
+) -> tuple[list[tuple[ModuleSlot, ResolvedNorm]], list[str], list[Left], list[Left]]:
     """Give each slot the normalizer that it is to hold.
 
     ``rules`` come first, in order, the first match wins and ``None`` leaves the layer alone; then ``include``,
@@ -134,14 +137,15 @@ def assign_norms(
         options: of the swap.
 
     Returns:
-        The slots that change, each with its normalizer; the patterns without a match, as ``include['bn1']``; and what
-        ``skip_frozen`` leaves alone.
+        The slots that change, each with its normalizer; the patterns without a match, as ``include['bn1']``; what
+        ``skip_frozen`` leaves alone; and what another option does.
     """
     rules, include, exclude = options.resolved_rules, options.include, options.exclude
     matched: set[str] = set()
     frozen = frozen_parts(model) if options.skip_frozen else set()
     by_rule: dict[nn.Module, ResolvedNorm | None] = {}
     chosen: list[nn.Module] = []
+    why: dict[nn.Module, str] = {}
     # What is swapped already counts, or each further setup of one model would choose among the layers that are left.
     places = _with_swapped(model, slots) if options.in_block is not None or options.every is not None else slots
     candidates = {slot.module for slot in slots}
@@ -152,6 +156,7 @@ def assign_norms(
         rule = next((p for p in rules if matches(p, slot, known, f"rules[{p!r}]")), None)
         included = include is None or matches(include, slot, known, "include")
         excluded = exclude is not None and matches(exclude, slot, known, "exclude")
+        why[slot.module] = _why_left(rule, included, excluded, options)
         if rule is not None:
             by_rule[slot.module] = rules[rule]
         elif (
@@ -178,7 +183,27 @@ def assign_norms(
         for slot in slots
         if slot.module in frozen
     ]
-    return assigned, [p for p in patterns if p not in matched], left
+    changed = {slot.module for slot, _ in assigned}
+    unchosen = [
+        (slot.name, type(slot.module).__name__, why[slot.module])
+        for slot in slots
+        if slot.module not in changed and slot.module not in frozen
+    ]
+    return assigned, [p for p in patterns if p not in matched], left, unchosen
+
+
+def _why_left(rule: str | None, included: bool, excluded: bool, options: SwapOptions) -> str:
+    """Return why a candidate stays, should it stay."""
+    if rule is not None:
+        return f"rules: {rule!r} leaves it alone"
+    if options.norm is None:
+        return "no rule names it"
+    if not included:
+        return "include does not name it"
+    if excluded:
+        return "exclude names it"
+    others = [name for name in ("filter", "in_block", "every") if getattr(options, name) is not None]
+    return f"not chosen by {' and '.join(others)}"
 
 
 def _with_swapped(model: nn.Module, slots: Sequence[ModuleSlot]) -> list[ModuleSlot]:

@@ -117,8 +117,9 @@ def prepare_swap(
     backend = explain(options.backend)
     slots, near_misses, others = find_slots(model, options.source)
     slots = [slot for slot in slots if id(slot.module) not in skip]
-    assigned, unmatched, frozen = assign_norms(model, slots, options)
+    assigned, unmatched, frozen, unchosen = assign_norms(model, slots, options)
     report = SwapReport([], near_misses, len(slots), others, frozen)
+    report.unchosen, report.order = unchosen, [name for name, _ in model.named_modules()]
     report.total_before = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     for slot, norm in assigned:
         # A failure from here on leaves the model as it was: the original modules are read and not changed.

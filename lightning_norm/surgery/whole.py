@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,24 +77,57 @@ def read(module: nn.Module, known: dict[Any, Whole | str] | None = None) -> Whol
     base = next((cls for cls in kind.__mro__ if cls in TORCH_CLASSES), nn.BatchNorm2d if is_frozen(module) else None)
     # torch's LayerNorm takes channels last, and every other layer of torch's takes them second.
     last = -1 if base is nn.LayerNorm else 1
-    if base is None:
-        tokens = hasattr(module, "normalized_shape") or re.search(r"(R[Mm][Ss]|Layer)Norm$", kind.__name__)
-        return Whole(None, channel_dim=-1 if tokens else 1)
     if kind is base and "forward" not in vars(module):
         return Whole(base, True, channel_dim=last)
-    if hasattr(module, "parametrizations"):
+    if base is not None and hasattr(module, "parametrizations"):
         return "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first"
     tensors = [n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-    if beyond := [name for name in tensors if name not in TENSORS]:
+    if base is not None and (beyond := [name for name in tensors if name not in TENSORS]):
         return f"it holds {', '.join(beyond)} beside the tensors of {base.__name__}"
-    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+    if base is not None and any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return _trusted(module, base) or "its forward cannot be measured on the meta device"
     key = _arguments_of(module)
-    if known is None or key is None:
-        return _measured(module, base)
-    if key not in known:
-        known[key] = _measured(module, base)
+    if key is None or known is None or key not in known:
+        whole = _of_another_base(module) if base is None else _measured(module, base)
+        if key is None or known is None:
+            return whole
+        known[key] = whole
     return known[key]
+
+
+def _of_another_base(module: nn.Module) -> Whole | str:
+    """Return on which axis a class of no base of torch's has its channels, or why it does more than normalize.
+
+    Both by trial, and the axis by its name where trial does not tell. In evaluation f(x) + f(-x) is the same for every
+    x where f is affine with fixed statistics or with ones that change their sign with x. With an activation it is not.
+    """
+    kind = type(module)
+    tokens = hasattr(module, "normalized_shape") or re.search(r"(R[Mm][Ss]|Layer)Norm$", kind.__name__)
+    guess = 1 if re.search(r"[123]d$", kind.__name__) or not tokens else -1
+    c = channels_of(module)
+    if not c or any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        return Whole(None, channel_dim=guess)
+    sides = [side for side in (5, 7, 9) if side != c]
+    sizes: list[list[int]] = [sides[:2], sides[:1], [*sides[:2], 3]]
+    runs: dict[int, tuple[int, ...]] = {}
+    with isolated(module):
+        try:
+            twin = randomized(module).eval()
+        except Exception:  # a user's class may hold anything
+            return Whole(None, channel_dim=guess)
+        for shape, dim in ((s, d) for size in sizes for s, d in (((4, c, *size), 1), ((4, *size, c), -1))):
+            with suppress(Exception):  # of the other axis, or of another number of axes
+                _seeded(copy.deepcopy(twin), _input(twin, shape))
+                runs.setdefault(dim, shape)
+        dim = guess if guess in runs or not runs else next(iter(runs))
+        if dim not in runs:
+            return Whole(None, channel_dim=dim)
+        x = _input(twin, runs[dim])
+        inputs = (x, 1.5 * x.roll(1, 0))
+        one, two = (_seeded(copy.deepcopy(twin), x) + _seeded(copy.deepcopy(twin), -x) for x in inputs)
+    if difference(one, two):
+        return "its own forward does more than normalize, such as an activation, and a swap would drop that"
+    return Whole(None, channel_dim=dim)
 
 
 def _arguments_of(module: nn.Module) -> tuple[Any, ...] | None:

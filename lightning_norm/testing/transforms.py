@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # no public name
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.ops.torch_private import fake_tensor_mode
 from lightning_norm.testing.gradients import as_function
 from lightning_norm.testing.kit import C, Make, built, check, features, noise, refused, same, seeded, statistics
 
@@ -220,7 +220,7 @@ def fake_and_proxy(make: Make) -> None:
     for training in (False, True):
         layer = wide(make, training)
         network, twin = nn.Sequential(layer), nn.Sequential(copy.deepcopy(layer))
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with fake_tensor_mode(allow_non_fake_inputs=True) as mode:
             y = twin(mode.from_tensor(sample()))
         assert y.shape == SHAPE, f"fake tensors, training={training}: output {tuple(y.shape)}"
         y = copy.deepcopy(network).to("meta")(sample().to("meta"))

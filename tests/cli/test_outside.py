@@ -154,7 +154,7 @@ SECTIONS = {
         {"norm": {"norm": {"class_path": "sn", "init_args": {1: 2}}}},
         "init_args must be a mapping of names",
     ),
-    "source: a number": ({"norm": {"norm": "sn", "source": 3}}, 'Parser key "norm.source"'),
+    "source: a number": ({"norm": {"norm": "sn", "source": 3}}, "norm.source: "),
     "a relative norm": ({"norm": {"norm": ".mine.Norm"}}, "'.mine.Norm' is a relative path.*'my_package.mine.Norm'"),
     "a relative class_path": ({"norm": {"norm": {"class_path": ".mine.Norm"}}}, "'.mine.Norm' is a relative path"),
     "a relative model": ({"model": {"class_path": ".mine.Model"}}, "'.mine.Model' is a relative path"),

@@ -124,7 +124,7 @@ def fit(rank, world, folder, name, resume=None, **kwargs):
     run.fit(model, batches(rank, world, SHARES), ckpt_path=resume)
     run.save_checkpoint(f"{folder}/{name}.ckpt")
     same = before == (model.built[1], model.late)
-    return {"state": model.state_dict(), "seen": model.seen, "same": same, "paused": model.net[1].sync_paused}
+    return {"state": model.state_dict(), "seen": model.seen, "same": same, "paused": model.net[1]._sync_paused}
 
 
 def jobs(rank, world, folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -245,9 +246,28 @@ class NormMonitor(Described, Callback):
         if self._active and self.logging_interval != "epoch" and trainer.global_step % every == 0:
             self._log(trainer, pl_module)
 
+    def _check_metric(self, trainer: pl.Trainer) -> None:
+        """Refuse a metric that the model has not logged by the end of an epoch with validation, on every rank alike.
+
+        Raises:
+            ValueError: it has not; the nearest name is given.
+        """
+        every = trainer.check_val_every_n_epoch or 1
+        validated = sum(trainer.num_val_batches) > 0 and (trainer.current_epoch + 1) % every == 0
+        # What a test logs is not known before it.
+        if self.metric is None or not validated or "test" in self.metric or self.metric in trainer.callback_metrics:
+            return
+        near = difflib.get_close_matches(self.metric, trainer.callback_metrics, n=1)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"NormMonitor: the model has logged no metric {self.metric!r}.{guess} Logged: "
+            f"{', '.join(trainer.callback_metrics) or 'none'}."
+        )
+
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the epoch into the history; write histograms, and pictures if they are due."""
+        self._check_metric(trainer)
         boards = self._tensorboards(trainer)
         if not self._active or not boards:
             return

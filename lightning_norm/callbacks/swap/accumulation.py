@@ -70,6 +70,7 @@ class Accumulation:
                 )
         for layer in self._layers.values():
             open_window(layer)
+        # Ranks compare their layers before the first batch, where a difference is told by name.
         attend(self._layers.values())
         self._step = trainer.global_step
         self._fill()

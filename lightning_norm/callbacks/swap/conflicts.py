@@ -116,6 +116,7 @@ def check_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     for callback in callbacks_of(trainer):
         if not is_instance(callback, WeightAveraging, StochasticWeightAveraging):
             continue
+        # None until the average is begun, which may be in the middle of the run.
         name, average = type(callback).__name__, averaged_model(callback)
         if is_instance(callback, WeightAveraging):
             average = getattr(average, "module", average)  # torch's AveragedModel keeps the network in an attribute

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
@@ -26,6 +26,7 @@ from lightning_norm.callbacks.swap.conflicts import (
 from lightning_norm.callbacks.swap.first_step import SHARDED, FirstStep
 from lightning_norm.callbacks.swap.kernel_freeze import KernelFreeze
 from lightning_norm.callbacks.swap.manifest_hooks import patch_checkpoint_hooks, reading, start_from
+from lightning_norm.callbacks.swap.norm_name import names_are_checked
 from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, decayed_norms, optimizers_in
 from lightning_norm.callbacks.swap.regroup import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.swap.saved_plan import read_plan
@@ -66,6 +67,7 @@ class NormSwapOptions(SwapOptions):
             lengths (N,), see :func:`lightning_norm.masks`; all normalizers of this package follow it, in every stage.
         mask_fn: instead of it, a function from the batch, on its device, to its mask, or its dotted path.
         mask_size: for lengths: how long the padded input is; by default as long as the longest of the batch.
+        on_empty: what to do where no layer is swapped: "error", or "warn" (NoEffectWarning).
     """
 
     plan: str | None = None
@@ -78,6 +80,7 @@ class NormSwapOptions(SwapOptions):
     mask_key: str | int | None = None
     mask_fn: str | Callable[[Any], Any] | None = None
     mask_size: int | None = None
+    on_empty: Literal["error", "warn"] = "error"
 
     chooses_layers: ClassVar[tuple[str, ...]] = (
         *("norm", "norm_args", "include", "exclude", "source", "rules"),
@@ -93,6 +96,8 @@ class NormSwapOptions(SwapOptions):
             raise ValueError(
                 f"NormSwap: plan says which layers become what: leave out {', '.join(self.chooses_layers)}."
             )
+        if self.on_empty not in ("error", "warn"):
+            raise ValueError(f'on_empty must be "error" or "warn", got {self.on_empty!r}.')
         check_number("norm_weight_decay", self.norm_weight_decay)
         check_number("switch_lr_scale", self.switch_lr_scale)
 
@@ -157,6 +162,7 @@ class NormSwap(Described, Callback):
 
     __doc__ = with_fields(__doc__, NormSwapOptions)
 
+    @names_are_checked
     @takes_options(NormSwapOptions)
     def __init__(self, options: NormSwapOptions) -> None:
         self.options, self._plan = options.with_plan_read(), options.plan
@@ -472,7 +478,8 @@ class NormSwap(Described, Callback):
                 if self._plan is None:
                     raise
                 raise PlanError(f"the plan {self._plan!r} does not fit this model: {error}") from error
-            check_not_empty(pl_module, self.report, self._slots, source, "warn", already_present=self.options.targets)
+            on_empty, targets = self.options.on_empty, self.options.targets
+            check_not_empty(pl_module, self.report, self._slots, source, on_empty, already_present=targets)
             if growth := self.report.growth():
                 rank_zero_warn(growth, category=ParameterGrowthWarning)
             if unsuitable := self.report.unsuitable():

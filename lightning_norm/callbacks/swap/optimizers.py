@@ -51,6 +51,7 @@ def add_missing(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> list[s
     >>> add_missing(model, [optimizer])
     ['1.mean_weight', '1.var_weight']
     """
+    # The very dictionaries that optimizers and schedulers hold.
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     group_of = {id(p): group for group in groups for p in group["params"]}
     added: list[str] = []

@@ -28,7 +28,9 @@ def read_plan(path: str) -> tuple[dict[str, Any], list[str], dict[str, str]]:
 
         layers:
         - {name: backbone.bn1, source: BatchNorm2d, num_features: 64, norm: {class_path: sn, init_args: {sparse: true}}}
-        - {name: backbone.bn2, source: BatchNorm2d, num_features: 64, norm: null}
+        - {name: backbone.bn2, norm: null}
+
+    A row needs ``name`` and ``norm`` alone; the others say what was there, and which arguments fit.
 
     Args:
         path: of such a file, or of a checkpoint of a swapped network, which holds the same in its manifest.
@@ -55,14 +57,19 @@ def read_plan(path: str) -> tuple[dict[str, Any], list[str], dict[str, str]]:
     for row in rows:
         if row["norm"] is not None:
             _try_to_build(row, path)
-    # A row without a norm becomes a rule with None, which leaves the layer alone.
-    rules = {re.escape(row["name"]): row["norm"] for row in rows}
+    # A row without a norm becomes a rule with None, which leaves the layer alone; layers of kinds of which none is
+    # swapped are no candidates, and stay without a rule.
+    sources = list(dict.fromkeys(row.get("source", "all") for row in rows if row["norm"] is not None))
+    known = {*sources, None}
+    rules = {
+        re.escape(row["name"]): row["norm"] for row in rows if row["norm"] is not None or row.get("source") in known
+    }
     if all(norm is None for norm in rules.values()):
         raise PlanError(
             f"the plan {path!r} swaps no layer: it has {len(rules)} rows under layers, none with a norm. Type "
             "norm: {class_path: sn} in a row, or leave out NormSwap."
         )
-    return rules, list(dict.fromkeys(row["source"] for row in rows)), activations_of(r for r in rows if r["norm"])
+    return rules, sources, activations_of(r for r in rows if r["norm"])
 
 
 def _cannot_read(path: str, why: str) -> str:

@@ -35,6 +35,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_norm.cli.compare.runs import BASELINE, Run, all_runs, read_contenders, read_sweeps
 from lightning_norm.cli.compare.store import Record, RunStore
+from lightning_norm.cli.parsing import CommandParser, own_options
 
 DESCRIPTION = """Train one job with several normalizers: same seeds, same data, same everything else.
 
@@ -71,9 +72,7 @@ def run(argv: Sequence[str]) -> None:
         return
     if options.seeds < 1 or options.jobs < 1:
         raise ValueError(f"compare needs --seeds and --jobs of at least 1, got {options.seeds} and {options.jobs}.")
-    # In front, so that options of the command line win over the file.
-    files = [text for file in options.config for text in ("--config", file)]
-    job = [*(files or BUILT_IN), *job]
+    job = job_of(options, job)
     contenders = read_contenders(options.norms)
     runs = all_runs(contenders, read_sweeps(options.sweep), range(options.seeds))
     labels = [c.label for c in contenders]
@@ -116,14 +115,26 @@ def run(argv: Sequence[str]) -> None:
     _report(store, [r for r in (store.read(r.name) for r in runs) if r is not None], options, baseline, metric, higher)
 
 
+def job_of(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    """Return the arguments of the job, as `lightning-norm fit` takes them.
+
+    Raises:
+        ValueError: they name a norm, and each run has its own.
+    """
+    if any(argument.split("=")[0] in ("--norm", "--norm.norm") for argument in rest):
+        raise ValueError("compare takes the normalizers as --norms bn,sn: leave out --norm.")
+    # In front, so that options of the command line win over the files.
+    files = [text for file in options.config for text in ("--config", file)]
+    return [*(files or BUILT_IN), *rest]
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's own options."""
-    made = argparse.ArgumentParser(
-        "lightning-norm compare",
+    made = CommandParser(
+        prog="lightning-norm compare",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     made.add_argument("--norms", default="bn,sn,bcn", help="normalizers, separated by commas (default: %(default)s)")
     made.add_argument(
@@ -371,7 +382,8 @@ def _settings_of(job: Sequence[str], first: Run, folder: Path) -> dict[str, str]
 
     try:
         with quiet():
-            ParsedOnly([*job], first.contender.swap, [], folder, first.name)
+            also = {"also": own_options(parser())}
+            ParsedOnly([*job], first.contender.swap, [], folder, first.name, parser_kwargs=also)
     except Parsed as parsed:
         settings: dict[str, str] = parsed.args[0]
     return settings

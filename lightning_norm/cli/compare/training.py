@@ -52,17 +52,24 @@ class JobCLI(NormCLI):
         callbacks: added behind those of the job.
         folder: of logs, and of checkpoints where the job writes some.
         name: of the run.
+        options: of :class:`lightning_norm.cli.norm_cli.NormCLI`.
 
     Attributes:
         settings: the configuration as dotted names and text, without what each contender replaces.
     """
 
     def __init__(
-        self, args: Sequence[str], swap: Mapping[str, Any], callbacks: Sequence[Callback], folder: Path, name: str
+        self,
+        args: Sequence[str],
+        swap: Mapping[str, Any],
+        callbacks: Sequence[Callback],
+        folder: Path,
+        name: str,
+        **options: Any,
     ) -> None:
         self._swap, self._recorders, self._folder, self._name = swap, list(callbacks), folder, name
         self.settings: dict[str, Any] = {}
-        super().__init__(args, run=False, save_config_callback=None)
+        super().__init__(args, run=False, save_config_callback=None, **options)
 
     @override
     def before_instantiate_classes(self) -> None:

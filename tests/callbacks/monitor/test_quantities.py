@@ -25,7 +25,7 @@ class Watched(Net):
         self.net[0].register_forward_hook(self.keep)
 
     def keep(self, _, __, output):
-        self.seen, self.held = output.detach().clone(), {k: v.clone() for k, v in self.net[1].named_buffers()}
+        self.seen, self.buffers_then = output.detach().clone(), {k: v.clone() for k, v in self.net[1].named_buffers()}
 
 
 def read(logger):
@@ -172,7 +172,7 @@ def test_the_running_statistics_drift(key, tmp_path):
     model, _, values = logged(tmp_path, NormSwap(key, CASES.get(key, ({}, {}))[0]), NormMonitor())
     layer = model.net[1]
     for which in layer.running_names:
-        old, new = model.held[which], layer.get_buffer(which)
+        old, new = model.buffers_then[which], layer.get_buffer(which)
         expected = (new - old).abs().sum() / max(old.abs().sum(), new.abs().sum())
         assert values[which.replace("running", "drift")][-1] == pytest.approx(expected.item(), rel=1e-4)
         assert expected > 1e-3

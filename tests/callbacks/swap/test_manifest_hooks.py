@@ -27,7 +27,7 @@ class HNet(LateNet):
         super().__init__()
         self.save_hyperparameters()
         self.net = nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels, eps=eps), nn.ReLU(inplace=True))
-        self.found = None
+        self.loaded_entry = None
 
     def setup(self, stage=None):
         pass
@@ -45,7 +45,7 @@ class HNet(LateNet):
         checkpoint["mine"] = 7
 
     def on_load_checkpoint(self, checkpoint):
-        self.found = checkpoint["mine"]
+        self.loaded_entry = checkpoint["mine"]
 
 
 def same_state(a, b):
@@ -167,7 +167,7 @@ class TestLoadFromCheckpoint:
         same_state(loaded, model)
         assert loaded.hparams.channels == 5
         assert loaded.net[1].momentum == 0.2
-        assert loaded.found == 7
+        assert loaded.loaded_entry == 7
         x = torch.randn(2, 3, 8, 8)
         assert torch.equal(loaded.eval()(x), model.eval()(x))
         assert not isinstance(vars(HNet)["on_load_checkpoint"], Patch)

@@ -1,0 +1,55 @@
+"""The parser of the commands that LightningCLI does not run: a mistake is one line, with the nearest name."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from typing_extensions import override
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's parser whose errors are one line, and which takes no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        # Options that compare and export do not know are the job's, and told by its own parser.
+        self.exit(2, f"lightning-norm: error: {with_nearest(message, self._option_string_actions)}\n")
+
+
+def own_options(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options of a parser, as they are typed."""
+    return list(parser._option_string_actions)
+
+
+def with_nearest(message: str, options: Iterable[str]) -> str:
+    """Return what argparse says of an unknown option, with the nearest of those that exist.
+
+    >>> with_nearest("unrecognized arguments: --seedz 3", ["--seeds", "--norms"])
+    "unrecognized arguments: --seedz 3. Did you mean '--seeds'?"
+    """
+    typed = re.search(r"unrecognized arguments: (-{1,2}[\w.+-]+)", message)
+    near = nearest(typed[1], options) if typed else None
+    return f"{message}. Did you mean {near!r}?" if near else message
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the nearest of some names to one that is none of them, by whole names and by their first or last parts."""
+    names = list(dict.fromkeys(known))
+    head, dot, rest = name.partition(".")
+    heads = {option.partition(".")[0] for option in names}
+    if dot and head not in heads:
+        # Arguments of a class that is chosen on the command line are no options of the parser: --mdel.arch.
+        return next((f"{h}.{rest}" for h in difflib.get_close_matches(head, heads, n=1)), None)
+    near: Sequence[str] = difflib.get_close_matches(name, names, n=1)
+    if not near:
+        # --max_epochs is meant for --trainer.max_epochs.
+        ends = {option.rpartition(".")[2].lstrip("-"): option for option in reversed(names)}
+        near = [ends[e] for e in difflib.get_close_matches(name.rpartition(".")[2].lstrip("-"), ends, n=1, cutoff=0.8)]
+    return near[0] if near else None

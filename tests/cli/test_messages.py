@@ -1,0 +1,201 @@
+"""Mistakes on the command line: one line, exit status 2, what was expected, what came, what to type."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_norm.cli.main import COMMANDS, main
+from lightning_norm.cli.parsing import nearest
+
+# LightningCLI 2.6 calls names that jsonargparse renamed in 4.5x.
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+SMALL = """
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+
+class Plain(pl.LightningModule):
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.net = nn.Linear(3, width)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch[0]).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 3)), batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
+class Small(Plain):
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+"""
+QUIET = {
+    "logger": False, "enable_checkpointing": False, "max_epochs": 1, "enable_progress_bar": False,
+    "enable_model_summary": False, "accelerator": "cpu",
+}  # fmt: skip
+JOB = ["--model", "small_job.Small", *(f"--trainer.{name}={str(value).lower()}" for name, value in QUIET.items())]
+
+
+@pytest.fixture(autouse=True)
+def _job(tmp_path, monkeypatch):
+    (tmp_path / "small_job.py").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def refused(capfd, *arguments):
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert ended.value.code == 2
+    assert lines[-1].startswith("lightning-norm: error: ")
+    assert not any("Traceback" in line or "usage" in line for line in lines)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit"], "no model. Type --model my_module.MyModel"),
+        (["fit", "--modle", "x.Y"], "Did you mean '--model'?"),
+        (["fit", *JOB, "--max_epochs", "3"], "Did you mean '--trainer.max_epochs'?"),
+        (["fit", *JOB, "--mdel.width", "3"], "Did you mean '--model.width'?"),
+        (["fit", *JOB, "--norm.nrom", "sn"], "Did you mean '--norm.norm'?"),
+        (["fit", *JOB, "--trainer.max_epochs", "three"], "trainer.max_epochs: expected int, got 'three'"),
+        (["fit", *JOB, "--trainer.accelerator", "gpuu"], "Available names are: auto, cuda, mps, tpu, cpu"),
+        (["fit", *JOB, "--norm", "torch.nn.Linear"], "'torch.nn.Linear' is not a normalizer"),
+        (["fit", *JOB, "--norm", "nowhere.Norm"], "cannot import the normalizer 'nowhere.Norm'"),
+        (["fit", "--model", "small_job.Smal"], "Did you mean 'Small'?"),
+        (["fit", "--model", "nowhere.Net"], "model: Problem with given class_path 'nowhere.Net': No module named"),
+        (["fit", *JOB, "--trainer.callbacks+=NormMonitr"], "Did you mean 'NormMonitor'?"),
+        (["fit", *JOB, "--optimizer", "SGDD"], "Did you mean 'SGD'?"),
+        (["fit", "--config", "list.yaml"], "a configuration holds sections such as norm: sn"),
+        (["fit", "--config", "bad.yaml"], "did not find expected ',' or '}'"),
+        (["test", *JOB], "No `test_step()` method defined"),
+        (["plan", "--model", "small_job.Small", "--sve", "x"], "Did you mean '--save'?"),
+        (["list", "--jsn"], "Did you mean '--json'?"),
+        (["compare", "--norm", "bn"], "--norms bn,sn"),
+        (["compare", "--seedz", "3"], "Did you mean '--seeds'?"),
+        (["compare", "--seeds", "three"], "argument --seeds: invalid int value: 'three'"),
+        (["bench", "--normz", "sn"], "Did you mean '--norms'?"),
+        (["convert", "x.pth", "--out", "y.ckpt", "--nrom", "sn"], "Did you mean '--norm'?"),
+        (["export", "--out", "net.pt2", "--model", "small_job.Small", "--shpe", "1x3"], "Did you mean '--shape'?"),
+    ],
+    ids=lambda value: " ".join(w for w in value if w not in JOB)[:50] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_with_what_to_type(capfd, arguments, said):
+    Path("list.yaml").write_text("- 1\n- 2\n")
+    Path("bad.yaml").write_text("trainer: {max_epochs: 5\n")
+    (line,) = refused(capfd, *arguments)
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", *JOB, "--norm", "snn"],
+        ["plan", "--model", "small_job.Small", "--norm", "snn"],
+        ["compare", "--norms", "bn,snn"],
+        ["bench", "--norms", "snn"],
+        ["export", "--out", "net.pt2", "--model", "small_job.Small", "--norm", "snn", "--shape", "2x3"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_mistyped_norm_is_told_on_every_command(capfd, arguments):
+    (line,) = refused(capfd, *arguments)
+    assert "Did you mean 'sn' (SwitchableNorm)" in line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistyped_command_is_told(capfd, command):
+    (line,) = refused(capfd, command[:-1] if len(command) > 3 else command + "t")
+    assert f"Did you mean '{command}'?" in line
+
+
+def test_a_run_without_a_norm_says_that_nothing_is_swapped(capfd, caplog):
+    caplog.set_level("INFO")
+    main(["fit", *JOB])
+    assert "No norm: nothing is swapped. Type --norm sn" in capfd.readouterr().err + caplog.text
+
+
+def test_a_second_fit_without_a_logger_leaves_what_is_there():
+    Path("config.yaml").write_text("mine: true\n")
+    for _ in range(2):
+        main(["fit", *JOB, "--norm", "sn"])
+    assert Path("config.yaml").read_text() == "mine: true\n"
+    assert yaml.safe_load(Path("config-v1.yaml").read_text())["norm"]["norm"] == "sn"
+    assert Path("config-v2.yaml").exists()
+
+
+def test_a_model_without_batch_norm_is_an_error_unless_it_may_be(capfd):
+    plain = ["small_job.Plain" if a == "small_job.Small" else a for a in JOB]
+    for command in ("fit", "plan"):
+        line = refused(capfd, command, *plain, "--norm", "sn")[-1]
+        assert "swap changed nothing: no candidate found" in line
+    with pytest.warns(match="no candidate found"):
+        main(["fit", *plain, "--norm", "sn", "--norm.on_empty", "warn"])
+    assert "on_empty" in refused(capfd, "fit", *plain, "--norm", "sn", "--norm.on_empty", "silence")[-1]
+
+
+def test_two_monitors_and_a_metric_that_nobody_logs(capfd):
+    twice = ["--trainer.callbacks+=NormMonitor", "--trainer.callbacks+=NormMonitor"]
+    line = refused(capfd, "fit", *JOB, "--norm", "sn", *twice)[-1]
+    assert "2 NormMonitors log under the same names, with the prefix 'norm'. Give each another one" in line
+    main(["fit", *JOB, "--trainer.logger=true", "--norm", "sn", *twice, "--trainer.callbacks.prefix=second"])
+    wrong = ["--trainer.callbacks+=NormMonitor", "--trainer.callbacks.metric=val_los"]
+    line = refused(capfd, "fit", *JOB, "--trainer.logger=true", "--norm", "sn", *wrong)[-1]
+    assert "logged no metric 'val_los'. Did you mean 'val_loss'?" in line
+
+
+PLAIN = """
+from lightning.pytorch.cli import LightningCLI
+
+import lightning_norm.callbacks
+
+LightningCLI()
+"""
+
+
+@pytest.mark.parametrize(
+    ("norm", "said"),
+    [
+        ("snn", "no normalizer called 'snn'. Did you mean 'sn' (SwitchableNorm)"),
+        ("torch.nn.Linear", "'torch.nn.Linear' is not a normalizer"),
+        ("sn", None),
+    ],
+)
+def test_a_wrong_key_in_a_script_of_the_user_is_told_by_its_parser(monkeypatch, capfd, norm, said):
+    callback = {"class_path": "NormSwap", "init_args": {"norm": norm}}
+    trainer = {**QUIET, "callbacks": [callback]}
+    Path("job.yaml").write_text(yaml.safe_dump({"model": {"class_path": "small_job.Small"}, "trainer": trainer}))
+    monkeypatch.setattr("sys.argv", ["script.py", "fit", "--config", "job.yaml"])
+    if said is None:
+        exec(PLAIN, {})
+        return
+    with pytest.raises(SystemExit) as ended:
+        exec(PLAIN, {})
+    shown = capfd.readouterr().err
+    assert ended.value.code == 2
+    assert said in shown
+    assert "Traceback" not in shown
+
+
+def test_the_nearest_name():
+    options = ["--norms", "--model", "--trainer.max_epochs"]
+    assert nearest("--max_epochs", options) == "--trainer.max_epochs"
+    assert nearest("--mdel.width", options) == "--model.width"
+    assert nearest("--something_else", options) is None
