@@ -215,7 +215,7 @@ class NormCLI(LightningCLI):
             parser = NormParser()
             parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
             config.data = parser.parse_object({"data": "Digits"}).data
-        data = {class_path(c): c for c in _built_in_data()}.get(config.data.class_path)
+        data = {class_path(c): c for c in built_in_data()}.get(config.data.class_path)
         if data is not None:
             data.check_installed()  # told before the network is built
         # A number that was typed stays; the model refuses one that does not fit.
@@ -418,7 +418,8 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _built_in_data() -> list[type[ImageData]]:
+def built_in_data() -> list[type[ImageData]]:
+    """Return the data sets that come with the built-in job."""
     return [job.Digits, job.MNIST, job.FashionMNIST, job.CIFAR10, job.CIFAR100]
 
 
