@@ -115,6 +115,7 @@ def _per_channel() -> Iterator[Variant]:
         ("dbn", {"MOMENTS": True, "BLEND": 1, "STD": True, "POWER": True}, one),
         ("dbn renorm, averaged", {"MOMENTS": True, "BLEND": 3, "STD": True, "AVERAGE": True}, one),
         ("dbn beside the batch", {"MOMENTS": True, "BLEND": 2}, one),
+        ("brn", {"MOMENTS": True, "BLEND": 4, "STD": True, "COPY": True}, one),
         ("rbn, ranks", {**rectified, "RANKS": 1}, one),
         ("rbn, ranks afterwards", {**rectified, "RANKS": 2}, one),
         ("dbn, ranks", {"MOMENTS": True, "BLEND": 1, "STD": True, "POWER": True, "RANKS": 1}, one),

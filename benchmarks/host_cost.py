@@ -23,12 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import stub
+from benchmarks import counters, stub
 from lightning_norm import create, normalizers
 
 SHAPE = (2, 16, 14, 14)
 BARS = dict.fromkeys(("sn", "bn", "in", "bcn"), 1.5)
-"""Times nn.BatchNorm2d; 2 for the others."""
+"""Times nn.BatchNorm2d."""
+
+BAR = 2.0
+"""For the others."""
 
 COLUMNS = ("layer", "forward", "forward + backward", "ratio", "bar", "launches", "allocations")
 
@@ -70,13 +73,15 @@ def row_of(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> Row:
 
     for _ in range(3):
         both()
-    before = stub.launches()
-    forward()
-    between = stub.launches()
-    both()
-    forwards = between - before
-    counted = f"{forwards} + {stub.launches() - between - forwards}"
-    return Row(name, forward, both, counted, allocations(both), ([], []))
+    if x.is_cuda:
+        forwards, all_launches = (counters.launches(run, "cuda") or 0 for run in (forward, both))
+    else:
+        before = stub.launches()
+        forward()
+        between = stub.launches()
+        both()
+        forwards, all_launches = between - before, stub.launches() - between
+    return Row(name, forward, both, f"{forwards} + {all_launches - forwards}", allocations(both), ([], []))
 
 
 def allocations(call: Callable[[], Any]) -> int:
@@ -88,17 +93,19 @@ def allocations(call: Callable[[], Any]) -> int:
 
 
 def microseconds(call: Callable[[], Any], calls: int) -> float:
-    """Return the time of this thread for one call."""
+    """Return the time of this thread for one call; what a GPU has in its queue before must not hold the launches."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.thread_time_ns()
     for _ in range(calls):
         call()
     return (time.thread_time_ns() - start) / calls / 1e3
 
 
-def measure(keys: list[str], rounds: int, calls: int) -> list[Row]:
-    """Return a row for nn.BatchNorm2d and one for each normalizer."""
-    x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
-    layers = {"nn.BatchNorm2d": nn.BatchNorm2d(SHAPE[1]), **{key: layer_of(key) for key in keys}}
+def measure(keys: list[str], rounds: int, calls: int, device: str = "cpu") -> list[Row]:
+    """Return a row for nn.BatchNorm2d and one for each normalizer; on "cpu" the stub must be installed."""
+    x, dy = torch.randn(SHAPE, device=device, requires_grad=True), torch.randn(SHAPE, device=device)
+    layers = {"nn.BatchNorm2d": nn.BatchNorm2d(SHAPE[1]).to(device), **{k: layer_of(k).to(device) for k in keys}}
     rows = [row_of(name, layer, x, dy) for name, layer in layers.items()]
     for _ in range(rounds):
         for row in rows:
@@ -113,7 +120,7 @@ def table(rows: list[Row]) -> list[str]:
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
     for row in [rows[0], *sorted(rows[1:], key=lambda row: -row.medians[1])]:
         forward, both = row.medians
-        bar = f"{BARS.get(row.name, 2.0):.1f}" if row is not rows[0] else ""
+        bar = f"{BARS.get(row.name, BAR):.1f}" if row is not rows[0] else ""
         cells = (row.name, f"{forward:.0f}", f"{both:.0f}", f"{both / base:.2f}", bar, row.launches, row.allocations)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
@@ -121,7 +128,7 @@ def table(rows: list[Row]) -> list[str]:
 
 def over_the_bar(rows: list[Row]) -> list[str]:
     """Return the normalizers that take longer than they may."""
-    return [row.name for row in rows[1:] if row.medians[1] > BARS.get(row.name, 2.0) * rows[0].medians[1]]
+    return [row.name for row in rows[1:] if row.medians[1] > BARS.get(row.name, BAR) * rows[0].medians[1]]
 
 
 def main() -> None:

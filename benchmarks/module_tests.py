@@ -63,6 +63,21 @@ def need(condition: bool, text: str) -> None:
 # ------------------------------------------------------------------------------------------------------- the entries
 
 
+def arguments(cls: type[nn.Module]) -> dict[str, Any]:
+    """Return the arguments without which a normalizer cannot be built, or does nothing."""
+    return {**getattr(cls, "test_arguments", {}), **({"context": "gate"} if getattr(cls, "key", "") == "cn" else {})}
+
+
+def refuses_rows(cls: type[nn.Module]) -> bool:
+    """Tell whether inputs (N, C) give a statistic of one value; torch's InstanceNorm has no such entry either."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not issubclass(cls, Normalizer):
+            return False
+        layer: Any = cls(6, **arguments(cls))
+        return bool(layer.statistic_size(4, 1) < 2)
+
+
 def cases(common: Any, cls: type[nn.Module]) -> Callable[..., list[Any]]:
     """Return the function that gives a normalizer's inputs to its ModuleInfo.
 
@@ -74,22 +89,18 @@ def cases(common: Any, cls: type[nn.Module]) -> Callable[..., list[Any]]:
     options |= {"momentum": {"eps": 1e-3, "momentum": 0.8}, "not_affine": {"eps": 1e-3, "affine": False}}
     options |= {"not_tracking_stats": {"eps": 1e-3, "track_running_stats": False}, "affine_not_bias": {"bias": False}}
     table = [(f"{shape}{'_' * bool(o)}{o}", shapes[shape], options[o]) for shape in shapes for o in options]
-    if getattr(cls, "key", "") in (
-        "in",
-        "asr",
-        "ibn",
-    ):  # a statistic of one value; torch's InstanceNorm has no such entry
+    if refuses_rows(cls):
         table = [row for row in table if not row[0].startswith("2d_input")]
     table += [("zero_batch", (0, 6, 2, 2), {}), ("tokens", (2, 5, 6), {"channel_dim": -1})]
-    always = {**getattr(cls, "test_arguments", {}), **({"context": "gate"} if getattr(cls, "key", "") == "cn" else {})}
+    always = arguments(cls)
 
     def inputs(module_info: Any, device: Any, dtype: Any, requires_grad: bool, training: bool, **_: Any) -> list[Any]:
-        found = []
+        results = []
         for desc, shape, more in table:
             x = torch.testing.make_tensor(shape, device=device, dtype=dtype, requires_grad=requires_grad)
-            arguments = common.FunctionInput(6, **{**always, **more})
-            found.append(common.ModuleInput(arguments, common.FunctionInput(x), desc=desc))
-        return found
+            call = common.FunctionInput(6, **{**always, **more})
+            results.append(common.ModuleInput(call, common.FunctionInput(x), desc=desc))
+        return results
 
     return inputs
 
@@ -107,15 +118,15 @@ def takes(cls: type[nn.Module], call: Any) -> bool:
 
 def entries(common: Any, keys: list[str]) -> dict[str, Any]:
     """Return name -> ModuleInfo of the normalizers, and of torch's norms where "torch" is among the keys."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for key in keys:
         if key == "torch":
-            own = [info for info in common.module_db if info.module_cls in TORCH_NORMS]
-            found |= {f"torch.{info.module_cls.__name__}": info for info in own}
+            of_torch = [info for info in common.module_db if info.module_cls in TORCH_NORMS]
+            results |= {f"torch.{info.module_cls.__name__}": info for info in of_torch}
         else:
             cls = lightning_norm.normalizers()[key]
-            found[key] = common.ModuleInfo(cls, module_inputs_func=cases(common, cls))
-    return found
+            results[key] = common.ModuleInfo(cls, module_inputs_func=cases(common, cls))
+    return results
 
 
 # -------------------------------------------------------------------------------------------------------- the checks
@@ -124,12 +135,12 @@ def entries(common: Any, keys: list[str]) -> dict[str, Any]:
 class Case:
     """One entry's arguments and input, in training or evaluation."""
 
-    def __init__(self, info: Any, given: Any, dtype: torch.dtype, training: bool) -> None:
-        self.info, self.given, self.dtype, self.training = info, given, dtype, training
+    def __init__(self, info: Any, module_input: Any, dtype: torch.dtype, training: bool) -> None:
+        self.info, self.module_input, self.dtype, self.training = info, module_input, dtype, training
 
     def module(self, **more: Any) -> Any:
         """Return the module, built with ``device`` and ``dtype`` unless others are given."""
-        call = self.given.constructor_input
+        call = self.module_input.constructor_input
         options = {"device": DEVICE, "dtype": self.dtype} | more
         built = self.info.module_cls(*call.args, **{**call.kwargs, **options})
         return built.train(self.training)
@@ -137,7 +148,7 @@ class Case:
     @property
     def x(self) -> Tensor:
         """The input."""
-        x: Tensor = self.given.forward_input.args[0]
+        x: Tensor = self.module_input.forward_input.args[0]
         return x.detach().clone().requires_grad_(x.requires_grad)
 
     def inputs(self) -> tuple[Any, ...]:
@@ -189,14 +200,16 @@ def check_factory_kwargs(case: Case) -> None:
     like(case.module(), DEVICE, case.dtype)
     like(case.module(device="meta"), "meta", case.dtype)
     with torch.device("meta"):
-        module = case.info.module_cls(*case.given.constructor_input.args, **case.given.constructor_input.kwargs)
+        module = case.info.module_cls(
+            *case.module_input.constructor_input.args, **case.module_input.constructor_input.kwargs
+        )
     for name, t in (*module.named_parameters(), *module.named_buffers()):
         need(t.is_meta, f"{name} on {t.device} under torch.device('meta')")
 
 
 def check_skip_init(case: Case) -> None:
     """``torch.nn.utils.skip_init`` builds the module."""
-    call = case.given.constructor_input
+    call = case.module_input.constructor_input
     skip_init: Callable[..., nn.Module] = torch.nn.utils.skip_init
     module = skip_init(case.info.module_cls, *call.args, device=DEVICE, dtype=case.dtype, **call.kwargs)
     like(module, DEVICE, case.dtype)
@@ -361,18 +374,18 @@ def run(info: Any, kind: str, common: Any) -> list[str]:
         for dtype in (torch.float64,) if kind in IN_DOUBLE else (torch.float32, torch.float64):
             torch.manual_seed(0)
             more = {"device": DEVICE, "dtype": dtype, "requires_grad": False, "training": training}
-            for given in info.module_inputs_func(info, **more):
-                if not takes(info.module_cls, given.constructor_input):
+            for case_input in info.module_inputs_func(info, **more):
+                if not takes(info.module_cls, case_input.constructor_input):
                     continue
                 count += 1
                 try:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")
-                        check(Case(info, given, dtype, training))
+                        check(Case(info, case_input, dtype, training))
                 except Exception as error:
                     text = " ".join(str(error).split())[:140]
                     mode = "train" if training else "eval"
-                    failures.append(f"{given.desc} {mode} {str(dtype)[6:]}: {type(error).__name__}: {text}")
+                    failures.append(f"{case_input.desc} {mode} {str(dtype)[6:]}: {type(error).__name__}: {text}")
     return [str(count), *failures]
 
 
@@ -394,7 +407,9 @@ def report(rows: dict[str, dict[str, list[str]]], kinds: list[str]) -> str:
     lines = [table(rows, kinds), "", f"{counts.total()} failures of {len(ours)} normalizers: {most or 'none'}.", ""]
     lines += [f"- Not counted: {what}: {reason}." for what, reason in PROMISES.items()]
     lines += [f"- Allowed: {name}, {kind}: {reason}." for (name, kind), reason in ALLOWED.items()]
-    lines += ["- Not run: inputs (N, C) for in, asr and ibn, which refuse them: a statistic of a sample has one value."]
+    refuse = ", ".join(name for name in ours if refuses_rows(lightning_norm.normalizers()[name]))
+    if refuse:
+        lines += [f"- Not run: inputs (N, C) for {refuse}, which refuse them: a statistic of a sample has one value."]
     return "\n".join(lines)
 
 
@@ -416,8 +431,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, help="write the table of all norms in the --json file")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a failure is not allowed")
     options = parser.parse_args()
-    for label, given, known in (("norms", options.norms, every), ("kinds", options.kinds, list(CHECKS))):
-        if unknown := set(given) - set(known):
+    for label, chosen, known in (("norms", options.norms, every), ("kinds", options.kinds, list(CHECKS))):
+        if unknown := set(chosen) - set(known):
             parser.error(f"--{label}: {sorted(unknown)} unknown, expected some of {','.join(known)}")
     return options
 
@@ -434,11 +449,11 @@ def main() -> None:
     for name, info in entries(common, options.norms).items():
         start = time.perf_counter()
         rows[name] = {kind: run(info, kind, common) for kind in options.kinds}
-        bad = sum(len(found) - 1 for found in rows[name].values())
+        bad = sum(len(results) - 1 for results in rows[name].values())
         print(f"{name}: {bad} failures ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
         if options.verbose:
-            for kind, found in rows[name].items():
-                print("\n".join(f"  {kind} {text}" for text in found[1:]), end="\n" * (len(found) > 1))
+            for kind, results in rows[name].items():
+                print("\n".join(f"  {kind} {text}" for text in results[1:]), end="\n" * (len(results) > 1))
     if options.json and options.json.exists():
         rows = {**json.loads(options.json.read_text()), **rows}
     order = [*lightning_norm.normalizers()]
@@ -452,7 +467,8 @@ def main() -> None:
         how = f"Failures of the checks, by `python benchmarks/module_tests.py`; torch {version}."
         options.markdown.write_text(f"# torch's own module tests\n\n{how}\n\n{text}\n")
     ours = {name: row for name, row in rows.items() if not name.startswith("torch.")}
-    wrong = [(n, k) for n, row in ours.items() for k, found in row.items() if len(found) > 1 and (n, k) not in ALLOWED]
+    failed = ((n, k) for n, row in ours.items() for k, results in row.items() if len(results) > 1)
+    wrong = [each for each in failed if each not in ALLOWED]
     if options.check and wrong:
         sys.exit(f"not allowed: {wrong}")
 

@@ -90,13 +90,16 @@ def steps(
     compiled: bool,
     budget: Budget,
     arguments: dict[str, dict[str, Any]],
+    modes: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Time steps with each normalizer beside BatchNorm's, mode by mode, of the network as it is or compiled."""
+    """Time steps with each normalizer beside BatchNorm's, mode by mode, of the network as it is or compiled.
+
+    ``modes`` names those of ``MODES`` that are wanted, in place of ``compiled``.
+    """
     rows = []
-    kind = "compiled step" if compiled else "step"
-    for mode, options in MODES.items():
-        if ("compiled" in options) != compiled:
-            continue
+    for mode in modes or [name for name, options in MODES.items() if ("compiled" in options) == compiled]:
+        options = MODES[mode]
+        kind = "compiled step" if "compiled" in options else "step"
         torch.compiler.reset()
         runs: dict[str, Timed] = {}
         peaks: dict[str, int | None] = {}

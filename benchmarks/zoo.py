@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import signal
 import statistics
@@ -43,6 +45,8 @@ LIBRARIES = ("timm", "torchvision", "smp", "monai", "ultralytics", "decoders")
 TOLERANCE = 1e-4
 """Of a layer's or a model's evaluation, relative to its largest absolute output."""
 BATCH = 2
+EARLIER: dict[tuple[str, str], Row] = {}
+"""Library and model -> a row of an earlier run: which one is the smallest, and which are measured quickly."""
 
 
 @dataclass
@@ -80,6 +84,7 @@ class Row:
         step: "ok", or what the training step lacked.
         undo: "ok", or what is not bit-identical after it.
         export: "ok", or the error; "" where it was not asked for.
+        measured: the name of the run, as ``--again`` gave it.
     """
 
     library: str
@@ -101,6 +106,7 @@ class Row:
     undo: str = ""
     export: str = ""
     seconds: float = 0.0
+    measured: str = ""
 
     @property
     def id(self) -> tuple[str, str, str, str]:
@@ -111,8 +117,11 @@ class Row:
 # ---------------------------------------------------------------------------------------------------- the libraries
 
 
-def parameters_of(build: Callable[[], nn.Module]) -> int:
+def parameters_of(library: str, name: str, build: Callable[[], nn.Module]) -> int:
     """Return the number of parameters without making them, where the model can be built on the meta device."""
+    earlier = EARLIER.get((library, name))
+    if earlier is not None and earlier.parameters:
+        return earlier.parameters
     try:
         with torch.device("meta"):
             model = build()
@@ -128,10 +137,12 @@ def timm_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Model | R
         if not wanted(family):
             continue
         names = [n for n in timm.list_models(module=family) if not n.startswith("test_")]
+        # To find the smallest, all are built.
+        names = [n for n in names if ("timm", n) in EARLIER] or names
         counts = {}
         for name in names:
             with contextlib.suppress(Exception):
-                counts[name] = parameters_of(lambda name=name: timm.create_model(name, pretrained=False))  # type: ignore[misc]
+                counts[name] = parameters_of("timm", name, lambda name=name: timm.create_model(name, pretrained=False))  # type: ignore[misc]
         if not counts:
             yield Row("timm", family, "", "", "", "skipped", "no model of it can be built without further packages")
             continue
@@ -139,8 +150,8 @@ def timm_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Model | R
         if counts[name] > limit:
             yield Row("timm", family, name, "", "", "skipped", f"{counts[name] / 1e6:.0f} M parameters", counts[name])
             continue
-        own = timm.get_pretrained_cfg(name)
-        size = own.input_size[-1] if own is not None else 224
+        pretrained = timm.get_pretrained_cfg(name)
+        size = pretrained.input_size[-1] if pretrained is not None else 224
 
         def build(size: int | None, name: str = name) -> nn.Module:
             try:
@@ -159,7 +170,8 @@ def torchvision_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Mo
             continue
         options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         try:
-            count = parameters_of(lambda name=name, options=options: models.get_model(name, weights=None, **options))  # type: ignore[misc]
+            make = functools.partial(models.get_model, name, weights=None, **options)
+            count = parameters_of("torchvision", name, make)
         except Exception as error:
             yield Row("torchvision", name, name, "", "", "skipped", short(error))
             continue
@@ -223,7 +235,10 @@ def monai_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Model | 
         "SEResNet50": ({"spatial_dims": 2, "in_channels": 3, "num_classes": 2}, 3),
         "SegResNet": ({"spatial_dims": 3, "init_filters": 8, "norm": "batch"}, 1),
         "SegResNetDS": ({"spatial_dims": 3, "init_filters": 8, "norm": "batch"}, 1),
-        "SwinUNETR": ({"in_channels": 1, "out_channels": 2, "feature_size": 12, "norm_name": "batch"}, 1),
+        "SwinUNETR": (
+            {"in_channels": 1, "out_channels": 2, "feature_size": 12, "norm_name": "batch", "spatial_dims": 2},
+            1,
+        ),
         "UNet": ({"spatial_dims": 3, "in_channels": 1, "out_channels": 2, **unet, "norm": "batch"}, 1),
         "VNet": ({"spatial_dims": 3}, 1),
         "VoxelMorphUNet": (
@@ -243,9 +258,7 @@ def monai_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Model | 
         def shape(size: int, channels: int = channels, flat: bool = flat) -> tuple[int, ...]:
             return (channels, *[size] * (2 if flat else 3))
 
-        yield Model(
-            "monai", name, name, build, (256,) if name == "HoVerNet" else (64, 128) if flat else (32, 64), shape
-        )
+        yield Model("monai", name, name, build, (64, 128) if flat else (16, 32, 64), shape)
 
 
 def ultralytics_models(limit: int, wanted: Callable[[str], bool]) -> Iterator[Model | Row]:
@@ -366,10 +379,10 @@ def randomize(model: nn.Module, x: Tensor) -> tuple[set[str], str]:
 
 def loss_of(result: Any) -> Tensor:
     """Return a loss that every output takes part in."""
-    found = [t for t in outputs(result) if t.requires_grad]
-    if not found:
+    with_gradient = [t for t in outputs(result) if t.requires_grad]
+    if not with_gradient:
         raise RuntimeError("no output depends on a parameter")
-    return torch.stack([t.float().square().mean() for t in found]).sum()
+    return torch.stack([t.float().square().mean() for t in with_gradient]).sum()
 
 
 def left_alone(model: nn.Module) -> dict[str, int]:
@@ -489,15 +502,16 @@ def undo(report: Any, model: nn.Module, state: dict[str, Tensor], expected: list
     return "ok" if same else "outputs differ"
 
 
-def export(model: nn.Module, x: Tensor) -> str:
+def export(model: nn.Module, x: Tensor, seconds: int) -> str:
     """Fold a copy of the model, export it, and compare the exported program with the model."""
-    expected = evaluate(model, x)
-    folded = copy.deepcopy(model)
     try:
-        lightning_norm.fold(folded, x)
-        program = torch.export.export(folded, (x,))
-        with torch.no_grad():
-            gap = difference(outputs(program.module()(x)), expected)
+        with time_limit(seconds):
+            expected = evaluate(model, x)
+            folded = copy.deepcopy(model)
+            lightning_norm.fold(folded, x)
+            program = torch.export.export(folded, (x,))
+            with torch.no_grad():
+                gap = difference(outputs(program.module()(x)), expected)
     except Exception as error:
         return short(error)
     return "ok" if gap < 10 * TOLERANCE else f"differs by {gap:.1g}"
@@ -505,17 +519,20 @@ def export(model: nn.Module, x: Tensor) -> str:
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise a TimeoutError after some seconds."""
+    """Raise a TimeoutError after some seconds of the CPU, and again every five: what runs may catch it.
+
+    It ends an outer limit. A wall clock would count what else the machine does.
+    """
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"took longer than {seconds} s")
+        raise TimeoutError(f"took longer than {seconds} s of a CPU")
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 5)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def prepare(model: Model) -> tuple[nn.Module, Tensor, int, set[str], str]:
@@ -540,9 +557,13 @@ def prepare(model: Model) -> tuple[nn.Module, Tensor, int, set[str], str]:
 
 
 def measure(
-    model: Model, network: nn.Module, x: Tensor, trained: set[str], row: Row, no_step: str, exports: bool
-) -> list[str]:
-    """Fill a row; ``network`` is left as it was. Returns the classes that the report's hints name."""
+    network: nn.Module, x: Tensor, trained: set[str], row: Row, no_step: str
+) -> tuple[nn.Module | None, list[str]]:
+    """Fill a row; ``network`` is left as it was.
+
+    Returns:
+        A swapped copy, ``None`` where nothing was swapped, and the classes that the report's hints name.
+    """
     source: list[str] | None = None
     if row.source == "hint":
         plan = lightning_norm.swap(network, row.norm, dry_run=True)
@@ -555,7 +576,7 @@ def measure(
     row.left = left_alone(network)
     row.preserved = sum(layer.preserves_eval for layer in report.layers)
     if not report.layers:
-        return [kind for _, kind, _ in report.skipped]
+        return None, [kind for _, kind, _ in report.skipped]
     result, wanted, row.silent = compare(original, network, report, x)
     if row.preserved == row.swapped:
         row.parity = difference(result, wanted)
@@ -569,34 +590,30 @@ def measure(
         raise
     except Exception as error:
         row.step = short(error)
-    if exports:
-        row.export = export(original, x)
-    return [kind for _, kind, _ in report.skipped]
+    return original, [kind for _, kind, _ in report.skipped]
 
 
 def sweep(options: argparse.Namespace, done: dict[tuple[str, str, str, str], Row]) -> Iterator[Row]:
-    """Yield the rows that are not done yet."""
-    count = 0
+    """Yield the rows that are not done yet, those first that took the shortest time before."""
+    models: list[Model | Row] = []
     for library in options.libraries:
+
+        def wanted(family: str, library: str = library) -> bool:
+            left_out = (library, family, "", "") in done
+            finished = all((library, family, norm, "default") in done for norm in options.norms)
+            return not (left_out or finished or (options.families and family not in options.families))
+
         try:
-
-            def wanted(family: str, library: str = library) -> bool:
-                left_out = (library, family, "", "") in done
-                finished = all((library, family, norm, "default") in done for norm in options.norms)
-                return not (left_out or finished or (options.families and family not in options.families))
-
-            models = MODELS[library](options.max_parameters, wanted)
-            for model in models:
-                if options.limit and count >= options.limit:
-                    return
-                if isinstance(model, Row):
-                    yield model
-                    continue
-                count += 1
-                yield from sweep_model(model, options, done)
-                gc.collect()
+            models += MODELS[library](options.max_parameters, wanted)
         except ImportError as error:
             print(f"{library} is left out: {error}", file=sys.stderr)
+    yield from (model for model in models if isinstance(model, Row))
+    todo = [model for model in models if isinstance(model, Model)]
+    known = {name: row.seconds for name, row in EARLIER.items() if row.seconds}
+    todo.sort(key=lambda m: known.get((m.library, m.name), math.inf))
+    for model in todo[: options.limit or None]:
+        yield from sweep_model(model, options, done)
+        gc.collect()
 
 
 def sweep_model(model: Model, options: argparse.Namespace, done: dict[tuple[str, str, str, str], Row]) -> Iterator[Row]:
@@ -606,7 +623,7 @@ def sweep_model(model: Model, options: argparse.Namespace, done: dict[tuple[str,
     for norm in todo:
         for source in ("default", "hint"):
             row = Row(model.library, model.family, model.name, norm, source)
-            start = time.perf_counter()
+            start = time.process_time()
             hints: list[str] = []
             try:
                 with time_limit(options.seconds), warnings.catch_warnings():
@@ -614,11 +631,13 @@ def sweep_model(model: Model, options: argparse.Namespace, done: dict[tuple[str,
                     prepared = prepared or prepare(model)
                     network, x, row.size, trained, why = prepared
                     row.parameters = sum(p.numel() for p in network.parameters())
-                    hints = measure(model, network, x, trained, row, why, options.export)
+                    swapped, hints = measure(network, x, trained, row, why)
+                    if options.export and swapped is not None:
+                        row.export = export(swapped, x, options.seconds)
             except Exception as error:
                 row.status, row.reason = "error", short(error)
                 prepared = None  # it may be half swapped
-            row.seconds = round(time.perf_counter() - start, 2)
+            row.seconds = round(time.process_time() - start, 2)
             yield row
             if not hints:
                 break
@@ -655,6 +674,9 @@ def markdown(rows: list[Row]) -> str:
         "Written by `python benchmarks/zoo.py`, whose `--help` says what each column is.",
         "",
         summary(rows),
+        "",
+        "Inputs are two images of the smallest size that the model takes (px; volumes of that edge in monai's models), "
+        "for export too. A row may take 300 s of a CPU, and its export as many; what took longer says so.",
         "",
         f"Versions: {', '.join(versions)}. Median of {seconds:.1f} s per row.",
         "",
@@ -725,7 +747,7 @@ EPILOG = """columns
               original reaches
   undo        state and outputs bit-identical
   export      torch.export of the folded model gives the same
-  s           seconds
+  s           seconds of a CPU
 
 needs  pip install timm torchvision segmentation-models-pytorch monai ultralytics (a missing one is left out)
 """
@@ -746,12 +768,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--libraries", type=names, default=list(LIBRARIES), help=f"of {','.join(LIBRARIES)}")
     parser.add_argument("--families", type=names, default=[], help="only these, as resnet,vgg11_bn (default: all)")
     parser.add_argument("--limit", type=int, default=0, help="at most so many models (default: all)")
-    parser.add_argument("--max-parameters", type=float, default=60e6, help="larger models are left out (default: 60e6)")
-    parser.add_argument("--seconds", type=int, default=300, help="per model and norm (default: 300)")
+    parser.add_argument(
+        "--max-parameters", type=float, default=310e6, help="larger models are left out (default: 310e6)"
+    )
+    parser.add_argument(
+        "--seconds", type=int, default=300, help="per model and norm, and as many for its export (default: 300)"
+    )
     parser.add_argument("--export", action="store_true", help="fold, torch.export and compare as well")
     parser.add_argument("--lines", type=Path, default=FOLDER / "zoo.jsonl", help="the rows; a run goes on after them")
     parser.add_argument("--markdown", type=Path, default=FOLDER / "zoo.md", help="the table")
-    parser.add_argument("--again", action="store_true", help="forget the rows of earlier runs")
+    parser.add_argument("--again", default="", metavar="NAME", help="measure all rows anew whose run has another name")
     options = parser.parse_args()
     options.families = set(options.families)
     options.max_parameters = int(options.max_parameters)
@@ -768,11 +794,12 @@ def main() -> None:
     """Run the sweep and write the table."""
     options = parse()
     os.environ.setdefault("YOLO_VERBOSE", "false")
-    if options.again:
-        options.lines.unlink(missing_ok=True)
     options.lines.parent.mkdir(parents=True, exist_ok=True)
-    done = read_lines(options.lines)
+    earlier = read_lines(options.lines)
+    EARLIER.update({(row.library, row.model): row for row in earlier.values()})
+    done = {key: row for key, row in earlier.items() if not options.again or row.measured == options.again}
     for row in sweep(options, done):
+        row.measured = options.again
         with options.lines.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
         done[row.id] = row
@@ -780,7 +807,7 @@ def main() -> None:
         print(
             f"{len(done):4d}  {row.library} {row.family} {row.norm} {row.source}: {what} ({row.seconds} s)", flush=True
         )
-    rows = sorted(done.values(), key=lambda r: (LIBRARIES.index(r.library), r.family))
+    rows = sorted({**earlier, **done}.values(), key=lambda r: (LIBRARIES.index(r.library), r.family))
     options.markdown.write_text(markdown(rows))
     print(summary(rows))
 

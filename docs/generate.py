@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import inspect
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from lightning_norm.cli import list as command_list
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))  # where this file is loaded by its path, as the tests do
 import code_map  # noqa: E402
+import evidence_tables  # noqa: E402
+from docstrings import markdown  # noqa: E402
+from evidence_tables import table  # noqa: E402
 
 METHODS = {
     key: cls for key, cls in lightning_norm.normalizers().items() if cls.__module__.startswith("lightning_norm.")
@@ -39,28 +44,45 @@ def summary(documented: Any) -> str:
     return (documented.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ").removesuffix(".")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
+def readme_line() -> list[str]:
+    """Return README's line of normalizers."""
+    return [" · ".join(f"[{key}](docs/cards/{key}.md)" for key in METHODS)]
 
 
-def readme_table() -> list[str]:
-    """Return README's table of normalizers."""
-    rows = [
-        (f"[`{key}`](docs/cards/{key}.md)", f"`{cls.__name__}`", summary(cls), _who(cls.paper))
-        for key, cls in METHODS.items()
-    ]
-    return table(("key", "class", "in one line", "from"), rows)
+def badges() -> dict[str, tuple[str, str]]:
+    """Return what README's badges say, from pyproject.toml: file -> label and text."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+    def after(start: str) -> str:
+        found = re.search(rf"{start}[\"'= <>]*([\w.-]+)", text, re.M)
+        if found is None:
+            raise ValueError(f"pyproject.toml: expected {start!r} for README's badges.")
+        return found[1].rstrip(".")
+
+    newest = re.findall(r"Python :: (3\.\d+)", text)[-1]
+    return {
+        "badge_licence.svg": ("licence", after("^license =")),
+        "badge_python.svg": ("Python", f"{after('^requires-python =')} to {newest}"),
+        "badge_torch.svg": ("torch", f"{after('^ *.torch')} or newer"),
+        "badge_lightning.svg": ("Lightning", after("^ *.lightning>")),
+    }
 
 
-def index_table() -> list[str]:
-    """Return the table of cards in docs/index.md: what each method depends on, in training and in evaluation."""
-    head = ("key", "class", "in one line", "training output of one sample depends on the others", "evaluation on")
-    rows = [
-        (f"[{key}](cards/{key}.md)", f"`{cls.__name__}`", summary(cls), *_depends_on(cls))
-        for key, cls in METHODS.items()
-    ]
-    return table(head, rows)
+def badge(label: str, text: str) -> str:
+    """Return a badge as SVG: a label on grey, a text on violet."""
+    left, right = (10 + round(6.6 * len(part)) for part in (label, text))
+    style = 'font-family="Verdana,DejaVu Sans,sans-serif" font-size="11" text-anchor="middle" fill="#fff"'
+    return "".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20" role="img">',
+            f"<title>{label}: {text}</title>",
+            f'<rect rx="3" width="{left + right}" height="20" fill="#555"/>',
+            f'<rect rx="3" x="{left}" width="{right}" height="20" fill="#5e35b1"/>',
+            f'<rect x="{left}" width="4" height="20" fill="#5e35b1"/>',
+            f'<g {style}><text x="{left / 2}" y="14" textLength="{left - 10}">{label}</text>',
+            f'<text x="{left + right / 2}" y="14" textLength="{right - 10}">{text}</text></g></svg>\n',
+        ]
+    )
 
 
 def monitor_table() -> list[str]:
@@ -74,9 +96,127 @@ def monitor_table() -> list[str]:
     return table(("normalizer", "quantities", "meaning"), rows)
 
 
+def cards_table() -> list[str]:
+    """Return the table of docs/cards/index.md: what each method is and depends on, in training and in evaluation."""
+    head = ("key", "class", "in one line", "uses the batch", "evaluates on", "from")
+    rows = [
+        (f"[{key}]({key}.md)", f"`{cls.__name__}`", summary(cls), *_depends_on(cls), _who(cls.paper))
+        for key, cls in METHODS.items()
+    ]
+    return table(head, rows)
+
+
 def navigation() -> list[str]:
     """Return the entries of the cards in mkdocs.yml."""
     return [f"- {key}: cards/{key}.md" for key in METHODS]
+
+
+REFERENCE = {
+    "callbacks": (
+        "Callbacks and the plugin",
+        "What goes into `Trainer(callbacks=[...])`, and `NormSync` into `Trainer(plugins=[...])`.",
+        ("callbacks", "plugins"),
+    ),
+    "swap": (
+        "Swap and report",
+        "What a swap takes and returns, with a Trainer or without one.",
+        ("surgery.swap", "surgery.options", "surgery.report", "surgery.recognize", "surgery.param_groups"),
+    ),
+    "normalizers": ("Normalizers", "One class per method; the [cards](../cards/index.md) say when to use which.", ()),
+    "layers": (
+        "Write your own",
+        "What a normalizer is made of: [How do I write a normalizer?](../write_a_normalizer.md)",
+        ("normalizers", "layers.choice", "ops.moments", "ops.normalize"),
+    ),
+    "statistics": (
+        "Statistics",
+        "Masks, pauses, re-estimation, averages and measures of statistics.",
+        (
+            *("surgery.masks", "surgery.pause", "surgery.recalibrate", "surgery.pool", "surgery.norm_statistics"),
+            "metrics",
+        ),
+    ),
+    "deploy": (
+        "Harden, fold, load",
+        "From a trained mixture to a network of plain layers, and the files of others.",
+        ("surgery.harden", "surgery.deploy", "surgery.load_published"),
+    ),
+    "schedules": (
+        "Schedules",
+        "Pure functions of the epoch or the step: [how to use them](../schedules.md)",
+        ("schedules.base", "schedules.curves", "schedules.composed"),
+    ),
+    "errors": ("Errors and warnings", "Each has a type of its own, so that it can be caught or filtered.", ("errors",)),
+    "testing": (
+        "Testing",
+        "What holds a normalizer of your own to what those of this package are held to.",
+        ("testing",),
+    ),
+}
+"""Page of docs/reference/ -> title, first sentence, and the modules whose public names stand there."""
+
+BESIDE = {
+    "surgery.options": ("SwapOptions",),
+    "callbacks": ("swap.norm_swap.NormSwapOptions",),
+    "testing": ("checks", "conform", "run_ranks"),
+}
+"""Documented names that ``lightning_norm`` itself does not export."""
+
+
+HOOKS_ASIDE = json.dumps(["!^_", "!^on_", "!^setup$", "!^teardown$", "!state_dict$", "!^apply$", "!^revert$"])
+"""What Lightning calls is no name that a reader calls."""
+
+
+def reference_names(page: str) -> list[str]:
+    """Return what a page of the reference documents, as dotted names, in the order of the page."""
+    public = public_names()
+    if page == "normalizers":
+        return [f"lightning_norm.{cls.__name__}" for cls in METHODS.values()]
+    names = []
+    for module in REFERENCE[page][2]:
+        exported = [name for name in public.get(module, ()) if name not in {cls.__name__ for cls in METHODS.values()}]
+        names += [f"lightning_norm.{name}" for name in sorted(exported, key=_order)]
+        names += [f"lightning_norm.{module}.{name}" for name in BESIDE.get(module, ())]
+    return names
+
+
+def reference_page(page: str) -> str:
+    """Return a page of the reference: a title, a sentence, and a line of mkdocstrings for each name."""
+    title, sentence, _ = REFERENCE[page]
+    blocks = [f"::: {_documented_at(name)}" for name in reference_names(page)]
+    if page == "normalizers":
+        shown = [json.dumps(_beyond_the_base(cls) or False) for cls in METHODS.values()]
+        blocks = [
+            f"{block}\n    options: {{members: {names}, inherited_members: true}}"
+            for block, names in zip(blocks, shown, strict=True)
+        ]
+    if page == "callbacks":
+        blocks = [f"{block}\n    options: {{filters: {HOOKS_ASIDE}}}" for block in blocks]
+    return "\n\n".join([f"# {title}", f"<!-- Written by docs/generate.py. -->\n{sentence}", *blocks]) + "\n"
+
+
+def reference_index() -> list[str]:
+    """Return the table of docs/reference/index.md: every public name, in the order of the alphabet.
+
+    Raises:
+        ValueError: a public name stands on no page.
+    """
+    where = {name: page for page in REFERENCE for name in reference_names(page)}
+    if missing := {f"lightning_norm.{name}" for name in vars(lightning_norm)["__all__"]} - set(where):
+        raise ValueError(f"{', '.join(sorted(missing))}: on no page of the reference; see REFERENCE in {__file__}.")
+    rows = []
+    for name in sorted(where, key=lambda n: n.rpartition(".")[2].lower()):
+        short = name.removeprefix("lightning_norm.")
+        link = f"[`{short.removeprefix('surgery.options.').removeprefix('callbacks.swap.norm_swap.')}`]"
+        rows.append(
+            (f"{link}({where[name]}.md#{_documented_at(name)})", markdown(summary(_value(name))).replace("``", "`"))
+        )
+    return table(("name", "in one line"), rows)
+
+
+def reference_navigation() -> list[str]:
+    """Return the entries of the reference in mkdocs.yml."""
+    return [f"- reference/{page}.md" for page in REFERENCE]
 
 
 def method_names() -> list[str]:
@@ -89,11 +229,22 @@ def method_names() -> list[str]:
 
 
 REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
-    "README.md": {"normalizers": readme_table},
-    "docs/index.md": {"cards": index_table},
+    "README.md": {"normalizers": readme_line},
+    "docs/cards/index.md": {"cards": cards_table},
+    "docs/reference/index.md": {"names": reference_index},
     "docs/monitor.md": {"quantities": monitor_table},
-    "mkdocs.yml": {"cards": navigation},
+    "mkdocs.yml": {"cards": navigation, "reference": reference_navigation},
     "lightning_norm/__init__.py": {"methods": method_names},
+    "docs/evidence/index.md": {"overview": evidence_tables.overview},
+    "docs/evidence/dbn.md": {
+        "readings": evidence_tables.dbn_readings,
+        "cifar": partial(evidence_tables.results, "dbn_cifar"),
+    },
+    "docs/evidence/bcn.md": {"results": partial(evidence_tables.results, "sn", ("bn", "bn recalibrated", "bcn"))},
+    **{
+        f"docs/evidence/{study}.md": {"results": partial(evidence_tables.results, study)}
+        for study in ("sn", "bnet", "ubn")
+    },
 }
 """File -> name of a region -> what writes its lines."""
 
@@ -119,11 +270,9 @@ def with_region(text: str, name: str, lines: Sequence[str]) -> str:
 
 def stub(public: Mapping[str, Sequence[str]]) -> str:
     """Return ``__init__.pyi`` for a table of module -> names, sorted as ruff sorts imports."""
-
-    def order(name: str) -> tuple[int, str]:
-        return 0 if name.isupper() else 1 if name[0].isupper() else 2, name.lower()
-
-    lines = [f"from lightning_norm.{m} import {n} as {n}" for m in sorted(public) for n in sorted(public[m], key=order)]
+    lines = [
+        f"from lightning_norm.{m} import {n} as {n}" for m in sorted(public) for n in sorted(public[m], key=_order)
+    ]
     head = "# Generated by docs/generate.py from __init__.py, which looks the same names up when they are first used."
     return "\n".join([head, *lines, "", "__version__: str", ""])
 
@@ -152,6 +301,10 @@ def results() -> Iterator[tuple[Path, str]]:
         for region, lines in regions.items():
             text = with_region(text, region, lines())
         yield ROOT / name, text
+    for page in REFERENCE:
+        yield ROOT / "docs/reference" / f"{page}.md", reference_page(page)
+    for name, (label, says) in badges().items():
+        yield ROOT / "docs/img" / name, badge(label, says)
     yield ROOT / "lightning_norm/__init__.pyi", stub(public_names())
     declared = [command_list.describe(cls) for cls in METHODS.values()]
     yield ROOT / "lightning_norm/cli/normalizers.json", json.dumps(declared, indent=1) + "\n"
@@ -183,6 +336,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if check and changed:
         print(f"{changed} files are not what the code says. Type: python docs/generate.py", file=sys.stderr)
     return int(check and changed > 0)
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Sort as ruff sorts imports: constants, classes, functions."""
+    return 0 if name.isupper() else 1 if name[0].isupper() else 2, name.lower()
+
+
+def _value(name: str) -> Any:
+    module, _, last = name.rpartition(".")
+    if last in (built_in := {cls.__name__: cls for cls in METHODS.values()}):
+        return built_in[last]
+    return getattr(importlib.import_module(module), last)
+
+
+def _beyond_the_base(cls: type[Normalizer]) -> list[str]:
+    """Return the documented names of a class that its base does not have: those are documented there."""
+    public = [name for name in dir(cls) if not name.startswith("_") and not hasattr(lightning_norm.MomentNorm, name)]
+    return [name for name in public if inspect.getdoc(getattr(cls, name)) and callable(getattr(cls, name))]
+
+
+def _documented_at(name: str) -> str:
+    """Return where griffe finds a name: ``normalizers`` is a folder for it, and a function in a file of that folder."""
+    return "lightning_norm.layers.registry.normalizers" if name == "lightning_norm.normalizers" else name
 
 
 def _who(paper: Paper | None) -> str:

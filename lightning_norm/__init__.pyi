@@ -19,6 +19,7 @@ from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import NotReachedWarning as NotReachedWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
 from lightning_norm.errors import ParameterGrowthWarning as ParameterGrowthWarning
+from lightning_norm.errors import QuantizationError as QuantizationError
 from lightning_norm.errors import SyncError as SyncError
 from lightning_norm.errors import SyncWarning as SyncWarning
 from lightning_norm.errors import UnsuitableNormWarning as UnsuitableNormWarning
@@ -79,6 +80,7 @@ from lightning_norm.surgery.param_groups import no_weight_decay as no_weight_dec
 from lightning_norm.surgery.param_groups import norm_param_groups as norm_param_groups
 from lightning_norm.surgery.pause import paused_statistics as paused_statistics
 from lightning_norm.surgery.pool import pool_statistics as pool_statistics
+from lightning_norm.surgery.quantize import quantize as quantize
 from lightning_norm.surgery.recalibrate import Recalibration as Recalibration
 from lightning_norm.surgery.recalibrate import recalibrate as recalibrate
 from lightning_norm.surgery.recognize import is_norm as is_norm

@@ -81,6 +81,10 @@ class FusionError(RuntimeError):
     """
 
 
+class QuantizationError(RuntimeError):
+    """A network cannot be quantized as it is."""
+
+
 class MaskError(ValueError):
     """A mask does not fit the input, holds something else than 0 and 1, or is not known, or a layer takes none."""
 

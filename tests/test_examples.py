@@ -1,24 +1,29 @@
-"""Every example runs, and so does every python block of the README and the docs."""
+"""Every example runs, and so does every page: its python blocks, in their order, with what is on the page alone."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from nbclient import NotebookClient
 
-from lightning_norm import MomentNorm, Normalizer
+from lightning_norm import Normalizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 LONG = {"finetune.py"}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r'^(?P<indent> *)```(?:python| { \.python })(?: title="(?P<file>[^"]+)")?\n(?P<code>.*?)^(?P=indent)```$',
+    re.M | re.S,
+)
+INCLUDED = re.compile(r'^--8<-- "(.+)"$', re.M)
 
 
 def quiet(test):
@@ -27,55 +32,37 @@ def quiet(test):
     return pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")(test)
 
 
-def python_blocks():
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for block in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S):
-            line = text.count("\n", 0, block.start(1))
-            yield pytest.param(page, line, block[1], id=f"{page.relative_to(ROOT)}:{line + 1}")
+def blocks_of(page):
+    """Return the python blocks of a page: the file that a block is to be saved as, the line it begins at, its code."""
+    text = page.read_text(encoding="utf-8")
+    for block in BLOCK.finditer(text):
+        code = textwrap.dedent(block["code"])
+        code = INCLUDED.sub(lambda line: (ROOT / line[1]).read_text(encoding="utf-8"), code)
+        yield block["file"], text.count("\n", 0, block.start("code")), code
 
 
-class HalfInstanceNorm(MomentNorm):
-    def algebra(self, m):
-        batch = self.track(m.over_batch())
-        return self.standardize((m.mean + batch.mean) / 2, (m.var + batch.var) / 2)
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if any(blocks_of(page))]
 
 
-class Network(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.stem = torch.nn.Sequential()
-        self.stem.add_module("conv", torch.nn.Conv2d(3, 4, 3))
-        self.stem.add_module("norm", torch.nn.BatchNorm2d(4))
-        self.body = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(inplace=True))
-        self.head = torch.nn.LazyLinear(2)
-        self.head(torch.zeros(1, 8))
-
-    def training_step(self, batch, _):
-        x, target = batch
-        return cross_entropy(self.head(self.body(self.stem(x)).mean((2, 3))), target)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Data(LightningDataModule):
-    def train_dataloader(self):
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(8, 3, 8, 8, generator=generator)
-        return DataLoader(TensorDataset(x, torch.arange(8) % 2), batch_size=4)
+def shortened(code):
+    """Return code whose trainings on the digits take two steps."""
+    if "Digits" not in code:
+        return code
+    return re.sub(r"max_epochs=\d+", "max_epochs=1, limit_train_batches=2, limit_val_batches=1", code)
 
 
 @pytest.fixture
-def surroundings(monkeypatch, tmp_path):
-    """What a page takes for granted: the reader's model, data and package; and nothing that it registers stays."""
-    package = types.ModuleType("my_package")
-    package.HalfInstanceNorm = HalfInstanceNorm
-    monkeypatch.setitem(sys.modules, "my_package", package)
+def reader(monkeypatch, tmp_path):
+    """An empty folder that is looked into for modules; nothing that a page registers or imports from there stays."""
     monkeypatch.setattr(Normalizer, "registry", dict(Normalizer.registry))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
     torch.manual_seed(0)
-    return {"__name__": "page", "model": Network(), "data": Data()}
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and tmp_path in Path(sys.modules[name].__file__).parents:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize(
@@ -118,22 +105,42 @@ def test_the_trainer_script_and_its_yaml_are_the_same(tmp_path):
 
 
 @quiet
-@pytest.mark.parametrize(("page", "line", "code"), list(python_blocks()))
-def test_python_block(page, line, code, surroundings, monkeypatch):
-    monkeypatch.setitem(sys.modules, "page", types.ModuleType("page"))
-    exec(compile("\n" * line + code, str(page), "exec"), surroundings)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page(page, reader, monkeypatch):
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    for file, line, code in blocks_of(page):
+        if file is not None:
+            (reader / file).write_text(code, encoding="utf-8")
+            importlib.invalidate_caches()
+        exec(compile("\n" * line + shortened(code), str(page), "exec"), module.__dict__)
 
 
 @quiet
-def test_the_reader_model_is_trained_with_the_new_layers(surroundings):
-    """The README's Trainer swaps one layer and leaves the excluded one."""
-    code = next(p.values[2] for p in python_blocks() if p.values[0].name == "README.md" and "Trainer" in p.values[2])
-    code = code.replace(
-        "max_epochs=2", "max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False"
-    )
-    code = re.sub(r"^ *NormMonitor\(\),\n", "", code, flags=re.M)
-    exec(code, surroundings)
-    kinds = {
-        name: type(m).__name__ for name, m in surroundings["model"].named_modules() if name.endswith(("norm", "body.1"))
-    }
-    assert kinds == {"stem.norm": "BatchNorm2d", "body.1": "SwitchableNorm"}
+def test_the_trainer_of_the_readme_swaps_the_network(reader):
+    """All of it but the layer that it excludes."""
+    (code,) = [code for _, _, code in blocks_of(ROOT / "README.md") if "Trainer" in code]
+    namespace = {}
+    exec(shortened(code), namespace)
+    kinds = {name: type(m).__name__ for name, m in namespace["model"].named_modules() if name.endswith(("bn1", "bn2"))}
+    assert kinds.pop("net.bn1") == "BatchNorm2d"
+    assert set(kinds.values()) == {"SwitchableNorm"}
+
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    tables = [o["data"]["text/html"] for o in shown if "text/html" in o.get("data", {})]
+    assert [table.count("<tr>") for table in tables] == [4, 4, 4]  # swap, harden, fold: three layers each
+    printed = "".join(output["text"] for output in shown if output.get("name") == "stdout")
+    assert "NormSwap: 3 of 3 BatchNorm2d layers" in printed
+    assert "NormMonitor: sn" in printed
+    assert (tmp_path / "digits.pt2").exists()

@@ -38,8 +38,8 @@ def test_a_new_normalizer_appears_everywhere(generate, capsys):
     shown = capsys.readouterr()
     assert "Type: python docs/generate.py" in shown.err
     for line in (
-        "+| [`new`](docs/cards/new.md) | `NewNorm` | Normalize in a new way | Doe et al. 2030 |",
-        "+| [new](cards/new.md) | `NewNorm` | Normalize in a new way | yes | both |",
+        "+| [new](new.md) | `NewNorm` | Normalize in a new way | yes | both | Doe et al. 2030 |",
+        "+::: lightning_norm.NewNorm",
         "+      - new: cards/new.md",
         '+    "NewNorm",',
         "+from lightning_norm.normalizers import NewNorm as NewNorm",
@@ -48,6 +48,22 @@ def test_a_new_normalizer_appears_everywhere(generate, capsys):
         '+    identifiers: [{type: other, value: "arXiv:3001.00001"}]',
     ):
         assert line in shown.out.splitlines()
+    assert " · [new](docs/cards/new.md)" in shown.out
+
+
+def test_a_public_name_without_a_page_is_told(generate, monkeypatch):
+    monkeypatch.setattr(generate.lightning_norm, "__all__", [*generate.lightning_norm.__all__, "NewName"])
+    with pytest.raises(ValueError, match="lightning_norm.NewName: on no page of the reference"):
+        generate.reference_index()
+
+
+def test_the_badges_are_true(generate):
+    assert dict(generate.badges().values()) == {
+        "licence": "Apache-2.0",
+        "Python": "3.10 to 3.14",
+        "torch": "2.11 or newer",
+        "Lightning": "2.6",
+    }
 
 
 def test_the_map_of_the_code_is_among_them(generate):

@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ OURS = {key: cls for key, cls in normalizers().items() if cls.__module__.startsw
 
 
 def blocks(text, language):
-    return re.findall(rf"^```{language}[ \t]*\n(.*?)^```[ \t]*$", text, re.M | re.S)
+    found = re.finditer(rf"^( *)```{language}[ \t]*\n(.*?)^\1```[ \t]*$", text, re.M | re.S)
+    return [textwrap.dedent(block[2]) for block in found]
 
 
 def rows(text, header):
@@ -60,6 +62,18 @@ def test_the_commands_name_what_exists():
     assert "lightning-norm" in PROJECT["project"]["scripts"]
     assert (ROOT / re.search(r"--config (\S+)", run)[1]).is_file()
     assert test.rstrip().endswith(".venv/bin/pytest")
+
+
+def test_the_number_of_normalizers_is_true():
+    for page in (ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "what_users_ask.md"):
+        assert f"{len(OURS)}" in re.findall(r"(\d+) (?:in all|normalizers)|\| (\d+), those", page.read_text())[0], page
+
+
+def test_what_users_ask_is_counted():
+    answers = [row[2] for row in rows((ROOT / "docs" / "what_users_ask.md").read_text(), "#")]
+    yes, partly = answers.count("yes"), answers.count("partly")
+    assert len(answers) == yes + partly == 38
+    assert f"{yes} times yes, {partly} times partly." in (ROOT / "docs" / "what_users_ask.md").read_text()
 
 
 def test_one_sentence_says_what_it_is():

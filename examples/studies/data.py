@@ -111,6 +111,58 @@ def load(name: str, root: Path) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(part, dtype=np.uint8) for s in (train, test) for part in (s.data, s.targets))
 
 
+@functools.lru_cache(maxsize=1)
+def load_digit_sets(root: Path) -> dict[str, Images]:
+    """Return "mnist_m" (9000), "usps" (9298) and "digits" (1797): images of different sizes, and labels.
+
+    Raises:
+        FileNotFoundError: not all of them are there.
+    """
+    packed = root / "digits_dg.npz"
+    if packed.exists():
+        file = np.load(packed)
+        names = {"mnist_m": ["mnistm_t"], "usps": ["usps_", "usps_t"], "digits": ["digits_"]}
+        arrays = {
+            name: [np.concatenate([file[f"{part}{which}"] for part in parts]) for which in "xy"]
+            for name, parts in names.items()
+        }
+    else:
+        try:
+            arrays = {"mnist_m": _mnist_m(root), "usps": _usps(root), "digits": _digits()}
+        except (RuntimeError, OSError) as error:
+            raise FileNotFoundError(
+                f"the digit sets are not in {root}: looked for {packed}; for USPS of torchvision, usps.bz2 and "
+                "usps.t.bz2, which torchvision.datasets.USPS(root, train=..., download=True) gets; and for MNIST-M of "
+                f"Ganin et al., the folder mnist_m with mnist_m_test/*.png and mnist_m_test_labels.txt ({error}). Set "
+                f"{FOLDER} or --data.init_args.root to their folder."
+            ) from error
+    return {name: (as_tensor(x), as_tensor(y)) for name, (x, y) in arrays.items()}
+
+
+def _mnist_m(root: Path) -> list[np.ndarray]:
+    """Return the test images of MNIST-M as its authors packed them: files, and a list of their names and labels."""
+    from PIL import Image
+
+    folder = root / "mnist_m"
+    lines = [line.split() for line in (folder / "mnist_m_test_labels.txt").read_text().splitlines() if line.strip()]
+    images = [np.asarray(Image.open(folder / "mnist_m_test" / name).convert("RGB")) for name, _ in lines]
+    return [np.stack(images), np.array([int(label) for _, label in lines])]
+
+
+def _usps(root: Path) -> list[np.ndarray]:
+    import torchvision
+
+    parts = [torchvision.datasets.USPS(str(root), train=train, download=False) for train in (True, False)]
+    return [np.concatenate([np.asarray(getattr(part, name)) for part in parts]) for name in ("data", "targets")]
+
+
+def _digits() -> list[np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return [(data.images * 255 / 16).astype(np.uint8), data.target]
+
+
 def _webp(blob: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return the images of lossless WebP files that lie behind each other in one array of bytes."""
     from PIL import Image

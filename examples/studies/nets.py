@@ -23,22 +23,55 @@ class PlainNet(nn.Sequential):
         num_classes: outputs.
         depthwise: side of a depthwise convolution behind each BatchNorm, started as the identity; 0 for none. The
             baseline that tells BNET's normalization from the convolution that it adds.
+        domains: of a :class:`DomainBatchNorm2d` in place of each BatchNorm; 0 for BatchNorm.
     """
 
     def __init__(
-        self, channels: Sequence[int], strides: Sequence[int], num_classes: int = 10, depthwise: int = 0
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int = 10,
+        depthwise: int = 0,
+        domains: int = 0,
     ) -> None:
         layers: list[nn.Module] = []
         previous = 3
         for c, stride in zip(channels, strides, strict=True):
             conv = nn.Conv2d(previous, c, 3, stride, padding=1, bias=False)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            layers += [conv, nn.BatchNorm2d(c)]
+            layers += [conv, DomainBatchNorm2d(c, domains) if domains else nn.BatchNorm2d(c)]
             if depthwise:
                 layers.append(identity_depthwise(c, depthwise))
             layers.append(nn.ReLU(inplace=True))
             previous = c
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(previous, num_classes))
+
+
+class DomainBatchNorm2d(nn.Module):
+    """A BatchNorm2d of torch's for each domain: Chang et al., CVPR 2019. It does not know how ContextNorm computes.
+
+    Args:
+        channels: of the input (N, C, H, W).
+        domains: how many.
+
+    Attributes:
+        domain: of each sample of the batch, (N,), to be set before each forward pass.
+    """
+
+    domain: Tensor
+
+    def __init__(self, channels: int, domains: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(domains))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        for k, norm in enumerate(self.norms):
+            members = self.domain == k
+            if members.any():
+                y[members] = norm(x[members])
+        return y
 
 
 def identity_depthwise(channels: int, side: int) -> nn.Conv2d:
@@ -69,7 +102,8 @@ class Classifier(pl.LightningModule):
         return logits
 
     def _step(self, batch: Any, split: str) -> Tensor:
-        images, labels = batch
+        # What else a batch holds, such as its domains, is for callbacks and hooks.
+        images, labels, *_ = batch
         logits = self(images)
         loss = nn.functional.cross_entropy(logits, labels)
         accuracy = (logits.argmax(1) == labels).float().mean()
@@ -99,6 +133,7 @@ class StudyClassifier(Classifier):
         lr: peak learning rate at a batch of 128 samples; another batch size scales it in proportion.
         depthwise: see :class:`PlainNet`.
         weight_decay: on all parameters.
+        domains: see :class:`PlainNet`.
     """
 
     def __init__(
@@ -108,8 +143,9 @@ class StudyClassifier(Classifier):
         lr: float = 0.1,
         depthwise: int = 0,
         weight_decay: float = 5e-4,
+        domains: int = 0,
     ) -> None:
-        super().__init__(PlainNet(channels, strides, depthwise=depthwise), lr, weight_decay)
+        super().__init__(PlainNet(channels, strides, depthwise=depthwise, domains=domains), lr, weight_decay)
         self.save_hyperparameters()
 
     @override
@@ -177,5 +213,5 @@ class LayerMeans(pl.Callback):
             if isinstance(module, lightning_norm.Normalizer):
                 for name, value in module.monitor().items():
                     values.setdefault(name, []).append(float(value))
-        for name, found in values.items():
-            pl_module.log(f"norm/{name}", sum(found) / len(found))
+        for name, numbers in values.items():
+            pl_module.log(f"norm/{name}", sum(numbers) / len(numbers))

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lightning_norm.ops import torch_private
+
 Run = Callable[[], Any]
 WARM = 3
 """Calls before anything is timed or captured."""
@@ -128,7 +130,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
     """
     _abandoned.append((graph, _keeper()))  # the allocator still refers to it
     with contextlib.suppress(RuntimeError, AttributeError):
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch_private.end_capture(pool)
     torch.cuda.synchronize()
     _keeper.cache_clear()
     _keeper()

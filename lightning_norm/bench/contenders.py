@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.bench.formulas import CONTEXTS, FORMULAS, Naive, contexts_of, groups_of
+from lightning_norm.bench.formulas import CONTEXTS, FORMULAS, Naive, contexts_of
+from lightning_norm.layers.arguments import number_of_groups
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.inference import BATCH_NORMS
 from lightning_norm.normalizers import create
 from lightning_norm.normalizers.context.assignment import assign, context_layers
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.normalize import activated
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -80,15 +83,16 @@ def _layers(
     c = shape[1]
     yield "torch", BATCH_NORMS[len(shape)](c).to(device)
     for key in keys:
+        layer: Any = ready(key, shape, device)
         # Of an input without positions each instance is a single value, which has no variance.
-        if len(shape) == 2 and key in ("in",):
+        if layer.statistic_size(shape[0], math.prod(shape[2:])) < 2:
             continue
         # The peer of bnet is a convolution of two dimensions.
         if key == "bnet" and len(shape) == 4:
             yield PEERS[key], depthwise_peer(c).to(device)
         if key == "gn":
-            yield PEERS[key], nn.GroupNorm(groups_of(c), c).to(device)
-        yield key, ready(key, shape, device)
+            yield PEERS[key], nn.GroupNorm(number_of_groups(key, c, "auto", None), c).to(device)
+        yield key, layer
         if compiled:
             # A layer of its own, or its compiled form would be timed in place of the eager one above.
             layer = ready(key, shape, device)
@@ -110,8 +114,7 @@ def ready(key: str, shape: tuple[int, ...], device: str) -> Normalizer:
         shape: of x, (N, C, *).
         device: of the layer.
     """
-    more = {"num_groups": groups_of(shape[1])} if key == "gn" else {}
-    layer = create(key, shape[1], device=device, **ARGUMENTS.get(key, {}), **more)
+    layer = create(key, shape[1], device=device, **ARGUMENTS.get(key, {}))
     # It must know the context of each sample before its first call.
     if key == "cn":
         assign(context_layers(layer), contexts_of(torch.empty(shape, device=device)))
@@ -140,7 +143,7 @@ def shared_code() -> Iterator[None]:
     """Let torch.compile make a graph of each naive formula, which share their code, or fail; forget earlier graphs."""
     # All naive layers run the same method, and the default limit of graphs per method is eight.
     torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+    with torch_private.recompile_limit(64):
         yield
 
 

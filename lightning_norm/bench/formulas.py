@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, dropout, linear, normalize
 
+from lightning_norm.layers.arguments import number_of_groups
 from lightning_norm.layers.base import Normalizer
 
 CONTEXTS = 3
@@ -79,19 +79,11 @@ def affine(y: Tensor, p: Parameters) -> Tensor:
 
 
 def grouped(x: Tensor, p: Parameters) -> Tensor:
-    """Normalize as gn does, with as many groups as :func:`groups_of` says."""
+    """Normalize as gn does, with as many groups as it chooses by itself."""
     # A group becomes one channel, whose instance statistics are then those of the group.
-    parts = x.reshape(x.shape[0], groups_of(x.shape[1]), -1)
+    groups = number_of_groups("gn", x.shape[1], "auto", None)
+    parts = x.reshape(x.shape[0], groups, -1)
     return affine(standardized(parts, "in").reshape(x.shape), p)
-
-
-def groups_of(channels: int) -> int:
-    """Return the groups of gn in the benchmark: 32, or the most that divide the channels.
-
-    >>> groups_of(64), groups_of(24)
-    (32, 8)
-    """
-    return math.gcd(32, channels)
 
 
 def switchable(x: Tensor, p: Parameters) -> Tensor:

@@ -26,6 +26,7 @@ def check_epoch(what: str, epoch: int | None) -> int | None:
 
 def may_stop_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """Tell whether parameters may stop to require gradients: no wrapper waits for those."""
+    # Whatever wraps the module stands there in its place.
     return trainer.strategy.model is pl_module
 
 

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.overrides import is_overridden as differs_from
 
@@ -50,6 +50,7 @@ __all__ = [
     "lightning_base",
     "pl",
     "rank_zero_info",
+    "rank_zero_only",
     "rank_zero_warn",
     "take_as_layer_sync",
 ]
@@ -77,6 +78,7 @@ def lightning_base(value: Any, kind: type[T]) -> type[T] | None:
     True
     >>> lightning_base(3, pl.LightningModule)
     """
+    # By names, so that no comparison imports the package of the other name.
     module = kind.__module__
     modules = (re.sub(NAMES, "lightning.pytorch", module), re.sub(NAMES, "pytorch_lightning", module))
     named = (c for c in type(value).__mro__ if c.__qualname__ == kind.__qualname__ and c.__module__ in modules)

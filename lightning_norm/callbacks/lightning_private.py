@@ -77,14 +77,6 @@ def tag_prefix(logger: TensorBoardLogger) -> str:
     return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
 
 
-def writes_default_metric(logger: TensorBoardLogger) -> bool:
-    """Tell whether the logger writes ``hp_metric`` with the hyper-parameters.
-
-    ``TensorBoardLogger._default_hp_metric``: the argument is kept nowhere else.
-    """
-    return bool(logger._default_hp_metric)
-
-
 def event_writer(logger: TensorBoardLogger) -> Any:
     """Return what writes ready-made summaries into the event file.
 

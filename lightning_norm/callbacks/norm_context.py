@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_norm.callbacks.described import Described
 from lightning_norm.callbacks.lightning_compat import (
     Callback,
     CombinedLoader,
@@ -33,7 +34,7 @@ from lightning_norm.ops import kmeans
 from lightning_norm.surgery.restore import random_numbers_restored
 
 
-class NormContext(Callback):
+class NormContext(Described, Callback):
     """Give each batch's contexts to the layers with ``context="ids"``, and each batch's images to those with "input".
 
     For "input" the contexts are the clusters of the images' channel statistics, found by k-means on training batches
@@ -63,6 +64,11 @@ class NormContext(Callback):
         ValueError: both ``context_fn`` and ``key``, a function that cannot be imported, or a number out of range.
         RuntimeError: once the model is known: the layers need what this callback was not told, or not what it was told;
             a training batch without contexts or without images; or images in which no contexts can be found.
+
+    .. code-block:: yaml
+
+        norm: {norm: cn, norm_args: {context: ids, num_contexts: 3}}
+        trainer: {callbacks: [{class_path: NormContext, init_args: {key: domain}}]}
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[NormContext(key="domain")], logger=False, enable_checkpointing=False)
@@ -274,6 +280,10 @@ class NormContext(Callback):
 
 def check_contexts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Stop a fit in which layers would wait for contexts that no callback gives.
+
+    Args:
+        trainer: with all callbacks.
+        pl_module: the swapped module.
 
     Raises:
         RuntimeError: there is no NormContext.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_norm.callbacks.described import Described
 from lightning_norm.callbacks.frozen_parameters import check_epoch, drop_gradients, may_stop_gradients
 from lightning_norm.callbacks.lightning_compat import Callback, pl, rank_zero_info, rank_zero_warn
 from lightning_norm.callbacks.patching import Patches
@@ -20,12 +21,22 @@ from lightning_norm.surgery.torch_layers import TORCH_NORMS
 from lightning_norm.surgery.torch_private import TorchRunningNormBase
 
 
-class NormFreeze(Callback):
+class NormFreeze(Described, Callback):
     """Freeze normalization layers from an epoch on: those of this package, and torch's own that a model still has.
 
     Frozen statistics: the layers normalize by their running statistics in training as well, and these stand still,
     whatever calls ``train()``; what the layers learn goes on learning. Everything follows from the epoch alone, so that
     a resumed run is frozen as the uninterrupted one. The end of the run ends it.
+
+    .. code-block:: yaml
+
+        trainer:
+          callbacks:
+            - {class_path: NormFreeze, init_args: {at_epoch: 60}}
+            - {class_path: NormFreeze, init_args: {at_epoch: 0, affine: true, include: "backbone.*"}}
+
+    When: fine-tuning on small batches, or the last epochs of a detector. When not: before statistics have moved at all,
+    of which it warns.
 
     Args:
         at_epoch: first epoch, counted from 0, in which they are frozen; 0 freezes from the start.
@@ -127,10 +138,12 @@ class NormFreeze(Callback):
         for layer in self.layers.values():
             if self.statistics and holds_statistics(layer):
                 self._freeze_statistics(pl_module, layer)
+            # Where a wrapper waits for their gradients, these are dropped before each step instead.
             for p in _learned(layer) if self.affine and may_stop_gradients(trainer, pl_module) else ():
                 if p.requires_grad:
                     p.requires_grad_(False)
                     self._undo.append(functools.partial(setattr, p, "requires_grad", True))
+        # Once for each freeze, so that the log of a run says in which epoch it began.
         what = [n for n, wanted in (("statistics", self.statistics), ("parameters", self.affine)) if wanted]
         rank_zero_info(f"NormFreeze: {' and '.join(what)} of {len(self.layers)} layers are frozen from now on.")
         if self.statistics:
@@ -143,6 +156,7 @@ class NormFreeze(Callback):
                 layer.freeze_statistics()
             return
 
+        # torch's layers have no flag for it: train() reaches the layer, and leaves it in evaluation.
         def stay(original: Callable[[bool], Any], mode: bool = True) -> nn.Module:
             original(mode)
             layer.training = False
@@ -160,7 +174,11 @@ class NormFreeze(Callback):
 
 
 def holds_statistics(layer: nn.Module) -> bool:
-    """Tell whether a layer has running statistics, of this package or of torch."""
+    """Tell whether a layer has running statistics, of this package or of torch.
+
+    >>> holds_statistics(nn.BatchNorm2d(4)), holds_statistics(nn.LayerNorm(4))
+    (True, False)
+    """
     if isinstance(layer, Normalizer):
         return layer.has_running_stats
     return isinstance(layer, TorchRunningNormBase) and layer.running_mean is not None

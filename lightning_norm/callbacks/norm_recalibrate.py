@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
+from lightning_norm.callbacks.described import Described, print_report
 from lightning_norm.callbacks.lightning_compat import (
     Callback,
     CombinedLoader,
@@ -18,7 +19,6 @@ from lightning_norm.callbacks.lightning_compat import (
     is_instance,
     is_overridden,
     pl,
-    rank_zero_info,
 )
 from lightning_norm.callbacks.lightning_private import without_iterator
 from lightning_norm.callbacks.patching import Patches
@@ -29,7 +29,7 @@ from lightning_norm.surgery.restore import random_numbers_restored
 WHEN = ("fit_end", "before_validation", "on_request")
 
 
-class NormRecalibrate(Callback):
+class NormRecalibrate(Described, Callback):
     r"""Re-estimate running statistics over training batches, exactly: see :func:`lightning_norm.recalibrate`.
 
     For weights that were averaged (SWA, EMA), whose running statistics belong to no network that ever ran; for small or
@@ -180,7 +180,7 @@ class NormRecalibrate(Callback):
                 exclude=self.exclude,
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
-        rank_zero_info(f"NormRecalibrate: {self.result}")
+        print_report(f"NormRecalibrate: {self.result}")
         return self.result
 
     def _loader(self, trainer: pl.Trainer) -> tuple[Any, int]:

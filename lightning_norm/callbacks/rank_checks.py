@@ -27,6 +27,8 @@ def check_same_on_ranks(what: str, unit: str, lines: Sequence[str], remedy: str)
 
     Raises:
         RuntimeError: ranks differ; all ranks raise it, with the first difference.
+
+    >>> check_same_on_ranks("the swap", "layers", ["bn1 sn"], "Swap them alike.")  # in one process nothing differs
     """
     # Eight characters from each rank instead of a line per layer, in the usual case that all are equal.
     hashes = gather(hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8])
@@ -85,6 +87,7 @@ def warn_ignored(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     strategy = trainer.strategy
     if not synchronizes_batchnorm(trainer) or is_instance(strategy, DDPStrategy, FSDPStrategy):
         return
+    # Told in numbers: what is left to the user is what the swap has not reached.
     unswapped = sum(isinstance(module, TORCH_BATCH_NORMS) for module in pl_module.modules())
     rank_zero_warn(
         f"{type(strategy).__name__} ignores sync_batchnorm and plugins=[NormSync()]. Layers of this package are "

@@ -31,6 +31,9 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
     Args:
         argv: the arguments behind ``bench``.
 
+    Returns:
+        A row for each contender, shape and direction, as the JSON file holds it.
+
     Raises:
         RuntimeError: ``--device cuda`` without one.
         ValueError: an unknown norm, or a shape that cannot be read.
@@ -42,6 +45,8 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
         raise RuntimeError("no CUDA device found. Type --device cpu.")
     if options.save:
         require("the picture of --save", "examples", "matplotlib", otherwise=", or --json FILE in place of --save")
+    if options.repeats < 2:
+        raise ValueError(f"--repeats must be 2 or more, for quartiles, got {options.repeats}.")
     # Fixed and written down, for the times of a CPU depend on it more than on the layer.
     torch.set_num_threads(options.threads)
     texts = DECODERS if options.shapes == "decoders" else options.shapes

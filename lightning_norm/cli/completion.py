@@ -1,4 +1,11 @@
-"""``lightning-norm completion``: a script by which a shell completes commands, options, norms and choices."""
+"""``lightning-norm completion``: a script by which a shell completes commands, options, norms and choices.
+
+The script knows the options of this version: write it again after an update. Pressing TAB then starts no Python.
+
+Examples:
+  lightning-norm completion bash > ~/.local/share/bash-completion/completions/lightning-norm
+  lightning-norm completion zsh > ~/.lightning-norm.zsh && echo 'source ~/.lightning-norm.zsh' >> ~/.zshrc
+"""
 
 from __future__ import annotations
 
@@ -18,12 +25,9 @@ from lightning_norm.cli.norm_cli import NormCLI, built_in_data
 from lightning_norm.cli.parsing import CommandParser, own_options
 from lightning_norm.normalizers import normalizers
 
-EPILOG = """examples:
-  lightning-norm completion bash > ~/.local/share/bash-completion/completions/lightning-norm
-  lightning-norm completion zsh > ~/.lightning-norm.zsh && echo 'source ~/.lightning-norm.zsh' >> ~/.zshrc
+EPILOG = str(__doc__).partition("\n\n")[2]
+"""What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
 
-The script knows the options of this version: write it again after an update. Pressing TAB then starts no Python.
-"""
 SCRIPT = """_lightning_norm() {{
     local current="${{COMP_WORDS[COMP_CWORD]}}" words=""
     if [ "$COMP_CWORD" -eq 1 ]; then

@@ -1,4 +1,12 @@
-"""``lightning-norm convert``: a file of a paper's authors becomes a checkpoint of this package."""
+"""``lightning-norm convert``: a file of a paper's authors becomes a checkpoint of this package.
+
+The new file says itself which layers were swapped to what: NormSwap(plan=OUT, warm_start=OUT) trains on
+from it, lightning_norm.load_from_checkpoint and lightning-norm test --ckpt_path OUT load it.
+
+Examples:
+  lightning-norm convert ResNet50v1+SN.pth --norm sn --out sn50.ckpt --prefix net.
+  lightning-norm convert cn.pt --norm cn --norm_args '{priors: [0.2, 0.3, 0.5]}' --out cn.ckpt
+"""
 
 from __future__ import annotations
 
@@ -19,13 +27,8 @@ from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.load_published import WEIGHTS, convert_published
 from lightning_norm.surgery.whole_files import write_whole
 
-EPILOG = """The new file says itself which layers were swapped to what: NormSwap(plan=OUT, warm_start=OUT) trains on
-from it, lightning_norm.load_from_checkpoint and lightning-norm test --ckpt_path OUT load it.
-
-examples:
-  lightning-norm convert ResNet50v1+SN.pth --norm sn --out sn50.ckpt --prefix net.
-  lightning-norm convert cn.pt --norm cn --norm_args '{priors: [0.2, 0.3, 0.5]}' --out cn.ckpt
-"""
+EPILOG = str(__doc__).partition("\n\n")[2]
+"""What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -59,7 +62,14 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _only_one(path: str) -> str:
-    """Return the one normalizer whose authors' file this is."""
+    """Return the one normalizer whose authors' file this is.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        CheckpointError: it may be of several, or of none.
+    """
     keys = published_keys(normalizers(), read_checkpoint(path, entries=WEIGHTS)["state_dict"])
     if len(keys) != 1:
         kinds = f"may be of {' or '.join(keys)}: type --norm {keys[0]}, say" if keys else "is of no authors' code known"
@@ -68,6 +78,14 @@ def _only_one(path: str) -> str:
 
 
 def _pair(text: str) -> tuple[str, str]:
+    """Read what stands behind ``--rename``.
+
+    Raises:
+        ValueError: it has no equals sign.
+
+    >>> _pair("^backbone[.]=net.")
+    ('^backbone[.]', 'net.')
+    """
     pattern, equals, replacement = text.partition("=")
     if not equals:
         raise ValueError(f"--rename must read PATTERN=REPLACEMENT, got {text!r}.")
@@ -77,7 +95,7 @@ def _pair(text: str) -> tuple[str, str]:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     made = CommandParser(
-        "lightning-norm convert",
+        prog="lightning-norm convert",
         description="Rewrite a checkpoint of a paper's authors as one of lightning_norm.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

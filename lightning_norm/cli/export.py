@@ -1,4 +1,12 @@
-"""``lightning-norm export``: the network for inference, as a .pt2 file of torch.export or as ONNX."""
+"""``lightning-norm export``: the network for inference, as a .pt2 file of torch.export or as ONNX.
+
+The options of fit build the model: --config FILE, --model.arch resnet34, ... What is swapped is read
+from the checkpoint, or else from the configuration: its section norm: {norm: sn}, or a NormSwap among the callbacks.
+
+Examples:
+  lightning-norm export --config examples/configs/digits_bcn.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2
+  lightning-norm export --config examples/configs/digits_bcn.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.onnx
+"""
 
 from __future__ import annotations
 
@@ -24,13 +32,8 @@ from lightning_norm.surgery.manifest import load_weights, manifest_in, rebuild
 from lightning_norm.surgery.swap import swap
 from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
-EPILOG = """The options of fit build the model: --config FILE, --model.arch resnet34, ... What is swapped is read
-from the checkpoint, or else from the configuration: its section norm: {norm: sn}, or a NormSwap among the callbacks.
-
-examples:
-  lightning-norm export --config examples/configs/digits_bcn.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2
-  lightning-norm export --config examples/configs/digits_bcn.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.onnx
-"""
+EPILOG = str(__doc__).partition("\n\n")[2]
+"""What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -123,6 +126,10 @@ def write(model: torch.nn.Module, example: Tensor, out: str) -> None:
 def _example(model: pl.LightningModule, shape: str | None) -> Tensor:
     """Return a random input of the shape that was typed, or the module's own example.
 
+    Args:
+        model: whose ``example_input_array`` is taken where no shape was typed.
+        shape: sizes joined by x; a batch of one becomes one of two.
+
     Raises:
         ValueError: neither is known.
     """
@@ -144,7 +151,7 @@ def _example(model: pl.LightningModule, shape: str | None) -> Tensor:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the options that are not LightningCLI's."""
     made = CommandParser(
-        "lightning-norm export",
+        prog="lightning-norm export",
         description="Write the network for inference: normalizers folded, or as torch's own layers.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

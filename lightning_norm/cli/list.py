@@ -1,4 +1,16 @@
-"""``lightning-norm list``: the normalizers of this package as a table."""
+"""``lightning-norm list``: the registry as a table.
+
+columns:
+  added   parameters of a layer of 64 channels beyond BatchNorm's 128, with the default arguments
+  needs   what must be there beside NormSwap
+  batch   training needs statistics of the batch: small batches hurt, ranks are pooled
+  sample  evaluation needs the sample's own statistics: cannot be folded into a convolution
+  keeps   a swapped BatchNorm evaluates as before, until training changes it
+
+Examples:
+  lightning-norm list
+  lightning-norm list --json
+"""
 
 from __future__ import annotations
 
@@ -11,20 +23,11 @@ from typing import TYPE_CHECKING, Any
 from lightning_norm.cli.parsing import CommandParser
 from lightning_norm.surgery.text_tables import aligned
 
+EPILOG = str(__doc__).partition("\n\n")[2]
+"""What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
+
 if TYPE_CHECKING:
     from lightning_norm.layers.base import Normalizer
-
-EPILOG = """columns:
-  added   parameters of a layer of 64 channels beyond BatchNorm's 128, with the default arguments
-  needs   what must be there beside NormSwap
-  batch   training needs statistics of the batch: small batches hurt, ranks are pooled
-  sample  evaluation needs the sample's own statistics: cannot be folded into a convolution
-  keeps   a swapped BatchNorm evaluates as before, until training changes it
-
-examples:
-  lightning-norm list
-  lightning-norm list --json
-"""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -57,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     made = CommandParser(
-        "lightning-norm list",
+        prog="lightning-norm list",
         description="The normalizers, by the key that `norm:` takes.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,7 +70,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def describe(cls: type[Normalizer]) -> dict[str, Any]:
-    """Return a normalizer's declarations in plain types."""
+    """Return a normalizer's declarations in plain types.
+
+    Args:
+        cls: a normalizer, registered or not.
+
+    >>> from lightning_norm import BatchNorm
+    >>> row = describe(BatchNorm)
+    >>> row["key"], row["added_to_64"], row["train_uses_batch_stats"], row["eval_uses_input_stats"]
+    ('bn', 0, True, False)
+    """
     return {
         "key": cls.key,
         "class": cls.__name__,

@@ -1,6 +1,14 @@
 """The console script ``lightning-norm``, also ``python -m lightning_norm``.
 
 A new command is a file ``cli/NAME.py`` with a function ``run(argv)``, and its line in ``COMMANDS``.
+
+What ends a command, and how the shell sees it:
+
+* a mistake that this package tells of: its message and status 2, without a traceback (``LIGHTNING_NORM_TRACEBACK=1``
+  shows it);
+* a wrong option, told by the parser: status 2;
+* any other exception, which may be a bug: the traceback and status 1;
+* a reader of the output that has left, as in ``lightning-norm list | head -1``: nothing, and status 141.
 """
 
 from __future__ import annotations
@@ -151,7 +159,11 @@ def _is_unread(stream: TextIO) -> bool:
 
 
 def overview() -> str:
-    """Return the text of ``lightning-norm --help``: an example of each command, by group."""
+    """Return the text of ``lightning-norm --help``: an example of each command, by group.
+
+    >>> "lightning-norm list" in overview()
+    True
+    """
     # Written by hand: argparse would list the commands without an example that works.
     lines = ["usage: lightning-norm COMMAND [options]        (COMMAND --help shows its options)"]
     for group, commands in groupby(COMMANDS.values(), key=lambda command: command.group):
@@ -176,14 +188,22 @@ def _run(command: Command, arguments: list[str]) -> None:
 
 
 def _unknown(name: str) -> str:
-    """Return the message for a command that does not exist."""
+    """Return the message for a command that does not exist.
+
+    >>> _unknown("fitt").split(" Known")[0]
+    "no command 'fitt'. Did you mean 'fit'?"
+    """
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     return f"no command {name!r}.{guess} Known: {', '.join(COMMANDS)}. lightning-norm --help shows an example of each."
 
 
 def _raised_by_this_package(error: BaseException | None) -> BaseException | None:
-    """Return the error in a chain that this package raised itself; any other may be a bug and keeps its traceback."""
+    """Return the error in a chain that this package raised itself; any other may be a bug and keeps its traceback.
+
+    Args:
+        error: as it was caught, perhaps with others as its cause or context.
+    """
     package = Path(__file__).resolve().parent.parent
     # Lightning wraps errors in its own; the one that this package raised is then further down the chain.
     while error is not None:

@@ -1,4 +1,15 @@
-"""NormCLI: LightningCLI with the package's classes known by their short names, and its own job."""
+"""NormCLI: LightningCLI with the package's classes known by their short names, and its own job.
+
+From the command line to the training, in this order:
+
+1. ``--norm sn`` and ``--root DIR`` are written out (:func:`lightning_norm.cli.section.expand_norm`,
+   :func:`expand_root`), and jsonargparse parses arguments and files; what is wrong becomes a few lines
+   (:func:`clarify`).
+2. The hyper-parameters of a ``ckpt_path`` go to the model (``_parse_ckpt_path``).
+3. A plan is written out and the built-in job completed (``before_instantiate_classes``), then model and data are built.
+4. The Trainer is built, with the swap before all callbacks (``instantiate_trainer``).
+5. The subcommand runs, between ``before_fit`` and ``after_fit``.
+"""
 
 from __future__ import annotations
 
@@ -259,7 +270,11 @@ class NormCLI(LightningCLI):
                 callback.swap_before_launch(self.model)
 
     def _swap_of_checkpoint(self, path: str | None) -> NormSwap | None:
-        """Return a callback that swaps the model as the checkpoint says, unless the model does that by itself."""
+        """Return a callback that swaps the model as the checkpoint says, unless the model does that by itself.
+
+        Args:
+            path: of the checkpoint, which has been read by now.
+        """
         manifest = manifest_in(self._checkpoint) if self._checkpoint else None
         if manifest is None:
             return None
@@ -414,7 +429,11 @@ def _classes_for(key: str) -> list[str]:
 
 
 def class_path(cls: type) -> str:
-    """Return what the parsed configuration calls a class."""
+    """Return what the parsed configuration calls a class.
+
+    >>> class_path(NormCLI)
+    'lightning_norm.cli.norm_cli.NormCLI'
+    """
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -446,7 +465,11 @@ def _check_monitors(callbacks: list[Any]) -> None:
 
 
 def _is_keyword(path: str) -> bool:
-    """Tell whether Lightning itself finds the file: the best, the last, or one of a registry."""
+    """Tell whether Lightning itself finds the file: the best, the last, or one of a registry.
+
+    >>> _is_keyword("best"), _is_keyword("last.ckpt")
+    (True, False)
+    """
     return path in ("best", "last", "hpc") or path.startswith("registry")
 
 

@@ -14,8 +14,8 @@ from typing_extensions import override
 class CommandParser(argparse.ArgumentParser):
     """argparse's parser whose errors are one line, and which takes no abbreviations."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     @override
     def error(self, message: str) -> NoReturn:

@@ -1,4 +1,15 @@
-"""``lightning-norm plan``: what NormSwap would do, without training."""
+"""``lightning-norm plan``: what NormSwap would do, without training.
+
+usage: lightning-norm plan --config FILE [options of fit] [--save PLAN]
+
+Print what a swap would do to each normalization layer, those that stay and why included. Nothing is trained.
+
+  --save PLAN   also write the plan as YAML: a row per layer, of which name and norm count (norm: null leaves it alone).
+                Edit it, and apply it with --norm.plan PLAN, or in a configuration with norm: {plan: PLAN}
+
+Example:
+  lightning-norm plan --config examples/configs/digits_sn.yaml --save plan.yaml
+"""
 
 from __future__ import annotations
 
@@ -19,16 +30,8 @@ from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import swap
 from lightning_norm.surgery.whole_files import write_whole
 
-HELP = """usage: lightning-norm plan --config FILE [options of fit] [--save PLAN]
-
-Print what a swap would do to each normalization layer, those that stay and why included. Nothing is trained.
-
-  --save PLAN   also write the plan as YAML: a row per layer, of which name and norm count (norm: null leaves it alone).
-                Edit it, and apply it with --norm.plan PLAN, or in a configuration with norm: {plan: PLAN}
-
-example:
-  lightning-norm plan --config examples/configs/digits_sn.yaml --save plan.yaml
-"""
+HELP = str(__doc__).partition("\n\n")[2]
+"""What ``--help`` prints: this file's docstring from its second paragraph on."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -65,7 +68,12 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _dry_run(model: pl.LightningModule, callback: NormSwap) -> SwapReport:
-    """Return what the swap would do, with the layers of ``configure_model``, and say what is not in the table."""
+    """Return what the swap would do, with the layers of ``configure_model``, and say what is not in the table.
+
+    Args:
+        model: as the configuration built it.
+        callback: the NormSwap that is asked.
+    """
     late = is_overridden("configure_model", model, pl.LightningModule)
     if late:
         # The Trainer calls it after setup; without one it runs here, on a model that nobody trains.

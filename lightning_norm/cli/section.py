@@ -94,6 +94,13 @@ MOST_VALUES = 100_000
 def _count(config: Any, known: dict[int, int], open_: set[int]) -> int:
     """Return how many values a configuration has once its YAML aliases are written out.
 
+    A few lines of aliases of aliases can stand for more values than a machine has memory.
+
+    Args:
+        config: as YAML was read, where an alias is the very object that it stands for.
+        known: id of a part -> its number of values.
+        open_: ids of the parts around this one.
+
     Raises:
         yaml.YAMLError: more than anybody would write, or an alias stands inside of what it stands for.
     """
@@ -121,6 +128,10 @@ def check_sections(config: Any) -> None:
 
     Raises:
         TypeError: there is one.
+
+    >>> check_sections({"norm": {"norm": "sn"}, "trainer": 5})
+    Traceback (most recent call last):
+    TypeError: trainer: is a section of options, such as {max_epochs: 5}, got 5.
     """
     for name, example in (("trainer", "{max_epochs: 5}"), (SECTION, "{norm: sn}")):
         section = config.get(name)

@@ -60,6 +60,7 @@ def is_recording() -> bool:
 
 def launch(kernel: Any, *grid: int) -> Callable[..., Any]:
     """Return what launches a kernel on a grid; while a call is recorded, what writes the launch down."""
+    # Outside of a recording the launch is Triton's own.
     if _thread.launches is None:
         return kernel[grid]  # type: ignore[no-any-return]
     return functools.partial(_write_down, _thread.launches, kernel, grid)
@@ -81,6 +82,7 @@ def _write_down(launches: list[_Launch], kernel: Any, grid: tuple[int, ...], *ar
     compiled = None
     if isinstance(kernel, JITFunction):  # and not one of the interpreter's
         plain = (int(a) if isinstance(a, Number) else a for a in args)
+        # Compiles without launching, for pointers of this alignment.
         compiled = kernel.warmup(*plain, grid=grid, **options)
     launches.append(_Launch(kernel, grid, args, options, compiled))
 
@@ -97,6 +99,7 @@ class _Pointer(NamedTuple):
     def of(self, tensors: Sequence[Any]) -> Tensor:
         """Return it as a tensor."""
         base = tensors[self.slot]
+        # By bytes, for a part may have another dtype than the tensor it lies in.
         start = (base.storage_offset() * base.element_size() + self.offset) // self.dtype.itemsize
         empty = torch.tensor([], dtype=self.dtype, device=base.device)
         return empty.set_(base.untyped_storage(), start, self.shape, self.stride)
@@ -125,7 +128,7 @@ class Plan:
     inputs: int
     outputs: list[_Output | None]
     sizes: tuple[int, int, int]
-    kept: list[_Pointer]
+    saved: list[_Pointer]
 
     def __post_init__(self) -> None:
         self._replay = _replayed(self)
@@ -159,9 +162,11 @@ class Plan:
         workspaces = [torch.empty(n, dtype=torch.float32, device=device) if n else None for n in self.sizes]
         for w in workspaces:
             pointers.append(0 if w is None else w.data_ptr())
+        # Under the interpreter, on other backends than CUDA, or while a profiler has set hooks.
         if self._replay is None or not self._replay(pointers, x.get_device()):
             self._launch_as_usual([*inputs, *outputs, *workspaces])
         if workspaces[2] is not None:
+            # One call cuts the gradients of all parameters; a slice for each would take the host longer.
             parts: Any = workspaces[2].split_with_sizes(self._cuts)
             for i, cut in enumerate(self._cut_of):
                 if cut is not None:
@@ -169,12 +174,13 @@ class Plan:
                     outputs[i] = parts[cut] if len(shape) == 1 else parts[cut].view(shape)
         return outputs, workspaces[0]
 
-    def views(self, kept: Tensor) -> list[Tensor]:
+    def views(self, saved: Tensor) -> list[Tensor]:
         """Return the tensors in the workspace that is kept."""
-        tensors = [*(None,) * (self.inputs + len(self.outputs)), kept]
-        return [p.of(tensors) if p.slot >= 0 else kept.new_empty(p.shape, dtype=p.dtype) for p in self.kept]
+        tensors = [*(None,) * (self.inputs + len(self.outputs)), saved]
+        return [p.of(tensors) if p.slot >= 0 else saved.new_empty(p.shape, dtype=p.dtype) for p in self.saved]
 
     def _launch_as_usual(self, tensors: list[Any]) -> None:
+        # Triton launches on the current device, which need not be that of x.
         with torch.cuda.device_of(tensors[0]):
             for kernel, grid, args, options, _ in self.launches:
                 kernel[grid](*(_argument(a, tensors) for a in args), **options)
@@ -212,6 +218,7 @@ def key_of(kind: Hashable, inputs: Sequence[Any]) -> tuple[Hashable, list[int]]:
             pointers.append(t)
             dtypes.append(int)
         else:
+            # Asked here, for a launch with integers in place of tensors asks nobody.
             if t.get_device() != device:
                 raise RuntimeError(
                     f"all tensors of a layer must be on the device of its input, {x.device}, got one on {t.device}. "
@@ -233,8 +240,10 @@ def plan_of(
 
     ``call`` returns outputs and what is to be kept for the backward pass.
     """
+    # Of a call of a known kind this look-up is all that Triton's own launch would do.
     plan = _plans.get(key)
     if plan is None:
+        # All at once: nobody knows which are still needed, and what Triton has compiled stays compiled.
         if len(_plans) >= LIMIT:
             _plans.clear()
         plan = _plans[key] = record(inputs, call)
@@ -244,36 +253,38 @@ def plan_of(
 def record(inputs: Sequence[Any], call: Callable[..., tuple[Sequence[Tensor | None], Sequence[Tensor]]]) -> Plan:
     """Run the launch code of a call without launching, and return the plan of it; see :func:`plan_of`."""
     # Objects of their own, by which the launch code's arguments are told apart even where two are the same tensor.
-    own = [_named(t, slot) for slot, t in enumerate(inputs)]
+    slots = [_named(t, slot) for slot, t in enumerate(inputs)]
     launches: list[_Launch] = []
     with torch.cuda.device_of(inputs[0]), torch.no_grad():
         _thread.launches = launches
         try:
-            outputs, keep = call(*own)
+            outputs, keep = call(*slots)
         finally:
             _thread.launches = None
-        return _plan(own, launches, outputs, keep)
+        return _plan(slots, launches, outputs, keep)
 
 
-def _plan(own: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | None], keep: Sequence[Tensor]) -> Plan:
+def _plan(slots: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | None], keep: Sequence[Tensor]) -> Plan:
     """Find out where each tensor of the launches lies."""
     passed = [a for step in launches for a in step.args if isinstance(a, Tensor)]
+    # By storages: the parts of one tensor have one in common, at different offsets.
     used = {_storage(t) for t in passed}
-    places = {id(t): (slot, 0) for slot, t in enumerate(own) if isinstance(t, Tensor)}
+    places = {id(t): (slot, 0) for slot, t in enumerate(slots) if isinstance(t, Tensor)}
     storages: dict[int, tuple[int, int]] = {}  # pointer of a storage -> slot, offset of its first byte in that slot
-    for slot, t in enumerate(own):
+    for slot, t in enumerate(slots):
         if isinstance(t, Tensor) and _storage(t):
             offset = -t.storage_offset() * t.element_size()
             # Part of what two inputs have in common could be part of either.
             storages[_storage(t)] = (slot, offset) if _storage(t) not in storages else (-1, 0)
     made: list[_Output | None] = []
-    last, size = len(own) + len(outputs), 0
-    for slot, t in enumerate(outputs, len(own)):
-        made.append(_output(t, own[0]) if t is not None and t.numel() and _storage(t) in used else None)
+    last, size = len(slots) + len(outputs), 0
+    for slot, t in enumerate(outputs, len(slots)):
+        made.append(_output(t, slots[0]) if t is not None and t.numel() and _storage(t) in used else None)
         if t is not None and made[-1] is not None:
             assert _storage(t) not in storages, "an output that is an input, or a part of another output"
             assert t.storage_offset() == 0
             storages[_storage(t)] = (slot, 0) if made[-1].like_x else (last + 2, 4 * size)
+            # Each gradient begins at a multiple of 16 bytes, for which the kernels were compiled.
             size += 0 if made[-1].like_x else t.numel() + -t.numel() % 4
     sizes = _fill(storages, keep, last), _fill(storages, passed, last + 1), size
 
@@ -288,7 +299,7 @@ def _plan(own: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | No
         return _Pointer(slot, offset, t.shape, t.stride(), t.dtype)
 
     steps = [step._replace(args=tuple(map(pointer, step.args))) for step in launches]
-    return Plan(steps, len(own), made, sizes, [pointer(t) for t in keep])
+    return Plan(steps, len(slots), made, sizes, [pointer(t) for t in keep])
 
 
 def _named(t: Any, slot: int) -> Any:
@@ -342,6 +353,7 @@ def _replayed(plan: Plan) -> Callable[[list[int], int], bool] | None:
         x, y, z = (*step.grid, 1, 1)[:3]
         arguments = [_spelled(a, names) for a in _in_order(step)]
         lines.append(f"    {_call(step.compiled, i, names)(f'{x}, {y}, {z}, stream, f{i}', arguments)}")
+    # The pointers are one list, p; all else is written into the text.
     code = "\n".join(["def launches(p, stream):", *lines, *([] if lines else ["    pass"])])
     exec(compile(code, "<recorded launches>", "exec"), names)  # nothing in it but numbers and names made here
     launches = names["launches"]
@@ -372,6 +384,7 @@ def _call(compiled: Any, i: int, names: dict[str, Any]) -> Callable[[str, list[s
     run = compiled.run  # loads the kernel
     names |= {f"f{i}": compiled.function, f"m{i}": compiled.packed_metadata}
     raw = getattr(run, "launch", None)
+    # Memory that Triton allocates for each launch, which its own way alone does.
     scratch = getattr(run, "global_scratch_size", 1) + getattr(run, "profile_scratch_size", 1)
     known = raw is not None and scratch == 0 and not getattr(run, "gsan_enabled", False)
     if known and LAUNCHER == "tuple" and hasattr(run, "arg_annotations") and hasattr(run, "kernel_signature"):
@@ -401,6 +414,7 @@ LAUNCHER = _launcher_of(_installed())
 
 def _in_order(step: _Launch) -> list[Any]:
     """Return the arguments of a launch in the order of the kernel's parameters; constants are compiled in."""
+    # Options such as num_warps are no parameters of the kernel, and were used when it was compiled.
     rest = [None if p.is_constexpr else step.options[p.name] for p in step.kernel.params[len(step.args) :]]
     return [*step.args, *rest]
 
@@ -412,6 +426,7 @@ def _spelled(a: Any, names: dict[str, Any]) -> str:
         return "0" if a.slot < 0 else f"p[{a.slot}] + {a.offset}" if a.offset else f"p[{a.slot}]"
     if a is None or type(a) is int:
         return repr(a)
+    # Anything else, such as a float or a dtype, is looked up by a name.
     name = f"c{len(names)}"
     names[name] = a
     return name

@@ -15,6 +15,6 @@ def launch(device: torch.device) -> None:
         ArithmeticError: the device returned something else than the moments.
     """
     x = torch.tensor([[1.0, 3.0], [0.0, 4.0]], device=device)[:, None]
-    found = moments(x, 1)[[0, 2]].flatten().tolist()
-    if found != [2.0, 2.0, 1.0, 4.0]:
-        raise ArithmeticError(f"the kernels return {found} where [2, 2, 1, 4] is right")
+    got = moments(x, 1)[[0, 2]].flatten().tolist()
+    if got != [2.0, 2.0, 1.0, 4.0]:
+        raise ArithmeticError(f"the kernels return {got} where [2, 2, 1, 4] is right")

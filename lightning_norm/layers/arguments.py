@@ -176,10 +176,10 @@ def as_int(value: Any) -> int | None:
 
 def merged_signature(cls: type) -> inspect.Signature:
     """Return the signature of a class with the arguments that its ``**options`` hand on, as keywords."""
-    own = {p.name: p for p in _parameters(cls) if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    inherited = [p for name, p in arguments_of(cls).items() if name not in own]
+    declared = {p.name: p for p in _parameters(cls) if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    inherited = [p for name, p in arguments_of(cls).items() if name not in declared]
     keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inherited]
-    return inspect.Signature([*own.values(), *keywords])
+    return inspect.Signature([*declared.values(), *keywords])
 
 
 def number_of_groups(

@@ -25,13 +25,14 @@ from lightning_norm.layers.arguments import (
     is_at_least_zero,
     merged_signature,
 )
+from lightning_norm.layers.behind import call_behind, fuse_behind, keep_in_evaluation
 from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.pausing import is_paused
 from lightning_norm.layers.pooling import ready_window
-from lightning_norm.layers.recomputation import FirstRun, may_run_again, second_run
+from lightning_norm.layers.recomputation import FirstRun, may_run_again, second_run, tell_of_graph
 from lightning_norm.layers.running_stats import keep_float32
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.special_calls import SpecialCalls
@@ -63,8 +64,6 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     """In training, the output for one sample depends on the other samples."""
     eval_uses_input_stats: ClassVar[bool] = True
     """In evaluation, the output depends on the sample's own statistics."""
-    gradient_is_exact: ClassVar[bool] = True
-    """In training, the gradient is that of the output; not so where a method holds statistics constant in it."""
     extra_parameters: ClassVar[dict[str, str]] = {}
     """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
     required_callback: ClassVar[str] = ""
@@ -98,8 +97,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     bias: nn.Parameter | None
     sync: bool | str
     sync_group: str | int
-    sync_paused: bool = False
-    agreed_in: str = ""
+    _sync_paused: bool = False
+    _agreed_in: str = ""
     """The process group in which ranks have compared their layers."""
     compiled: bool
     backend: str
@@ -160,6 +159,11 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         return modules
 
     @property
+    def gradient_is_exact(self) -> bool:
+        """Whether training's gradient is that of the output; not so where a method holds statistics constant in it."""
+        return True
+
+    @property
     def preserves_eval(self) -> bool:
         """Whether a layer made from a BatchNorm, with these arguments, evaluates to what that did.
 
@@ -177,8 +181,17 @@ class Normalizer(Loading, Evaluation, SwapRecord):
 
         Running statistics narrower than float32 are widened.
 
+        Args:
+            source: a BatchNorm of torch's, or another normalizer.
+
         Raises:
             ValueError: the layer brings a weight, and ``zero_weight`` asks for one of zeros.
+
+        >>> from lightning_norm import SwitchableNorm
+        >>> old, new = nn.BatchNorm2d(8), SwitchableNorm(8)
+        >>> new.take_from(old)
+        >>> new.weight is old.weight, new.running_mean is old.running_mean
+        (True, True)
         """
         check_zero_weight(self, source)
         # The values come from a layer that holds them in another form, such as one row per context.
@@ -221,6 +234,9 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         """Give a layer what was taken from it, as it is now: the inverse of :meth:`take_from`.
 
         A class with ``translated_tensors`` writes those values into the layer's own tensors, where they changed since.
+
+        Args:
+            source: the layer, as it was when :meth:`take_from` read it.
         """
         # What both have and the swap did not take, such as the importance weights of two SwitchableNorms or a scheduled
         # value, is the source's as it was.
@@ -258,7 +274,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         if frozen and not self.has_running_stats:
             why = "track_running_stats=True keeps some" if self.train_uses_batch_stats else "it needs none"
             raise ValueError(f"{type(self).__name__} has no running statistics to normalize by: {why}.")
-        self.keep_in_evaluation(frozen)
+        keep_in_evaluation(self, frozen)
         return self
 
     def settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +291,21 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         return {name for name, _ in self.named_parameters()}
 
     def monitor(self) -> dict[str, Tensor]:
-        """Return what the layer has learned, as quantity -> 0-dim tensor, for the loggers."""
+        """Return what the layer has learned, as quantity -> 0-dim tensor, for the loggers.
+
+        NaN stands for what was not measured yet: it is not drawn.
+        """
+        return {}
+
+    def shared_quantities(self) -> tuple[str, ...]:
+        """Return the quantities of :meth:`monitor` that all layers of a network have in common, to be drawn once."""
+        return ()
+
+    def monitor_notes(self) -> dict[str, str]:
+        """Return quantity -> what its reader must know at this moment, for charts, the table and one line of the log.
+
+        It may read from the device: it is called at the start and at the end of a fit alone.
+        """
         return {}
 
     def choice(self, threshold: float) -> Choice | None:
@@ -292,7 +322,7 @@ def has_affine(layer: nn.Module, name: str) -> bool:
     return any(getattr(layer, n, None) is not None for n in (name, *(t.target for t in forms if t.source == name)))
 
 
-def _is_own_method(cls: type, name: str) -> bool:
+def _adds_method(cls: type, name: str) -> bool:
     """Tell whether a class has a method of that name that is not one of ``nn.Module``, which holds no equation."""
     return not hasattr(nn.Module, name) and inspect.isroutine(getattr(cls, name, None))
 
@@ -300,10 +330,10 @@ def _is_own_method(cls: type, name: str) -> bool:
 def _look_for_replaced_methods(layer: Normalizer, name: str) -> None:
     """Leave the kernels while an attribute of this instance stands in for one of its class's methods."""
     cls = type(layer)
-    if not _is_own_method(cls, name):
+    if not _adds_method(cls, name):
         return
     # A method may be replaced twice: what counts is whether any replacement is left.
-    if any(_is_own_method(cls, attribute) for attribute in vars(layer)):
+    if any(_adds_method(cls, attribute) for attribute in vars(layer)):
         vars(layer)["_fused_spec_holds"] = False
     else:
         vars(layer).pop("_fused_spec_holds", None)
@@ -335,6 +365,17 @@ class MomentNorm(SpecialCalls, Normalizer):
     Raises:
         TypeError: the input is not a floating-point tensor.
         ValueError: an argument out of range, a wrong number of dimensions or channels, or one value per statistic.
+
+    A subclass with half of each sample's and half of the batch's statistics, which trains, pools over ranks, saves,
+    loads and swaps as the built-in ones do:
+
+    >>> class HalfNorm(MomentNorm):
+    ...     def algebra(self, m):
+    ...         batch = self.track(m.over_batch())
+    ...         return self.standardize((m.mean + batch.mean) / 2, (m.var + batch.var) / 2)
+    >>> layer = HalfNorm(8)
+    >>> layer(torch.randn(4, 8, 5, 5)).shape, int(layer.num_batches_tracked)
+    (torch.Size([4, 8, 5, 5]), 1)
     """
 
     per_token: bool = False
@@ -431,7 +472,7 @@ class MomentNorm(SpecialCalls, Normalizer):
         Raises:
             MaskError: a mask that does not fit x.
         """
-        if mask is not None or self.special or self.behind or not isinstance(input, Tensor):
+        if mask is not None or self._special or self.behind or not isinstance(input, Tensor):
             return self._call_whole(input, activation, residual, mask)
         return self._normalize(input, activation, residual)
 
@@ -439,12 +480,12 @@ class MomentNorm(SpecialCalls, Normalizer):
         """Call the layer with a mask, in ghost batches, or with its modules behind; for torch.fx, note the call."""
         if torch_private.is_proxy(input):  # torch.fx traces
             return _node_of(self, input, activation, residual, mask)
-        activation, modules = self.fuse_behind(activation)
-        if (mask is not None or self.special) and isinstance(input, Tensor) and input.dim() > 1:
+        activation, modules = fuse_behind(self, activation)
+        if (mask is not None or self._special) and isinstance(input, Tensor) and input.dim() > 1:
             y = self._call_specially(input, activation, residual, mask)
         else:
             y = self._normalize(input, activation, residual)
-        return self.call_behind(y, modules)
+        return call_behind(self, y, modules)
 
     def _normalize(
         self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None = None
@@ -466,6 +507,8 @@ class MomentNorm(SpecialCalls, Normalizer):
                 return self._normalize_twice(input, activation, residual, valid)
             if self.compiled or torch_private.is_transformed():
                 return self._normalize_specially(input, activation, residual, valid)
+        elif self.moves_running_stats and torch_private.is_traced_in_checkpoint():
+            tell_of_graph(type(self).__name__)
         return _forward(self, input, activation, residual, valid)
 
     def _normalize_twice(self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -483,7 +526,7 @@ class MomentNorm(SpecialCalls, Normalizer):
     ) -> Tensor:
         """Normalize by the layer's own graph, or where a transform may refuse that running statistics move."""
         # A graph knows no thread: where only another one has paused the statistics, this one runs without.
-        of_this_thread = not self.statistics_paused or is_paused(self)
+        of_this_thread = not self._statistics_paused or is_paused(self)
         if self.compiled and of_this_thread and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
             if valid is not None:
@@ -503,7 +546,7 @@ class MomentNorm(SpecialCalls, Normalizer):
                 raise RuntimeError(_REFUSED_CHANGE.format(who=type(self).__name__)) from error
             raise
 
-    def ranks(self) -> Ranks | None:
+    def _ranks(self) -> Ranks | None:
         """Return the ranks that the next forward pass pools statistics with."""
         return _ranks_of(self)
 
@@ -523,11 +566,19 @@ class MomentNorm(SpecialCalls, Normalizer):
     def compile(self, **options: Any) -> None:
         """Compile the forward pass, by default fullgraph and at static shapes; equal layers share their graphs.
 
+        The graph is made at the first call, and once more for each new shape, dtype and mode.
+
         Args:
             options: of ``torch.compile``, such as ``mode="max-autotune"``.
 
         Raises:
             TypeError: ``torch.compile`` takes no such argument.
+
+        >>> from lightning_norm import BatchNorm
+        >>> layer = BatchNorm(8)
+        >>> layer.compile(dynamic=False)
+        >>> layer.compiled
+        True
         """
         # From torch's signature, so that arguments of later versions pass as well.
         known = list(inspect.signature(torch.compile).parameters)[1:]
@@ -591,7 +642,7 @@ def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any, mask: An
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
     pools = is_running() and (layer.train_uses_batch_stats or layer.moves_running_stats)
-    now = bool(layer.sync) and layer.sync != "running" and not layer.sync_paused
+    now = bool(layer.sync) and layer.sync != "running" and not layer._sync_paused
     return active_ranks(now, layer.training, layer.sync_group) if pools else None
 
 
@@ -609,10 +660,10 @@ def _of_empty(layer: MomentNorm, x: Tensor, activation: str, residual: Tensor | 
 def _agree_once(layer: MomentNorm, ranks: Ranks, x: Tensor) -> None:
     """Compare the layer with that of the other ranks, before the first time that they pool."""
     # In a graph nothing can be told; what differs there is told by torch, or by NormSwap before the training.
-    if layer.agreed_in != ranks.group and not torch.compiler.is_compiling():
+    if layer._agreed_in != ranks.group and not torch.compiler.is_compiling():
         settings = f"sync_group={layer.sync_group!r}, affine={[n for n, _ in layer.named_parameters(recurse=False)]}"
         ranks.agree(f"{layer.place or 'a layer'}: {type(layer).__name__}({layer.extra_repr()}, {settings})", x.device)
-        layer.agreed_in = ranks.group
+        layer._agreed_in = ranks.group
 
 
 def _forward_masked(layer: MomentNorm, x: Tensor, valid: Tensor) -> Tensor:
@@ -620,11 +671,7 @@ def _forward_masked(layer: MomentNorm, x: Tensor, valid: Tensor) -> Tensor:
 
 
 def _forward(
-    layer: MomentNorm,
-    x: Tensor,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    valid: Tensor | None = None,
+    layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None, valid: Tensor | None = None
 ) -> Tensor:
     layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
@@ -637,17 +684,47 @@ def _forward(
     if of_input and layer.statistic_size(layout.n, layout.size) < 2:
         _check_values(layer, layout, ranks)
     moments = None if of_input or layer.eval_uses_input_stats else layer.running()
+    if valid is not None or layer.per_token:
+        return _forward_positions(layer, x, layout, moments, ranks, activation, residual, valid)
     # The kernels move the running statistics themselves and know nothing of an accumulator.
     accumulates = layer.training and layer.accumulator is not None
-    mask = None if valid is None else mask_of(valid, x, layout)
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
-    seen = x if mask is None else mask.zeroed(x)
+    algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
+    return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))
+
+
+def _forward_positions(
+    layer: MomentNorm,
+    x: Tensor,
+    layout: Layout,
+    moments: Moments | None,
+    ranks: Ranks | None,
+    activation: str,
+    residual: Tensor | None,
+    valid: Tensor | None,
+) -> Tensor:
+    """Normalize where positions differ: some are padding, or each token has statistics of its own. Not on the kernels.
+
+    Args:
+        layer: the normalizer.
+        x: the input.
+        layout: of x.
+        moments: those of x where ``None``.
+        ranks: to pool with.
+        activation: as in :meth:`MomentNorm.forward`; likewise the residual.
+        residual: is added before the activation.
+        valid: which positions count; ``None`` for all.
+    """
+    mask = None if valid is None else mask_of(valid, x, layout)
+    looks_at_x = layer.per_token or type(layer).algebra_of is not MomentNorm.algebra_of
+    seen = x if mask is None or not looks_at_x else mask.zeroed(x)
+    ending: dict[str, Any] = {"activation": activation, "residual": residual}
     if layer.per_token:
-        ending: dict[str, Any] = {"activation": activation, "residual": residual}
         return normalize_tokens(seen, layer.of_tokens, layout, ranks, mask, layer.backend, **ending)
+    assert mask is not None
     algebra, conv = layer.algebra_of(seen, layout), layer.depthwise_conv()
-    call = Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv)
-    return run(x, call) if mask is None else run_masked(x, seen, call, mask)
+    call = Call(algebra, layout, moments, ranks, layer.backend, depthwise_conv=conv, **ending)
+    return run_masked(x, call, mask)
 
 
 def _forward_relu(layer: MomentNorm, x: Tensor) -> Tensor:

@@ -41,6 +41,12 @@ class TakenActivation(nn.Module):
         activation: the module that stood here.
         name: its name in the model, for messages.
         layer: the name of the layer that computes it.
+
+    >>> import lightning_norm
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> _ = lightning_norm.swap(model, "sn", fuse_activation=True)
+    >>> model[2]
+    TakenActivation(ReLU, computed by 1)
     """
 
     def __init__(self, activation: nn.Module, name: str, layer: str) -> None:
@@ -54,12 +60,15 @@ class TakenActivation(nn.Module):
 
     def expect(self, y: Tensor) -> None:
         """Note an output of the layer, which is due here."""
+        # An output that was freed and has not come by was used by something else, or by nothing.
         lost = [(key, first) for key, (ref, first) in self._due.items() if ref() is None]
         for key, _ in lost:
             del self._due[key]
         # A recomputation of checkpointed activations ends where it has all that it needs.
         if any(first for _, first in lost):
             self._tell(f"an output of {self.layer} did not come to {self.name}, and has its activation in it")
+        # By id, with a weak reference: it keeps no memory alive, and tells whether another tensor has taken over the
+        # id.
         self._due[id(y)] = (weakref.ref(y), not torch_private.in_backward_pass())
 
     def forward(self, input: Tensor) -> Tensor:
@@ -117,107 +126,122 @@ class Behind(nn.Module):
     always_eval: bool = False
     """``train()`` leaves the layer itself in evaluation: its statistics are frozen."""
 
-    def add_children(self, children: dict[str, nn.Module | None], behind: tuple[str, ...]) -> None:
-        """Take children under their names, and call those that are named in ``behind``.
-
-        Args:
-            children: name -> module, as the replaced layer held them.
-            behind: names of those to call, in the order in which they are called.
-
-        Raises:
-            TypeError: the layer has an attribute of such a name.
-        """
-        for name, child in children.items():
-            if hasattr(self, name) and name not in self._modules:
-                raise TypeError(f"{type(self).__name__} has an attribute {name!r}, and the layer a module of that name")
-            self.add_module(name, child)
-        if behind:
-            self.behind = behind
-
-    def take_activation(self, activation: nn.Module, place: TakenActivation) -> None:
-        """Compute an activation that stood behind the layer, in ``place``.
-
-        Raises:
-            TypeError: the layer has a module of that name.
-        """
-        self.add_children({ACTIVATION: activation}, (*self.behind, ACTIVATION))
-        # By vars: as an attribute it would be a child, and have two places in the model.
-        vars(self)["taken_from"] = place
-
-    def give_activation(self) -> nn.Module | None:
-        """Give up an activation that was taken over, and return it; ``None`` if there is none."""
-        place = vars(self).pop("taken_from", None)
-        if place is None:
-            return None
-        self.behind = tuple(name for name in self.behind if name != ACTIVATION)
-        return self._modules.pop(ACTIVATION)
-
-    def modules_behind(self) -> list[nn.Module]:
-        """Return the modules that are called behind the normalization, in their order."""
-        found = [self._modules.get(name) for name in self.behind]
-        return [module for module in found if module is not None]
-
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the layer and its children; see :attr:`always_eval`."""
         super().train(mode)
+        # nn.Module.train() sets the children as well, which follow the model; this layer alone stays behind. What was
+        # asked for is noted for whoever ends the freeze.
         if self.always_eval:
             vars(self)["_mode"], self.training = mode, False
         return self
 
-    def keep_in_evaluation(self, always: bool, mode: bool | None = None) -> None:
-        """Set :attr:`always_eval`, with a mode or the one last asked for; the layer's children are left alone."""
-        mode = self.requested_mode if mode is None else mode
-        self.always_eval, self.training = always, mode and not always
-        vars(self)["_mode"] = mode
 
-    @property
-    def requested_mode(self) -> bool:
-        """The mode that ``train()`` or ``eval()`` last asked for."""
-        return bool(vars(self).get("_mode", True)) if self.always_eval else self.training
+def add_children(layer: Behind, children: dict[str, nn.Module | None], behind: tuple[str, ...]) -> None:
+    """Take children under their names, and call those that are named in ``behind``.
 
-    def fuse_behind(self, activation: str) -> tuple[str, list[nn.Module]]:
-        """Return the activation to compute with the normalization, and the modules that are left to be called."""
-        modules = self.modules_behind()
-        if activation != "none":
-            return activation, modules
-        while modules and _does_nothing(modules[0]):
-            modules = modules[1:]
-        if modules and type(modules[0]) in FUSED and not has_hooks(modules[0]):
-            return FUSED[type(modules[0])], modules[1:]
+    Args:
+        layer: that takes them.
+        children: name -> module, as the replaced layer held them.
+        behind: names of those to call, in the order in which they are called.
+
+    Raises:
+        TypeError: the layer has an attribute of such a name.
+    """
+    for name, child in children.items():
+        if hasattr(layer, name) and name not in layer._modules:
+            raise TypeError(f"{type(layer).__name__} has an attribute {name!r}, and the layer a module of that name")
+        layer.add_module(name, child)
+    if behind:
+        layer.behind = behind
+
+
+def compute_activation(layer: Behind, activation: nn.Module, place: TakenActivation) -> None:
+    """Compute an activation that stood behind the layer, in ``place``.
+
+    Raises:
+        TypeError: the layer has a module of that name.
+    """
+    add_children(layer, {ACTIVATION: activation}, (*layer.behind, ACTIVATION))
+    # By vars: as an attribute it would be a child, and have two places in the model.
+    vars(layer)["taken_from"] = place
+
+
+def give_activation(layer: Behind) -> nn.Module | None:
+    """Give up an activation that was taken over, and return it; ``None`` if there is none."""
+    place = vars(layer).pop("taken_from", None)
+    if place is None:
+        return None
+    layer.behind = tuple(name for name in layer.behind if name != ACTIVATION)
+    return layer._modules.pop(ACTIVATION)
+
+
+def modules_behind(layer: Behind) -> list[nn.Module]:
+    """Return the modules that are called behind the normalization, in their order."""
+    children_behind = [layer._modules.get(name) for name in layer.behind]
+    return [module for module in children_behind if module is not None]
+
+
+def keep_in_evaluation(layer: Behind, always: bool, mode: bool | None = None) -> None:
+    """Set :attr:`Behind.always_eval`, with a mode or the one last asked for; the layer's children are left alone."""
+    mode = requested_mode(layer) if mode is None else mode
+    layer.always_eval, layer.training = always, mode and not always
+    vars(layer)["_mode"] = mode
+
+
+def requested_mode(layer: nn.Module) -> bool:
+    """Return the mode that ``train()`` or ``eval()`` last asked for."""
+    return bool(vars(layer).get("_mode", True)) if getattr(layer, "always_eval", False) else layer.training
+
+
+def fuse_behind(layer: Behind, activation: str) -> tuple[str, list[nn.Module]]:
+    """Return the activation to compute with the normalization, and the modules that are left to be called."""
+    modules = modules_behind(layer)
+    if activation != "none":
         return activation, modules
+    # A dropout in evaluation, between the layer and its ReLU, is in nobody's way.
+    while modules and _does_nothing(modules[0]):
+        modules = modules[1:]
+    if modules and type(modules[0]) in FUSED and not has_hooks(modules[0]):
+        return FUSED[type(modules[0])], modules[1:]
+    return activation, modules
 
-    def followed(self, plain: nn.Module) -> nn.Module:
-        """Return ``plain``, one of torch's layers, with this layer's modules behind it.
 
-        As the class of timm's that does so, where timm is loaded: keys of the ``state_dict`` and attributes are then
-        those of the original network. Otherwise an ``nn.Sequential``.
-        """
-        children = {name: m for name, m in self._modules.items() if m is not None and name in self.behind}
-        if not children:
-            return plain
-        timm: Any = sys.modules.get("timm.layers.norm_act")
-        if timm is not None and type(plain) is nn.BatchNorm2d and children.keys() == {"drop", "act"}:
-            whole: nn.Module = timm.BatchNormAct2d.__new__(timm.BatchNormAct2d)
-            vars(whole).update(vars(plain))
-            for name, module in children.items():
-                whole.add_module(name, module)
-            return whole
-        return nn.Sequential(OrderedDict(norm=plain, **{name: children[name] for name in self.behind}))
+def with_modules_behind(layer: Behind, plain: nn.Module) -> nn.Module:
+    """Return ``plain``, one of torch's layers, with this layer's modules behind it.
 
-    def remainder(self) -> nn.Module:
-        """Return what is left of the layer once its normalization is folded into another one."""
-        children = OrderedDict((name, m) for name in self.behind if (m := self._modules.get(name)) is not None)
-        if all(type(m) is nn.Identity for m in children.values()):
-            return nn.Identity()
-        return nn.Sequential(children)
+    As the class of timm's that does so, where timm is loaded: keys of the ``state_dict`` and attributes are then
+    those of the original network. Otherwise an ``nn.Sequential``.
+    """
+    children = {name: m for name, m in layer._modules.items() if m is not None and name in layer.behind}
+    if not children:
+        return plain
+    # Looked up and not imported: whoever has such a layer has imported timm.
+    timm: Any = sys.modules.get("timm.layers.norm_act")
+    if timm is not None and type(plain) is nn.BatchNorm2d and children.keys() == {"drop", "act"}:
+        # Without its __init__, which would make parameters that are thrown away at once.
+        whole: nn.Module = timm.BatchNormAct2d.__new__(timm.BatchNormAct2d)
+        vars(whole).update(vars(plain))
+        for name, module in children.items():
+            whole.add_module(name, module)
+        return whole
+    return nn.Sequential(OrderedDict(norm=plain, **{name: children[name] for name in layer.behind}))
 
-    def call_behind(self, y: Tensor, modules: list[nn.Module]) -> Tensor:
-        """Return what ``modules`` make of y, one after the other."""
-        for module in modules:
-            y = module(y)
-        if self.taken_from is not None and not torch.compiler.is_compiling():
-            self.taken_from.expect(y)
-        return y
+
+def without_normalization(layer: Behind) -> nn.Module:
+    """Return what is left of the layer once its normalization is folded into another one."""
+    children = OrderedDict((name, m) for name in layer.behind if (m := layer._modules.get(name)) is not None)
+    if all(type(m) is nn.Identity for m in children.values()):
+        return nn.Identity()
+    return nn.Sequential(children)
+
+
+def call_behind(layer: Behind, y: Tensor, modules: list[nn.Module]) -> Tensor:
+    """Return what ``modules`` make of y, one after the other."""
+    for module in modules:
+        y = module(y)
+    if layer.taken_from is not None and not torch.compiler.is_compiling():
+        layer.taken_from.expect(y)
+    return y
 
 
 def _does_nothing(module: nn.Module) -> bool:

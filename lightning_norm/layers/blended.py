@@ -25,7 +25,12 @@ from lightning_norm.ops.moments import Affine, Moments
 
 
 class BlendedNorm(MomentNorm):
-    """Abstract: a batch is blended into the running statistics, and x is normalized by the blend.
+    r"""Abstract: a batch is blended into the running statistics, and x is normalized by the blend.
+
+    .. math:: (\mu, s)^{(m)} = a^{(m)} (\mu_B, s_B) + (1 - a^{(m)}) (\mu, s)^{(m-1)}
+
+    with s a standard deviation or a variance. A subclass says in :meth:`weight_at` what the weight a of batch m is, and
+    in :meth:`std_of` what a standard deviation is.
 
     Args:
         num_features: channels.
@@ -54,13 +59,19 @@ class BlendedNorm(MomentNorm):
         # Before the base class, which names the buffers by it.
         self.average, self.init = average, init
         super().__init__(num_features, **options)
-        # Not saved: it describes the last batch, and a resumed run does not continue from it.
+        # Not saved: it describes the last batch, and a resumed run does not continue from it. -1: not measured yet.
         gap = (
-            torch.zeros(2, device=options.get("device"), dtype=at_least_float32(options.get("dtype")))
+            torch.full((2,), -1.0, device=options.get("device"), dtype=at_least_float32(options.get("dtype")))
             if self.track_running_stats
             else None
         )
         self.register_buffer("gap", gap, persistent=False)
+
+    @torch.no_grad()
+    def measured_gap(self) -> dict[str, Tensor]:
+        """Return how far the last batch's mean and std lay from the running ones; NaN before the first batch."""
+        gap = torch.where(self.gap >= 0, self.gap, torch.nan)
+        return {"gap_mean": gap[0], "gap_std": gap[1]}
 
     def _make_running_stats(self, num_features: int, track: bool, device: Any, dtype: torch.dtype | None) -> None:
         super()._make_running_stats(num_features, track, device, dtype)

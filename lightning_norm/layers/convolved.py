@@ -15,9 +15,11 @@ from lightning_norm.ops.moments import Affine
 
 
 class ConvolvedNorm(MomentNorm):
-    """Abstract: the normalized map goes through a convolution of each channel; ``bias`` is that of the convolution.
+    r"""Abstract: the normalized map goes through a convolution of each channel; ``bias`` is that of the convolution.
 
-    The algebra of a subclass says how x is normalized, without weight and bias.
+    .. math:: y_{nc} = W_c * s\,(x_{nc} - c) + b_c, \qquad (c, s) = \mathrm{algebra}(\mu_{nc}, \sigma^2_{nc})
+
+    The algebra of a subclass says how x is normalized, without weight and bias. Around the normalized map lie zeros.
 
     Args:
         num_features: channels.
@@ -53,6 +55,7 @@ class ConvolvedNorm(MomentNorm):
     def dirac(self, centre: Tensor) -> Tensor:
         """Return kernels of zeros with these centre taps, (C,) -> (C, 1, *)."""
         kernel = centre.new_zeros(centre.numel(), self.kernel_size**self.spatial_dims)
+        # With an odd size along each axis, the middle tap is also the middle of the flat kernel.
         kernel[:, kernel.shape[1] // 2] = centre.reshape(-1)
         return kernel.view(-1, 1, *(self.kernel_size,) * self.spatial_dims)
 
@@ -75,6 +78,7 @@ class ConvolvedNorm(MomentNorm):
         taps = self.kernel.detach().cpu().double()
         centre = centre_taps(taps)
         normalized = super().eval_affine()
+        # Any other tap mixes neighbouring positions, which no map per channel does.
         if normalized is None or taps.flatten(1).abs().sum(1).ne(centre.abs()).any():
             return None
         shift = torch.zeros_like(normalized.center) if self.bias is None else self.bias.detach().cpu().double()
@@ -89,6 +93,7 @@ class ConvolvedNorm(MomentNorm):
         normalized = super().eval_affine()
         if normalized is None:
             return None
+        # The bias is added behind the convolution, which has it as its own.
         normalized = Affine(normalized.center, normalized.scale, torch.zeros_like(normalized.center))
         return nn.Sequential(batch_norm(self, normalized, BATCH_NORMS[self.spatial_dims + 2]), self._torch_conv())
 
@@ -96,6 +101,7 @@ class ConvolvedNorm(MomentNorm):
         """Return the convolution as torch's layer, with this layer's parameters."""
         kind, c = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[self.spatial_dims], self.num_features
         where: dict[str, Any] = {"device": self.kernel.device, "dtype": self.kernel.dtype}
+        # One group per channel makes it depthwise; half a kernel of zeros around the map keeps its size.
         options: dict[str, Any] = {"padding": self.kernel_size // 2, "groups": c, "bias": self.bias is not None}
         conv = kind(c, c, self.kernel_size, **options, **where)
         conv.weight, conv.bias = self.kernel, self.bias
@@ -106,6 +112,7 @@ class ConvolvedNorm(MomentNorm):
         """Return the part of the kernels' energy that lies outside their centre taps, and the mean norm of a kernel."""
         kernel = self.kernel.to(at_least_float32(self.kernel.dtype)).flatten(1)
         energy, centre = kernel.square().sum(), centre_taps(kernel).square().sum()
+        # 0 where the layer is batch normalization still. Kernels of zeros have no energy to divide by.
         off = (energy - centre) / energy.clamp_min(torch.finfo(kernel.dtype).tiny)
         return {"off_center": off, "kernel_norm": kernel.norm(dim=1).mean()}
 

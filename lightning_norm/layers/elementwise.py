@@ -26,6 +26,17 @@ class ElementwiseNorm(MomentNorm):
 
     Raises:
         ValueError: alpha_init is no finite number.
+
+    >>> class DynamicSoftsign(ElementwiseNorm):
+    ...     @staticmethod
+    ...     def function(u):
+    ...         return u / (1 + u.abs())
+    ...
+    ...     @staticmethod
+    ...     def slope(u, f):
+    ...         return (1 + u.abs()) ** -2
+    >>> DynamicSoftsign(2, channel_dim=-1)(torch.tensor([[[2.0, -2.0]]])).tolist()
+    [[[0.5, -0.5]]]
     """
 
     train_uses_batch_stats: ClassVar[bool] = False
@@ -79,6 +90,8 @@ class ElementwiseNorm(MomentNorm):
             input = torch.where(valid, input, input.new_zeros(()))
         layout = layout_of(input, self.num_features, self.channel_dim, type(self).__name__)
         check_ending(input, activation, residual)
+        # Three ways to the same numbers: a graph of the layer's own; plain operations, which graphs and transforms see
+        # through; and an autograd function, which keeps x alone.
         if self.compiled and not torch.compiler.is_compiling() and not torch_private.is_transformed():
             y = compiled_forward(self, input, _plainly, None, vars(self).get("_compile_options"))
         elif torch.compiler.is_compiling() or torch_private.is_transformed():
@@ -128,11 +141,13 @@ class _Elementwise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, offset, weight, bias = ctx.saved_tensors
         need, layout = ctx.needs_input_grad, ctx.layout
+        # Without the bias, which no gradient needs.
         u, f, _ = _value(x, alpha, offset, weight, None, ctx.cls, layout)
         dy = grads[0].to(u.dtype)
         du = dy * ctx.cls.slope(u, f)
         if weight is not None:
             du = du * layout.broadcast_to_input(weight.to(u.dtype).unsqueeze(0))
+        # weight and bias are per channel; alpha and s are one number each, so their gradients are sums over everything.
         axes = [d for d in range(x.dim()) if d != layout.channel_dim % x.dim()]
         return (
             (du * alpha.to(u.dtype)).to(x.dtype) if need[0] else None,

@@ -58,6 +58,7 @@ def spec_of(layer: Any, layout: Layout) -> Any:
     ``None`` where the kernels cannot read the layer's tensors, which they take to be contiguous. Only a description
     made of nothing but the layer's tensors is remembered.
     """
+    # A graph calls it once, while it is traced: there is nothing to remember.
     if layer.fused_spec_varies or torch.compiler.is_compiling():
         return _readable(layer.fused_spec(layout))
     key = _key(layer, layout.shape)
@@ -70,6 +71,7 @@ def spec_of(layer: Any, layout: Layout) -> Any:
         # Those of torch.func.functional_call may hang on a graph, which must not live longer than the call.
         if of_layer and all(t is None or t.is_leaf for t in tensors):
             specs = vars(layer).get(SPECS)
+            # Inputs of ever new shapes must not fill the memory: from time to time all are forgotten.
             if specs is None or len(specs) > MANY:
                 specs = vars(layer)[SPECS] = _Specs()
             dtypes = tuple(None if t is None else t.dtype for t in tensors)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import sys
 import types
+import warnings
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.errors import FusionError
-from lightning_norm.layers.behind import Behind
+from lightning_norm.errors import FusionError, NoEffectWarning
+from lightning_norm.layers.behind import Behind, with_modules_behind
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+FROZEN = {"torchvision.ops.misc": "FrozenBatchNorm2d", "timm.layers.norm_act": "FrozenBatchNormAct2d"}
+"""Module of another library -> its class whose statistics and weights stay."""
 
 EPS = 2.0**-20
 """torch takes no eps of 0; with this one, 1 - eps and their sum 1 are exact in float32."""
@@ -123,13 +127,68 @@ class Evaluation(Behind):
         """Return torch's own layer where there is one, else itself; timm's ``reparameterize_model`` calls it."""
         # The layer that stood here before the swap tells how many dimensions the input has.
         kind = str((getattr(self, "origin", None) or {}).get("source", ""))
-        plain = self.deployed(dims_of(kind))
+        plain = deployed(self, dims_of(kind))
         return self if plain is None else plain.train(self.training)
 
-    def deployed(self, dims: int | None = None) -> nn.Module | None:
-        """Return :meth:`plain` with the modules that the layer calls behind its normalization."""
-        plain = self.plain(dims)
-        return None if plain is None else self.followed(plain)
+    def switch_to_deploy(self) -> None:
+        """Become torch's own layer in place, where there is one; RepVGG and timm call every module's.
+
+        >>> from lightning_norm import swap
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        >>> _ = swap(model, "dbn")
+        >>> model.eval()[1].switch_to_deploy()
+        >>> type(model[1]).__name__
+        'BatchNorm2d'
+        """
+        plain = self.fuse()
+        if plain is self:
+            return
+        # Whoever holds the layer holds torch's from now on, with the hooks that were put on it.
+        hooks = {name: value for name, value in vars(self).items() if name.endswith("_hooks") and value}
+        vars(plain).update(hooks)
+        self.__class__ = type(plain)  # type: ignore[assignment]
+        object.__setattr__(self, "__dict__", vars(plain))
+
+
+def deployed(layer: Evaluation, dims: int | None = None) -> nn.Module | None:
+    """Return :meth:`Evaluation.plain` with the modules that the layer calls behind its normalization.
+
+    A layer that a swap made of a frozen class of torchvision's or timm's becomes that class again; torch's own layers
+    cannot be frozen, and a warning says so.
+    """
+    plain = layer.plain(dims)
+    if plain is None:
+        return None
+    if layer.always_eval and isinstance(plain, tuple(BATCH_NORMS.values())):
+        frozen = _frozen_class(layer, plain)
+        if frozen is not None:
+            return frozen
+        warnings.warn(
+            f"{type(plain).__name__} of torch's has no frozen statistics, and the {type(layer).__name__} that becomes "
+            "one has: model.train() would let them move. Leave the model in eval(), or train the network as it was "
+            "before lightning_norm.to_plain or fold.",
+            NoEffectWarning,
+            stacklevel=4,
+        )
+    return with_modules_behind(layer, plain)
+
+
+def _frozen_class(layer: Evaluation, plain: nn.Module) -> nn.Module | None:
+    """Return the layer's tensors in the frozen class that a swap made it of, ``None`` where they are not of one."""
+    source = str((getattr(layer, "origin", None) or {}).get("source"))
+    module = next((m for m, name in FROZEN.items() if name == source and m in sys.modules), None)
+    tensors = {name: getattr(plain, name) for name in ("weight", "bias", "running_mean", "running_var")}
+    if module is None or any(t is None or t.requires_grad for t in tensors.values()):
+        return None
+    kind: type[nn.Module] = getattr(sys.modules[module], source)
+    frozen: nn.Module = kind.__new__(kind)
+    nn.Module.__init__(frozen)
+    vars(frozen)["eps"] = plain.eps
+    for name, t in tensors.items():
+        frozen.register_buffer(name, t.detach())
+    for name in layer.behind:
+        frozen.add_module(name, layer._modules[name])
+    return frozen
 
 
 def _may_read(layer: Any, frame: types.FrameType) -> bool:
@@ -202,6 +261,7 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
         kind: BatchNorm1d, 2d or 3d.
     """
     tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    # A layer without tensors says neither device nor precision, and the map has both.
     like = next((t for t in tensors.values() if t.is_floating_point()), affine.scale)
     # torch's BatchNorm takes narrow inputs if all its tensors are wide.
     wide = at_least_float32(like.dtype)
@@ -228,7 +288,10 @@ def batch_norm(layer: nn.Module, affine: Affine, kind: type[nn.Module]) -> nn.Mo
         plain.get_buffer("running_var").fill_(1 - EPS)
         plain.get_parameter("weight").copy_(affine.scale)
         plain.get_parameter("bias").copy_(affine.shift)
-    return plain
+    if "bias" not in tensors and not plain.get_parameter("bias").any():
+        plain.register_parameter("bias", None)
+    # What did not train before does not begin to.
+    return plain.requires_grad_(any(p.requires_grad for p in layer.parameters(recurse=False)))
 
 
 def _exact(t: Tensor) -> Tensor:

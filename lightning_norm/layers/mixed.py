@@ -16,7 +16,8 @@ from lightning_norm.layers.choice import Choice
 class MixedNorm(MomentNorm):
     """Abstract: mean and variance are mixtures of statistics, with weights that :meth:`weights` makes of parameters.
 
-    ``mean_weight`` and ``var_weight`` have an entry for each of ``choices`` and start at 1.
+    ``mean_weight`` and ``var_weight`` have an entry for each of ``choices`` and start at 1. From the weights follow
+    what the monitor shows, when the layer is batch normalization, and which plain normalizer it has chosen.
 
     Args:
         num_features: channels.
@@ -51,6 +52,7 @@ class MixedNorm(MomentNorm):
             options["track_running_stats"] = False
         super().__init__(num_features, **options)
         self.num_groups: Any = num_groups
+        # Only there must the groups divide the channels.
         if "gn" in choices:
             self.num_groups = number_of_groups(name, self.num_features, num_groups, channels_per_group)
         self._add_parameters(options, mean_weight=(len(choices),), var_weight=(len(choices),))
@@ -84,11 +86,13 @@ class MixedNorm(MomentNorm):
 
     def evaluates_on_running_stats(self) -> bool:
         """Tell whether all importance is on the batch statistics."""
+        # Exactly 1 and not nearly: what follows is folded, and must compute the same.
         at = self.choices.index("bn") if "bn" in self.choices and self.has_running_stats else None
         return at is not None and all(float(w[at]) == 1 for w in self.importance().values())
 
     def choice(self, threshold: float) -> Choice:
         """Return the statistic on which nearly all importance is, of the mean as of the variance."""
+        # In float64, so that the weights of a layer in half are compared with the threshold as they are.
         best = {quantity: w.double().cpu().max(0) for quantity, w in self.importance().items()}
         mean, var = (self.choices[int(b.indices)] for b in best.values())
         weights = [float(b.values) for b in best.values()]
@@ -97,6 +101,7 @@ class MixedNorm(MomentNorm):
             return Choice("", min(weights), f"undecided ({said})")
         if mean != var:
             return Choice("", min(weights), f"no plain normalizer mixes its choices ({said})")
+        # The authors' estimator divides by n - 1, and no plain normalizer of single samples does.
         biased = getattr(self, "correction", 0) and mean != "bn"
         why = "correction=1: the plain normalizer's variance is biased" if biased else ""
         return Choice(mean, min(weights), why, {"num_groups": self.num_groups} if mean == "gn" else {})

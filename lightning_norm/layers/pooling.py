@@ -31,6 +31,7 @@ def ready_window(layer: Any) -> None:
         return
     window = layer.accumulator
     if layer.training:
+        # At the first batch and not before, for only then is it certain which ranks there are.
         if window is None and layer.moves_running_stats and ranks_of_window(layer) is not None:
             open_window(layer)
     elif isinstance(window, AccumulationWindow) and not window.agreed_in:
@@ -58,11 +59,14 @@ def refuse_without_window(layer: Any) -> None:
 
 def ranks_of_window(layer: Any) -> Ranks | None:
     """Return the ranks with which a layer pools once per optimizer step, ``None`` for none."""
-    return active_ranks(layer.sync == "running" and not layer.sync_paused, True, layer.sync_group)
+    return active_ranks(layer.sync == "running" and not layer._sync_paused, True, layer.sync_group)
 
 
 def attend(layers: Iterable[Any]) -> None:
     """Open the windows of those layers that pool once per step, and compare the layers with those of the other ranks.
+
+    Args:
+        layers: normalizers, of which those without ``sync="running"`` or running statistics are left alone.
 
     Raises:
         SyncError: ranks have different layers.
@@ -71,6 +75,7 @@ def attend(layers: Iterable[Any]) -> None:
         for layer in pooled:
             if layer.accumulator is None:
                 open_window(layer)
+        # Once per process group: a rank with another layer would wait in the all-reduce for numbers that never come.
         if any(layer.accumulator.agreed_in != ranks.group for layer in pooled):
             # One text for all of them: it is hashed, and shown only where ranks differ.
             said = (f"{layer.place} {type(layer).__name__}{tuple(layer.accumulator.mean.shape)}" for layer in pooled)
@@ -87,6 +92,7 @@ def move_by_windows(layers: Sequence[Any]) -> None:
     """
     attend(layers)
     for ranks, pooled in _by_ranks(layers).items():
+        # A rank that skipped a batch has counted fewer than the others.
         counters = [layer.get_buffer(name) for layer in pooled for name in layer.counters if hasattr(layer, name)]
         pool_windows([layer.accumulator for layer in pooled], ranks, counters)
     for layer in layers:
@@ -114,18 +120,21 @@ def pool_windows(windows: Sequence[AccumulationWindow], ranks: Ranks, counters: 
         first = _split(ranks.sum(_joined([t for w in windows for t in (w.count, w.count * w.mean)])), windows, 2)
         for window, (n, total) in zip(windows, first, strict=True):
             window.shift = total / n.clamp_min(1)
+    # Sums, for sums are what an all-reduce adds up; they are divided by the counts afterwards.
     packed: list[Tensor] = []
     for window in windows:
         assert window.shift is not None
         apart = window.mean - window.shift
         spread = window.var + apart.square() if window.between else window.var
         packed += [window.count, window.count * apart, window.count * spread]
-    places = _in_own_place(counters, ranks, packed[0])
+    # The greatest of some integers by a sum: each rank writes its own into a row of zeros.
+    places = _at_rank(counters, ranks, packed[0])
     total = ranks.sum(_joined([*packed, places]))
     for window, (n, moved, spread) in zip(windows, _split(total, windows, 3), strict=True):
         assert window.shift is not None
         moved, var = moved / n.clamp_min(1), spread / n.clamp_min(1)
         if window.between:
+            # Two nearly equal numbers, whose difference may round to less than 0.
             var = (var - moved.square()).clamp_min(0)
         mean = window.shift + moved
         for old, new in zip(window.tensors(), (n, mean, var), strict=True):
@@ -158,7 +167,7 @@ def _split(total: Tensor, windows: Sequence[AccumulationWindow], parts: int) -> 
     return [[next(pieces).view(s) for s in each] for each in shapes]
 
 
-def _in_own_place(counters: Sequence[Tensor], ranks: Ranks, like: Tensor) -> Tensor:
+def _at_rank(counters: Sequence[Tensor], ranks: Ranks, like: Tensor) -> Tensor:
     """Return the counters of this rank among zeros, so that a sum tells each rank those of all."""
     places = like.new_zeros(ranks.size, len(counters))
     if counters:

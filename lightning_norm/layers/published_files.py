@@ -49,6 +49,7 @@ class PublishedEntries(Mapping[str, Any]):
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
         self.entries = entries
+        # What nobody has read tells a layer of another version, whose weights must not be dropped in silence.
         self._read: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
@@ -126,6 +127,7 @@ def by_prefix(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     groups: dict[str, dict[str, Any]] = {"": dict(state)}
     for name, value in state.items():
         parts = name.split(".")
+        # An entry belongs to every module around it; which of them is the layer is known by its other entries.
         for i in range(1, len(parts)):
             groups.setdefault(".".join(parts[:i]), {})[".".join(parts[i:])] = value
     return groups

@@ -9,6 +9,7 @@ as they were before the first run.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import ConflictWarning
 from lightning_norm.ops import torch_private
 
 MOST_WITHOUT_GRAPH = 64
@@ -46,12 +48,14 @@ class FirstRun:
             _without_graph.setdefault(layer, deque(maxlen=MOST_WITHOUT_GRAPH)).append(self)
 
 
+# Weak references: what is remembered of a run keeps neither a layer nor a graph alive.
 _with_graph: WeakKeyDictionary[nn.Module, WeakSet[FirstRun]] = WeakKeyDictionary()
 _without_graph: WeakKeyDictionary[nn.Module, deque[FirstRun]] = WeakKeyDictionary()
 
 
 def picked(x: Tensor) -> Tensor:
     """Return at most 8 x 8 x 4 x ... numbers of x, spread over all of it."""
+    # At fixed strides, so that the second run picks the same numbers.
     most = (8, 8, 4, 4, 4)
     steps = (-(-size // wanted) or 1 for size, wanted in zip(x.shape, (*most, *x.shape[len(most) :]), strict=False))
     return x.detach()[tuple(slice(None, None, step) for step in steps)].float().nan_to_num()
@@ -65,9 +69,23 @@ def may_run_again() -> bool:
     return not torch.is_grad_enabled() or torch_private.recomputes_saved_tensors()
 
 
+@torch_private.constant_in_graphs
+def tell_of_graph(who: str) -> None:
+    """Warn that a graph of torch.compile moves running statistics in each of the two runs of checkpointing."""
+    warnings.warn(
+        f"{who}: torch.compile makes a graph of what activation checkpointing runs twice, and the graph moves the "
+        "running statistics both times, as it does of torch's BatchNorm. Call checkpoint inside of what is compiled, "
+        "as model.compile() does of a model that checkpoints its blocks, or compile the layers alone: "
+        "NormSwap(..., compile=True).",
+        ConflictWarning,
+        stacklevel=3,
+    )
+
+
 @contextmanager
 def second_run(layer: Any, x: Tensor) -> Iterator[None]:
     """Run a layer that is in training on copies of its buffers: as they are, or as its first run on x found them."""
+    # Copies stand in for the buffers: whatever the layer writes, the real ones are put back untouched.
     now, accumulator = dict(layer._buffers), layer.accumulator
     layer._buffers.update({name: b.clone() for name, b in now.items() if b is not None})
     if layer.train_uses_running_stats:

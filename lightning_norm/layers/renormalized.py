@@ -34,6 +34,7 @@ def renorm(
     >>> renorm((two, one), (one, two), r_max=1.5)
     (tensor([[1.5000]]), tensor([[2.]]))
     """
+    # With r_max = 1 and d_max = 0, r is 1 and d 0: batch normalization is left.
     (batch_mean, batch_scale), (mean, scale) = batch, other
     r, d = scale / batch_scale, (batch_mean - mean) * scale
     return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)  # type: ignore[arg-type]  # both or neither are tensors

@@ -27,6 +27,12 @@ class RunningStats(nn.Module):
     for the mean and the biased variance of n elements. A batch in which either is not finite moves nothing and is
     counted in ``skipped_updates``, a buffer that no checkpoint holds. Buffers stay in float32 at least under
     ``model.half()``.
+
+    >>> from lightning_norm import BatchNorm
+    >>> layer = BatchNorm(2, momentum=None)
+    >>> _ = layer(torch.full((4, 2), float("inf"))), layer(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+    >>> layer.running_mean, int(layer.skipped_updates), layer.half().running_mean.dtype
+    (tensor([2., 2.]), 1, torch.float32)
     """
 
     counters: ClassVar[tuple[str, ...]] = ()
@@ -41,7 +47,7 @@ class RunningStats(nn.Module):
     """Takes the statistics of each training step in place of the running ones: a :class:`StatisticsAccumulator` while
     those are re-estimated, an :class:`AccumulationWindow` where they move once per optimizer step."""
 
-    statistics_paused: bool = False
+    _statistics_paused: bool = False
     """A thread is in a block of :func:`lightning_norm.paused_statistics`; :func:`is_paused` tells whether this one."""
 
     eps: float
@@ -70,10 +76,7 @@ class RunningStats(nn.Module):
 
     @property
     def has_running_stats(self) -> bool:
-        """Whether there are running statistics to evaluate on; ``track_running_stats = False`` only stops their moves.
-
-        As in torch, where evaluation looks at the buffers and not at the flag.
-        """
+        """Whether there are running statistics to evaluate on: as in torch by the buffers, and not by the flag."""
         return all(self._buffers.get(name) is not None for name in self.running_names)
 
     @property
@@ -84,14 +87,14 @@ class RunningStats(nn.Module):
     @property
     def moves_running_stats(self) -> bool:
         """Whether the next forward pass moves the running statistics: not while they are paused."""
-        return self.trains_with_running_stats and not (self.statistics_paused and is_paused(self))
+        return self.trains_with_running_stats and not (self._statistics_paused and is_paused(self))
 
     def _make_running_stats(
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         """Register the buffers, or ``None`` under their names as torch does."""
         # On the layer itself, where torch.compile sees it change.
-        self.track_running_stats, self.statistics_paused = track, False
+        self.track_running_stats, self._statistics_paused = track, False
         # torch's starting values, with which a fresh layer evaluates to its own input.
         for name, fill in zip(self.running_names, (0.0, 1.0), strict=True):
             stat = torch.full((num_features,), fill, device=device, dtype=at_least_float32(dtype))
@@ -105,8 +108,7 @@ class RunningStats(nn.Module):
     def track(self, m: Moments) -> Moments:
         """In training, move the running statistics towards m and return m; in evaluation, return the running ones.
 
-        Call it exactly once per algebra, with the result of ``over_batch()``. An update with a NaN or an infinity in it
-        is skipped and counted in ``skipped_updates``. Both are (1, C).
+        Call it exactly once per algebra, with the result of ``over_batch()``. Both are (1, C).
         """
         if not self.training:
             return self.running() if self.has_running_stats else m

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_norm.layers.arguments import plain_value
 from lightning_norm.ops.compiled import GRAPH_KEY
 
 
@@ -58,6 +59,8 @@ class Scheduled:
         try:
             # Text from YAML and 0-dim tensors are numbers as well.
             number = float(value)  # type: ignore[arg-type]  # None is refused below
+            # YAML's yes and on are True, and no momentum.
+            number = math.nan if type(value) is not float and isinstance(plain_value(value), bool) else number
         except (TypeError, ValueError):
             number = math.nan
         # Written so that NaN, for which every comparison is false, is refused.
@@ -71,6 +74,15 @@ class ScheduledValues(nn.Module):
 
     ``layer.alpha`` reads and sets a float; ``layer.scheduled("alpha")`` is the 0-dim float64 tensor for the algebra
     (float64 so that 0.1 means 0.1 for float64 inputs; a 0-dim tensor never raises the dtype of the others).
+
+    >>> from lightning_norm import BatchNorm
+    >>> layer = BatchNorm(3)
+    >>> layer.momentum = 0.25
+    >>> layer.momentum = 2
+    Traceback (most recent call last):
+    ValueError: BatchNorm: momentum must lie in [0, 1], got 2.
+    >>> layer.momentum
+    0.25
     """
 
     ranges: ClassVar[dict[str, Scheduled]] = {}
@@ -114,14 +126,9 @@ class ScheduledValues(nn.Module):
             _remember(self, name[1:])
         return self
 
-    def saved_values(self) -> dict[str, float | None]:
-        """Return the scheduled values that evaluation reads, which ``state_dict`` therefore holds, as ``_name``."""
-        idle: dict[str, str] = getattr(self, "without_effect", dict)()
-        return {n: getattr(self, n) for n, r in self.ranges.items() if not r.training_only and n not in idle}
-
     def _choose_saved_values(self) -> None:
         """Let ``state_dict`` hold the values that evaluation reads, and no others."""
-        saved, unsaved = self.saved_values(), self._non_persistent_buffers_set
+        saved, unsaved = saved_values(self), self._non_persistent_buffers_set
         for name in self.ranges:
             (unsaved.discard if name in saved else unsaved.add)(f"_{name}")
 
@@ -132,7 +139,7 @@ class ScheduledValues(nn.Module):
     def _load_scheduled(self, state_dict: dict[str, Any], prefix: str, strict: bool) -> str:
         """Take over the values in a checkpoint, and return what is wrong with them; older ones hold none."""
         self._choose_saved_values()
-        for name in self.saved_values():
+        for name in saved_values(self):
             key = f"{prefix}_{name}"
             device = next((t.device for t in state_dict.values() if isinstance(t, Tensor)), None)
             loaded = state_dict.get(key)
@@ -146,6 +153,12 @@ class ScheduledValues(nn.Module):
             if value is not None and (isinstance(loaded, Tensor) or strict):
                 state_dict[key] = _scalar(value, device)  # in its precision, also with assign=True
         return ""
+
+
+def saved_values(layer: ScheduledValues) -> dict[str, float | None]:
+    """Return the scheduled values that evaluation reads, which ``state_dict`` therefore holds, as ``_name``."""
+    idle: dict[str, str] = getattr(layer, "without_effect", dict)()
+    return {n: getattr(layer, n) for n, r in layer.ranges.items() if not r.training_only and n not in idle}
 
 
 def _values(layer: ScheduledValues) -> dict[str, float | None]:

@@ -16,9 +16,20 @@ from lightning_norm.ops.sync import Ranks
 
 
 class SpecialCalls(nn.Module):
-    """Mixin of MomentNorm: what ``forward`` does where the call is not the usual one."""
+    """Mixin of MomentNorm: what ``forward`` does where the call is not the usual one.
 
-    special: bool = False
+    A mask says which positions are padding. It comes as an argument, or from code outside of the model that tells all
+    layers (:func:`lightning_norm.masks`). Ghost batches are groups of consecutive samples that are normalized one after
+    the other, each by its own statistics.
+
+    >>> from lightning_norm import BatchNorm
+    >>> layer = BatchNorm(2, virtual_batch_size=4)
+    >>> _ = layer(torch.randn(9, 2))  # of 4 and of 5 samples
+    >>> int(layer.num_batches_tracked)
+    2
+    """
+
+    _special: bool = False
     """A call may have a mask that code outside of the model tells, or goes by ghost batches."""
 
     no_mask: ClassVar[str] = ""
@@ -30,6 +41,9 @@ class SpecialCalls(nn.Module):
     channel_dim: int
     mask_state: Told | None = None
     """What :func:`lightning_norm.masks` tells the layer."""
+
+    last_mask: Tensor | None = None
+    """Which positions counted in the last call with a mask, for the monitor; calls inside of a graph are not noted."""
 
     _virtual_batch_size: int | None = None
 
@@ -55,33 +69,31 @@ class SpecialCalls(nn.Module):
         vars(self)["_virtual_batch_size"] = value
         self._look_for_special_calls()
 
-    def hear_masks(self) -> Told:
-        """Listen to masks that code outside of the model tells, and return by what."""
-        if self.mask_state is None:
-            self.mask_state = Told()
-            self._look_for_special_calls()
-        assert self.mask_state is not None
-        return self.mask_state
-
     def _look_for_special_calls(self) -> None:
+        # One flag, so that the forward pass of a plain layer has one condition to test.
         if self._virtual_batch_size is not None or self.mask_state is not None:
-            vars(self)["special"] = True
+            vars(self)["_special"] = True
         else:
-            vars(self).pop("special", None)
+            vars(self).pop("_special", None)
 
-    def part_of_batch(self, start: int, stop: int) -> AbstractContextManager[object]:
+    def _part_of_batch(self, start: int, stop: int) -> AbstractContextManager[object]:
         """Return the context in which the layer is called with these samples of the batch alone."""
         return contextlib.nullcontext()
 
     def _call_specially(self, x: Tensor, activation: str, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """Return what ``forward`` does with a mask or in ghost batches, without the modules behind the layer."""
+        # Activation checkpointing runs the layer once more in the backward pass, when the batch's mask may be gone.
         again = self.training and torch_private.in_backward_pass()
         valid = self._valid_positions(x, mask, again)
+        if valid is not None and not torch.compiler.is_compiling() and not torch_private.is_transformed():
+            vars(self)["last_mask"] = valid
         y = self._by_groups(x, activation, residual, valid)
         told = mask is None and valid is not None and self.mask_state is not None
         if told and not again and not torch.compiler.is_compiling():
             assert self.mask_state is not None
             self.mask_state.remember(y)
+            # Without a graph, as under use_reentrant=True, nothing remembers the mask; a second run can then be refused
+            # at least.
             if y.grad_fn is None and self.training:
                 vars(self.mask_state)["lost"] = self.mask_state.value
         return y
@@ -114,7 +126,7 @@ class SpecialCalls(nn.Module):
         if size is None or not self.training:
             return layer._normalize(x, activation, residual, valid)  # type: ignore[no-any-return]
         bounds = ghost_batches(torch_private.static_shape(x)[0], size)
-        ranks: Ranks | None = layer.ranks()
+        ranks: Ranks | None = layer._ranks()
         if ranks is not None and not torch.compiler.is_compiling():
             # The ranks meet once for each ghost batch: one with fewer of them brings empty ones.
             bounds += [(bounds[-1][1],) * 2] * (ranks.largest(len(bounds), x.device) - len(bounds))
@@ -123,9 +135,18 @@ class SpecialCalls(nn.Module):
         parts = []
         for start, stop in bounds:
             x_part, residual_part, valid_part = (None if t is None else t[start:stop] for t in (x, residual, valid))
-            with self.part_of_batch(start, stop):
+            with self._part_of_batch(start, stop):
                 parts.append(layer._normalize(x_part, activation, residual_part, valid_part))
         return torch.cat(parts)
+
+
+def hear_masks(layer: SpecialCalls) -> Told:
+    """Let a layer listen to masks that code outside of the model tells, and return by what."""
+    if layer.mask_state is None:
+        layer.mask_state = Told()
+        layer._look_for_special_calls()
+    assert layer.mask_state is not None
+    return layer.mask_state
 
 
 def ghost_batches(n: int, size: int) -> list[tuple[int, int]]:
@@ -176,6 +197,9 @@ def valid_positions(mask: Tensor, x: Tensor, channel_dim: int, who: str) -> Tens
 
     Raises:
         MaskError: of another kind or shape, or values that are none of these.
+
+    >>> valid_positions(torch.tensor([3, 1]), torch.zeros(2, 8, 3), 1, "BatchNorm").int().tolist()
+    [[[1, 1, 1]], [[1, 0, 0]]]
     """
     spatial, n = positions(x, channel_dim), torch_private.static_shape(x)[0]
     if not isinstance(mask, Tensor) or mask.is_complex():
@@ -185,6 +209,7 @@ def valid_positions(mask: Tensor, x: Tensor, channel_dim: int, who: str) -> Tens
         mask = mask.to(x.device)
     shape = torch_private.static_shape(mask)
     axis = 1 if channel_dim == 1 else len(shape) - 1
+    # A mask that broadcasts against x has an axis of size 1 for the channels: taken off here, put back below.
     if len(shape) == len(spatial) + 2 and shape[axis] == 1:
         mask, shape = mask.squeeze(axis), (*shape[:axis], *shape[axis + 1 :])
     if is_lengths(mask) and spatial:
@@ -192,6 +217,7 @@ def valid_positions(mask: Tensor, x: Tensor, channel_dim: int, who: str) -> Tens
     else:
         valid = as_bool(mask, who)
         valid = valid.reshape(-1, *(1,) * len(spatial)) if len(shape) == 1 else valid
+    # An axis of size 1 counts for all positions along it, as in broadcasting.
     fits = all(a in (1, b) for a, b in zip(valid.shape[1:], spatial, strict=False))
     if shape[0] != n or valid.dim() != len(spatial) + 1 or not fits:
         wanted = " or ".join([f"{(n, *spatial)}"] + [f"lengths ({n},)"] * bool(spatial))
@@ -221,6 +247,9 @@ def as_bool(mask: Tensor, who: str) -> Tensor:
 
     Raises:
         MaskError: other values; looked at on the CPU alone.
+
+    >>> as_bool(torch.tensor([1.0, 0.0]), "BatchNorm")
+    tensor([ True, False])
     """
     if mask.dtype == torch.bool:
         return mask
@@ -248,6 +277,9 @@ def resized(mask: Tensor, spatial: tuple[int, ...], who: str) -> Tensor:
 
     Raises:
         MaskError: the mask has more axes than the map, and not as many entries.
+
+    >>> resized(torch.tensor([[True, True, True, False, False]]), (3,), "BatchNorm")  # behind a stride of 2
+    tensor([[ True,  True, False]])
     """
     sizes = torch_private.static_shape(mask)[1:]
     if sizes == spatial:
@@ -266,11 +298,12 @@ def resized(mask: Tensor, spatial: tuple[int, ...], who: str) -> Tensor:
     first = len(spatial) - len(sizes)
     for axis, (old, new) in enumerate(zip(sizes, spatial[first:], strict=True), 1):
         if old not in (1, new):
-            mask = mask.index_select(axis, _kept_positions(old, new, mask.device))
+            mask = mask.index_select(axis, _sampled_positions(old, new, mask.device))
     return mask.reshape(-1, *(1,) * first, *torch_private.static_shape(mask)[1:])
 
 
-def _kept_positions(old: int, new: int, device: torch.device) -> Tensor:
+def _sampled_positions(old: int, new: int, device: torch.device) -> Tensor:
+    # Halved until it has the size of the map, as a chain of strided convolutions does it.
     step, size = 1, old
     while size > new:
         size, step = (size + 1) // 2, step * 2

@@ -29,8 +29,7 @@ class Loading(ScheduledValues, RunningStats):
     * That of the paper's authors where the tensors mean the same, (1, C, 1, 1) for (C,) included; it warns if the
       arguments with which the file was written make another function.
     * A file of another normalizer, or of the authors' code in a form that does not load, is refused with the swap or
-    the
-      arguments to type.
+      the arguments to type.
 
     >>> from torch import nn
     >>> from lightning_norm import SwitchableNorm

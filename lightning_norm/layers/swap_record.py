@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_norm.layers.scheduled import saved_values
+
 MANIFEST_KEY = "lightning_norm"
 """The entry of a checkpoint, and of a layer's metadata, that says what was swapped."""
 
@@ -43,6 +45,6 @@ def swap_settings(layer: Any) -> dict[str, Any]:
     # The attribute and the argument of ``swap`` have one name, but for ``compile``, which is a method of nn.Module.
     names = {"sync": "sync", "sync_group": "sync_group", "backend": "backend", "compiled": "compile"}
     settings = {written: getattr(layer, name) for name, written in names.items()}
-    scheduled = layer.saved_values()  # as they are now: evaluation reads them
+    scheduled = saved_values(layer)  # as they are now: evaluation reads them
     more = {"scheduled": scheduled} if scheduled else {}
     return {**settings, **more, **({"frozen": True} if layer.always_eval else {})}

@@ -10,7 +10,14 @@ from lightning_norm.layers.inference import share_parameters
 
 
 class PerToken(MomentNorm):
-    """Abstract: ``per_token=True`` replaces the statistics of a sample over channels and positions by each token's."""
+    r"""Abstract: ``per_token=True`` replaces the statistics of a sample over channels and positions by each token's.
+
+    .. math::
+        \mu_{nl} = \frac{1}{C} \sum_c x_{nlc}, \qquad \sigma^2_{nl} = \frac{1}{C} \sum_c (x_{nlc} - \mu_{nl})^2
+
+    Such a y is no longer affine in x with coefficients per sample and channel, so a subclass writes it in
+    :meth:`of_tokens`, and runs in plain PyTorch.
+    """
 
     def _check_per_token(self) -> None:
         """Refuse an input without tokens.
@@ -42,6 +49,7 @@ class PerToken(MomentNorm):
 
     def _choice_of_tokens(self, choice: Choice) -> Choice:
         """Return the choice, undecided where it is the layer normalization of each token."""
+        # The plain normalizer "ln" takes the statistics of a whole sample, which is another function.
         if not self.per_token or choice.norm != "ln":
             return choice
         why = "chose ln of each token, which is torch.nn.LayerNorm and no normalizer here"

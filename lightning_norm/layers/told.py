@@ -40,6 +40,7 @@ class Told:
     @property
     def value(self) -> Tensor | None:
         """What was told, one row for each sample; ``None`` for nothing."""
+        # The innermost block that says anything of this layer wins, also where it says None.
         for told, _ in reversed(_blocks.get()):
             if self in told:
                 return told[self]
@@ -54,6 +55,7 @@ class Told:
         value = self.value
         if y.grad_fn is not None and value is not None:
             forward = _Forward(value)
+            # In the graph itself, so that what was told is freed with it.
             y.grad_fn.metadata[self] = forward  # type: ignore[index]  # a dict, which torch annotates as a method
             self.forwards.add(forward)
 
@@ -94,6 +96,7 @@ def tell(news: Mapping[Any, Tensor | None]) -> None:
 @contextmanager
 def block() -> Iterator[None]:
     """Forget at the end what layers are told inside."""
+    # A new object, by which this block finds its own entry again.
     opened = object()
     _blocks.set((*_blocks.get(), ({}, opened)))
     try:

@@ -50,4 +50,5 @@ class _CallableModule(types.ModuleType):
         return importlib.import_module, (self.__name__,)
 
 
+# Python allows another class for a module that is there, and has no other way to make one callable.
 sys.modules[__name__].__class__ = _CallableModule

@@ -86,4 +86,5 @@ class ASRNorm(EncoderDecoderNorm):
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and channel."""
+        # No other sample takes part, in training neither.
         return size

@@ -93,6 +93,7 @@ class BatchChannelNorm(PerToken):
     def _over_batch(self, m: Moments) -> Moments:
         pooled = m.over_batch()
         batch = self.track(pooled)
+        # As published: the running variance is biased, and evaluation corrects it by the size of the batch at hand.
         if self.correction and not self.training and self.has_running_stats:
             batch = Moments(batch.mean, batch.var, pooled.count).unbiased()
         return batch
@@ -101,6 +102,7 @@ class BatchChannelNorm(PerToken):
         """Return y, with the layer-normalized input of each token."""
         batch, iota = self._over_batch(t.moments), self.mixture()
         dtype, zero = t.moments.mean.dtype, t.moments.mean.new_zeros(1, 1)
+        # Both are written out: a token's statistics change along the positions, so no map per channel is both.
         x = t.minus(batch.mean, zero) * t.along(iota * (batch.var.to(dtype) + self.eps).rsqrt())
         mixed = torch.addcmul(x, t.centered, (t.var + self.eps).rsqrt() * t.along(1 - iota))
         return t.scaled(mixed, mixed.new_ones(()), self.weight, self.bias)
@@ -132,6 +134,7 @@ class BatchChannelNorm(PerToken):
         """Return batch normalization where iota is near 1 in every channel, layer normalization where it is near 0."""
         iota = self.mixture().detach().double().cpu()
         weights = {"bn": 1 - (1 - iota).abs(), "ln": 1 - iota.abs()}
+        # Of channels that are split between the two, the more frequent choice is looked at.
         norm = max(weights, key=lambda norm: int((weights[norm] >= threshold).sum()))
         least = float(weights[norm].min())
         if not least >= threshold:  # so that NaN has not decided
@@ -159,9 +162,11 @@ class BatchChannelNorm(PerToken):
     @classmethod
     def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
         """Return the authors' evaluation; the affine maps of their two inner layers are never used."""
+        # A name that no other layer has.
         if "BCN_var" not in entries:
             return None
         c = getattr(entries["BCN_var"], "numel", int)()
+        # The authors' names of what the layer computes with; all else in their file is left over from its base classes.
         names = {"BCN_var": "iota", "gamma": "weight", "beta": "bias"}
         names |= {"Batchh.runningmean": "running_mean", "Batchh.runningvar": "running_var"}
         tensors = {ours: entries.per_channel(theirs, c) for theirs, ours in names.items()}

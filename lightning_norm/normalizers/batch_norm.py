@@ -49,6 +49,7 @@ class BatchNorm(MomentNorm):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
+        # Named here for the sake of torch's order; the base class takes them by keyword.
         options |= {"eps": eps, "momentum": momentum, "affine": affine, "track_running_stats": track_running_stats}
         super().__init__(num_features, device=device, dtype=dtype, **options)
 

@@ -65,7 +65,7 @@ class BatchRenorm(BlendedNorm):
     )
     eval_uses_input_stats: ClassVar[bool] = False
     preserves_eval = True
-    gradient_is_exact: ClassVar[bool] = False
+    gradient_is_exact = False
     no_window = ""
     repr_arguments: ClassVar[tuple[str, ...]] = ("r_max", "d_max", "average", "init")
 
@@ -98,15 +98,15 @@ class BatchRenorm(BlendedNorm):
             mean, std_or_var = running_buffers(self)
             return self.scaled(mean, self.scale_of(std_or_var))
         batch = m.over_batch()
-        own = batch.mean, self.std_or_var_of(batch.var)
-        scale = self.scale_of(own[1])
+        measured = batch.mean, self.std_or_var_of(batch.var)
+        scale = self.scale_of(measured[1])
         if not self.trains_with_running_stats:
-            return self.scaled(own[0], scale)
+            return self.scaled(measured[0], scale)
         if isinstance(self.accumulator, StatisticsAccumulator):
             # What is estimated anew may be far from what the weights of now give.
             update_running(self, batch)
-            return self.scaled(own[0], scale)
-        constants = own[0].detach(), own[1].detach()
+            return self.scaled(measured[0], scale)
+        constants = measured[0].detach(), measured[1].detach()
         *old, first = snapshot(*running_buffers(self), self.copies(self.steps()))
         # The statistics of the batches before, which this one moves only afterwards; the first agrees with itself.
         mean, std_or_var = (torch.where(first, new, was.to(new.dtype)) for new, was in zip(constants, old, strict=True))
@@ -114,11 +114,12 @@ class BatchRenorm(BlendedNorm):
         r_max, d_max = self.scheduled("r_max"), self.scheduled("d_max")
         assert r_max is not None
         assert d_max is not None
-        r, d = renorm((own[0], scale), (mean, self.scale_of(std_or_var)), r_max, d_max)
-        return self.scaled(own[0], scale * r, d.to(scale.dtype))
+        r, d = renorm((measured[0], scale), (mean, self.scale_of(std_or_var)), r_max, d_max)
+        return self.scaled(measured[0], scale * r, d.to(scale.dtype))
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which move the statistics whenever they compute them."""
+        # Paused: these kernels would move what is to stand still.
         if self.trains_with_running_stats and not self.moves_running_stats:
             return None
         frozen, std = self.has_running_stats and not self.training, self.average == "std"
@@ -136,5 +137,6 @@ class BatchRenorm(BlendedNorm):
         """Return the limits, and how far the last batch's mean and std lay from the running ones, in running stds."""
         if not self.track_running_stats or not self.has_running_stats:
             return {}
+        # As far as a schedule has widened them.
         limits = {name: torch.tensor(getattr(self, name)) for name in ("r_max", "d_max")}
-        return {**limits, "gap_mean": self.gap[0], "gap_std": self.gap[1]}
+        return {**limits, **self.measured_gap()}

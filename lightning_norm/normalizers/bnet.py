@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_norm.errors import CheckpointError
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.convolved import ConvolvedNorm, centre_taps
+from lightning_norm.layers.declared import declared
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer
 from lightning_norm.layers.translation import Translation, renamed
@@ -60,7 +61,6 @@ class BNET(ConvolvedNorm):
     paper = Paper(
         "Xu et al.", 2023, "BNET: Batch Normalization With Enhanced Linear Transformation", "arXiv 2011.14150"
     )
-    eval_uses_input_stats: ClassVar[bool] = False
     repr_arguments: ClassVar[tuple[str, ...]] = (*ConvolvedNorm.repr_arguments, "statistics")
     mean_weight: nn.Parameter
     var_weight: nn.Parameter
@@ -76,17 +76,29 @@ class BNET(ConvolvedNorm):
         **options: Any,
     ) -> None:
         self.statistics = statistics
-        # What the class declares holds for the default; this layer is another one.
-        self.train_uses_batch_stats = statistics != "in"  # type: ignore[misc]
-        self.eval_uses_input_stats = statistics != "bn"  # type: ignore[misc]
         if statistics == "in":
             # Running statistics that nobody reads would still be saved, synchronized and shown.
             options["track_running_stats"] = False
         kernel: dict[str, Any] = {"kernel_size": kernel_size, "spatial_dims": spatial_dims, "init": init}
         super().__init__(num_features, **kernel, **options)
         if statistics == "sn":
-            self.extra_parameters = {**type(self).extra_parameters, "mean_weight": "3", "var_weight": "3"}  # type: ignore[misc]
             self._add_parameters(options, mean_weight=(3,), var_weight=(3,))
+
+    @declared(True)
+    def train_uses_batch_stats(self) -> bool:
+        """Whether the batch's statistics take part."""
+        return self.statistics != "in"
+
+    @declared(False)
+    def eval_uses_input_stats(self) -> bool:
+        """Whether any statistics but the batch's take part, which alone have running ones."""
+        return self.statistics != "bn"
+
+    @declared(ConvolvedNorm.extra_parameters)
+    def extra_parameters(self) -> dict[str, str]:
+        """The kernel, and the weights of a mixture."""
+        weights = {"mean_weight": "3", "var_weight": "3"} if self.statistics == "sn" else {}
+        return {**ConvolvedNorm.extra_parameters, **weights}
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map from x to the normalized map; the convolution of the base class follows."""
@@ -96,6 +108,7 @@ class BNET(ConvolvedNorm):
         batch = self.track(m.over_batch())
         if self.statistics == "bn":
             return Affine(batch.mean, (batch.var + self.eps).rsqrt())
+        # Instance, layer and batch, in the order of the weights.
         mixed = (m, m.over_channels(), batch)
         w, v = (self._importance(t.to(m.mean.dtype), m.count) for t in (self.mean_weight, self.var_weight))
         mean, var = mixture(w, [s.mean for s in mixed]), mixture(v, [s.var for s in mixed])
@@ -105,6 +118,7 @@ class BNET(ConvolvedNorm):
     def _importance(logits: Tensor, count: int | Tensor = 2) -> Tensor:
         """Return the weights of instance, layer and batch statistics; a map of one element has no instance's."""
         logits = logits.to(at_least_float32(logits.dtype))
+        # The variance of one element is 0, and would pull the mixture towards it.
         if isinstance(count, int) and count == 1:
             return without_entry(lambda z: torch.softmax(z, 0), logits, 0)
         return torch.softmax(logits, 0)

@@ -31,8 +31,8 @@ class DiminishingBatchNorm(BlendedNorm):
 
     Ma and Klabjan, TNNLS 2024, arXiv 1705.08011. Not to be confused with decorrelated batch normalization, also "DBN".
 
-    When: batches too small or too varied for their own statistics. When not: with a very small alpha and a large
-    learning rate, for a gradient that hardly sees the statistics does not hold back the scale of the weights.
+    When: batches too small or too varied for their own statistics. When not: to train better than BatchNorm at ordinary
+    batch sizes, which it did not in this project's study (docs/evidence/dbn.md).
 
     Args:
         num_features: channels, the C of an input (N, C, *).
@@ -42,8 +42,9 @@ class DiminishingBatchNorm(BlendedNorm):
         average: "std", as published (eps beside the root), or "var" (eps inside the root, BatchNorm's own buffers).
         train_stats: what training normalizes by: "running", the moved statistics, or "batch", the batch's own, beside
             which the running ones move for evaluation alone.
-        stat_grad: "batch" lets the gradient pass through the new batch's part, "none" through no statistics; "renorm"
-            is the gradient of BatchNorm at the value of the running statistics.
+        stat_grad: "renorm" is the gradient of BatchNorm at the value of the running statistics; "batch" lets the
+            gradient pass through the new batch's part alone, "none" through no statistics, and both can train far
+            worse than BatchNorm.
         init: "first_batch" copies the first batch, whatever alpha; "zero_one" moves mean 0 and deviation 1 by alpha.
         eval_momentum: evaluate on an exponential average of the moved statistics, with this weight of the new ones;
             ``None`` evaluates on the last ones.
@@ -51,12 +52,13 @@ class DiminishingBatchNorm(BlendedNorm):
         options: affine, bias, track_running_stats, channel_dim, device, dtype: see :class:`MomentNorm`; no momentum.
 
     Raises:
-        ValueError: alpha out of range, power not positive, an unknown word; a ``stat_grad`` or an ``eval_momentum``
-            that would have no effect; a momentum, or an alpha where ``power`` rules, set on the layer.
+        ValueError: alpha out of range, power not positive, an unknown word; an ``eval_momentum`` that would
+            have no effect; a momentum, or an alpha where ``power`` rules, set on the layer.
 
-    Differs from the paper: the gradient passes through the statistics by default, so that alpha = 1 with
-    ``average="var"`` is BatchNorm in value and gradient; the first batch is copied, whatever alpha, unless statistics
-    were moved in, which then count as the first. A batch's statistics are biased, so the buffers are.
+    Differs from the paper: its analysis holds the statistics constant in the gradient, with which its own network
+    hardly trains; here the gradient is BatchNorm's, and alpha = 1 with ``average="var"`` is BatchNorm in value and
+    gradient. The first batch is copied, whatever alpha, unless statistics were moved in, which then count as the first.
+    A batch's statistics are biased, so the buffers are.
 
     >>> DiminishingBatchNorm(8)(torch.randn(4, 8, 5, 5)).shape
     torch.Size([4, 8, 5, 5])
@@ -84,7 +86,7 @@ class DiminishingBatchNorm(BlendedNorm):
         power: float | None = None,
         average: Literal["std", "var"] = "std",
         train_stats: Literal["running", "batch"] = "running",
-        stat_grad: Literal["batch", "none", "renorm"] = "batch",
+        stat_grad: Literal["renorm", "batch", "none"] = "renorm",
         init: Literal["first_batch", "zero_one"] = "first_batch",
         eval_momentum: Annotated[float | None, Scheduled(0, 1, training_only=True)] = None,
         eps: float = 1e-5,
@@ -98,11 +100,6 @@ class DiminishingBatchNorm(BlendedNorm):
     ) -> None:
         if power is not None and not 0 < power < math.inf:
             raise ValueError(f"DiminishingBatchNorm: power must be a number > 0 or None, got {power!r}.")
-        if train_stats == "batch" and stat_grad == "renorm":
-            raise ValueError(
-                'DiminishingBatchNorm: stat_grad="renorm" lends the gradient of the batch\'s statistics to the running '
-                'ones, and train_stats="batch" normalizes by the batch\'s. Type stat_grad="batch".'
-            )
         if eval_momentum is not None and not track_running_stats:
             raise ValueError(
                 "DiminishingBatchNorm: eval_momentum averages the running statistics, and this layer keeps none. "
@@ -111,6 +108,7 @@ class DiminishingBatchNorm(BlendedNorm):
         self.train_stats, self.stat_grad = train_stats, stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype, "bias": bias}
+        # Before the base class, which makes the buffers for it.
         self.averages_blend = eval_momentum is not None
         options |= {"virtual_batch_size": virtual_batch_size}
         super().__init__(num_features, average=average, init=init, momentum=None, **options)
@@ -137,6 +135,11 @@ class DiminishingBatchNorm(BlendedNorm):
         trains_with_them = self.train_stats == "running"
         return "its running statistics are what it trains with, moved by alpha alone" if trains_with_them else ""
 
+    @property
+    def gradient_is_exact(self) -> bool:
+        """Whether training's gradient is that of the output, which holds no statistics constant."""
+        return self.stat_grad == "batch" or (self.train_stats == "batch" and self.stat_grad == "renorm")
+
     def without_effect(self) -> dict[str, str]:
         """Return what a schedule would not change, and why."""
         averaged = {} if self.averages_blend else {"eval_momentum": "eval_momentum=None"}
@@ -153,17 +156,18 @@ class DiminishingBatchNorm(BlendedNorm):
         if not self.trains_with_running_stats:
             return self.scaled(mean, self.scale_of(std_or_var))
         constants = mean.detach(), std_or_var.detach()
-        own = constants if self.stat_grad == "none" else (mean, std_or_var)
+        of_batch = constants if self.stat_grad == "none" else (mean, std_or_var)
         blends_gradient = self.train_stats == "running" and self.stat_grad == "batch"
-        blend = self.blend(own if blends_gradient else constants, batch)
-        mean, std_or_var = own if self.train_stats == "batch" else blend
+        blend = self.blend(of_batch if blends_gradient else constants, batch)
+        mean, std_or_var = of_batch if self.train_stats == "batch" else blend
         scale = self.scale_of(std_or_var)
-        if self.stat_grad != "renorm":
+        # By the batch's statistics themselves, BatchNorm's gradient is the ordinary one.
+        if self.stat_grad != "renorm" or self.train_stats == "batch":
             return self.scaled(mean, scale)
         # The value of the blend, as a constant factor and offset on what the batch's statistics make of x.
-        batch_scale = self.scale_of(own[1])
-        r, d = renorm((own[0], batch_scale), (mean, scale))
-        return self.scaled(own[0], batch_scale * r, d)
+        batch_scale = self.scale_of(of_batch[1])
+        r, d = renorm((of_batch[0], batch_scale), (mean, scale))
+        return self.scaled(of_batch[0], batch_scale * r, d)
 
     def std_of(self, var: Tensor) -> Tensor:
         """Return the root."""
@@ -179,6 +183,7 @@ class DiminishingBatchNorm(BlendedNorm):
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which write the blend whenever they compute it."""
+        # Paused: these kernels would move what is to stand still.
         if self.trains_with_running_stats and not self.moves_running_stats:
             return None
         frozen = self.has_running_stats and not self.training
@@ -208,4 +213,4 @@ class DiminishingBatchNorm(BlendedNorm):
             return {}
         # A copy, for the monitor keeps the value and the schedule overwrites the tensor.
         alpha = self.weight_at(self.updates.clamp_min(1)).clone()
-        return {"alpha": alpha, "gap_mean": self.gap[0], "gap_std": self.gap[1]}
+        return {"alpha": alpha, **self.measured_gap()}

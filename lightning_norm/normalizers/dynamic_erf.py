@@ -38,6 +38,7 @@ class DynamicErf(ElementwiseNorm):
     key = "derf"
     paper = Paper("Chen et al.", 2025, "Stronger Normalization-Free Transformers", "arXiv 2512.10938")
     extra_parameters: ClassVar[dict[str, str]] = {"alpha": "1", "offset": "1"}
+    # The authors shift x inside of the function, which dyt does not.
     shifted: ClassVar[bool] = True
 
     @staticmethod

@@ -200,6 +200,7 @@ class EncoderDecoderNorm(MomentNorm):
         """Set weight to 1, bias to 0, the gates to their starts and the linear layers as nn.Linear does."""
         super().reset_parameters()
         for weight, bias in self.linear_parameters():
+            # As nn.Linear starts, whose modules the authors' code is made of.
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             bound = weight.shape[1] ** -0.5
             nn.init.uniform_(bias, -bound, bound)

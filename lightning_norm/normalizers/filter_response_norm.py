@@ -72,7 +72,7 @@ class FilterResponseNorm(MomentNorm):
         self._add_parameters(options, **shapes)
 
     def start_values(self) -> dict[str, float | Tensor]:
-        """Return 0 for the threshold, and the paper's 1e-4 for a learned eps."""
+        """Return 0 for the threshold, and 1e-4 for a learned eps, as TensorFlow Addons has it."""
         return {"tau": 0.0, "extra_eps": 1e-4}
 
     def algebra(self, m: Moments) -> Affine:
@@ -84,8 +84,10 @@ class FilterResponseNorm(MomentNorm):
     ) -> Tensor:
         if self.tau is None:
             return super()._normalize(input, activation, residual)
+        # An activation belongs behind the threshold, so the engine must not compute it.
         y = super()._normalize(input, "none", None)
         check_ending(y, activation, residual)
+        # A graph keeps what its backward pass needs, and no more; in eager mode the function below does without y.
         if torch.compiler.is_compiling() or torch_private.is_transformed() or not y.numel():
             z = torch.maximum(y.to(at_least_float32(y.dtype)), _along(self.tau, y, self.channel_dim)).to(y.dtype)
         else:
@@ -105,6 +107,7 @@ class FilterResponseNorm(MomentNorm):
 
 
 def _affine(m: Moments, eps: float, extra_eps: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Affine:
+    # The mean square from moments that the engine has anyway: E[x^2] = var + mean^2.
     square = m.var + m.mean.square().to(m.var.dtype) + eps
     if extra_eps is not None:
         square = square + extra_eps.abs().to(square.dtype)
@@ -137,6 +140,7 @@ class _Threshold(torch.autograd.Function):
         with torch.no_grad():
             wide = at_least_float32(x.dtype)
             y = normalize(x.to(wide), lambda m: _affine(m, ctx.eps, *parameters), layout=ctx.channel_dim)
+            # At a tie all of the gradient is the threshold's.
             above = y > _along(tau, y, ctx.channel_dim)
         dtau = None
         if ctx.needs_input_grad[2]:

@@ -125,6 +125,7 @@ class LayerNorm(MomentNorm):
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
+        # One group: over all channels and positions of a sample.
         layer = m.over_channels()
         return self.standardize(layer.mean, layer.var)
 

@@ -67,9 +67,14 @@ class IBN(MomentNorm):
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""
+        # Tracked for all channels, though the first ones never read theirs: the buffers stay those of a BatchNorm.
         batch, k = self.track(m.over_batch()), self.instance_channels
         pairs = ((m.mean, batch.mean), (m.var, batch.var))
-        joined = (torch.cat([own[:, :k], of_all.to(own.dtype).expand_as(own)[:, k:]], 1) for own, of_all in pairs)
+        # Of the batch there is one row, which every sample of it shares.
+        joined = (
+            torch.cat([instance[:, :k], of_batch.to(instance.dtype).expand_as(instance)[:, k:]], 1)
+            for instance, of_batch in pairs
+        )
         return self.standardize(*joined)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
@@ -80,6 +85,7 @@ class IBN(MomentNorm):
         """
         if self.eps == 0:
             return None
+        # Made anew each time: a buffer would be a key that no BatchNorm's checkpoint has.
         device = next((t.device for t in (*self.parameters(), *self.buffers())), None)
         batch = torch.arange(self.num_features, device=device) >= self.instance_channels
         return mixture_spec(self, ("bn", "ln"), w=batch.float(), outputs=True, num_groups=self.num_features)

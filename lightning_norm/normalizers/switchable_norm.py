@@ -117,6 +117,7 @@ class SwitchableNorm(PerToken, MixedNorm):
     def of_tokens(self, t: Tokens) -> Tensor:
         """Return y, with "ln" of each token: its entry is no part of the mixtures per sample and channel."""
         m = t.moments.unbiased() if self.correction else t.moments
+        # Those per sample and channel meet as usual; "ln" joins them on tensors of the size of x.
         others = [(i, self._statistic(k, m)) for i, k in enumerate(self.choices) if k != "ln"]
         ln = self.choices.index("ln")
         w, v = (self.weights(logits.to(m.mean.dtype), m.count).to(m.mean.dtype) for logits in self._logits())
@@ -130,35 +131,33 @@ class SwitchableNorm(PerToken, MixedNorm):
 
     def _logits(self) -> tuple[Tensor, Tensor]:
         """Return lambda and lambda', behind what clips their gradients."""
-        logits = self.mean_weight, self.var_weight
-        if self.clip_grad is None:
-            return logits
-        return clip_gradient(logits[0], self.clip_grad), clip_gradient(logits[1], self.clip_grad)
+        mean, var, limit = self.mean_weight, self.var_weight, self.clip_grad
+        return (mean, var) if limit is None else (clip_gradient(mean, limit), clip_gradient(var, limit))
 
     def _statistic(self, k: str, m: Moments) -> Moments:
         if k == "in":
             return m
+        # Each is pooled only where it is asked for: over the batch, ranks would meet in vain.
         s = {"ln": m.over_channels, "gn": lambda: m.over_channels(self.num_groups), "bn": m.over_batch}[k]()
-        # In the authors' 1d layer the variance is unbiased over the only axis that there is.
-        if self.correction and isinstance(m.count, Tensor) and m.count.dim() == 2:
-            var = torch.where(m.count.max() <= 1, s.unbiased().var, s.var)
-            s = Moments(s.mean, var, s.count, s.ranks)
-        s = s.unbiased() if self.correction and _is_one(m.count) else s
+        s = _unbiased_of_one(s, m.count) if self.correction else s
         return self.track(s) if k == "bn" else s
 
     def weights(self, logits: Tensor, count: int | Tensor = 2) -> Tensor:
-        """Return w or w', (len(choices),); 0 for "in" where one element per sample and channel has no variance.
-
-        With a count for each sample, (N, 1), they are (len(choices), N, 1).
-        """
-        if "in" in self.choices and len(self.choices) > 1:
-            if _is_one(count):
-                return without_entry(self.weights, logits, self.choices.index("in"))
-            if isinstance(count, Tensor) and count.dim() == 2:
-                without, with_in = (self.weights(logits, n).view(-1, 1, 1) for n in (1, 2))
-                return torch.where(count <= 1, without, with_in)
+        """Return w or w', (len(choices),); 0 for "in" where one element per sample and channel has no variance."""
+        if (isinstance(count, Tensor) or count == 1) and "in" in self.choices and len(self.choices) > 1:
+            return self._weights_by_count(logits, count)
         logits = logits.to(at_least_float32(logits.dtype))
         return sparsestmax(logits, self.scheduled("radius")) if self.sparse else torch.softmax(logits, 0)
+
+    def _weights_by_count(self, logits: Tensor, count: int | Tensor) -> Tensor:
+        """Return them without "in" for one element; for a count of each sample, (N, 1), as (len(choices), N, 1)."""
+        # The variance of one element is 0, and would pull the mixture towards it.
+        if _is_one(count):
+            return without_entry(self.weights, logits, self.choices.index("in"))
+        if isinstance(count, Tensor) and count.dim() == 2:
+            without, with_in = (self.weights(logits, n).view(-1, 1, 1) for n in (1, 2))
+            return torch.where(count <= 1, without, with_in)
+        return self.weights(logits)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, which know either "ln" or "gn" and more than one element."""
@@ -185,6 +184,7 @@ class SwitchableNorm(PerToken, MixedNorm):
 
     def evaluates_as_layer_norm(self) -> bool:
         """Tell whether all importance is on "ln", whose variance is biased."""
+        # Exactly 1 and not nearly: torch.nn.LayerNorm is then the same function.
         weights = [float(w[self.choices.index("ln")]) for w in self.importance().values()]
         return weights == [1.0, 1.0] and not self.correction
 
@@ -206,6 +206,7 @@ class SwitchableNorm(PerToken, MixedNorm):
         channels = channels_of_one_layer(weight)
         if "mean_weight" not in entries or channels is None:
             return None
+        # The shape of the weight tells whether the authors' layer is of images, sequences or vectors.
         axes, two = weight.dim() - 2, getattr(entries["mean_weight"], "shape", ()) == (2,)
         choices: tuple[str, ...] = ("in", "ln", "bn")
         if two:  # the authors' 1d layer has no "in"; their others have no "bn" where they keep no running statistics
@@ -224,6 +225,13 @@ class SwitchableNorm(PerToken, MixedNorm):
             if sorted(logits) != [0.0] * (len(choices) - 1) + [1.0]:
                 raise CheckpointError(f"{quantity}_fixed is set, and {quantity}_weight is not one-hot: {logits}")
         return PublishedLayer(channels, arguments, tensors, SOURCES[axes], tuple(f"{q}_weight" for q in fixed))
+
+
+def _unbiased_of_one(s: Moments, count: int | Tensor) -> Moments:
+    """Return pooled statistics; of one element unbiased over the only axis there is, as in the authors' 1d layer."""
+    if isinstance(count, Tensor) and count.dim() == 2:
+        return Moments(s.mean, torch.where(count.max() <= 1, s.unbiased().var, s.var), s.count, s.ranks)
+    return s.unbiased() if _is_one(count) else s
 
 
 def _is_one(count: int | Tensor) -> bool:

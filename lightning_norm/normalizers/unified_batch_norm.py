@@ -23,6 +23,8 @@ from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
 
+NOT_MEASURED = -2.0
+
 
 class UnifiedBatchNorm(RepresentativeBatchNorm):
     r"""Keep a batch of samples that are too alike out of the statistics; rectify centering, scaling and affine.
@@ -129,9 +131,9 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
                 "UnifiedBatchNorm: a threshold chooses between batch and running statistics, and this layer keeps "
                 "none. Leave out threshold, or pass track_running_stats=True."
             )
-        # The last value is for the monitor alone, so that no file holds it.
+        # The last value is for the monitor alone, so that no file holds it; a cosine is never -2.
         like: dict[str, Any] = {"device": options.get("device"), "dtype": at_least_float32(options.get("dtype"))}
-        last_condensation = torch.zeros((), **like) if self.track_running_stats else None
+        last_condensation = torch.full((), NOT_MEASURED, **like) if self.track_running_stats else None
         self.register_buffer("condensation", last_condensation, persistent=False)
         self.threshold = threshold
 
@@ -198,9 +200,9 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         if self.condensed_grad == "detach":
             mean, var = torch.where(condensed, mean, batch.mean), torch.where(condensed, var, batch.var)
             return Moments(mean, var, batch.count), None
-        own, theirs = ((u, (v + self.eps).rsqrt()) for u, v in ((batch.mean, batch.var), (mean, var)))
+        measured_stats, running_stats = ((u, (v + self.eps).rsqrt()) for u, v in ((batch.mean, batch.var), (mean, var)))
         # The limits of Ioffe's experiments; a factor on the scale is one over its square on the variance.
-        r, d = renorm(own, theirs, 3.0, 5.0)
+        r, d = renorm(measured_stats, running_stats, 3.0, 5.0)
         r, d = torch.where(condensed, r, 1.0), torch.where(condensed, d, 0.0)
         return Moments(batch.mean, (batch.var + self.eps) / r.square() - self.eps, batch.count), d
 
@@ -212,9 +214,8 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         """
         threshold = self.scheduled("threshold")
         assert threshold is not None
-        tracked = 0 if self.num_batches_tracked is None else self.num_batches_tracked
         # Few updates make running statistics too poor to normalize by; and no layer may skip for ever.
-        may_skip = (tracked >= self.min_updates) & (self.skipped_in_a_row < self.max_skip)
+        may_skip = self._is_warm() & (self.skipped_in_a_row < self.max_skip)
         condensed = (similarity > threshold) & may_skip
         if not self.moves_running_stats:
             return condensed
@@ -241,4 +242,21 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         shown = super().monitor()
         if self.threshold is None or not self.track_running_stats or not self.has_running_stats:
             return shown
-        return {"condensation": self.condensation, "skipped": self.skipped / self.measured.clamp_min(1), **shown}
+        # Nothing was measured before the first batch, and in warm-up nothing can be skipped.
+        unmeasured = self.condensation.new_tensor(torch.nan)
+        condensation = torch.where(self.condensation > NOT_MEASURED, self.condensation, unmeasured)
+        skipped = torch.where(self._is_warm() & (self.measured > 0), self.skipped / self.measured, unmeasured)
+        return {"condensation": condensation, "skipped": skipped, **shown}
+
+    def monitor_notes(self) -> dict[str, str]:
+        """Return until which update no batch can be condensed, while that lies ahead."""
+        if self.threshold is None or not self.track_running_stats or not self.has_running_stats:
+            return {}
+        if bool(self._is_warm()):
+            return {}
+        return {"skipped": f"no batch can be condensed before update {self.min_updates}"}
+
+    def _is_warm(self) -> Tensor:
+        """Tell whether there were updates enough for a batch to count as condensed."""
+        tracked = self.num_batches_tracked
+        return self.measured.new_zeros(()) >= self.min_updates if tracked is None else tracked >= self.min_updates

@@ -7,6 +7,7 @@ of its own. Layers that agree in all of these share one compiled graph: 53 layer
 
 from __future__ import annotations
 
+import functools
 import types
 import warnings
 from collections import Counter
@@ -104,8 +105,9 @@ def snapshot(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if not torch.compiler.is_compiling():
         return tensors
-    # A concatenation costs little here, for the tensors are (C,) or 0-dim.
-    joined = torch.cat([t.to(tensors[0].dtype).reshape(-1) for t in tensors])
+    # A concatenation costs little here, for the tensors are (C,) or 0-dim. In the widest dtype, which loses no digit.
+    widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    joined = torch.cat([t.to(widest).reshape(-1) for t in tensors])
     parts = torch.split(joined, [t.numel() for t in tensors])
     return tuple(part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True))
 

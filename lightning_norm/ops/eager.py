@@ -23,10 +23,7 @@ SMALL_MEAN = 8.0
 def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per (sample, channel), each (N, C).
 
-    Args:
-        x: the input.
-        layout: of x.
-        recorded: every operation is looked at or differentiated: no value is read back, and nothing is overwritten.
+    Where each operation is ``recorded``, looked at or differentiated, no value is read back and nothing is overwritten.
     """
     if not layout.reduced or (layout.size == 1 and not recorded):
         return _moments_of_one(x)
@@ -58,15 +55,21 @@ def _refined(rough_mean: Tensor, u: Tensor, layout: Layout, keep: bool) -> tuple
 
 
 def apply(
-    x: Tensor,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    layout: Layout,
-    mean_is_small: bool = False,
-    recorded: bool = False,
+    x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, mean_is_small: bool = False
 ) -> Tensor:
     """Return y = scale * (x - center) + shift, a fresh tensor in x's dtype and memory format.
+
+    Center, scale and shift are (N, C), or have 1 in place of either. Where ``mean_is_small``, x need not be centered
+    first, which saves a temporary of its size.
+    """
+    if not mean_is_small or is_recording():
+        return apply_centered(x, center, scale, shift, layout, is_recording())
+    scale = scale.to(x.dtype)  # which is float32
+    return _affine(x, scale, torch.addcmul(shift, scale, center, value=-1).to(x.dtype), layout, recorded=False)
+
+
+def apply_centered(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, recorded: bool) -> Tensor:
+    """Return scale * (x - center) + shift for a mean that may be large against the standard deviation.
 
     Args:
         x: the input.
@@ -74,17 +77,8 @@ def apply(
         scale: what multiplies.
         shift: what is added.
         layout: of x.
-        mean_is_small: x need not be centered first; in eager code that saves a temporary of the size of x.
         recorded: as for :func:`moments`.
     """
-    if recorded or not mean_is_small or is_recording():
-        return _apply_centered(x, center, scale, shift, layout, recorded or is_recording())
-    scale = scale.to(x.dtype)  # which is float32
-    return _affine(x, scale, torch.addcmul(shift, scale, center, value=-1).to(x.dtype), layout, recorded=False)
-
-
-def _apply_centered(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, recorded: bool) -> Tensor:
-    """Return scale * (x - center) + shift for a mean that may be large against the standard deviation."""
     u = _widened(x)
     if u.dtype == center.dtype:
         centered = u - layout.broadcast_to_input(center)
@@ -199,8 +193,7 @@ def _mean_square(u: Tensor, layout: Layout, recorded: bool = False) -> Tensor:
 def is_recording(*gradients: Tensor | None) -> bool:
     """Whether operations are recorded, by autograd or a compiler, or a gradient is more than it seems to be.
 
-    Then nothing may be overwritten: a tensor without the tangents, or the batch, of what it is multiplied by has no
-    room for theirs.
+    Then nothing may be overwritten: what has no tangents, or no batch, has no room for those of what multiplies it.
     """
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
     # Forward passes of autograd functions pass none: while operations are looked at, those functions do not run.

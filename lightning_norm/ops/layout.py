@@ -51,6 +51,7 @@ class TracedLayout(Layout):
     def broadcast_to_input(self, t: Tensor) -> Tensor:
         """View a tensor as :class:`Layout` does, with the number of samples left open."""
         shape = [1] * len(self.shape)
+        # -1 stays open in the graph; the number of channels is fixed by the layer.
         shape[0], shape[self.channel_dim] = -1, torch_private.static_shape(t)[1]
         return t.reshape(shape)
 
@@ -64,15 +65,7 @@ class TracedLayout(Layout):
 
 
 def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "normalize") -> Layout:
-    """Check an input and describe its axes.
-
-    Accepts (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), and with ``channel_dim=-1`` (N, ..., C).
-
-    Args:
-        x: the input.
-        num_features: the channels that are expected, C.
-        channel_dim: 1, or -1 for tokens.
-        who: the name of what normalizes, for messages.
+    """Check an input, (N, C, *) or with ``channel_dim=-1`` (N, *, C), and describe its axes; messages name ``who``.
 
     Raises:
         TypeError: x is not a floating-point tensor.
@@ -146,7 +139,5 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def stat_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of x's means: float64 for float32 inputs where the device has it, else at least float32."""
-    # Apple's GPUs have no float64.
-    if x.dtype == torch.float32 and x.device.type == "mps":
-        return torch.float32
-    return torch.float64 if x.dtype == torch.float32 else at_least_float32(x.dtype)
+    has_float64 = x.device.type != "mps"  # Apple's GPUs have none
+    return torch.float64 if x.dtype == torch.float32 and has_float64 else at_least_float32(x.dtype)

@@ -83,16 +83,17 @@ class Moments:
         Args:
             weights: (N, K) soft or hard assignment of each sample to K sets; the result is then (K, C).
         """
-        if weights is not None or self.ranks is not None:
+        if weights is not None or self.ranks is not None or self._counts_samples():
             return self._over_sets(weights)
-        if self._counts_samples():
-            total = self.count.sum(0, keepdim=True)  # type: ignore[union-attr]  # one for each sample
-            mean, var = _pool(self.mean, self.var, 0, self.count / total.clamp_min(1))
-            return Moments(mean, var, total)
         mean, var = _pool(self.mean, self.var, dim=0)
         return Moments(mean, var, self.count * self.mean.shape[0])
 
     def _over_sets(self, weights: Tensor | None) -> Moments:
+        if weights is None and self.ranks is None:
+            # One set, in which each sample weighs by its count.
+            total = self.count.sum(0, keepdim=True)  # type: ignore[union-attr]  # one for each sample
+            mean, var = _pool(self.mean, self.var, 0, self.count / total.clamp_min(1))
+            return Moments(mean, var, total)
         # Over ranks all samples are one set, so that an empty rank, whose mean is undefined, has the mass 0.
         weights = self.mean.new_ones(self.mean.shape[0], 1) if weights is None else weights.to(self.mean.dtype)
         count = self.count
@@ -203,14 +204,18 @@ def _pooled(mean: Tensor, var: Tensor, dim: int, weights: Tensor | None = None) 
     # (N, C) numbers are few, so that exact sums cost nothing here.
     wide = stat_dtype(var)
     if weights is not None:
-        pooled = (mean * weights).sum(dim, keepdim=True)
-        between_var = (mean - cast(pooled, mean.dtype)).to(var.dtype).square()
-        return pooled, ((var + between_var) * weights).sum(dim, keepdim=True)
+        return _pooled_by_weights(mean, var, dim, weights)
     pooled = mean.mean(dim, keepdim=True, dtype=wide)
     # Deviations and not squares of means: at mean / std = 1e4 the squares would agree in every digit.
     # A small difference has all its digits in float32 as well.
     between_var = (mean - cast(pooled, mean.dtype)).to(var.dtype).square()
     return pooled, (var + between_var).mean(dim, keepdim=True, dtype=wide)
+
+
+def _pooled_by_weights(mean: Tensor, var: Tensor, dim: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+    pooled = (mean * weights).sum(dim, keepdim=True)
+    between_var = (mean - cast(pooled, mean.dtype)).to(var.dtype).square()
+    return pooled, ((var + between_var) * weights).sum(dim, keepdim=True)
 
 
 class _PoolMoments(torch.autograd.Function):

@@ -145,6 +145,20 @@ def run(x: Tensor, call: Call) -> Tensor:
     """Do what :func:`normalize` says: by its equations on the kernels, or by the passes around the algebra."""
     if call.residual is not None or call.activation not in ACTIVATIONS:
         check_ending(x, call.activation, call.residual)
+    if call.depthwise_conv is not None or torch_private.is_transformed():
+        return _run_specially(x, call)
+    kernels, spec = (False, None) if call.backend == "eager" else _on_kernels(x, call)
+    with without_autocast(x):
+        if spec is not None and (call.residual is None or call.residual.dtype == x.dtype):
+            return spec.normalize(x, call.layout, call.activation, call.residual)
+        x_alias, scale_carrier, fields, how = _fields(x, call, kernels)
+        y: Tensor = _Apply.apply(x_alias, scale_carrier, x, *fields, how)
+    is_ended = call.activation == "none" and call.residual is None
+    return y if is_ended else activated(y, call.activation, call.residual)
+
+
+def _run_specially(x: Tensor, call: Call) -> Tensor:
+    """Do the same with a depthwise convolution behind it, or where something looks at each operation."""
     if call.depthwise_conv is not None and call.layout.channel_dim != 1:
         # A convolution takes its channels on the second axis: a view of tokens has them there.
         x = x.movedim(-1, 1)
@@ -152,14 +166,10 @@ def run(x: Tensor, call: Call) -> Tensor:
     if torch_private.is_transformed():
         with without_autocast(x):
             return activated(_normalize_plainly(x, call), call.activation, call.residual)
-    kernels, spec = (False, None) if call.backend == "eager" else _on_kernels(x, call)
+    assert call.depthwise_conv is not None
+    spec = None if call.backend == "eager" else _on_kernels(x, call)[1]
     with without_autocast(x):
-        if call.depthwise_conv is not None:
-            y = _normalize_and_convolve(x, call, call.depthwise_conv, spec)
-        elif spec is not None and (call.residual is None or call.residual.dtype == x.dtype):
-            return spec.normalize(x, call.layout, call.activation, call.residual)
-        else:
-            y = _normalize(x, call, kernels)
+        y = _normalize_and_convolve(x, call, call.depthwise_conv, spec)
     return activated(y, call.activation, call.residual)
 
 
@@ -205,10 +215,10 @@ def _normalize_plainly(x: Tensor, call: Call) -> Tensor:
         moments = Moments(*eager.moments(x, layout, recorded=True), layout.count(x), call.ranks)
     fields = call.algebra(moments).fields(layout.n, layout.c, torch_private.static_shape)
     if call.depthwise_conv is None:
-        return eager.apply(x, *fields, layout, recorded=True)
+        return eager.apply_centered(x, *fields, layout, recorded=True)
     kernel, bias = call.depthwise_conv
     kernel = depthwise.with_spatial_axes(kernel, len(layout.reduced)).to(at_least_float32(x.dtype))
-    normalized = eager.apply(x.to(kernel.dtype), *fields, layout, recorded=True)
+    normalized = eager.apply_centered(x.to(kernel.dtype), *fields, layout, recorded=True)
     bias = None if bias is None else bias.to(kernel.dtype)
     return depthwise.convolve(normalized, kernel, bias, recorded=True).to(x.dtype)
 
@@ -228,13 +238,6 @@ def _normalize_and_convolve(
     kernel = kernel.to(at_least_float32(x.dtype))
     bias = None if bias is None else bias.to(kernel.dtype)
     y: Tensor = _ApplyDepthwise.apply(x_alias, scale_carrier, x, *fields, kernel, bias, how)
-    return y
-
-
-def _normalize(x: Tensor, call: Call, kernels: bool) -> Tensor:
-    """Run the passes, on the kernels or not, with the algebra in PyTorch between them."""
-    x_alias, scale_carrier, fields, how = _fields(x, call, kernels)
-    y: Tensor = _Apply.apply(x_alias, scale_carrier, x, *fields, how)
     return y
 
 

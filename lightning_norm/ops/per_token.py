@@ -107,6 +107,7 @@ def _tokens(x: Tensor, moments: Moments, layout: Layout, mask: masked.Mask | Non
     pivot = moments.mean.detach().to(wide)
     x = x.to(wide)
     apart = x - layout.broadcast_to_input(pivot)
+    # The pivots of a sample's channels differ, and their differences belong to the token's statistics.
     between = (pivot.to(moments.mean.dtype) - pivot.mean(1, keepdim=True, dtype=moments.mean.dtype)).to(wide)
     centered = apart - apart.mean(-1, keepdim=True) + layout.broadcast_to_input(between)
     var = centered.square().mean(-1, keepdim=True)

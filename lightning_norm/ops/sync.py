@@ -77,6 +77,7 @@ class Ranks:
         Raises:
             SyncError: on every rank, with what each has.
         """
+        # 48 bits of a hash: an integer that every backend can reduce.
         digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
         # The greatest and the negative of the smallest: equal on all ranks if these two are.
         numbers = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
@@ -133,6 +134,7 @@ def active_ranks(sync: bool, training: bool, group: str | int = "world") -> Rank
     """
     if not (sync and training and is_running()):
         return None
+    # A name and no process group: that could be neither copied nor pickled with a layer.
     name = _name_of(group)
     return Ranks(name) if name else None
 
@@ -273,6 +275,7 @@ def _nodes(world: dist.ProcessGroup, group: str | int) -> list[Any]:
     Raises:
         SyncError: a rank makes other groups, or none until the timeout.
     """
+    # Under a key that counts attempts, for the store still holds what an earlier one wrote.
     store, rank, size = torch_private.store_of(world), world.rank(), world.size()
     _process_groups.attempts += 1
     prefix = f"lightning_norm/groups/{_process_groups.attempts}"
@@ -378,6 +381,7 @@ _watch = _Watch()
 @contextmanager
 def _meeting(what: str) -> Iterator[None]:
     """Wait for the other ranks; say so where it takes long, and what it may be where it fails."""
+    # The thread is there once and sleeps; a timer for each collective would cost more than the collective.
     _watch.start()
     _watch.waits = (time.monotonic(), what)
     try:

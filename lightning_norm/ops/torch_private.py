@@ -77,10 +77,7 @@ def is_update_bn() -> bool:
 
 
 def in_backward_pass() -> bool:
-    """Tell whether autograd is running a backward pass in this thread, as activation checkpointing's second run does.
-
-    torch has no public function that tells.
-    """
+    """Tell whether a backward pass runs in this thread, which may run layers again; no public function tells."""
     return not _is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -95,9 +92,8 @@ def watched() -> bool:
 def is_transformed() -> bool:
     """Tell whether something looks at, or differentiates, each operation of PyTorch: then no autograd function may run.
 
-    That is ``torch.jit.trace``, a transform of ``torch.func``, forward-mode AD, ``FakeTensorMode`` or ``make_fx``. The
-    first has a public function, with two more checks in it; the others have none. What torch.compile and torch.export
-    trace does not count: they take autograd functions as they are.
+    That is ``torch.jit.trace``, whose public function makes two more checks; a transform of ``torch.func``, forward AD,
+    ``FakeTensorMode`` or ``make_fx``, which have none. Not torch.compile and torch.export: they take such functions.
     """
     return not _is_compiling() and (
         _in_functorch()
@@ -175,6 +171,17 @@ def recomputes_saved_tensors() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+@constant_in_graphs
+def is_traced_in_checkpoint() -> bool:
+    """Tell whether torch.compile traces, at this moment, what activation checkpointing runs and will run again.
+
+    Other hooks for saved tensors, such as ``save_on_cpu``, run nothing again; a name tells them apart.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    named = hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+    return named or torch._C._current_graph_task_id() != -1
+
+
 def timeout_of(group: ProcessGroup) -> timedelta:
     """Return how long a collective of ``group`` waits for the other ranks.
 
@@ -217,3 +224,20 @@ def store_of(group: ProcessGroup) -> Any:
     A collective in its place could meet another one of a rank that is elsewhere. Public functions make stores alone.
     """
     return torch.distributed.distributed_c10d._world.pg_map[group][1]
+
+
+def fake_tensor_mode(**options: Any) -> Any:
+    """Return the mode in which operators compute shapes and no values; torch exports it under no public name."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(**options)
+
+
+def recompile_limit(limit: int) -> Any:
+    """Return the context in which a function may be compiled so often and no more; no public function sets that."""
+    return torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True)
+
+
+def end_capture(pool: Any) -> None:
+    """Tell the CUDA allocator that a capture into a pool has ended; torch does it only where the capture succeeds."""
+    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)

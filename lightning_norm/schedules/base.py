@@ -92,6 +92,7 @@ class Timed(Schedule):
 
     def length(self, epoch: float = 1.0) -> float:
         """Return the duration in units of time."""
+        # Steps are the unit already; epochs have to be told how many of them they hold.
         if self.steps is not None:
             return self.steps
         return math.inf if self.epochs is None else self.epochs * as_float(epoch)

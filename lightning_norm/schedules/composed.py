@@ -48,6 +48,7 @@ class Chain(Schedule):
         *parts, last = self.schedules
         for part in parts:
             length = part.length(epoch)
+            # A part ends before its length is reached: at that very time the next one begins.
             if time < length:
                 return part(time, epoch)
             time -= length

@@ -10,13 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_norm.layers.base import MomentNorm, Normalizer
-from lightning_norm.layers.behind import FUSED, TakenActivation
+from lightning_norm.layers.behind import (
+    FUSED,
+    TakenActivation,
+    compute_activation,
+    give_activation,
+    modules_behind,
+)
 from lightning_norm.ops.torch_private import has_hooks
 from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.select import Left, ModuleSlot
+from lightning_norm.surgery.torch_private import TorchDispatchMode, tree_leaves
 from lightning_norm.surgery.walk import modules_by_name, names_by_module, places_by_module
 
 Layers = Mapping[str, tuple[Normalizer, nn.Module]]
@@ -36,15 +42,22 @@ def find_activations(
 
     Raises:
         ValueError: the model fails on the example, or a name of ``how`` is none of a layer or of an activation.
+
+    >>> from lightning_norm import create
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), create("sn", 8), nn.ReLU())
+    >>> find_activations(model, {"1": (model[1], nn.BatchNorm2d(8))}, True)
+    ({'1': '2'}, [])
     """
     if isinstance(how, Mapping):
         return _named(model, layers, how), []
     names = {module: each[0] for module, each in names_by_module(model).items()}
+    # An activation inside of a layer, such as timm's bn1.act, is computed by that layer already.
     inner = {child for m in model.modules() if isinstance(m, Normalizer) for child in m.modules()}
     inner |= {child for _, module in layers.values() for child in module.modules()}
     activations = [m for m in model.modules() if type(m) in FUSED and m not in inner]
+    # Before the swap the original modules are in the model, after it the normalizers: either can be watched.
     here = {m: n for n, pair in layers.items() for m in pair if m in names and isinstance(pair[0], MomentNorm)}
-    norms = {m: n for m, n in here.items() if not any(type(b) in FUSED for b in layers[n][0].modules_behind())}
+    norms = {m: n for m, n in here.items() if not any(type(b) in FUSED for b in modules_behind(layers[n][0]))}
     reasons: dict[nn.Module, str] = dict.fromkeys(activations, "no nn.Sequential shows what it follows: pass example")
     pairs = _by_sequence(model, norms, names)
     if example is not None:
@@ -53,7 +66,7 @@ def find_activations(
         # What the example does not reach, such as a second encoder, is judged by its nn.Sequential.
         pairs = {n: a for n, a in pairs.items() if not run.reaches(n) and not run.reaches(a)}
         for activation in activations:
-            norm, reason = run.judge(activation)
+            norm, reason = run.norm_before(activation)
             if norm is not None:
                 pairs[norm] = activation
             elif activation not in pairs.values():
@@ -68,11 +81,18 @@ def find_activations(
 
 
 def take_activation(model: nn.Module, layer: Normalizer, name: str, place: str) -> tuple[ModuleSlot, TakenActivation]:
-    """Hand the activation named ``place`` to a layer, and return where it was and what stands there now."""
+    """Hand the activation named ``place`` to a layer, and return where it was and what stands there now.
+
+    Args:
+        model: that holds both.
+        layer: that is to compute it.
+        name: of the layer.
+        place: of the activation.
+    """
     activation = modules_by_name(model)[place]
     slot = ModuleSlot(activation, [place], places_by_module(model)[activation])
     taken = TakenActivation(activation, place, name)
-    layer.take_activation(activation, taken)
+    compute_activation(layer, activation, taken)
     slot.fill(taken)
     if layer.origin is not None:
         layer.origin = {**layer.origin, "activation": place}
@@ -84,7 +104,7 @@ def give_back_activations(model: nn.Module) -> None:
     places = places_by_module(model)
     for module in list(model.modules()):
         if isinstance(module, Normalizer) and (taken := module.taken_from) is not None:
-            activation = module.give_activation()
+            activation = give_activation(module)
             assert activation is not None
             module.origin = {k: v for k, v in (module.origin or {}).items() if k != "activation"} or None
             for parent, attribute in places.get(taken, []):
@@ -118,8 +138,10 @@ def _by_sequence(
     for parent in model.modules():
         if not isinstance(parent, nn.Sequential) or type(parent).forward is not nn.Sequential.forward:
             continue
+        # An Identity in between, as libraries leave one behind for a dropout of 0, changes nothing.
         children = [child for child in parent._modules.values() if type(child) is not nn.Identity]
         for norm, behind in itertools.pairwise(children):
+            # With a second place in the model, either of them may be called from elsewhere as well.
             if norm in norms and type(behind) in FUSED and len(places[norm]) == len(places[behind]) == 1:
                 pairs[norm] = behind
     return pairs
@@ -155,6 +177,8 @@ class _Run:
                 self.model.train(training)
                 for norm in self.norms:
                     if isinstance(norm, Normalizer):
+                        # Other ranks do not run this example, and inside of a compiled layer no operator can be
+                        # watched.
                         norm.sync = norm.compiled = False
                 try:
                     with self._watched():
@@ -165,7 +189,8 @@ class _Run:
                         f"fuse_activation: {type(self.model).__name__} fails on the example in {mode}: "
                         f"{type(error).__name__}: {error}. Pass an example that it can be trained on, or none."
                     ) from error
-                for tensor in torch.utils._pytree.tree_leaves(results):
+                # What the model returns is used by whoever called it.
+                for tensor in tree_leaves(results):
                     self._use(tensor)
             self._outputs.clear()
 
@@ -173,7 +198,7 @@ class _Run:
         """Tell whether a norm or an activation was called."""
         return bool(self.runs.get(module) or self.calls.get(module))
 
-    def judge(self, activation: nn.Module) -> tuple[nn.Module | None, str]:
+    def norm_before(self, activation: nn.Module) -> tuple[nn.Module | None, str]:
         """Return the norm that an activation serves alone; or why there is none, "" where it follows none."""
         calls = self.calls[activation]
         norm = next((n for n in calls if n is not None), None)
@@ -183,6 +208,7 @@ class _Run:
             return None, ""
         if any(n is not norm for n in calls):
             return None, "it is called behind a swapped layer and elsewhere"
+        # Each output of the layer must have come here, and to nothing else.
         if norm in self.used_elsewhere or self.runs[norm] != len(calls):
             return None, "the output of the layer before it is used elsewhere as well"
         return norm, ""
@@ -194,6 +220,8 @@ class _Run:
             handles.append(activation.register_forward_pre_hook(self._before))
             handles.append(activation.register_forward_hook(self._after))
         try:
+            # Hooks see calls of modules alone, and a sum between two modules is none: the dispatch mode sees every
+            # operator.
             with _Uses(self):
                 yield
         finally:
@@ -203,6 +231,7 @@ class _Run:
     def _after_norm(self, module: nn.Module, _: Any, y: Any) -> None:
         self.runs[module] += 1
         if isinstance(y, Tensor):
+            # With the tensor itself, whose id another one could have soon otherwise.
             self._outputs[id(y)] = (module, y)
 
     def _before(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -217,6 +246,7 @@ class _Run:
             self._outputs.pop(id(y), None)
 
     def _use(self, value: Any) -> None:
+        # Operators inside of the activation are its own use of the output.
         if isinstance(value, Tensor) and id(value) in self._outputs and not self._inside:
             self.used_elsewhere.add(self._outputs[id(value)][0])
 
@@ -229,7 +259,7 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         self.run = run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in torch.utils._pytree.tree_leaves((args, kwargs or {})):
+        for value in tree_leaves((args, kwargs or {})):
             self.run._use(value)
         return func(*args, **(kwargs or {}))
 

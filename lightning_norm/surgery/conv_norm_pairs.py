@@ -74,6 +74,7 @@ def _layer_before(
 ) -> nn.Module | str:
     """Return the module whose output alone goes into a call of a normalizer, or why there is none."""
     # Folding is exact only if nothing but the normalizer sees the layer's output and nothing but the layer its weight.
+    # The input may come as a keyword, too; then nothing is folded, and nothing is wrong.
     source: Any = node.args[0] if node.args else None
     if not isinstance(source, torch.fx.Node) or source.op != "call_module":
         return "its input does not come from a layer"

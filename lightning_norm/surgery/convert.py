@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_norm.layers.arguments import arguments_of, as_int, checked_arguments
 from lightning_norm.layers.base import MomentNorm, Normalizer, has_affine
+from lightning_norm.layers.behind import add_children, keep_in_evaluation, requested_mode
 from lightning_norm.normalizers.batch_norm import BatchNorm
 from lightning_norm.normalizers.group_norm import GroupNorm
 from lightning_norm.surgery.options import ResolvedNorm
@@ -63,8 +64,8 @@ def convert(
     chosen = checked_arguments(cls, arguments, f"{name}: ")
     known = arguments_of(cls)
     if whole is None:
-        found = read(module)
-        whole = Whole(None) if isinstance(found, str) else found
+        measured = read(module)
+        whole = Whole(None) if isinstance(measured, str) else measured
     inherited = {k: v for k, v in _arguments_from(module, name, cls, whole).items() if k in known}
     if "channels_per_group" in chosen:  # which decides, whatever the number of groups was
         inherited.pop("num_groups", None)
@@ -176,11 +177,11 @@ def _seed_of(module: nn.Module) -> int:
     return int.from_bytes(digest.digest()[:7], "little")
 
 
-def own_arguments(layer: nn.Module) -> dict[str, Any]:
+def specific_arguments(layer: nn.Module) -> dict[str, Any]:
     """Return the arguments that only the layer's class has, and the scheduled ones.
 
     >>> from lightning_norm import GroupNorm
-    >>> own_arguments(GroupNorm(8, num_groups=4))["num_groups"]
+    >>> specific_arguments(GroupNorm(8, num_groups=4))["num_groups"]
     4
     """
     cls = type(layer)
@@ -252,8 +253,8 @@ def _what_changed(module: nn.Module, layer: Normalizer) -> str:
     before, after = _what_counts(module, stats), _what_counts(layer, layer.running_names)
     if type(module) is type(layer):
         tensors += layer.extra_parameters
-        before |= own_arguments(module)
-        after |= own_arguments(layer)
+        before |= specific_arguments(module)
+        after |= specific_arguments(layer)
     # The momentum moves the statistics in training only.
     for name, old in before.items():
         if name != "momentum" and old != after[name]:
@@ -315,7 +316,7 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer], whole: 
     if isinstance(module, nn.GroupNorm) and issubclass(cls, GroupNorm):
         arguments["num_groups"] = module.num_groups
     if type(module) is cls:
-        arguments |= own_arguments(module)
+        arguments |= specific_arguments(module)
         tracks = cls.train_uses_batch_stats or bool(module.track_running_stats)
     else:  # running statistics that are not those of batches mean something else
         instance = isinstance(module, FAMILIES["InstanceNorm"])
@@ -345,14 +346,14 @@ def _translate_variance(module: nn.Module, layer: Normalizer) -> None:
 def _carry_over(module: nn.Module, layer: Normalizer, whole: Whole, name: str) -> None:
     """Give the layer the training flag, the hooks, the frozen state and the children of the module."""
     # A swap between eval() and train() must not change what the next forward pass does.
-    layer.training = getattr(module, "requested_mode", module.training)
+    layer.training = requested_mode(module)
     move_hooks(module, layer)
     parameters = list(module.parameters(False))
     # A frozen layer stays frozen, the parameters that are new in it included.
     if whole.frozen or (parameters and not any(p.requires_grad for p in parameters)):
         layer.requires_grad_(False)
     if whole.frozen or (getattr(module, "always_eval", False) and layer.has_running_stats):
-        layer.keep_in_evaluation(True)
+        keep_in_evaluation(layer, True)
     if whole.behind and not isinstance(layer, MomentNorm):
         raise TypeError(
             f"{name}: {type(module).__name__} calls {', '.join(whole.behind)} behind the normalization, which "
@@ -360,7 +361,7 @@ def _carry_over(module: nn.Module, layer: Normalizer, whole: Whole, name: str) -
         )
     if whole.kind is not None:
         try:
-            layer.add_children(dict(module._modules), whole.behind)
+            add_children(layer, dict(module._modules), whole.behind)
         except TypeError as error:
             raise TypeError(f"{name}: {error}. Exclude it.") from error
     if isinstance(module, Normalizer) and module.taken_from is not None:
@@ -420,9 +421,9 @@ def restore_original(
             ``model.to(...)`` since, and follow it here.
     """
     # The user may have called eval() or train() since, on a model that does not hold the original.
-    module.training = layer.requested_mode
+    module.training = requested_mode(layer)
     if isinstance(module, Normalizer):
-        module.keep_in_evaluation(module.always_eval, layer.requested_mode)
+        keep_in_evaluation(module, module.always_eval, requested_mode(layer))
     layer.return_to(module)
     for child in layer._modules.keys() & module._modules.keys():  # the user may have put another one there
         module._modules[child] = layer._modules[child]

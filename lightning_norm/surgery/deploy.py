@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.inference import dims_of, per_channel
+from lightning_norm.layers.behind import without_normalization
+from lightning_norm.layers.inference import deployed, dims_of, per_channel
 from lightning_norm.ops.moments import Affine
 from lightning_norm.surgery.activations import give_back_activations
 from lightning_norm.surgery.conv_norm_pairs import layers_before
-from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.recognize import is_frozen
+from lightning_norm.surgery.text_tables import TableReport
 from lightning_norm.surgery.torch_layers import TORCH_BATCH_NORMS
 from lightning_norm.surgery.torch_private import has_hooks, move_hooks
-from lightning_norm.surgery.walk import names_by_module, places_by_module
+from lightning_norm.surgery.walk import names_by_module, places_by_module, tensors_in
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -43,7 +45,7 @@ class DeployedLayer:
     reason: str
 
 
-class DeployReport:
+class DeployReport(TableReport):
     """What :func:`to_plain` or :func:`fold` did: its length is the number of layers changed.
 
     Args:
@@ -66,12 +68,20 @@ class DeployReport:
         """
         return [layer.name for layer in self.layers if layer.what == what]
 
-    def __str__(self) -> str:
-        rows = [("layer", "from", "to", "", "why")]
-        rows += [(r.name, r.source, r.target, r.what, r.reason) for r in self.layers]
+    def table(self) -> list[tuple[str, ...]]:
+        """Return one row per layer, below a heading."""
+        rows: list[tuple[str, ...]] = [("layer", "from", "to", "", "why")]
+        return rows + [(r.name, r.source, r.target, r.what, r.reason) for r in self.layers]
+
+    def summary(self) -> str:
+        """Return how many layers became what, and how far the outputs moved."""
         counts = ", ".join(f"{n} {what}" for what in ("plain", "folded", "stays") if (n := len(self.names(what))))
-        moved = "not measured: pass example_input" if self.moved is None else f"{self.moved:.2g} of {self.largest:.2g}"
-        return "\n".join([aligned(rows), "", f"{counts or 'nothing to do'}     outputs moved by {moved}"])
+        moved = (
+            "not measured: pass example_input, and return tensors"
+            if self.moved is None
+            else f"{self.moved:.2g} of {self.largest:.2g}"
+        )
+        return f"{counts or 'nothing to do'}     outputs moved by {moved}"
 
     def __repr__(self) -> str:
         return f"DeployReport({len(self)} of {len(self.layers)} layers, moved={self.moved})"
@@ -145,7 +155,7 @@ def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
         name = watch.names[norm]
         into = f"into {watch.names[before]} ({type(before).__name__})"
         rows.append(DeployedLayer(name, type(norm).__name__, "Identity", "folded", into))
-        watch.replace(norm, norm.remainder() if isinstance(norm, Normalizer) else nn.Identity())
+        watch.replace(norm, without_normalization(norm) if isinstance(norm, Normalizer) else nn.Identity())
     return watch.report([*rows, *_all_plain(model, watch, reasons)])
 
 
@@ -196,7 +206,7 @@ class _Watch:
         if self.arguments is None:
             return []
         # A model may write into its arguments or return one of its buffers.
-        return [t.clone() for t in _tensors(self.model(*copy.deepcopy(self.arguments)))]
+        return [t.clone() for t in tensors_in(self.model(*copy.deepcopy(self.arguments)))]
 
     def dims_of(self, module: nn.Module) -> int | None:
         origin: dict[str, Any] = getattr(module, "origin", None) or {}
@@ -214,7 +224,7 @@ class _Watch:
         # Folded layers were found in the order of the graph; the table is in the order of the model.
         order = list(self.names.values())
         rows.sort(key=lambda row: order.index(row.name))
-        if self.arguments is None:
+        if not self.outputs_before:
             return DeployReport(rows, None, None)
         pairs = list(zip(self.outputs_before, self._outputs(), strict=True))
         moved = max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
@@ -231,11 +241,13 @@ def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[nn.Module, str]
                 rows.append(DeployedLayer(name, kind, kind, "stays", why))
             continue
         dims = watch.dims_of(module)
-        plain = module.deployed(dims) if name else None
+        plain = deployed(module, dims) if name else None
         if plain is None:
             why = module.why_not_plain(dims) if name else "is the model itself"
             rows.append(DeployedLayer(name, kind, kind, "stays", why))
             continue
+        if module.always_eval and isinstance(plain, nn.Module) and not is_frozen(plain):
+            why = "frozen no longer: train() lets its statistics move"
         move_hooks(module, plain)
         watch.replace(module, plain)
         rows.append(DeployedLayer(name, kind, type(plain).__name__, "plain", why))
@@ -286,13 +298,3 @@ def _fold_into(layer: Any, affine: Affine) -> None:
     bias = scale * (bias - center) + shift.to(weight.device)
     layer.weight = nn.Parameter(new.to(weight.dtype), weight.requires_grad)
     layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors in whatever a model returned."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from (t for v in output.values() for t in _tensors(v))
-    elif isinstance(output, (list, tuple)):
-        yield from (t for v in output for t in _tensors(v))

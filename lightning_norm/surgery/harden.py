@@ -18,13 +18,12 @@ from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.choice import Choice
 from lightning_norm.normalizers import normalizers
-from lightning_norm.surgery.deploy import _tensors
 from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.swap import prepare_swap
-from lightning_norm.surgery.text_tables import aligned
-from lightning_norm.surgery.walk import named_normalizers
+from lightning_norm.surgery.text_tables import TableReport
+from lightning_norm.surgery.walk import named_normalizers, tensors_in
 
 
 @dataclass
@@ -50,7 +49,7 @@ class HardenedLayer:
     why: str
 
 
-class HardenReport:
+class HardenReport(TableReport):
     """What :func:`harden` did: its length is the number of layers that became plain.
 
     Args:
@@ -58,6 +57,13 @@ class HardenReport:
         swap: the report of the swap behind it.
         moved: the largest absolute difference of the model's outputs on the example, ``None`` without one.
         largest: the largest absolute output on the example.
+
+    >>> import lightning_norm
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> _ = lightning_norm.swap(model, "sn")
+    >>> report = harden(model)
+    >>> len(report), report.undecided
+    (0, {'1': 'undecided (mean: in 0.333, variance: in 0.333)'})
     """
 
     def __init__(
@@ -89,16 +95,25 @@ class HardenReport:
         """Return the report in plain types."""
         return {"layers": [asdict(row) for row in self.layers], "moved": self.moved, "largest": self.largest}
 
-    def __str__(self) -> str:
-        rows = [("layer", "from", "to", "weight", "moved by", "why")]
+    def table(self) -> list[tuple[str, ...]]:
+        """Return one row per layer that can choose, below a heading."""
+        rows: list[tuple[str, ...]] = [("layer", "from", "to", "weight", "moved by", "why")]
         for row in self.layers:
             moved = "-" if row.moved is None else f"{row.moved:.2g}"
             rows.append((row.name, row.source, row.target, f"{row.weight:.3g}", moved, row.why))
+        return rows
+
+    def summary(self) -> str:
+        """Return how many layers chose what, and how far the outputs moved."""
         kinds = dict.fromkeys(row.norm for row in self.layers if row.norm)
         counts = [f"{len(self.names(norm))} {norm}" for norm in kinds]
         counts += [f"{len(self.undecided)} undecided"] if self.undecided else []
-        moved = "not measured: pass example_input" if self.moved is None else f"{self.moved:.2g} of {self.largest:.2g}"
-        return "\n".join([aligned(rows), "", f"{', '.join(counts) or 'nothing to do'}     outputs moved by {moved}"])
+        moved = (
+            "not measured: pass example_input, and return tensors"
+            if self.moved is None
+            else f"{self.moved:.2g} of {self.largest:.2g}"
+        )
+        return f"{', '.join(counts) or 'nothing to do'}     outputs moved by {moved}"
 
     def __repr__(self) -> str:
         return f"HardenReport({len(self)} of {len(self.layers)} layers, moved={self.moved})"
@@ -141,6 +156,7 @@ def harden(model: nn.Module, example_input: Any = None, *, threshold: float = 0.
     arguments = (
         None if example_input is None else example_input if isinstance(example_input, tuple) else (example_input,)
     )
+    # The first run measures the maps, too: "in" of one element per channel would return beta and nothing of x.
     sizes: dict[str, int] = {}
     watch = {layers[name]: partial(_see_size, sizes, name) for name in choices}
     before = _outputs(model, arguments, watch)
@@ -148,6 +164,7 @@ def harden(model: nn.Module, example_input: Any = None, *, threshold: float = 0.
         if choice.norm == "in" and sizes.get(name) == 1:
             why = "chose in, and one element per sample and channel has no variance"
             choices[name] = Choice("", choice.weight, why)
+    # The plain layers run beside the old ones on the same inputs before any of them is put in place.
     swap = _prepare(model, layers, choices)
     distances: dict[str, float] = {}
     pairs = {old: partial(_see_distance, distances, name, new) for name, (new, old) in swap.replaced().items()}
@@ -155,8 +172,9 @@ def harden(model: nn.Module, example_input: Any = None, *, threshold: float = 0.
         _outputs(model, arguments, pairs)
     swap.commit()
     rows = [_row(name, layers[name], choice, distances.get(name)) for name, choice in choices.items()]
-    if arguments is None:
+    if not before:
         return HardenReport(rows, swap, None, None)
+    # Differences of layers add up or cancel on their way, so the model's outputs are compared as well.
     after = _outputs(model, arguments, {})
     moved = max((_distance(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
     return HardenReport(rows, swap, moved, max((float(t.abs().max()) for t in before if t.numel()), default=0.0))
@@ -170,6 +188,7 @@ def _prepare(model: nn.Module, layers: dict[str, Normalizer], choices: dict[str,
     rules = {
         re.escape(name): {"class_path": choice.norm, "init_args": choice.arguments} for name, choice in decided.items()
     }
+    # An ordinary swap of these layers by name: tensors, hooks and the way back are those of any other.
     swap, _, _ = prepare_swap(model, SwapOptions(rules=rules, source=[*{type(layers[name]) for name in decided}]))
     rows = {row.name: row for row in swap.layers}
     for name, (new, _) in swap.replaced().items():
@@ -198,7 +217,8 @@ def _outputs(
     with random_numbers_restored(), everything_restored(model):
         model.eval()
         with _hooked(hooks):
-            return [t.detach().clone() for t in _tensors(model(*copy.deepcopy(arguments)))]
+            # Of copies, for a model may write to its input.
+            return [t.detach().clone() for t in tensors_in(model(*copy.deepcopy(arguments)))]
 
 
 @contextmanager
@@ -227,6 +247,7 @@ def _see_distance(
     options: dict[str, Any],
     output: Tensor,
 ) -> None:
+    # The old layer runs in evaluation here; the new one is in no model yet that could have told it.
     mode = new.training
     new.eval()
     try:

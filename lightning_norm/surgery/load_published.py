@@ -97,12 +97,14 @@ def load_published(
         raise TypeError(f"load_published expects a torch.nn.Module, got {type(model).__name__}.")
     modules = modules_by_name(model)
     file = read_published(path, norm, rename, modules)
+    # All that can be wrong with names and channels is told before the first layer is replaced.
     _check_places(file, model, modules)
     _tell(file, model)
     report = _swap(file, model, modules)
     try:
         _load(file, model, strict)
     except CheckpointError:
+        # The layers are in place by now; the way back is that of any swap.
         report.undo()
         raise
     return report
@@ -124,6 +126,16 @@ def convert_published(
 
     Raises:
         CheckpointError: as for :func:`load_published`.
+
+    >>> import tempfile, torch
+    >>> names = {"weight": (1, 8, 1, 1), "bias": (1, 8, 1, 1), "mean_weight": (3,), "var_weight": (3,)}
+    >>> state = {f"sn1.{name}": torch.ones(shape) for name, shape in names.items()}
+    >>> state |= {f"sn1.running_{name}": torch.ones(1, 8, 1) for name in ("mean", "var")}
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     torch.save(state, file.name)
+    ...     checkpoint, report = convert_published(file.name, "sn", prefix="net.")
+    >>> checkpoint["state_dict"]["net.bn1.weight"].shape, report.layers[0].norm["init_args"]["correction"]
+    (torch.Size([8]), 1)
     """
     file = read_published(path, norm, rename)
     prefix = prefix and prefix.removesuffix(".") + "."
@@ -136,6 +148,7 @@ def convert_published(
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
+        # In the precision of the file, which the swap keeps.
         dtype = next(t.dtype for t in layer.tensors.values() if t.is_floating_point())
         parent.add_module(last, getattr(nn, layer.source)(layer.num_features, dtype=dtype))
     layers = {f"{prefix}{name}": layer for name, layer in file.layers.items()}
@@ -190,6 +203,7 @@ def read_published(
 
 def _renamed(state: Mapping[str, Any], rename: Mapping[str, str], where: str) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
+    # As DataParallel saves them, with which most of the authors have trained.
     wrapped = all(name.startswith("module.") for name in state)
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -227,8 +241,8 @@ def _layers_of(
 ) -> tuple[dict[str, PublishedLayer], dict[str, Tensor]]:
     layers: dict[str, PublishedLayer] = {}
     others = dict(state)
-    for prefix, found in by_prefix(state).items():
-        entries = PublishedEntries(found)
+    for prefix, below in by_prefix(state).items():
+        entries = PublishedEntries(below)
         try:
             layer = cls.read_published(entries)
         except CheckpointError as error:
@@ -240,13 +254,14 @@ def _layers_of(
             continue
         if not prefix:
             raise CheckpointError(f"{where} holds one layer by itself: type rename={{'^': 'NAME.'}} with its name.")
+        # A tensor that is left over says that the authors' layer computes more than is known here.
         if unread := entries.unread():
             raise CheckpointError(
                 f"{where}, layer {prefix!r}, holds {', '.join(unread)}, which the authors' code of {cls.key!r} does "
                 "not write: it is of another version or another layer."
             )
         layers[prefix] = layer
-        for name in found:
+        for name in below:
             del others[f"{prefix}.{name}"]
     return layers, others
 
@@ -276,6 +291,7 @@ def _check_places(file: PublishedFile, model: nn.Module, modules: Mapping[str, n
 def _no_place(file: PublishedFile, name: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     who = f"{file.path} holds {name!r}, and this {type(model).__name__} has no layer of that name"
     inner = [full.removesuffix(f".{name}") for full in modules if full.endswith(f".{name}")]
+    # The usual mistakes: the file is of a part of the model that was passed, or the model is a part of the file's.
     for prefix in inner:
         if all(f"{prefix}.{each}" in modules for each in file.layers):
             return f"{who} but for {f'{prefix}.{name}'!r}: type load_published(model.{prefix}, ...)."
@@ -319,6 +335,7 @@ def _load(file: PublishedFile, model: nn.Module, strict: bool) -> None:
         slots = {**layer._parameters, **layer._buffers}
         tensors = {n: t for n, t in published.tensors.items() if slots.get(n) is not None or n not in slots}
         unsaved = layer._non_persistent_buffers_set
+        # What the file does not hold, such as a counter of batches, keeps its start.
         start = {n: t for n, t in layer.named_buffers(recurse=False) if n not in unsaved}
         state |= {f"{name}.{n}": t for n, t in {**start, **tensors}.items()}
     try:
@@ -347,6 +364,7 @@ def _tell(file: PublishedFile, model: nn.Module) -> None:
             PublishedFileWarning,
             stacklevel=3,
         )
+    # A difference of the networks themselves, which no weight shows.
     pool = getattr(model, "maxpool", None)
     if first.arguments.get("sparse") and "bn1" in file.layers and getattr(pool, "padding", 0) == 1:
         warnings.warn(

@@ -159,7 +159,7 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the che
         CheckpointError: a layer of the manifest is not in the model, is something else there, or cannot be built.
     """
     modules = modules_by_name(model)
-    rows = [row for row in manifest["layers"] if _found_instead(modules, row, where)]
+    rows = [row for row in manifest["layers"] if _other_class(modules, row, where)]
     for row in rows:
         module = modules.get(row["name"])
         there, here = row.get("num_features"), getattr(module, "num_features", None)
@@ -168,6 +168,7 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the che
                 f"{where} has {there} channels at {row['name']!r}, and this {type(model).__name__} has {here}. Build "
                 "it with the arguments it was trained with."
             )
+        _check_scheduled(row, where)
     reports: list[SwapReport] = []
     try:
         _rebuild_levels(model, rows, reports, where)
@@ -218,7 +219,7 @@ def _check_rebuilt(model: nn.Module, modules: Mapping[str, nn.Module], row: Mapp
     Raises:
         CheckpointError: what the file has there and what the model has.
     """
-    actual = _found_instead(modules, row, where)
+    actual = _other_class(modules, row, where)
     if actual:
         raise CheckpointError(
             f"{where} has {row['norm']['class_path']} at {row['name']!r} in place of a {row['source']}, and "
@@ -400,12 +401,27 @@ def _entry(
     return {**row, **more, "options": dict(options)}
 
 
-def _found_instead(modules: Mapping[str, nn.Module], row: Mapping[str, Any], where: str = "the file") -> str | None:
+def _other_class(modules: Mapping[str, nn.Module], row: Mapping[str, Any], where: str = "the file") -> str | None:
     """Return what a layer is, if it is not what the row says."""
     module = modules.get(row["name"])
     if type(module) is loaded_class(row["norm"], where):
         return None
     return "nothing" if module is None else type(module).__name__
+
+
+def _check_scheduled(row: Mapping[str, Any], where: str) -> None:
+    """Check the scheduled values of a row.
+
+    Raises:
+        CheckpointError: the file, the row, and the value that is out of its range.
+    """
+    cls = loaded_class(row["norm"], where)
+    for name, value in (row.get("options") or {}).get("scheduled", {}).items():
+        if name in cls.ranges:
+            try:
+                cls.ranges[name].check(cls.__name__, name, value)
+            except ValueError as error:
+                raise CheckpointError(f"{where}, row {row['name']!r}: {error}") from error
 
 
 def _set_options(layer: nn.Module, options: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_norm.errors import MaskError, NoEffectWarning
 from lightning_norm.layers.base import MomentNorm, Normalizer
-from lightning_norm.layers.special_calls import as_bool, is_lengths, of_lengths
+from lightning_norm.layers.special_calls import as_bool, hear_masks, is_lengths, of_lengths
 from lightning_norm.layers.told import block, tell
 from lightning_norm.surgery.recognize import is_norm
 from lightning_norm.surgery.walk import named_normalizers
@@ -58,7 +58,7 @@ def layers_with_masks(model: nn.Module, *, warn: bool = True) -> dict[str, Momen
     for name, layer in named_normalizers(model):
         reason = getattr(layer, "no_mask", "its class is no MomentNorm")
         if isinstance(layer, MomentNorm) and not reason:
-            layer.hear_masks().name = name
+            hear_masks(layer).name = name
             layers[name] = layer
         elif layer.train_uses_batch_stats or layer.eval_uses_input_stats:
             raise MaskError(f"{type(layer).__name__} {name!r} cannot take a mask: {reason}.")
@@ -80,7 +80,7 @@ def assign(layers: Mapping[str, MomentNorm], mask: Any, size: int | None = None)
         MaskError: a mask of the wrong kind or shape.
     """
     if mask is None:
-        tell({layer.hear_masks(): None for layer in layers.values()})
+        tell({hear_masks(layer): None for layer in layers.values()})
         return
     if not isinstance(mask, Tensor) or mask.is_complex() or mask.dim() < 1:
         came = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -98,5 +98,5 @@ def assign(layers: Mapping[str, MomentNorm], mask: Any, size: int | None = None)
         device = next((t.device for t in (*layer.parameters(), *layer.buffers())), mask.device)
         if device not in on:
             on[device] = mask.to(device)
-        news[layer.hear_masks()] = on[device]
+        news[hear_masks(layer)] = on[device]
     tell(news)

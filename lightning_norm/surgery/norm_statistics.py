@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.recognize import is_norm
-from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.text_tables import TableReport
+from lightning_norm.surgery.torch_private import TorchInstanceNormBase
 from lightning_norm.surgery.walk import names_by_module
 
 KINDS = {
@@ -26,10 +27,16 @@ KINDS = {
 """What a tensor is -> how it is averaged."""
 
 
-class NormStatistics(Mapping[str, Tensor]):
+class NormStatistics(TableReport, Mapping[str, Tensor]):
     """The tensors of :func:`norm_statistics`: name, as in the ``state_dict`` -> the model's own tensor.
 
-    ``len``, ``in``, ``items()`` and ``print`` list them; see :meth:`take`, :meth:`put` and :meth:`average`.
+    ``len``, ``in``, ``items()`` and ``print`` list them; see :meth:`take`, :meth:`put` and :meth:`average`. A server
+    that averages clients builds the model as they do and never runs it:
+
+    >>> server = norm_statistics(nn.BatchNorm2d(2))
+    >>> one, other = server.take(), {**server.take(), "running_mean": torch.ones(2)}
+    >>> server.average([one, other], counts=[100, 300])["running_mean"]
+    tensor([0.7500, 0.7500])
 
     Args:
         layers: name -> normalization layer.
@@ -107,11 +114,12 @@ class NormStatistics(Mapping[str, Tensor]):
         result: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             prefix = f"{name}." if name else ""
+            # Layer by layer, for a variance is averaged around the mean beside it.
             mine = {n.removeprefix(prefix): n for n, (owner, _) in self._places.items() if owner is layer}
-            held = {n: torch.stack([tensors[full].cpu() for tensors in clients]) for n, full in mine.items()}
+            stacked = {n: torch.stack([tensors[full].cpu() for tensors in clients]) for n, full in mine.items()}
             kinds = {n: self.kinds[full] for n, full in mine.items()}
-            means = _of_layer(name, held, kinds, torch.tensor(counts, dtype=torch.float64))
-            result.update({mine[n]: t.to(held[n].dtype).to(clients[0][mine[n]].device) for n, t in means.items()})
+            means = _of_layer(name, stacked, kinds, torch.tensor(counts, dtype=torch.float64))
+            result.update({mine[n]: t.to(stacked[n].dtype).to(clients[0][mine[n]].device) for n, t in means.items()})
         return {name: result[name] for name in self}
 
     def _check(self, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -128,13 +136,13 @@ class NormStatistics(Mapping[str, Tensor]):
                     f"{what}: {name} is {tuple(tensors[name].shape)}, and {tuple(tensor.shape)} in this model."
                 )
 
-    def __str__(self) -> str:
-        rows = [("tensor", "layer", "shape", "is a", "average over clients")]
-        rows += [
+    def table(self) -> list[tuple[str, ...]]:
+        """Return one row per tensor, below a heading."""
+        rows: list[tuple[str, ...]] = [("tensor", "layer", "shape", "is a", "average over clients")]
+        return rows + [
             (name, type(layer).__name__, str(tuple(self[name].shape)), self.kinds[name], KINDS[self.kinds[name]])
             for name, (layer, _) in self._places.items()
         ]
-        return aligned(rows)
 
     def __repr__(self) -> str:
         return f"NormStatistics({len(self)} tensors of {len(self.layers)} layers)"
@@ -150,12 +158,12 @@ def norm_statistics(model: nn.Module, personal: bool = False) -> NormStatistics:
 
     >>> import lightning_norm
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    >>> held = norm_statistics(model)
-    >>> list(held)
+    >>> statistics = norm_statistics(model)
+    >>> list(statistics)
     ['1.running_mean', '1.running_var', '1.num_batches_tracked']
-    >>> before = held.take()
+    >>> before = statistics.take()
     >>> _ = model(torch.randn(4, 3, 8, 8))
-    >>> held.put(before)
+    >>> statistics.put(before)
     """
     layers = {names[0]: module for module, names in names_by_module(model).items() if is_norm(module)}
     # A normalization layer inside of another one, such as a wrapper by name, is listed once.
@@ -166,9 +174,8 @@ def norm_statistics(model: nn.Module, personal: bool = False) -> NormStatistics:
 def _kinds(layer: nn.Module, personal: bool) -> dict[str, str]:
     """Return the tensors of a layer's ``state_dict`` that are statistics, or all of them, and what they are."""
     names = getattr(layer, "running_names", ("running_mean", "running_var"))
-    per_sample = isinstance(layer, nn.modules.instancenorm._InstanceNorm) or not getattr(
-        layer, "includes_between_var", True
-    )
+    # An average of variances per sample holds no variance between means, and none is added to it.
+    per_sample = isinstance(layer, TorchInstanceNormBase) or not getattr(layer, "includes_between_var", True)
     variance = "sample variance" if per_sample else "deviation" if names[1] == "running_std" else "variance"
     known = {names[0]: "mean", names[1]: variance, "prior": "frequency", "running_spread": "variance"}
     parameters = {name for name, _ in layer.named_parameters()}
@@ -181,6 +188,8 @@ def _kinds(layer: nn.Module, personal: bool) -> dict[str, str]:
         elif not tensor.is_floating_point():
             kind = "counter"
         else:
+            # A float buffer of ours that is no statistic was fitted to data, such as centroids; elsewhere it is an
+            # average.
             kind = known.get(name, "fitted" if isinstance(layer, Normalizer) else "mean")
         if personal or kind != "parameter":
             kinds[name] = kind
@@ -194,15 +203,15 @@ def _attribute(layer: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _of_layer(name: str, held: Mapping[str, Tensor], kinds: Mapping[str, str], counts: Tensor) -> dict[str, Tensor]:
+def _of_layer(name: str, stacked: Mapping[str, Tensor], kinds: Mapping[str, str], counts: Tensor) -> dict[str, Tensor]:
     """Return the averages of one layer's tensors, each (clients, ...), in float64 but for counters."""
     weights = counts / counts.sum()
     means: dict[str, Tensor] = {}
     # A context counts by its samples on each client: (clients, K, 1) in place of one weight for all.
-    rows = _each_context(held["prior"], weights) if "prior" in held else weights
+    rows = _each_context(stacked["prior"], weights) if "prior" in stacked else weights
     center = next((n for n, kind in kinds.items() if kind == "mean"), "")
     for n, kind in kinds.items():
-        t = held[n]
+        t = stacked[n]
         if kind == "counter":
             means[n] = t.amax(0)
         elif kind == "fitted":
@@ -217,8 +226,9 @@ def _of_layer(name: str, held: Mapping[str, Tensor], kinds: Mapping[str, str], c
         elif kind in ("mean", "sample variance") or not center:
             means[n] = _weighted(t, rows)
         else:
+            # What varies within each client's data, and how far the clients lie apart.
             var = t.double().square() if kind == "deviation" else t.double()
-            middle = held[center].double()
+            middle = stacked[center].double()
             pooled = _weighted(var + (middle - _weighted(middle, rows)).square(), rows)
             means[n] = pooled.sqrt() if kind == "deviation" else pooled
     return means
@@ -226,6 +236,7 @@ def _of_layer(name: str, held: Mapping[str, Tensor], kinds: Mapping[str, str], c
 
 def _each_context(prior: Tensor, weights: Tensor) -> Tensor:
     mass = prior.double() * weights.unsqueeze(1)  # (clients, K)
+    # A client's share of a context: how frequent it is there, times the samples of that client.
     total = mass.sum(0)
     # A context that no client has keeps the clients' own weights.
     return torch.where(total > 0, mass / total.clamp_min(1e-300), weights.unsqueeze(1)).unsqueeze(2)

@@ -103,6 +103,7 @@ def _kinds(model: nn.Module, switch: bool) -> list[tuple[nn.Parameter, str]]:
     # timm's convention: a model's method of that name returns the parameters that it wants without weight decay.
     method = getattr(model, "no_weight_decay", None)
     without_decay = set(method()) if callable(method) else set()
+    # By identity: torch's layers have no list of names as ours have.
     of_other_norms = {
         id(p)
         for m in model.modules()

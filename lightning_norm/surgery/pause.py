@@ -60,12 +60,13 @@ class _Pause:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.blocks = layer, 0
-        self.name, paused = "statistics_paused", True
+        self.name, paused = "_statistics_paused", True
         if isinstance(layer, TorchBatchNormBase):
             self.name, paused = "track_running_stats", False
         elif isinstance(layer, TorchRunningNormBase):
             # InstanceNorm moves its statistics whatever the flag says; with this weight it moves them by nothing.
             self.name, paused = "momentum", 0  # type: ignore[assignment]
+        # As it was set by the user, which the last block to end puts back.
         self.before, self.paused = getattr(layer, self.name), paused
         self.lock, self.owner = threading.Lock(), 0
         self.handles: list[Any] = []
@@ -80,6 +81,7 @@ class _Pause:
         """End one block, and with the last one the pause."""
         with _all:
             self.blocks -= 1
+            # The layer stays paused as long as any block is open, of whichever thread.
             if self.blocks:
                 return
             del _open[self.layer]
@@ -105,6 +107,7 @@ def _take(layer: nn.Module) -> _Pause:
 def _before_forward(module: nn.Module, arguments: Any) -> None:
     if runs_for_any_thread(module) or (pause := _open.get(module)) is None:
         return
+    # One thread at a time, for the attribute is the layer's and not the thread's. A layer that calls itself goes on.
     if pause.owner != threading.get_ident():
         pause.lock.acquire()
         pause.owner = threading.get_ident()

@@ -58,6 +58,7 @@ def frozen_parts(model: nn.Module) -> set[nn.Module]:
     frozen: set[nn.Module] = set()
     for module in model.modules():
         parameters = list(module.parameters())
+        # A part without parameters, such as a ReLU, is neither frozen nor trained.
         if parameters and not any(p.requires_grad for p in parameters):
             frozen.update(module.modules())
     return frozen

@@ -7,8 +7,9 @@ tensors by itself. The layer that was replaced then goes on computing, and the n
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.surgery.walk import tensors_in
 
 
 class Reach:
@@ -24,6 +26,17 @@ class Reach:
     Args:
         layers: name -> the layer, and the module that it has replaced.
         hooks: see which layers run; otherwise only which parameters have gradients.
+
+    Attributes:
+        ran: ids of the layers, and of replaced modules, that were called.
+        learning: ids of the parameters that have had a gradient.
+
+    >>> from lightning_norm import create
+    >>> watched, called = create("bn", 8), create("bn", 8)
+    >>> reach = Reach({"bn1": (watched, nn.BatchNorm2d(8))})
+    >>> called(torch.randn(2, 8, 3, 3)).sum().backward()
+    >>> list(reach.missed())
+    ['bn1']
     """
 
     def __init__(self, layers: Mapping[str, tuple[Normalizer, nn.Module]], *, hooks: bool = True) -> None:
@@ -62,6 +75,7 @@ class Reach:
 
     def _why(self, layer: Normalizer, replaced: nn.Module, gradients: bool) -> str:
         """Return what happened in place of a layer; "" if it was reached."""
+        # What is frozen gets no gradient, and says nothing.
         trainable = {n: p for n, p in layer.named_parameters() if p.requires_grad}
         silent = [n for n, p in trainable.items() if id(p) not in self.learning]
         if id(replaced) in self.ran:
@@ -110,10 +124,11 @@ def check_reach(
             model.train()
             is_function = len(args) == 1 and callable(args[0]) and not isinstance(args[0], (Tensor, nn.Module))
             # A LightningModule may need its own training_step, which only a function of the user's can call.
-            outputs = args[0](model) if is_function else model(*args, **kwargs)
+            with _eagerly():
+                outputs = args[0](model) if is_function else model(*args, **kwargs)
             # A random weighting: the plain sum of normalized outputs has gradients of zero, which are gradients, and
             # may be cancelled by autograd where a constant is left.
-            losses = [(t * torch.randn_like(t)).sum() for t in _floating(outputs) if t.requires_grad]
+            losses = [(t * torch.randn_like(t)).sum() for t in tensors_in(outputs) if t.requires_grad]
             if losses:
                 torch.autograd.backward(losses)
             reach.look_at_gradients()
@@ -122,15 +137,10 @@ def check_reach(
     return reach.missed()
 
 
-def _floating(outputs: Any) -> Iterator[Tensor]:
-    """Yield the floating-point tensors in whatever a model returned."""
-    if isinstance(outputs, Tensor):
-        if outputs.is_floating_point():
-            yield outputs
-    elif isinstance(outputs, Mapping):
-        yield from (t for value in outputs.values() for t in _floating(value))
-    elif isinstance(outputs, (list, tuple)):
-        yield from (t for value in outputs for t in _floating(value))
+def _eagerly() -> Any:
+    """Run without the graphs of torch.compile: one that is there already sees no hook that is registered now."""
+    # Without the compiler, whose import takes a second, there is no graph.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

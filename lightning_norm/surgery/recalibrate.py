@@ -22,12 +22,13 @@ from lightning_norm.ops.sync import Ranks, active_ranks
 from lightning_norm.surgery.options import Pattern
 from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.select import ModuleSlot, matches
+from lightning_norm.surgery.text_tables import TableReport
 from lightning_norm.surgery.torch_private import TorchBatchNormBase
 from lightning_norm.surgery.walk import names_by_module
 
 
 @dataclass
-class Recalibration:
+class Recalibration(TableReport):
     """What :func:`recalibrate` did; its length is the number of layers.
 
     Args:
@@ -45,10 +46,20 @@ class Recalibration:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __str__(self) -> str:
+    def table(self) -> list[tuple[str, ...]]:
+        """Return one row per layer, below a heading."""
+        rows: list[tuple[str, ...]] = [("layer", "running statistics")]
+        rows += [(name, "re-estimated") for name in self.layers]
+        return rows + [(name, "as they were: no batch went through") for name in self.unused]
+
+    def summary(self) -> str:
+        """Return what was done in one line."""
         text = f"running statistics of {len(self)} layers re-estimated on {self.batches} batches"
         text += f", {self.skipped} left out for a NaN or an infinity" if self.skipped else ""
         return text + (f"; no batch reached {', '.join(self.unused)}" if self.unused else "")
+
+    def __str__(self) -> str:
+        return self.summary()
 
 
 def recalibrate(

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.torch_layers import TORCH_NORMS
+from lightning_norm.surgery.torch_private import TorchConvBase
 from lightning_norm.surgery.walk import MODULE_WRAPPERS
 
 ELSEWHERE = {
@@ -19,7 +20,7 @@ ELSEWHERE = {
 """Classes of other libraries that normalize and derive from none of torch's: module -> names."""
 
 NAME = re.compile(r"Norm(?!al)|^InplaceAbn$|^InPlaceABN|^FrozenBN")
-CONVOLVES = (nn.modules.conv._ConvNd, *MODULE_WRAPPERS)
+CONVOLVES = (TorchConvBase, *MODULE_WRAPPERS)
 
 
 def norm_types() -> tuple[type[nn.Module], ...]:
@@ -32,6 +33,7 @@ def norm_types() -> tuple[type[nn.Module], ...]:
     >>> isinstance(create("sn", 8), norm_types()), isinstance(nn.BatchNorm2d(8), norm_types())
     (True, True)
     """
+    # Only of libraries that the process has imported: without them there is no layer of their classes.
     loaded = [
         getattr(sys.modules[module], name)
         for module, names in ELSEWHERE.items()
@@ -60,6 +62,7 @@ def is_norm(module: nn.Module) -> bool:
     # torch's parametrizations have names such as _SpectralNorm, and normalize weights.
     if kind.__module__.startswith("torch.nn.utils") or not (NAME.search(kind.__name__) or has_running_stats(module)):
         return False
+    # A block called ConvNormAct holds a normalization layer and is none.
     inside = [m for m in module.modules() if m is not module]
     return not any(isinstance(m, (*norm_types(), *CONVOLVES)) or NAME.search(type(m).__name__) for m in inside)
 

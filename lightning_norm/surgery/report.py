@@ -12,13 +12,13 @@ from torch import nn
 
 from lightning_norm.errors import NotReachedWarning
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.behind import TakenActivation
+from lightning_norm.layers.behind import TakenActivation, give_activation
 from lightning_norm.surgery.activations import find_activations, take_activation
 from lightning_norm.surgery.convert import device_and_dtype, restore_original, unchanged_on_error
 from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.reach import check_reach, tell
 from lightning_norm.surgery.select import Left, ModuleSlot
-from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.text_tables import TableReport
 from lightning_norm.surgery.torch_layers import FAMILIES
 
 Row = TypeVar("Row")
@@ -80,7 +80,7 @@ class SwappedLayer:
         return number if isinstance(number, int) else None
 
 
-class SwapReport:
+class SwapReport(TableReport):
     """The outcome of :func:`lightning_norm.swap`: its length, a table, plain data, and the way back.
 
     Args:
@@ -93,6 +93,7 @@ class SwapReport:
     Attributes:
         dry_run: nothing was changed.
         total_before: parameters of the model before the swap, in elements.
+        masks: where each batch's mask comes from; empty without masks.
         unchosen: (name, type, why) of candidates that the options of the swap leave alone.
         order: the names of all modules, as they come in the model.
         activations_left: (name, type, why) of activations that ``fuse_activation`` has left where they were.
@@ -110,8 +111,10 @@ class SwapReport:
         self.frozen = frozen or []
         self.dry_run = True
         self.total_before = 0
+        self.masks = ""
         self.unchosen: list[Left] = []
         self.order: list[str] = []
+        # What a commit puts in place, and an undo takes out again.
         self._undo: list[tuple[ModuleSlot, Normalizer]] = []
         self.activations_left: list[Left] = []
         self._taken: list[tuple[ModuleSlot, TakenActivation, Normalizer]] = []
@@ -171,16 +174,16 @@ class SwapReport:
             return {}
         # Those that a layer has behind it already are computed with it anyway.
         layers = {slot.name: (layer, slot.module) for slot, layer in self._undo if layer.taken_from is None}
-        found, self.activations_left = find_activations(model, layers, how, example)
+        pairs, self.activations_left = find_activations(model, layers, how, example)
         for row in self.layers:
-            row.activation = found.get(row.name, row.activation)
-        return found
+            row.activation = pairs.get(row.name, row.activation)
+        return pairs
 
-    def take_activations(self, model: nn.Module, found: Mapping[str, str]) -> None:
+    def take_activations(self, model: nn.Module, pairs: Mapping[str, str]) -> None:
         """Let layers that are in place compute the activations that were found."""
         layers = {slot.name: layer for slot, layer in self._undo}
         self._taken += [
-            (*take_activation(model, layers[name], name, place), layers[name]) for name, place in found.items()
+            (*take_activation(model, layers[name], name, place), layers[name]) for name, place in pairs.items()
         ]
 
     def merge(self, other: SwapReport) -> None:
@@ -195,6 +198,7 @@ class SwapReport:
         changed = self.total_after - self.total_before
         self.layers += [layer for layer in other.layers if layer.name not in known]
         self._taken += other._taken
+        # A layer that both have passed over is listed once, as the later one saw it.
         for mine, later in (
             (self.skipped, other.skipped),
             (self.others, other.others),
@@ -313,10 +317,12 @@ class SwapReport:
                         f"cannot undo: {slot.name} holds {type(getattr(parent, attribute, None)).__name__} and no "
                         "longer what this swap put in the place of its activation."
                     )
+        # Activations first: the layers have to give them up before they leave.
         for slot, _, layer in self._taken:
-            layer.give_activation()
+            give_activation(layer)
             slot.fill(slot.module)
         self._taken = []
+        # Tensors are handed back layer by layer; where one cannot be, all are left as they were.
         with unchanged_on_error([module for slot, layer in self._undo for module in (slot.module, layer)]):
             for slot, layer in self._undo:
                 restore_original(layer, slot.module, slot.device_and_dtype)
@@ -399,12 +405,15 @@ class SwapReport:
         if taken := [layer for layer in self.layers if layer.activation]:
             lines.append(f"  activation  computed by the layer before it: {len(taken)} (first: {taken[0].activation})")
         lines += [f"  activation  left: {line}" for line in _by_class(self.activations_left)]
+        # What num_groups="auto" came to.
         groups = Counter(n for layer in self.layers if (n := layer.num_groups) is not None)
         if groups:
             counts = ", ".join(f"{n} in {count}" for n, count in sorted(groups.items(), reverse=True))
             lines.append(f"  groups      {counts} layers")
         ghosts = Counter(n for layer in self.layers if (n := layer.norm["init_args"].get("virtual_batch_size")))
         lines += [f"  statistics  of {n} samples at a time in {count} layers" for n, count in ghosts.items()]
+        if self.masks:
+            lines.append(f"  masks       {self.masks}: what is padding there is read by no statistic, in plain PyTorch")
         sync = SYNC[next((layer.sync for layer in self.layers if layer.sync), False)]
         lines.append(f"  backend     {self.layers[0].backend}     sync: {sync}")
         return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
@@ -424,7 +433,8 @@ class SwapReport:
             ", ".join(dict.fromkeys("running statistics" if n.startswith("running") else n for n in names)) or "nothing"
         )
 
-    def __str__(self) -> str:
+    def table(self) -> list[tuple[str, ...]]:
+        """Return one row per layer that a swap could take, below a heading, in the model's order."""
         header = ("layer", "from", "to", "C", "added", "evaluation", "backend", "sync")
         rows = [(name, (name, kind, "-", "", "", f"left alone: {why}", "", "")) for name, kind, why in self._stay()]
         for layer in self.layers:
@@ -446,8 +456,7 @@ class SwapReport:
                 "running" if layer.sync == "running" else "on" if layer.sync else "off",
             )
             rows.append((layer.name, row))
-        table = [header, *(row for _, row in self._in_order(rows, lambda pair: pair[0]))]
-        return "\n".join([aligned(table), "", self.summary()])
+        return [header, *(row for _, row in self._in_order(rows, lambda pair: pair[0]))]
 
     def __repr__(self) -> str:
         return f"SwapReport({len(self)} of {self.candidates} layers{', dry run' if self.dry_run else ''})"

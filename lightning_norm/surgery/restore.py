@@ -23,8 +23,18 @@ def everything_restored(model: nn.Module) -> Iterator[None]:
 
     Parameters, buffers, modes, and every other attribute of its modules: numbers, tensors, lists, dictionaries. So
     queues and their pointers, momentum encoders, counters and metrics are what they were, and the very same objects.
+
+    Args:
+        model: whose modules are looked through; random numbers are for :func:`random_numbers_restored`.
+
+    >>> model = nn.BatchNorm1d(2)
+    >>> with everything_restored(model):
+    ...     _ = model.train()(torch.randn(4, 2) + 9)
+    >>> model.running_mean, int(model.num_batches_tracked)
+    (tensor([0., 0.]), 0)
     """
     undo: list[Undo] = []
+    # A container may hold itself, or be held twice: each is noted once.
     known: set[int] = set()
     for module in model.modules():
         _note_attributes(module, undo, known)
@@ -43,6 +53,11 @@ def random_numbers_restored(*readers: Any) -> Iterator[None]:
     Args:
         readers: loaders. Their samplers and data sets are looked through for generators of torch, numpy and Python, and
             their own attributes, such as the place that a sampler has come to, are put back as well.
+
+    >>> with random_numbers_restored():
+    ...     inside = torch.rand(1)
+    >>> bool(inside == torch.rand(1))
+    True
     """
     undo = [*_global_generators()]
     owners = [reader for reader in readers if reader is not None]

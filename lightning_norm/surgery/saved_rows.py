@@ -25,6 +25,12 @@ def checked_rows(rows: Any, where: str, error: type[Exception], *, may_stay: boo
 
     Raises:
         error: the file, the row and the entry that is wrong.
+
+    >>> checked_rows([{"name": "bn1", "source": "BatchNorm2d", "norm": "sn"}], "plan.yaml", ValueError)[0]["norm"]
+    {'class_path': 'sn', 'init_args': {}}
+    >>> checked_rows([{"name": "bn1", "norm": "sn"}], "plan.yaml", ValueError)
+    Traceback (most recent call last):
+    ValueError: plan.yaml, row 0 ('bn1'): a row without name, source, norm: {'name': 'bn1', 'norm': 'sn'}.
     """
     if not isinstance(rows, list):
         raise error(f"{where}: layers must be a list of rows, got {reprlib.repr(rows)}.")
@@ -95,7 +101,15 @@ def _are_options(value: Any) -> bool:
         return False
     flags = (value[name] for name in ("compile", "frozen") if name in value)
     known = _is_sync(value.get("sync", True)) and value.get("backend", "auto") in BACKENDS
-    return known and all(map(_is_bool, flags))
+    return known and all(map(_is_bool, flags)) and _are_numbers(value.get("scheduled", {}))
+
+
+def _are_numbers(values: Any) -> bool:
+    """Tell whether these are scheduled values by their names; whether each is in its range, its class knows."""
+    return isinstance(values, Mapping) and all(
+        _is_text(name) and (v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)))
+        for name, v in values.items()
+    )
 
 
 # Entries that are not here are for readers of the file alone.
@@ -108,7 +122,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "options": (
         _are_options,
         f"a mapping of sync (true, false, running), compile and frozen (true or false), sync_group, backend (one of "
-        f"{BACKENDS})",
+        f"{BACKENDS}), scheduled (numbers by name)",
     ),
     "activation": (lambda v: isinstance(v, str), "the dotted name of an activation, or empty"),
     "sync": (_is_sync, "true, false or running"),

@@ -90,7 +90,7 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
         derived = isinstance(module, classes) and not isinstance(module, Normalizer)
         if not (lazy or named or derived):
             if not isinstance(module, Normalizer) and is_norm(module):
-                others += [(name, kind.__name__, _how_to_include(module)) for name in names]
+                others += [(name, kind.__name__, _how_to_include(module, known)) for name in names]
             continue
         # A subclass may do more than normalize: it is taken where its outputs say that it does not.
         whole = Whole(None) if lazy else computed_weights(module) or read(module, known)
@@ -110,11 +110,14 @@ def find_slots(model: nn.Module, source: Source | None = None) -> tuple[list[Mod
     return list(slots.values()), skipped, others
 
 
-def _how_to_include(module: nn.Module) -> str:
+def _how_to_include(module: nn.Module, known: dict[Any, Whole | str]) -> str:
     """Return what to type so that a layer which was left alone is swapped, or why none can be."""
     kind = type(module).__name__
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
         return f"it normalizes over the axes {tuple(module.normalized_shape)} and has no channels"
+    whole = computed_weights(module) or read(module, known) if channels_of(module) else None
+    if isinstance(whole, str):  # asked for by name it would be refused, for this reason
+        return whole
     if isinstance(module, TORCH_CLASSES) or is_frozen(module):
         return f"source={kind!r} includes it"
     return f"no layer that a swap knows{f'; source={kind!r} includes it' if channels_of(module) else ''}"
@@ -167,6 +170,7 @@ def assign_norms(
     if options.in_block is not None:
         chosen = at_positions(chosen, blocks_of(model, [slot.module for slot in places]), options.in_block)
         matched |= {f"in_block[{options.in_block!r}]"} if chosen else set()
+    # ``every`` comes last, and counts those that all else has left.
     norms = {**by_rule, **dict.fromkeys(chosen[:: options.every or 1], options.resolved_norm)}
     assigned = [
         (slot, norm) for slot in slots if slot.module not in frozen and (norm := norms.get(slot.module)) is not None
@@ -348,8 +352,19 @@ def choose_layers(
 ) -> dict[str, nn.Module]:
     """Return the modules of these classes that ``include`` and ``exclude`` choose, by their first names.
 
+    Args:
+        model: the network.
+        kinds: classes, with all that derives from them.
+        include: as in :func:`lightning_norm.swap`; ``None`` for all of them.
+        exclude: likewise; ``None`` for none.
+        who: asks, for messages.
+
     Raises:
         ValueError: a pattern matches none of them; ``who`` precedes the message.
+
+    >>> model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    >>> list(choose_layers(model, (nn.BatchNorm2d,), None, "0", "NormFreeze"))
+    ['1']
     """
     places = places_by_module(model)
     slots = [

@@ -79,6 +79,7 @@ def swap(model: nn.Module, options: SwapCall) -> SwapReport:
     (1, 'SwitchableNorm')
     """
     report, unmatched, slots = prepare_swap(model, options)
+    # All that can be wrong is told before the model changes.
     check_patterns(model, slots, unmatched, options.source)
     check_not_empty(model, report, slots, options.source, options.on_empty)
     if report.growth():
@@ -87,6 +88,7 @@ def swap(model: nn.Module, options: SwapCall) -> SwapReport:
         warnings.warn(unsuitable, UnsuitableNormWarning, stacklevel=3)
     if left := report.left_alone(options):
         warnings.warn(left, LeftAloneWarning, stacklevel=3)
+    # In the model as it is: the example runs on the original layers.
     activations = report.find_activations(model, options.fuse_activation, options.example)
     report.commit(not options.dry_run)
     if not options.dry_run:
@@ -128,6 +130,7 @@ def prepare_swap(
                 f"{slot.name}: sync='running': {type(layer).__name__} cannot wait for the optimizer step: "
                 f"{layer.no_window}. Type sync=True, or exclude the layer."
             )
+        # For messages, since a layer does not know its own name.
         if isinstance(state := getattr(layer, "contexts", None), ContextState):
             state.name = slot.name
         if options.compile:

@@ -1,7 +1,8 @@
-"""Tables of text."""
+"""Tables of text, and of HTML for notebooks."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
 
 
@@ -22,3 +23,32 @@ def aligned(rows: Iterable[Sequence[str]], numbers: bool = False) -> str:
         for row in rows
     ]
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+class TableReport:
+    """A report that prints as a table with a line below, and that a notebook shows as one.
+
+    A subclass defines :meth:`table`, and :meth:`summary` where there is a line below.
+    """
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Return the heading and the rows."""
+        raise NotImplementedError(f"{type(self).__name__} must define table(self) -> list[tuple[str, ...]].")
+
+    def summary(self) -> str:
+        """Return what stands below the table."""
+        return ""
+
+    def __str__(self) -> str:
+        return "\n\n".join(filter(None, (aligned(self.table()), self.summary())))
+
+    def _repr_html_(self) -> str:
+        head, *rows = self.table()
+        lines = [_html_row("th", head), *(_html_row("td", row) for row in rows)]
+        below = f"<pre>{html.escape(self.summary())}</pre>" if self.summary() else ""
+        return f"<table>{''.join(lines)}</table>{below}"
+
+
+def _html_row(tag: str, cells: Iterable[str]) -> str:
+    """Return a row, aligned to the left as the text is."""
+    return f"<tr>{''.join(f'<{tag} style=text-align:left>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"

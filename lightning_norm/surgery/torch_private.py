@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch.nn.modules import batchnorm
+from torch.nn.modules import batchnorm, conv, instancenorm
+from torch.utils import _python_dispatch, _pytree
 
 from lightning_norm.ops.torch_private import HOOK_ATTRIBUTES as HOOK_ATTRIBUTES
 from lightning_norm.ops.torch_private import has_hooks as has_hooks
@@ -23,3 +24,15 @@ TorchBatchNormBase = batchnorm._BatchNorm
 
 # The same with InstanceNorm1d, 2d and 3d.
 TorchRunningNormBase = batchnorm._NormBase
+
+# Without BatchNorm: of statistics per sample, which are averaged in another way.
+TorchInstanceNormBase = instancenorm._InstanceNorm
+
+# All convolutions, transposed and lazy ones included.
+TorchConvBase = conv._ConvNd
+
+# ``torch.utils._pytree`` has no public twin that knows the outputs of libraries, which register their classes there.
+tree_leaves = _pytree.tree_leaves
+
+# torch's documentation names it, and exports it under no public name.
+TorchDispatchMode = _python_dispatch.TorchDispatchMode

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_norm.layers.base import Normalizer
@@ -50,6 +51,7 @@ def names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
     """
     clean = name_cleaner(model)
     names: dict[nn.Module, list[str]] = {}
+    # Under each of its names, in the order of the model.
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(clean(name))
     return names
@@ -126,3 +128,19 @@ def rename_for_wrappers(model: nn.Module, state_dict: Mapping[str, Any]) -> Any:
     for old, new in renamed.items():
         result[new] = state_dict[old]  # type: ignore[index]  # a dict or an OrderedDict
     return result
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in whatever a model returned: in mappings, sequences and dataclasses, one in the other.
+
+    >>> [t.item() for t in tensors_in({"a": torch.tensor(1), "b": [torch.tensor(2), "text"]})]
+    [1, 2]
+    """
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from (t for v in output.values() for t in tensors_in(v))
+    elif isinstance(output, (list, tuple)):
+        yield from (t for v in output for t in tensors_in(v))
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        yield from (t for field in dataclasses.fields(output) for t in tensors_in(getattr(output, field.name)))

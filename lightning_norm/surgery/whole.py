@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,24 +77,57 @@ def read(module: nn.Module, known: dict[Any, Whole | str] | None = None) -> Whol
     base = next((cls for cls in kind.__mro__ if cls in TORCH_CLASSES), nn.BatchNorm2d if is_frozen(module) else None)
     # torch's LayerNorm takes channels last, and every other layer of torch's takes them second.
     last = -1 if base is nn.LayerNorm else 1
-    if base is None:
-        tokens = hasattr(module, "normalized_shape") or re.search(r"(R[Mm][Ss]|Layer)Norm$", kind.__name__)
-        return Whole(None, channel_dim=-1 if tokens else 1)
     if kind is base and "forward" not in vars(module):
         return Whole(base, True, channel_dim=last)
-    if hasattr(module, "parametrizations"):
+    if base is not None and hasattr(module, "parametrizations"):
         return "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first"
     tensors = [n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-    if beyond := [name for name in tensors if name not in TENSORS]:
+    if base is not None and (beyond := [name for name in tensors if name not in TENSORS]):
         return f"it holds {', '.join(beyond)} beside the tensors of {base.__name__}"
-    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+    if base is not None and any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return _trusted(module, base) or "its forward cannot be measured on the meta device"
     key = _arguments_of(module)
-    if known is None or key is None:
-        return _measured(module, base)
-    if key not in known:
-        known[key] = _measured(module, base)
+    if key is None or known is None or key not in known:
+        whole = _of_another_base(module) if base is None else _measured(module, base)
+        if key is None or known is None:
+            return whole
+        known[key] = whole
     return known[key]
+
+
+def _of_another_base(module: nn.Module) -> Whole | str:
+    """Return on which axis a class of no base of torch's has its channels, or why it does more than normalize.
+
+    Both by trial, and the axis by its name where trial does not tell. In evaluation f(x) + f(-x) is the same for every
+    x where f is affine with fixed statistics or with ones that change their sign with x. With an activation it is not.
+    """
+    kind = type(module)
+    tokens = hasattr(module, "normalized_shape") or re.search(r"(R[Mm][Ss]|Layer)Norm$", kind.__name__)
+    guess = 1 if re.search(r"[123]d$", kind.__name__) or not tokens else -1
+    c = channels_of(module)
+    if not c or any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        return Whole(None, channel_dim=guess)
+    sides = [side for side in (5, 7, 9) if side != c]
+    sizes: list[list[int]] = [sides[:2], sides[:1], [*sides[:2], 3]]
+    runs: dict[int, tuple[int, ...]] = {}
+    with isolated(module):
+        try:
+            twin = randomized(module).eval()
+        except Exception:  # a user's class may hold anything
+            return Whole(None, channel_dim=guess)
+        for shape, dim in ((s, d) for size in sizes for s, d in (((4, c, *size), 1), ((4, *size, c), -1))):
+            with suppress(Exception):  # of the other axis, or of another number of axes
+                _seeded(copy.deepcopy(twin), _input(twin, shape))
+                runs.setdefault(dim, shape)
+        dim = guess if guess in runs or not runs else next(iter(runs))
+        if dim not in runs:
+            return Whole(None, channel_dim=dim)
+        x = _input(twin, runs[dim])
+        inputs = (x, 1.5 * x.roll(1, 0))
+        one, two = (_seeded(copy.deepcopy(twin), x) + _seeded(copy.deepcopy(twin), -x) for x in inputs)
+    if difference(one, two):
+        return "its own forward does more than normalize, such as an activation, and a swap would drop that"
+    return Whole(None, channel_dim=dim)
 
 
 def _arguments_of(module: nn.Module) -> tuple[Any, ...] | None:
@@ -126,9 +159,11 @@ def _behind(module: nn.Module) -> tuple[str, ...]:
 def _measured(module: nn.Module, base: type[nn.Module]) -> Whole | str:
     """Return what a module is, by its outputs, or in what it differs from the nearest thing that it could be."""
     frozen = is_frozen(module)
+    # In training SyncBatchNorm would wait for ranks that are not here.
     modes = (False,) if base is nn.SyncBatchNorm and is_running() else (True, False)
     children = _behind(module)
     last = (-1, 1) if base is nn.LayerNorm else (1,)
+    # With its children called behind, as timm calls them, or without; with channels last, or second.
     wholes = [Whole(base, False, b, dim, frozen) for b in dict.fromkeys((children, ())) for dim in last]
     # The nearest miss is told: it is most likely what the class was meant to be.
     reasons: list[tuple[float, str]] = []
@@ -152,12 +187,12 @@ def _compare(twin: nn.Module, whole: Whole, modes: Sequence[bool]) -> tuple[floa
     for shape in inputs_of(twin, whole):
         x = _input(twin, shape)
         try:
-            found = [_differences(twin, whole, x, training) for training in modes]
+            apart = [_differences(twin, whole, x, training) for training in modes]
         except Exception as error:  # a user's class may raise anything
             what = what or f"its own forward raises on an input {shape}: {_first_line(error)}"
             continue
         agreed += 1
-        for training, (outputs, statistics) in zip(modes, found, strict=True):
+        for training, (outputs, statistics) in zip(modes, apart, strict=True):
             if max(outputs, statistics) > worst:
                 worst = max(outputs, statistics)
                 quantity = "outputs" if outputs > 0 else "running statistics"
@@ -222,10 +257,16 @@ def channels_of(module: nn.Module) -> int | None:
 
 
 def plain_of(twin: nn.Module, whole: Whole) -> nn.Module:
-    """Turn a copy of a module into the plain layer of torch's with the same tensors."""
+    """Turn a copy of a module into the plain layer of torch's with the same tensors.
+
+    Args:
+        twin: the copy, which is changed.
+        whole: what it is taken for. A frozen one keeps its class, for torch has none.
+    """
     # A forward that was replaced on the instance would hide that of the class.
     vars(twin).pop("forward", None)
     if not whole.frozen and whole.kind is not None:
+        # The same object as another class: its tensors and arguments need no copying.
         twin.__class__ = nn.BatchNorm2d if whole.kind is nn.SyncBatchNorm else whole.kind
     return twin
 
@@ -278,6 +319,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     distance = float((a - b).abs().max())
     if distance <= TOLERANCE * max(1.0, float(a.abs().max())):
         return 0.0
+    # NaN, which does not equal even itself, is as far off as can be.
     return distance if distance == distance else float("inf")
 
 
@@ -311,6 +353,12 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: which the block may run, or a copy of which; gradients are off in the block.
+
+    >>> layer, before = nn.BatchNorm1d(2), torch.get_rng_state()
+    >>> with isolated(layer):
+    ...     _ = layer(torch.randn(4, 2))
+    >>> int(layer.num_batches_tracked), torch.equal(torch.get_rng_state(), before)
+    (0, True)
     """
     devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
     # A forward that was replaced on the instance may be a closure over the module itself, and run that in place of its
@@ -333,6 +381,9 @@ def measured_difference(module: nn.Module, whole: Whole, make: Callable[[nn.Modu
         module: before the swap; a copy of it is run.
         whole: what it is beside its class.
         make: from a module to its replacement.
+
+    >>> measured_difference(nn.BatchNorm2d(4), Whole(nn.BatchNorm2d, True), lambda m: nn.BatchNorm2d(4)) > 0
+    True
     """
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return "it is on the meta device"

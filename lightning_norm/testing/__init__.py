@@ -2,3 +2,4 @@
 
 from lightning_norm.testing.conformance import checks as checks
 from lightning_norm.testing.conformance import conform as conform
+from lightning_norm.testing.ranks import run_ranks as run_ranks

@@ -16,6 +16,7 @@ from lightning_norm.testing import (
     frozen,
     gradients,
     graphs,
+    in_models,
     inputs,
     layouts,
     masks,
@@ -26,7 +27,20 @@ from lightning_norm.testing import (
 )
 from lightning_norm.testing.kit import REGISTRY, Check, Make
 
-GROUPS = (layouts, gradients, numerics, inputs, declarations, state, frozen, graphs, transforms, masks, parallel)
+GROUPS = (
+    layouts,
+    gradients,
+    numerics,
+    inputs,
+    declarations,
+    state,
+    frozen,
+    in_models,
+    graphs,
+    transforms,
+    masks,
+    parallel,
+)
 
 
 def checks() -> dict[str, Check]:

@@ -195,7 +195,10 @@ def scheduled(make: Make) -> None:
         # New layers, for the ones above have moved their running statistics.
         fresh = zip(variants(make, name, low), variants(make, name, high), strict=True)
         moved = [distance(outcome(a), outcome(b)) for a, b in fresh]
-        assert max(moved) > 1e-6, f"{name} has no effect at {low} against {high}, whatever flag is set"
+        assert max(moved) > 1e-6, (
+            f"{name} has no effect at {low} against {high}, whatever flag is set: let __init__ refuse it, as a layer "
+            "without running statistics refuses momentum, or name it in without_effect()"
+        )
         layer = make(C)
         # ``None`` is a value like any other where the signature allows it.
         nothing = () if span.optional else (None,)

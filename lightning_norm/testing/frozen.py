@@ -15,6 +15,7 @@ from lightning_norm.testing.kit import C, Make, built, check, features, noise, r
 @check
 def paused_statistics_stand_still(make: Make) -> None:
     """``with paused_statistics(layer)``: outputs and gradients are those without it, and no buffer moves."""
+    # Some normalizers keep running statistics only where they are asked to.
     for arguments in ({}, {"track_running_stats": True}):
         try:
             layer = built(make, torch.float64, **arguments)
@@ -33,6 +34,7 @@ def paused_statistics_stand_still(make: Make) -> None:
         # The pass in the block has left nothing behind that the next one would see.
         for name, value in _buffers(layer).items():
             same(value, after[name], 1e-12, f"after the block, {name}")
+    # Under autocast inputs are narrow, and buffers in float32 must stand still all the same.
     narrow = built(make)
     before = _buffers(narrow)
     with paused_statistics(narrow), torch.autocast("cpu", torch.bfloat16):
@@ -54,6 +56,7 @@ def frozen_statistics(make: Make) -> None:
     before = _buffers(layer)
     same_step(seeded(step, layer.train(), x, dy), evaluated, 1e-12, "frozen, in training")
     _stood_still(layer, before, "frozen")
+    # What is frozen stays so in a copy, whatever mode is asked for.
     twin = copy.deepcopy(layer).eval().train()
     assert not twin.training, "a copy of a frozen layer trains its statistics"
     layer.freeze_statistics(False)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.scheduled import saved_values
 from lightning_norm.testing.kit import C, Make, built, check, features, noise, same, seeded, statistics, step
 
 
@@ -144,7 +145,7 @@ def other_passes_before_the_backward_pass(make: Make) -> None:
             y = seeded(layer, x)
             if disturbed:
                 layer.train(second)(features(5, C, 7, 3, seed=2))
-                for name, value in layer.saved_values().items():
+                for name, value in saved_values(layer).items():
                     setattr(layer, name, value)
             gradients.append(torch.autograd.grad(y, x, dy)[0])
         same(gradients[1], gradients[0], 0.0, f"training={first}, then training={second}: input gradient")

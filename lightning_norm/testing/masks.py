@@ -46,6 +46,7 @@ def takes_masks(layer: Normalizer) -> bool:
 
 def padded(t: Tensor, garbage: float) -> Tensor:
     """Return t with one more sample, and with more positions, all of them ``garbage``."""
+    # With a whole sample of padding behind the others.
     out = t.new_full((t.shape[0] + 1, C, *PADDED), garbage)
     out[:-1, :, : t.shape[2], : t.shape[3]] = t
     return out
@@ -98,6 +99,7 @@ def masked_equals_unpadded(make: Make) -> None:
             return
         what = f"masked, training={training}"
         same_step(seeded(masked_step, masked, x, dy), seeded(step, plain, x, dy), 1e-10, what)
+        assert masked.last_mask is not None, "the monitor does not hear of the mask"
         for name, value in statistics(plain).items():
             same(statistics(masked)[name], value, 1e-10, f"{what}, {name}")
 
@@ -110,6 +112,7 @@ def masked_batch_of_padding(make: Make) -> None:
         return
     before = {name: b.clone() for name, b in layer.named_buffers() if name in layer.running_names}
     nothing = torch.zeros(3, *SIZES, dtype=torch.bool)
+    # Infinities, since one times the 0 of a mask would show as NaN.
     x = torch.full((3, C, *SIZES), float("inf"), dtype=torch.float64)
     got = step(_Called(layer, functools.partial(layer, mask=nothing)), x, torch.ones_like(x))
     assert not got.y.any(), "output of padding is not 0"
@@ -127,6 +130,7 @@ def masked_second_derivative(make: Make) -> None:
     if not takes_masks(layer):
         return
     x, dy = features(3, C, *SIZES, dtype=torch.float64), noise(3, C, *SIZES, seed=7, dtype=torch.float64)
+    # As it is and padded: the second derivatives must be the same.
     results = []
     for pad in (False, True):
         twin, leaf = copy.deepcopy(layer), x.clone().requires_grad_()
@@ -150,6 +154,7 @@ def ghost_batches(make: Make) -> None:
     ghost = wide(functools.partial(make, virtual_batch_size=3))
     assert "virtual_batch_size=3" in repr(ghost), f"repr does not show it: {ghost!r}"
 
+    # Seven samples by threes: the one that is left over joins the second group.
     def parts(x: Tensor) -> Tensor:
         return torch.cat([whole(part) for part in (x[:3], x[3:])])
 
@@ -174,6 +179,7 @@ def statistics_move_once(make: Make) -> None:
             same_step(seeded(_two_steps, layer, _Called(layer, call), x, dy), expected, 1e-10, f"{reentrant=}, {size=}")
             for name, value in layer.named_buffers():
                 same(value, buffers[name], 1e-10, f"{name}, {reentrant=}, {size=}")
+        # A pass in a pause counts as little as the second run of a checkpoint.
         with paused_statistics(plain):
             plain(2 * x)
         for name, value in plain.named_buffers():

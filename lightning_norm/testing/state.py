@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.scheduled import saved_values
 from lightning_norm.testing.kit import C, Make, built, check, features, noise, same, same_step, step
 
 
@@ -69,15 +70,15 @@ def evaluation_is_saved(make: Make) -> None:
         fresh, state = make(C), torch.load(file, weights_only=True)
         fresh.load_state_dict(state, assign=assign)
         same(fresh.eval()(x), layer.eval()(x), 0.0, f"loaded with assign={assign}, evaluation")
-        for name, value in layer.saved_values().items():
+        for name, value in saved_values(layer).items():
             assert getattr(fresh, name) == value, f"{name} = {value} is {getattr(fresh, name)} after loading"
         make(C).load_state_dict({n: t for n, t in state.items() if n[1:] not in layer.ranges}, assign=assign)
         behind = copy.deepcopy(layer)
-        for name in layer.saved_values():
+        for name in saved_values(layer):
             setattr(behind, name, max(layer.ranges[name].low, 0))
         averaged = torch.optim.swa_utils.AveragedModel(behind)
         averaged.update_parameters(layer)
-        for name, value in layer.saved_values().items():
+        for name, value in saved_values(layer).items():
             assert getattr(averaged.module, name) == value, f"AveragedModel: {name} is {getattr(averaged.module, name)}"
 
 
@@ -126,8 +127,8 @@ def without_bias(make: Make) -> None:
         setattr(source, name, None)
         taken = make(C).double()
         taken.take_from(source)
-        held = {t.target for t in taken.translations if t.source == name}
-        assert getattr(taken, name) is None or name in held, f"take_from made up a {name}"
+        translated = {t.target for t in taken.translations if t.source == name}
+        assert getattr(taken, name) is None or name in translated, f"take_from made up a {name}"
         plain = taken.plain(4)
         other = {"weight": "bias", "bias": "weight"}[name]
         if plain is not None and getattr(taken, other) is not None and getattr(plain, other) is getattr(taken, other):

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # no public name
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.ops.torch_private import fake_tensor_mode
 from lightning_norm.testing.gradients import as_function
 from lightning_norm.testing.kit import C, Make, built, check, features, noise, refused, same, seeded, statistics
 
@@ -77,6 +77,7 @@ def traced(make: Make) -> None:
             program = seeded(torch.jit.trace, network, sample(), check_trace=False)
         frozen = [f"{w.filename}:{w.lineno}: {w.message}" for w in caught if issubclass(w.category, TracerWarning)]
         assert not frozen, "the graph holds constants:\n" + "\n".join(frozen)
+        # Tracing has run the layer, which moved the statistics in the graph.
         program.load_state_dict({f"0.{name}": value for name, value in layer.state_dict().items()}, strict=False)
         for shape in ((3, C, 4, 3), (7, C, 6, 5)):
             x = sample(*shape, seed=9)
@@ -115,6 +116,7 @@ def torch_func(make: Make) -> None:
     same(jacrev(lambda x: (layer(x) * dy).sum())(x), leaf.grad, CLOSE, "torch.func.jacrev")
     if not parameters:
         return
+    # Per-sample gradients, as differentially private training asks for them.
     each = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x.unsqueeze(1), dy.unsqueeze(1))
     for name in names:
         wanted = expected[name]
@@ -124,6 +126,7 @@ def torch_func(make: Make) -> None:
             same(each[name].sum(0), wanted, CLOSE, f"per-sample gradients, {name}")
     batches = torch.stack([x, sample(seed=4)])
     same(vmap(layer)(batches), torch.stack([layer(batch) for batch in batches]), CLOSE, "vmap")
+    # An ensemble: layers of different parameters, run as one.
     members: list[nn.Module] = [copy.deepcopy(layer) for _ in range(3)]
     for i, member in enumerate(members):
         with torch.no_grad():
@@ -217,11 +220,12 @@ def fake_and_proxy(make: Make) -> None:
     for training in (False, True):
         layer = wide(make, training)
         network, twin = nn.Sequential(layer), nn.Sequential(copy.deepcopy(layer))
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with fake_tensor_mode(allow_non_fake_inputs=True) as mode:
             y = twin(mode.from_tensor(sample()))
         assert y.shape == SHAPE, f"fake tensors, training={training}: output {tuple(y.shape)}"
         y = copy.deepcopy(network).to("meta")(sample().to("meta"))
         assert y.shape == SHAPE, f"meta, training={training}: output {tuple(y.shape)}"
+        # With symbolic sizes the graph must serve an input of another size, too.
         for kind in ("real", "symbolic"):
             graph = make_fx(functools.partial(called, layer), tracing_mode=kind, _allow_non_fake_inputs=True)
             with torch.no_grad():

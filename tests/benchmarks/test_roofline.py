@@ -105,15 +105,15 @@ def test_what_is_measured_without_arguments():
 
 def test_what_the_bars_need_comes_first():
     keys = list(normalizers())
-    found = list(stages(SHAPES, ["fp32", "bf16"], keys, True, True))
-    plain = (*found[0].cases, *found[3].cases)
+    got = list(stages(SHAPES, ["fp32", "bf16"], keys, True, True))
+    plain = (*got[0].cases, *got[3].cases)
     assert len(plain) == 4 * 2 * 2 == len({str(case) for case in plain})
     needed = [case.small or case.bytes >= 50e6 for case in plain]
     assert needed == sorted(needed, reverse=True)
-    assert sum(needed) == len(found[0].cases) == 14  # all but the maps of 14 x 14 in bf16
-    assert found[1:3] == [Stage(keys=("sn",)), Stage(keys=("sn",), compiled=True)]
-    assert next(s.cases[0].shape for s in found if s.cases and s.cases[0].compiled) == SHAPES[0]
-    assert {k for s in found if s.compiled for k in s.keys} == set(keys) == {k for s in found for k in s.keys}
+    assert sum(needed) == len(got[0].cases) == 14  # all but the maps of 14 x 14 in bf16
+    assert got[1:3] == [Stage(keys=("sn",)), Stage(keys=("sn",), compiled=True)]
+    assert next(s.cases[0].shape for s in got if s.cases and s.cases[0].compiled) == SHAPES[0]
+    assert {k for s in got if s.compiled for k in s.keys} == set(keys) == {k for s in got for k in s.keys}
     first = list(stages([(8, 6)], ["fp32"], ["bn", "gn"], False, True))
     assert [(len(s.cases), s.keys) for s in first] == [(0, ()), (0, ("bn",)), (1, ()), (0, ()), (0, ("gn",)), (0, ())]
 

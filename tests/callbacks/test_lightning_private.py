@@ -22,7 +22,6 @@ from lightning_norm.callbacks.lightning_private import (
     synchronizes_batchnorm,
     tag_prefix,
     without_iterator,
-    writes_default_metric,
 )
 from tests.callbacks.toy import Net, loader, trainer
 
@@ -90,8 +89,6 @@ def test_tensorboard_logger(tmp_path):
     assert tag_prefix(TensorBoardLogger(tmp_path)) == ""
     logger = TensorBoardLogger(tmp_path, prefix="run", default_hp_metric=False)
     assert tag_prefix(logger) == "run-"
-    assert not writes_default_metric(logger)
-    assert writes_default_metric(TensorBoardLogger(tmp_path))
     event_writer(logger).add_summary(Summary(value=[Summary.Value(tag="a", simple_value=1.0)]), 0)
     logger.finalize("success")
     assert list(tmp_path.rglob("events.*"))

@@ -64,11 +64,11 @@ class TestInstances:
 
     def test_what_was_on_the_instance_is_called_and_comes_back(self):
         thing = Thing()
-        thing.speak = own = lambda word: f"own {word}"
+        thing.speak = custom = lambda word: f"own {word}"
         with Patches() as patches:
             patches.wrap(thing, "speak", loudly)
             assert thing.speak("a") == "own a!"
-        assert vars(thing) == {"speak": own}
+        assert vars(thing) == {"speak": custom}
 
     @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
     def test_owners_undo_in_any_order(self, order):

@@ -108,3 +108,15 @@ def test_group_norm_and_silu_stand_beside_torchs():
         "1x32x2x3x4 channels_last + silu",
     ]
     assert all(r["vs_peer"] for r in rows if r["name"] == "gn")
+
+
+def test_inputs_without_positions():
+    every = ",".join(lightning_norm.normalizers())
+    rows = run(["--shapes", "8x6", "--norms", every, "--repeats", "2", "--no-compile"])
+    assert {r["name"] for r in rows} >= {"torch", "bn", "gn", "sn"}
+    assert not {r["name"] for r in rows} & {"in", "asr", "ibn", "frn"}  # one value per statistic
+
+
+def test_one_round_has_no_quartiles():
+    with pytest.raises(ValueError, match="--repeats must be 2 or more"):
+        run(["--shapes", "8x6", "--repeats", "1"])

@@ -153,6 +153,17 @@ def test_a_sweep_over_any_entry(job, capsys):
     }  # fmt: skip
 
 
+def test_points_of_a_sweep_stand_in_their_order():
+    records = [made_up("bn", 0, 0.5, {"batch": b}) for b in ("128", "2", "32")]
+    assert [dict(p)["batch"] for p in Report(records, "val/acc", True, False, "bn").points] == ["2", "32", "128"]
+
+
+def test_a_second_configuration_wins_over_the_first(job, monkeypatch):
+    Path("full.yaml").write_text("trainer: {max_epochs: 1}")
+    compare.run([*job(), "--config", "full.yaml", "--seeds", "1", "--norms", "bn"])
+    assert [len(r["history"]["val/acc"]) for r in RunStore(Path("compare")).read_all()] == [1]
+
+
 def test_hparams_of_runs_with_different_arguments_unite():
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import plugin_data_pb2

@@ -11,7 +11,7 @@ from lightning_norm.errors import CheckpointError
 # LightningCLI 2.6 calls names that jsonargparse renamed in 4.5x.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
-OWN = """
+CUSTOM = """
 import torch
 from tests.callbacks.toy import Net
 
@@ -31,7 +31,7 @@ def trained(tmp_path, monkeypatch):
     from lightning_norm import NormSwap
     from tests.callbacks.toy import loader, trainer
 
-    (tmp_path / "exported_job.py").write_text(OWN)
+    (tmp_path / "exported_job.py").write_text(CUSTOM)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     sys.modules.pop("exported_job", None)

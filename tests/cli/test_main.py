@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 SN = str(CONFIGS / "digits_sn.yaml")
 QUICK = ["--trainer.fast_dev_run", "1", "--data.batch_size", "8", "--trainer.enable_progress_bar", "false"]
 
-OWN = """
+CUSTOM = """
 import lightning.pytorch as pl
 import torch
 from torch import nn
@@ -233,7 +233,7 @@ def test_a_missing_file_and_a_missing_model_are_told(capfd):
 
 
 def test_a_users_own_module_and_data_less_model(tmp_path, capfd):
-    (tmp_path / "own_job.py").write_text(OWN)
+    (tmp_path / "own_job.py").write_text(CUSTOM)
     main(
         ["fit", "--model", "own_job.OwnModel", "--trainer.max_epochs", "1", "--trainer.callbacks+=NormSwap",
          "--trainer.callbacks.norm=sn", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false",
@@ -245,7 +245,7 @@ def test_a_users_own_module_and_data_less_model(tmp_path, capfd):
 
 
 def test_a_users_own_error_keeps_its_traceback(tmp_path):
-    (tmp_path / "broken_job.py").write_text(OWN.replace("self.lost = []", "raise ValueError('mine')"))
+    (tmp_path / "broken_job.py").write_text(CUSTOM.replace("self.lost = []", "raise ValueError('mine')"))
     with pytest.raises(ValueError, match="mine"):
         main(["fit", "--model", "broken_job.OwnModel", "--trainer.logger", "false"])
 

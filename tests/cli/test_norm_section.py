@@ -143,8 +143,8 @@ def test_callbacks_are_added_by_a_second_file_and_on_the_command_line():
         "--config", first, "--config", "more.yaml", "--trainer.callbacks+=NormMonitor",
         "--trainer.callbacks.prefix=mine", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs",
     )  # fmt: skip
-    found = [type(c) for c in cli.trainer.callbacks[:4]]
-    assert found == [NormSwap, EMAWeightAveraging, NormScheduler, NormMonitor]
+    got = [type(c) for c in cli.trainer.callbacks[:4]]
+    assert got == [NormSwap, EMAWeightAveraging, NormScheduler, NormMonitor]
     assert cli.trainer.callbacks[3].prefix == "mine"
     assert cli.model.net[1].momentum == 0.3
 

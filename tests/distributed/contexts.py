@@ -13,8 +13,8 @@ from tests.normalizers.test_contexts import images
 
 class Reporting(LateNet):
     def on_fit_end(self):
-        held = {name: t for name, t in self.state_dict().items() if not name.startswith("net.0")}
-        torch.save(held, f"{sys.argv[1]}.{self.global_rank}")
+        stored = {name: t for name, t in self.state_dict().items() if not name.startswith("net.0")}
+        torch.save(stored, f"{sys.argv[1]}.{self.global_rank}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def train(key, case, arguments=None, dtype=torch.float64, rank=0, world=1, compi
         run = torch.compile(net, backend="aot_eager", fullgraph=True)
     if world > 1:
         run = DistributedDataParallel(run, **ddp)
-    found = {}
+    got = {}
     for step in range(STEPS * accumulate):
         last = (step + 1) % accumulate == 0
         x, dy = (t.to(dtype) for t in data(step))
@@ -81,13 +81,13 @@ def train(key, case, arguments=None, dtype=torch.float64, rank=0, world=1, compi
             y = run(x)
             # a loss per sample that no normalizer annuls; DDP averages over ranks
             (((y * dy).sum() + y.square().sum() / 9) / N / C * world).backward()
-        found[f"output {step}"] = y.detach().clone()
-        found[f"input gradient {step}"] = x.grad / world
+        got[f"output {step}"] = y.detach().clone()
+        got[f"input gradient {step}"] = x.grad / world
         if last:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    held = {name: value.detach().clone() for name, value in net.state_dict().items()}
-    return found, copy.deepcopy(held)
+    stored = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    return got, copy.deepcopy(stored)
 
 
 def train_all(rank, world, jobs):
@@ -104,5 +104,5 @@ def train_all(rank, world, jobs):
 
 def joined(results):
     """Put the shares of all ranks together; return them, and what each rank holds."""
-    shares = [found for found, _ in results]
-    return {name: torch.cat([share[name] for share in shares]) for name in shares[0]}, [held for _, held in results]
+    parts = [got for got, _ in results]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, [state for _, state in results]

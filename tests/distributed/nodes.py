@@ -34,7 +34,7 @@ def fit(group):
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    found = {group: fit(group) for group in ("world", "node", 2)}
-    rank = found["world"][0]
-    found = {group: held for group, (_, held) in found.items()}
-    torch.save({"number": os.environ["GROUP_RANK"], **found}, f"{sys.argv[1]}.{rank}")
+    got = {group: fit(group) for group in ("world", "node", 2)}
+    rank = got["world"][0]
+    got = {group: stored for group, (_, stored) in got.items()}
+    torch.save({"number": os.environ["GROUP_RANK"], **got}, f"{sys.argv[1]}.{rank}")

@@ -12,14 +12,14 @@ from lightning_norm import NormSwap
 from tests.callbacks.toy import Net, loader
 
 
-class Kept(Net):
+class Stored(Net):
     def on_train_end(self):
         if self.global_rank == 0:
             torch.save(self.state_dict(), sys.argv[2])
 
 
 if __name__ == "__main__":
-    model, swap = Kept(), NormSwap("sn")
+    model, swap = Stored(), NormSwap("sn")
     trainer = Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -34,10 +34,10 @@ if __name__ == "__main__":
     if sys.argv[3:] != ["late"]:
         swap.swap_before_launch(model)
     trainer.fit(model, loader(16, 4))
-    learned, held = torch.load(sys.argv[2]), model.state_dict()
-    assert learned.keys() == held.keys(), learned.keys() ^ held.keys()
-    assert all(torch.equal(value, held[name]) for name, value in learned.items())
-    assert not torch.equal(held["net.1.mean_weight"], torch.ones(3))
+    learned, stored = torch.load(sys.argv[2]), model.state_dict()
+    assert learned.keys() == stored.keys(), learned.keys() ^ stored.keys()
+    assert all(torch.equal(value, stored[name]) for name, value in learned.items())
+    assert not torch.equal(stored["net.1.mean_weight"], torch.ones(3))
     assert len(swap.report) == 1
     trainer.test(model, loader(8, 4), verbose=False)
     swap.report.undo()

@@ -40,16 +40,20 @@ SAME = ("key", "case", "arguments", "accumulate")
 def compare(world, jobs):
     """Train each job on ``world`` ranks and on one, and compare all there is."""
     wrong = []
-    for job, found in zip(jobs, zip(*run_ranks(train_all, world, world, jobs, timeout=3600), strict=True), strict=True):
+    for job, results in zip(
+        jobs, zip(*run_ranks(train_all, world, world, jobs, timeout=3600), strict=True), strict=True
+    ):
         reference = {name: value for name, value in job.items() if name in SAME}
-        expected, held = train(**reference)
-        parts, states = joined(found)
-        single, own = ({}, {}) if job.get("dtype", F64) == F64 else train(**reference, dtype=torch.float32)
+        expected, stored = train(**reference)
+        parts, states = joined(results)
+        single, narrow = ({}, {}) if job.get("dtype", F64) == F64 else train(**reference, dtype=torch.float32)
         wrong += [(job, e) for n, v in expected.items() if (e := apart(parts[n], v, single.get(n), n))]
         for rank, state in enumerate(states):
-            wrong += [(job, e) for n, v in held.items() if (e := apart(state[n], v, own.get(n), f"{n} of rank {rank}"))]
             wrong += [
-                (job, f"{n} of rank {rank} is not rank 0's") for n in held if not torch.equal(state[n], states[0][n])
+                (job, e) for n, v in stored.items() if (e := apart(state[n], v, narrow.get(n), f"{n} of rank {rank}"))
+            ]
+            wrong += [
+                (job, f"{n} of rank {rank} is not rank 0's") for n in stored if not torch.equal(state[n], states[0][n])
             ]
     assert not wrong, f"{len(wrong)} differences, the first: {wrong[0]}"
 

@@ -26,10 +26,10 @@ def ended(tmp_path_factory):
 
 
 def test_the_rank_that_is_left_ends_with_an_error(ended):
-    survivors = {name: found for name, found in ended.items() if name != "alone"}
-    for name, found in survivors.items():
-        assert found["error"] == "SyncError", (name, found)
-        assert "the ranks did not meet to pool the statistics" in found["text"]
+    survivors = {name: got for name, got in ended.items() if name != "alone"}
+    for name, got in survivors.items():
+        assert got["error"] == "SyncError", (name, got)
+        assert "the ranks did not meet to pool the statistics" in got["text"]
     for waits in ("exhausted", "silent"):  # nothing tells it earlier
         assert "Timed out" in survivors[waits]["text"], (waits, survivors[waits])
     for told in ("killed", "finished", "unplugged"):

@@ -47,14 +47,14 @@ def test_statistics_of_the_world_and_of_the_node(tmp_path):
         for log in logs:
             log.close()
     assert codes == [0, 0], (tmp_path / "agent0").read_text()[-3000:]
-    held = [torch.load(f"{tmp_path}/held.{rank}") for rank in range(4)]
-    assert [h["number"] for h in held] == sorted(h["number"] for h in held)
+    stored = [torch.load(f"{tmp_path}/held.{rank}") for rank in range(4)]
+    assert [h["number"] for h in stored] == sorted(h["number"] for h in stored)
     y = Uneven().net[0](next(iter(batches(0, 1, None)))[0]).detach()
     nodes = y.split([sum(SHARES[:2]), sum(SHARES[2:])])
-    for rank, groups in enumerate(held):
+    for rank, groups in enumerate(stored):
         for group, part in (("world", y), ("node", nodes[rank // 2]), (2, nodes[rank // 2])):
             for name, expected in (("mean", part.mean((0, 2, 3))), ("var", part.var((0, 2, 3)))):
                 torch.testing.assert_close(groups[group][f"net.1.running_{name}"], expected, rtol=1e-10, atol=1e-10)
         for name, weight in groups["world"].items():  # DDP has made one step of all
             if "weight" in name:
-                torch.testing.assert_close(weight, held[0]["world"][name], rtol=0, atol=0)
+                torch.testing.assert_close(weight, stored[0]["world"][name], rtol=0, atol=0)

@@ -45,7 +45,7 @@ KEYS = [key for key in normalizers() if getattr(built(key), "track_running_stats
 CASES = [(key, {}) for key in KEYS] + [("bn", {"momentum": None}), ("dbn", {"average": "var"}), ("dbn", {"power": 2.0})]
 
 
-def held(layer):
+def stored(layer):
     return {name: t.clone() for name, t in layer.state_dict().items() if not isinstance(t, nn.Parameter)}
 
 
@@ -81,7 +81,7 @@ def every_normalizer(rank):
         counts.append(collectives.count)
         for other in alone:
             close_window(other)
-    return [held(layer) for layer in layers], counts
+    return [stored(layer) for layer in layers], counts
 
 
 def other_ways(rank):
@@ -138,7 +138,7 @@ def as_one_graph(rank):
     pool_statistics(net)
     run(images(rank, channels=C))
     pool_statistics(net)
-    return {"refused": refused, "compiled": held(net[0])}
+    return {"refused": refused, "compiled": stored(net[0])}
 
 
 def other_layers(rank):
@@ -179,7 +179,7 @@ class Save(Callback):
 
 
 def in_trainers(rank, folder):
-    found, path = {}, f"{folder}/middle.ckpt"
+    got, path = {}, f"{folder}/middle.ckpt"
     options = {"max_epochs": 1, "accumulate_grad_batches": 2, "default_root_dir": folder}
     for name, resumed in (("whole", None), ("resumed", path)):
         model = First()
@@ -195,8 +195,8 @@ def in_trainers(rank, folder):
         )
         run.fit(model, ckpt_path=resumed)
         state = {n: t.clone() for n, t in model.state_dict().items()}
-        found[name] = {"state": state, "inputs": model.inputs, "values": model.values, "left": model.first.accumulator}
-    return found
+        got[name] = {"state": state, "inputs": model.inputs, "values": model.values, "left": model.first.accumulator}
+    return got
 
 
 def everything(rank, folder):
@@ -222,7 +222,7 @@ class TestAgainstOneProcess:
                 one(x)
                 if number % 2:
                     close_window(one)
-            for name, expected in held(one).items():
+            for name, expected in stored(one).items():
                 assert torch.allclose(a[name].double(), expected.double(), rtol=1e-10, atol=1e-10), (key, name)
                 assert torch.equal(a[name], b[name]), (key, name)
 
@@ -243,7 +243,7 @@ class TestAgainstOneProcess:
         )
         one = built("bn")
         one(torch.cat([images(rank, channels=C) for rank in range(WORLD)]))
-        for name, value in held(one).items():
+        for name, value in stored(one).items():
             torch.testing.assert_close(first["compiled"][name], value, rtol=1e-10, atol=1e-10)
 
 
@@ -274,7 +274,7 @@ class TestInOneProcess:
         for x in batches():
             assert torch.equal(*(layer(x) for layer in layers))
         pool_statistics(layers[0])
-        assert all(torch.equal(a, held(layers[1])[name]) for name, a in held(layers[0]).items())
+        assert all(torch.equal(a, stored(layers[1])[name]) for name, a in stored(layers[0]).items())
 
     def test_report_manifest_and_plan_know_it(self, tmp_path):
         def net():

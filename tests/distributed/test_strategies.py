@@ -70,8 +70,8 @@ STRATEGIES = {
 
 
 def everything(rank):
-    found = {name: fit(rank, make()) for name, make in STRATEGIES.items()}
-    return found, {"fsdp1": narrow(rank, fsdp1), "fsdp2": narrow(rank, fsdp2)}
+    got = {name: fit(rank, make()) for name, make in STRATEGIES.items()}
+    return got, {"fsdp1": narrow(rank, fsdp1), "fsdp2": narrow(rank, fsdp2)}
 
 
 @pytest.mark.slow

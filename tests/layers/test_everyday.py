@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 import lightning_norm as ln
 from lightning_norm import NoEffectWarning, normalizers, swap
+from lightning_norm.layers.arguments import arguments_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_norm.ParameterGrowthWarning")
 KEYS = [key for key, cls in normalizers().items() if cls.__module__.startswith("lightning_norm.")]
@@ -135,8 +136,8 @@ def test_a_hint_leads_to_a_swap(name):
 
     with pytest.warns(NoEffectWarning) as caught:
         swap(model(), "sn")
-    _, found, rest = str(caught[0].message).partition("pass source='")
-    assert not found or len(swap(model(), "sn", source=rest.partition("'")[0])) == 1
+    _, got, rest = str(caught[0].message).partition("pass source='")
+    assert not got or len(swap(model(), "sn", source=rest.partition("'")[0])) == 1
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -149,3 +150,12 @@ def test_no_advice_to_evaluate_what_evaluates(key):
         with pytest.raises(ValueError, match="more than one value per statistic") as error:
             layer(torch.randn(1, 6, 1, 1))
         assert "eval()" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", sorted(normalizers()))
+def test_true_and_false_are_no_numbers(key):
+    cls = normalizers()[key]
+    for name in cls.ranges.keys() & arguments_of(cls).keys():
+        for value in (True, False, np.bool_(True), torch.tensor(True)):
+            with pytest.raises((ValueError, TypeError), match=f"{name} must|leave out {name}"):
+                ln.create(key, 6, **{**cls.test_arguments, name: value})

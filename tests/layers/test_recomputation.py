@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+from lightning_norm.errors import ConflictWarning
 from lightning_norm.layers import recomputation
 from lightning_norm.normalizers.batch_norm import BatchNorm
 from lightning_norm.normalizers.diminishing_batch_norm import DiminishingBatchNorm
@@ -165,3 +166,26 @@ def test_a_compiled_layer(use_reentrant):
     expected = outcome(layer, in_one_graph, plainly, False)
     got = outcome(compiled, in_one_graph, checkpointed, use_reentrant)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("make", [BatchNorm, DiminishingBatchNorm])
+def test_a_graph_that_runs_twice_is_told(make, use_reentrant):
+    net = nn.Sequential(nn.Conv2d(6, 6, 3), make(6))
+    x = batches()[0].requires_grad_()
+    torch._dynamo.reset()
+    with pytest.warns(ConflictWarning, match="moves the running statistics both times"):
+        checkpoint(torch.compile(net, backend="eager"), x, use_reentrant=use_reentrant).sum().backward()
+
+
+@pytest.mark.filterwarnings("error::lightning_norm.errors.ConflictWarning")
+def test_a_graph_that_runs_once_is_not_told():
+    net = nn.Sequential(nn.Conv2d(6, 6, 3), BatchNorm(6))
+    x = batches()[0].requires_grad_()
+    torch._dynamo.reset()
+    torch.compile(lambda x: checkpoint(net, x, use_reentrant=False), backend="aot_eager")(x).sum().backward()
+    assert net[1].num_batches_tracked == 1
+    torch._dynamo.reset()
+    with torch.autograd.graph.save_on_cpu():
+        torch.compile(net, backend="aot_eager")(x).sum().backward()
+    assert net[1].num_batches_tracked == 2

@@ -176,10 +176,10 @@ class TestDropout:
         layer.eval()
         assert torch.equal(layer(x), layer(x))
 
-    @pytest.mark.parametrize("share", [0.0, 1.0])
-    def test_ends(self, share):
-        layer, x = self.layer(share), data(5, 64, 3, 3)
-        expected = x if share == 0 else torch.zeros_like(x)
+    @pytest.mark.parametrize("fraction", [0.0, 1.0])
+    def test_ends(self, fraction):
+        layer, x = self.layer(fraction), data(5, 64, 3, 3)
+        expected = x if fraction == 0 else torch.zeros_like(x)
         assert torch.equal(layer.drop_statistics(x), expected)
         assert layer(x).isfinite().all()
 

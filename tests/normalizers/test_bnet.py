@@ -24,9 +24,9 @@ def recovered(h, kernel, bias):
         away = [u - k // 2 for u, k in zip(tap, sizes, strict=True)]
         term = kernel[(slice(None), 0, *tap)].reshape(1, -1, *(1,) * len(sizes)) * h
         for axis, (u, length) in enumerate(zip(away, h.shape[2:], strict=True), start=2):
-            kept = term.narrow(axis, max(u, 0), max(length - abs(u), 0))
+            remaining = term.narrow(axis, max(u, 0), max(length - abs(u), 0))
             nothing = [0, 0] * (h.dim() - 1 - axis) + [min(max(-u, 0), length), min(max(u, 0), length)]
-            term = nn.functional.pad(kept, nothing)
+            term = nn.functional.pad(remaining, nothing)
         y = y + term
     return y if bias is None else y + along(bias, y)
 
@@ -100,8 +100,8 @@ def test_second_derivatives_of_every_tap():
     def call(x, kernel, bias):
         return torch.func.functional_call(copy.deepcopy(layer), {"kernel": kernel, "bias": bias}, (x,))
 
-    given = [x, *(p.detach().clone().requires_grad_() for p in (layer.kernel, layer.bias))]
-    assert torch.autograd.gradgradcheck(call, given, dy)
+    passed = [x, *(p.detach().clone().requires_grad_() for p in (layer.kernel, layer.bias))]
+    assert torch.autograd.gradgradcheck(call, passed, dy)
 
 
 def test_running_statistics_are_batch_norms():
@@ -221,9 +221,9 @@ def test_authors_checkpoint_loads():
     authors.bnconv = nn.Conv2d(6, 6, 5, padding=2, groups=6)
     nn.init.uniform_(authors.running_mean), nn.init.uniform_(authors.running_var, 0.5, 1.5)
     layer = BNET(6, kernel_size=5)
-    given = authors.state_dict()
-    layer.load_state_dict(given, strict=True)
-    assert "bnconv.weight" in given
+    passed = authors.state_dict()
+    layer.load_state_dict(passed, strict=True)
+    assert "bnconv.weight" in passed
     x = data(3, 6, 7, 5).float()
     torch.testing.assert_close(layer.eval()(x), authors.bnconv(authors.eval()(x)))
 

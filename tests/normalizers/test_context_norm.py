@@ -26,10 +26,10 @@ def per_batch_norm(ids, k=3, factor=None):
     def reference(x, p):
         y = torch.zeros_like(x)
         for c in range(k):
-            own = (ids == c).nonzero().flatten()
-            if len(own):
-                z = F.batch_norm(x[own], None, None, p["weight"][c], p["bias"][c], training=True)
-                y = y.index_add(0, own, z if factor is None else z * factor)
+            custom = (ids == c).nonzero().flatten()
+            if len(custom):
+                z = F.batch_norm(x[custom], None, None, p["weight"][c], p["bias"][c], training=True)
+                y = y.index_add(0, custom, z if factor is None else z * factor)
         return y
 
     return reference
@@ -56,10 +56,10 @@ def mixture(g, stats=None, eps=1e-5):
     return reference
 
 
-def given(layer, ids):
+def passed(layer, ids):
     """The layer inside of ``contexts``."""
 
-    class Given(nn.Module):
+    class Passed(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = layer
@@ -71,7 +71,7 @@ def given(layer, ids):
             with contexts(layer, ids):
                 return layer(x)
 
-    return Given()
+    return Passed()
 
 
 def shaken_rows(**arguments):
@@ -89,13 +89,13 @@ def soft(n, k=3, seed=3):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_hard_contexts_are_a_batch_norm_each(shape):
     ids = ids_for(shape[0])
-    agrees(given(shaken_rows(context="ids"), ids), per_batch_norm(ids), data(*shape))
+    agrees(passed(shaken_rows(context="ids"), ids), per_batch_norm(ids), data(*shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_soft_contexts(shape):
     g = soft(shape[0])
-    agrees(given(shaken_rows(context="ids"), g), mixture(g), data(*shape))
+    agrees(passed(shaken_rows(context="ids"), g), mixture(g), data(*shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -112,7 +112,7 @@ def test_gate(shape):
 def test_evaluation(hard):
     layer = shaken_rows(context="ids").eval()
     g = F.one_hot(ids_for(12), 3).to(F64) if hard else soft(12)
-    agrees(given(layer, g), mixture(g, (layer.running_mean, layer.running_var)), data(12, 6, 5, 3))
+    agrees(passed(layer, g), mixture(g, (layer.running_mean, layer.running_var)), data(12, 6, 5, 3))
 
 
 def test_one_context_is_batch_norm():
@@ -131,7 +131,7 @@ def test_prior_scale_is_the_published_factor():
     layer = shaken_rows(context="ids", prior_scale=True)
     layer.prior.fill_(1 / 3)
     ids = ids_for(12)
-    agrees(given(layer, ids), per_batch_norm(ids, factor=3**0.5), data(12, 6, 5, 3))
+    agrees(passed(layer, ids), per_batch_norm(ids, factor=3**0.5), data(12, 6, 5, 3))
     assert not layer.preserves_eval
 
 
@@ -140,7 +140,7 @@ class TestSmallContexts:
         layer = shaken_rows(context="ids")
         before = copy.deepcopy(layer.state_dict())
         x, ids = data(12, 6, 5, 3).requires_grad_(), torch.arange(12) % 2
-        agrees(given(layer, ids), per_batch_norm(ids), x.detach())
+        agrees(passed(layer, ids), per_batch_norm(ids), x.detach())
         for name in ("running_mean", "running_var"):
             now = layer.state_dict()[name]
             assert torch.equal(now[2], before[name][2])
@@ -155,10 +155,10 @@ class TestSmallContexts:
         with contexts(layer, ids):
             y = layer(x)
         axes = (0, 2, 3)
-        own, every = x[ids == 2], x
-        mean = own.mean(axes) / 4 + 3 * every.mean(axes) / 4
-        square = own.square().mean(axes) / 4 + 3 * every.square().mean(axes) / 4
-        expected = (own - along(mean, x)) / (along(square - mean**2, x) + 1e-5).sqrt()
+        custom, every = x[ids == 2], x
+        mean = custom.mean(axes) / 4 + 3 * every.mean(axes) / 4
+        square = custom.square().mean(axes) / 4 + 3 * every.square().mean(axes) / 4
+        expected = (custom - along(mean, x)) / (along(square - mean**2, x) + 1e-5).sqrt()
         torch.testing.assert_close(y[ids == 2], expected)
 
     def test_moves_the_less_the_rarer(self):
@@ -167,8 +167,8 @@ class TestSmallContexts:
         ids = torch.tensor([0] * 9 + [1] * 2 + [2])
         with contexts(layer, ids):
             layer(x)
-        for k, share in enumerate((9 / 12, 2 / 12, 1 / 12)):
-            rate = 0.2 * min(1, 3 * share)
+        for k, fraction in enumerate((9 / 12, 2 / 12, 1 / 12)):
+            rate = 0.2 * min(1, 3 * fraction)
             mean = x[ids == k].mean((0, 2, 3))
             torch.testing.assert_close(layer.running_mean[k], (1 - rate) * before[k] + rate * mean)
         expected = 0.8 * torch.tensor([0.5, 0.3, 0.2]) + 0.2 * torch.tensor([9, 2, 1]) / 12
@@ -212,10 +212,10 @@ class TestSmallContexts:
 class TestMissing:
     def test_pooled(self):
         layer = shaken_rows(context="ids").eval()
-        x, share = data(5, 6, 4, 3), torch.tensor([[0.5], [0.3], [0.2]], dtype=F64)
-        mean = (share * layer.running_mean).sum(0)
-        var = (share * (layer.running_var + (layer.running_mean - mean) ** 2)).sum(0)
-        weight, bias = (share * layer.weight).sum(0), (share * layer.bias).sum(0)
+        x, fraction = data(5, 6, 4, 3), torch.tensor([[0.5], [0.3], [0.2]], dtype=F64)
+        mean = (fraction * layer.running_mean).sum(0)
+        var = (fraction * (layer.running_var + (layer.running_mean - mean) ** 2)).sum(0)
+        weight, bias = (fraction * layer.weight).sum(0), (fraction * layer.bias).sum(0)
         expected = F.batch_norm(x, mean, var, weight, bias)
         torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)  # prior was kept in float32 until here
 

@@ -197,10 +197,10 @@ class TestInput:
         assert torch.equal(model[1].centroids, model[4].centroids)
         new, expected = images(12, seed=1)
         with contexts(model, images=new):
-            found = model[1].contexts.responsibilities.argmax(1)
+            got = model[1].contexts.responsibilities.argmax(1)
         for kind in range(3):  # the same images together; the numbers are the clusters', by size
-            assert len(set(found[expected == kind].tolist())) == 1
-        assert len(set(found.tolist())) == 3
+            assert len(set(got[expected == kind].tolist())) == 1
+        assert len(set(got.tolist())) == 3
         assert len(kinds) == 60
 
     def test_before_the_fit_they_are_missing(self):

@@ -47,6 +47,7 @@ LEFT_OUT = {
     "empty_batch": "messages name the shape of the tokens; see below",
     "wrong_shape": "likewise",
     "leaf_of_fx": "the moved axis is a node of the graph; see below",
+    "chosen_and_with_its_activation": "the moved axis is a view of what the layer returns, and not that itself",
     "choice_is_what_it_computes": "builds the plain layer for maps; the paper tests look at the choice",
 }
 NOT_FOR = {

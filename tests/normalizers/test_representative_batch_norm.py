@@ -59,8 +59,8 @@ def test_evaluation_on_the_running_statistics_of_the_centered_input(rectify):
 
 def test_parameters_are_those_of_what_is_rectified():
     names = [{n for n, _ in RepresentativeBatchNorm(6, rectify=r).named_parameters()} for r in RECTIFY]
-    own = [set(), {"center_weight"}, {"scale_weight", "scale_bias"}, {"center_weight", "scale_weight", "scale_bias"}]
-    assert names == [{"weight", "bias"} | more for more in own]
+    custom = [set(), {"center_weight"}, {"scale_weight", "scale_bias"}, {"center_weight", "scale_weight", "scale_bias"}]
+    assert names == [{"weight", "bias"} | more for more in custom]
     layer = RepresentativeBatchNorm(6)
     assert layer.center_weight.abs().max() == layer.scale_weight.abs().max() == 0
     assert torch.equal(layer.scale_bias, torch.ones(6))

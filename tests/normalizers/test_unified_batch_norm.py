@@ -129,8 +129,8 @@ def test_condensation_is_the_mean_pairwise_cosine_of_the_input(shape, dtype):
     layer = UnifiedBatchNorm(6, threshold=1.0).to(torch.promote_types(dtype, torch.float32))
     for seed, size in itertools.product(range(2), (1.0, 300.0)):
         x = (data(*shape, seed=seed) * size).to(dtype)
-        for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1), x.repeat_interleave(2, 0)[::2]):
-            layer(given)
+        for passed in (x, x.transpose(0, 1).contiguous().transpose(0, 1), x.repeat_interleave(2, 0)[::2]):
+            layer(passed)
             assert layer.condensation.item() == pytest.approx(cosine(x.double()), abs=1e-6)
         if x.dim() == 4:
             layer(x.contiguous(memory_format=torch.channels_last))
@@ -258,11 +258,11 @@ def test_every_rank_takes_the_branch_of_the_whole_batch():
     for batch in batches:
         whole(batch)
     assert (whole.skipped, whole.measured) == (3, 5)
-    for held in ranks:
-        assert held.keys() == dict(whole.named_buffers()).keys()
+    for stored in ranks:
+        assert stored.keys() == dict(whole.named_buffers()).keys()
         for name, b in whole.named_buffers():
-            torch.testing.assert_close(held[name], b, rtol=1e-10, atol=1e-10, msg=name)
-            assert torch.equal(held[name], ranks[0][name])
+            torch.testing.assert_close(stored[name], b, rtol=1e-10, atol=1e-10, msg=name)
+            assert torch.equal(stored[name], ranks[0][name])
 
 
 def test_compiled_steps():

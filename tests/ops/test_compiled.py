@@ -100,8 +100,8 @@ def test_layers_that_agree_share_a_graph():
 def test_what_separates_graphs():
     layer = compiled_layer()
     x = torch.randn(3, 6, 5, 4)
-    for given in (x, x.double(), x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
-        layer(given)
+    for passed in (x, x.double(), x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
+        layer(passed)
     layer.eval()(x)
     with torch.no_grad():
         layer(x)
@@ -174,3 +174,11 @@ def test_layers_with_other_arguments_of_torchs_share_no_graph():
         layer.compile(backend="eager", **options)
         layer(x)
     assert compiled.graphs() == before + 2
+
+
+def test_a_snapshot_keeps_every_digit():
+    narrow, wide, count = torch.rand(3), torch.rand(2, dtype=torch.float64), torch.tensor(5)
+    torch._dynamo.reset()
+    got = torch.compile(compiled.snapshot, backend="eager", fullgraph=True)(narrow, wide, count)
+    for a, b in zip(got, (narrow, wide, count), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

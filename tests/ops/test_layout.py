@@ -76,12 +76,12 @@ def test_no_element_per_channel():
 
 
 def test_dtypes():
-    for given, wide, stat in (
+    for passed, wide, stat in (
         (torch.float16, torch.float32, torch.float32),
         (torch.bfloat16, torch.float32, torch.float32),
         (torch.float32, torch.float32, torch.float64),
         (torch.float64, torch.float64, torch.float64),
     ):
-        assert at_least_float32(given) == wide
-        assert stat_dtype(torch.zeros(1, dtype=given)) == stat
+        assert at_least_float32(passed) == wide
+        assert stat_dtype(torch.zeros(1, dtype=passed)) == stat
     assert at_least_float32(None) == torch.float32

@@ -77,12 +77,12 @@ def test_sn_mixes_what_each_sample_has():
     for got, (sample, n) in zip(y, samples, strict=True):
         if n == 0:
             continue
-        own = (sample.mean(1), sample.var(1, correction=0))
+        custom = (sample.mean(1), sample.var(1, correction=0))
         all_channels = (sample.mean(), sample.var(correction=0))
         drop = torch.tensor([n == 1, False, False])
         w, v = (t.double().masked_fill(drop, -math.inf).softmax(0) for t in (layer.mean_weight, layer.var_weight))
-        mean = w[0] * own[0] + w[1] * all_channels[0] + w[2] * bn_mean
-        var = v[0] * own[1] + v[1] * all_channels[1] + v[2] * bn_var
+        mean = w[0] * custom[0] + w[1] * all_channels[0] + w[2] * bn_mean
+        var = v[0] * custom[1] + v[1] * all_channels[1] + v[2] * bn_var
         expected = (sample.T - mean) / (var + layer.eps).sqrt() * layer.weight + layer.bias
         assert distance(got[:, :n].T, expected) < 1e-12
 
@@ -304,3 +304,30 @@ def test_a_mask_finds_its_place_in_maps_of_other_axes():
 def test_methods_that_follow_their_running_statistics_begin_a_second_run_alike(key, arguments):
     cls = normalizers()[key]
     statistics_move_once(lambda c, **more: cls(c, **arguments, **more))
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 3e38, 1e20])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("key", ["sn", "rbn"])
+def test_padding_may_hold_anything(key, memory_format, garbage):
+    """In x and in the gradient of y, in float32, where a large number overflows in a product."""
+    mask = torch.arange(8).expand(3, 4, 8) < torch.tensor([8, 5, 0]).view(3, 1, 1)
+    x, dy = (noise(3, C, 4, 8, seed=seed).to(memory_format=memory_format) for seed in (1, 2))
+    steps = []
+    for padding in (0.0, garbage):
+        layer = create(key, C)
+        torch.nn.init.constant_(layer.weight, 5.0)
+        leaf = torch.where(mask.unsqueeze(1), x, padding).requires_grad_()
+        y = layer(leaf, mask=mask)
+        y.backward(torch.where(mask.unsqueeze(1), dy, padding))
+        steps.append([y.detach(), leaf.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    assert torch.equal(steps[1][0].isfinite().all(), torch.tensor(True))
+    for got, expected in zip(steps[1], steps[0], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_mask_keeps_x_alone_for_the_backward_pass():
+    x, kept = noise(8, C, 16, 16).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        create("bn", C)(x, mask=torch.full((8,), 9))
+    assert {t.data_ptr() for t in kept if t.numel() == x.numel()} == {x.data_ptr()}

@@ -123,12 +123,12 @@ def test_float32_inputs_have_float64_means():
     ],
 )
 def test_affine_of_a_wrong_shape_is_refused(fields, name):
-    given = {"center": torch.zeros(3, 5), "scale": torch.ones(1, 5), "shift": torch.zeros(5), **fields}
+    passed = {"center": torch.zeros(3, 5), "scale": torch.ones(1, 5), "shift": torch.zeros(5), **fields}
     if name == "scale" and fields["scale"].shape == (3, 5):
-        given["scale"] = torch.zeros(3, 4)
-    shape = tuple(given[name].shape)
+        passed["scale"] = torch.zeros(3, 4)
+    shape = tuple(passed[name].shape)
     with pytest.raises(ValueError, match=rf"{name} of shape .*\(N, C\) = \(3, 5\)") as error:
-        Affine(**given).fields(3, 5)
+        Affine(**passed).fields(3, 5)
     assert str(shape) in str(error.value)
 
 

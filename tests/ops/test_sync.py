@@ -45,7 +45,7 @@ class Collectives(TorchDispatchMode):
 
 def collectives():
     """Normalizer -> all-reduces in the forward and in the backward pass."""
-    found = {}
+    collected = {}
     for key, cls in normalizers().items():
         layer, x = cls(6, **cls.test_arguments), torch.randn(4, 6, 5, requires_grad=True)
         layer(x)  # ranks compare their layers once, in a collective of its own
@@ -53,43 +53,43 @@ def collectives():
             y = layer(x)
         with Collectives() as backward:
             y.square().sum().backward()
-        found[key] = (forward.count, backward.count)
-    return found
+        collected[key] = (forward.count, backward.count)
+    return collected
 
 
 def everything(rank):
     """One group of three processes, for all of the tests: starting them is what takes time."""
-    found = {"ranks": active_ranks(True, True) is not None}
-    found["off"] = [active_ranks(False, True), active_ranks(True, False)]
-    found |= groups(rank)
+    collected = {"ranks": active_ranks(True, True) is not None}
+    collected["off"] = [active_ranks(False, True), active_ranks(True, False)]
+    collected |= groups(rank)
     x, dy = (t.split(SPLIT)[rank].clone() for t in data())
     weights = WEIGHTS.split(SPLIT)[rank].clone().requires_grad_()
     x.requires_grad_()
     y = normalize(x, lambda m: soft(m, weights), ranks=active_ranks(True, True))
-    found["soft"] = (y.detach(), *torch.autograd.grad(y, [x, weights], dy))
+    collected["soft"] = (y.detach(), *torch.autograd.grad(y, [x, weights], dy))
 
     far = BatchNorm(4, momentum=1.0)
     far(data()[0].split([3, 1, 2])[rank].float() + 1000)
-    found["far"] = far.running_var
+    collected["far"] = far.running_var
 
     instance = InstanceNorm(4, track_running_stats=True, momentum=1.0).double()
     instance(x.detach())
-    found["instance"] = (instance.running_mean, instance.running_var)
+    collected["instance"] = (instance.running_mean, instance.running_var)
 
     local = BatchNorm(4, momentum=1.0).double()
     local.sync = False
     local(data()[0].split([3, 1, 2])[rank])
-    found["local"] = local.running_mean
+    collected["local"] = local.running_mean
 
     nan = BatchNorm(4).double()
     bad = data()[0].split([3, 1, 2])[rank].clone()
     if rank == 1:
         bad[0, 0, 0] = float("nan")
     nan(bad)
-    found["skipped"] = (int(nan.skipped_updates), nan.running_mean)
-    found["collectives"] = collectives()
-    found["alone"] = len(refusal(rank))
-    return found
+    collected["skipped"] = (int(nan.skipped_updates), nan.running_mean)
+    collected["collectives"] = collectives()
+    collected["alone"] = len(refusal(rank))
+    return collected
 
 
 def mean_over(group, x):
@@ -103,12 +103,12 @@ def groups(rank):
     """Recipes of process groups; ranks 0 and 2 are on one node and rank 1 on another."""
     os.environ["GROUP_RANK"] = str(rank % 2)
     x = data()[0].split([3, 1, 2])[rank]
-    found = {f"mean over {group}": mean_over(group, x) for group in ("world", "node", 3, 1)}
+    collected = {f"mean over {group}": mean_over(group, x) for group in ("world", "node", 3, 1)}
     for group in (2, 0, True, "rack"):
         try:
             mean_over(group, x)
         except ValueError as error:
-            found[f"refused {group}"] = str(error)
+            collected[f"refused {group}"] = str(error)
     layer = BatchNorm(4)
     layer.sync_group = "node"
     before = layer.state_dict()
@@ -117,8 +117,8 @@ def groups(rank):
         assert copied.sync_group == "node"
     assert layer.state_dict().keys() == before.keys()
     names = {group: active_ranks(True, True, group) for group in ("world", "node", 3, 1)}
-    found["names"] = {group: None if ranks is None else ranks.group for group, ranks in names.items()}
-    found["default"] = dist.group.WORLD.group_name
+    collected["names"] = {group: None if ranks is None else ranks.group for group, ranks in names.items()}
+    collected["default"] = dist.group.WORLD.group_name
 
     @torch.compile(fullgraph=True, backend="eager")
     def step(x):
@@ -128,8 +128,8 @@ def groups(rank):
     os.environ["GROUP_RANK"] = str(rank // 2)
     sync._process_groups.name_of.pop("node")  # created anew, with other nodes, while it is compiled
     fresh.sync_group = "node"
-    found["compiled"] = step(x)
-    return found
+    collected["compiled"] = step(x)
+    return collected
 
 
 def mean_of(layer, x):
@@ -149,21 +149,21 @@ def results():
 
 
 def test_who_is_asked(results):
-    for found in results:
-        assert found["ranks"]
-        assert found["off"] == [None, None]
+    for collected in results:
+        assert collected["ranks"]
+        assert collected["off"] == [None, None]
     assert active_ranks(True, True) is None  # no process group here
 
 
 def test_one_collective_per_layer_and_direction(results):
-    for found in results:
-        for key, counts in found["collectives"].items():
+    for collected in results:
+        for key, counts in collected["collectives"].items():
             assert counts == ((1, 1) if normalizers()[key].train_uses_batch_stats else (0, 0)), key
 
 
 def test_groups_are_recipes(results):
     x = data()[0].split([3, 1, 2])
-    for rank, found in enumerate(results):
+    for rank, collected in enumerate(results):
         alone = x[rank].mean((0, 2))
         node = alone if rank == 1 else torch.cat([x[0], x[2]]).mean((0, 2))
         for group, expected in (
@@ -172,26 +172,26 @@ def test_groups_are_recipes(results):
             (3, data()[0].mean((0, 2))),
             (1, alone),
         ):
-            torch.testing.assert_close(found[f"mean over {group}"], expected, rtol=1e-10, atol=1e-10)
-        assert "sync_group=2 does not divide the 3 ranks of this run. Type one of [1, 3], " in found["refused 2"]
+            torch.testing.assert_close(collected[f"mean over {group}"], expected, rtol=1e-10, atol=1e-10)
+        assert "sync_group=2 does not divide the 3 ranks of this run. Type one of [1, 3], " in collected["refused 2"]
         for group in (0, True, "rack"):
-            assert f"got {group!r}. Type sync_group='world'" in found[f"refused {group}"]
+            assert f"got {group!r}. Type sync_group='world'" in collected[f"refused {group}"]
 
 
 def test_each_recipe_has_a_group_of_its_own(results):
-    for rank, found in enumerate(results):
-        names = found["names"]
+    for rank, collected in enumerate(results):
+        names = collected["names"]
         assert names[1] is None
         assert (names["node"] is None) == (rank == 1)
         used = [name for name in names.values() if name is not None]
-        assert len({*used, found["default"]}) == len(used) + 1
+        assert len({*used, collected["default"]}) == len(used) + 1
 
 
 def test_a_group_is_made_while_compiling(results):
     x = data()[0].split([3, 1, 2])
-    for rank, found in enumerate(results):
+    for rank, collected in enumerate(results):
         expected = x[2].mean((0, 2)) if rank == 2 else torch.cat(x[:2]).mean((0, 2))
-        torch.testing.assert_close(found["compiled"], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(collected["compiled"], expected, rtol=1e-10, atol=1e-10)
 
 
 def test_soft_assignments_over_uneven_and_empty_ranks(results):
@@ -201,36 +201,36 @@ def test_soft_assignments_over_uneven_and_empty_ranks(results):
     y = normalize(x, lambda m: soft(m, weights))
     expected = (y, *torch.autograd.grad(y, [x, weights], dy))
     for i, name in enumerate(("output", "input gradient", "gradient of the weights")):
-        got = torch.cat([found["soft"][i] for found in results])
+        got = torch.cat([collected["soft"][i] for collected in results])
         torch.testing.assert_close(got, expected[i].detach(), rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_large_means_keep_their_variance(results):
     expected = (data()[0].float() + 1000).double().var((0, 2))
-    for found in results:  # float64 sums of n (var + mean^2): 1e-16 * 1e6 of the variance
-        torch.testing.assert_close(found["far"].double(), expected, rtol=1e-6, atol=0)
+    for collected in results:  # float64 sums of n (var + mean^2): 1e-16 * 1e6 of the variance
+        torch.testing.assert_close(collected["far"].double(), expected, rtol=1e-6, atol=0)
 
 
 def test_instance_norm_pools_its_running_statistics(results):
     x, _ = data()
-    for found in results:
-        torch.testing.assert_close(found["instance"][0], x.mean((0, 2)), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(found["instance"][1], x.var(2).mean(0), rtol=1e-10, atol=1e-10)
+    for collected in results:
+        torch.testing.assert_close(collected["instance"][0], x.mean((0, 2)), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(collected["instance"][1], x.var(2).mean(0), rtol=1e-10, atol=1e-10)
 
 
 def test_sync_off_is_local(results):
-    for found, part in zip(results, data()[0].split([3, 1, 2]), strict=True):
-        torch.testing.assert_close(found["local"], part.mean((0, 2)), rtol=1e-10, atol=1e-10)
+    for collected, part in zip(results, data()[0].split([3, 1, 2]), strict=True):
+        torch.testing.assert_close(collected["local"], part.mean((0, 2)), rtol=1e-10, atol=1e-10)
 
 
 def test_nan_on_one_rank_is_skipped_on_all(results):
-    for found in results:
-        assert found["skipped"][0] == 1
-        assert torch.equal(found["skipped"][1], torch.zeros(4, dtype=F64))
+    for collected in results:
+        assert collected["skipped"][0] == 1
+        assert torch.equal(collected["skipped"][1], torch.zeros(4, dtype=F64))
 
 
 def test_ranks_with_one_value_each_are_enough(results):
-    assert [found["alone"] for found in results] == [1, 1, 0]
+    assert [collected["alone"] for collected in results] == [1, 1, 0]
 
 
 def fail(rank):

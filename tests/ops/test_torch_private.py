@@ -1,6 +1,9 @@
 """Each private name of torch still exists and means what this package takes it for."""
 
+import ast
 import datetime
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import lightning_norm
 from lightning_norm.ops import torch_private
 from lightning_norm.testing.ranks import run_ranks
 
@@ -145,3 +149,53 @@ def test_is_proxy():
     torch.fx.symbolic_trace(Module())(torch.ones(1))
     Module()(torch.ones(1))
     assert seen == [True, False]
+
+
+def test_settings_of_the_compiler():
+    before = torch._dynamo.config.recompile_limit
+    with torch_private.recompile_limit(64):
+        assert (torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit) == (64, True)
+    assert torch._dynamo.config.recompile_limit == before
+
+
+def test_a_fake_tensor_has_a_shape_and_no_value():
+    with torch_private.fake_tensor_mode() as mode:
+        assert isinstance(mode, FakeTensorMode)
+        assert torch.ones(2, 3).sum(0).shape == (3,)
+
+
+def test_the_end_of_a_capture():
+    assert callable(torch._C._cuda_endAllocateToPool) or not torch.backends.cuda.is_built()
+
+
+PRIVATE_FILES = {"torch_private.py", "lightning_private.py"}
+
+
+def private_names(text):
+    """Attributes of torch and imports from it, dotted, that have a part with one underscore in front."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            names = [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
+        for name in names:
+            first, *parts = name.split(".")
+            if (
+                name.replace(".", "").isidentifier()
+                and first in ("torch", "nn")
+                and any(re.match(r"_[a-zA-Z]", part) for part in parts)
+            ):
+                yield name
+
+
+def test_private_names_of_torch_stand_in_one_file_of_each_room():
+    package = Path(lightning_norm.__file__).parent
+    rest = {p.relative_to(package): [*private_names(p.read_text())] for p in package.rglob("*.py")}
+    assert {str(p): names for p, names in rest.items() if names and p.name not in PRIVATE_FILES} == {}
+
+
+@pytest.mark.parametrize("line", ["from torch.nn.modules import _x", "torch._C._f()", "y = nn.modules.conv._ConvNd"])
+def test_a_private_name_is_seen(line):
+    assert [*private_names(line)]

@@ -20,7 +20,7 @@ from tests.distributed.inside import Uneven, batches, trainer
 SHARES = (4, 2)
 
 
-class Own(nn.BatchNorm2d):
+class Custom(nn.BatchNorm2d):
     def forward(self, x):
         return 2 * super().forward(x)
 
@@ -62,10 +62,10 @@ class TestApplyAndRevert:
         assert net[1] is bn
 
     def test_a_subclass_is_left_alone_and_told(self):
-        net = nn.Sequential(Own(3), nn.BatchNorm2d(3))
-        with pytest.warns(SyncWarning, match=r"0 \(Own\) is not synchronized: its own forward"):
+        net = nn.Sequential(Custom(3), nn.BatchNorm2d(3))
+        with pytest.warns(SyncWarning, match=r"0 \(Custom\) is not synchronized: its own forward"):
             NormSync().apply(net)
-        assert [type(m) for m in net] == [Own, BatchNorm]
+        assert [type(m) for m in net] == [Custom, BatchNorm]
 
     @pytest.mark.parametrize("bad", [{"sync_group": "rack"}, {"start_epoch": -1}, {"start_epoch": 1.5}])
     def test_bad_arguments(self, bad):
@@ -105,7 +105,7 @@ class Watched(Uneven):
 
     def training_step(self, batch, batch_idx):
         layers = [self.net[1], self.built[1], self.late]
-        self.seen.append([f"{type(m).__name__} {m.sync and not m.sync_paused}" for m in layers])
+        self.seen.append([f"{type(m).__name__} {m.sync and not m._sync_paused}" for m in layers])
         return super().training_step(batch, batch_idx)
 
 
@@ -124,13 +124,13 @@ def fit(rank, world, folder, name, resume=None, **kwargs):
     run.fit(model, batches(rank, world, SHARES), ckpt_path=resume)
     run.save_checkpoint(f"{folder}/{name}.ckpt")
     same = before == (model.built[1], model.late)
-    return {"state": model.state_dict(), "seen": model.seen, "same": same, "paused": model.net[1].sync_paused}
+    return {"state": model.state_dict(), "seen": model.seen, "same": same, "paused": model.net[1]._sync_paused}
 
 
 def jobs(rank, world, folder):
-    found = {"both": fit(rank, world, folder, "both")}
-    found["late"] = fit(rank, world, folder, "late", start_epoch=1)
-    return found
+    got = {"both": fit(rank, world, folder, "both")}
+    got["late"] = fit(rank, world, folder, "late", start_epoch=1)
+    return got
 
 
 @pytest.fixture(scope="module")
@@ -142,23 +142,23 @@ def ranks(tmp_path_factory):
 def test_torchs_layers_and_ours_are_those_of_one_process(ranks, tmp_path):
     expected = Uneven()
     one_process(NormSwap("sn", include=r"net\.1"), max_epochs=2, tmp_path=tmp_path).fit(expected, batches(0, 1, None))
-    for found in ranks[0]:
-        assert found["both"]["same"]
-        assert found["both"]["seen"][0] == ["SwitchableNorm True", "BatchNorm True", "BatchNorm True"]
+    for got in ranks[0]:
+        assert got["both"]["same"]
+        assert got["both"]["seen"][0] == ["SwitchableNorm True", "BatchNorm True", "BatchNorm True"]
         for name, value in expected.state_dict().items():  # float64 over eight steps
-            torch.testing.assert_close(found["both"]["state"][name], value, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(got["both"]["state"][name], value, rtol=1e-10, atol=1e-10)
 
 
 def test_synchronization_starts_in_its_epoch(ranks):
-    for found in ranks[0]:
+    for got in ranks[0]:
         on = [
             seen == [f"{kind} True" for kind in ("SwitchableNorm", "BatchNorm", "BatchNorm")]
-            for seen in found["late"]["seen"]
+            for seen in got["late"]["seen"]
         ]
         assert on == [False] * 4 + [True] * 4
-        assert not found["late"]["paused"]
-        assert found["late"]["same"]
-        different = found["late"]["state"]["built.1.running_var"] - found["both"]["state"]["built.1.running_var"]
+        assert not got["late"]["paused"]
+        assert got["late"]["same"]
+        different = got["late"]["state"]["built.1.running_var"] - got["both"]["state"]["built.1.running_var"]
         assert different.abs().max() > 1e-6
 
 

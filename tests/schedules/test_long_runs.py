@@ -42,13 +42,13 @@ def test_no_extreme_of_nested_schedules_is_missed(depth):
         assert max(at_turns) == max(values), (schedule, epoch, last)
 
 
-class Own(Schedule):
+class Custom(Schedule):
     """A user's schedule, which counts its calls."""
 
     calls = 0
 
     def __call__(self, time, epoch=1.0):
-        Own.calls += 1
+        Custom.calls += 1
         return 0.5
 
 
@@ -59,8 +59,8 @@ class Own(Schedule):
         Linear(0, 1, steps=10**9),
         Exponential(1, 0.9),
         Steps({0: 0.1, 10**9: 0.2}),
-        Own(),
-        Warmup(schedule=Own(), epochs=0.3),
+        Custom(),
+        Warmup(schedule=Custom(), epochs=0.3),
     ],
     ids=["constant", "linear", "exponential", "steps", "own", "warm-up of its own"],
 )

@@ -1,6 +1,7 @@
 """to_plain and fold: the outputs stay, in float64 to the last digits, and the report says what happened."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -93,6 +94,18 @@ class TestToPlain:
         assert why in str(report)
         assert report.names("stays") == ["1"]
         assert isinstance(model[1], MomentNorm)
+
+    @pytest.mark.parametrize("norm", ["bn", "bcn", "dbn", "brn", "bnet"])
+    def test_no_bias_is_invented(self, norm):
+        model = nn.Sequential(nn.BatchNorm2d(6))
+        model[0].bias = None
+        swap(model, norm)
+        model.eval()
+        x = features(2, 6, 8, 8, seed=9, dtype=torch.float32)
+        expected = model(x)
+        to_plain(model, x)
+        assert model[0].bias is None
+        torch.testing.assert_close(model(x), expected)
 
     def test_bcn_away_from_iota_1_stays(self):
         model = network("bcn")
@@ -301,3 +314,69 @@ def test_from_a_checkpoint_back_to_the_original_class(tmp_path):
     again = lightning_norm.load_from_checkpoint(Net, tmp_path / "x.ckpt")
     assert to_plain(again, torch.randn(2, 3, 8, 8)).moved < 1e-6
     assert type(again.net[1]) is nn.GroupNorm
+
+
+class TestFrozen:
+    @pytest.mark.parametrize("norm", ["bn", "bcn", "dbn"])
+    def test_torch_cannot_freeze_and_a_warning_says_so(self, norm):
+        model = network(norm)
+        model[1].freeze_statistics()
+        with pytest.warns(lightning_norm.NoEffectWarning, match="train\\(\\) would let them move"):
+            report = to_plain(model, X)
+        assert "frozen no longer" in str(report)
+
+    @pytest.mark.parametrize("norm", ["bn", "bcn", "dbn"])
+    def test_a_frozen_class_comes_back_and_stays_frozen(self, norm):
+        kind = torchvision.ops.FrozenBatchNorm2d
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), kind(6), nn.ReLU()).double()
+        model[1].running_mean.fill_(0.3)
+        keys, expected = model.state_dict().keys(), model(X)
+        assert len(swap(model, norm, source="FrozenBatchNorm2d"))
+        assert len(to_plain(model, X)) == 1
+        assert type(model[1]) is kind
+        assert model.state_dict().keys() == keys
+        assert not list(model[1].parameters())
+        torch.testing.assert_close(model.train()(X), expected)
+        assert torch.equal(model[1].running_mean, torch.full((6,), 0.3, dtype=torch.float64))
+
+    def test_trained_weights_do_not_go_into_buffers(self):
+        model = nn.Sequential(torchvision.ops.FrozenBatchNorm2d(6))
+        swap(model, "bn", source="FrozenBatchNorm2d")
+        model[0].requires_grad_(True)
+        with pytest.warns(lightning_norm.NoEffectWarning, match="frozen"):
+            to_plain(model)
+        assert model[0].weight.requires_grad
+
+    @pytest.mark.parametrize("norm", ["bn", "dbn"])
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_what_did_not_train_does_not_begin_to(self, norm, affine):
+        model = nn.Sequential(nn.BatchNorm2d(6, affine=affine))
+        swap(model, norm)
+        model.requires_grad_(False)
+        to_plain(model)
+        assert isinstance(model[0], nn.BatchNorm2d)
+        assert not any(p.requires_grad for p in model.parameters())
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net, wrap):
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
+
+
+@pytest.mark.parametrize("deploy", [to_plain, fold, lightning_norm.harden])
+def test_outputs_of_any_kind_are_measured_or_said_not_to_be(deploy):
+    model = Wrapped(network("bcn"), lambda y: {"out": [Output(y)]})
+    assert deploy(copy.deepcopy(model), X).largest > 0
+    model.wrap = lambda y: str(y)
+    report = deploy(model, X)
+    assert report.moved is None
+    assert "not measured" in str(report)

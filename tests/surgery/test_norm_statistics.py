@@ -33,14 +33,14 @@ EXACT = [key for key in TRACKED if key not in ("ubn", "rbn", "cn")]
 @pytest.mark.parametrize("key", TRACKED)
 def test_taken_out_and_put_back(key):
     model = nn.Sequential(nn.Conv2d(C, C, 1).double(), built(key))
-    held = norm_statistics(model)
-    before = held.take()
+    stored = norm_statistics(model)
+    before = stored.take()
     assert {"1.num_batches_tracked", *(f"1.{n}" for n in model[1].running_names)} <= set(before)
-    assert not any(isinstance(t, nn.Parameter) for t in held.values())
+    assert not any(isinstance(t, nn.Parameter) for t in stored.values())
     expected = model.eval()(data())
     model.train()(data())
-    assert not torch.equal(before[f"1.{model[1].running_names[0]}"], held[f"1.{model[1].running_names[0]}"])
-    held.put(before)
+    assert not torch.equal(before[f"1.{model[1].running_names[0]}"], stored[f"1.{model[1].running_names[0]}"])
+    stored.put(before)
     torch.testing.assert_close(model.eval()(data()), expected, rtol=0, atol=0)
 
 
@@ -50,8 +50,8 @@ def test_averages_are_the_statistics_of_all_samples(key):
     clients, parts = [built(key) for _ in SHARES], data().split(SHARES)
     for client, part in zip(clients, parts, strict=True):
         client(part)
-    held = norm_statistics(clients[0])
-    average = held.average([norm_statistics(c).take() for c in clients], SHARES)
+    stored = norm_statistics(clients[0])
+    average = stored.average([norm_statistics(c).take() for c in clients], SHARES)
     one = built(key)
     one(data())
     second = one.running_names[1]
@@ -76,28 +76,28 @@ class TestContexts:
 
     def test_contexts_that_were_fitted_apart_do_not_mean_the_same(self):
         clients = [normalizers()["cn"](2, num_contexts=2, context="input") for _ in range(2)]
-        held = [norm_statistics(c).take() for c in clients]
+        stored = [norm_statistics(c).take() for c in clients]
         name = next(n for n, kind in norm_statistics(clients[0]).kinds.items() if kind == "fitted")
-        held[1][name] = held[1][name] + 1
+        stored[1][name] = stored[1][name] + 1
         with pytest.raises(ValueError, match=r"differs between clients.*Fit it once"):
-            norm_statistics(clients[0]).average(held, [1, 1])
+            norm_statistics(clients[0]).average(stored, [1, 1])
 
 
 class TestFedBN:
     def test_what_is_personal_and_what_is_sent(self):
         model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.GroupNorm(2, C), nn.BatchNorm2d(C))
         swap(model, "sn", include=["3"])
-        held = norm_statistics(model, personal=True)
-        sent = held.others(model.state_dict())
+        stored = norm_statistics(model, personal=True)
+        sent = stored.others(model.state_dict())
         assert list(sent) == ["0.weight", "0.bias"]
-        assert {**held.take(), **sent}.keys() == model.state_dict().keys()
-        assert held.kinds["3.mean_weight"] == held.kinds["2.weight"] == "parameter"
-        assert "running_var" in str(held)
-        assert "law" not in repr(held)
+        assert {**stored.take(), **sent}.keys() == model.state_dict().keys()
+        assert stored.kinds["3.mean_weight"] == stored.kinds["2.weight"] == "parameter"
+        assert "running_var" in str(stored)
+        assert "law" not in repr(stored)
         other = copy.deepcopy(model)
         with torch.no_grad():
             other[3].mean_weight.add_(3)
-        average = held.average([held.take(), norm_statistics(other, personal=True).take()], [1, 2])
+        average = stored.average([stored.take(), norm_statistics(other, personal=True).take()], [1, 2])
         torch.testing.assert_close(average["3.mean_weight"], model[3].mean_weight.detach() + 2)
 
     def test_names_do_not_depend_on_wrappers(self):
@@ -110,17 +110,17 @@ class TestFedBN:
 
     def test_what_does_not_fit_is_refused_and_nothing_written(self):
         model = nn.Sequential(nn.BatchNorm2d(C), nn.BatchNorm2d(2))
-        held = norm_statistics(model)
-        taken = {name: t + 1 for name, t in held.take().items()}
+        stored = norm_statistics(model)
+        taken = {name: t + 1 for name, t in stored.take().items()}
         with pytest.raises(ValueError, match=r"1 tensors of this model are missing, the first: '1.running_var'"):
-            held.put({n: t for n, t in taken.items() if n != "1.running_var"})
+            stored.put({n: t for n, t in taken.items() if n != "1.running_var"})
         with pytest.raises(ValueError, match="no 'extra' among its statistics"):
-            held.put({**taken, "extra": torch.ones(1)})
+            stored.put({**taken, "extra": torch.ones(1)})
         with pytest.raises(ValueError, match=r"1.running_mean is \(3,\), and \(2,\) in this model"):
-            held.put({**taken, "1.running_mean": torch.ones(3)})
+            stored.put({**taken, "1.running_mean": torch.ones(3)})
         assert not model[0].running_mean.any()
         for counts in ([1], [0, 0], [-1, 2], [float("nan"), 1]):
             with pytest.raises(ValueError, match="average: "):
-                held.average([taken, taken], counts)
+                stored.average([taken, taken], counts)
         with pytest.raises(ValueError, match="client 1: 6 tensors of this model are missing"):
-            held.average([taken, {}], [1, 1])
+            stored.average([taken, {}], [1, 1])

@@ -62,10 +62,10 @@ def test_a_new_field_is_an_argument_of_all_three_without_another_edit(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    (told,) = found.pop("help")
+    got = json.loads(done.stdout)
+    (told,) = got.pop("help")
     assert "the colour. (type: int, default: 3)" in told
-    assert found == {
+    assert got == {
         "swap": [3, "<class 'int'>"],
         "NormSwap": [3],
         "section": [3, 5],

@@ -61,7 +61,7 @@ def test_blocks_are_nested_and_end_with_an_exception():
             model[1](X[:, :3])
         model(X)
     assert stood_still(model, before)
-    assert (model[1].statistics_paused, model[3].track_running_stats) == (False, True)
+    assert (model[1]._statistics_paused, model[3].track_running_stats) == (False, True)
     assert not model[3]._forward_hooks
     assert not model[3]._forward_pre_hooks
     model(X)
@@ -142,7 +142,7 @@ def test_many_threads():
         t.join()
     assert int(model[3].num_batches_tracked) == 20
     assert model[3].track_running_stats
-    assert not model[1].statistics_paused
+    assert not model[1]._statistics_paused
 
 
 def test_tasks_started_inside_are_paused():

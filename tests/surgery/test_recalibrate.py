@@ -114,10 +114,10 @@ def test_bad_batches_are_left_out_and_counted():
     assert (report.batches, report.skipped) == (2, 1)
     torch.testing.assert_close(model[0].running_mean, torch.cat([data[0], data[2]]).mean((0, 2, 3)))
     assert "1 left out for a NaN" in str(report)
-    kept = model[0].running_mean.clone()
+    remaining = model[0].running_mean.clone()
     with pytest.raises(ValueError, match="every batch has a NaN"):
         recalibrate(model, [data[1]])
-    assert torch.equal(model[0].running_mean, kept)
+    assert torch.equal(model[0].running_mean, remaining)
 
 
 def test_layers_that_no_batch_reaches_keep_theirs():

@@ -13,6 +13,7 @@ from torch import nn
 import lightning_norm
 from lightning_norm import LeftAloneWarning, is_norm, norm_types, normalizers, swap
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.behind import fuse_behind
 from lightning_norm.surgery.manifest import manifest_of, rebuild
 from tests.callbacks.toy import Net, loader, trainer
 
@@ -163,11 +164,11 @@ def test_undo_puts_a_new_activation_back():
 def test_relu_and_silu_are_fused(act, left):
     model = layer(act)
     swap(model, "sn")
-    activation, rest = model[1].fuse_behind("none")
+    activation, rest = fuse_behind(model[1], "none")
     assert len(rest) == left
     assert activation == {nn.ReLU: "relu", nn.SiLU: "silu"}.get(act, "none")
     # A hook is to see the activation's call, and another activation comes before the layer's.
-    assert len(model[1].fuse_behind("relu")[1]) >= 1
+    assert len(fuse_behind(model[1], "relu")[1]) >= 1
     seen = []
     model[1].act.register_forward_hook(lambda *_: seen.append(1))
     model(torch.randn(2, 3, 8, 8))

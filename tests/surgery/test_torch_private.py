@@ -9,9 +9,13 @@ from lightning_norm.surgery.torch_private import (
     MODULE_ATTRIBUTES,
     STATE_DICT_METADATA,
     TorchBatchNormBase,
+    TorchConvBase,
+    TorchDispatchMode,
+    TorchInstanceNormBase,
     TorchRunningNormBase,
     has_hooks,
     move_hooks,
+    tree_leaves,
 )
 
 
@@ -21,6 +25,28 @@ def test_the_base_classes():
     assert all(issubclass(cls, TorchBatchNormBase) for cls in batch_norms)
     assert all(issubclass(cls, TorchRunningNormBase) for cls in (*batch_norms, *instance_norms))
     assert not any(issubclass(cls, TorchBatchNormBase) for cls in (*instance_norms, nn.GroupNorm, nn.LayerNorm))
+    assert all(issubclass(cls, TorchInstanceNormBase) for cls in instance_norms)
+    assert not any(issubclass(cls, TorchInstanceNormBase) for cls in (*batch_norms, nn.GroupNorm))
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.LazyConv2d)
+    assert all(issubclass(cls, TorchConvBase) for cls in convolutions)
+
+
+def test_a_dispatch_mode_sees_operators():
+    seen = []
+
+    class See(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2)
+    with See():
+        x.add(1)
+    assert seen == ["aten.add.Tensor"]
+
+
+def test_the_leaves_of_a_nested_output():
+    assert tree_leaves({"a": [1, (2, None)], "b": 3}) == [1, 2, None, 3]
 
 
 def test_the_attributes_of_a_module():

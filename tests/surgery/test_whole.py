@@ -333,3 +333,46 @@ OTHERS = [
 def test_is_norm(module):
     assert is_norm(module) == any(module is m for m in NORMS)
     assert not any(is_norm(m) for m in nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)).modules())
+
+
+class ChannelsFirst(nn.Module):
+    """As the LayerNorm of ConvNeXt's authors: no base of torch's, channels on axis 1."""
+
+    def __init__(self, c, scale=1.0):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c))
+        self.normalized_shape, self.scale, self.eps = (c,), scale, 1e-6
+
+    def forward(self, x):
+        y = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + self.eps).sqrt()
+        return self.weight[:, None, None] * y * self.scale + self.bias[:, None, None]
+
+
+class Tokens(ChannelsFirst):
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class EvolvedNorm(ChannelsFirst):
+    """As EvoNorm, FilterResponseNorm with a threshold, or InplaceABN: an activation that is no module."""
+
+    def forward(self, x):
+        return torch.maximum(super().forward(x), self.bias[:, None, None])
+
+
+@pytest.mark.parametrize(("kind", "dim"), [(ChannelsFirst, 1), (Tokens, -1)])
+def test_the_channel_axis_of_a_class_of_no_base_is_found_by_trial(kind, dim):
+    model = nn.Sequential(kind(8))
+    assert len(swap(model, "gn", source=kind.__name__)) == 1
+    assert model[0].channel_dim == dim
+
+
+def test_a_class_of_no_base_that_holds_an_activation_is_left():
+    model = nn.Sequential(EvolvedNorm(8))
+    with pytest.warns(NoEffectWarning, match="does more than normalize"):
+        report = swap(model, "gn", source="EvolvedNorm")
+    assert not len(report)
+    assert type(model[0]) is EvolvedNorm
+    model.append(nn.BatchNorm2d(8))
+    with pytest.warns(LeftAloneWarning, match="does more than normalize"):  # and no hint to ask for it
+        swap(model, "gn")

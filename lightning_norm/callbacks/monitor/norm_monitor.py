@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_norm.callbacks.described import Described, print_report
 from lightning_norm.callbacks.lightning_compat import (
     Callback,
     TensorBoardLogger,
@@ -29,6 +30,7 @@ from lightning_norm.callbacks.monitor.quantities import (
     families,
     hyper_parameters,
     layer_names,
+    notes,
 )
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.scheduler.norm_scheduler import NormScheduler
@@ -37,11 +39,11 @@ from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.text_tables import aligned
 
 
-class NormMonitor(Callback):
+class NormMonitor(Described, Callback):
     """Log each layer's learned quantities, such as the importance weights of switchable normalization.
 
     Every logger gets the scalars: ``norm/<key>/<quantity>/<layer name>``, as in ``norm/sn/mean_bn/net.layer1.0.bn1``,
-    and their means over the early, middle and late layers, ``norm_by_depth/<key>/<quantity>/<depth>``. A TensorBoard
+    and their means over the early, middle and late layers, ``norm_early/<key>/<quantity>``. A TensorBoard
     logger also gets the page "Custom scalars" with these means, pictures under "Images", histograms, and at the end of
     fit a table under "Text". The norm, its arguments and the metric become columns under "HParams".
 
@@ -63,15 +65,21 @@ class NormMonitor(Callback):
         pictures_every_n_epochs: and during it.
         histograms: of gamma and the other learned values, at the end of each epoch.
         page: write the page of charts, the table and the HParams.
-        metric: tag of the metric among the HParams; by default what ModelCheckpoint or EarlyStopping monitors.
+        metric: name of the metric among the HParams; by default what ModelCheckpoint or EarlyStopping monitors, or else
+            every metric that was logged.
         progress_bar: show two means over all layers in the progress bar, or those of the quantities listed here.
-        print_table: print the table at the end of fit, the greatest weight of a mixture between asterisks.
+        print_table: print the table at the end of fit, the weight that leads in a mixture between asterisks.
 
     Attributes:
         history: number of finished epochs -> (key, quantity, layer) -> value; 0 is the state before the training.
 
     Raises:
         ValueError: a cadence is not a positive int, or there is no such interval.
+
+    .. code-block:: yaml
+
+        norm: sn
+        trainer: {callbacks: [{class_path: NormMonitor, init_args: {every_n_steps: 50, progress_bar: true}}]}
 
     >>> from lightning.pytorch import Trainer
     >>> monitor = NormMonitor(every_n_steps=50, progress_bar=["mean_bn"])
@@ -109,7 +117,7 @@ class NormMonitor(Callback):
         self._patches = Patches()
         self._read_at = self._logged_at = -1  # steps
         self._values: dict[Series, float] = {}
-        self._active = False
+        self._active = self._writes_row = False
 
     @property
     @override
@@ -129,35 +137,41 @@ class NormMonitor(Callback):
         return {self.tag(series): value for series, value in self._quantities.tensors(pl_module).items()}
 
     def tag(self, series: Series, group: str = "") -> str:
-        """Return the tag of a quantity of a layer or, with ``group="_by_depth"``, of a depth.
+        """Return the tag of a quantity of a layer.
 
         >>> NormMonitor().tag(("sn", "mean_bn", "net.bn1"))
         'norm/sn/mean_bn/net.bn1'
-        >>> NormMonitor().tag(("sn", "mean_bn", "early"), "_by_depth")
-        'norm_by_depth/sn/mean_bn/early'
         """
         return "/".join((f"{self.prefix}{group}", *series))
 
+    def depth_tag(self, series: Series) -> str:
+        """Return the tag of the mean over the layers of a depth; short, because legends show it.
+
+        >>> NormMonitor().depth_tag(("sn", "mean_bn", "early"))
+        'norm_early/sn/mean_bn'
+        """
+        key, quantity, depth = series
+        return f"{self.prefix}_{depth}/{key}/{quantity}"
+
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Arrange that the columns under "HParams" are written with Lightning's own."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keep Lightning's own row out of the page "HParams"; that of a user stands, and this one is left out."""
         self._active = False
         self._patches.undo()
-        if self.page and trainer.is_global_zero:
-            # No hook of a callback comes between the module's on_fit_start and Lightning's own hyper-parameters.
-            self._patches.wrap(pl_module, "on_fit_start", lambda hook: self._add_hparams(trainer, pl_module, hook))
-            self._patches.undo_on_exception(trainer.strategy, self._patches.undo)
+        self._writes_row = self.page and trainer.is_global_zero
+        for logger in trainer.loggers if self._writes_row else ():
+            if page.writes_rows(logger):
+                self._patches.wrap(logger, "log_hyperparams", self._log_hyperparams)
+                self._patches.undo_on_exception(trainer.strategy, self._patches.undo)
 
-    def _add_hparams(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
-        """Let the module do its on_fit_start, and write the columns right behind it."""
-        returned = original()
-        page.add_hparams(trainer, pl_module, self.prefix, self.metric, end=False)
-        return returned
+    def _log_hyperparams(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Log hyper-parameters without Lightning's row, and note whether the user has written one."""
+        self._writes_row &= not (kwargs.get("metrics") or args[1:2] not in ((), (None,)))
+        return page.without_default_row(original, *args, **kwargs)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the state before the training, and lay out the page of charts; warn where nothing can be logged."""
-        self._patches.undo()
         step = trainer.global_step
         if step != self._logged_at:
             self._logged_at = -1  # this is not the continuation of the last fit
@@ -169,12 +183,16 @@ class NormMonitor(Callback):
         if not self._active:
             return
         self._begin_history(trainer.current_epoch, self._read(pl_module, step))
-        logged = self._quantities.series(pl_module)
+        logged, told = self._quantities.series(pl_module), notes(pl_module)
+        for key, of_quantity in told.items():
+            rank_zero_info(f"NormMonitor: {key}: {'; '.join(of_quantity.values())}")
         for logger in self._tensorboards(trainer):
             if self.page:
                 # TensorBoard looks charts up by the whole tag, which the logger's prefix begins.
-                group = f"{tag_prefix(logger)}{self.prefix}_by_depth"
-                logger.experiment.add_custom_scalars(page.layout(logged, group))
+                group = f"{tag_prefix(logger)}{self.prefix}"
+                logger.experiment.add_custom_scalars(page.layout(logged, group, told))
+        if self._writes_row:
+            page.add_hparams(trainer, pl_module, self.prefix)
 
     def _begin_history(self, epoch: int, values: dict[Series, float]) -> None:
         """Keep what a resumed run has of the epochs before this one; a run that starts at 0 begins anew."""
@@ -265,7 +283,7 @@ class NormMonitor(Callback):
                 if value.isfinite().all():
                     board.experiment.add_histogram(self.tag(series, "_histograms"), value, step)
         if self.pictures_every_n_epochs is not None and epochs % self.pictures_every_n_epochs == 0:
-            self._draw(trainer, step)
+            self._draw(trainer, step, notes(pl_module))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -273,26 +291,27 @@ class NormMonitor(Callback):
         if not self._active:
             return
         self._log(trainer, pl_module, end=True)
+        told = notes(pl_module)
         if self.print_table:
-            self._print_tables()
+            self._print_tables(told)
         if self.page:
-            self._write_tables(trainer)
-            # Once more at the end: without Lightning's hp_metric this is the only place.
-            page.add_hparams(trainer, pl_module, self.prefix, self.metric, end=True)
-        self._draw(trainer, trainer.global_step)
+            self._write_tables(trainer, told)
+            if self._writes_row:
+                page.add_metrics(trainer, self.metric)
+        self._draw(trainer, trainer.global_step, told)
 
-    def _print_tables(self) -> None:
+    def _print_tables(self, told: dict[str, dict[str, str]]) -> None:
         """Print one table per key: layers down, quantities across."""
         for key in families(self._values):
-            tables = page.tables(self._values, key, mark="*")
-            text = "\n\n".join(aligned(table, numbers=True) for table in tables)
-            rank_zero_info(f"NormMonitor: {key}\n{text}")
+            tables = [aligned(table, numbers=True) for table in page.tables(self._values, key, mark="*")]
+            print_report("\n\n".join((f"NormMonitor: {key}\n{tables[0]}", *tables[1:], *told.get(key, {}).values())))
 
-    def _write_tables(self, trainer: pl.Trainer) -> None:
+    def _write_tables(self, trainer: pl.Trainer, told: dict[str, dict[str, str]]) -> None:
         """Write the same tables under "Text", as Markdown."""
         for board in self._tensorboards(trainer):
             for key in families(self._values):
-                text = "\n\n".join(map(page.markdown, page.tables(self._values, key, mark="**")))
+                tables = map(page.markdown, page.tables(self._values, key, mark="**"))
+                text = "\n\n".join((*tables, *told.get(key, {}).values()))
                 board.experiment.add_text(f"{self.prefix}/{key}/table", text, trainer.global_step)
 
     @override
@@ -302,6 +321,8 @@ class NormMonitor(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._patches.undo()
+        if self._active and self._writes_row:
+            page.add_metrics(trainer, self.metric, finished=False)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -348,7 +369,7 @@ class NormMonitor(Callback):
         scheduled = {**hyper_parameters(pl_module, only_scheduled=True), **_scheduled_in_torch(trainer)}
         values = {**self._read(pl_module, step), **scheduled}
         scalars = {self.tag(series): value for series, value in values.items()}
-        scalars.update({self.tag(series, "_by_depth"): value for series, value in depth_means(values).items()})
+        scalars.update({self.depth_tag(series): value for series, value in depth_means(values).items()})
         for logger in trainer.loggers:
             page.log_scalars(logger, scalars, step)
         if not end:
@@ -369,12 +390,12 @@ class NormMonitor(Callback):
                     means[f"{key}/{quantity}"] = sum(numbers) / len(numbers)
         return means
 
-    def _draw(self, trainer: pl.Trainer, step: int) -> None:
+    def _draw(self, trainer: pl.Trainer, step: int, told: dict[str, dict[str, str]]) -> None:
         """Add the pictures of the history so far to TensorBoard."""
         boards = self._tensorboards(trainer)
         if not self.pictures or not boards or not pictures.can_draw():
             return
-        for (key, title), image in pictures.draw(self.history).items():
+        for (key, title), image in pictures.draw(self.history, told).items():
             for board in boards:
                 board.experiment.add_image(f"{self.prefix}/{key}/{title}", image, step, dataformats="HWC")
 

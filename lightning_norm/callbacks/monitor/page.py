@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -22,22 +22,27 @@ from lightning_norm.callbacks.lightning_private import (
     event_writer,
     logs_hyperparameters,
     tag_prefix,
-    writes_default_metric,
 )
 from lightning_norm.callbacks.monitor.quantities import (
     Series,
     depths,
     families,
     is_choice,
+    is_shared,
     key_of,
     label,
     layer_names,
     split,
+    winner,
 )
 from lightning_norm.callbacks.swap.norm_swap import NormSwap
 from lightning_norm.surgery.walk import normalizers_of
 
 Layout = dict[str, dict[str, list[Any]]]
+MOST_NAMES = 4
+"""So many names fit into the title of a chart."""
+HPARAMS = "hparams"
+"""The part of a run that has its row on the page "HParams"."""
 
 
 def log_scalars(logger: Logger, scalars: Mapping[str, float], step: int) -> None:
@@ -52,18 +57,21 @@ def log_scalars(logger: Logger, scalars: Mapping[str, float], step: int) -> None
     event_writer(logger).add_summary(Summary(value=values), step)
 
 
-def layout(logged: Iterable[Series], group: str) -> Layout:
+def layout(logged: Iterable[Series], group: str, notes: Mapping[str, Mapping[str, str]] | None = None) -> Layout:
     """Return a layout for ``SummaryWriter.add_custom_scalars``, one category per key.
 
     Quantities of one family share a chart, of which there is one per depth; a quantity by itself has one chart, with a
-    line per depth. TensorBoard takes tags for the beginnings of regular expressions.
+    line per depth. TensorBoard takes tags for the beginnings of regular expressions. It draws the lines of a chart in
+    one colour and gives out their marks in any order, so that only the names in the legend tell them apart: they are
+    short, and their last word differs.
 
     Args:
         logged: all that is logged.
-        group: first part of the tags ``<group>/<key>/<quantity>/<depth>``.
+        group: first part of the tags ``<group>_<depth>/<key>/<quantity>``.
+        notes: key -> quantity -> what is written behind the title of its chart.
 
     >>> layout([("sn", "mean_in", "a"), ("sn", "mean_bn", "a")], "n")
-    {'Normalization: sn': {'mean (IN, BN), all layers': ['Multiline', ['n/sn/mean_in/all$', 'n/sn/mean_bn/all$']]}}
+    {'Normalization: sn': {'mean: IN, BN': ['Multiline', ['n_all/sn/mean_in$', 'n_all/sn/mean_bn$']]}}
     """
     logged = list(logged)
     page: Layout = {}
@@ -73,14 +81,22 @@ def layout(logged: Iterable[Series], group: str) -> Layout:
             parts = list(dict.fromkeys(depths(len(layer_names(logged, key, quantities[0])))))
             # Several quantities in one chart need their names in its title; one by itself has the depths as lines.
             if len(quantities) == 1:
-                tags = {family: [f"{group}/{key}/{quantities[0]}/{part}" for part in parts]}
+                tags = {family: [f"{group}_{part}/{key}/{quantities[0]}" for part in parts]}
             else:
-                title = f"{family} ({', '.join(q for q in map(label, quantities) if q != family)})"
-                tags = {f"{title}, {p} layers": [f"{group}/{key}/{q}/{p}" for q in quantities] for p in parts}
-            charts.update(
-                {title: ["Multiline", [f"{re.escape(t)}$" for t in group_tags]] for title, group_tags in tags.items()}
-            )
+                title = _chart_title(family, [label(q) for q in quantities])
+                ends = {part: "" if part == "all" else f" ({part})" for part in parts}
+                tags = {title + end: [f"{group}_{p}/{key}/{q}" for q in quantities] for p, end in ends.items()}
+            told = [text for q in quantities if (text := (notes or {}).get(key, {}).get(q))]
+            for title, group_tags in tags.items():
+                charts[": ".join((title, *told))] = ["Multiline", [f"{re.escape(t)}$" for t in group_tags]]
     return page
+
+
+def _chart_title(family: str, members: list[str]) -> str:
+    """Return the title of a chart: the family, and its members in short; of many, the first and the last."""
+    others = [name for name in members if name != family]
+    others = others if len(others) <= MOST_NAMES else [others[0], "...", others[-1]]
+    return ", ".join((family, *others)) if family in members else f"{family}: {', '.join(others)}"
 
 
 def tables(values: Mapping[Series, float], key: str, mark: str) -> Iterator[list[list[str]]]:
@@ -96,14 +112,20 @@ def tables(values: Mapping[Series, float], key: str, mark: str) -> Iterator[list
     """
     for grouped in split(families(values).get(key, {})).values():
         chosen = [quantities for quantities in grouped.values() if is_choice(values, key, quantities)]
-        columns = [q for quantities in grouped.values() for q in quantities]
-        rows = [["layer", *columns]]
-        for layer in layer_names(values, key):
-            # In each mixture of the layer the greatest weight is marked, and in nothing else.
-            best = {max(quantities, key=lambda q: values[key, q, layer]) for quantities in chosen}
-            cells = [(values.get((key, q, layer)), mark if q in best else "") for q in columns]
-            rows.append([layer, *("" if v is None else f"{m}{v:.3g}{m}" for v, m in cells)])
-        yield rows
+        quantities_of_part = [q for quantities in grouped.values() for q in quantities]
+        # What the layers have in common is a table of one row.
+        for in_common in (True, False):
+            columns = [q for q in quantities_of_part if is_shared(values, key, q) is in_common]
+            if not columns:
+                continue
+            rows = [["layer", *columns]]
+            names = dict.fromkeys(layer for k, q, layer in values if k == key and q in columns)
+            for layer in names:
+                # In each mixture of the layer the weight that leads is marked, and nothing else.
+                best = {winner({q: values.get((key, q, layer), 0.0) for q in quantities}) for quantities in chosen}
+                cells = [(values.get((key, q, layer)), mark if q in best else "") for q in columns]
+                rows.append([layer, *("" if v is None else f"{m}{v:.3g}{m}" for v, m in cells)])
+            yield rows
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -119,7 +141,13 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def norm_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> dict[str, Any]:
-    """Return the norm and its arguments: those of NormSwap, or the keys of the layers where there is none."""
+    """Return the norm and its arguments: those of NormSwap, or the keys of the layers where there is none.
+
+    Args:
+        trainer: whose callbacks are looked through for a NormSwap.
+        pl_module: whose layers are looked at otherwise.
+        prefix: name of the norm's column; its arguments stand behind it and a slash.
+    """
     swap = next((c for c in callbacks_of(trainer) if isinstance(c, NormSwap)), None)
     # Layers that were swapped without the callback, in the module's __init__ for one.
     if swap is None:
@@ -129,40 +157,78 @@ def norm_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str
     return {prefix: plain(swap.options.rules if swap.options.norm is None else swap.options.norm), **arguments}
 
 
-def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str, metric: str | None, end: bool) -> None:
-    """Add the norm, its arguments and the metric to the run's row among TensorBoard's HParams.
+def without_default_row(original: Callable[..., Any], params: Any, metrics: Any = None, *args: Any, **kw: Any) -> Any:
+    """Log hyper-parameters as the logger does, without Lightning's row and its ``hp_metric`` of -1.
 
-    TensorBoard takes the first list of columns that a run has. With the logger's ``default_hp_metric``, that list is
-    the one that Lightning writes after ``on_fit_start``: there the same one, longer, is written before it. Without it,
-    whatever the user writes comes first, and this one at the end of fit. The module's own hparams, and those in the
-    logger's ``hparams.yaml``, stay as they are.
+    TensorBoard takes the list of columns of one run for all of them, and that list has none of the norm's.
+    """
+    return original(params, {} if metrics is None else metrics, *args, **kw)
+
+
+def writes_rows(logger: Logger) -> bool:
+    """Tell whether a logger is TensorBoard's, and logs hyper-parameters in Lightning's way."""
+    base: Any = lightning_base(logger, TensorBoardLogger)
+    return is_instance(logger, TensorBoardLogger) and type(logger).log_hyperparams is base.log_hyperparams
+
+
+def add_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> None:
+    """Add the norm, its arguments and the hyper-parameters of the module to TensorBoard's page "HParams".
+
+    The row is that of a run of its own beside the scalars, "<run>/hparams", and has no list of columns: TensorBoard
+    then has a column for every argument of any run, and for the metrics in those runs alone. The module's own hparams,
+    and those in the logger's ``hparams.yaml``, stay as they are.
 
     Args:
-        trainer: its loggers, and what its ModelCheckpoint or EarlyStopping monitors.
+        trainer: its loggers.
         pl_module: the model.
         prefix: of the names of the columns.
-        metric: the metric's tag; by default the one that is monitored.
-        end: of fit; its start otherwise.
     """
-    norm = norm_hparams(trainer, pl_module, prefix)
+    logged = {k: plain(v) for k, v in flat(initial_hparams(trainer, pl_module)).items()}
+    row = {**norm_hparams(trainer, pl_module, prefix), **logged}
+    for writer in _row_writers(trainer) if row else ():
+        _, start, _ = _summaries(row)
+        writer.add_summary(start)
+        writer.close()
+
+
+def add_metrics(trainer: pl.Trainer, metric: str | None, finished: bool = True) -> None:
+    """Add the metrics to the row, as they are at the end of fit.
+
+    Args:
+        trainer: what it has logged, and what its ModelCheckpoint or EarlyStopping monitors.
+        metric: the metric's tag; by default the one that is monitored, or else all that Lightning has logged.
+        finished: the fit was not interrupted.
+    """
     watching = [c for c in callbacks_of(trainer) if is_instance(c, ModelCheckpoint) or is_instance(c, EarlyStopping)]
-    watched = [c.monitor for c in watching if c.monitor]
-    metrics = ([metric] if metric else watched)[:1]
+    watched = [metric] if metric else [c.monitor for c in watching if c.monitor][:1]
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    # Whoever logs "hp_metric" means this page.
+    names = dict.fromkeys((*(watched or values), *(n for n in values if n == "hp_metric")))
+    for writer in _row_writers(trainer):
+        numbers = [Summary.Value(tag=name, simple_value=values[name]) for name in names if name in values]
+        writer.add_summary(Summary(value=numbers), trainer.global_step)
+        if finished:
+            *_, end = _summaries({})
+            writer.add_summary(end)
+        writer.close()
+
+
+def _row_writers(trainer: pl.Trainer) -> Iterator[Any]:
+    """Yield a writer into the row of each TensorBoard logger."""
+    from torch.utils.tensorboard.writer import FileWriter
+
     for logger in trainer.loggers:
-        if norm and is_instance(logger, TensorBoardLogger) and writes_default_metric(logger) is not end:
-            logged = {k: plain(v) for k, v in flat(initial_hparams(trainer, pl_module)).items()}
-            # hp_metric must be among the columns, or Lightning's own list would not match this one.
-            names = [f"{tag_prefix(logger)}{m}" for m in (*metrics, *(() if end else ("hp_metric",)))]
-            _write({**norm, **logged}, names, event_writer(logger))
+        if writes_rows(logger):
+            assert is_instance(logger, TensorBoardLogger)
+            yield FileWriter(f"{logger.log_dir}/{HPARAMS}")
 
 
-def _write(hparams: dict[str, Any], metrics: list[str], writer: Any) -> None:
-    """Write the summaries of the page "HParams": these values, and columns for metrics of these names."""
+def _summaries(hparams: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Return the summaries of a row: the list of columns, the values, and the end."""
     from torch.utils.tensorboard.summary import hparams as summaries
 
-    # The values of the metrics come from the scalars; 0 only says that the column exists.
-    for summary in summaries(hparams, dict.fromkeys(metrics, 0)):  # type: ignore[no-untyped-call]
-        writer.add_summary(summary)
+    made: tuple[Any, Any, Any] = summaries(hparams, {})  # type: ignore[no-untyped-call]
+    return made
 
 
 def initial_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures of what the layers learned: the choice of a mixture over layers and epochs, and profiles over the depth.
+"""Pictures of what the layers learned: choices over layers and epochs, profiles over the depth, curves over epochs.
 
 Drawn with matplotlib's objects on Agg; ``pyplot`` and its global state are not used.
 """
@@ -6,13 +6,23 @@ Drawn with matplotlib's objects on Agg; ``pyplot`` and its global state are not 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_norm.callbacks.monitor.quantities import Series, families, is_choice, label, layer_names, split
+from lightning_norm.callbacks.monitor.quantities import (
+    ALL_LAYERS,
+    TIE,
+    Series,
+    families,
+    is_choice,
+    is_shared,
+    label,
+    split,
+)
 from lightning_norm.surgery.extras import missing
 
 Image = npt.NDArray[np.uint8]
@@ -22,9 +32,13 @@ History = Mapping[int, Mapping[Series, float]]
 COLORS = {"bn": "#0072B2", "in": "#D55E00", "ln": "#009E73", "gn": "#CC79A7"}  # apart for colour-blind readers too
 OTHERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PALEST = 0.12
-NOBODY, TIE = -1, 1e-4
+NOBODY = -1
+Notes = Mapping[str, Mapping[str, str]]
+"""Key -> quantity -> what is written below the title of its panel."""
 ROW, DPI = 0.24, 110  # inches
-MOST_ROWS, MOST_PANELS = 60, 3
+MOST_ROWS, MOST_PANELS, SHARED_ROWS = 60, 3, 10
+NARROWEST = 6.4
+"""So wide that the two lines above every picture fit, in inches."""
 
 
 def can_draw() -> bool:
@@ -32,23 +46,70 @@ def can_draw() -> bool:
     return not missing("matplotlib")
 
 
-def draw(history: History) -> dict[tuple[str, str], Image]:
+def draw(history: History, notes: Notes | None = None) -> dict[tuple[str, str], Image]:
     """Return every picture of a run: (key, title) -> (height, width, 3).
 
-    A mixture, whose weights sum to one, becomes a heat map, "choice"; everything else becomes profiles over the depth.
+    A mixture, whose weights sum to one, becomes a heat map, "choice"; what the layers have in common becomes curves
+    over the epochs, "shared", once for all of them; everything else becomes profiles over the depth.
 
     Args:
         history: the values at the end of each epoch; 0 is the state before the training.
+        notes: what the reader of a quantity must know.
+
+    Returns:
+        A title is "choice", "profile" (the method's own quantities) or "profile_every_layer" (drift, gamma). Pixels are
+        0 to 255.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing; :func:`can_draw` asks for it.
+
+    >>> start = {("bcn", "iota", name): 1.0 for name in ("net.bn1", "net.bn2")}
+    >>> end = {("bcn", "iota", "net.bn1"): 0.75, ("bcn", "iota", "net.bn2"): 0.5}
+    >>> list(draw({0: start, 1: end})) if can_draw() else [("bcn", "profile")]
+    [('bcn', 'profile')]
     """
     last = history[max(history)]
     images: dict[tuple[str, str], Image] = {}
-    for key, grouped in families(last).items():
+    for key, every_family in families(last).items():
+        shared = {family: members for family, members in every_family.items() if is_shared(last, key, members[0])}
+        grouped = {family: members for family, members in every_family.items() if family not in shared}
+        told = (notes or {}).get(key, {})
         mixtures = {family: members for family, members in grouped.items() if is_choice(last, key, members)}
         if mixtures:
             images[key, "choice"] = draw_choice(history, key, mixtures)
+        if shared:
+            images[key, "shared"] = draw_shared(history, key, shared)
         for title, part in split(grouped).items():
-            images[key, title] = draw_profile(history, key, part)
+            images[key, title] = draw_profile(history, key, part, told)
     return images
+
+
+def draw_shared(history: History, key: str, grouped: Mapping[str, list[str]]) -> Image:
+    """Draw what all layers have in common: values over the epochs, one panel for each family.
+
+    Args:
+        history: the values at the end of each epoch.
+        key: of the normalizers.
+        grouped: family -> its quantities.
+
+    Returns:
+        The pixels, (height, width, 3), 0 to 255.
+    """
+    epochs = sorted(history)
+    figure, axes = _figure(len(grouped), SHARED_ROWS, 2.5, sharey=False)
+    for axis, (family, quantities) in zip(axes, grouped.items(), strict=True):
+        for i, quantity in enumerate(quantities):
+            y = [history[epoch].get((key, quantity, ALL_LAYERS), math.nan) for epoch in epochs]
+            axis.plot(epochs, y, color=_color(quantity, i), lw=1.3, marker="o", ms=3.2)
+        _members(axis, family, quantities, "")
+        axis.grid(color="0.9", lw=0.6)
+        axis.set_xlabel("epochs", fontsize=9)
+        axis.tick_params(labelsize=8)
+        # Half an epoch is no place to look at.
+        axis.locator_params(axis="x", nbins=8, integer=True)
+        _write_whole(axis.yaxis)
+    _title(figure, f"{key}: the same for all layers", "over the epochs")
+    return _pixels(figure)
 
 
 def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -> Image:
@@ -63,7 +124,7 @@ def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -
         The pixels, (height, width, 3), 0 to 255; the height grows with the layers.
     """
     epochs, last = sorted(history), history[max(history)]
-    names = layer_names(last, key)
+    names = _layers_of(last, key, mixtures)
     # One array for each mixture, so that its winners are found without a loop over cells.
     cubes = {family: _cube(history, epochs, names, key, members) for family, members in mixtures.items()}
     # All heat maps of a picture share one scale, so that their colours can be compared.
@@ -101,20 +162,23 @@ def draw_choice(history: History, key: str, mixtures: Mapping[str, list[str]]) -
     return _pixels(figure)
 
 
-def draw_profile(history: History, key: str, grouped: Mapping[str, list[str]]) -> Image:
+def draw_profile(
+    history: History, key: str, grouped: Mapping[str, list[str]], notes: Mapping[str, str] | None = None
+) -> Image:
     """Draw each family over the depth: layers down, values across, the start of the run in pale.
 
     Args:
         history: the values at the end of each epoch.
         key: of the normalizers.
         grouped: family -> its quantities.
+        notes: quantity -> what its reader must know.
 
     Returns:
         The pixels, (height, width, 3), 0 to 255.
     """
     # The first entry is the state before the training, or of the checkpoint that it was resumed from.
     first, last = history[min(history)], history[max(history)]
-    names = layer_names(last, key)
+    names = _layers_of(last, key, grouped)
     figure, axes = _figure(len(grouped), len(names), 2.1)
     for axis, (family, quantities) in zip(axes, grouped.items(), strict=True):
         for i, quantity in enumerate(quantities):
@@ -123,17 +187,12 @@ def draw_profile(history: History, key: str, grouped: Mapping[str, list[str]]) -
             for values, alpha in ((first, 0.3), (last, 1.0)):
                 x = [values.get((key, quantity, name), math.nan) for name in names]
                 axis.plot(x, range(len(names)), color=color, alpha=alpha, lw=1.3, marker="o", ms=3.2)
-        if len(quantities) > 1:
-            for i, quantity in enumerate(quantities):
-                axis.text(
-                    (i + 0.5) / len(quantities), 1.01, label(quantity), transform=axis.transAxes, ha="center",
-                    va="bottom", fontsize=9, weight="bold", color=_color(quantity, i),
-                )  # fmt: skip
-        axis.set_title(family, fontsize=10.5, weight="bold", pad=16 if len(quantities) > 1 else 4)
+        _members(axis, family, quantities, "; ".join((notes or {}).get(q, "") for q in quantities).strip("; "))
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.grid(color="0.9", lw=0.6)
         axis.tick_params(axis="x", labelsize=8)
-        axis.locator_params(axis="x", nbins=4)
+        axis.locator_params(axis="x", nbins=3)
+        _write_whole(axis.xaxis)
         low, high = axis.get_xlim()
         if low < 0 <= axis.dataLim.x0:  # a share has no room below 0
             axis.set_xlim(-0.04 * high, high)
@@ -142,7 +201,44 @@ def draw_profile(history: History, key: str, grouped: Mapping[str, list[str]]) -
     return _pixels(figure)
 
 
-def _figure(panels: int, rows: int, panel: float) -> tuple[Any, list[Any]]:
+def _layers_of(values: Mapping[Series, float], key: str, grouped: Mapping[str, list[str]]) -> list[str]:
+    """Return the layers that have one of these quantities, in the order of their depth."""
+    shown = {q for quantities in grouped.values() for q in quantities}
+    return list(dict.fromkeys(layer for k, q, layer in values if k == key and q in shown))
+
+
+def _members(axis: Any, family: str, quantities: list[str], note: str) -> None:
+    """Write above a panel its family, a note, and the names of its curves in their colours."""
+    below = len(quantities) > 1
+    for i, quantity in enumerate(quantities if below else ()):
+        axis.text(
+            (i + 0.5) / len(quantities), 1.01, label(quantity), transform=axis.transAxes, ha="center",
+            va="bottom", fontsize=9 if len(quantities) < 5 else 7.5, weight="bold", color=_color(quantity, i),
+        )  # fmt: skip
+    axis.set_title("\n".join(filter(None, (family, textwrap.fill(note, 26)))), fontsize=10.5, weight="bold",
+                   pad=16 if below else 4)  # fmt: skip
+
+
+def _write_whole(axis: Any) -> None:
+    """Write the numbers of an axis whole: no offset and no power beside it."""
+    # The function is asked when the ticks are known.
+    axis.set_major_formatter(lambda value, _: whole(value, axis.get_majorticklocs()))
+
+
+def whole(value: float, ticks: npt.ArrayLike) -> str:
+    """Return a number with as many digits as tell the ticks of its axis apart.
+
+    >>> [whole(x, [0.99998, 0.99999, 1.0]) for x in (0.99998, 1.0)], whole(2e-9, [0.0, 2e-9])
+    (['0.99998', '1'], '2e-09')
+    """
+    sizes = np.sort(np.asarray(ticks, dtype=float))
+    step, top = (np.diff(sizes).min() if len(sizes) > 1 else 0.0), np.abs(sizes).max(initial=abs(value))
+    digits = 3 if step <= 0 or top == 0 else int(np.ceil(np.log10(top / step))) + 2
+    # A tick that is zero but for rounding is zero.
+    return f"{0.0 if abs(value) < step * 1e-6 else float(value):.{min(digits, 12)}g}"
+
+
+def _figure(panels: int, rows: int, panel: float, sharey: bool = True) -> tuple[Any, list[Any]]:
     """Return a figure with three panels side by side, as high as its rows need, and room for the names at the left."""
     from matplotlib.figure import Figure
 
@@ -150,9 +246,9 @@ def _figure(panels: int, rows: int, panel: float) -> tuple[Any, list[Any]]:
     down = -(-panels // MOST_PANELS)
     across = -(-panels // down)
     # Inches: room for the names at the left and for the titles above.
-    size = max(1.6 + panel * across, 4.6), down * (ROW * max(min(rows, MOST_ROWS), 4) + 1.0) + 0.4
+    size = max(1.6 + panel * across, NARROWEST), down * (ROW * max(min(rows, MOST_ROWS), 4) + 1.0) + 0.4
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
-    axes = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    axes = list(figure.subplots(down, across, squeeze=False, sharey=sharey).flat)
     # A grid of panels may have more places than families.
     for unused in axes[panels:]:
         unused.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,17 +13,21 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Normalizer
 from lightning_norm.layers.scheduled import was_scheduled
-from lightning_norm.surgery.walk import named_normalizers
+from lightning_norm.surgery.walk import named_normalizers, normalizers_of
 
 Series = tuple[str, str, str]
 """What one logged curve shows: the key of the normalizer, the quantity, and the name of the layer."""
 Families = dict[str, dict[str, list[str]]]
 """Key -> family -> its quantities, which share a chart."""
 
+ALL_LAYERS = "all layers"
+"""In place of the name of a layer: a quantity that the layers have in common, such as the contexts of a batch."""
 DEPTHS = {1: ("all",), 2: ("early", "late"), 3: ("early", "middle", "late")}
 STATISTICS = ("in", "ln", "gn", "bn")
-EXTRAS = ("gamma condition", "gamma near zero", "drift")
+EXTRAS = ("gamma condition", "gamma near zero", "drift", "valid fraction")
 """Families that every layer has."""
+TIE = 1e-4
+"""A lead that is smaller could be turned around by rounding."""
 NEAR_ZERO = 0.01
 """Part of the greatest gamma below which one counts as near zero."""
 SMALLEST_RATIO = 1e-7
@@ -39,18 +44,25 @@ class Quantities:
     def __init__(self, extras: bool = True) -> None:
         self.extras = extras
         self._last_statistics: dict[Series, Tensor] = {}
+        self._measured: set[Series] = set()
 
     def series(self, pl_module: nn.Module) -> list[Series]:
-        """Return all that :meth:`read` will return, the drift included, which takes two readings."""
+        """Return all that :meth:`read` will return, the drift and the masks' quantities included, which come later."""
         drifts = [series for series, _ in running_statistics(pl_module)] if self.extras else []
-        return list(dict.fromkeys((*self.tensors(pl_module), *drifts, *hyper_parameters(pl_module))))
+        layers = named_normalizers(pl_module)
+        waits = [(key_of(m), "valid_fraction", name) for name, m in layers if getattr(m, "mask_state", None)]
+        return list(dict.fromkeys((*self.tensors(pl_module), *waits, *drifts, *hyper_parameters(pl_module))))
 
     def tensors(self, pl_module: nn.Module) -> dict[Series, Tensor]:
         """Return every quantity that is computed from tensors, 0-dim."""
         tensors: dict[Series, Tensor] = {}
         for name, layer in named_normalizers(pl_module):
-            quantities = {**layer.monitor(), **(gamma(layer) if self.extras else {})}
-            tensors.update({(key_of(layer), quantity, name): value for quantity, value in quantities.items()})
+            quantities = {**layer.monitor(), **valid_fraction(layer), **(gamma(layer) if self.extras else {})}
+            shared = layer.shared_quantities()
+            for quantity, value in quantities.items():
+                # The first layer speaks for all where they have a quantity in common.
+                place = ALL_LAYERS if quantity in shared else name
+                tensors.setdefault((key_of(layer), quantity, place), value)
         return tensors
 
     def read(self, pl_module: nn.Module, values: bool = False) -> tuple[dict[Series, float], dict[Series, Tensor]]:
@@ -65,14 +77,19 @@ class Quantities:
         # One transfer for everything: each would wait for the device once more.
         with torch.no_grad():
             flat = torch.cat([t.detach().to(sent[0].device, torch.float32).reshape(-1) for t in sent]).cpu()
-        numbers = dict(zip(tensors, flat[: len(tensors)].tolist(), strict=True))
+        numbers = self._drawn(dict(zip(tensors, flat[: len(tensors)].tolist(), strict=True)))
         parts = torch.split(flat[len(tensors) :], [t.numel() for t in learned.values()]) if learned else ()
         others = {series: value for series, value in hyper_parameters(pl_module).items() if series not in numbers}
         return {**numbers, **others}, dict(zip(learned, parts, strict=True))
 
+    def _drawn(self, numbers: dict[Series, float]) -> dict[Series, float]:
+        """Leave out what was never measured; a NaN that comes after a number is a fault worth seeing."""
+        self._measured.update(series for series, value in numbers.items() if not math.isnan(value))
+        return {series: value for series, value in numbers.items() if series in self._measured}
+
     def restart(self) -> None:
         """Forget the running statistics that the drift is measured from."""
-        self._last_statistics = {}
+        self._last_statistics, self._measured = {}, set()
 
     @torch.no_grad()
     def _drift(self, pl_module: nn.Module) -> dict[Series, Tensor]:
@@ -84,8 +101,10 @@ class Quantities:
             self._last_statistics[series] = now.clone()
             if old is not None and old.device == now.device:
                 # Statistics that are 0 in both readings have not moved: 0 / tiny is 0.
-                size = torch.maximum(old.abs().sum(), now.abs().sum()).clamp_min(torch.finfo(now.dtype).tiny)
-                drifts[series] = (now - old).abs().sum() / size
+                was, size = old.abs().sum(), torch.maximum(old.abs().sum(), now.abs().sum())
+                drift = (now - old).abs().sum() / size.clamp_min(torch.finfo(now.dtype).tiny)
+                # The way from zeros, where statistics start, is 1 whatever they are: a measure of nothing.
+                drifts[series] = torch.where((was == 0) & (size > 0), torch.nan, drift)
         return drifts
 
 
@@ -120,6 +139,18 @@ def gamma(layer: Normalizer) -> dict[str, Tensor]:
     top = size.max().clamp_min(torch.finfo(size.dtype).tiny)
     condition = top / torch.maximum(size.min(), SMALLEST_RATIO * top)
     return {"gamma_condition": condition, "gamma_near_zero": (size < NEAR_ZERO * top).float().mean()}
+
+
+def valid_fraction(layer: Normalizer) -> dict[str, Tensor]:
+    """Return which part of the positions counted in the last call with a mask; nothing where none had one.
+
+    >>> layer = Normalizer.registry["bn"](4)
+    >>> _ = layer(torch.ones(2, 4, 8), mask=torch.tensor([8, 2]))
+    >>> valid_fraction(layer)["valid_fraction"].item()
+    0.625
+    """
+    mask = getattr(layer, "last_mask", None)
+    return {} if mask is None else {"valid_fraction": mask.float().mean()}
 
 
 def learned_values(pl_module: nn.Module) -> Iterator[tuple[Series, Tensor]]:
@@ -158,6 +189,15 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
+def notes(pl_module: nn.Module) -> dict[str, dict[str, str]]:
+    """Return key -> quantity -> what its reader must know now; of several layers that differ, each once."""
+    texts: dict[str, dict[str, dict[str, None]]] = {}
+    for layer in normalizers_of(pl_module):
+        for quantity, text in layer.monitor_notes().items():
+            texts.setdefault(key_of(layer), {}).setdefault(quantity, {})[text] = None
+    return {key: {q: "; ".join(of_quantity) for q, of_quantity in of_key.items()} for key, of_key in texts.items()}
+
+
 def families(logged: Iterable[Series]) -> Families:
     """Group the quantities of each key by the first part of their name: ``mean_in``, ``mean_ln``, ``mean_bn``.
 
@@ -169,7 +209,14 @@ def families(logged: Iterable[Series]) -> Families:
         members = of_key.setdefault(key, {}).setdefault(_family(quantity), [])
         if quantity not in members:
             members.append(quantity)
-    return of_key
+    # One order for every run and every mixture of layers: the method's own first, then what all layers have.
+    places = {family: i for i, family in enumerate(EXTRAS)}
+    return {key: dict(sorted(of.items(), key=lambda item: places.get(item[0], -1))) for key, of in of_key.items()}
+
+
+def is_shared(logged: Iterable[Series], key: str, quantity: str) -> bool:
+    """Tell whether the layers of a key have a quantity in common."""
+    return (key, quantity, ALL_LAYERS) in logged
 
 
 def split(grouped: Mapping[str, list[str]]) -> dict[str, dict[str, list[str]]]:
@@ -217,6 +264,7 @@ def depth_means(values: dict[Series, float]) -> dict[Series, float]:
         over_layers.setdefault((key, quantity), []).append(value)
     means: dict[Series, float] = {}
     for (key, quantity), numbers in over_layers.items():
+        # The order in the model stands for the depth.
         parts = depths(len(numbers))
         for part in dict.fromkeys(parts):
             of_part = [v for v, p in zip(numbers, parts, strict=True) if p == part]
@@ -241,3 +289,13 @@ def is_choice(values: Mapping[Series, float], key: str, quantities: list[str]) -
         [values.get((key, q, layer), 0.0) for q in quantities] for layer in layer_names(values, key, quantities[0])
     ]
     return len(quantities) > 1 and all(min(w) >= 0 and abs(sum(w) - 1) < 1e-3 for w in of_layer)
+
+
+def winner(weights: Mapping[str, float]) -> str | None:
+    """Return the greatest of the weights of a mixture, or ``None`` where none leads by more than rounding.
+
+    >>> winner({"mean_in": 0.2, "mean_bn": 0.8}), winner({"mean_in": 0.5, "mean_bn": 0.5})
+    ('mean_bn', None)
+    """
+    first, *others = sorted(weights, key=lambda q: -weights[q])
+    return first if not others or weights[first] - weights[others[0]] > TIE else None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
+from lightning_norm.callbacks.described import Described
 from lightning_norm.callbacks.lightning_compat import (
     Callback,
     GradientAccumulationScheduler,
@@ -29,7 +30,7 @@ from lightning_norm.schedules.base import Schedule
 from lightning_norm.schedules.composed import as_schedule
 
 
-class NormScheduler(Callback):
+class NormScheduler(Described, Callback):
     """Let hyper-parameters of the normalizers follow schedules: a sparse radius, a momentum, an alpha, a threshold.
 
     ``momentum`` is also that of torch's own BatchNorm layers, in a network that was never swapped and in what a swap

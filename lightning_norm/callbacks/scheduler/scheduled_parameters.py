@@ -69,6 +69,7 @@ def split_key(key: str) -> tuple[str | None, str]:
     >>> split_key("alpha"), split_key("net.(?:a|b):alpha")
     ((None, 'alpha'), ('net.(?:a|b)', 'alpha'))
     """
+    # From the right, since a regular expression may have colons itself.
     pattern, colon, name = key.rpartition(":")
     if not name.isidentifier() or (colon and not pattern):
         raise ValueError(f"schedules[{key!r}]: expected 'alpha' or 'layer1.*:alpha', the value's name coming last.")
@@ -90,6 +91,7 @@ def find_scheduled_parameters(pl_module: nn.Module, schedules: Mapping[str, Sche
         raise ValueError(
             f"NormScheduler: the model has no layer of this package and no BatchNorm, so nothing to schedule. {SWAP}"
         )
+    # Which key has an argument already, for the message to a later key that finds none left.
     taken: dict[tuple[int, str], str] = {}
     parameters: list[ScheduledParameter] = []
     for key, schedule in schedules.items():
@@ -169,6 +171,7 @@ def _normalizers_with_all_names(pl_module: nn.Module) -> list[tuple[list[str], L
 
 
 def _ranges(layer: Layer) -> Mapping[str, Scheduled]:
+    # torch's layers declare no ranges; their momentum means what ours means.
     return layer.ranges if isinstance(layer, Normalizer) else {"momentum": Scheduled(0, 1, training_only=True)}
 
 

@@ -37,6 +37,10 @@ class Accumulation:
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open a window in every layer with running statistics, and go on with that of a resumed run.
 
+        Args:
+            trainer: whose count of optimizer steps tells when a window ends.
+            pl_module: the swapped module.
+
         Raises:
             ValueError: a layer cannot wait for the end of a window; it says why.
         """
@@ -66,6 +70,7 @@ class Accumulation:
                 )
         for layer in self._layers.values():
             open_window(layer)
+        # Ranks compare their layers before the first batch, where a difference is told by name.
         attend(self._layers.values())
         self._step = trainer.global_step
         self._fill()

@@ -38,13 +38,24 @@ class BatchMasks:
         """Whether there is anything to do."""
         return self._key is not None or self._function is not None
 
+    @property
+    def source(self) -> str:
+        """Where a batch's mask comes from, in words; "" where nothing asks for one."""
+        if self._function is not None:
+            return f"{getattr(self._function, '__qualname__', 'mask_fn')}(batch)"
+        return "" if self._key is None else f"batch[{self._key!r}]"
+
     def start(self, pl_module: pl.LightningModule) -> None:
         """Look up the layers."""
         if self.enabled:
+            # At the start of a run, when every layer has been built and swapped.
             self._layers = layers_with_masks(pl_module)
 
     def give(self, batch: Any) -> None:
-        """Tell the layers the mask of a batch.
+        """Tell the layers the mask of a batch, which each takes at the size of its own map.
+
+        Args:
+            batch: as the data loader made it, on its device.
 
         Raises:
             MaskError: the batch has none.
@@ -60,6 +71,7 @@ class BatchMasks:
     def forget(self) -> None:
         """Take back the mask of a finished batch."""
         if self.enabled:
+            # A pass between two batches, of another callback say, must not meet the mask of the last one.
             assign(self._layers, None)
 
     def stop(self) -> None:

@@ -57,6 +57,10 @@ def check_order(trainer: pl.Trainer, swap: Callback) -> None:
 def check_settings(trainer: pl.Trainer, swap: Any) -> None:
     """Compare a NormSwap with the other ones, and with what the Trainer synchronizes.
 
+    Args:
+        trainer: with all callbacks.
+        swap: the NormSwap that asks.
+
     Raises:
         ConflictError: two of them choose parameter groups.
     """
@@ -102,12 +106,17 @@ def check_launcher(trainer: pl.Trainer, stage: str, parent_is_swapped: bool) -> 
 def check_copies(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Check that callbacks which average weights hold a copy of this network, and that statistics are taken care of.
 
+    Args:
+        trainer: with all callbacks.
+        pl_module: the module after the swap, and after ``configure_model``.
+
     Raises:
         ConflictError: a copy was made before a layer was built.
     """
     for callback in callbacks_of(trainer):
         if not is_instance(callback, WeightAveraging, StochasticWeightAveraging):
             continue
+        # None until the average is begun, which may be in the middle of the run.
         name, average = type(callback).__name__, averaged_model(callback)
         if is_instance(callback, WeightAveraging):
             average = getattr(average, "module", average)  # torch's AveragedModel keeps the network in an attribute

@@ -66,6 +66,7 @@ class FirstStep:
         if self._epoch_is_new:
             self._epoch_is_new = False
             self._tell_of_evaluation(pl_module)
+        # The layers of a GAN's second network are reached only when its own optimizer steps.
         if self._reach is not None and len(self._stepped) >= max(1, len(trainer.optimizers)):
             self._tell(trainer)
 
@@ -83,6 +84,7 @@ class FirstStep:
     def _tell(self, trainer: pl.Trainer) -> None:
         """Name the layers that were missed, and stop to watch."""
         assert self._reach is not None
+        # A rank's shard may hold nothing of a layer's parameters, and then no gradient of it.
         sharded = any(name in type(trainer.strategy).__name__ for name in SHARDED)
         missed = self._reach.missed(gradients=not sharded)
         self.stop()

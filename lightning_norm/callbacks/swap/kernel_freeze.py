@@ -48,6 +48,7 @@ class KernelFreeze:
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         """Tell whether the kernels are frozen in the current epoch."""
+        # By the epoch alone, so that a resumed run freezes as the uninterrupted one did.
         return self.at is not None and trainer.current_epoch >= self.at
 
 

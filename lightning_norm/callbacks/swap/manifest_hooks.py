@@ -50,6 +50,7 @@ def load_with_manifest(
 ) -> None:
     """Check, call the module's own hook, and rename what torch.compile has named differently."""
     path = _checkpoint_path(pl_module)
+    # Before the module's own hook, which may look for tensors that only the swapped network has.
     unchanged = check_manifest(pl_module, checkpoint, path, resumes=resumes)
     if unchanged:
         rank_zero_info(
@@ -71,6 +72,7 @@ def _checkpoint_path(pl_module: pl.LightningModule) -> str:
 
 def reading(original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
     """Read a checkpoint for the Trainer, and name the path and the reason where that fails."""
+    # By position or by name, as Lightning's versions call it.
     weights_only = kwargs.get("weights_only", args[0] if args else None)
     check_file(path, weights_only)
     if is_url(path) and weights_only is None:

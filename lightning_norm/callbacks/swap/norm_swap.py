@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
+from lightning_norm.callbacks.described import Described, print_report
 from lightning_norm.callbacks.lightning_compat import Callback, pl, rank_zero_info, rank_zero_warn
 from lightning_norm.callbacks.norm_context import check_contexts
 from lightning_norm.callbacks.patching import Patches
@@ -122,7 +123,7 @@ class NormSwapOptions(SwapOptions):
             raise PlanError(f"cannot read the plan {self.plan!r}: {error}") from error
 
 
-class NormSwap(Callback):
+class NormSwap(Described, Callback):
     """Swap the normalization layers of the model in ``setup``, for every stage.
 
     Layers that ``LightningModule.setup`` or ``configure_model`` build are swapped as well. Parameters and statistics
@@ -178,6 +179,9 @@ class NormSwap(Callback):
         self._run_patches = Patches()
         self._warm = self._untold = self._arrived_swapped = False
         self._stop_observing: Callable[[], None] | None = None
+
+    def _arguments(self) -> dict[str, Any]:
+        return {field.name: getattr(self.options, field.name) for field in fields(self.options)}
 
     def swap_arguments(self) -> dict[str, Any]:
         """Return the arguments that :func:`lightning_norm.swap` is called with.
@@ -483,8 +487,9 @@ class NormSwap(Callback):
             if left := self.report.left_alone(self.options):
                 rank_zero_warn(left, category=LeftAloneWarning)
             warn_ignored(trainer, pl_module)
+            self.report.masks = self._masks.source
             if len(self.report):
-                rank_zero_info(f"NormSwap: {self.report.summary()}")
+                print_report(f"NormSwap: {self.report.summary()}")
 
     def _optimizers(self, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
         """Let the module build its optimizers, and put the new parameters in their groups."""

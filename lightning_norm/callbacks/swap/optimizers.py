@@ -43,7 +43,15 @@ def add_missing(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> list[s
 
     Returns:
         The names of the parameters that were added.
+
+    >>> import torch, lightning_norm
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> _ = lightning_norm.swap(model, "sn")
+    >>> add_missing(model, [optimizer])
+    ['1.mean_weight', '1.var_weight']
     """
+    # The very dictionaries that optimizers and schedulers hold.
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     group_of = {id(p): group for group in groups for p in group["params"]}
     added: list[str] = []
@@ -73,8 +81,18 @@ def add_missing(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> list[s
 def check_owned(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     """Prove that each trainable parameter of each normalizer is in exactly one optimizer.
 
+    Args:
+        pl_module: the swapped network.
+        optimizers: all that step it.
+
     Raises:
         OptimizerError: one is in none or in several; all are named or counted.
+
+    >>> from lightning_norm import create
+    >>> model = nn.Sequential(create("bn", 4))
+    >>> check_owned(model, [])
+    Traceback (most recent call last):
+    lightning_norm.errors.OptimizerError: 2 parameters of normalizers are in no optimizer (first: 0.weight, 0.bias) ...
     """
     # By identity: parameters of equal values are different parameters.
     counts = Counter(id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"])

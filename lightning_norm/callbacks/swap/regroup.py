@@ -96,6 +96,7 @@ def regroup(
         # A scheduler keeps one entry per group of its own optimizer only.
         driving = [s for s in schedulers if s.optimizer is optimizer]
         for index in range(len(optimizer.param_groups)):
+            # Groups that an earlier setup has made are complete.
             if GROUP not in optimizer.param_groups[index]:
                 _split(optimizer, index, kinds, driving)
         for group in optimizer.param_groups:
@@ -120,6 +121,7 @@ def _split(optimizer: Optimizer, index: int, kinds: Mapping[int, GroupKind], sch
     # Optimizers that were given named parameters keep the names beside them.
     names = group.get("param_names") or [None] * len(group["params"])
     members = list(zip(names, group["params"], strict=True))
+    # In the order of the parameters, which is the same on all ranks and in a resumed run.
     for kind in dict.fromkeys(kinds[id(p)] for _, p in members if id(p) in kinds):
         moved = [m for m in members if kinds.get(id(m[1])) == kind]
         members = [m for m in members if kinds.get(id(m[1])) != kind]

@@ -85,6 +85,7 @@ def _try_to_build(row: Mapping[str, Any], path: str) -> None:
     try:
         cls, arguments = resolve(row["norm"])
         arguments = checked_arguments(cls, {k: v for k, v in arguments.items() if k != "device"})
+        # With its channels, for some arguments can be wrong for these alone: groups must divide them.
         if row.get("num_features"):
             with torch.random.fork_rng(devices=[]):
                 cls(row["num_features"], **arguments)

@@ -1,4 +1,20 @@
-"""The command line of ``lightning-norm compare``."""
+"""The command line of ``lightning-norm compare``.
+
+'bn' is the network as it is; any other entry of --norms swaps its normalization layers. It is a key, or
+YAML: {class_path: ubn, init_args: {threshold: 0.9}}, or entries of the section norm:, as {rules: {'layer4.*': sn}}, and
+may have a label of its own: 'late: {rules: {...}}'. Entries of the whole configuration that hold for one of them
+alone go under set: 'recalibrated: {norm: bn, set: {trainer.callbacks+: NormRecalibrate}}'.
+
+Each finished run is one file in OUT/runs. The same command goes on where it stopped, and any number of processes may
+share OUT: each takes the runs that no other one has. A scheduler of a cluster runs the lines of --list.
+
+Examples:
+  lightning-norm compare --norms bn,sn,bcn --seeds 5
+  lightning-norm compare --config job.yaml --metric val/acc --norms 'bn,{class_path: ubn, init_args: {threshold: 0.9}}'
+  lightning-norm compare --config job.yaml --norms bn,gn --sweep data.init_args.batch_size=2,8,32 --metric val/acc
+  lightning-norm compare --config job.yaml --norms bn,sn --metric val/acc --list > jobs.txt
+  lightning-norm compare --report compare --metric val/loss
+"""
 
 from __future__ import annotations
 
@@ -26,21 +42,8 @@ DESCRIPTION = """Train one job with several normalizers: same seeds, same data, 
 The job is your own configuration of `lightning-norm fit` (--config FILE), or the built-in one on scikit-learn's digits.
 Options that compare does not know are the job's: --trainer.max_epochs 3, --data FashionMNIST --root data.
 """
-EPILOG = """'bn' is the network as it is; any other entry of --norms swaps its normalization layers. It is a key, or
-YAML: {class_path: ubn, init_args: {threshold: 0.9}}, or entries of the section norm:, as {rules: {'layer4.*': sn}}, and
-may have a label of its own: 'late: {rules: {...}}'. Entries of the whole configuration that hold for one of them
-alone go under set: 'recalibrated: {norm: bn, set: {trainer.callbacks+: NormRecalibrate}}'.
-
-Each finished run is one file in OUT/runs. The same command goes on where it stopped, and any number of processes may
-share OUT: each takes the runs that no other one has. A scheduler of a cluster runs the lines of --list.
-
-examples:
-  lightning-norm compare --norms bn,sn,bcn --seeds 5
-  lightning-norm compare --config job.yaml --metric val/acc --norms 'bn,{class_path: ubn, init_args: {threshold: 0.9}}'
-  lightning-norm compare --config job.yaml --norms bn,gn --sweep data.init_args.batch_size=2,8,32 --metric val/acc
-  lightning-norm compare --config job.yaml --norms bn,sn --metric val/acc --list > jobs.txt
-  lightning-norm compare --report compare --metric val/loss
-"""
+EPILOG = str(__doc__).partition("\n\n")[2]
+"""What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
 BUILT_IN = ("--model", "ImageClassifier", "--data", "Digits")
 PATIENCE = 60.0
 """Seconds that a process has to end its batch in, before it is killed."""
@@ -49,6 +52,11 @@ LOWER_IS_BETTER = ("loss", "err", "mse", "mae", "rmse", "perplexity", "fid", "nl
 
 def run(argv: Sequence[str]) -> None:
     """Train what is missing, then print the table and write the report.
+
+    1. The job is parsed once, so that a mistake in it is told within seconds.
+    2. Runs whose files are there, with the same settings, are not trained again.
+    3. The others are trained in this process, or in ``--jobs`` processes that take them one after another.
+    4. When all are there, the report is written. A worker, and a process with ``--run``, writes none.
 
     Args:
         argv: the arguments behind ``compare``.
@@ -81,6 +89,8 @@ def run(argv: Sequence[str]) -> None:
     settings = _settings_of(job, runs[0], store.folder)
     remaining = [r for r in runs if not _finished(store, r, settings)]
     if options.list:
+        # A list that was read from a file has several lines, and each command is to be one.
+        argv = [part.replace(options.norms, options.norms.replace("\n", " ")) for part in argv]
         for r in remaining:
             # The number and not the name: it is short, and the same command line gives the same numbers.
             print(shlex.join(["lightning-norm", "compare", *_without(argv, "--list"), "--run", str(runs.index(r))]))
@@ -113,20 +123,24 @@ def job_of(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     """
     if any(argument.split("=")[0] in ("--norm", "--norm.norm") for argument in rest):
         raise ValueError("compare takes the normalizers as --norms bn,sn: leave out --norm.")
-    # In front, so that options of the command line win over the file.
-    return [*(("--config", options.config) if options.config else BUILT_IN), *rest]
+    # In front, so that options of the command line win over the files.
+    files = [text for file in options.config for text in ("--config", file)]
+    return [*(files or BUILT_IN), *rest]
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's own options."""
     made = CommandParser(
-        "lightning-norm compare",
+        prog="lightning-norm compare",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--norms", default="bn,sn,bcn", help="normalizers, separated by commas (default: %(default)s)")
-    made.add_argument("--config", metavar="FILE", help="the job, as `lightning-norm fit --config` takes it")
+    made.add_argument(
+        "--config", action="append", default=[], metavar="FILE",
+        help="the job, as `lightning-norm fit --config` takes it; of several, each wins over those before it",
+    )  # fmt: skip
     made.add_argument(
         "--seeds", type=int, default=3, help="runs per normalizer, seeds 0, 1, ... (default: %(default)s)"
     )
@@ -160,7 +174,7 @@ def metric_of(options: argparse.Namespace) -> tuple[str, bool]:
     Raises:
         ValueError: no metric was named for a job of one's own.
 
-    >>> metric_of(argparse.Namespace(metric="val/loss", mode=None, config="job.yaml"))
+    >>> metric_of(argparse.Namespace(metric="val/loss", mode=None, config=["job.yaml"]))
     ('val/loss', False)
     """
     metric = options.metric
@@ -236,7 +250,14 @@ def check_metric(records: Sequence[Record], metric: str) -> None:
 
 
 def _train(store: RunStore, runs: Sequence[Run], job: Sequence[str], options: argparse.Namespace) -> None:
-    """Train the runs that no other process trains, one after the other, and wait for those."""
+    """Train the runs that no other process trains, one after the other, and wait for those.
+
+    Args:
+        store: the folder, whose locks tell which run another process has.
+        runs: without a result so far.
+        job: arguments of ``fit``.
+        options: what was typed.
+    """
     # Imported late: --help does not wait for Lightning.
     from lightning_norm.cli.compare.training import quiet, train
 
@@ -255,7 +276,15 @@ def _train(store: RunStore, runs: Sequence[Run], job: Sequence[str], options: ar
 
 
 def _wait(store: RunStore, runs: Sequence[Run]) -> None:
-    """Wait for runs that other processes train."""
+    """Wait for runs that other processes train.
+
+    Args:
+        store: the folder that they share.
+        runs: that were claimed when this process came to them.
+
+    Raises:
+        RuntimeError: such a process has ended without a result.
+    """
     if any(store.read(r.name) is None for r in runs):
         print(f"{len(runs)} runs are trained by other processes that share {store.folder}: waiting for them.")
     for r in runs:
@@ -271,7 +300,17 @@ def _wait(store: RunStore, runs: Sequence[Run]) -> None:
 
 
 def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]) -> None:
-    """Let several processes of this command take the runs one after another; show how many are done."""
+    """Let several processes of this command take the runs one after another; show how many are done.
+
+    Args:
+        argv: the arguments of this command, which the processes get as well.
+        jobs: how many processes.
+        store: the folder that they share.
+        runs: that remain.
+
+    Raises:
+        RuntimeError: a process has failed; with the end of what it wrote.
+    """
     # Each process would otherwise take all cores, and all of them together run slower than one.
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -321,7 +360,16 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _settings_of(job: Sequence[str], first: Run, folder: Path) -> dict[str, str]:
-    """Return what the job's configuration says, which all runs of a folder must share."""
+    """Return what the job's configuration says, which all runs of a folder must share.
+
+    Args:
+        job: arguments of ``fit``.
+        first: a run, whose contender is parsed with them.
+        folder: of the comparison.
+
+    Raises:
+        SystemExit: an argument or a configuration file is wrong; the message says where.
+    """
     from lightning_norm.cli.compare.training import JobCLI, quiet
 
     # LightningCLI has no way to parse alone: an exception ends it before the model is built.
@@ -343,6 +391,11 @@ def _settings_of(job: Sequence[str], first: Run, folder: Path) -> dict[str, str]
 
 def _finished(store: RunStore, r: Run, settings: dict[str, str]) -> bool:
     """Tell whether a run is there already.
+
+    Args:
+        store: the folder.
+        r: the run.
+        settings: of the job as it is now.
 
     Raises:
         ValueError: it is there with other settings or another meaning of its label.

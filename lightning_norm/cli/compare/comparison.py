@@ -1,4 +1,8 @@
-"""What came out of a comparison: table, CSV, JSON, pictures, TensorBoard's HParams and one page of HTML."""
+"""What came out of a comparison: table, CSV, JSON, pictures, TensorBoard's HParams and one page of HTML.
+
+Everything is made from the records of the runs, which :mod:`lightning_norm.cli.compare.training` describes, so that a
+report can be drawn again without training.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +58,13 @@ class Report:
         labels: of the normalizers, the baseline first.
         points: of the sweep, each a tuple of (entry, value).
         comparisons: differences that are looked at, one for each normalizer beside the baseline and each point.
+
+    >>> run = {"sweep": {}, "history": {}, "steps": 10, "seconds": 1.0}
+    >>> bn = [{**run, "label": "bn", "seed": seed, "test": {"acc": 0.90 + seed / 100}} for seed in range(3)]
+    >>> sn = [{**run, "label": "sn", "seed": seed, "test": {"acc": 0.95 + seed / 100}} for seed in range(3)]
+    >>> row = Report([*sn, *bn], "acc", higher=True, best=False, baseline="bn").rows()[1]
+    >>> row["norm"], row["seeds"], round(row["difference"], 2), row["verdict"]
+    ('sn', 3, 0.05, 'higher')
     """
 
     def __init__(self, records: Sequence[Record], metric: str, higher: bool, best: bool, baseline: str) -> None:
@@ -62,13 +73,18 @@ class Report:
         if baseline in self.labels:  # the baseline comes first, in the table and in the legend
             self.labels.remove(baseline)
             self.labels.insert(0, baseline)
-        self.points: list[Point] = list(dict.fromkeys(_point(r) for r in self.records))
+        # Runs come as their files lie, which is 128 before 32.
+        self.points: list[Point] = sorted(dict.fromkeys(_point(r) for r in self.records), key=_in_order)
         others = [label for label in self.labels if label != baseline]
         # Each normalizer at each point is one chance of a false finding.
         self.comparisons = max(1, len(others) * len(self.points))
 
     def value(self, record: Record) -> float:
-        """Return the metric of one run: of its test, or else of the last epoch or the best one."""
+        """Return the metric of one run: of its test, or else of the last epoch or the best one.
+
+        Raises:
+            KeyError: the run has no such metric; ``command.check_metric`` says so in words before.
+        """
         if self.metric in record["test"]:
             return float(record["test"][self.metric])
         # A diverged epoch is never the best one; the last value below may still be NaN, and is shown so.
@@ -87,6 +103,9 @@ class Report:
         Args:
             label: of the normalizer.
             point: of the sweep.
+
+        Returns:
+            Mean and interval, over the seeds that both have; the interval is NaN where there are too few.
         """
         runs, base = self.of(label, point), self.of(self.baseline, point)
         # By seed, for the same seed means the same data and the same starting weights.
@@ -410,6 +429,21 @@ def _point(record: Record) -> Point:
     return tuple(record["sweep"].items())
 
 
+def _in_order(point: Point) -> list[tuple[float, str]]:
+    """Return what swept values are sorted by: numbers by their size, then words.
+
+    >>> sorted([(("batch", "32"),), (("batch", "null"),), (("batch", "4"),)], key=_in_order)
+    [(('batch', '4'),), (('batch', '32'),), (('batch', 'null'),)]
+    """
+    keys = []
+    for _, value in point:
+        try:
+            keys.append((float(value), value))
+        except ValueError:
+            keys.append((math.inf, value))
+    return keys
+
+
 def _arguments(swap: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a contender's normalizer, flat."""
     norm = swap.get("norm")
@@ -419,7 +453,11 @@ def _arguments(swap: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value for strict JSON, which has no NaN."""
+    """Return a value for strict JSON, which has no NaN.
+
+    >>> _finite({"mean": math.nan, "sd": [0.5, math.inf]})
+    {'mean': None, 'sd': [0.5, None]}
+    """
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -440,7 +478,11 @@ def _ratio(runs: dict[int, Record], base: dict[int, Record], column: str, least:
 
 
 def _count(parameters: float | None) -> str:
-    """Return a number of parameters in short."""
+    """Return a number of parameters in short.
+
+    >>> _count(4800.0), _count(11_689_512.0), _count(None)
+    ('4800', '11.69 M', '-')
+    """
     if parameters is None:
         return "-"
     return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else f"{parameters:.0f}"
@@ -452,7 +494,11 @@ def _times(ratio: float | None) -> str:
 
 
 def _against(row: dict[str, Any]) -> str:
-    """Return the difference to the baseline with its interval, or why there is none."""
+    """Return the difference to the baseline with its interval, or why there is none.
+
+    >>> _against({"difference": 0.05, "low": 0.01, "high": 0.09, "verdict": "higher"})
+    '+0.0500 [+0.0100, +0.0900]'
+    """
     if "difference" not in row:
         return "-"
     if not math.isfinite(row["difference"]):

@@ -103,7 +103,18 @@ def read_contenders(text: str) -> list[Contender]:
 
 
 def _contender(entry: Any) -> Contender:
-    """Return the normalizer that one entry of ``--norms`` describes."""
+    """Return the normalizer that one entry of ``--norms`` describes.
+
+    Args:
+        entry: as YAML reads it: a word, or a mapping.
+
+    Raises:
+        TypeError: an argument that the normalizer does not take.
+        ValueError: it names no normalizer, an unknown one, or entries that the section ``norm:`` does not have.
+
+    >>> _contender({"class_path": "ubn", "init_args": {"threshold": 0.9}}).label
+    'ubn(threshold=0.9)'
+    """
     from lightning_norm.callbacks import NormSwap
 
     known = ("class_path", SET, *inspect.signature(NormSwap).parameters)

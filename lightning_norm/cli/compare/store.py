@@ -22,6 +22,17 @@ class RunStore:
     """Finished runs in ``FOLDER/runs``, and a lock per run in ``FOLDER/locks`` while a process trains it.
 
     The lock is the operating system's: it ends with its process, however that ends.
+
+    Args:
+        folder: of the comparison; made when the first run is claimed or written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store = RunStore(Path(folder))
+    ...     with store.claim("sn-seed0") as mine:
+    ...         store.write("sn-seed0", {"label": "sn"})
+    ...     mine, store.read("sn-seed0"), store.read("bn-seed0")
+    (True, {'format': 1, 'label': 'sn'}, None)
     """
 
     def __init__(self, folder: Path) -> None:

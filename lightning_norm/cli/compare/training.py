@@ -53,6 +53,9 @@ class JobCLI(NormCLI):
         folder: of logs, and of checkpoints where the job writes some.
         name: of the run.
         options: of :class:`lightning_norm.cli.norm_cli.NormCLI`.
+
+    Attributes:
+        settings: the configuration as dotted names and text, without what each contender replaces.
     """
 
     def __init__(
@@ -107,7 +110,12 @@ class JobCLI(NormCLI):
 
 
 class Recorder(Callback):
-    """Keep every logged metric epoch by epoch, and the time of each step."""
+    """Keep every logged metric epoch by epoch, and the time of each step.
+
+    Attributes:
+        history: name of a metric -> its value at the end of each epoch.
+        step_ms: milliseconds of each training step, from the batch on the device to the end of the optimizer's step.
+    """
 
     def __init__(self) -> None:
         self.history: dict[str, list[float]] = {}
@@ -247,7 +255,11 @@ def quiet() -> Iterator[None]:
 
 
 def _take_out_swaps(trainer: Any) -> dict[str, Any]:
-    """Remove each NormSwap from the callbacks of a configuration; return what they said beyond the defaults."""
+    """Remove each NormSwap from the callbacks of a configuration; return what they said beyond the defaults.
+
+    Args:
+        trainer: the section of that name, as it was parsed; it is changed.
+    """
     callbacks = trainer.get("callbacks")
     entries = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
     written: dict[str, Any] = {}
@@ -297,7 +309,10 @@ def _now(module: pl.LightningModule) -> float:
 
 
 def _start_peak() -> float | None:
-    """Forget the peak of memory so far and return what is in use, in MB; ``None`` where the system cannot say."""
+    """Forget the peak of memory so far and return what is in use, in MB; ``None`` where the system cannot say.
+
+    Of the GPU where there is one, else of this process as Linux counts it.
+    """
     # Of the device where there is one: there lies what limits the batch size.
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

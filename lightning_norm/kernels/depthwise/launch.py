@@ -99,6 +99,7 @@ def stencil_of(x: Tensor, taps: int, tile: int = TILE) -> Stencil:
     n, c, *space = x.shape
     height, width = [1, *space][-2:]
     size, last = height * width, bool(is_channels_last(x, 1))
+    # The widest load is one of 16 bytes.
     vector = 16 // x.element_size()
     # Positions by channels where channels are contiguous, else samples by positions.
     if last:
@@ -147,6 +148,7 @@ def sum_parts(dy: Tensor, x: Tensor, affine: Tensor, kernel: Tensor) -> tuple[Te
     taps = kernel[0].numel()
     # Smaller tiles than forward: an accumulator per tap waits in registers.
     s = stencil_of(x, taps, TILE // 4)
+    # Each chunk of samples writes its own sums and the second launch joins them in a fixed order, as atomics would not.
     chunks = cdiv(s.groups, s.repeat)
     out = affine.new_empty(2, s.pieces * s.n * s.c)
     tap_parts = affine.new_empty(chunks * s.pieces, taps + 1, s.c)

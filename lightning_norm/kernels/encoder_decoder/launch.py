@@ -99,6 +99,7 @@ def affine_of(
     # Tiles of ``encode`` and ``decode``.
     e, d = (tiles_of(rows, grid.c, units, *most) for most in ((32, out, deep), (16, deep, out)))
     affine = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
+    # Where nothing is measured, another tensor stands in for pointers that no kernel reads.
     parts, merge = affine, False
     if not flags.frozen:
         parts, merge = moment_parts(x, grid), grid.parts > 1

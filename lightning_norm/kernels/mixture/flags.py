@@ -66,8 +66,10 @@ class MixtureFlags:
         >>> MixtureFlags.of(("bn", "ln"), weighted=True).at_ln
         1
         """
+        # Positions, since the weights stand in the order in which the user named the statistics.
         at_in, at_ln, at_bn = (statistics.index(s) if s in statistics else -1 for s in ("in", "ln", "bn"))
         return cls(
+            # Frozen batch normalization reads x once, to write y.
             needs_moments=not (frozen and statistics == ("bn",)),
             at_in=at_in,
             at_ln=at_ln,

@@ -39,6 +39,7 @@ def affine_of(
     affine = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
     batch, layer, moments = affine.new_empty(0), affine.new_empty(0), affine.new_empty(0)
     rank_sums = affine.new_empty(0, dtype=torch.float64)
+    # Where nothing is measured, another tensor stands in for pointers that no kernel reads.
     parts, merge = affine, False
     # What makes a sample's variance the unbiased one.
     factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0

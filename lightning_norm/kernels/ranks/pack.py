@@ -13,12 +13,14 @@ import triton.language as tl
 @triton.jit
 def row_of(message, rank, channels):
     """Return where a rank's number is; its means and variances follow."""
+    # In 64 bits: ranks times channels may exceed 2^31.
     return message + 1 + tl.cast(rank, tl.int64) * (1 + 2 * channels)
 
 
 @triton.jit
 def pooled_mean(gathered, c, channels, ranks, keep, BLOCK: tl.constexpr):
     """Return the mean over all ranks, in float64."""
+    # The first number is the count of all ranks together.
     n, mean = tl.load(gathered), tl.zeros((BLOCK,), tl.float64)
     for rank in range(0, ranks):
         row = row_of(gathered, rank, channels)
@@ -32,10 +34,12 @@ def pack(batch, message, count, rank, channels, BLOCK: tl.constexpr):
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = c < channels
     n, row = tl.cast(count, tl.float64), row_of(message, tl.cast(rank, tl.int32), channels)
+    # The mean comes as hi + lo, two float32 numbers, and travels as one float64.
     mean = tl.load(batch + c, mask=keep, other=0.0).to(tl.float64)
     mean += tl.load(batch + channels + c, mask=keep, other=0.0).to(tl.float64)
     tl.store(row + 1 + c, mean, mask=keep)
     tl.store(row + 1 + channels + c, tl.load(batch + 2 * channels + c, mask=keep, other=0.0).to(tl.float64), mask=keep)
+    # Numbers that all channels share: one program writes them.
     if tl.program_id(0) == 0:
         tl.store(message, n)
         tl.store(row, n)
@@ -53,6 +57,7 @@ def unpack(gathered, batch, channels, ranks, BLOCK: tl.constexpr):
         row = row_of(gathered, rank, channels)
         away = tl.load(row + 1 + c, mask=keep, other=0.0) - mean
         var += tl.load(row) / n * (tl.load(row + 1 + channels + c, mask=keep, other=0.0) + away * away)
+    # Back to hi + lo, which the other kernels read.
     hi = mean.to(tl.float32)
     tl.store(batch + c, hi, mask=keep)
     tl.store(batch + channels + c, (mean - hi.to(tl.float64)).to(tl.float32), mask=keep)
@@ -73,6 +78,7 @@ def pack_gradient(dbatch, gathered, message, channels, ranks, BLOCK: tl.constexp
         tl.store(message, n * 0.0)
     for rank in range(0, ranks):
         row, out = row_of(gathered, rank, channels), row_of(message, rank, channels)
+        # d var / d (mean of a rank) = 2 (n_r / n) (mean of that rank - mean).
         part, away = tl.load(row) / n, tl.load(row + 1 + c, mask=keep, other=0.0) - mean
         tl.store(out + 1 + c, part * (f + 2.0 * e * away), mask=keep)
         tl.store(out + 1 + channels + c, part * e, mask=keep)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Paper
+from lightning_norm.layers.declared import declared
 from lightning_norm.layers.fused_specs import per_channel_spec, uses_running_stats
 from lightning_norm.layers.inference import double_copy, per_channel
 from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer
@@ -114,9 +115,12 @@ class ContextNorm(ContextStatistics):
             self.gate_bias = nn.Parameter(torch.empty(num_contexts, device=device, dtype=dtype))
         # Known to the layer by attribute, for the forward of a network has no place for a second argument.
         self.contexts = ContextState()
-        # Evaluation on known or pooled contexts does not look at the sample's own statistics.
-        self.eval_uses_input_stats = context == "gate" or missing == "posterior"  # type: ignore[misc]
         self.reset_parameters()
+
+    @declared(True)
+    def eval_uses_input_stats(self) -> bool:
+        """Whether the sample's own statistics tell its context; known or pooled contexts need none of them."""
+        return self.context == "gate" or self.missing == "posterior"
 
     @property
     def no_window(self) -> str:
@@ -147,7 +151,7 @@ class ContextNorm(ContextStatistics):
         return y
 
     @contextmanager
-    def part_of_batch(self, start: int, stop: int) -> Iterator[None]:
+    def _part_of_batch(self, start: int, stop: int) -> Iterator[None]:
         """While it is open, the layer knows the contexts of these samples alone."""
         responsibilities = None if self.context == "gate" else self.contexts.responsibilities
         with block():
@@ -285,6 +289,11 @@ class ContextNorm(ContextStatistics):
             return {}
         priors = {f"prior_{k}": prior for k, prior in enumerate(self.prior)}
         return {**priors, "entropy": torch.special.entr(self.prior).sum()}
+
+    def shared_quantities(self) -> tuple[str, ...]:
+        """Return the priors and their entropy, where all layers are told of the same contexts."""
+        told = self.context != "gate" and self.prior is not None
+        return (*(f"prior_{k}" for k in range(self.num_contexts)), "entropy") if told else ()
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the gate to small numbers which are the same for layers of one size."""

@@ -63,6 +63,7 @@ def apply_depthwise(
 
 
 def _apply(x: Tensor, affine: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    # Here and not above: importing launches imports Triton, which need not be installed.
     from lightning_norm.kernels.depthwise import launch
 
     return launch.apply_depthwise(x, affine, kernel, bias)
@@ -72,6 +73,7 @@ def _gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tenso
     from lightning_norm.kernels.depthwise.launch import gradients
 
     stats, (kernel, mean, var, numbers, eps, need_dx, group) = MixtureStatistics(*args[:5]), args[5:]
+    # A schema takes flags as a list of integers; see ``operators``.
     flags = from_numbers(MixtureFlags, numbers)
     return gradients(dy, x, stats, kernel, (mean, var), flags, eps, need_dx, operators.over_ranks(group))
 

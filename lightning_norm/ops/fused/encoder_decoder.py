@@ -18,6 +18,7 @@ from lightning_norm.ops.sync import Ranks
 
 ops = torch.ops.lightning_norm
 _BUFFERS = ("running_mean", "running_var", "tracked", "skipped")
+# Twice, with buffers that the operator writes to, "(a!)", and without: see ``mixture``.
 SCHEMAS = {
     name: "(Tensor x, Tensor[] linears, Tensor?[] gates, Tensor? weight, Tensor? bias, Tensor? noise, "
     "Tensor? drop_prob, int seed, "
@@ -139,6 +140,7 @@ class EncoderDecoderSpec:
         if recorded.can_record(x, self, residual):
             return recorded.normalize(x, self, layout.channel_dim, activation, residual)
         dropout = self._dropout(x)
+        # The operator has no formula for gradients: the autograd function below has.
         linears = [t.detach() for t in self.linears]
         weight, bias, *gates = (None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
         op = ops.encoder_decoder_affine_and_track if self.flags.track else ops.encoder_decoder_affine
@@ -216,6 +218,7 @@ def _gradients(dy: Tensor, x: Tensor, *args: Any) -> Any:
 def _fake_affine(x: Tensor, linears: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channel_dim, numbers, _ = args[-3:]
     n, c, h = x.shape[0], x.shape[channel_dim], linears[0].shape[0] + linears[6].shape[0]
+    # One row for the statistics of the batch, else one for each sample.
     rows = 1 if from_numbers(EncoderDecoderFlags, numbers).batch else n
     affine = operators.per_sample_and_channel(x, channel_dim, 3)
     return affine.new_empty(3, rows, c), affine.new_empty(2, rows, h), affine.new_empty(4, rows, c), affine

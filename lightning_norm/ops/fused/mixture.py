@@ -25,6 +25,8 @@ _BUFFERS = ("running_mean", "running_var", "tracked", "skipped")
 CONVOLVED = "_convolved"
 """Where a mixture holds the description of itself with the convolution that was behind it in the last call."""
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+# Twice, with buffers that the operator writes to, "(a!)", and without. A compiler may drop, or run again, only what
+# writes to nothing.
 SCHEMAS = {
     name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor? w, Tensor? v, "
     + ", ".join(f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcd", _BUFFERS, strict=False))
@@ -157,6 +159,7 @@ class MixtureSpec:
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
+        # Recorded launches hold no collective, in which other ranks would have to meet as well.
         if not self.group and recorded.can_record(x, self, residual):
             return recorded.normalize(x, self, layout.channel_dim, activation, residual)
         y: Tensor = _Mixture.apply(
@@ -178,6 +181,7 @@ class MixtureSpec:
 
     def _statistics(self, x: Tensor, layout: Layout) -> MixtureStatistics:
         """Return the statistics of x, and move the running ones."""
+        # The operator has no formula for gradients: the autograd functions have.
         parameters = (None if t is None else t.detach() for t in self.parameters)
         op = ops.mixture_affine_and_track if self.flags.track else ops.mixture_affine
         return MixtureStatistics(

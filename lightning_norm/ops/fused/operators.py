@@ -51,6 +51,7 @@ def from_numbers(cls: type[Flags], numbers: Sequence[float]) -> Flags:
     >>> from_numbers(EncoderDecoderFlags, [1, 0, 2])
     EncoderDecoderFlags(batch=True, frozen=False, track=2)
     """
+    # A schema's list has numbers alone: what was a bool becomes one again.
     types = get_type_hints(cls)
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     return cls(**{name: types[name](number) for name, number in zip(names, numbers, strict=True)})
@@ -109,6 +110,7 @@ def define(
 ) -> None:
     """Define operators, by default for CUDA and for the interpreter on the CPU."""
     for name, schema in schemas.items():
+        # The tag says that torch.compile may take the operator as it is described here.
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in keys:
             _library.impl(name, real[name], key)

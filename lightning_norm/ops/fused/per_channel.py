@@ -21,6 +21,7 @@ from lightning_norm.ops.sync import Ranks
 ops = torch.ops.lightning_norm
 GATES = ("center_weight", "scale_weight", "scale_bias", "affine_weight", "affine_bias", "gate_weight", "gate_bias")
 _BUFFERS = ("running_mean", "running_var", "tracked", "skipped", *(f"counter{i}" for i in range(4)))
+# Twice, with buffers that the operator writes to, "(a!)", and without: see ``mixture``.
 SCHEMAS = {
     name: "(Tensor x, Tensor? weight, Tensor? bias, Tensor?[] gates, Tensor? responsibilities, "
     + ", ".join(f"Tensor{f'({a}!)' if moves else ''}? {t}" for a, t in zip("abcdefgh", _BUFFERS, strict=True))
@@ -130,6 +131,7 @@ class PerChannelSpec:
             dy, x, moments, of_channels, affine, survey_out, batch, rank_sums, weight, bias, gates, buffers[0],
             residual, channel_dim, self.flags, self.numbers, activation, need_dx,
         )  # fmt: skip
+        # The kernels write rows of C numbers; a parameter is (C,), or (K, C) with contexts.
         shaped = [g if t is None else g.view(t.shape) for g, t in zip(of_parameters, parameters, strict=True)]
         return dx, dresidual, shaped, ()
 
@@ -149,6 +151,7 @@ class PerChannelSpec:
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
+        # Recorded launches hold no collective, in which other ranks would have to meet as well.
         if not self.group and recorded.can_record(x, self, residual):
             return recorded.normalize(x, self, layout.channel_dim, activation, residual)
         weight, bias, *gates = (None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))

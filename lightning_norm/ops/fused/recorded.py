@@ -72,6 +72,7 @@ class Recordable(Protocol):
 
 def kind_of(*what: Hashable) -> object:
     """Return one object for equal arguments, whose hash takes no time."""
+    # Numbers that change with each call must not fill the memory.
     if len(_kinds) >= launcher.LIMIT:
         _kinds.clear()
     return _kinds.setdefault(what, object())
@@ -122,6 +123,7 @@ def _recorded(x: Tensor, spec: Recordable, channel_dim: int, activation: str, re
 
 
 def _look(x: Tensor, activation: str, residual: Tensor | None) -> Hashable:
+    # Triton compiles other code for addresses that are multiples of 16.
     look = type(x), x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, activation
     return look if residual is None else (*look, type(residual), residual.shape, residual.dtype)
 
@@ -151,13 +153,16 @@ class _Recorded(torch.autograd.Function):
             return (y,), statistics
 
         plan = launcher.plan_of(key, inputs, call)
-        (y,), kept = plan(inputs, pointers)
+        # All statistics lie in one tensor, so that autograd saves one in place of six.
+        (y,), workspace = plan(inputs, pointers)
         assert y is not None
         if spec.moved:
             # A graph of the user's that holds one of them must not go on as if it were as before.
             torch.autograd.graph.increment_version(spec.moved)
         # Without an activation the gradient of the residual is dy, and the residual itself is not needed.
-        ctx.save_for_backward(x, None if activation == "none" else residual, kept, *parameters, *spec.backward_buffers)
+        ctx.save_for_backward(
+            x, None if activation == "none" else residual, workspace, *parameters, *spec.backward_buffers
+        )
         ctx.spec, ctx.how, ctx.plan = spec, (channel_dim, activation), plan
         ctx.buffers, ctx.n = buffers, len(parameters)
         return y
@@ -165,25 +170,25 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         operators.refuse_second_derivatives()
-        x, residual, kept, *saved = ctx.saved_tensors
+        x, residual, workspace, *saved = ctx.saved_tensors
         need_dx, need_dresidual, _, _, _, _, *need = ctx.needs_input_grad
         spec, how, buffers, forward = ctx.spec, ctx.how, ctx.buffers, ctx.plan
         parameters = saved[: ctx.n]
         if torch_private.is_batched(grads[0]) or torch_private.watched() or type(grads[0]) not in PLAIN:
-            return _by_operator(ctx, grads[0], x, residual, kept, saved)
-        if kept.dtype is not torch.float32 or not kept.is_contiguous():
-            kept = kept.float().contiguous()  # hooks for saved tensors may have stored it in another way
+            return _by_operator(ctx, grads[0], x, residual, workspace, saved)
+        if workspace.dtype is not torch.float32 or not workspace.is_contiguous():
+            workspace = workspace.float().contiguous()  # hooks for saved tensors may have stored it in another way
         dy = dense(grads[0], x)
         residual = None if residual is None else dense(residual, x)
         if dy.is_neg() or dy._is_zerotensor():
             dy = torch.empty_like(dy).copy_(dy)
-        inputs = (x, dy, residual, kept, *saved, *buffers)
+        inputs = (x, dy, residual, workspace, *saved, *buffers)
         key, pointers = launcher.key_of((forward, need_dx, *need), inputs)
 
-        def call(x: Any, dy: Any, residual: Any, kept: Any, *rest: Any) -> Any:
+        def call(x: Any, dy: Any, residual: Any, workspace: Any, *rest: Any) -> Any:
             n = len(parameters)
             dx, dresidual, gradients, packed = spec.launch_backward(
-                dy, x, residual, forward.views(kept), rest[:n], rest[n:], need_dx, *how
+                dy, x, residual, forward.views(workspace), rest[:n], rest[n:], need_dx, *how
             )
             wanted = (g if needed else None for g, needed in zip(gradients, need, strict=True))
             return (dx if need_dx else None, dresidual if residual is not None else None, *wanted), packed
@@ -192,6 +197,7 @@ class _Recorded(torch.autograd.Function):
         (dx, dresidual, *gradients), packed = plan(inputs, pointers)
         if packed is not None:
             spec.unpack(gradients, packed)
+        # The kernels write float32, and a parameter in half has a gradient in half.
         for i, t in enumerate(parameters):
             g = gradients[i]
             if g is not None and t.dtype is not torch.float32:
@@ -202,12 +208,12 @@ class _Recorded(torch.autograd.Function):
 
 
 def _by_operator(
-    ctx: Any, dy: Tensor, x: Tensor, residual: Tensor | None, kept: Tensor, saved: list[Any]
+    ctx: Any, dy: Tensor, x: Tensor, residual: Tensor | None, workspace: Tensor, saved: list[Any]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients where somebody watches the backward pass, or where there are many gradients in one."""
     parameters, (need_dx, need_dresidual, _, _, _, _, *need) = saved[: ctx.n], ctx.needs_input_grad
     dx, dresidual, gradients = ctx.spec.operator_backward(
-        dy, x, residual, ctx.plan.views(kept), parameters, (*saved[ctx.n :], *ctx.buffers), need_dx, *ctx.how
+        dy, x, residual, ctx.plan.views(workspace), parameters, (*saved[ctx.n :], *ctx.buffers), need_dx, *ctx.how
     )
     shaped = [
         g.view(t.shape).to(t.dtype) if needed and g is not None and t is not None else None

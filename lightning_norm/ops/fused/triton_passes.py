@@ -25,6 +25,7 @@ def apply(
     x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, mean_is_small: bool = False
 ) -> Tensor:
     """Return y = scale * (x - center) + shift, a fresh tensor in x's dtype and memory format."""
+    # What float32 cannot hold of the center goes into the shift, which is small beside it.
     pivot = center.float()
     parts = (pivot, scale.float(), (shift + scale * (pivot - center)).float())
     affine = torch.stack([t.expand(layout.n, layout.c) for t in parts])
@@ -45,6 +46,7 @@ def combine(
     """Return dx = scale * dy + dmean / S + (2 * dvar / S) * (x - mean), in x's dtype."""
     pivot, dx_affine = mean.float(), None
     if dmean is not None or dvar is not None:
+        # The variance of one element is 0 whatever x is, and so is its gradient.
         slope = torch.zeros_like(pivot) if dvar is None or layout.size == 1 else dvar.float() * (2 / layout.size)
         constant = slope * (pivot - mean).float()
         dx_affine = torch.stack([constant if dmean is None else constant + dmean.float() / layout.size, slope])

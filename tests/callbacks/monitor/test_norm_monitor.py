@@ -12,16 +12,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.context import RequestContext
+from tensorboard.plugins import base_plugin
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
-from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams import backend_context, metadata
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_norm import MissingDependencyWarning, NoEffectWarning, NormMonitor, NormSwap
-from lightning_norm.callbacks.monitor import pictures
+from lightning_norm.callbacks.monitor import page, pictures
 from lightning_norm.callbacks.monitor.quantities import Quantities, families
-from lightning_norm.normalizers import normalizers
+from lightning_norm.normalizers import create, normalizers
 from tests.callbacks.toy import LateNet, Net, loader, trainer
 
 ALL = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
@@ -49,6 +53,26 @@ def hparams_of(events):
     values = {k: v.string_value or v.number_value for k, v in start.hparams.items()}
     assert {info.name for info in columns.hparam_infos} == set(values)
     return values, [info.name.tag for info in columns.metric_infos]
+
+
+def row_of(logger):
+    """What a run with NormMonitor has beside it for the HParams page: its values, and its metrics."""
+    events = EventAccumulator(f"{logger.log_dir}/hparams", ALL).Reload()
+    contents = {tag: events.SummaryMetadata(tag).plugin_data.content for tag in events.PluginTagToContent("hparams")}
+    start = metadata.parse_session_start_info_plugin_data(contents[metadata.SESSION_START_INFO_TAG])
+    values = {k: v.string_value or v.number_value for k, v in start.hparams.items()}
+    return values, {tag: events.Scalars(tag)[-1].value for tag in scalar_tags(events)}
+
+
+def hparams_page(folder):
+    """The columns of the page, of arguments and of metrics, as TensorBoard answers the browser."""
+    runs = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(folder))
+    runs.Reload()
+    provider = data_provider.MultiplexerDataProvider(runs, str(folder))
+    backend, request = backend_context.Context(base_plugin.TBContext(data_provider=provider)), RequestContext()
+    rows = backend.hparams_metadata(request, "")
+    page = backend.experiment_from_metadata(request, "", True, rows, [])
+    return {info.name for info in page.hparam_infos}, {info.name.tag for info in page.metric_infos}
 
 
 def test_importance_weights_of_each_layer_reach_tensorboard(tmp_path):
@@ -105,20 +129,27 @@ def test_a_logger_of_the_users_own_gets_the_scalars_its_way(tmp_path):
     assert read(logger).Scalars("norm/sn/mean_in/net.1")[0].value == pytest.approx(2 / 3)
 
 
-def test_the_table_is_printed_on_request(caplog):
-    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
-    model = LateNet()
+class Decided(LateNet):
+    """A mixture in which one statistic leads from the start."""
+
+    def on_train_start(self):
+        for layer in (self.net[1], self.built[1], self.late):
+            layer.mean_weight.data[0] += 1
+
+
+def test_the_table_is_printed_on_request(capsys):
+    model = Decided()
     trainer(NormSwap("sn"), NormMonitor(print_table=True)).fit(model, loader())
-    (text,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("NormMonitor: sn\n")]
-    own, every_layer = text.partition("\n")[2].split("\n\n")
-    rows = [row.split() for row in own.splitlines()]
+    text = capsys.readouterr().out.partition("NormMonitor: sn\n")[2].rstrip("\n")
+    custom, every_layer = text.split("\n\n")
+    rows = [row.split() for row in custom.splitlines()]
     assert rows[0] == ["layer", "mean_in", "mean_ln", "mean_bn", "var_in", "var_ln", "var_bn"]
     assert [row[0] for row in rows[1:]] == ["net.1", "built.1", "late"]
     weights = model.late.importance()["mean"]
     cells = [f"{w:.3g}" for w in weights.tolist()]
     cells[weights.argmax()] = f"*{cells[weights.argmax()]}*"
     assert rows[3][1:4] == cells
-    assert {len(row) for row in own.splitlines()} == {len(own.splitlines()[0])}  # aligned
+    assert {len(row) for row in custom.splitlines()} == {len(custom.splitlines()[0])}  # aligned
     assert set(every_layer.splitlines()[0].split()) >= EVERY_LAYER
 
 
@@ -154,9 +185,9 @@ def test_depths_average_their_layers(tmp_path):
     events = read(logger)
     names = [f"net.{i}" for i in range(1, 12, 3)]
     last = {n: events.Scalars(f"norm/sn/var_ln/{n}")[-1].value for n in names}
-    for depth, own in {"early": names[:2], "middle": names[2:3], "late": names[3:]}.items():
-        got = events.Scalars(f"norm_by_depth/sn/var_ln/{depth}")[-1].value
-        assert got == pytest.approx(sum(last[n] for n in own) / len(own), rel=1e-6)
+    for depth, custom in {"early": names[:2], "middle": names[2:3], "late": names[3:]}.items():
+        got = events.Scalars(f"norm_{depth}/sn/var_ln")[-1].value
+        assert got == pytest.approx(sum(last[n] for n in custom) / len(custom), rel=1e-6)
     assert len({round(v, 7) for v in last.values()}) > 1  # otherwise any average would do
 
 
@@ -170,16 +201,14 @@ def test_the_page_has_one_chart_per_family_and_depth(prefix, tmp_path):
     charts = {c.title: {chart.title: list(chart.multiline.tag) for chart in c.chart} for c in page.category}
     assert list(charts) == ["Normalization: sn", "Normalization: bcn"]
     thirds = ("early", "middle", "late")
-    mixtures = [f"{f} (IN, LN, BN), {t} layers" for f in ("mean", "var") for t in thirds]
-    gamma, drift = {"gamma condition", "gamma near zero"}, [f"drift (mean, var), {t} layers" for t in ("all", *thirds)]
-    assert list(charts["Normalization: sn"])[: len(mixtures)] == mixtures  # its own before those of every layer
-    assert gamma | set(drift[1:]) <= charts["Normalization: sn"].keys()
-    assert next(iter(charts["Normalization: bcn"])) == "iota (min, max), all layers"
-    assert gamma | {drift[0]} <= charts["Normalization: bcn"].keys()
+    mixtures = [f"{f}: IN, LN, BN ({t})" for f in ("mean", "var") for t in thirds]
+    of_every_layer = ["gamma condition", "gamma near zero", *(f"drift: mean, var ({t})" for t in thirds)]
+    assert list(charts["Normalization: sn"]) == mixtures + of_every_layer  # its own before those of every layer
+    assert list(charts["Normalization: bcn"]) == ["iota, min, max", *of_every_layer[:2], "drift: mean, var"]
     shown = [pattern for charts_of in charts.values() for chart in charts_of.values() for pattern in chart]
-    found = [[tag for tag in scalar_tags(events) if re.match(pattern, tag)] for pattern in shown]
-    assert all(len(tags) == 1 for tags in found), found  # as TensorBoard looks for them
-    assert len(shown) == len({tags[0] for tags in found})  # every line in one chart
+    results = [[tag for tag in scalar_tags(events) if re.match(pattern, tag)] for pattern in shown]
+    assert all(len(tags) == 1 for tags in results), results  # as TensorBoard looks for them
+    assert len(shown) == len({tags[0] for tags in results})  # every line in one chart
 
 
 def test_lines_that_belong_together_share_a_chart():
@@ -197,7 +226,7 @@ def test_lines_that_belong_together_share_a_chart():
 
 def test_pictures_tables_and_histograms(tmp_path):
     logger = TensorBoardLogger(tmp_path)
-    model = LateNet()
+    model = Decided()
     trainer(NormSwap("sn"), NormMonitor(), logger=logger, max_epochs=2).fit(model, loader())
     events = read(logger)
     assert events.Tags()["images"] == ["norm/sn/choice", "norm/sn/profile", "norm/sn/profile_every_layer"]
@@ -221,6 +250,112 @@ def test_pictures_tables_and_histograms(tmp_path):
     assert rows[4][1:4] == cells
 
 
+SHOWN = {"in": {"affine": True}, "gn": {"num_groups": 2}, "ubn": {"threshold": 0.5}, "cn": {"context": "ids"}}
+BEFORE = {1: ["a"], 25: [f"backbone.features.{i}.conv_block.normalization.{'x' * (i % 9)}" for i in range(25)]}
+
+
+@pytest.mark.parametrize(("key", "layers"), [*((key, 1) for key in normalizers()), ("sn", 25), ("ubn", 25)])
+def test_no_text_of_a_picture_is_cut_and_no_axis_has_an_offset(key, layers, monkeypatch):
+    shown = []
+
+    def looked_at(figure):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        shown.append(figure)
+        drawn_box, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
+        assert min(drawn_box.x0, drawn_box.y0) >= 0
+        assert drawn_box.x1 <= width
+        assert drawn_box.y1 <= height
+        for axes in figure.axes:
+            assert not axes.xaxis.get_offset_text().get_text()
+            low, high = axes.get_xlim()
+            places = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+            ticks = [label.get_text() for at, label in places if low <= at <= high and label.get_text()]
+            assert len(ticks) == len(set(ticks)), ticks
+        return np.zeros((1, 1, 3), np.uint8)
+
+    monkeypatch.setattr(pictures, "_pixels", looked_at)
+    net = torch.nn.ModuleDict({name.replace(".", "-"): create(key, 8, **SHOWN.get(key, {})) for name in BEFORE[layers]})
+    quantities, history = Quantities(), {}
+    for epoch in range(3):
+        for layer in net.values():
+            # Values that differ in their sixth digit, as at the start of a run.
+            for tensor in (*layer.parameters(), *(b for b in layer.buffers() if b.is_floating_point())):
+                tensor.data.add_(torch.randn(tensor.shape) * 1e-6)
+        history[epoch] = quantities.read(net)[0]
+    told = {"ubn": {"skipped": "no batch can be condensed before update 100"}}
+    drawn = pictures.draw(history, told)
+    assert bool(drawn) == bool(shown) == bool(history[2])
+
+
+@pytest.mark.parametrize("context", ["ids", "gate"])
+def test_contexts_that_layers_share_are_drawn_once(context, tmp_path):
+    net = torch.nn.Sequential(*(create("cn", 4, context=context) for _ in range(3)))
+    once = {("cn", q, "all layers") for q in ("prior_0", "prior_1", "prior_2", "entropy")}
+    read_now = Quantities().read(net)[0]
+    if context == "gate":
+        assert not once & read_now.keys()
+        assert ("cn", "prior_0", "2") in read_now
+        return
+    assert {series for series in read_now if series[1] in ("prior_0", "prior_1", "prior_2", "entropy")} == once
+    titles = page.layout(read_now, "norm")["Normalization: cn"]
+    assert [title for title in titles if "prior" in title] == ["prior: #0, #1, #2"]
+    assert titles["prior: #0, #1, #2"][1][0] == "norm_all/cn/prior_0$"
+    shared, *others = page.tables(read_now, "cn", "*")
+    assert shared[1][0] == "all layers"
+    assert len(shared) == 2  # the heading and one row
+    assert [row[0] for row in others[0][1:]] == ["0", "1", "2"]
+    assert ("cn", "shared") in pictures.draw({0: read_now})
+    assert ("cn", "choice") not in pictures.draw({0: read_now})
+
+
+@pytest.mark.parametrize("key", normalizers())
+def test_a_mixture_whose_members_are_equal_marks_none(key):
+    arguments = {**SHOWN.get(key, {}), **({"context": "gate"} if key == "cn" else {})}
+    values = Quantities().read(torch.nn.Sequential(create(key, 4, **arguments)))[0]
+    assert not any("*" in cell for table in page.tables(values, key, "*") for row in table for cell in row)
+
+
+@pytest.mark.parametrize(("key", "quantity"), [("ubn", "condensation"), ("dbn", "gap_mean"), ("brn", "gap_std")])
+def test_a_value_that_was_never_measured_is_not_drawn(key, quantity, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    arguments = {"threshold": 0.5} if key == "ubn" else {}
+    trainer(NormSwap(key, arguments), NormMonitor(), logger=logger).fit(Net(), loader())
+    events = read(logger)
+    assert [e.step for e in events.Scalars("norm/" + f"{key}/{quantity}/net.1")] == [1, 2]
+    assert [e.step for e in events.Scalars(f"norm_all/{key}/{quantity}")] == [1, 2]
+    assert [e.step for e in events.Scalars(f"norm/{key}/gamma_condition/net.1")] == [0, 1, 2]
+
+
+def test_a_value_that_becomes_nan_is_drawn():
+    net = torch.nn.Sequential(create("bcn", 4))
+    quantities = Quantities()
+    quantities.read(net)
+    net[0].iota.data.fill_(torch.nan)
+    assert np.isnan(quantities.read(net)[0]["bcn", "iota", "0"])
+
+
+@pytest.mark.parametrize("updates", [100, 2])
+def test_a_warm_up_is_told_in_the_chart_the_table_and_one_line(updates, tmp_path, caplog, capsys):
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    logger, text_of_note = TensorBoardLogger(tmp_path), f"no batch can be condensed before update {updates}"
+    swap = NormSwap("ubn", {"threshold": 0.5, "min_updates": updates})
+    trainer(swap, NormMonitor(print_table=True), logger=logger, max_epochs=2).fit(LateNet(), loader())
+    assert [r.getMessage() for r in caplog.records if "condensed" in r.getMessage()] == [
+        f"NormMonitor: ubn: {text_of_note}"
+    ]
+    events = read(logger)
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert f"skipped: {text_of_note}" in [chart.title for category in layout.category for chart in category.chart]
+    skipped = [tag for tag in scalar_tags(events) if "/ubn/skipped" in tag]
+    over = updates == 2
+    assert (text_of_note in text(events, "norm/ubn/table")) is not over
+    assert (text_of_note in capsys.readouterr().out) is not over
+    assert bool(skipped) is over
+    if over:
+        assert [e.step for e in events.Scalars("norm/ubn/skipped/late")] == [2, 3, 4]
+
+
 def test_pictures_during_the_run(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     monitor = NormMonitor(pictures_every_n_epochs=2, histograms=False, extras=False)
@@ -239,19 +374,19 @@ def test_the_heat_map_has_the_colour_of_the_winner_as_deep_as_its_weight():
         strong = {("sn", f"mean_{k}", "b"): w for k, w in {"in": 1.0, "ln": 0.0, "bn": 0.0}.items()}
         return {0: start, 1: {**now, **strong}}
 
-    def share(image, color, tolerance=12):
+    def fraction(image, color, tolerance=12):
         wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
         return (np.abs(image.astype(int) - wanted).max(2) <= tolerance).mean()
 
     deep = pictures.draw(history(1.0))["sn", "choice"]
     pale = pictures.draw(history(0.4))["sn", "choice"]
     blue, orange, green = (pictures.COLORS[k] for k in ("bn", "in", "ln"))
-    cell = share(deep, orange)
+    cell = fraction(deep, orange)
     assert cell > 0.04  # half of a column of two, less its label
-    assert share(deep, blue) == pytest.approx(cell, rel=0.15)
-    assert share(deep, green) < cell / 5  # its strip in the legend only
-    assert share(pale, orange) == pytest.approx(cell, rel=0.15)
-    assert share(pale, blue) < cell / 5
+    assert fraction(deep, blue) == pytest.approx(cell, rel=0.15)
+    assert fraction(deep, green) < cell / 5  # its strip in the legend only
+    assert fraction(pale, orange) == pytest.approx(cell, rel=0.15)
+    assert fraction(pale, blue) < cell / 5
 
 
 def test_without_matplotlib_the_scalars_go_on(tmp_path, monkeypatch):
@@ -283,15 +418,46 @@ def test_the_norm_joins_the_hparams_of_the_module(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     model = Tunable(optimizer={"name": "sgd"})
     swap = NormSwap("sn", norm_args={"choices": ["in", "bn"]})
-    trainer(swap, NormMonitor(metric="val_loss"), logger=logger).fit(model, loader(), loader())
-    values, metrics = hparams_of(read(logger))
-    choices = "['in', 'bn']"
-    assert values == {"lr": 0.1, "optimizer/name": "sgd", "norm": "sn", "norm/choices": choices}
-    assert metrics == ["val_loss", "hp_metric"]
+    run = trainer(swap, NormMonitor(metric="val_loss"), logger=logger)
+    run.fit(model, loader(), loader())
+    values, metrics = row_of(logger)
+    assert values == {"lr": 0.1, "optimizer/name": "sgd", "norm": "sn", "norm/choices": "['in', 'bn']"}
+    assert metrics == {"val_loss": pytest.approx(float(run.callback_metrics["val_loss"]))}
     assert read(logger).Scalars("val_loss")
     assert set(model.hparams) == {"lr", "optimizer"}
     assert set(yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())) == {"lr", "optimizer"}
-    assert "on_fit_start" not in vars(model)
+    assert "log_hyperparams" not in vars(logger)
+
+
+@pytest.mark.parametrize("metric", [None, "val_loss"])
+def test_the_columns_of_runs_with_different_arguments_unite(metric, tmp_path):
+    for norm, arguments in (("sn", {"choices": ["in", "bn"]}), ("dbn", {"alpha": 0.5}), ("bn", {})):
+        run = trainer(NormSwap(norm, arguments), NormMonitor(metric=metric), logger=TensorBoardLogger(tmp_path))
+        run.fit(Tunable(), loader(), loader())
+        run.test(run.lightning_module, loader(), verbose=False)
+    columns, metrics = hparams_page(tmp_path)
+    assert columns == {"lr", "optimizer", "norm", "norm/choices", "norm/alpha"}
+    assert metrics == {"val_loss"}  # and no hp_metric
+    assert not [
+        tag
+        for log in tmp_path.rglob("version_*")
+        for tag in scalar_tags(EventAccumulator(str(log), ALL).Reload())
+        if "hp_metric" in tag
+    ]
+
+
+def test_an_interrupted_run_has_its_row(tmp_path):
+    class Failing(Tunable):
+        def on_train_epoch_end(self):
+            if self.current_epoch == 1:
+                raise RuntimeError("failed")
+
+    logger = TensorBoardLogger(tmp_path)
+    with pytest.raises(RuntimeError, match="failed"):
+        trainer(NormSwap("sn"), NormMonitor(), logger=logger, max_epochs=3).fit(Failing(), loader(), loader())
+    values, metrics = row_of(logger)
+    assert (values["norm"], set(metrics)) == ("sn", {"val_loss"})
+    assert "log_hyperparams" not in vars(logger)
 
 
 @pytest.mark.parametrize("default", [True, False])
@@ -299,6 +465,7 @@ def test_a_row_of_the_users_own_stands(default, tmp_path):
     logger = TensorBoardLogger(tmp_path, default_hp_metric=default)
     trainer(NormSwap("sn"), NormMonitor(metric="val_loss"), logger=logger).fit(WithOwnRow(), loader())
     assert hparams_of(read(logger)) == ({"lr": 0.1, "optimizer": "None"}, ["my_metric"])
+    assert not Path(logger.log_dir, "hparams").exists()
 
 
 def test_a_monitored_metric_is_the_one_of_the_row(tmp_path):
@@ -306,7 +473,8 @@ def test_a_monitored_metric_is_the_one_of_the_row(tmp_path):
     best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
     run = trainer(NormSwap("bcn"), NormMonitor(), best, logger=logger, enable_checkpointing=True)
     run.fit(Net(), loader(), loader())
-    assert hparams_of(read(logger)) == ({"norm": "bcn"}, ["val_loss"])
+    assert row_of(logger)[0] == {"norm": "bcn"}
+    assert set(row_of(logger)[1]) == {"val_loss"}
 
 
 def test_page_off(tmp_path):
@@ -327,7 +495,7 @@ def test_a_logger_other_than_tensorboard_gets_the_scalars_alone(tmp_path):
     assert [row["step"] for row in rows] == ["0", "1", "2"]
     for row in rows:
         assert sum(float(row[f"norm/sn/var_{k}/net.1"]) for k in ("in", "ln", "bn")) == pytest.approx(1)
-        assert float(row["norm_by_depth/sn/var_in/all"]) == float(row["norm/sn/var_in/net.1"])
+        assert float(row["norm_all/sn/var_in"]) == float(row["norm/sn/var_in/net.1"])
 
 
 def test_sanity_check_and_learning_rate_finder_do_not_log(tmp_path):

@@ -25,7 +25,7 @@ class Watched(Net):
         self.net[0].register_forward_hook(self.keep)
 
     def keep(self, _, __, output):
-        self.seen, self.held = output.detach().clone(), {k: v.clone() for k, v in self.net[1].named_buffers()}
+        self.seen, self.buffers_then = output.detach().clone(), {k: v.clone() for k, v in self.net[1].named_buffers()}
 
 
 def read(logger):
@@ -172,7 +172,7 @@ def test_the_running_statistics_drift(key, tmp_path):
     model, _, values = logged(tmp_path, NormSwap(key, CASES.get(key, ({}, {}))[0]), NormMonitor())
     layer = model.net[1]
     for which in layer.running_names:
-        old, new = model.held[which], layer.get_buffer(which)
+        old, new = model.buffers_then[which], layer.get_buffer(which)
         expected = (new - old).abs().sum() / max(old.abs().sum(), new.abs().sum())
         assert values[which.replace("running", "drift")][-1] == pytest.approx(expected.item(), rel=1e-4)
         assert expected > 1e-3
@@ -200,16 +200,16 @@ def test_a_scheduled_value_is_logged_with_the_steps_it_holds_for(name, interval,
     assert values[name] == pytest.approx([schedule(t) for t in times], abs=1e-6)
     page = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     patterns = [tag for category in page.category for chart in category.chart for tag in chart.multiline.tag]
-    shown = [tag for tag in events.Tags()["scalars"] if tag.startswith("norm_by_depth/")]
+    shown = [tag for tag in events.Tags()["scalars"] if tag.startswith("norm_all/")]
     assert all(any(re.match(pattern, tag) for pattern in patterns) for tag in shown)
-    assert f"norm_by_depth/{key}/{name}/all" in shown
+    assert f"norm_all/{key}/{name}" in shown
 
 
 def test_a_schedule_alone_is_something_to_show(tmp_path):
     logger = CSVLogger(tmp_path)
     scheduler = NormScheduler({"momentum": Linear(0.1, 0.02, epochs=2)})
     trainer(NormSwap("bn"), NormMonitor(extras=False), scheduler, logger=logger).fit(Net(), loader())
-    keys = {"norm/bn/momentum/net.1", "norm_by_depth/bn/momentum/all", "step"}
+    keys = {"norm/bn/momentum/net.1", "norm_all/bn/momentum", "step"}
     assert set(logger.experiment.metrics_keys) == keys
 
 

@@ -49,9 +49,11 @@ class Trace(Callback):
         self.name, self.seen = name, []
 
     def _see(self, hook, trainer, model):
-        held = [m.scheduled(self.name).item() for m in model.modules() if isinstance(m, Normalizer)]
-        assert held == list(values(model, self.name).values())
-        self.seen.append((hook, trainer.current_epoch, trainer.global_step, held[-1] if len(set(held)) == 1 else held))
+        stored = [m.scheduled(self.name).item() for m in model.modules() if isinstance(m, Normalizer)]
+        assert stored == list(values(model, self.name).values())
+        self.seen.append(
+            (hook, trainer.current_epoch, trainer.global_step, stored[-1] if len(set(stored)) == 1 else stored)
+        )
 
     def at(self, hook):
         return [value for h, _, _, value in self.seen if h == hook]

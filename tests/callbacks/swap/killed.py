@@ -53,8 +53,8 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         layers = [m for m in pl_module.modules() if isinstance(m, Normalizer)]
-        held = [layer.scheduled(name).item() for layer in layers for name in ("radius", "momentum")]
-        self.values[trainer.global_step] = held
+        stored = [layer.scheduled(name).item() for layer in layers for name in ("radius", "momentum")]
+        self.values[trainer.global_step] = stored
         if trainer.global_step == self.wait_at:
             print("waiting", flush=True)
             time.sleep(3600)  # the parent kills it long before

@@ -165,8 +165,8 @@ class TestEqualsOneBigBatch:
         for key, *results in zip(("bn", "in"), *run_ranks(windows, 2), strict=True):
             layer = create(key, CHANNELS, dtype=torch.float64, **LAYERS[key])
             layer(data(12))
-            for held in results:
-                torch.testing.assert_close(held, [layer.running_mean, layer.running_var], rtol=1e-12, atol=1e-12)
+            for stored in results:
+                torch.testing.assert_close(stored, [layer.running_mean, layer.running_var], rtol=1e-12, atol=1e-12)
 
     def test_compiled_layers(self, monkeypatch):
         from lightning_norm.ops import compiled
@@ -190,15 +190,15 @@ class TestEqualsOneBigBatch:
 
 
 def windows(rank):
-    found = []
+    got = []
     for key in ("bn", "in"):
         layer = create(key, CHANNELS, dtype=torch.float64, **LAYERS[key])
         open_window(layer)
         for x in data(12).split([3, 1, 2, 3, 1, 2])[rank::2]:  # uneven in every batch
             layer(x)
         close_window(layer)
-        found.append([layer.running_mean, layer.running_var])
-    return found
+        got.append([layer.running_mean, layer.running_var])
+    return got
 
 
 class TestNan:
@@ -241,9 +241,9 @@ class TestCheckpoint:
         path = str(tmp_path / "mid.ckpt")
         save = Save(path, batch=3)  # the second window has one batch of three
         fit(NormSwap("bn", **ON), batches(24, 4), save, accumulate_grad_batches=3)
-        held = torch.load(path, weights_only=True)["callbacks"]["NormSwap{'norm': 'bn'}"]["window"]
-        assert sorted(held) == ["first", "net.1"]
-        assert [t.tolist() for t in held["first"][:1]] == [[[4 * 16.0]]]
+        stored = torch.load(path, weights_only=True)["callbacks"]["NormSwap{'norm': 'bn'}"]["window"]
+        assert sorted(stored) == ["first", "net.1"]
+        assert [t.tolist() for t in stored["first"][:1]] == [[[4 * 16.0]]]
         seen = Save(path, batch=None)
         many, runner = fit(
             NormSwap("bn", **ON), None, seen, model=Resuming(batches(24, 4)), ckpt_path=path, accumulate_grad_batches=3
@@ -354,9 +354,9 @@ def test_recalibration_inside_a_window_does_not_see_it():
     layer = lightning_norm.create("bn", CHANNELS, dtype=torch.float64)
     open_window(layer)
     layer(data(4))
-    held = [t.clone() for t in layer.accumulator.tensors()]
+    stored = [t.clone() for t in layer.accumulator.tensors()]
     lightning_norm.recalibrate(nn.Sequential(layer), [data(8)])
-    assert all(torch.equal(a, b) for a, b in zip(held, layer.accumulator.tensors(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(stored, layer.accumulator.tensors(), strict=True))
     torch.testing.assert_close(layer.running_mean, data(8).mean((0, 2, 3)), rtol=1e-12, atol=0)
 
 

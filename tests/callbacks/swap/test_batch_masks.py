@@ -1,10 +1,13 @@
 """``NormSwap(mask_key=...)``: every layer follows the mask of each batch, in training and in evaluation."""
 
+import csv
+
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_norm import MaskError, NormSwap
+from lightning_norm import MaskError, NormMonitor, NormSwap
 from lightning_norm.callbacks.lightning_compat import pl
 
 LENGTHS = torch.tensor([8, 3, 5, 6])
@@ -74,3 +77,24 @@ def test_a_batch_without_a_mask_and_wrong_arguments():
         NormSwap("bn", mask_key="mask", mask_fn=lengths_of)
     with pytest.raises(ValueError, match="mask_size belongs to"):
         NormSwap("bn", mask_size=3)
+
+
+def test_the_report_and_the_monitor_tell_of_masks(tmp_path):
+    swap, model = NormSwap("bn", mask_key="lengths"), Signals()
+    run = trainer(swap)
+    run.callbacks.append(NormMonitor(every_n_steps=1))
+    run.loggers = [CSVLogger(tmp_path)]
+    run.fit(model, data())
+    assert "masks       batch['lengths']: what is padding" in str(swap.report)
+    (file,) = tmp_path.rglob("metrics.csv")
+    with file.open() as lines:
+        logged = {tag: value for row in csv.DictReader(lines) for tag, value in row.items() if value}
+    for layer in ("net.0", "net.2"):
+        assert float(logged[f"norm/bn/valid_fraction/{layer}"]) == pytest.approx(LENGTHS.float().mean().item() / 8)
+
+
+def test_without_masks_neither_tells_of_them():
+    swap, model = NormSwap("bn"), Signals()
+    trainer(swap).fit(model, data())
+    assert "masks" not in str(swap.report)
+    assert not [tag for tag in NormMonitor().quantities(model) if "valid_fraction" in tag]

@@ -1,6 +1,7 @@
 """After the first training step: layers that were not reached, and norms that other code treats as no BatchNorm."""
 
 import copy
+import dataclasses
 import functools
 import random
 import sys
@@ -355,3 +356,29 @@ def test_evaluation_by_a_hook_that_a_swap_hides_from():
     assert told(Decay(is_norm, evaluate=(nn.Sequential,)), ConflictWarning, include=["net.1"]) == []
     assert told(Decay(is_norm), ConflictWarning, include=["net.1"]) == []
     assert lightning_norm.is_norm(nn.BatchNorm2d(3))
+
+
+def test_a_check_of_a_network_that_is_compiled_already():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+    x = torch.randn(4, 3, 8, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    report = swap(model, "sn")
+    compiled(x)  # a graph that knows of no hook
+    assert report.check(compiled, x) == {}
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+class ReturnsAnObject(nn.Sequential):
+    def forward(self, x):
+        return Output(super().forward(x))
+
+
+def test_a_check_of_a_network_that_returns_an_object():
+    model = ReturnsAnObject(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+    assert swap(model, "sn").check(model, torch.randn(4, 3, 8, 8)) == {}

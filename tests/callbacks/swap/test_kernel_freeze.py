@@ -27,8 +27,8 @@ class Kernels(Callback):
         self.seen = []
 
     def on_train_epoch_end(self, trainer, pl_module):
-        own = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
-        self.seen.append(own)
+        custom = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+        self.seen.append(custom)
 
     def moved(self, name):
         return [not torch.equal(a[name], b[name]) for a, b in zip(self.seen, self.seen[1:], strict=False)]
@@ -58,12 +58,12 @@ def test_a_resumed_run_is_frozen_too(tmp_path):
     first = trainer(NormSwap("bnet", freeze_kernel_at=1), saved, max_epochs=2, enable_checkpointing=True)
     first.fit(Two(), loader())
     path = tmp_path / "step=3.ckpt"  # two steps an epoch: the first of epoch 1
-    held = torch.load(path, weights_only=True)["state_dict"]["net.1.kernel"]
+    stored = torch.load(path, weights_only=True)["state_dict"]["net.1.kernel"]
     model = Two()
     resumed = trainer(NormSwap("bnet", freeze_kernel_at=1), max_epochs=3)
     resumed.fit(model, loader(), ckpt_path=path)
     assert resumed.global_step == 6
-    assert torch.equal(model.net[1].kernel, held)
+    assert torch.equal(model.net[1].kernel, stored)
     assert not model.net[1].kernel.requires_grad
 
 

@@ -27,7 +27,7 @@ class HNet(LateNet):
         super().__init__()
         self.save_hyperparameters()
         self.net = nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels, eps=eps), nn.ReLU(inplace=True))
-        self.found = None
+        self.loaded_entry = None
 
     def setup(self, stage=None):
         pass
@@ -45,7 +45,7 @@ class HNet(LateNet):
         checkpoint["mine"] = 7
 
     def on_load_checkpoint(self, checkpoint):
-        self.found = checkpoint["mine"]
+        self.loaded_entry = checkpoint["mine"]
 
 
 def same_state(a, b):
@@ -144,10 +144,10 @@ class TestManifest:
 
     def test_a_hook_that_was_on_the_instance_is_called_and_comes_back(self, tmp_path):
         model, seen = HNet(), []
-        model.on_save_checkpoint = own = seen.append
+        model.on_save_checkpoint = custom = seen.append
         fit(model, NormSwap("sn"), tmp_path=tmp_path)
         assert len(seen) == 1
-        assert model.__dict__["on_save_checkpoint"] is own
+        assert model.__dict__["on_save_checkpoint"] is custom
 
     def test_exceptions_leave_no_hook(self):
         class Broken(HNet):
@@ -167,7 +167,7 @@ class TestLoadFromCheckpoint:
         same_state(loaded, model)
         assert loaded.hparams.channels == 5
         assert loaded.net[1].momentum == 0.2
-        assert loaded.found == 7
+        assert loaded.loaded_entry == 7
         x = torch.randn(2, 3, 8, 8)
         assert torch.equal(loaded.eval()(x), model.eval()(x))
         assert not isinstance(vars(HNet)["on_load_checkpoint"], Patch)
@@ -183,15 +183,15 @@ class TestLoadFromCheckpoint:
         assert load_from_checkpoint(HNet, files["sn"][0], hparams_file=hparams).net[1].eps == 0.25
 
     def test_of_a_base_class_without_hooks(self, tmp_path):
-        class Own(Net):
+        class Custom(Net):
             pass
 
-        model = Own()
+        model = Custom()
         _, path = fit(model, NormSwap("gn", norm_args={"num_groups": 2}), tmp_path=tmp_path)
-        loaded = load_from_checkpoint(Own, path)
+        loaded = load_from_checkpoint(Custom, path)
         assert loaded.net[1].num_groups == 2
         same_state(loaded, model)
-        assert "on_load_checkpoint" not in vars(Own)
+        assert "on_load_checkpoint" not in vars(Custom)
 
     def test_plain_stays_plain(self, files):
         path, model = files["plain"]
@@ -200,14 +200,14 @@ class TestLoadFromCheckpoint:
         same_state(loaded, model)
 
     def test_a_module_that_swaps_itself(self, tmp_path):
-        class Own(Net):
+        class Custom(Net):
             def __init__(self):
                 super().__init__()
                 lightning_norm.swap(self, "sn")
 
-        model = Own()
+        model = Custom()
         _, path = fit(model, tmp_path=tmp_path)  # no NormSwap: the layers' own metadata
-        same_state(load_from_checkpoint(Own, path), model)
+        same_state(load_from_checkpoint(Custom, path), model)
         same_state(load_from_checkpoint(Net, path), model)
 
     def test_layers_swapped_twice(self, tmp_path):
@@ -377,8 +377,8 @@ class TestRefused:
 
     def test_files_that_are_no_checkpoints(self, tmp_path):
         path = tmp_path / "other.ckpt"
-        for held, said in (([1, 2], "holds a list"), ({"a": 1}, r"holds a dict with the entries \['a'\]")):
-            torch.save(held, path)
+        for stored, said in (([1, 2], "holds a list"), ({"a": 1}, r"holds a dict with the entries \['a'\]")):
+            torch.save(stored, path)
             for call in (
                 lambda: load_from_checkpoint(HNet, path),
                 lambda: trainer(NormSwap("sn")).test(HNet(), loader(), ckpt_path=path),

@@ -121,13 +121,13 @@ def test_nothing_to_swap_is_an_error_unless_it_may_be():
 
 
 def test_the_source_is_a_class_that_only_the_first_swap_saw():
-    class Own(nn.BatchNorm2d):
+    class Custom(nn.BatchNorm2d):
         pass
 
     model = Net()
-    model.net[1] = Own(6)
+    model.net[1] = Custom(6)
     for _ in range(2):
-        trainer(NormSwap("sn", source="Own")).test(model, loader())
+        trainer(NormSwap("sn", source="Custom")).test(model, loader())
     assert isinstance(model.net[1], SwitchableNorm)
     with pytest.raises(ValueError, match="source='Owm' is no class in the model"):
         trainer(NormSwap("sn", source="Owm")).test(Net(), loader())
@@ -319,15 +319,14 @@ class TestBadInput:
 
 
 @pytest.mark.parametrize(("model", "layers"), [(LateNet, 3), (Net, 1)])
-def test_prints_what_was_swapped_once(model, layers, caplog):
+def test_prints_what_was_swapped_once(model, layers, capsys):
     runner, net = trainer(NormSwap("sn")), model()
-    with caplog.at_level("INFO"):
-        runner.fit(net, loader())
-        runner.test(net, loader())
-    text = [r.message for r in caplog.records if r.message.startswith("NormSwap")]
-    assert len(text) == 1
-    assert f"NormSwap: {layers} of {layers} BatchNorm2d layers -> SwitchableNorm (sn, Luo et al. 2021)" in text[0]
-    assert f"parameters  +{6 * layers}" in text[0]
+    runner.fit(net, loader())
+    runner.test(net, loader(), verbose=False)
+    text = capsys.readouterr().out
+    assert text.count("NormSwap") == 1
+    assert f"NormSwap: {layers} of {layers} BatchNorm2d layers -> SwitchableNorm (sn, Luo et al. 2021)" in text
+    assert f"parameters  +{6 * layers}" in text
 
 
 def test_compile_announces_each_graph(caplog):

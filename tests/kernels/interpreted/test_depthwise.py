@@ -21,8 +21,12 @@ def pair(channels=6, train=True, offset=0.0, **arguments):
         layer.kernel.copy_(noise(*layer.kernel.shape, seed=3))
         if layer.bias is not None:
             layer.bias.copy_(noise(channels, seed=4))
-        layer.running_mean.add_(noise(channels, seed=5) + offset)
-        layer.running_var.add_(noise(channels, seed=6).abs())
+        if layer.has_running_stats:
+            layer.running_mean.add_(noise(channels, seed=5) + offset)
+            layer.running_var.add_(noise(channels, seed=6).abs())
+        for name in ("mean_weight", "var_weight"):
+            if getattr(layer, name, None) is not None:
+                getattr(layer, name).copy_(noise(3, seed=8))
     layer.train(train)
     exact = copy.deepcopy(layer).double()
     layer.backend, exact.backend = "triton", "eager"
@@ -68,6 +72,21 @@ def test_kernel_sizes(k, form):
 )
 def test_modes(train, form):
     check((3, 8, 7, 7), form, train=train, affine=train)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "form", "train"),
+    [
+        ("in", "rows", True),
+        ("in", "channels last", False),
+        ("sn", "channels last", True),
+        pytest.param("sn", "rows", False, marks=SLOW),
+        pytest.param("in", "channels last", True, marks=SLOW),
+    ],
+)
+def test_behind_other_statistics(statistics, form, train):
+    """One row of statistics per sample and channel; in evaluation as well."""
+    check((3, 6, 6, 5), form, train=train, statistics=statistics)
 
 
 @pytest.mark.parametrize(

@@ -153,9 +153,9 @@ def test_launch_code_only_allocates_and_launches(key, arguments, monkeypatch):
     record, seen = launcher.record, []
 
     def watched(inputs, call):
-        def watched_call(*own):
+        def watched_call(*custom):
             with Nothing():
-                return call(*own)
+                return call(*custom)
 
         seen.append(inputs)
         return record(inputs, watched_call)

@@ -1,0 +1,118 @@
+"""Write the tables of docs/evidence from the results that are committed there.
+
+``docs/evidence/results/STUDY.csv`` is the results.csv of ``lightning-norm compare``; ``generate.py`` beside this file
+calls these functions and puts the lines into the pages.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+PAGES = Path(__file__).resolve().parent / "evidence"
+NOT_ENDED = ["No results yet: the study has not ended on our machines."]
+
+ALPHAS = {
+    "1": 2.70, "0.75": 1.91, "0.5": 1.84, "0.25": 1.91, "0.1": 1.90, "0.01": 1.94, "0.001": 1.95,
+    "1/m": 2.10, "1/m2": 2.00, "0": 24.27,
+}  # fmt: skip
+"""Rows of table 1 of the paper on diminishing batch normalization: alpha, and the test error on MNIST in %."""
+READINGS = ("batch", "running", "running none", "running renorm", "running copied")
+
+
+def read_results(study: str) -> list[dict[str, str]]:
+    """Return the rows of a study's committed results; none where it has not ended."""
+    path = PAGES / "results" / f"{study}.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def swept(row: Mapping[str, str]) -> list[str]:
+    """Return the swept entries of a row: the dotted names among its columns."""
+    return [name for name in row if "." in name]
+
+
+def results(study: str, norms: Collection[str] = ()) -> list[str]:
+    """Return a table of one row for each normalizer and value of the sweep, in percent and points of accuracy.
+
+    Args:
+        study: whose results are read.
+        norms: labels of the rows, all by default.
+    """
+    rows = [row for row in read_results(study) if not norms or row["norm"] in norms]
+    if not rows:
+        return NOT_ENDED
+    entries = swept(rows[0])
+    head = ["normalizer", *(name.rpartition(".")[2].replace("_", " ") for name in entries)]
+    head += ["seeds", "test accuracy, %", "difference to bn, points", "step time"]
+    lines = []
+    for row in rows:
+        lines.append([row["norm"], *(row[name] for name in entries), row["seeds"], mean(row), difference(row)])
+        lines[-1].append(f"{float(row['step_ratio']):.2f} x" if row["step_ratio"] else "-")
+    return table(head, lines)
+
+
+def mean(row: Mapping[str, str], error: bool = False) -> str:
+    """Return mean and standard deviation in percent, of the accuracy or of what is missing from 1."""
+    if not row["mean"] or math.isnan(float(row["mean"])):
+        return "diverged"
+    value = 100 * float(row["mean"])
+    text = f"{100 - value if error else value:.2f}"
+    text += f" ± {100 * float(row['sd']):.2f}" if row["sd"] else ""
+    return text + (f" ({row['diverged']} of {row['seeds']} diverged)" if int(row["diverged"]) else "")
+
+
+def difference(row: Mapping[str, str]) -> str:
+    """Return the difference to the baseline with its interval, bold where that excludes 0."""
+    if not row["difference"] or math.isnan(float(row["difference"])):
+        return "-"
+    d, low, high = (100 * float(row[name]) for name in ("difference", "low", "high"))
+    text = f"{d:+.2f} [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else f"{d:+.2f} ({row['verdict']})"
+    return f"**{text}**" if row["verdict"] in ("higher", "lower") else text
+
+
+def dbn_readings() -> list[str]:
+    """Return table 1 of the paper beside the error of every reading, and of torch's BatchNorm."""
+    rows = {row["norm"]: row for row in read_results("dbn")}
+    if not rows:
+        return NOT_ENDED
+    head = ["alpha", "paper", "batch", "mixed, gradient batch", "mixed, none", "mixed, renorm", "mixed, first copied"]
+    lines = [
+        [alpha, f"{error:.2f}", *(mean(rows[f"{r} {alpha}"], error=True) for r in READINGS)]
+        for alpha, error in ALPHAS.items()
+    ]
+    lines.append(["torch's BatchNorm", "-", mean(rows["bn"], error=True), "", "", "", ""])
+    return table(head, lines)
+
+
+def overview() -> list[str]:
+    """Return the table of all studies: claim, verdict and effect, as their pages say them.
+
+    Raises:
+        ValueError: a page without one of these paragraphs.
+    """
+    lines = []
+    for page in sorted(PAGES.glob("*.md")):
+        if page.stem == "index":
+            continue
+        text = page.read_text(encoding="utf-8")
+        marks = {"Claim": r"\*\*Claim\.\*\*", "Verdict": r"\*\*Verdict:", "Effect": r"\*\*Effect\.\*\*"}
+        told = {word: re.search(rf"^{mark}(.*?)\n\n", text, re.M | re.S) for word, mark in marks.items()}
+        missing = [word for word, paragraph in told.items() if paragraph is None]
+        if missing:
+            raise ValueError(
+                f"{page} needs the paragraphs '**Claim.** ...', '**Verdict: word.** ...', '**Effect.** ...'."
+            )
+        claim, verdict, effect = (" ".join(paragraph[1].split()) for paragraph in told.values() if paragraph)
+        lines.append([f"[{page.stem}]({page.name})", claim, verdict.partition(".**")[0], effect])
+    return table(("study", "claim", "verdict", "effect"), lines)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
