@@ -359,7 +359,8 @@ def clarify(message: str, options: Sequence[str]) -> str:
         if name and name[1] in known_names():
             path = f"lightning_norm.{resolve(name[1])[0].__name__}"
             return f"{text}. Type norm: {name[1]} with norm_args: {{...}}, or class_path: {path} in full."
-        known = _classes_for(text.partition(":")[0])
+        # The class of an argument of a class may be of any kind.
+        known = _classes_for("" if "given class_path" in text else text.partition(":")[0])
         if module := re.search(r"module '([\w.]+)' has no attribute", text):
             known = [n for n, v in vars(sys.modules[module[1]]).items() if isinstance(v, type)]
         close = nearest(name[1], known) if name else None
