@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_norm import contexts, fold, normalizers, quantize, swap
+from lightning_norm import QuantizationError, contexts, fold, normalizers, quantize, swap
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.text_tables import aligned
 
@@ -205,6 +205,8 @@ def row(key: str, targets: list[str]) -> dict[str, str]:
             warnings.simplefilter("ignore")
             try:
                 cells[target] = TARGETS[target](copy.deepcopy(model), Path(folder))
+            except QuantizationError as error:
+                cells[target] = f"no: {str(error).partition(': ')[2].partition(': ')[0]}"
             except Exception as error:
                 cells[target] = f"no: {type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
     return cells

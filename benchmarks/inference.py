@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ BARS = {"folded": 1.05, "compiled": 1.15}
 def network(key: str | None, x: Tensor) -> nn.Module:
     """Return the network, trained for two steps and folded; ``None`` for torch's own BatchNorm."""
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10)
+    model: nn.Module = torchvision.models.resnet18(num_classes=10)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if key is not None:
@@ -45,7 +46,8 @@ def network(key: str | None, x: Tensor) -> nn.Module:
         optimizer.step()
     with torch.no_grad():
         fold(model.eval(), x)
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    return model
 
 
 def describe(model: nn.Module) -> str:
@@ -55,7 +57,7 @@ def describe(model: nn.Module) -> str:
 
 
 @torch.inference_mode()
-def timed(model: nn.Module, x: Tensor, calls: int) -> float:
+def timed(model: Callable[[Tensor], Any], x: Tensor, calls: int) -> float:
     """Return the milliseconds of this thread for one call."""
     start = time.thread_time()
     for _ in range(calls):
@@ -65,8 +67,9 @@ def timed(model: nn.Module, x: Tensor, calls: int) -> float:
 
 def rows(kind: str, keys: list[str], x: Tensor, rounds: int, calls: int) -> list[tuple[str, ...]]:
     """Return a row for the reference and one for each normalizer."""
-    models = {key or "BatchNorm2d": network(key, x) for key in (None, *keys)}
-    said = {name: describe(model) for name, model in models.items()}
+    networks = {key or "BatchNorm2d": network(key, x) for key in (None, *keys)}
+    said = {name: describe(model) for name, model in networks.items()}
+    models: dict[str, Callable[[Tensor], Any]] = dict(networks)
     if kind == "compiled":
         models = {name: torch.compile(model) for name, model in models.items()}
     for model in models.values():
@@ -76,11 +79,17 @@ def rows(kind: str, keys: list[str], x: Tensor, rounds: int, calls: int) -> list
         for name, model in models.items():
             times[name].append(timed(model, x, calls))
     reference = times["BatchNorm2d"]
+<<<<<<< HEAD
     made = []
+    for name, elapsed in times.items():
+        ratio = statistics.median(a / b for a, b in zip(elapsed, reference, strict=True))
+=======
+    made: list[tuple[str, ...]] = []
     for name, own in times.items():
         ratio = statistics.median(a / b for a, b in zip(own, reference, strict=True))
+>>>>>>> main
         bar = "" if name == "BatchNorm2d" else f"{BARS[kind]:.2f}"
-        made.append((name, kind, said[name], f"{statistics.median(own):.1f}", f"{ratio:.3f}", bar))
+        made.append((name, kind, said[name], f"{statistics.median(elapsed):.1f}", f"{ratio:.3f}", bar))
     return made
 
 

@@ -92,8 +92,8 @@ def latency(rank: int, repeats: int = 200) -> list[float]:
     return medians
 
 
-def steps(rank: int, key: str, repeats: int) -> tuple[dict[Any, float], int]:
-    """Return the median milliseconds of a step with each kind of synchronization, and the number of layers."""
+def steps(rank: int, key: str, repeats: int) -> dict[Any, float]:
+    """Return the median milliseconds of a step with each kind of synchronization."""
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=10)
     swap(net, key, norm_args=normalizers()[key].test_arguments)
@@ -116,7 +116,7 @@ def steps(rank: int, key: str, repeats: int) -> tuple[dict[Any, float], int]:
             seconds[kind].append(time.perf_counter() - begin)
         if kind == "running":
             windows = [layer.accumulator for layer in layers]
-    return {kind: statistics.median(times) * 1e3 for kind, times in seconds.items()}, len(layers)
+    return {kind: statistics.median(times) * 1e3 for kind, times in seconds.items()}
 
 
 def measure(rank: int, repeats: int) -> dict[str, Any]:
@@ -175,18 +175,18 @@ def main() -> None:
     options = parser.parse_args()
     counts = run_ranks(count, 2)[0]
     results = {world: run_ranks(measure, world, options.steps, timeout=900)[0] for world in WORLDS}
-    base = {key: results[1]["steps"][key][0][False] for key in KEYS}
+    base = {key: results[1]["steps"][key][False] for key in KEYS}
     rows, waits = [], []
     for world, measured in results.items():
         for key in KEYS:
-            times, layers = measured["steps"][key]
+            times = measured["steps"][key]
             off, later, on = (times[kind] for kind in KINDS)
-            each = f"{(on - off) / layers:.2f}" if world > 1 else "-"
             ratios = [f"{t / off:.2f} x" for t in (later, on)]
             rate = [f"{world * base[key] / t:.2f} x" for t in (off, later, on)]
-            rows.append((str(world), key, *(f"{t:.0f}" for t in (off, later, on)), *ratios, each, *rate))
+            rows.append((str(world), key, *ratios, *rate))
         if world > 1:
-            waits.append((str(world), *(f"{ms:.2f}" for ms in measured["latency"])))
+            shortest = results[2]["latency"][0]
+            waits.append((str(world), *(f"{ms / shortest:.1f} x" for ms in measured["latency"])))
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.machine(),
@@ -194,8 +194,8 @@ def main() -> None:
     machine = f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end"
     versions = f"torch {torch.__version__}, python {platform.python_version()}"
     head = (
-        *("ranks", "norm", "ms without", "ms running", "ms with", "running / without", "with / without"),
-        *("ms per layer", "throughput without", "throughput running", "throughput with"),
+        *("ranks", "norm", "running / without", "with / without"),
+        *("throughput without", "throughput running", "throughput with"),
     )
     text = f"""# Cost of synchronized statistics
 
@@ -213,7 +213,7 @@ which say whether a rank is in the forward or the backward pass.
 
 ## One all-reduce
 
-Median milliseconds for a layer's statistics, 8 (1 + p (2C + 1)) bytes on p ranks.
+Median time for a layer's statistics, 8 (1 + p (2C + 1)) bytes on p ranks, relative to the first of this table.
 
 {table(("ranks", *(f"C = {c}" for c in WIDTHS)), waits)}
 

@@ -678,6 +678,7 @@ def markdown(rows: list[Row]) -> str:
         "Inputs are two images of the smallest size that the model takes (px; volumes of that edge in monai's models), "
         "for export too. A row may take 300 s of a CPU, and its export as many; what took longer says so.",
         "",
+        *told_of_runs(rows),
         f"Versions: {', '.join(versions)}. Median of {seconds:.1f} s per row.",
         "",
     ]
@@ -693,6 +694,15 @@ def markdown(rows: list[Row]) -> str:
         lines += ["## Left out", "", "| library | family | model | why |", "|---|---|---|---|"]
         lines += [f"| {r.library} | {r.family} | {r.model} | {cell(r.reason)} |" for r in skipped] + [""]
     return "\n".join(lines)
+
+
+def told_of_runs(rows: list[Row]) -> list[str]:
+    """Return what is said of rows of several runs; nothing where all are of one."""
+    runs = Counter(row.measured for row in rows if row.norm)
+    if len(runs) < 2:
+        return []
+    counts = ", ".join(f"{n} are of {f'the run {name}' if name else 'an earlier run'}" for name, n in runs.items())
+    return [f"Of {sum(runs.values())} rows {counts}. A row without a word under export is of a run without it.", ""]
 
 
 def cell(text: str) -> str:

@@ -54,10 +54,10 @@ def badges() -> dict[str, tuple[str, str]]:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
     def after(start: str) -> str:
-        found = re.search(rf"{start}[\"'= <>]*([\w.-]+)", text, re.M)
-        if found is None:
+        matches = re.search(rf"{start}[\"'= <>]*([\w.-]+)", text, re.M)
+        if matches is None:
             raise ValueError(f"pyproject.toml: expected {start!r} for README's badges.")
-        return found[1].rstrip(".")
+        return matches[1].rstrip(".")
 
     newest = re.findall(r"Python :: (3\.\d+)", text)[-1]
     return {
@@ -139,7 +139,7 @@ REFERENCE = {
     "deploy": (
         "Harden, fold, load",
         "From a trained mixture to a network of plain layers, and the files of others.",
-        ("surgery.harden", "surgery.deploy", "surgery.load_published"),
+        ("surgery.harden", "surgery.deploy", "surgery.quantize", "surgery.load_published"),
     ),
     "schedules": (
         "Schedules",

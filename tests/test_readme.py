@@ -36,8 +36,8 @@ OURS = {key: cls for key, cls in normalizers().items() if cls.__module__.startsw
 
 
 def blocks(text, language):
-    found = re.finditer(rf"^( *)```{language}[ \t]*\n(.*?)^\1```[ \t]*$", text, re.M | re.S)
-    return [textwrap.dedent(block[2]) for block in found]
+    matches = re.finditer(rf"^( *)```{language}[ \t]*\n(.*?)^\1```[ \t]*$", text, re.M | re.S)
+    return [textwrap.dedent(block[2]) for block in matches]
 
 
 def rows(text, header):

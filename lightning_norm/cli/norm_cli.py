@@ -377,7 +377,11 @@ def clarify(message: str, options: Sequence[str]) -> str:
 
 
 def _in_one_line(message: str) -> str:
-    """Return the reason in a message of many lines, which tells of every type that a value could have had."""
+    """Return the reason in a message of many lines, which tells of every type that a value could have had.
+
+    Args:
+        message: of jsonargparse.
+    """
     noise = (
         "Does not validate against",
         "Subtypes:",
@@ -407,12 +411,19 @@ def _in_one_line(message: str) -> str:
     text = ""
     for part in parts:
         text += part if not text else f" {part}" if text.endswith(":") else f"; {part}"
-    given = re.search(r"Given value: (\S.{0,60})$", message, re.MULTILINE)
-    return f"{text}, got {given[1]!r}" if given and parts[-1].startswith("expected ") else text
+    typed = re.search(r"Given value: (\S.{0,60})$", message, re.MULTILINE)
+    return f"{text}, got {typed[1]!r}" if typed and parts[-1].startswith("expected ") else text
 
 
 def _classes_for(key: str) -> list[str]:
-    """Return the names of the classes that may stand at a key of the configuration, without their modules."""
+    """Return the names of the classes that may stand at a key of the configuration, without their modules.
+
+    Args:
+        key: dotted, "trainer.callbacks+" for one.
+
+    >>> "CosineAnnealingLR" in _classes_for("lr_scheduler"), "NormSwap" in _classes_for("trainer.callbacks+")
+    (True, True)
+    """
     last = key.rpartition(".")[2].rstrip("+")
     if last == SECTION:
         return sorted(known_names())

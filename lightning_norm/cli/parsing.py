@@ -24,7 +24,11 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def own_options(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the options of a parser, as they are typed."""
+    """Return the options of a parser, as they are typed.
+
+    >>> own_options(CommandParser())
+    ['-h', '--help']
+    """
     return list(parser._option_string_actions)
 
 
@@ -40,7 +44,15 @@ def with_nearest(message: str, options: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the nearest of some names to one that is none of them, by whole names and by their first or last parts."""
+    """Return the nearest of some names to one that is none of them, by whole names and by their first or last parts.
+
+    Args:
+        name: as it was typed.
+        known: names that exist, with their dashes or without.
+
+    >>> nearest("--max_epochs", ["--trainer.max_epochs", "--config"])
+    '--trainer.max_epochs'
+    """
     names = list(dict.fromkeys(known))
     head, dot, rest = name.partition(".")
     heads = {option.partition(".")[0] for option in names}

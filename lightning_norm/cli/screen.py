@@ -174,7 +174,13 @@ class Forecast(Callback):
             print(sentence, flush=True) if bar is None else bar.print(sentence)
 
     def _sentence(self, trainer: pl.Trainer, training: float, evaluation: float) -> str:
-        """Return the length of the whole, given the seconds of a batch."""
+        """Return the length of the whole, given the seconds of a batch.
+
+        Args:
+            trainer: that knows how many batches and epochs there are.
+            training: seconds of a training step.
+            evaluation: seconds of a batch of validation.
+        """
         steps, epochs = int(trainer.num_training_batches), (trainer.max_epochs or 0) - trainer.current_epoch
         checked = sum(n for n in trainer.num_val_batches if math.isfinite(n))
         seconds = epochs * (steps * training + checked * evaluation)
@@ -183,7 +189,12 @@ class Forecast(Callback):
 
 
 def can_be_timed(trainer: Any, model: pl.LightningModule) -> bool:
-    """Tell whether a copy of the network can take a step on its own, without a trace in the training."""
+    """Tell whether a copy of the network can take a step on its own, without a trace in the training.
+
+    Args:
+        trainer: whose strategy and precision decide, too.
+        model: the job.
+    """
     return (
         isinstance(model, ImageClassifier)
         and isinstance(trainer.datamodule, ImageData)
@@ -194,7 +205,15 @@ def can_be_timed(trainer: Any, model: pl.LightningModule) -> bool:
 
 
 def seconds_per_batch(trainer: Any, model: Any) -> tuple[float, float]:
-    """Return how long a step and an evaluation of one batch take, measured on a copy of the network."""
+    """Return how long a step and an evaluation of one batch take, measured on a copy of the network.
+
+    Args:
+        trainer: whose first training batch is taken.
+        model: the job, which stays as it is.
+
+    Returns:
+        Seconds of a training step, and of a batch of validation.
+    """
     data = trainer.datamodule
     images, labels = (part.to(model.device) for part in data.splits["train"][: data.batch_size])
     images, labels = data.on_after_batch_transfer((images, labels), 0)

@@ -220,7 +220,9 @@ class EncoderDecoderNorm(MomentNorm):
     def _decode(self, encoder: str, measured: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """Return the last linear layer of both decoders, each (N, C) or (1, C) and in ``dtype``."""
         hidden = self._linear(f"{encoder}_encoder", measured).relu()
-        halves = zip(DECODERS[encoder], hidden.chunk(2), strict=True)  # of mu, and of sigma
+        # Of mu, and of sigma; by slices, for onnxscript fails at the sequence that it makes of chunk.
+        half = hidden.shape[0] // 2
+        halves = zip(DECODERS[encoder], (hidden[:half], hidden[half:]), strict=True)
         return [self._linear(f"{name}_decoder", half).to(dtype) for name, half in halves]
 
     def _linear(self, name: str, x: Tensor) -> Tensor:

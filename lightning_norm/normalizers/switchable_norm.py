@@ -17,7 +17,9 @@ from lightning_norm.layers.mixed import MixedNorm
 from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer, channels_of_one_layer
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.layers.token_norm import PerToken
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.clipped import clip_gradient
+from lightning_norm.ops.eager import may_read_back
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments, mixture
@@ -155,6 +157,10 @@ class SwitchableNorm(PerToken, MixedNorm):
         if _is_one(count):
             return without_entry(self.weights, logits, self.choices.index("in"))
         if isinstance(count, Tensor) and count.dim() == 2:
+            # In most batches no sample has a single position; one without any has no output.
+            looks = may_read_back(count) and not torch_private.is_transformed()
+            if looks and not bool((count == 1).any()):
+                return self.weights(logits)
             without, with_in = (self.weights(logits, n).view(-1, 1, 1) for n in (1, 2))
             return torch.where(count <= 1, without, with_in)
         return self.weights(logits)

@@ -123,11 +123,7 @@ def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return t in ``dtype``, and t itself where it has it: for the results of an autograd function.
-
-    In torch 2.11, a compiled autograd function that returns ``t.to(dtype)`` where that is t itself loses the gradient,
-    without an error.
-    """
+    """Return t in ``dtype``, or t itself: in torch 2.11 a compiled autograd function loses the gradient of ``t.to``."""
     return t if t.dtype == dtype else t.to(dtype)
 
 

@@ -177,13 +177,13 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the che
             _check_rebuilt(model, modules, row, where)
         if reports:
             reports[-1].take_activations(model, reports[-1].find_activations(model, activations_of(rows)))
+        for row in rows:
+            _set_options(modules[row["name"]], row.get("options") or {})
     except (TypeError, ValueError, RuntimeError) as error:
         # The last level first, as each has replaced the layers of the one before.
         for report in reversed(reports):
             report.undo()
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{where}: {error}") from error
-    for row in rows:
-        _set_options(modules[row["name"]], row.get("options") or {})
     return reports[0] if reports else None
 
 

@@ -40,8 +40,8 @@ def quantize(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
     Raises:
         ModuleNotFoundError: torchao is not installed.
-        QuantizationError: the model is not on the CPU, ``batches`` holds no tensors, or ``torch.export`` cannot trace
-            the model.
+        QuantizationError: the model is not on the CPU, ``batches`` holds no tensors, ``torch.export`` cannot trace the
+            model, or torchao cannot quantize what it traced, such as a rbn that was not folded.
 
     Warns:
         LeftAloneWarning: normalizers stay in float; it says which and why.
@@ -71,11 +71,24 @@ def quantize(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         x86 = importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
         program = _program(model, samples[0])
         quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-        observed = pt2e.prepare_pt2e(program, quantizer)
-        for x in samples:
-            observed(x)
-        quantized: nn.Module = pt2e.convert_pt2e(observed)
+        try:
+            observed = pt2e.prepare_pt2e(program, quantizer)
+            for x in samples:
+                observed(x)
+            quantized: nn.Module = pt2e.convert_pt2e(observed)
+            quantized(samples[0])
+        except Exception as error:
+            left = ", ".join(dict.fromkeys(type(layer).__name__ for _, layer in named_normalizers(model)))
+            raise QuantizationError(
+                f"quantize: torchao cannot make int8 of {type(model).__name__}"
+                f"{f' with {left} in it, which was not folded' if left else ''}: {_first_line(error)}"
+            ) from error
     return quantized
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error says first, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _input_of(batch: Any) -> Tensor:
@@ -98,9 +111,9 @@ def _program(model: nn.Module, x: Tensor) -> nn.Module:
     try:
         return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise QuantizationError(
-            f"quantize: torch.export cannot trace {type(model).__name__}, and int8 is made from its graph: {reason}"
+            f"quantize: torch.export cannot trace {type(model).__name__}, and int8 is made from its graph: "
+            f"{_first_line(error)}"
         ) from error
 
 

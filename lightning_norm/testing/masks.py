@@ -66,6 +66,7 @@ def cut(t: Tensor, x: Tensor) -> Tensor:
 
 def masked_step(layer: Normalizer, x: Tensor, dy: Tensor, garbage: float = float("nan")) -> Step:
     """Run :func:`step` on the padded input, and cut the padding away, whose output and gradient must be 0."""
+    # The padding holds NaN unless told otherwise, which shows in any sum that reads it.
     mask = valid(x)
     call = functools.partial(layer, mask=mask)
     got = step(_Called(layer, call), padded(x, garbage), padded(dy, garbage))
@@ -110,6 +111,7 @@ def masked_batch_of_padding(make: Make) -> None:
     layer = wide(make)
     if not takes_masks(layer):
         return
+    # Counters may count the batch; the statistics have to stand still.
     before = {name: b.clone() for name, b in layer.named_buffers() if name in layer.running_names}
     nothing = torch.zeros(3, *SIZES, dtype=torch.bool)
     # Infinities, since one times the 0 of a mask would show as NaN.

@@ -24,12 +24,18 @@ BLOCKS = [
 ]
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+
+
 class Job(pl.LightningModule):
     """Layers of the kinds that examples name."""
 
     def __init__(self):
         super().__init__()
-        self.bn1, self.bn2 = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+        self.blocks = nn.ModuleList([Block(), Block()])
         self.others = nn.Sequential(nn.GroupNorm(2, 16), nn.LayerNorm(16))
 
 

@@ -327,7 +327,7 @@ def test_padding_may_hold_anything(key, memory_format, garbage):
 
 
 def test_a_mask_keeps_x_alone_for_the_backward_pass():
-    x, kept = noise(8, C, 16, 16).requires_grad_(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    x, remaining = noise(8, C, 16, 16).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: remaining.append(t) or t, lambda t: t):
         create("bn", C)(x, mask=torch.full((8,), 9))
-    assert {t.data_ptr() for t in kept if t.numel() == x.numel()} == {x.data_ptr()}
+    assert {t.data_ptr() for t in remaining if t.numel() == x.numel()} == {x.data_ptr()}

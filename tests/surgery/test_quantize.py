@@ -66,6 +66,15 @@ def test_what_stays_in_float_is_told(norm):
         quantize(network(norm), [torch.randn(4, 3, 8, 8)])
 
 
+@pytest.mark.slow
+def test_what_torchao_cannot_take_is_told_by_its_name():
+    with (
+        pytest.warns(LeftAloneWarning),
+        pytest.raises(QuantizationError, match="Sequential with Representative"),
+    ):
+        quantize(network("rbn"), [torch.randn(4, 3, 8, 8)])
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
