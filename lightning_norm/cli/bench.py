@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
         ArithmeticError: a layer does not compute what its formula does in float64.
         SystemExit: wrong arguments.
     """
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("no CUDA device found. Type --device cpu.")
     if options.save:
@@ -87,27 +87,27 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = CommandParser(
+    made = CommandParser(
         prog="lightning-norm bench",
         description="Time every normalizer beside nn.BatchNorm and its own formula written naively, after checking it.",
         epilog=EPILOG,
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     keys = ",".join(normalizers())
-    parser.add_argument("--norms", default="bn,sn,bcn", help=f"out of {keys}, by commas (default: %(default)s)")
-    parser.add_argument(
+    made.add_argument("--norms", default="bn,sn,bcn", help=f"out of {keys}, by commas (default: %(default)s)")
+    made.add_argument(
         "--shapes",
         default=SHAPES,
         help=f"of the input, by commas (default: %(default)s); 'decoders' for those of VAEs and U-Nets: {DECODERS}",
     )
-    parser.add_argument(
+    made.add_argument(
         "--activation", choices=("none", "relu", "silu"), default="none", help="behind each layer (default: none)"
     )
-    parser.add_argument("--repeats", type=int, default=50, help="rounds, in each of which every contender runs")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    parser.add_argument("--save", metavar="DIR", help="write bench.json, bench.md and bench.png there")
-    return parser
+    made.add_argument("--repeats", type=int, default=50, help="rounds, in each of which every contender runs")
+    made.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    made.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
+    made.add_argument("--json", metavar="FILE", help="write all figures there")
+    made.add_argument("--save", metavar="DIR", help="write bench.json, bench.md and bench.png there")
+    return made

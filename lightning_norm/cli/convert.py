@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
         ValueError: ``--norm_args`` is no mapping, or ``--rename`` no PATTERN=REPLACEMENT.
         SystemExit: an argument is wrong.
     """
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     arguments = yaml.safe_load(options.norm_args)
     if not isinstance(arguments, dict):
         raise ValueError(f"--norm_args must be a mapping such as '{{eps: 1.0e-3}}', got {options.norm_args!r}.")
@@ -92,19 +92,20 @@ def _pair(text: str) -> tuple[str, str]:
     return pattern, replacement
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
+    made = CommandParser(
         prog="lightning-norm convert",
         description="Rewrite a checkpoint of a paper's authors as one of lightning_norm.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", metavar="FILE", help="what the authors' code has written")
-    parser.add_argument("--out", required=True, metavar="OUT", help="the new file")
-    parser.add_argument("--norm", metavar="KEY", help="sn, bnet, rbn, bcn, asr, afn or cn; by default what FILE holds")
-    parser.add_argument("--norm_args", default="{}", metavar="YAML", help="arguments that are in no file, or others")
-    parser.add_argument("--prefix", default="", help="put before all names: net. for a LightningModule with a net")
-    parser.add_argument(
+    made.add_argument("file", metavar="FILE", help="what the authors' code has written")
+    made.add_argument("--out", required=True, metavar="OUT", help="the new file")
+    made.add_argument("--norm", metavar="KEY", help="sn, bnet, rbn, bcn, asr, afn or cn; by default what FILE holds")
+    made.add_argument("--norm_args", default="{}", metavar="YAML", help="arguments that are in no file, or others")
+    made.add_argument("--prefix", default="", help="put before all names: net. for a LightningModule with a net")
+    made.add_argument(
         "--rename", action="append", default=[], metavar="PATTERN=REPLACEMENT", help="regular expression over names"
     )
-    return parser
+    return made

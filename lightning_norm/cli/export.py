@@ -49,8 +49,8 @@ def run(argv: Sequence[str]) -> None:
         SystemExit: an argument or a configuration file is wrong.
     """
     # What this parser does not know is left to LightningCLI, which builds the model.
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
+    own = parser()
+    options, rest = own.parse_known_args(argv)
     if not options.out.endswith((".pt2", ".onnx")):
         raise ValueError(f"--out must end in .pt2 or .onnx, got {options.out!r}.")
     # Told now, and not after the model was built and loaded.
@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
         require("a .onnx file", "export", "onnx", "onnxscript")
     # Without the callback that saves the configuration: nothing is trained, and no folder is made.
     with without_noise():
-        cli = NormCLI(rest, run=False, save_config_callback=None, parser_kwargs={"also": own_options(parser)})
+        cli = NormCLI(rest, run=False, save_config_callback=None, parser_kwargs={"also": own_options(own)})
     model = prepared(cli, options.ckpt_path)
     example = _example(model, options.shape)
     # The layers are changed first, or the file would hold the graph of the swapped network.
@@ -148,27 +148,27 @@ def _example(model: pl.LightningModule, shape: str | None) -> Tensor:
     return example
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """Return the parser of the options that are not LightningCLI's."""
-    parser = CommandParser(
+    made = CommandParser(
         prog="lightning-norm export",
         description="Write the network for inference: normalizers folded, or as torch's own layers.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", required=True, metavar="FILE", help="net.pt2 (torch.export) or net.onnx")
-    parser.add_argument("--ckpt_path", metavar="FILE", help="weights, and what was swapped")
-    parser.add_argument("--shape", help="of the input, 1x3x32x32; the model's example_input_array by default")
-    parser.add_argument(
+    made.add_argument("--out", required=True, metavar="FILE", help="net.pt2 (torch.export) or net.onnx")
+    made.add_argument("--ckpt_path", metavar="FILE", help="weights, and what was swapped")
+    made.add_argument("--shape", help="of the input, 1x3x32x32; the model's example_input_array by default")
+    made.add_argument(
         "--layers",
         choices=("fold", "plain", "keep"),
         default="fold",
         help="fold into convolutions (default), only make plain, or keep the normalizers",
     )
-    parser.add_argument(
+    made.add_argument(
         "--harden",
         type=float,
         metavar="THRESHOLD",
         help="first turn sn and bcn layers whose weights have decided into what they chose: 0.9, say",
     )
-    return parser
+    return made

@@ -39,14 +39,7 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: wrong arguments.
     """
-    parser = CommandParser(
-        prog="lightning-norm list",
-        description="The normalizers, by the key that `norm:` takes.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     # Written beforehand by docs/generate.py: to ask the classes would first import torch, which takes seconds.
     rows = json.loads(Path(__file__).with_name("normalizers.json").read_text(encoding="utf-8"))
     if options.json:
@@ -62,6 +55,18 @@ def run(argv: Sequence[str]) -> None:
         "\nadded: parameters to a BatchNorm of 64 channels. batch: training needs batch statistics. sample: evaluation"
     )
     print("needs the sample's own statistics, so it cannot be folded. keeps: a swap keeps the evaluation. More: --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
+    made = CommandParser(
+        prog="lightning-norm list",
+        description="The normalizers, by the key that `norm:` takes.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    return made
 
 
 def describe(cls: type[Normalizer]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ INTRODUCTION = """Replace the BatchNorm layers of a PyTorch Lightning model by a
   convert    a file of a paper's authors becomes a checkpoint
   export     the trained network as .pt2 or ONNX, normalizers folded
 Try it:    lightning-norm fit --model ImageClassifier --norm sn
-More:      lightning-norm --help        lightning-norm COMMAND --help"""
+More:      lightning-norm --help        lightning-norm COMMAND --help        lightning-norm completion bash"""
 TRAIN = "train"
 CONFIG = "--config examples/configs/digits_sn.yaml"
 COMMANDS = {
@@ -64,6 +64,7 @@ COMMANDS = {
         Command("test", TRAIN, f"{CONFIG} --ckpt_path last.ckpt"),
         Command("predict", TRAIN, f"{CONFIG} --ckpt_path last.ckpt"),
         Command("list", "look", "", "the normalizers"),
+        Command("completion", "look", "bash > FILE", "of commands, options and norms, by TAB"),
         Command("plan", "look", CONFIG, "what a swap would do"),
         Command("convert", "bring", "published.pth --norm sn --out sn.ckpt", "a file of a paper's authors"),
         Command("export", "leave", "--config your.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2"),
@@ -169,7 +170,7 @@ def overview() -> str:
         lines += ["", group]
         for command in commands:
             example = f"lightning-norm {command.name} {command.example}".rstrip()
-            lines.append(f"  {command.name:9s}  {example:66s}  {command.summary}".rstrip())
+            lines.append(f"  {command.name:10s}  {example:66s}  {command.summary}".rstrip())
     return "\n".join([*lines, "", f"  --version  --help        {TRACEBACK}=1 shows where an error was raised"])
 
 

@@ -226,7 +226,7 @@ class NormCLI(LightningCLI):
             parser = NormParser()
             parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
             config.data = parser.parse_object({"data": "Digits"}).data
-        data = {class_path(c): c for c in _built_in_data()}.get(config.data.class_path)
+        data = {class_path(c): c for c in built_in_data()}.get(config.data.class_path)
         if data is not None:
             data.check_installed()  # told before the network is built
         # A number that was typed stays; the model refuses one that does not fit.
@@ -359,7 +359,8 @@ def clarify(message: str, options: Sequence[str]) -> str:
         if name and name[1] in known_names():
             path = f"lightning_norm.{resolve(name[1])[0].__name__}"
             return f"{text}. Type norm: {name[1]} with norm_args: {{...}}, or class_path: {path} in full."
-        known = _classes_for(text.partition(":")[0])
+        # The class of an argument of a class may be of any kind.
+        known = _classes_for("" if "given class_path" in text else text.partition(":")[0])
         if module := re.search(r"module '([\w.]+)' has no attribute", text):
             known = [n for n, v in vars(sys.modules[module[1]]).items() if isinstance(v, type)]
         close = nearest(name[1], known) if name else None
@@ -448,7 +449,8 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _built_in_data() -> list[type[ImageData]]:
+def built_in_data() -> list[type[ImageData]]:
+    """Return the data sets that come with the built-in job."""
     return [job.Digits, job.MNIST, job.FashionMNIST, job.CIFAR10, job.CIFAR100]
 
 

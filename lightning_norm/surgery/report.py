@@ -353,7 +353,6 @@ class SwapReport(TableReport):
         import yaml
 
         report = self.to_dict()
-        del report["skipped"]  # among the rows, where their norm can be set
         left = [{"name": n, "source": t, "norm": None, "reason": why} for n, t, why in self._stay()]
         report["layers"] = self._in_order([*report["layers"], *left], lambda row: row["name"])
         return str(yaml.safe_dump(report, sort_keys=False))

@@ -1,4 +1,5 @@
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_bad_input(trained, monkeypatch, capsys):
     Path("empty.ckpt").touch()
     with pytest.raises(CheckpointError, match="it is empty"):
         run([*model, "--out", "n.pt2", "--ckpt_path", "empty.ckpt"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ModuleNotFoundError, match=r"lightning-norm\[export\]"):
         run([*model, "--out", "n.onnx"])
     with pytest.raises(SystemExit):

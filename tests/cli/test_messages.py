@@ -166,7 +166,7 @@ from lightning.pytorch.cli import LightningCLI
 
 import lightning_norm.callbacks
 
-LightningCLI()
+LightningCLI(seed_everything_default=0)
 """
 
 

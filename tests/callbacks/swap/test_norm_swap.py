@@ -106,14 +106,18 @@ def test_pattern_that_matches_nothing_is_judged_after_the_late_layers():
         trainer(NormSwap("sn", include="later")).test(LateNet(), loader())
 
 
-def test_nothing_to_swap_warns():
+def test_nothing_to_swap_is_an_error_unless_it_may_be():
     class Bare(Net):
         def __init__(self):
             super().__init__()
             self.net = nn.Conv2d(3, 6, 3)
 
-    with pytest.warns(NoEffectWarning, match="no candidate found"):
+    with pytest.raises(ValueError, match="no candidate found"):
         trainer(NormSwap("sn")).test(Bare(), loader())
+    with pytest.warns(NoEffectWarning, match="no candidate found"):
+        trainer(NormSwap("sn", on_empty="warn")).test(Bare(), loader())
+    with pytest.raises(ValueError, match="on_empty must be"):
+        NormSwap("sn", on_empty="silence")
 
 
 def test_the_source_is_a_class_that_only_the_first_swap_saw():
