@@ -139,7 +139,7 @@ REFERENCE = {
     "deploy": (
         "Harden, fold, load",
         "From a trained mixture to a network of plain layers, and the files of others.",
-        ("surgery.harden", "surgery.deploy", "surgery.load_published"),
+        ("surgery.harden", "surgery.deploy", "surgery.quantize", "surgery.load_published"),
     ),
     "schedules": (
         "Schedules",
