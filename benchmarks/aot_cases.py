@@ -12,11 +12,12 @@ from lightning_norm.kernels.depthwise import backward as depthwise_backward
 from lightning_norm.kernels.depthwise import forward as depthwise_forward
 from lightning_norm.kernels.encoder_decoder import backward as encoder_decoder_backward
 from lightning_norm.kernels.encoder_decoder import forward as encoder_decoder_forward
-from lightning_norm.kernels.grid import TILE, warps
+from lightning_norm.kernels.grid import JOINED, TILE, warps
 from lightning_norm.kernels.mixture import backward as mixture_backward
 from lightning_norm.kernels.mixture import forward as mixture_forward
 from lightning_norm.kernels.passes import backward as passes_backward
 from lightning_norm.kernels.passes import forward as passes_forward
+from lightning_norm.kernels.passes.launch import join_tile
 from lightning_norm.kernels.per_channel import backward as per_channel_backward
 from lightning_norm.kernels.per_channel import condensation, running_stats
 from lightning_norm.kernels.per_channel import forward as per_channel_forward
@@ -73,8 +74,10 @@ def variants() -> Iterator[Variant]:
                 yield Variant(passes_backward.sums_columns, name, dtype, more, 4)
                 yield Variant(passes_forward.apply_columns, name, dtype, more, 4)
                 yield Variant(passes_backward.combine_columns, name, dtype, {**more, "PLAIN": False}, 4)
-    yield Variant(passes_forward.join_moments, "parts", "fp32", {"BLOCK": 256}, 4)
-    yield Variant(passes_backward.join_sums, "parts", "fp32", {"BLOCK": 256}, 4)
+    for parts in JOINED:
+        at_once, lanes, num_warps = join_tile(parts)
+        for kernel in (passes_forward.join_moments, passes_backward.join_sums):
+            yield Variant(kernel, f"{parts} parts", "fp32", {"P_BLOCK": at_once, "BLOCK": lanes}, num_warps)
     yield from _mixture()
     yield from _per_channel()
     yield from _encoder_decoder()
@@ -82,8 +85,8 @@ def variants() -> Iterator[Variant]:
 
 
 def _mixture() -> Iterator[Variant]:
-    tile = {"N_BLOCK": 32, "C_BLOCK": 32, "G_BLOCK": 4, "T_BLOCK": 256}
-    half = {"N_BLOCK": 32, "C_BLOCK": 16, "G_BLOCK": 4, "T_BLOCK": 128}
+    tile = {"N_BLOCK": 64, "C_BLOCK": 16, "G_BLOCK": 1, "T_BLOCK": 1024}
+    half = {"N_BLOCK": 32, "C_BLOCK": 16, "G_BLOCK": 1, "T_BLOCK": 1024}
     for name, equations in {
         "bn": {"IN": -1, "LN": -1, "BN": 0, "K": 0, "SOFTMAX": False, "OUTPUTS": False},
         "sn": {"IN": 0, "LN": 1, "BN": 2, "K": 3, "SOFTMAX": True, "OUTPUTS": False},
@@ -205,4 +208,7 @@ def _depthwise() -> Iterator[Variant]:
                     {name: v for name, v in blocks.items() if name in takes},
                     4 if tile > 256 else 2,
                 )
-    yield Variant(depthwise_backward.join_taps, "9 taps", "fp32", {"T": 9, "BLOCK": 128}, 4)
+    for parts in JOINED:
+        at_once, lanes, num_warps = join_tile(parts)
+        blocks = {"T": 9, "P_BLOCK": at_once, "BLOCK": lanes}
+        yield Variant(depthwise_backward.join_taps, f"9 taps, {parts} parts", "fp32", blocks, num_warps)

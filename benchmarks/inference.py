@@ -79,15 +79,9 @@ def rows(kind: str, keys: list[str], x: Tensor, rounds: int, calls: int) -> list
         for name, model in models.items():
             times[name].append(timed(model, x, calls))
     reference = times["BatchNorm2d"]
-<<<<<<< HEAD
-    made = []
+    made: list[tuple[str, ...]] = []
     for name, elapsed in times.items():
         ratio = statistics.median(a / b for a, b in zip(elapsed, reference, strict=True))
-=======
-    made: list[tuple[str, ...]] = []
-    for name, own in times.items():
-        ratio = statistics.median(a / b for a, b in zip(own, reference, strict=True))
->>>>>>> main
         bar = "" if name == "BatchNorm2d" else f"{BARS[kind]:.2f}"
         made.append((name, kind, said[name], f"{statistics.median(elapsed):.1f}", f"{ratio:.3f}", bar))
     return made

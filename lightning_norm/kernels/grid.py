@@ -6,7 +6,7 @@ No autotuning and no query of the device, so results never depend on either, and
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ REGISTERS = {
     "depthwise_apply": 168,
     "depthwise_sums": 192,
     "depthwise_combine": 128,
+    "pool": 144,
     "vjp_pool": 200,
     "survey": 128,
     "channels_of": 112,
@@ -34,6 +35,15 @@ REGISTERS = {
 
 MANY_TAPS = 192
 """The same for ``depthwise_apply`` with more than nine taps, channels last, which would spill on sm_100."""
+
+FEW = 4
+"""Pieces that are joined one after the other where they are read; more are joined by a launch before."""
+
+MANY_PARTS = 32768
+"""Parts that one launch joins in four steps, ``JOINED`` at once."""
+
+JOINED = (16, 64, 256, 1024, 8192)
+"""Parts that a program joins at once: few sizes, so that few kernels are compiled."""
 
 LONGEST = 1 << 28
 """Elements per (sample, channel) beyond which lanes could leave 32 bits."""
@@ -103,6 +113,11 @@ class Grid:
         return *self.partial_layout, self.piece, self.length, self.fold
 
     @property
+    def joined(self) -> Grid:
+        """Return the grid of numbers whose parts have been joined."""
+        return replace(self, fold=1, piece=self.size, pieces=1)
+
+    @property
     def warps(self) -> int:
         """Return the warps of a program: 16 elements to a thread."""
         return warps(self.rows * self.block)
@@ -127,16 +142,34 @@ def is_channels_last(x: Tensor, channel_dim: int) -> bool | None:
     return True if last.is_contiguous() else None
 
 
+def samples_and_channels(x: Tensor, channel_dim: int) -> tuple[int, int]:
+    """Return N and C of x.
+
+    A ``channel_dim`` behind the last axis is that of (N, C) inputs which are read as one sample of N positions.
+    """
+    return (1, x.shape[-1]) if channel_dim == x.dim() else (x.shape[0], x.shape[channel_dim])
+
+
+def as_one_sample(x: Tensor, channel_dim: int) -> int:
+    """Return the ``channel_dim`` that reads an (N, C) input as one sample of N positions, where that can be.
+
+    Statistics of the batch are then statistics of a long column, and nothing is stored for each element. For equations
+    in which no sample has statistics of its own.
+    """
+    fits = x.dim() == 2 and x.shape[0] > 1 and x.is_contiguous() and x.shape[0] < LONGEST and x.numel() < 1 << 31
+    return 2 if fits else channel_dim
+
+
 def grid_of(x: Tensor, channel_dim: int) -> Grid:
-    """Return the grid of a dense x.
+    """Return the grid of a dense x; ``channel_dim`` as in :func:`samples_and_channels`.
 
     Raises:
         ValueError: x is not dense in either order.
     """
-    columns = is_channels_last(x, channel_dim)
+    n, c = samples_and_channels(x, channel_dim)
+    columns = x.is_contiguous() if channel_dim == x.dim() else is_channels_last(x, channel_dim)
     if columns is None:
         raise ValueError(f"x with strides {x.stride()} is contiguous in neither order.")
-    n, c = x.shape[0], x.shape[channel_dim]
     size = x.numel() // max(n * c, 1)
     # Elements of a load of 16 bytes.
     vector = 16 // x.element_size()
@@ -177,7 +210,7 @@ def _columns(n: int, c: int, size: int, vector: int) -> Grid:
     rows = min(TILE // block, power(length))
     # Long columns are cut like long rows.
     jobs = n * cdiv(c * fold, block)
-    pieces = max(1, min(cdiv(2 * BUSY, jobs), length // (2 * rows)))
+    pieces = max(1, min(cdiv(2 * BUSY, jobs), length // (2 * rows), MANY_PARTS // fold))
     piece = cdiv(cdiv(length, pieces), rows) * rows
     return Grid(n, c, size, True, align, fold, rows, block, piece, cdiv(length, piece))
 

@@ -106,10 +106,15 @@ class _Pointer(NamedTuple):
 
 
 class _Output(NamedTuple):
-    """An output: a tensor like x, or the gradient of a parameter, which lies beside the others in one tensor."""
+    """An output: a tensor like x, or the gradient of a parameter, which lies beside those of its shape in one tensor.
 
-    like_x: bool
-    shape: torch.Size
+    Args:
+        group: the number of that tensor, -1 for a tensor like x.
+        row: the place in it.
+    """
+
+    group: int
+    row: int
 
 
 @dataclass(eq=False)
@@ -120,27 +125,22 @@ class Plan:
         launches: in their order; every tensor in them is a :class:`_Pointer`.
         inputs: how many tensors and numbers the call gets.
         outputs: ``None`` for one that no kernel writes.
-        sizes: of three workspaces in float32 numbers: kept for the backward pass, dropped, gradients of parameters.
-        kept: the tensors in the first of them.
+        sizes: of two workspaces in float32 numbers: kept for the backward pass, dropped.
+        groups: shapes of the tensors that hold gradients of parameters; those of one shape are rows of one tensor.
+        saved: the tensors in the first workspace.
     """
 
     launches: list[_Launch]
     inputs: int
     outputs: list[_Output | None]
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, int]
+    groups: list[tuple[int, ...]]
     saved: list[_Pointer]
 
     def __post_init__(self) -> None:
         self._replay = _replayed(self)
-        # How the last workspace is cut: gradients that do not end at a multiple of 16 bytes have a rest behind them.
-        self._cuts: list[int] = []
-        self._cut_of: list[int | None] = []
-        for output in self.outputs:
-            in_workspace = output is not None and not output.like_x
-            self._cut_of.append(len(self._cuts) if in_workspace else None)
-            if output is not None and in_workspace:
-                n = output.shape.numel()
-                self._cuts += [n, -n % 4] if n % 4 else [n]
+        self._like_x = [output is not None and output.group < 0 for output in self.outputs]
+        self._rows = [(i, o.group, o.row) for i, o in enumerate(self.outputs) if o is not None and o.group >= 0]
 
     def __call__(self, inputs: Sequence[Any], pointers: list[int]) -> tuple[list[Tensor | None], Tensor | None]:
         """Run the launches.
@@ -154,24 +154,16 @@ class Plan:
         """
         x = inputs[0]
         device = x.device
-        outputs: list[Any] = []
-        for output in self.outputs:
-            made = torch.empty_like(x) if output is not None and output.like_x else None
-            outputs.append(made)
-            pointers.append(0 if made is None else made.data_ptr())
+        outputs: list[Any] = [torch.empty_like(x) if like_x else None for like_x in self._like_x]
         workspaces = [torch.empty(n, dtype=torch.float32, device=device) if n else None for n in self.sizes]
-        for w in workspaces:
-            pointers.append(0 if w is None else w.data_ptr())
-        # Under the interpreter, on other backends than CUDA, or while a profiler has set hooks.
+        groups = [torch.empty(shape, dtype=torch.float32, device=device) for shape in self.groups]
+        pointers += [0 if t is None else t.data_ptr() for t in (*outputs, *workspaces, *groups)]
         if self._replay is None or not self._replay(pointers, x.get_device()):
-            self._launch_as_usual([*inputs, *outputs, *workspaces])
-        if workspaces[2] is not None:
-            # One call cuts the gradients of all parameters; a slice for each would take the host longer.
-            parts: Any = workspaces[2].split_with_sizes(self._cuts)
-            for i, cut in enumerate(self._cut_of):
-                if cut is not None:
-                    shape = self.outputs[i].shape  # type: ignore[union-attr]
-                    outputs[i] = parts[cut] if len(shape) == 1 else parts[cut].view(shape)
+            self._launch_as_usual([*inputs, *outputs, *workspaces, *groups])
+        if groups:
+            rows = [group.unbind() for group in groups]
+            for i, group, row in self._rows:
+                outputs[i] = rows[group][row]
         return outputs, workspaces[0]
 
     def views(self, saved: Tensor) -> list[Tensor]:
@@ -277,16 +269,16 @@ def _plan(slots: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | 
             # Part of what two inputs have in common could be part of either.
             storages[_storage(t)] = (slot, offset) if _storage(t) not in storages else (-1, 0)
     made: list[_Output | None] = []
-    last, size = len(slots) + len(outputs), 0
+    groups: list[list[Tensor]] = []
+    last = len(slots) + len(outputs)
     for slot, t in enumerate(outputs, len(slots)):
-        made.append(_output(t, slots[0]) if t is not None and t.numel() and _storage(t) in used else None)
+        made.append(_output(t, slots[0], groups) if t is not None and t.numel() and _storage(t) in used else None)
         if t is not None and made[-1] is not None:
             assert _storage(t) not in storages, "an output that is an input, or a part of another output"
             assert t.storage_offset() == 0
-            storages[_storage(t)] = (slot, 0) if made[-1].like_x else (last + 2, 4 * size)
-            # Each gradient begins at a multiple of 16 bytes, for which the kernels were compiled.
-            size += 0 if made[-1].like_x else t.numel() + -t.numel() % 4
-    sizes = _fill(storages, keep, last), _fill(storages, passed, last + 1), size
+            group, row = made[-1]
+            storages[_storage(t)] = (slot, 0) if group < 0 else (last + 2 + group, 4 * row * t.numel())
+    sizes = _fill(storages, keep, last), _fill(storages, passed, last + 1)
 
     def pointer(t: Any) -> Any:
         if not isinstance(t, Tensor):
@@ -299,7 +291,8 @@ def _plan(slots: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | 
         return _Pointer(slot, offset, t.shape, t.stride(), t.dtype)
 
     steps = [step._replace(args=tuple(map(pointer, step.args))) for step in launches]
-    return Plan(steps, len(slots), made, sizes, [pointer(t) for t in keep])
+    shapes = [(len(group), *group[0].shape) for group in groups]
+    return Plan(steps, len(slots), made, sizes, shapes, [pointer(t) for t in keep])
 
 
 def _named(t: Any, slot: int) -> Any:
@@ -314,12 +307,19 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-def _output(t: Tensor, x: Tensor) -> _Output:
+def _output(t: Tensor, x: Tensor, groups: list[list[Tensor]]) -> _Output:
+    """Return where an output will lie, and put a gradient of a parameter into its group."""
     if (t.shape, t.stride(), t.dtype) == (x.shape, x.stride(), x.dtype):
-        return _Output(True, t.shape)
+        return _Output(-1, 0)
     assert t.is_contiguous()
     assert t.dtype == torch.float32
-    return _Output(False, t.shape)
+    # Rows must begin at multiples of 16 bytes, as tensors do.
+    known = [i for i, group in enumerate(groups) if group[0].shape == t.shape and t.numel() % 4 == 0]
+    if not known:
+        groups.append([])
+    group = known[0] if known else len(groups) - 1
+    groups[group].append(t)
+    return _Output(group, len(groups[group]) - 1)
 
 
 def _fill(storages: dict[int, tuple[int, int]], tensors: Iterable[Tensor], slot: int) -> int:

@@ -97,7 +97,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     bias: nn.Parameter | None
     sync: bool | str
     sync_group: str | int
-    _sync_paused: bool = False
+    sync_paused: bool = False
     _agreed_in: str = ""
     """The process group in which ranks have compared their layers."""
     compiled: bool
@@ -642,7 +642,7 @@ def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any, mask: An
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
     pools = is_running() and (layer.train_uses_batch_stats or layer.moves_running_stats)
-    now = bool(layer.sync) and layer.sync != "running" and not layer._sync_paused
+    now = bool(layer.sync) and layer.sync != "running" and not layer.sync_paused
     return active_ranks(now, layer.training, layer.sync_group) if pools else None
 
 

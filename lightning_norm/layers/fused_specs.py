@@ -16,6 +16,7 @@ from lightning_norm.kernels.mixture.flags import MixtureFlags
 from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
 from lightning_norm.layers.pausing import is_paused
 from lightning_norm.layers.running_stats import reads_copies
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.fused import recorded
 from lightning_norm.ops.fused.mixture import CONVOLVED, MixtureSpec, Running
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
@@ -43,13 +44,41 @@ class _Remembered(NamedTuple):
         dtypes: of them; ``.data = ...`` changes a tensor that stays the same object.
         attributes: all others of the layer.
         place: of what it remembers among them, left out: it would be a cycle of references.
+        device: of the constants in the description, which do not move with the layer; ``None`` without any.
     """
 
     spec: Any
     tensors: tuple[Tensor | None, ...]
-    dtypes: tuple[torch.dtype | None, ...]
+    dtypes: list[torch.dtype | None]
     attributes: list[Any]
     place: int
+    device: torch.device | None
+
+
+_constants: dict[Any, Tensor] = {}
+
+
+def constant(key: Any, device: torch.device | None, make: Any) -> Tensor:
+    """Return a tensor that is the same for all layers alike, and may stand in a description that is remembered.
+
+    Args:
+        key: what it follows from.
+        device: of the layer.
+        make: returns it, given the device.
+    """
+    known = _constants.get((key, device))
+    if known is None:
+        # What is made while somebody watches or captures is a stand-in, or belongs to a graph.
+        stand_in = torch.compiler.is_compiling() or torch_private.watched()
+        if device is not None and device.type == "cuda":
+            stand_in = stand_in or torch.cuda.is_current_stream_capturing()
+        with torch.inference_mode(False):
+            known = make(device)
+        if not stand_in:
+            if len(_constants) > MANY:
+                _constants.clear()
+            _constants[key, device] = known
+    return known
 
 
 def spec_of(layer: Any, layout: Layout) -> Any:
@@ -67,16 +96,18 @@ def spec_of(layer: Any, layout: Layout) -> Any:
         spec = _readable(layer.fused_spec(layout))
         tensors = _tensors(layer)
         ids = {*map(id, tensors)}
-        of_layer = spec is not None and all(id(t) in ids for t in (*spec.parameters, *spec.buffers) if t is not None)
+        others = [] if spec is None else [t for t in (*spec.parameters, *spec.buffers) if t is not None and id(t) not in ids]  # noqa: E501  # fmt: skip
+        of_layer = spec is not None and all(any(t is c for c in _constants.values()) for t in others)
         # Those of torch.func.functional_call may hang on a graph, which must not live longer than the call.
         if of_layer and all(t is None or t.is_leaf for t in tensors):
             specs = vars(layer).get(SPECS)
             # Inputs of ever new shapes must not fill the memory: from time to time all are forgotten.
             if specs is None or len(specs) > MANY:
                 specs = vars(layer)[SPECS] = _Specs()
-            dtypes = tuple(None if t is None else t.dtype for t in tensors)
+            dtypes = [None if t is None else t.dtype for t in tensors]
             place = list(vars(layer)).index(SPECS)
-            specs[key] = _Remembered(spec, tensors, dtypes, _attributes(layer, place), place)
+            device = others[0].device if others else None
+            specs[key] = _Remembered(spec, tensors, dtypes, _attributes(layer, place), place, device)
     return spec
 
 
@@ -110,9 +141,12 @@ def _remembered(layer: Any, key: Any) -> Any:
     tensors = _tensors(layer)
     if len(tensors) != len(known.tensors) or not all(map(operator.is_, known.tensors, tensors)):
         return None
-    for t, dtype in zip(tensors, known.dtypes, strict=True):
-        if t is not None and (t.dtype is not dtype or not t.is_contiguous()):
-            return None
+    if [None if t is None else t.dtype for t in tensors] != known.dtypes:
+        return None
+    if not all([t is None or t.is_contiguous() for t in tensors]):  # noqa: C419  a generator takes twice as long
+        return None
+    if known.device is not None and known.device != next((t.device for t in tensors if t is not None), None):
+        return None
     return known.spec
 
 

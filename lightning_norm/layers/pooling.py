@@ -59,7 +59,7 @@ def refuse_without_window(layer: Any) -> None:
 
 def ranks_of_window(layer: Any) -> Ranks | None:
     """Return the ranks with which a layer pools once per optimizer step, ``None`` for none."""
-    return active_ranks(layer.sync == "running" and not layer._sync_paused, True, layer.sync_group)
+    return active_ranks(layer.sync == "running" and not layer.sync_paused, True, layer.sync_group)
 
 
 def attend(layers: Iterable[Any]) -> None:

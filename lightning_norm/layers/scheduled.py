@@ -250,7 +250,7 @@ def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
 
 def _is_shared(tensor: Tensor) -> bool:
     """Tell whether other processes may write to a tensor; those on a GPU always count as shared."""
-    return tensor.is_cpu and bool(tensor.is_shared())  # type: ignore[no-untyped-call]
+    return tensor.is_cpu and bool(tensor.untyped_storage().is_shared())
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

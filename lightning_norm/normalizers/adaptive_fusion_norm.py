@@ -115,9 +115,9 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
 
     @property
     def fused_spec_key(self) -> bool:
-        """Whether anything is dropped, which the value of ``dropout`` decides."""
+        """Whether nothing is dropped, which the value of ``dropout`` decides."""
         # The value is in a tensor, whose changes no attribute of the layer shows.
-        return self.drop_prob() is None
+        return not self.training or self.drop_prob() is None
 
     @property
     def preserves_eval(self) -> bool:

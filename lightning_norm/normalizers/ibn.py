@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.base import MomentNorm, Paper
-from lightning_norm.layers.fused_specs import mixture_spec
+from lightning_norm.layers.fused_specs import constant, mixture_spec
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
@@ -87,8 +87,9 @@ class IBN(MomentNorm):
             return None
         # Made anew each time: a buffer would be a key that no BatchNorm's checkpoint has.
         device = next((t.device for t in (*self.parameters(), *self.buffers())), None)
-        batch = torch.arange(self.num_features, device=device) >= self.instance_channels
-        return mixture_spec(self, ("bn", "ln"), w=batch.float(), outputs=True, num_groups=self.num_features)
+        c, k = self.num_features, self.instance_channels
+        batch = constant((c, k), device, lambda where: (torch.arange(c, device=where) >= k).float())
+        return mixture_spec(self, ("bn", "ln"), w=batch, outputs=True, num_groups=self.num_features)
 
     @property
     def preserves_eval(self) -> bool:

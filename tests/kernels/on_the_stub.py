@@ -46,8 +46,8 @@ def step(layer, x, dy, residual):
 
 def is_asked_for_the_same(plan, inputs):
     """Whether Triton's usual way and the recorded one launch the same kernels with the same arguments, all of them."""
-    outputs = [torch.empty_like(inputs[0]) if o is not None and o.like_x else None for o in plan.outputs]
-    tensors = [*inputs, *outputs, *(torch.empty(n) if n else None for n in plan.sizes)]
+    outputs = [torch.empty_like(inputs[0]) if o is not None and o.group < 0 else None for o in plan.outputs]
+    tensors = [*inputs, *outputs, *(torch.empty(n) if n else None for n in plan.sizes), *map(torch.empty, plan.groups)]
     kernels = [step.compiled for step in plan.launches]
     stub.expect(kernels)
     plan._launch_as_usual(tensors)

@@ -115,16 +115,21 @@ def store_tap(out, t, s: tl.constexpr, keep, channels, LAST: tl.constexpr, GROUP
 
 
 @triton.jit
-def join_taps(taps, dkernel, dbias, number, channels, parts, T: tl.constexpr, BLOCK: tl.constexpr):
+def join_taps(
+    taps, dkernel, dbias, number, channels, parts, T: tl.constexpr, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):
     """Add up the parts of the gradients of kernel, (C, T), and bias, (C,); ``number`` is C * (T + 1).
 
-    JOIN numbers to a program, in the order of the parts: the same result in every run.
+    P_BLOCK parts of BLOCK numbers at once, in an order that is the same in every run.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, parts):
-        total += tl.load(taps + tl.cast(part, tl.int64) * number + i, mask=keep, other=0.0)
+    total = tl.zeros((P_BLOCK, BLOCK), tl.float32)
+    for first in range(0, parts, P_BLOCK):
+        part = first + tl.arange(0, P_BLOCK)[:, None]
+        inside = (part < parts) & keep[None, :]
+        total += tl.load(taps + part.to(tl.int64) * number + i[None, :], mask=inside, other=0.0)
+    total = tl.sum(total, 0)
     # Parts are stored by tap and the gradient by channel; the last row is the bias's.
     t = i // channels
     c = i - t * channels

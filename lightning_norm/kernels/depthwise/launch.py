@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lightning_norm.kernels.depthwise.backward import depthwise_combine, depthwise_sums, join_taps
 from lightning_norm.kernels.depthwise.forward import depthwise_apply
-from lightning_norm.kernels.grid import BUSY, REGISTERS, cdiv, dense, is_channels_last, power, registers
+from lightning_norm.kernels.grid import BUSY, FEW, REGISTERS, cdiv, dense, is_channels_last, power, registers
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
 from lightning_norm.kernels.mixture.launch import adjoint
-from lightning_norm.kernels.passes.launch import device_of
+from lightning_norm.kernels.passes.launch import device_of, join_tile, joined_sums
 from lightning_norm.kernels.ranks.launch import AllReduce, empty_gradient
 
 TILE = 1024
@@ -21,9 +21,6 @@ TILE = 1024
 
 NEAR = 8192
 """Elements that a program reads again for each group of taps, from the cache then."""
-
-JOIN = 128
-"""Gradients that a program joins."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +156,11 @@ def sum_parts(dy: Tensor, x: Tensor, affine: Tensor, kernel: Tensor) -> tuple[Te
             maxnreg=REGISTERS["depthwise_sums"],
             **s.constants(kernel),
         )  # fmt: skip
-        launch(join_taps, cdiv(s.c * (taps + 1), JOIN))(
-            tap_parts, dkernel, dbias, s.c * (taps + 1), s.c, chunks * s.pieces, T=taps, BLOCK=JOIN, num_warps=4
-        )
+        at_once, lanes, num_warps = join_tile(chunks * s.pieces)
+        launch(join_taps, cdiv(s.c * (taps + 1), lanes))(
+            tap_parts, dkernel, dbias, s.c * (taps + 1), s.c, chunks * s.pieces, T=taps, P_BLOCK=at_once, BLOCK=lanes,
+            num_warps=num_warps,
+        )  # fmt: skip
     return out, s, dkernel, dbias
 
 
@@ -187,6 +186,9 @@ def gradients(
     dx = affine.new_empty(0)
     if need_dx:
         partial_layout = (s.pieces, s.c, s.n * s.c)
+        if flags.needs_moments and s.pieces > FEW:
+            parts = joined_sums(parts, s.n * s.c, s.c, partial_layout)
+            partial_layout = (1, *partial_layout[1:])
         dx_affine = None
         if flags.needs_moments:
             *_, dx_affine = adjoint(

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_norm.kernels.encoder_decoder.backward import vjp_affine, vjp_decode, vjp_encode
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
 from lightning_norm.kernels.encoder_decoder.forward import decode, encode
-from lightning_norm.kernels.grid import BUSY, Grid, cdiv, grid_of, power
+from lightning_norm.kernels.grid import BUSY, Grid, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.launch import device_of, input_gradients, moment_parts, sum_parts
 
@@ -102,7 +102,8 @@ def affine_of(
     # Where nothing is measured, another tensor stands in for pointers that no kernel reads.
     parts, merge = affine, False
     if not flags.frozen:
-        parts, merge = moment_parts(x, grid), grid.parts > 1
+        parts, grid = moment_parts(x, grid)
+        merge = grid.parts > 1
     statistics = parts.view(3, grid.n, grid.c) if not merge and not flags.batch else affine.new_empty(3, rows, grid.c)
     sums, hidden = affine.new_empty(e.spans, 2, rows, sum(units)), affine.new_empty(2, rows, sum(units))
     outputs = affine.new_empty(4, rows, grid.c)
@@ -151,7 +152,9 @@ def gradients(
     # Tiles of the three launches.
     a, d, e = (tiles_of(rows, grid.c, units, *each) for each in most)
     statistics, hidden, outputs, affine = stats
-    parts = sum_parts(dy, x, affine, grid, activation, residual)
+    # Once for both passes that read them.
+    dy, residual = dense(dy, x), None if residual is None else dense(residual, x)
+    parts, grid = sum_parts(dy, x, affine, grid, activation, residual)
     dweight, dbias, dgates = affine.new_empty(grid.c), affine.new_empty(grid.c), affine.new_empty(4)
     back = [torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for p in linears]
     linears = [p.contiguous() for p in linears]

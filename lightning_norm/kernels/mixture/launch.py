@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.grid import REGISTERS, Grid, cdiv, grid_of, power
+from lightning_norm.kernels.grid import REGISTERS, Grid, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.mixture.backward import vjp_mix, vjp_pool
 from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
@@ -51,7 +51,8 @@ def affine_of(
             affine.new_empty(3, 0, flags.num_groups),
         )
     elif flags.needs_moments:
-        parts, merge = moment_parts(x, grid), grid.parts > 1
+        parts, grid = moment_parts(x, grid)
+        merge = grid.parts > 1
         moments = parts.view(3, grid.n, grid.c) if not merge else torch.empty_like(affine)
         if flags.pools_batch:
             batch = affine.new_empty(3, grid.c)
@@ -65,7 +66,7 @@ def affine_of(
             with device_of(x):
                 launch(pool, jobs)(
                     *parts, batch, layer, grid.n, grid.c, grid.n * flags.num_groups, grid.c // flags.num_groups,
-                    columns, *grid.moment_layout, factor, MERGE=merge, num_warps=4, **tile,
+                    columns, *grid.moment_layout, factor, MERGE=merge, num_warps=4, maxnreg=REGISTERS["pool"], **tile,
                 )  # fmt: skip
     count = grid.n * grid.size
     # Running variances are unbiased; across ranks the kernel knows the number of elements.
@@ -113,7 +114,9 @@ def gradients(
         dbias, dv = dweight.clone(), affine.new_zeros(flags.num_weights)
         dw = affine.new_zeros(grid.c) if flags.outputs else dv.clone()
     else:
-        parts = sum_parts(dy, x, affine, grid, activation, residual)
+        # Once for both passes that read them.
+        dy, residual = dense(dy, x), None if residual is None else dense(residual, x)
+        parts, grid = sum_parts(dy, x, affine, grid, activation, residual)
         dweight, dbias, dw, dv, dx_affine = adjoint(
             x, parts, stats, weight, w, v, running, channel_dim, flags, eps, grid.partial_layout, meet
         )
@@ -177,7 +180,10 @@ def adjoint(
 
 def _tile(grid: Grid, flags: MixtureFlags, most: int) -> dict[str, int]:
     """Return the tiles over which columns and rows of (N, C) are pooled, of at most ``most`` elements."""
-    n, t = min(power(grid.n), 32), min(power(grid.c // flags.num_groups), most // 4)
+    # At most two steps for 64 samples, or for 2048 channels of a group.
+    n, per_group = min(power(grid.n), most // 16), grid.c // flags.num_groups
+    # Few lengths, so that a network of many widths compiles few kernels.
+    t = power(per_group) if per_group <= 16 else next(t for t in (64, 256, 1024) if per_group <= t or t == 1024)
     return {
         "N_BLOCK": n, "C_BLOCK": max(1, min(power(grid.c), most // n, 64)),
         "G_BLOCK": max(1, min(power(grid.n * flags.num_groups), most // t, 16)), "T_BLOCK": t,

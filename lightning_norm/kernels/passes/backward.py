@@ -147,13 +147,23 @@ def read_sum(t, at, keep, pieces, stride, MERGE: tl.constexpr):
 
 
 @triton.jit
-def join_sums(total, dot, out, number, channels, pieces, sample_stride, stride, BLOCK: tl.constexpr):
-    """Add the pieces up into ``out``, (2, samples * channels); for an algebra in PyTorch, as ``join_moments``."""
+def join_sums(
+    total, dot, out, number, channels, pieces, sample_stride, stride, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Add the pieces up into ``out``, (2, samples * channels), P_BLOCK of BLOCK numbers at once."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
     at = i // channels * sample_stride + i % channels
-    tl.store(out + i, read_sum(total, at, keep, pieces, stride, True), mask=keep)
-    tl.store(out + number + i, read_sum(dot, at, keep, pieces, stride, True), mask=keep)
+    lane = tl.arange(0, P_BLOCK)[:, None]
+    a, b = tl.zeros((P_BLOCK, BLOCK), tl.float32), tl.zeros((P_BLOCK, BLOCK), tl.float32)
+    for first in range(0, pieces, P_BLOCK):
+        p = first + lane
+        inside = (p < pieces) & keep[None, :]
+        spot = at[None, :] + p.to(tl.int64) * stride
+        a += tl.load(total + spot, mask=inside, other=0.0)
+        b += tl.load(dot + spot, mask=inside, other=0.0)
+    tl.store(out + i, tl.sum(a, 0), mask=keep)
+    tl.store(out + number + i, tl.sum(b, 0), mask=keep)
 
 
 @triton.jit

@@ -168,20 +168,48 @@ def read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE
 
 @triton.jit
 def join_moments(
-    hi, lo, var, out, number, channels, pieces, sample_stride, stride, piece, size, fold, BLOCK: tl.constexpr
-):
-    """Join the pieces into ``out``, (3, samples * channels): hi, lo, variance. BLOCK numbers to a program.
+    hi, lo, var, out, number, channels, pieces, sample_stride, stride, piece, size, fold, P_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Join the pieces into ``out``, (3, samples * channels): hi, lo, variance. As ``read_moments``, but in tiles.
 
-    Only for an algebra in PyTorch: the kernels of a family join the pieces where they read them.
+    P_BLOCK pieces of BLOCK numbers at once, so that a hundred pieces are not a hundred waits for the memory.
     """
     piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
     at = i // channels * sample_stride + i % channels
-    k, d, v = read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, True)
-    tl.store(out + i, k, mask=keep)
-    tl.store(out + number + i, d, mask=keep)
-    tl.store(out + 2 * tl.cast(number, tl.int64) + i, v, mask=keep)
+    # Means are counted from that of the first piece.
+    k = tl.load(hi + at, mask=keep, other=0.0)[None, :]
+    inverse_size = tl.cast(1.0, tl.float32) / (size * fold)
+    lane = tl.arange(0, P_BLOCK)[:, None]
+    mean = tl.zeros((P_BLOCK, BLOCK), tl.float32)
+    for first in range(0, pieces, P_BLOCK):
+        e, share, _, inside = piece_of(hi, lo, var, at, keep, first + lane, pieces, stride, piece, size, fold, k)
+        mean += tl.where(inside, e * (share * inverse_size), 0.0)
+    d = tl.sum(mean, 0)[None, :]
+    # Then what each piece's mean is away from it.
+    variance = tl.zeros((P_BLOCK, BLOCK), tl.float32)
+    for first in range(0, pieces, P_BLOCK):
+        e, share, v, inside = piece_of(hi, lo, var, at, keep, first + lane, pieces, stride, piece, size, fold, k)
+        variance += tl.where(inside, (v + (e - d) * (e - d)) * (share * inverse_size), 0.0)
+    # Again as hi and what rounding it has left.
+    rounded = k + d
+    at = i[None, :]
+    keep = keep[None, :]
+    tl.store(out + at, rounded, mask=keep)
+    tl.store(out + number + at, d - (rounded - k), mask=keep)
+    tl.store(out + 2 * tl.cast(number, tl.int64) + at, tl.sum(variance, 0)[None, :], mask=keep)
+
+
+@triton.jit
+def piece_of(hi, lo, var, at, keep, p, pieces, stride, piece, size, fold, k):
+    """Return the means of some pieces, counted from k, their elements, their variances, and which of them there are."""
+    inside = (p < pieces) & keep[None, :]
+    share = tl.minimum(piece, size - p // fold * piece).to(tl.float32)
+    spot = at[None, :] + p.to(tl.int64) * stride
+    e = tl.load(hi + spot, mask=inside, other=0.0) - k + tl.load(lo + spot, mask=inside, other=0.0)
+    return e, share, tl.load(var + spot, mask=inside, other=0.0), inside
 
 
 @triton.jit

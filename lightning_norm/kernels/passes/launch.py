@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.grid import REGISTERS, TILE, Grid, cdiv, dense, grid_of
+from lightning_norm.kernels.grid import FEW, JOINED, REGISTERS, TILE, Grid, cdiv, dense, grid_of
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.backward import combine_columns, combine_flat, join_sums, sums_columns, sums_rows
 from lightning_norm.kernels.passes.forward import (
@@ -23,29 +23,18 @@ from lightning_norm.kernels.passes.forward import (
 )
 
 ACTIVATIONS = ("none", "relu", "silu")
-JOIN = 256
-"""Numbers that a program joins."""
+JOIN = 1024
+"""Numbers that a program of four warps joins at once: parts times lanes."""
 
 
 def moments(x: Tensor, channel_dim: int) -> Tensor:
     """Return (3, N, C): the mean rounded to float32, what is left of it, the biased variance."""
-    grid = grid_of(x, channel_dim)
-    parts = moment_parts(x, grid)
-    if grid.parts == 1:
-        return parts.view(3, grid.n, grid.c)
-    # Rows or columns in pieces: a second launch joins them.
-    out = parts.new_empty(3, grid.n, grid.c)
-    number = grid.n * grid.c
-    with device_of(x):
-        launch(join_moments, cdiv(number, JOIN))(
-            *parts, out, number, grid.c, grid.parts, grid.sample_stride, grid.part_stride, grid.piece, grid.length,
-            grid.fold, BLOCK=JOIN, num_warps=4,
-        )  # fmt: skip
-    return out
+    parts, grid = moment_parts(x, grid_of(x, channel_dim), few=1)
+    return parts.view(3, grid.n, grid.c)
 
 
-def moment_parts(x: Tensor, grid: Grid) -> Tensor:
-    """Return the moments of each part, (3, parts * N * C)."""
+def moment_parts(x: Tensor, grid: Grid, few: int = FEW) -> tuple[Tensor, Grid]:
+    """Return the moments of each part, (3, parts * N * C), and their grid; more than ``few`` parts are joined."""
     out = torch.empty(3, grid.parts * grid.n * grid.c, device=x.device, dtype=torch.float32)
     with device_of(x):
         # The first axis of the grid may be long, the second holds at most 65535 programs.
@@ -59,28 +48,40 @@ def moment_parts(x: Tensor, grid: Grid) -> Tensor:
                 x, *out, grid.n * grid.c, grid.size, grid.units, grid.piece, ALIGN=grid.align, ROWS=grid.rows,
                 BLOCK=grid.block, LOOP=loops(grid), num_warps=grid.warps,
             )  # fmt: skip
-    return out
+        if grid.parts <= few:
+            return out, grid
+        joined, number = out.new_empty(3, grid.n * grid.c), grid.n * grid.c
+        at_once, lanes, num_warps = join_tile(grid.parts)
+        launch(join_moments, cdiv(number, lanes))(
+            *out, joined, number, grid.c, *grid.moment_layout, P_BLOCK=at_once, BLOCK=lanes, num_warps=num_warps
+        )
+    return joined, grid.joined
+
+
+def join_tile(parts: int) -> tuple[int, int, int]:
+    """Return how many parts of how many numbers a program joins at once, and its warps: at most four steps.
+
+    Two steps where that leaves neighbouring numbers to a program, which come from memory together.
+    """
+    at_once = next((size for size in JOINED if parts <= 2 * size), JOINED[-1])
+    return at_once, max(1, JOIN // at_once), 4 if at_once <= JOIN else 8
 
 
 def sums(
     dy: Tensor, x: Tensor, affine: Tensor, channel_dim: int, activation: str = "none", residual: Tensor | None = None
 ) -> Tensor:
     """Return (2, N, C): sums of g and of g * (x - pivot), g being dy before the activation."""
-    grid = grid_of(x, channel_dim)
-    parts = sum_parts(dy, x, affine, grid, activation, residual)
-    if grid.parts == 1:
-        return parts.view(2, grid.n, grid.c)
-    out = parts.new_empty(2, grid.n, grid.c)
-    number = grid.n * grid.c
-    with device_of(x):
-        launch(join_sums, cdiv(number, JOIN))(
-            *parts, out, number, grid.c, grid.parts, grid.sample_stride, grid.part_stride, BLOCK=JOIN, num_warps=4
-        )
-    return out
+    parts, grid = sum_parts(dy, x, affine, grid_of(x, channel_dim), activation, residual, few=1)
+    return parts.view(2, grid.n, grid.c)
 
 
-def sum_parts(dy: Tensor, x: Tensor, affine: Tensor, grid: Grid, activation: str, residual: Tensor | None) -> Tensor:
-    """Return the sums of each part, (2, parts * N * C); ``affine`` is pivot, scale and offset, or the pivot alone."""
+def sum_parts(
+    dy: Tensor, x: Tensor, affine: Tensor, grid: Grid, activation: str, residual: Tensor | None, few: int = FEW
+) -> tuple[Tensor, Grid]:
+    """Return the sums of each part, (2, parts * N * C), and their grid; more than ``few`` parts are added up.
+
+    ``affine`` is pivot, scale and offset, or the pivot alone. dy and the residual lie in memory as x does.
+    """
     out = torch.empty(2, grid.parts * grid.n * grid.c, device=x.device, dtype=torch.float32)
     act = ACTIVATIONS.index(activation)
     # The kernel reads dy and the residual at the offsets of x.
@@ -100,7 +101,20 @@ def sum_parts(dy: Tensor, x: Tensor, affine: Tensor, grid: Grid, activation: str
                 dy, x, residual_or_x, pivot, scale, offset, *out, grid.n * grid.c, grid.size, grid.units, grid.piece,
                 LOOP=loops(grid), num_warps=grid.warps, maxnreg=REGISTERS["sums_rows"], **blocks,
             )  # fmt: skip
-    return out
+        if grid.parts <= few:
+            return out, grid
+    return joined_sums(out, grid.n * grid.c, grid.c, grid.partial_layout), grid.joined
+
+
+def joined_sums(parts: Tensor, number: int, channels: int, partial_layout: tuple[int, int, int]) -> Tensor:
+    """Add the parts of sums up, (2, parts * number), by one launch: (2, number)."""
+    joined = parts.new_empty(2, number)
+    at_once, lanes, num_warps = join_tile(partial_layout[0])
+    with device_of(parts):
+        launch(join_sums, cdiv(number, lanes))(
+            *parts, joined, number, channels, *partial_layout, P_BLOCK=at_once, BLOCK=lanes, num_warps=num_warps
+        )
+    return joined
 
 
 def apply(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.grid import BUSY, REGISTERS, TILE, Grid, cdiv, grid_of, power
+from lightning_norm.kernels.grid import BUSY, REGISTERS, TILE, Grid, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.launch import device_of, input_gradients, moment_parts, sum_parts
 from lightning_norm.kernels.per_channel.backward import channels_vjp, gate_logits_vjp, gate_vjp
@@ -71,7 +71,8 @@ def affine_of(
     if grid.n == 0:
         parts, moments = torch.zeros_like(batch), torch.empty_like(affine)
     elif flags.needs_moments:
-        parts, merge = moment_parts(x, grid), grid.parts > 1
+        parts, grid = moment_parts(x, grid)
+        merge = grid.parts > 1
         moments = parts.view(3, grid.n, grid.c) if not merge else torch.empty_like(affine)
     mean, running_var, tracked, skipped = (affine if t is None else t for t in running)
     more = [affine if t is None else t for t in counters]
@@ -172,7 +173,9 @@ def gradients(
         dgates = [affine.new_empty(0) if t is None else torch.zeros_like(t, dtype=torch.float32) for t in gates]
         maps = input_gradients(dy, x, affine, None, channel_dim, activation, residual, need_dx)
         return maps[0], zero, zero.clone(), *dgates, maps[1]
-    parts = sum_parts(dy, x, affine, grid, activation, residual)
+    # Once for both passes that read them.
+    dy, residual = dense(dy, x), None if residual is None else dense(residual, x)
+    parts, grid = sum_parts(dy, x, affine, grid, activation, residual)
     dweight, dbias = affine.new_empty(flags.rows, grid.c), affine.new_empty(flags.rows, grid.c)
     dgates = [affine.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]
     dx_affine = affine.new_empty(2, grid.n, grid.c)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
+from lightning_norm.kernels.grid import samples_and_channels
 from lightning_norm.kernels.launcher import Number
 from lightning_norm.ops.fused import operators, recorded
 from lightning_norm.ops.fused.operators import from_numbers, to_numbers
@@ -64,6 +65,11 @@ class EncoderDecoderSpec:
     def kind(self) -> object:
         """What the launches depend on beside tensors."""
         return recorded.kind_of("encoder decoder", self.flags, self.eps, *(t.shape for t in self.linears))
+
+    @property
+    def of_batch_alone(self) -> bool:
+        """Whether the networks see the one row of the batch's or the running statistics."""
+        return self.flags.batch
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -132,24 +138,28 @@ class EncoderDecoderSpec:
 
     def unpack(self, gradients: list[Any], packed: Tensor) -> None:
         """Write the gradients of the four gates."""
-        for i, (gate, g) in enumerate(zip(self.gates, torch.split(packed[:4], 1), strict=True)):
-            gradients[2 + i] = None if gate is None else g.view(gate.shape)
+        # Each gate is a single number, in a tensor of one axis.
+        gradients[2:6] = packed[:4].unsqueeze(1).unbind()
+        for i, gate in enumerate(self.gates, 2):
+            if gate is None:
+                gradients[i] = None
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
+        channel_dim = recorded.channel_dim_of(x, self, layout.channel_dim)
         if recorded.can_record(x, self, residual):
-            return recorded.normalize(x, self, layout.channel_dim, activation, residual)
+            return recorded.normalize(x, self, channel_dim, activation, residual)
         dropout = self._dropout(x)
         # The operator has no formula for gradients: the autograd function below has.
         linears = [t.detach() for t in self.linears]
         weight, bias, *gates = (None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
         op = ops.encoder_decoder_affine_and_track if self.flags.track else ops.encoder_decoder_affine
         stats = op(
-            x.detach(), linears, gates, weight, bias, *dropout, *self.running, layout.channel_dim,
+            x.detach(), linears, gates, weight, bias, *dropout, *self.running, channel_dim,
             to_numbers(self.flags), self.eps,
         )  # fmt: skip
         y: Tensor = _EncoderDecoder.apply(
-            x, self.weight, self.bias, *self.gates, *self.linears, residual, *stats, *dropout, layout.channel_dim,
+            x, self.weight, self.bias, *self.gates, *self.linears, residual, *stats, *dropout, channel_dim,
             self.flags, self.eps, activation,
         )  # fmt: skip
         return y
@@ -217,7 +227,7 @@ def _gradients(dy: Tensor, x: Tensor, *args: Any) -> Any:
 
 def _fake_affine(x: Tensor, linears: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channel_dim, numbers, _ = args[-3:]
-    n, c, h = x.shape[0], x.shape[channel_dim], linears[0].shape[0] + linears[6].shape[0]
+    (n, c), h = samples_and_channels(x, channel_dim), linears[0].shape[0] + linears[6].shape[0]
     # One row for the statistics of the batch, else one for each sample.
     rows = 1 if from_numbers(EncoderDecoderFlags, numbers).batch else n
     affine = operators.per_sample_and_channel(x, channel_dim, 3)

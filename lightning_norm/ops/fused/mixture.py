@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels.grid import samples_and_channels
 from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
 from lightning_norm.ops.fused import operators, recorded
 from lightning_norm.ops.fused.apply_depthwise import apply_depthwise
@@ -94,6 +95,11 @@ class MixtureSpec:
         return recorded.kind_of("mixture", self.flags, self.eps)
 
     @property
+    def of_batch_alone(self) -> bool:
+        """Whether no sample has statistics of its own."""
+        return self.flags.at_in < 0 and self.flags.at_ln < 0
+
+    @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """The tensors that may need a gradient."""
         return self.weight, self.bias, self.w, self.v
@@ -159,12 +165,13 @@ class MixtureSpec:
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
+        channel_dim = recorded.channel_dim_of(x, self, layout.channel_dim)
         # Recorded launches hold no collective, in which other ranks would have to meet as well.
         if not self.group and recorded.can_record(x, self, residual):
-            return recorded.normalize(x, self, layout.channel_dim, activation, residual)
+            return recorded.normalize(x, self, channel_dim, activation, residual)
         y: Tensor = _Mixture.apply(
             x, self.weight, self.bias, self.w, self.v, residual, *self._statistics(x, layout), *self._frozen(),
-            layout.channel_dim, self.flags, self.eps, activation, self.group,
+            channel_dim, self.flags, self.eps, activation, self.group,
         )  # fmt: skip
         return y
 
@@ -214,6 +221,11 @@ class RecordedDepthwise:
     def kind(self) -> object:
         """What the launches depend on beside tensors."""
         return recorded.kind_of(self.mixture.kind, self.kernel.shape)
+
+    @property
+    def of_batch_alone(self) -> bool:
+        """Whether positions have no neighbours: never."""
+        return False
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -349,7 +361,7 @@ def _gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _fake_affine(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     channel_dim, numbers, _, group = args[-4:]
-    flags, n, c = from_numbers(MixtureFlags, numbers), x.shape[0], x.shape[channel_dim]
+    flags, (n, c) = from_numbers(MixtureFlags, numbers), samples_and_channels(x, channel_dim)
     affine = operators.per_sample_and_channel(x, channel_dim, 3)
     moments = torch.empty_like(affine) if flags.needs_moments else affine.new_empty(0)
     batch = affine.new_empty(3, c) if flags.pools_batch else affine.new_empty(0)

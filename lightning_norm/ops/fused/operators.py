@@ -20,6 +20,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels.grid import samples_and_channels
 from lightning_norm.ops.sync import Ranks
 
 Flags = TypeVar("Flags")
@@ -93,7 +94,7 @@ def _combine(dy: Tensor, x: Tensor, affine: Tensor, dx_affine: Tensor | None, ch
 
 def per_sample_and_channel(x: Tensor, channel_dim: int, *lead: int) -> Tensor:
     """Return an empty (*lead, N, C) in float32: what a fake implementation returns."""
-    return x.new_empty((*lead, x.shape[0], x.shape[channel_dim]), dtype=torch.float32)
+    return x.new_empty((*lead, *samples_and_channels(x, channel_dim)), dtype=torch.float32)
 
 
 def fake_input_gradients(x: Tensor, affine: Tensor, residual: Tensor | None, need_dx: bool) -> tuple[Tensor, Tensor]:

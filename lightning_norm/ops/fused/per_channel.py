@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels.grid import samples_and_channels
 from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
 from lightning_norm.ops.fused import operators, recorded
 from lightning_norm.ops.fused.operators import from_numbers, to_numbers
@@ -79,6 +80,12 @@ class PerChannelSpec:
     def kind(self) -> object:
         """What the launches depend on beside tensors."""
         return recorded.kind_of("per channel", self.flags, self.numbers)
+
+    @property
+    def of_batch_alone(self) -> bool:
+        """Whether no sample is looked at by itself."""
+        f = self.flags
+        return not (f.contexts or f.condensed or f.center or f.scale or f.affine or f.gate)
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -151,19 +158,20 @@ class PerChannelSpec:
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
+        channel_dim = recorded.channel_dim_of(x, self, layout.channel_dim)
         # Recorded launches hold no collective, in which other ranks would have to meet as well.
         if not self.group and recorded.can_record(x, self, residual):
-            return recorded.normalize(x, self, layout.channel_dim, activation, residual)
+            return recorded.normalize(x, self, channel_dim, activation, residual)
         weight, bias, *gates = (None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
         counters = (*self.counters, *(None,) * (4 - len(self.counters)))
         op = ops.per_channel_affine_and_track if self.flags.track else ops.per_channel_affine
         stats = op(
             x.detach(), weight, bias, gates, self.responsibilities, *self.running, *counters, self.rate,
-            self.threshold, self.limit, layout.channel_dim, to_numbers(self.flags), to_numbers(self.numbers),
+            self.threshold, self.limit, channel_dim, to_numbers(self.flags), to_numbers(self.numbers),
             self.group,
         )  # fmt: skip
         y: Tensor = _PerChannel.apply(
-            x, self.weight, self.bias, *self.gates, residual, *stats, self.responsibilities, layout.channel_dim,
+            x, self.weight, self.bias, *self.gates, residual, *stats, self.responsibilities, channel_dim,
             self.flags, self.numbers, activation, self.group,
         )  # fmt: skip
         return y
@@ -233,7 +241,7 @@ def _gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _fake_affine(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     channel_dim, ints, _, group = args[-4:]
-    flags, n, c = from_numbers(PerChannelFlags, ints), x.shape[0], x.shape[channel_dim]
+    flags, (n, c) = from_numbers(PerChannelFlags, ints), samples_and_channels(x, channel_dim)
     affine = operators.per_sample_and_channel(x, channel_dim, 3)
     moments = torch.empty_like(affine) if flags.needs_moments else affine.new_empty(0)
     stats, survey_out = affine.new_empty(flags.num_statistics, flags.rows, c), affine.new_empty(flags.survey_size(n))

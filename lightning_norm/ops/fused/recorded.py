@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels import launcher
-from lightning_norm.kernels.grid import dense
+from lightning_norm.kernels.grid import as_one_sample, dense
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.fused import operators
 
@@ -28,6 +28,10 @@ class Recordable(Protocol):
     @property
     def kind(self) -> object:
         """What the launches depend on beside tensors, one object for equal descriptions: see :func:`kind_of`."""
+
+    @property
+    def of_batch_alone(self) -> bool:
+        """Whether no sample has statistics of its own, so that (N, C) inputs may be read as one sample."""
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -78,6 +82,11 @@ def kind_of(*what: Hashable) -> object:
     return _kinds.setdefault(what, object())
 
 
+def channel_dim_of(x: Tensor, spec: Recordable, channel_dim: int) -> int:
+    """Return the channel axis as the launches are told it, see :func:`lightning_norm.kernels.grid.as_one_sample`."""
+    return as_one_sample(x, channel_dim) if x.dim() == 2 and spec.of_batch_alone else channel_dim
+
+
 def can_record(x: Tensor, spec: Recordable, residual: Tensor | None = None) -> bool:
     """Return whether the launches may be called directly: x has elements, and nobody but autograd watches."""
     return (
@@ -113,7 +122,7 @@ def again(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residu
         return None
     if _look(x, activation, residual) not in vars(spec).get(KNOWN, ()):
         return None
-    return _recorded(x, spec, channel_dim, activation, residual)
+    return _recorded(x, spec, channel_dim_of(x, spec, channel_dim), activation, residual)
 
 
 def _recorded(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residual: Tensor | None) -> Tensor:

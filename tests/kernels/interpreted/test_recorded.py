@@ -7,14 +7,16 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_norm
 from lightning_norm.kernels import launcher
+from lightning_norm.layers import fused_specs
 from lightning_norm.layers.fused_specs import SPECS
 from lightning_norm.testing.kit import features, noise, statistics, step
 
-KEYS = [("bn", {}), ("sn", {}), ("rbn", {}), ("cn", {"context": "gate"}), ("asr", {}), ("bnet", {})]
+KEYS = [("bn", {}), ("sn", {}), ("rbn", {}), ("cn", {"context": "gate"}), ("asr", {}), ("bnet", {}), ("ibn", {})]
 STRIDED = [("dbn", {}), ("bcn", {}), ("afn", {"dropout": 0.0}), ("ubn", {})]
 
 
@@ -241,3 +243,28 @@ def test_a_layer_goes_with_its_last_reference(key, arguments):
         assert [t() for t in tensors] == [None] * len(tensors)
     finally:
         gc.enable()
+
+
+def test_constants_of_a_description_are_remembered_and_follow_the_layer():
+    """ibn's: which channels have the batch's statistics."""
+    layer, other = (lightning_norm.create("ibn", 6) for _ in range(2))
+    for one in (layer, other):
+        one.backend = "triton"
+    x = noise(3, 6, 4, 5)
+    layer(x)
+    (known,) = vars(layer)[fused_specs.SPECS].values()
+    layer(x)
+    other(x)
+    assert [k.spec for k in vars(layer)[fused_specs.SPECS].values()] == [known.spec]
+    assert next(iter(vars(other)[fused_specs.SPECS].values())).spec.w is known.spec.w  # one for all such layers
+    key = next(iter(vars(layer)[fused_specs.SPECS]))
+    assert fused_specs._remembered(layer, key) is known.spec
+    # A layer that moves to another device keeps its parameters, as objects, and the constant stays behind.
+    vars(layer)[fused_specs.SPECS][key] = known._replace(device=torch.device("meta"))
+    assert fused_specs._remembered(layer, key) is None
+
+
+def test_constants_made_while_somebody_watches_are_not_kept():
+    with FakeTensorMode():
+        fused_specs.constant("of a test", torch.device("cpu"), lambda where: torch.zeros(2, device=where))
+    assert type(fused_specs.constant("of a test", torch.device("cpu"), torch.zeros(2).to)) is torch.Tensor
