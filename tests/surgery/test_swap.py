@@ -300,7 +300,11 @@ def test_report_as_table_dict_and_yaml():
     assert "layer1.0.bn1" in text
     assert "SwitchableNorm (sn, Luo et al. 2021)" in text
     data = yaml.safe_load(report.to_yaml())
+    # In the file, every layer that stays has a row as well.
+    stay = [row for row in data["layers"] if row["norm"] is None]
+    data["layers"] = [row for row in data["layers"] if row["norm"]]
     assert data == report.to_dict()
+    assert len(stay) == report.candidates - len(report)
     assert data["layers"][0]["norm"] == {"class_path": "sn", "init_args": {}}
     assert report.parameters_added == 6 * len(report)
     assert not report.layers[0].preserves_eval
