@@ -243,7 +243,7 @@ REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
     "docs/evidence/bcn.md": {"results": partial(evidence_tables.results, "sn", ("bn", "bn recalibrated", "bcn"))},
     **{
         f"docs/evidence/{study}.md": {"results": partial(evidence_tables.results, study)}
-        for study in ("sn", "bnet", "ubn")
+        for study in ("sn", "bnet", "ubn", "domains", "corruptions", "contexts")
     },
 }
 """File -> name of a region -> what writes its lines."""
