@@ -44,5 +44,5 @@ def test_the_page_has_a_row_for_each():
     text = deploy_table.PAGE.read_text()
     table = text.partition(deploy_table.BEGIN)[2].partition(deploy_table.END)[0]
     rows = re.findall(r"^\| (\w+) \|", table, re.M)
-    assert rows == list(normalizers()), "type python -m benchmarks.deploy_table --write"
+    assert rows[1:] == list(normalizers()), "type python -m benchmarks.deploy_table --write"
     assert not [line for line in table.splitlines() if "no: " in line.replace("no: torchao cannot", "")]
