@@ -366,7 +366,7 @@ def test_bad_input(arguments, said):
 
 def test_what_is_missing_is_told_before_anything_is_trained(monkeypatch, job):
     names = trained(monkeypatch)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=r"lightning-norm\[examples\]"):
         compare.run([*job(), "--seeds", "1"])
     assert names == []

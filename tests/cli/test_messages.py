@@ -76,7 +76,7 @@ def refused(capfd, *arguments):
         (["fit", *JOB, "--mdel.width", "3"], "Did you mean '--model.width'?"),
         (["fit", *JOB, "--norm.nrom", "sn"], "Did you mean '--norm.norm'?"),
         (["fit", *JOB, "--trainer.max_epochs", "three"], "trainer.max_epochs: expected int, got 'three'"),
-        (["fit", *JOB, "--trainer.accelerator", "gpuu"], "Available names are: auto, cuda, mps, tpu, cpu"),
+        (["fit", *JOB, "--trainer.accelerator", "gpuu"], "Available names are: "),
         (["fit", *JOB, "--norm", "torch.nn.Linear"], "'torch.nn.Linear' is not a normalizer"),
         (["fit", *JOB, "--norm", "nowhere.Norm"], "cannot import the normalizer 'nowhere.Norm'"),
         (["fit", "--model", "small_job.Smal"], "Did you mean 'Small'?"),
