@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_norm import NormScheduler, NormSwap, UnifiedBatchNorm
-from lightning_norm.demo.job import Digits
+from lightning_norm.demo.data import Digits
 
 
 class Classifier(pl.LightningModule):
@@ -42,6 +42,8 @@ class Classifier(pl.LightningModule):
         """Log the accuracy."""
         x, target = batch
         self.log("accuracy", (self.net(x).argmax(1) == target).float().mean(), batch_size=len(target))
+
+    validation_step = test_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD."""

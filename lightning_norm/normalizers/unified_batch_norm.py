@@ -245,7 +245,9 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         # Nothing was measured before the first batch, and in warm-up nothing can be skipped.
         unmeasured = self.condensation.new_tensor(torch.nan)
         condensation = torch.where(self.condensation > NOT_MEASURED, self.condensation, unmeasured)
-        skipped = torch.where(self._is_warm() & (self.measured > 0), self.skipped / self.measured, unmeasured)
+        skipped = torch.where(
+            self._is_warm() & (self.measured > 0), (self.skipped / self.measured).to(unmeasured), unmeasured
+        )
         return {"condensation": condensation, "skipped": skipped, **shown}
 
     def monitor_notes(self) -> dict[str, str]:

@@ -227,10 +227,16 @@ def shows_itself(make: Make) -> None:
 
 @check
 def monitored(make: Make) -> None:
-    """``monitor()`` gives finite 0-dim tensors without a graph."""
-    for name, value in built(make).monitor().items():
+    """``monitor()`` gives 0-dim tensors without a graph, finite after a training step; NaN was never measured."""
+    layer = built(make)
+    before = layer.monitor()
+    step(layer, features(5, C, 7, 3), noise(5, C, 7, 3, seed=7))
+    after = layer.monitor()
+    assert before.keys() == after.keys(), f"monitor() has {list(before)} before a step and {list(after)} after it"
+    for name, value in (*before.items(), *after.items()):
         assert value.dim() == 0, f"monitor()[{name!r}] has the shape {tuple(value.shape)}"
         assert not value.requires_grad, f"monitor()[{name!r}] holds a graph"
+    for name, value in after.items():
         assert bool(value.isfinite()), f"monitor()[{name!r}] is {value}"
 
 

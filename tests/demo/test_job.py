@@ -102,7 +102,7 @@ def test_bad_sizes(options):
 
 
 def test_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-norm\[examples\]'"):
         Digits().setup()
 
