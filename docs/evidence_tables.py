@@ -1,7 +1,8 @@
 """Write the tables of docs/evidence from the results that are committed there.
 
 ``docs/evidence/results/STUDY.csv`` is the results.csv of ``lightning-norm compare``; ``generate.py`` beside this file
-calls these functions and puts the lines into the pages.
+calls these functions and puts the lines into the pages. ``python docs/evidence_tables.py`` draws the picture of the
+study whose contenders are too many for that of compare.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ ALPHAS = {
     "1/m": 2.10, "1/m2": 2.00, "0": 24.27,
 }  # fmt: skip
 """Rows of table 1 of the paper on diminishing batch normalization: alpha, and the test error on MNIST in %."""
-READINGS = ("batch", "running", "running none", "running renorm", "running copied")
+HEAD = {
+    "batch": "batch",
+    "running": "mixed, gradient batch",
+    "running none": "mixed, none",
+    "running renorm": "mixed, renorm",
+    "running copied": "mixed, first copied",
+}
+"""Readings of the paper: what the study's contenders are called, and the pages."""
+READINGS = tuple(HEAD)
 
 
 def read_results(study: str) -> list[dict[str, str]]:
@@ -81,13 +90,35 @@ def dbn_readings() -> list[str]:
     rows = {row["norm"]: row for row in read_results("dbn")}
     if not rows:
         return NOT_ENDED
-    head = ["alpha", "paper", "batch", "mixed, gradient batch", "mixed, none", "mixed, renorm", "mixed, first copied"]
+    head = ["alpha", "paper", *HEAD.values()]
     lines = [
         [alpha, f"{error:.2f}", *(mean(rows[f"{r} {alpha}"], error=True) for r in READINGS)]
         for alpha, error in ALPHAS.items()
     ]
     lines.append(["torch's BatchNorm", "-", mean(rows["bn"], error=True), "", "", "", ""])
     return table(head, lines)
+
+
+def draw_dbn(path: Path) -> None:
+    """Draw the test error over alpha, a line for each reading and the paper's table."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = {row["norm"]: row for row in read_results("dbn")}
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    lines = {"paper": list(ALPHAS.values())}
+    lines |= {HEAD[r]: [100 - 100 * float(rows[f"{r} {alpha}"]["mean"]) for alpha in ALPHAS] for r in READINGS}
+    for (label, errors), marker in zip(lines.items(), "*osD^v", strict=True):
+        axes.plot(list(ALPHAS), errors, marker=marker, label=label, linestyle=":" if label == "paper" else "-")
+    axes.axhline(100 - 100 * float(rows["bn"]["mean"]), color="black", linewidth=1, label="torch's BatchNorm")
+    axes.set(yscale="log", xlabel="alpha", ylabel="test error, %", title="MNIST, 784-300-300-10")
+    axes.set_yticks([2, 3, 5, 10, 20], ["2", "3", "5", "10", "20"])
+    axes.minorticks_off()
+    axes.grid(color="0.9")
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path)
 
 
 def overview() -> list[str]:
@@ -116,3 +147,7 @@ def overview() -> list[str]:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+if __name__ == "__main__":
+    draw_dbn(PAGES / "results" / "dbn.png")

@@ -43,8 +43,8 @@ class DiminishingBatchNorm(BlendedNorm):
         train_stats: what training normalizes by: "running", the moved statistics, or "batch", the batch's own, beside
             which the running ones move for evaluation alone.
         stat_grad: "renorm" is the gradient of BatchNorm at the value of the running statistics; "batch" lets the
-            gradient pass through the new batch's part alone, "none" through no statistics, and both can train far
-            worse than BatchNorm.
+            gradient pass through the new batch's part alone, "none" through no statistics, and both train worse
+            than BatchNorm in docs/evidence/dbn.md.
         init: "first_batch" copies the first batch, whatever alpha; "zero_one" moves mean 0 and deviation 1 by alpha.
         eval_momentum: evaluate on an exponential average of the moved statistics, with this weight of the new ones;
             ``None`` evaluates on the last ones.
