@@ -140,7 +140,9 @@ def _convolved(x: Tensor, call: Call, mask: Mask) -> Tensor:
     last = call.layout.channel_dim != 1
     # A convolution takes its channels on the second axis: a view of tokens has them there.
     normalized = normalized.movedim(-1, 1) if last else normalized
-    y = depthwise.convolve(normalized, kernel, bias, recorded=torch_private.is_transformed())
+    # The operator that a compiled graph has for it elsewhere knows no gradient: here the convolution is differentiated.
+    recorded = torch_private.is_transformed() or torch.compiler.is_compiling()
+    y = depthwise.convolve(normalized, kernel, bias, recorded=recorded)
     return mask.zeroed(y.movedim(1, -1) if last else y).to(x.dtype)
 
 

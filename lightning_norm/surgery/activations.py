@@ -59,6 +59,11 @@ def find_activations(
     here = {m: n for n, pair in layers.items() for m in pair if m in names and isinstance(pair[0], MomentNorm)}
     norms = {m: n for m, n in here.items() if not any(type(b) in FUSED for b in modules_behind(layers[n][0]))}
     reasons: dict[nn.Module, str] = dict.fromkeys(activations, "no nn.Sequential shows what it follows: pass example")
+    # A module that stands in an nn.Sequential twice follows two layers, of which the run of an example knows more.
+    places = places_by_module(model)
+    reasons |= {
+        m: f"it has {len(places[m])} places in the model: pass example" for m in activations if len(places[m]) > 1
+    }
     pairs = _by_sequence(model, norms, names)
     if example is not None:
         run = _Run(model, norms, activations)

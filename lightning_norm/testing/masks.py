@@ -143,6 +143,54 @@ def masked_second_derivative(make: Make) -> None:
 
 
 @check
+def masked_in_ghost_batches_and_autocast(make: Make) -> None:
+    """A mask counts alike in groups of samples and inside an autocast region."""
+    x, dy = (padded(t, float("nan")) for t in _pair())
+    mask, plain = valid(_pair()[0]), wide(make)
+    if not takes_masks(plain):
+        return
+    size = 2 if plain.train_uses_batch_stats else None
+    bounds = [(0, 5)] if size is None else [(0, 2), (2, 5)]
+    made = functools.partial(make, **({} if size is None else {"virtual_batch_size": size}))
+
+    # Of five samples, one of them padding, the last three are the second group.
+    def parts(t: Tensor) -> Tensor:
+        return torch.cat([plain(t[a:b], mask=mask[a:b]) for a, b in bounds])
+
+    expected = seeded(step, _Called(plain, parts), x, dy)
+    for autocast in (False, True):
+        layer = wide(made)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            got = seeded(step, _Called(layer, functools.partial(layer, mask=mask)), x, dy)
+        _same_as_masked(got, expected, layer, plain, f"masked in ghost batches, {autocast=}")
+
+
+@check
+def masked_compiled_equals_eager(make: Make) -> None:
+    """With a mask ``layer.compile()`` is one graph that gives eager's values, gradients and running statistics."""
+    x, dy = (padded(t, float("nan")) for t in _pair())
+    mask, plain, compiled = valid(_pair()[0]), wide(make), wide(make)
+    if not takes_masks(plain):
+        return
+    # Without the code generator, which takes seconds a layer: what a graph gets wrong is wrong before it.
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    got, expected = (
+        seeded(step, _Called(layer, functools.partial(layer, mask=mask)), x, dy) for layer in (compiled, plain)
+    )
+    _same_as_masked(got, expected, compiled, plain, "masked, compiled")
+
+
+def _pair() -> tuple[Tensor, Tensor]:
+    return features(4, C, *SIZES, dtype=torch.float64), noise(4, C, *SIZES, seed=7, dtype=torch.float64)
+
+
+def _same_as_masked(got: Step, expected: Step, layer: Normalizer, plain: Normalizer, what: str) -> None:
+    same_step(got, expected, 1e-10, what)
+    for name, value in statistics(plain).items():
+        same(statistics(layer)[name], value, 1e-10, f"{what}, {name}")
+
+
+@check
 def ghost_batches(make: Make) -> None:
     """``virtual_batch_size`` equals a call for each group of samples, the rest in the last; others refuse it."""
     x, dy = features(7, C, *SIZES, dtype=torch.float64), noise(7, C, *SIZES, seed=7, dtype=torch.float64)

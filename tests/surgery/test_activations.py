@@ -148,6 +148,12 @@ class TestByRunning:
         report = swap(Block(), "bn", fuse_activation=True)
         assert report.activations_left == [("act", "ReLU", "no nn.Sequential shows what it follows: pass example")]
 
+    def test_one_activation_in_two_places_of_a_sequence_is_left_with_that_word(self):
+        shared = nn.ReLU()
+        model = nn.Sequential(nn.BatchNorm2d(4), shared, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), shared)
+        report = swap(model, "bn", fuse_activation=True)
+        assert report.activations_left == [("1", "ReLU", "it has 2 places in the model: pass example")]
+
     def test_an_example_on_which_the_model_fails(self):
         block = Block()
         with pytest.raises(ValueError, match="Block fails on the example in training: RuntimeError: .*Pass an example"):
