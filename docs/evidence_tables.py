@@ -58,11 +58,10 @@ def results(study: str, norms: Collection[str] = ()) -> list[str]:
         return NOT_ENDED
     entries = swept(rows[0])
     head = ["normalizer", *(name.rpartition(".")[2].replace("_", " ") for name in entries)]
-    head += ["seeds", "test accuracy, %", "difference to bn, points", "step time"]
+    head += ["seeds", "test accuracy, %", "difference to bn, points"]
     lines = []
     for row in rows:
         lines.append([row["norm"], *(row[name] for name in entries), row["seeds"], mean(row), difference(row)])
-        lines[-1].append(f"{float(row['step_ratio']):.2f} x" if row["step_ratio"] else "-")
     return table(head, lines)
 
 
