@@ -270,7 +270,8 @@ def channels_of(
     if CONDENSED == 1:
         used, delta = tl.where(off, old, used), tl.where(off, away, delta)
         p = tl.where(off, 0.0, p)
-    # ... or it keeps its own and is scaled and moved to the value of theirs, both clamped.
+    # ... or it keeps its own and is scaled and moved to the value of theirs, both clamped: to a factor of 3 between
+    # deviations, which is 9 between variances, and to 5 deviations, see ``UnifiedBatchNorm``.
     if CONDENSED == 3:  # p is the ratio of the variances, and delta a constant in units of 1 / r
         ratio = tl.div_rn(old + eps, variance + eps)
         p = tl.minimum(tl.maximum(ratio, 1.0 / 9.0, propagate_nan=NAN), 9.0, propagate_nan=NAN)
