@@ -29,7 +29,7 @@ def keys(file: Path) -> str:
     """Return the keys of the normalizers that a file defines, as users type them, in brackets."""
     classes = (node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
     values = [
-        statement.value.value
+        str(statement.value.value)
         for node in classes
         for statement in node.body
         if isinstance(statement, ast.Assign)
