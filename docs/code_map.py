@@ -1,6 +1,6 @@
 """The map of the code in CONTRIBUTING.md: one line per file, the first sentence of its docstring.
 
-``python docs/generate.py`` writes it.
+A file of normalizers has their keys in front of it. ``python docs/generate.py`` writes it.
 """
 
 import ast
@@ -25,6 +25,20 @@ def first_line(file: Path) -> str:
     return text.splitlines()[0].replace("``", "`")
 
 
+def keys(file: Path) -> str:
+    """Return the keys of the normalizers that a file defines, as users type them, in brackets."""
+    classes = (node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+    values = [
+        str(statement.value.value)
+        for node in classes
+        for statement in node.body
+        if isinstance(statement, ast.Assign)
+        and isinstance(statement.value, ast.Constant)
+        and [ast.unparse(target) for target in statement.targets] == ["key"]
+    ]
+    return f" ({', '.join(values)})" if values else ""
+
+
 def code_map() -> str:
     """Return the map: a list per folder, the folders in the order of their names, subfolders right behind."""
     lines = []
@@ -35,7 +49,7 @@ def code_map() -> str:
                 what = f": {first_line(file)}" if file.name == PACKAGE else ""
                 lines += ["", f"`{file.parent.relative_to(ROOT).as_posix()}/`{what}", ""]
             if file.name != PACKAGE:
-                lines.append(f"- `{file.name}`: {first_line(file)}")
+                lines.append(f"- `{file.name}`{keys(file)}: {first_line(file)}")
     return "\n".join(lines).strip()
 
 

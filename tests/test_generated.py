@@ -1,10 +1,12 @@
 """What docs/generate.py writes is what stands in the files."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 
+import lightning_norm
 from lightning_norm import MomentNorm, Paper
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +70,10 @@ def test_the_badges_are_true(generate):
 
 def test_the_map_of_the_code_is_among_them(generate):
     texts = {path.name: text for path, text in generate.results()}
-    assert "- `batch_norm.py`: Batch normalization" in texts["CONTRIBUTING.md"]
+    assert "- `batch_norm.py` (bn): Batch normalization" in texts["CONTRIBUTING.md"]
+    for key, cls in lightning_norm.normalizers().items():
+        file = f"{cls.__module__.rpartition('.')[2]}.py"
+        assert re.search(rf"^- `{file}` \((.*, )?{key}(, .*)?\): ", texts["CONTRIBUTING.md"], re.MULTILINE), key
 
 
 def test_a_file_without_the_region_is_told(generate):

@@ -88,7 +88,10 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     """
 
     fused_spec_key: Any = None
-    """What else ``fused_spec`` looks at, such as the value of a tensor, where that is an object with a hash."""
+    """What else ``fused_spec`` looks at, such as the value of a tensor, as one hashable object.
+
+    A description is remembered under it, beside the shape of x: where it changes, ``fused_spec`` is asked again.
+    """
 
     registry: ClassVar[dict[str, type[Normalizer]]] = {}
 
@@ -96,12 +99,17 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     sync: bool | str
+    """Pool statistics over the ranks in training; "running" for the running ones alone. As in a swap."""
     sync_group: str | int
+    """With which ranks; as in a swap."""
     sync_paused: bool = False
+    """``sync`` is off for a while, as ``NormSync`` asks for."""
     _agreed_in: str = ""
     """The process group in which ranks have compared their layers."""
     compiled: bool
+    """:meth:`MomentNorm.compile` was called: the forward pass runs as a graph of its own."""
     backend: str
+    """"auto", "eager" or "triton"; as in a swap."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -124,7 +132,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         cls.__signature__ = merged_signature(cls)  # type: ignore[attr-defined]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Check the arguments before ``__init__``, where Python's own error would name neither the nearest nor a fix.
+        """Check the arguments before ``__init__`` does: Python's error names neither the nearest one nor what to type.
 
         Raises:
             TypeError: too many arguments by position, or one that the class does not take.
@@ -134,6 +142,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # What the layer has told the kernels of itself may have been read from this attribute.
         self.__dict__.pop(SPECS, None)
         # A scheduled value is a tensor that the graph reads, so that its change needs no new graph.
         if name not in self.ranges:
@@ -165,7 +174,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
 
     @property
     def preserves_eval(self) -> bool:
-        """Whether a layer made from a BatchNorm, with these arguments, evaluates to what that did.
+        """Whether a layer made from a BatchNorm, with these arguments, has the outputs of that one in evaluation.
 
         A class for which it always does writes ``preserves_eval = True``.
         """
@@ -196,7 +205,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         check_zero_weight(self, source)
         # The values come from a layer that holds them in another form, such as one row per context.
         values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
-        # Weight and bias are two: what one layer lacks is not made up.
+        # A source may have a bias and no weight, or the other way round: what it lacks is not made up here.
         present = [name for name in ("weight", "bias") if has_affine(source, name)]
         for name in {"weight", "bias"} - {*present} if present else ():
             setattr(self, name, None)
@@ -490,15 +499,17 @@ class MomentNorm(SpecialCalls, Normalizer):
     def _normalize(
         self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None = None
     ) -> Tensor:
+        """Normalize the input: as the last call did where nothing has changed, and else by what this call needs."""
         if self.sync == "running":
             ready_window(self)
         if not torch.compiler.is_compiling():
+            # Under activation checkpointing a forward pass runs twice, and its statistics move once.
             twice = torch_private.in_backward_pass() or (self.train_uses_running_stats and may_run_again())
             twice = twice and self.training and isinstance(input, Tensor)
             if SPECS in vars(self) and valid is None and not (twice or self.compiled) and _ranks_of(self) is None:
-                again = same_as_before(self, input, activation, residual)
-                if again is not None:
-                    return again
+                y = same_as_before(self, input, activation, residual)
+                if y is not None:
+                    return y
             # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
             if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
                 keep_float32(self)
@@ -673,6 +684,7 @@ def _forward_masked(layer: MomentNorm, x: Tensor, valid: Tensor) -> Tensor:
 def _forward(
     layer: MomentNorm, x: Tensor, activation: str = "none", residual: Tensor | None = None, valid: Tensor | None = None
 ) -> Tensor:
+    """Check the input, and hand it with the layer's algebra to the engine; ``valid`` is the mask."""
     layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
     if ranks is not None:

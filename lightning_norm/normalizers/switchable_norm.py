@@ -213,9 +213,10 @@ class SwitchableNorm(PerToken, MixedNorm):
         if "mean_weight" not in entries or channels is None:
             return None
         # The shape of the weight tells whether the authors' layer is of images, sequences or vectors.
-        axes, two = weight.dim() - 2, getattr(entries["mean_weight"], "shape", ()) == (2,)
+        axes, mixes_two = weight.dim() - 2, getattr(entries["mean_weight"], "shape", ()) == (2,)
         choices: tuple[str, ...] = ("in", "ln", "bn")
-        if two:  # the authors' 1d layer has no "in"; their others have no "bn" where they keep no running statistics
+        if mixes_two:
+            # The authors' 1d layer has no "in"; their others have no "bn" where they keep no running statistics.
             choices = ("ln", "bn") if not axes or "running_mean" in entries else ("in", "ln")
         tensors = {name: entries.per_channel(name, channels) for name in ("weight", "bias")}
         tensors |= {name: entries.take(name, (len(choices),)) for name in ("mean_weight", "var_weight")}

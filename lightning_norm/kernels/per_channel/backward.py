@@ -2,6 +2,10 @@
 
 Where the responsibilities come from a gate, two small launches more: from what each block of channels leaves to the
 gradient of the logits (``gate_logits_vjp``), and on to the gate's parameters and the samples' means (``gate_vjp``).
+
+Letters beside those: t0 and t1 are the sums over positions of dy and of dy (x - k), dy taken before the activation; q
+is the gradient of a sample's whole scale, so that the contexts of a tile are q_ here; u1 and u2 are the gradients of
+the gates' arguments. ``by_gamma`` and its like hold, sample by sample, what is added up to the gradient of that name.
 """
 
 import triton

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PerChannelFlags:
-    """Which equations run; all off is batch normalization without parameters, on given statistics.
+    """Which equations run; with none of them, x is normalized by statistics that come from elsewhere.
 
     Args:
         needs_moments: the moments of x are needed; not so where everything comes from the running statistics.

@@ -8,6 +8,16 @@ after (scaling, affine; rbn and ubn). With a_n the weight of a sample in a conte
     z = f mean_n - U, U = f mean_B + delta, r = 1 / sqrt(V + eps)
     y = gamma g1(r z) g2(mean_n) r (x - mean_n + z) + beta, summed over contexts by a sample's responsibilities
 
+Letters of the code, beside these, in the order of the axes (N, K, C) of samples, contexts and channels:
+
+* n, q, c: the samples, contexts and channels of a tile; ``keep``, ``inside`` and ``kc_mask``: which of them exist.
+* k + d, v: mean_n as hi and lo, and var_n, as ``read_moments`` returns them. S = size * fold elements are behind each.
+* g, a: a context's responsibility for a sample, and the sample's weight a_n in the context's statistics.
+* s, h: sigmoid of a gate's argument, and the gate's value (g1 or g2), which is s times a constant.
+* w_m: center_weight. ``first``: a mean from which all others are counted as small differences.
+* p: the weight of the batch's statistics in those that are used, by which their gradient is multiplied; where the
+  batch's are scaled to the value of others, the ratio of the two variances.
+
 A program holds all samples of a few channels, so nothing is handed from one program to another. What concerns all
 channels was seen by ``running_stats.survey`` before.
 """
@@ -260,7 +270,8 @@ def channels_of(
     if CONDENSED == 1:
         used, delta = tl.where(off, old, used), tl.where(off, away, delta)
         p = tl.where(off, 0.0, p)
-    # ... or it keeps its own and is scaled and moved to the value of theirs, both clamped.
+    # ... or it keeps its own and is scaled and moved to the value of theirs, both clamped: to a factor of 3 between
+    # deviations, which is 9 between variances, and to 5 deviations, see ``UnifiedBatchNorm``.
     if CONDENSED == 3:  # p is the ratio of the variances, and delta a constant in units of 1 / r
         ratio = tl.div_rn(old + eps, variance + eps)
         p = tl.minimum(tl.maximum(ratio, 1.0 / 9.0, propagate_nan=NAN), 9.0, propagate_nan=NAN)

@@ -75,6 +75,7 @@ def affine_of(
         merge = grid.parts > 1
         moments = parts.view(3, grid.n, grid.c) if not merge else torch.empty_like(affine)
     mean, running_var, tracked, skipped = (affine if t is None else t for t in running)
+    # The kernels want a tensor for every argument; of ``affine`` in the place of one they read nothing.
     more = [affine if t is None else t for t in counters]
     # The fourth counter is that of condensed batches in a row.
     last = more[3] if flags.condensed else affine
@@ -104,6 +105,7 @@ def affine_of(
         responsibilities_used, stride = _responsibilities(responsibilities, survey_out, grid.n, flags)
         parameters = [affine if t is None else t for t in (responsibilities_used, weight, bias, *gates[:5])]
         rate, threshold = (affine if t is None else t for t in (rate, threshold))
+        # The first counter is ``updates`` with blend and ``prior`` with contexts; all four are those of a condensation.
         launch(channels_of, blocks)(
             *parts, *parameters, mean, running_var, tracked, skipped, more[0], more[0], *more, rate, threshold,
             affine if limit is None else limit, survey_out, direction_parts, batch, rank_sums, moments, stats,

@@ -211,10 +211,11 @@ def commit(
     for begin in range(0, channels, BLOCK):
         c = begin + tl.arange(0, BLOCK)
         keep = c < channels
-        survey_out = tl.load(stats + 3 * channels + c, mask=keep, other=0.0)
+        # The batch's variance, and on one rank its mean: their sum is finite where both are.
+        either = tl.load(stats + 3 * channels + c, mask=keep, other=0.0)
         if not RANKS:
-            survey_out += tl.load(stats + c, mask=keep, other=0.0)
-        bad += tl.where(tl.abs(survey_out) < float("inf"), 0, 1)
+            either += tl.load(stats + c, mask=keep, other=0.0)
+        bad += tl.where(tl.abs(either) < float("inf"), 0, 1)
     finite = tl.sum(bad, 0) == 0
     skips, count = tl.load(skipped) + 1 - finite.to(tl.int64), tl.load(tracked) + finite.to(tl.int64)
     alpha, steps = new_weight(running_mean, updates, rate, channels, power, COPY, POWER, BLOCK)
