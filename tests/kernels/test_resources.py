@@ -37,7 +37,7 @@ BUDGET = {
     "apply_columns": 72,
     "combine_flat": 128,
     "combine_columns": 112,
-    "join_moments": 246,
+    "join_moments": 254,
     "join_sums": 150,
     "mix": 80,
     "pool": 200,
