@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,12 +10,21 @@ import torch
 from benchmarks import deploy_table
 from lightning_norm.normalizers import normalizers
 
+
+def needs(*modules):
+    """Skip without the extra ``export``."""
+    for name in modules:
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+
+
 QUICK, ALL = ["onnx", "export"], list(deploy_table.TARGETS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", normalizers())
 def test_every_normalizer_reaches_onnx_and_another_process(key):
+    needs("onnx", "onnxscript", "onnxruntime")
     cells = deploy_table.row(key, QUICK)
     for target in QUICK:
         assert re.match(r"\de[+-]\d\d", cells[target]), (key, target, cells[target])
@@ -23,6 +33,7 @@ def test_every_normalizer_reaches_onnx_and_another_process(key):
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["dbn", "sn"])
 def test_a_folded_and_an_unfolded_one_reach_every_target(key):
+    needs("onnx", "onnxscript", "onnxruntime", "torchao")
     cells = deploy_table.row(key, ALL)
     wanted = [t for t in ALL if t != "aot" or any(map(shutil.which, ("c++", "g++", "clang++")))]
     assert all(re.match(r"\de[+-]\d\d", cells[target]) for target in wanted), cells

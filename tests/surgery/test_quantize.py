@@ -30,6 +30,7 @@ def network(norm="bn", **arguments):
 
 @pytest.mark.slow  # importing torchao takes longer than the rest
 def test_accuracy_of_a_folded_network_moves_by_less_than_a_point():
+    pytest.importorskip("torchao")
     torch.manual_seed(0)
     data, model = Digits(), network("dbn")
     data.setup()
@@ -62,6 +63,7 @@ def test_accuracy_of_a_folded_network_moves_by_less_than_a_point():
 
 @pytest.mark.slow
 def test_what_stays_in_float_is_told():
+    pytest.importorskip("torchao")
     with pytest.warns(LeftAloneWarning, match=r"1 normalizers stay in float \(first: 1, .*fold\(model"):
         quantize(network("sn"), [torch.randn(4, 3, 8, 8)])
 
@@ -69,6 +71,7 @@ def test_what_stays_in_float_is_told():
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "name"), [("rbn", "RepresentativeBatchNorm"), ("bn", "BatchNorm")])
 def test_what_torchao_cannot_take_is_told_by_its_name(norm, name):
+    pytest.importorskip("torchao")
     with (
         pytest.warns(LeftAloneWarning),
         pytest.raises(QuantizationError, match=f"Sequential with {name}"),
