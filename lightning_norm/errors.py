@@ -1,9 +1,24 @@
 """Warnings and errors with a type of their own, so that a user can filter or catch them.
 
-Every room may import this file, so it imports nothing.
+Every room may import this file, so it imports nothing of this package.
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the sentence of a message that names the nearest of some names; empty where none is near.
+
+    >>> did_you_mean("moments", ["momentum", "eps"])
+    " Did you mean 'momentum'?"
+    >>> did_you_mean("alpha", ["momentum", "eps"])
+    ''
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class NoEffectWarning(UserWarning):

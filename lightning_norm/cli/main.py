@@ -13,7 +13,6 @@ What ends a command, and how the shell sees it:
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import re
@@ -25,6 +24,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TextIO
+
+from lightning_norm.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,7 @@ def _unknown(name: str) -> str:
     >>> _unknown("fitt").split(" Known")[0]
     "no command 'fitt'. Did you mean 'fit'?"
     """
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
+    guess = did_you_mean(name, COMMANDS)
     return f"no command {name!r}.{guess} Known: {', '.join(COMMANDS)}. lightning-norm --help shows an example of each."
 
 

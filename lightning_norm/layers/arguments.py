@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections.abc
 import decimal
-import difflib
 import enum
 import functools
 import inspect
@@ -23,6 +22,8 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
+
+from lightning_norm.errors import did_you_mean
 
 TORCH_NAMES = {"num_channels": "num_features", "normalized_shape": "num_features", "elementwise_affine": "affine"}
 """Names of torch's arguments that have another name here."""
@@ -89,8 +90,8 @@ def check_names(cls: type, names: Mapping[str, Any], where: str = "") -> None:
     for name in names:
         if name not in known:
             # Names of torch first: by their spelling alone they would not be near to ours.
-            near = [n for n in (TORCH_NAMES.get(name),) if n in known] or difflib.get_close_matches(name, known, n=1)
-            guess = f" Did you mean {near[0]!r}?" if near else ""
+            torch_name = TORCH_NAMES.get(name)
+            guess = f" Did you mean {torch_name!r}?" if torch_name in known else did_you_mean(name, known)
             raise TypeError(
                 f"{where}{cls.__name__} takes no argument {name!r}.{guess} It takes: {', '.join(sorted(known))}."
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -34,7 +33,7 @@ from lightning_norm.callbacks.monitor.quantities import (
 )
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.scheduler.norm_scheduler import NormScheduler
-from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning
+from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning, did_you_mean
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.text_tables import aligned
 
@@ -257,8 +256,7 @@ class NormMonitor(Described, Callback):
         # What a test logs is not known before it.
         if self.metric is None or not validated or "test" in self.metric or self.metric in trainer.callback_metrics:
             return
-        near = difflib.get_close_matches(self.metric, trainer.callback_metrics, n=1)
-        guess = f" Did you mean {near[0]!r}?" if near else ""
+        guess = did_you_mean(self.metric, trainer.callback_metrics)
         raise ValueError(
             f"NormMonitor: the model has logged no metric {self.metric!r}.{guess} Logged: "
             f"{', '.join(trainer.callback_metrics) or 'none'}."

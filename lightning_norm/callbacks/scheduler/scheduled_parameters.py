@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from lightning_norm.errors import did_you_mean
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.scheduled import Scheduled, set_scheduled, was_scheduled
 from lightning_norm.schedules.base import Schedule
@@ -221,8 +222,7 @@ def _explain(
             return f"schedules[{key!r}]: {argument} has no effect in {type(layer).__name__} {names[0]} with {why}."
     counts = Counter(name for _, layer in matched for name in sorted(_arguments(layer)))
     where = "no layer" if pattern is None else f"none of the {len(matched)} layers that {pattern!r} matches"
-    close = difflib.get_close_matches(argument, counts, n=1)
-    guess = f" Did you mean {close[0]!r}?" if close else ""
+    guess = did_you_mean(argument, counts)
     have = ", ".join(f"{name} ({n} layers)" for name, n in counts.items()) or "nothing"
     hint = "" if any(isinstance(layer, Normalizer) for _, layer in layers) else f" {SWAP}"
     return f"schedules[{key!r}]: {where} has a value {argument!r} to schedule.{guess} They have: {have}.{hint}"

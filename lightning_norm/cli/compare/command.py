@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import os
 import shlex
 import subprocess
@@ -36,6 +35,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from lightning_norm.cli.compare.runs import BASELINE, Run, all_runs, read_contenders, read_sweeps
 from lightning_norm.cli.compare.store import Record, RunStore
 from lightning_norm.cli.parsing import CommandParser, own_options
+from lightning_norm.errors import did_you_mean
 
 DESCRIPTION = """Train one job with several normalizers: same seeds, same data, same everything else.
 
@@ -241,10 +241,9 @@ def check_metric(records: Sequence[Record], metric: str) -> None:
     for record in records:
         known = [*record["test"], *record["history"]]
         if metric not in known:
-            near = difflib.get_close_matches(metric, known, n=1)
-            guess = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"the runs logged no metric {metric!r}.{guess} Logged: {', '.join(dict.fromkeys(known)) or 'none'}. "
+                f"the runs logged no metric {metric!r}.{did_you_mean(metric, known)} Logged: "
+                f"{', '.join(dict.fromkeys(known)) or 'none'}. "
                 "Nothing is lost: the same command with another --metric trains nothing again."
             )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import itertools
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from lightning_norm.errors import did_you_mean
 from lightning_norm.normalizers import resolve
 
 BASELINE = "bn"
@@ -130,8 +130,7 @@ def _contender(entry: Any) -> Contender:
         entry = {"norm": entry}
     unknown = sorted(map(str, set(entry) - set(known)))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        guess = f" Did you mean {near[0]!r}?" if near else ""
+        guess = did_you_mean(unknown[0], known)
         raise ValueError(
             f"--norms: {dict(entry)!r} has unknown entries: {', '.join(unknown)}.{guess} Known: those of the section "
             f"norm: and {SET}."
