@@ -17,7 +17,7 @@ from lightning_norm.ops.moments import Affine
 from lightning_norm.surgery.activations import give_back_activations
 from lightning_norm.surgery.conv_norm_pairs import layers_before
 from lightning_norm.surgery.recognize import is_frozen
-from lightning_norm.surgery.text_tables import TableReport
+from lightning_norm.surgery.text_tables import TableReport, outputs_moved
 from lightning_norm.surgery.torch_layers import TORCH_BATCH_NORMS
 from lightning_norm.surgery.torch_private import has_hooks, move_hooks
 from lightning_norm.surgery.walk import names_by_module, places_by_module, tensors_in
@@ -76,12 +76,7 @@ class DeployReport(TableReport):
     def summary(self) -> str:
         """Return how many layers became what, and how far the outputs moved."""
         counts = ", ".join(f"{n} {what}" for what in ("plain", "folded", "stays") if (n := len(self.names(what))))
-        moved = (
-            "not measured: pass example_input, and return tensors"
-            if self.moved is None
-            else f"{self.moved:.2g} of {self.largest:.2g}"
-        )
-        return f"{counts or 'nothing to do'}     outputs moved by {moved}"
+        return f"{counts or 'nothing to do'}     {outputs_moved(self.moved, self.largest)}"
 
     def __repr__(self) -> str:
         return f"DeployReport({len(self)} of {len(self.layers)} layers, moved={self.moved})"

@@ -22,7 +22,7 @@ from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.swap import prepare_swap
-from lightning_norm.surgery.text_tables import TableReport
+from lightning_norm.surgery.text_tables import TableReport, outputs_moved
 from lightning_norm.surgery.walk import named_normalizers, tensors_in
 
 
@@ -108,12 +108,7 @@ class HardenReport(TableReport):
         kinds = dict.fromkeys(row.norm for row in self.layers if row.norm)
         counts = [f"{len(self.names(norm))} {norm}" for norm in kinds]
         counts += [f"{len(self.undecided)} undecided"] if self.undecided else []
-        moved = (
-            "not measured: pass example_input, and return tensors"
-            if self.moved is None
-            else f"{self.moved:.2g} of {self.largest:.2g}"
-        )
-        return f"{', '.join(counts) or 'nothing to do'}     outputs moved by {moved}"
+        return f"{', '.join(counts) or 'nothing to do'}     {outputs_moved(self.moved, self.largest)}"
 
     def __repr__(self) -> str:
         return f"HardenReport({len(self)} of {len(self.layers)} layers, moved={self.moved})"

@@ -49,6 +49,13 @@ class TableReport:
         return f"<table>{''.join(lines)}</table>{below}"
 
 
+def outputs_moved(moved: float | None, largest: float | None) -> str:
+    """Return what a report says of how far the outputs of a model moved; ``None`` was not measured."""
+    if moved is None:
+        return "outputs moved by not measured: pass example_input, and return tensors"
+    return f"outputs moved by {moved:.2g} of {largest:.2g}"
+
+
 def _html_row(tag: str, cells: Iterable[str]) -> str:
     """Return a row, aligned to the left as the text is."""
     return f"<tr>{''.join(f'<{tag} style=text-align:left>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
