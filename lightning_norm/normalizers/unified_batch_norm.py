@@ -243,11 +243,8 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         if self.threshold is None or not self.track_running_stats or not self.has_running_stats:
             return shown
         # Nothing was measured before the first batch, and in warm-up nothing can be skipped.
-        unmeasured = self.condensation.new_tensor(torch.nan)
-        condensation = torch.where(self.condensation > NOT_MEASURED, self.condensation, unmeasured)
-        skipped = torch.where(
-            self._is_warm() & (self.measured > 0), (self.skipped / self.measured).to(unmeasured), unmeasured
-        )
+        condensation = torch.where(self.condensation > NOT_MEASURED, self.condensation, torch.nan)
+        skipped = torch.where(self._is_warm() & (self.measured > 0), self.skipped / self.measured, torch.nan)
         return {"condensation": condensation, "skipped": skipped, **shown}
 
     def monitor_notes(self) -> dict[str, str]:

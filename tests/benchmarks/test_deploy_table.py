@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,21 +9,14 @@ import torch
 from benchmarks import deploy_table
 from lightning_norm.normalizers import normalizers
 
-
-def needs(*modules):
-    """Skip without the extra ``export``."""
-    for name in modules:
-        if find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-
-
 QUICK, ALL = ["onnx", "export"], list(deploy_table.TARGETS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", normalizers())
 def test_every_normalizer_reaches_onnx_and_another_process(key):
-    needs("onnx", "onnxscript", "onnxruntime")
+    for extra in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(extra)
     cells = deploy_table.row(key, QUICK)
     for target in QUICK:
         assert re.match(r"\de[+-]\d\d", cells[target]), (key, target, cells[target])
@@ -33,7 +25,8 @@ def test_every_normalizer_reaches_onnx_and_another_process(key):
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["dbn", "sn"])
 def test_a_folded_and_an_unfolded_one_reach_every_target(key):
-    needs("onnx", "onnxscript", "onnxruntime", "torchao")
+    for extra in ("onnx", "onnxscript", "onnxruntime", "torchao"):
+        pytest.importorskip(extra)
     cells = deploy_table.row(key, ALL)
     wanted = [t for t in ALL if t != "aot" or any(map(shutil.which, ("c++", "g++", "clang++")))]
     assert all(re.match(r"\de[+-]\d\d", cells[target]) for target in wanted), cells
