@@ -37,8 +37,8 @@ BUDGET = {
     "apply_columns": 72,
     "combine_flat": 128,
     "combine_columns": 112,
-    "join_moments": 254,
-    "join_sums": 150,
+    "join_moments": 128,
+    "join_sums": 108,
     "mix": 80,
     "pool": 200,
     "vjp_pool": 216,
@@ -63,7 +63,7 @@ BUDGET = {
     "depthwise_apply": 200,
     "depthwise_sums": 210,
     "depthwise_combine": 160,
-    "join_taps": 92,
+    "join_taps": 58,
 }
 """Registers of a thread, about a fifth above what triton 3.8 uses; 128 threads may have 255 each without a spill."""
 

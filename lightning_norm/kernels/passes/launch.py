@@ -63,8 +63,9 @@ def join_tile(parts: int) -> tuple[int, int, int]:
 
     Two steps where that leaves neighbouring numbers to a program, which come from memory together.
     """
+    # The largest tile takes 16 warps: with 8, a thread would hold as many registers as there are, 251 of 255.
     at_once = next((size for size in JOINED if parts <= 2 * size), JOINED[-1])
-    return at_once, max(1, JOIN // at_once), 4 if at_once <= JOIN else 8
+    return at_once, max(1, JOIN // at_once), 4 if at_once <= JOIN else 16
 
 
 def sums(
