@@ -1,4 +1,8 @@
-"""``lightning-norm bench``: the time of each layer on this machine."""
+"""``lightning-norm bench``: the time of each layer on this machine.
+
+Example:
+  lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json --save docs/benchmarks
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,6 @@ from lightning_norm.surgery.whole_files import write_whole
 SHAPES = "32x64x32x32,32x256x14x14,32x512x7x7,128x64"
 DECODERS = "1x128x256x256,1x512x64x64,1x128x20x256x256"
 """Of the decoders of VAEs and U-Nets for images and video, which normalize by GroupNorm and SiLU."""
-
-EPILOG = "example: lightning-norm bench --device cpu --norms bn,sn,bcn --json bench.json --save docs/benchmarks"
 
 
 def run(argv: Sequence[str]) -> list[dict[str, Any]]:
@@ -90,9 +92,9 @@ def parse_shape(text: str) -> tuple[int, ...]:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     made = CommandParser(
-        prog="lightning-norm bench",
-        description="Time every normalizer beside nn.BatchNorm and its own formula written naively, after checking it.",
-        epilog=EPILOG,
+        "bench",
+        "Time every normalizer beside nn.BatchNorm and its own formula written naively, after checking it.",
+        __doc__,
     )
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     keys = ",".join(normalizers())

@@ -25,9 +25,6 @@ from lightning_norm.cli.norm_cli import NormCLI, built_in_data
 from lightning_norm.cli.parsing import CommandParser, own_options
 from lightning_norm.normalizers import normalizers
 
-EPILOG = str(__doc__).partition("\n\n")[2]
-"""What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
-
 SCRIPT = """_lightning_norm() {{
     local current="${{COMP_WORDS[COMP_CWORD]}}" words=""
     if [ "$COMP_CWORD" -eq 1 ]; then
@@ -67,12 +64,7 @@ def run(argv: Sequence[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    made = CommandParser(
-        prog="lightning-norm completion",
-        description="Print a script by which a shell completes what you type.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = CommandParser("completion", "Print a script by which a shell completes what you type.", __doc__)
     made.add_argument("shell", choices=("bash", "zsh"))
     return made
 

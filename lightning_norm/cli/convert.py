@@ -27,9 +27,6 @@ from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.load_published import WEIGHTS, convert_published
 from lightning_norm.surgery.whole_files import write_whole
 
-EPILOG = str(__doc__).partition("\n\n")[2]
-"""What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
-
 
 def run(argv: Sequence[str]) -> None:
     """Convert a file.
@@ -94,12 +91,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    made = CommandParser(
-        prog="lightning-norm convert",
-        description="Rewrite a checkpoint of a paper's authors as one of lightning_norm.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = CommandParser("convert", "Rewrite a checkpoint of a paper's authors as one of lightning_norm.", __doc__)
     made.add_argument("file", metavar="FILE", help="what the authors' code has written")
     made.add_argument("--out", required=True, metavar="OUT", help="the new file")
     made.add_argument("--norm", metavar="KEY", help="sn, bnet, rbn, bcn, asr, afn or cn; by default what FILE holds")

@@ -32,9 +32,6 @@ from lightning_norm.surgery.manifest import load_weights, manifest_in, rebuild
 from lightning_norm.surgery.swap import swap
 from lightning_norm.surgery.whole_files import write_whole, writing_whole
 
-EPILOG = str(__doc__).partition("\n\n")[2]
-"""What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
-
 
 def run(argv: Sequence[str]) -> None:
     """Export the network of a configuration.
@@ -151,10 +148,7 @@ def _example(model: pl.LightningModule, shape: str | None) -> Tensor:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the options that are not LightningCLI's."""
     made = CommandParser(
-        prog="lightning-norm export",
-        description="Write the network for inference: normalizers folded, or as torch's own layers.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "export", "Write the network for inference: normalizers folded, or as torch's own layers.", __doc__
     )
     made.add_argument("--out", required=True, metavar="FILE", help="net.pt2 (torch.export) or net.onnx")
     made.add_argument("--ckpt_path", metavar="FILE", help="weights, and what was swapped")

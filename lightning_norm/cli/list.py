@@ -23,9 +23,6 @@ from typing import TYPE_CHECKING, Any
 from lightning_norm.cli.parsing import CommandParser
 from lightning_norm.surgery.text_tables import aligned
 
-EPILOG = str(__doc__).partition("\n\n")[2]
-"""What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
-
 if TYPE_CHECKING:
     from lightning_norm.layers.base import Normalizer
 
@@ -59,12 +56,7 @@ def run(argv: Sequence[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    made = CommandParser(
-        prog="lightning-norm list",
-        description="The normalizers, by the key that `norm:` takes.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = CommandParser("list", "The normalizers, by the key that `norm:` takes.", __doc__)
     made.add_argument("--json", action="store_true", help="print JSON in place of the table")
     return made
 

@@ -6,16 +6,28 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from typing_extensions import override
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse's parser whose errors are one line, and which takes no abbreviations."""
+    """argparse's parser whose errors are one line, and which takes no abbreviations.
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options})
+    Args:
+        command: its name behind ``lightning-norm``.
+        description: what stands above the options.
+        documentation: docstring of the command's file, whose second paragraph and all behind it stand below them.
+    """
+
+    def __init__(self, command: str, description: str, documentation: str | None) -> None:
+        super().__init__(
+            prog=f"lightning-norm {command}",
+            description=description,
+            epilog=str(documentation).partition("\n\n")[2],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     @override
     def error(self, message: str) -> NoReturn:
@@ -26,7 +38,7 @@ class CommandParser(argparse.ArgumentParser):
 def own_options(parser: argparse.ArgumentParser) -> list[str]:
     """Return the options of a parser, as they are typed.
 
-    >>> own_options(CommandParser())
+    >>> own_options(CommandParser("list", "", None))
     ['-h', '--help']
     """
     return list(parser._option_string_actions)

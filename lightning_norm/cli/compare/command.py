@@ -42,8 +42,6 @@ DESCRIPTION = """Train one job with several normalizers: same seeds, same data, 
 The job is your own configuration of `lightning-norm fit` (--config FILE), or the built-in one on scikit-learn's digits.
 Options that compare does not know are the job's: --trainer.max_epochs 3, --data FashionMNIST --root data.
 """
-EPILOG = str(__doc__).partition("\n\n")[2]
-"""What ``--help`` prints below the options: this file's docstring from its second paragraph on."""
 BUILT_IN = ("--model", "ImageClassifier", "--data", "Digits")
 PATIENCE = 60.0
 """Seconds that a process has to end its batch in, before it is killed."""
@@ -130,12 +128,7 @@ def job_of(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's own options."""
-    made = CommandParser(
-        prog="lightning-norm compare",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = CommandParser("compare", DESCRIPTION, __doc__)
     made.add_argument("--norms", default="bn,sn,bcn", help="normalizers, separated by commas (default: %(default)s)")
     made.add_argument(
         "--config", action="append", default=[], metavar="FILE",
