@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.aot_cases import Variant, variants
 from lightning_norm.kernels.grid import registers
+from lightning_norm.surgery.text_tables import markdown
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WIDE = ("x", "dy", "y", "dx", "residual", "dresidual")
@@ -144,8 +145,7 @@ def _run(tool: str, *arguments: str) -> str:
 def table(rows: Sequence[Usage]) -> str:
     """Format as Markdown."""
     names = [field.name for field in fields(Usage)]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join([*lines, *("| " + " | ".join(str(v) for v in asdict(row).values()) + " |" for row in rows)])
+    return markdown([names, *([str(v) for v in asdict(row).values()] for row in rows)])
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_norm import fold, swap
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.text_tables import aligned, markdown
 
 ARGUMENTS: dict[str, dict[str, Any]] = {"cn": {"context": "gate"}, "gn": {"num_groups": 32}}
 BARS = {"folded": 1.05, "compiled": 1.15}
@@ -106,7 +106,6 @@ def main() -> None:
         table += rows(kind, keys, x, arguments.rounds, arguments.calls) if keys else []
     print(aligned(table))
     if arguments.save:
-        body = "\n".join(f"| {' | '.join(line)} |" for line in table[1:])
         arguments.save.write_text(
             "# What does a normalizer cost in inference on the CPU?\n\n"
             f"ResNet-18 of torchvision, {arguments.batch} images of {arguments.size} x {arguments.size}, float32, one "
@@ -114,7 +113,7 @@ def main() -> None:
             f"take turns.\ntorch {torch.__version__}, {platform.machine()}, Python {platform.python_version()}: "
             '`python -m benchmarks.inference`. "folded" is compared with plain BatchNorm folded alike, "compiled" '
             "with that network compiled.\n\n"
-            f"| {' | '.join(table[0])} |\n|{'---|' * len(table[0])}\n{body}\n"
+            f"{markdown(table)}\n"
         )
 
 

@@ -13,6 +13,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from lightning_norm.surgery.text_tables import markdown
+
 PAGES = Path(__file__).resolve().parent / "evidence"
 NOT_ENDED = ["No results yet: the study has not ended on our machines."]
 
@@ -145,7 +147,7 @@ def overview() -> list[str]:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
-    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
+    return markdown([head, *rows]).splitlines()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.gpu.rows import Row, append, read
+from lightning_norm.surgery.text_tables import markdown
 
 PARTS = {
     "values": "(a) Values against float64, determinism, graphs, launches",
@@ -87,8 +88,7 @@ def outcomes(rows: Iterable[Row]) -> dict[str, int]:
 
 def table(rows: Iterable[Iterable[str]]) -> list[str]:
     """Return the lines of a Markdown table; the first row is its head."""
-    lines = ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * (lines[0].count("|") - 1), *lines[1:]]
+    return markdown([cell.replace("|", "/") for cell in row] for row in rows).splitlines()
 
 
 def shown(value: object) -> str:

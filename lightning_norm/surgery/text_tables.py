@@ -1,4 +1,4 @@
-"""Tables of text, and of HTML for notebooks."""
+"""Tables of text, of Markdown, and of HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -23,6 +23,20 @@ def aligned(rows: Iterable[Sequence[str]], numbers: bool = False) -> str:
         for row in rows
     ]
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def markdown(rows: Iterable[Sequence[str]], numbers: bool = False) -> str:
+    """Return a table in Markdown, its first row the heading; with ``numbers``, all columns but the first to the right.
+
+    >>> print(markdown([["layer", "iota"], ["a", "0.9"]], numbers=True))
+    | layer | iota |
+    |---|--:|
+    | a | 0.9 |
+    """
+    head, *body = (list(row) for row in rows)
+    lines = [f"| {' | '.join(row)} |" for row in (head, *body)]
+    right = "--:|" if numbers else "---|"
+    return "\n".join([lines[0], "|---|" + right * (len(head) - 1), *lines[1:]])
 
 
 class TableReport:

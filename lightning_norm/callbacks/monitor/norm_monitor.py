@@ -35,7 +35,7 @@ from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.scheduler.norm_scheduler import NormScheduler
 from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning, did_you_mean
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.surgery.text_tables import aligned
+from lightning_norm.surgery.text_tables import aligned, markdown
 
 
 class NormMonitor(Described, Callback):
@@ -308,7 +308,7 @@ class NormMonitor(Described, Callback):
         """Write the same tables under "Text", as Markdown."""
         for board in self._tensorboards(trainer):
             for key in families(self._values):
-                tables = map(page.markdown, page.tables(self._values, key, mark="**"))
+                tables = (markdown(rows, numbers=True) for rows in page.tables(self._values, key, mark="**"))
                 text = "\n\n".join((*tables, *told.get(key, {}).values()))
                 board.experiment.add_text(f"{self.prefix}/{key}/table", text, trainer.global_step)
 

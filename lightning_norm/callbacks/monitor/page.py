@@ -128,18 +128,6 @@ def tables(values: Mapping[Series, float], key: str, mark: str) -> Iterator[list
             yield rows
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """Return a table in Markdown.
-
-    >>> print(markdown([["layer", "iota"], ["a", "0.9"]]))
-    | layer | iota |
-    |---|--:|
-    | a | 0.9 |
-    """
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|---|" + "--:|" * (len(rows[0]) - 1), *body])
-
-
 def norm_hparams(trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> dict[str, Any]:
     """Return the norm and its arguments: those of NormSwap, or the keys of the layers where there is none.
 
