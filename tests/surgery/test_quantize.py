@@ -1,6 +1,7 @@
 """Static int8 of folded networks, what is said where it cannot be, and timm's protocol."""
 
 import contextlib
+from importlib.util import find_spec
 
 import pytest
 import timm
@@ -91,7 +92,13 @@ class Branching(nn.Module):
         (nn.ReLU(), ["image.png"], "got str"),
         (nn.ReLU(), [torch.zeros(2, 3, dtype=torch.int64)], "tensors of floats"),
         (nn.Linear(2, 2).to("meta"), [torch.zeros(2, 2)], r"on meta. Type model.cpu\(\)"),
-        pytest.param(Branching(), [torch.ones(2, 3)], "cannot trace Branching", marks=pytest.mark.slow),
+        pytest.param(
+            *(Branching(), [torch.ones(2, 3)], "cannot trace Branching"),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not find_spec("torchao"), reason="needs lightning-norm[export]"),
+            ],
+        ),
     ],
 )
 def test_what_cannot_be_quantized(model, batches, message):
