@@ -1,17 +1,24 @@
 """Write the tables of docs/evidence from the results that are committed there.
 
 ``docs/evidence/results/STUDY.csv`` is the results.csv of ``lightning-norm compare``; ``generate.py`` beside this file
-calls these functions and puts the lines into the pages. ``python docs/evidence_tables.py`` draws the picture of the
-study whose contenders are too many for that of compare.
+calls these functions and puts the lines into the pages. ``python docs/evidence_tables.py`` draws the pictures that
+compare does not draw, and ``python docs/evidence_tables.py FOLDER`` takes the mean switch weights of SN's study out of
+the folder of its runs.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
+import statistics
+import sys
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning_norm.surgery.text_tables import markdown
 
@@ -32,6 +39,54 @@ HEAD = {
 }
 """Readings of the paper: what the study's contenders are called, and the pages."""
 READINGS = tuple(HEAD)
+
+
+BATCH = "data.init_args.batch_size"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row of a study that says what a normalizer gained.
+
+    Args:
+        key: of the normalizer.
+        study: whose results hold the row.
+        label: of the contender.
+        at: values of the sweep.
+        what: how tables and pictures call it.
+    """
+
+    key: str
+    study: str
+    label: str
+    at: Mapping[str, str]
+    what: str
+
+    def row(self) -> dict[str, str] | None:
+        """Return the row, or ``None`` where the study has not come so far."""
+        for row in read_results(self.study):
+            if row["norm"] == self.label and all(row[name] == value for name, value in self.at.items()):
+                return row if row["difference"] and math.isfinite(float(row["low"] or "nan")) else None
+        return None
+
+
+GAINS = (
+    *(
+        Found(key, "sn", key, {BATCH: size}, f"batches of {size}")
+        for size in ("2", "128")
+        for key in ("sn", "gn", "ln", "in", "bcn", "brn")
+    ),
+    Found("bnet", "bnet", "bnet 3", {}, "CIFAR-10"),
+    Found("ubn", "ubn", "no threshold", {}, "CIFAR-10"),
+    Found("dbn", "dbn_cifar", "renorm 0.25", {}, "CIFAR-10"),
+    *(
+        Found(key, study, key, {}, what)
+        for study, what in (("corruptions", "corrupted images"), ("domains", "other digits"))
+        for key in ("afn", "asr", "sn", "gn")
+    ),
+    Found("cn", "contexts", "cn domain", {"data.init_args.mixture": "real", "trainer.max_epochs": "12"}, "domains"),
+)
+"""What each normalizer gained, study by study, with its default arguments where the study has them."""
 
 
 def read_results(study: str) -> list[dict[str, str]]:
@@ -122,6 +177,82 @@ def draw_dbn(path: Path) -> None:
     figure.savefig(path)
 
 
+def switch_weights() -> list[str]:
+    """Return the mean switch weights of sn over batch sizes, at the end of training."""
+    rows = read_results("sn_weights")
+    if not rows:
+        return NOT_ENDED
+    names = [name for name in rows[0] if name.startswith("norm/")]
+    head = ["normalizer", "batch size", "seeds", *(name.removeprefix("norm/").replace("_", " of ") for name in names)]
+    return table(head, [[row["norm"], row["batch size"], row["seeds"], *(row[name] for name in names)] for row in rows])
+
+
+def save_switch_weights(folder: Path) -> None:
+    """Write results/sn_weights.csv from the runs of SN's study: means over layers and seeds after the last epoch."""
+    cells: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
+    for path in sorted((folder / "runs").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        last = {name: values[-1] for name, values in record["history"].items() if name.startswith("norm/")}
+        if last:
+            cells[record["label"], int(record["sweep"][BATCH])].append(last)
+    rows: list[dict[str, Any]] = []
+    for (label, size), runs in sorted(cells.items()):
+        means = {name: f"{statistics.fmean(run[name] for run in runs):.3f}" for name in runs[0]}
+        rows.append({"norm": label, "batch size": size, "seeds": len(runs), **means})
+    with (PAGES / "results" / "sn_weights.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def costs() -> list[str]:
+    """Return what each normalizer costs a ResNet-18, beside what it gained in the studies."""
+    gains: dict[str, list[str]] = defaultdict(list)
+    for found in GAINS:
+        if row := found.row():
+            gains[found.key].append(f"[{found.what}]({found.study.partition('_')[0]}.md): {difference(row)}")
+    head = ["normalizer", "step", "channels-last", "kept for backward", "parameters added to 128", "gained, points"]
+    return table(
+        head,
+        [
+            [
+                f"[{row['norm']}](../cards/{row['norm']}.md)",
+                *(f"{float(row[name]):.2f} x" for name in ("step_ratio", "channels_last_ratio", "kept_ratio")),
+                row["added_to_64"] or "-",
+                "; ".join(gains[row["norm"]]) or "not studied",
+            ]
+            for row in read_results("cost")
+        ],
+    )
+
+
+def draw_costs(path: Path) -> None:
+    """Draw what was gained over the time of a step, a point with its interval for each normalizer and study."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ratios = {row["norm"]: float(row["step_ratio"]) for row in read_results("cost")}
+    figure = Figure(figsize=(8.4, 5.0), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for what, marker in zip(dict.fromkeys(found.what for found in GAINS), "osD^v*P", strict=False):
+        points = [(found.key, row) for found in GAINS if found.what == what and (row := found.row())]
+        if not points:
+            continue
+        at = [ratios[key] for key, _ in points]
+        d, low, high = ([100 * float(row[name]) for _, row in points] for name in ("difference", "low", "high"))
+        below, above = ([abs(a - b) for a, b in zip(d, ends, strict=True)] for ends in (low, high))
+        axes.errorbar(at, d, [below, above], fmt=marker, capsize=3, label=what)
+        for (key, _), x, y in zip(points, at, d, strict=True):
+            axes.annotate(key, (x, y), xytext=(5, 4), textcoords="offset points", fontsize="small")
+    axes.axhline(0, color="black", linewidth=1)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set(xlabel="time of a step of ResNet-18, x BatchNorm's", ylabel="accuracy to BatchNorm, points")
+    axes.grid(color="0.9")
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path)
+
+
 def overview() -> list[str]:
     """Return the table of all studies: claim, verdict and effect, as their pages say them.
 
@@ -151,4 +282,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
+    for study_folder in sys.argv[1:]:
+        save_switch_weights(Path(study_folder))
     draw_dbn(PAGES / "results" / "dbn.png")
+    draw_costs(PAGES / "results" / "cost.png")

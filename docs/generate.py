@@ -243,8 +243,13 @@ REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
     "docs/evidence/bcn.md": {"results": partial(evidence_tables.results, "sn", ("bn", "bn recalibrated", "bcn"))},
     **{
         f"docs/evidence/{study}.md": {"results": partial(evidence_tables.results, study)}
-        for study in ("sn", "bnet", "ubn", "domains", "corruptions", "contexts")
+        for study in ("bnet", "ubn", "domains", "corruptions", "contexts")
     },
+    "docs/evidence/sn.md": {
+        "results": partial(evidence_tables.results, "sn"),
+        "weights": evidence_tables.switch_weights,
+    },
+    "docs/evidence/cost.md": {"costs": evidence_tables.costs},
 }
 """File -> name of a region -> what writes its lines."""
 

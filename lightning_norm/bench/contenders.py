@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -215,16 +215,20 @@ def saved_for_backward(layer: nn.Module, x: Tensor) -> float:
     >>> round(saved_for_backward(create("bn", 8), x), 2)
     1.0
     """
+    return bytes_kept(lambda: layer(x)) / (x.numel() * x.element_size())
+
+
+def bytes_kept(run: Callable[[], Any]) -> int:
+    """Return the bytes of all tensors that a call keeps for a backward pass; views share a storage, counted once."""
     sizes: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        # Views share a storage, which is counted once.
         sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(x)
-    return sum(sizes.values()) / (x.numel() * x.element_size())
+        run()
+    return sum(sizes.values())
 
 
 def has_formula(key: str, shape: Sequence[int]) -> bool:
