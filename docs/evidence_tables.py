@@ -2,8 +2,8 @@
 
 ``docs/evidence/results/STUDY.csv`` is the results.csv of ``lightning-norm compare``; ``generate.py`` beside this file
 calls these functions and puts the lines into the pages. ``python docs/evidence_tables.py`` draws the pictures that
-compare does not draw, and ``python docs/evidence_tables.py FOLDER`` takes the mean switch weights of SN's study out of
-the folder of its runs.
+compare does not draw, and ``python docs/evidence_tables.py FOLDER...`` takes what results.csv does not hold out of the
+runs of studies, whose names the folders have: SN's mean switch weights, and epochs to a given accuracy.
 """
 
 from __future__ import annotations
@@ -187,11 +187,10 @@ def switch_weights() -> list[str]:
     return table(head, [[row["norm"], row["batch size"], row["seeds"], *(row[name] for name in names)] for row in rows])
 
 
-def save_switch_weights(folder: Path) -> None:
+def save_switch_weights(records: Sequence[Mapping[str, Any]]) -> None:
     """Write results/sn_weights.csv from the runs of SN's study: means over layers and seeds after the last epoch."""
     cells: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
-    for path in sorted((folder / "runs").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for record in records:
         last = {name: values[-1] for name, values in record["history"].items() if name.startswith("norm/")}
         if last:
             cells[record["label"], int(record["sweep"][BATCH])].append(last)
@@ -199,10 +198,51 @@ def save_switch_weights(folder: Path) -> None:
     for (label, size), runs in sorted(cells.items()):
         means = {name: f"{statistics.fmean(run[name] for run in runs):.3f}" for name in runs[0]}
         rows.append({"norm": label, "batch size": size, "seeds": len(runs), **means})
-    with (PAGES / "results" / "sn_weights.csv").open("w", encoding="utf-8", newline="") as file:
+    write_results("sn_weights", rows)
+
+
+def save_epochs(study: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write results/STUDY_epochs.csv: epochs until a run reaches what every run of BatchNorm reaches at the end.
+
+    That is the lowest of its last validation accuracies over the seeds.
+    """
+    target = min(record["history"]["val/acc"][-1] for record in records if record["label"] == "bn")
+    reached: dict[str, list[int | None]] = defaultdict(list)
+    for record in records:
+        good = (i for i, value in enumerate(record["history"]["val/acc"], start=1) if value >= target)
+        reached[record["label"]].append(next(good, None))
+    rows = []
+    for label, epochs in reached.items():
+        known = [e for e in epochs if e is not None]
+        row = {"norm": label, "target": f"{target:.4f}", "seeds": len(epochs), "reached": len(known)}
+        rows.append({**row, "epochs": f"{statistics.fmean(known):.1f}" if known else ""})
+    write_results(f"{study}_epochs", rows)
+
+
+def epochs_to_target(study: str) -> list[str]:
+    """Return the table of epochs to BatchNorm's accuracy."""
+    rows = read_results(f"{study}_epochs")
+    if not rows:
+        return NOT_ENDED
+    head = ["normalizer", "runs that reach it", f"epochs to {100 * float(rows[0]['target']):.1f} % in validation, mean"]
+    return table(head, [[r["norm"], f"{r['reached']} of {r['seeds']}", r["epochs"] or "-"] for r in rows])
+
+
+def write_results(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a file of the folder of results."""
+    with (PAGES / "results" / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def save_from_runs(folder: Path) -> None:
+    """Write the files that come from the runs of a study, whose name the folder has."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
+    if folder.name == "sn":
+        save_switch_weights(records)
+    elif not any(record["sweep"] for record in records):
+        save_epochs(folder.name, records)
 
 
 def costs() -> list[str]:
@@ -283,6 +323,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 if __name__ == "__main__":
     for study_folder in sys.argv[1:]:
-        save_switch_weights(Path(study_folder))
+        save_from_runs(Path(study_folder))
     draw_dbn(PAGES / "results" / "dbn.png")
     draw_costs(PAGES / "results" / "cost.png")

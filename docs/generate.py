@@ -243,7 +243,14 @@ REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
     "docs/evidence/bcn.md": {"results": partial(evidence_tables.results, "sn", ("bn", "bn recalibrated", "bcn"))},
     **{
         f"docs/evidence/{study}.md": {"results": partial(evidence_tables.results, study)}
-        for study in ("bnet", "ubn", "domains", "corruptions", "contexts")
+        for study in ("domains", "corruptions", "contexts")
+    },
+    **{
+        f"docs/evidence/{study}.md": {
+            "results": partial(evidence_tables.results, study),
+            "epochs": partial(evidence_tables.epochs_to_target, study),
+        }
+        for study in ("bnet", "ubn")
     },
     "docs/evidence/sn.md": {
         "results": partial(evidence_tables.results, "sn"),

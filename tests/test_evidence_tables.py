@@ -28,15 +28,29 @@ def save(tables, name, rows):
         writer.writerows(rows)
 
 
+def save_runs(folder, runs):
+    (folder / "runs").mkdir(parents=True)
+    for i, (label, sweep, history) in enumerate(runs):
+        (folder / "runs" / f"{i}.json").write_text(json.dumps({"label": label, "sweep": sweep, "history": history}))
+
+
 def test_switch_weights_are_means_over_seeds_after_the_last_epoch(tables, tmp_path):
-    (tmp_path / "runs").mkdir()
     runs = [("sn", "32", [0.3, 0.2]), ("sn", "32", [0.3, 0.4]), ("sn", "4", [0.1]), ("bn", "4", None)]
-    for i, (label, size, weights) in enumerate(runs):
-        history = {"val/acc": [0.5], **({"norm/mean_bn": weights} if weights else {})}
-        record = {"label": label, "sweep": {tables.BATCH: size}, "history": history}
-        (tmp_path / "runs" / f"{i}.json").write_text(json.dumps(record))
-    tables.save_switch_weights(tmp_path)
+    save_runs(
+        tmp_path / "sn",
+        [(label, {tables.BATCH: size}, {"norm/mean_bn": weights} if weights else {}) for label, size, weights in runs],
+    )
+    tables.save_from_runs(tmp_path / "sn")
     assert tables.switch_weights()[2:] == ["| sn | 4 | 1 | 0.100 |", "| sn | 32 | 2 | 0.300 |"]
+
+
+def test_epochs_to_what_batchnorm_reaches(tables, tmp_path):
+    curves = [("bn", [0.1, 0.5]), ("bn", [0.4, 0.3]), ("sn", [0.3, 0.1]), ("sn", [0.2, 0.2]), ("in", [0.0, 0.2])]
+    save_runs(tmp_path / "ubn", [(label, {}, {"val/acc": curve}) for label, curve in curves])
+    tables.save_from_runs(tmp_path / "ubn")
+    head, _, *lines = tables.epochs_to_target("ubn")
+    assert "epochs to 30.0 %" in head
+    assert lines == ["| bn | 2 of 2 | 1.5 |", "| sn | 1 of 2 | 1.0 |", "| in | 0 of 1 | - |"]
 
 
 def test_costs_stand_beside_what_was_gained(tables, tmp_path):
