@@ -169,7 +169,7 @@ def read_published(
         path: the file.
         norm: the normalizer and its arguments.
         rename: regular expression -> replacement.
-        names: of the modules of the model, which keep their names whatever ``published_renames`` says.
+        names: of the modules of the model, which keep their names whatever ``published_names`` says.
 
     Raises:
         CheckpointError: as for :func:`load_published`.
@@ -227,7 +227,7 @@ def _as_in_torchvision(cls: type[Normalizer], state: Mapping[str, Tensor], names
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         new = name
-        for pattern, replacement in cls.published_renames.items():
+        for pattern, replacement in cls.published_names.layers.items():
             match = re.search(pattern, new)
             if match and new[: match.end()] not in names:
                 new = new[: match.start()] + match.expand(replacement) + new[match.end() :]

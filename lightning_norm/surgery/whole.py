@@ -72,7 +72,7 @@ def read(module: nn.Module, known: dict[Any, Whole | str] | None = None) -> Whol
     True
     """
     if isinstance(module, Normalizer):
-        return Whole(type(module), True, module.behind, getattr(module, "channel_dim", 1))
+        return Whole(type(module), True, module._behind, getattr(module, "channel_dim", 1))
     kind = type(module)
     base = next((cls for cls in kind.__mro__ if cls in TORCH_CLASSES), nn.BatchNorm2d if is_frozen(module) else None)
     # torch's LayerNorm takes channels last, and every other layer of torch's takes them second.
