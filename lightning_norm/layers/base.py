@@ -256,7 +256,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
                 new = new.to(old.dtype) if narrow else new
                 setattr(source, name, new if isinstance(old, nn.Parameter) else new.detach())
         for translation in self._translations:
-            translation.give_back(self, source)
+            translation.return_to(self, source)
 
     def freeze_statistics(self, frozen: bool = True) -> Self:
         """Normalize by the running statistics in training as well, and leave them as they are; ``train()`` keeps that.
@@ -486,7 +486,7 @@ class MomentNorm(SpecialCalls, Normalizer):
             return _node_of(self, input, activation, residual, mask)
         activation, modules = fuse_behind(self, activation)
         if (mask is not None or self._special) and isinstance(input, Tensor) and input.dim() > 1:
-            y = self._call_specially(input, activation, residual, mask)
+            y = self._call_with_mask_or_ghost_batches(input, activation, residual, mask)
         else:
             y = self._normalize(input, activation, residual)
         return call_behind(self, y, modules)
@@ -510,24 +510,26 @@ class MomentNorm(SpecialCalls, Normalizer):
                 keep_float32(self)
                 keep_exact(self)
             if twice:
-                return self._normalize_twice(input, activation, residual, valid)
+                return self._normalize_checkpointed(input, activation, residual, valid)
             if self.compiled or torch_private.is_transformed():
-                return self._normalize_specially(input, activation, residual, valid)
+                return self._normalize_in_graph_or_transform(input, activation, residual, valid)
         elif moves_running_stats(self) and torch_private.is_traced_in_checkpoint():
             tell_of_graph(type(self).__name__)
         return _forward(self, input, activation, residual, valid)
 
-    def _normalize_twice(self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None) -> Tensor:
+    def _normalize_checkpointed(
+        self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None
+    ) -> Tensor:
         """Normalize for activation checkpointing: the first time, or once more in the backward pass."""
         if torch_private.in_backward_pass():
             with second_run(self, input):
-                return self._normalize_specially(input, activation, residual, valid)
+                return self._normalize_in_graph_or_transform(input, activation, residual, valid)
         first_run = FirstRun(self, input)
-        y = self._normalize_specially(input, activation, residual, valid)
+        y = self._normalize_in_graph_or_transform(input, activation, residual, valid)
         first_run.keep(self, y)
         return y
 
-    def _normalize_specially(
+    def _normalize_in_graph_or_transform(
         self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None
     ) -> Tensor:
         """Normalize by the layer's own graph, or where a transform may refuse that running statistics move."""

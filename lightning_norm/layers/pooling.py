@@ -127,14 +127,14 @@ def pool_windows(windows: Sequence[AccumulationWindow], ranks: Ranks, counters: 
     for window in windows:
         assert window.shift is not None
         apart = window.mean - window.shift
-        spread = window.var + apart.square() if window.between else window.var
-        packed += [window.count, window.count * apart, window.count * spread]
+        square = window.var + apart.square() if window.between else window.var
+        packed += [window.count, window.count * apart, window.count * square]
     # The greatest of some integers by a sum: each rank writes its own into a row of zeros.
     places = _at_rank(counters, ranks, packed[0])
     total = ranks.sum(_joined([*packed, places]))
-    for window, (n, moved, spread) in zip(windows, _split(total, windows, 3), strict=True):
+    for window, (n, moved, square) in zip(windows, _split(total, windows, 3), strict=True):
         assert window.shift is not None
-        moved, var = moved / n.clamp_min(1), spread / n.clamp_min(1)
+        moved, var = moved / n.clamp_min(1), square / n.clamp_min(1)
         if window.between:
             # Two nearly equal numbers, whose difference may round to less than 0.
             var = (var - moved.square()).clamp_min(0)

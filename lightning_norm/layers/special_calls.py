@@ -77,14 +77,16 @@ class SpecialCalls(nn.Module):
         """Return the context in which the layer is called with these samples of the batch alone."""
         return contextlib.nullcontext()
 
-    def _call_specially(self, x: Tensor, activation: str, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _call_with_mask_or_ghost_batches(
+        self, x: Tensor, activation: str, residual: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         """Return what ``forward`` does with a mask or in ghost batches, without the modules behind the layer."""
         # Activation checkpointing runs the layer once more in the backward pass, when the batch's mask may be gone.
         again = self.training and torch_private.in_backward_pass()
         valid = self._valid_positions(x, mask, again)
         if valid is not None and not torch.compiler.is_compiling() and not torch_private.is_transformed():
             vars(self)["_last_mask"] = valid
-        y = self._by_groups(x, activation, residual, valid)
+        y = self._by_ghost_batches(x, activation, residual, valid)
         told = mask is None and valid is not None and self._mask_state is not None
         if told and not again and not torch.compiler.is_compiling():
             assert self._mask_state is not None
@@ -114,7 +116,7 @@ class SpecialCalls(nn.Module):
             raise MaskError(f"{who} cannot take a mask: {layer.unsupported.mask}.")
         return valid_positions(mask, x, self.channel_dim, who)
 
-    def _by_groups(self, x: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None) -> Tensor:
+    def _by_ghost_batches(self, x: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None) -> Tensor:
         """Normalize ghost batches one after the other, each as a batch of its own; the whole batch where there is one.
 
         Running statistics move with each, as published.

@@ -21,7 +21,7 @@ from lightning_norm.normalizers.group_norm import GroupNorm
 from lightning_norm.surgery.options import ResolvedNorm
 from lightning_norm.surgery.torch_layers import FAMILIES, LAZY_BATCH_NORMS
 from lightning_norm.surgery.torch_private import TorchBatchNormBase, move_hooks
-from lightning_norm.surgery.whole import Whole, channels_of, measured_difference, read
+from lightning_norm.surgery.whole import Whole, measured_difference, num_channels_of, read
 
 
 def convert(
@@ -285,7 +285,7 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer], whole: 
     Raises:
         TypeError: the module does not say how many channels it has, or has no channel axis.
     """
-    features = channels_of(module)
+    features = num_channels_of(module)
     arguments: dict[str, Any] = {}
     # torch's LayerNorm normalizes the last axes. With one of them that axis is the channels, as in transformers.
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:

@@ -25,7 +25,7 @@ from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import prepare_swap
 from lightning_norm.surgery.walk import modules_by_name, rename_for_wrappers
-from lightning_norm.surgery.whole import channels_of
+from lightning_norm.surgery.whole import num_channels_of
 
 WEIGHTS = ("state_dict", "model", "model_state_dict", "net")
 """Entries under which the authors' training scripts keep the weights."""
@@ -278,7 +278,7 @@ def _check_places(file: PublishedFile, model: nn.Module, modules: Mapping[str, n
     for name, layer in file.layers.items():
         if name not in modules:
             raise CheckpointError(_no_place(file, name, model, modules))
-        channels, there = channels_of(modules[name]), type(modules[name]).__name__
+        channels, there = num_channels_of(modules[name]), type(modules[name]).__name__
         if channels is None:
             raise CheckpointError(_no_norm(file, name, model, there))
         if channels != layer.num_features:
