@@ -49,9 +49,9 @@ if command -v compute-sanitizer >/dev/null && ((${#dry[@]} == 0)); then
     sanitized=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 99 --log-file "$OUT/sanitizer.txt")
 fi
 ((${#dry[@]})) && export TRITON_INTERPRET=1
-for share in 0 1 2 3; do # four of sixteen cores: values has twelve
+for slice in 0 1 2 3; do # four of sixteen cores: values has twelve
     end=$((${#dry[@]} ? 36000 : 145))
-    timeout -k 3 "$end" "$python" -m benchmarks.gpu.odd_shapes --share "$share/4" --until $(($(date +%s) + end - 5)) "${dry[@]}" >>"$OUT/log.txt" 2>&1 &
+    timeout -k 3 "$end" "$python" -m benchmarks.gpu.odd_shapes --slice "$slice/4" --until $(($(date +%s) + end - 5)) "${dry[@]}" >>"$OUT/log.txt" 2>&1 &
 done
 part values 150 "$python" -m benchmarks.gpu.values
 wait

@@ -47,7 +47,7 @@ def promised(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
         return dtype
     if name.removeprefix("_") in module.ranges:
         return torch.float64
-    return at_least_float32(dtype) if name in (*module.running_names, *module.float32_buffers) else dtype
+    return at_least_float32(dtype) if name in (*module.running_names, *module.extra_buffers.float32) else dtype
 
 
 class CheckError(AssertionError):

@@ -106,7 +106,7 @@ def steps(rank: int, key: str, repeats: int) -> dict[Any, float]:
     for number in range(len(KINDS) * (2 + repeats)):
         kind = KINDS[number % len(KINDS)]
         for layer, window in zip(layers, windows, strict=True):
-            layer.sync, layer.accumulator = kind, window if kind == "running" else None
+            layer.sync, layer._accumulator = kind, window if kind == "running" else None
         begin = time.perf_counter()
         torch.autograd.backward(nn.functional.cross_entropy(run(x), target))
         optimizer.step()
@@ -115,7 +115,7 @@ def steps(rank: int, key: str, repeats: int) -> dict[Any, float]:
         if number >= 2 * len(KINDS):  # the first ones warm up
             seconds[kind].append(time.perf_counter() - begin)
         if kind == "running":
-            windows = [layer.accumulator for layer in layers]
+            windows = [layer._accumulator for layer in layers]
     return {kind: statistics.median(times) * 1e3 for kind, times in seconds.items()}
 
 

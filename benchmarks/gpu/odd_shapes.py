@@ -1,7 +1,7 @@
 """Part (b): every normalizer at shapes that fill no tile, for compute-sanitizer to watch.
 
 Whether an access was out of bounds is the sanitizer's word; here a result must be finite. Before it, while part (a)
-runs, other processes compile what it needs, ``--share 0/4`` to ``3/4``: under the sanitizer there is no time for that.
+runs, other processes compile what it needs, ``--slice 0/4`` to ``3/4``: under the sanitizer there is no time for that.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def tensors(shape: tuple[int, ...], form: str, dtype: torch.dtype, device: str) 
 def run(part: Part, device: str) -> bool:
     """Run the cases until the time is over; tell whether all went well."""
     waiting, good = list(cases(part.dry)), True
-    if part.share is not None:
-        first, of = map(int, part.share.split("/"))
+    if part.slice is not None:
+        first, of = map(int, part.slice.split("/"))
         waiting = waiting[first::of]
     else:
         part.write("shapes", count=len(waiting), shapes=["x".join(map(str, s)) for s in SHAPES])
@@ -72,9 +72,9 @@ def run(part: Part, device: str) -> bool:
             part.fail(what, error)
             good = False
             continue
-        part.write("odd shape" if part.share is None else "warmed up", what=what, finite=finite)
+        part.write("odd shape" if part.slice is None else "warmed up", what=what, finite=finite)
         good = good and finite
-    if waiting and part.share is None:
+    if waiting and part.slice is None:
         part.leave_out(f"{len(waiting)} of the odd shapes")
     return good
 

@@ -19,12 +19,12 @@ class Part:
 
     Args:
         name: of the part.
-        options: of the command line: ``out``, ``until``, ``dry``, ``share``.
+        options: of the command line: ``out``, ``until``, ``dry``, ``slice``.
     """
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.folder, self.dry = name, options.out, options.dry
-        self.end, self.share = options.until or float("inf"), getattr(options, "share", None)
+        self.end, self.slice = options.until or float("inf"), getattr(options, "slice", None)
 
     @property
     def seconds_left(self) -> float:
@@ -67,7 +67,7 @@ def part_of(name: str, description: str | None, argv: Sequence[str] | None = Non
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder of the results; $OUT without")
     parser.add_argument("--until", type=float, help="seconds since 1970 at which to end")
     parser.add_argument("--dry", action="store_true", help="the same code without a GPU, on little")
-    parser.add_argument("--share", help='"1/4": the second of four processes that only warm up for this part')
+    parser.add_argument("--slice", help='"1/4": the second of four processes that only warm up for this part')
     options = parser.parse_args(argv)
     if options.out is None:
         parser.error("no folder for the results. Type --out DIR, or set OUT.")

@@ -151,7 +151,7 @@ class NormFreeze(Described, Callback):
 
     def _freeze_statistics(self, pl_module: pl.LightningModule, layer: nn.Module) -> None:
         if isinstance(layer, Normalizer):
-            if not layer.always_eval:
+            if not layer._always_eval:
                 self._undo.append(functools.partial(_release_statistics, pl_module, layer, layer.training))
                 layer.freeze_statistics()
             return

@@ -46,8 +46,8 @@ def run(argv: Sequence[str]) -> None:
         SystemExit: an argument or a configuration file is wrong.
     """
     # What this parser does not know is left to LightningCLI, which builds the model.
-    own = parser()
-    options, rest = own.parse_known_args(argv)
+    export_parser = parser()
+    options, rest = export_parser.parse_known_args(argv)
     if not options.out.endswith((".pt2", ".onnx")):
         raise ValueError(f"--out must end in .pt2 or .onnx, got {options.out!r}.")
     # Told now, and not after the model was built and loaded.
@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
         require("a .onnx file", "export", "onnx", "onnxscript")
     # Without the callback that saves the configuration: nothing is trained, and no folder is made.
     with without_noise():
-        cli = NormCLI(rest, run=False, save_config_callback=None, parser_kwargs={"also": own_options(own)})
+        cli = NormCLI(rest, run=False, save_config_callback=None, parser_kwargs={"also": own_options(export_parser)})
     model = prepared(cli, options.ckpt_path)
     example = _example(model, options.shape)
     # The layers are changed first, or the file would hold the graph of the swapped network.

@@ -80,7 +80,7 @@ def describe(cls: type[Normalizer]) -> dict[str, Any]:
         "title": cls.paper.title if cls.paper else None,
         "added": dict(cls.extra_parameters),
         "added_to_64": added_to(64, cls),
-        "needs": cls.required_callback,
+        "needs": cls.swap_advice.required_callback,
         "train_uses_batch_stats": cls.train_uses_batch_stats,
         "eval_uses_input_stats": cls.eval_uses_input_stats,
         "preserves_eval": preserves_eval(cls),

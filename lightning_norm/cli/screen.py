@@ -200,7 +200,7 @@ def can_be_timed(trainer: Any, model: pl.LightningModule) -> bool:
         and isinstance(trainer.datamodule, ImageData)
         and trainer.world_size == 1  # ranks would wait for each other
         and not any(isinstance(c, NormSwap) and c.options.compile for c in trainer.callbacks)
-        and not any(isinstance(m, Normalizer) and m.required_callback for m in model.modules())
+        and not any(isinstance(m, Normalizer) and m.swap_advice.required_callback for m in model.modules())
     )
 
 

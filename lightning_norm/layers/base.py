@@ -27,13 +27,14 @@ from lightning_norm.layers.arguments import (
 )
 from lightning_norm.layers.behind import call_behind, fuse_behind, keep_in_evaluation
 from lightning_norm.layers.choice import Choice
+from lightning_norm.layers.declared import SwapAdvice
 from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.layers.inference import Evaluation
 from lightning_norm.layers.paper import Paper as Paper
 from lightning_norm.layers.pausing import is_paused
 from lightning_norm.layers.pooling import ready_window
 from lightning_norm.layers.recomputation import FirstRun, may_run_again, second_run, tell_of_graph
-from lightning_norm.layers.running_stats import keep_float32
+from lightning_norm.layers.running_stats import keep_float32, moves_running_stats
 from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.special_calls import SpecialCalls
 from lightning_norm.layers.state import Loading, restore_precision
@@ -66,14 +67,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     """In evaluation, the output depends on the sample's own statistics."""
     extra_parameters: ClassVar[dict[str, str]] = {}
     """Parameters beyond weight and bias: name -> number of elements, C being the channels."""
-    required_callback: ClassVar[str] = ""
-    """The callback that it does not work without."""
-
-    not_for: ClassVar[dict[str, str]] = {}
-    """Families of torch's layers that it does not replace well -> why, for the warning of a swap."""
-
-    growth_hint: ClassVar[str] = ""
-    """What the user can do about the parameters it adds, for the warning of a swap that adds many."""
+    swap_advice: ClassVar[SwapAdvice] = SwapAdvice()
+    """What a swap tells the user of it."""
 
     test_arguments: ClassVar[dict[str, Any]] = {}
     """Arguments that the conformance suite adds, whose layers have 6 channels."""
@@ -102,7 +97,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     """Pool statistics over the ranks in training; "running" for the running ones alone. As in a swap."""
     sync_group: str | int
     """With which ranks; as in a swap."""
-    sync_paused: bool = False
+    _sync_paused: bool = False
     """``sync`` is off for a while, as ``NormSync`` asks for."""
     _agreed_in: str = ""
     """The process group in which ranks have compared their layers."""
@@ -183,7 +178,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     @property
     def translated_tensors(self) -> tuple[str, ...]:
         """Names of a BatchNorm's tensors that a swap takes over in another form: their values, not the objects."""
-        return tuple(t.source for t in self.translations if t.swapped)
+        return tuple(t.source for t in self._translations if t.swapped)
 
     def take_from(self, source: nn.Module) -> None:
         """Take over Parameters and running statistics: the same objects, but for ``translated_tensors``.
@@ -204,7 +199,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         """
         check_zero_weight(self, source)
         # The values come from a layer that holds them in another form, such as one row per context.
-        values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
+        values = source._as_batch_norm() if isinstance(source, Normalizer) else {}
         # A source may have a bias and no weight, or the other way round: what it lacks is not made up here.
         present = [name for name in ("weight", "bias") if has_affine(source, name)]
         for name in {"weight", "bias"} - {*present} if present else ():
@@ -221,7 +216,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
                 buffer = isinstance(new, nn.Parameter) and not isinstance(old, nn.Parameter)
                 setattr(self, name, nn.Parameter(old.detach(), requires_grad=False) if buffer else old)
         # After the running statistics: what is translated may replace one of them.
-        for translation in self.translations:
+        for translation in self._translations:
             translation.take(self, source)
         # A network that was built in bfloat16 has its statistics in it, which would lose small updates.
         restore_precision(self)
@@ -229,14 +224,14 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     def _taken_names(self, source: nn.Module) -> tuple[str, ...]:
         """Return the names of the tensors that are taken from a layer where both have them."""
         # Another class's counter of the same name may count something else.
-        counters = self.counters if type(source) is type(self) else ()
+        counters = self.extra_buffers.counters if type(source) is type(self) else ()
         return ("weight", "bias", *self.running_names, "num_batches_tracked", *counters)
 
-    def as_batch_norm(self) -> dict[str, Tensor]:
+    def _as_batch_norm(self) -> dict[str, Tensor]:
         """Return the values, (C,), of those of a BatchNorm's tensors that this class holds in another form."""
         return {}
 
-    def follow(self, name: str, before: Tensor, now: Tensor) -> None:
+    def _follow(self, name: str, before: Tensor, now: Tensor) -> None:
         """Change a tensor that :meth:`as_batch_norm` gives in another form as that form, (C,), was changed."""
 
     def return_to(self, source: nn.Module) -> None:
@@ -250,18 +245,18 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         # What both have and the swap did not take, such as the importance weights of two SwitchableNorms or a scheduled
         # value, is the source's as it was.
         names = self._taken_names(source)
-        values = source.as_batch_norm() if isinstance(source, Normalizer) else {}
+        values = source._as_batch_norm() if isinstance(source, Normalizer) else {}
         for name, old in (*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)):
             new = getattr(self, name, None) if name in names else None
             if isinstance(new, Tensor) and name in values and name not in self.translated_tensors:
-                source.follow(name, values[name].to(new), new.detach())  # type: ignore[operator]  # a Normalizer
+                source._follow(name, values[name].to(new), new.detach())  # type: ignore[operator]  # a Normalizer
             elif isinstance(new, Tensor) and name not in self.translated_tensors:
                 # A network built in bfloat16 gets its statistics back in it.
                 narrow = name in self.running_names and old.dtype.itemsize < 4
                 new = new.to(old.dtype) if narrow else new
                 setattr(source, name, new if isinstance(old, nn.Parameter) else new.detach())
-        for translation in self.translations:
-            translation.give_back(self, source)
+        for translation in self._translations:
+            translation.return_to(self, source)
 
     def freeze_statistics(self, frozen: bool = True) -> Self:
         """Normalize by the running statistics in training as well, and leave them as they are; ``train()`` keeps that.
@@ -286,12 +281,12 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         keep_in_evaluation(self, frozen)
         return self
 
-    def settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments that the layer was built with, with what follows from the channels written out."""
         return dict(arguments)
 
     @classmethod
-    def earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a checkpoint, with those that it leaves out since their default was another one."""
         return dict(arguments)
 
@@ -327,7 +322,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
 
 def has_affine(layer: nn.Module, name: str) -> bool:
     """Tell whether a layer has a "weight" or a "bias", in another form perhaps."""
-    forms = layer.translations if isinstance(layer, Normalizer) else ()
+    forms = layer._translations if isinstance(layer, Normalizer) else ()
     return any(getattr(layer, n, None) is not None for n in (name, *(t.target for t in forms if t.source == name)))
 
 
@@ -481,7 +476,7 @@ class MomentNorm(SpecialCalls, Normalizer):
         Raises:
             MaskError: a mask that does not fit x.
         """
-        if mask is not None or self._special or self.behind or not isinstance(input, Tensor):
+        if mask is not None or self._special or self._behind or not isinstance(input, Tensor):
             return self._call_whole(input, activation, residual, mask)
         return self._normalize(input, activation, residual)
 
@@ -491,7 +486,7 @@ class MomentNorm(SpecialCalls, Normalizer):
             return _node_of(self, input, activation, residual, mask)
         activation, modules = fuse_behind(self, activation)
         if (mask is not None or self._special) and isinstance(input, Tensor) and input.dim() > 1:
-            y = self._call_specially(input, activation, residual, mask)
+            y = self._call_with_mask_or_ghost_batches(input, activation, residual, mask)
         else:
             y = self._normalize(input, activation, residual)
         return call_behind(self, y, modules)
@@ -515,24 +510,26 @@ class MomentNorm(SpecialCalls, Normalizer):
                 keep_float32(self)
                 keep_exact(self)
             if twice:
-                return self._normalize_twice(input, activation, residual, valid)
+                return self._normalize_checkpointed(input, activation, residual, valid)
             if self.compiled or torch_private.is_transformed():
-                return self._normalize_specially(input, activation, residual, valid)
-        elif self.moves_running_stats and torch_private.is_traced_in_checkpoint():
+                return self._normalize_in_graph_or_transform(input, activation, residual, valid)
+        elif moves_running_stats(self) and torch_private.is_traced_in_checkpoint():
             tell_of_graph(type(self).__name__)
         return _forward(self, input, activation, residual, valid)
 
-    def _normalize_twice(self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None) -> Tensor:
+    def _normalize_checkpointed(
+        self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None
+    ) -> Tensor:
         """Normalize for activation checkpointing: the first time, or once more in the backward pass."""
         if torch_private.in_backward_pass():
             with second_run(self, input):
-                return self._normalize_specially(input, activation, residual, valid)
+                return self._normalize_in_graph_or_transform(input, activation, residual, valid)
         first_run = FirstRun(self, input)
-        y = self._normalize_specially(input, activation, residual, valid)
+        y = self._normalize_in_graph_or_transform(input, activation, residual, valid)
         first_run.keep(self, y)
         return y
 
-    def _normalize_specially(
+    def _normalize_in_graph_or_transform(
         self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None
     ) -> Tensor:
         """Normalize by the layer's own graph, or where a transform may refuse that running statistics move."""
@@ -552,7 +549,7 @@ class MomentNorm(SpecialCalls, Normalizer):
         try:
             return _forward(self, input, activation, residual, valid)
         except RuntimeError as error:
-            tracked = self.num_batches_tracked if self.moves_running_stats else None
+            tracked = self.num_batches_tracked if moves_running_stats(self) else None
             if tracked is not None and torch_private.is_captured(tracked):
                 raise RuntimeError(_REFUSED_CHANGE.format(who=type(self).__name__)) from error
             raise
@@ -622,7 +619,7 @@ class MomentNorm(SpecialCalls, Normalizer):
         names = [name for name in names if name in arguments_of(type(self))]
         shown = [f"{name}={getattr(self, name)!r}" for name in (*names, *self.repr_arguments)]
         shown += ["bias=False"] * (self.affine and self.bias is None)
-        shown += ["statistics=frozen"] * self.always_eval
+        shown += ["statistics=frozen"] * self._always_eval
         shown += [f"virtual_batch_size={self.virtual_batch_size}"] * (self.virtual_batch_size is not None)
         return ", ".join([str(self.num_features), *shown])
 
@@ -652,14 +649,14 @@ def _node_of(layer: MomentNorm, x: Any, activation: str, residual: Any, mask: An
 
 
 def _ranks_of(layer: MomentNorm) -> Ranks | None:
-    pools = is_running() and (layer.train_uses_batch_stats or layer.moves_running_stats)
-    now = bool(layer.sync) and layer.sync != "running" and not layer.sync_paused
+    pools = is_running() and (layer.train_uses_batch_stats or moves_running_stats(layer))
+    now = bool(layer.sync) and layer.sync != "running" and not layer._sync_paused
     return active_ranks(now, layer.training, layer.sync_group) if pools else None
 
 
 def _of_empty(layer: MomentNorm, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
     """Return the output for a batch without samples in training: as in torch, the batch counts and moves nothing."""
-    if layer.moves_running_stats and layer.num_batches_tracked is not None and layer.accumulator is None:
+    if moves_running_stats(layer) and layer.num_batches_tracked is not None and layer._accumulator is None:
         layer.num_batches_tracked.add_(1)
     y = x
     for parameter in layer._parameters.values():
@@ -673,7 +670,7 @@ def _agree_once(layer: MomentNorm, ranks: Ranks, x: Tensor) -> None:
     # In a graph nothing can be told; what differs there is told by torch, or by NormSwap before the training.
     if layer._agreed_in != ranks.group and not torch.compiler.is_compiling():
         settings = f"sync_group={layer.sync_group!r}, affine={[n for n, _ in layer.named_parameters(recurse=False)]}"
-        ranks.agree(f"{layer.place or 'a layer'}: {type(layer).__name__}({layer.extra_repr()}, {settings})", x.device)
+        ranks.agree(f"{layer._place or 'a layer'}: {type(layer).__name__}({layer.extra_repr()}, {settings})", x.device)
         layer._agreed_in = ranks.group
 
 
@@ -699,7 +696,7 @@ def _forward(
     if valid is not None or layer.per_token:
         return _forward_positions(layer, x, layout, moments, ranks, activation, residual, valid)
     # The kernels move the running statistics themselves and know nothing of an accumulator.
-    accumulates = layer.training and layer.accumulator is not None
+    accumulates = layer.training and layer._accumulator is not None
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
     algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
     return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))

@@ -117,21 +117,21 @@ class Behind(nn.Module):
     A ReLU or SiLU right behind is computed in the pass that writes y, unless a hook is registered on it.
     """
 
-    behind: tuple[str, ...] = ()
+    _behind: tuple[str, ...] = ()
     """Names of the children that are called behind the normalization, in this order."""
 
-    taken_from: TakenActivation | None = None
+    _taken_from: TakenActivation | None = None
     """What stands in the place of the activation that the layer has taken over."""
 
-    always_eval: bool = False
+    _always_eval: bool = False
     """``train()`` leaves the layer itself in evaluation: its statistics are frozen."""
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the layer and its children; see :attr:`always_eval`."""
+        """Set the mode of the layer and its children; see :func:`keep_in_evaluation`."""
         super().train(mode)
         # nn.Module.train() sets the children as well, which follow the model; this layer alone stays behind. What was
         # asked for is noted for whoever ends the freeze.
-        if self.always_eval:
+        if self._always_eval:
             vars(self)["_mode"], self.training = mode, False
         return self
 
@@ -152,7 +152,7 @@ def add_children(layer: Behind, children: dict[str, nn.Module | None], behind: t
             raise TypeError(f"{type(layer).__name__} has an attribute {name!r}, and the layer a module of that name")
         layer.add_module(name, child)
     if behind:
-        layer.behind = behind
+        layer._behind = behind
 
 
 def compute_activation(layer: Behind, activation: nn.Module, place: TakenActivation) -> None:
@@ -161,36 +161,36 @@ def compute_activation(layer: Behind, activation: nn.Module, place: TakenActivat
     Raises:
         TypeError: the layer has a module of that name.
     """
-    add_children(layer, {ACTIVATION: activation}, (*layer.behind, ACTIVATION))
+    add_children(layer, {ACTIVATION: activation}, (*layer._behind, ACTIVATION))
     # By vars: as an attribute it would be a child, and have two places in the model.
-    vars(layer)["taken_from"] = place
+    vars(layer)["_taken_from"] = place
 
 
 def give_activation(layer: Behind) -> nn.Module | None:
     """Give up an activation that was taken over, and return it; ``None`` if there is none."""
-    place = vars(layer).pop("taken_from", None)
+    place = vars(layer).pop("_taken_from", None)
     if place is None:
         return None
-    layer.behind = tuple(name for name in layer.behind if name != ACTIVATION)
+    layer._behind = tuple(name for name in layer._behind if name != ACTIVATION)
     return layer._modules.pop(ACTIVATION)
 
 
 def modules_behind(layer: Behind) -> list[nn.Module]:
     """Return the modules that are called behind the normalization, in their order."""
-    children_behind = [layer._modules.get(name) for name in layer.behind]
+    children_behind = [layer._modules.get(name) for name in layer._behind]
     return [module for module in children_behind if module is not None]
 
 
 def keep_in_evaluation(layer: Behind, always: bool, mode: bool | None = None) -> None:
-    """Set :attr:`Behind.always_eval`, with a mode or the one last asked for; the layer's children are left alone."""
+    """Set :attr:`Behind._always_eval`, with a mode or the one last asked for; the layer's children are left alone."""
     mode = requested_mode(layer) if mode is None else mode
-    layer.always_eval, layer.training = always, mode and not always
+    layer._always_eval, layer.training = always, mode and not always
     vars(layer)["_mode"] = mode
 
 
 def requested_mode(layer: nn.Module) -> bool:
     """Return the mode that ``train()`` or ``eval()`` last asked for."""
-    return bool(vars(layer).get("_mode", True)) if getattr(layer, "always_eval", False) else layer.training
+    return bool(vars(layer).get("_mode", True)) if getattr(layer, "_always_eval", False) else layer.training
 
 
 def fuse_behind(layer: Behind, activation: str) -> tuple[str, list[nn.Module]]:
@@ -212,7 +212,7 @@ def with_modules_behind(layer: Behind, plain: nn.Module) -> nn.Module:
     As the class of timm's that does so, where timm is loaded: keys of the ``state_dict`` and attributes are then
     those of the original network. Otherwise an ``nn.Sequential``.
     """
-    children = {name: m for name, m in layer._modules.items() if m is not None and name in layer.behind}
+    children = {name: m for name, m in layer._modules.items() if m is not None and name in layer._behind}
     if not children:
         return plain
     # Looked up and not imported: whoever has such a layer has imported timm.
@@ -224,12 +224,12 @@ def with_modules_behind(layer: Behind, plain: nn.Module) -> nn.Module:
         for name, module in children.items():
             whole.add_module(name, module)
         return whole
-    return nn.Sequential(OrderedDict(norm=plain, **{name: children[name] for name in layer.behind}))
+    return nn.Sequential(OrderedDict(norm=plain, **{name: children[name] for name in layer._behind}))
 
 
 def without_normalization(layer: Behind) -> nn.Module:
     """Return what is left of the layer once its normalization is folded into another one."""
-    children = OrderedDict((name, m) for name in layer.behind if (m := layer._modules.get(name)) is not None)
+    children = OrderedDict((name, m) for name in layer._behind if (m := layer._modules.get(name)) is not None)
     if all(type(m) is nn.Identity for m in children.values()):
         return nn.Identity()
     return nn.Sequential(children)
@@ -239,8 +239,8 @@ def call_behind(layer: Behind, y: Tensor, modules: list[nn.Module]) -> Tensor:
     """Return what ``modules`` make of y, one after the other."""
     for module in modules:
         y = module(y)
-    if layer.taken_from is not None and not torch.compiler.is_compiling():
-        layer.taken_from.expect(y)
+    if layer._taken_from is not None and not torch.compiler.is_compiling():
+        layer._taken_from.expect(y)
     return y
 
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.base import MomentNorm
+from lightning_norm.layers.declared import ExtraBuffers, Unsupported
 from lightning_norm.layers.running_stats import (
     count_batch,
     count_skipped,
     fits,
     is_usable,
+    moves_running_stats,
     running_buffers,
     update_running,
     write,
@@ -22,6 +24,10 @@ from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
+
+_NO_WINDOW = Unsupported(
+    window="it normalizes by its running statistics in training, which each batch has to move first"
+)
 
 
 class BlendedNorm(MomentNorm):
@@ -39,9 +45,7 @@ class BlendedNorm(MomentNorm):
         options: see :class:`MomentNorm`.
     """
 
-    counters: ClassVar[tuple[str, ...]] = ("updates",)
-    float32_buffers: ClassVar[tuple[str, ...]] = ("blend_mean", "blend_std", "blend_var")
-    no_window = "it normalizes by its running statistics in training, which each batch has to move first"
+    extra_buffers: ClassVar[ExtraBuffers] = ExtraBuffers(("updates",), ("blend_mean", "blend_std", "blend_var"))
     averages_blend: bool = False
     """The blend has buffers of its own, and the running statistics average it; set before ``__init__``."""
     updates: Tensor
@@ -80,9 +84,14 @@ class BlendedNorm(MomentNorm):
                 self.register_buffer(name, self.get_buffer(running).clone())
 
     @property
+    def unsupported(self) -> Unsupported:
+        """No window: in training it normalizes by its running statistics."""
+        return _NO_WINDOW
+
+    @property
     def train_uses_running_stats(self) -> bool:
         """Always, as long as they move."""
-        return self.moves_running_stats
+        return moves_running_stats(self)
 
     @property
     def running_names(self) -> tuple[str, str]:
@@ -95,7 +104,7 @@ class BlendedNorm(MomentNorm):
         return ("blend_mean", f"blend_{self.average}") if self.averages_blend else self.running_names
 
     @property
-    def translations(self) -> tuple[Translation, ...]:
+    def _translations(self) -> tuple[Translation, ...]:
         """A BatchNorm's variance becomes a standard deviation, and that of another such layer a variance."""
         form = std_of_var if self.average == "std" else var_of_std
         return (form(self.eps), *(form(self.eps, "blend") for _ in range(self.averages_blend)))
@@ -174,9 +183,9 @@ class BlendedNorm(MomentNorm):
                 what is returned.
             m: the moments they come from.
         """
-        if not self.moves_running_stats:
+        if not moves_running_stats(self):
             return self._blended(batch)[0]
-        if self.accumulator is None:
+        if self._accumulator is None:
             return self.move(batch, m.count)
         blend = self._blended(batch)[0]
         update_running(self, Moments(m.mean, m.var, m.count))

@@ -116,7 +116,7 @@ class ConvolvedNorm(MomentNorm):
         off = (energy - centre) / energy.clamp_min(torch.finfo(kernel.dtype).tiny)
         return {"off_center": off, "kernel_norm": kernel.norm(dim=1).mean()}
 
-    def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
+    def _arguments_that_fit(self, name: str, tensor: Tensor) -> str:
         """Return the arguments of a checkpoint's kernel."""
         if name != "kernel" or tensor.dim() < 3 or tensor.shape[0] != self.num_features:
             return ""

@@ -1,9 +1,53 @@
-"""Declarations of a class that some of its arguments change."""
+"""Declarations of a class: those that some of its arguments change, and those of several fields."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """What a layer cannot do: each field is the reason, for messages, and empty where it can.
+
+    Args:
+        mask: be called with a mask.
+        recalibration: have its running statistics estimated anew from some batches.
+        window: move its running statistics at the end of a window of batches, in place of after each.
+    """
+
+    mask: str = ""
+    recalibration: str = ""
+    window: str = ""
+
+
+@dataclass(frozen=True)
+class SwapAdvice:
+    """What a swap tells the user of a method.
+
+    Args:
+        required_callback: the callback that its layers do not work without.
+        not_for: families of torch's layers that it does not replace well -> why.
+        growth: what to do about its parameters, where a swap adds many.
+    """
+
+    required_callback: str = ""
+    not_for: Mapping[str, str] = field(default_factory=dict)
+    growth: str = ""
+
+
+@dataclass(frozen=True)
+class ExtraBuffers:
+    """Names of buffers beyond those of a BatchNorm.
+
+    Args:
+        counters: integers that a resumed run needs; a BatchNorm's checkpoint has none of them, and they start at 0.
+        float32: those that stay in float32 at least.
+    """
+
+    counters: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
 
 
 class _Declared:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.arguments import stateless
 from lightning_norm.layers.base import MomentNorm
+from lightning_norm.layers.declared import SwapAdvice
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import compiled_forward
 from lightning_norm.ops.layout import Layout, at_least_float32, layout_of, without_autocast
@@ -43,10 +44,12 @@ class ElementwiseNorm(MomentNorm):
     eval_uses_input_stats: ClassVar[bool] = False
     extra_parameters: ClassVar[dict[str, str]] = {"alpha": "1"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("alpha_init",)
-    not_for: ClassVar[dict[str, str]] = {
-        "BatchNorm": "its authors replace LayerNorm by it, and report that it does not replace BatchNorm without loss; "
-        "type source='LayerNorm', or choose another method"
-    }
+    swap_advice: ClassVar[SwapAdvice] = SwapAdvice(
+        not_for={
+            "BatchNorm": "its authors replace LayerNorm by it, and report that it does not replace BatchNorm without "
+            "loss; type source='LayerNorm', or choose another method"
+        }
+    )
     shifted: ClassVar[bool] = False
     """Learn s, ``offset``, which starts at 0."""
     alpha: nn.Parameter

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_norm.kernels.mixture.flags import MixtureFlags
 from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
 from lightning_norm.layers.pausing import is_paused
-from lightning_norm.layers.running_stats import reads_copies
+from lightning_norm.layers.running_stats import moves_running_stats, reads_copies
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.fused import recorded
 from lightning_norm.ops.fused.mixture import CONVOLVED, MixtureSpec, Running
@@ -169,7 +169,7 @@ def _tensors(layer: Any) -> tuple[Tensor | None, ...]:
 
 def uses_running_stats(layer: Any) -> bool:
     """Tell whether the next forward pass reads or moves the running statistics."""
-    uses: bool = layer.moves_running_stats if layer.training else layer.has_running_stats
+    uses: bool = moves_running_stats(layer) if layer.training else layer.has_running_stats
     return uses
 
 

@@ -159,7 +159,7 @@ def deployed(layer: Evaluation, dims: int | None = None) -> nn.Module | None:
     plain = layer.plain(dims)
     if plain is None:
         return None
-    if layer.always_eval and isinstance(plain, tuple(BATCH_NORMS.values())):
+    if layer._always_eval and isinstance(plain, tuple(BATCH_NORMS.values())):
         frozen = _frozen_class(layer, plain)
         if frozen is not None:
             return frozen
@@ -186,7 +186,7 @@ def _frozen_class(layer: Evaluation, plain: nn.Module) -> nn.Module | None:
     vars(frozen)["eps"] = plain.eps
     for name, t in tensors.items():
         frozen.register_buffer(name, t.detach())
-    for name in layer.behind:
+    for name in layer._behind:
         frozen.add_module(name, layer._modules[name])
     return frozen
 

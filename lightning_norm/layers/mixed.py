@@ -57,12 +57,12 @@ class MixedNorm(MomentNorm):
             self.num_groups = number_of_groups(name, self.num_features, num_groups, channels_per_group)
         self._add_parameters(options, mean_weight=(len(choices),), var_weight=(len(choices),))
 
-    def settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments with the number of groups where there are groups, and without where there are none."""
         return settled_groups(type(self), arguments, self.num_groups if "gn" in self.choices else None)
 
     @classmethod
-    def earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments, with the 32 groups that no number has meant before "auto"."""
         groups = "gn" in (arguments.get("choices") or ()) and "num_groups" in arguments_of(cls)
         return {**({"num_groups": 32} if groups else {}), **arguments}
@@ -106,7 +106,7 @@ class MixedNorm(MomentNorm):
         why = "correction=1: the plain normalizer's variance is biased" if biased else ""
         return Choice(mean, min(weights), why, {"num_groups": self.num_groups} if mean == "gn" else {})
 
-    def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
+    def _arguments_that_fit(self, name: str, tensor: Tensor) -> str:
         """Return the choices behind a checkpoint's weights."""
         known = {2: '("in", "ln") or, for the authors\' 1d layer, ("ln", "bn")', 3: '("in", "ln", "bn")'}
         fit = known.get(tensor.numel(), f"the {tensor.numel()} statistics of the checkpoint")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_norm.errors import SyncWarning
 from lightning_norm.layers.accumulators import AccumulationWindow
-from lightning_norm.layers.running_stats import close_window, open_window
+from lightning_norm.layers.running_stats import close_window, moves_running_stats, open_window
 from lightning_norm.ops.sync import Ranks, active_ranks
 
 
@@ -29,10 +29,10 @@ def ready_window(layer: Any) -> None:
     if torch.compiler.is_compiling():
         refuse_without_window(layer)
         return
-    window = layer.accumulator
+    window = layer._accumulator
     if layer.training:
         # At the first batch and not before, for only then is it certain which ranks there are.
-        if window is None and layer.moves_running_stats and ranks_of_window(layer) is not None:
+        if window is None and moves_running_stats(layer) and ranks_of_window(layer) is not None:
             open_window(layer)
     elif isinstance(window, AccumulationWindow) and not window.agreed_in:
         warnings.warn(
@@ -50,7 +50,7 @@ def refuse_without_window(layer: Any) -> None:
     Raises:
         RuntimeError: no window is open, and in a graph none can be opened.
     """
-    if layer.accumulator is None and layer.moves_running_stats and ranks_of_window(layer) is not None:
+    if layer._accumulator is None and moves_running_stats(layer) and ranks_of_window(layer) is not None:
         raise RuntimeError(
             "a network with sync='running' is compiled as a whole before its windows are open. Call "
             "lightning_norm.pool_statistics(model) once before the first step, and after each optimizer step."
@@ -59,7 +59,7 @@ def refuse_without_window(layer: Any) -> None:
 
 def ranks_of_window(layer: Any) -> Ranks | None:
     """Return the ranks with which a layer pools once per optimizer step, ``None`` for none."""
-    return active_ranks(layer.sync == "running" and not layer.sync_paused, True, layer.sync_group)
+    return active_ranks(layer.sync == "running" and not layer._sync_paused, True, layer.sync_group)
 
 
 def attend(layers: Iterable[Any]) -> None:
@@ -73,15 +73,15 @@ def attend(layers: Iterable[Any]) -> None:
     """
     for ranks, pooled in _by_ranks(layers).items():
         for layer in pooled:
-            if layer.accumulator is None:
+            if layer._accumulator is None:
                 open_window(layer)
         # Once per process group: a rank with another layer would wait in the all-reduce for numbers that never come.
-        if any(layer.accumulator.agreed_in != ranks.group for layer in pooled):
+        if any(layer._accumulator.agreed_in != ranks.group for layer in pooled):
             # One text for all of them: it is hashed, and shown only where ranks differ.
-            said = (f"{layer.place} {type(layer).__name__}{tuple(layer.accumulator.mean.shape)}" for layer in pooled)
-            ranks.agree("; ".join(said), pooled[0].accumulator.mean.device)
+            said = (f"{layer._place} {type(layer).__name__}{tuple(layer._accumulator.mean.shape)}" for layer in pooled)
+            ranks.agree("; ".join(said), pooled[0]._accumulator.mean.device)
             for layer in pooled:
-                layer.accumulator.agreed_in = ranks.group
+                layer._accumulator.agreed_in = ranks.group
 
 
 @torch.no_grad()
@@ -93,8 +93,10 @@ def move_by_windows(layers: Sequence[Any]) -> None:
     attend(layers)
     for ranks, pooled in _by_ranks(layers).items():
         # A rank that skipped a batch has counted fewer than the others.
-        counters = [layer.get_buffer(name) for layer in pooled for name in layer.counters if hasattr(layer, name)]
-        pool_windows([layer.accumulator for layer in pooled], ranks, counters)
+        counters = [
+            layer.get_buffer(name) for layer in pooled for name in layer.extra_buffers.counters if hasattr(layer, name)
+        ]
+        pool_windows([layer._accumulator for layer in pooled], ranks, counters)
     for layer in layers:
         close_window(layer)
 
@@ -125,14 +127,14 @@ def pool_windows(windows: Sequence[AccumulationWindow], ranks: Ranks, counters: 
     for window in windows:
         assert window.shift is not None
         apart = window.mean - window.shift
-        spread = window.var + apart.square() if window.between else window.var
-        packed += [window.count, window.count * apart, window.count * spread]
+        square = window.var + apart.square() if window.between else window.var
+        packed += [window.count, window.count * apart, window.count * square]
     # The greatest of some integers by a sum: each rank writes its own into a row of zeros.
     places = _at_rank(counters, ranks, packed[0])
     total = ranks.sum(_joined([*packed, places]))
-    for window, (n, moved, spread) in zip(windows, _split(total, windows, 3), strict=True):
+    for window, (n, moved, square) in zip(windows, _split(total, windows, 3), strict=True):
         assert window.shift is not None
-        moved, var = moved / n.clamp_min(1), spread / n.clamp_min(1)
+        moved, var = moved / n.clamp_min(1), square / n.clamp_min(1)
         if window.between:
             # Two nearly equal numbers, whose difference may round to less than 0.
             var = (var - moved.square()).clamp_min(0)

@@ -36,6 +36,19 @@ class PublishedLayer:
     ask: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PublishedNames:
+    """Names in the files of a paper's authors, and what becomes of them.
+
+    Args:
+        tensors: names, or their beginnings up to a dot, that do not load as they are.
+        layers: regular expression -> replacement: names of layers in the authors' networks, as torchvision has them.
+    """
+
+    tensors: tuple[str, ...] = ()
+    layers: Mapping[str, str] = field(default_factory=dict)
+
+
 class PublishedEntries(Mapping[str, Any]):
     """The entries of a file under one layer's name; :meth:`take` checks each and remembers that it was read.
 

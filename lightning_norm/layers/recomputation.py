@@ -86,19 +86,19 @@ def tell_of_graph(who: str) -> None:
 def second_run(layer: Any, x: Tensor) -> Iterator[None]:
     """Run a layer that is in training on copies of its buffers: as they are, or as its first run on x found them."""
     # Copies stand in for the buffers: whatever the layer writes, the real ones are put back untouched.
-    now, accumulator = dict(layer._buffers), layer.accumulator
+    now, accumulator = dict(layer._buffers), layer._accumulator
     layer._buffers.update({name: b.clone() for name, b in now.items() if b is not None})
     if layer.train_uses_running_stats:
         layer._buffers.update(_buffers_of_first_run(layer, x))
     if accumulator is not None:
         # Past ``__setattr__``, which would forget what the compiled graph of the layer is.
-        vars(layer)["accumulator"] = copy.deepcopy(accumulator)
+        vars(layer)["_accumulator"] = copy.deepcopy(accumulator)
     try:
         yield
     finally:
         layer._buffers.update(now)
         if accumulator is not None:
-            vars(layer)["accumulator"] = accumulator
+            vars(layer)["_accumulator"] = accumulator
 
 
 def _buffers_of_first_run(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:

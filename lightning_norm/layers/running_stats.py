@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_norm.layers.accumulators import AccumulationWindow, StatisticsAccumulator
+from lightning_norm.layers.declared import ExtraBuffers, Unsupported
 from lightning_norm.layers.pausing import is_paused
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Moments, to_var
+
+_NOTHING = Unsupported()
 
 
 class RunningStats(nn.Module):
@@ -35,15 +38,12 @@ class RunningStats(nn.Module):
     (tensor([2., 2.]), 1, torch.float32)
     """
 
-    counters: ClassVar[tuple[str, ...]] = ()
-    """Further integers that a resumed run needs; a BatchNorm's checkpoint has none of them, and they start at 0."""
-
-    float32_buffers: ClassVar[tuple[str, ...]] = ()
-    """Further buffers that stay in float32 at least."""
-    includes_between_var: ClassVar[bool] = True
+    extra_buffers: ClassVar[ExtraBuffers] = ExtraBuffers()
+    """Buffers beyond a BatchNorm's that need more than to be registered."""
+    _includes_between_var: ClassVar[bool] = True
     """The running variance is that of all samples together: it includes the variance between their means."""
 
-    accumulator: StatisticsAccumulator | AccumulationWindow | None = None
+    _accumulator: StatisticsAccumulator | AccumulationWindow | None = None
     """Takes the statistics of each training step in place of the running ones: a :class:`StatisticsAccumulator` while
     those are re-estimated, an :class:`AccumulationWindow` where they move once per optimizer step."""
 
@@ -60,14 +60,9 @@ class RunningStats(nn.Module):
         return "running_mean", "running_var"
 
     @property
-    def no_recalibration(self) -> str:
-        """Why the running statistics cannot be re-estimated from some batches; empty where they can."""
-        return ""
-
-    @property
-    def no_window(self) -> str:
-        """Why the running statistics cannot wait for the end of a window of batches; empty where they can."""
-        return ""
+    def unsupported(self) -> Unsupported:
+        """What the layer cannot do, and why; a class that cannot do it with any arguments writes it as an attribute."""
+        return _NOTHING
 
     @property
     def train_uses_running_stats(self) -> bool:
@@ -78,16 +73,6 @@ class RunningStats(nn.Module):
     def has_running_stats(self) -> bool:
         """Whether there are running statistics to evaluate on: as in torch by the buffers, and not by the flag."""
         return all(self._buffers.get(name) is not None for name in self.running_names)
-
-    @property
-    def trains_with_running_stats(self) -> bool:
-        """Whether the layer is in training and has running statistics that belong to it."""
-        return self.training and self.track_running_stats and self.has_running_stats
-
-    @property
-    def moves_running_stats(self) -> bool:
-        """Whether the next forward pass moves the running statistics: not while they are paused."""
-        return self.trains_with_running_stats and not (self._statistics_paused and is_paused(self))
 
     def _make_running_stats(
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
@@ -102,7 +87,7 @@ class RunningStats(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device) if track else None)
         # Not saved: a checkpoint must have the keys of torch's BatchNorm and no others.
         self.register_buffer("skipped_updates", torch.tensor(0, device=device) if track else None, persistent=False)
-        for name in self.counters:
+        for name in self.extra_buffers.counters:
             self.register_buffer(name, torch.tensor(0, device=device) if track else None)
 
     def track(self, m: Moments) -> Moments:
@@ -112,7 +97,7 @@ class RunningStats(nn.Module):
         """
         if not self.training:
             return self.running() if self.has_running_stats else m
-        if self.moves_running_stats:
+        if moves_running_stats(self):
             update_running(self, m)
         return m
 
@@ -147,14 +132,14 @@ class RunningStats(nn.Module):
         (tensor([0., 0.]), tensor(0))
         """
         if self.track_running_stats:
-            for name in (*self.running_names, "num_batches_tracked", "skipped_updates", *self.counters):
+            for name in (*self.running_names, "num_batches_tracked", "skipped_updates", *self.extra_buffers.counters):
                 buffer = self._buffers.get(name)
                 if buffer is not None:
                     buffer.fill_(name == self.running_names[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the buffers with the layer, and keep the statistics in float32 at least."""
-        before = {name: getattr(self, name, None) for name in (*self.running_names, *self.float32_buffers)}
+        before = {name: getattr(self, name, None) for name in (*self.running_names, *self.extra_buffers.float32)}
         unsaved = self._non_persistent_buffers_set
         unmade = [name for name, t in self.named_buffers(recurse=False) if t.is_meta and name in unsaved]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -168,6 +153,16 @@ class RunningStats(nn.Module):
             if old is not None and new is not None and new.dtype != at_least_float32(new.dtype):
                 setattr(self, name, old.to(new.device, at_least_float32(old.dtype)))
         return self
+
+
+def trains_with_running_stats(layer: RunningStats) -> bool:
+    """Tell whether the layer is in training and has running statistics that belong to it."""
+    return layer.training and layer.track_running_stats and layer.has_running_stats
+
+
+def moves_running_stats(layer: RunningStats) -> bool:
+    """Tell whether the next forward pass moves the running statistics: not while they are paused."""
+    return trains_with_running_stats(layer) and not (layer._statistics_paused and is_paused(layer))
 
 
 def reads_copies() -> bool:
@@ -189,7 +184,7 @@ def running_buffers(layer: RunningStats, names: tuple[str, str] | None = None) -
 def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None) -> None:
     """Move the running statistics towards m, or accumulate it, unless a 0-dim ``wanted`` is false."""
     mean, var = layer.running_target(m)
-    if layer.accumulator is not None:
+    if layer._accumulator is not None:
         _accumulate(layer, m, mean, var, wanted)
         return
     usable = is_usable(layer, mean, var, m.count)
@@ -200,12 +195,12 @@ def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None
 def _accumulate(layer: RunningStats, m: Moments, mean: Tensor, var: Tensor, wanted: Tensor | None) -> None:
     """Hand moments to the layer's accumulator, given what the running statistics would move towards."""
     values = _for_accumulator(layer, m, mean, var)
-    if isinstance(layer.accumulator, StatisticsAccumulator):
+    if isinstance(layer._accumulator, StatisticsAccumulator):
         # It leaves out, and counts, what is not finite by itself.
-        layer.accumulator.add(*values)
-    elif layer.accumulator is not None:
+        layer._accumulator.add(*values)
+    elif layer._accumulator is not None:
         usable = is_usable(layer, mean, var, m.count)
-        layer.accumulator.add(*values, usable if wanted is None else usable & wanted)
+        layer._accumulator.add(*values, usable if wanted is None else usable & wanted)
 
 
 @torch_private.without_gradients
@@ -265,22 +260,22 @@ def open_window(layer: RunningStats) -> None:
     Raises:
         ValueError: there are no running statistics, or they cannot wait.
     """
-    if not layer.track_running_stats or not layer.has_running_stats or layer.no_window:
-        raise ValueError(f"{type(layer).__name__}: {layer.no_window or 'it keeps no running statistics'}.")
+    if not layer.track_running_stats or not layer.has_running_stats or layer.unsupported.window:
+        raise ValueError(f"{type(layer).__name__}: {layer.unsupported.window or 'it keeps no running statistics'}.")
     stat = layer.get_buffer(layer.running_names[0])
     # One row of all channels, or with contexts one row for each.
     features = stat.shape[-1]
     shape = (stat.numel() // features, features)
-    layer.accumulator = AccumulationWindow(shape, layer.includes_between_var, stat.device)
+    layer._accumulator = AccumulationWindow(shape, layer._includes_between_var, stat.device)
 
 
 @torch.no_grad()
 def close_window(layer: RunningStats) -> None:
     """Move the running statistics by what the window gathered, as if it had been one batch, and empty it."""
-    if isinstance(layer.accumulator, AccumulationWindow):
-        layer._move_by_window(layer.accumulator.moments())
+    if isinstance(layer._accumulator, AccumulationWindow):
+        layer._move_by_window(layer._accumulator.moments())
         # The window stays open and starts anew with the next batch.
-        layer.accumulator.clear()
+        layer._accumulator.clear()
 
 
 @torch.no_grad()
@@ -303,7 +298,7 @@ def keep_float32(layer: Any) -> None:
     stat = layer._buffers.get(layer.running_names[0])
     if stat is None or stat.dtype == at_least_float32(stat.dtype):
         return
-    for name in (*layer.running_names, *layer.float32_buffers):
+    for name in (*layer.running_names, *layer.extra_buffers.float32):
         buffer = getattr(layer, name, None)
         if buffer is not None:
             # By ``data``, because FSDP and compiled graphs hold the buffer itself.
@@ -312,7 +307,7 @@ def keep_float32(layer: Any) -> None:
 
 def _for_accumulator(layer: RunningStats, m: Moments, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
     """Return mean, variance and count as they are merged over batches, given what the running ones move towards."""
-    if layer.includes_between_var:
+    if layer._includes_between_var:
         return m.mean, m.var, m.count
     # How many elements all ranks had together, for the merge weighs batches by it.
     return mean, var, Moments(m.mean, m.var * 0, m.count, m.ranks).over_batch().count
@@ -320,4 +315,4 @@ def _for_accumulator(layer: RunningStats, m: Moments, mean: Tensor, var: Tensor)
 
 def _from_accumulator(layer: RunningStats, m: Moments) -> tuple[Tensor, Tensor]:
     """Return the mean and variance for the running statistics, given what was merged."""
-    return layer.running_target(m) if layer.includes_between_var else (m.mean, m.var)
+    return layer.running_target(m) if layer._includes_between_var else (m.mean, m.var)

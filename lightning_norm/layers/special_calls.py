@@ -32,17 +32,14 @@ class SpecialCalls(nn.Module):
     _special: bool = False
     """A call may have a mask that code outside of the model tells, or goes by ghost batches."""
 
-    no_mask: ClassVar[str] = ""
-    """Why the layer cannot take a mask; empty where it can."""
-
     train_uses_batch_stats: ClassVar[bool]
     ranges: ClassVar[dict[str, Any]]
-    behind: tuple[str, ...]
+    _behind: tuple[str, ...]
     channel_dim: int
-    mask_state: Told | None = None
+    _mask_state: Told | None = None
     """What :func:`lightning_norm.masks` tells the layer."""
 
-    last_mask: Tensor | None = None
+    _last_mask: Tensor | None = None
     """Which positions counted in the last call with a mask, for the monitor; calls inside of a graph are not noted."""
 
     _virtual_batch_size: int | None = None
@@ -71,7 +68,7 @@ class SpecialCalls(nn.Module):
 
     def _look_for_special_calls(self) -> None:
         # One flag, so that the forward pass of a plain layer has one condition to test.
-        if self._virtual_batch_size is not None or self.mask_state is not None:
+        if self._virtual_batch_size is not None or self._mask_state is not None:
             vars(self)["_special"] = True
         else:
             vars(self).pop("_special", None)
@@ -80,27 +77,29 @@ class SpecialCalls(nn.Module):
         """Return the context in which the layer is called with these samples of the batch alone."""
         return contextlib.nullcontext()
 
-    def _call_specially(self, x: Tensor, activation: str, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _call_with_mask_or_ghost_batches(
+        self, x: Tensor, activation: str, residual: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         """Return what ``forward`` does with a mask or in ghost batches, without the modules behind the layer."""
         # Activation checkpointing runs the layer once more in the backward pass, when the batch's mask may be gone.
         again = self.training and torch_private.in_backward_pass()
         valid = self._valid_positions(x, mask, again)
         if valid is not None and not torch.compiler.is_compiling() and not torch_private.is_transformed():
-            vars(self)["last_mask"] = valid
-        y = self._by_groups(x, activation, residual, valid)
-        told = mask is None and valid is not None and self.mask_state is not None
+            vars(self)["_last_mask"] = valid
+        y = self._by_ghost_batches(x, activation, residual, valid)
+        told = mask is None and valid is not None and self._mask_state is not None
         if told and not again and not torch.compiler.is_compiling():
-            assert self.mask_state is not None
-            self.mask_state.remember(y)
+            assert self._mask_state is not None
+            self._mask_state.remember(y)
             # Without a graph, as under use_reentrant=True, nothing remembers the mask; a second run can then be refused
             # at least.
             if y.grad_fn is None and self.training:
-                vars(self.mask_state)["lost"] = self.mask_state.value
+                vars(self._mask_state)["lost"] = self._mask_state.value
         return y
 
     def _valid_positions(self, x: Tensor, mask: Tensor | None, again: bool) -> Tensor | None:
         """Return which positions of x count, in a shape that broadcasts against it; ``None`` for all."""
-        state, who = self.mask_state, type(self).__name__
+        state, who = self._mask_state, type(self).__name__
         if mask is None and state is not None:
             mask = state.value
             if again and not torch.compiler.is_compiling():
@@ -112,11 +111,12 @@ class SpecialCalls(nn.Module):
             mask = resized(mask, positions(x, self.channel_dim), who)
         if mask is None:
             return None
-        if self.no_mask:
-            raise MaskError(f"{who} cannot take a mask: {self.no_mask}.")
+        layer: Any = self
+        if layer.unsupported.mask:
+            raise MaskError(f"{who} cannot take a mask: {layer.unsupported.mask}.")
         return valid_positions(mask, x, self.channel_dim, who)
 
-    def _by_groups(self, x: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None) -> Tensor:
+    def _by_ghost_batches(self, x: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None) -> Tensor:
         """Normalize ghost batches one after the other, each as a batch of its own; the whole batch where there is one.
 
         Running statistics move with each, as published.
@@ -142,11 +142,11 @@ class SpecialCalls(nn.Module):
 
 def hear_masks(layer: SpecialCalls) -> Told:
     """Let a layer listen to masks that code outside of the model tells, and return by what."""
-    if layer.mask_state is None:
-        layer.mask_state = Told()
+    if layer._mask_state is None:
+        layer._mask_state = Told()
         layer._look_for_special_calls()
-    assert layer.mask_state is not None
-    return layer.mask_state
+    assert layer._mask_state is not None
+    return layer._mask_state
 
 
 def ghost_batches(n: int, size: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.errors import CheckpointError, PublishedFileWarning
-from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer, by_prefix
+from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer, PublishedNames, by_prefix
 from lightning_norm.layers.running_stats import RunningStats
 from lightning_norm.layers.scheduled import ScheduledValues, scheduled_value
 from lightning_norm.layers.translation import Translation
@@ -40,11 +40,11 @@ class Loading(ScheduledValues, RunningStats):
     registry: ClassVar[dict[str, Any]]
     extra_parameters: ClassVar[dict[str, str]]
     key: ClassVar[str]
-    has_rows: ClassVar[bool] = False
+    _has_rows: ClassVar[bool] = False
     """Weight and bias are (K, C)."""
 
     @property
-    def translations(self) -> tuple[Translation, ...]:
+    def _translations(self) -> tuple[Translation, ...]:
         """Tensors of a BatchNorm that this layer holds in another form, under a name of its own.
 
         Each says how it is read from a checkpoint, taken in a swap and given back. ``weight`` becomes the centre tap of
@@ -52,11 +52,7 @@ class Loading(ScheduledValues, RunningStats):
         """
         return ()
 
-    published_names: ClassVar[tuple[str, ...]] = ()
-    """Names, or their beginnings up to a dot, that a file of the paper's authors has and that do not load."""
-
-    published_renames: ClassVar[dict[str, str]] = {}
-    """Regular expression -> replacement: names of layers in the authors' networks, as torchvision has them."""
+    published_names: ClassVar[PublishedNames] = PublishedNames()
 
     @classmethod
     def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:
@@ -67,7 +63,7 @@ class Loading(ScheduledValues, RunningStats):
         """
         return None
 
-    def arguments_that_fit(self, name: str, tensor: Tensor) -> str:
+    def _arguments_that_fit(self, name: str, tensor: Tensor) -> str:
         """Return what to type so that a checkpoint's tensor, of another shape than the layer's, fits; "" if unknown.
 
         Args:
@@ -97,7 +93,7 @@ class Loading(ScheduledValues, RunningStats):
         strict = loads_strictly()
         if wrong := self._load_scheduled(state_dict, prefix, strict):
             args[4].append(f"{prefix[:-1] or 'this layer'}: {wrong}")
-        counters = [name for name in self.counters if getattr(self, name) is not None]
+        counters = [name for name in self.extra_buffers.counters if getattr(self, name) is not None]
         # A BatchNorm's file has no counters; one that has some and lacks others is damaged, and torch says so.
         if strict and not any(prefix + name in state_dict for name in counters):
             state_dict.update({prefix + name: torch.tensor(0) for name in counters})
@@ -126,14 +122,14 @@ class Loading(ScheduledValues, RunningStats):
             )
         # What is missing may mean that the file is another method's, and then that is the better message.
         others = likely(self.registry, loaded)
-        made = {prefix + t.target for t in self.translations if t.target in self.extra_parameters}
+        made = {prefix + t.target for t in self._translations if t.target in self.extra_parameters}
         if len(missing) > before and not made & set(missing) and loaded and self.key not in [cls.key for cls in others]:
             last = missing[-1] = MissingKey(missing[-1])
             last.remark = f" ({_another(self, loaded, prefix, others)})"
 
     def _translate(self, state_dict: dict[str, Any], prefix: str, strict: bool = True) -> None:
         """Write what came in another form as this class holds it."""
-        for translation in self.translations:
+        for translation in self._translations:
             translation.load(state_dict, prefix)
 
 
@@ -141,7 +137,7 @@ def _refuse_shape(
     layer: Loading, name: str, loaded: Tensor, value: Tensor, prefix: str, theirs: Mapping[str, Any]
 ) -> None:
     """Refuse a tensor of another shape where it is known which arguments give the layer that shape."""
-    advice = layer.arguments_that_fit(name, loaded)
+    advice = layer._arguments_that_fit(name, loaded)
     if advice and theirs:
         arguments = ", ".join(f"{argument}={wanted!r}" for argument, wanted in theirs.items())
         advice = f"{arguments}, as the authors' code has it, whose file this is. {convert_first(layer.key)}"
@@ -165,7 +161,7 @@ def _keeps_start(layer: Loading, name: str, loaded: Mapping[str, Any]) -> bool:
     if name not in layer.extra_parameters or loaded.keys() & layer.extra_parameters.keys():
         return False
     # A checkpoint with a bias and without the weight of which this parameter is made is no BatchNorm's.
-    return "bias" not in loaded or not any(t.target == name for t in layer.translations)
+    return "bias" not in loaded or not any(t.target == name for t in layer._translations)
 
 
 _last_load: tuple[object, set[str]] = (None, set())
@@ -184,7 +180,7 @@ def _warn_once_per_load(messages: object, text: str) -> None:
 
 def restore_precision(layer: Any) -> None:
     """After ``load_state_dict(assign=True)``: statistics in float32 at least, nothing left on the meta device."""
-    for name in (*layer.running_names, *layer.float32_buffers):
+    for name in (*layer.running_names, *layer.extra_buffers.float32):
         stat = getattr(layer, name, None)
         if stat is not None:
             setattr(layer, name, stat.to(at_least_float32(stat.dtype)))
@@ -208,7 +204,7 @@ class MissingKey(str):
 
 def marks(cls: Any) -> set[str]:
     """Return the names in a normalizer's checkpoint that a BatchNorm's has not."""
-    return {*cls.extra_parameters, *cls.counters, *cls.float32_buffers}
+    return {*cls.extra_parameters, *cls.extra_buffers.counters, *cls.extra_buffers.float32}
 
 
 def has_rows(loaded: Mapping[str, Any]) -> bool:
@@ -236,7 +232,7 @@ def likely(registry: Mapping[str, Any], loaded: Mapping[str, Any]) -> list[Any]:
     def agreement(cls: Any) -> tuple[bool, int, int, bool]:
         expected = marks(cls)
         return (
-            cls.has_rows == has_rows(loaded),
+            cls._has_rows == has_rows(loaded),
             len(expected & loaded.keys()),
             -len(expected - loaded.keys()),
             cls.train_uses_batch_stats == tracked,
@@ -249,7 +245,7 @@ def likely(registry: Mapping[str, Any], loaded: Mapping[str, Any]) -> list[Any]:
 def _refuse_published(layer: Loading, loaded: Mapping[str, Any], prefix: str) -> None:
     """Refuse a file of the authors' code whose tensors are others than those held here, and say whose it is."""
     strange = [name for name in loaded if name not in _saved_tensors(layer)]
-    counts = {cls: [n for n in strange if _begins(n, cls.published_names)] for cls in layer.registry.values()}
+    counts = {cls: [n for n in strange if _begins(n, cls.published_names.tensors)] for cls in layer.registry.values()}
     most = max(map(len, counts.values()), default=0)
     if not most:
         return
@@ -306,7 +302,7 @@ def _refuse_another(layer: Loading, loaded: Mapping[str, Any], prefix: str) -> N
     # Of the layer, whose arguments may give it more tensors than its class has by default.
     expected = marks(layer)
     foreign = {n for cls in layer.registry.values() for n in marks(cls) & loaded.keys() if n not in expected}
-    if foreign or (has_rows(loaded) and not layer.has_rows):
+    if foreign or (has_rows(loaded) and not layer._has_rows):
         others = likely(layer.registry, loaded)
         raise RuntimeError(f"checkpoint of another normalizer: {_another(layer, loaded, prefix, others)}")
 

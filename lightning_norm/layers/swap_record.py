@@ -21,7 +21,7 @@ class SwapRecord(nn.Module):
     """
 
     origin: dict[str, Any] | None = None
-    place: str = ""
+    _place: str = ""
     """Its name in the model that it was swapped in, for messages."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -47,4 +47,4 @@ def swap_settings(layer: Any) -> dict[str, Any]:
     settings = {written: getattr(layer, name) for name, written in names.items()}
     scheduled = saved_values(layer)  # as they are now: evaluation reads them
     more = {"scheduled": scheduled} if scheduled else {}
-    return {**settings, **more, **({"frozen": True} if layer.always_eval else {})}
+    return {**settings, **more, **({"frozen": True} if layer._always_eval else {})}

@@ -47,7 +47,7 @@ class Translation:
         else:
             setattr(layer, self.target, self.forward(old))
 
-    def give_back(self, layer: nn.Module, source: nn.Module) -> None:
+    def return_to(self, layer: nn.Module, source: nn.Module) -> None:
         """Fill the tensor of ``source`` from the layer's, where both exist and the layer's has changed."""
         new, old = getattr(layer, self.target, None), getattr(source, self.source, None)
         if new is None or old is None or new.is_meta or not self.swapped:

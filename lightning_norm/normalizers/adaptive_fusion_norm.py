@@ -107,7 +107,7 @@ class AdaptiveFusionNorm(EncoderDecoderNorm):
     def drop_prob(self) -> Tensor | None:
         """Return ``dropout`` in training; ``None`` otherwise, and where no random numbers are to be drawn for a 0."""
         # Recalibration estimates the statistics of the layer in evaluation, which drops nothing.
-        if not self.training or isinstance(self.accumulator, StatisticsAccumulator):
+        if not self.training or isinstance(self._accumulator, StatisticsAccumulator):
             return None
         # A compiled graph serves every value that a schedule may set, so it draws for a dropout of 0 as well.
         any_value = torch.compiler.is_compiling() or was_scheduled(self, "dropout")

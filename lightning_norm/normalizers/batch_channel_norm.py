@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import mixture_spec
-from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer
+from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer, PublishedNames
 from lightning_norm.layers.token_norm import PerToken
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
@@ -60,7 +60,7 @@ class BatchChannelNorm(PerToken):
     )
     extra_parameters: ClassVar[dict[str, str]] = {"iota": "C"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("constraint", "correction", "per_token")
-    published_names: ClassVar[tuple[str, ...]] = ("BCN_var", "gamma", "beta", "Batchh.", "layeer.")
+    published_names: ClassVar[PublishedNames] = PublishedNames(("BCN_var", "gamma", "beta", "Batchh.", "layeer."))
     iota: nn.Parameter
 
     def __init__(

@@ -12,9 +12,15 @@ from torch import Tensor
 from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.blended import BlendedNorm
+from lightning_norm.layers.declared import Unsupported
 from lightning_norm.layers.fused_specs import per_channel_spec
 from lightning_norm.layers.renormalized import renorm
-from lightning_norm.layers.running_stats import running_buffers, update_running
+from lightning_norm.layers.running_stats import (
+    moves_running_stats,
+    running_buffers,
+    trains_with_running_stats,
+    update_running,
+)
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
@@ -66,7 +72,7 @@ class BatchRenorm(BlendedNorm):
     eval_uses_input_stats: ClassVar[bool] = False
     preserves_eval = True
     gradient_is_exact = False
-    no_window = ""
+    unsupported = Unsupported()
     repr_arguments: ClassVar[tuple[str, ...]] = ("r_max", "d_max", "average", "init")
 
     def __init__(
@@ -100,9 +106,9 @@ class BatchRenorm(BlendedNorm):
         batch = m.over_batch()
         measured = batch.mean, self.std_or_var_of(batch.var)
         scale = self.scale_of(measured[1])
-        if not self.trains_with_running_stats:
+        if not trains_with_running_stats(self):
             return self.scaled(measured[0], scale)
-        if isinstance(self.accumulator, StatisticsAccumulator):
+        if isinstance(self._accumulator, StatisticsAccumulator):
             # What is estimated anew may be far from what the weights of now give.
             update_running(self, batch)
             return self.scaled(measured[0], scale)
@@ -120,11 +126,11 @@ class BatchRenorm(BlendedNorm):
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which move the statistics whenever they compute them."""
         # Paused: these kernels would move what is to stand still.
-        if self.trains_with_running_stats and not self.moves_running_stats:
+        if trains_with_running_stats(self) and not moves_running_stats(self):
             return None
         frozen, std = self.has_running_stats and not self.training, self.average == "std"
         numbers = {"inner": self.eps if std else 0.0}
-        if frozen or not self.moves_running_stats:
+        if frozen or not moves_running_stats(self):
             return per_channel_spec(self, numbers, needs_moments=not frozen, std=std)
         flags: dict[str, Any] = {"blend": 4, "powers": self.momentum is None, "track": 1}
         flags |= {"needs_moments": True, "std": std, "copies_first": self.init == "first_batch"}

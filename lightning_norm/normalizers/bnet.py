@@ -13,7 +13,7 @@ from lightning_norm.layers.base import Paper
 from lightning_norm.layers.convolved import ConvolvedNorm, centre_taps
 from lightning_norm.layers.declared import declared
 from lightning_norm.layers.fused_specs import mixture_spec
-from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer
+from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer, PublishedNames
 from lightning_norm.layers.translation import Translation, renamed
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
@@ -152,15 +152,17 @@ class BNET(ConvolvedNorm):
         return self.init == "dirac" and self.statistics == "bn"
 
     @property
-    def translations(self) -> tuple[Translation, ...]:
+    def _translations(self) -> tuple[Translation, ...]:
         """The authors' names; and a BatchNorm's weight is the centre taps, which ``init="zero"`` leaves behind."""
         weight = Translation("weight", "kernel", self.dirac, centre_taps, swapped=self.init == "dirac")
         return renamed("bnconv.weight", "kernel"), renamed("bnconv.bias", "bias"), weight
 
-    published_renames: ClassVar[dict[str, str]] = {
-        r"\bbnet(\d+)\b": r"bn\1",  # ImageNet
-        r"\bbnconv(\d+)\b": r"bn\1.bnconv",  # an older format, for detection: the convolution beside its layer
-    }
+    published_names: ClassVar[PublishedNames] = PublishedNames(
+        layers={
+            r"\bbnet(\d+)\b": r"bn\1",  # ImageNet
+            r"\bbnconv(\d+)\b": r"bn\1.bnconv",  # an older format, for detection: the convolution beside its layer
+        }
+    )
 
     @classmethod
     def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:

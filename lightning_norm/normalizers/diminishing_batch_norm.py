@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.blended import BlendedNorm
+from lightning_norm.layers.declared import Unsupported
 from lightning_norm.layers.fused_specs import per_channel_spec
 from lightning_norm.layers.renormalized import renorm
-from lightning_norm.layers.running_stats import running_buffers
+from lightning_norm.layers.running_stats import moves_running_stats, running_buffers, trains_with_running_stats
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
@@ -67,7 +68,6 @@ class DiminishingBatchNorm(BlendedNorm):
     key = "dbn"
     paper = Paper("Ma and Klabjan", 2024, "Diminishing Batch Normalization", "arXiv 1705.08011")
     eval_uses_input_stats: ClassVar[bool] = False
-    no_window = ""
     repr_arguments: ClassVar[tuple[str, ...]] = (
         "alpha",
         "power",
@@ -130,10 +130,11 @@ class DiminishingBatchNorm(BlendedNorm):
         super().__setattr__(name, value)
 
     @property
-    def no_recalibration(self) -> str:
-        """Why its statistics cannot be re-estimated: where training normalizes by them, they are a part of it."""
+    def unsupported(self) -> Unsupported:
+        """Statistics cannot be re-estimated where training normalizes by them: they are a part of it."""
         trains_with_them = self.train_stats == "running"
-        return "its running statistics are what it trains with, moved by alpha alone" if trains_with_them else ""
+        reason = "its running statistics are what it trains with, moved by alpha alone" if trains_with_them else ""
+        return Unsupported(recalibration=reason)
 
     @property
     def gradient_is_exact(self) -> bool:
@@ -153,7 +154,7 @@ class DiminishingBatchNorm(BlendedNorm):
             return self.scaled(mean, self.scale_of(std_or_var))
         batch = m.over_batch()
         mean, std_or_var = batch.mean, self.std_or_var_of(batch.var)
-        if not self.trains_with_running_stats:
+        if not trains_with_running_stats(self):
             return self.scaled(mean, self.scale_of(std_or_var))
         constants = mean.detach(), std_or_var.detach()
         of_batch = constants if self.stat_grad == "none" else (mean, std_or_var)
@@ -184,11 +185,11 @@ class DiminishingBatchNorm(BlendedNorm):
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which write the blend whenever they compute it."""
         # Paused: these kernels would move what is to stand still.
-        if self.trains_with_running_stats and not self.moves_running_stats:
+        if trains_with_running_stats(self) and not moves_running_stats(self):
             return None
         frozen = self.has_running_stats and not self.training
         flags: dict[str, Any] = {"needs_moments": not frozen, "std": self.average == "std"}
-        if not self.moves_running_stats or frozen:
+        if not moves_running_stats(self) or frozen:
             return per_channel_spec(self, {}, **flags)
         # Here the kernels move the statistics before they normalize, and by alpha in place of momentum.
         blend = 2 if self.train_stats == "batch" else 3 if self.stat_grad == "renorm" else 1

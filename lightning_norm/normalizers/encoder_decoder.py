@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
 from lightning_norm.layers.base import MomentNorm
+from lightning_norm.layers.declared import SwapAdvice
 from lightning_norm.layers.fused_specs import running_stats, uses_running_stats
-from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer, unit_at_least
+from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer, PublishedNames, unit_at_least
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, stat_dtype
 from lightning_norm.ops.linear import linear
@@ -52,7 +53,9 @@ class EncoderDecoderNorm(MomentNorm):
         ValueError: a ratio or a start out of range.
     """
 
-    growth_hint: ClassVar[str] = "a larger std_ratio (norm_args={'std_ratio': 16}, say) needs fewer"
+    swap_advice: ClassVar[SwapAdvice] = SwapAdvice(
+        growth="a larger std_ratio (norm_args={'std_ratio': 16}, say) needs fewer"
+    )
     extra_parameters: ClassVar[dict[str, str]] = {
         "std_encoder_weight": "max(1, C//2)*C",
         "std_encoder_bias": "max(1, C//2)",
@@ -68,9 +71,11 @@ class EncoderDecoderNorm(MomentNorm):
         "gamma_decoder_bias": "C",
         **dict.fromkeys(GATES, "1"),
     }
-    published_names: ClassVar[tuple[str, ...]] = (
-        *("standard_encoder.", "standard_mean_decoder.", "standard_std_decoder.", "rescale_encoder."),
-        *("rescale_beta_decoder.", "rescale_gamma_decoder.", "bias_beta", "bias_gamma", "real_gamma", "real_beta"),
+    published_names: ClassVar[PublishedNames] = PublishedNames(
+        (
+            *("standard_encoder.", "standard_mean_decoder.", "standard_std_decoder.", "rescale_encoder."),
+            *("rescale_beta_decoder.", "rescale_gamma_decoder.", "bias_beta", "bias_gamma", "real_gamma", "real_beta"),
+        )
     )
     repr_arguments: ClassVar[tuple[str, ...]] = (
         *("std_ratio", "rescale_ratio", "gate_init", "rescale_init", "correction", "eps_outside"),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_norm.layers.arguments import stateless
 from lightning_norm.layers.base import MomentNorm, Paper
+from lightning_norm.layers.declared import Unsupported
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
@@ -57,7 +58,7 @@ class FilterResponseNorm(MomentNorm):
     )
     train_uses_batch_stats: ClassVar[bool] = False
     extra_parameters: ClassVar[dict[str, str]] = {"tau": "C"}
-    no_mask: ClassVar[str] = "its threshold is applied behind the pass that knows the mask"
+    unsupported = Unsupported(mask="its threshold is applied behind the pass that knows the mask")
     repr_arguments: ClassVar[tuple[str, ...]] = ("tlu", "learn_eps")
     tau: nn.Parameter | None
     extra_eps: nn.Parameter | None

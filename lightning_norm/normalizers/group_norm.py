@@ -57,12 +57,12 @@ class GroupNorm(MomentNorm):
         # After the base class has checked the channels that the groups must divide.
         self.num_groups = number_of_groups(name, self.num_features, num_groups, channels_per_group)
 
-    def settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _settled_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments with the number of groups."""
         return settled_groups(type(self), arguments, self.num_groups)
 
     @classmethod
-    def earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _earlier_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments, with the 32 groups that no number has meant before "auto"."""
         return {**({"num_groups": 32} if "num_groups" in arguments_of(cls) else {}), **arguments}
 

@@ -41,7 +41,7 @@ class InstanceNorm(MomentNorm):
     key = "in"
     paper = Paper("Ulyanov et al.", 2016, "Instance Normalization", "arXiv 1607.08022")
     train_uses_batch_stats: ClassVar[bool] = False
-    includes_between_var: ClassVar[bool] = False
+    _includes_between_var: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -14,7 +14,13 @@ from lightning_norm.layers.base import Paper
 from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.mixed import MixedNorm
-from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer, channels_of_one_layer
+from lightning_norm.layers.published_files import (
+    SOURCES,
+    PublishedEntries,
+    PublishedLayer,
+    PublishedNames,
+    channels_of_one_layer,
+)
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.layers.token_norm import PerToken
 from lightning_norm.ops import torch_private
@@ -202,8 +208,9 @@ class SwitchableNorm(PerToken, MixedNorm):
         """Name the radius of a softmax."""
         return {**super().without_effect(), **({} if self.sparse else {"radius": "sparse=False"})}
 
-    published_names: ClassVar[tuple[str, ...]] = ("radius", "mean_fixed", "var_fixed")
-    published_renames: ClassVar[dict[str, str]] = {r"\bsn(\d+)\b": r"bn\1"}
+    published_names: ClassVar[PublishedNames] = PublishedNames(
+        ("radius", "mean_fixed", "var_fixed"), layers={r"\bsn(\d+)\b": r"bn\1"}
+    )
 
     @classmethod
     def read_published(cls, entries: PublishedEntries) -> PublishedLayer | None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Paper
+from lightning_norm.layers.declared import ExtraBuffers
 from lightning_norm.layers.renormalized import renorm
-from lightning_norm.layers.running_stats import update_running
+from lightning_norm.layers.running_stats import moves_running_stats, trains_with_running_stats, update_running
 from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.normalizers.representative_batch_norm import RepresentativeBatchNorm
 from lightning_norm.ops import torch_private
@@ -98,7 +99,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         **RepresentativeBatchNorm.rectifications,
         "affine": {"affine_weight": 0.0, "affine_bias": -1.0},
     }
-    counters: ClassVar[tuple[str, ...]] = ("measured", "skipped", "skipped_in_a_row")
+    extra_buffers: ClassVar[ExtraBuffers] = ExtraBuffers(counters=("measured", "skipped", "skipped_in_a_row"))
     test_arguments: ClassVar[dict[str, Any]] = {"min_updates": 0}
     condensation: Tensor
     measured: Tensor
@@ -140,13 +141,13 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
     @property
     def train_uses_running_stats(self) -> bool:
         """With a threshold, which a batch's condensation is compared with."""
-        return self.threshold is not None and self.moves_running_stats
+        return self.threshold is not None and moves_running_stats(self)
 
     def algebra_of(self, x: Tensor, layout: Layout) -> Callable[[Moments], Affine]:
         """Return the algebra; with a threshold, in training, the one that also measures the condensation of x."""
         # Recalibration takes every batch, condensed or not.
-        recalibrates = isinstance(self.accumulator, StatisticsAccumulator)
-        may_choose = self.trains_with_running_stats and not recalibrates
+        recalibrates = isinstance(self._accumulator, StatisticsAccumulator)
+        may_choose = trains_with_running_stats(self) and not recalibrates
         if self.scheduled("threshold") is None or not may_choose:
             return self.algebra
 
@@ -163,14 +164,14 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         They count whatever they measure, so that paused statistics are left to PyTorch.
         """
         spec, threshold = super().fused_spec(layout), self.scheduled("threshold")
-        if spec is None or threshold is None or not self.trains_with_running_stats:
+        if spec is None or threshold is None or not trains_with_running_stats(self):
             return spec
-        if not self.moves_running_stats:
+        if not moves_running_stats(self):
             return None
         # The numbers are those of the kernel's ``condensed``.
         how = 2 if self.mode == "gate" else {"detach": 1, "renorm": 3}[self.condensed_grad]
         flags = replace(spec.flags, condensed=how, min_updates=int(self.min_updates), max_skip=int(self.max_skip))
-        counters = tuple(self._buffers[name] for name in ("condensation", *self.counters))
+        counters = tuple(self._buffers[name] for name in ("condensation", *self.extra_buffers.counters))
         return replace(spec, flags=flags, counters=counters, threshold=threshold)
 
     def _choose(self, similarity: Tensor, batch: Moments) -> tuple[Moments, Tensor | None]:
@@ -190,7 +191,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         running = self.running()
         mean, var, condensed = snapshot(running.mean, running.var, self._is_condensed(similarity))
         # A batch that is too alike must not move what the others are normalized by.
-        if self.moves_running_stats:
+        if moves_running_stats(self):
             update_running(self, batch, ~condensed)
         # The batch keeps its own statistics, and only moves nothing.
         if self.mode == "gate":
@@ -217,7 +218,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         # Few updates make running statistics too poor to normalize by; and no layer may skip for ever.
         may_skip = self._is_warm() & (self.skipped_in_a_row < self.max_skip)
         condensed = (similarity > threshold) & may_skip
-        if not self.moves_running_stats:
+        if not moves_running_stats(self):
             return condensed
         defined = similarity.isfinite()
         if not torch_private.is_captured(self.condensation):  # no state_dict holds it

@@ -88,7 +88,7 @@ def _graph_key_of(layer: nn.Module) -> Hashable:
         return key
     kinds = (bool, int, float, str, tuple, type(None))
     # A layer's place in the model is in its messages only.
-    plain = tuple(v for name, v in vars(layer).items() if name != "place" and isinstance(v, kinds))
+    plain = tuple(v for name, v in vars(layer).items() if name != "_place" and isinstance(v, kinds))
     # A frozen parameter has another backward pass, so requires_grad is part of the key.
     tensors = (*layer._parameters.values(), *layer._buffers.values())
     dtypes = tuple(None if t is None else (t.dtype, t.requires_grad) for t in tensors)

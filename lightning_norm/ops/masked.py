@@ -125,7 +125,7 @@ def run_masked(x: Tensor, call: Call, mask: Mask) -> Tensor:
     if call.backend == "triton":
         raise RuntimeError("backend='triton' cannot take a mask: its kernels count all positions. Type backend='auto'.")
     with without_autocast(x):
-        y = _normalize(x, call, mask) if call.depthwise_conv is None else _convolved(x, call, mask)
+        y = _normalize_masked(x, call, mask) if call.depthwise_conv is None else _convolved(x, call, mask)
     return activated(y, call.activation, call.residual)
 
 
@@ -136,7 +136,7 @@ def _convolved(x: Tensor, call: Call, mask: Mask) -> Tensor:
     kernel = depthwise.with_spatial_axes(kernel, len(call.layout.reduced)).to(at_least_float32(x.dtype))
     bias = None if bias is None else bias.to(kernel.dtype)
     # Rounded to half only after the convolution, as without a mask.
-    normalized = _normalize(x.to(kernel.dtype), replace(call, depthwise_conv=None), mask)
+    normalized = _normalize_masked(x.to(kernel.dtype), replace(call, depthwise_conv=None), mask)
     last = call.layout.channel_dim != 1
     # A convolution takes its channels on the second axis: a view of tokens has them there.
     normalized = normalized.movedim(-1, 1) if last else normalized
@@ -146,7 +146,7 @@ def _convolved(x: Tensor, call: Call, mask: Mask) -> Tensor:
     return mask.zeroed(y.movedim(1, -1) if last else y).to(x.dtype)
 
 
-def _normalize(x: Tensor, call: Call, mask: Mask) -> Tensor:
+def _normalize_masked(x: Tensor, call: Call, mask: Mask) -> Tensor:
     plain = replace(call, activation="none", residual=None, fused_spec=None)
     if call.moments is not None:
         # The statistics are not those of x, so that its padding has to be kept out of y and of the gradients alone.

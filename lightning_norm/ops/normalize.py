@@ -165,7 +165,7 @@ def _run_specially(x: Tensor, call: Call) -> Tensor:
         return run(x, call.channels_second(x)).movedim(1, -1)
     if torch_private.is_transformed():
         with without_autocast(x):
-            return activated(_normalize_plainly(x, call), call.activation, call.residual)
+            return activated(_normalize_without_functions(x, call), call.activation, call.residual)
     assert call.depthwise_conv is not None
     spec = None if call.backend == "eager" else _on_kernels(x, call)[1]
     with without_autocast(x):
@@ -205,7 +205,7 @@ def check_ending(x: Tensor, activation: str, residual: Tensor | None) -> None:
         raise ValueError(f"normalize: residual has shape {shape}, x {wanted}: they must agree.")
 
 
-def _normalize_plainly(x: Tensor, call: Call) -> Tensor:
+def _normalize_without_functions(x: Tensor, call: Call) -> Tensor:
     """Run the same passes without an autograd function, for whatever looks at single operations.
 
     Autograd keeps more tensors of the size of x than the functions below do.

@@ -98,7 +98,7 @@ class NormSync(TorchSyncBatchNorm):
         self._patches.undo()
         # First the pauses, because the layers that undo takes out may be among them.
         for layer in self._paused:
-            layer.sync_paused = False
+            layer._sync_paused = False
         self._paused = []
         if self._report is not None:
             self._report.undo()
@@ -117,9 +117,9 @@ class NormSync(TorchSyncBatchNorm):
         def update(original: Callable[[], Any]) -> Any:
             # Decided anew in every epoch, so that a resumed run starts in the right state.
             paused = model.current_epoch < self.start_epoch
-            changed = [layer for layer in layers if layer.sync_paused != paused]
+            changed = [layer for layer in layers if layer._sync_paused != paused]
             for layer in changed:
-                layer.sync_paused = paused
+                layer._sync_paused = paused
             if changed:
                 rank_zero_info(
                     f"NormSync: synchronization is {'off' if paused else 'on'} in epoch {model.current_epoch}"

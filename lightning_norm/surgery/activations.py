@@ -108,7 +108,7 @@ def give_back_activations(model: nn.Module) -> None:
     """Put every activation that a layer of the model has taken over back into its place."""
     places = places_by_module(model)
     for module in list(model.modules()):
-        if isinstance(module, Normalizer) and (taken := module.taken_from) is not None:
+        if isinstance(module, Normalizer) and (taken := module._taken_from) is not None:
             activation = give_activation(module)
             assert activation is not None
             module.origin = {k: v for k, v in (module.origin or {}).items() if k != "activation"} or None
@@ -121,7 +121,7 @@ def _named(model: nn.Module, layers: Layers, how: Mapping[str, str]) -> dict[str
     for name, place in how.items():
         if name not in layers:
             # A layer that was swapped earlier, and has it already.
-            if isinstance(there := modules.get(name), Normalizer) and there.taken_from is not None:
+            if isinstance(there := modules.get(name), Normalizer) and there._taken_from is not None:
                 continue
             raise ValueError(f"fuse_activation names the layer {name!r}, which is none of this swap's. Take it out.")
         if type(modules.get(place)) not in FUSED:

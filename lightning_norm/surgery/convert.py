@@ -21,7 +21,7 @@ from lightning_norm.normalizers.group_norm import GroupNorm
 from lightning_norm.surgery.options import ResolvedNorm
 from lightning_norm.surgery.torch_layers import FAMILIES, LAZY_BATCH_NORMS
 from lightning_norm.surgery.torch_private import TorchBatchNormBase, move_hooks
-from lightning_norm.surgery.whole import Whole, channels_of, measured_difference, read
+from lightning_norm.surgery.whole import Whole, measured_difference, num_channels_of, read
 
 
 def convert(
@@ -83,7 +83,7 @@ def convert(
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
     _carry_over(module, layer, whole, name)
-    return layer, layer.settled_arguments(chosen)
+    return layer, layer._settled_arguments(chosen)
 
 
 def _check_device(cls: type[Normalizer], name: str, chosen: Any, present: Any) -> None:
@@ -285,7 +285,7 @@ def _arguments_from(module: nn.Module, name: str, cls: type[Normalizer], whole: 
     Raises:
         TypeError: the module does not say how many channels it has, or has no channel axis.
     """
-    features = channels_of(module)
+    features = num_channels_of(module)
     arguments: dict[str, Any] = {}
     # torch's LayerNorm normalizes the last axes. With one of them that axis is the channels, as in transformers.
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
@@ -352,7 +352,7 @@ def _carry_over(module: nn.Module, layer: Normalizer, whole: Whole, name: str) -
     # A frozen layer stays frozen, the parameters that are new in it included.
     if whole.frozen or (parameters and not any(p.requires_grad for p in parameters)):
         layer.requires_grad_(False)
-    if whole.frozen or (getattr(module, "always_eval", False) and layer.has_running_stats):
+    if whole.frozen or (getattr(module, "_always_eval", False) and layer.has_running_stats):
         keep_in_evaluation(layer, True)
     if whole.behind and not isinstance(layer, MomentNorm):
         raise TypeError(
@@ -364,8 +364,8 @@ def _carry_over(module: nn.Module, layer: Normalizer, whole: Whole, name: str) -
             add_children(layer, dict(module._modules), whole.behind)
         except TypeError as error:
             raise TypeError(f"{name}: {error}. Exclude it.") from error
-    if isinstance(module, Normalizer) and module.taken_from is not None:
-        vars(layer)["taken_from"] = module.taken_from  # by vars, for it is no child
+    if isinstance(module, Normalizer) and module._taken_from is not None:
+        vars(layer)["_taken_from"] = module._taken_from  # by vars, for it is no child
 
 
 def device_and_dtype(layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
@@ -423,7 +423,7 @@ def restore_original(
     # The user may have called eval() or train() since, on a model that does not hold the original.
     module.training = requested_mode(layer)
     if isinstance(module, Normalizer):
-        keep_in_evaluation(module, module.always_eval, requested_mode(layer))
+        keep_in_evaluation(module, module._always_eval, requested_mode(layer))
     layer.return_to(module)
     for child in layer._modules.keys() & module._modules.keys():  # the user may have put another one there
         module._modules[child] = layer._modules[child]

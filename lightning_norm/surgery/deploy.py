@@ -241,7 +241,7 @@ def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[nn.Module, str]
             why = module.why_not_plain(dims) if name else "is the model itself"
             rows.append(DeployedLayer(name, kind, kind, "stays", why))
             continue
-        if module.always_eval and isinstance(plain, nn.Module) and not is_frozen(plain):
+        if module._always_eval and isinstance(plain, nn.Module) and not is_frozen(plain):
             why = "frozen no longer: train() lets its statistics move"
         move_hooks(module, plain)
         watch.replace(module, plain)

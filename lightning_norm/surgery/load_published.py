@@ -25,7 +25,7 @@ from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
 from lightning_norm.surgery.swap import prepare_swap
 from lightning_norm.surgery.walk import modules_by_name, rename_for_wrappers
-from lightning_norm.surgery.whole import channels_of
+from lightning_norm.surgery.whole import num_channels_of
 
 WEIGHTS = ("state_dict", "model", "model_state_dict", "net")
 """Entries under which the authors' training scripts keep the weights."""
@@ -169,7 +169,7 @@ def read_published(
         path: the file.
         norm: the normalizer and its arguments.
         rename: regular expression -> replacement.
-        names: of the modules of the model, which keep their names whatever ``published_renames`` says.
+        names: of the modules of the model, which keep their names whatever ``published_names`` says.
 
     Raises:
         CheckpointError: as for :func:`load_published`.
@@ -227,7 +227,7 @@ def _as_in_torchvision(cls: type[Normalizer], state: Mapping[str, Tensor], names
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         new = name
-        for pattern, replacement in cls.published_renames.items():
+        for pattern, replacement in cls.published_names.layers.items():
             match = re.search(pattern, new)
             if match and new[: match.end()] not in names:
                 new = new[: match.start()] + match.expand(replacement) + new[match.end() :]
@@ -278,7 +278,7 @@ def _check_places(file: PublishedFile, model: nn.Module, modules: Mapping[str, n
     for name, layer in file.layers.items():
         if name not in modules:
             raise CheckpointError(_no_place(file, name, model, modules))
-        channels, there = channels_of(modules[name]), type(modules[name]).__name__
+        channels, there = num_channels_of(modules[name]), type(modules[name]).__name__
         if channels is None:
             raise CheckpointError(_no_norm(file, name, model, there))
         if channels != layer.num_features:

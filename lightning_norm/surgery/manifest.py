@@ -144,7 +144,7 @@ def arguments_in(spec: Mapping[str, Any], where: str = "the checkpoint") -> dict
     Raises:
         CheckpointError: its class is not imported.
     """
-    return loaded_class(spec, where).earlier_arguments(spec.get("init_args") or {})
+    return loaded_class(spec, where)._earlier_arguments(spec.get("init_args") or {})
 
 
 def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the checkpoint") -> SwapReport | None:

@@ -56,7 +56,7 @@ def layers_with_masks(model: nn.Module, *, warn: bool = True) -> dict[str, Momen
     """
     layers: dict[str, MomentNorm] = {}
     for name, layer in named_normalizers(model):
-        reason = getattr(layer, "no_mask", "its class is no MomentNorm")
+        reason = layer.unsupported.mask if isinstance(layer, MomentNorm) else "its class is no MomentNorm"
         if isinstance(layer, MomentNorm) and not reason:
             hear_masks(layer).name = name
             layers[name] = layer

@@ -175,7 +175,7 @@ def _kinds(layer: nn.Module, personal: bool) -> dict[str, str]:
     """Return the tensors of a layer's ``state_dict`` that are statistics, or all of them, and what they are."""
     names = getattr(layer, "running_names", ("running_mean", "running_var"))
     # An average of variances per sample holds no variance between means, and none is added to it.
-    per_sample = isinstance(layer, TorchInstanceNormBase) or not getattr(layer, "includes_between_var", True)
+    per_sample = isinstance(layer, TorchInstanceNormBase) or not getattr(layer, "_includes_between_var", True)
     variance = "sample variance" if per_sample else "deviation" if names[1] == "running_std" else "variance"
     known = {names[0]: "mean", names[1]: variance, "prior": "frequency", "running_spread": "variance"}
     parameters = {name for name, _ in layer.named_parameters()}

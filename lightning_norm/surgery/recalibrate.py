@@ -129,9 +129,9 @@ def layers_of(model: nn.Module, exclude: Pattern | None = None) -> dict[str, nn.
         if exclude is not None and matches(exclude, ModuleSlot(module, [name]), set(), "exclude"):
             continue
         # Statistics that are no average over batches, such as clusters, cannot be estimated anew from batches.
-        if isinstance(module, Normalizer) and module.no_recalibration:
+        if isinstance(module, Normalizer) and module.unsupported.recalibration:
             raise ValueError(
-                f"recalibrate: {name} is {type(module).__name__}: {module.no_recalibration}. Leave it out: "
+                f"recalibrate: {name} is {type(module).__name__}: {module.unsupported.recalibration}. Leave it out: "
                 f"exclude={[name]!r}."
             )
         if getattr(module, "running_mean", None) is not None:
@@ -163,8 +163,8 @@ def _estimating(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[dict
 def _accumulate_in_layer(layer: Any) -> StatisticsAccumulator:
     """Let a normalizer of this package give the moments of each batch to an accumulator."""
     stat = layer._buffers[layer.running_names[0]]
-    pool = layer.accumulator = StatisticsAccumulator(
-        (stat.numel() // layer.num_features, layer.num_features), layer.includes_between_var, stat.dtype
+    pool = layer._accumulator = StatisticsAccumulator(
+        (stat.numel() // layer.num_features, layer.num_features), layer._includes_between_var, stat.dtype
     )
     # Loaders may be uneven, so that ranks cannot meet in each batch: their statistics are merged at the end.
     layer.sync = layer.compiled = False

@@ -173,7 +173,7 @@ class SwapReport(TableReport):
         if not how:
             return {}
         # Those that a layer has behind it already are computed with it anyway.
-        layers = {slot.name: (layer, slot.module) for slot, layer in self._undo if layer.taken_from is None}
+        layers = {slot.name: (layer, slot.module) for slot, layer in self._undo if layer._taken_from is None}
         pairs, self.activations_left = find_activations(model, layers, how, example)
         for row in self.layers:
             row.activation = pairs.get(row.name, row.activation)
@@ -216,7 +216,7 @@ class SwapReport(TableReport):
         A few parameters per channel are no news, even in a tiny network.
         """
         added, before = self.parameters_added, self.total_before
-        hints = {type(layer).__name__: layer.growth_hint for _, layer in self._undo if layer.growth_hint}
+        hints = {type(layer).__name__: layer.swap_advice.growth for _, layer in self._undo if layer.swap_advice.growth}
         # A normalizer that has a hint can grow large, and says how to make it smaller; another one has to add many.
         if 10 * added <= before or not before or (not hints and added < MANY):
             return ""
@@ -231,11 +231,11 @@ class SwapReport(TableReport):
         told = []
         for family, kinds in FAMILIES.items():
             replaced = [(s.name, layer) for s, layer in self._undo if isinstance(s.module, kinds)]
-            for cls in {type(layer): None for _, layer in replaced if family in layer.not_for}:
+            for cls in {type(layer): None for _, layer in replaced if family in layer.swap_advice.not_for}:
                 names = [name for name, layer in replaced if type(layer) is cls]
                 some = ", ".join(names[:3] + ["..."] * (len(names) > 3))
                 count = f"{len(names)} {family} layer{'s' * (len(names) > 1)}"
-                told.append(f"{cls.__name__} in place of {count} ({some}): {cls.not_for[family]}.")
+                told.append(f"{cls.__name__} in place of {count} ({some}): {cls.swap_advice.not_for[family]}.")
         return " ".join(told)
 
     def left_alone(self, options: SwapOptions) -> str:

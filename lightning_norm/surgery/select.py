@@ -20,7 +20,7 @@ from lightning_norm.surgery.recognize import is_frozen, is_norm
 from lightning_norm.surgery.residual_blocks import LAST_NORMS, LAST_OF_BLOCK, is_last_of_block
 from lightning_norm.surgery.torch_layers import FAMILIES, LAZY_BATCH_NORMS
 from lightning_norm.surgery.walk import names_by_module, places_by_module
-from lightning_norm.surgery.whole import TORCH_CLASSES, Whole, channels_of, read
+from lightning_norm.surgery.whole import TORCH_CLASSES, Whole, num_channels_of, read
 
 
 @dataclass
@@ -115,12 +115,12 @@ def _how_to_include(module: nn.Module, known: dict[Any, Whole | str]) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
         return f"it normalizes over the axes {tuple(module.normalized_shape)} and has no channels"
-    whole = computed_weights(module) or read(module, known) if channels_of(module) else None
+    whole = computed_weights(module) or read(module, known) if num_channels_of(module) else None
     if isinstance(whole, str):  # asked for by name it would be refused, for this reason
         return whole
     if isinstance(module, TORCH_CLASSES) or is_frozen(module):
         return f"source={kind!r} includes it"
-    return f"no layer that a swap knows{f'; source={kind!r} includes it' if channels_of(module) else ''}"
+    return f"no layer that a swap knows{f'; source={kind!r} includes it' if num_channels_of(module) else ''}"
 
 
 def assign_norms(

@@ -125,10 +125,10 @@ def prepare_swap(
         # A failure from here on leaves the model as it was: the original modules are read and not changed.
         layer, arguments = convert(slot.module, slot.name, norm, slot.whole)
         layer.sync, layer.sync_group, layer.backend = options.sync, options.sync_group, options.backend
-        if options.sync == "running" and layer.no_window and layer.track_running_stats:
+        if options.sync == "running" and layer.unsupported.window and layer.track_running_stats:
             raise ValueError(
                 f"{slot.name}: sync='running': {type(layer).__name__} cannot wait for the optimizer step: "
-                f"{layer.no_window}. Type sync=True, or exclude the layer."
+                f"{layer.unsupported.window}. Type sync=True, or exclude the layer."
             )
         # For messages, since a layer does not know its own name.
         if isinstance(state := getattr(layer, "contexts", None), ContextState):
@@ -137,7 +137,7 @@ def prepare_swap(
             layer.compile()
         row = _row(slot, layer, arguments, backend, norm)
         layer.origin = _origin(slot.module, row)
-        layer.place = row.name
+        layer._place = row.name
         report.add(slot, layer, row)
     return report, unmatched, slots
 

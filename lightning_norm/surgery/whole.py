@@ -72,7 +72,7 @@ def read(module: nn.Module, known: dict[Any, Whole | str] | None = None) -> Whol
     True
     """
     if isinstance(module, Normalizer):
-        return Whole(type(module), True, module.behind, getattr(module, "channel_dim", 1))
+        return Whole(type(module), True, module._behind, getattr(module, "channel_dim", 1))
     kind = type(module)
     base = next((cls for cls in kind.__mro__ if cls in TORCH_CLASSES), nn.BatchNorm2d if is_frozen(module) else None)
     # torch's LayerNorm takes channels last, and every other layer of torch's takes them second.
@@ -104,7 +104,7 @@ def _of_another_base(module: nn.Module) -> Whole | str:
     kind = type(module)
     tokens = hasattr(module, "normalized_shape") or re.search(r"(R[Mm][Ss]|Layer)Norm$", kind.__name__)
     guess = 1 if re.search(r"[123]d$", kind.__name__) or not tokens else -1
-    c = channels_of(module)
+    c = num_channels_of(module)
     if not c or any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return Whole(None, channel_dim=guess)
     sides = [side for side in (5, 7, 9) if side != c]
@@ -229,7 +229,7 @@ def inputs_of(module: nn.Module, whole: Whole) -> list[tuple[int, ...]]:
         shape = tuple(module.normalized_shape)
         side = next(s for s in (5, 7) if s not in shape)
         return [(4, side, *shape)] if whole.channel_dim == -1 else [(4, shape[0], side, side + 4)]
-    c = channels_of(module) or 1
+    c = num_channels_of(module) or 1
     kind = getattr(whole.kind, "__name__", "")
     n = SAMPLES if "BatchNorm" in kind else 4
     if kind.startswith("InstanceNorm"):
@@ -240,10 +240,10 @@ def inputs_of(module: nn.Module, whole: Whole) -> list[tuple[int, ...]]:
     return [(n, c, 2, 3, 2), (6, c, 5, 7, 9)] if kind == "BatchNorm3d" else [(n, c, 3, 2), (6, c, 17, 19)]
 
 
-def channels_of(module: nn.Module) -> int | None:
+def num_channels_of(module: nn.Module) -> int | None:
     """Return how many channels a normalization layer has, by torch's names or by its weight.
 
-    >>> channels_of(nn.GroupNorm(2, 8)), channels_of(nn.LayerNorm((4, 4))), channels_of(nn.ReLU())
+    >>> num_channels_of(nn.GroupNorm(2, 8)), num_channels_of(nn.LayerNorm((4, 4))), num_channels_of(nn.ReLU())
     (8, None, None)
     """
     for name in ("num_features", "num_channels"):

@@ -270,7 +270,7 @@ def evaluation_form(make: Make) -> None:
 def recalibrates(make: Make) -> None:
     """Running statistics re-estimated on two batches are those of both as one, or the class says why they are not."""
     layer = built(make, torch.float64)
-    if not layer.track_running_stats or layer.no_recalibration:
+    if not layer.track_running_stats or layer.unsupported.recalibration:
         return
     # Batches of unequal size and scale: an average of their variances would be wrong by much.
     parts = [features(n, C, 7, 3, seed=n, dtype=torch.float64) * n for n in (3, 4)]

@@ -41,7 +41,7 @@ def wide(make: Make, training: bool = True) -> Normalizer:
 
 def takes_masks(layer: Normalizer) -> bool:
     """Tell whether a layer takes a mask."""
-    return isinstance(layer, MomentNorm) and not layer.no_mask
+    return isinstance(layer, MomentNorm) and not layer.unsupported.mask
 
 
 def padded(t: Tensor, garbage: float) -> Tensor:
@@ -100,7 +100,7 @@ def masked_equals_unpadded(make: Make) -> None:
             return
         what = f"masked, training={training}"
         same_step(seeded(masked_step, masked, x, dy), seeded(step, plain, x, dy), 1e-10, what)
-        assert masked.last_mask is not None, "the monitor does not hear of the mask"
+        assert masked._last_mask is not None, "the monitor does not hear of the mask"
         for name, value in statistics(plain).items():
             same(statistics(masked)[name], value, 1e-10, f"{what}, {name}")
 

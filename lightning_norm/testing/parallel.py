@@ -49,7 +49,7 @@ def _steps(
 
 def waits(layer: Normalizer) -> bool:
     """Tell whether the running statistics can wait for the optimizer step; a swap refuses those that cannot."""
-    return layer.track_running_stats and not layer.no_window
+    return layer.track_running_stats and not layer.unsupported.window
 
 
 @check

@@ -127,7 +127,7 @@ def without_bias(make: Make) -> None:
         setattr(source, name, None)
         taken = make(C).double()
         taken.take_from(source)
-        translated = {t.target for t in taken.translations if t.source == name}
+        translated = {t.target for t in taken._translations if t.source == name}
         assert getattr(taken, name) is None or name in translated, f"take_from made up a {name}"
         plain = taken.plain(4)
         other = {"weight": "bias", "bias": "weight"}[name]

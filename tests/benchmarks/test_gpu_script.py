@@ -83,8 +83,8 @@ def test_odd_shapes_meet_every_normalizer_early():
 
 def test_processes_that_warm_up_share_the_cases(tmp_path, monkeypatch):
     monkeypatch.setattr(odd_shapes, "ready", lambda *a: 1 / 0)
-    for share in (None, "0/4", "1/4", "2/4", "3/4"):
-        odd_shapes.run(Part("odd_shapes", Namespace(out=tmp_path, until=None, dry=True, share=share)), "cpu")
+    for which in (None, "0/4", "1/4", "2/4", "3/4"):
+        odd_shapes.run(Part("odd_shapes", Namespace(out=tmp_path, until=None, dry=True, slice=which)), "cpu")
     tried = [r["what"] for r in rows.read(tmp_path) if r["kind"] == "failed"]
     half = len(tried) // 2
     assert sorted(tried[:half]) == sorted(tried[half:])

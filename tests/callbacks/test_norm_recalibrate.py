@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
 from lightning_norm import MomentNorm, NormRecalibrate, NormSwap, load_from_checkpoint, recalibrate
+from lightning_norm.layers.declared import Unsupported
 from tests.callbacks.toy import LateNet, Net, loader, trainer
 
 
@@ -141,7 +142,7 @@ def test_late_layers_and_mixed_precision():
 
 def test_refused():
     class OwnState(MomentNorm):
-        no_recalibration = "its statistics are a state of the training"
+        unsupported = Unsupported(recalibration="its statistics are a state of the training")
 
         def algebra(self, m):
             b = self.track(m.over_batch())

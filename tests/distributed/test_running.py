@@ -41,7 +41,11 @@ def batches(offset=0.0):
     )
 
 
-KEYS = [key for key in normalizers() if getattr(built(key), "track_running_stats", False) and not built(key).no_window]
+KEYS = [
+    key
+    for key in normalizers()
+    if getattr(built(key), "track_running_stats", False) and not built(key).unsupported.window
+]
 CASES = [(key, {}) for key in KEYS] + [("bn", {"momentum": None}), ("dbn", {"average": "var"}), ("dbn", {"power": 2.0})]
 
 
@@ -73,7 +77,7 @@ def every_normalizer(rank):
                 # the running ones, by which dbn normalizes, are those of all ranks
                 for name in one.running_names:
                     other.get_buffer(name).copy_(one.get_buffer(name))
-                for name in one.counters:
+                for name in one.extra_buffers.counters:
                     other.get_buffer(name).copy_(one.get_buffer(name))
                 torch.testing.assert_close(y, other(x), rtol=0, atol=0)
         with Collectives() as collectives:
@@ -123,7 +127,7 @@ def alone(rank):
     small.sync_group = 1  # meets nobody, and moves with each batch
     small(images(0, channels=C))
     warned = [str(w.message) for w in told if w.category is SyncWarning]
-    return {"warned": warned, "by itself": (small.accumulator is None, int(small.num_batches_tracked))}
+    return {"warned": warned, "by itself": (small._accumulator is None, int(small.num_batches_tracked))}
 
 
 def as_one_graph(rank):
@@ -143,7 +147,7 @@ def as_one_graph(rank):
 
 def other_layers(rank):
     layer = built("bn")
-    layer.sync, layer.place = "running", f"layer{rank}"
+    layer.sync, layer._place = "running", f"layer{rank}"
     try:
         pool_statistics(layer)
     except SyncError as error:
@@ -195,7 +199,7 @@ def in_trainers(rank, folder):
         )
         run.fit(model, ckpt_path=resumed)
         state = {n: t.clone() for n, t in model.state_dict().items()}
-        got[name] = {"state": state, "inputs": model.inputs, "values": model.values, "left": model.first.accumulator}
+        got[name] = {"state": state, "inputs": model.inputs, "values": model.values, "left": model.first._accumulator}
     return got
 
 

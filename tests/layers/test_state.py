@@ -52,7 +52,7 @@ def test_loads_exactly_or_names_layer_and_normalizer(file, target):
     state = {f"0.{name}": value for name, value in source.state_dict().items()}
     if (file, target) in EXACT:
         network.load_state_dict(state)
-        now = network[0].as_batch_norm() | {
+        now = network[0]._as_batch_norm() | {
             n: v for n, v in network[0].state_dict().items() if n not in network[0].translated_tensors
         }
         for name, value in source.state_dict().items():

@@ -180,7 +180,7 @@ class TestUndoAndFiles:
         first = swap(model, "bn", fuse_activation=True)
         one = model(images())
         second = swap(model, "bcn", source="bn")
-        assert model[1].taken_from is model[2]
+        assert model[1]._taken_from is model[2]
         assert model[1].origin["activation"] == "2"
         with warnings.catch_warnings():
             warnings.simplefilter("error")

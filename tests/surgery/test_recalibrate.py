@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import lightning_norm
 from lightning_norm import MomentNorm, create, recalibrate
+from lightning_norm.layers.declared import Unsupported
 from lightning_norm.testing.kit import features
 from lightning_norm.testing.ranks import run_ranks
 
@@ -94,7 +95,7 @@ def test_nothing_else_moves(key, fails):
         assert layer.momentum == 0.1
         assert not layer._forward_pre_hooks
         if key != "torch":
-            assert (layer.sync, layer.compiled, layer.accumulator) == (True, False, None)
+            assert (layer.sync, layer.compiled, layer._accumulator) == (True, False, None)
     x = data[0]
     model.train()(x)  # trains as before
     assert not torch.equal(model[0].running_mean, before["0.running_mean"])
@@ -131,7 +132,7 @@ def test_layers_that_no_batch_reaches_keep_theirs():
 
 def test_exclude_and_layers_that_refuse():
     class OwnState(MomentNorm):
-        no_recalibration = "its statistics are a state of the training"
+        unsupported = Unsupported(recalibration="its statistics are a state of the training")
 
         def algebra(self, m):
             b = self.track(m.over_batch())

@@ -119,7 +119,7 @@ def test_every_normalizer_with_an_activation(key, act, tmp_path):
     new = model[1]
     assert (new.act, new.drop, new.num_features, new.eps) == (before.act, before.drop, 6, before.eps)
     bare = copy.deepcopy(new)
-    bare.behind = ()
+    bare._behind = ()
     for training in (True, False):
         if training and getattr(new, "context", "") == "ids":
             continue
@@ -148,7 +148,7 @@ def test_every_normalizer_with_an_activation(key, act, tmp_path):
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
     swap(model, "bn", source=key)
     assert model[1].act is before.act
-    assert model[1].behind == ("drop", "act")
+    assert model[1]._behind == ("drop", "act")
 
 
 def test_undo_puts_a_new_activation_back():
@@ -190,7 +190,7 @@ def test_synchronized_batch_norm_of_timm():
     x = torch.randn(2, 3, 8, 8)
     want = model(x)
     report = swap(model, "bn")
-    assert (len(report), model[1].behind) == (1, ("drop", "act"))
+    assert (len(report), model[1]._behind) == (1, ("drop", "act"))
     torch.testing.assert_close(model(x), want)
 
 
@@ -240,7 +240,7 @@ def test_on_the_meta_device_the_known_classes_are_trusted():
         model = timm.create_model("mobilenetv3_small_050")
     report = swap(model, "sn")
     assert len(report) == report.candidates == 34
-    assert model.bn1.behind == ("drop", "act")
+    assert model.bn1._behind == ("drop", "act")
 
 
 def test_export():
@@ -268,5 +268,5 @@ def test_a_checkpoint_of_a_run_rebuilds_it(tmp_path):
     run.fit(job, loader())
     run.save_checkpoint(tmp_path / "a.ckpt")
     again, x = lightning_norm.load_from_checkpoint(Job, tmp_path / "a.ckpt"), torch.randn(2, 3, 8, 8)
-    assert again.net[1].behind == ("drop", "act")
+    assert again.net[1]._behind == ("drop", "act")
     assert torch.equal(again.eval()(x), job.eval()(x))

@@ -62,10 +62,10 @@ class Accumulation:
         asked = "accumulate_statistics" if self.enabled else "sync='running'"
         for name, layer in self._layers.items():
             # Checked for all layers before the first window opens, so that a refusal leaves nothing behind.
-            if layer.no_window:
+            if layer.unsupported.window:
                 self.stop()
                 raise ValueError(
-                    f"NormSwap: {asked}: {name} is {type(layer).__name__}: {layer.no_window}. "
+                    f"NormSwap: {asked}: {name} is {type(layer).__name__}: {layer.unsupported.window}. "
                     f"Type {'accumulate_statistics=False' if self.enabled else 'sync=True'}."
                 )
         for layer in self._layers.values():
@@ -89,7 +89,7 @@ class Accumulation:
         """
         if not self.enabled and not self._layers:
             return {}
-        accumulators = {n: copy.deepcopy(layer.accumulator) for n, layer in self._layers.items()}
+        accumulators = {n: copy.deepcopy(layer._accumulator) for n, layer in self._layers.items()}
         windows = {n: window for n, window in accumulators.items() if isinstance(window, AccumulationWindow)}
         together: dict[Ranks, list[AccumulationWindow]] = {}
         for name, window in windows.items():
@@ -110,19 +110,19 @@ class Accumulation:
     def stop(self) -> None:
         """Take the windows off; what no optimizer step has followed is dropped, as its gradients are."""
         for layer in self._layers.values():
-            layer.accumulator = None
+            layer._accumulator = None
         self._layers = {}
         self._loaded = {}
 
     def _fill(self) -> None:
         """Empty every window, and put in what a checkpoint has gathered."""
         for name, layer in self._layers.items():
-            assert isinstance(layer.accumulator, AccumulationWindow)
+            assert isinstance(layer._accumulator, AccumulationWindow)
             # What batches of a finder's trial run have gathered goes, before the saved state comes in.
-            layer.accumulator.clear()
+            layer._accumulator.clear()
             # The file holds what all ranks gathered together: one of them takes it.
             ranks = ranks_of_window(layer)
             loaded = self._loaded.get(name, ()) if ranks is None or ranks.rank == 0 else ()
-            for tensor, saved in zip(layer.accumulator.tensors(), loaded, strict=False):
+            for tensor, saved in zip(layer._accumulator.tensors(), loaded, strict=False):
                 tensor.copy_(saved)
         self._loaded = {}

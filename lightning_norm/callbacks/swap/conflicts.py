@@ -138,7 +138,7 @@ def _warn_of_statistics(name: str, pl_module: nn.Module) -> None:
     """Warn that a callback re-estimates torch's running statistics alone, with the callback that does ours."""
     layers = {n: layer for n, layer in named_normalizers(pl_module) if layer.track_running_stats}
     # NormRecalibrate refuses layers that normalize by their running statistics; they are to be excluded.
-    excluded = [n for n, layer in layers.items() if layer.no_recalibration]
+    excluded = [n for n, layer in layers.items() if layer.unsupported.recalibration]
     fix = f"Add NormRecalibrate({f'exclude={excluded!r}' if excluded else ''}) as the last callback."
     if len(excluded) == len(layers):
         fix = "EMAWeightAveraging averages them with the weights."

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Paper
-from lightning_norm.layers.declared import declared
+from lightning_norm.layers.declared import ExtraBuffers, SwapAdvice, Unsupported, declared
 from lightning_norm.layers.fused_specs import per_channel_spec, uses_running_stats
 from lightning_norm.layers.inference import double_copy, per_channel
 from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer
+from lightning_norm.layers.running_stats import moves_running_stats
 from lightning_norm.layers.told import block
 from lightning_norm.normalizers.context.assignment import ContextState, check_contexts_of, contexts_of_forward
 from lightning_norm.normalizers.context.statistics import ContextStatistics
@@ -77,9 +78,10 @@ class ContextNorm(ContextStatistics):
         "priors",
         "min_count",
     )
-    float32_buffers: ClassVar[tuple[str, ...]] = ("prior", "running_spread", "centroids", "descriptor_scale")
-    no_recalibration: ClassVar[str] = "each context has statistics of its own, and batches without contexts move none"
-    required_callback: ClassVar[str] = "NormContext"
+    extra_buffers: ClassVar[ExtraBuffers] = ExtraBuffers(
+        float32=("prior", "running_spread", "centroids", "descriptor_scale")
+    )
+    swap_advice: ClassVar[SwapAdvice] = SwapAdvice(required_callback="NormContext")
     test_arguments: ClassVar[dict[str, Any]] = {"context": "gate"}
     centroids: Tensor
     descriptor_scale: Tensor
@@ -123,14 +125,17 @@ class ContextNorm(ContextStatistics):
         return self.context == "gate" or self.missing == "posterior"
 
     @property
-    def no_window(self) -> str:
-        """Why the running statistics cannot wait for the end of a window of batches."""
-        return "missing='posterior' follows the spread of each batch" if self.missing == "posterior" else ""
+    def unsupported(self) -> Unsupported:
+        """Statistics cannot be re-estimated, nor with ``missing="posterior"`` wait for the end of a window."""
+        return Unsupported(
+            recalibration="each context has statistics of its own, and batches without contexts move none",
+            window="missing='posterior' follows the spread of each batch" if self.missing == "posterior" else "",
+        )
 
     @property
     def train_uses_running_stats(self) -> bool:
         """The priors of the contexts, and where contexts are missing the statistics too."""
-        return self.moves_running_stats
+        return moves_running_stats(self)
 
     def forward(
         self, input: Tensor, activation: str = "none", residual: Tensor | None = None, mask: Tensor | None = None

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm
+from lightning_norm.layers.declared import ExtraBuffers
+from lightning_norm.layers.published_files import PublishedNames
 from lightning_norm.layers.running_stats import reads_copies
 from lightning_norm.ops.layout import at_least_float32, stat_dtype
 from lightning_norm.ops.moments import Moments
@@ -28,9 +30,9 @@ class ContextParameters(MomentNorm):
     """
 
     translated_tensors: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
-    float32_buffers: ClassVar[tuple[str, ...]] = ("prior",)
-    has_rows: ClassVar[bool] = True
-    published_names: ClassVar[tuple[str, ...]] = ("context_norm_layers.", "means", "variances")
+    extra_buffers: ClassVar[ExtraBuffers] = ExtraBuffers(float32=("prior",))
+    _has_rows: ClassVar[bool] = True
+    published_names: ClassVar[PublishedNames] = PublishedNames(("context_norm_layers.", "means", "variances"))
     priors: tuple[float, ...] | None = None
     prior: Tensor | None
 
@@ -100,7 +102,7 @@ class ContextParameters(MomentNorm):
         """Return the running statistics of all contexts pooled, (1, C)."""
         return self.running_per_context()[2]
 
-    def as_batch_norm(self) -> dict[str, Tensor]:
+    def _as_batch_norm(self) -> dict[str, Tensor]:
         """Return one BatchNorm's tensors, (C,) each: moments pooled, weight and bias averaged by the prior."""
         tensors: dict[str, Tensor] = {}
         if self.has_running_stats:
@@ -114,7 +116,7 @@ class ContextParameters(MomentNorm):
         return tensors
 
     @torch.no_grad()
-    def follow(self, name: str, before: Tensor, now: Tensor) -> None:
+    def _follow(self, name: str, before: Tensor, now: Tensor) -> None:
         """Move the rows of all contexts as their average was moved, variances by its factor."""
         rows: Tensor = getattr(self, name)
         if rows.is_meta or now.is_meta or torch.equal(before, now):
@@ -159,7 +161,7 @@ class ContextParameters(MomentNorm):
             # What did not change is left alone: an average of equal rows would still round.
             if ours is None or theirs is None or ours.is_meta or torch.equal(ours, theirs.to(ours).expand_as(ours)):
                 continue
-            averages = averages or ({} if per_context else self.as_batch_norm())
+            averages = averages or ({} if per_context else self._as_batch_norm())
             with torch.no_grad():
                 theirs.copy_(ours if per_context else averages[name])
 
@@ -179,7 +181,7 @@ class ContextParameters(MomentNorm):
                     f"{type(self).__name__} {self.num_contexts}. Type num_contexts={value.shape[0]}."
                 )
         # A BatchNorm's checkpoint has none of the buffers that only contexts need: they keep their starting values.
-        for name in self.float32_buffers if of_batch_norm and strict else ():
+        for name in self.extra_buffers.float32 if of_batch_norm and strict else ():
             buffer = getattr(self, name, None)
             if buffer is not None:
                 state_dict.setdefault(prefix + name, buffer.detach().clone())

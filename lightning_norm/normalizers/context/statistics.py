@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.accumulators import AccumulationWindow
-from lightning_norm.layers.running_stats import count_batch, count_skipped, fits, is_usable
+from lightning_norm.layers.running_stats import count_batch, count_skipped, fits, is_usable, moves_running_stats
 from lightning_norm.normalizers.context.parameters import ContextParameters, pool_moments
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.moments import Moments
@@ -38,16 +38,16 @@ class ContextStatistics(ContextParameters):
         batch = m.over_batch(responsibilities)
         assert isinstance(batch.count, Tensor)
         contexts, frequency, pooled = self._shrink_small_contexts(batch)
-        if self.moves_running_stats:
+        if moves_running_stats(self):
             if self.missing == "posterior":
                 between = Moments(m.mean, torch.zeros_like(m.var), m.each(), m.ranks).over_batch(responsibilities)
                 self._update_running_spread(between.var, frequency)
             total = batch.count.sum()
-            if not isinstance(self.accumulator, AccumulationWindow):
+            if not isinstance(self._accumulator, AccumulationWindow):
                 self.update_running_stats(contexts, frequency, total)
             else:
                 usable = is_usable(self, batch.mean, batch.var, total)
-                self.accumulator.add(batch.mean, batch.var, batch.count, usable)
+                self._accumulator.add(batch.mean, batch.var, batch.count, usable)
         return contexts, pooled.mean.detach()
 
     def _shrink_small_contexts(self, batch: Moments) -> tuple[Moments, Tensor, Moments]:

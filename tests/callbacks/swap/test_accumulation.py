@@ -280,19 +280,19 @@ class Resuming(First):
 class TestInTheTrainer:
     def test_nothing_is_left_on_the_layers(self):
         model, _ = fit(NormSwap("bn", **ON), batches(24, 4), accumulate_grad_batches=3)
-        assert all(m.accumulator is None for m in model.modules() if isinstance(m, Normalizer))
+        assert all(m._accumulator is None for m in model.modules() if isinstance(m, Normalizer))
 
         class Broken(First):
             def training_step(self, batch, batch_idx):
                 if batch_idx == 1:
-                    assert self.first.accumulator.count.any()
+                    assert self.first._accumulator.count.any()
                     raise ZeroDivisionError
                 return super().training_step(batch, batch_idx)
 
         model = Broken()
         with pytest.raises(ZeroDivisionError):
             fit(NormSwap("bn", **ON), batches(24, 4), model=model, accumulate_grad_batches=3)
-        assert all(m.accumulator is None for m in model.modules() if isinstance(m, Normalizer))
+        assert all(m._accumulator is None for m in model.modules() if isinstance(m, Normalizer))
 
     def test_validation_inside_a_window_leaves_it_alone(self):
         one, _ = fit(NormSwap("bn"), batches(24, 12))
@@ -336,7 +336,7 @@ class TestRefused:
         model = First()
         with pytest.raises(ValueError, match=r"net.1 is ContextNorm: missing='posterior' follows.*=False"):
             fit(NormSwap("cn", {"missing": "posterior", "context": "gate"}, **ON), batches(24, 4), model=model)
-        assert all(m.accumulator is None for m in model.modules() if isinstance(m, Normalizer))
+        assert all(m._accumulator is None for m in model.modules() if isinstance(m, Normalizer))
 
     def test_posteriors_of_contexts(self):
         layer = create("cn", CHANNELS, missing="posterior")
@@ -354,9 +354,9 @@ def test_recalibration_inside_a_window_does_not_see_it():
     layer = lightning_norm.create("bn", CHANNELS, dtype=torch.float64)
     open_window(layer)
     layer(data(4))
-    stored = [t.clone() for t in layer.accumulator.tensors()]
+    stored = [t.clone() for t in layer._accumulator.tensors()]
     lightning_norm.recalibrate(nn.Sequential(layer), [data(8)])
-    assert all(torch.equal(a, b) for a, b in zip(stored, layer.accumulator.tensors(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(stored, layer._accumulator.tensors(), strict=True))
     torch.testing.assert_close(layer.running_mean, data(8).mean((0, 2, 3)), rtol=1e-12, atol=0)
 
 
@@ -365,7 +365,7 @@ def test_the_module_can_be_copied_inside_a_window():
 
     class Copy(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            seen.append(copy.deepcopy(pl_module).first.accumulator.count.item())
+            seen.append(copy.deepcopy(pl_module).first._accumulator.count.item())
 
     fit(NormSwap("bn", **ON), loader_of_doubles(), Copy(), accumulate_grad_batches=2)
     assert seen == [256.0, 0.0]

@@ -77,7 +77,7 @@ def same(a, b):
 def nothing_is_left(model, runner):
     assert not WRAPPED & set(model.__dict__)
     assert not {"load_checkpoint", "on_exception"} & set(runner.strategy.__dict__)
-    assert not [m for m in model.modules() if isinstance(m, Normalizer) and m.accumulator is not None]
+    assert not [m for m in model.modules() if isinstance(m, Normalizer) and m._accumulator is not None]
     pickle.dumps(model)
 
 

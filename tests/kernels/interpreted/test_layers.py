@@ -81,7 +81,7 @@ def test_statistics_of_several_batches_are_gathered_on_the_kernels_too(key):
             layer(batch)
         assert layer.num_batches_tracked == 0
         close_window(layer)
-        layer.accumulator = None
+        layer._accumulator = None
     compare(ours, exact, x, noise(6, 6, 5, 3, seed=7))
     mean = x.mean((0, 2, 3))
     lightning_norm.recalibrate(ours, x.split([4, 2]))

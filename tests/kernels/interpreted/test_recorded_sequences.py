@@ -167,10 +167,10 @@ def tracking(draw, layer):
 
 def window(draw, layer):
     def change(layer):
-        if layer.accumulator is not None:
+        if layer._accumulator is not None:
             close_window(layer)
-            layer.accumulator = None
-        elif layer.track_running_stats and layer.has_running_stats and not layer.no_window:
+            layer._accumulator = None
+        elif layer.track_running_stats and layer.has_running_stats and not layer.unsupported.window:
             open_window(layer)
 
     return change
