@@ -316,6 +316,9 @@ class _Apply(torch.autograd.Function):
         x, center, scale = ctx.saved_tensors
         # What nobody asked for is not computed: each sum would be a pass over dy and x.
         need, passes = ctx.needs_input_grad, ctx.how.module(dy)
+        if passes is triton_passes and dy.stride() != x.stride():
+            # Here and in the first node kernels read dy at the offsets of x: one copy serves both.
+            dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
         fields = field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)
         return dy if need[0] else None, carrier_grad(ctx, scale), None, *fields, None
 

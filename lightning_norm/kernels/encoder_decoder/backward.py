@@ -88,7 +88,7 @@ def vjp_affine(
         scale = tl.div_rn(w + l_gamma * opened, floor)
         # q is the gradient of the numerator; dd of d, da of m.
         q = tl.where(keep, tl.div_rn(t1 + t0 * (g_mu * away - lo), floor), 0.0)
-        dd = tl.where((d > least) & keep, -q * scale, 0.0)
+        dd = tl.where((d <= least) | (keep == 0), 0.0, -q * scale)
         da = tl.where(keep, t0 * scale, 0.0)
         # Through the gates to the decoders' outputs, ...
         end_mu = -g_mu * da

@@ -160,12 +160,11 @@ def channels_vjp(
         dvariance = dvariance * p
         if RENORM:
             p = p * 0.0 + 1.0
-        # From the deviation to the variance below it; flat where the variance was clamped.
+        # From the deviation to the variance below it; flat where the variance was clamped. A NaN is below nothing.
         if STD_OF_VAR:
             variance += tl.cast(inner, tl.float32)
-            dvariance = tl.where(
-                variance >= TINY, 0.5 * tl.div_rn(dvariance, tl.sqrt_rn(tl.maximum(variance, TINY))), 0.0
-            )
+            std = tl.sqrt_rn(tl.maximum(variance, TINY, propagate_nan=NAN))
+            dvariance = tl.where(variance < TINY, 0.0, 0.5 * tl.div_rn(dvariance, std))
         # Each program has all samples of its channels, so these are whole gradients and no parts of them.
         tl.store(dweight + at, dgamma * r * factor, mask=kc_mask)
         tl.store(dbias + at, tl.sum(by_beta, 0) * factor, mask=kc_mask)

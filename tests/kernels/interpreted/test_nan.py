@@ -4,11 +4,13 @@ A kernel may spread it further, as a product with zero does, but never into anot
 """
 
 import copy
+import importlib
 
 import pytest
 import torch
 
 import lightning_norm
+from lightning_norm.ops.fused import recorded
 from lightning_norm.testing.kit import built, features, noise, seeded, step
 
 FAST = [("dbn", {}), ("cn", {})]
@@ -49,3 +51,23 @@ def test_nan_in_any_tensor(key, options):
             assert torch.equal(a.isnan(), b.isnan()), f"NaN in {name}: buffer {what} differs"
         seen += bool(want.y.isnan().any())
     assert seen
+
+
+@pytest.mark.parametrize(("key", "module"), [("dbn", "per_channel"), ("afn", "encoder_decoder")])
+def test_the_gradient_of_a_nan_variance_is_nan(key, module, monkeypatch):
+    """By itself, and not through a mean or a scale that is NaN as well."""
+    launch = importlib.import_module(f"lightning_norm.kernels.{module}.launch")
+    slopes, original = [], launch.input_gradients
+
+    def look(dy, x, affine, dx_affine, *rest):
+        slopes.append(dx_affine[1].clone())
+        return original(dy, x, affine, dx_affine, *rest)
+
+    # A recorded launch runs after its launch code, an operator within it.
+    monkeypatch.setattr(recorded, "can_record", lambda *args: False)
+    monkeypatch.setattr(launch, "input_gradients", look)
+    layer, x = lightning_norm.create(key, 6), features(3, 6, 3, 2)
+    layer.backend = "triton"
+    x[0, 1, 0, 0] = float("nan")
+    step(layer, x, noise(3, 6, 3, 2, seed=7))
+    assert slopes[-1][:, 1].isnan().all()

@@ -5,12 +5,15 @@ import torch
 import triton
 import triton.language as tl
 
+import lightning_norm
 from lightning_norm.kernels import trial
 from lightning_norm.kernels.depthwise.forward import tile_lanes
 from lightning_norm.kernels.passes import launch
 from lightning_norm.kernels.passes.forward import row_span
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
+from lightning_norm.ops.moments import Affine
+from lightning_norm.ops.normalize import normalize
 
 LAST = torch.channels_last
 TOLERANCE = {torch.float32: 3e-7, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
@@ -160,6 +163,23 @@ def test_gradients_in_another_layout():
     assert torch.equal(launch.combine(other, x, affine, None, 1)[0], expected[1])
     one = torch.ones(()).expand(2, 4, 6, 5)
     assert torch.equal(launch.sums(one, x, affine, 1)[0], torch.full((2, 4), 30.0))
+
+
+@pytest.mark.parametrize("algebra", ["of instances", "of a layer"])
+def test_a_gradient_in_another_layout_is_copied_once(algebra):
+    """Two passes read it, each of which would make a copy of its own."""
+    x = torch.randn(2, 4, 6, 5, requires_grad=True)
+    if algebra == "of instances":
+        y = normalize(x, lambda m: Affine(m.mean, (m.var + 1e-5).rsqrt()), backend="triton")
+    else:
+        layer = lightning_norm.create("sn", 4)
+        layer.backend = "triton"
+        y = layer(x)
+    dy = torch.randn(2, 6, 5, 4).movedim(-1, 1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        y.backward(dy)
+    copies = [e for e in profile.events() if e.name == "aten::copy_" and e.input_shapes[0] == list(x.shape)]
+    assert len(copies) == 1
 
 
 @triton.jit
