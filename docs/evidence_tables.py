@@ -276,7 +276,9 @@ def draw_costs(path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for what, marker in zip(dict.fromkeys(found.what for found in GAINS), "osD^v*P", strict=False):
-        points = [(found.key, row) for found in GAINS if found.what == what and (row := found.row())]
+        points = [
+            (found.key, row) for found in GAINS if found.what == what and found.key in ratios and (row := found.row())
+        ]
         if not points:
             continue
         at = [ratios[key] for key, _ in points]
