@@ -44,6 +44,13 @@ READINGS = tuple(HEAD)
 BATCH = "data.init_args.batch_size"
 
 
+PARTS = {
+    "corruptions": ("clean", "severity_1", "severity_3", "severity_5"),
+    "domains": ("mnist", "mnist_m", "usps", "digits"),
+}
+"""Study -> parts of its test, as the metrics test/acc_PART are called."""
+
+
 @dataclass(frozen=True)
 class Found:
     """A row of a study that says what a normalizer gained.
@@ -228,6 +235,27 @@ def epochs_to_target(study: str) -> list[str]:
     return table(head, [[r["norm"], f"{r['reached']} of {r['seeds']}", r["epochs"] or "-"] for r in rows])
 
 
+def save_parts(study: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write results/STUDY_parts.csv: the mean accuracy over seeds on each part of the test, in percent."""
+    rows = []
+    for label in dict.fromkeys(record["label"] for record in records):
+        runs = [record["test"] for record in records if record["label"] == label]
+        parts = {
+            part: f"{100 * statistics.fmean(run[f'test/acc_{part}'] for run in runs):.1f}" for part in PARTS[study]
+        }
+        rows.append({"norm": label, "seeds": len(runs), **parts})
+    write_results(f"{study}_parts", rows)
+
+
+def parts(study: str) -> list[str]:
+    """Return the table of accuracies on the parts of the test."""
+    rows = read_results(f"{study}_parts")
+    if not rows:
+        return NOT_ENDED
+    head = ["normalizer", "seeds", *(name.replace("_", " ") for name in PARTS[study])]
+    return table(head, [[row["norm"], row["seeds"], *(row[name] for name in PARTS[study])] for row in rows])
+
+
 def write_results(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a file of the folder of results."""
     with (PAGES / "results" / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
@@ -241,6 +269,8 @@ def save_from_runs(folder: Path) -> None:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "runs").glob("*.json"))]
     if folder.name == "sn":
         save_switch_weights(records)
+    elif folder.name in PARTS:
+        save_parts(folder.name, records)
     elif not any(record["sweep"] for record in records):
         save_epochs(folder.name, records)
 

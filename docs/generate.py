@@ -242,9 +242,13 @@ REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
     },
     "docs/evidence/bcn.md": {"results": partial(evidence_tables.results, "sn", ("bn", "bn recalibrated", "bcn"))},
     **{
-        f"docs/evidence/{study}.md": {"results": partial(evidence_tables.results, study)}
-        for study in ("domains", "corruptions", "contexts")
+        f"docs/evidence/{study}.md": {
+            "results": partial(evidence_tables.results, study),
+            "parts": partial(evidence_tables.parts, study),
+        }
+        for study in ("domains", "corruptions")
     },
+    "docs/evidence/contexts.md": {"results": partial(evidence_tables.results, "contexts")},
     **{
         f"docs/evidence/{study}.md": {
             "results": partial(evidence_tables.results, study),

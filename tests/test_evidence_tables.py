@@ -53,6 +53,15 @@ def test_epochs_to_what_batchnorm_reaches(tables, tmp_path):
     assert lines == ["| bn | 2 of 2 | 1.5 |", "| sn | 1 of 2 | 1.0 |", "| in | 0 of 1 | - |"]
 
 
+def test_parts_of_the_test_are_means_in_percent(tables, tmp_path):
+    (tmp_path / "domains" / "runs").mkdir(parents=True)
+    for i, accuracy in enumerate((0.5, 0.7)):
+        test = {f"test/acc_{part}": accuracy for part in tables.PARTS["domains"]}
+        (tmp_path / "domains" / "runs" / f"{i}.json").write_text(json.dumps({"label": "bn", "test": test}))
+    tables.save_from_runs(tmp_path / "domains")
+    assert tables.parts("domains")[2:] == ["| bn | 2 | 60.0 | 60.0 | 60.0 | 60.0 |"]
+
+
 def test_costs_stand_beside_what_was_gained(tables, tmp_path):
     assert tables.costs()[2:] == []
     cost = {"step_ratio": "1.251", "channels_last_ratio": "1.5", "kept_ratio": "1.02", "added_to_64": "320"}
