@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.behind import without_normalization
+from lightning_norm.layers.behind import stays_in_evaluation, without_normalization
 from lightning_norm.layers.inference import deployed, dims_of, per_channel
 from lightning_norm.ops.moments import Affine
 from lightning_norm.surgery.activations import give_back_activations
@@ -241,7 +241,7 @@ def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[nn.Module, str]
             why = module.why_not_plain(dims) if name else "is the model itself"
             rows.append(DeployedLayer(name, kind, kind, "stays", why))
             continue
-        if module._always_eval and isinstance(plain, nn.Module) and not is_frozen(plain):
+        if stays_in_evaluation(module) and isinstance(plain, nn.Module) and not is_frozen(plain):
             why = "frozen no longer: train() lets its statistics move"
         move_hooks(module, plain)
         watch.replace(module, plain)
