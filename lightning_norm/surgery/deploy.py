@@ -14,7 +14,7 @@ from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.behind import stays_in_evaluation, without_normalization
 from lightning_norm.layers.inference import deployed, dims_of, per_channel
 from lightning_norm.ops.moments import Affine
-from lightning_norm.surgery.activations import give_back_activations
+from lightning_norm.surgery.activations import return_activations
 from lightning_norm.surgery.conv_norm_pairs import layers_before
 from lightning_norm.surgery.recognize import is_frozen
 from lightning_norm.surgery.text_tables import TableReport, outputs_moved
@@ -174,7 +174,7 @@ class _Watch:
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.model = model
         # Layers of torch's compute no activation: it goes back to its place, under the original network's names.
-        give_back_activations(model)
+        return_activations(model)
         self.arguments = None if example is None else example if isinstance(example, tuple) else (example,)
         # Names and places are those of the model as it was: a layer that was replaced is still looked up by itself.
         self.names = {module: names[0] for module, names in names_by_module(model).items()}
