@@ -15,6 +15,7 @@ from lightning_norm.callbacks.lightning_compat import Callback, pl, rank_zero_in
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.behind import stays_in_evaluation
 from lightning_norm.surgery.options import Pattern
 from lightning_norm.surgery.select import choose_layers
 from lightning_norm.surgery.torch_layers import TORCH_NORMS
@@ -151,7 +152,7 @@ class NormFreeze(Described, Callback):
 
     def _freeze_statistics(self, pl_module: pl.LightningModule, layer: nn.Module) -> None:
         if isinstance(layer, Normalizer):
-            if not layer._always_eval:
+            if not stays_in_evaluation(layer):
                 self._undo.append(functools.partial(_release_statistics, pl_module, layer, layer.training))
                 layer.freeze_statistics()
             return

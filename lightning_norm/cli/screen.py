@@ -25,7 +25,7 @@ from typing_extensions import override
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.demo.data import ImageData
 from lightning_norm.demo.job import ImageClassifier
-from lightning_norm.layers.base import Normalizer
+from lightning_norm.surgery.walk import normalizers_of
 
 HIDDEN = (
     "Seed set to ",
@@ -200,7 +200,7 @@ def can_be_timed(trainer: Any, model: pl.LightningModule) -> bool:
         and isinstance(trainer.datamodule, ImageData)
         and trainer.world_size == 1  # ranks would wait for each other
         and not any(isinstance(c, NormSwap) and c.options.compile for c in trainer.callbacks)
-        and not any(isinstance(m, Normalizer) and m.swap_advice.required_callback for m in model.modules())
+        and not any(layer.swap_advice.required_callback for layer in normalizers_of(model))
     )
 
 

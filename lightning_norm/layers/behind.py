@@ -127,7 +127,7 @@ class Behind(nn.Module):
     """``train()`` leaves the layer itself in evaluation: its statistics are frozen."""
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the layer and its children; see :func:`keep_in_evaluation`."""
+        """Set the mode of the layer and its children; see :func:`stays_in_evaluation`."""
         super().train(mode)
         # nn.Module.train() sets the children as well, which follow the model; this layer alone stays behind. What was
         # asked for is noted for whoever ends the freeze.
@@ -188,9 +188,14 @@ def keep_in_evaluation(layer: Behind, always: bool, mode: bool | None = None) ->
     vars(layer)["_mode"] = mode
 
 
+def stays_in_evaluation(layer: nn.Module) -> bool:
+    """Tell whether ``train()`` leaves a normalizer in evaluation; torch's layers never stay."""
+    return getattr(layer, "_always_eval", False)
+
+
 def requested_mode(layer: nn.Module) -> bool:
     """Return the mode that ``train()`` or ``eval()`` last asked for."""
-    return bool(vars(layer).get("_mode", True)) if getattr(layer, "_always_eval", False) else layer.training
+    return bool(vars(layer).get("_mode", True)) if stays_in_evaluation(layer) else layer.training
 
 
 def fuse_behind(layer: Behind, activation: str) -> tuple[str, list[nn.Module]]:

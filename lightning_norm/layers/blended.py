@@ -46,8 +46,6 @@ class BlendedNorm(MomentNorm):
     """
 
     extra_buffers: ClassVar[ExtraBuffers] = ExtraBuffers(("updates",), ("blend_mean", "blend_std", "blend_var"))
-    averages_blend: bool = False
-    """The blend has buffers of its own, and the running statistics average it; set before ``__init__``."""
     updates: Tensor
     gap: Tensor
     """How far the last batch's mean and deviation lay from the running ones, in running deviations, (2,)."""
@@ -77,11 +75,15 @@ class BlendedNorm(MomentNorm):
         gap = torch.where(self.gap >= 0, self.gap, torch.nan)
         return {"gap_mean": gap[0], "gap_std": gap[1]}
 
-    def _make_running_stats(self, num_features: int, track: bool, device: Any, dtype: torch.dtype | None) -> None:
-        super()._make_running_stats(num_features, track, device, dtype)
-        if self.averages_blend:
-            for name, running in zip(self.blend_names, self.running_names, strict=True):
-                self.register_buffer(name, self.get_buffer(running).clone())
+    def _add_blend(self) -> None:
+        """Register the buffers of a blend that the running statistics average."""
+        for name, running in zip(("blend_mean", f"blend_{self.average}"), self.running_names, strict=True):
+            self.register_buffer(name, self.get_buffer(running).clone())
+
+    @property
+    def averages_blend(self) -> bool:
+        """Whether the blend has buffers of its own, and the running statistics average it."""
+        return "blend_mean" in self._buffers
 
     @property
     def unsupported(self) -> Unsupported:

@@ -62,6 +62,14 @@ def ranks_of_window(layer: Any) -> Ranks | None:
     return active_ranks(layer.sync == "running" and not layer._sync_paused, True, layer.sync_group)
 
 
+def pause_sync(layers: Iterable[Any], paused: bool) -> bool:
+    """Let layers use the statistics of their own rank for a while, or end it; tell whether that changes any of them."""
+    changed = [layer for layer in layers if layer._sync_paused != paused]
+    for layer in changed:
+        layer._sync_paused = paused
+    return bool(changed)
+
+
 def attend(layers: Iterable[Any]) -> None:
     """Open the windows of those layers that pool once per step, and compare the layers with those of the other ranks.
 

@@ -269,13 +269,24 @@ def open_window(layer: RunningStats) -> None:
     layer._accumulator = AccumulationWindow(shape, layer._includes_between_var, stat.device)
 
 
+def window_of(layer: RunningStats) -> AccumulationWindow | None:
+    """Return the window that gathers a layer's statistics, ``None`` where none is open."""
+    return layer._accumulator if isinstance(layer._accumulator, AccumulationWindow) else None
+
+
+def drop_window(layer: RunningStats) -> None:
+    """Take the window off; what it has gathered moves nothing."""
+    layer._accumulator = None
+
+
 @torch.no_grad()
 def close_window(layer: RunningStats) -> None:
     """Move the running statistics by what the window gathered, as if it had been one batch, and empty it."""
-    if isinstance(layer._accumulator, AccumulationWindow):
-        layer._move_by_window(layer._accumulator.moments())
+    window = window_of(layer)
+    if window is not None:
+        layer._move_by_window(window.moments())
         # The window stays open and starts anew with the next batch.
-        layer._accumulator.clear()
+        window.clear()
 
 
 @torch.no_grad()

@@ -149,6 +149,16 @@ def hear_masks(layer: SpecialCalls) -> Told:
     return layer._mask_state
 
 
+def hears_masks(layer: nn.Module) -> bool:
+    """Tell whether a normalizer listens to masks that code outside of the model tells."""
+    return getattr(layer, "_mask_state", None) is not None
+
+
+def last_mask(layer: nn.Module) -> Tensor | None:
+    """Return which positions counted in a normalizer's last call with a mask, ``None`` where it had none."""
+    return getattr(layer, "_last_mask", None)
+
+
 def ghost_batches(n: int, size: int) -> list[tuple[int, int]]:
     """Return start and stop of each ghost batch; what is left over joins the last one, so that none is smaller.
 

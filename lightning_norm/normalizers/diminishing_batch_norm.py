@@ -108,13 +108,13 @@ class DiminishingBatchNorm(BlendedNorm):
         self.train_stats, self.stat_grad = train_stats, stat_grad
         options: dict[str, Any] = {"eps": eps, "affine": affine, "channel_dim": channel_dim}
         options |= {"track_running_stats": track_running_stats, "device": device, "dtype": dtype, "bias": bias}
-        # Before the base class, which makes the buffers for it.
-        self.averages_blend = eval_momentum is not None
         options |= {"virtual_batch_size": virtual_batch_size}
         super().__init__(num_features, average=average, init=init, momentum=None, **options)
         # In this order, for with a power no alpha can be set.
         self.alpha = alpha
         self.power = None if power is None else float(power)
+        if eval_momentum is not None:
+            self._add_blend()
         self.eval_momentum = eval_momentum
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -20,6 +20,7 @@ from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.rank_checks import check_same_on_ranks
 from lightning_norm.errors import SyncWarning
 from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.pooling import pause_sync
 from lightning_norm.ops.sync import check_group
 from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.report import SwapReport
@@ -97,8 +98,7 @@ class NormSync(TorchSyncBatchNorm):
         """Put the layers back, with what they learned; the strategy calls it when the fit is over."""
         self._patches.undo()
         # First the pauses, because the layers that undo takes out may be among them.
-        for layer in self._paused:
-            layer._sync_paused = False
+        pause_sync(self._paused, False)
         self._paused = []
         if self._report is not None:
             self._report.undo()
@@ -117,10 +117,7 @@ class NormSync(TorchSyncBatchNorm):
         def update(original: Callable[[], Any]) -> Any:
             # Decided anew in every epoch, so that a resumed run starts in the right state.
             paused = model.current_epoch < self.start_epoch
-            changed = [layer for layer in layers if layer._sync_paused != paused]
-            for layer in changed:
-                layer._sync_paused = paused
-            if changed:
+            if pause_sync(layers, paused):
                 rank_zero_info(
                     f"NormSync: synchronization is {'off' if paused else 'on'} in epoch {model.current_epoch}"
                 )

@@ -23,7 +23,7 @@ from lightning_norm.ops.torch_private import has_hooks
 from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.select import Left, ModuleSlot
 from lightning_norm.surgery.torch_private import TorchDispatchMode, tree_leaves
-from lightning_norm.surgery.walk import modules_by_name, names_by_module, places_by_module
+from lightning_norm.surgery.walk import modules_by_name, names_by_module, normalizers_of, places_by_module
 
 Layers = Mapping[str, tuple[Normalizer, nn.Module]]
 """Name -> the normalizer, and the module that it replaces: one of the two is in the model."""
@@ -52,7 +52,7 @@ def find_activations(
         return _named(model, layers, how), []
     names = {module: each[0] for module, each in names_by_module(model).items()}
     # An activation inside of a layer, such as timm's bn1.act, is computed by that layer already.
-    inner = {child for m in model.modules() if isinstance(m, Normalizer) for child in m.modules()}
+    inner = {child for layer in normalizers_of(model) for child in layer.modules()}
     inner |= {child for _, module in layers.values() for child in module.modules()}
     activations = [m for m in model.modules() if type(m) in FUSED and m not in inner]
     # Before the swap the original modules are in the model, after it the normalizers: either can be watched.
@@ -104,14 +104,14 @@ def take_activation(model: nn.Module, layer: Normalizer, name: str, place: str) 
     return slot, taken
 
 
-def give_back_activations(model: nn.Module) -> None:
+def return_activations(model: nn.Module) -> None:
     """Put every activation that a layer of the model has taken over back into its place."""
     places = places_by_module(model)
-    for module in list(model.modules()):
-        if isinstance(module, Normalizer) and (taken := module._taken_from) is not None:
-            activation = give_activation(module)
+    for layer in normalizers_of(model):
+        if (taken := layer._taken_from) is not None:
+            activation = give_activation(layer)
             assert activation is not None
-            module.origin = {k: v for k, v in (module.origin or {}).items() if k != "activation"} or None
+            layer.origin = {k: v for k, v in (layer.origin or {}).items() if k != "activation"} or None
             for parent, attribute in places.get(taken, []):
                 parent.add_module(attribute, activation)
 

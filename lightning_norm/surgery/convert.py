@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_norm.layers.arguments import arguments_of, as_int, checked_arguments
 from lightning_norm.layers.base import MomentNorm, Normalizer, has_affine
-from lightning_norm.layers.behind import add_children, keep_in_evaluation, requested_mode
+from lightning_norm.layers.behind import add_children, keep_in_evaluation, requested_mode, stays_in_evaluation
 from lightning_norm.normalizers.batch_norm import BatchNorm
 from lightning_norm.normalizers.group_norm import GroupNorm
 from lightning_norm.surgery.options import ResolvedNorm
@@ -352,7 +352,7 @@ def _carry_over(module: nn.Module, layer: Normalizer, whole: Whole, name: str) -
     # A frozen layer stays frozen, the parameters that are new in it included.
     if whole.frozen or (parameters and not any(p.requires_grad for p in parameters)):
         layer.requires_grad_(False)
-    if whole.frozen or (getattr(module, "_always_eval", False) and layer.has_running_stats):
+    if whole.frozen or (stays_in_evaluation(module) and layer.has_running_stats):
         keep_in_evaluation(layer, True)
     if whole.behind and not isinstance(layer, MomentNorm):
         raise TypeError(
@@ -423,7 +423,7 @@ def restore_original(
     # The user may have called eval() or train() since, on a model that does not hold the original.
     module.training = requested_mode(layer)
     if isinstance(module, Normalizer):
-        keep_in_evaluation(module, module._always_eval, requested_mode(layer))
+        keep_in_evaluation(module, stays_in_evaluation(module), requested_mode(layer))
     layer.return_to(module)
     for child in layer._modules.keys() & module._modules.keys():  # the user may have put another one there
         module._modules[child] = layer._modules[child]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.behind import without_normalization
+from lightning_norm.layers.behind import stays_in_evaluation, without_normalization
 from lightning_norm.layers.inference import deployed, dims_of, per_channel
 from lightning_norm.ops.moments import Affine
-from lightning_norm.surgery.activations import give_back_activations
+from lightning_norm.surgery.activations import return_activations
 from lightning_norm.surgery.conv_norm_pairs import layers_before
 from lightning_norm.surgery.recognize import is_frozen
 from lightning_norm.surgery.text_tables import TableReport, outputs_moved
@@ -174,7 +174,7 @@ class _Watch:
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.model = model
         # Layers of torch's compute no activation: it goes back to its place, under the original network's names.
-        give_back_activations(model)
+        return_activations(model)
         self.arguments = None if example is None else example if isinstance(example, tuple) else (example,)
         # Names and places are those of the model as it was: a layer that was replaced is still looked up by itself.
         self.names = {module: names[0] for module, names in names_by_module(model).items()}
@@ -241,7 +241,7 @@ def _all_plain(model: nn.Module, watch: _Watch, reasons: Mapping[nn.Module, str]
             why = module.why_not_plain(dims) if name else "is the model itself"
             rows.append(DeployedLayer(name, kind, kind, "stays", why))
             continue
-        if module._always_eval and isinstance(plain, nn.Module) and not is_frozen(plain):
+        if stays_in_evaluation(module) and isinstance(plain, nn.Module) and not is_frozen(plain):
             why = "frozen no longer: train() lets its statistics move"
         move_hooks(module, plain)
         watch.replace(module, plain)

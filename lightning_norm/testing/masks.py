@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_norm.errors import MaskError
 from lightning_norm.layers.base import MomentNorm, Normalizer
+from lightning_norm.layers.special_calls import last_mask
 from lightning_norm.surgery.masks import masks
 from lightning_norm.surgery.pause import paused_statistics
 from lightning_norm.testing.kit import (
@@ -100,7 +101,7 @@ def masked_equals_unpadded(make: Make) -> None:
             return
         what = f"masked, training={training}"
         same_step(seeded(masked_step, masked, x, dy), seeded(step, plain, x, dy), 1e-10, what)
-        assert masked._last_mask is not None, "the monitor does not hear of the mask"
+        assert last_mask(masked) is not None, "the monitor does not hear of the mask"
         for name, value in statistics(plain).items():
             same(statistics(masked)[name], value, 1e-10, f"{what}, {name}")
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.layers.base import MomentNorm, Normalizer
+from lightning_norm.layers.behind import stays_in_evaluation
 from lightning_norm.layers.scheduled import was_scheduled
+from lightning_norm.layers.special_calls import hears_masks, last_mask
 from lightning_norm.surgery.walk import named_normalizers, normalizers_of
 
 Series = tuple[str, str, str]
@@ -50,7 +52,7 @@ class Quantities:
         """Return all that :meth:`read` will return, the drift and the masks' quantities included, which come later."""
         drifts = [series for series, _ in running_statistics(pl_module)] if self.extras else []
         layers = named_normalizers(pl_module)
-        waits = [(key_of(m), "valid_fraction", name) for name, m in layers if getattr(m, "_mask_state", None)]
+        waits = [(key_of(m), "valid_fraction", name) for name, m in layers if hears_masks(m)]
         return list(dict.fromkeys((*self.tensors(pl_module), *waits, *drifts, *hyper_parameters(pl_module))))
 
     def tensors(self, pl_module: nn.Module) -> dict[Series, Tensor]:
@@ -149,7 +151,7 @@ def valid_fraction(layer: Normalizer) -> dict[str, Tensor]:
     >>> valid_fraction(layer)["valid_fraction"].item()
     0.625
     """
-    mask = getattr(layer, "_last_mask", None)
+    mask = last_mask(layer)
     return {} if mask is None else {"valid_fraction": mask.float().mean()}
 
 
@@ -178,7 +180,7 @@ def hyper_parameters(pl_module: nn.Module, only_scheduled: bool = False) -> dict
             chosen = argument in default and argument not in MomentNorm.ranges and value != default[argument]
             if value is not None and (chosen or was_scheduled(layer, argument)):
                 values[key_of(layer), argument, name] = float(value)
-        if layer._always_eval:
+        if stays_in_evaluation(layer):
             values[key_of(layer), "frozen", name] = 1.0
     return values
 

@@ -11,7 +11,7 @@ from lightning_norm.errors import NoEffectWarning
 from lightning_norm.layers.accumulators import AccumulationWindow
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.pooling import attend, move_by_windows, pool_windows, ranks_of_window
-from lightning_norm.layers.running_stats import open_window
+from lightning_norm.layers.running_stats import drop_window, open_window, window_of
 from lightning_norm.ops.sync import Ranks
 from lightning_norm.surgery.walk import named_normalizers
 
@@ -89,8 +89,8 @@ class Accumulation:
         """
         if not self.enabled and not self._layers:
             return {}
-        accumulators = {n: copy.deepcopy(layer._accumulator) for n, layer in self._layers.items()}
-        windows = {n: window for n, window in accumulators.items() if isinstance(window, AccumulationWindow)}
+        copies = {n: copy.deepcopy(window_of(layer)) for n, layer in self._layers.items()}
+        windows = {n: window for n, window in copies.items() if window is not None}
         together: dict[Ranks, list[AccumulationWindow]] = {}
         for name, window in windows.items():
             if ranks := ranks_of_window(self._layers[name]):
@@ -110,19 +110,20 @@ class Accumulation:
     def stop(self) -> None:
         """Take the windows off; what no optimizer step has followed is dropped, as its gradients are."""
         for layer in self._layers.values():
-            layer._accumulator = None
+            drop_window(layer)
         self._layers = {}
         self._loaded = {}
 
     def _fill(self) -> None:
         """Empty every window, and put in what a checkpoint has gathered."""
         for name, layer in self._layers.items():
-            assert isinstance(layer._accumulator, AccumulationWindow)
+            window = window_of(layer)
+            assert window is not None
             # What batches of a finder's trial run have gathered goes, before the saved state comes in.
-            layer._accumulator.clear()
+            window.clear()
             # The file holds what all ranks gathered together: one of them takes it.
             ranks = ranks_of_window(layer)
             loaded = self._loaded.get(name, ()) if ranks is None or ranks.rank == 0 else ()
-            for tensor, saved in zip(layer._accumulator.tensors(), loaded, strict=False):
+            for tensor, saved in zip(window.tensors(), loaded, strict=False):
                 tensor.copy_(saved)
         self._loaded = {}

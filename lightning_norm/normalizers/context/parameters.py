@@ -33,7 +33,7 @@ class ContextParameters(MomentNorm):
     extra_buffers: ClassVar[ExtraBuffers] = ExtraBuffers(float32=("prior",))
     _has_rows: ClassVar[bool] = True
     published_names: ClassVar[PublishedNames] = PublishedNames(("context_norm_layers.", "means", "variances"))
-    priors: tuple[float, ...] | None = None
+    priors: tuple[float, ...] | None
     prior: Tensor | None
 
     def __init__(self, num_features: int, *, num_contexts: int = 3, **options: Any) -> None:
