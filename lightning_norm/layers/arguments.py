@@ -60,7 +60,7 @@ def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
 
     Raises:
         TypeError: too many arguments by position, or one that the class does not take; the nearest name is given.
-        ValueError: a value that is none of those in the argument's ``Literal``.
+        ValueError: a value that is not of the argument's kind, or none of those in its ``Literal``.
     """
     # Unpickling and copying call ``__new__`` without arguments.
     if not args and not kwargs:
@@ -74,6 +74,8 @@ def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
         # From here on it does not matter how an argument was passed.
         kwargs = {**dict(zip(positional, args, strict=False)), **kwargs}
     check_names(cls, kwargs)
+    for name, value in kwargs.items():
+        _check_kind(cls, value, known[name])
     for name, (choices, several) in _choices(cls).items():
         if name in kwargs:
             default = known[name].default
@@ -215,13 +217,14 @@ def number_of_groups(
         return num_features // size
     if num_groups == "auto":
         return max(d for d in range(1, 33) if num_features % d == 0 and (d == 1 or num_features >= 2 * d))
-    if not isinstance(num_groups, int) or num_groups is True or num_groups < 1 or num_features % num_groups:
+    number = as_int(num_groups)
+    if number is None or number < 1 or num_features % number:
         near = _nearest_divisors(num_features, num_groups)
         raise ValueError(
             f"{who}(num_groups={num_groups!r}) cannot split {num_features} channels: num_groups must divide the "
             f"channels. Divisors of {num_features} nearby: {near}. num_groups='auto' fits any number."
         )
-    return num_groups
+    return number
 
 
 def _nearest_divisors(number: int, wanted: Any) -> list[int]:
@@ -325,9 +328,41 @@ def _literals(annotation: Any) -> tuple[Any, ...]:
     return tuple(value for part in parts for value in part) if all(parts) else ()
 
 
+_KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "bool": ("True or False", (bool,)),
+    "int": ("an int", (int,)),
+    "float": ("a number", (int, float)),
+    "Sequence": ("a list", (list, tuple)),
+    "None": ("None", (type(None),)),
+}
+"""What an annotation names, in the words of a message, and which of Python's own types are of that kind."""
+
+
+def _check_kind(cls: type, value: Any, parameter: inspect.Parameter) -> None:
+    """Check that a value is of a kind that the annotation of its argument names; True is no number."""
+    annotation = inspect.formatannotation(parameter.annotation).strip("'\"")  # text stands between quotes
+    names = [part.strip().partition("[")[0] for part in annotation.split("|")]
+    kinds = [_KINDS[name] for name in names if name in _KINDS]
+    # The channels have no default: each class says itself what they are. So do scheduled values and single choices.
+    if parameter.default is parameter.empty or not set(names) & {*_KINDS} - {"None"}:
+        return
+    words = re.findall(r"['\"](\w+)['\"]", annotation) if "Literal" in names else []
+    plain = value if isinstance(value, Iterator) else plain_value(value)  # an iterator can be gone through once
+    fits = isinstance(plain, tuple(t for _, types_ in kinds for t in types_)) or plain in words
+    if isinstance(plain, bool) or ("bool" in names and plain in (0, 1)):
+        fits = "bool" in names
+    if not fits:
+        expected = " or ".join([*(text for text, _ in kinds), *map(repr, words)])
+        raise ValueError(
+            f"{cls.__name__}: {parameter.name} must be {expected}, got {value!r}. Type "
+            f"{parameter.name}={parameter.default!r}, say."
+        )
+
+
 def _check_choice(what: str, value: Any, choices: tuple[Any, ...], several: bool, example: str) -> None:
     if not several:
-        if value not in choices:
+        # True equals 1 and 3.0 equals 3, and neither can stand where the other is meant.
+        if not any(value == choice and type(plain_value(value)) is type(choice) for choice in choices):
             raise ValueError(f"{what} must be one of {choices}, got {value!r}. Type {example}, say.")
     elif isinstance(value, str) or any(v not in choices for v in value) or len(set(value)) < len(value):
         raise ValueError(

@@ -404,18 +404,17 @@ class MomentNorm(SpecialCalls, Normalizer):
         name, features = type(self).__name__, as_int(num_features)
         if features is None or features < 1:
             raise ValueError(f"{name}: num_features must be a positive int, got {num_features!r}.")
-        num_features = features
         if not is_at_least_zero(eps):
             raise ValueError(f"{name}: eps must be a number >= 0, got {eps!r}.")
         if channel_dim not in (1, -1):
             raise ValueError(f"{name}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim!r}.")
-        self.num_features, self.eps, self.affine, self.channel_dim = num_features, float(eps), affine, channel_dim
+        self.num_features, self.eps, self.affine, self.channel_dim = features, float(eps), affine, int(channel_dim)
         self.sync, self.sync_group, self.compiled, self.backend = True, "world", False, "auto"
         # Also ``None`` is registered, so that state_dict and ``named_parameters`` know the names, as in torch.
         for parameter, wanted in (("weight", affine), ("bias", affine and bias)):
-            value = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if wanted else None
+            value = nn.Parameter(torch.empty(features, device=device, dtype=dtype)) if wanted else None
             self.register_parameter(parameter, value)
-        self._make_running_stats(num_features, track_running_stats, device, dtype)
+        self._make_running_stats(features, track_running_stats, device, dtype)
         # Only now: the tensor behind it goes where the running statistics are.
         self.momentum = momentum
         self.virtual_batch_size = virtual_batch_size

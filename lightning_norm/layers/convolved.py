@@ -37,7 +37,8 @@ class ConvolvedNorm(MomentNorm):
     kernel: nn.Parameter
 
     def __init__(self, num_features: int, *, kernel_size: int, spatial_dims: int, init: str, **options: Any) -> None:
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        kernel_size = int(kernel_size)
+        if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(
                 f"{type(self).__name__}: kernel_size must be an odd int, got {kernel_size!r}: an even one has no "
                 "centre and shrinks the map. Type kernel_size=3."

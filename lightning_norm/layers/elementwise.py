@@ -56,7 +56,7 @@ class ElementwiseNorm(MomentNorm):
     offset: nn.Parameter | None
 
     def __init__(self, num_features: int, *, alpha_init: float = 0.5, **options: Any) -> None:
-        if isinstance(alpha_init, str) or not math.isfinite(alpha_init):
+        if not math.isfinite(alpha_init):
             raise ValueError(f"{type(self).__name__}: alpha_init must be a finite number, got {alpha_init!r}.")
         self.alpha_init = float(alpha_init)
         super().__init__(num_features, **stateless(type(self).__name__, options))

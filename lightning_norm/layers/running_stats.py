@@ -93,7 +93,9 @@ class RunningStats(nn.Module):
     def track(self, m: Moments) -> Moments:
         """In training, move the running statistics towards m and return m; in evaluation, return the running ones.
 
-        Call it exactly once per algebra, with the result of ``over_batch()``. Both are (1, C).
+        Call it exactly once per algebra, with the result of ``over_batch()``; both are then (1, C). A class that
+        overrides ``running_target`` to say what is kept, such as InstanceNorm, may hand over the moments of each
+        sample, (N, C), and gets them back in training.
         """
         if not self.training:
             return self.running() if self.has_running_stats else m

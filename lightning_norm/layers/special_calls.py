@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.errors import MaskError
+from lightning_norm.layers.arguments import as_int
 from lightning_norm.layers.told import Told
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.sync import Ranks
@@ -56,14 +57,15 @@ class SpecialCalls(nn.Module):
     @virtual_batch_size.setter
     def virtual_batch_size(self, value: int | None) -> None:
         who = type(self).__name__
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        size = as_int(value)
+        if value is not None and (size is None or size < 1):
             raise ValueError(f"{who}: virtual_batch_size must be a positive int or None, got {value!r}.")
         if value is not None and not self.train_uses_batch_stats:
             raise ValueError(
                 f"{who} has no statistics over samples: leave out virtual_batch_size, or choose a normalizer such as "
                 "'bn'."
             )
-        vars(self)["_virtual_batch_size"] = value
+        vars(self)["_virtual_batch_size"] = size
         self._look_for_special_calls()
 
     def _look_for_special_calls(self) -> None:

@@ -99,18 +99,18 @@ class EncoderDecoderNorm(MomentNorm):
     ) -> None:
         who = type(self).__name__
         for name, ratio in (("std_ratio", std_ratio), ("rescale_ratio", rescale_ratio)):
-            if not isinstance(ratio, int) or isinstance(ratio, bool) or ratio < 1:
+            if ratio < 1:
                 raise ValueError(f"{who}: {name} must be a positive int, got {ratio!r}.")
         if math.isnan(gate_init):
             raise ValueError(f"{who}: gate_init must be a number or -inf (closed), got {gate_init!r}.")
         if not math.isfinite(rescale_init):
             raise ValueError(f"{who}: rescale_init must be a finite number, got {rescale_init!r}.")
-        self.std_ratio, self.rescale_ratio, self.rescale_gate = std_ratio, rescale_ratio, rescale_gate
+        self.std_ratio, self.rescale_ratio, self.rescale_gate = int(std_ratio), int(rescale_ratio), rescale_gate
         self.gate_init, self.rescale_init = float(gate_init), float(rescale_init)
         self.correction, self.eps_outside = correction, bool(eps_outside)
         super().__init__(num_features, **options)
         layers: dict[str, tuple[int, ...]] = {}
-        for encoder, ratio in (("std", std_ratio), ("rescale", rescale_ratio)):
+        for encoder, ratio in (("std", self.std_ratio), ("rescale", self.rescale_ratio)):
             # Narrow layers, as the first one of a network, still have a unit to code with.
             hidden = max(1, num_features // ratio)
             shapes = {f"{encoder}_encoder": (hidden, num_features)}

@@ -55,9 +55,9 @@ class IBN(MomentNorm):
     repr_arguments: ClassVar[tuple[str, ...]] = ("ratio",)
 
     def __init__(self, num_features: int, *, ratio: float = 0.5, **options: Any) -> None:
-        if isinstance(ratio, (bool, str)) or not 0 <= ratio <= 1:
+        if not 0 <= ratio <= 1:
             raise ValueError(f"IBN: ratio must be a number from 0 (batch) to 1 (instance), got {ratio!r}.")
-        self.ratio = ratio
+        self.ratio = float(ratio)
         super().__init__(num_features, **options)
 
     @property

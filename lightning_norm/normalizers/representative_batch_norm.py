@@ -71,8 +71,7 @@ class RepresentativeBatchNorm(MomentNorm):
         **options: Any,
     ) -> None:
         who, known = type(self).__name__, tuple(self.rectifications)
-        # A string is a sequence of letters, none of which is known.
-        if isinstance(rectify, str) or set(rectify) - set(known):
+        if set(rectify) - set(known):
             raise ValueError(f"{who}: rectify must be a list out of {known}, got {rectify!r}.")
         # In the order of the table, whatever order was typed: repr, checkpoints and graphs are then the same.
         self.rectify, self.gate_init = tuple(k for k in known if k in rectify), gate_init

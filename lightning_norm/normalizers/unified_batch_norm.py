@@ -121,10 +121,10 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         **options: Any,
     ) -> None:
         for name, value, least in (("min_updates", min_updates, 0), ("max_skip", max_skip, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if value < least:
                 raise ValueError(f"UnifiedBatchNorm: {name} must be an int >= {least}, got {value!r}.")
         self.condensed_grad = condensed_grad
-        self.mode, self.min_updates, self.max_skip = mode, min_updates, max_skip
+        self.mode, self.min_updates, self.max_skip = mode, int(min_updates), int(max_skip)
         super().__init__(num_features, rectify=rectify, gate_init=gate_init, momentum=momentum, **options)
         # After the base class, which may have turned them off.
         if threshold is not None and not self.track_running_stats:

@@ -119,7 +119,10 @@ class NormStatistics(TableReport, Mapping[str, Tensor]):
             stacked = {n: torch.stack([tensors[full].cpu() for tensors in clients]) for n, full in mine.items()}
             kinds = {n: self.kinds[full] for n, full in mine.items()}
             means = _of_layer(name, stacked, kinds, torch.tensor(counts, dtype=torch.float64))
-            result.update({mine[n]: t.to(stacked[n].dtype).to(clients[0][mine[n]].device) for n, t in means.items()})
+            for n, t in means.items():
+                # As wide as the widest of the clients and of this model: what one has in whole numbers has a mean, too.
+                dtype = torch.promote_types(stacked[n].dtype, self[mine[n]].dtype)
+                result[mine[n]] = t.to(clients[0][mine[n]].device, dtype)
         return {name: result[name] for name in self}
 
     def _check(self, tensors: Mapping[str, Tensor], what: str) -> None:

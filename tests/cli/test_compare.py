@@ -257,16 +257,65 @@ def test_a_process_that_says_more_than_a_pipe_holds(job, monkeypatch, tmp_path):
 
 def test_a_damaged_file_is_told(tmp_path):
     store = RunStore(tmp_path)
-    store.write("a", made_up("bn", 0, 0.5))
+    store.write("a", {**made_up("bn", 0, 0.5), "name": "a"})
     path = tmp_path / "runs" / "a.json"
     text = path.read_text()
     for cut in (0, 1, len(text) // 2, len(text) - 2):
         path.write_text(text[:cut])
         with pytest.raises(ValueError, match=r"a\.json is damaged.*trained again"):
             store.read("a")
+    whole = json.loads(text)
+    for entry in ("name", "label", "seed", "sweep", "swap", "set", "settings", "history", "test", "steps"):
+        for changed in ({k: v for k, v in whole.items() if k != entry}, {**whole, entry: None}):
+            path.write_text(json.dumps(changed))
+            with pytest.raises(ValueError, match=rf"a\.json is damaged \(no '{entry}'\).*trained again"):
+                store.read("a")
+    for content in (b"\xff\xfe" + text.encode(), b"[" * 100_000):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.json is damaged.*trained again"):
+            store.read("a")
     path.write_text('{"format": 0}')
     with pytest.raises(ValueError, match="no run of this version"):
         store.read_all()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"a\.json is damaged.*Is a directory"):
+        store.read_all()
+
+
+def test_a_folder_that_was_put_together_by_hand(tmp_path):
+    """A copy is no second run, and runs of different settings make no table."""
+    store = RunStore(tmp_path)
+    for record in (made_up("bn", 0, 0.5), made_up("sn", 0, 0.6)):
+        store.write(record["name"], record)
+    compare.run(["--report", str(tmp_path), "--metric", "val/acc"])
+    copy = tmp_path / "runs" / "sn-0 (copy).json"
+    copy.write_bytes((tmp_path / "runs" / "sn-0.json").read_bytes())
+    with pytest.raises(ValueError, match=r"sn-0 \(copy\)\.json is a copy of sn-0\.json: delete it"):
+        compare.run(["--report", str(tmp_path), "--metric", "val/acc"])
+    copy.unlink()
+    store.write("sn-0", {**made_up("sn", 0, 0.6), "settings": {"a": "2"}})
+    with pytest.raises(ValueError, match=r"other settings \(a: '1' then, '2' now\)"):
+        compare.run(["--report", str(tmp_path), "--metric", "val/acc"])
+    other = {**made_up("sn", 0, 0.6), "settings": {"a": "2"}}
+    store.write("sn-0", {**other, "set": {"a": "2"}})
+    compare.run(["--report", str(tmp_path), "--metric", "val/acc"])
+    store.write("sn-0", {**other, "sweep": {"a": "2"}})
+    with pytest.raises(ValueError, match=r"--sweep: \[\] then, \['a'\] now"):
+        compare.run(["--report", str(tmp_path), "--metric", "val/acc"])
+    store.write("bn-0", {**made_up("bn", 0, 0.5), "sweep": {"a": "1"}})
+    compare.run(["--report", str(tmp_path), "--metric", "val/acc"])
+
+
+def test_labels_of_any_length_are_names_of_files(tmp_path):
+    contenders = read_contenders(f"{'ä' * 300}: sn, {'ä' * 301}: sn, bn")
+    names = [r.name for r in all_runs(contenders, [("optimizer.lr", ["0.1" * 100])], [0])]
+    assert len(set(names)) == 3
+    store = RunStore(tmp_path)
+    for name in names:
+        with store.claim(name):
+            store.write(name, {**made_up("x", 0, 0.5), "name": name})
+        assert store.read(name)
 
 
 def test_a_claim_belongs_to_one_process(tmp_path):

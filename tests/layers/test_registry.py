@@ -2,8 +2,11 @@
 
 import copy
 import inspect
+import math
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +21,7 @@ from lightning_norm import (
     create,
     normalizers,
 )
+from lightning_norm.layers.arguments import arguments_of
 
 KEYS = [key for key, cls in normalizers().items() if cls.__module__.startswith("lightning_norm.")]
 
@@ -28,8 +32,52 @@ def test_text_is_a_number_or_an_error(key):
     assert create(key, 6, **arguments, eps="1e-3").eps == 1e-3
     with pytest.raises(ValueError, match=r"\w+: eps must be a number, got the text 'small'. Type it like 1.0e-3"):
         create(key, 6, **arguments, eps="small")
-    with pytest.raises(ValueError, match=r"eps must be a number >= 0, got '1e-3'"):
+    with pytest.raises(ValueError, match=r"eps must be a number, got '1e-3'"):
         normalizers()[key](6, **arguments, eps="1e-3")
+
+
+def arguments_that_take(*kinds):
+    """Yield every argument of every normalizer whose annotation names one of these types."""
+    for key in KEYS:
+        for name, parameter in arguments_of(normalizers()[key]).items():
+            if re.search(rf"\b({'|'.join(kinds)})\b", inspect.formatannotation(parameter.annotation)):
+                yield key, name
+
+
+def refused(key, name, value):
+    cls = normalizers()[key]
+    with pytest.raises((ValueError, TypeError), match=rf"{cls.__name__}\b.*\b{name}"):
+        cls(**{"num_features": 6, **cls.test_arguments, name: value})
+
+
+@pytest.mark.parametrize("value", [True, False, np.True_, torch.tensor(False)])
+def test_a_bool_is_no_number(value):
+    names = [*arguments_that_take("int", "float", r"Literal\[\d"), *arguments_that_take("Sequence")]
+    assert {"kernel_size", "correction", "channel_dim", "min_count", "gate_init", "priors"} <= {n for _, n in names}
+    for key, name in names:
+        refused(key, name, value)
+
+
+@pytest.mark.parametrize("value", ["false", "no", [], [True], None, 2.5, 1j, object(), {}, b"x", torch.ones(2)])
+def test_nothing_but_a_bool_is_a_bool(value):
+    for key, name in arguments_that_take("bool"):
+        refused(key, name, value)
+
+
+@pytest.mark.parametrize("value", ["abc", [], 1j, object(), {}, b"x", torch.ones(2), math.nan])
+def test_what_is_no_number_is_refused_by_name(value):
+    for key, name in arguments_that_take("int", "float"):
+        if name != "priors" or not isinstance(value, list):
+            refused(key, name, value)
+
+
+def test_numbers_of_other_libraries():
+    for key, name in arguments_that_take("int"):
+        cls = normalizers()[key]
+        default = cls.test_arguments.get(name, arguments_of(cls)[name].default)
+        if isinstance(default, int):
+            layer = cls(**{"num_features": 6, **cls.test_arguments, name: np.int64(default)})
+            assert type(getattr(layer, name)) is int
 
 
 @pytest.mark.parametrize(("key", "typo", "meant"), [("sn", "momentun", "momentum"), ("gn", "group", "num_groups")])
@@ -87,7 +135,7 @@ class TestDirectConstruction:
         [
             (BatchChannelNorm, {"constraint": "tanh"}, r"one of \('clamp', 'sigmoid', None\), got 'tanh'"),
             (SwitchableNorm, {"correction": 2}, r"one of \(0, 1\), got 2. Type correction=0"),
-            (SwitchableNorm, {"choices": "in"}, "distinct names out of"),
+            (SwitchableNorm, {"choices": "in"}, r"choices must be a list, got 'in'. Type choices=\('in', 'ln', 'bn'\)"),
             (SwitchableNorm, {"choices": ["in", "in"]}, "distinct names out of"),
         ],
     )

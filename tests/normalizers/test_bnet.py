@@ -245,7 +245,7 @@ def test_a_missing_kernel_is_an_error():
     [
         ({"kernel_size": 4}, "odd int, got 4.*Type kernel_size=3"),
         ({"kernel_size": 0}, "odd int, got 0"),
-        ({"kernel_size": (3, 3)}, "odd int"),
+        ({"kernel_size": (3, 3)}, r"an int, got \(3, 3\). Type kernel_size=3"),
         ({"spatial_dims": 4}, r"spatial_dims must be one of \(1, 2, 3\), got 4.*spatial_dims=2"),
         ({"init": "ones"}, "got 'ones'.*init='dirac'"),
     ],

@@ -117,7 +117,7 @@ def test_monitor_shows_the_magnitude_of_each_share():
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5, float("nan"), "half", True])
 def test_other_ratios_are_refused(ratio):
-    with pytest.raises(ValueError, match="ratio must be a number from 0"):
+    with pytest.raises(ValueError, match="ratio must be a number"):
         IBN(6, ratio=ratio)
 
 

@@ -114,7 +114,9 @@ class TestConstantPriors:
         with contexts(again, ids):
             assert torch.equal(again(x), y)
 
-    @pytest.mark.parametrize("priors", [[0.5, 0.5], [0.5, 0.5, 0.0], [0.5, 0.4, float("nan")], "abc", [1.5, 0.2, 0.1]])
+    @pytest.mark.parametrize(
+        "priors", [[0.5, 0.5], [0.5, 0.5, 0.0], [0.5, 0.4, float("nan")], [True, 0.5, 0.5], [1.5, 0.2, 0.1]]
+    )
     def test_bad_ones_are_named(self, priors):
         with pytest.raises(ValueError, match=r"priors must be 3 numbers in \(0, 1\].*Type priors=\[0.333"):
             ContextNorm(6, priors=priors)

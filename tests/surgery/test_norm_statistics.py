@@ -124,3 +124,18 @@ class TestFedBN:
                 stored.average([taken, taken], counts)
         with pytest.raises(ValueError, match="client 1: 6 tensors of this model are missing"):
             stored.average([taken, {}], [1, 1])
+
+
+@pytest.mark.parametrize("others", [(torch.bfloat16, F64), (torch.int64, torch.int64), (torch.float16, torch.int64)])
+def test_clients_of_other_dtypes_lose_no_digit(others):
+    stored = norm_statistics(nn.Sequential(nn.BatchNorm2d(C)))
+    clients = [
+        {n: t + i if n.endswith("tracked") else (t + i).to(d) for n, t in stored.take().items()}
+        for i, d in enumerate(others)
+    ]
+    mean = stored.average(clients, [1, 1])
+    assert mean["0.running_mean"].dtype == (F64 if F64 in others else torch.float32)
+    torch.testing.assert_close(mean["0.running_mean"].float(), torch.full((C,), 0.5))
+    torch.testing.assert_close(mean["0.running_var"].float(), torch.full((C,), 1.75))
+    assert mean["0.num_batches_tracked"].dtype == torch.int64
+    assert mean["0.num_batches_tracked"] == 1

@@ -235,7 +235,7 @@ class NormScheduler(Described, Callback):
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the values of an evaluation that is not part of a fit."""
         self._patches.undo()
-        self._find_parameters(trainer, pl_module)
+        self._find_parameters(trainer, pl_module, trains=False)
         # What a fit in this process has set stays; what was never set gets the first value.
         if self._checkpoint_time is not None:
             self._set(self.parameters, self._checkpoint_time)
@@ -243,9 +243,9 @@ class NormScheduler(Described, Callback):
             self._set([p for p in self.parameters if not p.was_set], 0)
             self._write_again()
 
-    def _find_parameters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _find_parameters(self, trainer: pl.Trainer, pl_module: pl.LightningModule, trains: bool = True) -> None:
         """Look up what the keys name, and refuse what another NormScheduler of the Trainer schedules as well."""
-        self.parameters = find_scheduled_parameters(pl_module, self.schedules)
+        self.parameters = find_scheduled_parameters(pl_module, self.schedules, trains)
         # By the layer itself: two callbacks may name it by different patterns.
         mine = {(id(p.layer), p.argument) for p in self.parameters}
         for other in callbacks_of(trainer):

@@ -81,14 +81,22 @@ def split_key(key: str) -> tuple[str | None, str]:
     return (pattern if colon else None), name
 
 
-def find_scheduled_parameters(pl_module: nn.Module, schedules: Mapping[str, Schedule]) -> list[ScheduledParameter]:
+def find_scheduled_parameters(
+    pl_module: nn.Module, schedules: Mapping[str, Schedule], trains: bool = True
+) -> list[ScheduledParameter]:
     """Give every argument that a key names its schedule; of several keys for one argument the first wins.
+
+    Args:
+        pl_module: the model.
+        schedules: by their keys.
+        trains: ``False`` where the model is evaluated, which may have been folded or hardened since its training: a key
+            may then name nothing.
 
     Raises:
         ValueError: a key that names no argument of any layer, or none that is left.
     """
     layers = _normalizers_with_all_names(pl_module)
-    if not layers:
+    if not layers and trains:
         raise ValueError(
             f"NormScheduler: the model has no layer of this package and no BatchNorm, so nothing to schedule. {SWAP}"
         )
@@ -100,6 +108,8 @@ def find_scheduled_parameters(pl_module: nn.Module, schedules: Mapping[str, Sche
         matched = [(names, layer) for names, layer in layers if pattern is None or _matches(pattern, names)]
         able = [(names, layer) for names, layer in matched if argument in _arguments(layer)]
         # Each key must act somewhere, since a schedule that does nothing would go unnoticed for the whole run.
+        if not able and not trains:
+            continue
         if not able:
             raise ValueError(_explain(key, pattern, argument, matched, layers))
         free = [(names, layer) for names, layer in able if (id(layer), argument) not in taken]

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,12 @@ def report_only(options: argparse.Namespace, job: Sequence[str]) -> None:
         raise ValueError(f"compare --report trains nothing and takes no arguments of a job, got {' '.join(job)}.")
     store = RunStore(Path(options.report))
     records = store.read_all()
+    for record in records[1:]:
+        differ = _other_settings(records[0], record["settings"], [records[0], record])
+        if records[0]["sweep"].keys() != record["sweep"].keys():
+            differ["--sweep"] = ([*records[0]["sweep"]], [*record["sweep"]])
+        if differ:
+            raise ValueError(_do_not_compare(store, differ))
     labels = list(dict.fromkeys(record["label"] for record in records))
     baseline = options.baseline or (BASELINE if BASELINE in labels else labels[0])
     metric, higher = metric_of(options)
@@ -397,24 +403,38 @@ def _finished(store: RunStore, r: Run, settings: dict[str, str]) -> bool:
     record = store.read(r.name)
     if record is None:
         return False
-    # What differs between the runs of one comparison by design is no other setting.
-    swept = [*(key for key, _ in r.sweep), *(key.rstrip("+") for key in r.contender.entries)]
-    differ: dict[str, tuple[Any, Any]] = {
+    differ = _other_settings(record, settings, [{"sweep": dict(r.sweep), "set": r.contender.entries}])
+    for entry, now in (("swap", r.contender.swap), ("set", r.contender.entries)):
+        if record[entry] != plain(now):
+            differ[r.contender.label] = (record[entry], now)
+    if differ:
+        raise ValueError(_do_not_compare(store, differ))
+    return True
+
+
+def _other_settings(record: Record, settings: Mapping[str, str], runs: Sequence[Record]) -> dict[str, tuple[Any, Any]]:
+    """Return in what the settings of a run differ from others: name -> (of the run, of the others).
+
+    Args:
+        record: the run.
+        settings: the others.
+        runs: whose ``sweep`` and ``set`` name what differs between the runs of one comparison by design.
+    """
+    swept = [key.rstrip("+") for run in runs for key in (*run["sweep"], *run["set"])]
+    return {
         name: (record["settings"].get(name), settings.get(name))
         for name in sorted(record["settings"].keys() | settings.keys())
         if record["settings"].get(name) != settings.get(name)
         and not any(name == key or name.startswith(f"{key}.") for key in swept)
     }
-    for entry, now in (("swap", r.contender.swap), ("set", r.contender.entries)):
-        if record[entry] != plain(now):
-            differ[r.contender.label] = (record[entry], now)
-    if differ:
-        shown = "; ".join(f"{name}: {then!r} then, {now!r} now" for name, (then, now) in list(differ.items())[:3])
-        raise ValueError(
-            f"{store.folder} holds runs with other settings ({shown}): runs of different settings do not compare. "
-            "Choose another folder with --out, or delete this one."
-        )
-    return True
+
+
+def _do_not_compare(store: RunStore, differ: Mapping[str, tuple[Any, Any]]) -> str:
+    shown = "; ".join(f"{name}: {then!r} then, {now!r} now" for name, (then, now) in list(differ.items())[:3])
+    return (
+        f"{store.folder} holds runs with other settings ({shown}): runs of different settings do not compare. Choose "
+        "another folder with --out, or delete this one."
+    )
 
 
 def _without(argv: Sequence[str], option: str) -> list[Any]:

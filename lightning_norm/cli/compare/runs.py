@@ -19,6 +19,9 @@ from lightning_norm.normalizers import resolve
 BASELINE = "bn"
 """The label of the network as it is: nothing is swapped."""
 
+LONGEST = 200
+"""Bytes of a label and its swept values in the name of a file, which may have 255 with what is added."""
+
 SET = "set"
 """Entry of a contender that holds entries of the whole configuration, for a baseline that needs a callback, say."""
 
@@ -62,10 +65,11 @@ class Run:
     def name(self) -> str:
         """Return the name of the run's file: readable, and different for different runs."""
         parts = [self.contender.label, *(f"{key.rpartition('.')[2]}={value}" for key, value in self.sweep)]
-        text = "-".join([re.sub(r"[^\w.=+]+", "_", part) for part in parts] + [f"seed{self.seed}"])
+        text = "-".join([re.sub(r"[^\w.=+]+", "_", part) for part in parts])
+        text = text.encode()[:LONGEST].decode(errors="ignore")
         # Two entries may end in the same word, and special characters were replaced above.
         exact = json.dumps([self.contender.label, self.sweep, self.seed])
-        return f"{text}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+        return f"{text}-seed{self.seed}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
 
 
 def read_contenders(text: str) -> list[Contender]:

@@ -15,6 +15,12 @@ from lightning_norm.surgery.whole_files import write_whole
 FORMAT = 1
 """Of the files; a reader of another format says so instead of guessing."""
 
+ENTRIES: Mapping[str, type] = {
+    **{"name": str, "label": str, "seed": int, "steps": int},
+    **dict.fromkeys(("swap", "set", "sweep", "settings", "history", "test"), dict),
+}
+"""What a run has, with its type: the entries without which neither its settings nor its results can be told."""
+
 Record = dict[str, Any]
 
 
@@ -30,9 +36,9 @@ class RunStore:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     store = RunStore(Path(folder))
     ...     with store.claim("sn-seed0") as mine:
-    ...         store.write("sn-seed0", {"label": "sn"})
-    ...     mine, store.read("sn-seed0"), store.read("bn-seed0")
-    (True, {'format': 1, 'label': 'sn'}, None)
+    ...         store.write("sn-seed0", {"name": "sn-seed0", "label": "sn"})
+    ...     mine, [file.name for file in store.runs.iterdir()], store.read("bn-seed0")
+    (True, ['sn-seed0.json'], None)
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,17 +53,20 @@ class RunStore:
         path = self.runs / f"{name}.json"
         # Tried and not asked for: another process may delete or write it in between.
         try:
-            text = path.read_text(encoding="utf-8")
+            record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, and the run is trained again.") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(
                 f"{path} is no run of this version of compare: expected format {FORMAT}. Choose another --out."
             )
+        if lost := [entry for entry, kind in ENTRIES.items() if not isinstance(record.get(entry), kind)]:
+            raise ValueError(f"{path} is damaged (no {lost[0]!r}): delete it, and the run is trained again.")
+        # A copy under another name would stand for a second run, or for the run of another seed.
+        if record["name"] != name:
+            raise ValueError(f"{path} is a copy of {record['name']}.json: delete it, or give it its name.")
         return record
 
     def read_all(self) -> list[Record]:

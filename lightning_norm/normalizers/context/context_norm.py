@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.layers.arguments import plain_value
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.declared import ExtraBuffers, SwapAdvice, Unsupported, declared
 from lightning_norm.layers.fused_specs import per_channel_spec, uses_running_stats
@@ -98,9 +99,9 @@ class ContextNorm(ContextStatistics):
         min_count: int = 16,
         **options: Any,
     ) -> None:
-        if not min_count >= 1:
+        if min_count < 1:
             raise ValueError(f"ContextNorm: min_count must be at least 1, got {min_count!r}.")
-        self.context, self.missing, self.prior_scale, self.min_count = context, missing, prior_scale, min_count
+        self.context, self.missing, self.prior_scale, self.min_count = context, missing, prior_scale, int(min_count)
         self.priors = None if priors is None else checked_priors(priors, num_contexts)
         super().__init__(num_features, num_contexts=num_contexts, **options)
         if missing == "posterior" and not self.track_running_stats:
@@ -341,8 +342,8 @@ def checked_priors(priors: Sequence[float], num_contexts: int) -> tuple[float, .
     Raises:
         ValueError: not one number in (0, 1] for each context.
     """
-    numbers = () if isinstance(priors, str) else tuple(priors)
-    if len(numbers) != num_contexts or not all(isinstance(p, (int, float)) and 0 < p <= 1 for p in numbers):
+    numbers = tuple(plain_value(priors))
+    if len(numbers) != num_contexts or not all(type(p) in (int, float) and 0 < p <= 1 for p in numbers):
         raise ValueError(
             f"ContextNorm: priors must be {num_contexts} numbers in (0, 1], one for each context, got {priors!r}. Type "
             f"priors={[round(1 / num_contexts, 3)] * num_contexts}, say."

@@ -37,9 +37,9 @@ class ContextParameters(MomentNorm):
     prior: Tensor | None
 
     def __init__(self, num_features: int, *, num_contexts: int = 3, **options: Any) -> None:
-        if not isinstance(num_contexts, int) or isinstance(num_contexts, bool) or num_contexts < 1:
+        if num_contexts < 1:
             raise ValueError(f"{type(self).__name__}: num_contexts must be a positive int, got {num_contexts!r}.")
-        self.num_contexts = num_contexts
+        self.num_contexts = num_contexts = int(num_contexts)
         super().__init__(num_features, **options)
         for name in ("weight", "bias"):
             parameter = getattr(self, name)

@@ -24,6 +24,7 @@ from lightning_norm import (
     NormSwap,
     Schedule,
     Steps,
+    fold,
     swap,
 )
 from lightning_norm.layers.base import Normalizer
@@ -147,6 +148,15 @@ class TestEvaluation:
         )
         assert values(model) == dict.fromkeys(NAMES, 0.2)
         assert {value for *_, value in trace.seen} == {0.2}
+
+    @pytest.mark.parametrize("net", [Net, LateNet])
+    def test_what_was_folded_has_nothing_to_schedule(self, net):
+        model, schedules = net(), {"net.*:momentum": Constant(0.5)}
+        trainer(NormSwap("bn"), NormScheduler(schedules)).fit(model, loader(4))
+        fold(model.eval())
+        assert isinstance(model.net[1], nn.Identity)
+        for stage in ("validate", "test", "predict"):
+            getattr(trainer(NormScheduler(schedules)), stage)(model, loader(4))
 
     @pytest.mark.parametrize("interval", ["epoch", "step"])
     def test_after_training_the_last_value_also_in_another_trainer(self, interval):
