@@ -6,7 +6,8 @@
 
 All layers of one input take their turn in each round of one process; medians over the rounds are compared. Small and
 flat inputs run on one thread, whose CPU time is taken: what else the machine does is not in it. Maps run on two
-threads, by the wall clock. ``--before`` runs the same in a process with the package of another working tree, in turn.
+threads, by the wall clock, or with ``--threads 1`` as the others do: on a busy machine two threads wait for each other,
+and the clock measures that. ``--before`` runs the same in a process with the package of another working tree, in turn.
 
 The C library keeps the memory that is freed: whether it hands some back to the system and fetches it again, which costs
 more than a pass over it, is otherwise a matter of chance (see ``features_cost``).
@@ -101,13 +102,12 @@ def seconds(step: Any, calls: int, threads: int) -> float:
     return (clock() - begin) / calls
 
 
-def measured(case: Case, keys: list[str], rounds: int) -> dict[str, Any]:
+def measured(case: Case, keys: list[str], rounds: int, threads: int) -> dict[str, Any]:
     """Return microseconds of each round, and multiples of x kept for the backward pass, by name of the layer."""
     import torch  # the processes of both trees need it, and the one that asks them does not
 
     from lightning_norm.bench.contenders import PEERS, contenders, saved_for_backward
 
-    threads = 1 if case.part == "small" else 2
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -137,13 +137,13 @@ def measured(case: Case, keys: list[str], rounds: int) -> dict[str, Any]:
 
 
 def work() -> None:
-    """Answer each line, a case with keys and rounds in JSON, by what is measured."""
+    """Answer each line, the arguments of :func:`measured` in JSON, by what is measured."""
     from benchmarks.features_cost import keep_memory
 
     keep_memory()
     for line in sys.stdin:
-        part, shape, last, keys, rounds = json.loads(line)
-        print(json.dumps(measured(Case(part, tuple(shape), last), keys, rounds)), flush=True)
+        part, shape, last, *how = json.loads(line)
+        print(json.dumps(measured(Case(part, tuple(shape), last), *how)), flush=True)
 
 
 class Worker:
@@ -160,11 +160,11 @@ class Worker:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=tree)
 
-    def ask(self, case: Case, keys: list[str], rounds: int) -> dict[str, Any]:
-        """Return what it measures."""
+    def ask(self, case: Case, *how: Any) -> dict[str, Any]:
+        """Return what :func:`measured` does."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([*case, keys, rounds]) + "\n")
+        self.process.stdin.write(json.dumps([*case, *how]) + "\n")
         self.process.stdin.flush()
         return dict(json.loads(self.process.stdout.readline()))
 
@@ -200,12 +200,14 @@ SAVED = 1.2
 """Bytes kept for the backward pass of (N, C) inputs, as a multiple of x."""
 
 
-def rows_of(case: Case, keys: list[str], workers: list[Worker], rounds: int, turns: int = 2) -> Iterator[Row]:
+def rows_of(
+    case: Case, keys: list[str], workers: list[Worker], rounds: int, threads: int, turns: int = 2
+) -> Iterator[Row]:
     """Yield a row for each layer at one input, measured by each worker in turn."""
     answers: list[list[dict[str, Any]]] = [[] for _ in workers]
     for _ in range(turns):
         for worker, heard in zip(workers, answers, strict=True):
-            heard.append(worker.ask(case, keys, math.ceil(rounds / turns)))
+            heard.append(worker.ask(case, keys, math.ceil(rounds / turns), threads))
 
     def median(heard: list[dict[str, Any]], name: str) -> float:
         return statistics.median(t for answer in heard for t in answer["times"].get(name, [math.nan]))
@@ -260,6 +262,7 @@ def main() -> None:
     parser.add_argument("--parts", default="small,maps,compiled")
     parser.add_argument("--norms", help="by commas; all that a part has without")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2, help="for maps")
     parser.add_argument("--save", type=Path, help="a Markdown file to write")
     options = parser.parse_args()
     if options.what == WORK:
@@ -272,12 +275,12 @@ def main() -> None:
     rows: list[Row] = []
     tables = []
     for part in options.parts.split(","):
-        threads = 1 if part == "small" else 2
+        threads = 1 if part == "small" else options.threads
         mine = [
             row
             for case in CASES
             if case.part == part
-            for row in rows_of(case, names_of(case, options.norms), workers, options.rounds)
+            for row in rows_of(case, names_of(case, options.norms), workers, options.rounds, threads)
         ]
         title = f"## {part.capitalize()}, {threads} thread{'s' * (threads > 1)}"
         tables.append(f"{title}\n\n{table(mine)}")

@@ -46,7 +46,7 @@ from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
 from lightning_norm.ops.masked import mask_of, run_masked
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.normalize import Call, activated, run
+from lightning_norm.ops.normalize import Call, activated, ended, run
 from lightning_norm.ops.per_token import Tokens, normalize_tokens
 from lightning_norm.ops.sync import Ranks, active_ranks, is_running
 from lightning_norm.ops.torch_private import is_update_bn
@@ -448,6 +448,13 @@ class MomentNorm(SpecialCalls, Normalizer):
         """Return the same equations as the kernels know them; ``None`` where they do not."""
         return None
 
+    def by_torch(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return y of the input's statistics by a function of torch's, and move the running ones.
+
+        ``None`` where torch has none, or would compute another y: then the algebra does it, and nothing may have moved.
+        """
+        return None
+
     def depthwise_conv(self) -> tuple[Tensor, Tensor | None] | None:
         """Return kernel and bias of the depthwise convolution that follows, ``None`` for none."""
         return None
@@ -700,6 +707,10 @@ def _forward(
         return _forward_positions(layer, x, layout, moments, ranks, activation, residual, valid)
     # The kernels move the running statistics themselves and know nothing of an accumulator.
     accumulates = layer.training and layer.accumulator is not None
+    if of_input and layer._fused_spec_holds and ranks is None and not accumulates and layer.backend == "auto":
+        y = layer.by_torch(x, layout)
+        if y is not None:
+            return ended(y, activation, residual)
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
     algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
     return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))

@@ -141,6 +141,14 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
     return ACTIVATIONS[activation](y)
 
 
+def ended(y: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    """Return act(y + residual), or y itself where nothing follows, and refuse what :func:`check_ending` does."""
+    if residual is None and activation == "none":
+        return y
+    check_ending(y, activation, residual)
+    return activated(y, activation, residual)
+
+
 def run(x: Tensor, call: Call) -> Tensor:
     """Do what :func:`normalize` says: by its equations on the kernels, or by the passes around the algebra."""
     if call.residual is not None or call.activation not in ACTIVATIONS:
