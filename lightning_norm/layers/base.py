@@ -448,7 +448,7 @@ class MomentNorm(SpecialCalls, Normalizer):
         """Return the same equations as the kernels know them; ``None`` where they do not."""
         return None
 
-    def by_torch(self, x: Tensor, layout: Layout) -> Tensor | None:
+    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of the input's statistics by a function of torch's, and move the running ones.
 
         ``None`` where torch has none, or would compute another y: then the algebra does it, and nothing may have moved.
@@ -708,7 +708,7 @@ def _forward(
     # The kernels move the running statistics themselves and know nothing of an accumulator.
     accumulates = layer.training and layer.accumulator is not None
     if of_input and layer._fused_spec_holds and ranks is None and not accumulates and layer.backend == "auto":
-        y = layer.by_torch(x, layout)
+        y = layer.on_cpu(x, layout)
         if y is not None:
             return ended(y, activation, residual)
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None

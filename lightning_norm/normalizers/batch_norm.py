@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_norm.layers import by_torch
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.scheduled import Scheduled
@@ -61,9 +61,9 @@ class BatchNorm(MomentNorm):
         batch = self.track(m.over_batch())
         return self.standardize(batch.mean, batch.var)
 
-    def by_torch(self, x: Tensor, layout: Layout) -> Tensor | None:
+    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of torch's batch normalization, which is the same function."""
-        return by_torch.batch_norm(self, x, layout, self.weight, self.bias)
+        return on_cpu.batch_norm(self, x, layout, self.weight, self.bias)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the same equation for the kernels."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.layers import by_torch
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.arguments import arguments_of, number_of_groups, settled_groups, stateless
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
@@ -73,9 +73,9 @@ class GroupNorm(MomentNorm):
         group = m.over_channels(self.num_groups)
         return self.standardize(group.mean, group.var)
 
-    def by_torch(self, x: Tensor, layout: Layout) -> Tensor | None:
+    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of torch's group normalization, which is the same function."""
-        return by_torch.group_norm(self, x, layout, self.num_groups)
+        return on_cpu.group_norm(self, x, layout, self.num_groups)
 
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's GroupNorm."""
@@ -134,9 +134,9 @@ class LayerNorm(MomentNorm):
         layer = m.over_channels()
         return self.standardize(layer.mean, layer.var)
 
-    def by_torch(self, x: Tensor, layout: Layout) -> Tensor | None:
+    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of torch's group normalization, which is the same function."""
-        return by_torch.group_norm(self, x, layout, 1)
+        return on_cpu.group_norm(self, x, layout, 1)
 
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's GroupNorm of one group."""

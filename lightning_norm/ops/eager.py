@@ -9,6 +9,7 @@ registers, for Inductor fuses none.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
     # In float64 and for half inputs the statistics are as wide as they will get, and the mean is exact enough.
     wide = stat_dtype(x) == rough_mean.dtype
     if wide or (not recorded and may_read_back(x)):
-        var = _mean_square(x - layout.broadcast_to_input(rough_mean), layout, keep)
+        var = _mean_square(x, rough_mean, layout, keep)
         # A small mean keeps its digits, and float32 halves the work of the algebra.
         if wide or bool((rough_mean.square() <= SMALL_MEAN**2 * var).all()):
             return rough_mean, var
@@ -50,7 +51,7 @@ def _refined(rough_mean: Tensor, u: Tensor, layout: Layout, keep: bool) -> tuple
     """Return the moments of x, its mean in float64, given a float32 mean and u = x - that."""
     # The rough mean is off by its rounding. What is left over is so small that its own mean is exact enough in float32.
     residual_mean = u.mean(layout.reduced)
-    var = (_mean_square(u, layout, keep) - residual_mean.square()).clamp_min(0)
+    var = ((u * u if keep else u.mul_(u)).mean(layout.reduced) - residual_mean.square()).clamp_min(0)
     return rough_mean.double() + residual_mean, var
 
 
@@ -104,9 +105,11 @@ def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: 
         return total.view(layout.n, layout.c), dot.view(layout.n, layout.c)
     # A vector (N, C) has nothing to sum over, and torch takes no axes for all axes.
     total = dy.sum(layout.reduced, dtype=pivot.dtype) if layout.reduced else dy.to(pivot.dtype)
-    centered = x - layout.broadcast_to_input(pivot)
-    product = centered * dy if recorded else centered.mul_(dy)
-    return total, product.sum(layout.reduced) if layout.reduced else product
+    if recorded or not layout.reduced:
+        product = (x - layout.broadcast_to_input(pivot)) * dy
+        return total, product.sum(layout.reduced) if layout.reduced else product
+    dots = [(u - p).mul_(dy_part).sum(layout.reduced) for u, dy_part, p in in_parts(x, dy, pivot, layout=layout)]
+    return total, torch.cat(dots) if len(dots) > 1 else dots[0]
 
 
 def combine(
@@ -129,13 +132,31 @@ def combine(
         # it.
         rounding = slope * (pivot - mean).to(dtype)
         offset = rounding if offset is None else offset + rounding
-    offset = layout.broadcast_to_input(torch.zeros_like(slope) if offset is None else offset)
-    u, slope = u - layout.broadcast_to_input(pivot), layout.broadcast_to_input(slope)
+    offset = torch.zeros_like(slope) if offset is None else offset
     if is_recording(dy, dmean, dvar):
-        return torch.addcmul(u * slope + offset, dy, scale).to(x.dtype)
-    # What comes through the statistics is small against scale * dy, so only the rounding of the last addcmul matters.
-    u.mul_(slope).add_(offset)
-    return u.addcmul_(dy, scale).to(x.dtype)
+        u = u - layout.broadcast_to_input(pivot)
+        through_moments = u * layout.broadcast_to_input(slope) + layout.broadcast_to_input(offset)
+        return torch.addcmul(through_moments, dy, scale).to(x.dtype)
+    return _combined(dy, scale, x, pivot, slope, offset, layout)
+
+
+def _combined(
+    dy: Tensor, scale: Tensor, x: Tensor, pivot: Tensor, slope: Tensor, offset: Tensor, layout: Layout
+) -> Tensor:
+    """Return scale * dy + slope * (x - pivot) + offset, a few samples at a time."""
+    # What comes through the statistics is small against scale * dy, so only the rounding of the last step matters.
+    dx, dtype = torch.empty_like(x), slope.dtype
+    for part, *same, p, k, o, s in in_parts(x, dy, dx, pivot, slope, offset, scale, layout=layout):
+        dy_part, dx_part = same
+        u = torch.sub(part, p, out=dx_part) if part.dtype == dtype else part - p
+        u.mul_(k).add_(o).addcmul_(dy_part, s)
+        if u.dtype != dx.dtype:
+            dx_part.copy_(u)
+    return dx
+
+
+PART = 1 << 18
+"""Elements of x that are worked on at a time: with what is made of them, they fit into the cache of one core."""
 
 
 def may_read_back(x: Tensor) -> bool:
@@ -185,9 +206,33 @@ def _widened(x: Tensor) -> Tensor:
     return x.double() if torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.float32 else x
 
 
-def _mean_square(u: Tensor, layout: Layout, recorded: bool = False) -> Tensor:
-    """Mean of u * u per (sample, channel); u is overwritten unless ``recorded``."""
-    return (u * u if recorded else u.mul_(u)).mean(layout.reduced)
+def _mean_square(x: Tensor, mean: Tensor, layout: Layout, recorded: bool) -> Tensor:
+    """Mean of (x - mean)^2 per (sample, channel)."""
+    if recorded:
+        return (x - layout.broadcast_to_input(mean)).square().mean(layout.reduced)
+    means = []
+    for part, pivot in in_parts(x, mean, layout=layout):
+        u = part - pivot
+        means.append(u.mul_(u).mean(layout.reduced))
+    return torch.cat(means) if len(means) > 1 else means[0]
+
+
+def in_parts(x: Tensor, *others: Tensor, layout: Layout) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views of a few samples each: so many that what is made of them stays in a cache of the processor.
+
+    Args:
+        x: the input.
+        others: tensors like x, or (N, C), (1, C), (N, 1) or (1, 1), which are then shaped to broadcast against x.
+        layout: of x.
+    """
+    others = tuple(t if t.dim() > 2 or t.shape == x.shape else layout.broadcast_to_input(t) for t in others)
+    if not x.is_cpu or x.numel() <= 2 * PART:
+        yield (x, *others)
+        return
+    samples = max(1, PART * layout.n // x.numel())
+    for start in range(0, layout.n, samples):
+        stop = start + samples
+        yield tuple(t[start:stop] if t.shape[0] > 1 else t for t in (x, *others))
 
 
 def is_recording(*gradients: Tensor | None) -> bool:

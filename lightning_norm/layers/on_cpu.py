@@ -1,4 +1,4 @@
-"""Layers that are a function of torch's in training: what :mod:`lightning_norm.ops.native` computes, with their tensors."""
+"""The shortest ways that the CPU has, with a layer's tensors: torch's functions, and mixtures written out by hand."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_norm.ops import native
+from lightning_norm.ops import mixed, native
 from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.moments import Moments
 
 
 def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -34,3 +35,26 @@ def group_norm(layer: Any, x: Tensor, layout: Layout, groups: int) -> Tensor | N
     if layout.channel_dim != 1 or not native.takes(x, layer.weight, layer.bias):
         return None
     return native.group_norm(x, layout, groups, layer.weight, layer.bias, layer.eps)
+
+
+def mixture(
+    layer: Any,
+    x: Tensor,
+    layout: Layout,
+    statistics: tuple[str, ...],
+    w: Tensor,
+    v: Tensor | None = None,
+    *,
+    entries: tuple[int, ...] = (),
+    outputs: bool = False,
+) -> Tensor | None:
+    """Return x normalized by a mixture, see :class:`lightning_norm.ops.mixed.Mixture`; ``None`` if it cannot."""
+    if not native.takes(x, layer.weight, layer.bias, w, v):
+        return None
+
+    def track(mean: Tensor, var: Tensor) -> None:
+        layer.track(Moments(mean, var, layout.n * layout.size))
+
+    moves = layer.moves_running_stats and "bn" in statistics
+    how = mixed.Mixture(layout, statistics, layer.eps, entries, outputs, track if moves else None)
+    return mixed.normalize(x, how, layer.weight, layer.bias, w, v)
