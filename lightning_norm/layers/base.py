@@ -518,7 +518,7 @@ class MomentNorm(SpecialCalls, Normalizer):
                 if y is not None:
                     return y
             # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
-            if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
+            if not _KEPT.issuperset([b.dtype for b in self._buffers.values() if b is not None]):
                 keep_float32(self)
                 keep_exact(self)
             if twice:
@@ -636,6 +636,9 @@ class MomentNorm(SpecialCalls, Normalizer):
     repr_arguments: ClassVar[tuple[str, ...]] = ()
     """A subclass's own arguments, for ``repr``."""
 
+
+_KEPT = frozenset((torch.float64, torch.float32, torch.int64, torch.int32, torch.bool))
+"""The dtypes that no buffer has been narrowed from."""
 
 _REFUSED_CHANGE = (
     "{who} in training cannot move its running statistics inside of torch.func, and neither can torch's BatchNorm: "

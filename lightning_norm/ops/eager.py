@@ -29,15 +29,29 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
     if not layout.reduced or (layout.size == 1 and not recorded):
         return _moments_of_one(x)
     keep = recorded or is_recording()
+    if x.dtype == torch.float32 and x.numel() <= FEW and not keep and may_read_back(x):
+        # One operation in place of five, which counts where there are few elements and not where there are many.
+        var, mean = torch.var_mean(x, layout.reduced, correction=0)
+        if is_small(mean, var):
+            return mean, var
     rough_mean = x.mean(layout.reduced, dtype=at_least_float32(x.dtype))
     # In float64 and for half inputs the statistics are as wide as they will get, and the mean is exact enough.
     wide = stat_dtype(x) == rough_mean.dtype
     if wide or (not recorded and may_read_back(x)):
         var = _mean_square(x, rough_mean, layout, keep)
         # A small mean keeps its digits, and float32 halves the work of the algebra.
-        if wide or bool((rough_mean.square() <= SMALL_MEAN**2 * var).all()):
+        if wide or is_small(rough_mean, var):
             return rough_mean, var
     return _refined(rough_mean, x - layout.broadcast_to_input(rough_mean), layout, keep)
+
+
+FEW = 1 << 13
+"""Elements of x up to which the number of operations counts, and not what each of them takes."""
+
+
+def is_small(mean: Tensor, var: Tensor) -> bool:
+    """Tell whether means are small against their standard deviations, and all of them finite."""
+    return mean.square().sub_(var, alpha=SMALL_MEAN**2).max().item() <= 0
 
 
 def _moments_of_one(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,8 +79,8 @@ def apply(
     """
     if not mean_is_small or is_recording():
         return apply_centered(x, center, scale, shift, layout, is_recording())
-    scale = scale.to(x.dtype)  # which is float32
-    return _affine(x, scale, torch.addcmul(shift, scale, center, value=-1).to(x.dtype), layout, recorded=False)
+    scale = cast(scale, x.dtype)  # which is float32
+    return _affine(x, scale, cast(torch.addcmul(shift, scale, center, value=-1), x.dtype), layout, recorded=False)
 
 
 def apply_centered(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, recorded: bool) -> Tensor:
@@ -93,7 +107,7 @@ def apply_centered(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layo
 def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: bool = False) -> tuple[Tensor, Tensor]:
     """Sum of dy and of dy * (x - pivot) per (sample, channel), each (N, C) in the dtype of ``pivot``."""
     recorded = is_recording(dy)
-    one_pass = mean_is_small and not recorded and _is_one_row_per_channel(x, pivot, layout)
+    one_pass = mean_is_small and not recorded and x.numel() > FEW and _is_one_row_per_channel(x, pivot, layout)
     if one_pass and dy.is_contiguous() and _can_leave_out_dx():
         # Group norm's parameter gradients, each row a group: both sums in one pass and no temporary.
         rows = layout.n * layout.c
@@ -132,6 +146,10 @@ def combine(
         # it.
         rounding = slope * (pivot - mean).to(dtype)
         offset = rounding if offset is None else offset + rounding
+    elif not is_recording(dy, dmean, dvar) and x.dtype == dtype == torch.float32 and x.is_cpu:
+        # A mean in float32 is a small one, see ``moments``: x need not be centered, which saves a pass.
+        around_zero = slope * pivot if offset is None else torch.addcmul(offset, slope, pivot, value=-1)
+        return _combined(dy, scale, x, None, slope, around_zero if offset is not None else around_zero.neg_(), layout)
     offset = torch.zeros_like(slope) if offset is None else offset
     if is_recording(dy, dmean, dvar):
         u = u - layout.broadcast_to_input(pivot)
@@ -141,15 +159,22 @@ def combine(
 
 
 def _combined(
-    dy: Tensor, scale: Tensor, x: Tensor, pivot: Tensor, slope: Tensor, offset: Tensor, layout: Layout
+    dy: Tensor, scale: Tensor, x: Tensor, pivot: Tensor | None, slope: Tensor, offset: Tensor, layout: Layout
 ) -> Tensor:
     """Return scale * dy + slope * (x - pivot) + offset, a few samples at a time."""
     # What comes through the statistics is small against scale * dy, so only the rounding of the last step matters.
     dx, dtype = torch.empty_like(x), slope.dtype
-    for part, *same, p, k, o, s in in_parts(x, dy, dx, pivot, slope, offset, scale, layout=layout):
-        dy_part, dx_part = same
-        u = torch.sub(part, p, out=dx_part) if part.dtype == dtype else part - p
-        u.mul_(k).add_(o).addcmul_(dy_part, s)
+    fields = (slope, offset, scale) if pivot is None else (slope, offset, scale, pivot)
+    for part, dy_part, dx_part, k, o, s, *p in in_parts(x, dy, dx, *fields, layout=layout):
+        if p:
+            u = torch.sub(part, p[0], out=dx_part) if part.dtype == dtype else part - p[0]
+            u.mul_(k).add_(o)
+        elif part.stride(layout.channel_dim) == 1:
+            # Channels that lie next to each other are worked on in vectors.
+            u = torch.addcmul(o, part, k, out=dx_part)
+        else:
+            u = torch.mul(part, k, out=dx_part).add_(o)
+        u.addcmul_(dy_part, s)
         if u.dtype != dx.dtype:
             dx_part.copy_(u)
     return dx
@@ -166,7 +191,7 @@ def may_read_back(x: Tensor) -> bool:
 
 def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout, recorded: bool) -> Tensor:
     """Return scale * u + offset, with one rounding per element."""
-    if not recorded and _is_one_row_per_channel(u, scale, layout):
+    if not recorded and u.numel() > FEW and _is_one_row_per_channel(u, scale, layout):
         # torch's batch norm in evaluation, with mean 0, variance 1 and eps 0, is a fused multiply-add over whole rows.
         scale, offset = _one_per_row(scale, layout), _one_per_row(offset, layout)
         zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.ops import eager
-from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.layout import Layout, cast
 from lightning_norm.ops.moments import Affine, Moments, mixture
 
 Pair = tuple[Tensor, Tensor]
@@ -67,16 +67,13 @@ class _Mixture(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, w: Tensor, v: Tensor | None, how: Mixture
     ) -> Tensor:
-        layout = how.layout
-        # Of one element the mean is the element itself: no copy of x is made or kept.
-        mean, var = (None, None) if layout.size == 1 else eager.moments(x, layout)
-        of = x.view(layout.n, layout.c) if mean is None else mean
-        batch = _pooled(of, var, 0) if "bn" in how.statistics else None
-        layer = _pooled(of, var, 1) if "ln" in how.statistics else None
+        mean, var, batch, layer = _measured(x, how)
         if how.track is not None and batch is not None:
             how.track(*batch)
         ctx.how = how
-        ctx.save_for_backward(x, weight, bias, w, v, mean, var, *(batch or (None, None)), *(layer or (None, None)))
+        # Of one element the mean is the element itself: no copy of x is kept.
+        kept = None if how.layout.size == 1 else mean
+        ctx.save_for_backward(x, weight, bias, w, v, kept, var, *(batch or (None, None)), *(layer or (None, None)))
         return _Equations(how, x, weight, w, v, mean, var, batch, layer).output(bias)
 
     @staticmethod
@@ -85,8 +82,31 @@ class _Mixture(torch.autograd.Function):
         x, weight, bias, w, v, mean, var, *pairs = ctx.saved_tensors
         if eager.is_recording(dy):
             return (*_recorded_gradients(dy, how, (x, weight, bias, w, v), ctx.needs_input_grad), None)
-        batch, layer = ((a, b) if a is not None else None for a, b in (pairs[:2], pairs[2:]))
+        batch, layer = (None if mean is None else (mean, var) for mean, var in (pairs[:2], pairs[2:]))
+        mean = x.view(how.layout.n, how.layout.c) if mean is None else mean
         return (*_Equations(how, x, weight, w, v, mean, var, batch, layer).gradients(dy, ctx.needs_input_grad), None)
+
+
+def _measured(x: Tensor, how: Mixture) -> tuple[Tensor, Tensor | None, Pair | None, Pair | None]:
+    """Return mean and variance of each (sample, channel), of the batch, and of each sample.
+
+    The variance is ``None`` where a mean is one element. What is pooled is in float64 where a mean is large.
+    """
+    layout = how.layout
+    mean, var = (x.view(layout.n, layout.c), None) if layout.size == 1 else eager.moments(x, layout)
+    dims = ((0, "bn"), (1, "ln"))
+    batch, layer = (_pooled(mean, var, dim, mean.dtype) if k in how.statistics else None for dim, k in dims)
+    # Of several elements ``moments`` has decided it.
+    if var is None and not all(eager.is_small(*pair) for pair in (batch, layer) if pair is not None):
+        batch, layer = (_pooled(mean, var, dim, torch.float64) if k in how.statistics else None for dim, k in dims)
+    return mean, var, batch, layer
+
+
+def _pooled(mean: Tensor, var: Tensor | None, dim: int, dtype: torch.dtype) -> Pair:
+    """Return mean and variance along one axis by the law of total variance."""
+    pooled = mean.mean(dim, keepdim=True, dtype=dtype)
+    apart = (mean - pooled).square_()
+    return pooled, (apart if var is None else apart + var).mean(dim, keepdim=True)
 
 
 class _Equations:
@@ -99,34 +119,32 @@ class _Equations:
         weight: Tensor | None,
         w: Tensor,
         v: Tensor | None,
-        mean: Tensor | None,
+        mean: Tensor,
         var: Tensor | None,
         batch: Pair | None,
         layer: Pair | None,
     ) -> None:
         self.how, self.x, self.gamma, self.params = how, x, weight, (w, v)
-        self.flat, self.var, self.batch, self.layer = mean is None, var, batch, layer
-        n, c = how.layout.n, how.layout.c
-        self.mean = x.view(n, c) if mean is None else mean
-        # What is pooled is met in this dtype: where means are large, they keep their digits.
-        self.wide = torch.float64 if self.flat else self.mean.dtype
+        self.flat, self.mean, self.var, self.batch, self.layer = var is None, mean, var, batch, layer
+        dtype = x.dtype
         if how.outputs:
             assert batch is not None
             assert layer is not None
+            pairs = (batch, layer)
+            self.roots = [cast((var + how.eps).rsqrt_(), dtype) for _, var in pairs]
             # Gamma times the part of either output, and how far the mean lies from either center.
-            self.roots = [(s[1] + how.eps).rsqrt_().to(x.dtype) for s in (batch, layer)]
-            gamma = w.new_ones(()) if weight is None else weight
             self.parts = [self.roots[0] * w, (1 - w) * self.roots[1]]
-            self.apart = [(self.mean - s[0].to(self.wide)).to(x.dtype) for s in (batch, layer)]
-            self.center = self.mean
-            self.scale = (self.parts[0] + self.parts[1]) * gamma
-            self.shift = torch.addcmul(self.parts[0] * self.apart[0], *(t[1] for t in (self.parts, self.apart))) * gamma
+            if weight is not None:
+                self.parts = [part * weight for part in self.parts]
+            self.apart = [cast(mean - center, dtype) for center, _ in pairs]
+            self.center, self.scale = mean, self.parts[0] + self.parts[1]
+            self.shift = torch.addcmul(self.parts[0] * self.apart[0], self.parts[1], self.apart[1])
             return
         self.weights = [_softmax(t, how.entries) for t in (w, v) if t is not None]
-        terms = {"in": (self.mean, var), "bn": batch, "ln": layer}
-        means, variances = zip(*(terms[k] for k in how.statistics), strict=True)
-        self.center = _mix(self.weights[0], means, self.wide)
-        self.root = (_mix(self.weights[1], variances, x.dtype) + how.eps).rsqrt_()
+        self.terms = {"in": (mean, var), "bn": batch, "ln": layer}
+        means, variances = zip(*[self.terms[k] for k in how.statistics], strict=True)
+        self.center = _mix(self.weights[0], means)
+        self.root = cast(_mix(self.weights[1], variances).add_(how.eps).rsqrt_(), dtype)
         self.scale = self.root if weight is None else self.root * weight
         self.shift = None
 
@@ -137,15 +155,15 @@ class _Equations:
             shift = bias.view(1, -1) if shift is None else shift + bias
         if not self.flat:
             shift = self.scale.new_zeros(1, 1) if shift is None else shift
-            return eager.apply(x, self.center, self.scale, shift, self.how.layout, self._is_small)
+            return eager.apply(x, self.center, self.scale, shift, self.how.layout, self._is_narrow)
         if self.how.outputs:
             # x is its mean, around which nothing is left but the shift.
             return shift.view(x.shape)  # type: ignore[union-attr]  # outputs have one
-        u = (self.mean - self.center).to(x.dtype)
+        u = cast(self.mean - self.center, x.dtype)
         return (u.mul_(self.scale) if shift is None else torch.addcmul(shift, u, self.scale)).view(x.shape)
 
     @property
-    def _is_small(self) -> bool:
+    def _is_narrow(self) -> bool:
         return self.x.dtype == torch.float32 == self.mean.dtype
 
     def gradients(self, dy: Tensor, need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -153,21 +171,19 @@ class _Equations:
         layout, x = self.how.layout, self.x
         total, dot = self._sums(dy)
         dbeta = total.sum(0) if need[2] else None
-        dgamma, dw, dv, dbatch, dlayer, own = (self._of_outputs if self.how.outputs else self._of_statistics)(total, dot, need)
-        dmean, dvar = own
+        of_equations = self._of_outputs if self.how.outputs else self._of_statistics
+        dgamma, dw, dv, dbatch, dlayer, dmean, dvar = of_equations(total, dot, need)
+        if not need[0]:
+            return None, dgamma, dbeta, dw, dv
         for dim, pooled, d in ((0, self.batch, dbatch), (1, self.layer, dlayer)):
-            if pooled is not None and need[0]:
-                # Of the law of total variance: its mean sends no gradient through the deviations.
-                size = self.mean.shape[dim]
-                apart = (self.mean - pooled[0].to(self.wide)).to(x.dtype)
-                df, de = ((t / size).to(x.dtype) for t in d)
-                dmean = torch.addcmul(df if dmean is None else dmean + df, apart, de, value=2)
+            if pooled is not None:
+                # Of the law of total variance, whose mean sends no gradient through the deviations.
+                df, de = (t / self.mean.shape[dim] for t in d)
+                dmean = torch.addcmul(df if dmean is None else dmean + df, cast(self.mean - pooled[0], x.dtype), de, value=2)
                 dvar = de if dvar is None else dvar + de
-        dx = None
-        if need[0] and self.flat:
-            dx = torch.addcmul(dmean, dy.reshape(dmean.shape), self.scale).view(x.shape)
-        elif need[0]:
-            dvar = dvar.expand(layout.n, layout.c)
+        if self.flat:
+            dx = torch.addcmul(dmean, total, self.scale).view(x.shape)
+        else:
             dx = eager.combine(dy, self.scale, x, self.mean, dmean, dvar, layout)
         return dx, dgamma, dbeta, dw, dv
 
@@ -175,85 +191,79 @@ class _Equations:
         """Return the sums of dy and of dy * (x - center), (N, C) in the dtype of x."""
         if self.flat:
             dy = dy.reshape(self.mean.shape)
-            return dy, dy * (self.mean - self.center).to(dy.dtype)
-        pivot = self.center.to(self.x.dtype)
-        total, dot = eager.reduce(dy, self.x, pivot, self.how.layout, self._is_small)
+            return dy, dy * cast(self.mean - self.center, dy.dtype)
+        pivot = cast(self.center, self.x.dtype)
+        total, dot = eager.reduce(dy, self.x, pivot, self.how.layout, self._is_narrow)
         if pivot.dtype != self.center.dtype:
             # What rounding took from the center.
-            dot = torch.addcmul(dot, (pivot - self.center).to(dot.dtype), total)
+            dot = torch.addcmul(dot, cast(pivot - self.center, dot.dtype), total)
         return total, dot
 
     def _of_statistics(self, total: Tensor, dot: Tensor, need: tuple[bool, ...]) -> tuple[Any, ...]:
-        how, (w, v) = self.how, self.weights
+        how, wide = self.how, self.center.dtype
         f = (self.scale * total).neg_()
         at_root = self.root * dot
         e = (self.scale * self.root * -0.5) * at_root
         dgamma = at_root.sum(0) if need[1] else None
-        # In float64: a softmax sees differences of these sums, which are small where all means are large.
+        # In float64 where means are large: a softmax sees differences of these sums.
         sums: dict[str, Pair] = {"in": (f, e)}
         for k, dim in (("bn", 0), ("ln", 1)):
             if k in how.statistics:
-                sums[k] = f.sum(dim, keepdim=True, dtype=torch.float64), e.sum(dim, keepdim=True, dtype=torch.float64)
-        terms = {"in": (self.mean, self.var), "bn": self.batch, "ln": self.layer}
-        dw, dv = (
-            _softmax_vjp(t, how.entries, weights, [_dot(sums[k][i], terms[k][i]) for k in how.statistics]) if needed else None
-            for i, (t, weights, needed) in enumerate(zip(self.params, self.weights, need[3:5], strict=True))
-        )
-        at = {k: i for i, k in enumerate(how.statistics)}
-        spread = {k: (sums[k][0] * w[i], sums[k][1] * v[i]) for k, i in at.items()}
-        return dgamma, dw, dv, spread.get("bn"), spread.get("ln"), spread.get("in", (None, None))
+                sums[k] = f.sum(dim, keepdim=True, dtype=wide), e.sum(dim, keepdim=True, dtype=wide)
+        gradients = _of_softmaxes(self, sums) if need[3] or need[4] else (None, None)
+        spread: dict[str, Any] = {"bn": None, "ln": None, "in": (None, None)}
+        for k, w, v in zip(how.statistics, *self.weights, strict=True):
+            spread[k] = tuple(cast(s * weight, f.dtype) for s, weight in zip(sums[k], (w, v), strict=True))
+        return dgamma, *gradients, spread["bn"], spread["ln"], *spread["in"]
 
     def _of_outputs(self, total: Tensor, dot: Tensor, need: tuple[bool, ...]) -> tuple[Any, ...]:
-        # Sums of dy * (x - center) around the center of either output.
-        around = [torch.addcmul(dot, apart, total) for apart in self.apart]
-        at_root = [root * q for root, q in zip(self.roots, around, strict=True)]
+        # Sums of dy * (x - center) around the center of either output, over its deviation.
+        at_root = [torch.addcmul(dot, apart, total) * root for apart, root in zip(self.apart, self.roots, strict=True)]
         iota, _ = self.params
-        gamma = 1.0 if self.gamma is None else self.gamma
-        dgamma = (at_root[0] * iota + at_root[1] * (1 - iota)).sum(0) if need[1] else None
-        diota = ((at_root[0] - at_root[1]) * gamma).sum(0) if need[3] else None
+        dgamma = torch.addcmul(at_root[0] * iota, at_root[1], 1 - iota).sum(0) if need[1] else None
+        diota = (at_root[0] - at_root[1]).sum(0) if need[3] else None
+        if diota is not None and self.gamma is not None:
+            diota = diota * self.gamma
         pairs = []
         for dim, (part, root, q) in enumerate(zip(self.parts, self.roots, at_root, strict=True)):
-            s = part * gamma
-            pairs.append(((s * total).sum(dim, keepdim=True).neg_(), (s * root * q).sum(dim, keepdim=True).mul_(-0.5)))
-        return dgamma, diota, None, *pairs, (None, None)
+            f, e = (part * total).sum(dim, keepdim=True), (part * root * q).sum(dim, keepdim=True)
+            pairs.append((f.neg_(), e.mul_(-0.5)))
+        return dgamma, diota, None, *pairs, None, None
 
 
-def _pooled(mean: Tensor, var: Tensor | None, dim: int) -> Pair:
-    """Return mean and variance along one axis by the law of total variance, in float64."""
-    pooled = mean.mean(dim, keepdim=True, dtype=torch.float64)
-    apart = (mean - (pooled if var is None else pooled.to(mean.dtype))).square_()
-    return pooled, (apart if var is None else apart + var).mean(dim, keepdim=True, dtype=torch.float64)
-
-
-def _mix(weights: list[float], terms: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _mix(weights: list[float], terms: Sequence[Tensor]) -> Tensor:
     """Return the weighted sum of terms, the few numbers of rows and columns first."""
     (weight, term), *rest = sorted(zip(weights, terms, strict=True), key=lambda pair: pair[1].numel())
-    total = term.to(dtype) * weight
+    total = term * weight
     for weight, term in rest:
-        total = torch.add(total, term.to(dtype), alpha=weight)
+        total = torch.add(total, term, alpha=weight)
     return total
-
-
-def _dot(gradient: Tensor, term: Tensor) -> Tensor:
-    return (gradient * term).sum(dtype=torch.float64)
 
 
 def _softmax(logits: Tensor, entries: tuple[int, ...]) -> list[float]:
     """Return the softmax of some entries, as numbers."""
     values = logits.tolist()
-    top = max(values[i] for i in entries)
+    top = max([values[i] for i in entries])
     powers = [math.exp(values[i] - top) for i in entries]
-    return [p / sum(powers) for p in powers]
+    total = sum(powers)
+    return [p / total for p in powers]
 
 
-def _softmax_vjp(logits: Tensor, entries: tuple[int, ...], weights: list[float], gradients: list[Tensor]) -> Tensor:
-    """Return the gradient of the logits, given those of the weights; 0 for the other entries."""
-    values = torch.stack(gradients).tolist()
-    inner = sum(w * g for w, g in zip(weights, values, strict=True))
-    whole = [0.0] * logits.numel()
-    for i, w, g in zip(entries, weights, values, strict=True):
-        whole[i] = w * (g - inner)
-    return torch.tensor(whole, dtype=logits.dtype)
+def _of_softmaxes(equations: _Equations, sums: dict[str, Pair]) -> list[Tensor]:
+    """Return the gradients of both logits, given those of the statistics; 0 for entries that take no part."""
+    names, entries = equations.how.statistics, equations.how.entries
+    # One value is read back for all.
+    of_weights = torch.stack([(sums[k][i] * equations.terms[k][i]).sum() for i in (0, 1) for k in names]).tolist()  # type: ignore[index]
+    found = []
+    for i, (logits, weights) in enumerate(zip(equations.params, equations.weights, strict=True)):
+        assert logits is not None
+        values = of_weights[i * len(names) : (i + 1) * len(names)]
+        inner = sum([w * g for w, g in zip(weights, values, strict=True)])
+        whole = [0.0] * len(logits)
+        for at, w, g in zip(entries, weights, values, strict=True):
+            whole[at] = w * (g - inner)
+        found.append(torch.tensor(whole, dtype=logits.dtype))
+    return found
 
 
 def _recorded_gradients(
