@@ -38,7 +38,7 @@ from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.special_calls import SpecialCalls
 from lightning_norm.layers.state import Loading, restore_precision
 from lightning_norm.layers.swap_record import SwapRecord
-from lightning_norm.ops import torch_private
+from lightning_norm.ops import native, torch_private
 from lightning_norm.ops.compiled import GRAPH_KEY, compiled_forward
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
@@ -62,6 +62,8 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     paper: ClassVar[Paper | None] = None
     train_uses_batch_stats: ClassVar[bool] = True
     """In training, the output for one sample depends on the other samples."""
+    of_batch_alone: bool = False
+    """No statistic is that of a single sample, so that a batch may be measured as one sample of all its positions."""
     eval_uses_input_stats: ClassVar[bool] = True
     """In evaluation, the output depends on the sample's own statistics."""
     extra_parameters: ClassVar[dict[str, str]] = {}
@@ -714,6 +716,8 @@ def _forward(
         y = layer.on_cpu(x, layout)
         if y is not None:
             return ended(y, activation, residual)
+        if layer.of_batch_alone and native.takes(x):
+            layout = layout.as_one_sample()
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
     algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
     return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))

@@ -37,6 +37,7 @@ class BatchNorm(MomentNorm):
 
     key = "bn"
     paper = Paper("Ioffe and Szegedy", 2015, "Batch Normalization", "arXiv 1502.03167")
+    of_batch_alone = True
     eval_uses_input_stats: ClassVar[bool] = False
     preserves_eval = True
 

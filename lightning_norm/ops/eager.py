@@ -31,10 +31,10 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
     keep = recorded or is_recording()
     if x.dtype == torch.float32 and x.numel() <= FEW and not keep and may_read_back(x):
         # One operation in place of five, which counts where there are few elements and not where there are many.
-        var, mean = torch.var_mean(x, layout.reduced, correction=0)
+        var, mean = (layout.of_samples(t) for t in torch.var_mean(x, layout.reduced, correction=0))
         if is_small(mean, var):
             return mean, var
-    rough_mean = x.mean(layout.reduced, dtype=at_least_float32(x.dtype))
+    rough_mean = layout.of_samples(x.mean(layout.reduced, dtype=at_least_float32(x.dtype)))
     # In float64 and for half inputs the statistics are as wide as they will get, and the mean is exact enough.
     wide = stat_dtype(x) == rough_mean.dtype
     if wide or (not recorded and may_read_back(x)):
@@ -64,8 +64,9 @@ def _moments_of_one(x: Tensor) -> tuple[Tensor, Tensor]:
 def _refined(rough_mean: Tensor, u: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, Tensor]:
     """Return the moments of x, its mean in float64, given a float32 mean and u = x - that."""
     # The rough mean is off by its rounding. What is left over is so small that its own mean is exact enough in float32.
-    residual_mean = u.mean(layout.reduced)
-    var = ((u * u if keep else u.mul_(u)).mean(layout.reduced) - residual_mean.square()).clamp_min(0)
+    residual_mean = layout.of_samples(u.mean(layout.reduced))
+    square = layout.of_samples((u * u if keep else u.mul_(u)).mean(layout.reduced))
+    var = (square - residual_mean.square()).clamp_min(0)
     return rough_mean.double() + residual_mean, var
 
 
@@ -118,12 +119,13 @@ def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: 
         )
         return total.view(layout.n, layout.c), dot.view(layout.n, layout.c)
     # A vector (N, C) has nothing to sum over, and torch takes no axes for all axes.
-    total = dy.sum(layout.reduced, dtype=pivot.dtype) if layout.reduced else dy.to(pivot.dtype)
-    if recorded or not layout.reduced:
-        product = (x - layout.broadcast_to_input(pivot)) * dy
-        return total, product.sum(layout.reduced) if layout.reduced else product
+    if not layout.reduced:
+        return dy.to(pivot.dtype), (x - pivot) * dy
+    total = layout.of_samples(dy.sum(layout.reduced, dtype=pivot.dtype))
+    if recorded:
+        return total, layout.of_samples(((x - layout.broadcast_to_input(pivot)) * dy).sum(layout.reduced))
     dots = [(u - p).mul_(dy_part).sum(layout.reduced) for u, dy_part, p in in_parts(x, dy, pivot, layout=layout)]
-    return total, torch.cat(dots) if len(dots) > 1 else dots[0]
+    return total, _joined(dots, layout)
 
 
 def combine(
@@ -206,7 +208,7 @@ def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout, recorded: 
 def _is_one_row_per_channel(x: Tensor, statistic: Tensor, layout: Layout) -> bool:
     """Whether ATen's CPU kernels can take x as (1, N * C, S): every (sample, channel) a channel of its own."""
     plain = x.is_cpu and x.dtype == statistic.dtype
-    return plain and layout.channel_dim == 1 and x.is_contiguous() and x.numel() > 0
+    return plain and layout.channel_dim == 1 and x.is_contiguous() and x.numel() > 0 and not layout.is_one_sample
 
 
 def _one_per_row(t: Tensor, layout: Layout) -> Tensor:
@@ -234,12 +236,19 @@ def _widened(x: Tensor) -> Tensor:
 def _mean_square(x: Tensor, mean: Tensor, layout: Layout, recorded: bool) -> Tensor:
     """Mean of (x - mean)^2 per (sample, channel)."""
     if recorded:
-        return (x - layout.broadcast_to_input(mean)).square().mean(layout.reduced)
-    means = []
+        return layout.of_samples((x - layout.broadcast_to_input(mean)).square().mean(layout.reduced))
+    sums = []
     for part, pivot in in_parts(x, mean, layout=layout):
         u = part - pivot
-        means.append(u.mul_(u).mean(layout.reduced))
-    return torch.cat(means) if len(means) > 1 else means[0]
+        sums.append(u.mul_(u).sum(layout.reduced))
+    return _joined(sums, layout).div_(layout.size)
+
+
+def _joined(sums: list[Tensor], layout: Layout) -> Tensor:
+    """Return the sums of parts as those of x, (N, C)."""
+    if layout.is_one_sample:
+        return layout.of_samples(torch.stack(sums).sum(0))
+    return torch.cat(sums) if len(sums) > 1 else sums[0]
 
 
 def in_parts(x: Tensor, *others: Tensor, layout: Layout) -> Iterator[tuple[Tensor, ...]]:
@@ -254,8 +263,8 @@ def in_parts(x: Tensor, *others: Tensor, layout: Layout) -> Iterator[tuple[Tenso
     if not x.is_cpu or x.numel() <= 2 * PART:
         yield (x, *others)
         return
-    samples = max(1, PART * layout.n // x.numel())
-    for start in range(0, layout.n, samples):
+    samples = max(1, PART * x.shape[0] // x.numel())
+    for start in range(0, x.shape[0], samples):
         stop = start + samples
         yield tuple(t[start:stop] if t.shape[0] > 1 else t for t in (x, *others))
 
