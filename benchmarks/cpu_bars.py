@@ -64,7 +64,11 @@ class Case(NamedTuple):
 FLAT = [Case("small", shape) for shape in ((128, 64), (100, 300))]
 SMALL = [Case("small", shape) for shape in ((32, 64, 7, 7), (2, 32, 8, 8), (128, 32, 16, 16))]
 BENCH = ((32, 64, 32, 32), (32, 256, 14, 14), (32, 512, 7, 7))
-CASES = [*FLAT, *SMALL, *(Case(part, s, last) for part in ("maps", "compiled") for s in BENCH for last in (False, True))]
+CASES = [
+    *FLAT,
+    *SMALL,
+    *(Case(part, s, last) for part in ("maps", "compiled") for s in BENCH for last in (False, True)),
+]
 
 
 def bar(case: Case, key: str) -> float | None:
@@ -210,7 +214,7 @@ def rows_of(
             heard.append(worker.ask(case, keys, math.ceil(rounds / turns), threads))
 
     def median(heard: list[dict[str, Any]], name: str) -> float:
-        return statistics.median(t for answer in heard for t in answer["times"].get(name, [math.nan]))
+        return statistics.median(float(t) for answer in heard for t in answer["times"].get(name, [math.nan]))
 
     for name in answers[0][0]["times"]:
         key, base = name.split()[0], "torch"
@@ -227,7 +231,17 @@ def table(rows: list[Row]) -> str:
     from lightning_norm.surgery.text_tables import markdown
 
     before = len(rows[0].ratios) > 1
-    head = ["input", "layer", "microseconds", *["before"] * before, "ratio", "bar", "", *["kept before"] * before, "kept"]
+    head = [
+        "input",
+        "layer",
+        "microseconds",
+        *["before"] * before,
+        "ratio",
+        "bar",
+        "",
+        *["kept before"] * before,
+        "kept",
+    ]
     body = []
     for row in rows:
         ratios, saved = ([cell(v) for v in reversed(values)] for values in (row.ratios, row.saved))

@@ -62,8 +62,6 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     paper: ClassVar[Paper | None] = None
     train_uses_batch_stats: ClassVar[bool] = True
     """In training, the output for one sample depends on the other samples."""
-    of_batch_alone: bool = False
-    """No statistic is that of a single sample, so that a batch may be measured as one sample of all its positions."""
     eval_uses_input_stats: ClassVar[bool] = True
     """In evaluation, the output depends on the sample's own statistics."""
     extra_parameters: ClassVar[dict[str, str]] = {}
@@ -168,6 +166,11 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             )
         modules: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
         return modules
+
+    @property
+    def of_batch_alone(self) -> bool:
+        """Whether no statistic is that of a single sample: a batch may be measured as one of all its positions."""
+        return False
 
     @property
     def gradient_is_exact(self) -> bool:

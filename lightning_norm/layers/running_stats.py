@@ -14,7 +14,7 @@ from lightning_norm.layers.accumulators import AccumulationWindow, StatisticsAcc
 from lightning_norm.layers.pausing import is_paused
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.eager import may_read_back
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.layout import at_least_float32, cast
 from lightning_norm.ops.moments import Moments, to_var
 
 
@@ -205,10 +205,11 @@ def _moved_at_once(layer: RunningStats, mean: Tensor, var: Tensor) -> bool:
     """Move the running statistics in few operations, where values may be read back and all of them are finite."""
     if not may_read_back(mean) or torch_private.is_transformed():
         return False
-    old, new = [layer._buffers[name] for name in layer.running_names], []
+    old: list[Any] = [layer._buffers[name] for name in layer.running_names]
+    new = []
     for buffer, value in zip(old, (mean, var), strict=True):
         value = value.detach().view(-1)
-        new.append(value if value.dtype == buffer.dtype else value.to(buffer.dtype))  # type: ignore[union-attr]
+        new.append(cast(value, buffer.dtype))
     # A sum that is not finite may be one of finite numbers: that is for the caller to find out.
     if not math.isfinite(new[0].sum().item() + new[1].sum().item()):
         return False
@@ -217,7 +218,7 @@ def _moved_at_once(layer: RunningStats, mean: Tensor, var: Tensor) -> bool:
         batches.add_(1)
     weight = momentum if momentum is not None else 1.0 if batches is None else 1.0 / batches.item()
     for buffer, value in zip(old, new, strict=True):
-        buffer.lerp_(value, weight)  # type: ignore[union-attr]
+        buffer.lerp_(value, weight)
     return True
 
 

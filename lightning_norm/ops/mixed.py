@@ -127,6 +127,7 @@ class _Equations:
         self.how, self.x, self.gamma, self.params = how, x, weight, (w, v)
         self.flat, self.mean, self.var, self.batch, self.layer = var is None, mean, var, batch, layer
         dtype = x.dtype
+        self.shift: Tensor | None = None
         if how.outputs:
             assert batch is not None
             assert layer is not None
@@ -141,12 +142,12 @@ class _Equations:
             self.shift = torch.addcmul(self.parts[0] * self.apart[0], self.parts[1], self.apart[1])
             return
         self.weights = [_softmax(t, how.entries) for t in (w, v) if t is not None]
-        self.terms = {"in": (mean, var), "bn": batch, "ln": layer}
+        # Each is there if its name is among the statistics.
+        self.terms: dict[str, Any] = {"in": (mean, var), "bn": batch, "ln": layer}
         means, variances = zip(*[self.terms[k] for k in how.statistics], strict=True)
         self.center = _mix(self.weights[0], means)
         self.root = cast(_mix(self.weights[1], variances).add_(how.eps).rsqrt_(), dtype)
         self.scale = self.root if weight is None else self.root * weight
-        self.shift = None
 
     def output(self, bias: Tensor | None) -> Tensor:
         """Return y."""
@@ -158,7 +159,8 @@ class _Equations:
             return eager.apply(x, self.center, self.scale, shift, self.how.layout, self._is_narrow)
         if self.how.outputs:
             # x is its mean, around which nothing is left but the shift.
-            return shift.view(x.shape)  # type: ignore[union-attr]  # outputs have one
+            assert shift is not None
+            return shift.view(x.shape)
         u = cast(self.mean - self.center, x.dtype)
         return (u.mul_(self.scale) if shift is None else torch.addcmul(shift, u, self.scale)).view(x.shape)
 
@@ -179,7 +181,8 @@ class _Equations:
             if pooled is not None:
                 # Of the law of total variance, whose mean sends no gradient through the deviations.
                 df, de = (t / self.mean.shape[dim] for t in d)
-                dmean = torch.addcmul(df if dmean is None else dmean + df, cast(self.mean - pooled[0], x.dtype), de, value=2)
+                apart = cast(self.mean - pooled[0], x.dtype)
+                dmean = torch.addcmul(df if dmean is None else dmean + df, apart, de, value=2)
                 dvar = de if dvar is None else dvar + de
         if self.flat:
             dx = torch.addcmul(dmean, total, self.scale).view(x.shape)
@@ -253,7 +256,8 @@ def _of_softmaxes(equations: _Equations, sums: dict[str, Pair]) -> list[Tensor]:
     """Return the gradients of both logits, given those of the statistics; 0 for entries that take no part."""
     names, entries = equations.how.statistics, equations.how.entries
     # One value is read back for all.
-    of_weights = torch.stack([(sums[k][i] * equations.terms[k][i]).sum() for i in (0, 1) for k in names]).tolist()  # type: ignore[index]
+    products = [sums[k][i] * equations.terms[k][i] for i in (0, 1) for k in names]
+    of_weights = torch.stack([product.sum() for product in products]).tolist()
     found = []
     for i, (logits, weights) in enumerate(zip(equations.params, equations.weights, strict=True)):
         assert logits is not None
@@ -286,16 +290,16 @@ def _plainly(
     known = {"in": m, "bn": m.over_batch(), "ln": m.over_channels()}
     gamma = m.mean.new_ones(1, 1) if weight is None else weight.to(m.mean.dtype)
     if how.outputs:
-        parts = [
-            gamma * k * (known[name].var + how.eps).rsqrt() for name, k in (("bn", w.to(gamma.dtype)), ("ln", 1 - w.to(gamma.dtype)))
-        ]
+        iota = w.to(gamma.dtype)
+        of_parts = (("bn", iota), ("ln", 1 - iota))
+        parts = [gamma * part * (known[name].var + how.eps).rsqrt() for name, part in of_parts]
         shift = parts[0] * (m.mean - known["bn"].mean) + parts[1] * (m.mean - known["ln"].mean)
         affine = Affine(m.mean, parts[0] + parts[1], shift if bias is None else shift + bias)
     else:
         assert v is not None
         entries = list(how.entries)
-        mixing = [torch.softmax(t.to(m.mean.dtype)[entries], 0) for t in (w, v)]
-        statistics = [known[k] for k in how.statistics]
-        mean, var = (mixture(k, [getattr(s, name) for s in statistics]) for k, name in zip(mixing, ("mean", "var"), strict=True))
+        of_mean, of_var = (torch.softmax(t.to(m.mean.dtype)[entries], 0) for t in (w, v))
+        mean = mixture(of_mean, [known[k].mean for k in how.statistics])
+        var = mixture(of_var, [known[k].var for k in how.statistics])
         affine = Affine(mean, gamma * (var + how.eps).rsqrt(), bias)
     return eager.apply_centered(x, *affine.fields(layout.n, layout.c), layout, recorded=True)

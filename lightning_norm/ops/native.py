@@ -65,7 +65,8 @@ def batch_norm(
     rows = x.view(-1, layout.c) if tokens else x
     # In copies, and written only once it is known that they are finite: a backward pass needs none of the buffers.
     moved = (None, None) if running is None else (running[0].clone(), running[1].clone())
-    y, mean, scale = torch.native_batch_norm(rows, weight, bias, *moved, True, momentum, eps)
+    # torch's stub takes it for an operator that gets its results' tensors.
+    y, mean, scale = torch.native_batch_norm(rows, weight, bias, *moved, True, momentum, eps)  # type: ignore[call-arg,arg-type]
     if not _is_exact(mean, scale) or scale.min().item() < LEAST_SCALE:
         return None
     if running is not None:
