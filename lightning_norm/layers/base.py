@@ -39,7 +39,7 @@ from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.special_calls import SpecialCalls
 from lightning_norm.layers.state import Loading, restore_precision
 from lightning_norm.layers.swap_record import SwapRecord
-from lightning_norm.ops import torch_private
+from lightning_norm.ops import native, torch_private
 from lightning_norm.ops.compiled import GRAPH_KEY, compiled_forward
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
@@ -47,7 +47,7 @@ from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
 from lightning_norm.ops.masked import mask_of, run_masked
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.normalize import Call, activated, run
+from lightning_norm.ops.normalize import Call, activated, ended, run
 from lightning_norm.ops.per_token import Tokens, normalize_tokens
 from lightning_norm.ops.sync import Ranks, active_ranks, is_running
 from lightning_norm.ops.torch_private import is_update_bn
@@ -161,6 +161,11 @@ class Normalizer(Loading, Evaluation, SwapRecord):
             )
         modules: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
         return modules
+
+    @property
+    def of_batch_alone(self) -> bool:
+        """Whether no statistic is that of a single sample: a batch may be measured as one of all its positions."""
+        return False
 
     @property
     def gradient_is_exact(self) -> bool:
@@ -442,6 +447,13 @@ class MomentNorm(SpecialCalls, Normalizer):
         """Return the same equations as the kernels know them; ``None`` where they do not."""
         return None
 
+    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return y of the input's statistics by a function of torch's, and move the running ones.
+
+        ``None`` where torch has none, or would compute another y: then the algebra does it, and nothing may have moved.
+        """
+        return None
+
     def depthwise_conv(self) -> tuple[Tensor, Tensor | None] | None:
         """Return kernel and bias of the depthwise convolution that follows, ``None`` for none."""
         return None
@@ -505,7 +517,7 @@ class MomentNorm(SpecialCalls, Normalizer):
                 if y is not None:
                     return y
             # FSDP's mixed precision narrows every buffer but those of torch's own BatchNorm.
-            if any(b is not None and b.is_floating_point() and b.dtype.itemsize < 4 for b in self._buffers.values()):
+            if not _KEPT.issuperset([b.dtype for b in self._buffers.values() if b is not None]):
                 keep_float32(self)
                 keep_exact(self)
             if twice:
@@ -626,6 +638,9 @@ class MomentNorm(SpecialCalls, Normalizer):
     """A subclass's own arguments, for ``repr``."""
 
 
+_KEPT = frozenset((torch.float64, torch.float32, torch.int64, torch.int32, torch.bool))
+"""The dtypes that no buffer has been narrowed from."""
+
 _REFUSED_CHANGE = (
     "{who} in training cannot move its running statistics inside of torch.func, and neither can torch's BatchNorm: "
     "they are no argument of the function that is transformed. Type model.eval(), or track_running_stats=False, or "
@@ -696,6 +711,12 @@ def _forward(
         return _forward_positions(layer, x, layout, moments, ranks, activation, residual, valid)
     # The kernels move the running statistics themselves and know nothing of an accumulator.
     accumulates = layer.training and layer._accumulator is not None
+    if of_input and layer._fused_spec_holds and ranks is None and not accumulates and layer.backend == "auto":
+        y = layer.on_cpu(x, layout)
+        if y is not None:
+            return ended(y, activation, residual)
+        if layer.of_batch_alone and native.takes(x):
+            layout = layout.as_one_sample()
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
     algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
     return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,7 +14,8 @@ from lightning_norm.layers.accumulators import AccumulationWindow, StatisticsAcc
 from lightning_norm.layers.declared import ExtraBuffers, Unsupported
 from lightning_norm.layers.pausing import is_paused
 from lightning_norm.ops import torch_private
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.eager import may_read_back
+from lightning_norm.ops.layout import at_least_float32, cast
 from lightning_norm.ops.moments import Moments, to_var
 
 _NOTHING = Unsupported()
@@ -189,9 +191,32 @@ def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None
     if layer._accumulator is not None:
         _accumulate(layer, m, mean, var, wanted)
         return
+    if wanted is None and not isinstance(m.count, Tensor) and _moved_at_once(layer, mean, var):
+        return
     usable = is_usable(layer, mean, var, m.count)
     # Counted as skipped is only what was not finite, and not what a method chose to leave out.
     _move_running(layer, mean, var, usable if wanted is None else usable & wanted)
+
+
+def _moved_at_once(layer: RunningStats, mean: Tensor, var: Tensor) -> bool:
+    """Move the running statistics in few operations, where values may be read back and all of them are finite."""
+    if not may_read_back(mean) or torch_private.is_transformed():
+        return False
+    old: list[Any] = [layer._buffers[name] for name in layer.running_names]
+    new = []
+    for buffer, value in zip(old, (mean, var), strict=True):
+        value = value.detach().view(-1)
+        new.append(cast(value, buffer.dtype))
+    # A sum that is not finite may be one of finite numbers: that is for the caller to find out.
+    if not math.isfinite(new[0].sum().item() + new[1].sum().item()):
+        return False
+    batches, momentum = layer.num_batches_tracked, layer.momentum
+    if batches is not None:
+        batches.add_(1)
+    weight = momentum if momentum is not None else 1.0 if batches is None else 1.0 / batches.item()
+    for buffer, value in zip(old, new, strict=True):
+        buffer.lerp_(value, weight)
+    return True
 
 
 def _accumulate(layer: RunningStats, m: Moments, mean: Tensor, var: Tensor, wanted: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import mixture_spec
@@ -106,6 +107,12 @@ class BatchChannelNorm(PerToken):
         x = t.minus(batch.mean, zero) * t.along(iota * (batch.var.to(dtype) + self.eps).rsqrt())
         mixed = torch.addcmul(x, t.centered, (t.var + self.eps).rsqrt() * t.along(1 - iota))
         return t.scaled(mixed, mixed.new_ones(()), self.weight, self.bias)
+
+    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return the same equation with a backward pass that is written out."""
+        if self.correction or self.per_token:
+            return None
+        return on_cpu.mixture(self, x, layout, ("bn", "ln"), self.mixture(), outputs=True)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, which know the running variance of torch alone."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.scheduled import Scheduled
@@ -35,6 +37,7 @@ class BatchNorm(MomentNorm):
 
     key = "bn"
     paper = Paper("Ioffe and Szegedy", 2015, "Batch Normalization", "arXiv 1502.03167")
+    of_batch_alone = True
     eval_uses_input_stats: ClassVar[bool] = False
     preserves_eval = True
 
@@ -58,6 +61,10 @@ class BatchNorm(MomentNorm):
         # In evaluation ``track`` returns the running statistics, so one equation serves both modes.
         batch = self.track(m.over_batch())
         return self.standardize(batch.mean, batch.var)
+
+    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return y of torch's batch normalization, which is the same function."""
+        return on_cpu.batch_norm(self, x, layout, self.weight, self.bias)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec:
         """Return the same equation for the kernels."""

@@ -89,6 +89,11 @@ class BNET(ConvolvedNorm):
         """Whether the batch's statistics take part."""
         return self.statistics != "in"
 
+    @property
+    def of_batch_alone(self) -> bool:
+        """Whether the batch's statistics are the only ones; of tokens the axes are moved for the convolution."""
+        return self.statistics == "bn" and self.channel_dim == 1
+
     @declared(False)
     def eval_uses_input_stats(self) -> bool:
         """Whether any statistics but the batch's take part, which alone have running ones."""

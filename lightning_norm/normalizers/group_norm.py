@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.arguments import arguments_of, number_of_groups, settled_groups, stateless
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
@@ -72,6 +73,10 @@ class GroupNorm(MomentNorm):
         group = m.over_channels(self.num_groups)
         return self.standardize(group.mean, group.var)
 
+    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return y of torch's group normalization, which is the same function."""
+        return on_cpu.group_norm(self, x, layout, self.num_groups)
+
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's GroupNorm."""
         return _torch_group_norm(self, self.num_groups)
@@ -128,6 +133,10 @@ class LayerNorm(MomentNorm):
         # One group: over all channels and positions of a sample.
         layer = m.over_channels()
         return self.standardize(layer.mean, layer.var)
+
+    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return y of torch's group normalization, which is the same function."""
+        return on_cpu.group_norm(self, x, layout, 1)
 
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's GroupNorm of one group."""

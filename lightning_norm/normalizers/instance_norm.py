@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.inference import share_parameters
@@ -63,6 +64,12 @@ class InstanceNorm(MomentNorm):
         # torch's InstanceNorm evaluates on running statistics where it keeps some; so does ``track``.
         sample = self.track(m)
         return self.standardize(sample.mean, sample.var)
+
+    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return y of torch's group normalization with a group for each channel, where nothing else is kept."""
+        if self.track_running_stats or self.has_running_stats:
+            return None
+        return on_cpu.group_norm(self, x, layout, self.num_features)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, unless it keeps running statistics."""

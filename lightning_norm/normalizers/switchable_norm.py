@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.errors import CheckpointError
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.choice import Choice
 from lightning_norm.layers.fused_specs import mixture_spec
@@ -170,6 +171,16 @@ class SwitchableNorm(PerToken, MixedNorm):
             without, with_in = (self.weights(logits, n).view(-1, 1, 1) for n in (1, 2))
             return torch.where(count <= 1, without, with_in)
         return self.weights(logits)
+
+    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return the same equation with a backward pass that is written out, for softmax weights and no groups."""
+        if self.correction or self.sparse or self.per_token or "gn" in self.choices:
+            return None
+        # As in ``weights``: the variance of one element is 0.
+        left_out = "in" if layout.size == 1 and len(self.choices) > 1 else ""
+        entries = tuple(i for i, k in enumerate(self.choices) if k != left_out)
+        statistics = tuple(self.choices[i] for i in entries)
+        return on_cpu.mixture(self, x, layout, statistics, *self._logits(), entries=entries)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, which know either "ln" or "gn" and more than one element."""

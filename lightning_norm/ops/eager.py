@@ -9,6 +9,7 @@ registers, for Inductor fuses none.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,15 +29,29 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
     if not layout.reduced or (layout.size == 1 and not recorded):
         return _moments_of_one(x)
     keep = recorded or is_recording()
-    rough_mean = x.mean(layout.reduced, dtype=at_least_float32(x.dtype))
+    if x.dtype == torch.float32 and x.numel() <= FEW and not keep and may_read_back(x):
+        # One operation in place of five, which counts where there are few elements and not where there are many.
+        var, mean = (layout.of_samples(t) for t in torch.var_mean(x, layout.reduced, correction=0))
+        if is_small(mean, var):
+            return mean, var
+    rough_mean = layout.of_samples(x.mean(layout.reduced, dtype=at_least_float32(x.dtype)))
     # In float64 and for half inputs the statistics are as wide as they will get, and the mean is exact enough.
     wide = stat_dtype(x) == rough_mean.dtype
     if wide or (not recorded and may_read_back(x)):
-        var = _mean_square(x - layout.broadcast_to_input(rough_mean), layout, keep)
+        var = _mean_square(x, rough_mean, layout, keep)
         # A small mean keeps its digits, and float32 halves the work of the algebra.
-        if wide or bool((rough_mean.square() <= SMALL_MEAN**2 * var).all()):
+        if wide or is_small(rough_mean, var):
             return rough_mean, var
     return _refined(rough_mean, x - layout.broadcast_to_input(rough_mean), layout, keep)
+
+
+FEW = 1 << 13
+"""Elements of x up to which the number of operations counts, and not what each of them takes."""
+
+
+def is_small(mean: Tensor, var: Tensor) -> bool:
+    """Tell whether means are small against their standard deviations, and all of them finite."""
+    return mean.square().sub_(var, alpha=SMALL_MEAN**2).max().item() <= 0
 
 
 def _moments_of_one(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,8 +64,9 @@ def _moments_of_one(x: Tensor) -> tuple[Tensor, Tensor]:
 def _refined(rough_mean: Tensor, u: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, Tensor]:
     """Return the moments of x, its mean in float64, given a float32 mean and u = x - that."""
     # The rough mean is off by its rounding. What is left over is so small that its own mean is exact enough in float32.
-    residual_mean = u.mean(layout.reduced)
-    var = (_mean_square(u, layout, keep) - residual_mean.square()).clamp_min(0)
+    residual_mean = layout.of_samples(u.mean(layout.reduced))
+    square = layout.of_samples((u * u if keep else u.mul_(u)).mean(layout.reduced))
+    var = (square - residual_mean.square()).clamp_min(0)
     return rough_mean.double() + residual_mean, var
 
 
@@ -64,8 +80,8 @@ def apply(
     """
     if not mean_is_small or is_recording():
         return apply_centered(x, center, scale, shift, layout, is_recording())
-    scale = scale.to(x.dtype)  # which is float32
-    return _affine(x, scale, torch.addcmul(shift, scale, center, value=-1).to(x.dtype), layout, recorded=False)
+    scale = cast(scale, x.dtype)  # which is float32
+    return _affine(x, scale, cast(torch.addcmul(shift, scale, center, value=-1), x.dtype), layout, recorded=False)
 
 
 def apply_centered(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, recorded: bool) -> Tensor:
@@ -92,7 +108,7 @@ def apply_centered(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layo
 def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: bool = False) -> tuple[Tensor, Tensor]:
     """Sum of dy and of dy * (x - pivot) per (sample, channel), each (N, C) in the dtype of ``pivot``."""
     recorded = is_recording(dy)
-    one_pass = mean_is_small and not recorded and _is_one_row_per_channel(x, pivot, layout)
+    one_pass = mean_is_small and not recorded and x.numel() > FEW and _is_one_row_per_channel(x, pivot, layout)
     if one_pass and dy.is_contiguous() and _can_leave_out_dx():
         # Group norm's parameter gradients, each row a group: both sums in one pass and no temporary.
         rows = layout.n * layout.c
@@ -103,10 +119,13 @@ def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: 
         )
         return total.view(layout.n, layout.c), dot.view(layout.n, layout.c)
     # A vector (N, C) has nothing to sum over, and torch takes no axes for all axes.
-    total = dy.sum(layout.reduced, dtype=pivot.dtype) if layout.reduced else dy.to(pivot.dtype)
-    centered = x - layout.broadcast_to_input(pivot)
-    product = centered * dy if recorded else centered.mul_(dy)
-    return total, product.sum(layout.reduced) if layout.reduced else product
+    if not layout.reduced:
+        return dy.to(pivot.dtype), (x - pivot) * dy
+    total = layout.of_samples(dy.sum(layout.reduced, dtype=pivot.dtype))
+    if recorded:
+        return total, layout.of_samples(((x - layout.broadcast_to_input(pivot)) * dy).sum(layout.reduced))
+    dots = [(u - p).mul_(dy_part).sum(layout.reduced) for u, dy_part, p in in_parts(x, dy, pivot, layout=layout)]
+    return total, _joined(dots, layout)
 
 
 def combine(
@@ -129,13 +148,42 @@ def combine(
         # it.
         rounding = slope * (pivot - mean).to(dtype)
         offset = rounding if offset is None else offset + rounding
-    offset = layout.broadcast_to_input(torch.zeros_like(slope) if offset is None else offset)
-    u, slope = u - layout.broadcast_to_input(pivot), layout.broadcast_to_input(slope)
+    elif not is_recording(dy, dmean, dvar) and x.dtype == dtype == torch.float32 and x.is_cpu:
+        # A mean in float32 is a small one, see ``moments``: x need not be centered, which saves a pass.
+        around_zero = slope * pivot if offset is None else torch.addcmul(offset, slope, pivot, value=-1)
+        return _combined(dy, scale, x, None, slope, around_zero if offset is not None else around_zero.neg_(), layout)
+    offset = torch.zeros_like(slope) if offset is None else offset
     if is_recording(dy, dmean, dvar):
-        return torch.addcmul(u * slope + offset, dy, scale).to(x.dtype)
-    # What comes through the statistics is small against scale * dy, so only the rounding of the last addcmul matters.
-    u.mul_(slope).add_(offset)
-    return u.addcmul_(dy, scale).to(x.dtype)
+        u = u - layout.broadcast_to_input(pivot)
+        through_moments = u * layout.broadcast_to_input(slope) + layout.broadcast_to_input(offset)
+        return torch.addcmul(through_moments, dy, scale).to(x.dtype)
+    return _combined(dy, scale, x, pivot, slope, offset, layout)
+
+
+def _combined(
+    dy: Tensor, scale: Tensor, x: Tensor, pivot: Tensor | None, slope: Tensor, offset: Tensor, layout: Layout
+) -> Tensor:
+    """Return scale * dy + slope * (x - pivot) + offset, a few samples at a time."""
+    # What comes through the statistics is small against scale * dy, so only the rounding of the last step matters.
+    dx, dtype = torch.empty_like(x), slope.dtype
+    fields = (slope, offset, scale) if pivot is None else (slope, offset, scale, pivot)
+    for part, dy_part, dx_part, k, o, s, *p in in_parts(x, dy, dx, *fields, layout=layout):
+        if p:
+            u = torch.sub(part, p[0], out=dx_part) if part.dtype == dtype else part - p[0]
+            u.mul_(k).add_(o)
+        elif part.stride(layout.channel_dim) == 1:
+            # Channels that lie next to each other are worked on in vectors.
+            u = torch.addcmul(o, part, k, out=dx_part)
+        else:
+            u = torch.mul(part, k, out=dx_part).add_(o)
+        u.addcmul_(dy_part, s)
+        if u.dtype != dx.dtype:
+            dx_part.copy_(u)
+    return dx
+
+
+PART = 1 << 18
+"""Elements of x that are worked on at a time: with what is made of them, they fit into the cache of one core."""
 
 
 def may_read_back(x: Tensor) -> bool:
@@ -145,7 +193,7 @@ def may_read_back(x: Tensor) -> bool:
 
 def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout, recorded: bool) -> Tensor:
     """Return scale * u + offset, with one rounding per element."""
-    if not recorded and _is_one_row_per_channel(u, scale, layout):
+    if not recorded and u.numel() > FEW and _is_one_row_per_channel(u, scale, layout):
         # torch's batch norm in evaluation, with mean 0, variance 1 and eps 0, is a fused multiply-add over whole rows.
         scale, offset = _one_per_row(scale, layout), _one_per_row(offset, layout)
         zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
@@ -160,7 +208,7 @@ def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout, recorded: 
 def _is_one_row_per_channel(x: Tensor, statistic: Tensor, layout: Layout) -> bool:
     """Whether ATen's CPU kernels can take x as (1, N * C, S): every (sample, channel) a channel of its own."""
     plain = x.is_cpu and x.dtype == statistic.dtype
-    return plain and layout.channel_dim == 1 and x.is_contiguous() and x.numel() > 0
+    return plain and layout.channel_dim == 1 and x.is_contiguous() and x.numel() > 0 and not layout.is_one_sample
 
 
 def _one_per_row(t: Tensor, layout: Layout) -> Tensor:
@@ -185,9 +233,40 @@ def _widened(x: Tensor) -> Tensor:
     return x.double() if torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.float32 else x
 
 
-def _mean_square(u: Tensor, layout: Layout, recorded: bool = False) -> Tensor:
-    """Mean of u * u per (sample, channel); u is overwritten unless ``recorded``."""
-    return (u * u if recorded else u.mul_(u)).mean(layout.reduced)
+def _mean_square(x: Tensor, mean: Tensor, layout: Layout, recorded: bool) -> Tensor:
+    """Mean of (x - mean)^2 per (sample, channel)."""
+    if recorded:
+        return layout.of_samples((x - layout.broadcast_to_input(mean)).square().mean(layout.reduced))
+    sums = []
+    for part, pivot in in_parts(x, mean, layout=layout):
+        u = part - pivot
+        sums.append(u.mul_(u).sum(layout.reduced))
+    return _joined(sums, layout).div_(layout.size)
+
+
+def _joined(sums: list[Tensor], layout: Layout) -> Tensor:
+    """Return the sums of parts as those of x, (N, C)."""
+    if layout.is_one_sample:
+        return layout.of_samples(torch.stack(sums).sum(0))
+    return torch.cat(sums) if len(sums) > 1 else sums[0]
+
+
+def in_parts(x: Tensor, *others: Tensor, layout: Layout) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views of a few samples each: so many that what is made of them stays in a cache of the processor.
+
+    Args:
+        x: the input.
+        others: tensors like x, or (N, C), (1, C), (N, 1) or (1, 1), which are then shaped to broadcast against x.
+        layout: of x.
+    """
+    others = tuple(t if t.dim() > 2 or t.shape == x.shape else layout.broadcast_to_input(t) for t in others)
+    if not x.is_cpu or x.numel() <= 2 * PART:
+        yield (x, *others)
+        return
+    samples = max(1, PART * x.shape[0] // x.numel())
+    for start in range(0, x.shape[0], samples):
+        stop = start + samples
+        yield tuple(t[start:stop] if t.shape[0] > 1 else t for t in (x, *others))
 
 
 def is_recording(*gradients: Tensor | None) -> bool:

@@ -44,6 +44,20 @@ class Layout:
         """Return ``size``, for Moments."""
         return self.size
 
+    @property
+    def is_one_sample(self) -> bool:
+        """Whether the whole batch counts as one sample of all its positions."""
+        return self.reduced[:1] == (0,)
+
+    def as_one_sample(self) -> Layout:
+        """Return the layout in which the whole batch is one sample."""
+        n = self.shape[0]
+        return Layout(self.shape, self.channel_dim, 1, self.c, (0, *self.reduced), self.size * n)
+
+    def of_samples(self, t: Tensor) -> Tensor:
+        """Return what was reduced over ``reduced`` as (N, C): of one sample it has no axis yet."""
+        return t.view(1, -1) if self.is_one_sample else t
+
 
 class TracedLayout(Layout):
     """The axes of an input of ``torch.jit.trace``, whose graph takes any number of samples and maps of any size."""

@@ -39,12 +39,14 @@ class Moments:
         count: number of elements of x behind each entry; a tensor once ranks were pooled, and (N, 1) where the samples
             of a batch differ in it, as with a mask: each then weighs by its count where samples are pooled.
         ranks: the ranks that ``over_batch`` pools with; ``None`` for this process alone.
+        of_batch: whether the whole batch was measured as one sample: ``over_batch`` has nothing left to pool.
     """
 
     mean: Tensor
     var: Tensor
     count: int | Tensor
     ranks: Ranks | None = None
+    of_batch: bool = False
 
     def over_channels(self, num_groups: int = 1) -> Moments:
         """Pool the channels of each sample: all of them, (N, C) -> (N, 1), or those of each group, (N, C) -> (N, C).
@@ -85,6 +87,8 @@ class Moments:
         """
         if weights is not None or self.ranks is not None or self._counts_samples():
             return self._over_sets(weights)
+        if self.of_batch:
+            return self
         mean, var = _pool(self.mean, self.var, dim=0)
         return Moments(mean, var, self.count * self.mean.shape[0])
 

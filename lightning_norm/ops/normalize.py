@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import depthwise, eager, torch_private
+from lightning_norm.ops import depthwise, eager, torch_private, whole_batch
 from lightning_norm.ops.backend import on_kernels
 from lightning_norm.ops.fused import triton_passes
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
@@ -59,10 +59,15 @@ class Passes:
     kernels: bool = False
     mean_is_small: bool = False
 
+    @property
+    def forward_module(self) -> Any:
+        """The module that runs the forward passes."""
+        return triton_passes if self.kernels else whole_batch if self.layout.is_one_sample else eager
+
     def module(self, *gradients: Tensor | None) -> Any:
         """Return the module that runs them; what is differentiated once more is recorded in plain PyTorch."""
         on_kernels = self.kernels and (torch.compiler.is_compiling() or not eager.is_recording(*gradients))
-        return triton_passes if on_kernels else eager
+        return triton_passes if on_kernels else whole_batch if self.layout.is_one_sample else eager
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,14 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
     if residual is not None:
         y = y + residual
     return ACTIVATIONS[activation](y)
+
+
+def ended(y: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    """Return act(y + residual), or y itself where nothing follows, and refuse what :func:`check_ending` does."""
+    if residual is None and activation == "none":
+        return y
+    check_ending(y, activation, residual)
+    return activated(y, activation, residual)
 
 
 def run(x: Tensor, call: Call) -> Tensor:
@@ -229,7 +242,7 @@ def _normalize_and_convolve(
     """Return the depthwise convolution of the normalized x, by one kernel where it can."""
     kernel, bias = depthwise_conv
     # One layer serves maps of any dimension, and the convolution needs as many axes as the map has.
-    kernel = depthwise.with_spatial_axes(kernel, len(call.layout.reduced))
+    kernel = depthwise.with_spatial_axes(kernel, len(call.layout.shape) - 2)
     readable = bias is None or bias.is_contiguous()
     if isinstance(spec, MixtureSpec) and readable and depthwise.on_kernels(kernel, call.layout.size):
         return spec.normalize_depthwise(x, kernel, bias, call.layout)
@@ -247,7 +260,7 @@ def _fields(x: Tensor, call: Call, kernels: bool) -> tuple[Tensor, Tensor, tuple
     if moments is None:
         x_alias, mean, var, scale_carrier = _Moments.apply(x, layout, kernels)
         mean_is_small = x.dtype == torch.float32 == mean.dtype and layout.size > 1 and x.is_cpu
-        moments = Moments(mean, var, layout.size, call.ranks)
+        moments = Moments(mean, var, layout.size, call.ranks, layout.is_one_sample)
     else:
         x_alias, scale_carrier = _Alias.apply(x, layout)
     fields = call.algebra(moments).fields(layout.n, layout.c)
@@ -259,8 +272,8 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout, kernels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, var = (triton_passes if kernels else eager).moments(x, layout)
         ctx.how = Passes(layout, kernels)
+        mean, var = ctx.how.forward_module.moments(x, layout)
         # A gradient that is missing must be told from zeros, which would cost a pass over x.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean)
@@ -306,8 +319,7 @@ class _Apply(torch.autograd.Function):
     ) -> Tensor:
         ctx.how, ctx.carrier_dtype, ctx.shift_like = how, carrier.dtype, (shift.shape, shift.dtype)
         ctx.save_for_backward(x, center, scale)
-        passes = triton_passes if how.kernels else eager
-        y: Tensor = passes.apply(x, center, scale, shift, how.layout, how.mean_is_small)
+        y: Tensor = how.forward_module.apply(x, center, scale, shift, how.layout, how.mean_is_small)
         return y
 
     @staticmethod

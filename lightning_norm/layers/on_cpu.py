@@ -1,0 +1,60 @@
+"""The shortest ways that the CPU has, with a layer's tensors: torch's functions, and mixtures written out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_norm.ops import mixed, native
+from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.moments import Moments
+
+
+def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Return x normalized by the batch, and move the running statistics of the layer as torch's BatchNorm does.
+
+    ``None`` where torch's is not the same function at the same precision; then nothing has moved.
+    """
+    running = tuple(layer._buffers[name] for name in layer.running_names) if layer.moves_running_stats else None
+    if not native.takes(x, weight, bias, *(running or ())):
+        return None
+    batches, momentum = layer.num_batches_tracked, 0.0
+    if running is not None:
+        momentum = layer.momentum
+        if momentum is None:
+            momentum = 1.0 if batches is None else 1.0 / (batches.item() + 1)
+    y = native.batch_norm(x, layout, weight, bias, layer.eps, running, momentum)
+    if y is not None and running is not None and batches is not None:
+        batches.add_(1)
+    return y
+
+
+def group_norm(layer: Any, x: Tensor, layout: Layout, groups: int) -> Tensor | None:
+    """Return x normalized by the statistics of each sample's groups; ``None`` as for :func:`batch_norm`."""
+    if layout.channel_dim != 1 or not native.takes(x, layer.weight, layer.bias):
+        return None
+    return native.group_norm(x, layout, groups, layer.weight, layer.bias, layer.eps)
+
+
+def mixture(
+    layer: Any,
+    x: Tensor,
+    layout: Layout,
+    statistics: tuple[str, ...],
+    w: Tensor,
+    v: Tensor | None = None,
+    *,
+    entries: tuple[int, ...] = (),
+    outputs: bool = False,
+) -> Tensor | None:
+    """Return x normalized by a mixture, see :class:`lightning_norm.ops.mixed.Mixture`; ``None`` if it cannot."""
+    if not native.takes(x, layer.weight, layer.bias, w, v):
+        return None
+
+    def track(mean: Tensor, var: Tensor) -> None:
+        layer.track(Moments(mean, var, layout.n * layout.size))
+
+    moves = layer.moves_running_stats and "bn" in statistics
+    how = mixed.Mixture(layout, statistics, layer.eps, entries, outputs, track if moves else None)
+    return mixed.normalize(x, how, layer.weight, layer.bias, w, v)
