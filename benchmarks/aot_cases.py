@@ -15,6 +15,9 @@ from lightning_norm.kernels.encoder_decoder import forward as encoder_decoder_fo
 from lightning_norm.kernels.grid import JOINED, TILE, warps
 from lightning_norm.kernels.mixture import backward as mixture_backward
 from lightning_norm.kernels.mixture import forward as mixture_forward
+from lightning_norm.kernels.owner import backward as owner_backward
+from lightning_norm.kernels.owner import forward as owner_forward
+from lightning_norm.kernels.owner.launch import WARPS, shared_out
 from lightning_norm.kernels.passes import backward as passes_backward
 from lightning_norm.kernels.passes import forward as passes_forward
 from lightning_norm.kernels.passes.launch import join_tile
@@ -82,6 +85,7 @@ def variants() -> Iterator[Variant]:
     yield from _per_channel()
     yield from _encoder_decoder()
     yield from _depthwise()
+    yield from _owner()
 
 
 def _mixture() -> Iterator[Variant]:
@@ -212,3 +216,33 @@ def _depthwise() -> Iterator[Variant]:
         at_once, lanes, num_warps = join_tile(parts)
         blocks = {"T": 9, "P_BLOCK": at_once, "BLOCK": lanes}
         yield Variant(depthwise_backward.join_taps, f"9 taps, {parts} parts", "fp32", blocks, num_warps)
+
+
+def _owner() -> Iterator[Variant]:
+    names = ("STD", "COPY", "POWER", "AVERAGES", "DETACH", "RENORM", "CONTEXTS", "CENTER", "SCALE", "AFFINE")
+    plain = {**dict.fromkeys(names, False), "BLEND": 0, "MOVE": 1, "BN": True, "TRACK": 1, "WEIGHT": True, "BIAS": True}
+    plain |= {"NEED": True, "ACT": 0, "RESIDUAL": False}
+    blended = {"BLEND": 3, "MOVE": 0, "RENORM": True, "STD": True, "COPY": True, "POWER": True, "AVERAGES": True}
+    mixture = (owner_forward.own_mixture, owner_backward.own_mixture_vjp)
+    channels = (owner_forward.own_channels, owner_backward.own_channels_vjp)
+    for dtype, vector in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
+        for shape, (n, c, size, columns) in {
+            "49": (64, 2048, 49, False),
+            "49 channels last": (64, 2048, 49, True),
+            "odd": (3, 7, 15, False),
+        }.items():
+            owner = shared_out(n, c, size, columns, vector)
+            assert owner is not None
+            for kernels, name, on, contexts in (
+                (mixture, "bn", {}, 1),
+                (mixture, "in", {"BN": False, "TRACK": 0}, 1),
+                (mixture, "bn add relu", {"ACT": 1, "RESIDUAL": True}, 1),
+                (channels, "ubn", dict.fromkeys(("CENTER", "SCALE", "AFFINE"), True), 1),
+                (channels, "dbn", blended, 1),
+                (channels, "cn of 16", {"CONTEXTS": True}, 16),
+            ):
+                constants = {**plain, **on, **owner.tiles(contexts)}
+                for kernel in kernels:
+                    takes = inspect.signature(kernel.fn).parameters
+                    chosen = {k: v for k, v in constants.items() if k in takes}
+                    yield Variant(kernel, f"{shape} {name}", dtype, chosen, WARPS)

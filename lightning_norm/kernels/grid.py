@@ -30,8 +30,18 @@ REGISTERS = {
     "survey": 128,
     "channels_of": 112,
     "channels_vjp": 120,
+    "own_mixture": 128,
+    "own_mixture_vjp": 128,
+    "own_channels": 128,
+    "own_channels_vjp": 128,
 }
 """Registers of a thread at most: without a limit ptxas spills 8 bytes of these for one more resident program."""
+
+OWNER = False
+"""Whether small maps take one launch per direction where nothing looks across channels, see ``kernels/owner``.
+
+Off until a GPU has shown that it is faster: part (e) of ``benchmarks/gpu.sh`` times it beside what is on.
+"""
 
 MANY_TAPS = 192
 """The same for ``depthwise_apply`` with more than nine taps, channels last, which would spill on sm_100."""

@@ -1,6 +1,7 @@
 """Run by test_launcher.py in a process of its own, where a stub is Triton's driver; prints what it saw as JSON.
 
 With several keys, each is also called with channels-last, misaligned and small inputs; that takes half an hour.
+Behind ``--owner`` small maps take one launch per direction.
 """
 
 import json
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks import stub
 from benchmarks.host_cost import SHAPE, layer_of
-from lightning_norm.kernels import launcher
+from lightning_norm.kernels import grid, launcher
 
 CALLS = {}
 """The inputs of the last call of each plan."""
@@ -72,6 +73,8 @@ def hooks_are_called(case):
 
 def main(*keys):
     stub.install()
+    if keys[0] == "--owner":
+        grid.OWNER, keys = True, keys[1:]
     remember_calls()
     seen = {"launcher": launcher.LAUNCHER, "launches": {}, "loaded by a second step": 0}
     for key in keys:

@@ -10,21 +10,24 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent.parent
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
-@pytest.mark.parametrize("key", ["sn"])
-def test_recorded_launches(key):
+@pytest.mark.parametrize(
+    ("keys", "launches"), [(["sn"], {"sn": 8}), pytest.param(["--owner", "bn", "rbn"], {"bn": 2, "rbn": 2}, marks=SLOW)]
+)
+def test_recorded_launches(keys, launches):
     """Run by .ci/run on the newest Triton, by .ci/oldest on the oldest: their launchers differ."""
-    command = [sys.executable, "-m", "tests.kernels.on_the_stub", key]
+    command = [sys.executable, "-m", "tests.kernels.on_the_stub", *keys]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     seen = json.loads(process.stdout.splitlines()[-1])
     assert seen.pop("launcher") in ("tuple", "flat", "")
     assert seen == {
         "loaded by a second step": 0,  # so a graph may capture it
-        "launches": {"sn": 8},
-        "asked for the same": [True, True],  # forward and backward
+        "launches": launches,
+        "asked for the same": [True] * (2 if keys == ["sn"] else 16),  # forward and backward, of each input
         "loaded by Triton": 0,
         "hooks called": True,
     }

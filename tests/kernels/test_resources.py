@@ -64,6 +64,10 @@ BUDGET = {
     "depthwise_sums": 210,
     "depthwise_combine": 160,
     "join_taps": 58,
+    "own_mixture": 128,
+    "own_mixture_vjp": 128,
+    "own_channels": 128,
+    "own_channels_vjp": 128,
 }
 """Registers of a thread, about a fifth above what triton 3.8 uses; 128 threads may have 255 each without a spill."""
 
@@ -72,6 +76,11 @@ SPILL = 0 if version("triton").startswith("3.8.") else 16
 
 STREAMS = {"moments_rows", "sums_rows", "moments_columns", "sums_columns", "apply_flat", "apply_columns", "combine_flat", "combine_columns", "directions"}  # noqa: E501  # fmt: skip
 
+
+OWNERS = {"own_mixture", "own_mixture_vjp", "own_channels", "own_channels_vjp"}
+
+TICKETS = {"own_mixture", "own_channels"}
+"""Kernels whose programs count by an atomic which of them is the last; no result depends on which it is."""
 
 STENCILS = {"depthwise_apply", "depthwise_combine"}
 
@@ -94,7 +103,7 @@ def clean():
 def check_result(u):
     assert u.stack <= SPILL, f"spills: {u}"
     assert u.doubles == 0 or "ranks" in u.shape, f"float64: {u}"  # what travels between ranks: C numbers
-    assert u.atomics == 0, f"atomics: {u}"
+    assert u.atomics <= (u.kernel in TICKETS), f"atomics: {u}"
     assert u.registers <= BUDGET[u.kernel], f"registers: {u}"
     if u.kernel in STREAMS:
         tensors = 1 + ("sums" in u.kernel or "combine" in u.kernel) + ("relu" in u.shape)
@@ -102,6 +111,13 @@ def check_result(u):
         assert u.loads128 >= tensors * vectors, f"narrow loads: {u}"
         if "apply" in u.kernel or "combine" in u.kernel:
             assert u.stores128 >= vectors, f"narrow stores: {u}"
+    if u.kernel in OWNERS and u.shape.startswith("49"):
+        # x is read twice, and so are dy and the residual in the backward pass.
+        tensors = 4 + 2 * ("relu" in u.shape) if "vjp" in u.kernel else 2 + ("relu" in u.shape)
+        tile = 2048 if "cn" in u.shape else 4096
+        vectors = tile * (4 if u.dtype == "fp32" else 2) // 16 // 256  # of a thread and tensor
+        assert u.loads128 >= tensors * vectors, f"narrow loads: {u}"
+        assert u.stores128 >= vectors, f"narrow stores: {u}"
     if u.kernel in STENCILS and "channels last" in u.shape:  # rows of maps are met at every offset, so one by one
         taps = int(u.shape[0]) ** 2 if u.shape[0] == "3" else int(u.shape[0])
         assert u.loads128 >= taps, f"narrow loads: {u}"

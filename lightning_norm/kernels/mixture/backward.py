@@ -204,9 +204,27 @@ def vjp_mix(
     also 2 (mean_n - mean) / number to the member's mean.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = i < number
     n = i // channels
-    c = i - n * channels
+    vjp_mix_at(
+        total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, dbatch, dlayer, out, n,
+        i - n * channels, i < number, samples, number, channels, groups_in_all, per_group, pieces, sample_stride,
+        stride, size, eps, factor, MOMENTS, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT,
+    )  # fmt: skip
+    # All parts were stored by the launch before.
+    if K > 0 and tl.program_id(0) == 0:
+        store_weight_gradients(weight_partials, w, dw, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
+        store_weight_gradients(weight_partials + 3 * column_jobs, v, dv, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
+
+
+@triton.jit
+def vjp_mix_at(
+    total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, dbatch, dlayer, out, n, c, keep,
+    samples, number, channels, groups_in_all, per_group, pieces, sample_stride, stride, size, eps, factor,
+    MOMENTS: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
+    SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Write ``vjp_mix``'s constant and slope for the samples n and channels c of a tile of any shape."""
+    i = n * channels + c
     t0, d, vi, dl, lv, db, bv, fl, el, fb, eb, fi, ei, f1, e1, dgamma, diota = adjoint_at(
         total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, n, c, keep, number,
         channels, groups_in_all, per_group, pieces, sample_stride, stride, eps, factor,
@@ -232,10 +250,6 @@ def vjp_mix(
     slope = dvar * (2.0 * tl.cast(factor, tl.float32)) / size
     tl.store(out + i, dmean / size - slope * d, mask=keep)
     tl.store(out + number + i, slope, mask=keep)
-    # All parts were stored by the launch before.
-    if K > 0 and tl.program_id(0) == 0:
-        store_weight_gradients(weight_partials, w, dw, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
-        store_weight_gradients(weight_partials + 3 * column_jobs, v, dv, column_jobs, IN, LN, BN, K, SOFTMAX, BLOCK)
 
 
 @triton.jit

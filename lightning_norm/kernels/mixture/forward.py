@@ -218,12 +218,35 @@ def mix(
     BLOCK pairs (n, c) to a program. With MERGE also the joined moments of x, for the backward pass. Program 0 moves the
     running statistics, TRACK: 1 by the momentum, 2 as the average of all batches.
     """
-    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
     # Flat over (N, C), so that few samples of many channels fill a GPU as well as many samples of few.
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = i < number
     n = i // channels
-    c = i - n * channels
+    mix_at(
+        hi, lo, var, batch, layer, weight, bias, w, v, running_mean, running_var, moments, affine, n, i - n * channels,
+        i < number, number, channels, groups_in_all, per_group, pieces, sample_stride, stride, piece, size, fold, eps,
+        factor, MOMENTS, MERGE, IN, LN, BN, K, SOFTMAX, OUTPUTS, FROZEN, WEIGHT, BIAS,
+    )  # fmt: skip
+    # No other program reads the running statistics while this one writes them.
+    if TRACK != 0 and tl.program_id(0) == 0:
+        factor = tl.cast(unbias, tl.float32)
+        # The number of elements is known after the ranks have met, so the unbiased factor is computed here.
+        if RANKS:
+            count = tl.load(gathered).to(tl.float32)
+            factor = tl.where(factor > 0.0, count / tl.maximum(count - 1.0, 1.0), 1.0)
+            factor = tl.where(count > 1.0, factor, float("nan"))  # too few for a variance: nothing moves
+        track(batch, running_mean, running_var, tracked, skipped, momentum, channels, factor, TRACK, BLOCK)
+
+
+@triton.jit
+def mix_at(
+    hi, lo, var, batch, layer, weight, bias, w, v, running_mean, running_var, moments, affine, n, c, keep, number,
+    channels, groups_in_all, per_group, pieces, sample_stride, stride, piece, size, fold, eps, factor,
+    MOMENTS: tl.constexpr, MERGE: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
+    SOFTMAX: tl.constexpr, OUTPUTS: tl.constexpr, FROZEN: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Write ``mix``'s coefficients for the samples n and channels c of a tile of any shape."""
+    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    i = n * channels + c
     j = n * (channels // per_group) + c // per_group
     # The moments of x, or where only running statistics count, their mean as the pivot.
     if MOMENTS:
@@ -259,15 +282,6 @@ def mix(
         offset = beta - scale * center
     tl.store(affine + number + i, scale, mask=keep)
     tl.store(affine + 2 * number + i, offset, mask=keep)
-    # No other program reads the running statistics while this one writes them.
-    if TRACK != 0 and tl.program_id(0) == 0:
-        factor = tl.cast(unbias, tl.float32)
-        # The number of elements is known after the ranks have met, so the unbiased factor is computed here.
-        if RANKS:
-            count = tl.load(gathered).to(tl.float32)
-            factor = tl.where(factor > 0.0, count / tl.maximum(count - 1.0, 1.0), 1.0)
-            factor = tl.where(count > 1.0, factor, float("nan"))  # too few for a variance: nothing moves
-        track(batch, running_mean, running_var, tracked, skipped, momentum, channels, factor, TRACK, BLOCK)
 
 
 @triton.jit

@@ -326,8 +326,8 @@ def channels_of(
     if MOVE:
         move(
             target, variance * (count / tl.maximum(count - 1.0, 1.0)), mass / tl.maximum(samples, 1), off, running_mean,
-            running_var, tracked, skipped, prior, rate, survey_out, pooled, count > 1.0, at, kc_mask, samples, channels,
-            contexts, CONTEXTS, MOVE == 2, RANKS, K_BLOCK, 256,
+            running_var, tracked, skipped, prior, rate, survey_out, pooled, count > 1.0, at, kc_mask,
+            tl.program_id(0) == 0, samples, channels, contexts, CONTEXTS, MOVE == 2, RANKS, K_BLOCK, 256,
         )  # fmt: skip
     # The affine map of each sample: walk over the samples once more.
     gamma = per_channel(weight, at, kc_mask, 1.0, WEIGHT)[None, :, :]

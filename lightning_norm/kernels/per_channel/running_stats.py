@@ -39,34 +39,10 @@ def survey(
     real = q < contexts
     # The last program: counters, priors, and which contexts have never been met.
     if n == tl.num_programs(0) - 1:
-        count, allowed = tl.zeros((), tl.int64), tl.zeros((), tl.int32)
-        old, known_prior, new = tl.zeros((K_BLOCK,), tl.float32), tl.zeros((K_BLOCK,), tl.float32), q < 0
-        if MOVE:
-            count = tl.load(tracked)
-        if NORM:
-            allowed = ((count >= min_updates) & (tl.load(in_a_row) < max_skip)).to(tl.int32)
-        if CONTEXTS:
-            old = tl.where(real, tl.cast(1.0, tl.float32) / contexts, 0.0)
-            if KNOWN:
-                old = tl.load(prior + q, mask=real, other=0.0)
-                # A context is new while its statistics are as they were made: means 0 and variances 1.
-                moved = tl.zeros((K_BLOCK, BLOCK), tl.int32)
-                for begin in range(0, channels, BLOCK):
-                    c = begin + tl.arange(0, BLOCK)
-                    at, keep = q[:, None] * channels + c[None, :], real[:, None] & (c < channels)[None, :]
-                    m = tl.load(running_mean + at, mask=keep, other=0.0)
-                    v = tl.load(running_var + at, mask=keep, other=1.0)
-                    moved += tl.where((m == 0.0) & (v == 1.0), 0, 1)
-                new = tl.sum(moved, 1) == 0
-            # New contexts count for nothing as long as there is an old one.
-            any_old = tl.sum(tl.where(new, 0, 1), 0) > 0
-            known_prior = tl.where(new & any_old, 0.0, old)
-            known_prior = known_prior / tl.maximum(tl.sum(known_prior, 0), TINY, propagate_nan=NAN)
-        tl.store(survey_out, count.to(tl.float32))
-        tl.store(survey_out + 1, allowed.to(tl.float32))
-        tl.store(survey_out + 2 + q, old, mask=real)
-        tl.store(survey_out + 2 + contexts + q, new.to(tl.float32), mask=real)
-        tl.store(survey_out + 2 + 2 * contexts + q, known_prior, mask=real)
+        survey_running(
+            running_mean, running_var, tracked, in_a_row, prior, survey_out, channels, contexts, min_updates, max_skip,
+            NORM, MOVE, CONTEXTS, KNOWN, K_BLOCK, BLOCK,
+        )  # fmt: skip
     else:
         if LOOK:
             # A sample: its norm, its NaNs and infinities, its logits, all channels at once.
@@ -104,16 +80,55 @@ def survey(
 
 
 @triton.jit
+def survey_running(
+    running_mean, running_var, tracked, in_a_row, prior, survey_out, channels, contexts, min_updates, max_skip,
+    NORM: tl.constexpr, MOVE: tl.constexpr, CONTEXTS: tl.constexpr, KNOWN: tl.constexpr, K_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Fill the head of ``survey_out``: what concerns the running statistics and the contexts."""
+    q = tl.arange(0, K_BLOCK)
+    real = q < contexts
+    count, allowed = tl.zeros((), tl.int64), tl.zeros((), tl.int32)
+    old, known_prior, new = tl.zeros((K_BLOCK,), tl.float32), tl.zeros((K_BLOCK,), tl.float32), q < 0
+    if MOVE:
+        count = tl.load(tracked)
+    if NORM:
+        allowed = ((count >= min_updates) & (tl.load(in_a_row) < max_skip)).to(tl.int32)
+    if CONTEXTS:
+        old = tl.where(real, tl.cast(1.0, tl.float32) / contexts, 0.0)
+        if KNOWN:
+            old = tl.load(prior + q, mask=real, other=0.0)
+            # A context is new while its statistics are as they were made: means 0 and variances 1.
+            moved = tl.zeros((K_BLOCK, BLOCK), tl.int32)
+            for begin in range(0, channels, BLOCK):
+                c = begin + tl.arange(0, BLOCK)
+                at, keep = q[:, None] * channels + c[None, :], real[:, None] & (c < channels)[None, :]
+                m = tl.load(running_mean + at, mask=keep, other=0.0)
+                v = tl.load(running_var + at, mask=keep, other=1.0)
+                moved += tl.where((m == 0.0) & (v == 1.0), 0, 1)
+            new = tl.sum(moved, 1) == 0
+        # New contexts count for nothing as long as there is an old one.
+        any_old = tl.sum(tl.where(new, 0, 1), 0) > 0
+        known_prior = tl.where(new & any_old, 0.0, old)
+        known_prior = known_prior / tl.maximum(tl.sum(known_prior, 0), TINY, propagate_nan=NAN)
+    tl.store(survey_out, count.to(tl.float32))
+    tl.store(survey_out + 1, allowed.to(tl.float32))
+    tl.store(survey_out + 2 + q, old, mask=real)
+    tl.store(survey_out + 2 + contexts + q, new.to(tl.float32), mask=real)
+    tl.store(survey_out + 2 + 2 * contexts + q, known_prior, mask=real)
+
+
+@triton.jit
 def move(
     target, variance, fraction, off, running_mean, running_var, tracked, skipped, prior, rate, survey_out, pooled,
-    enough, at, kc_mask, samples, channels, contexts, CONTEXTS: tl.constexpr, AVERAGE: tl.constexpr,
+    enough, at, kc_mask, first, samples, channels, contexts, CONTEXTS: tl.constexpr, AVERAGE: tl.constexpr,
     RANKS: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Move this program's channels (K, C) towards ``target`` and ``variance``, unless x has a NaN or an infinity.
+    """Move some channels (K, C) towards ``target`` and ``variance``, unless x has a NaN or an infinity.
 
     running += step (target - running). Without contexts step is the momentum, or 1 / number of batches (AVERAGE). With
-    contexts it is scaled by the context's ``fraction`` of the batch, and the priors move too. The first program moves
-    the counters. A channel whose statistics are not finite though x is, as with a NaN among the parameters, stays.
+    contexts it is scaled by the context's ``fraction`` of the batch, and the priors move too. The ``first`` channels
+    move the counters. A channel whose statistics are not finite though x is, as with a NaN among the parameters, stays.
     """
     # Whether x is finite is the same for all programs, or some channels would move and others not.
     bad = tl.zeros((BLOCK,), tl.int32)
@@ -141,7 +156,7 @@ def move(
     else:
         speed = tl.load(rate).to(tl.float32)
     q = tl.arange(0, K_BLOCK)
-    first, real = tl.program_id(0) == 0, q < contexts
+    real = q < contexts
     step = tl.zeros((K_BLOCK,), tl.float32) + speed
     may = kc_mask & counts & (tl.abs(target + variance) < float("inf"))
     new = step

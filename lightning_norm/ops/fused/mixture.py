@@ -128,11 +128,15 @@ class MixtureSpec:
     def launch_forward(
         self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
     ) -> tuple[Tensor, MixtureStatistics]:
-        """Launch the pass over x and the equations, and then apply."""
+        """Launch the pass over x and the equations, and then apply; or all in one launch."""
         from lightning_norm.kernels.mixture.launch import affine_of
+        from lightning_norm.kernels.owner.launch import normalize_mixture, owner_of, owns_mixture
         from lightning_norm.kernels.passes.launch import apply
 
         weight, bias, w, v = parameters
+        owner = owner_of(x, channel_dim) if owns_mixture(self.flags) else None
+        if owner is not None:
+            return normalize_mixture(owner, x, residual, weight, bias, buffers, self.flags, self.eps, activation)
         stats = affine_of(x, weight, bias, w, v, buffers, channel_dim, self.flags, self.eps)
         return apply(x, stats.affine, channel_dim, activation, residual), stats
 
@@ -141,12 +145,18 @@ class MixtureSpec:
     ) -> tuple[Any, ...]:
         """Launch the backward pass."""
         from lightning_norm.kernels.mixture.launch import gradients
+        from lightning_norm.kernels.owner.launch import mixture_gradients, owner_of, owns_mixture
 
         (weight, _, w, v), (channel_dim, activation) = parameters, how
-        dx, *of_parameters, dresidual = gradients(
-            dy, x, MixtureStatistics(*stats), weight, w, v, buffers, residual, channel_dim, self.flags, self.eps,
-            activation, need_dx,
-        )  # fmt: skip
+        known, owner = MixtureStatistics(*stats), owner_of(x, channel_dim) if owns_mixture(self.flags) else None
+        if owner is not None:
+            dx, *of_parameters, dresidual = mixture_gradients(
+                owner, dy, x, known, weight, residual, self.flags, self.eps, activation, need_dx
+            )
+        else:
+            dx, *of_parameters, dresidual = gradients(
+                dy, x, known, weight, w, v, buffers, residual, channel_dim, self.flags, self.eps, activation, need_dx
+            )
         return dx, dresidual, of_parameters, ()
 
     def operator_backward(

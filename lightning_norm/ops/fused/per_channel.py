@@ -115,11 +115,18 @@ class PerChannelSpec:
     def launch_forward(
         self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Launch the pass over x and the equations, and then apply."""
+        """Launch the pass over x and the equations, and then apply; or all in one launch."""
+        from lightning_norm.kernels.owner.launch import normalize_channels, owner_of, owns_channels
         from lightning_norm.kernels.passes.launch import apply
         from lightning_norm.kernels.per_channel.launch import affine_of
 
         (weight, bias, *gates), (responsibilities, *moved, rate, threshold, limit) = parameters, buffers
+        owner = owner_of(x, channel_dim) if owns_channels(self.flags) else None
+        if owner is not None:
+            return normalize_channels(
+                owner, x, residual, weight, bias, gates, responsibilities, moved[:4], moved[4:], rate, threshold, limit,
+                self.flags, self.numbers, activation,
+            )  # fmt: skip
         stats = affine_of(
             x, weight, bias, gates, responsibilities, moved[:4], moved[4:], rate, threshold, limit, channel_dim,
             self.flags, self.numbers,
@@ -130,14 +137,22 @@ class PerChannelSpec:
         self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
     ) -> tuple[Any, ...]:
         """Launch the backward pass."""
+        from lightning_norm.kernels.owner.launch import channel_gradients, owner_of, owns_channels
         from lightning_norm.kernels.per_channel.launch import gradients
 
         (weight, bias, *gates), (channel_dim, activation) = parameters, how
         moments, of_channels, affine, survey_out, batch, rank_sums = stats
-        dx, *of_parameters, dresidual = gradients(
-            dy, x, moments, of_channels, affine, survey_out, batch, rank_sums, weight, bias, gates, buffers[0],
-            residual, channel_dim, self.flags, self.numbers, activation, need_dx,
-        )  # fmt: skip
+        owner = owner_of(x, channel_dim) if owns_channels(self.flags) else None
+        if owner is not None:
+            dx, *of_parameters, dresidual = channel_gradients(
+                owner, dy, x, moments, of_channels, affine, weight, bias, gates, buffers[0], residual, self.flags,
+                self.numbers, activation, need_dx,
+            )  # fmt: skip
+        else:
+            dx, *of_parameters, dresidual = gradients(
+                dy, x, moments, of_channels, affine, survey_out, batch, rank_sums, weight, bias, gates, buffers[0],
+                residual, channel_dim, self.flags, self.numbers, activation, need_dx,
+            )  # fmt: skip
         # The kernels write rows of C numbers; a parameter is (C,), or (K, C) with contexts.
         shaped = [g if t is None else g.view(t.shape) for g, t in zip(of_parameters, parameters, strict=True)]
         return dx, dresidual, shaped, ()
