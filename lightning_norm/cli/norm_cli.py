@@ -19,6 +19,7 @@ import itertools
 import math
 import pkgutil
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -287,23 +288,43 @@ class NormCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the built-in job's best weights, or its last where no checkpoint is monitored, and say what is next."""
-        # A run that was cut short has nothing to test, and another job has its own idea of a test.
+        # A run that was cut short has nothing to test.
         trainer = self.trainer
-        complete = trainer.state.finished and not trainer.interrupted and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if not complete or not isinstance(self.model, job.ImageClassifier):
+        if not trainer.state.finished or trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         checkpoint: Any = trainer.checkpoint_callback
-        # The best weights as validation saw them, so that the test set chooses nothing.
-        best = "best" if getattr(checkpoint, "monitor", None) and checkpoint.best_model_path else None
-        results = trainer.test(None if best else self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
-        # With limit_test_batches=0 there is nothing to tell.
-        accuracy = results[0]["test_acc"] if results else math.nan
-        line = [f"Test accuracy {accuracy:.3f}" + (f" (best {checkpoint.monitor})" if best else "")]
+        # Another job has its own idea of a test.
+        if isinstance(self.model, job.ImageClassifier):
+            # The best weights as validation saw them, so that the test set chooses nothing.
+            best = "best" if getattr(checkpoint, "monitor", None) and checkpoint.best_model_path else None
+            results = trainer.test(
+                None if best else self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False
+            )
+            # With limit_test_batches=0 there is nothing to tell.
+            accuracy = results[0]["test_acc"] if results else math.nan
+            line = [f"Test accuracy {accuracy:.3f}" + (f" (best {checkpoint.monitor})" if best else "")]
+            compare = "--norms bn,sn,bcn"
+        else:
+            path = getattr(checkpoint, "best_model_path", "")
+            line = [f"Weights: {_short(path)}"] if path else []
+            compare = self._comparison()
         if isinstance(trainer.logger, TensorBoardLogger):
             line.append(f"TensorBoard: tensorboard --logdir {_short(trainer.logger.root_dir)}")
-        line.append("compare: lightning-norm compare --norms bn,sn,bcn")
-        if trainer.is_global_zero:
+        if compare:
+            line.append(f"compare: lightning-norm compare {compare}")
+        if trainer.is_global_zero and line:
             print("     ".join(line), flush=True)
+
+    def _comparison(self) -> str:
+        """Return arguments of ``compare`` for the job that was trained; "" if its files or its metrics do not tell."""
+        files = [_short(str(file)) for file in self.config.fit.get("config") or ()]
+        # What the training itself logs would compare how well each norm fits the training data.
+        logged = [name for name in self.trainer.callback_metrics if not name.startswith("train")]
+        if not files or not logged:
+            return ""
+        metric = getattr(self.trainer.checkpoint_callback, "monitor", None) or logged[0]
+        typed = [*(word for file in files for word in ("--config", file)), "--norms", "bn,sn,bcn", "--metric", metric]
+        return shlex.join(typed)
 
 
 def expand_root(args: list[str]) -> list[str]:
@@ -387,6 +408,8 @@ def _in_one_line(message: str) -> str:
         "Subtypes:",
         "Errors:",
         "Expected a <class 'NoneType'>",
+        # The other form of a norm, of which nobody who typed a name thinks.
+        "Expected a <class 'collections.abc.Mapping'>",
         "Expected a path but",
     )
     parts: list[str] = []
@@ -398,6 +421,7 @@ def _in_one_line(message: str) -> str:
             break
         if part.startswith(noise):
             continue
+        part = part.replace("Not of type NormName: ", "")
         part = re.sub(r"^Parser key \"([\w.+]+)\":", r"\1:", part)
         part = re.sub(r"^Expected a dot import path string: ([\w.]+)$", r"'\1' is no dotted path of a class", part)
         part = re.sub(r"^Expected a <class '(\w+)'>", r"expected \1", part)

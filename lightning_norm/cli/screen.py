@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
 import sys
@@ -44,6 +45,8 @@ LOGGERS = (
     *("lightning.fabric.utilities.seed", "lightning.pytorch.accelerators.cuda", "lightning_utilities.core.rank_zero"),
 )
 """Which log them: a filter of a logger does not see what its descendants log, so each is named."""
+MOST_METRICS = 4
+"""How many metrics a line has where the module puts none in the progress bar."""
 DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 PACKAGE = Path(__file__).parent.parent
 
@@ -122,11 +125,15 @@ class EpochLines(ProgressBar):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print what a bar would show at the end of an epoch."""
+        """Print what a bar would show at the end of an epoch, or else the first metrics that the module logged."""
         if not self._shown:
             return
         metrics = self.get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)  # of the logger's folder, and no metric
+        if not metrics:
+            # Modules that log without prog_bar=True are the most common ones, and a bare time says nothing of them.
+            logged = itertools.islice(trainer.callback_metrics.items(), MOST_METRICS)
+            metrics = {name: value.item() for name, value in logged}
         of = f"/{trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
         shown = [
             f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()

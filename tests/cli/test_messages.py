@@ -118,6 +118,8 @@ def test_a_mistake_is_one_line_with_what_to_type(capfd, arguments, said):
 def test_a_mistyped_norm_is_told_on_every_command(capfd, arguments):
     (line,) = refused(capfd, *arguments)
     assert "Did you mean 'sn' (SwitchableNorm)" in line
+    assert "NormName" not in line
+    assert "<class" not in line
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -130,6 +132,17 @@ def test_a_run_without_a_norm_says_that_nothing_is_swapped(capfd, caplog):
     caplog.set_level("INFO")
     main(["fit", *JOB])
     assert "No norm: nothing is swapped. Type --norm sn" in capfd.readouterr().err + caplog.text
+
+
+def test_a_run_of_ones_own_job_says_where_its_weights_are_and_how_to_compare(capfd):
+    Path("job.yaml").write_text("model: small_job.Small\nnorm: sn\n")
+    main(["fit", "--config", "job.yaml", *JOB[2:], "--trainer.enable_checkpointing=true", "--trainer.logger=true"])
+    closing = capfd.readouterr().out.splitlines()[-1]
+    assert closing == (
+        "Weights: lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt     "
+        "TensorBoard: tensorboard --logdir lightning_logs     "
+        "compare: lightning-norm compare --config job.yaml --norms bn,sn,bcn --metric val_loss"
+    )
 
 
 def test_a_second_fit_without_a_logger_leaves_what_is_there():

@@ -1,6 +1,7 @@
 """What a training command shows beside what Lightning and other packages would."""
 
 import logging
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -90,6 +91,13 @@ def test_any_job_tells_its_length_and_a_line_per_epoch(capsys):
     length, *epochs = capsys.readouterr().out.splitlines()
     assert length.startswith(f"2 epochs of {len(loader())} steps, ")
     assert [line.split()[:2] for line in epochs] == [["Epoch", "1/2"], ["Epoch", "2/2"]]
+
+
+def test_a_job_that_puts_nothing_in_the_bar_shows_what_it_logged(capsys):
+    trainer = Trainer(max_epochs=1, callbacks=[EpochLines()], **QUIET)
+    trainer.fit(Net(), loader(), loader())
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"Epoch 1/1  val_loss [\d.]+  \d+ s", line)
 
 
 @pytest.mark.parametrize(
