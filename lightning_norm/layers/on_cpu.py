@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_norm.layers.running_stats import moves_running_stats
 from lightning_norm.ops import mixed, native
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
@@ -16,7 +17,7 @@ def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bia
 
     ``None`` where torch's is not the same function at the same precision; then nothing has moved.
     """
-    running = tuple(layer._buffers[name] for name in layer.running_names) if layer.moves_running_stats else None
+    running = tuple(layer._buffers[name] for name in layer.running_names) if moves_running_stats(layer) else None
     if not native.takes(x, weight, bias, *(running or ())):
         return None
     batches, momentum = layer.num_batches_tracked, 0.0
@@ -55,6 +56,6 @@ def mixture(
     def track(mean: Tensor, var: Tensor) -> None:
         layer.track(Moments(mean, var, layout.n * layout.size))
 
-    moves = layer.moves_running_stats and "bn" in statistics
+    moves = moves_running_stats(layer) and "bn" in statistics
     how = mixed.Mixture(layout, statistics, layer.eps, entries, outputs, track if moves else None)
     return mixed.normalize(x, how, layer.weight, layer.bias, w, v)
