@@ -41,6 +41,13 @@ th{border-bottom:2px solid #888}img{max-width:100%;height:auto}
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}img{background:#fff}th,td{border-color:#444}}"""
 
 
+MOST_IN_A_PICTURE = 6
+"""Lines whose legend still finds room among them; that of more stands beside the picture."""
+
+LEGEND_WIDTH = 2.0
+"""Inches of such a legend."""
+
+
 class Report:
     """The results of finished runs under one metric.
 
@@ -311,10 +318,11 @@ class Report:
         figure, canvas = matplotlib()
         columns = min(3, len(self.points))
         lines = math.ceil(len(self.points) / columns)
-        made = figure(figsize=(max(6.4, 4.6 * columns), 4.2 * lines), layout="constrained", dpi=130)
+        beside = LEGEND_WIDTH * columns * (len(self.labels) > MOST_IN_A_PICTURE)
+        made = figure(figsize=(max(6.4, 4.6 * columns) + beside, 4.2 * lines), layout="constrained", dpi=130)
         canvas(made)
         grid = made.subplots(lines, columns, squeeze=False, sharey=True).flat
-        for axes, point in zip(grid, self.points, strict=False):
+        for point, axes in zip(self.points, grid, strict=False):
             for i, label in enumerate(self.labels):
                 series = [r["history"][name] for r in self.of(label, point).values() if name in r["history"]]
                 _curve(axes, series, label, i)
@@ -332,7 +340,8 @@ class Report:
     def _draw_sweep(self, key: str, path: Path) -> None:
         """Draw the metric over the values of one swept entry."""
         figure, canvas = matplotlib()
-        made = figure(figsize=(7.2, 4.6), layout="constrained", dpi=130)
+        beside = LEGEND_WIDTH * (len(self.labels) > MOST_IN_A_PICTURE)
+        made = figure(figsize=(7.2 + beside, 4.6), layout="constrained", dpi=130)
         canvas(made)
         axes = made.subplots()
         values = list(dict.fromkeys(dict(point)[key] for point in self.points))
@@ -552,4 +561,5 @@ def _dress(axes: Any, below: str) -> None:
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    many = len(axes.get_legend_handles_labels()[1]) > MOST_IN_A_PICTURE
+    axes.legend(frameon=False, fontsize="small", **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}))
