@@ -90,6 +90,14 @@ class NormParser(LightningArgumentParser):
         self.also = tuple(also)
 
     @override
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse; a configuration that is no text is an error of the user's."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"a configuration is no text in UTF-8: {error}")
+
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with status 2 and the few lines of the message that matter."""
         if not self.exit_on_error:

@@ -110,12 +110,13 @@ class ScheduledValues(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the tensors of scheduled values with the layer, in float64 whatever the layer is cast to."""
-        # Taken out of the buffers for a moment, for float64 must not reach .half(), nor MPS, which has none.
-        before = {f"_{name}": self._buffers.pop(f"_{name}") for name in self.ranges}
+        # Taken out of the buffers for a moment, for float64 must not reach .half(), nor MPS, which has none. Their
+        # places stay: an average of models pairs the buffers of both by these.
+        before = {f"_{name}": self._buffers.get(f"_{name}") for name in self.ranges}
+        self._buffers.update(dict.fromkeys(before))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             if old is None:
-                self._buffers[name] = None
                 continue
             # Where the move leads is known to ``fn`` alone, so it is tried on a tensor that may be cast.
             probe = fn(torch.zeros((), device=old.device))
@@ -239,6 +240,11 @@ def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
             device = next(where, vars(self).get("_made_on"))
             self.__dict__.pop(GRAPH_KEY, None)
             self.register_buffer(f"_{name}", None if value is None else _scalar(value, device), persistent=False)
+            if self.ranges[name].optional:
+                # One of both is there in any case, so that an average of models, which pairs the buffers by their
+                # places, still does after a schedule has set a value that was None.
+                stand_in = torch.zeros((), device=device) if value is None else None
+                self.register_buffer(f"_no_{name}", stand_in, persistent=False)
         else:
             with torch.no_grad():
                 # In place, because compiled graphs hold this tensor.

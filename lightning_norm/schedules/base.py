@@ -6,9 +6,11 @@ Nothing here imports torch or keeps state, so that a resumed run has the values 
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 MANY_TIMES = 10_000
 """Times at which a schedule that tells nothing of its shape is evaluated before a run, however long that is."""
@@ -120,10 +122,16 @@ class Timed(Schedule):
 def is_number(value: object) -> bool:
     """Tell whether it is a finite number within the range of a float, and not a bool."""
     # ``True`` is an int in Python and a slip of the pen in a schedule.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(as_float(value))
+    # NumPy's scalars are of these kinds as well, and its bool is of none.
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(as_float(value))
 
 
-def as_float(number: float) -> float:
+def is_time(value: object, least: int) -> TypeGuard[int]:
+    """Tell whether it is a whole number of that size at least, of any library, and not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def as_float(number: Any) -> float:
     """Return a number as a float, infinite beyond the range of those.
 
     >>> as_float(10**400)

@@ -34,6 +34,8 @@ class Chain(Schedule):
     def __post_init__(self) -> None:
         if not self.schedules:
             raise ValueError("Chain needs schedules: Chain([Linear(0, 1, epochs=5), Constant(1)]).")
+        if not isinstance(self.schedules, Sequence) or isinstance(self.schedules, str):
+            raise TypeError(f"Chain: expected a list of schedules, got {self.schedules!r}.")
         for part in self.schedules:
             if not isinstance(part, Schedule):
                 raise TypeError(f"Chain: expected schedules, got {part!r}. Type Constant({part!r}, epochs=5).")

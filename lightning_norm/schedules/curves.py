@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_norm.schedules.base import Timed, is_number
+from lightning_norm.schedules.base import Timed, is_number, is_time
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,14 @@ class Steps(Timed):
     def __post_init__(self) -> None:
         super().__post_init__()
         # YAML makes text of a key in quotes, and text would be compared with a number only in training.
-        bad = [k for k in self.values if not isinstance(k, int) or k < 0]
+        if not isinstance(self.values, Mapping):
+            raise TypeError(f"Steps: expected a mapping such as {{0: 0.5, 10: 0.1}}, got {self.values!r}.")
+        bad = [k for k in self.values if not is_time(k, 0)]
         if bad:
             raise ValueError(f"Steps: each key is an epoch (or step), an int >= 0, got {bad[0]!r}.")
         if 0 not in self.values:
-            raise ValueError(f"Steps needs the value at the start: Steps({{0: ..., {_inside(self.values)}}}).")
+            typed = ", ".join(["0: ...", *(f"{k}: {v}" for k, v in self.values.items())])
+            raise ValueError(f"Steps needs the value at the start: Steps({{{typed}}}).")
         for key, value in self.values.items():
             if not is_number(value):
                 raise ValueError(f"Steps: the value from {key} on must be a number, got {value!r}.")
@@ -223,7 +226,7 @@ class Staircase(Timed):
         self._numbers("start", "gamma")
         if self.gamma <= 0:
             raise ValueError(f"Staircase: gamma must be > 0, got {self.gamma!r}.")
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+        if not is_time(self.every, 1):
             raise ValueError(
                 f"Staircase: every must be a number of epochs (or steps), an int >= 1, got {self.every!r}."
             )
@@ -247,7 +250,3 @@ def _between(start: float, end: float, fraction: float) -> float:
     value = start * (1 - fraction) + end * fraction
     # Rounding must not leave the range of a hyper-parameter.
     return min(max(value, min(start, end)), max(start, end))
-
-
-def _inside(values: Mapping[int, float]) -> str:
-    return ", ".join(f"{k}: {v}" for k, v in values.items())

@@ -130,7 +130,7 @@ def computed_weights(module: nn.Module) -> str:
         computed: Any = module.parametrizations
         name = next(iter(computed))
         return (
-            f"whose {name} is parametrized: a swap would lose that. Type torch.nn.utils.parametrize."
+            f"whose {name} is parametrized: a swap or its undo would lose that. Type torch.nn.utils.parametrize."
             f"remove_parametrizations(layer, {name!r}) first"
         )
     for name in names:
@@ -138,7 +138,7 @@ def computed_weights(module: nn.Module) -> str:
             continue
         if f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers:
             return (
-                f"whose {name} is pruned: a swap would lose the mask. Make it permanent: type "
+                f"whose {name} is pruned: a swap or its undo would lose the mask. Make it permanent: type "
                 f"torch.nn.utils.prune.remove(layer, {name!r}) first"
             )
         if f"{name}_g" in module._parameters:

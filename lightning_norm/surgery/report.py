@@ -14,7 +14,7 @@ from lightning_norm.errors import NotReachedWarning
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.behind import TakenActivation, give_activation
 from lightning_norm.surgery.activations import find_activations, take_activation
-from lightning_norm.surgery.convert import device_and_dtype, restore_original, unchanged_on_error
+from lightning_norm.surgery.convert import computed_weights, device_and_dtype, restore_original, unchanged_on_error
 from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.reach import check_reach, tell
 from lightning_norm.surgery.select import Left, ModuleSlot
@@ -303,6 +303,8 @@ class SwapReport(TableReport):
             raise RuntimeError(f"nothing to undo: {why}.")
         # All slots are checked before the first is written to: an undo happens as a whole or not at all.
         for slot, layer in self._undo:
+            if computed := computed_weights(layer):
+                raise RuntimeError(f"cannot undo: {slot.name} is a {type(layer).__name__} {computed}.")
             for parent, attribute in slot.parents:
                 now = getattr(parent, attribute, None)
                 if now is not layer:

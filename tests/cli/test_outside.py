@@ -174,6 +174,12 @@ def test_a_configuration_that_cannot_be_is_a_line(job, capfd, case):
     assert re.search(message, refused(["fit", "--config", "job.yaml"], capfd))
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00norm: sn", "norm: sn".encode("utf-16"), b"\x80"])
+def test_a_configuration_that_is_no_text_is_a_line(job, capfd, content):
+    Path("job.yaml").write_bytes(content)
+    assert "a configuration is no text in UTF-8" in refused(["fit", "--config", "job.yaml"], capfd)
+
+
 def test_a_module_of_the_other_name_of_lightning(job, capfd):
     """The command runs lightning.pytorch; it says which import to change."""
     Path("other_job.py").write_text("import pytorch_lightning as pl\n\nclass Other(pl.LightningModule):\n    pass\n")

@@ -1,10 +1,12 @@
 """``load_state_dict`` of another normalizer's checkpoint: exact, or refused with what came and what to type."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_norm import create, normalizers
 from lightning_norm.layers.state import marks
@@ -79,3 +81,22 @@ def test_only_what_was_trained_loads_where_not_strict():
         "running_mean",
         "running_var",
     ]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_buffers_keep_their_places(key):
+    """An average of models pairs them by their places: moved, and with values set that were None or become it."""
+    layer = create(key, 6, **normalizers()[key].test_arguments)
+    for name, range_ in layer.ranges.items():
+        if key == "dbn" and name.endswith("momentum"):  # it has none, and says at construction whether it averages
+            continue
+        for value in (range_.high if math.isfinite(range_.high) else 3.0, *([None] if range_.optional else [])):
+            model = nn.Sequential(layer, nn.BatchNorm2d(6))
+            average = AveragedModel(model, use_buffers=True).double()
+            setattr(layer, name, value)
+            model[1].running_mean.fill_(7)
+            average.update_parameters(model)
+            for mean, now in zip(average.module.buffers(), model.buffers(), strict=True):
+                assert torch.equal(mean, now.to(mean.dtype))
+            assert [n for n, _ in average.module[1].named_buffers()] == [n for n, _ in model[1].named_buffers()]
+            assert list(average.module[0]._buffers) == list(layer._buffers)

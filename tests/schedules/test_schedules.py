@@ -1,11 +1,13 @@
 """Each schedule against its formula, its ends, its arguments, and the times at which it is extreme."""
 
 import ast
+import fractions
 import math
 import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lightning_norm
@@ -167,11 +169,23 @@ def test_ones_own_is_looked_at_everywhere():
         (lambda: Chain([0.5]), r"expected schedules, got 0.5. Type Constant\(0.5, epochs=5\)"),
         (lambda: Warmup(schedule="x", epochs=1), "must be a number or a schedule"),
         (lambda: Warmup(schedule=0.5), "Warmup needs its duration"),
+        (lambda: Steps({0: 0.1, True: 0.2}), "each key is an epoch .* got True"),
+        (lambda: Steps([0.1, 0.2]), r"expected a mapping such as \{0: 0.5, 10: 0.1\}, got \[0.1, 0.2\]"),
+        (lambda: Steps({}), r"Steps needs the value at the start: Steps\(\{0: ...\}\)"),
+        (lambda: Chain(s for s in [Constant(1)]), "Chain: expected a list of schedules, got <generator"),
+        (lambda: Chain({0: Constant(1)}), "Chain: expected a list of schedules, got {0"),
+        (lambda: Linear(0, np.bool_(True), epochs=1), "end must be a number"),
     ],
 )
 def test_bad_arguments_are_told(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_numbers_of_other_libraries():
+    assert Linear(np.float32(0), np.float64(1), epochs=np.int64(4))(1) == 0.25
+    assert Steps({np.int64(0): np.float32(0.5), np.int32(3): 0.25})(3) == 0.25
+    assert Staircase(fractions.Fraction(1, 2), 0.5, every=np.int64(2))(2) == 0.25
 
 
 def test_no_torch_is_imported():
@@ -182,6 +196,6 @@ def test_no_torch_is_imported():
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
         }
-        assert names <= {"__future__", "abc", "collections.abc", "dataclasses", "math"} | {
+        assert names <= {"__future__", "abc", "collections.abc", "dataclasses", "math", "numbers", "typing"} | {
             n for n in names if n.startswith("lightning_norm.schedules")
         }

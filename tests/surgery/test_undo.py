@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import lightning_norm
 from lightning_norm import normalizers, swap
@@ -105,3 +106,27 @@ def test_one_layer_that_fails_leaves_all_as_they_were():
     del Breaks.return_to  # it can be repaired, and undone then
     report.undo()
     assert list(model) == originals
+
+
+@pytest.mark.parametrize("how", ["prune", "parametrize", "weight_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_weights_that_are_computed_are_named_with_the_way_out(how):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+    original, report = model[1], swap(model, "sn")
+    tools = nn.utils
+    make, way_back = {
+        "prune": (lambda m: prune.l1_unstructured(m, "weight", 0.5), prune.remove),
+        "parametrize": (
+            lambda m: tools.parametrize.register_parametrization(m, "weight", nn.Softplus()),
+            tools.parametrize.remove_parametrizations,
+        ),
+        "weight_norm": (tools.weight_norm, tools.remove_weight_norm),
+    }[how]
+    make(model[1])
+    weight = model[1].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=rf"cannot undo: 1 is a .*SwitchableNorm .*[Tt]ype .*{way_back.__name__}\("):
+        report.undo()
+    way_back(model[1], "weight")
+    report.undo()
+    assert model[1] is original
+    torch.testing.assert_close(original.weight.detach(), weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from typing_extensions import override
@@ -78,6 +78,8 @@ class NormScheduler(Described, Callback):
             raise ValueError(f"NormScheduler: interval must be 'epoch' or 'step', got {interval!r}.")
         if not schedules:
             raise ValueError("NormScheduler needs schedules={'alpha': InversePower(power=0.5)}, say.")
+        if not isinstance(schedules, Mapping):
+            raise TypeError(f"NormScheduler: schedules must be a mapping such as {{'alpha': 0.1}}, got {schedules!r}.")
         self.interval = interval
         self.schedules = {key: as_schedule(f"schedules[{key!r}]", value) for key, value in schedules.items()}
         for key, schedule in self.schedules.items():

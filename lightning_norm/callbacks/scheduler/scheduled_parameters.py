@@ -71,7 +71,7 @@ def split_key(key: str) -> tuple[str | None, str]:
     ((None, 'alpha'), ('net.(?:a|b)', 'alpha'))
     """
     # From the right, since a regular expression may have colons itself.
-    pattern, colon, name = key.rpartition(":")
+    pattern, colon, name = str(key).rpartition(":")
     if not name.isidentifier() or (colon and not pattern):
         raise ValueError(f"schedules[{key!r}]: expected 'alpha' or 'layer1.*:alpha', the value's name coming last.")
     try:

@@ -418,6 +418,8 @@ class TestBadInput:
         ("arguments", "said"),
         [
             (({},), "NormScheduler needs schedules"),
+            (([("radius", 0.1)],), "schedules must be a mapping such as {'alpha': 0.1}, got"),
+            (({1: 0.1},), r"schedules\[1\]: expected 'alpha' or 'layer1"),
             (({"radius": "x"},), r"schedules\['radius'\] must be a number or a schedule"),
             (({"net.*:": 0.1},), "the value's name coming last"),
             (({":radius": 0.1},), "the value's name coming last"),
