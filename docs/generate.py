@@ -96,6 +96,12 @@ def monitor_table() -> list[str]:
     return table(("normalizer", "quantities", "meaning"), rows)
 
 
+def examples_list() -> list[str]:
+    """Return what each program in examples/ says that it is and how it is called."""
+    files = sorted((ROOT / "examples").glob("*.py"))
+    return [f"- [{file.name}]({file.name}): {code_map.first_line(file)}" for file in files]
+
+
 def cards_table() -> list[str]:
     """Return the table of docs/cards/index.md: what each method is and depends on, in training and in evaluation."""
     head = ("key", "class", "in one line", "uses the batch", "evaluates on", "from")
@@ -230,6 +236,7 @@ def method_names() -> list[str]:
 
 REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"normalizers": readme_line},
+    "examples/README.md": {"examples": examples_list},
     "docs/cards/index.md": {"cards": cards_table},
     "docs/reference/index.md": {"names": reference_index},
     "docs/monitor_quantities.md": {"quantities": monitor_table},
