@@ -86,7 +86,7 @@ def badge(label: str, text: str) -> str:
 
 
 def monitor_table() -> list[str]:
-    """Return the table of docs/monitor.md: what each method's ``monitor`` returns and says that it is."""
+    """Return the table of docs/monitor_quantities.md: what each method's ``monitor`` returns and says that it is."""
     rows = []
     for key, cls in METHODS.items():
         names = ", ".join(f"`{name}`" for name in _with_everything(cls).monitor())
@@ -94,6 +94,12 @@ def monitor_table() -> list[str]:
         if names:
             rows.append((key, names, meaning))
     return table(("normalizer", "quantities", "meaning"), rows)
+
+
+def examples_list() -> list[str]:
+    """Return what each program in examples/ says that it is and how it is called."""
+    files = sorted((ROOT / "examples").glob("*.py"))
+    return [f"- [{file.name}]({file.name}): {code_map.first_line(file)}" for file in files]
 
 
 def cards_table() -> list[str]:
@@ -230,9 +236,10 @@ def method_names() -> list[str]:
 
 REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"normalizers": readme_line},
+    "examples/README.md": {"examples": examples_list},
     "docs/cards/index.md": {"cards": cards_table},
     "docs/reference/index.md": {"names": reference_index},
-    "docs/monitor.md": {"quantities": monitor_table},
+    "docs/monitor_quantities.md": {"quantities": monitor_table},
     "mkdocs.yml": {"cards": navigation, "reference": reference_navigation},
     "lightning_norm/__init__.py": {"methods": method_names},
     "docs/evidence/index.md": {"overview": evidence_tables.overview},

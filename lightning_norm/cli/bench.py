@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
 
     Raises:
         RuntimeError: ``--device cuda`` without one.
-        ValueError: an unknown norm, or a shape that cannot be read.
+        ValueError: an unknown norm, a shape that cannot be read, or too few threads or repeats.
         ArithmeticError: a layer does not compute what its formula does in float64.
         SystemExit: wrong arguments.
     """
@@ -49,6 +49,8 @@ def run(argv: Sequence[str]) -> list[dict[str, Any]]:
         require("the picture of --save", "examples", "matplotlib", otherwise=", or --json FILE in place of --save")
     if options.repeats < 2:
         raise ValueError(f"--repeats must be 2 or more, for quartiles, got {options.repeats}.")
+    if options.threads < 1:
+        raise ValueError(f"--threads must be 1 or more, got {options.threads}.")
     # Fixed and written down, for the times of a CPU depend on it more than on the layer.
     torch.set_num_threads(options.threads)
     texts = DECODERS if options.shapes == "decoders" else options.shapes

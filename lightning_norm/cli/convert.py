@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,10 @@ def run(argv: Sequence[str]) -> None:
         SystemExit: an argument is wrong.
     """
     options = parser().parse_args(argv)
-    arguments = yaml.safe_load(options.norm_args)
+    try:
+        arguments = yaml.safe_load(options.norm_args)
+    except yaml.YAMLError:
+        arguments = None
     if not isinstance(arguments, dict):
         raise ValueError(f"--norm_args must be a mapping such as '{{eps: 1.0e-3}}', got {options.norm_args!r}.")
     rename = dict(_pair(text) for text in options.rename)
@@ -78,7 +82,7 @@ def _pair(text: str) -> tuple[str, str]:
     """Read what stands behind ``--rename``.
 
     Raises:
-        ValueError: it has no equals sign.
+        ValueError: it has no equals sign, or no regular expression before it.
 
     >>> _pair("^backbone[.]=net.")
     ('^backbone[.]', 'net.')
@@ -86,6 +90,10 @@ def _pair(text: str) -> tuple[str, str]:
     pattern, equals, replacement = text.partition("=")
     if not equals:
         raise ValueError(f"--rename must read PATTERN=REPLACEMENT, got {text!r}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--rename: {pattern!r} is no regular expression: {error}.") from None
     return pattern, replacement
 
 

@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
         argv: the arguments behind ``export``.
 
     Raises:
-        ValueError: no input is known, or the file's ending is not .pt2 or .onnx.
+        ValueError: no input is known, or the network cannot take it; the file's ending is not .pt2 or .onnx.
         ModuleNotFoundError: a .onnx file is asked for and onnx is not installed.
         CheckpointError: the checkpoint cannot be read or does not fit.
         SystemExit: an argument or a configuration file is wrong.
@@ -58,6 +58,7 @@ def run(argv: Sequence[str]) -> None:
         cli = NormCLI(rest, run=False, save_config_callback=None, parser_kwargs={"also": own_options(export_parser)})
     model = prepared(cli, options.ckpt_path)
     example = _example(model, options.shape)
+    _check_input(model, example)
     # The layers are changed first, or the file would hold the graph of the swapped network.
     if options.harden is not None:
         print(harden(model, example, threshold=options.harden))
@@ -143,6 +144,28 @@ def _example(model: pl.LightningModule, shape: str | None) -> Tensor:
             "example_input_array in it to a tensor."
         )
     return example
+
+
+def _check_input(model: pl.LightningModule, example: Tensor) -> None:
+    """Run the network once, before anything in it is changed.
+
+    Args:
+        model: in evaluation mode.
+        example: its input.
+
+    Raises:
+        ValueError: the network cannot take it.
+    """
+    try:
+        with torch.no_grad():
+            model(example)
+    except (RuntimeError, ValueError, IndexError) as error:
+        shape = "x".join(map(str, example.shape))
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"{type(model).__name__} takes no input of {shape}: {reason}. Type --shape 1x3x32x32 (say), that of one of "
+            "its inputs."
+        ) from error
 
 
 def parser() -> argparse.ArgumentParser:

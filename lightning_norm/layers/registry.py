@@ -65,6 +65,12 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
             raise TypeError(f"init_args must be a mapping of names such as {{momentum: 0.2}}, got {arguments!r}.")
         return resolve(norm["class_path"])[0], dict(arguments)
     cls: Any = _by_name(norm) if isinstance(norm, str) else norm
+    if isinstance(cls, Normalizer):
+        name = type(cls).__name__
+        raise TypeError(
+            f"expected a key, a class or its path, got a layer, {norm!r}. Type {name}, and what it takes as norm_args: "
+            "each layer gets the channels of the one that it replaces."
+        )
     if not (isinstance(cls, type) and issubclass(cls, Normalizer)):
         raise TypeError(
             f"{norm!r} is not a normalizer: expected a subclass of lightning_norm.MomentNorm, got {cls!r}. "

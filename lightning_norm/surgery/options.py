@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeAlias, Ty
 
 from torch import nn
 
-from lightning_norm.layers.arguments import TORCH_NAMES, as_int, plain_value
+from lightning_norm.layers.arguments import TORCH_NAMES, arguments_of, as_int, plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.registry import NormSpec
 from lightning_norm.normalizers import resolve
@@ -202,6 +202,7 @@ def takes_options(
             try:
                 arguments = signature.bind(*args, **kwargs).arguments
             except TypeError as error:
+                _refuse_arguments_of_norm(function.__qualname__, args, kwargs, signature)
                 names = ", ".join(list(signature.parameters)[1:])
                 raise TypeError(f"{function.__qualname__}: {error}. It takes {names}.") from None
             return function(arguments.pop(first), options_class(**arguments))  # type: ignore[call-arg]  # a TypeError tells
@@ -212,6 +213,29 @@ def takes_options(
         return wrapper
 
     return decorate
+
+
+def _refuse_arguments_of_norm(
+    called: str, args: Sequence[Any], kwargs: Mapping[str, Any], signature: inspect.Signature
+) -> None:
+    """Tell where arguments of the normalizer go, if some stand among those of a swap, as in ``create``.
+
+    Args:
+        called: the function, for the error.
+        args: its arguments by position; the second one is the norm.
+        kwargs: its other arguments.
+        signature: of the function.
+
+    Raises:
+        TypeError: all arguments that the function does not take are the normalizer's.
+    """
+    norm = kwargs.get("norm", args[1] if len(args) > 1 else None)
+    strange = {name: value for name, value in kwargs.items() if name not in signature.parameters}
+    if not strange or norm is None:
+        return
+    cls, _ = resolve(norm)
+    if strange.keys() <= arguments_of(cls).keys():
+        raise TypeError(f"{called}: what {cls.__name__} takes goes in one argument: type norm_args={strange!r}.")
 
 
 def _signature(options_class: Any, first: str, hints: Mapping[str, Any]) -> inspect.Signature:

@@ -293,7 +293,7 @@ def _tell_swapped_before(present: Mapping[str, Normalizer], already_present: Col
         targets = ", ".join(sorted(cls.__name__ for cls in already_present))
         warnings.warn(
             f"nothing left to swap to {targets}: {what}). Swap them again with source={source!r}, or drop one "
-            "NormSwap.",
+            "NormSwap; the section norm: and --norm are one, which comes first.",
             NoEffectWarning,
             stacklevel=5,
         )

@@ -71,7 +71,10 @@ def test_a_job_of_ones_own_stopped_and_gone_on(job, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         compare.run(arguments)
     assert stopped.value.code == 130
-    assert "3 of 6 runs are done. The same command goes on." in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "3 of 6 runs are done. The same command goes on." in told
+    assert "Run 2/6  sn seed 0\n" in told  # lines and no bar, for nothing here is a terminal
+    assert "\r" not in told
     assert names == ["bn-seed0", "sn-seed0", "bn-seed1"]
     assert len(list(Path("compare/runs").iterdir())) == 3
 

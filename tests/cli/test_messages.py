@@ -41,12 +41,17 @@ class Small(Plain):
     def __init__(self, width: int = 4):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+
+    def forward(self, x):
+        return self.net(x)
 """
 QUIET = {
     "logger": False, "enable_checkpointing": False, "max_epochs": 1, "enable_progress_bar": False,
     "enable_model_summary": False, "accelerator": "cpu",
 }  # fmt: skip
 JOB = ["--model", "small_job.Small", *(f"--trainer.{name}={str(value).lower()}" for name, value in QUIET.items())]
+
+EXPORT = ["export", "--out", "net.pt2", "--model", "small_job.Small"]
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +98,27 @@ def refused(capfd, *arguments):
         (["compare", "--seeds", "three"], "argument --seeds: invalid int value: 'three'"),
         (["bench", "--normz", "sn"], "Did you mean '--norms'?"),
         (["convert", "x.pth", "--out", "y.ckpt", "--nrom", "sn"], "Did you mean '--norm'?"),
-        (["export", "--out", "net.pt2", "--model", "small_job.Small", "--shpe", "1x3"], "Did you mean '--shape'?"),
+        (["bench", "--norms", "sn", "--device", "tpu"], "choose from 'cpu', 'cuda'"),
+        (["bench", "--norms", "sn", "--repeats", "1"], "--repeats must be 2 or more, for quartiles, got 1"),
+        (["bench", "--norms", "sn", "--threads", "0"], "--threads must be 1 or more, got 0"),
+        (["bench", "--norms", "sn", "--shapes", "2x3x"], "--shapes: '2x3x' is no shape. Expected sizes joined by x"),
+        (["bench", "--norms", "sn", "--activation", "gelu"], "invalid choice: 'gelu' (choose from 'none', 'relu'"),
+        (["convert"], "the following arguments are required: FILE, --out"),
+        (["convert", "x.pth", "--out", "y.ckpt"], "no checkpoint 'x.pth': the file does not exist"),
+        (["convert", "bad.yaml", "--out", "y.ckpt"], "no file that torch.save wrote"),
+        (["convert", "bad.yaml", "--out", "y.ckpt", "--norm_args", "{a"], "--norm_args must be a mapping such as"),
+        (["convert", "bad.yaml", "--out", "y.ckpt", "--rename", "x"], "--rename must read PATTERN=REPLACEMENT, got"),
+        (["convert", "bad.yaml", "--out", "y.ckpt", "--rename", "(=x"], "--rename: '(' is no regular expression: "),
+        (["export"], "the following arguments are required: --out"),
+        (["export", "--out", "net.txt"], "--out must end in .pt2 or .onnx, got 'net.txt'"),
+        (["export", "--out", "net.pt2"], "no model. Type --model my_module.MyModel"),
+        ([*EXPORT, "--shpe", "2x3"], "Did you mean '--shape'?"),
+        (EXPORT, "the input of Small is not known: type --shape 1x3x32x32 (say)"),
+        ([*EXPORT, "--shape", "2,3"], "--shape must read like 1x3x32x32, got '2,3'"),
+        ([*EXPORT, "--shape", "2x5"], "Small takes no input of 2x5: mat1 and mat2 shapes cannot be multiplied"),
+        ([*EXPORT, "--shape", "2x3", "--ckpt_path", "x.ckpt"], "no checkpoint 'x.ckpt': the file does not exist"),
+        ([*EXPORT, "--shape", "2x3", "--layers", "foldd"], "invalid choice: 'foldd' (choose from 'fold'"),
+        ([*EXPORT, "--shape", "2x3", "--harden", "3"], "threshold must lie in (0.5, 1], got 3.0"),
     ],
     ids=lambda value: " ".join(w for w in value if w not in JOB)[:50] if isinstance(value, list) else "",
 )
@@ -111,6 +136,7 @@ def test_a_mistake_is_one_line_with_what_to_type(capfd, arguments, said):
         ["plan", "--model", "small_job.Small", "--norm", "snn"],
         ["compare", "--norms", "bn,snn"],
         ["bench", "--norms", "snn"],
+        ["convert", "x.pth", "--out", "y.ckpt", "--norm", "snn"],
         ["export", "--out", "net.pt2", "--model", "small_job.Small", "--norm", "snn", "--shape", "2x3"],
     ],
     ids=lambda value: value[0],

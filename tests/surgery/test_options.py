@@ -96,6 +96,16 @@ def test_only_the_norm_and_its_arguments_may_be_given_by_position():
         NormSwap("sn", {"eps": 1e-3}, ["0"])
 
 
+def test_an_argument_of_the_normalizer_is_told_where_it_goes():
+    for call in (lambda **a: swap(nn.BatchNorm2d(4), **a), NormSwap):
+        with pytest.raises(TypeError, match=r"GroupNorm takes .* type norm_args=\{'num_groups': 4, 'eps': 0.1\}"):
+            call(norm="gn", num_groups=4, eps=0.1)
+    with pytest.raises(TypeError, match=r"type norm_args=\{'momentum': 0.2\}"):
+        NormSwap("sn", momentum=0.2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_groups'"):
+        NormSwap("sn", num_groups=4, includ=["0"])
+
+
 def test_an_unknown_argument_is_told_with_those_that_exist():
     with pytest.raises(TypeError, match=r"swap: got an unexpected keyword argument 'includ'. It takes norm, .*include"):
         swap(nn.Sequential(nn.BatchNorm2d(4)), "sn", includ=["0"])

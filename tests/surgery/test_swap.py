@@ -441,6 +441,8 @@ class TestBadInput:
             swap(small(), "torch.nn.BatchNorm2d")
         with pytest.raises(TypeError, match="class_path"):
             swap(small(), {"class": "sn"})
+        with pytest.raises(TypeError, match="got a layer, GroupNorm.* Type GroupNorm, and what it takes as norm_args"):
+            swap(small(), lightning_norm.create("gn", 3))
 
     def test_multi_axis_layer_norm(self):
         with pytest.raises(TypeError, match="no channel axis"):

@@ -260,9 +260,14 @@ def _train(store: RunStore, runs: Sequence[Run], job: Sequence[str], options: ar
     from lightning_norm.cli.compare.training import quiet, train
 
     elsewhere: list[Run] = []
-    with quiet(), tqdm(runs, desc="runs", unit="run", disable=not runs or options.worker) as bar:
-        for r in bar:
-            bar.set_postfix_str(" ".join([r.contender.label, *(f"{k}={v}" for k, v in r.sweep), f"seed {r.seed}"]))
+    terminal = sys.stderr.isatty()
+    with quiet(), tqdm(runs, desc="runs", unit="run", disable=not runs or options.worker or not terminal) as bar:
+        for number, r in enumerate(bar, start=1):
+            name = " ".join([r.contender.label, *(f"{k}={v}" for k, v in r.sweep), f"seed {r.seed}"])
+            bar.set_postfix_str(name)
+            # A bar moves the cursor, which makes a file of its output unreadable.
+            if not terminal and not options.worker:
+                print(f"Run {number}/{len(runs)}  {name}", file=sys.stderr, flush=True)
             with store.claim(r.name) as claimed:
                 # Left to the process that has it, so that the others go on with what is free.
                 if not claimed:
@@ -320,11 +325,16 @@ def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]
         try:
             for file in errors:
                 workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file))
-            with tqdm(total=len(runs), desc="runs", unit="run") as bar:
+            terminal = sys.stderr.isatty()
+            with tqdm(total=len(runs), desc="runs", unit="run", disable=not terminal) as bar:
+                done = 0
                 while True:
                     running = [w for w in workers if w.poll() is None]
                     # Counted in the folder: the workers do not talk to this process.
-                    bar.update(sum(store.read(r.name) is not None for r in runs) - bar.n)
+                    before, done = done, sum(store.read(r.name) is not None for r in runs)
+                    bar.update(done - before)
+                    if not terminal and done > before:
+                        print(f"Runs {done}/{len(runs)}", file=sys.stderr, flush=True)
                     if not running:
                         break
                     time.sleep(0.5)

@@ -24,6 +24,7 @@ from lightning_norm.callbacks import NormContext, NormSwap
 from lightning_norm.cli.compare.runs import Run
 from lightning_norm.cli.norm_cli import NormCLI, class_path
 from lightning_norm.cli.section import SECTION, non_defaults
+from lightning_norm.errors import NoEffectWarning
 from lightning_norm.normalizers.context.context_norm import ContextNorm
 
 REPLACED = ("norm", "norm_args", "rules", "plan")
@@ -248,6 +249,8 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", PossibleUserWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
+            # The network as it is, bn, has nothing that a NormMonitor of the job could log.
+            warnings.filterwarnings("ignore", "NormMonitor logs nothing: no layer", NoEffectWarning)
             yield
     finally:
         for log, level in zip(loggers, levels, strict=True):
