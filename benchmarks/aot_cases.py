@@ -55,9 +55,10 @@ def variants() -> Iterator[Variant]:
     """Yield every kernel at the shapes that networks have: maps of 49, 196 and 1024, and few large rows."""
     plain, fused = {"ACT": 0, "RESIDUAL": False}, {"ACT": 1, "RESIDUAL": True}
     for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
-        for shape, rows, block, loop in (("49", 32, 64, False), ("196", 8, 256, False), ("1024", 2, 1024, False), ("long", 1, TILE, True)):  # noqa: E501  # fmt: skip
-            blocks = {"ALIGN": align, "ROWS": rows, "BLOCK": block, "LOOP": loop}
-            yield Variant(passes_forward.moments_rows, shape, dtype, blocks, warps(rows * block))
+        for shape, rows, block, long in (("49", 64, 32, False), ("196", 32, 64, False), ("long", 1, TILE, True)):
+            blocks = {"ALIGN": align, "ROWS": rows, "BLOCK": block}
+            moments = {**blocks, "AVERAGE": long or dtype == "fp32"}
+            yield Variant(passes_forward.moments_rows, shape, dtype, moments, warps(rows * block))
             for act in (plain, fused):
                 name = shape + (" add relu" if act["ACT"] else "")
                 yield Variant(passes_backward.sums_rows, name, dtype, {**blocks, **act}, warps(rows * block))
@@ -70,7 +71,10 @@ def variants() -> Iterator[Variant]:
         for fold in (1, 16):
             shape = "channels last" if fold == 1 else "channels last, few"
             blocks = {"ALIGN": align, "ROWS": TILE // 64, "BLOCK": 64}
-            yield Variant(passes_forward.moments_columns, shape, dtype, blocks, 4)
+            for long in (False, True):
+                moments = {**blocks, "AVERAGE": long or dtype == "fp32"}
+                name = f"{shape}, long" if long else shape
+                yield Variant(passes_forward.moments_columns, name, dtype, moments, 2)
             for act in (plain, fused):
                 name = shape + (" add relu" if act["ACT"] else "")
                 more = {**blocks, "FOLD": fold, **act}

@@ -83,7 +83,7 @@ def compiled(variant: Variant, arch: int, *, ones: bool = False) -> Any:
     Args:
         variant: the kernel.
         arch: compute capability, 90 for sm_90.
-        ones: every integer is 1, which the launcher makes a compile-time constant.
+        ones: every integer is 1, which the launcher makes a compile-time constant where the kernel allows it.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET, where there is nothing to compile.
@@ -102,7 +102,8 @@ def compiled(variant: Variant, arch: int, *, ones: bool = False) -> Any:
             signature[name] = "i64" if name in LONG else "i32"
         else:
             signature[name] = f"*{variant.dtype}" if name in WIDE else "*fp32"
-        if ones and signature[name].startswith("i"):
+        specialized = not variant.kernel.params[i].do_not_specialize
+        if ones and specialized and signature[name].startswith("i"):
             signature[name], constants[name] = "constexpr", 1
         if signature[name].startswith("*"):
             aligned[(i,)] = [["tt.divisibility", 16]]
@@ -125,7 +126,7 @@ def usage(variant: Variant, arch: int) -> Usage:
         file.write(kernel.asm["cubin"])
         file.flush()
         resources = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+        code = disassembled(file.name)
     match = re.search(r"REG:(\d+) STACK:(\d+)", resources)
     assert match is not None, resources
     return Usage(
@@ -136,6 +137,11 @@ def usage(variant: Variant, arch: int) -> Usage:
         len(re.findall(r"\b(?:add|sub|mul|div|fma|neg|min|max|sqrt|rcp|cvt)\S*\.f64", kernel.asm["ptx"])),
         len(re.findall(r"\b(?:atom|red)\.\S*(?:global|shared|gpu|cta)", kernel.asm["ptx"])),
     )  # fmt: skip
+
+
+def disassembled(cubin: str) -> str:
+    """Return the instructions of a compiled kernel, as the processor has them."""
+    return _run("nvdisasm", "-c", cubin)
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -126,7 +126,14 @@ REFERENCE = {
     "swap": (
         "Swap and report",
         "What a swap takes and returns, with a Trainer or without one.",
-        ("surgery.swap", "surgery.options", "surgery.report", "surgery.recognize", "surgery.param_groups"),
+        (
+            "surgery.swap",
+            "surgery.options",
+            "surgery.report",
+            "surgery.recognize",
+            "surgery.param_groups",
+            "surgery.warm_up",
+        ),
     ),
     "normalizers": ("Normalizers", "One class per method; the [cards](../cards/index.md) say when to use which.", ()),
     "layers": (

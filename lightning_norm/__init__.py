@@ -86,6 +86,7 @@ _PUBLIC = {
     "surgery.recalibrate": ("Recalibration", "recalibrate"),
     "surgery.report": ("SwapReport",),
     "surgery.swap": ("swap",),
+    "surgery.warm_up": ("warm_up",),
 }
 """Module of this package -> the public names that are imported from it."""
 

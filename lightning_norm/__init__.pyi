@@ -87,5 +87,6 @@ from lightning_norm.surgery.recognize import is_norm as is_norm
 from lightning_norm.surgery.recognize import norm_types as norm_types
 from lightning_norm.surgery.report import SwapReport as SwapReport
 from lightning_norm.surgery.swap import swap as swap
+from lightning_norm.surgery.warm_up import warm_up as warm_up
 
 __version__: str

@@ -55,6 +55,15 @@ MANY_PARTS = 32768
 JOINED = (16, 64, 256, 1024, 8192)
 """Parts that a program joins at once: few sizes, so that few kernels are compiled."""
 
+NARROW = (32, 64, 2048)
+"""Elements of a row that a program takes at once: of rows up to twice 32, up to 16 times 64, and of longer ones.
+
+Few threads to a row sum it up with few exchanges between them, and few widths are few kernels to compile.
+"""
+
+LONG = 2048
+"""Elements of a piece beyond which the first is no good pivot, whatever its precision: see ``moments_rows``."""
+
 LONGEST = 1 << 28
 """Elements per (sample, channel) beyond which lanes could leave 32 bits."""
 
@@ -180,9 +189,12 @@ def grid_of(x: Tensor, channel_dim: int) -> Grid:
     columns = x.is_contiguous() if channel_dim == x.dim() else is_channels_last(x, channel_dim)
     if columns is None:
         raise ValueError(f"x with strides {x.stride()} is contiguous in neither order.")
-    size = x.numel() // max(n * c, 1)
     # Elements of a load of 16 bytes.
-    vector = 16 // x.element_size()
+    return grid_like(n, c, x.numel() // max(n * c, 1), columns, 16 // x.element_size())
+
+
+def grid_like(n: int, c: int, size: int, columns: bool, vector: int) -> Grid:
+    """Return the grid of an x of this layout; ``vector`` elements are 16 bytes."""
     return _columns(n, c, size, vector) if columns and size > 1 else _rows(n, c, size, vector)
 
 
@@ -191,11 +203,13 @@ def _rows(n: int, c: int, size: int, vector: int) -> Grid:
     align = vector if n * c * size % vector == 0 else 1
     # Rows that begin anywhere are loaded from up to align - 1 elements earlier.
     span = size if size % align == 0 else size + align - 1
-    block = min(max(power(span), align), TILE)
-    rows = TILE // block
+    narrow = NARROW[0] if span <= 2 * NARROW[0] else NARROW[1] if span <= 16 * NARROW[1] else NARROW[2]
+    rows = TILE // min(max(power(span), align), narrow)
     # Many short rows to a program, unless that leaves multiprocessors idle.
     while rows > 1 and n * c < rows * BUSY:
         rows //= 2
+    # Of fewer rows it takes more at once.
+    block = min(max(power(span), align), TILE // rows)
     piece, pieces = size, 1
     # Few large rows: cut them until about two waves of programs run.
     if block == TILE and n * c < BUSY:

@@ -16,7 +16,9 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,6 +47,8 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _plans: dict[Hashable, Plan] = {}
+_ahead: list[Plan] | None = None
+"""Plans whose kernels are compiled later, and all at once; ``None`` while each is compiled when it is recorded."""
 
 
 class Number(int):
@@ -83,8 +87,27 @@ def _write_down(launches: list[_Launch], kernel: Any, grid: tuple[int, ...], *ar
     if isinstance(kernel, JITFunction):  # and not one of the interpreter's
         plain = (int(a) if isinstance(a, Number) else a for a in args)
         # Compiles without launching, for pointers of this alignment.
-        compiled = kernel.warmup(*plain, grid=grid, **options)
+        if _ahead is None:
+            compiled = kernel.warmup(*plain, grid=grid, **options)
+        else:
+            compiled = functools.partial(kernel.warmup, *map(_stand_in, plain), grid=grid, **options)
     launches.append(_Launch(kernel, grid, args, options, compiled))
+
+
+@dataclass
+class _StandIn:
+    """What the compiler looks at of a tensor, without its memory."""
+
+    dtype: torch.dtype
+    misaligned: int
+
+    def data_ptr(self) -> int:
+        """Return an address that is as far from a multiple of 16 as the tensor's."""
+        return self.misaligned
+
+
+def _stand_in(a: Any) -> Any:
+    return _StandIn(a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a
 
 
 class _Pointer(NamedTuple):
@@ -138,7 +161,11 @@ class Plan:
     saved: list[_Pointer]
 
     def __post_init__(self) -> None:
-        self._replay = _replayed(self)
+        self._replay: Callable[[list[int], int], bool] | None = lambda pointers, device: True
+        if any(isinstance(step.compiled, functools.partial) for step in self.launches) and _ahead is not None:
+            _ahead.append(self)  # until it is compiled it launches nothing
+        else:
+            self._replay = _replayed(self)
         self._like_x = [output is not None and output.group < 0 for output in self.outputs]
         self._rows = [(i, o.group, o.row) for i, o in enumerate(self.outputs) if o is not None and o.group >= 0]
 
@@ -240,6 +267,48 @@ def plan_of(
             _plans.clear()
         plan = _plans[key] = record(inputs, call)
     return plan
+
+
+@contextmanager
+def compiling_ahead(pool: Executor, wait: Callable[[], object]) -> Iterator[None]:
+    """Record what the calls in this block would launch, launch nothing, and compile it by ``pool`` at the end.
+
+    No other thread may call a layer meanwhile, but those of autograd that the block waits for.
+
+    Args:
+        pool: threads, for what is compiled cannot be sent to another process.
+        wait: called once everything was handed to the pool, before the results are used.
+    """
+    global _ahead
+    _ahead = plans = []
+    try:
+        yield
+        _ahead = None
+        _compile(plans, pool, wait)
+    except BaseException:
+        # Plans that are not compiled launch nothing.
+        _plans.clear()
+        raise
+    finally:
+        _ahead = None
+
+
+def _compile(plans: list[Plan], pool: Executor, wait: Callable[[], object]) -> None:
+    if not plans:
+        return
+    import triton
+
+    # Triton before 3.5 has no such mode, and compiles one kernel after the other.
+    together = getattr(triton, "AsyncCompileMode", None)
+    with nullcontext() if together is None else together(pool):
+        for plan in plans:
+            plan.launches = [step._replace(compiled=step.compiled()) for step in plan.launches]
+        wait()
+    for plan in plans:
+        finished = ((step, getattr(step.compiled, "result", None)) for step in plan.launches)
+        plan.launches = [step if result is None else step._replace(compiled=result()) for step, result in finished]
+        # Loads the kernels, so that a CUDA graph may capture their first launch.
+        plan._replay = _replayed(plan)
 
 
 def record(inputs: Sequence[Any], call: Callable[..., tuple[Sequence[Tensor | None], Sequence[Tensor]]]) -> Plan:

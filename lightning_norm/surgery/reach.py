@@ -119,12 +119,12 @@ def check_reach(
         kwargs: likewise.
     """
     reach = Reach(layers)
-    with _unchanged(model), torch.enable_grad():
+    with unchanged(model), torch.enable_grad():
         try:
             model.train()
             is_function = len(args) == 1 and callable(args[0]) and not isinstance(args[0], (Tensor, nn.Module))
             # A LightningModule may need its own training_step, which only a function of the user's can call.
-            with _eagerly():
+            with eagerly():
                 outputs = args[0](model) if is_function else model(*args, **kwargs)
             # A random weighting: the plain sum of normalized outputs has gradients of zero, which are gradients, and
             # may be cancelled by autograd where a constant is left.
@@ -137,14 +137,14 @@ def check_reach(
     return reach.missed()
 
 
-def _eagerly() -> Any:
+def eagerly() -> Any:
     """Run without the graphs of torch.compile: one that is there already sees no hook that is registered now."""
     # Without the compiler, whose import takes a second, there is no graph.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore the model's tensors, gradients and modes, and the random states."""
     modes = [(module, module.training) for module in model.modules()]
     tensors = [*model.parameters(), *model.buffers()]

@@ -31,3 +31,15 @@ def test_recorded_launches(keys, launches):
         "loaded by Triton": 0,
         "hooks called": True,
     }
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+def test_kernels_compiled_before_the_first_step():
+    """All at once and without a launch; then a step records, compiles and loads nothing, so a graph may capture it."""
+    command = [sys.executable, "-m", "tests.kernels.warmed_on_the_stub"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    seen = json.loads(process.stdout.splitlines()[-1])
+    assert seen.pop("compiled") == seen.pop("loaded ahead") > 8
+    assert seen == {"launched": 0, "again": 0, "unchanged": True, "loaded by a step": 0, "recorded by a step": 0}
+    assert "Kernels" in process.stderr  # the bar

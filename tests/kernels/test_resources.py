@@ -31,7 +31,7 @@ for arch in map(int, archs):
 BUDGET = {
     "moments_rows": 80,
     "sums_rows": 128,
-    "moments_columns": 80,
+    "moments_columns": 154,
     "sums_columns": 144,
     "apply_flat": 96,
     "apply_columns": 72,

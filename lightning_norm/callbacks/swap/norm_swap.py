@@ -30,6 +30,7 @@ from lightning_norm.callbacks.swap.norm_name import names_are_checked
 from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, decayed_norms, optimizers_in
 from lightning_norm.callbacks.swap.regroup import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.swap.saved_plan import read_plan
+from lightning_norm.callbacks.swap.warmed_up import warm_up_module
 from lightning_norm.errors import (
     LeftAloneWarning,
     ParameterGrowthWarning,
@@ -67,6 +68,8 @@ class NormSwapOptions(SwapOptions):
             lengths (N,), see :func:`lightning_norm.masks`; all normalizers of this package follow it, in every stage.
         mask_fn: instead of it, a function from the batch, on its device, to its mask, or its dotted path.
         mask_size: for lengths: how long the padded input is; by default as long as the longest of the batch.
+        warm_up: compile the Triton kernels before training, side by side, see :func:`lightning_norm.warm_up`: the shape
+            of a batch, as in ``[64, 3, 224, 224]``, or True for the module's ``example_input_array``.
         on_empty: what to do where no layer is swapped: "error", or "warn" (NoEffectWarning).
     """
 
@@ -80,6 +83,7 @@ class NormSwapOptions(SwapOptions):
     mask_key: str | int | None = None
     mask_fn: str | Callable[[Any], Any] | None = None
     mask_size: int | None = None
+    warm_up: bool | list[int] = False
     on_empty: Literal["error", "warn"] = "error"
 
     chooses_layers: ClassVar[tuple[str, ...]] = (
@@ -228,13 +232,16 @@ class NormSwap(Described, Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the module's methods as they were: every layer is built by now.
+        """Leave the module's methods as they were, for every layer is built by now, and compile kernels if asked to.
 
         Raises:
             RuntimeError: layers wait for contexts that no callback gives.
+            ValueError: ``warm_up=True`` and no ``example_input_array``.
         """
         self._setup_patches.undo()
         check_contexts(trainer, pl_module)
+        if self.options.warm_up:
+            warm_up_module(trainer, pl_module, self.options.warm_up)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

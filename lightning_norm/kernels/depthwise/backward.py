@@ -114,7 +114,7 @@ def store_tap(out, t, s: tl.constexpr, keep, channels, LAST: tl.constexpr, GROUP
         tl.store(out + s * channels, total, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def join_taps(
     taps, dkernel, dbias, number, channels, parts, T: tl.constexpr, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -137,7 +137,7 @@ def join_taps(
     tl.store(dbias + c, total, mask=keep & (t == T))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "units", "size", "height", "width", "blocks"])
 def depthwise_combine(
     dy, x, dx, kernel, pivot, scale, constant, slope, samples, units, size, height, width, blocks,
     ALIGN: tl.constexpr, LAST: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,

@@ -74,7 +74,7 @@ def tile_start(units, blocks, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.
     return sample, channel, first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "units", "size", "height", "width", "blocks"])
 def depthwise_apply(
     x, y, kernel, bias, pivot, scale, offset, samples, units, size, height, width, blocks, ALIGN: tl.constexpr,
     LAST: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,

@@ -33,7 +33,7 @@ def outer(p, a, R_BLOCK: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "pieces"])
 def vjp_affine(
     total, dot, stats, outputs, weight, lambda_mu, lambda_sigma, lambda_beta, lambda_gamma, dweight, dbias, dmu_bias,
     dsigma_bias, dbeta_bias, dgamma_bias, gates, doutputs, direct, samples, rows, channels, pieces, sample_stride,

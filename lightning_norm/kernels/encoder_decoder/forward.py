@@ -109,7 +109,7 @@ def store_for_all_samples(out, a, b, c, samples, channels, N_BLOCK: tl.constexpr
         tl.store(to + number, tl.broadcast_to(b, (N_BLOCK, C_BLOCK)), mask=keep)
 
 
-@triton.jit(do_not_specialize=["seed", "drawn"])
+@triton.jit(do_not_specialize=["samples", "pieces", "piece", "size", "fold", "seed", "drawn"])
 def encode(
     hi, lo, var, running_mean, running_var, noise, drop_prob, std_weight, rescale_weight, stats, parts, samples, rows,
     channels, std_units, rescale_units, span, pieces, sample_stride, stride, piece, size, fold, seed, drawn, eps,
@@ -209,7 +209,7 @@ def decoder_output(
     return y + tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def decode(
     parts, stats, std_bias, rescale_bias, mu_weight, mu_bias, sigma_weight, sigma_bias, beta_weight, beta_bias,
     gamma_weight, gamma_bias, lambda_mu, lambda_sigma, lambda_beta, lambda_gamma, weight, bias, running_mean,

@@ -100,11 +100,13 @@ def affine_of(
     e, d = (tiles_of(rows, grid.c, units, *most) for most in ((32, out, deep), (16, deep, out)))
     affine = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
     # Where nothing is measured, another tensor stands in for pointers that no kernel reads.
-    parts, merge = affine, False
+    parts, merge = tuple(affine), False
+    statistics = affine.new_empty(3, rows, grid.c)
     if not flags.frozen:
-        parts, grid = moment_parts(x, grid)
+        # Those of each sample are what the encoders read, if they are not in parts.
+        whole = affine.new_empty(3, grid.n, grid.c) if flags.batch else statistics
+        parts, grid = moment_parts(x, grid, tuple(whole))
         merge = grid.parts > 1
-    statistics = parts.view(3, grid.n, grid.c) if not merge and not flags.batch else affine.new_empty(3, rows, grid.c)
     sums, hidden = affine.new_empty(e.spans, 2, rows, sum(units)), affine.new_empty(2, rows, sum(units))
     outputs = affine.new_empty(4, rows, grid.c)
     mean, var, tracked, skipped, momentum = _or_dummy(running, affine)

@@ -58,8 +58,8 @@ def adjoint_at(
     # The sample's moments; where only running statistics count there are none.
     d, vi = k * 0.0, k * 0.0
     if MOMENTS:
-        d = tl.load(moments + number + i, mask=keep, other=0.0)
-        vi = tl.load(moments + 2 * number + i, mask=keep, other=0.0) * tl.cast(factor, tl.float32)
+        d = tl.load(moments + i, mask=keep, other=0.0)
+        vi = tl.load(moments + number + i, mask=keep, other=0.0) * tl.cast(factor, tl.float32)
     j = n * (channels // per_group) + c // per_group
     dl, lv, db, bv = layer_and_batch(
         layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels, LN, BN, FROZEN
@@ -74,7 +74,7 @@ def adjoint_at(
     return t0, d, vi, dl, lv, db, bv, wl * fl, zl * el, wb * fb, zb * eb, wi * fl, zi * el, fl, el, dgamma, diota
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "groups_in_all", "per_group", "column_jobs", "pieces"])
 def vjp_pool(
     total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, dbatch, dlayer, dweight, dbias,
     dw, weight_partials, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride,
@@ -190,7 +190,7 @@ def vjp_rows(
     tl.store(dlayer + groups_in_all + j, tl.sum(e, 1), mask=j < groups_in_all)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "groups_in_all", "per_group", "column_jobs", "pieces", "size"])
 def vjp_mix(
     total, dot, affine, moments, batch, layer, weight, w, v, running_mean, running_var, dbatch, dlayer, weight_partials,
     dw, dv, out, samples, number, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride, size,

@@ -105,8 +105,8 @@ class MixtureStatistics(NamedTuple):
     """What the forward launches hand to the backward ones; a part that is not needed is empty.
 
     Args:
-        moments: (3, N, C), those of x: the mean as hi and lo, and the variance.
-        batch: (3, C), likewise of the whole batch, on all ranks.
+        moments: (2, N, C), those of x: what rounding left of the mean, which is the pivot, and the variance.
+        batch: (3, C), of the whole batch the mean as hi and lo, and the variance, on all ranks.
         layer: (3, N, G), likewise of each sample's groups.
         affine: (3, N, C), pivot, scale and offset: y = scale * (x - pivot) + offset.
         rank_sums: (1, 1 + R (1 + 2 C)) in float64, what the R ranks added up.

@@ -109,7 +109,9 @@ def root(v, eps):
     return tl.div_rn(one, tl.sqrt_rn(v + tl.cast(eps, tl.float32)))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["samples", "groups_in_all", "per_group", "column_jobs", "pieces", "piece", "size", "fold"]
+)
 def pool(
     hi, lo, var, batch, layer, samples, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride,
     piece, size, fold, factor, MERGE: tl.constexpr, N_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
@@ -205,7 +207,7 @@ def store_statistics(out, at, keep, number, first, mean, var):
     tl.store(out + 2 * number + at, var, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups_in_all", "per_group", "pieces", "piece", "size", "fold"])
 def mix(
     hi, lo, var, batch, layer, gathered, weight, bias, w, v, running_mean, running_var, tracked, skipped, momentum,
     moments, affine, number, channels, groups_in_all, per_group, pieces, sample_stride, stride, piece, size, fold, eps,
@@ -253,14 +255,15 @@ def mix_at(
         at = n.to(tl.int64) * sample_stride + c
         k, d, vi = read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE)
         if MERGE:
-            tl.store(moments + i, k, mask=keep)
-            tl.store(moments + number + i, d, mask=keep)
-            tl.store(moments + 2 * number + i, vi, mask=keep)
+            tl.store(moments + i, d, mask=keep)
+            tl.store(moments + number + i, vi, mask=keep)
         vi = vi * tl.cast(factor, tl.float32)
     else:
         k = tl.load(running_mean + c, mask=keep, other=0.0).to(tl.float32)
         d, vi = k * 0.0, k * 0.0
-    tl.store(affine + i, k, mask=keep)
+    # The pivot is stored already where the pass over x wrote it there.
+    if MERGE or not MOMENTS:
+        tl.store(affine + i, k, mask=keep)
     dl, lv, db, bv = layer_and_batch(
         layer, batch, running_mean, running_var, i, c, j, keep, k, groups_in_all, channels, LN, BN, FROZEN
     )

@@ -40,20 +40,21 @@ def affine_of(
     batch, layer, moments = affine.new_empty(0), affine.new_empty(0), affine.new_empty(0)
     rank_sums = affine.new_empty(0, dtype=torch.float64)
     # Where nothing is measured, another tensor stands in for pointers that no kernel reads.
-    parts, merge = affine, False
+    parts, merge = tuple(affine), False
     # What makes a sample's variance the unbiased one.
     factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0
     # No samples on this rank: it adds nothing, and meets the others.
     if grid.n == 0:
         moments, batch, layer = (
-            torch.empty_like(affine),
+            torch.empty_like(affine[1:]),
             affine.new_zeros(3, grid.c),
             affine.new_empty(3, 0, flags.num_groups),
         )
     elif flags.needs_moments:
-        parts, grid = moment_parts(x, grid)
+        # The mean is the pivot, and stored once.
+        moments = torch.empty_like(affine[1:])
+        parts, grid = moment_parts(x, grid, (affine[0], *moments))
         merge = grid.parts > 1
-        moments = parts.view(3, grid.n, grid.c) if not merge else torch.empty_like(affine)
         if flags.pools_batch:
             batch = affine.new_empty(3, grid.c)
         if flags.pools_layer:
@@ -74,10 +75,9 @@ def affine_of(
     if over_ranks is not None:
         rank_sums, unbias = pool_ranks(batch, count, over_ranks), float(not flags.correction)
     mean, var, tracked, skipped, momentum = (affine if t is None else t for t in running)
-    hi, lo, variance = parts if flags.needs_moments and grid.n else affine
     with device_of(x):
         launch(mix, max(1, cdiv(number, BLOCK)))(
-            hi, lo, variance, batch, layer, rank_sums, *(affine if t is None else t for t in (weight, bias, w, v)),
+            *parts, batch, layer, rank_sums, *(affine if t is None else t for t in (weight, bias, w, v)),
             mean, var, tracked, skipped, momentum, moments, affine, number, grid.c, grid.n * flags.num_groups,
             grid.c // flags.num_groups, *grid.moment_layout, eps, factor, unbias, MERGE=merge, TRACK=flags.track,
             RANKS=over_ranks is not None, WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=BLOCK, num_warps=4,
@@ -182,8 +182,9 @@ def _tile(grid: Grid, flags: MixtureFlags, most: int) -> dict[str, int]:
     """Return the tiles over which columns and rows of (N, C) are pooled, of at most ``most`` elements."""
     # At most two steps for 64 samples, or for 2048 channels of a group.
     n, per_group = min(power(grid.n), most // 16), grid.c // flags.num_groups
-    # Few lengths, so that a network of many widths compiles few kernels.
-    t = power(per_group) if per_group <= 16 else next(t for t in (64, 256, 1024) if per_group <= t or t == 1024)
+    # One length for whole layers and few for groups, so that a network of many widths compiles few kernels.
+    lengths = (1024,) if flags.num_groups == 1 else (16, 64, 256, 1024)
+    t = next(t for t in lengths if per_group <= t or t == lengths[-1])
     return {
         "N_BLOCK": n, "C_BLOCK": max(1, min(power(grid.c), most // n, 64)),
         "G_BLOCK": max(1, min(power(grid.n * flags.num_groups), most // t, 16)), "T_BLOCK": t,

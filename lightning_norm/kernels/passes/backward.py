@@ -45,11 +45,10 @@ def products(dy, x, residual, at, loaded, keep, pivot, scale, offset, ACT: tl.co
     return tl.where(keep, g, 0.0), tl.where(keep, g * u, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "size", "units", "piece"])
 def sums_rows(
     dy, x, residual, pivot, scale, offset, total, dot, rows, size, units, piece,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Sums of g and of g * (x - pivot) over each piece of each row: (pieces, rows) each.
 
@@ -74,21 +73,20 @@ def sums_rows(
     lane = base[:, None] + tl.arange(0, BLOCK)[None, :]
     keep = (lane >= start[:, None]) & (lane < end[:, None])
     g, gu = products(dy, x, residual, lane, lane < stop[:, None], keep, k, a, b, ACT, RESIDUAL)
-    # The rest of a long piece.
-    if LOOP:
-        for first in range(BLOCK, piece + ALIGN - 1, BLOCK):
-            at = lane + first
-            h, hu = products(dy, x, residual, at, at < stop[:, None], at < end[:, None], k, a, b, ACT, RESIDUAL)
-            # Added tile by tile; the sum over the tile is taken once, behind the loop.
-            g += h
-            gu += hu
+    # The rest of the piece.
+    for first in range(BLOCK, piece + ALIGN - 1, BLOCK):
+        at = lane + first
+        h, hu = products(dy, x, residual, at, at < stop[:, None], at < end[:, None], k, a, b, ACT, RESIDUAL)
+        # Added tile by tile; the sum over the tile is taken once, behind the loop.
+        g += h
+        gu += hu
     tl.store(total + p * rows + row + r, tl.sum(g, 1), mask=inside)
     tl.store(dot + p * rows + row + r, tl.sum(gu, 1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "units", "piece"])
 def sums_columns(
-    dy, x, residual, pivot, scale, offset, total, dot, size, units, piece, pieces, true_channels,
+    dy, x, residual, pivot, scale, offset, total, dot, size, units, piece, true_channels,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -97,18 +95,17 @@ def sums_columns(
     Grid and tiles as ``moments_columns``. With FOLD a sum is that of every FOLD-th position; whoever reads them adds
     up.
     """
-    size, units, piece = tl.cast(size, tl.int32), tl.cast(units, tl.int32), tl.cast(piece, tl.int32)
-    job = tl.program_id(0).to(tl.int64)
-    begin = (job % pieces).to(tl.int32) * piece
+    n, p = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    begin = p * piece
     count = tl.minimum(piece, size - begin)
     channels = units * ALIGN
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     s = tl.arange(0, ROWS)
-    origin = (job // pieces * size + begin) * channels
+    origin = (n * size + begin) * channels
     # Where coefficients of this sample's channels lie.
-    at = job // pieces * channels + c
+    at = n * channels + c
     if FOLD > 1:
-        at = job // pieces * true_channels + c % true_channels
+        at = n * true_channels + c % true_channels
     x += origin
     dy += origin
     if RESIDUAL:
@@ -132,8 +129,9 @@ def sums_columns(
         h, hu = products(dy, x, residual, lane, keep, keep, k, a, b, ACT, RESIDUAL)
         g += h
         gu += hu
-    tl.store(total + job * channels + c, tl.sum(g, 0), mask=c < channels)
-    tl.store(dot + job * channels + c, tl.sum(gu, 0), mask=c < channels)
+    at = (n * tl.num_programs(2) + p) * channels + c
+    tl.store(total + at, tl.sum(g, 0), mask=c < channels)
+    tl.store(dot + at, tl.sum(gu, 0), mask=c < channels)
 
 
 @triton.jit
@@ -146,7 +144,7 @@ def read_sum(t, at, keep, pieces, stride, MERGE: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def join_sums(
     total, dot, out, number, channels, pieces, sample_stride, stride, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -166,7 +164,7 @@ def join_sums(
     tl.store(out + number + i, tl.sum(b, 0), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "size", "units", "magic"])
 def combine_flat(
     dy, x, residual, dx, dresidual, pivot, scale, offset, constant, slope, rows, size, units, magic,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -198,7 +196,7 @@ def combine_flat(
     tl.store(dx + origin + lane, d.to(dx.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "units", "blocks"])
 def combine_columns(
     dy, x, residual, dx, dresidual, pivot, scale, offset, constant, slope, size, units, blocks, true_channels,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr,

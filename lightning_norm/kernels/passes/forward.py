@@ -28,26 +28,27 @@ def row_span(row, size, piece, p, units, ALIGN: tl.constexpr, ROWS: tl.constexpr
     """
     # 64 bits for the program's origin alone: all that is counted from it fits 32.
     first = row * size + p * piece.to(tl.int64)
-    unit = first // ALIGN
+    # Without a sign a division by a power of two is one instruction.
+    unit = (first.to(tl.uint64) // ALIGN).to(tl.int64)
     shift = (first - unit * ALIGN).to(tl.int32)
     start = shift + tl.arange(0, ROWS) * size
     end = start + tl.minimum(piece, size - p * piece)
     # Units that the tensor still has, so that nothing behind its end is read.
-    left = tl.minimum(units - unit, 1 << 26).to(tl.int32)
-    base = start // ALIGN * ALIGN
-    stop = tl.minimum((end + ALIGN - 1) // ALIGN, left) * ALIGN
+    left = tl.minimum(units - unit, 1 << 26).to(tl.int32) * ALIGN
+    base = (start.to(tl.uint32) // ALIGN * ALIGN).to(tl.int32)
+    stop = tl.minimum(((end + (ALIGN - 1)).to(tl.uint32) // ALIGN * ALIGN).to(tl.int32), left)
     return unit * ALIGN, base, start, end, stop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "size", "units", "piece"])
 def moments_rows(
     x, hi, lo, var, rows, size, units, piece, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    LOOP: tl.constexpr,
+    AVERAGE: tl.constexpr,
 ):  # fmt: skip
     """Mean, as hi + lo, and biased variance of each piece of each row: (pieces, rows) each.
 
     mean = k + sum(u) / S and var = (sum u^2 - (sum u)^2 / S) / S with u = x - k. A program takes ROWS rows of one
-    piece; the grid is (blocks of rows, pieces). LOOP: a piece needs more than one tile.
+    piece, BLOCK elements of each at a time; the grid is (blocks of rows, pieces). AVERAGE: the pivot k is one.
     """
     # A size of 1 arrives as a constant, which has no dtype of its own.
     rows, size, units, piece = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64), tl.cast(piece, tl.int32)  # noqa: E501  # fmt: skip
@@ -56,50 +57,67 @@ def moments_rows(
     origin, base, start, end, stop = row_span(row, size, piece, p, units, ALIGN, ROWS)
     x += origin
     lane = base[:, None] + tl.arange(0, BLOCK)[None, :]
-    keep = (lane >= start[:, None]) & (lane < end[:, None])
+    # One comparison for both ends: without a sign what lies before the row is behind it as well.
+    count = tl.minimum(piece, size - p * piece)
+    keep = ((base - start)[:, None] + tl.arange(0, BLOCK)[None, :]).to(tl.uint32) < count.to(tl.uint32)
     v = tl.load(x + lane, mask=lane < stop[:, None], other=0.0).to(tl.float32)
-    # The pivot: the mean of what the first tile holds of each row.
-    first_count = tl.minimum(base + BLOCK, end) - start
-    pivot = tl.sum(tl.where(keep, v, 0.0), 1) / first_count.to(tl.float32)
+    # The pivot: the first element, which takes no sum, or the mean of the first tile. An element may be sqrt(S)
+    # deviations away from the mean, and then digits cancel: those of half precision have fewer than are lost.
+    if AVERAGE:
+        first_count = tl.minimum(base + BLOCK, end) - start
+        pivot = tl.sum(tl.where(keep, v, 0.0), 1) / first_count.to(tl.float32)
+    else:
+        pivot = tl.load(x + start, mask=start < stop, other=0.0).to(tl.float32)
     total = tl.where(keep, v - pivot[:, None], 0.0)
     square = total * total
     # The rest of a long piece, around the same pivot.
-    if LOOP:
-        for first in range(BLOCK, piece + ALIGN - 1, BLOCK):
-            at = lane + first
-            v = tl.load(x + at, mask=at < stop[:, None], other=0.0).to(tl.float32)
-            u = tl.where(at < end[:, None], v - pivot[:, None], 0.0)
-            total += u
-            square += u * u
+    for first in range(BLOCK, piece + ALIGN - 1, BLOCK):
+        at = lane + first
+        v = tl.load(x + at, mask=at < stop[:, None], other=0.0).to(tl.float32)
+        u = tl.where(at < end[:, None], v - pivot[:, None], 0.0)
+        total += u
+        square += u * u
     store_moments(
         hi, lo, var, p * rows + row + tl.arange(0, ROWS), row + tl.arange(0, ROWS) < rows,
-        pivot, tl.sum(total, 1), tl.sum(square, 1), (end - start).to(tl.float32),
+        pivot, tl.sum(total, 1), tl.sum(square, 1), count,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "units", "piece"])
 def moments_columns(
-    x, hi, lo, var, size, units, piece, pieces, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    hi,
+    lo,
+    var,
+    size,
+    units,
+    piece,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AVERAGE: tl.constexpr,
 ):
     """Mean, as hi + lo, and biased variance of each piece of each column: (samples, pieces, channels) each.
 
     As ``moments_rows``; a program takes BLOCK channels of one piece of one sample, ROWS positions at a time. The grid
-    is (samples * pieces, blocks of channels).
+    is (samples, blocks of channels, pieces).
     """
-    size, units, piece = tl.cast(size, tl.int32), tl.cast(units, tl.int32), tl.cast(piece, tl.int32)
-    # Which sample and which piece of it.
-    job = tl.program_id(0).to(tl.int64)
-    begin = (job % pieces).to(tl.int32) * piece
+    # Which sample and which piece of it: an axis of the grid each, for a division would take longer than a tile.
+    n, p = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    begin = p * piece
     count = tl.minimum(piece, size - begin)
     channels = units * ALIGN
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     s = tl.arange(0, ROWS)
-    x += (job // pieces * size + begin) * channels
+    x += (n * size + begin) * channels
     lane = s[:, None] * channels + c[None, :]
     keep = (s[:, None] < count) & (c[None, :] < channels)
     v = tl.load(x + lane, mask=keep, other=0.0).to(tl.float32)
-    # The pivot: the mean of the first ROWS positions of each column.
-    pivot = tl.sum(v, 0) / tl.minimum(count, ROWS).to(tl.float32)
+    # The pivot: the first position or the mean of the first ROWS, as in rows.
+    if AVERAGE:
+        pivot = tl.sum(v, 0) / tl.minimum(count, ROWS).to(tl.float32)
+    else:
+        pivot = tl.load(x + c, mask=c < channels, other=0.0).to(tl.float32)
     total = tl.where(keep, v - pivot[None, :], 0.0)
     square = total * total
     # The rest of the piece: the pointer moves, the offsets within a tile stay in 32 bits.
@@ -110,26 +128,28 @@ def moments_columns(
         u = tl.where(keep, v - pivot[None, :], 0.0)
         total += u
         square += u * u
-    store_moments(
-        hi, lo, var, job * channels + c, c < channels, pivot, tl.sum(total, 0), tl.sum(square, 0), count.to(tl.float32)
-    )
+    at = (n * tl.num_programs(2) + p) * channels + c
+    store_moments(hi, lo, var, at, c < channels, pivot, tl.sum(total, 0), tl.sum(square, 0), count)
 
 
 @triton.jit
 def store_moments(hi, lo, var, at, keep, pivot, total, square, count):
     """Store mean = hi + lo, hi being the mean rounded to float32, and the variance.
 
-    ``total`` and ``square`` are the sums of u and u^2, u = x - pivot.
+    ``total`` and ``square`` are the sums of u and u^2, u = x - pivot, over ``count`` elements, the same for all.
     """
-    rest = tl.div_rn(total, count)
+    # One division in each program, and not two for each number.
+    inverse = tl.cast(1.0, tl.float32) / count.to(tl.float32)
+    rest = total * inverse
     # sum (u - rest)^2 = sum u^2 - rest * sum u: u is small, so little cancels.
     m2 = square - total * rest
-    # lo is what rounding pivot + rest to float32 has left of rest, exactly.
+    # lo is what rounding pivot + rest to float32 has left, exactly, whichever of the two is larger.
     rounded = pivot + rest
+    moved = rounded - pivot
     tl.store(hi + at, rounded, mask=keep)
-    tl.store(lo + at, rest - (rounded - pivot), mask=keep)
-    # Rounding may leave a variance slightly below 0; the comparison keeps a NaN.
-    tl.store(var + at, tl.div_rn(tl.where(m2 < 0.0, 0.0, m2), count), mask=keep)
+    tl.store(lo + at, (pivot - (rounded - moved)) + (rest - moved), mask=keep)
+    # Rounding may leave a variance slightly below 0, and a NaN stays.
+    tl.store(var + at, tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL) * inverse, mask=keep)
 
 
 @triton.jit
@@ -166,12 +186,12 @@ def read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE
     return k, d, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "piece", "size", "fold"])
 def join_moments(
-    hi, lo, var, out, number, channels, pieces, sample_stride, stride, piece, size, fold, P_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    hi, lo, var, hi_out, lo_out, var_out, number, channels, pieces, sample_stride, stride, piece, size, fold,
+    P_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Join the pieces into ``out``, (3, samples * channels): hi, lo, variance. As ``read_moments``, but in tiles.
+    """Join the pieces: hi, lo and variance, (samples * channels) each. As ``read_moments``, but in tiles.
 
     P_BLOCK pieces of BLOCK numbers at once, so that a hundred pieces are not a hundred waits for the memory.
     """
@@ -197,9 +217,9 @@ def join_moments(
     rounded = k + d
     at = i[None, :]
     keep = keep[None, :]
-    tl.store(out + at, rounded, mask=keep)
-    tl.store(out + number + at, d - (rounded - k), mask=keep)
-    tl.store(out + 2 * tl.cast(number, tl.int64) + at, tl.sum(variance, 0)[None, :], mask=keep)
+    tl.store(hi_out + at, rounded, mask=keep)
+    tl.store(lo_out + at, d - (rounded - k), mask=keep)
+    tl.store(var_out + at, tl.sum(variance, 0)[None, :], mask=keep)
 
 
 @triton.jit
@@ -267,10 +287,11 @@ def column_lanes(
     FOLD neighbouring positions are taken for channels where channels are few, so that vectors stay aligned: then
     channel c of the tile is channel c % true_channels of x.
     """
-    # From the end to the start, as ``flat_lanes``.
-    job = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    n = job // blocks
-    begin = (job % blocks).to(tl.int32) * ROWS
+    # From the end to the start, as ``flat_lanes``. Divided in 32 bits: in 64 it would take as long as the tile.
+    job = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample = job // blocks
+    n = sample.to(tl.int64)
+    begin = (job - sample * blocks) * ROWS
     channels = units * ALIGN
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     s = tl.arange(0, ROWS)
@@ -281,7 +302,7 @@ def column_lanes(
     return (n * size + begin) * channels, s[:, None] * channels + c[None, :], keep, at, c < channels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "size", "units", "magic"])
 def apply_flat(
     x, residual, y, pivot, scale, offset, rows, size, units, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -300,7 +321,7 @@ def apply_flat(
     tl.store(y + origin + lane, activation(z, ACT).to(y.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "units", "blocks"])
 def apply_columns(
     x, residual, y, pivot, scale, offset, size, units, blocks, true_channels, ALIGN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.grid import FEW, JOINED, REGISTERS, TILE, Grid, cdiv, dense, grid_of
+from lightning_norm.kernels.grid import FEW, JOINED, LONG, REGISTERS, TILE, Grid, cdiv, dense, grid_of
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.backward import combine_columns, combine_flat, join_sums, sums_columns, sums_rows
 from lightning_norm.kernels.passes.forward import (
@@ -29,33 +29,51 @@ JOIN = 1024
 
 def moments(x: Tensor, channel_dim: int) -> Tensor:
     """Return (3, N, C): the mean rounded to float32, what is left of it, the biased variance."""
-    parts, grid = moment_parts(x, grid_of(x, channel_dim), few=1)
-    return parts.view(3, grid.n, grid.c)
+    grid = grid_of(x, channel_dim)
+    whole = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
+    moment_parts(x, grid, tuple(whole), few=1)
+    return whole
 
 
-def moment_parts(x: Tensor, grid: Grid, few: int = FEW) -> tuple[Tensor, Grid]:
-    """Return the moments of each part, (3, parts * N * C), and their grid; more than ``few`` parts are joined."""
-    out = torch.empty(3, grid.parts * grid.n * grid.c, device=x.device, dtype=torch.float32)
+def moment_parts(x: Tensor, grid: Grid, whole: tuple[Tensor, ...], few: int = FEW) -> tuple[tuple[Tensor, ...], Grid]:
+    """Return the moments of each part, three tensors of parts * N * C numbers, and their grid.
+
+    More than ``few`` parts are joined. What is not in parts, or is joined, is written into ``whole``, three of (N, C).
+    """
+    number = grid.n * grid.c
+    out = whole if grid.parts == 1 else tuple(whole[0].new_empty(3, grid.parts * number))
     with device_of(x):
-        # The first axis of the grid may be long, the second holds at most 65535 programs.
+        # The first axis of the grid may be long, the others hold at most 65535 programs.
         if grid.columns:
-            launch(moments_columns, grid.n * grid.pieces, grid.block_columns)(
-                x, *out, grid.length, grid.units, grid.piece, grid.pieces, ALIGN=grid.align, ROWS=grid.rows,
-                BLOCK=grid.block, num_warps=grid.warps,
+            launch(moments_columns, grid.n, grid.block_columns, grid.pieces)(
+                x, *out, grid.length, grid.units, grid.piece, ALIGN=grid.align, ROWS=grid.rows,
+                BLOCK=grid.block, AVERAGE=averages(grid, x.dtype), num_warps=moment_warps(grid),
             )  # fmt: skip
         else:
             launch(moments_rows, cdiv(grid.n * grid.c, grid.rows), grid.pieces)(
                 x, *out, grid.n * grid.c, grid.size, grid.units, grid.piece, ALIGN=grid.align, ROWS=grid.rows,
-                BLOCK=grid.block, LOOP=loops(grid), num_warps=grid.warps,
+                BLOCK=grid.block, AVERAGE=averages(grid, x.dtype), num_warps=grid.warps,
             )  # fmt: skip
         if grid.parts <= few:
             return out, grid
-        joined, number = out.new_empty(3, grid.n * grid.c), grid.n * grid.c
         at_once, lanes, num_warps = join_tile(grid.parts)
         launch(join_moments, cdiv(number, lanes))(
-            *out, joined, number, grid.c, *grid.moment_layout, P_BLOCK=at_once, BLOCK=lanes, num_warps=num_warps
+            *out, *whole, number, grid.c, *grid.moment_layout, P_BLOCK=at_once, BLOCK=lanes, num_warps=num_warps
         )
-    return joined, grid.joined
+    return whole, grid.joined
+
+
+def averages(grid: Grid, dtype: torch.dtype) -> bool:
+    """Return whether the pivot of the moments must be nearer to the mean than the first element may be."""
+    return dtype == torch.float32 or grid.piece > LONG
+
+
+def moment_warps(grid: Grid) -> int:
+    """Return the warps of a program of the moments.
+
+    In columns all warps compute a channel's numbers, once its sums are known: of half as many each holds twice as much.
+    """
+    return max(1, grid.warps // 2) if grid.columns else grid.warps
 
 
 def join_tile(parts: int) -> tuple[int, int, int]:
@@ -93,14 +111,14 @@ def sum_parts(
     blocks = {"ALIGN": grid.align, "ROWS": grid.rows, "BLOCK": grid.block, "ACT": act, "RESIDUAL": act > 0 and residual is not None}  # noqa: E501  # fmt: skip
     with device_of(x):
         if grid.columns:
-            launch(sums_columns, grid.n * grid.pieces, grid.block_columns)(
-                dy, x, residual_or_x, pivot, scale, offset, *out, grid.length, grid.units, grid.piece, grid.pieces,
-                grid.c, FOLD=grid.fold, num_warps=grid.warps, **blocks,
+            launch(sums_columns, grid.n, grid.block_columns, grid.pieces)(
+                dy, x, residual_or_x, pivot, scale, offset, *out, grid.length, grid.units, grid.piece, grid.c,
+                FOLD=grid.fold, num_warps=grid.warps, **blocks,
             )  # fmt: skip
         else:
             launch(sums_rows, cdiv(grid.n * grid.c, grid.rows), grid.pieces)(
                 dy, x, residual_or_x, pivot, scale, offset, *out, grid.n * grid.c, grid.size, grid.units, grid.piece,
-                LOOP=loops(grid), num_warps=grid.warps, maxnreg=REGISTERS["sums_rows"], **blocks,
+                num_warps=grid.warps, maxnreg=REGISTERS["sums_rows"], **blocks,
             )  # fmt: skip
         if grid.parts <= few:
             return out, grid
@@ -194,11 +212,6 @@ def input_gradients(
     if need_dx or residual is not None:
         dx, dresidual = combine(dy, x, affine, dx_affine, channel_dim, activation, residual)
     return dx, affine.new_empty(0) if dresidual is None else dresidual
-
-
-def loops(grid: Grid) -> bool:
-    """Return whether a row's piece, begun up to ``align`` - 1 elements early, needs more than one tile."""
-    return grid.piece + (grid.align - 1 if grid.size % grid.align else 0) > grid.block
 
 
 def magic(size: int) -> int:

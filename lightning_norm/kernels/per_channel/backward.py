@@ -43,7 +43,7 @@ def parts_at(
     k = tl.load(affine + i, mask=keep, other=0.0)
     d = k * 0.0
     if MOMENTS:
-        d = tl.load(moments + number + i, mask=keep, other=0.0)
+        d = tl.load(moments + i, mask=keep, other=0.0)
     # z of the equations again, from hi and lo: differences of large means.
     e = tl.where(keep[:, None, :], k[:, None, :] - base + d[:, None, :] - rest, 0.0)
     z = f * e - delta
@@ -69,7 +69,7 @@ def parts_at(
     return n, keep, g, a, (k + d)[:, None, :], d, e, z, gain, t0, t1, beta, q, direct, u1, u2, dz
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "pieces", "size"])
 def channels_vjp(
     total, dot, affine, moments, stats, responsibilities, survey_out, weight, bias, center_weight, scale_weight,
     scale_bias, affine_weight, affine_bias, dweight, dbias, dcenter_weight, dscale_weight, dscale_bias, daffine_weight,
@@ -225,7 +225,7 @@ def channels_vjp(
             tl.store(dx_affine + number + i, slope, mask=keep)
             # By the sample's own weight, and by its share of the affine map.
             if GATE:
-                v = tl.load(moments + 2 * number + i, mask=keep, other=0.0)[:, None, :]
+                v = tl.load(moments + number + i, mask=keep, other=0.0)[:, None, :]
                 by_weight = tl.sum(dbatch[None, :, :] * e + dvariance[None, :, :] * (v + e * e), 2)
                 dresponsibility = tl.sum((t1[:, None, :] + t0[:, None, :] * (z - d[:, None, :])) * (gamma * r)[None, :, :] + t0[:, None, :] * beta_[None, :, :], 2)  # noqa: E501  # fmt: skip
                 fraction = tl.sum(g, 2) / wide[None, :]
@@ -238,7 +238,7 @@ def channels_vjp(
             tl.store(dresponsibilities + q_, tl.sum(every, 0), mask=q_ < contexts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "blocks"])
 def gate_logits_vjp(
     dresponsibilities, responsibilities, dlogits, samples, contexts, blocks, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -258,7 +258,7 @@ def gate_logits_vjp(
     tl.store(dlogits + n * contexts + q, g * (dg - tl.sum(g * dg, 0)), mask=q < contexts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "size"])
 def gate_vjp(
     dlogits, affine, moments, gate_weight, dgate_weight, dgate_bias, dx_affine, samples, number, channels, contexts,
     size, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
@@ -276,7 +276,7 @@ def gate_vjp(
         i = n[:, None] * channels + c[None, :]
         here = (n[:, None] < samples) & (q[None, :] < contexts)
         dl = tl.load(dlogits + n[:, None] * contexts + q[None, :], mask=here, other=0.0)
-        mean = tl.load(affine + i, mask=keep, other=0.0) + tl.load(moments + number + i, mask=keep, other=0.0)
+        mean = tl.load(affine + i, mask=keep, other=0.0) + tl.load(moments + i, mask=keep, other=0.0)
         dw += dl[:, :, None] * mean[:, None, :]
         db += dl
         # A logit depends on the sample's mean: dmean / S joins the constant.

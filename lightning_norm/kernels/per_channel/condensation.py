@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "units"])
 def directions(x, inverse, out, samples, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """Parts of |sum_n x_n / |x_n||^2: each program's sum over BLOCK positions of (sum over samples of x / norm)^2.
 

@@ -147,7 +147,7 @@ def batch_of(
     return mean, tl.sum(inner, 0), tl.sum(outer, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "pieces", "piece", "size", "fold"])
 def pool_channels(
     hi, lo, var, center_weight, batch, samples, channels, pieces, sample_stride, stride, piece, size, fold,
     MERGE: tl.constexpr, CENTER: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
@@ -177,7 +177,7 @@ def pool_channels(
     tl.store(batch + 2 * channels + c, tl.sum(within + ((1.0 + w_m) * (1.0 + w_m))[None, :] * between, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "jobs", "pieces", "piece", "size", "fold"])
 def channels_of(
     hi, lo, var, responsibilities, weight, bias, center_weight, scale_weight, scale_bias, affine_weight, affine_bias,
     running_mean, running_var, tracked, skipped, updates, prior, last, measured, skipped_condensed, in_a_row, rate,
@@ -343,9 +343,8 @@ def channels_of(
             # The moments of x, joined here for the backward pass.
             k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
             if MERGE:
-                tl.store(moments + i, k, mask=keep)
-                tl.store(moments + number + i, d, mask=keep)
-                tl.store(moments + 2 * number + i, v, mask=keep)
+                tl.store(moments + i, d, mask=keep)
+                tl.store(moments + number + i, v, mask=keep)
         else:
             k = first[None, :] + tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
             d = k * 0.0
@@ -365,6 +364,8 @@ def channels_of(
             scale = scale * h
         # The sum over contexts of responsibility times affine map is one affine map.
         offset = g * (beta + scale * (z - d[:, None, :]))
-        tl.store(affine + i, k, mask=keep)
+        # The pivot is stored already where the pass over x wrote it there.
+        if MERGE or not MOMENTS:
+            tl.store(affine + i, k, mask=keep)
         tl.store(affine + number + i, tl.sum(g * scale, 1), mask=keep)
         tl.store(affine + 2 * number + i, tl.sum(offset, 1), mask=keep)

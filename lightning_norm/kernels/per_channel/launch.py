@@ -39,7 +39,9 @@ def affine_of(
     numbers: PerChannelNumbers,
     over_ranks: AllReduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the moments of x, statistics (7 to 11, K, C), (3, N, C) pivot, scale and offset, and what was surveyed.
+    """Return moments of x, statistics (7 to 11, K, C), (3, N, C) pivot, scale and offset, and what was surveyed.
+
+    The moments are (2, N, C): what rounding left of the mean, which is the pivot, and the variance.
 
     Then, with ``over_ranks``, U and V (3, C) of the batch on all ranks, and what these added up.
     A rank may have no samples.
@@ -66,14 +68,15 @@ def affine_of(
     moments, survey_out = affine.new_empty(0), affine.new_empty(flags.survey_size(grid.n))
     stats = affine.new_empty(flags.num_statistics, flags.rows, grid.c)
     batch, rank_sums = affine.new_zeros(3, grid.c if flags.ranks else 0), affine.new_empty(0, dtype=torch.float64)
-    parts, merge = affine, False
+    parts, merge = tuple(affine), False
     # No samples on this rank: it adds nothing, and meets the others.
     if grid.n == 0:
-        parts, moments = torch.zeros_like(batch), torch.empty_like(affine)
+        parts, moments = tuple(torch.zeros_like(batch)), torch.empty_like(affine[1:])
     elif flags.needs_moments:
-        parts, grid = moment_parts(x, grid)
+        # The mean is the pivot, and stored once.
+        moments = torch.empty_like(affine[1:])
+        parts, grid = moment_parts(x, grid, (affine[0], *moments))
         merge = grid.parts > 1
-        moments = parts.view(3, grid.n, grid.c) if not merge else torch.empty_like(affine)
     mean, running_var, tracked, skipped = (affine if t is None else t for t in running)
     # The kernels want a tensor for every argument; of ``affine`` in the place of one they read nothing.
     more = [affine if t is None else t for t in counters]

@@ -23,7 +23,7 @@ NAN: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
 """With it a NaN passes through tl.maximum and tl.minimum, as it does through torch's clamp."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "pieces", "piece", "size", "fold", "min_updates", "max_skip"])
 def survey(
     hi, lo, var, gate_weight, gate_bias, running_mean, running_var, tracked, in_a_row, prior, survey_out, samples,
     channels, contexts, pieces, sample_stride, stride, piece, size, fold, min_updates, max_skip,

@@ -373,7 +373,7 @@ def _fake_affine(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     channel_dim, numbers, _, group = args[-4:]
     flags, (n, c) = from_numbers(MixtureFlags, numbers), samples_and_channels(x, channel_dim)
     affine = operators.per_sample_and_channel(x, channel_dim, 3)
-    moments = torch.empty_like(affine) if flags.needs_moments else affine.new_empty(0)
+    moments = torch.empty_like(affine[1:]) if flags.needs_moments else affine.new_empty(0)
     batch = affine.new_empty(3, c) if flags.pools_batch else affine.new_empty(0)
     layer = affine.new_empty(3, n, flags.num_groups) if flags.pools_layer else affine.new_empty(0)
     rank_sums = affine.new_empty(operators.rank_sums_shape(group, c), dtype=torch.float64)

@@ -258,7 +258,7 @@ def _fake_affine(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     channel_dim, ints, _, group = args[-4:]
     flags, (n, c) = from_numbers(PerChannelFlags, ints), samples_and_channels(x, channel_dim)
     affine = operators.per_sample_and_channel(x, channel_dim, 3)
-    moments = torch.empty_like(affine) if flags.needs_moments else affine.new_empty(0)
+    moments = torch.empty_like(affine[1:]) if flags.needs_moments else affine.new_empty(0)
     stats, survey_out = affine.new_empty(flags.num_statistics, flags.rows, c), affine.new_empty(flags.survey_size(n))
     rank_sums = affine.new_empty(operators.rank_sums_shape(group, c), dtype=torch.float64)
     return moments, stats, affine, survey_out, affine.new_empty(3, c if group else 0), rank_sums

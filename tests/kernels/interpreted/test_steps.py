@@ -50,7 +50,7 @@ def loops(launch):
     if name in ("moments_columns", "sums_columns"):
         over["piece"] = cdiv(a["piece"], a["ROWS"])
     if name in ("moments_rows", "sums_rows"):
-        over["piece"] = cdiv(a["piece"] + a["ALIGN"] - 1, a["BLOCK"]) if a["LOOP"] else 1
+        over["piece"] = cdiv(a["piece"] + a["ALIGN"] - 1, a["BLOCK"])
     if name in POOLS and a["column_jobs"]:
         over["samples"] = cdiv(a["samples"], a["N_BLOCK"])
     if name in POOLS and launch.grid[0] > a["column_jobs"]:
@@ -71,6 +71,18 @@ def test_inputs_without_positions(key, arguments, shape):
     assert kept <= 0.1 * x.numel() * x.element_size() + 64 * 1024  # beside x itself
     if x.numel() > 1 << 20:
         assert kept <= 0.1 * x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize("key", ["sn", "rbn"])
+@pytest.mark.parametrize(
+    "shape", [(32, 128, 4, 4), (176, 64, 16, 16), (32, 64, 56, 56)], ids=["whole", "parts", "joined"]
+)
+def test_the_mean_of_a_sample_is_kept_once(key, shape):
+    """Mean, what rounding left of it, variance, scale and offset: five numbers for each sample and channel."""
+    _, kept = launches_of(
+        key, {}, torch.zeros(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    )
+    assert kept <= 4 * (5 * shape[0] * shape[1] + 1500)
 
 
 @pytest.mark.parametrize(("key", "arguments"), OF_THE_BATCH, ids=str)
