@@ -75,8 +75,8 @@ class Owner:
         s = power(span) if self.columns else max(power(span), self.align)
         flat = power(self.channels * self.size)
         k, n = power(rows), power(self.n)
-        # Equations of many contexts need the registers.
-        lanes = HELD_LANES if rows == 1 else HELD_LANES // 2
+        # Reductions across threads, and equations of many contexts, need the registers.
+        lanes = HELD_LANES // 2 if self.columns or rows > 1 else HELD_LANES
         tile = max(1, min(n, lanes // (self.channels * s)))
         return {
             "ALIGN": self.align, "FLAT": self.flat, "COLUMNS": self.columns, "N_TILE": tile,
