@@ -6,9 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_norm.ops import mixed, native
+from lightning_norm.ops import mixture_on_cpu, native
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
+
+FEW = 8
+"""Elements of a group."""
 
 
 def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -32,7 +35,9 @@ def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bia
 
 def group_norm(layer: Any, x: Tensor, layout: Layout, groups: int) -> Tensor | None:
     """Return x normalized by the statistics of each sample's groups; ``None`` as for :func:`batch_norm`."""
-    if layout.channel_dim != 1 or not native.takes(x, layer.weight, layer.bias):
+    # Few elements often have a mean that is large against their standard deviation: ATen would compute in vain.
+    few = layout.size * layout.c // groups < FEW
+    if few or layout.channel_dim != 1 or not native.takes(x, layer.weight, layer.bias):
         return None
     return native.group_norm(x, layout, groups, layer.weight, layer.bias, layer.eps)
 
@@ -48,7 +53,7 @@ def mixture(
     entries: tuple[int, ...] = (),
     outputs: bool = False,
 ) -> Tensor | None:
-    """Return x normalized by a mixture, see :class:`lightning_norm.ops.mixed.Mixture`; ``None`` if it cannot."""
+    """Return x normalized by a mixture, see :class:`lightning_norm.ops.mixture_on_cpu.Mixture`; ``None`` if it cannot."""
     if not native.takes(x, layer.weight, layer.bias, w, v):
         return None
 
@@ -56,5 +61,5 @@ def mixture(
         layer.track(Moments(mean, var, layout.n * layout.size))
 
     moves = layer.moves_running_stats and "bn" in statistics
-    how = mixed.Mixture(layout, statistics, layer.eps, entries, outputs, track if moves else None)
-    return mixed.normalize(x, how, layer.weight, layer.bias, w, v)
+    how = mixture_on_cpu.Mixture(layout, statistics, layer.eps, entries, outputs, track if moves else None)
+    return mixture_on_cpu.normalize(x, how, layer.weight, layer.bias, w, v)
