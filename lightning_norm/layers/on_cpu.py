@@ -22,11 +22,11 @@ def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bia
 
     ``None`` where torch's is not the same function at the same precision; then nothing has moved.
     """
-    # Of large contiguous maps the passes of this package are faster.
-    if layout.size > 1 and x.numel() > LARGE and x.is_contiguous():
-        return None
     running = tuple(layer._buffers[name] for name in layer.running_names) if layer.moves_running_stats else None
     if not native.takes(x, weight, bias, *(running or ())):
+        return None
+    # Of large contiguous maps the passes of this package are faster.
+    if layout.size > 1 and x.numel() > LARGE and x.is_contiguous():
         return None
     batches, momentum = layer.num_batches_tracked, 0.0
     if running is not None:
