@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_norm.errors import NoEffectWarning
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.arguments import (
     arguments_of,
     as_int,
@@ -39,7 +40,7 @@ from lightning_norm.layers.scheduled import Scheduled, keep_exact
 from lightning_norm.layers.special_calls import SpecialCalls
 from lightning_norm.layers.state import Loading, restore_precision
 from lightning_norm.layers.swap_record import SwapRecord
-from lightning_norm.ops import native, torch_private
+from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import GRAPH_KEY, compiled_forward
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
@@ -715,7 +716,7 @@ def _forward(
         y = layer.on_cpu(x, layout)
         if y is not None:
             return ended(y, activation, residual)
-        if layer.of_batch_alone and native.takes(x):
+        if on_cpu.is_read_as_one_sample(layer, x, layout):
             layout = layout.as_one_sample()
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
     algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()

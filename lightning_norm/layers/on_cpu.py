@@ -7,9 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from lightning_norm.layers.running_stats import moves_running_stats
-from lightning_norm.ops import mixed, native
+from lightning_norm.ops import mixture_on_cpu, native
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
+
+FEW = 8
+"""Elements of a group."""
+
+LARGE = 1 << 19
+"""Elements of x."""
 
 
 def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -19,6 +25,9 @@ def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bia
     """
     running = tuple(layer._buffers[name] for name in layer.running_names) if moves_running_stats(layer) else None
     if not native.takes(x, weight, bias, *(running or ())):
+        return None
+    # Of large contiguous maps the passes of this package are faster.
+    if layout.size > 1 and x.numel() > LARGE and x.is_contiguous():
         return None
     batches, momentum = layer.num_batches_tracked, 0.0
     if running is not None:
@@ -33,7 +42,11 @@ def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bia
 
 def group_norm(layer: Any, x: Tensor, layout: Layout, groups: int) -> Tensor | None:
     """Return x normalized by the statistics of each sample's groups; ``None`` as for :func:`batch_norm`."""
-    if layout.channel_dim != 1 or not native.takes(x, layer.weight, layer.bias):
+    # Few elements often have a mean that is large against their standard deviation: ATen would compute in vain.
+    few = layout.size * layout.c // groups < FEW
+    # Channels-last, its kernel for groups of one channel is several times slower than the passes.
+    slow = groups == layout.c and not x.is_contiguous()
+    if few or slow or layout.channel_dim != 1 or not native.takes(x, layer.weight, layer.bias):
         return None
     return native.group_norm(x, layout, groups, layer.weight, layer.bias, layer.eps)
 
@@ -49,7 +62,7 @@ def mixture(
     entries: tuple[int, ...] = (),
     outputs: bool = False,
 ) -> Tensor | None:
-    """Return x normalized by a mixture, see :class:`lightning_norm.ops.mixed.Mixture`; ``None`` if it cannot."""
+    """Return x normalized by a :class:`lightning_norm.ops.mixture_on_cpu.Mixture`; ``None`` where it cannot."""
     if not native.takes(x, layer.weight, layer.bias, w, v):
         return None
 
@@ -57,5 +70,10 @@ def mixture(
         layer.track(Moments(mean, var, layout.n * layout.size))
 
     moves = moves_running_stats(layer) and "bn" in statistics
-    how = mixed.Mixture(layout, statistics, layer.eps, entries, outputs, track if moves else None)
-    return mixed.normalize(x, how, layer.weight, layer.bias, w, v)
+    how = mixture_on_cpu.Mixture(layout, statistics, layer.eps, entries, outputs, track if moves else None)
+    return mixture_on_cpu.normalize(x, how, layer.weight, layer.bias, w, v)
+
+
+def is_read_as_one_sample(layer: Any, x: Tensor, layout: Layout) -> bool:
+    """Tell whether a batch is measured as one sample: where ATen's kernels for it are fast, and it pays."""
+    return layer.of_batch_alone and (layout.size == 1 or not x.is_contiguous()) and native.takes(x)

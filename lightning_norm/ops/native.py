@@ -30,10 +30,10 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
     return (
         type(x) in PLAIN
         and dtype in WIDE
+        and not torch_private.is_transformed()  # first of all: a trace would note what is asked of x below
         and may_read_back(x)
         and all([t is None or (t.dtype == dtype and t.is_cpu) for t in others])  # noqa: C419  a generator takes longer
         and (x.is_contiguous() or _is_channels_last(x))
-        and not torch_private.is_transformed()
     )
 
 

@@ -16,11 +16,15 @@ from lightning_norm.ops.layout import Layout, stat_dtype
 
 
 def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, (1, C)."""
+    """Mean and biased variance of each channel, (1, C), the variance in float64: a scale belongs to a whole channel."""
     mean, var = (t.view(1, -1) for t in torch.batch_norm_update_stats(_rows(x, layout), None, None, 0.0))
     if stat_dtype(x) == mean.dtype or eager.is_small(mean, var):
-        return mean, var
-    return eager.moments(x, layout)
+        return mean, var.double()
+    # What rounding took from a large mean is small: its mean, and the squares around it, have all their digits.
+    u = x - layout.broadcast_to_input(mean)
+    rest = u.mean(layout.reduced, dtype=torch.float64).view(1, -1)
+    square = u.mul_(u).mean(layout.reduced, dtype=torch.float64).view(1, -1)
+    return mean.double() + rest, (square - rest.square()).clamp_min(0)
 
 
 def apply(

@@ -1,0 +1,39 @@
+"""The bars of the CPU are printed, in the shortest form: the numbers themselves are those of a quiet machine."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cpu_bars import CASES, Row, bar, verdict
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "limit"),
+    [("128x64", "bn", 1.2), ("128x64", "sn", 3.0), ("2x32x8x8", "gn", 2.0), ("32x64x7x7", "afn", None)],
+)
+def test_bars_of_the_issue(name, key, limit):
+    assert bar(next(case for case in CASES if case.name == name), key) == limit
+
+
+def test_verdict_names_what_is_missed():
+    flat = CASES[0]
+    rows = [Row(flat, "bn", [1.5], 60.0, [1.04], 1.2), Row(flat, "sn", [2.5], 100.0, [1.5], 3.0)]
+    said = verdict(rows)
+    assert "1 of 2 bars met. Missed: bn at 128x64: 1.50 for 1.2" in said
+    assert "1 of 2 met. Missed: sn at 128x64: 1.50" in said
+
+
+def test_command_beside_another_tree(tmp_path):
+    saved = tmp_path / "cpu.md"
+    command = [sys.executable, "-m", "benchmarks.cpu_bars", "--parts", "small", "--norms", "bn", "--rounds", "2"]
+    process = subprocess.run(
+        [*command, "--before", str(ROOT), "--save", str(saved)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    rows = re.findall(r"^\| (\S+) \| bn \| \d+ \| [\d.]+ \| [\d.]+ \|", saved.read_text(), re.M)
+    assert rows == [case.name for case in CASES if case.part == "small"]
