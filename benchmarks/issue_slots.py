@@ -69,12 +69,13 @@ def instructions(code: str, turns: int) -> int:
 
     Slow paths, which call a function for numbers that are not normal, are not taken; a loop may be unrolled by ptxas.
     """
-    lines, labels = [], {}
+    lines: list[str] = []
+    labels: dict[str, int] = {}
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(lines)
-        elif text := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            lines.append(text[1])
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(found[1])
     count = at = 0
     while at < len(lines):
         count += 1

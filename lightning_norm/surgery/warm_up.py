@@ -132,7 +132,7 @@ class _Pool(ThreadPoolExecutor):
         """Wait for all tasks."""
         from concurrent.futures import as_completed
 
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped]
 
         bar = tqdm(as_completed(self.futures), "Kernels", len(self.futures), disable=not self.progress, leave=False)
         for _ in bar:
