@@ -160,9 +160,12 @@ class _Equations:
         if self.how.outputs:
             # x is its mean, around which nothing is left but the shift.
             assert shift is not None
-            return shift.view(x.shape)
-        u = cast(self.mean - self.center, x.dtype)
-        return (u.mul_(self.scale) if shift is None else torch.addcmul(shift, u, self.scale)).view(x.shape)
+            y = shift
+        else:
+            u = cast(self.mean - self.center, x.dtype)
+            y = u.mul_(self.scale) if shift is None else torch.addcmul(shift, u, self.scale)
+        # No view, which autograd would refuse to change in place.
+        return y.view(x.shape).data
 
     @property
     def _is_narrow(self) -> bool:

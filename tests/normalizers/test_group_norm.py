@@ -46,7 +46,13 @@ def test_same_as_torch(shape, arguments):
     same_as_torch(LayerNorm(12, **arguments), nn.GroupNorm(1, 12, **arguments), shape)
 
 
-@pytest.mark.parametrize("groups", [0, -1, 5, 2.0, "x"])
+@pytest.mark.parametrize("groups", [2.0, "x", True])
+def test_groups_are_a_number_or_auto(groups):
+    with pytest.raises(ValueError, match="num_groups must be an int or 'auto'"):
+        GroupNorm(12, num_groups=groups)
+
+
+@pytest.mark.parametrize("groups", [0, -1, 5])
 def test_groups_must_divide(groups):
     with pytest.raises(ValueError, match=r"12 channels.*[Dd]ivisors of 12"):
         GroupNorm(12, num_groups=groups)

@@ -77,6 +77,25 @@ def test_same_as_the_algebra(name, kind, mean):
         assert (short - exact).norm() <= 4 * (written - exact).norm() + tolerance * exact.norm() + 1e-6
 
 
+@pytest.mark.parametrize("kind", [*INPUTS, "1 x 1"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_output_may_be_changed_in_place(name, kind):
+    shape, channel_dim = {**INPUTS, "1 x 1": ((4, 8, 1, 1), 1)}[kind]
+    if name in ("in", "bnet") and kind in ("flat", "1 x 1"):
+        pytest.skip("needs positions")
+    layer, x = layer_of(name, channel_dim, torch.float32), torch.randn(shape)
+    if kind == "channels-last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    found = []
+    for inplace in (True, False):
+        given = x.clone().requires_grad_()
+        fresh = copy.deepcopy(layer)  # running statistics move
+        y = torch.nn.functional.relu(fresh(given), inplace=inplace)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [given, *fresh.parameters()])))
+    for changed, new in zip(*found, strict=True):
+        assert torch.equal(changed, new)
+
+
 @pytest.mark.parametrize("kind", ["images", "flat", "tokens"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_same_second_derivatives_as_the_algebra(name, kind):
