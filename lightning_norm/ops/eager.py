@@ -29,7 +29,7 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
     if not layout.reduced or (layout.size == 1 and not recorded):
         return _moments_of_one(x)
     keep = recorded or is_recording()
-    if x.dtype == torch.float32 and x.numel() <= FEW and not keep and may_read_back(x):
+    if not keep and x.dtype == torch.float32 and may_read_back(x) and x.numel() <= FEW:
         # One operation in place of five, which counts where there are few elements and not where there are many.
         var, mean = (layout.of_samples(t) for t in torch.var_mean(x, layout.reduced, correction=0))
         if is_small(mean, var):
