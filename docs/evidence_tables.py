@@ -198,7 +198,8 @@ def save_switch_weights(records: Sequence[Mapping[str, Any]]) -> None:
     """Write results/sn_weights.csv from the runs of SN's study: means over layers and seeds after the last epoch."""
     cells: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
     for record in records:
-        last = {name: values[-1] for name, values in record["history"].items() if name.startswith("norm/")}
+        # Other normalizers log other quantities under the same prefix.
+        last = {n: values[-1] for n, values in record["history"].items() if n.startswith(("norm/mean_", "norm/var_"))}
         if last:
             cells[record["label"], int(record["sweep"][BATCH])].append(last)
     rows: list[dict[str, Any]] = []

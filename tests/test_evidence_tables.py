@@ -38,7 +38,10 @@ def test_switch_weights_are_means_over_seeds_after_the_last_epoch(tables, tmp_pa
     runs = [("sn", "32", [0.3, 0.2]), ("sn", "32", [0.3, 0.4]), ("sn", "4", [0.1]), ("bn", "4", None)]
     save_runs(
         tmp_path / "sn",
-        [(label, {tables.BATCH: size}, {"norm/mean_bn": weights} if weights else {}) for label, size, weights in runs],
+        [
+            (label, {tables.BATCH: size}, {"norm/mean_bn": weights} if weights else {"norm/iota": [1.0]})
+            for label, size, weights in runs
+        ],
     )
     tables.save_from_runs(tmp_path / "sn")
     assert tables.switch_weights()[2:] == ["| sn | 4 | 1 | 0.100 |", "| sn | 32 | 2 | 0.300 |"]

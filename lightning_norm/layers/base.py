@@ -164,7 +164,7 @@ class Normalizer(Loading, Evaluation, SwapRecord):
         return modules
 
     @property
-    def of_batch_alone(self) -> bool:
+    def _of_batch_alone(self) -> bool:
         """Whether no statistic is that of a single sample: a batch may be measured as one of all its positions."""
         return False
 
@@ -448,7 +448,7 @@ class MomentNorm(SpecialCalls, Normalizer):
         """Return the same equations as the kernels know them; ``None`` where they do not."""
         return None
 
-    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of the input's statistics by a function of torch's, and move the running ones.
 
         ``None`` where torch has none, or would compute another y: then the algebra does it, and nothing may have moved.
@@ -713,7 +713,7 @@ def _forward(
     # The kernels move the running statistics themselves and know nothing of an accumulator.
     accumulates = layer.training and layer._accumulator is not None
     if of_input and layer._fused_spec_holds and ranks is None and not accumulates and layer.backend == "auto":
-        y = layer.on_cpu(x, layout)
+        y = layer._on_cpu(x, layout)
         if y is not None:
             return ended(y, activation, residual)
         if on_cpu.is_read_as_one_sample(layer, x, layout):

@@ -76,4 +76,4 @@ def mixture(
 
 def is_read_as_one_sample(layer: Any, x: Tensor, layout: Layout) -> bool:
     """Tell whether a batch is measured as one sample: where ATen's kernels for it are fast, and it pays."""
-    return layer.of_batch_alone and (layout.size == 1 or not x.is_contiguous()) and native.takes(x)
+    return layer._of_batch_alone and (layout.size == 1 or not x.is_contiguous()) and native.takes(x)

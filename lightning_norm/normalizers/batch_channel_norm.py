@@ -108,7 +108,7 @@ class BatchChannelNorm(PerToken):
         mixed = torch.addcmul(x, t.centered, (t.var + self.eps).rsqrt() * t.along(1 - iota))
         return t.scaled(mixed, mixed.new_ones(()), self.weight, self.bias)
 
-    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return the same equation with a backward pass that is written out."""
         if self.correction or self.per_token:
             return None

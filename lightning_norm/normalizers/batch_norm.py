@@ -37,7 +37,7 @@ class BatchNorm(MomentNorm):
 
     key = "bn"
     paper = Paper("Ioffe and Szegedy", 2015, "Batch Normalization", "arXiv 1502.03167")
-    of_batch_alone = True
+    _of_batch_alone = True
     eval_uses_input_stats: ClassVar[bool] = False
     preserves_eval = True
 
@@ -62,7 +62,7 @@ class BatchNorm(MomentNorm):
         batch = self.track(m.over_batch())
         return self.standardize(batch.mean, batch.var)
 
-    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of torch's batch normalization, which is the same function."""
         return on_cpu.batch_norm(self, x, layout, self.weight, self.bias)
 

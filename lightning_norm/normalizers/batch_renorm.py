@@ -69,7 +69,7 @@ class BatchRenorm(BlendedNorm):
         "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
         "arXiv 1702.03275",
     )
-    of_batch_alone = True
+    _of_batch_alone = True
     eval_uses_input_stats: ClassVar[bool] = False
     preserves_eval = True
     gradient_is_exact = False

@@ -90,7 +90,7 @@ class BNET(ConvolvedNorm):
         return self.statistics != "in"
 
     @property
-    def of_batch_alone(self) -> bool:
+    def _of_batch_alone(self) -> bool:
         """Whether the batch's statistics are the only ones; of tokens the axes are moved for the convolution."""
         return self.statistics == "bn" and self.channel_dim == 1
 

@@ -67,7 +67,7 @@ class DiminishingBatchNorm(BlendedNorm):
 
     key = "dbn"
     paper = Paper("Ma and Klabjan", 2024, "Diminishing Batch Normalization", "arXiv 1705.08011")
-    of_batch_alone = True
+    _of_batch_alone = True
     eval_uses_input_stats: ClassVar[bool] = False
     repr_arguments: ClassVar[tuple[str, ...]] = (
         "alpha",

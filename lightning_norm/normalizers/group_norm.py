@@ -73,7 +73,7 @@ class GroupNorm(MomentNorm):
         group = m.over_channels(self.num_groups)
         return self.standardize(group.mean, group.var)
 
-    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of torch's group normalization, which is the same function."""
         return on_cpu.group_norm(self, x, layout, self.num_groups)
 
@@ -134,7 +134,7 @@ class LayerNorm(MomentNorm):
         layer = m.over_channels()
         return self.standardize(layer.mean, layer.var)
 
-    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of torch's group normalization, which is the same function."""
         return on_cpu.group_norm(self, x, layout, 1)
 

@@ -65,7 +65,7 @@ class InstanceNorm(MomentNorm):
         sample = self.track(m)
         return self.standardize(sample.mean, sample.var)
 
-    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of torch's group normalization with a group for each channel, where nothing else is kept."""
         if self.track_running_stats or self.has_running_stats:
             return None

@@ -172,7 +172,7 @@ class SwitchableNorm(PerToken, MixedNorm):
             return torch.where(count <= 1, without, with_in)
         return self.weights(logits)
 
-    def on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return the same equation with a backward pass that is written out, for softmax weights and no groups."""
         if self.correction or self.sparse or self.per_token or "gn" in self.choices:
             return None

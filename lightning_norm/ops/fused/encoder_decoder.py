@@ -67,7 +67,7 @@ class EncoderDecoderSpec:
         return recorded.kind_of("encoder decoder", self.flags, self.eps, *(t.shape for t in self.linears))
 
     @property
-    def of_batch_alone(self) -> bool:
+    def _of_batch_alone(self) -> bool:
         """Whether the networks see the one row of the batch's or the running statistics."""
         return self.flags.batch
 

@@ -95,7 +95,7 @@ class MixtureSpec:
         return recorded.kind_of("mixture", self.flags, self.eps)
 
     @property
-    def of_batch_alone(self) -> bool:
+    def _of_batch_alone(self) -> bool:
         """Whether no sample has statistics of its own."""
         return self.flags.at_in < 0 and self.flags.at_ln < 0
 
@@ -233,7 +233,7 @@ class RecordedDepthwise:
         return recorded.kind_of(self.mixture.kind, self.kernel.shape)
 
     @property
-    def of_batch_alone(self) -> bool:
+    def _of_batch_alone(self) -> bool:
         """Whether positions have no neighbours: never."""
         return False
 

@@ -82,7 +82,7 @@ class PerChannelSpec:
         return recorded.kind_of("per channel", self.flags, self.numbers)
 
     @property
-    def of_batch_alone(self) -> bool:
+    def _of_batch_alone(self) -> bool:
         """Whether no sample is looked at by itself."""
         f = self.flags
         return not (f.contexts or f.condensed or f.center or f.scale or f.affine or f.gate)

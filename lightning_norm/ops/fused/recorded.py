@@ -30,7 +30,7 @@ class Recordable(Protocol):
         """What the launches depend on beside tensors, one object for equal descriptions: see :func:`kind_of`."""
 
     @property
-    def of_batch_alone(self) -> bool:
+    def _of_batch_alone(self) -> bool:
         """Whether no sample has statistics of its own, so that (N, C) inputs may be read as one sample."""
 
     @property
@@ -84,7 +84,7 @@ def kind_of(*what: Hashable) -> object:
 
 def channel_dim_of(x: Tensor, spec: Recordable, channel_dim: int) -> int:
     """Return the channel axis as the launches are told it, see :func:`lightning_norm.kernels.grid.as_one_sample`."""
-    return as_one_sample(x, channel_dim) if x.dim() == 2 and spec.of_batch_alone else channel_dim
+    return as_one_sample(x, channel_dim) if x.dim() == 2 and spec._of_batch_alone else channel_dim
 
 
 def can_record(x: Tensor, spec: Recordable, residual: Tensor | None = None) -> bool:
