@@ -180,7 +180,7 @@ class MixtureSpec:
         if not self.group and recorded.can_record(x, self, residual):
             return recorded.normalize(x, self, channel_dim, activation, residual)
         y: Tensor = _Mixture.apply(
-            x, self.weight, self.bias, self.w, self.v, residual, *self._statistics(x, layout), *self._frozen(),
+            x, self.weight, self.bias, self.w, self.v, residual, *self._statistics(x, channel_dim), *self._frozen(),
             channel_dim, self.flags, self.eps, activation, self.group,
         )  # fmt: skip
         return y
@@ -193,18 +193,16 @@ class MixtureSpec:
             depthwise = vars(self)[CONVOLVED] = RecordedDepthwise(replace(self), kernel, bias)
         if not self.group and recorded.can_record(x, depthwise) and kernel.is_contiguous():
             return recorded.normalize(x, depthwise, layout.channel_dim, "none", None)
-        stats = self._statistics(x, layout)
+        stats = self._statistics(x, layout.channel_dim)
         return apply_depthwise(x, kernel, bias, stats, self._frozen(), self.flags, self.eps, self.group)
 
-    def _statistics(self, x: Tensor, layout: Layout) -> MixtureStatistics:
+    def _statistics(self, x: Tensor, channel_dim: int) -> MixtureStatistics:
         """Return the statistics of x, and move the running ones."""
         # The operator has no formula for gradients: the autograd functions have.
         parameters = (None if t is None else t.detach() for t in self.parameters)
         op = ops.mixture_affine_and_track if self.flags.track else ops.mixture_affine
         return MixtureStatistics(
-            *op(
-                x.detach(), *parameters, *self.buffers, layout.channel_dim, to_numbers(self.flags), self.eps, self.group
-            )
+            *op(x.detach(), *parameters, *self.buffers, channel_dim, to_numbers(self.flags), self.eps, self.group)
         )
 
     def _frozen(self) -> tuple[Tensor | None, Tensor | None]:
@@ -384,7 +382,7 @@ def _fake_gradients(
     dy: Tensor, x: Tensor, moments: Tensor, batch: Tensor, layer: Tensor, affine: Tensor, *args: Any
 ) -> Any:
     residual, channel_dim, numbers, _, _, need_dx, _ = args[-7:]
-    flags, c = from_numbers(MixtureFlags, numbers), x.shape[channel_dim]
+    flags, (_, c) = from_numbers(MixtureFlags, numbers), samples_and_channels(x, channel_dim)
     dx, dresidual = operators.fake_input_gradients(x, affine, residual, need_dx)
     dw = affine.new_empty(c if flags.outputs else flags.num_weights)
     return dx, affine.new_empty(c), affine.new_empty(c), dw, affine.new_empty(flags.num_weights), dresidual

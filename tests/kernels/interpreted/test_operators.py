@@ -63,12 +63,14 @@ def on_triton(key, **arguments):
     return layer
 
 
-@pytest.mark.parametrize("key", ["bn", "sn"])
-def test_compile(key):
+# Of (N, C) the kernels read a batch as one sample where no sample has statistics of its own.
+@pytest.mark.parametrize("shape", [(4, 6, 5, 3), (16, 6)], ids=str)
+@pytest.mark.parametrize("key", ["bn", "sn", "brn", "dbn", "rbn", "ubn"])
+def test_compile(key, shape):
     layer = on_triton(key)
     plain = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x, dy = features(4, 6, 5, 3), noise(4, 6, 5, 3, seed=7)
+    x, dy = features(*shape), noise(*shape, seed=7)
     same_step(step(compiled, x, dy), _renamed(step(plain, x, dy)), 1e-7, "compiled")
     for name, value in statistics(plain).items():
         torch.testing.assert_close(layer._buffers[name], value)
