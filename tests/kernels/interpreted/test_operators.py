@@ -67,6 +67,7 @@ def on_triton(key, **arguments):
 @pytest.mark.parametrize("shape", [(4, 6, 5, 3), (16, 6)], ids=str)
 @pytest.mark.parametrize("key", ["bn", "sn", "brn", "dbn", "rbn", "ubn"])
 def test_compile(key, shape):
+    torch.compiler.reset()  # more layers than it compiles one function for
     layer = on_triton(key)
     plain = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
