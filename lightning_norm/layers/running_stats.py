@@ -13,8 +13,7 @@ from typing_extensions import Self
 from lightning_norm.layers.accumulators import AccumulationWindow, StatisticsAccumulator
 from lightning_norm.layers.declared import ExtraBuffers, Unsupported
 from lightning_norm.layers.pausing import is_paused
-from lightning_norm.ops import torch_private
-from lightning_norm.ops.eager import may_read_back
+from lightning_norm.ops import eager, torch_private
 from lightning_norm.ops.layout import at_least_float32, cast
 from lightning_norm.ops.moments import Moments, to_var
 
@@ -200,7 +199,7 @@ def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None
 
 def _moved_at_once(layer: RunningStats, mean: Tensor, var: Tensor) -> bool:
     """Move the running statistics in few operations, where values may be read back and all of them are finite."""
-    if not may_read_back(mean) or torch_private.is_transformed():
+    if not eager.may_read_back(mean) or torch_private.is_transformed():
         return False
     old: list[Any] = [layer._buffers[name] for name in layer.running_names]
     new = []

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import torch_private
-from lightning_norm.ops.eager import SMALL_MEAN, may_read_back
+from lightning_norm.ops import eager, torch_private
+from lightning_norm.ops.eager import SMALL_MEAN
 from lightning_norm.ops.layout import Layout
 
 LEAST_SCALE = 1e-18
@@ -31,7 +31,7 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
         type(x) in PLAIN
         and dtype in WIDE
         and not torch_private.is_transformed()  # first of all: a trace would note what is asked of x below
-        and may_read_back(x)
+        and eager.may_read_back(x)
         and all([t is None or (t.dtype == dtype and t.is_cpu) for t in others])  # noqa: C419  a generator takes longer
         and (x.is_contiguous() or _is_channels_last(x))
     )

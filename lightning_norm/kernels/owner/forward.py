@@ -83,11 +83,10 @@ def places_at(
 
 @triton.jit
 def measure(
-    x, moments, samples, channels, size, units, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, N_TILE: tl.constexpr,
+    x, hi, lo, var, samples, channels, size, units, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, N_TILE: tl.constexpr,
     C_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the moments (3, N * C) of the program's channels; return how many of its maps have a NaN or an infinity."""
-    number = samples * channels
+    """Write the moments (N, C) of the program's channels; return how many of its maps have a NaN or an infinity."""
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
     bad = tl.zeros((N_TILE, C_BLOCK), tl.int32)
     count = tl.cast(size, tl.float32)
@@ -99,9 +98,7 @@ def measure(
         pivot = tl.sum(tl.where(keep, v, 0.0), 2) / count
         u = tl.where(keep, v - pivot[:, :, None], 0.0)
         square = tl.sum(u * u, 2)
-        store_moments(
-            moments, moments + number, moments + 2 * number, i, inside, pivot, tl.sum(u, 2), square, count + pivot * 0.0
-        )
+        store_moments(hi, lo, var, i, inside, pivot, tl.sum(u, 2), square, count + pivot * 0.0)
         # Written so that a NaN, for which every comparison is false, counts as bad.
         bad += tl.where(inside & ~(tl.abs(pivot + square) < float("inf")), 1, 0)
     return tl.sum(tl.sum(bad, 1), 0)
@@ -151,8 +148,9 @@ def own_mixture(
 ):  # fmt: skip
     """Normalize by the statistics of the batch (BN), or else of each instance. The grid is (blocks of channels,)."""
     number = samples * channels
-    hi, lo, var = moments, moments + number, moments + 2 * number
-    measure(x, moments, samples, channels, size, units, ALIGN, COLUMNS, N_TILE, C_BLOCK, S_BLOCK)
+    # The mean is the pivot of the coefficients, and stored once.
+    hi, lo, var = affine, moments, moments + number
+    measure(x, hi, lo, var, samples, channels, size, units, ALIGN, COLUMNS, N_TILE, C_BLOCK, S_BLOCK)
     tl.debug_barrier()
     pid = tl.program_id(0)
     if BN:
@@ -200,11 +198,12 @@ def own_channels(
     ``counter`` holds the number of updates with BLEND and the priors with CONTEXTS.
     """
     number = samples * channels
-    bad = measure(x, moments, samples, channels, size, units, ALIGN, COLUMNS, N_TILE, C_BLOCK, S_BLOCK)
+    hi, lo, var = affine, moments, moments + number
+    bad = measure(x, hi, lo, var, samples, channels, size, units, ALIGN, COLUMNS, N_TILE, C_BLOCK, S_BLOCK)
     tl.debug_barrier()
     channels_of(
-        moments, moments + number, moments + 2 * number, responsibilities, weight, bias, center_weight, scale_weight,
-        scale_bias, affine_weight, affine_bias, running_mean, running_var, tracked, skipped, counter, counter, affine,
+        hi, lo, var, responsibilities, weight, bias, center_weight, scale_weight, scale_bias, affine_weight,
+        affine_bias, running_mean, running_var, tracked, skipped, counter, counter, affine,
         affine, affine, affine, rate, threshold, limit, affine, affine, affine, affine, moments, stats, affine, samples,
         number, channels, contexts, contexts, 1, 1, channels, number, size, size, 1, eps, inner, least, power,
         unit_scale, unit_affine, True, False, False, BLEND, STD, COPY, POWER, DETACH, 0, 0, CONTEXTS, False, False,

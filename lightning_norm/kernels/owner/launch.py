@@ -139,7 +139,7 @@ def normalize_mixture(
 ) -> tuple[Tensor, MixtureStatistics]:
     """Return y, and what ``mixture.launch.affine_of`` returns; the arguments as there."""
     y, affine = torch.empty_like(x), torch.empty(3, owner.n, owner.c, device=x.device, dtype=torch.float32)
-    moments, empty, bn = torch.empty_like(affine), affine.new_empty(0), flags.at_bn >= 0
+    moments, empty, bn = torch.empty_like(affine[1:]), affine.new_empty(0), flags.at_bn >= 0
     batch = affine.new_empty(3, owner.c) if bn else empty
     factor, count = _factor(owner, flags), owner.n * owner.size
     with device_of(x):
@@ -201,7 +201,7 @@ def normalize_channels(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return y, and what ``per_channel.launch.affine_of`` returns; the arguments as there."""
     y, affine = torch.empty_like(x), torch.empty(3, owner.n, owner.c, device=x.device, dtype=torch.float32)
-    moments = torch.empty_like(affine)
+    moments = torch.empty_like(affine[1:])
     stats = affine.new_empty(flags.num_statistics, flags.rows, owner.c)
     # Where ``survey`` leaves a number for each sample, each program leaves one.
     survey_out = affine.new_empty(2 + 3 * flags.rows + owner.programs if flags.moves_with_channels else 0)
