@@ -108,7 +108,9 @@ def test_dropout(monkeypatch):
 )
 def test_large_offsets(key, gate):
     arguments = {"gate_init": gate, **(PLAIN if key == "afn" else {})}
-    compare(*pair(key, arguments, offset=1000.0), features(4, 6, 5, 3) + 1000, noise(4, 6, 5, 3, seed=7), 5e-6)
+    # The gradient of a gate is one number, in which the terms of all samples cancel: it has fewer digits.
+    tolerance = 5e-6 if math.isinf(gate) else 3e-5
+    compare(*pair(key, arguments, offset=1000.0), features(4, 6, 5, 3) + 1000, noise(4, 6, 5, 3, seed=7), tolerance)
 
 
 @pytest.mark.parametrize("key", ["asr", pytest.param("afn", marks=SLOW)])
