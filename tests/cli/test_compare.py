@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -219,6 +220,19 @@ def test_two_processes_share_a_folder(job):
         assert "bn is the network as it is" in out
     records = RunStore(Path("compare")).read_all()
     assert len(records) == 6
+
+
+def test_one_process_at_a_time_writes_the_report(job):
+    compare.run([*job(), "--seeds", "1"])
+    (results := Path("compare") / "results.csv").unlink()
+    drawing = threading.Thread(target=compare.run, args=[["--report", "compare", "--metric", "val/loss"]])
+    with RunStore(Path("compare")).writes_report():
+        drawing.start()
+        drawing.join(2)
+        assert drawing.is_alive()
+        assert not results.exists()
+    drawing.join()
+    assert results.exists()
 
 
 @pytest.mark.slow

@@ -221,7 +221,9 @@ def _report(
     check_metric(records, metric)
     made = comparison.Report(records, metric, higher, options.take == "best", baseline)
     print(made.text())
-    for path in made.save(store.folder):
+    with store.writes_report():
+        written = made.save(store.folder)
+    for path in written:
         print(path)
 
 

@@ -84,6 +84,11 @@ class RunStore:
         """Write a finished run under a temporary name and rename it, so that no reader meets half a file."""
         write_whole(self.runs / f"{name}.json", json.dumps({"format": FORMAT, **record}, indent=1))
 
+    def writes_report(self) -> FileLock:
+        """Return the lock under which a process writes the report: one that ends at the same time waits for it."""
+        self.locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.locks / "report.lock")
+
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Hold a run's lock; yield whether this process has it, and ``False`` while another one does."""
