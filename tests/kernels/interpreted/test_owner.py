@@ -10,7 +10,8 @@ import lightning_norm
 from lightning_norm.kernels import grid, launcher
 from lightning_norm.kernels.owner.launch import HELD, owner_of
 from lightning_norm.normalizers.context.assignment import assign, context_layers
-from lightning_norm.testing.kit import features, noise, statistics, step
+from lightning_norm.testing.kit import features, noise
+from tests.kernels.interpreted.test_layers import compare as compare_with_float64
 from tests.kernels.interpreted.test_layers import count_launches
 
 CONTEXTS = {"context": "ids", "min_count": 60, "num_contexts": 3}
@@ -68,14 +69,7 @@ def pair(key, arguments, channels, samples, offset=0.0):
 
 
 def compare(ours, exact, x, dy, tolerance=3e-6):
-    a, b = step(ours, x, dy), step(exact, x.double(), dy.double())
-    got = {"y": a.y, "dx": a.dx, **a.grads, **statistics(ours)}
-    want = {"y": b.y, "dx": b.dx, **b.grads, **statistics(exact)}
-    assert got.keys() == want.keys()
-    for name, t in want.items():
-        error = (got[name].double() - t.double()).norm() / t.double().norm().clamp_min(0.1)
-        assert error < tolerance, f"{name}: {error:.1e}"
-    assert a.y.stride() == x.stride()
+    assert compare_with_float64(ours, exact, x, dy, tolerance).y.stride() == x.stride()
 
 
 @pytest.mark.parametrize(("key", "arguments"), LAYERS, ids=str)
