@@ -1,9 +1,9 @@
 """Print which files and lines one training forward of a layer runs through: what a reader must walk to follow it.
 
-    python -m benchmarks.walk [--norm sn] [--backend eager | triton]
+    python -m benchmarks.walk [--norm sn] [--backend eager | auto | triton]
 
-Without --backend, both: in plain PyTorch on the CPU, and on the Triton kernels through Triton's interpreter. For each
-file of the package that took part it prints
+Without --backend, all: in plain PyTorch; as a layer runs on the CPU by default, where some methods have a shorter way
+for it; and on the Triton kernels through Triton's interpreter. For each file of the package that took part it prints
 
 run         lines that were executed, each counted once
 way         lines of the functions that were called, docstrings, decorators and branches not taken included
@@ -32,6 +32,7 @@ import torch
 import lightning_norm
 
 PACKAGE = Path(lightning_norm.__file__).parent
+BACKENDS = ("eager", "auto", "triton")
 
 
 class Walk:
@@ -98,20 +99,20 @@ def show(norm: str, backend: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Show one backend, or both in processes of their own: Triton reads at import whether it shall interpret."""
+    """Show one backend, or each in a process of its own: Triton reads at import whether it shall interpret."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--norm", default="sn", help="key of the normalizer (default: %(default)s)")
-    parser.add_argument("--backend", choices=("eager", "triton"))
+    parser.add_argument("--backend", choices=BACKENDS)
     options = parser.parse_args(argv)
-    if options.backend == "eager" or (options.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if options.backend and (options.backend != "triton" or os.environ.get("TRITON_INTERPRET") == "1"):
         show(options.norm, options.backend)
         return
-    for backend in [options.backend] if options.backend else ["eager", "triton"]:
+    for backend in [options.backend] if options.backend else BACKENDS:
         if backend == "triton" and importlib.util.find_spec("triton") is None:
             print("\nTriton is not installed.")
             continue
         command = [sys.executable, "-m", "benchmarks.walk", "--norm", options.norm, "--backend", backend]
-        subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+        subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": str(int(backend == "triton"))}, check=True)
 
 
 if __name__ == "__main__":

@@ -209,10 +209,10 @@ def _moved_at_once(layer: RunningStats, mean: Tensor, var: Tensor) -> bool:
     # A sum that is not finite may be one of finite numbers: that is for the caller to find out.
     if not math.isfinite(new[0].sum().item() + new[1].sum().item()):
         return False
-    batches, momentum = layer.num_batches_tracked, layer.momentum
+    batches, momentum = layer.num_batches_tracked, layer._buffers.get("_momentum")
     if batches is not None:
         batches.add_(1)
-    weight = momentum if momentum is not None else 1.0 if batches is None else 1.0 / batches.item()
+    weight = momentum.item() if momentum is not None else 1.0 if batches is None else 1.0 / batches.item()
     for buffer, value in zip(old, new, strict=True):
         buffer.lerp_(value, weight)
     return True
