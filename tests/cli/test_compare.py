@@ -352,6 +352,21 @@ def test_a_claim_belongs_to_one_process(tmp_path):
         assert mine
 
 
+def test_a_sweep_that_goes_on_counts_the_seeds_of_what_has_run():
+    def run(label, size, seed):
+        value = 0.5 + seed / 100
+        return {
+            "label": label, "seed": seed, "sweep": {"size": size}, "history": {}, "test": {"acc": value}, "steps": 9,
+            "seconds": 1.0,
+        }  # fmt: skip
+
+    pairs = [("bn", "2"), ("sn", "2"), ("bn", "4")]
+    records = [run(label, size, seed) for label, size in pairs for seed in range(3)]
+    notes = Report(records, "acc", higher=True, best=False, baseline="bn").notes()
+    assert "1 of 4 rows have no run yet; the same command goes on." in notes
+    assert not any("too few" in note for note in notes)
+
+
 @pytest.mark.parametrize("comparisons", [1, 4])
 def test_the_interval_is_students(comparisons):
     differences = [0.01, -0.02, 0.03, 0.015]

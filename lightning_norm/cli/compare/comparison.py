@@ -203,13 +203,15 @@ class Report:
     def notes(self) -> list[str]:
         """Return what a reader must know to read the table, one sentence each."""
         better = "higher" if self.higher else "lower"
-        rows, seeds = (
-            self.rows(),
-            min((len(self.of(label, p)) for label in self.labels for p in self.points), default=0),
-        )
+        rows = self.rows()
+        # Of what has run: in a sweep that goes on, some normalizers have not come to some points.
+        seeds = min((row["seeds"] for row in rows), default=0)
+        remaining = len(self.labels) * len(self.points) - len(rows)
         which = "best" if self.best else "last"
         where = "test" if all(self.metric in r["test"] for r in self.records) else f"{which} epoch"
         notes = [f"{self.metric} of the {where}; {better} is better. Equal budgets: {self._budget(rows)}."]
+        if remaining:
+            notes.append(f"{remaining} of {len(rows) + remaining} rows have no run yet; the same command goes on.")
         if seeds < LEAST_SEEDS:
             notes.append(
                 f"{seeds} seed{'s' if seeds != 1 else ''}: too few for a verdict, --seeds {LEAST_SEEDS} gives one."
