@@ -9,9 +9,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 from typing_extensions import override
 
 import lightning_norm
+from lightning_norm.ops.condensation import condensation
 
 
 class PlainNet(nn.Sequential):
@@ -24,6 +26,7 @@ class PlainNet(nn.Sequential):
         depthwise: side of a depthwise convolution behind each BatchNorm, started as the identity; 0 for none. The
             baseline that tells BNET's normalization from the convolution that it adds.
         domains: of a :class:`DomainBatchNorm2d` in place of each BatchNorm; 0 for BatchNorm.
+        normalize: False leaves the normalizations out; the convolutions then have a bias.
     """
 
     def __init__(
@@ -33,18 +36,57 @@ class PlainNet(nn.Sequential):
         num_classes: int = 10,
         depthwise: int = 0,
         domains: int = 0,
+        normalize: bool = True,
     ) -> None:
         layers: list[nn.Module] = []
         previous = 3
         for c, stride in zip(channels, strides, strict=True):
-            conv = nn.Conv2d(previous, c, 3, stride, padding=1, bias=False)
+            conv = nn.Conv2d(previous, c, 3, stride, padding=1, bias=not normalize)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            layers += [conv, DomainBatchNorm2d(c, domains) if domains else nn.BatchNorm2d(c)]
+            layers.append(conv)
+            if normalize:
+                layers.append(DomainBatchNorm2d(c, domains) if domains else nn.BatchNorm2d(c))
             if depthwise:
                 layers.append(identity_depthwise(c, depthwise))
             layers.append(nn.ReLU(inplace=True))
             previous = c
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(previous, num_classes))
+
+
+class BottleneckNet(nn.Sequential):
+    """Bottleneck blocks of torchvision's ResNet behind one convolution, for images of 32 x 32.
+
+    Args:
+        planes: of each block; its output has four times as many channels.
+        strides: of each block.
+        num_classes: outputs.
+        depthwise: side of a depthwise convolution behind the last BatchNorm of each block, started as the identity; 0
+            for none.
+    """
+
+    def __init__(
+        self, planes: Sequence[int], strides: Sequence[int], num_classes: int = 10, depthwise: int = 0
+    ) -> None:
+        channels = planes[0]
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, channels, 3, 2, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+        ]
+        for width, stride in zip(planes, strides, strict=True):
+            wide = 4 * width
+            shortcut = None
+            if stride != 1 or channels != wide:
+                shortcut = nn.Sequential(nn.Conv2d(channels, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
+            block = Bottleneck(channels, width, stride, shortcut)
+            if depthwise:
+                block.bn3 = nn.Sequential(block.bn3, identity_depthwise(wide, depthwise))
+            layers.append(block)
+            channels = wide
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.groups == 1:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class DomainBatchNorm2d(nn.Module):
@@ -124,29 +166,14 @@ class Classifier(pl.LightningModule):
         self._step(batch, "test")
 
 
-class StudyClassifier(Classifier):
-    """Train a PlainNet by SGD with momentum 0.9, weight decay 5e-4, warm-up over 5 % of the steps and a cosine to zero.
+class CosineClassifier(Classifier):
+    """Train by SGD with momentum 0.9, warm-up over 5 % of the steps and a cosine to zero.
 
     Args:
-        channels: see :class:`PlainNet`.
-        strides: see :class:`PlainNet`.
+        net: images to logits.
         lr: peak learning rate at a batch of 128 samples; another batch size scales it in proportion.
-        depthwise: see :class:`PlainNet`.
         weight_decay: on all parameters.
-        domains: see :class:`PlainNet`.
     """
-
-    def __init__(
-        self,
-        channels: list[int],
-        strides: list[int],
-        lr: float = 0.1,
-        depthwise: int = 0,
-        weight_decay: float = 5e-4,
-        domains: int = 0,
-    ) -> None:
-        super().__init__(PlainNet(channels, strides, depthwise=depthwise, domains=domains), lr, weight_decay)
-        self.save_hyperparameters()
 
     @override
     def configure_optimizers(self) -> Any:
@@ -164,6 +191,57 @@ class StudyClassifier(Classifier):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class StudyClassifier(CosineClassifier):
+    """Train a PlainNet as :class:`CosineClassifier` says.
+
+    Args:
+        channels: see :class:`PlainNet`.
+        strides: see :class:`PlainNet`.
+        lr: see :class:`CosineClassifier`.
+        depthwise: see :class:`PlainNet`.
+        weight_decay: on all parameters.
+        domains: see :class:`PlainNet`.
+        normalize: see :class:`PlainNet`.
+    """
+
+    def __init__(
+        self,
+        channels: list[int],
+        strides: list[int],
+        lr: float = 0.1,
+        depthwise: int = 0,
+        weight_decay: float = 5e-4,
+        domains: int = 0,
+        normalize: bool = True,
+    ) -> None:
+        net = PlainNet(channels, strides, depthwise=depthwise, domains=domains, normalize=normalize)
+        super().__init__(net, lr, weight_decay)
+        self.save_hyperparameters()
+
+
+class BottleneckClassifier(CosineClassifier):
+    """Train a BottleneckNet as :class:`CosineClassifier` says.
+
+    Args:
+        planes: see :class:`BottleneckNet`.
+        strides: see :class:`BottleneckNet`.
+        lr: see :class:`CosineClassifier`.
+        depthwise: see :class:`BottleneckNet`.
+        weight_decay: on all parameters.
+    """
+
+    def __init__(
+        self,
+        planes: list[int],
+        strides: list[int],
+        lr: float = 0.1,
+        depthwise: int = 0,
+        weight_decay: float = 5e-4,
+    ) -> None:
+        super().__init__(BottleneckNet(planes, strides, depthwise=depthwise), lr, weight_decay)
+        self.save_hyperparameters()
 
 
 class MLPClassifier(Classifier):
@@ -215,3 +293,26 @@ class LayerMeans(pl.Callback):
                     values.setdefault(name, []).append(float(value))
         for name, numbers in values.items():
             pl_module.log(f"norm/{name}", sum(numbers) / len(numbers))
+
+
+class Condensations(pl.Callback):
+    """Log each epoch the condensation of the features in each layer, on the first batch of the validation.
+
+    ``condensed/conv_I`` is that of what the I-th convolution writes, before a normalization; ``condensed/relu_I`` that of
+    what its ReLU writes, where all features are positive. The network is in evaluation.
+    """
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx or trainer.sanity_checking:
+            return
+        counts: dict[str, int] = {}
+        x = batch[0]
+        for layer in pl_module.net:
+            x = layer(x)
+            kind = {nn.Conv2d: "conv", nn.ReLU: "relu"}.get(type(layer))
+            if kind is not None:
+                counts[kind] = counts.get(kind, 0) + 1
+                pl_module.log(f"condensed/{kind}_{counts[kind]}", condensation(x), batch_size=len(x))
