@@ -3,7 +3,7 @@
 ``docs/evidence/results/STUDY.csv`` is the results.csv of ``lightning-norm compare``; ``generate.py`` beside this file
 calls these functions and puts the lines into the pages. ``python docs/evidence_tables.py`` draws the pictures that
 compare does not draw, and ``python docs/evidence_tables.py FOLDER...`` takes what results.csv does not hold out of the
-runs of studies, whose names the folders have: SN's mean switch weights, and epochs to a given accuracy.
+runs of studies, whose names the folders have: SN's mean switch weights, epochs to a given accuracy, and the like.
 """
 
 from __future__ import annotations
@@ -236,6 +236,29 @@ def epochs_to_target(study: str) -> list[str]:
     return table(head, [[r["norm"], f"{r['reached']} of {r['seeds']}", r["epochs"] or "-"] for r in rows])
 
 
+def save_condensations(records: Sequence[Mapping[str, Any]]) -> None:
+    """Write results/condensation_layers.csv: what the study's callback logged, over seeds, at both ends of training."""
+    prefix = "condensed/"
+    names = [name for name in records[0]["history"] if name.startswith(prefix)]
+    rows = []
+    # What the convolutions write first, then what the ReLUs make of it.
+    for name in sorted(names):
+        row: dict[str, Any] = {"features": name.removeprefix(prefix)}
+        for label in dict.fromkeys(record["label"] for record in records):
+            series = [record["history"][name] for record in records if record["label"] == label]
+            for when, i in (("first", 0), ("last", -1)):
+                values = [s[i] for s in series]
+                row[f"{label}, {when} epoch"] = f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+        rows.append(row)
+    write_results("condensation_layers", rows)
+
+
+def condensations() -> list[str]:
+    """Return the table of condensations by layer, with BatchNorm and without."""
+    rows = read_results("condensation_layers")
+    return table(list(rows[0]), [list(row.values()) for row in rows]) if rows else NOT_ENDED
+
+
 def save_parts(study: str, records: Sequence[Mapping[str, Any]]) -> None:
     """Write results/STUDY_parts.csv: the mean accuracy over seeds on each part of the test, in percent."""
     rows = []
@@ -272,6 +295,8 @@ def save_from_runs(folder: Path) -> None:
         save_switch_weights(records)
     elif folder.name in PARTS:
         save_parts(folder.name, records)
+    elif folder.name == "condensation":
+        save_condensations(records)
     elif not any(record["sweep"] for record in records):
         save_epochs(folder.name, records)
 

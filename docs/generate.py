@@ -263,12 +263,16 @@ REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
         for study in ("domains", "corruptions")
     },
     "docs/evidence/contexts.md": {"results": partial(evidence_tables.results, "contexts")},
-    **{
-        f"docs/evidence/{study}.md": {
-            "results": partial(evidence_tables.results, study),
-            "epochs": partial(evidence_tables.epochs_to_target, study),
-        }
-        for study in ("bnet", "ubn")
+    "docs/evidence/bnet.md": {
+        "results": partial(evidence_tables.results, "bnet"),
+        "epochs": partial(evidence_tables.epochs_to_target, "bnet"),
+        "bottlenecks": partial(evidence_tables.results, "bnet_bottleneck"),
+    },
+    "docs/evidence/ubn.md": {
+        "results": partial(evidence_tables.results, "ubn"),
+        "epochs": partial(evidence_tables.epochs_to_target, "ubn"),
+        "batches": partial(evidence_tables.results, "ubn_batches"),
+        "condensation": evidence_tables.condensations,
     },
     "docs/evidence/sn.md": {
         "results": partial(evidence_tables.results, "sn"),

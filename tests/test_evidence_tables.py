@@ -56,6 +56,17 @@ def test_epochs_to_what_batchnorm_reaches(tables, tmp_path):
     assert lines == ["| bn | 2 of 2 | 1.5 |", "| sn | 1 of 2 | 1.0 |", "| in | 0 of 1 | - |"]
 
 
+def test_condensations_at_both_ends_of_training(tables, tmp_path):
+    names = ("condensed/relu_1", "condensed/conv_1", "val/acc")
+    curves = [("bn", [0.1, 0.2, 0.3]), ("bn", [0.3, 0.2, 0.5]), ("none", [0.4, 0.4, 0.4]), ("none", [0.4, 0.4, 0.6])]
+    save_runs(tmp_path / "condensation", [(label, {}, dict.fromkeys(names, curve)) for label, curve in curves])
+    tables.save_from_runs(tmp_path / "condensation")
+    head, _, *lines = tables.condensations()
+    assert head == "| features | bn, first epoch | bn, last epoch | none, first epoch | none, last epoch |"
+    values = "0.200 ± 0.141 | 0.400 ± 0.141 | 0.400 ± 0.000 | 0.500 ± 0.141"
+    assert lines == [f"| conv_1 | {values} |", f"| relu_1 | {values} |"]
+
+
 def test_parts_of_the_test_are_means_in_percent(tables, tmp_path):
     (tmp_path / "domains" / "runs").mkdir(parents=True)
     for i, accuracy in enumerate((0.5, 0.7)):
