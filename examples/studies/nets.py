@@ -298,8 +298,8 @@ class LayerMeans(pl.Callback):
 class Condensations(pl.Callback):
     """Log each epoch the condensation of the features in each layer, on the first batch of the validation.
 
-    ``condensed/conv_I`` is that of what the I-th convolution writes, before a normalization; ``condensed/relu_I`` that of
-    what its ReLU writes, where all features are positive. The network is in evaluation.
+    ``condensed/conv_I`` is that of what the I-th convolution writes, before a normalization; ``condensed/relu_I`` that
+    of what its ReLU writes, where all features are positive. The network is in evaluation.
     """
 
     @override
