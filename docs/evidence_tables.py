@@ -85,6 +85,7 @@ GAINS = (
     ),
     Found("bnet", "bnet", "bnet 3", {}, "CIFAR-10"),
     Found("ubn", "ubn", "no threshold", {}, "CIFAR-10"),
+    Found("ubn", "ubn_batches", "no threshold", {BATCH: "512"}, "batches of 512"),
     Found("dbn", "dbn_cifar", "renorm 0.25", {}, "CIFAR-10"),
     *(
         Found(key, study, key, {}, what)
