@@ -332,6 +332,7 @@ def draw_costs(path: Path) -> None:
     figure = Figure(figsize=(8.4, 5.0), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    tops: dict[str, float] = {}
     for what, marker in zip(dict.fromkeys(found.what for found in GAINS), "osD^v*P", strict=False):
         points = [
             (found.key, row) for found in GAINS if found.what == what and found.key in ratios and (row := found.row())
@@ -342,8 +343,11 @@ def draw_costs(path: Path) -> None:
         d, low, high = ([100 * float(row[name]) for _, row in points] for name in ("difference", "low", "high"))
         below, above = ([abs(a - b) for a, b in zip(d, ends, strict=True)] for ends in (low, high))
         axes.errorbar(at, d, [below, above], fmt=marker, capsize=3, label=what)
-        for (key, _), x, y in zip(points, at, d, strict=True):
-            axes.annotate(key, (x, y), xytext=(5, 4), textcoords="offset points", fontsize="small")
+        for (key, _), y, up in zip(points, d, above, strict=True):
+            tops[key] = max(tops.get(key, y + up), y + up)
+    # One name above all points of a normalizer: beside each of them, names would lie on one another.
+    for key, y in tops.items():
+        axes.annotate(key, (ratios[key], y), xytext=(0, 4), textcoords="offset points", ha="center", fontsize="small")
     axes.axhline(0, color="black", linewidth=1)
     axes.axvline(1, color="black", linewidth=1)
     axes.set(xlabel="time of a step of ResNet-18, x BatchNorm's", ylabel="accuracy to BatchNorm, points")
