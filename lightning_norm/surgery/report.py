@@ -14,7 +14,13 @@ from lightning_norm.errors import NotReachedWarning
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.behind import TakenActivation, give_activation
 from lightning_norm.surgery.activations import find_activations, take_activation
-from lightning_norm.surgery.convert import computed_weights, device_and_dtype, restore_original, unchanged_on_error
+from lightning_norm.surgery.convert import (
+    computed_weights,
+    device_and_dtype,
+    restore_original,
+    settings_of,
+    unchanged_on_error,
+)
 from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.reach import check_reach, tell
 from lightning_norm.surgery.select import Left, ModuleSlot
@@ -141,7 +147,7 @@ class SwapReport(TableReport):
         """Add a layer that is ready to be put in place."""
         self.layers.append(row)
         self._undo.append((slot, layer))
-        slot.device_and_dtype = device_and_dtype(layer)
+        slot.device_and_dtype, slot.settings = device_and_dtype(layer), settings_of(layer)
 
     def commit(self, replace: bool = True) -> set[int]:
         """Put the layers in place and return their ids; with ``replace=False`` let them go, as after a dry run.
@@ -327,7 +333,7 @@ class SwapReport(TableReport):
         # Tensors are handed back layer by layer; where one cannot be, all are left as they were.
         with unchanged_on_error([module for slot, layer in self._undo for module in (slot.module, layer)]):
             for slot, layer in self._undo:
-                restore_original(layer, slot.module, slot.device_and_dtype)
+                restore_original(layer, slot.module, slot.device_and_dtype, slot.settings)
         for slot, _ in self._undo:
             slot.fill(slot.module)
         self._undo = []
