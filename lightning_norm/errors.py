@@ -61,6 +61,10 @@ class MissingDependencyWarning(UserWarning):
     """An optional dependency is not installed, and what needs it is left out."""
 
 
+class OtherFileWarning(UserWarning):
+    """The tensors of a file fit a layer that computes something else of them than the one that was saved."""
+
+
 class ConflictWarning(UserWarning):
     """A callback or a setting of the Trainer does with swapped layers something else than with torch's own."""
 

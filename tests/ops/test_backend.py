@@ -47,6 +47,7 @@ def test_reasons(monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(backend, "launch_obstacle", lambda index: None)
     assert backend.explain("eager") == "eager: asked for"
     assert backend.explain("triton") == "triton: asked for"
@@ -89,6 +90,7 @@ def test_rocm_runs_in_plain_pytorch(monkeypatch, asked_anew):
     monkeypatch.setattr(torch.version, "hip", "6.2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(backend, "INSTALLED", True)
     with pytest.warns(lightning_norm.BackendWarning, match="plain PyTorch: .* this is ROCm"):
         assert backend.explain("auto") == "eager: the kernels are written for CUDA, and this is ROCm"
@@ -101,6 +103,7 @@ def test_a_launch_that_fails_is_told_once(monkeypatch, asked_anew):
     """The real launch, on a device that is not there: the reason is in the report, and the warning comes once."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.warns(lightning_norm.BackendWarning, match="plain PyTorch: a kernel launched for trial failed") as told:
         reports = [lightning_norm.swap(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), "sn") for _ in range(2)]
     assert len(told) == 1
