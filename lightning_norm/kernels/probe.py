@@ -15,11 +15,11 @@ from triton.compiler import ASTSource
 
 
 @triton.jit
-def total(x, BLOCK: tl.constexpr):
+def total(x, block: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201  device code
     """Write the sum of a block, which threads add up by shuffles, to its first place."""
-    tl.store(x, tl.sum(tl.load(x + tl.arange(0, BLOCK))))
+    tl.store(x, tl.sum(tl.load(x + tl.arange(0, block))))
 
 
 if __name__ == "__main__":
-    source = ASTSource(total, {"x": "*fp32", "BLOCK": "constexpr"}, {"BLOCK": 128})
+    source = ASTSource(total, {"x": "*fp32", "block": "constexpr"}, {"block": 128})
     triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))

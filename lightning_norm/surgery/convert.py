@@ -431,8 +431,10 @@ def restore_original(
         settings: ``settings_of(layer)`` at the swap. What was set since is set on the original as well; what the swap
             itself chose is not.
     """
+    # A momentum that both can schedule is each layer's own, as other scheduled values are.
+    scheduled = module.ranges if isinstance(module, Normalizer) else ()
     for name, now in settings_of(layer).items():
-        if name in settings and now != settings[name] and hasattr(module, name):
+        if name in settings and now != settings[name] and hasattr(module, name) and name not in scheduled:
             setattr(module, name, now)
     # The user may have called eval() or train() since, on a model that does not hold the original.
     module.training = requested_mode(layer)

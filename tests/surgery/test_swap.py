@@ -1,5 +1,6 @@
 import copy
 import re
+import warnings
 
 import pytest
 import torch
