@@ -137,8 +137,9 @@ class Loading(ScheduledValues, RunningStats):
         before = len(missing)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         restore_precision(self)
-        _tell_of_another_kind(self, args[0], args[-1], prefix)
-        if theirs:
+        if not theirs:
+            _tell_of_another_kind(self, args[0], args[-1], prefix)
+        else:
             _warn_once_per_load(
                 args[-1],
                 f"the file is of the authors' code of {self.key!r}, by its shapes (first layer: "
