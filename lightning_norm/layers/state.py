@@ -137,9 +137,9 @@ class Loading(ScheduledValues, RunningStats):
         before = len(missing)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         restore_precision(self)
-        if not theirs:
+        if not theirs and len(missing) == before:  # what is missing is told by torch
             _tell_of_another_kind(self, args[0], args[-1], prefix)
-        else:
+        if theirs:
             _warn_once_per_load(
                 args[-1],
                 f"the file is of the authors' code of {self.key!r}, by its shapes (first layer: "
