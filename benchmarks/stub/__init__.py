@@ -78,7 +78,7 @@ def take_for_device() -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value]
     torch.cuda.is_current_stream_capturing = lambda: False
-    torch.cuda.device = lambda device: nullcontext()  # type: ignore[assignment,misc]
+    torch.cuda.device = lambda device: nullcontext()  # type: ignore[assignment,misc,return-value]
     launch = trial.launch
     trial.launch = lambda device: launch(torch.device("cpu"))
 
