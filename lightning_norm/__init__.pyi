@@ -12,12 +12,14 @@ from lightning_norm.errors import CheckpointError as CheckpointError
 from lightning_norm.errors import CompileWarning as CompileWarning
 from lightning_norm.errors import ConflictError as ConflictError
 from lightning_norm.errors import ConflictWarning as ConflictWarning
+from lightning_norm.errors import KernelError as KernelError
 from lightning_norm.errors import LeftAloneWarning as LeftAloneWarning
 from lightning_norm.errors import MaskError as MaskError
 from lightning_norm.errors import MissingDependencyWarning as MissingDependencyWarning
 from lightning_norm.errors import NoEffectWarning as NoEffectWarning
 from lightning_norm.errors import NotReachedWarning as NotReachedWarning
 from lightning_norm.errors import OptimizerError as OptimizerError
+from lightning_norm.errors import OtherFileWarning as OtherFileWarning
 from lightning_norm.errors import ParameterGrowthWarning as ParameterGrowthWarning
 from lightning_norm.errors import QuantizationError as QuantizationError
 from lightning_norm.errors import SyncError as SyncError

@@ -53,8 +53,16 @@ class BackendWarning(UserWarning):
     """The kernels cannot run here, and layers run in plain PyTorch instead."""
 
 
+class KernelError(RuntimeError):
+    """A Triton kernel does not compile or load, as for a shape for which the device has too little memory on chip."""
+
+
 class MissingDependencyWarning(UserWarning):
     """An optional dependency is not installed, and what needs it is left out."""
+
+
+class OtherFileWarning(UserWarning):
+    """The tensors of a file fit a layer that computes something else of them than the one that was saved."""
 
 
 class ConflictWarning(UserWarning):

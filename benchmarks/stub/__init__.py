@@ -7,20 +7,30 @@ The values that kernels would write are garbage. Needs a C compiler, as Triton i
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import subprocess
 import sysconfig
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 
 _loaded: list[Any] = []
 
 
-def install() -> None:
-    """Make the stub Triton's driver in this process, and let tensors of the CPU through to the kernels."""
+def install(capability: int = 90, backend: str = "cuda") -> None:
+    """Make the stub Triton's driver in this process, and let tensors of the CPU through to the kernels.
+
+    Args:
+        capability: of the device, 90 for 9.0.
+        backend: of Triton, "cuda" or "hip".
+    """
     # A folder of this process alone: tests run side by side.
     folder = tempfile.TemporaryDirectory(prefix="stubbed_cuda_")
     library = _build(Path(folder.name))
@@ -30,6 +40,7 @@ def install() -> None:
         function.restype = ctypes.c_ulonglong
     stub.stub_asked.argtypes = ctypes.c_ulonglong, ctypes.c_int
     stub.stub_expect.argtypes = ctypes.c_ulonglong, ctypes.c_int, ctypes.c_int
+    stub.stub_shared_memory.argtypes = stub.stub_refuse_loads.argtypes = (ctypes.c_int,)
     _loaded[:] = [stub, folder]
     # torch meets the stub as well, and has no use for it.
     warnings.filterwarnings("ignore", message="CUDA initialization")
@@ -37,22 +48,59 @@ def install() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
-    from lightning_norm.ops import backend
+    from lightning_norm.ops import backend as ours
 
     class Stubbed(CudaDriver):
         def __init__(self) -> None:
-            self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
-            self.get_device_capability = lambda device=0: (9, 0)
+            self.launcher_cls = CudaLauncher
+            self.get_device_capability = lambda device=0: divmod(capability, 10)
             self.get_current_stream = lambda device=0: 0
             self.get_current_device = lambda: 0
             self.set_current_device = lambda device: None
 
+        @functools.cached_property
+        def utils(self) -> CudaUtils:
+            # Compiled by a C compiler when the first kernel is, as in Triton's own driver.
+            return CudaUtils()
+
         def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
+            return GPUTarget(backend, capability if backend == "cuda" else "gfx942", 32 if backend == "cuda" else 64)
 
     triton.runtime.driver.set_active(Stubbed())
-    assert hasattr(backend, "INTERPRETED")
-    backend.INTERPRETED = True
+    assert hasattr(ours, "INTERPRETED")
+    ours.INTERPRETED = True
+
+
+def take_for_device() -> None:
+    """Let torch say in this process that there is a CUDA device, which has the memory of the CPU."""
+    from lightning_norm.kernels import trial
+
+    torch.cuda.is_available = lambda: True
+    torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value]
+    torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.device = lambda device: nullcontext()  # type: ignore[assignment,misc,return-value]
+    launch = trial.launch
+    trial.launch = lambda device: launch(torch.device("cpu"))
+
+
+@contextmanager
+def tensors_on_device() -> Iterator[None]:
+    """Let tensors of the CPU say that they are on CUDA, so that layers choose what runs as they do there."""
+    torch.Tensor.is_cuda, torch.Tensor.is_cpu = property(lambda t: True), property(lambda t: False)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.is_cuda, torch.Tensor.is_cpu
+
+
+def shared_memory(size: int) -> None:
+    """Say how many bytes of shared memory a program may have from now on."""
+    _loaded[0].stub_shared_memory(size)
+
+
+def refuse_loads(error: int) -> None:
+    """Answer with this error of CUDA's when a kernel is to be loaded, 0 for none; 222 is that of a driver too old."""
+    _loaded[0].stub_refuse_loads(error)
 
 
 def launches() -> int:

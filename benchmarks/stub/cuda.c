@@ -5,6 +5,7 @@
 #undef cuDevicePrimaryCtxRetain
 
 static unsigned long long launches, loads;
+static int shared_memory = 232448, load_error = 0;
 
 CUresult cuInit(unsigned flags) { return 0; }
 CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)1; return 0; }
@@ -23,7 +24,7 @@ CUresult cuModuleUnload(CUmodule module) { return 0; }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute name, CUdevice device) {
     switch (name) {
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 232448; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = shared_memory; break;
     case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
@@ -42,7 +43,10 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute name, CUdevicept
     return 0;
 }
 
-CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)(16 * ++loads); return 0; }
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+    *module = (CUmodule)(16 * ++loads);
+    return load_error;
+}
 
 /* What the last launches were asked for: grid, threads, shared memory, stream, function and parameters. How many bytes
    each parameter has is known only to who expects the launch. */
@@ -69,6 +73,9 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
 void stub_expect(unsigned long long launch, int i, int bytes) { expected[launch % KEPT][i] = bytes; }
 
 unsigned long long stub_asked(unsigned long long launch, int i) { return asked[launch % KEPT][i]; }
+
+void stub_shared_memory(int bytes) { shared_memory = bytes; }
+void stub_refuse_loads(int error) { load_error = error; }
 
 unsigned long long stub_launches(void) { return launches; }
 unsigned long long stub_loads(void) { return loads; }

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_norm.errors import KernelError
+
 LIMIT = 4096
 """Plans that are remembered: inputs that never have the same shape twice must not fill the memory."""
 
@@ -88,10 +90,22 @@ def _write_down(launches: list[_Launch], kernel: Any, grid: tuple[int, ...], *ar
         plain = (int(a) if isinstance(a, Number) else a for a in args)
         # Compiles without launching, for pointers of this alignment.
         if _ahead is None:
-            compiled = kernel.warmup(*plain, grid=grid, **options)
+            with _telling_of(kernel.__name__):
+                compiled = kernel.warmup(*plain, grid=grid, **options)
         else:
             compiled = functools.partial(kernel.warmup, *map(_stand_in, plain), grid=grid, **options)
     launches.append(_Launch(kernel, grid, args, options, compiled))
+
+
+@contextmanager
+def _telling_of(kernel: str) -> Iterator[None]:
+    """Raise whatever Triton, ptxas, its C compiler or the driver raise as the one error that a caller can expect."""
+    try:
+        yield
+    except Exception as error:
+        # Triton's own errors quote whole files.
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise KernelError(f"kernel {kernel} does not compile or load ({type(error).__name__}: {first})") from error
 
 
 @dataclass
@@ -302,13 +316,20 @@ def _compile(plans: list[Plan], pool: Executor, wait: Callable[[], object]) -> N
     together = getattr(triton, "AsyncCompileMode", None)
     with nullcontext() if together is None else together(pool):
         for plan in plans:
-            plan.launches = [step._replace(compiled=step.compiled()) for step in plan.launches]
+            plan.launches = [step._replace(compiled=_called(step, step.compiled)) for step in plan.launches]
         wait()
     for plan in plans:
         finished = ((step, getattr(step.compiled, "result", None)) for step in plan.launches)
-        plan.launches = [step if result is None else step._replace(compiled=result()) for step, result in finished]
+        plan.launches = [
+            step if result is None else step._replace(compiled=_called(step, result)) for step, result in finished
+        ]
         # Loads the kernels, so that a CUDA graph may capture their first launch.
         plan._replay = _replayed(plan)
+
+
+def _called(step: _Launch, compile_it: Callable[[], Any]) -> Any:
+    with _telling_of(step.kernel.__name__):
+        return compile_it()
 
 
 def record(inputs: Sequence[Any], call: Callable[..., tuple[Sequence[Tensor | None], Sequence[Tensor]]]) -> Plan:
@@ -450,7 +471,8 @@ def _call(compiled: Any, i: int, names: dict[str, Any]) -> Callable[[str, list[s
     ``CompiledKernel.run`` serves any version of Triton. Where the launcher behind it is one that we know, and the
     kernel needs no scratch memory, that is called, which saves half of the time.
     """
-    run = compiled.run  # loads the kernel
+    with _telling_of(compiled.name):
+        run = compiled.run  # loads the kernel
     names |= {f"f{i}": compiled.function, f"m{i}": compiled.packed_metadata}
     raw = getattr(run, "launch", None)
     # Memory that Triton allocates for each launch, which its own way alone does.

@@ -455,6 +455,15 @@ class MomentNorm(SpecialCalls, Normalizer):
         """
         return None
 
+    def _agree_once(self, ranks: Ranks, x: Tensor) -> None:
+        """Compare the layer with that of the other ranks, before the first time that they pool."""
+        # In a graph nothing can be told; what differs there is told by torch, or by NormSwap before the training.
+        if self._agreed_in != ranks.group and not torch.compiler.is_compiling():
+            parameters = [name for name, _ in self.named_parameters(recurse=False)]
+            settings = f"sync_group={self.sync_group!r}, affine={parameters}"
+            ranks.agree(f"{self._place or 'a layer'}: {type(self).__name__}({self.extra_repr()}, {settings})", x.device)
+            self._agreed_in = ranks.group
+
     def depthwise_conv(self) -> tuple[Tensor, Tensor | None] | None:
         """Return kernel and bias of the depthwise convolution that follows, ``None`` for none."""
         return None
@@ -680,15 +689,6 @@ def _of_empty(layer: MomentNorm, x: Tensor, activation: str, residual: Tensor | 
     return activated(y + 0, activation, residual)
 
 
-def _agree_once(layer: MomentNorm, ranks: Ranks, x: Tensor) -> None:
-    """Compare the layer with that of the other ranks, before the first time that they pool."""
-    # In a graph nothing can be told; what differs there is told by torch, or by NormSwap before the training.
-    if layer._agreed_in != ranks.group and not torch.compiler.is_compiling():
-        settings = f"sync_group={layer.sync_group!r}, affine={[n for n, _ in layer.named_parameters(recurse=False)]}"
-        ranks.agree(f"{layer._place or 'a layer'}: {type(layer).__name__}({layer.extra_repr()}, {settings})", x.device)
-        layer._agreed_in = ranks.group
-
-
 def _forward_masked(layer: MomentNorm, x: Tensor, valid: Tensor) -> Tensor:
     return _forward(layer, x, valid=valid)
 
@@ -700,7 +700,7 @@ def _forward(
     layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
     ranks = _ranks_of(layer)
     if ranks is not None:
-        _agree_once(layer, ranks, x)
+        layer._agree_once(ranks, x)
     # Which statistics are used decides how many values must be there.
     of_input = layer.training or not layer.has_running_stats
     if layout.n == 0 and of_input and ranks is None:

@@ -130,6 +130,8 @@ class SpecialCalls(nn.Module):
         bounds = ghost_batches(torch_private.static_shape(x)[0], size)
         ranks: Ranks | None = layer._ranks()
         if ranks is not None and not torch.compiler.is_compiling():
+            # First of all, for a rank without ghost batches does not count them.
+            layer._agree_once(ranks, x)
             # The ranks meet once for each ghost batch: one with fewer of them brings empty ones.
             bounds += [(bounds[-1][1],) * 2] * (ranks.largest(len(bounds), x.device) - len(bounds))
         if len(bounds) == 1:

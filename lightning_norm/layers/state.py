@@ -9,13 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_norm.errors import CheckpointError, PublishedFileWarning
+from lightning_norm.errors import CheckpointError, OtherFileWarning, PublishedFileWarning
 from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer, PublishedNames, by_prefix
 from lightning_norm.layers.running_stats import RunningStats
 from lightning_norm.layers.scheduled import ScheduledValues, scheduled_value
 from lightning_norm.layers.translation import Translation
 from lightning_norm.ops.layout import at_least_float32
 from lightning_norm.ops.torch_private import loads_strictly
+
+KIND_KEY = "lightning_norm_kind"
+"""The entry of a layer's metadata in a ``state_dict`` that says which function its tensors belong to."""
 
 BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -51,6 +54,27 @@ class Loading(ScheduledValues, RunningStats):
         a kernel in BNET, ``running_var`` a standard deviation in DiminishingBatchNorm.
         """
         return ()
+
+    evaluation_arguments: ClassVar[tuple[str, ...]] = ()
+    """A class's own arguments that evaluation depends on, and that no tensor of a file shows."""
+
+    def _kind_of_evaluation(self) -> dict[str, Any]:
+        """Return what the same tensors evaluate by, in plain types: the method, and the arguments that no tensor shows.
+
+        >>> from lightning_norm import create
+        >>> create("gn", 8, num_groups=4)._kind_of_evaluation(), create("ln", 8)._kind_of_evaluation()
+        ({'key': 'gn', 'num_groups': 4}, {'key': 'gn', 'num_groups': 1})
+        """
+        values = {name: getattr(self, name) for name in self.evaluation_arguments}
+        plain = {name: list(v) if isinstance(v, (list, tuple)) else v for name, v in values.items()}
+        return {"key": self.key or type(self).__name__, **plain}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A plain dictionary has no metadata, and then nothing is compared.
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})[KIND_KEY] = self._kind_of_evaluation()
 
     published_names: ClassVar[PublishedNames] = PublishedNames()
 
@@ -113,6 +137,8 @@ class Loading(ScheduledValues, RunningStats):
         before = len(missing)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         restore_precision(self)
+        if not theirs and len(missing) == before:  # what is missing is told by torch
+            _tell_of_another_kind(self, args[0], args[-1], prefix)
         if theirs:
             _warn_once_per_load(
                 args[-1],
@@ -167,7 +193,25 @@ def _keeps_start(layer: Loading, name: str, loaded: Mapping[str, Any]) -> bool:
 _last_load: tuple[object, set[str]] = (None, set())
 
 
-def _warn_once_per_load(messages: object, text: str) -> None:
+def _tell_of_another_kind(layer: Loading, metadata: Mapping[str, Any], messages: object, prefix: str) -> None:
+    """Warn where the tensors came from a layer that computes something else of them, as their names cannot tell."""
+    saved, mine = metadata.get(KIND_KEY), layer._kind_of_evaluation()
+    # A BatchNorm's file is taken by every method, as a swap takes the layer itself.
+    if not isinstance(saved, dict) or saved == mine or saved.get("key") == "bn":
+        return
+    theirs, ours = (
+        ", ".join([repr(kind.get("key")), *(f"{k}={v!r}" for k, v in kind.items() if k != "key" and other.get(k) != v)])
+        for kind, other in ((saved, mine), (mine, saved))
+    )
+    _warn_once_per_load(
+        messages,
+        f"the file's layers are of {theirs} and these of {ours} (first layer: {prefix[:-1] or 'this'}): the tensors "
+        "have the same names, and evaluation is another one. Build or swap the layers as the file says before loading.",
+        OtherFileWarning,
+    )
+
+
+def _warn_once_per_load(messages: object, text: str, category: type[Warning] = PublishedFileWarning) -> None:
     """Warn, but not for each of the layers that one ``load_state_dict`` fills: they share its list of messages."""
     global _last_load
     if _last_load[0] is not messages:
@@ -175,7 +219,7 @@ def _warn_once_per_load(messages: object, text: str) -> None:
     kind = text.partition(" (first layer")[0]
     if kind not in _last_load[1]:
         _last_load[1].add(kind)
-        warnings.warn(text, PublishedFileWarning, stacklevel=5)
+        warnings.warn(text, category, stacklevel=5)
 
 
 def restore_precision(layer: Any) -> None:

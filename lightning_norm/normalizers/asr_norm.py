@@ -54,6 +54,7 @@ class ASRNorm(EncoderDecoderNorm):
     )
     train_uses_batch_stats: ClassVar[bool] = False
     repr_arguments: ClassVar[tuple[str, ...]] = (*EncoderDecoderNorm.repr_arguments, "rescale_gate")
+    evaluation_arguments: ClassVar[tuple[str, ...]] = (*EncoderDecoderNorm.evaluation_arguments, "rescale_gate")
 
     def __init__(
         self,

@@ -61,6 +61,7 @@ class BatchChannelNorm(PerToken):
     )
     extra_parameters: ClassVar[dict[str, str]] = {"iota": "C"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("constraint", "correction", "per_token")
+    evaluation_arguments: ClassVar[tuple[str, ...]] = ("constraint", "correction", "per_token")
     published_names: ClassVar[PublishedNames] = PublishedNames(("BCN_var", "gamma", "beta", "Batchh.", "layeer."))
     iota: nn.Parameter
 

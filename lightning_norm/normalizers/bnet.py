@@ -105,6 +105,13 @@ class BNET(ConvolvedNorm):
         weights = {"mean_weight": "3", "var_weight": "3"} if self.statistics == "sn" else {}
         return {**ConvolvedNorm.extra_parameters, **weights}
 
+    def _kind_of_evaluation(self) -> dict[str, Any]:
+        """Return that of the normalizer before the convolution, whose weight is the centre tap of the kernel."""
+        mixture = {"choices": ["in", "ln", "bn"], "correction": 0, "sparse": False, "per_token": False}
+        # A file of "bn" alone is taken by every layer.
+        key = "bnet" if self.statistics == "bn" else self.statistics
+        return {"key": key, **(mixture if key == "sn" else {})}
+
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map from x to the normalized map; the convolution of the base class follows."""
         # No weight and no bias here: the convolution has both, and brings scale and shift.

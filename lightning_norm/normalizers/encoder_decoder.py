@@ -80,6 +80,7 @@ class EncoderDecoderNorm(MomentNorm):
     repr_arguments: ClassVar[tuple[str, ...]] = (
         *("std_ratio", "rescale_ratio", "gate_init", "rescale_init", "correction", "eps_outside"),
     )
+    evaluation_arguments: ClassVar[tuple[str, ...]] = ("correction", "eps_outside")
 
     lambda_mu: nn.Parameter
     lambda_sigma: nn.Parameter

@@ -43,6 +43,7 @@ class GroupNorm(MomentNorm):
     paper = Paper("Wu and He", 2018, "Group Normalization", "arXiv 1803.08494")
     train_uses_batch_stats: ClassVar[bool] = False
     repr_arguments: ClassVar[tuple[str, ...]] = ("num_groups",)
+    evaluation_arguments: ClassVar[tuple[str, ...]] = ("num_groups",)
     test_arguments: ClassVar[dict[str, Any]] = {"num_groups": 3}
 
     def __init__(
@@ -127,6 +128,10 @@ class LayerNorm(MomentNorm):
                 "torch.nn.LayerNorm for the last axes of a shape."
             )
         super().__init__(num_features, eps=eps, affine=affine, bias=bias, **stateless(type(self).__name__, options))
+
+    def _kind_of_evaluation(self) -> dict[str, Any]:
+        """Return that of the GroupNorm with one group, which it is."""
+        return {"key": "gn", "num_groups": 1}
 
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above."""

@@ -53,6 +53,7 @@ class IBN(MomentNorm):
         "arXiv 1807.09441",
     )
     repr_arguments: ClassVar[tuple[str, ...]] = ("ratio",)
+    evaluation_arguments: ClassVar[tuple[str, ...]] = ("ratio",)
 
     def __init__(self, num_features: int, *, ratio: float = 0.5, **options: Any) -> None:
         if not 0 <= ratio <= 1:

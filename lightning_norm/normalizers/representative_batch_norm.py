@@ -54,6 +54,7 @@ class RepresentativeBatchNorm(MomentNorm):
     )
     extra_parameters: ClassVar[dict[str, str]] = {"center_weight": "C", "scale_weight": "C", "scale_bias": "C"}
     repr_arguments: ClassVar[tuple[str, ...]] = ("rectify", "gate_init")
+    evaluation_arguments: ClassVar[tuple[str, ...]] = ("rectify", "gate_init")
     rectifications: ClassVar[dict[str, dict[str, float]]] = {
         "center": {"center_weight": 0.0},
         "scale": {"scale_weight": 0.0, "scale_bias": 1.0},

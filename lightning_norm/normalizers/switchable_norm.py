@@ -86,6 +86,7 @@ class SwitchableNorm(PerToken, MixedNorm):
         "Luo et al.", 2021, "Switchable Normalization for Learning-to-Normalize Deep Representation", "arXiv 1806.10779"
     )
     repr_arguments: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse", "clip_grad", "per_token")
+    evaluation_arguments: ClassVar[tuple[str, ...]] = ("choices", "correction", "sparse", "per_token")
 
     def __init__(
         self,

@@ -95,6 +95,7 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
         "rectify",
         "gate_init",
     )
+    evaluation_arguments: ClassVar[tuple[str, ...]] = ("rectify", "gate_init")
     rectifications: ClassVar[dict[str, dict[str, float]]] = {
         **RepresentativeBatchNorm.rectifications,
         "affine": {"affine_weight": 0.0, "affine_bias": -1.0},

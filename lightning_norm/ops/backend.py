@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_norm.errors import BackendWarning
+from lightning_norm.errors import BackendWarning, KernelError
 from lightning_norm.kernels.grid import LONGEST, is_channels_last
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import Layout
@@ -53,13 +53,34 @@ def on_kernels(x: Tensor, layout: Layout, backend: str, empty: bool = False, wha
     if reason is None and x.is_cuda:
         reason = _device_obstacle(x.device.index)
     if reason is None and x.is_cuda and not torch.compiler.is_compiling():
-        # Triton compiles other code for an x that does not begin at a multiple of 16 bytes.
-        begin = x.data_ptr() & 15
-        key = (x.device, x.dtype, x.shape, x.stride(), begin, layout.channel_dim, torch.is_grad_enabled(), what)
-        reason = _first_in_capture(key, torch.cuda.is_current_stream_capturing())
+        key = _kind_of_call(x, layout, what)
+        reason = _failed.get(key) or _first_in_capture(key, torch.cuda.is_current_stream_capturing())
     if reason is not None and backend == "triton":
         raise RuntimeError(f"backend='triton' cannot take this input: {reason}. Type backend='auto'.")
     return reason is None
+
+
+def _kind_of_call(x: Tensor, layout: Layout, what: Any) -> Any:
+    # Triton compiles other code for an x that does not begin at a multiple of 16 bytes.
+    begin = x.data_ptr() & 15
+    return x.device, x.dtype, x.shape, x.stride(), begin, layout.channel_dim, torch.is_grad_enabled(), what
+
+
+def give_up(x: Tensor, layout: Layout, what: Any, error: KernelError) -> None:
+    """Note that the kernels of a call like this one do not compile or load; a warning says it once per reason.
+
+    The kernel launched for trial ran, and one of another shape, dtype or method does not: it may need more of the
+    device than there is, or meet an error of the compiler.
+    """
+    _failed[_kind_of_call(x, layout, what)] = reason = str(error)
+    _tell(reason, f"layers run in plain PyTorch for inputs like {tuple(x.shape)} of {x.dtype}: {reason}.")
+
+
+def _tell(reason: str, text: str) -> None:
+    """Warn, once for each reason."""
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(f"{text} backend='eager' says that plain PyTorch is meant.", BackendWarning, stacklevel=3)
 
 
 def obstacle(x: Tensor, layout: Layout, empty: bool = False) -> str | None:
@@ -88,7 +109,7 @@ def obstacle(x: Tensor, layout: Layout, empty: bool = False) -> str | None:
 def _device_obstacle(index: int | None) -> str | None:
     # The trial itself would be a first launch; its answer is not known before the capture is over.
     if torch.cuda.is_current_stream_capturing() and index not in _tried:
-        return "a CUDA graph is being captured, and no kernel ran before the capture"
+        return _told_in_capture("a CUDA graph is being captured, and no kernel ran before the capture")
     _tried.add(index)
     return launch_obstacle(index)
 
@@ -101,7 +122,9 @@ def launch_obstacle(index: int | None) -> str | None:
     the first launch would fail, in the middle of the first step.
     """
     if torch.version.hip is not None:
-        return "the kernels are written for CUDA, and this is ROCm"
+        reason = "the kernels are written for CUDA, and this is ROCm"
+        _tell(reason, f"layers run in plain PyTorch: {reason}.")
+        return reason
     try:
         from lightning_norm.kernels import trial
 
@@ -109,16 +132,19 @@ def launch_obstacle(index: int | None) -> str | None:
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         reason = f"a kernel launched for trial failed ({type(error).__name__}: {first})"
-        warnings.warn(
+        _tell(
+            reason,
             f"layers run in plain PyTorch: {reason}. Triton needs a C compiler (gcc, clang or the variable CC), and "
-            "a version that knows the device. backend='eager' says that plain PyTorch is meant.",
-            BackendWarning,
-            stacklevel=2,
+            "a version that knows the device.",
         )
         return reason
     return None
 
 
+_failed: dict[Any, str] = {}
+"""Kinds of calls whose kernels do not compile or load, and why."""
+
+_told: set[str] = set()
 _launched: set[Any] = set()
 _tried: set[int | None] = set()
 """Devices with an answer of ``launch_obstacle``."""
@@ -130,7 +156,15 @@ def _first_in_capture(key: Any, capturing: bool) -> str | None:
         _launched.add(key)
         return None
     # The first launch loads the kernel, which a capture forbids and does not survive.
-    return None if key in _launched else "a CUDA graph is being captured, and no such step ran before the capture"
+    if key in _launched:
+        return None
+    return _told_in_capture("a CUDA graph is being captured, and no such step ran before the capture")
+
+
+def _told_in_capture(reason: str) -> str:
+    # The graph will replay plain PyTorch for as long as it lives, and no report says so.
+    _tell(reason, f"layers run in plain PyTorch: {reason}. Run a step, or lightning_norm.warm_up, before the capture.")
+    return reason
 
 
 def explain(backend: str) -> str:
@@ -147,7 +181,7 @@ def explain(backend: str) -> str:
     if not INSTALLED:
         missing = "Triton is not installed"
     elif not (INTERPRETED and backend == "triton"):
-        missing = "no CUDA device" if not torch.cuda.is_available() else launch_obstacle(torch.cuda.current_device())
+        missing = "no CUDA device" if not torch.cuda.is_available() else _device_obstacle(torch.cuda.current_device())
     if backend == "triton" and missing is not None:
         raise ValueError(f"backend='triton': {missing}. Type backend='auto'.")
     if missing is not None:

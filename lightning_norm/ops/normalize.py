@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_norm.errors import KernelError
 from lightning_norm.ops import depthwise, eager, torch_private, whole_batch
-from lightning_norm.ops.backend import on_kernels
+from lightning_norm.ops.backend import give_up, on_kernels
 from lightning_norm.ops.fused import triton_passes
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
@@ -163,7 +164,10 @@ def run(x: Tensor, call: Call) -> Tensor:
     kernels, spec = (False, None) if call.backend == "eager" else _on_kernels(x, call)
     with without_autocast(x):
         if spec is not None and (call.residual is None or call.residual.dtype == x.dtype):
-            return spec.normalize(x, call.layout, call.activation, call.residual)
+            try:
+                return spec.normalize(x, call.layout, call.activation, call.residual)
+            except KernelError as error:  # nothing was launched yet, and nothing has moved
+                kernels = _without_kernels(x, call, error)
         x_alias, scale_carrier, fields, how = _fields(x, call, kernels)
         y: Tensor = _Apply.apply(x_alias, scale_carrier, x, *fields, how)
     is_ended = call.activation == "none" and call.residual is None
@@ -182,7 +186,11 @@ def _run_specially(x: Tensor, call: Call) -> Tensor:
     assert call.depthwise_conv is not None
     spec = None if call.backend == "eager" else _on_kernels(x, call)[1]
     with without_autocast(x):
-        y = _normalize_and_convolve(x, call, call.depthwise_conv, spec)
+        try:
+            y = _normalize_and_convolve(x, call, call.depthwise_conv, spec)
+        except KernelError as error:
+            _without_kernels(x, call, error)
+            y = _normalize_and_convolve(x, call, call.depthwise_conv, None)
     return activated(y, call.activation, call.residual)
 
 
@@ -195,6 +203,18 @@ def _on_kernels(x: Tensor, call: Call) -> tuple[bool, FusedSpec | None]:
         spec = spec.over(call.ranks)
     # An empty x meets the other ranks in plain PyTorch, whose passes take it.
     return kernels and (spec is not None or x.numel() > 0), spec
+
+
+def _without_kernels(x: Tensor, call: Call, error: KernelError) -> bool:
+    """Note that the kernels of this call do not run on this device, and return that none will.
+
+    Raises:
+        KernelError: the kernels were asked for by name.
+    """
+    if call.backend == "triton":
+        raise error
+    give_up(x, call.layout, _kind_of_launch(x, call), error)
+    return False
 
 
 def _kind_of_launch(x: Tensor, call: Call) -> tuple[Any, ...] | None:

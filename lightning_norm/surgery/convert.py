@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -409,8 +409,17 @@ def unchanged_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
         raise
 
 
+def settings_of(layer: nn.Module) -> dict[str, Any]:
+    """Return the numbers and flags that torch's layers have too, by their names, and that code sets at run time."""
+    names = ("eps", "momentum", "track_running_stats")
+    return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+
+
 def restore_original(
-    layer: Normalizer, module: nn.Module, made_with: tuple[torch.device | None, torch.dtype | None]
+    layer: Normalizer,
+    module: nn.Module,
+    made_with: tuple[torch.device | None, torch.dtype | None],
+    settings: Mapping[str, Any],
 ) -> None:
     """Give the original module the weights and statistics of its replacement: the inverse of the conversion.
 
@@ -419,7 +428,14 @@ def restore_original(
         module: the original.
         made_with: ``device_and_dtype(layer)`` at the swap. Tensors that only the original has were out of reach of a
             ``model.to(...)`` since, and follow it here.
+        settings: ``settings_of(layer)`` at the swap. What was set since is set on the original as well; what the swap
+            itself chose is not.
     """
+    # A momentum that both can schedule is each layer's own, as other scheduled values are.
+    scheduled = module.ranges if isinstance(module, Normalizer) else ()
+    for name, now in settings_of(layer).items():
+        if name in settings and now != settings[name] and hasattr(module, name) and name not in scheduled:
+            setattr(module, name, now)
     # The user may have called eval() or train() since, on a model that does not hold the original.
     module.training = requested_mode(layer)
     if isinstance(module, Normalizer):

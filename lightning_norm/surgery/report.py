@@ -11,12 +11,20 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lightning_norm.errors import NotReachedWarning
+from lightning_norm.layers.arguments import arguments_of
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.behind import TakenActivation, give_activation
 from lightning_norm.surgery.activations import find_activations, take_activation
-from lightning_norm.surgery.convert import computed_weights, device_and_dtype, restore_original, unchanged_on_error
+from lightning_norm.surgery.convert import (
+    computed_weights,
+    device_and_dtype,
+    restore_original,
+    settings_of,
+    unchanged_on_error,
+)
 from lightning_norm.surgery.options import SwapOptions
 from lightning_norm.surgery.reach import check_reach, tell
+from lightning_norm.surgery.recognize import has_running_stats
 from lightning_norm.surgery.select import Left, ModuleSlot
 from lightning_norm.surgery.text_tables import TableReport
 from lightning_norm.surgery.torch_layers import FAMILIES
@@ -141,7 +149,7 @@ class SwapReport(TableReport):
         """Add a layer that is ready to be put in place."""
         self.layers.append(row)
         self._undo.append((slot, layer))
-        slot.device_and_dtype = device_and_dtype(layer)
+        slot.device_and_dtype, slot.settings = device_and_dtype(layer), settings_of(layer)
 
     def commit(self, replace: bool = True) -> set[int]:
         """Put the layers in place and return their ids; with ``replace=False`` let them go, as after a dry run.
@@ -236,6 +244,21 @@ class SwapReport(TableReport):
                 some = ", ".join(names[:3] + ["..."] * (len(names) > 3))
                 count = f"{len(names)} {family} layer{'s' * (len(names) > 1)}"
                 told.append(f"{cls.__name__} in place of {count} ({some}): {cls.swap_advice.not_for[family]}.")
+        # Code freezes a BatchNorm by this momentum; a method that moves its statistics by another number does not see.
+        still = [
+            (slot.name, type(layer).__name__)
+            for slot, layer in self._undo
+            if getattr(slot.module, "momentum", None) == 0
+            and has_running_stats(slot.module)
+            and layer.has_running_stats
+            and "momentum" not in arguments_of(type(layer))
+        ]
+        if still:
+            told.append(
+                f"{len(still)} layers (first: {still[0][0]}) had momentum=0, which keeps running statistics as they "
+                f"are, and {still[0][1]} has no momentum: its statistics move. Type layer.freeze_statistics() after "
+                "the swap to keep them, as NormFreeze does in a Trainer."
+            )
         return " ".join(told)
 
     def left_alone(self, options: SwapOptions) -> str:
@@ -327,7 +350,7 @@ class SwapReport(TableReport):
         # Tensors are handed back layer by layer; where one cannot be, all are left as they were.
         with unchanged_on_error([module for slot, layer in self._undo for module in (slot.module, layer)]):
             for slot, layer in self._undo:
-                restore_original(layer, slot.module, slot.device_and_dtype)
+                restore_original(layer, slot.module, slot.device_and_dtype, slot.settings)
         for slot, _ in self._undo:
             slot.fill(slot.module)
         self._undo = []

@@ -32,6 +32,7 @@ class ModuleSlot:
         names: its dotted names; several for a shared module.
         parents: the (parent, attribute) pairs to write to.
         device_and_dtype: those of the replacement when it was made.
+        settings: likewise.
         whole: what the module is beside its class.
     """
 
@@ -39,6 +40,7 @@ class ModuleSlot:
     names: list[str] = field(default_factory=list)
     parents: list[tuple[nn.Module, str]] = field(default_factory=list)
     device_and_dtype: tuple[torch.device | None, torch.dtype | None] = (None, None)
+    settings: dict[str, Any] = field(default_factory=dict)
     whole: Whole = field(default_factory=lambda: Whole(None))
 
     @property

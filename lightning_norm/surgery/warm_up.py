@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import BackendWarning, KernelError
 from lightning_norm.kernels import launcher
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.reach import eagerly, unchanged
@@ -40,6 +42,7 @@ def warm_up(model: nn.Module, *args: Any, progress: bool = True, workers: int | 
 
     Raises:
         TypeError: ``model`` is no module.
+        KernelError: a kernel does not compile or load, and a layer has ``backend="triton"``; else a warning says so.
 
     >>> from lightning_norm import create
     >>> warm_up(nn.Sequential(nn.Conv2d(3, 8, 3), create("sn", 8)), torch.randn(2, 3, 8, 8))  # nothing, on a CPU
@@ -51,9 +54,19 @@ def warm_up(model: nn.Module, *args: Any, progress: bool = True, workers: int | 
     with unchanged(model), torch.enable_grad():
         calls = _calls_of(layers, model, args, kwargs)
         with _Pool(workers or os.cpu_count() or 1, progress) as pool:
-            with launcher.compiling_ahead(pool, pool.wait):
-                for layer, look in calls:
-                    _call(layer, look)
+            try:
+                with launcher.compiling_ahead(pool, pool.wait):
+                    for layer, look in calls:
+                        _call(layer, look)
+            except KernelError as error:
+                if any(layer.backend == "triton" for layer in layers):
+                    raise
+                warnings.warn(
+                    f"warm_up ended early: {error}. Each layer will try its own kernels in the first step, and run in "
+                    "plain PyTorch where one is refused.",
+                    BackendWarning,
+                    stacklevel=2,
+                )
             return len(pool.futures)
 
 

@@ -52,6 +52,8 @@ SCENARIOS = {
     "arguments": lambda rank: step(swapped(norm_args={"eps": (1e-5, 1e-3)[rank]})),
     "own arguments": lambda rank: step(swapped(norm_args={"choices": (("in", "bn"), ("in", "ln", "bn"))[rank]})),
     "channels": lambda rank: step(swapped(width=(6, 8)[rank])),
+    "ghost batches": lambda rank: step(swapped(norm_args={"virtual_batch_size": (2, 4)[rank]})),
+    "ghost batches on one rank": lambda rank: step(swapped(norm_args=[{"virtual_batch_size": 2}, None][rank])),
     "layers": lambda rank: step(swapped(exclude=[[], ["1"]][rank] or None)),
     "order": lambda rank: another_order(rank, swapped()),
     "affine": lambda rank: step(swapped(norm_args={"affine": rank == 0})),

@@ -10,6 +10,8 @@ AT_ONCE = {
     "arguments": "1: SwitchableNorm(.*eps=1e-05.* on rank 0, 1: SwitchableNorm(.*eps=0.001",
     "own arguments": "'ln'",
     "channels": "1: SwitchableNorm(6,.* on rank 0, 1: SwitchableNorm(8,",
+    "ghost batches": "virtual_batch_size=2.* on rank 0, .*virtual_batch_size=4",
+    "ghost batches on one rank": "virtual_batch_size=2.* on rank 0, 1: SwitchableNorm(",
     "layers": "1: SwitchableNorm(.* on rank 0, 3: SwitchableNorm(",
     "order": "3: SwitchableNorm(.* on rank 0, 1: SwitchableNorm(",
     "affine": "'weight'",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_norm import create, normalizers, swap
-from lightning_norm.errors import CheckpointError, PublishedFileWarning
+from lightning_norm.errors import CheckpointError, OtherFileWarning, PublishedFileWarning
 
 C = 6
 
@@ -94,8 +94,10 @@ def test_what_loads_and_computes_something_else_is_told_once_a_load(case):
         warnings.simplefilter("error")
         right = network(key, {**arguments, **wanted})
         right.load_state_dict(in_network(state))
-        ours = right.state_dict()
-        network(key, arguments).load_state_dict(ours)  # a file of this package in these shapes is none of theirs
+    # A file of this package in these shapes is none of theirs, and told as that of a layer with other arguments.
+    with pytest.warns(OtherFileWarning) as told:
+        network(key, arguments).load_state_dict(right.state_dict())
+    assert [w.category for w in told] == [OtherFileWarning]
     assert not torch.allclose(model.eval()(x), right.eval()(x))
 
 

@@ -47,6 +47,7 @@ def test_reasons(monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(backend, "launch_obstacle", lambda index: None)
     assert backend.explain("eager") == "eager: asked for"
     assert backend.explain("triton") == "triton: asked for"
@@ -80,17 +81,19 @@ def test_activation_and_residual_in_plain_pytorch(activation):
 
 @pytest.fixture
 def asked_anew():
-    backend.launch_obstacle.cache_clear()
+    backend.launch_obstacle.cache_clear(), backend._told.clear()
     yield
-    backend.launch_obstacle.cache_clear()
+    backend.launch_obstacle.cache_clear(), backend._told.clear()
 
 
 def test_rocm_runs_in_plain_pytorch(monkeypatch, asked_anew):
     monkeypatch.setattr(torch.version, "hip", "6.2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(backend, "INSTALLED", True)
-    assert backend.explain("auto") == "eager: the kernels are written for CUDA, and this is ROCm"
+    with pytest.warns(lightning_norm.BackendWarning, match="plain PyTorch: .* this is ROCm"):
+        assert backend.explain("auto") == "eager: the kernels are written for CUDA, and this is ROCm"
     with pytest.raises(ValueError, match="backend='triton': .* this is ROCm. Type backend='auto'"):
         backend.explain("triton")
 
@@ -100,14 +103,16 @@ def test_a_launch_that_fails_is_told_once(monkeypatch, asked_anew):
     """The real launch, on a device that is not there: the reason is in the report, and the warning comes once."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.warns(lightning_norm.BackendWarning, match="plain PyTorch: a kernel launched for trial failed") as told:
         reports = [lightning_norm.swap(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), "sn") for _ in range(2)]
     assert len(told) == 1
     assert all(r.layers[0].backend.startswith("eager: a kernel launched for trial failed (") for r in reports)
 
 
-def test_the_first_launch_is_not_made_in_a_capture():
+def test_the_first_launch_is_not_made_in_a_capture(asked_anew):
     key = object()
-    assert "no such step ran before the capture" in backend._first_in_capture(key, capturing=True)
+    with pytest.warns(lightning_norm.BackendWarning, match="Run a step, or lightning_norm.warm_up, before the capture"):
+        assert "no such step ran before the capture" in backend._first_in_capture(key, capturing=True)
     assert backend._first_in_capture(key, capturing=False) is None
     assert backend._first_in_capture(key, capturing=True) is None

@@ -1,5 +1,6 @@
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -206,6 +207,27 @@ def test_undo_after_training_keeps_what_was_learned():
     assert torch.equal(model[1].running_mean, stats.double())
     with pytest.raises(RuntimeError, match="nothing to undo"):
         report.undo()
+
+
+@pytest.mark.parametrize("key", lightning_norm.normalizers())
+def test_a_batch_norm_that_a_momentum_of_0_keeps_still(key):
+    """Its statistics stay what they are in the replacement, or the swap says that they move."""
+    bn = nn.BatchNorm2d(6, momentum=0.0)
+    bn.running_mean.uniform_(), bn.running_var.uniform_(1, 2), bn.num_batches_tracked.fill_(3)
+    model = nn.Sequential(bn)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        swap(model, key, norm_args=lightning_norm.normalizers()[key].test_arguments)
+    told = any("momentum=0, which keeps running statistics as they are" in str(w.message) for w in caught)
+    before = {name: t.clone() for name, t in model.named_buffers() if "running" in name}
+    model(torch.randn(4, 6, 5, 5) + 3)
+    moved = [name for name, t in before.items() if not torch.equal(t, model.get_buffer(name))]
+    assert told == bool(moved)
+    if told:
+        model[0].freeze_statistics()
+        before = {name: model.get_buffer(name).clone() for name in before}
+        model(torch.randn(4, 6, 5, 5) + 3)
+        assert all(torch.equal(t, model.get_buffer(name)) for name, t in before.items())
 
 
 def test_include_exclude_and_rules():

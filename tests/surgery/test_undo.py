@@ -130,3 +130,16 @@ def test_weights_that_are_computed_are_named_with_the_way_out(how):
     report.undo()
     assert model[1] is original
     torch.testing.assert_close(original.weight.detach(), weight)
+
+
+@pytest.mark.parametrize("key", ["sn", "bn", "rbn", "dbn"])
+def test_what_was_set_since_the_swap_goes_back(key):
+    """Not what the swap itself chose: its momentum of 0.3 is the replacement's, and the original has its own."""
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    report = lightning_norm.swap(model, key, norm_args={} if key == "dbn" else {"momentum": 0.3})
+    model[0].eps = 1e-3
+    if key != "dbn":  # which has no momentum
+        model[0].momentum = 0.0
+    report.undo()
+    assert (model[0].eps, model[1].eps) == (1e-3, 1e-5)
+    assert (model[0].momentum, model[1].momentum) == (0.1 if key == "dbn" else 0.0, 0.1)

@@ -32,11 +32,14 @@ class FirstStep:
         self._reach: Reach | None = None
         self._stepped: set[int] = set()
         self._epoch_is_new = self._evaluation_told = False
+        self._still: set[int] = set()
+        """BatchNorms that had a momentum of 0 when the training began, which a swap could see and take over."""
 
     def start(self, pl_module: pl.LightningModule, report: SwapReport | None) -> None:
         """Begin to watch."""
         self.stop()
         self._epoch_is_new, self._evaluation_told = True, False
+        self._still = {id(module) for module in _without_momentum(pl_module)}
         layers = {} if report is None else report.replaced()
         # Another callback may have replaced a layer since the swap.
         in_place = {id(m) for m in normalizers_of(pl_module)}
@@ -92,7 +95,9 @@ class FirstStep:
             rank_zero_warn(tell(missed, "the first training step"), category=NotReachedWarning)
 
     def _tell_of_evaluation(self, pl_module: pl.LightningModule) -> None:
-        """Warn, once, where code put torch's BatchNorm layers in evaluation by their class, and not ours."""
+        """Warn, once, where code froze torch's BatchNorm layers by their class, and not ours."""
+        if self._evaluation_told:
+            return
         ours = [layer for layer in normalizers_of(pl_module) if layer.training and layer.origin is not None]
         names = names_by_module(pl_module)
         # A layer that was put in evaluation with all that is around it was not chosen by its class.
@@ -107,14 +112,26 @@ class FirstStep:
             and "train" not in vars(child)  # NormFreeze has chosen it by its name
             and any(True for _ in child.parameters(recurse=False))
         ]
-        if ours and alone and not self._evaluation_told:
-            self._evaluation_told = True
-            rank_zero_warn(
-                f"{len(alone)} BatchNorm layers (first: {alone[0]}) were put in evaluation one by one, and {len(ours)} "
-                "layers of this package were not: code that looks for torch's class does not find them. "
-                "lightning_norm.is_norm(module) finds both.",
-                category=ConflictWarning,
-            )
+        still = [names[module][0] for module in _without_momentum(pl_module) if id(module) not in self._still]
+        moving = [layer for layer in ours if layer.has_running_stats and getattr(layer, "momentum", None) != 0]
+        for found, left, what in ((alone, ours, "put in evaluation one by one"), (still, moving, "given momentum=0")):
+            if found and left:
+                self._evaluation_told = True
+                rank_zero_warn(
+                    f"{len(found)} BatchNorm layers (first: {found[0]}) were {what}, and {len(left)} layers of this "
+                    "package were not: code that looks for torch's class does not find them. "
+                    "lightning_norm.is_norm(module) finds both.",
+                    category=ConflictWarning,
+                )
+
+
+def _without_momentum(model: nn.Module) -> list[nn.Module]:
+    """Return torch's layers whose running statistics a momentum of 0 keeps as they are."""
+    return [
+        module
+        for module in model.modules()
+        if not isinstance(module, Normalizer) and has_running_stats(module) and getattr(module, "momentum", None) == 0
+    ]
 
 
 def _is_compiled(model: nn.Module) -> bool:

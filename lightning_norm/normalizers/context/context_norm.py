@@ -79,6 +79,7 @@ class ContextNorm(ContextStatistics):
         "priors",
         "min_count",
     )
+    evaluation_arguments: ClassVar[tuple[str, ...]] = ("context", "missing", "prior_scale")
     extra_buffers: ClassVar[ExtraBuffers] = ExtraBuffers(
         float32=("prior", "running_spread", "centroids", "descriptor_scale")
     )

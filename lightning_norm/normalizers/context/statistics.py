@@ -87,7 +87,7 @@ class ContextStatistics(ContextParameters):
     def _update_running_spread(self, between_var: Tensor, frequency: Tensor) -> None:
         """Move the running variance of the samples' means, (K, C), which the posterior measures distances in."""
         buffer: Tensor = self.running_spread
-        step = self._step_size(frequency, self.momentum or 0.1)
+        step = self._step_size(frequency, 0.1 if self.momentum is None else self.momentum)
         # A context that the batch does not have keeps its spread.
         usable = torch.isfinite(between_var.to(buffer.dtype)).all() & (frequency > 0)
         moved = torch.lerp(buffer.to(step.dtype), between_var, step)

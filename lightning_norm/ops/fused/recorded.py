@@ -106,9 +106,19 @@ def _is_written_out(*tensors: Tensor | None) -> bool:
 
 
 def normalize(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residual: Tensor | None) -> Tensor:
-    """Return act(normalized x + residual)."""
+    """Return act(normalized x + residual).
+
+    Raises:
+        KernelError: a kernel of the forward or, where a gradient is needed, of the backward pass does not compile or
+            load; then none was launched.
+    """
+    of_call = spec.of_call(x)
+    if torch.is_grad_enabled():
+        # A backward pass that cannot run is too late to choose another backend.
+        _compile_backward(x, residual, spec, channel_dim, activation, of_call)
+    y: Tensor = _Recorded.apply(x, residual, spec, channel_dim, activation, of_call, *spec.parameters)
     vars(spec).setdefault(KNOWN, set()).add(_look(x, activation, residual))
-    return _recorded(x, spec, channel_dim, activation, residual)
+    return y
 
 
 def again(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residual: Tensor | None) -> Tensor | None:
@@ -122,18 +132,30 @@ def again(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residu
         return None
     if _look(x, activation, residual) not in vars(spec).get(KNOWN, ()):
         return None
-    return _recorded(x, spec, channel_dim_of(x, spec, channel_dim), activation, residual)
-
-
-def _recorded(x: Tensor, spec: Recordable, channel_dim: int, activation: str, residual: Tensor | None) -> Tensor:
-    of_call = spec.of_call(x)
-    y: Tensor = _Recorded.apply(x, residual, spec, channel_dim, activation, of_call, *spec.parameters)
+    channel_dim = channel_dim_of(x, spec, channel_dim)
+    y: Tensor = _Recorded.apply(x, residual, spec, channel_dim, activation, spec.of_call(x), *spec.parameters)
     return y
 
 
+def _compile_backward(
+    x: Tensor, residual: Tensor | None, spec: Recordable, channel_dim: int, activation: str, of_call: tuple[Any, ...]
+) -> None:
+    """Compile the kernels of both passes ahead of the forward pass, for a gradient that lies in memory as x does."""
+    need_dx, need = x.requires_grad, [t is not None and t.requires_grad for t in spec.parameters]
+    if not (need_dx or any(need) or (residual is not None and residual.requires_grad)):
+        return
+    x, parameters = x.detach(), [None if t is None else t.detach() for t in spec.parameters]
+    residual = None if residual is None else dense(residual.detach(), x)
+    plan, _, _ = _forward_plan(x, residual, spec, channel_dim, activation, parameters, of_call)
+    workspace = torch.empty(plan.sizes[0], dtype=torch.float32, device=x.device)
+    saved = [*parameters, *spec.backward_buffers]
+    kept = None if activation == "none" else residual
+    _backward_plan(torch.empty_like(x), x, kept, workspace, saved, of_call, spec, plan, (channel_dim, activation), need_dx, need)  # noqa: E501  # fmt: skip
+
+
 def _look(x: Tensor, activation: str, residual: Tensor | None) -> Hashable:
-    # Triton compiles other code for addresses that are multiples of 16.
-    look = type(x), x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, activation
+    # Triton compiles other code for addresses that are multiples of 16, and other kernels for a backward pass.
+    look = type(x), x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, activation, torch.is_grad_enabled()
     return look if residual is None else (*look, type(residual), residual.shape, residual.dtype)
 
 
@@ -153,15 +175,7 @@ class _Recorded(torch.autograd.Function):
     ) -> Tensor:
         if residual is not None:
             residual = dense(residual, x)
-        inputs = (x, residual, *parameters, *spec.buffers, *buffers)
-        key, pointers = launcher.key_of((spec.kind, channel_dim, activation), inputs)
-
-        def call(x: Any, residual: Any, *rest: Any) -> Any:
-            n = len(parameters)
-            y, statistics = spec.launch_forward(x, residual, rest[:n], rest[n:], channel_dim, activation)
-            return (y,), statistics
-
-        plan = launcher.plan_of(key, inputs, call)
+        plan, inputs, pointers = _forward_plan(x, residual, spec, channel_dim, activation, parameters, buffers)
         # All statistics lie in one tensor, so that autograd saves one in place of six.
         (y,), workspace = plan(inputs, pointers)
         assert y is not None
@@ -191,18 +205,9 @@ class _Recorded(torch.autograd.Function):
         residual = None if residual is None else dense(residual, x)
         if dy.is_neg() or dy._is_zerotensor():
             dy = torch.empty_like(dy).copy_(dy)
-        inputs = (x, dy, residual, workspace, *saved, *buffers)
-        key, pointers = launcher.key_of((forward, need_dx, *need), inputs)
-
-        def call(x: Any, dy: Any, residual: Any, workspace: Any, *rest: Any) -> Any:
-            n = len(parameters)
-            dx, dresidual, gradients, packed = spec.launch_backward(
-                dy, x, residual, forward.views(workspace), rest[:n], rest[n:], need_dx, *how
-            )
-            wanted = (g if needed else None for g, needed in zip(gradients, need, strict=True))
-            return (dx if need_dx else None, dresidual if residual is not None else None, *wanted), packed
-
-        plan = launcher.plan_of(key, inputs, call)
+        plan, inputs, pointers = _backward_plan(
+            dy, x, residual, workspace, saved, buffers, spec, forward, how, need_dx, need
+        )
         (dx, dresidual, *gradients), packed = plan(inputs, pointers)
         if packed is not None:
             spec.unpack(gradients, packed)
@@ -214,6 +219,55 @@ class _Recorded(torch.autograd.Function):
         if need_dresidual and residual is None:
             dresidual = grads[0]
         return (dx, dresidual, None, None, None, None, *gradients)
+
+
+def _forward_plan(
+    x: Tensor,
+    residual: Tensor | None,
+    spec: Recordable,
+    channel_dim: int,
+    activation: str,
+    parameters: Sequence[Tensor | None],
+    of_call: tuple[Any, ...],
+) -> tuple[launcher.Plan, tuple[Any, ...], list[int]]:
+    """Return the launches of the forward pass, and their inputs with the pointers of these."""
+    inputs = (x, residual, *parameters, *spec.buffers, *of_call)
+    key, pointers = launcher.key_of((spec.kind, channel_dim, activation), inputs)
+
+    def call(x: Any, residual: Any, *rest: Any) -> Any:
+        n = len(parameters)
+        y, statistics = spec.launch_forward(x, residual, rest[:n], rest[n:], channel_dim, activation)
+        return (y,), statistics
+
+    return launcher.plan_of(key, inputs, call), inputs, pointers
+
+
+def _backward_plan(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    workspace: Tensor,
+    saved: Sequence[Tensor | None],
+    of_call: tuple[Any, ...],
+    spec: Recordable,
+    forward: launcher.Plan,
+    how: tuple[int, str],
+    need_dx: bool,
+    need: Sequence[bool],
+) -> tuple[launcher.Plan, tuple[Any, ...], list[int]]:
+    """Return the launches of the backward pass, and their inputs with the pointers of these."""
+    inputs = (x, dy, residual, workspace, *saved, *of_call)
+    key, pointers = launcher.key_of((forward, need_dx, *need), inputs)
+
+    def call(x: Any, dy: Any, residual: Any, workspace: Any, *rest: Any) -> Any:
+        n = len(need)
+        dx, dresidual, gradients, packed = spec.launch_backward(
+            dy, x, residual, forward.views(workspace), rest[:n], rest[n:], need_dx, *how
+        )
+        wanted = (g if needed else None for g, needed in zip(gradients, need, strict=True))
+        return (dx if need_dx else None, dresidual if residual is not None else None, *wanted), packed
+
+    return launcher.plan_of(key, inputs, call), inputs, pointers
 
 
 def _by_operator(

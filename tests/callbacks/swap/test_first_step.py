@@ -358,6 +358,29 @@ def test_evaluation_by_a_hook_that_a_swap_hides_from():
     assert lightning_norm.is_norm(nn.BatchNorm2d(3))
 
 
+class WithoutMomentum(Decay):
+    """Freezes running statistics the way that many recipes do, in a hook."""
+
+    def __init__(self, kinds):
+        super().__init__(is_norm)
+        self.kinds = kinds
+
+    def on_train_epoch_start(self):
+        for module in self.modules():
+            if isinstance(module, self.kinds):
+                module.momentum = 0.0
+
+
+def test_a_momentum_of_0_by_a_hook_that_a_swap_hides_from():
+    (text,) = told(WithoutMomentum(nn.BatchNorm2d), ConflictWarning, include=["net.1"])
+    assert text.startswith("1 BatchNorm layers (first: net.4) were given momentum=0, and 1 layers of this package were")
+    assert told(WithoutMomentum(norm_types()), ConflictWarning, include=["net.1"]) == []
+    job = WithoutMomentum(())
+    for module in (job.net[1], job.net[4]):  # before the swap, which takes it over
+        module.momentum = 0.0
+    assert told(job, ConflictWarning, include=["net.1"]) == []
+
+
 def test_a_check_of_a_network_that_is_compiled_already():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
     x = torch.randn(4, 3, 8, 8)
