@@ -41,7 +41,7 @@ import lightning_norm.plugins
 from lightning_norm.callbacks import NormMonitor, NormSwap
 from lightning_norm.callbacks.lightning_private import starts_processes
 from lightning_norm.cli.parsing import nearest, with_nearest
-from lightning_norm.cli.screen import screen_callbacks
+from lightning_norm.cli.screen import QuietWorkers, screen_callbacks
 from lightning_norm.cli.section import (
     PARSER_MODE,
     SECTION,
@@ -265,7 +265,7 @@ class NormCLI(LightningCLI):
         # In front of the swap, which begins to watch its layers when the training starts.
         screen = screen_callbacks(config.trainer, callbacks) if self.subcommand == "fit" else []
         _check_monitors(callbacks)
-        kwargs["callbacks"] = [*screen, *(() if swap is None else (swap,)), *callbacks]
+        kwargs["callbacks"] = [QuietWorkers(), *screen, *(() if swap is None else (swap,)), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:

@@ -5,11 +5,13 @@ Only the commands do this. A script that uses the package prints what Lightning 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import itertools
 import logging
 import math
+import os
 import sys
 import time
 import warnings
@@ -54,13 +56,8 @@ PACKAGE = Path(__file__).parent.parent
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
     """Show no line of ``HIDDEN``, and no deprecation in an installed package, which the user of it cannot mend."""
-
-    def shown(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not any(part in message for part in HIDDEN)
-
     for name in LOGGERS:
-        logging.getLogger(name).addFilter(shown)
+        logging.getLogger(name).addFilter(_is_shown)
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -83,7 +80,30 @@ def without_noise() -> Iterator[None]:
             yield
         finally:
             for name in LOGGERS:
-                logging.getLogger(name).removeFilter(shown)
+                logging.getLogger(name).removeFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(part in message for part in HIDDEN)
+
+
+class QuietWorkers(Callback):
+    """Hide in the processes that ``ddp_spawn`` starts what the command hides in its own; it does nothing else.
+
+    Such a process shares no loggers with the one that started it, and gets the Trainer with its callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._hidden = _is_shown in logging.getLogger(LOGGERS[0]).filters
+        self._process = os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._hidden and self._process != os.getpid():  # a copy in this process changes nothing
+            until_the_end = contextlib.ExitStack()
+            until_the_end.enter_context(without_noise())
+            atexit.register(until_the_end.close)
 
 
 def screen_callbacks(trainer: Any, callbacks: list[Any]) -> list[Callback]:
