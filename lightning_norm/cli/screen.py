@@ -113,15 +113,18 @@ def screen_callbacks(trainer: Any, callbacks: list[Any]) -> list[Callback]:
         trainer: the section of the configuration.
         callbacks: those of the configuration.
     """
-    made: list[Callback] = [Forecast()]
-    # A bar moves the cursor, which makes a file of its output unreadable.
-    if (
-        trainer.get("enable_progress_bar") is not False
-        and not sys.stdout.isatty()
-        and not any(isinstance(c, ProgressBar) for c in callbacks)
-    ):
-        made.append(EpochLines())
-    return made
+    return [Forecast(), EpochLines()] if bar_is_unreadable(trainer, callbacks) else [Forecast()]
+
+
+def bar_is_unreadable(trainer: Any, callbacks: list[Any]) -> bool:
+    """Tell whether Lightning would draw its bar where there is no terminal: it moves the cursor.
+
+    Args:
+        trainer: the section of the configuration.
+        callbacks: those of the configuration; a bar among them was chosen.
+    """
+    wanted = trainer.get("enable_progress_bar") is not False
+    return wanted and not sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in callbacks)
 
 
 class EpochLines(ProgressBar):
