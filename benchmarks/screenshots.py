@@ -226,7 +226,7 @@ def photograph(tab: Browser, address: str, wanted: str, action: str, file: Path,
     tab.send("Page.navigate", url="about:blank")
     tab.send("Page.navigate", url=address)
     end = time.monotonic() + PATIENCE
-    while not tab.run(f"seen('{wanted}').length"):
+    while not tab.run(f"document.readyState == 'complete' && seen('{wanted}').length"):
         if time.monotonic() > end:
             raise TimeoutError(f"{address}: no {wanted} after {PATIENCE} s.")
         time.sleep(0.5)
