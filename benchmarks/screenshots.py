@@ -208,6 +208,17 @@ def save(image: Image.Image, file: Path) -> None:
     print(f"{file.relative_to(ROOT)}: {file.stat().st_size // 1024} KB")
 
 
+def at_rest(tab: Browser, end: float) -> bytes:
+    """Return the picture of a page once it no longer changes, which takes long on a busy machine, or at the end."""
+    last = b""
+    while True:
+        time.sleep(3)
+        picture = base64.b64decode(tab.send("Page.captureScreenshot", format="png")["data"])
+        if picture == last or time.monotonic() > end:
+            return picture
+        last = picture
+
+
 def photograph(tab: Browser, address: str, wanted: str, action: str, file: Path, width: int, height: int) -> None:
     """Let the page render, save what is seen, and reduce it to few colours."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -215,14 +226,13 @@ def photograph(tab: Browser, address: str, wanted: str, action: str, file: Path,
     tab.send("Page.navigate", url="about:blank")
     tab.send("Page.navigate", url=address)
     end = time.monotonic() + PATIENCE
-    while not tab.run(f"seen('{wanted}').length"):
+    while not tab.run(f"document.readyState == 'complete' && seen('{wanted}').length"):
         if time.monotonic() > end:
             raise TimeoutError(f"{address}: no {wanted} after {PATIENCE} s.")
         time.sleep(0.5)
-    time.sleep(3)  # charts are drawn
+    at_rest(tab, end)
     tab.run(action)
-    time.sleep(2)
-    picture = base64.b64decode(tab.send("Page.captureScreenshot", format="png")["data"])
+    picture = at_rest(tab, end + PATIENCE)
     with Image.open(io.BytesIO(picture)) as image:
         save(image, file)
 

@@ -198,11 +198,12 @@ def reference_page(page: str) -> str:
     title, sentence, _ = REFERENCE[page]
     blocks = [f"::: {_documented_at(name)}" for name in reference_names(page)]
     if page == "normalizers":
-        shown = [json.dumps(_beyond_the_base(cls) or False) for cls in METHODS.values()]
-        blocks = [
-            f"{block}\n    options: {{members: {names}, inherited_members: true}}"
-            for block, names in zip(blocks, shown, strict=True)
+        # With no names, inherited_members would show all that is inherited.
+        shown = [
+            f"members: {json.dumps(names)}, inherited_members: true" if names else "members: false"
+            for names in map(_beyond_the_base, METHODS.values())
         ]
+        blocks = [f"{block}\n    options: {{{options}}}" for block, options in zip(blocks, shown, strict=True)]
     if page == "callbacks":
         blocks = [f"{block}\n    options: {{filters: {HOOKS_ASIDE}}}" for block in blocks]
     return "\n\n".join([f"# {title}", f"<!-- Written by docs/generate.py. -->\n{sentence}", *blocks]) + "\n"

@@ -97,6 +97,14 @@ def test_the_reference_has_every_public_name(site):
 
 
 @pytest.mark.slow
+def test_the_reference_has_no_private_name_and_repeats_nothing_that_is_inherited(site):
+    ids = {name for page in site.values() for name in page.ids if name.startswith("lightning_norm.")}
+    assert not [name for name in ids if re.search(r"\._[a-z]", name)]
+    assert "lightning_norm.MomentNorm.forward" in ids
+    assert not [name for name in ids if name.startswith("lightning_norm.BatchNorm.")]
+
+
+@pytest.mark.slow
 def test_formulas_and_doctests_are_no_raw_text(site):
     """Sphinx's marks are for Sphinx: none is left on a page."""
     for file in site:

@@ -41,7 +41,7 @@ import lightning_norm.plugins
 from lightning_norm.callbacks import NormMonitor, NormSwap
 from lightning_norm.callbacks.lightning_private import starts_processes
 from lightning_norm.cli.parsing import nearest, with_nearest
-from lightning_norm.cli.screen import screen_callbacks
+from lightning_norm.cli.screen import QuietWorkers, bar_is_unreadable, screen_callbacks
 from lightning_norm.cli.section import (
     PARSER_MODE,
     SECTION,
@@ -264,8 +264,10 @@ class NormCLI(LightningCLI):
             swap = self._swap_of_checkpoint(path)
         # In front of the swap, which begins to watch its layers when the training starts.
         screen = screen_callbacks(config.trainer, callbacks) if self.subcommand == "fit" else []
+        if not screen and bar_is_unreadable(config.trainer, callbacks):
+            kwargs["enable_progress_bar"] = False
         _check_monitors(callbacks)
-        kwargs["callbacks"] = [*screen, *(() if swap is None else (swap,)), *callbacks]
+        kwargs["callbacks"] = [QuietWorkers(), *screen, *(() if swap is None else (swap,)), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -376,8 +378,11 @@ def clarify(message: str, options: Sequence[str]) -> str:
     other = re.search(r"Import path ([\w.]+) does not correspond to a subclass of Lightning", text)
     if other and any(c.__module__.startswith("pytorch_lightning.") for c in pkgutil.resolve_name(other[1]).__mro__):
         return f"{text}. It is one of pytorch_lightning: type import lightning.pytorch as pl where it is defined."
-    if re.search(r"Unable to load config ['\"]?([\w.]+)", text) and text.startswith(f"{SECTION}:"):
-        key = re.findall(r"Unable to load config ['\"]?([\w.]+)", text)[0]
+    file = re.search(r"Unable to load config ['\"]?([\w.,]+)", text)
+    if file and text.startswith(f"{SECTION}:"):
+        key = file[1]
+        if "," in key:
+            return f"{SECTION}: one normalizer in a training, got {key!r}. Type lightning-norm compare --norms {key}."
         return f"{SECTION}: is a section with the arguments of NormSwap, got {key!r}. Type {SECTION}: {{norm: {key}}}."
     typo = re.search(
         r"(?:[Oo]ption|[Kk]ey|arguments?:?) '?-{0,2}([\w.]+)'? is not accepted|accept option '([\w.]+)'", text
@@ -395,7 +400,8 @@ def clarify(message: str, options: Sequence[str]) -> str:
         close = nearest(name[1], known) if name else None
         return text + (f". Did you mean {close!r}?" if close else "")
     known = [option.lstrip("-") for option in options]
-    owner = re.findall(r"class_path '([\w.]+)'", text)
+    # The last class before the option has it, or lacks it; those behind were tried in its place.
+    owner = re.findall(r"class_path '([\w.]+)'", text[: typo.start()]) or re.findall(r"class_path '([\w.]+)'", text)
     # A misspelt argument of a class is compared with the arguments of that class.
     if owner:
         known = list(inspect.signature(pkgutil.resolve_name(owner[-1])).parameters)
@@ -440,6 +446,8 @@ def _in_one_line(message: str) -> str:
             parts.append(part)
     if choices:
         parts.append(f"expected one of {', '.join(choices)}")
+    while len(parts) > 1 and parts[-1].endswith(":"):
+        parts.pop()  # a heading with nothing below
     text = ""
     for part in parts:
         text += part if not text else f" {part}" if text.endswith(":") else f"; {part}"

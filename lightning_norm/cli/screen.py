@@ -5,11 +5,13 @@ Only the commands do this. A script that uses the package prints what Lightning 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import itertools
 import logging
 import math
+import os
 import sys
 import time
 import warnings
@@ -54,13 +56,8 @@ PACKAGE = Path(__file__).parent.parent
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
     """Show no line of ``HIDDEN``, and no deprecation in an installed package, which the user of it cannot mend."""
-
-    def shown(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not any(part in message for part in HIDDEN)
-
     for name in LOGGERS:
-        logging.getLogger(name).addFilter(shown)
+        logging.getLogger(name).addFilter(_is_shown)
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -83,7 +80,30 @@ def without_noise() -> Iterator[None]:
             yield
         finally:
             for name in LOGGERS:
-                logging.getLogger(name).removeFilter(shown)
+                logging.getLogger(name).removeFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(part in message for part in HIDDEN)
+
+
+class QuietWorkers(Callback):
+    """Hide in the processes that ``ddp_spawn`` starts what the command hides in its own; it does nothing else.
+
+    Such a process shares no loggers with the one that started it, and gets the Trainer with its callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._hidden = _is_shown in logging.getLogger(LOGGERS[0]).filters
+        self._process = os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._hidden and self._process != os.getpid():  # a copy in this process changes nothing
+            until_the_end = contextlib.ExitStack()
+            until_the_end.enter_context(without_noise())
+            atexit.register(until_the_end.close)
 
 
 def screen_callbacks(trainer: Any, callbacks: list[Any]) -> list[Callback]:
@@ -93,15 +113,18 @@ def screen_callbacks(trainer: Any, callbacks: list[Any]) -> list[Callback]:
         trainer: the section of the configuration.
         callbacks: those of the configuration.
     """
-    made: list[Callback] = [Forecast()]
-    # A bar moves the cursor, which makes a file of its output unreadable.
-    if (
-        trainer.get("enable_progress_bar") is not False
-        and not sys.stdout.isatty()
-        and not any(isinstance(c, ProgressBar) for c in callbacks)
-    ):
-        made.append(EpochLines())
-    return made
+    return [Forecast(), EpochLines()] if bar_is_unreadable(trainer, callbacks) else [Forecast()]
+
+
+def bar_is_unreadable(trainer: Any, callbacks: list[Any]) -> bool:
+    """Tell whether Lightning would draw its bar where there is no terminal: it moves the cursor.
+
+    Args:
+        trainer: the section of the configuration.
+        callbacks: those of the configuration; a bar among them was chosen.
+    """
+    wanted = trainer.get("enable_progress_bar") is not False
+    return wanted and not sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in callbacks)
 
 
 class EpochLines(ProgressBar):

@@ -110,7 +110,8 @@ class ImageClassifier(pl.LightningModule):
         # Logged as an object: Lightning then adds up batches of different sizes, and ranks, rightly.
         accuracy(logits, labels)
         shown, size = split == "val", len(labels)
-        self.log(f"{split}_loss", loss, prog_bar=split == "train", batch_size=size)
+        # That of training is logged at each step, where ranks would wait for each other.
+        self.log(f"{split}_loss", loss, prog_bar=split == "train", batch_size=size, sync_dist=split != "train")
         self.log(f"{split}_acc", accuracy, prog_bar=shown, on_step=False, on_epoch=True, batch_size=size)
         return loss
 

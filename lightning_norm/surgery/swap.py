@@ -271,10 +271,10 @@ def check_not_empty(
         else "swap changed nothing: no candidate found"
     )
     hint = "; ".join(f"{n} is a {t}: {why}" for n, t, why in report.skipped[:3])
-    hint = hint or explain_source(model, source)
+    text = f"{text}. {f'{hint}.' if hint else explain_source(model, source)}"
     if on_empty == "error":
-        raise ValueError(f"{text}. {hint}.")
-    warnings.warn(f"{text}. {hint}.", NoEffectWarning, stacklevel=4)
+        raise ValueError(text)
+    warnings.warn(text, NoEffectWarning, stacklevel=4)
 
 
 def _tell_swapped_before(present: Mapping[str, Normalizer], already_present: Collection[type] | None) -> None:

@@ -66,7 +66,7 @@ class TableReport:
 def outputs_moved(moved: float | None, largest: float | None) -> str:
     """Return what a report says of how far the outputs of a model moved; ``None`` was not measured."""
     if moved is None:
-        return "outputs moved by not measured: pass example_input, and return tensors"
+        return "how far outputs moved was not measured: pass example_input to a model that returns tensors"
     return f"outputs moved by {moved:.2g} of {largest:.2g}"
 
 

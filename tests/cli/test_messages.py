@@ -83,6 +83,11 @@ def refused(capfd, *arguments):
         (["fit", *JOB, "--trainer.max_epochs", "three"], "trainer.max_epochs: expected int, got 'three'"),
         (["fit", *JOB, "--trainer.accelerator", "gpuu"], "Available names are: "),
         (["fit", *JOB, "--norm", "torch.nn.Linear"], "'torch.nn.Linear' is not a normalizer"),
+        (["fit", *JOB, "--norm", "sn,bn"], "Type lightning-norm compare --norms sn,bn."),
+        (
+            ["fit", *JOB, "--trainer.callbacks+=NormMonitor", "--trainer.callbacks.init_args.norm=bn"],
+            "NormMonitor': Option 'norm' is not accepted. It takes every_n_steps",
+        ),
         (["fit", *JOB, "--norm", "nowhere.Norm"], "cannot import the normalizer 'nowhere.Norm'"),
         (["fit", "--model", "small_job.Smal"], "Did you mean 'Small'?"),
         (["fit", "--model", "nowhere.Net"], "model: Problem with given class_path 'nowhere.Net': No module named"),
@@ -185,6 +190,7 @@ def test_a_model_without_batch_norm_is_an_error_unless_it_may_be(capfd):
     for command in ("fit", "plan"):
         line = refused(capfd, command, *plain, "--norm", "sn")[-1]
         assert "swap changed nothing: no candidate found" in line
+        assert not line.endswith("..")
     with pytest.warns(match="no candidate found"):
         main(["fit", *plain, "--norm", "sn", "--norm.on_empty", "warn"])
     assert "on_empty" in refused(capfd, "fit", *plain, "--norm", "sn", "--norm.on_empty", "silence")[-1]

@@ -1,7 +1,13 @@
 """What a training command shows beside what Lightning and other packages would."""
 
+import contextlib
+import copy
 import logging
+import multiprocessing
+import os
 import re
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -12,8 +18,11 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_norm.cli.screen import (
+    HIDDEN,
+    LOGGERS,
     EpochLines,
     Forecast,
+    QuietWorkers,
     can_be_timed,
     screen_callbacks,
     seconds_per_batch,
@@ -24,6 +33,7 @@ from lightning_norm.demo.job import ImageClassifier
 from tests.callbacks.toy import Net, loader
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+TIP = "\N{ELECTRIC LIGHT BULB} Tip: For seamless cloud logging, try another product"
 
 
 def test_only_the_lines_of_others_are_hidden(caplog):
@@ -33,7 +43,7 @@ def test_only_the_lines_of_others_are_hidden(caplog):
     with without_noise():
         seed.info("[rank: 1] Seed set to 0")
         rank_zero_info("GPU available: False, used: False")
-        rank_zero_info("\N{ELECTRIC LIGHT BULB} Tip: For seamless cloud logging, try another product")
+        rank_zero_info(TIP)
         rank_zero_info(said)
     assert caplog.messages == [said]
     seed.info("Seed set to 0")
@@ -65,6 +75,42 @@ def test_the_library_hides_nothing(recwarn, caplog):
     warnings.warn_explicit("old", FutureWarning, "/x/site-packages/torch/a.py", 1)
     rank_zero_info("GPU available: False, used: False")
     assert len(recwarn) == len(caplog.messages) == 1
+
+
+def say_in_a_process(callback):
+    """Log two lines in a process of its own, which the callback was sent to."""
+    for line in (TIP, "NormSwap: 3 of 3"):
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").info(line)
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_spawned_process_hides_what_its_parent_hides(capfd, hidden):
+    with without_noise() if hidden else contextlib.nullcontext():
+        callback = QuietWorkers()
+    process = multiprocessing.get_context("spawn").Process(target=say_in_a_process, args=(callback,))
+    process.start()
+    process.join()
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith((TIP, "NormSwap"))]
+    assert said == [TIP, "NormSwap: 3 of 3"][hidden:]
+    copy.deepcopy(callback)
+    assert not any(logging.getLogger(name).filters for name in LOGGERS)  # nothing in this process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "told"), [("ddp", 1), ("ddp_spawn", 2)])  # the latter starts anew for the test
+def test_two_ranks_of_the_command_tell_of_their_training_alone(tmp_path, strategy, told):
+    trainer = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "max_epochs": 1}
+    trainer |= dict.fromkeys(("limit_train_batches", "limit_val_batches", "limit_test_batches"), 1)
+    options = [f"--trainer.{name}={value}" for name, value in trainer.items()]
+    command = [sys.executable, "-m", "lightning_norm", "fit", "--model", "ImageClassifier", "--norm", "bn", *options]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "MEMBER: 2/2" in said
+    assert (said.count("NormSwap: 20 of 20"), said.count("Test accuracy")) == (told, 1)
+    assert not any(part in said for part in (*HIDDEN, "is deprecated", "sync_dist")), said
 
 
 @pytest.mark.parametrize(

@@ -234,5 +234,7 @@ def _explain(
     where = "no layer" if pattern is None else f"none of the {len(matched)} layers that {pattern!r} matches"
     guess = did_you_mean(argument, counts)
     have = ", ".join(f"{name} ({n} layers)" for name, n in counts.items()) or "nothing"
-    hint = "" if any(isinstance(layer, Normalizer) for _, layer in layers) else f" {SWAP}"
+    have_it = [key for key, cls in Normalizer.registry.items() if argument in cls.ranges]
+    hint = f" {argument} is a value of {', '.join(have_it)}." if have_it else ""
+    hint += "" if any(isinstance(layer, Normalizer) for _, layer in layers) else f" {SWAP}"
     return f"schedules[{key!r}]: {where} has a value {argument!r} to schedule.{guess} They have: {have}.{hint}"

@@ -351,7 +351,7 @@ class TestBadInput:
 
     def test_a_model_without_our_layers(self):
         self.refused(
-            r"no layer has a value 'radius' to schedule. They have: momentum \(3 layers\). Swap first",
+            r"no layer has a value 'radius' to schedule.* momentum \(3 layers\). radius is a value of sn. Swap first",
             {"radius": 0.1},
             callbacks=[],
         )
