@@ -157,7 +157,7 @@ class MixtureSpec:
             dx, *of_parameters, dresidual = gradients(
                 dy, x, known, weight, w, v, buffers, residual, channel_dim, self.flags, self.eps, activation, need_dx
             )
-        return dx, dresidual, of_parameters, ()
+        return dx, dresidual, of_parameters
 
     def operator_backward(
         self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
@@ -169,9 +169,6 @@ class MixtureSpec:
             activation, need_dx, "",
         )  # fmt: skip
         return dx, dresidual, of_parameters
-
-    def unpack(self, gradients: list[Any], packed: Tensor) -> None:
-        """Do nothing: each gradient is a tensor of its own."""
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
@@ -280,7 +277,7 @@ class RecordedDepthwise:
         dx, *of_parameters = gradients(
             dy, x, MixtureStatistics(*stats), parameters[0], buffers, flags, eps, need_dx
         )  # fmt: skip
-        return dx, None, of_parameters, ()
+        return dx, None, of_parameters
 
     def operator_backward(
         self, dy: Tensor, x: Tensor, residual: None, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
@@ -290,9 +287,6 @@ class RecordedDepthwise:
             dy, x, *stats, parameters[0], *buffers, to_numbers(self.mixture.flags), self.mixture.eps, need_dx, ""
         )
         return dx, None, of_parameters
-
-    def unpack(self, gradients: list[Any], packed: Tensor) -> None:
-        """Do nothing: each gradient is a tensor of its own."""
 
 
 class _Mixture(torch.autograd.Function):
