@@ -50,15 +50,17 @@ WAYS = {
 def graph_of(gm: Any, inputs: list[Any]) -> Any:
     """Return Inductor's graph of the traced operations, with its kernels decided and nothing generated."""
     from torch._dynamo.utils import detect_fake_mode
-    from torch._inductor.compile_fx import _recursive_post_grad_passes
+    from torch._inductor.compile_fx import _recursive_post_grad_passes, record_original_output_strides
+    from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
     mode = detect_fake_mode(inputs)
-    with V.set_fake_mode(mode):
+    with DebugContext(), V.set_fake_mode(mode):
+        record_original_output_strides(gm)
         _recursive_post_grad_passes(gm, is_inference=False)
         graph = GraphLowering(gm, example_inputs=inputs, shape_env=mode.shape_env)
-        with V.set_graph_handler(graph):
+        with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
             graph.run(*inputs)
             graph._update_scheduler()
     return graph
