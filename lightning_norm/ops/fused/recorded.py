@@ -181,7 +181,8 @@ def _normalize(
 ) -> Tensor | None:
     """Launch what was recorded of such a call; where nothing was, record it, or return ``None``."""
     of_call = spec.of_call(x)
-    inputs, numbers = [x, *tensors.all], [t for t in of_call if t.__class__ is launcher.Number] if of_call else ()
+    inputs: list[Any] = [x, *tensors.all]
+    numbers = [t for t in of_call if t.__class__ is launcher.Number] if of_call else ()
     kind: tuple[Hashable, ...] = (tensors.kind, channel_dim, activation)
     if residual is not None:
         inputs.append(residual if residual.stride() == x.stride() else dense(residual.detach(), x))
