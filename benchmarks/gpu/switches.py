@@ -6,6 +6,7 @@ A switch is looked up where it would be: one that nobody has built yet is told a
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from benchmarks.gpu.rows import Part, part_of
 from lightning_norm.bench.clock import Timed, interleaved
 from lightning_norm.kernels import grid, launcher
 from lightning_norm.normalizers import create
+from lightning_norm.ops import backend
 
 SHAPES = ((64, 256, 56, 56), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7))
 KEYS = ("sn", "bn")
@@ -52,6 +54,11 @@ def attribute(name: str) -> Callable[[], AbstractContextManager[Any] | None]:
     return lambda: mock.patch.object(grid, name, True) if hasattr(grid, name) else None
 
 
+def graph(way: str) -> AbstractContextManager[Any]:
+    """Let layers in a graph of torch.compile run in this way."""
+    return mock.patch.object(backend, "IN_GRAPHS", way)
+
+
 SWITCHES: dict[str, Callable[[], AbstractContextManager[Any] | None]] = {
     "tile of 1024 elements": lambda: tile(1024),
     "tile of 4096 elements": lambda: tile(4096),
@@ -59,14 +66,18 @@ SWITCHES: dict[str, Callable[[], AbstractContextManager[Any] | None]] = {
     "2 warps": lambda: warps(2),
     "owner kernel": attribute("OWNER"),
     "cooperative launch": attribute("COOPERATIVE"),
-    "transparent compile path": attribute("TRANSPARENT"),
+    **{f"compiled: {way}": functools.partial(graph, way) for way in ("operators", "transparent", "plain")},
 }
 
 
-def timed(switch: AbstractContextManager[Any], key: str, x: torch.Tensor, dy: torch.Tensor, device: str) -> Timed:
-    """Return forward and backward of a layer, whose launches are recorded under a switch."""
+def timed(
+    switch: AbstractContextManager[Any], key: str, x: torch.Tensor, dy: torch.Tensor, device: str, name: str = ""
+) -> Timed:
+    """Return forward and backward of a layer, whose launches are recorded, or which is compiled, under a switch."""
     layer: Any = create(key, x.shape[1], device=x.device)
-    layer.backend = "triton"
+    layer.backend = "auto" if name == "compiled: plain" else "triton"
+    if name.startswith("compiled"):
+        layer.compile()
     plans: dict[Any, Any] = {}
 
     def both() -> Any:
@@ -122,7 +133,7 @@ def compare(
     x.requires_grad_()
     runs = {"now": timed(contextlib.nullcontext(), key, x, dy, device)}
     for name, switch in built.items():
-        runs[name] = timed(switch(), key, x, dy, device)
+        runs[name] = timed(switch(), key, x, dy, device, name)
     times = interleaved(runs, 5 if part.dry else 12)
     medians = {name: statistics.median(t) for name, t in times.items()}
     for name, ms in medians.items():

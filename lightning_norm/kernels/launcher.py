@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import operator
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -32,6 +33,10 @@ LIMIT = 4096
 
 ALIGN = 64
 """Tensors in a workspace begin at multiples of this many numbers, 256 bytes, as those of torch's allocator do."""
+
+
+# By map, over all tensors of a call.
+DATA_PTR, GET_DEVICE, DTYPE = Tensor.data_ptr, Tensor.get_device, Tensor.dtype.__get__
 
 
 def _installed() -> str:
@@ -143,15 +148,15 @@ class _Pointer(NamedTuple):
 
 
 class _Output(NamedTuple):
-    """An output: a tensor like x, or the gradient of a parameter, which lies beside those of its shape in one tensor.
+    """An output: a tensor like x, or a part of the one tensor that all others lie in, such as gradients of parameters.
 
     Args:
-        group: the number of that tensor, -1 for a tensor like x.
-        row: the place in it.
+        part: the number of that part, -1 for a tensor like x.
+        shape: of the output.
     """
 
-    group: int
-    row: int
+    part: int
+    shape: torch.Size
 
 
 @dataclass(eq=False)
@@ -161,55 +166,75 @@ class Plan:
     Args:
         launches: in their order; every tensor in them is a :class:`_Pointer`.
         inputs: how many tensors and numbers the call gets.
+        x: where the first input lies.
         outputs: ``None`` for one that no kernel writes.
         sizes: of two workspaces in float32 numbers: kept for the backward pass, dropped.
-        groups: shapes of the tensors that hold gradients of parameters; those of one shape are rows of one tensor.
+        parts: sizes of the parts of the tensor that holds the outputs that are not like x.
         saved: the tensors in the first workspace.
+        replayed: the launches as one function of all pointers and the stream, where Triton need not launch them.
     """
 
     launches: list[_Launch]
     inputs: int
+    x: _Pointer
     outputs: list[_Output | None]
     sizes: tuple[int, int]
-    groups: list[tuple[int, ...]]
+    parts: list[int]
     saved: list[_Pointer]
+    replayed: Callable[[list[int], int], None] | None = None
 
     def __post_init__(self) -> None:
-        self._replay: Callable[[list[int], int], bool] | None = lambda pointers, device: True
+        self.has_backward = False
+        """Whether the launches of a backward pass are compiled, or none was asked for."""
+        self._like_x = sum(output is not None and output.part < 0 for output in self.outputs)
+        like_x = tuple(self.x.shape), self.x.stride, self.x.dtype
+        flat = [((n,), (1,), torch.float32) for n in (sum(self.parts), *self.sizes) if n]
+        self.made: list[tuple[Any, Any, torch.dtype]] = [*[like_x] * self._like_x, *flat]
+        self._replay: Callable[[Tensor, list[int]], list[Tensor] | None] | None = self._allocate
         if any(isinstance(step.compiled, functools.partial) for step in self.launches) and _ahead is not None:
             _ahead.append(self)  # until it is compiled it launches nothing
         else:
             self._replay = _replayed(self)
-        self._like_x = [output is not None and output.group < 0 for output in self.outputs]
-        self._rows = [(i, o.group, o.row) for i, o in enumerate(self.outputs) if o is not None and o.group >= 0]
+
+    def _allocate(self, x: Tensor, pointers: Any = None) -> list[Tensor]:
+        """Return what the launches write: outputs like x, all others in one tensor, and the workspaces."""
+        device = x.device
+        return [torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype in self.made]
 
     def __call__(self, inputs: Sequence[Any], pointers: list[int]) -> tuple[list[Tensor | None], Tensor | None]:
         """Run the launches.
 
         Args:
-            inputs: tensors, numbers and ``None``, as the key was made of; the first is x.
+            inputs: tensors and then numbers, as the key was made of; the first is x.
             pointers: of them, which :func:`key_of` returned; more are added.
 
         Returns:
             The outputs, and the workspace that is kept.
         """
         x = inputs[0]
-        device = x.device
-        outputs: list[Any] = [torch.empty_like(x) if like_x else None for like_x in self._like_x]
-        workspaces = [torch.empty(n, dtype=torch.float32, device=device) if n else None for n in self.sizes]
-        groups = [torch.empty(shape, dtype=torch.float32, device=device) for shape in self.groups]
-        pointers += [0 if t is None else t.data_ptr() for t in (*outputs, *workspaces, *groups)]
-        if self._replay is None or not self._replay(pointers, x.get_device()):
-            self._launch_as_usual([*inputs, *outputs, *workspaces, *groups])
-        if groups:
-            rows = [group.unbind() for group in groups]
-            for i, group, row in self._rows:
-                outputs[i] = rows[group][row]
-        return outputs, workspaces[0]
+        made = None if self._replay is None else self._replay(x, pointers)
+        if made is None:
+            made = self._allocate(x)
+            self._launch_as_usual([*inputs, *made])
+        workspace = made[self._like_x + bool(self.parts)] if self.sizes[0] else None
+        if not self.parts:
+            like_x = iter(made)
+            return [None if output is None else next(like_x) for output in self.outputs], workspace
+        like_x, parts = iter(made), made[self._like_x].split_with_sizes(self.parts)
+        outputs: list[Tensor | None] = []
+        for output in self.outputs:
+            if output is None:
+                outputs.append(None)
+            elif output.part < 0:
+                outputs.append(next(like_x))
+            else:
+                part = parts[output.part]
+                outputs.append(part if len(output.shape) == 1 else part.view(output.shape))
+        return outputs, workspace
 
     def views(self, saved: Tensor) -> list[Tensor]:
         """Return the tensors in the workspace that is kept."""
-        tensors = [*(None,) * (self.inputs + len(self.outputs)), saved]
+        tensors = [*(None,) * (self.inputs + self._like_x + bool(self.parts)), saved]
         return [p.of(tensors) if p.slot >= 0 else saved.new_empty(p.shape, dtype=p.dtype) for p in self.saved]
 
     def _launch_as_usual(self, tensors: list[Any]) -> None:
@@ -230,40 +255,39 @@ def _argument(a: Any, tensors: list[Any]) -> Any:
     return whole if a.offset == 0 and whole.shape == a.shape and whole.dtype == a.dtype else a.of(tensors)
 
 
-def key_of(kind: Hashable, inputs: Sequence[Any]) -> tuple[Hashable, list[int]]:
-    """Return what calls of one kind have in common, and the pointers of the inputs (0 for ``None``).
+def key_of(kind: Hashable, tensors: Sequence[Tensor], numbers: Sequence[Number] = ()) -> tuple[Hashable, list[int]]:
+    """Return what calls of one kind have in common, and the pointers of the inputs.
 
     Args:
         kind: what the launch code looks at beside its tensors.
-        inputs: tensors, numbers and ``None``; the first is x, those like x have its strides, all others none but 1.
+        tensors: the first is x, those like x have its strides, all others none but 1.
+        numbers: behind the tensors; their values are no part of the key.
 
     Raises:
         RuntimeError: the tensors are on more than one device, where a kernel would read an address that is not its.
     """
-    x = inputs[0]
+    x = tensors[0]
     device = x.get_device()
-    pointers, dtypes, misaligned = [], [], 0
-    for t in inputs:
-        if t is None:
-            pointers.append(0)
-            dtypes.append(None)
-        elif t.__class__ is Number:
-            pointers.append(t)
-            dtypes.append(int)
-        else:
-            # Asked here, for a launch with integers in place of tensors asks nobody.
-            if t.get_device() != device:
-                raise RuntimeError(
-                    f"all tensors of a layer must be on the device of its input, {x.device}, got one on {t.device}. "
-                    f"Type layer.to({str(x.device)!r})."
-                )
-            pointer = t.data_ptr()
-            misaligned |= pointer
-            pointers.append(pointer)
-            dtypes.append(t.dtype)
-    key = (kind, device, x.shape, x.stride(), tuple(dtypes))
+    # Asked here, for a launch with integers in place of tensors asks nobody. A loop of Python's takes three times as
+    # long as map with functions of torch's own.
+    if len({*map(GET_DEVICE, tensors)}) > 1:
+        other = next(t.device for t in tensors if t.get_device() != device)
+        raise RuntimeError(
+            f"all tensors of a layer must be on the device of its input, {x.device}, got one on {other}. "
+            f"Type layer.to({str(x.device)!r})."
+        )
+    pointers = [*map(DATA_PTR, tensors)]
+    key = (kind, device, x.shape, x.stride(), *map(DTYPE, tensors))
     # Nearly always all are multiples of 16.
-    return (key if misaligned & 15 == 0 else (key, *(p & 15 for p in pointers))), pointers
+    if functools.reduce(operator.or_, pointers) & 15:
+        key = (key, *(p & 15 for p in pointers))
+    pointers += numbers
+    return key, pointers
+
+
+def known(key: Hashable) -> Plan | None:
+    """Return the plan of a key, ``None`` where there is none yet."""
+    return _plans.get(key)
 
 
 def plan_of(
@@ -358,17 +382,23 @@ def _plan(slots: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | 
             offset = -t.storage_offset() * t.element_size()
             # Part of what two inputs have in common could be part of either.
             storages[_storage(t)] = (slot, offset) if _storage(t) not in storages else (-1, 0)
-    made: list[_Output | None] = []
-    groups: list[list[Tensor]] = []
-    last = len(slots) + len(outputs)
-    for slot, t in enumerate(outputs, len(slots)):
-        made.append(_output(t, slots[0], groups) if t is not None and t.numel() and _storage(t) in used else None)
-        if t is not None and made[-1] is not None:
-            assert _storage(t) not in storages, "an output that is an input, or a part of another output"
-            assert t.storage_offset() == 0
-            group, row = made[-1]
-            storages[_storage(t)] = (slot, 0) if group < 0 else (last + 2 + group, 4 * row * t.numel())
-    sizes = _fill(storages, keep, last), _fill(storages, passed, last + 1)
+    # What no kernel writes is no output.
+    written = [t if t is not None and t.numel() and _storage(t) in used else None for t in outputs]
+    like_x = [t for t in written if t is not None and _looks_like(t, slots[0])]
+    others = [t for t in written if t is not None and not _looks_like(t, slots[0])]
+    slot = len(slots)
+    for t in like_x:
+        assert _storage(t) not in storages, "an output that is an input, or a part of another output"
+        assert t.storage_offset() == 0
+        storages[_storage(t)] = (slot, 0)
+        slot += 1
+    assert not any(_storage(t) in storages for t in others), "an output that is an input"
+    # Tensors begin at multiples of 16 bytes.
+    sizes = []
+    for tensors, align in ((others, 4), (keep, ALIGN), (passed, ALIGN)):
+        sizes.append(_fill(storages, tensors, slot, align))
+        slot += sizes[-1] > 0
+    made, parts = _cut(written, others, [storages[_storage(t)][1] // 4 + t.storage_offset() for t in others], sizes[0])
 
     def pointer(t: Any) -> Any:
         if not isinstance(t, Tensor):
@@ -381,8 +411,7 @@ def _plan(slots: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | 
         return _Pointer(slot, offset, t.shape, t.stride(), t.dtype)
 
     steps = [step._replace(args=tuple(map(pointer, step.args))) for step in launches]
-    shapes = [(len(group), *group[0].shape) for group in groups]
-    return Plan(steps, len(slots), made, sizes, shapes, [pointer(t) for t in keep])
+    return Plan(steps, len(slots), pointer(slots[0]), made, (sizes[1], sizes[2]), parts, [pointer(t) for t in keep])
 
 
 def _named(t: Any, slot: int) -> Any:
@@ -390,43 +419,58 @@ def _named(t: Any, slot: int) -> Any:
         t = Number(t)
         t.slot = slot
         return t
-    return None if t is None else t.detach()
+    return t.detach()
 
 
 def _storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-def _output(t: Tensor, x: Tensor, groups: list[list[Tensor]]) -> _Output:
-    """Return where an output will lie, and put a gradient of a parameter into its group."""
-    if (t.shape, t.stride(), t.dtype) == (x.shape, x.stride(), x.dtype):
-        return _Output(-1, 0)
-    assert t.is_contiguous()
-    assert t.dtype == torch.float32
-    # Rows must begin at multiples of 16 bytes, as tensors do.
-    known = [i for i, group in enumerate(groups) if group[0].shape == t.shape and t.numel() % 4 == 0]
-    if not known:
-        groups.append([])
-    group = known[0] if known else len(groups) - 1
-    groups[group].append(t)
-    return _Output(group, len(groups[group]) - 1)
+def _looks_like(t: Tensor, x: Tensor) -> bool:
+    return (t.shape, t.stride(), t.dtype) == (x.shape, x.stride(), x.dtype)
 
 
-def _fill(storages: dict[int, tuple[int, int]], tensors: Iterable[Tensor], slot: int) -> int:
-    """Give each storage that has no place yet one in a workspace, and return the float32 numbers that it needs."""
+def _cut(
+    written: list[Tensor | None], others: list[Tensor], starts: list[int], size: int
+) -> tuple[list[_Output | None], list[int]]:
+    """Return where each output lies, and how the tensor of those that are not like x is cut.
+
+    Args:
+        written: the outputs.
+        others: those of them that are not like x.
+        starts: their places, in numbers.
+        size: of the tensor that they lie in.
+    """
+    places, parts, end = {}, [], 0
+    for start, t in sorted(zip(starts, others, strict=True), key=lambda place: place[0]):
+        assert t.is_contiguous()
+        assert t.dtype == torch.float32
+        assert start >= end, "outputs that overlap"
+        # What lies between two outputs is a part as well.
+        parts += [start - end] * (start > end)
+        places[id(t)] = _Output(len(parts), t.shape)
+        parts.append(t.numel())
+        end = start + t.numel()
+    parts += [size - end] * (size > end)
+    return [None if t is None else places.get(id(t), _Output(-1, t.shape)) for t in written], parts
+
+
+def _fill(storages: dict[int, tuple[int, int]], tensors: Iterable[Tensor], slot: int, align: int) -> int:
+    """Give each storage that has no place yet one in a tensor, and return the float32 numbers that it needs."""
     size = 0
     for t in tensors:
         storage = t.untyped_storage()
         if storage.data_ptr() and storage.data_ptr() not in storages:
             storages[storage.data_ptr()] = slot, 4 * size
-            size += -(-storage.nbytes() // (4 * ALIGN)) * ALIGN
+            size += -(-storage.nbytes() // (4 * align)) * align
     return size
 
 
-def _replayed(plan: Plan) -> Callable[[list[int], int], bool] | None:
-    """Return a function that launches the plan, given all pointers and the device; ``None`` where Triton must do it.
+def _replayed(plan: Plan) -> Callable[[Tensor, list[int]], list[Tensor] | None] | None:
+    """Return a function that launches the plan, given x and the pointers of the inputs; ``None`` where Triton must.
 
-    It returns False, and has launched nothing, while hooks are set in Triton, as its profiler does: they want tensors.
+    It returns what the launches write. It returns ``None``, and has launched nothing, while hooks are set in Triton, as
+    its profiler does: they want tensors.
 
     The launches are written as one function, with every argument in its place: a loop over lists of arguments would
     take as long as the launches themselves.
@@ -446,23 +490,43 @@ def _replayed(plan: Plan) -> Callable[[list[int], int], bool] | None:
     # The pointers are one list, p; all else is written into the text.
     code = "\n".join(["def launches(p, stream):", *lines, *([] if lines else ["    pass"])])
     exec(compile(code, "<recorded launches>", "exec"), names)  # nothing in it but numbers and names made here
-    launches = names["launches"]
+    launches = plan.replayed = names["launches"]
 
     runtime = knobs.runtime
 
-    def replay(pointers: list[int], device: int) -> bool:
+    def run(device: int, pointers: list[int], active: Any) -> list[Tensor]:
+        # Whoever asks for deterministic algorithms has fresh memory filled, which torch's public functions do.
+        if torch.are_deterministic_algorithms_enabled():
+            empty = functools.partial(_empty, device)
+        else:
+            empty = EMPTY_STRIDED[device >= 0]
+        made = [empty(size, stride, dtype) for size, stride, dtype in plan.made]
+        pointers += map(DATA_PTR, made)
+        launches(pointers, active.get_current_stream(max(device, 0)))
+        return made
+
+    def replay(x: Tensor, pointers: list[int]) -> list[Tensor] | None:
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-            return False
-        active = driver.active
+            return None
+        device, active = x.get_device(), driver.active
         if device < 0 or device == active.get_current_device():
-            launches(pointers, active.get_current_stream(max(device, 0)))
-        else:
-            with torch.cuda.device(device):
-                launches(pointers, active.get_current_stream(device))
-        return True
+            return run(device, pointers, active)
+        with torch.cuda.device(device):
+            return run(device, pointers, active)
 
     return replay
+
+
+def _empty(device: int, size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="cpu" if device < 0 else device)
+
+
+EMPTY_STRIDED: list[Callable[[Any, Any, torch.dtype], Tensor]] = [
+    functools.partial(_empty, -1),
+    lambda size, stride, dtype: _empty(torch.cuda.current_device(), size, stride, dtype),
+]
+"""What allocates a tensor of a size, strides and a dtype on the CPU, and on the current CUDA device."""
 
 
 def _call(compiled: Any, i: int, names: dict[str, Any]) -> Callable[[str, list[str]], str]:

@@ -19,6 +19,11 @@ from lightning_norm.ops.layout import Layout
 BACKENDS = ("auto", "eager", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+IN_GRAPHS = "operators"
+"""How layers on the kernels run in a graph of torch.compile: "operators", each family's own, which fuse with nothing;
+"transparent", where only the statistics are operators; or "plain", without kernels, unless a layer asks for "triton".
+``python -m benchmarks.graphs`` counts kernels and bytes of all three; no GPU has timed them yet."""
+
 
 def _installed() -> bool:
     try:

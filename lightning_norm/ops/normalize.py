@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from lightning_norm.errors import KernelError
-from lightning_norm.ops import depthwise, eager, torch_private, whole_batch
+from lightning_norm.ops import backend, depthwise, eager, torch_private, whole_batch
 from lightning_norm.ops.backend import give_up, on_kernels
-from lightning_norm.ops.fused import triton_passes
+from lightning_norm.ops.fused import transparent_passes, triton_passes
 from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
@@ -63,12 +63,18 @@ class Passes:
     @property
     def forward_module(self) -> Any:
         """The module that runs the forward passes."""
-        return triton_passes if self.kernels else whole_batch if self.layout.is_one_sample else eager
+        return _kernels() if self.kernels else whole_batch if self.layout.is_one_sample else eager
 
     def module(self, *gradients: Tensor | None) -> Any:
         """Return the module that runs them; what is differentiated once more is recorded in plain PyTorch."""
         on_kernels = self.kernels and (torch.compiler.is_compiling() or not eager.is_recording(*gradients))
-        return triton_passes if on_kernels else whole_batch if self.layout.is_one_sample else eager
+        return _kernels() if on_kernels else whole_batch if self.layout.is_one_sample else eager
+
+
+def _kernels() -> Any:
+    """Return the passes on the kernels, which in a graph may be in part what its compiler fuses."""
+    transparent = backend.IN_GRAPHS == "transparent" and torch.compiler.is_compiling()
+    return transparent_passes if transparent else triton_passes
 
 
 @dataclass(frozen=True)
@@ -196,8 +202,12 @@ def _run_specially(x: Tensor, call: Call) -> Tensor:
 
 def _on_kernels(x: Tensor, call: Call) -> tuple[bool, FusedSpec | None]:
     """Return whether kernels run, and the equations for them; ``None`` if only the passes around the algebra do."""
+    in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if in_graph and backend.IN_GRAPHS == "plain" and call.backend == "auto":
+        return False, None
     kernels = on_kernels(x, call.layout, call.backend, empty=call.ranks is not None, what=_kind_of_launch(x, call))
-    spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None else None
+    fuses = in_graph and backend.IN_GRAPHS == "transparent"
+    spec = call.fused_spec(call.layout) if kernels and call.fused_spec is not None and not fuses else None
     if spec is not None and call.ranks is not None:
         # Descriptions know nothing of ranks, so that a layer need not ask for them.
         spec = spec.over(call.ranks)
@@ -348,7 +358,7 @@ class _Apply(torch.autograd.Function):
         x, center, scale = ctx.saved_tensors
         # What nobody asked for is not computed: each sum would be a pass over dy and x.
         need, passes = ctx.needs_input_grad, ctx.how.module(dy)
-        if passes is triton_passes and dy.stride() != x.stride():
+        if passes in (triton_passes, transparent_passes) and dy.stride() != x.stride():
             # Here and in the first node kernels read dy at the offsets of x: one copy serves both.
             dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
         fields = field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)

@@ -119,6 +119,17 @@ def is_batched(*gradients: Tensor | None) -> bool:
     return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
 
 
+def empty_strided() -> list[Callable[[Any, Any, torch.dtype], Tensor]]:
+    """Return what allocates a tensor of a size, strides and a dtype on the CPU, and on the current CUDA device.
+
+    Graphs of torch.compile allocate by these functions, which take half the time of ``torch.empty_strided``. Empty
+    where torch has none.
+    """
+    guards = torch._C._dynamo.guards
+    functions = [getattr(guards, name, None) for name in ("_empty_strided_cpu", "_empty_strided_cuda")]
+    return [] if None in functions else functions  # type: ignore[return-value]
+
+
 def static_shape(t: Tensor) -> tuple[int, ...]:
     """Return the shape as plain integers, for checks.
 

@@ -168,6 +168,13 @@ def test_the_end_of_a_capture():
     assert callable(torch._C._cuda_endAllocateToPool) or not torch.backends.cuda.is_built()
 
 
+def test_empty_strided():
+    cpu, _ = torch_private.empty_strided()
+    t = cpu((2, 3), (1, 2), torch.float16)
+    assert (t.shape, t.stride(), t.dtype, t.device.type) == ((2, 3), (1, 2), torch.float16, "cpu")
+    assert not t.requires_grad
+
+
 PRIVATE_FILES = {"torch_private.py", "lightning_private.py"}
 
 

@@ -205,14 +205,14 @@ def join_moments(
     lane = tl.arange(0, P_BLOCK)[:, None]
     mean = tl.zeros((P_BLOCK, BLOCK), tl.float32)
     for first in range(0, pieces, P_BLOCK):
-        e, share, _, inside = piece_of(hi, lo, var, at, keep, first + lane, pieces, stride, piece, size, fold, k)
-        mean += tl.where(inside, e * (share * inverse_size), 0.0)
+        e, count, _, inside = piece_of(hi, lo, var, at, keep, first + lane, pieces, stride, piece, size, fold, k)
+        mean += tl.where(inside, e * (count * inverse_size), 0.0)
     d = tl.sum(mean, 0)[None, :]
     # Then what each piece's mean is away from it.
     variance = tl.zeros((P_BLOCK, BLOCK), tl.float32)
     for first in range(0, pieces, P_BLOCK):
-        e, share, v, inside = piece_of(hi, lo, var, at, keep, first + lane, pieces, stride, piece, size, fold, k)
-        variance += tl.where(inside, (v + (e - d) * (e - d)) * (share * inverse_size), 0.0)
+        e, count, v, inside = piece_of(hi, lo, var, at, keep, first + lane, pieces, stride, piece, size, fold, k)
+        variance += tl.where(inside, (v + (e - d) * (e - d)) * (count * inverse_size), 0.0)
     # Again as hi and what rounding it has left.
     rounded = k + d
     at = i[None, :]
@@ -226,10 +226,10 @@ def join_moments(
 def piece_of(hi, lo, var, at, keep, p, pieces, stride, piece, size, fold, k):
     """Return the means of some pieces, counted from k, their elements, their variances, and which of them there are."""
     inside = (p < pieces) & keep[None, :]
-    share = tl.minimum(piece, size - p // fold * piece).to(tl.float32)
+    count = tl.minimum(piece, size - p // fold * piece).to(tl.float32)
     spot = at[None, :] + p.to(tl.int64) * stride
     e = tl.load(hi + spot, mask=inside, other=0.0) - k + tl.load(lo + spot, mask=inside, other=0.0)
-    return e, share, tl.load(var + spot, mask=inside, other=0.0), inside
+    return e, count, tl.load(var + spot, mask=inside, other=0.0), inside
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -85,6 +85,8 @@ class MixtureSpec:
     running: Running | None = None
     group: str = ""
 
+    draws: ClassVar[bool] = False
+
     def over(self, ranks: Ranks) -> MixtureSpec:
         """Return the same equations for a batch that lies on several ranks."""
         return replace(self, group=ranks.group) if self.flags.at_bn >= 0 else self
@@ -157,7 +159,7 @@ class MixtureSpec:
             dx, *of_parameters, dresidual = gradients(
                 dy, x, known, weight, w, v, buffers, residual, channel_dim, self.flags, self.eps, activation, need_dx
             )
-        return dx, dresidual, of_parameters, ()
+        return dx, dresidual, of_parameters
 
     def operator_backward(
         self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
@@ -169,9 +171,6 @@ class MixtureSpec:
             activation, need_dx, "",
         )  # fmt: skip
         return dx, dresidual, of_parameters
-
-    def unpack(self, gradients: list[Any], packed: Tensor) -> None:
-        """Do nothing: each gradient is a tensor of its own."""
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""
@@ -224,6 +223,8 @@ class RecordedDepthwise:
     mixture: MixtureSpec
     kernel: Tensor
     bias: Tensor | None
+
+    draws: ClassVar[bool] = False
 
     @functools.cached_property
     def kind(self) -> object:
@@ -280,7 +281,7 @@ class RecordedDepthwise:
         dx, *of_parameters = gradients(
             dy, x, MixtureStatistics(*stats), parameters[0], buffers, flags, eps, need_dx
         )  # fmt: skip
-        return dx, None, of_parameters, ()
+        return dx, None, of_parameters
 
     def operator_backward(
         self, dy: Tensor, x: Tensor, residual: None, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
@@ -290,9 +291,6 @@ class RecordedDepthwise:
             dy, x, *stats, parameters[0], *buffers, to_numbers(self.mixture.flags), self.mixture.eps, need_dx, ""
         )
         return dx, None, of_parameters
-
-    def unpack(self, gradients: list[Any], packed: Tensor) -> None:
-        """Do nothing: each gradient is a tensor of its own."""
 
 
 class _Mixture(torch.autograd.Function):

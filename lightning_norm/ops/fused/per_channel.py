@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ class PerChannelSpec:
     threshold: Tensor | None = None
     limit: Tensor | None = None
     group: str = ""
+
+    draws: ClassVar[bool] = False
 
     def over(self, ranks: Ranks) -> PerChannelSpec | None:
         """Return the same equations for a batch that lies on several ranks; ``None`` with contexts or a threshold."""
@@ -155,7 +157,7 @@ class PerChannelSpec:
             )  # fmt: skip
         # The kernels write rows of C numbers; a parameter is (C,), or (K, C) with contexts.
         shaped = [g if t is None else g.view(t.shape) for g, t in zip(of_parameters, parameters, strict=True)]
-        return dx, dresidual, shaped, ()
+        return dx, dresidual, shaped
 
     def operator_backward(
         self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
@@ -167,9 +169,6 @@ class PerChannelSpec:
             to_numbers(self.numbers), activation, need_dx, "",
         )  # fmt: skip
         return dx, dresidual, of_parameters
-
-    def unpack(self, gradients: list[Any], packed: Tensor) -> None:
-        """Do nothing: each gradient is a tensor of its own."""
 
     def normalize(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor:
         """Return act(normalized x + residual), on the kernels."""

@@ -90,6 +90,45 @@ def test_compile_with_inductor():
     torch.testing.assert_close(layer.running_var, plain.running_var)
 
 
+@pytest.mark.parametrize("key", ["bn", "sn", "rbn"])
+def test_a_transparent_graph(key, monkeypatch):
+    """Of the passes over x only those that sum are operators: y and dx are what a compiler fuses with what follows."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def note(gm, inputs):
+        schemas = [getattr(n.target, "_schema", None) for n in gm.graph.nodes]
+        graphs.append({s.name for s in schemas if s is not None and s.name.startswith("lightning_norm")})
+        return make_boxed_func(gm.forward)
+
+    monkeypatch.setattr(backend, "IN_GRAPHS", "transparent")
+    torch.compiler.reset()
+    layer = on_triton(key)
+    plain = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=note))
+    x, dy = features(4, 6, 5, 3), noise(4, 6, 5, 3, seed=7)
+    same_step(step(compiled, x, dy), _renamed(step(plain, x, dy)), 1e-6, "compiled")
+    for name, value in statistics(plain).items():
+        torch.testing.assert_close(layer._buffers[name], value)
+    assert graphs == [{"lightning_norm::moments"}, {"lightning_norm::sums"}]
+
+
+def test_a_graph_without_kernels(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the kernels were asked for")
+
+    layer = lightning_norm.create("bn", 6)
+    plain = copy.deepcopy(layer)
+    x, dy = features(4, 6, 5, 3), noise(4, 6, 5, 3, seed=7)
+    want = _renamed(step(plain, x, dy))
+    monkeypatch.setattr(backend, "IN_GRAPHS", "plain")
+    monkeypatch.setattr("lightning_norm.ops.normalize.on_kernels", refuse)
+    torch.compiler.reset()
+    same_step(step(torch.compile(layer, fullgraph=True, backend="aot_eager"), x, dy), want, 1e-6, "compiled")
+
+
 def test_compile_a_users_algebra():
     def f(x, g):
         return normalize(x, lambda m: Affine(m.mean, g * (m.over_batch().var + m.var).rsqrt()), backend="triton")

@@ -216,7 +216,7 @@ def test_a_tensor_on_another_device_is_refused_before_a_kernel_reads_its_address
     with FakeTensorMode():
         weight = torch.empty(6, device="cuda")
     with pytest.raises(RuntimeError, match=r"device of its input, cpu, got one on cuda:0.*layer\.to\('cpu'\)"):
-        launcher.key_of("kind", (torch.ones(2, 6), None, weight))
+        launcher.key_of("kind", (torch.ones(2, 6), weight))
 
 
 def test_a_dropout_that_was_written_to_its_tensor():
