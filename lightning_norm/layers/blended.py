@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.declared import ExtraBuffers, Unsupported
+from lightning_norm.layers.renormalized import renorm
 from lightning_norm.layers.running_stats import (
     count_batch,
     count_skipped,
@@ -22,7 +25,7 @@ from lightning_norm.layers.running_stats import (
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
 
 _NO_WINDOW = Unsupported(
@@ -225,6 +228,58 @@ class BlendedNorm(MomentNorm):
         weight = None if weight is None else torch.where(copies, 1, weight)
         self.write_blend(blend, batch, steps, usable, weight)
         return blend
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether the batch's statistics normalize x, and a constant factor and offset bring it to the others."""
+        return False
+
+    def limits(self) -> tuple[float, float]:
+        """Return the limits of that factor and of that offset."""
+        return math.inf, math.inf
+
+    def other_statistics(self, old: Tensor, blend: Tensor) -> Tensor:
+        """Return which statistics the others are, those before this batch or the blend with it."""
+        return blend
+
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return y of torch's batch normalization, whose weight and bias bring it to the other statistics."""
+        return on_cpu.renormalized(self, x, layout) if self.renormalizes and moves_running_stats(self) else None
+
+    @torch_private.without_gradients
+    def renormalize_at_once(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Move the statistics by those of a batch, and return how x is normalized, where values may be read back.
+
+        What :meth:`algebra` does in many operations that a graph can hold. ``None`` where a value is not finite; then
+        nothing has moved.
+
+        Returns:
+            V as :func:`lightning_norm.ops.native.standardize` takes it, the whole scale r / sigma_B, and d; each (C,).
+        """
+        std_or_var = self.std_or_var_of(var)
+        buffers = [self.get_buffer(name) for name in self.blend_names]
+        batch, old, updates = torch.stack((mean, std_or_var)), torch.stack(buffers), int(self.updates.item())
+        steps = updates + 1 + (updates == 0 and bool(old[0].any()))
+        copies = steps == 1 and self.init == "first_batch"
+        was = batch if copies else old
+        blend = batch if copies else old.lerp(batch, self.weight_at(self.updates + (steps - updates)).item())
+        if not math.isfinite(blend.sum().item()):
+            return None
+        other, scale = self.other_statistics(was, blend), self.scale_of(std_or_var)
+        r, d = renorm((mean, scale), (other[0], self.scale_of(other[1])), *self.limits())
+        stds = (std_or_var, blend[1]) if self.average == "std" else (std_or_var.sqrt(), blend[1].sqrt())
+        gap = torch.stack((mean - blend[0], stds[0] - stds[1])).abs_().div_(stds[1] + self._eps)
+        torch.mean(gap, 1, out=self.gap)
+        for buffer, new in zip(buffers, blend.unbind(), strict=True):
+            buffer.copy_(new)
+        self.updates.fill_(steps)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return self.spread_of(var, std_or_var), scale * r, d
+
+    def spread_of(self, var: Tensor, std_or_var: Tensor) -> Tensor:
+        """Return -s / 2 s' for the scale s as a function of the variance."""
+        return var + self._eps
 
     def _move_by_window(self, m: Moments) -> None:
         self.move(self.running_target(m), m.count, (torch.as_tensor(m.count) > 1).all())

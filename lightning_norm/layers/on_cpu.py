@@ -18,15 +18,17 @@ LARGE = 1 << 19
 """Of contiguous maps with more elements the passes of this package are faster than torch's batch normalization."""
 
 
+def _is_large(x: Tensor, layout: Layout) -> bool:
+    return layout.size > 1 and x.numel() > LARGE and x.is_contiguous()
+
+
 def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """Return x normalized by the batch, and move the running statistics of the layer as torch's BatchNorm does.
 
     ``None`` where torch's is not the same function at the same precision; then nothing has moved.
     """
     running = tuple(layer._buffers[name] for name in layer.running_names) if moves_running_stats(layer) else None
-    if not native.takes(x, weight, bias, *(running or ())):
-        return None
-    if layout.size > 1 and x.numel() > LARGE and x.is_contiguous():
+    if _is_large(x, layout) or not native.takes(x, weight, bias, *(running or ())):
         return None
     batches, momentum = layer.num_batches_tracked, 0.0
     if running is not None:
@@ -39,12 +41,39 @@ def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bia
     return y
 
 
+def renormalized(layer: Any, x: Tensor, layout: Layout) -> Tensor | None:
+    """Return x normalized by the batch and brought to other statistics, which a :class:`BlendedNorm` moves.
+
+    With r and d constant that is batch normalization with the weight gamma r and the bias gamma d + beta. ``None`` as
+    for :func:`batch_norm`.
+    """
+    buffers = [layer._buffers[name] for name in layer.blend_names]
+    if layer.averages_blend or _is_large(x, layout) or not native.takes(x, layer.weight, layer.bias, *buffers):
+        return None
+    measured = native.statistics(x.detach(), layout)
+    constants = None if measured is None else layer.renormalize_at_once(*measured)
+    if measured is None or constants is None:
+        return None
+    spread, scale, d = constants
+    root = spread.sqrt()
+    weight, bias = scale * root, d
+    if layer.weight is not None:
+        weight, bias = layer.weight * weight, layer.weight * d
+    bias = bias if layer.bias is None else layer.bias + bias
+
+    def scale_of(var: Tensor) -> Tensor:
+        s = layer.scale_of(layer.std_or_var_of(var))
+        return s / (s.detach() * root)
+
+    return native.standardize(x, layout, (measured[0], spread), weight, bias, scale_of)
+
+
 def group_norm(layer: Any, x: Tensor, layout: Layout, groups: int) -> Tensor | None:
     """Return x normalized by the statistics of each sample's groups; ``None`` as for :func:`batch_norm`."""
     # Few elements often have a mean that is large against their standard deviation: ATen would compute in vain.
     few = layout.size * layout.c // groups < FEW
-    # Channels-last, its kernel for groups of one channel is several times slower than the passes.
-    slow = groups == layout.c and not x.is_contiguous()
+    # Channels-last, its kernel for several groups is slower than the passes.
+    slow = groups > 1 and not x.is_contiguous()
     if few or slow or layout.channel_dim != 1 or not native.takes(x, layer.weight, layer.bias):
         return None
     return native.group_norm(x, layout, groups, layer.weight, layer.bias, layer.eps)

@@ -183,6 +183,15 @@ class DiminishingBatchNorm(BlendedNorm):
         # From the counter, which a checkpoint holds: a resumed run goes on with the alpha that it had reached.
         return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
 
+    @property
+    def renormalizes(self) -> bool:
+        """Whether the gradient is that of BatchNorm at the value of the blend."""
+        return self.train_stats == "running" and self.stat_grad == "renorm"
+
+    def spread_of(self, var: Tensor, std_or_var: Tensor) -> Tensor:
+        """Return -s / 2 s', which is sigma (sigma + eps) where eps stands beside the root."""
+        return torch.add(var, std_or_var, alpha=self._eps) if self.average == "std" else var + self._eps
+
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which write the blend whenever they compute it."""
         # Paused: these kernels would move what is to stand still.
