@@ -238,9 +238,8 @@ class BlendedNorm(MomentNorm):
         """Return the limits of that factor and of that offset."""
         return math.inf, math.inf
 
-    def other_statistics(self, old: Tensor, blend: Tensor) -> Tensor:
-        """Return which statistics the others are, those before this batch or the blend with it."""
-        return blend
+    moves_first = True
+    """The others are the statistics with this batch, and not those before it."""
 
     def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of torch's batch normalization, whose weight and bias bring it to the other statistics."""
@@ -257,24 +256,34 @@ class BlendedNorm(MomentNorm):
             V as :func:`lightning_norm.ops.native.standardize` takes it, the whole scale r / sigma_B, and d; each (C,).
         """
         std_or_var = self.std_or_var_of(var)
-        buffers = [self.get_buffer(name) for name in self.blend_names]
-        batch, old, updates = torch.stack((mean, std_or_var)), torch.stack(buffers), int(self.updates.item())
-        steps = updates + 1 + (updates == 0 and bool(old[0].any()))
-        copies = steps == 1 and self.init == "first_batch"
-        was = batch if copies else old
-        blend = batch if copies else old.lerp(batch, self.weight_at(self.updates + (steps - updates)).item())
-        if not math.isfinite(blend.sum().item()):
+        if not math.isfinite(std_or_var.sum().item()):
             return None
-        other, scale = self.other_statistics(was, blend), self.scale_of(std_or_var)
-        r, d = renorm((mean, scale), (other[0], self.scale_of(other[1])), *self.limits())
-        stds = (std_or_var, blend[1]) if self.average == "std" else (std_or_var.sqrt(), blend[1].sqrt())
-        gap = torch.stack((mean - blend[0], stds[0] - stds[1])).abs_().div_(stds[1] + self._eps)
-        torch.mean(gap, 1, out=self.gap)
-        for buffer, new in zip(buffers, blend.unbind(), strict=True):
-            buffer.copy_(new)
+        running_mean, running = (self.get_buffer(name) for name in self.blend_names)
+        updates = int(self.updates.item())
+        steps = updates + 1 + (updates == 0 and bool(running_mean.any()))
+        copies = steps == 1 and self.init == "first_batch"
         self.updates.fill_(steps)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        alpha = 1.0 if copies else self.weight_at(self.updates).item()
+        scale = self.scale_of(std_or_var)
+
+        def move() -> None:
+            running_mean.lerp_(mean, alpha)
+            running.lerp_(std_or_var, alpha)
+
+        def constants() -> tuple[Tensor, Tensor]:
+            return renorm((mean, scale), (running_mean, self.scale_of(running)), *self.limits())
+
+        if self.moves_first or copies:
+            move()
+            r, d = constants()
+        else:
+            r, d = constants()
+            move()
+        stds = (std_or_var, running) if self.average == "std" else (std_or_var.sqrt(), running.sqrt())
+        gap = torch.stack((mean - running_mean, stds[0] - stds[1])).abs_().div_(stds[1] + self._eps)
+        torch.mean(gap, 1, out=self.gap)
         return self.spread_of(var, std_or_var), scale * r, d
 
     def spread_of(self, var: Tensor, std_or_var: Tensor) -> Tensor:

@@ -125,14 +125,11 @@ class BatchRenorm(BlendedNorm):
         return self.scaled(measured[0], scale * r, d.to(scale.dtype))
 
     renormalizes = True
+    moves_first = False
 
     def limits(self) -> tuple[float, float]:
         """Return r_max and d_max."""
         return self.r_max, self.d_max
-
-    def other_statistics(self, old: Tensor, blend: Tensor) -> Tensor:
-        """Return those of the batches before."""
-        return old
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which move the statistics whenever they compute them."""
