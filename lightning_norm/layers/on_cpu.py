@@ -14,6 +14,12 @@ from lightning_norm.ops.moments import Moments
 FEW = 8
 """Of groups with fewer elements the algebra computes the statistics."""
 
+MANY = 512
+"""Positions of a large channels-last map."""
+
+SMALL = 1 << 18
+"""Of maps with fewer elements time counts, and not what is kept for the backward pass."""
+
 LARGE = 1 << 19
 """Of contiguous maps with more elements the passes of this package are faster than torch's batch normalization."""
 
@@ -32,8 +38,10 @@ def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bia
         return None
     batches, momentum = layer.num_batches_tracked, 0.0
     if running is not None:
-        momentum = layer.momentum
-        if momentum is None:
+        scheduled = layer.scheduled("momentum")
+        if scheduled is not None:
+            momentum = scheduled.item()
+        else:
             momentum = 1.0 if batches is None else 1.0 / (batches.item() + 1)
     y = native.batch_norm(x, layout, weight, bias, layer.eps, running, momentum)
     if y is not None and running is not None and batches is not None:
@@ -68,15 +76,17 @@ def renormalized(layer: Any, x: Tensor, layout: Layout) -> Tensor | None:
     return native.standardize(x, layout, (measured[0], spread), weight, bias, scale_of)
 
 
-def group_norm(layer: Any, x: Tensor, layout: Layout, groups: int) -> Tensor | None:
+def group_norm(
+    layer: Any, x: Tensor, layout: Layout, groups: int, weight: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
     """Return x normalized by the statistics of each sample's groups; ``None`` as for :func:`batch_norm`."""
     # Few elements often have a mean that is large against their standard deviation: ATen would compute in vain.
     few = layout.size * layout.c // groups < FEW
-    # Channels-last, its kernel for several groups is slower than the passes.
-    slow = groups > 1 and not x.is_contiguous()
-    if few or slow or layout.channel_dim != 1 or not native.takes(x, layer.weight, layer.bias):
+    # Channels-last, its kernel for groups of one channel is slower than the passes, and on large maps for all groups.
+    slow = not x.is_contiguous() and (groups == layout.c or (groups > 1 and layout.size > MANY))
+    if few or slow or layout.channel_dim != 1 or not native.takes(x, weight, bias):
         return None
-    return native.group_norm(x, layout, groups, layer.weight, layer.bias, layer.eps)
+    return native.group_norm(x, layout, groups, weight, bias, layer.eps)
 
 
 def mixture(

@@ -91,11 +91,10 @@ def standardize(
     bias: Tensor,
     scale_of: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    r"""Return :math:`w \sqrt{V} s(\sigma^2) (x - \mu) + b`, in whose gradient V, of the value :math:`-s / 2 s'`, is constant.
+    r"""Return :math:`w \sqrt{V} s(\sigma^2) (x - \mu) + b` for a scale s, where the root is a constant.
 
-    As a function of the statistics that is batch normalization by the variance V, for
-
-    .. math:: \frac{s'}{s} = -\frac{1}{2 V}, \qquad \mathrm{and\ with}\ s(v) = (v + \epsilon)^{-1/2}: \quad V = v + \epsilon
+    With V = -s / 2 s' that is batch normalization by the variance V, in value and gradient: for the scale
+    :math:`(v + \epsilon)^{-1/2}`, say, V is the variance and eps.
 
     Args:
         x: the input; :func:`takes` it.
