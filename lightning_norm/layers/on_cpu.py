@@ -38,11 +38,10 @@ def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bia
         return None
     batches, momentum = layer.num_batches_tracked, 0.0
     if running is not None:
-        scheduled = layer.scheduled("momentum")
-        if scheduled is not None:
-            momentum = scheduled.item()
-        else:
-            momentum = 1.0 if batches is None else 1.0 / (batches.item() + 1)
+        weight_of_new = layer.scheduled("momentum")
+        # Without, the average of all batches.
+        count = 0 if batches is None or weight_of_new is not None else batches.item()
+        momentum = 1.0 / (count + 1) if weight_of_new is None else weight_of_new.item()
     y = native.batch_norm(x, layout, weight, bias, layer.eps, running, momentum)
     if y is not None and running is not None and batches is not None:
         batches.add_(1)
