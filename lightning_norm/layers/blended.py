@@ -25,7 +25,7 @@ from lightning_norm.layers.running_stats import (
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
-from lightning_norm.ops.layout import Layout, at_least_float32
+from lightning_norm.ops.layout import Layout, at_least_float32, cast
 from lightning_norm.ops.moments import Affine, Moments
 
 _NO_WINDOW = Unsupported(
@@ -253,42 +253,39 @@ class BlendedNorm(MomentNorm):
         nothing has moved.
 
         Returns:
-            V as :func:`lightning_norm.ops.native.standardize` takes it, the whole scale r / sigma_B, and d; each (C,).
+            V as :func:`lightning_norm.ops.native.standardize` takes it, r and d; each (C,).
         """
         std_or_var = self.std_or_var_of(var)
         if not math.isfinite(std_or_var.sum().item()):
             return None
-        running_mean, running = (self.get_buffer(name) for name in self.blend_names)
+        buffers = [self.get_buffer(name) for name in self.blend_names]
         updates = int(self.updates.item())
-        steps = updates + 1 + (updates == 0 and bool(running_mean.any()))
-        copies = steps == 1 and self.init == "first_batch"
+        steps = updates + 1 + (updates == 0 and bool(buffers[0].any()))
         self.updates.fill_(steps)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        alpha = 1.0 if copies else self.weight_at(self.updates).item()
+        batch = was = blend = [mean, std_or_var]
+        if steps > 1 or self.init != "first_batch":
+            alpha = self.weight_at(self.updates).item()
+            was = [cast(buffer, mean.dtype) for buffer in buffers]
+            blend = [torch.lerp(old, new, alpha) for old, new in zip(was, batch, strict=True)]
+        other = blend if self.moves_first else was
         scale = self.scale_of(std_or_var)
+        r, d = renorm((mean, scale), (other[0], self.scale_of(other[1])), *self.limits())
+        for buffer, new in zip(buffers, blend, strict=True):
+            buffer.copy_(new)
+        stds = [t if self.average == "std" else t.sqrt() for t in (std_or_var, blend[1])]
+        gap = torch.stack((mean - blend[0], stds[0] - stds[1])).abs_().div_(stds[1] + self._eps)
+        self.gap.copy_(gap.mean(1))
+        return self.spread_of(var), r, d
 
-        def move() -> None:
-            running_mean.lerp_(mean, alpha)
-            running.lerp_(std_or_var, alpha)
-
-        def constants() -> tuple[Tensor, Tensor]:
-            return renorm((mean, scale), (running_mean, self.scale_of(running)), *self.limits())
-
-        if self.moves_first or copies:
-            move()
-            r, d = constants()
-        else:
-            r, d = constants()
-            move()
-        stds = (std_or_var, running) if self.average == "std" else (std_or_var.sqrt(), running.sqrt())
-        gap = torch.stack((mean - running_mean, stds[0] - stds[1])).abs_().div_(stds[1] + self._eps)
-        torch.mean(gap, 1, out=self.gap)
-        return self.spread_of(var, std_or_var), scale * r, d
-
-    def spread_of(self, var: Tensor, std_or_var: Tensor) -> Tensor:
-        """Return -s / 2 s' for the scale s as a function of the variance."""
+    def spread_of(self, var: Tensor) -> Tensor:
+        """Return V = -s / 2 s' for the scale s as a function of the variance."""
         return var + self._eps
+
+    def excess_of(self, var: Tensor) -> Tensor | None:
+        """Return the scale times the root of V, ``None`` where that is 1."""
+        return None
 
     def _move_by_window(self, m: Moments) -> None:
         self.move(self.running_target(m), m.count, (torch.as_tensor(m.count) > 1).all())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_norm.ops import eager, torch_private
 from lightning_norm.ops.eager import SMALL_MEAN
-from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.layout import Layout, cast
 
 LEAST_SCALE = 1e-18
 """One over the standard deviation below which the variance may not be a finite number in float32."""
@@ -91,18 +91,18 @@ def standardize(
     bias: Tensor,
     scale_of: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    r"""Return :math:`w \sqrt{V} s(\sigma^2) (x - \mu) + b` for a scale s, where the root is a constant.
+    r"""Return :math:`w\, s(\sigma^2) (x - \mu) + b`, for a function s of the variance that is V^(-1/2) in value.
 
-    With V = -s / 2 s' that is batch normalization by the variance V, in value and gradient: for the scale
+    With V = -s / 2 s' the gradient is that of batch normalization by the variance V as well: for the scale
     :math:`(v + \epsilon)^{-1/2}`, say, V is the variance and eps.
 
     Args:
         x: the input; :func:`takes` it.
         layout: of x.
-        statistics: mean, and V, (C,).
-        weight: w, (C,).
-        bias: b, (C,).
-        scale_of: s times the root of V, differentiable, for what is differentiated once more.
+        statistics: mean, and V, (C,), in float64, so that what is multiplied with x is rounded once.
+        weight: w, likewise.
+        bias: b, likewise.
+        scale_of: s, for what is differentiated once more.
     """
     rows = _rows(x, layout)
     y: Tensor = _Standardize.apply(rows, weight, bias, *statistics, scale_of)
@@ -118,8 +118,10 @@ class _Standardize(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale_of = scale_of
         ctx.save_for_backward(x, weight, bias, mean, spread)
-        y: Tensor = torch.native_batch_norm(x, weight, bias, mean, spread, False, 0.0, 0.0)[0]  # type: ignore[call-arg,arg-type]
-        return y
+        scale = weight * spread.rsqrt()
+        fields = cast(scale, x.dtype), cast(torch.addcmul(bias, scale, mean, value=-1), x.dtype)
+        zeros, ones = torch.zeros_like(fields[0]), torch.ones_like(fields[0])
+        return torch.batch_norm(x, *fields, zeros, ones, False, 0.0, 0.0, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,10 +131,11 @@ class _Standardize(torch.autograd.Function):
         if eager.is_recording(dy):
             plainly = functools.partial(_plainly, scale_of=ctx.scale_of)
             return (*eager.recorded_gradients(plainly, (x, weight, bias), dy, need), None, None, None)
-        gradients = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, None, None, mean, spread.rsqrt(), True, 0.0, list(need)
+        weight, mean, scale = (cast(t, x.dtype) for t in (weight, mean, spread.rsqrt()))
+        dx, *of_fields = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, None, None, mean, scale, True, 0.0, list(need)
         )
-        return *gradients, None, None, None
+        return dx, *(None if t is None else t.to(bias.dtype) for t in of_fields), None, None, None
 
 
 def _plainly(x: Tensor, weight: Tensor, bias: Tensor, scale_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -141,7 +144,7 @@ def _plainly(x: Tensor, weight: Tensor, bias: Tensor, scale_of: Callable[[Tensor
     mean = x.mean(axes, keepdim=True)
     scale = scale_of((x - mean).square().mean(axes)) * weight
     scale, bias = (t.view(1, -1, *(1,) * (x.dim() - 2)) for t in (scale, bias))
-    return scale * (x - mean) + bias
+    return scale.to(x.dtype) * (x - mean) + bias.to(x.dtype)
 
 
 def group_norm(
