@@ -17,14 +17,12 @@ FEW = 8
 MANY = 512
 """Positions of a large channels-last map."""
 
-SMALL = 1 << 18
-"""Of maps with fewer elements time counts, and not what is kept for the backward pass."""
-
 LARGE = 1 << 19
 """Of contiguous maps with more elements the passes of this package are faster than torch's batch normalization."""
 
 
-def _is_large(x: Tensor, layout: Layout) -> bool:
+def is_large(x: Tensor, layout: Layout) -> bool:
+    """Tell whether a map is so large that torch's batch normalization is not the fastest."""
     return layout.size > 1 and x.numel() > LARGE and x.is_contiguous()
 
 
@@ -34,7 +32,7 @@ def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bia
     ``None`` where torch's is not the same function at the same precision; then nothing has moved.
     """
     running = tuple(layer._buffers[name] for name in layer.running_names) if moves_running_stats(layer) else None
-    if _is_large(x, layout) or not native.takes(x, weight, bias, *(running or ())):
+    if not native.takes(x, weight, bias, *(running or ())) or is_large(x, layout):
         return None
     batches, momentum = layer.num_batches_tracked, 0.0
     if running is not None:
@@ -55,7 +53,7 @@ def renormalized(layer: Any, x: Tensor, layout: Layout) -> Tensor | None:
     for :func:`batch_norm`.
     """
     buffers = [layer._buffers[name] for name in layer.blend_names]
-    if layer.averages_blend or _is_large(x, layout) or not native.takes(x, layer.weight, layer.bias, *buffers):
+    if layer.averages_blend or not native.takes(x, layer.weight, layer.bias, *buffers) or is_large(x, layout):
         return None
     measured = native.statistics(x.detach(), layout)
     measured = None if measured is None else (measured[0].double(), measured[1].double())

@@ -182,7 +182,7 @@ class _Filtered(torch.autograd.Function):
     ) -> Tensor:
         rows = eager.channels_last_rows(x, layout)
         rows, dim = (x.view(layout.n, layout.c, -1), 2) if rows is None else (rows, 1)
-        square = torch.linalg.vecdot(rows, rows, dim=dim).div_(layout.size).add_(eps)
+        square = (rows * rows).sum(dim).div_(layout.size).add_(eps)
         root = (square if extra_eps is None else square.add_(extra_eps.abs())).rsqrt_()
         ctx.eps, ctx.layout = eps, layout
         ctx.save_for_backward(x, tau, extra_eps, weight, bias, root)

@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import constant, mixture_spec
+from lightning_norm.ops import native
 from lightning_norm.ops.fused.mixture import MixtureSpec
-from lightning_norm.ops.layout import Layout, layout_of
+from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
 
 
@@ -79,16 +80,13 @@ class IBN(MomentNorm):
         return self.standardize(*joined)
 
     def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
-        """Return y of torch's group and batch normalization, of small maps: a copy of the first channels is kept."""
+        """Return y of torch's group and batch normalization, each of all channels: less than a copy of x would cost."""
         k = self.instance_channels
-        if k == 0 or layout.channel_dim != 1 or x.numel() > on_cpu.SMALL or not x.is_contiguous():
+        if k == 0 or not native.takes(x) or on_cpu.is_large(x, layout) or not x.is_contiguous():
             return None
-        weight, bias = (None if t is None else t[:k] for t in (self.weight, self.bias))
-        first = x[:, :k].contiguous()
-        instance = on_cpu.group_norm(self, first, layout_of(first, k), k, weight, bias)
-        # Of all channels, whose statistics are tracked.
-        y = None if instance is None else on_cpu.batch_norm(self, x, layout, self.weight, self.bias)
-        return None if instance is None or y is None else torch.cat([instance, y[:, k:]], 1)
+        instance = on_cpu.group_norm(self, x, layout, self.num_features, self.weight, self.bias)
+        batch = None if instance is None else on_cpu.batch_norm(self, x, layout, self.weight, self.bias)
+        return None if instance is None or batch is None else torch.cat([instance[:, :k], batch[:, k:]], 1)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels: of two normalized outputs the one or the other, by weights 0 and 1.

@@ -133,7 +133,7 @@ def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: 
     if rows is not None and dy_rows is not None:
         # A small pivot loses no digits here, and x need not be centered.
         parts = in_parts(rows, dy_rows, layout=layout)
-        total, dot = dy_rows.sum(1), torch.cat([torch.linalg.vecdot(u, dy_part, dim=1) for u, dy_part in parts])
+        total, dot = dy_rows.sum(1), torch.cat([(u * dy_part).sum(1) for u, dy_part in parts])
         return total, torch.addcmul(dot, pivot, total, value=-1)
     total = layout.of_samples(dy.sum(layout.reduced, dtype=pivot.dtype))
     if recorded:
