@@ -128,11 +128,11 @@ def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: 
     # A vector (N, C) has nothing to sum over, and torch takes no axes for all axes.
     if not layout.reduced:
         return dy.to(pivot.dtype), (x - pivot) * dy
-    rows = None if recorded or not mean_is_small else channels_last_rows(x, layout)
-    dy_rows = None if rows is None else channels_last_rows(dy, layout)
-    if rows is not None and dy_rows is not None:
+    x_rows = None if recorded or not mean_is_small else channels_last_rows(x, layout)
+    dy_rows = None if x_rows is None else channels_last_rows(dy, layout)
+    if x_rows is not None and dy_rows is not None:
         # A small pivot loses no digits here, and x need not be centered.
-        parts = in_parts(rows, dy_rows, layout=layout)
+        parts = in_parts(x_rows, dy_rows, layout=layout)
         total, dot = dy_rows.sum(1), torch.cat([(u * dy_part).sum(1) for u, dy_part in parts])
         return total, torch.addcmul(dot, pivot, total, value=-1)
     total = layout.of_samples(dy.sum(layout.reduced, dtype=pivot.dtype))
