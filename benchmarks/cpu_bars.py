@@ -3,11 +3,16 @@
     python -m benchmarks.cpu_bars
     python -m benchmarks.cpu_bars --before TREE --save docs/benchmarks/cpu.md
     python -m benchmarks.cpu_bars --parts small --norms bn,sn --rounds 5
+    python -m benchmarks.cpu_bars --parts steps,startup
 
 All layers of one input take their turn in each round of one process; medians over the rounds are compared. Small and
 flat inputs run on one thread, whose CPU time is taken: what else the machine does is not in it. Maps run on two
 threads, by the wall clock, or with ``--threads 1`` as the others do: on a busy machine two threads wait for each other,
 and the clock measures that. ``--before`` runs the same in a process with the package of another working tree, in turn.
+
+``steps`` are training steps of a ResNet-18 at batch 32, eager, with every normalizer; ``compiled steps`` those with
+each layer compiled. ``startup`` is the user time of processes: what the import of this package adds to torch's, and of
+commands that train nothing.
 
 The C library keeps the memory that is freed: whether it hands some back to the system and fetches it again, which costs
 more than a pass over it, is otherwise a matter of chance (see ``features_cost``).
@@ -19,6 +24,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -40,13 +46,20 @@ COSTLY = ("afn", "asr")
 ALL = "bn,in,ln,gn,sn,bcn,bnet,brn,dbn,rbn,ubn,cn,ibn,frn,afn,asr"
 MAPS = "bn,sn,bcn,rbn,dbn,gn,ln,in"
 COMPILED = "bn,sn,gn"
+COMPILED_STEPS = "bn,sn"
+
+STARTUP = {
+    "import lightning_norm": (["-c", "import torch, lightning_norm"], 0.2),
+    **{f"lightning-norm {a}": (["-m", "lightning_norm", a], 1.0) for a in ("--version", "--help", "list")},
+}
+"""What is started -> arguments of Python, and the bar in seconds; of the import, beyond that of torch."""
 
 
 class Case(NamedTuple):
     """One input.
 
     Args:
-        part: "small", "maps" or "compiled".
+        part: "small", "maps", "compiled", "steps" or "compiled steps".
         shape: of x.
         last: channels-last.
     """
@@ -68,6 +81,7 @@ CASES = [
     *FLAT,
     *SMALL,
     *(Case(part, s, last) for part in ("maps", "compiled") for s in BENCH for last in (False, True)),
+    *(Case(part, (32, 3, 64, 64), last) for part in ("steps", "compiled steps") for last in (False, True)),
 ]
 
 
@@ -76,6 +90,9 @@ def bar(case: Case, key: str) -> float | None:
 
     Of "gn" at (2, 32, 8, 8) it is torch's GroupNorm.
     """
+    if "steps" in case.part:
+        asked = key == "sn" and not case.last
+        return (1.1 if case.part == "steps" else 1.05) if asked else None
     if case.part == "compiled":
         return 1.3 if case.last else 1.0
     if case.part == "maps":
@@ -93,7 +110,8 @@ def bar(case: Case, key: str) -> float | None:
 
 def names_of(case: Case, keys: str | None) -> list[str]:
     """Return the normalizers that are timed at one input: those asked for, or all that the part has."""
-    known = {"small": ALL, "maps": MAPS, "compiled": COMPILED}[case.part].split(",")
+    parts = {"small": ALL, "maps": MAPS, "compiled": COMPILED, "steps": ALL, "compiled steps": COMPILED_STEPS}
+    known = parts[case.part].split(",")
     return [key for key in known if keys is None or key in keys.split(",")]
 
 
@@ -110,6 +128,8 @@ def measured(case: Case, keys: list[str], rounds: int, threads: int) -> dict[str
     """Return microseconds of each round, and multiples of x kept for the backward pass, by name of the layer."""
     import torch  # the processes of both trees need it, and the one that asks them does not
 
+    if "steps" in case.part:
+        return measured_steps(case, keys, rounds, threads)
     from lightning_norm.bench.contenders import PEERS, contenders, saved_for_backward
 
     torch.set_num_threads(threads)
@@ -138,6 +158,60 @@ def measured(case: Case, keys: list[str], rounds: int, threads: int) -> dict[str
             times[name].append(seconds(step, calls[name], threads) * 1e6)
     saved = {} if compiled else {name: saved_for_backward(layer, x) for name, layer in layers.items()}
     return {"times": times, "saved": saved, "peers": PEERS}
+
+
+def measured_steps(case: Case, keys: list[str], rounds: int, threads: int) -> dict[str, Any]:
+    """Return the same of training steps, with torch's BatchNorm and with each normalizer in its place."""
+    import torch
+
+    from benchmarks.network import Network, training_step
+    from lightning_norm.bench.contenders import ARGUMENTS, PEERS
+
+    torch.set_num_threads(threads)
+    torch.compiler.reset()
+    network, compiled = Network("resnet18", case.shape[0], case.shape[2]), case.part != "steps"
+    steps = {
+        key or "torch": training_step(
+            network, key, "cpu", ARGUMENTS.get(key or ""), last=case.last, layers_compiled=compiled
+        )
+        for key in (None, *keys)
+    }
+    for step in steps.values():
+        seconds(step, 2, threads)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(seconds(step, 1, threads) * 1e6)
+    return {"times": times, "saved": {}, "peers": PEERS}
+
+
+def user_seconds(arguments: list[str]) -> float:
+    """Return the user time of a Python process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+
+def startup(rounds: int) -> str:
+    """Return what a process costs before it does anything, in Markdown."""
+    from lightning_norm.surgery.text_tables import markdown
+
+    commands = {"import torch": ["-c", "import torch"], **{name: how[0] for name, how in STARTUP.items()}}
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for name in (*commands, *commands):
+        user_seconds(commands[name])  # what a first run writes, such as bytecode, the others find
+    for _ in range(rounds):
+        for name, command in commands.items():
+            times[name].append(user_seconds(command))
+    torch_alone = statistics.median(times["import torch"])
+    body = [["import torch", f"{torch_alone:.2f}", "1.00", "", ""]]
+    for name, (_, limit) in STARTUP.items():
+        median = statistics.median(times[name])
+        counted = median - torch_alone if name.startswith("import") else median
+        verdict = "met" if counted <= limit else "**missed**"
+        body.append([name, f"{counted:.2f}", f"{median / torch_alone:.2f}", f"{limit}", verdict])
+    head = ["process", "seconds, of the import beyond torch's", "multiple of import torch", "bar", ""]
+    return markdown([head, *body])
 
 
 def work() -> None:
@@ -273,10 +347,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="?", choices=[WORK], help=argparse.SUPPRESS)
     parser.add_argument("--before", type=Path, metavar="TREE", help="another working tree, to be measured in turn")
-    parser.add_argument("--parts", default="small,maps,compiled")
+    parser.add_argument("--parts", default="small,maps,compiled,steps,compiled steps,startup")
     parser.add_argument("--norms", help="by commas; all that a part has without")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2, help="for maps")
+    parser.add_argument("--threads", type=int, default=2, help="for all but small inputs")
     parser.add_argument("--save", type=Path, help="a Markdown file to write")
     options = parser.parse_args()
     if options.what == WORK:
@@ -289,6 +363,10 @@ def main() -> None:
     rows: list[Row] = []
     tables = []
     for part in options.parts.split(","):
+        if part == "startup":
+            tables.append(f"## Startup, user time\n\n{startup(options.rounds)}")
+            print(f"\n{tables[-1]}", flush=True)
+            continue
         threads = 1 if part == "small" else options.threads
         mine = [
             row

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.declared import ExtraBuffers, Unsupported
+from lightning_norm.layers.renormalized import renorm
 from lightning_norm.layers.running_stats import (
     count_batch,
     count_skipped,
@@ -22,7 +25,7 @@ from lightning_norm.layers.running_stats import (
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.layout import Layout, at_least_float32, cast
 from lightning_norm.ops.moments import Affine, Moments
 
 _NO_WINDOW = Unsupported(
@@ -225,6 +228,64 @@ class BlendedNorm(MomentNorm):
         weight = None if weight is None else torch.where(copies, 1, weight)
         self.write_blend(blend, batch, steps, usable, weight)
         return blend
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether the batch's statistics normalize x, and a constant factor and offset bring it to the others."""
+        return False
+
+    def limits(self) -> tuple[float, float]:
+        """Return the limits of that factor and of that offset."""
+        return math.inf, math.inf
+
+    moves_first = True
+    """The others are the statistics with this batch, and not those before it."""
+
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return y of torch's batch normalization, whose weight and bias bring it to the other statistics."""
+        return on_cpu.renormalized(self, x, layout) if self.renormalizes and moves_running_stats(self) else None
+
+    @torch_private.without_gradients
+    def renormalize_at_once(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Move the statistics by those of a batch, and return how x is normalized, where values may be read back.
+
+        What :meth:`algebra` does in many operations that a graph can hold. ``None`` where a value is not finite; then
+        nothing has moved.
+
+        Returns:
+            V as :func:`lightning_norm.ops.native.standardize` takes it, r and d; each (C,).
+        """
+        std_or_var = self.std_or_var_of(var)
+        if not math.isfinite(std_or_var.sum().item()):
+            return None
+        buffers = [self.get_buffer(name) for name in self.blend_names]
+        updates = int(self.updates.item())
+        steps = updates + 1 + (updates == 0 and bool(buffers[0].any()))
+        self.updates.fill_(steps)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        batch = was = blend = [mean, std_or_var]
+        if steps > 1 or self.init != "first_batch":
+            alpha = self.weight_at(self.updates).item()
+            was = [cast(buffer, mean.dtype) for buffer in buffers]
+            blend = [torch.lerp(old, new, alpha) for old, new in zip(was, batch, strict=True)]
+        other = blend if self.moves_first else was
+        scale = self.scale_of(std_or_var)
+        r, d = renorm((mean, scale), (other[0], self.scale_of(other[1])), *self.limits())
+        for buffer, new in zip(buffers, blend, strict=True):
+            buffer.copy_(new)
+        stds = [t if self.average == "std" else t.sqrt() for t in (std_or_var, blend[1])]
+        gap = torch.stack((mean - blend[0], stds[0] - stds[1])).abs_().div_(stds[1] + self._eps)
+        self.gap.copy_(gap.mean(1))
+        return self.spread_of(var), r, d
+
+    def spread_of(self, var: Tensor) -> Tensor:
+        """Return V = -s / 2 s' for the scale s as a function of the variance."""
+        return var + self._eps
+
+    def excess_of(self, var: Tensor) -> Tensor | None:
+        """Return the scale times the root of V, ``None`` where that is 1."""
+        return None
 
     def _move_by_window(self, m: Moments) -> None:
         self.move(self.running_target(m), m.count, (torch.as_tensor(m.count) > 1).all())

@@ -14,8 +14,16 @@ from lightning_norm.ops.moments import Moments
 FEW = 8
 """Of groups with fewer elements the algebra computes the statistics."""
 
+MANY = 512
+"""Positions of a large channels-last map."""
+
 LARGE = 1 << 19
 """Of contiguous maps with more elements the passes of this package are faster than torch's batch normalization."""
+
+
+def is_large(x: Tensor, layout: Layout) -> bool:
+    """Tell whether a map is so large that torch's batch normalization is not the fastest."""
+    return layout.size > 1 and x.numel() > LARGE and x.is_contiguous()
 
 
 def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -24,30 +32,59 @@ def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bia
     ``None`` where torch's is not the same function at the same precision; then nothing has moved.
     """
     running = tuple(layer._buffers[name] for name in layer.running_names) if moves_running_stats(layer) else None
-    if not native.takes(x, weight, bias, *(running or ())):
-        return None
-    if layout.size > 1 and x.numel() > LARGE and x.is_contiguous():
+    if not native.takes(x, weight, bias, *(running or ())) or is_large(x, layout):
         return None
     batches, momentum = layer.num_batches_tracked, 0.0
     if running is not None:
-        momentum = layer.momentum
-        if momentum is None:
-            momentum = 1.0 if batches is None else 1.0 / (batches.item() + 1)
+        weight_of_new = layer.scheduled("momentum")
+        # Without, the average of all batches.
+        count = 0 if batches is None or weight_of_new is not None else batches.item()
+        momentum = 1.0 / (count + 1) if weight_of_new is None else weight_of_new.item()
     y = native.batch_norm(x, layout, weight, bias, layer.eps, running, momentum)
     if y is not None and running is not None and batches is not None:
         batches.add_(1)
     return y
 
 
-def group_norm(layer: Any, x: Tensor, layout: Layout, groups: int) -> Tensor | None:
+def renormalized(layer: Any, x: Tensor, layout: Layout) -> Tensor | None:
+    """Return x normalized by the batch and brought to other statistics, which a :class:`BlendedNorm` moves.
+
+    With r and d constant that is batch normalization with the weight gamma r and the bias gamma d + beta. ``None`` as
+    for :func:`batch_norm`.
+    """
+    buffers = [layer._buffers[name] for name in layer.blend_names]
+    if layer.averages_blend or not native.takes(x, layer.weight, layer.bias, *buffers) or is_large(x, layout):
+        return None
+    measured = native.statistics(x.detach(), layout)
+    measured = None if measured is None else (measured[0].double(), measured[1].double())
+    constants = None if measured is None else layer.renormalize_at_once(*measured)
+    if measured is None or constants is None:
+        return None
+    spread, r, d = constants
+    excess = layer.excess_of(measured[1])
+    weight, bias = r if excess is None else r * excess, d
+    if layer.weight is not None:
+        weight, bias = layer.weight * weight, layer.weight * d
+    bias = bias if layer.bias is None else layer.bias + bias
+
+    def scale_of(var: Tensor) -> Tensor:
+        scale: Tensor = layer.scale_of(layer.std_or_var_of(var))
+        return scale if excess is None else scale / excess
+
+    return native.standardize(x, layout, (measured[0], spread), weight, bias, scale_of)
+
+
+def group_norm(
+    layer: Any, x: Tensor, layout: Layout, groups: int, weight: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
     """Return x normalized by the statistics of each sample's groups; ``None`` as for :func:`batch_norm`."""
     # Few elements often have a mean that is large against their standard deviation: ATen would compute in vain.
     few = layout.size * layout.c // groups < FEW
-    # Channels-last, its kernel for groups of one channel is several times slower than the passes.
-    slow = groups == layout.c and not x.is_contiguous()
-    if few or slow or layout.channel_dim != 1 or not native.takes(x, layer.weight, layer.bias):
+    # Channels-last, its kernel for groups of one channel is slower than the passes, and on large maps for all groups.
+    slow = not x.is_contiguous() and (groups == layout.c or (groups > 1 and layout.size > MANY))
+    if few or slow or layout.channel_dim != 1 or not native.takes(x, weight, bias):
         return None
-    return native.group_norm(x, layout, groups, layer.weight, layer.bias, layer.eps)
+    return native.group_norm(x, layout, groups, weight, bias, layer.eps)
 
 
 def mixture(

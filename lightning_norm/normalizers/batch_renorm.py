@@ -124,6 +124,13 @@ class BatchRenorm(BlendedNorm):
         r, d = renorm((measured[0], scale), (mean, self.scale_of(std_or_var)), r_max, d_max)
         return self.scaled(measured[0], scale * r, d.to(scale.dtype))
 
+    renormalizes = True
+    moves_first = False
+
+    def limits(self) -> tuple[float, float]:
+        """Return r_max and d_max."""
+        return self.r_max, self.d_max
+
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which move the statistics whenever they compute them."""
         # Paused: these kernels would move what is to stand still.

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.errors import CheckpointError
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.convolved import ConvolvedNorm, centre_taps
 from lightning_norm.layers.declared import declared
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.layers.published_files import SOURCES, PublishedEntries, PublishedLayer, PublishedNames
 from lightning_norm.layers.translation import Translation, renamed
+from lightning_norm.ops import depthwise
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments, mixture
@@ -125,6 +127,14 @@ class BNET(ConvolvedNorm):
         w, v = (self._importance(t.to(m.mean.dtype), m.count) for t in (self.mean_weight, self.var_weight))
         mean, var = mixture(w, [s.mean for s in mixed]), mixture(v, [s.var for s in mixed])
         return Affine(mean, (var + self.eps).rsqrt())
+
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return y of torch's batch normalization where there are no positions: the kernel's middle is the weight."""
+        if self.statistics != "bn" or len(layout.shape) > 2:
+            return None
+        return on_cpu.batch_norm(
+            self, x, layout, depthwise.with_spatial_axes(self.kernel, 0).reshape(-1).contiguous(), self.bias
+        )
 
     @staticmethod
     def _importance(logits: Tensor, count: int | Tensor = 2) -> Tensor:

@@ -183,6 +183,22 @@ class DiminishingBatchNorm(BlendedNorm):
         # From the counter, which a checkpoint holds: a resumed run goes on with the alpha that it had reached.
         return alpha if self.power is None else steps.to(alpha.dtype) ** -self.power
 
+    @property
+    def renormalizes(self) -> bool:
+        """Whether the gradient is that of BatchNorm at the value of the blend."""
+        return self.train_stats == "running" and self.stat_grad == "renorm"
+
+    def spread_of(self, var: Tensor) -> Tensor:
+        """Return V, which is sigma (sigma + eps) where eps stands beside the root."""
+        if self.average == "var":
+            return super().spread_of(var)
+        return torch.add(var, self.std_of(var), alpha=self._eps)
+
+    def excess_of(self, var: Tensor) -> Tensor | None:
+        """Return the root of sigma / (sigma + eps) where eps stands beside the root."""
+        std = self.std_of(var)
+        return None if self.average == "var" else (std / (std + self._eps)).sqrt()
+
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which write the blend whenever they compute it."""
         # Paused: these kernels would move what is to stand still.

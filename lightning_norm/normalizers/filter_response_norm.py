@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from lightning_norm.layers.arguments import stateless
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.declared import Unsupported
-from lightning_norm.ops import torch_private
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops import eager, native, torch_private
+from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.normalize import activated, check_ending, normalize
+from lightning_norm.ops.normalize import activated, check_ending, ended, normalize
 
 
 class FilterResponseNorm(MomentNorm):
@@ -85,7 +86,12 @@ class FilterResponseNorm(MomentNorm):
     ) -> Tensor:
         if self.tau is None:
             return super()._normalize(input, activation, residual)
-        # An activation belongs behind the threshold, so the engine must not compute it.
+        # An activation belongs behind the threshold, so neither the engine nor the function below may compute it.
+        if valid is None and self._on_cpu_at_once(input):
+            layout = layout_of(input, self.num_features, self.channel_dim, type(self).__name__)
+            if self.statistic_size(layout.n, layout.size) > 1:
+                tensors = self.tau, self.extra_eps, self.weight, self.bias
+                return ended(_Filtered.apply(input, *tensors, self._eps, layout), activation, residual)
         y = super()._normalize(input, "none", None)
         check_ending(y, activation, residual)
         # A graph keeps what its backward pass needs, and no more; in eager mode the function below does without y.
@@ -95,6 +101,13 @@ class FilterResponseNorm(MomentNorm):
             parameters = self.tau, self.extra_eps, self.weight, self.bias
             z = _Threshold.apply(y, input, *parameters, self._eps, self.channel_dim)
         return activated(z, activation, residual)
+
+    def _on_cpu_at_once(self, x: Tensor) -> bool:
+        """Tell whether one function computes the layer with its threshold."""
+        # Neither a subclass nor an instance may have an algebra of its own.
+        whole = type(self) is FilterResponseNorm and "_fused_spec_holds" not in vars(self)
+        plain = whole and self.backend == "auto" and not self.compiled and isinstance(x, Tensor) and x.dim() > 2
+        return plain and native.takes(x, *self._parameters.values())
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and channel; a learned eps makes one enough."""
@@ -122,7 +135,7 @@ def _affine(m: Moments, eps: float, extra_eps: Tensor | None, weight: Tensor | N
 def _along(tau: Tensor, y: Tensor, channel_dim: int) -> Tensor:
     """Return tau in float32 at least, broadcastable to y."""
     tau = tau.to(at_least_float32(y.dtype))
-    return tau if channel_dim == -1 else tau.view(-1, *(1,) * (y.dim() - 2))
+    return tau.view(-1, *(1,) * (y.dim() - 2)) if channel_dim == 1 else tau
 
 
 class _Threshold(torch.autograd.Function):
@@ -148,3 +161,76 @@ class _Threshold(torch.autograd.Function):
             axes = [d for d in range(x.dim()) if d != ctx.channel_dim % x.dim()]
             dtau = dz.to(wide).masked_fill(above, 0).sum(axes).to(tau.dtype)
         return dz.masked_fill(~above, 0), None, dtau, *(None,) * 5
+
+
+class _Filtered(torch.autograd.Function):
+    """max(gamma r x + beta, tau) with r one over the root of the mean square; x and r are kept, and y computed again.
+
+    ``_plainly`` says the same in operations that autograd records.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        tau: Tensor,
+        extra_eps: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        layout: Layout,
+    ) -> Tensor:
+        rows = eager.channels_last_rows(x, layout)
+        rows, dim = (x.view(layout.n, layout.c, -1), 2) if rows is None else (rows, 1)
+        square = (rows * rows).sum(dim).div_(layout.size).add_(eps)
+        root = (square if extra_eps is None else square.add_(extra_eps.abs())).rsqrt_()
+        ctx.eps, ctx.layout = eps, layout
+        ctx.save_for_backward(x, tau, extra_eps, weight, bias, root)
+        y = _above(x, tau, weight, bias, root, layout)
+        return y.clamp_min_(0).add_(_along(tau, y, layout.channel_dim))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dz,), need, layout = grads, ctx.needs_input_grad, ctx.layout
+        x, tau, extra_eps, weight, bias, root = ctx.saved_tensors
+        if eager.is_recording(dz):
+            plainly = functools.partial(_plainly, eps=ctx.eps, layout=layout)
+            inputs = x, tau, extra_eps, weight, bias
+            return *eager.recorded_gradients(plainly, inputs, dz, need[:5]), None, None
+        # At a tie all of the gradient is the threshold's.
+        dy = torch.ops.aten.threshold_backward(dz, _above(x, tau, weight, bias, root, layout), 0)
+        zero = root.new_zeros(1, 1)
+        total, dot = eager.reduce(dy, x, zero, layout, mean_is_small=True)
+        dbeta = total.sum(0)
+        dtau = (dz - dy).sum([d for d in range(x.dim()) if d != layout.channel_dim]) if need[1] else None
+        at_root = dot * root
+        dgamma = at_root.sum(0) if need[3] else None
+        scale = root if weight is None else root * weight
+        dsquare = (scale * root).mul_(at_root).mul_(-0.5)
+        dx = eager.combine(dy, scale, x, zero, None, dsquare, layout) if need[0] else None
+        deps = (dsquare.sum() * extra_eps.sign()) if need[2] and extra_eps is not None else None
+        return dx, dtau, deps, dgamma, dbeta if need[4] else None, None, None
+
+
+def _above(x: Tensor, tau: Tensor, weight: Tensor | None, bias: Tensor | None, root: Tensor, layout: Layout) -> Tensor:
+    """Return how far y lies above the threshold."""
+    shift = (-tau if bias is None else bias - tau).view(1, -1)
+    scale = root if weight is None else root * weight
+    return eager.apply(x, root.new_zeros(1, 1), scale, shift, layout, mean_is_small=True)
+
+
+def _plainly(
+    x: Tensor,
+    tau: Tensor,
+    extra_eps: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    layout: Layout,
+) -> Tensor:
+    """Return the same in plain differentiable PyTorch."""
+    m = Moments(*eager.moments(x, layout, recorded=True), layout.size)
+    fields = _affine(m, eps, extra_eps, weight, bias).fields(layout.n, layout.c)
+    y, t = eager.apply_centered(x, *fields, layout, recorded=True), _along(tau, x, layout.channel_dim)
+    return torch.where(y > t, y, t)

@@ -76,7 +76,7 @@ class GroupNorm(MomentNorm):
 
     def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of torch's group normalization, which is the same function."""
-        return on_cpu.group_norm(self, x, layout, self.num_groups)
+        return on_cpu.group_norm(self, x, layout, self.num_groups, self.weight, self.bias)
 
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's GroupNorm."""
@@ -141,7 +141,7 @@ class LayerNorm(MomentNorm):
 
     def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of torch's group normalization, which is the same function."""
-        return on_cpu.group_norm(self, x, layout, 1)
+        return on_cpu.group_norm(self, x, layout, 1, self.weight, self.bias)
 
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's GroupNorm of one group."""

@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import constant, mixture_spec
+from lightning_norm.ops import native
 from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
@@ -77,6 +79,15 @@ class IBN(MomentNorm):
             for instance, of_batch in pairs
         )
         return self.standardize(*joined)
+
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return y of torch's group and batch normalization, each of all channels: less than a copy of x would cost."""
+        k = self.instance_channels
+        if k == 0 or not native.takes(x) or on_cpu.is_large(x, layout) or not x.is_contiguous():
+            return None
+        instance = on_cpu.group_norm(self, x, layout, self.num_features, self.weight, self.bias)
+        batch = None if instance is None else on_cpu.batch_norm(self, x, layout, self.weight, self.bias)
+        return None if instance is None or batch is None else torch.cat([instance[:, :k], batch[:, k:]], 1)
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels: of two normalized outputs the one or the other, by weights 0 and 1.

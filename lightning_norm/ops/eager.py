@@ -9,7 +9,7 @@ registers, for Inductor fuses none.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
         var, mean = (layout.of_samples(t) for t in torch.var_mean(x, layout.reduced, correction=0))
         if is_small(mean, var):
             return mean, var
+    rows = None if keep or not may_read_back(x) else channels_last_rows(x, layout)
+    if rows is not None and layout.size * layout.c >= FEW and x.dtype in (torch.float32, torch.float64):
+        # Channels that lie next to each other are summed in vectors, which ATen does for one sample at a time.
+        found = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in rows.unbind()]
+        rough_mean, var = (torch.stack(statistic) for statistic in zip(*found, strict=True))
+        if x.dtype == torch.float64 or is_small(rough_mean, var):
+            return rough_mean, var
     rough_mean = layout.of_samples(x.mean(layout.reduced, dtype=at_least_float32(x.dtype)))
     # In float64 and for half inputs the statistics are as wide as they will get, and the mean is exact enough.
     wide = stat_dtype(x) == rough_mean.dtype
@@ -121,6 +128,13 @@ def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: 
     # A vector (N, C) has nothing to sum over, and torch takes no axes for all axes.
     if not layout.reduced:
         return dy.to(pivot.dtype), (x - pivot) * dy
+    x_rows = None if recorded or not mean_is_small else channels_last_rows(x, layout)
+    dy_rows = None if x_rows is None else channels_last_rows(dy, layout)
+    if x_rows is not None and dy_rows is not None:
+        # A small pivot loses no digits here, and x need not be centered.
+        parts = in_parts(x_rows, dy_rows, layout=layout)
+        total, dot = dy_rows.sum(1), torch.cat([(u * dy_part).sum(1) for u, dy_part in parts])
+        return total, torch.addcmul(dot, pivot, total, value=-1)
     total = layout.of_samples(dy.sum(layout.reduced, dtype=pivot.dtype))
     if recorded:
         return total, layout.of_samples(((x - layout.broadcast_to_input(pivot)) * dy).sum(layout.reduced))
@@ -167,13 +181,14 @@ def _combined(
     # What comes through the statistics is small against scale * dy, so only the rounding of the last step matters.
     dx, dtype = torch.empty_like(x), slope.dtype
     fields = (slope, offset, scale) if pivot is None else (slope, offset, scale, pivot)
+    if pivot is None and channels_last_rows(x, layout) is not None:
+        # Vectors of channels take one coefficient each: two operations, which lose more time in parts than caches save.
+        slope, offset = layout.broadcast_to_input(slope), layout.broadcast_to_input(offset)
+        return torch.addcmul(offset, x, slope, out=dx).addcmul_(dy, scale)
     for part, dy_part, dx_part, k, o, s, *p in in_parts(x, dy, dx, *fields, layout=layout):
         if p:
             u = torch.sub(part, p[0], out=dx_part) if part.dtype == dtype else part - p[0]
             u.mul_(k).add_(o)
-        elif part.stride(layout.channel_dim) == 1:
-            # Channels that lie next to each other are worked on in vectors.
-            u = torch.addcmul(o, part, k, out=dx_part)
         else:
             u = torch.mul(part, k, out=dx_part).add_(o)
         u.addcmul_(dy_part, s)
@@ -203,6 +218,12 @@ def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout, recorded: 
         # returned; ``data`` shares the memory and is no view.
         return y.view(layout.shape).data
     return torch.addcmul(layout.broadcast_to_input(offset), u, layout.broadcast_to_input(scale))
+
+
+def channels_last_rows(x: Tensor, layout: Layout) -> Tensor | None:
+    """Return x as (N, S, C) where its channels lie next to each other, on the CPU; ``None`` where they do not."""
+    x = x.movedim(1, -1) if layout.channel_dim == 1 else x
+    return x.view(layout.n, layout.size, layout.c) if x.is_cpu and x.dim() > 2 and x.is_contiguous() else None
 
 
 def _is_one_row_per_channel(x: Tensor, statistic: Tensor, layout: Layout) -> bool:
@@ -277,3 +298,13 @@ def is_recording(*gradients: Tensor | None) -> bool:
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
     # Forward passes of autograd functions pass none: while operations are looked at, those functions do not run.
     return recorded or (bool(gradients) and (torch_private.is_transformed() or torch_private.is_batched(*gradients)))
+
+
+def recorded_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, need: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of ``function(*inputs)`` that are needed, in operations that autograd records."""
+    wanted = [t for t, needed in zip(inputs, need, strict=False) if needed and t is not None]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(function(*inputs), wanted, dy, create_graph=True))
+    return [next(found) if needed and t is not None else None for t, needed in zip(inputs, need, strict=False)]

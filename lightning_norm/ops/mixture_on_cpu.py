@@ -15,6 +15,7 @@ or, where normalized outputs are mixed, with iota in place of the weights,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ class _Mixture(torch.autograd.Function):
         how, (dy,) = ctx.how, grads
         x, weight, bias, w, v, mean, var, *pairs = ctx.saved_tensors
         if eager.is_recording(dy):
-            return (*_recorded_gradients(dy, how, (x, weight, bias, w, v), ctx.needs_input_grad), None)
+            plainly = functools.partial(_plainly, how)
+            return (*eager.recorded_gradients(plainly, (x, weight, bias, w, v), dy, ctx.needs_input_grad), None)
         batch, layer = (None if mean is None else (mean, var) for mean, var in (pairs[:2], pairs[2:]))
         mean = x.view(how.layout.n, how.layout.c) if mean is None else mean
         return (*_Equations(how, x, weight, w, v, mean, var, batch, layer).gradients(dy, ctx.needs_input_grad), None)
@@ -271,17 +273,6 @@ def _of_softmaxes(equations: _Equations, sums: dict[str, Pair]) -> list[Tensor]:
             whole[at] = w * (g - inner)
         found.append(torch.tensor(whole, dtype=logits.dtype))
     return found
-
-
-def _recorded_gradients(
-    dy: Tensor, how: Mixture, inputs: tuple[Tensor | None, ...], need: tuple[bool, ...]
-) -> list[Tensor | None]:
-    """Return the gradients in operations that autograd records."""
-    wanted = [t for t, needed in zip(inputs, need, strict=False) if needed and t is not None]
-    with torch.enable_grad():
-        y = _plainly(how, *inputs)  # type: ignore[arg-type]  # x and w are there
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(found) if needed and t is not None else None for t, needed in zip(inputs, need, strict=False)]
 
 
 def _plainly(

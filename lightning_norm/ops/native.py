@@ -6,12 +6,16 @@ come out beside y, so that this is looked at afterwards; the caller then normali
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_norm.ops import eager, torch_private
 from lightning_norm.ops.eager import SMALL_MEAN
-from lightning_norm.ops.layout import Layout
+from lightning_norm.ops.layout import Layout, cast
 
 LEAST_SCALE = 1e-18
 """One over the standard deviation below which the variance may not be a finite number in float32."""
@@ -60,9 +64,7 @@ def batch_norm(
     Returns:
         y; ``None``, and nothing has moved, where digits would be lost or a statistic is not finite.
     """
-    # Of tokens each is a sample.
-    tokens = layout.channel_dim != 1
-    rows = x.view(-1, layout.c) if tokens else x
+    rows = _rows(x, layout)
     # In copies, and written only once it is known that they are finite: a backward pass needs none of the buffers.
     moved = (None, None) if running is None else (running[0].clone(), running[1].clone())
     # torch's stub takes it for an operator that gets its results' tensors.
@@ -72,7 +74,77 @@ def batch_norm(
     if running is not None:
         for old, new in zip(running, moved, strict=True):
             old.copy_(new)  # type: ignore[arg-type]  # both are there
-    return y.view(layout.shape) if tokens else y
+    return y if rows is x else y.view(layout.shape)
+
+
+def statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
+    """Return mean and biased variance of each channel, (C,); ``None`` where the mean is too large for the float32."""
+    mean, var = torch.batch_norm_update_stats(_rows(x, layout), None, None, 0.0)
+    return (mean, var) if eager.is_small(mean, var) else None
+
+
+def standardize(
+    x: Tensor,
+    layout: Layout,
+    statistics: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    scale_of: Callable[[Tensor], Tensor],
+) -> Tensor:
+    r"""Return :math:`w\, s(\sigma^2) (x - \mu) + b`, for a function s of the variance that is V^(-1/2) in value.
+
+    With V = -s / 2 s' the gradient is that of batch normalization by the variance V as well: for the scale
+    :math:`(v + \epsilon)^{-1/2}`, say, V is the variance and eps.
+
+    Args:
+        x: the input; :func:`takes` it.
+        layout: of x.
+        statistics: mean, and V, (C,), in float64, so that what is multiplied with x is rounded once.
+        weight: w, likewise.
+        bias: b, likewise.
+        scale_of: s, for what is differentiated once more.
+    """
+    rows = _rows(x, layout)
+    y: Tensor = _Standardize.apply(rows, weight, bias, *statistics, scale_of)
+    return y if rows is x else y.view(layout.shape)
+
+
+class _Standardize(torch.autograd.Function):
+    """Batch normalization by statistics that are those of x, computed already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, spread: Tensor, scale_of: Any
+    ) -> Tensor:
+        ctx.scale_of = scale_of
+        ctx.save_for_backward(x, weight, bias, mean, spread)
+        scale = weight * spread.rsqrt()
+        fields = cast(scale, x.dtype), cast(torch.addcmul(bias, scale, mean, value=-1), x.dtype)
+        zeros, ones = torch.zeros_like(fields[0]), torch.ones_like(fields[0])
+        return torch.batch_norm(x, *fields, zeros, ones, False, 0.0, 0.0, False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, weight, bias, mean, spread = ctx.saved_tensors
+        need = ctx.needs_input_grad[:3]
+        if eager.is_recording(dy):
+            plainly = functools.partial(_plainly, scale_of=ctx.scale_of)
+            return (*eager.recorded_gradients(plainly, (x, weight, bias), dy, need), None, None, None)
+        weight, mean, scale = (cast(t, x.dtype) for t in (weight, mean, spread.rsqrt()))
+        dx, *of_fields = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, None, None, mean, scale, True, 0.0, list(need)
+        )
+        return dx, *(None if t is None else t.to(bias.dtype) for t in of_fields), None, None, None
+
+
+def _plainly(x: Tensor, weight: Tensor, bias: Tensor, scale_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return y in plain differentiable PyTorch."""
+    axes = [d for d in range(x.dim()) if d != 1]
+    mean = x.mean(axes, keepdim=True)
+    scale = scale_of((x - mean).square().mean(axes)) * weight
+    scale, bias = (t.view(1, -1, *(1,) * (x.dim() - 2)) for t in (scale, bias))
+    return scale.to(x.dtype) * (x - mean) + bias.to(x.dtype)
 
 
 def group_norm(
@@ -81,6 +153,11 @@ def group_norm(
     """Return x, (N, C, *), normalized by the statistics of each sample's groups; ``None`` if digits would be lost."""
     y, mean, scale = torch.native_group_norm(x, weight, bias, layout.n, layout.c, layout.size, groups, eps)
     return y if _is_exact(mean, scale) else None
+
+
+def _rows(x: Tensor, layout: Layout) -> Tensor:
+    """Return x as torch's BatchNorm takes it: of tokens, each is a sample."""
+    return x if layout.channel_dim == 1 else x.view(-1, layout.c)
 
 
 def _is_exact(mean: Tensor, scale: Tensor) -> bool:

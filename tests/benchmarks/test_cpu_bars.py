@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cpu_bars import CASES, Row, bar, verdict
+from benchmarks.cpu_bars import CASES, STARTUP, Row, bar, startup, verdict
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize(
     ("name", "key", "limit"),
-    [("128x64", "bn", 1.2), ("128x64", "sn", 3.0), ("2x32x8x8", "gn", 2.0), ("32x64x7x7", "afn", None)],
+    [
+        ("128x64", "bn", 1.2),
+        ("128x64", "sn", 3.0),
+        ("2x32x8x8", "gn", 2.0),
+        ("32x64x7x7", "afn", None),
+        ("32x3x64x64", "sn", 1.1),
+    ],
 )
 def test_bars_of_the_issue(name, key, limit):
     assert bar(next(case for case in CASES if case.name == name), key) == limit
@@ -37,3 +43,9 @@ def test_command_beside_another_tree(tmp_path):
     assert process.returncode == 0, process.stderr
     rows = re.findall(r"^\| (\S+) \| bn \| \d+ \| [\d.]+ \| [\d.]+ \|", saved.read_text(), re.M)
     assert rows == [case.name for case in CASES if case.part == "small"]
+
+
+def test_startup_is_read_from_processes():
+    said = startup(1)
+    assert [row.split("|")[1].strip() for row in said.splitlines()[2:]] == ["import torch", *STARTUP]
+    assert all(float(row.split("|")[3]) > 0 for row in said.splitlines()[2:])

@@ -25,7 +25,11 @@ LAYERS = {
     "dbn": {},
     "dbn with a gradient through the blend": {"stat_grad": "batch"},
     "bnet": {},
+    "ibn": {},
+    "frn": {},
+    "frn with a learned eps": {"learn_eps": True},
 }
+NEED_POSITIONS = ("in", "ibn", "frn", "frn with a learned eps")
 INPUTS = {
     "images": ((4, 8, 5, 5), 1),
     "channels-last": ((4, 8, 5, 5), 1),
@@ -46,6 +50,7 @@ def layer_of(name, channel_dim, dtype):
 
 def results(layer, x, dy, twice=False):
     """Output, gradients, and, if ``twice``, gradients of these; then the buffers."""
+    layer(0.7 * x.roll(1, -1))  # running statistics that are not those of this batch
     x, dy = x.clone().requires_grad_(), dy.clone().requires_grad_()
     y = layer(x)
     gradients = torch.autograd.grad(y, [x, *layer.parameters()], dy, create_graph=twice)
@@ -61,7 +66,7 @@ def results(layer, x, dy, twice=False):
 @pytest.mark.parametrize("name", LAYERS)
 def test_same_as_the_algebra(name, kind, mean):
     shape, channel_dim = INPUTS[kind]
-    if name in ("in", "bnet") and kind == "flat":
+    if name in NEED_POSITIONS and kind == "flat":
         pytest.skip("needs positions")
     x, dy = torch.randn(shape) * 1.5 + mean, torch.randn(shape)
     if kind == "channels-last":
@@ -81,7 +86,7 @@ def test_same_as_the_algebra(name, kind, mean):
 @pytest.mark.parametrize("name", LAYERS)
 def test_an_output_may_be_changed_in_place(name, kind):
     shape, channel_dim = {**INPUTS, "1 x 1": ((4, 8, 1, 1), 1)}[kind]
-    if name in ("in", "bnet") and kind in ("flat", "1 x 1"):
+    if name in NEED_POSITIONS and kind in ("flat", "1 x 1"):
         pytest.skip("needs positions")
     layer, x = layer_of(name, channel_dim, torch.float32), torch.randn(shape)
     if kind == "channels-last":
@@ -100,7 +105,7 @@ def test_an_output_may_be_changed_in_place(name, kind):
 @pytest.mark.parametrize("name", LAYERS)
 def test_same_second_derivatives_as_the_algebra(name, kind):
     shape, channel_dim = INPUTS[kind]
-    if name in ("in", "bnet") and kind == "flat":
+    if name in NEED_POSITIONS and kind == "flat":
         pytest.skip("needs positions")
     x, dy = torch.randn(shape, dtype=torch.float64) + 1, torch.randn(shape, dtype=torch.float64)
     short = layer_of(name, channel_dim, torch.float64)
