@@ -3,10 +3,11 @@
     python docs/generate.py             after a normalizer or a file was added, or its first line changed
     python docs/generate.py --check     say what would change, and exit with status 1 if anything would (CI)
 
-What a file takes from here stands between the lines ``generated: NAME`` and ``end of generated``; the rest is written
-by hand. ``lightning_norm/__init__.pyi`` and ``lightning_norm/cli/normalizers.json`` are generated as a whole. In
-CITATION.cff a reference is added for each paper that has none; its details (all authors, pages) are then completed by
-hand and stay. The map of the code is that of ``code_map.py`` beside this file.
+What a file takes from here stands between the lines ``generated: NAME`` and ``end of generated``, but for the number
+of normalizers in three sentences; the rest is written by hand. ``lightning_norm/__init__.pyi`` and
+``lightning_norm/cli/normalizers.json`` are generated as a whole. In CITATION.cff a reference is added for each paper
+that has none; its details (all authors, pages) are then completed by hand and stay. The map of the code is that of
+``code_map.py`` beside this file.
 """
 
 from __future__ import annotations
@@ -283,6 +284,13 @@ REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
 }
 """File -> name of a region -> what writes its lines."""
 
+COUNTED = {
+    "README.md": r"(?<=^\| normalizers to swap to \| )\d+(?=, )",
+    "docs/index.md": r"\d+(?= in all, on one engine)",
+    "docs/what_users_ask.md": r"\d+(?= normalizers\]\(cards/index\.md\))",
+}
+"""File -> where its text says how many normalizers there are."""
+
 
 def with_region(text: str, name: str, lines: Sequence[str]) -> str:
     r"""Return a text with new lines in one of its regions, indented as its first line is.
@@ -301,6 +309,18 @@ def with_region(text: str, name: str, lines: Sequence[str]) -> str:
         raise ValueError(f"expected the lines 'generated: {name}' and 'end of generated', found none of that name.")
     body = "".join(f"{region['indent']}{line}\n" for line in lines)
     return text[: region.start("body")] + body + text[region.end("body") :]
+
+
+def with_count(text: str, place: str) -> str:
+    """Return a text with the number of the normalizers in the one place that has it.
+
+    Raises:
+        ValueError: the text has no such place, or several.
+    """
+    counted, found = re.subn(place, str(len(METHODS)), text, flags=re.M)
+    if found != 1:
+        raise ValueError(f"expected the number of normalizers once, at {place!r}, found it {found} times.")
+    return counted
 
 
 def stub(public: Mapping[str, Sequence[str]]) -> str:
@@ -331,10 +351,12 @@ def public_names() -> dict[str, list[str]]:
 
 def results() -> Iterator[tuple[Path, str]]:
     """Yield each file and what it should hold."""
-    for name, regions in REGIONS.items():
+    for name in dict.fromkeys((*REGIONS, *COUNTED)):
         text = (ROOT / name).read_text(encoding="utf-8")
-        for region, lines in regions.items():
+        for region, lines in REGIONS.get(name, {}).items():
             text = with_region(text, region, lines())
+        if name in COUNTED:
+            text = with_count(text, COUNTED[name])
         yield ROOT / name, text
     for page in REFERENCE:
         yield ROOT / "docs/reference" / f"{page}.md", reference_page(page)

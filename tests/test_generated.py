@@ -35,6 +35,7 @@ def test_the_files_are_what_the_code_says(generate, capsys):
 
 
 def test_a_new_normalizer_appears_everywhere(generate, capsys):
+    count = len(generate.METHODS)
     generate.METHODS["new"] = NewNorm
     assert generate.main(["--check"]) == 1
     shown = capsys.readouterr()
@@ -51,6 +52,9 @@ def test_a_new_normalizer_appears_everywhere(generate, capsys):
     ):
         assert line in shown.out.splitlines()
     assert " · [new](docs/cards/new.md)" in shown.out
+    added = "\n".join(line for line in shown.out.splitlines() if line.startswith("+"))
+    for words in ("| {}, those of seven papers", ", {} in all, on one engine", "[{} normalizers](cards/index.md)"):
+        assert words.format(count + 1) in added
 
 
 def test_a_public_name_without_a_page_is_told(generate, monkeypatch):
@@ -74,6 +78,11 @@ def test_the_map_of_the_code_is_among_them(generate):
     for key, cls in lightning_norm.normalizers().items():
         file = f"{cls.__module__.rpartition('.')[2]}.py"
         assert re.search(rf"^- `{file}` \((.*, )?{key}(, .*)?\): ", texts["CONTRIBUTING.md"], re.MULTILINE), key
+
+
+def test_a_page_that_says_the_number_nowhere_is_told(generate):
+    with pytest.raises(ValueError, match="expected the number of normalizers once, at .*, found it 0 times"):
+        generate.with_count("text", generate.COUNTED["docs/index.md"])
 
 
 def test_a_file_without_the_region_is_told(generate):

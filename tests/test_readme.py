@@ -64,11 +64,6 @@ def test_the_commands_name_what_exists():
     assert test.rstrip().endswith(".venv/bin/pytest")
 
 
-def test_the_number_of_normalizers_is_true():
-    for page in (ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "what_users_ask.md"):
-        assert f"{len(OURS)}" in re.findall(r"(\d+) (?:in all|normalizers)|\| (\d+), those", page.read_text())[0], page
-
-
 def test_what_users_ask_is_counted():
     answers = [row[2] for row in rows((ROOT / "docs" / "what_users_ask.md").read_text(), "#")]
     yes, partly = answers.count("yes"), answers.count("partly")

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from lightning_norm.layers.arguments import checked_arguments, plain_value
-from lightning_norm.layers.base import Normalizer
+from lightning_norm.layers.base import MomentNorm, Normalizer
 
 NormSpec: TypeAlias = str | type[nn.Module] | Mapping[str, Any]
 
@@ -71,7 +71,8 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
             f"expected a key, a class or its path, got a layer, {norm!r}. Type {name}, and what it takes as norm_args: "
             "each layer gets the channels of the one that it replaces."
         )
-    if not (isinstance(cls, type) and issubclass(cls, Normalizer)):
+    # A Normalizer that is no MomentNorm lacks most of what a swap, a report and a checkpoint ask a layer for.
+    if not (isinstance(cls, type) and issubclass(cls, MomentNorm)):
         raise TypeError(
             f"{norm!r} is not a normalizer: expected a subclass of lightning_norm.MomentNorm, got {cls!r}. "
             "examples/write_your_own.py shows one in 15 lines."

@@ -17,13 +17,32 @@ from lightning_norm import (
     GroupNorm,
     InstanceNorm,
     LayerNorm,
+    Normalizer,
     SwitchableNorm,
     create,
     normalizers,
+    swap,
 )
 from lightning_norm.layers.arguments import arguments_of
 
 KEYS = [key for key, cls in normalizers().items() if cls.__module__.startswith("lightning_norm.")]
+
+
+class OwnForward(Normalizer):
+    """All that the base class of MomentNorm asks for."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, x):
+        return x
+
+
+def test_a_normalizer_that_is_no_moment_norm_is_refused():
+    for use in (lambda: create(OwnForward, 6), lambda: swap(nn.Sequential(nn.BatchNorm2d(6)), OwnForward)):
+        with pytest.raises(TypeError, match=r"expected a subclass of lightning_norm\.MomentNorm, got .*OwnForward"):
+            use()
 
 
 @pytest.mark.parametrize("key", KEYS)
