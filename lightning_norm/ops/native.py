@@ -36,7 +36,8 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
         and dtype in WIDE
         and not torch_private.is_transformed()  # first of all: a trace would note what is asked of x below
         and eager.may_read_back(x)
-        and all([t is None or (t.dtype == dtype and t.is_cpu) for t in others])  # noqa: C419  a generator takes longer
+        # ATen reads a weight, a bias or a running value with strides as if it had none.
+        and all([t is None or (t.dtype == dtype and t.is_cpu and t.is_contiguous()) for t in others])  # noqa: C419  a generator takes longer
         and (x.is_contiguous() or _is_channels_last(x))
     )
 

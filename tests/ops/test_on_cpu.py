@@ -115,6 +115,24 @@ def test_same_second_derivatives_as_the_algebra(name, kind):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["images", "flat"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_parameters_and_buffers_may_have_strides(name, kind):
+    if name in NEED_POSITIONS and kind == "flat":
+        pytest.skip("needs positions")
+    shape, channel_dim = INPUTS[kind]
+    layer = layer_of(name, channel_dim, torch.float64)
+    with_strides = copy.deepcopy(layer)
+    for tensors in (with_strides._parameters, with_strides._buffers):
+        for key, t in tensors.items():
+            if t is not None and t.dim() == 1:
+                other = torch.stack([t.detach(), torch.full_like(t, 7)], 1)[:, 0]
+                tensors[key] = torch.nn.Parameter(other) if isinstance(t, torch.nn.Parameter) else other
+    x, dy = torch.randn(2, *shape, dtype=torch.float64)
+    for got, want in zip(results(with_strides, x, dy), results(layer, x, dy), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["bn", "sn", "bcn"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
 def test_what_is_not_finite_moves_nothing(name, bad):
