@@ -4,8 +4,8 @@
 
 Each normalizer stands twice in a small trained network, which goes to each target folded where it folds and as it is
 otherwise. What comes out is run on random inputs, on edge cases and on other batch and image sizes, and compared with
-the network in eager mode. ``--write`` puts the table into docs/deployment.md. It needs the extra ``export``, and
-AOTInductor a C++ compiler.
+the network in eager mode. ``--write`` puts the rows into docs/deployment.md, where those of other normalizers stay. It
+needs the extra ``export``, and AOTInductor a C++ compiler.
 """
 
 from __future__ import annotations
@@ -220,6 +220,16 @@ def markdown(rows: list[dict[str, str]], targets: list[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def with_rows(text: str, rows: list[dict[str, str]], targets: list[str]) -> str:
+    """Return the page with these rows; those of other normalizers stay, if they have the same columns."""
+    head, rule, *new = markdown(rows, targets).splitlines()
+    old = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    kept = old[2:] if old[:1] == [head] else []
+    lines = {line.split()[1]: line for line in (*kept, *new)}
+    table = "\n".join([BEGIN, head, rule, *(lines[key] for key in normalizers() if key in lines), END])
+    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: table, text, flags=re.S)
+
+
 def _said(off: float, image: Any) -> str:
     """Return the error, and which sizes may vary."""
     return f"{off:.0e}{', batch varies' if image else ''}"
@@ -250,9 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     names = ["norm", "fold", *targets]
     print(aligned([[HEADINGS[n] for n in names], *([cells.get(n, "") for n in names] for cells in rows)]))
     if arguments.write:
-        text = PAGE.read_text(encoding="utf-8")
-        table = f"{BEGIN}\n{markdown(rows, targets)}\n{END}"
-        PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: table, text, flags=re.S))
+        PAGE.write_text(with_rows(PAGE.read_text(encoding="utf-8"), rows, targets), encoding="utf-8")
 
 
 if __name__ == "__main__":

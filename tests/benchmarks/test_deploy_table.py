@@ -48,5 +48,19 @@ def test_the_page_has_a_row_for_each():
     text = deploy_table.PAGE.read_text()
     table = text.partition(deploy_table.BEGIN)[2].partition(deploy_table.END)[0]
     rows = re.findall(r"^\| (\w+) \|", table, re.M)
-    assert rows[1:] == list(normalizers()), "type python -m benchmarks.deploy_table --write"
+    missing = ",".join(key for key in normalizers() if key not in rows)
+    assert rows[1:] == list(normalizers()), f"type python -m benchmarks.deploy_table --norms {missing} --write"
     assert not [line for line in table.splitlines() if "no: " in line.replace("no: torchao cannot", "")]
+
+
+def test_rows_that_were_not_measured_stay():
+    text = deploy_table.PAGE.read_text(encoding="utf-8")
+    cells = dict.fromkeys(["fold", *ALL], "new")
+    changed = deploy_table.with_rows(text, [{"norm": "sn", **cells}], ALL)
+    before, after = text.splitlines(), changed.splitlines()
+    assert len(after) == len(before)
+    differs = [line for line, old in zip(after, before, strict=True) if line != old]
+    assert differs == [f"| sn | {' | '.join(['new'] * len(cells))} |"]
+    # Rows with other columns would not fit.
+    alone = deploy_table.with_rows(text, [{"norm": "sn", "fold": "new"}], [])
+    assert "| --- | --- |\n| sn | new |\n<!-- end" in alone
