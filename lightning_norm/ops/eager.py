@@ -30,17 +30,11 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
         return _moments_of_one(x)
     keep = recorded or is_recording()
     if not keep and x.dtype == torch.float32 and may_read_back(x) and x.numel() <= FEW:
-        # One operation in place of five, which counts where there are few elements and not where there are many.
         var, mean = (layout.of_samples(t) for t in torch.var_mean(x, layout.reduced, correction=0))
         if is_small(mean, var):
             return mean, var
-    rows = None if keep or not may_read_back(x) else channels_last_rows(x, layout)
-    if rows is not None and layout.size * layout.c >= FEW and x.dtype in (torch.float32, torch.float64):
-        # Channels that lie next to each other are summed in vectors, which ATen does for one sample at a time.
-        found = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in rows.unbind()]
-        rough_mean, var = (torch.stack(statistic) for statistic in zip(*found, strict=True))
-        if x.dtype == torch.float64 or is_small(rough_mean, var):
-            return rough_mean, var
+    if not keep and layout.size * layout.c >= FEW and (fast := _moments_of_rows(x, layout)) is not None:
+        return fast
     rough_mean = layout.of_samples(x.mean(layout.reduced, dtype=at_least_float32(x.dtype)))
     # In float64 and for half inputs the statistics are as wide as they will get, and the mean is exact enough.
     wide = stat_dtype(x) == rough_mean.dtype
@@ -53,12 +47,23 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
 
 
 FEW = 1 << 13
-"""Elements of x up to which the number of operations counts, and not what each of them takes."""
+"""Elements of x up to which the number of operations counts, one in place of five, and not what each of them takes."""
 
 
 def is_small(mean: Tensor, var: Tensor) -> bool:
     """Tell whether means are small against their standard deviations, and all of them finite."""
     return mean.square().sub_(var, alpha=SMALL_MEAN**2).max().item() <= 0
+
+
+def _moments_of_rows(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
+    """Return the moments of channels that lie next to each other; ``None`` where they do not, or would lose digits."""
+    rows = channels_last_rows(x, layout) if may_read_back(x) and x.dtype in (torch.float32, torch.float64) else None
+    if rows is None:
+        return None
+    # ATen sums them in vectors, for one sample at a time.
+    of_samples = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in rows.unbind()]
+    mean, var = (torch.stack(statistic) for statistic in zip(*of_samples, strict=True))
+    return (mean, var) if x.dtype == torch.float64 or is_small(mean, var) else None
 
 
 def _moments_of_one(x: Tensor) -> tuple[Tensor, Tensor]:
