@@ -84,9 +84,9 @@ class _Pause:
             # The layer stays paused as long as any block is open, of whichever thread.
             if self.blocks:
                 return
-            del _open[self.layer]
-            # A thread that does not pause may be in the middle of its forward pass.
+            # A thread that does not pause may be in the middle of its forward pass, and at its end look for this pause.
             with self.lock:
+                del _open[self.layer]
                 for handle in self.handles:
                     handle.remove()
                 setattr(self.layer, self.name, self.before)
@@ -105,12 +105,17 @@ def _take(layer: nn.Module) -> _Pause:
 
 
 def _before_forward(module: nn.Module, arguments: Any) -> None:
-    if runs_for_any_thread(module) or (pause := _open.get(module)) is None:
+    if runs_for_any_thread(module):
         return
     # One thread at a time, for the attribute is the layer's and not the thread's. A layer that calls itself goes on.
-    if pause.owner != threading.get_ident():
+    while (pause := _open.get(module)) is not None and pause.owner != threading.get_ident():
         pause.lock.acquire()
-        pause.owner = threading.get_ident()
+        if _open.get(module) is pause:
+            pause.owner = threading.get_ident()
+        else:  # it ended while this thread waited
+            pause.lock.release()
+    if pause is None:
+        return
     setattr(module, pause.name, pause.paused if is_paused_here(module) else pause.before)
 
 
