@@ -255,8 +255,11 @@ def _setter(name: str) -> Callable[[ScheduledValues, float | None], None]:
 
 
 def _is_shared(tensor: Tensor) -> bool:
-    """Tell whether other processes may write to a tensor; those on a GPU always count as shared."""
-    return tensor.is_cpu and bool(tensor.untyped_storage().is_shared())
+    """Tell whether other processes may write to a tensor, or it is a stand-in of a transform, which has no storage."""
+    try:
+        return tensor.is_cpu and bool(tensor.untyped_storage().is_shared())
+    except NotImplementedError:
+        return True
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

@@ -89,7 +89,11 @@ def check_file(path: Any, weights_only: bool | None = None, entries: Sequence[st
     if file.stat().st_size == 0:
         raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: it is empty (0 bytes).")
     # torch.save writes a zip archive, whose index is at the end: a file that breaks off has none.
-    if not zipfile.is_zipfile(file):
+    try:
+        is_archive = zipfile.is_zipfile(file)
+    except zipfile.BadZipFile as error:  # an archive of several parts, by a damaged byte
+        raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: damaged archive ({error}).") from error
+    if not is_archive:
         with file.open("rb") as opened:
             first_bytes = opened.read(4)
         if first_bytes == b"PK\x03\x04":

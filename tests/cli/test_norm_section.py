@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_norm import NormMonitor, NormScheduler, NormSwap, SwitchableNorm
 from lightning_norm.cli.main import main
 from lightning_norm.cli.norm_cli import NormCLI
-from lightning_norm.cli.screen import EpochLines, Forecast
+from lightning_norm.cli.screen import EpochLines, Forecast, QuietWorkers
 from tests.callbacks.toy import Net, loader
 
 pytestmark = pytest.mark.filterwarnings(
@@ -133,7 +133,7 @@ def test_without_a_section_nothing_is_swapped():
 
 def of_the_job(cli):
     """The kinds of callbacks, without those that only show the progress."""
-    return [type(c) for c in cli.trainer.callbacks if not isinstance(c, (Forecast, EpochLines))]
+    return [type(c) for c in cli.trainer.callbacks if not isinstance(c, (Forecast, EpochLines, QuietWorkers))]
 
 
 def test_it_stands_before_all_callbacks():

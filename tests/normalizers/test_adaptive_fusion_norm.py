@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_norm import AdaptiveFusionNorm, ASRNorm, recalibrate
+from lightning_norm.errors import OtherFileWarning
 from tests.normalizers.paper import F64, agrees, along, data, shaken
 
 SHAPES = [(5, 6), (5, 6, 7), (5, 6, 7, 3), (3, 6, 2, 5, 3)]
@@ -223,4 +224,5 @@ def test_the_checkpoint_of_the_other_one_is_refused():
         afn.load_state_dict(asr.state_dict())
     with pytest.raises(RuntimeError, match="the file holds that of AdaptiveFusionNorm. Swap"):
         asr.load_state_dict(afn.state_dict())
-    AdaptiveFusionNorm(6, track_running_stats=False).load_state_dict(asr.state_dict())  # the same tensors
+    with pytest.warns(OtherFileWarning, match="the file's layers are of 'asr'"):  # the same tensors
+        AdaptiveFusionNorm(6, track_running_stats=False).load_state_dict(asr.state_dict())

@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import lightning_norm
 from lightning_norm import normalizers
+from lightning_norm.layers.scheduled import _is_shared
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.sync import Ranks
 from lightning_norm.testing import checks
@@ -202,3 +203,15 @@ def test_an_ordinary_call_is_not_a_transform(key, monkeypatch):
     net(torch.randn(4, 3, 8, 8)).sum().backward()
     assert seen
     assert not any(seen)
+
+
+def test_a_stand_in_of_a_transform_is_read_anew():
+    """Its id may be that of an earlier one with another value, and it has no storage that could tell."""
+    seen = []
+
+    def f(x):
+        seen.append(_is_shared(x))
+        return x.sum()
+
+    torch.func.grad(f)(torch.ones(2))
+    assert seen == [True]

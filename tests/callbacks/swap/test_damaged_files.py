@@ -255,6 +255,14 @@ def test_a_checkpoint_from_the_web_runs_no_code(web, good, tmp_path):
     assert torch.equal(model.net[3].mean_weight, content["state_dict"]["net.3.mean_weight"])
 
 
+def test_an_archive_of_several_parts(good, tmp_path):
+    data = bytearray(good.read_bytes())
+    data[data.rindex(b"PK\x06\x07") + 4] = 1  # the number of the part that the index is in
+    (tmp_path / "bad.ckpt").write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="damaged archive"):
+        lightning_norm.load_from_checkpoint(TwoNorms, tmp_path / "bad.ckpt")
+
+
 def test_damaged_bytes(good, tmp_path):
     raw, rng, bad = good.read_bytes(), random.Random(0), tmp_path / "bad.ckpt"
     state = torch.load(good, weights_only=True)["state_dict"]
