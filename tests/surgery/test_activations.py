@@ -290,7 +290,9 @@ class TestGroupNormAndSilu:
         assert {r.name: r.activation for r in report.layers if r.activation} == {"conv_norm_out": "conv_act"}
         assert [name for name, _, _ in report.activations_left] == ["blocks.0.nonlinearity", "blocks.1.nonlinearity"]
         assert "activation  left: 2 SiLU (first: blocks.0.nonlinearity): it is called behind" in report.summary()
-        equal(results(model, x), results(plain, x), rtol=1e-4, atol=1e-4)
+        # In float64, for these gradients cancel: large channels-last maps of gn are computed otherwise than torch's.
+        x = x.double()
+        equal(results(model.double(), x), results(plain.double(), x), rtol=1e-9, atol=1e-9)
 
     def test_a_unet_of_blocks_in_a_row(self):
         x = torch.randn(2, 3, 16)
