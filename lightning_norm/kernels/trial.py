@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def launch(device: torch.device) -> None:
         Exception: whatever Triton, its C compiler, the driver or the device raise.
         ArithmeticError: the device returned something else than the moments.
     """
-    if device.type == "cuda":  # and not the interpreter on a CPU
+    if os.environ.get("TRITON_INTERPRET") != "1":  # the interpreter has no device to ask
         target = triton.runtime.driver.active.get_current_target()
         if target.backend == "cuda" and target.arch not in KNOWN:
             _compile_elsewhere(target.arch)

@@ -197,7 +197,12 @@ def _tell_of_another_kind(layer: Loading, metadata: Mapping[str, Any], messages:
     """Warn where the tensors came from a layer that computes something else of them, as their names cannot tell."""
     saved, mine = metadata.get(KIND_KEY), layer._kind_of_evaluation()
     # A BatchNorm's file is taken by every method, as a swap takes the layer itself.
-    if not isinstance(saved, dict) or saved == mine or saved.get("key") == "bn":
+    if not isinstance(saved, dict) or saved.get("key") == "bn":
+        return
+    # A user's subclass without a key of its own takes the file of its method.
+    if not layer.key and saved.get("key") in [vars(cls).get("key") for cls in type(layer).__mro__]:
+        mine = {**mine, "key": saved["key"]}
+    if saved == mine:
         return
     theirs, ours = (
         ", ".join([repr(kind.get("key")), *(f"{k}={v!r}" for k, v in kind.items() if k != "key" and other.get(k) != v)])
