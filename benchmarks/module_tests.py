@@ -47,6 +47,8 @@ def promised(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
         return dtype
     if name.removeprefix("_") in module.ranges:
         return torch.float64
+    if name.removeprefix("_no_") in module.ranges:
+        return module.get_buffer(name).dtype  # a stand-in for a value that is None, which nobody reads
     return at_least_float32(dtype) if name in (*module.running_names, *module.extra_buffers.float32) else dtype
 
 
