@@ -204,14 +204,13 @@ def _normalize(
     """Launch what was recorded of such a call; where nothing was, record it, or return ``None``."""
     of_call = spec.of_call(x)
     inputs: list[Any] = [x, *tensors.all]
-    numbers = [t for t in of_call if t.__class__ is launcher.Number] if of_call else ()
     kind: tuple[Hashable, ...] = (tensors.kind, channel_dim, activation)
     if residual is not None:
         inputs.append(residual if residual.stride() == x.stride() else dense(residual.detach(), x))
         kind = (*kind, "residual")
     if of_call:
-        inputs += (t for t in of_call if isinstance(t, Tensor))
         kind = (*kind, *(t is None for t in of_call))
+    numbers = _add_tensors(inputs, of_call)
     key, pointers = launcher.key_of(kind, inputs, numbers)
     inputs += numbers
     plan, recording = launcher.known(key), torch.is_grad_enabled()
@@ -274,10 +273,7 @@ def _backward_plan(
         need_dx: the gradient of x is asked for.
         need: which gradients of parameters are.
     """
-    numbers: Sequence[Any] = ()
-    if of_call:
-        inputs += (t for t in of_call if isinstance(t, Tensor))
-        numbers = [t for t in of_call if t.__class__ is launcher.Number]
+    numbers = _add_tensors(inputs, of_call)
     key, pointers = launcher.key_of((forward, need_dx, *need), inputs, numbers)
     inputs += numbers
 
@@ -294,6 +290,14 @@ def _backward_plan(
         return (dx if need_dx else None, dresidual if has_residual else None, *wanted), ()
 
     return launcher.plan_of(key, inputs, call), pointers
+
+
+def _add_tensors(inputs: list[Any], of_call: tuple[Any, ...]) -> Sequence[Any]:
+    """Add the tensors of what a call drew to its inputs, and return its numbers, which come behind all tensors."""
+    if not of_call:
+        return ()
+    inputs += (t for t in of_call if isinstance(t, Tensor))
+    return [t for t in of_call if t.__class__ is launcher.Number]
 
 
 def _spread(tensors: Sequence[Any], slots: Iterator[Any]) -> list[Any]:
