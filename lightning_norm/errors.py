@@ -21,6 +21,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+def counted(n: int, one: str, many: str = "") -> str:
+    """Return a number and what it counts, as a message says it.
+
+    Args:
+        n: the number.
+        one: what is counted where it is one.
+        many: the same where it is not; ``one`` with an s by default.
+
+    >>> counted(1, "layer"), counted(3, "layer"), counted(1, "batch", "batches")
+    ('1 layer', '3 layers', '1 batch')
+    """
+    return f"{n} {one if n == 1 else many or f'{one}s'}"
+
+
 class NoEffectWarning(UserWarning):
     """What the user asked for has no effect, because nothing in the model or the run matches it."""
 

@@ -28,7 +28,7 @@ from lightning_norm.callbacks.training_data import (
     refuse_stream,
     shape_of,
 )
-from lightning_norm.errors import NoEffectWarning
+from lightning_norm.errors import NoEffectWarning, counted
 from lightning_norm.normalizers.context.assignment import assign, context_layers, set_centroids
 from lightning_norm.ops import kmeans
 from lightning_norm.surgery.restore import random_numbers_restored
@@ -258,7 +258,7 @@ class NormContext(Described, Callback):
             descriptors = torch.cat(list(self._describe_batches(trainer, pl_module, loader)))
         # One fit for all layers: they look at the same images.
         set_centroids(self._layers, descriptors, self.seed)
-        rank_zero_info(f"NormContext: contexts found in {len(descriptors)} training images.")
+        rank_zero_info(f"NormContext: contexts found in {counted(len(descriptors), 'training image')}.")
         return {name: (y.centroids.cpu(), y.descriptor_scale.cpu()) for name, y in _of_input(self._layers)}
 
     def _describe_batches(
@@ -267,7 +267,9 @@ class NormContext(Described, Callback):
         """Yield the descriptors of each batch, as the training loop would hand it to the model."""
         # The number of batches may be infinite, for a loader without a length.
         limit = int(min(self.fit_batches, trainer.num_training_batches if self.loader is None else self.fit_batches))
-        rank_zero_info(f"NormContext: looking for contexts in up to {limit} training batches ...")
+        rank_zero_info(
+            f"NormContext: looking for contexts in up to {counted(limit, 'training batch', 'training batches')} ..."
+        )
         for batch, _, _ in itertools.islice(loader, limit):
             batch = as_in_training(trainer, pl_module, batch)
             images = _images(batch, self.images)
@@ -294,10 +296,10 @@ def check_contexts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         first, layer = next(iter(waiting.items()))
         example = "NormContext(key='domain')" if layer.context == "ids" else "NormContext()"
         raise RuntimeError(
-            f"{len(waiting)} ContextNorm layers (first: {first}) have context={layer.context!r} and nobody gives them "
-            f"contexts. Add {example} to the callbacks, or swap with norm_args={{'context': 'gate'}}. If training_step "
-            "itself uses `with contexts(self, ids):`, call lightning_norm.swap in the module's __init__ and leave "
-            "NormSwap out."
+            f"{counted(len(waiting), 'ContextNorm layer')} (first: {first}) with context={layer.context!r}, and nobody "
+            f"gives them contexts. Add {example} to the callbacks, or swap with norm_args={{'context': 'gate'}}. If "
+            "training_step itself uses `with contexts(self, ids):`, call lightning_norm.swap in the module's "
+            "__init__ and leave NormSwap out."
         )
 
 

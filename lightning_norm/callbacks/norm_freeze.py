@@ -13,7 +13,7 @@ from lightning_norm.callbacks.described import Described
 from lightning_norm.callbacks.frozen_parameters import check_epoch, drop_gradients, may_stop_gradients
 from lightning_norm.callbacks.lightning_compat import Callback, pl, rank_zero_info, rank_zero_warn
 from lightning_norm.callbacks.patching import Patches
-from lightning_norm.errors import NoEffectWarning
+from lightning_norm.errors import NoEffectWarning, counted
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.behind import stays_in_evaluation
 from lightning_norm.surgery.options import Pattern
@@ -96,8 +96,8 @@ class NormFreeze(Described, Callback):
         if not self._chosen:
             what = " and ".join(n for n in ("statistics", "affine") if getattr(self, n))
             rank_zero_warn(
-                f"NormFreeze({what}) freezes nothing: none of {len(chosen)} normalization layers has any. Leave it "
-                "out.",
+                f"NormFreeze({what}) freezes nothing: none of {counted(len(chosen), 'normalization layer')} has any. "
+                "Leave it out.",
                 category=NoEffectWarning,
             )
         # An epoch that is resumed in its middle has no on_train_epoch_start.
@@ -146,7 +146,9 @@ class NormFreeze(Described, Callback):
                     self._undo.append(functools.partial(setattr, p, "requires_grad", True))
         # Once for each freeze, so that the log of a run says in which epoch it began.
         what = [n for n, wanted in (("statistics", self.statistics), ("parameters", self.affine)) if wanted]
-        rank_zero_info(f"NormFreeze: {' and '.join(what)} of {len(self.layers)} layers are frozen from now on.")
+        rank_zero_info(
+            f"NormFreeze: {' and '.join(what)} of {counted(len(self.layers), 'layer')} are frozen from now on."
+        )
         if self.statistics:
             _warn_of_fresh(self.layers)
 
@@ -202,8 +204,9 @@ def _warn_of_fresh(layers: dict[str, nn.Module]) -> None:
     fresh = [name for name, layer in layers.items() if holds_statistics(layer) and _is_fresh(layer)]
     if fresh:
         rank_zero_warn(
-            f"NormFreeze: the running statistics of {len(fresh)} layers (first: {fresh[0]}) are at their start, mean 0 "
-            "and variance 1: frozen, these layers do not normalize. Load weights first, or type a later at_epoch.",
+            f"NormFreeze: the running statistics of {counted(len(fresh), 'layer')} (first: {fresh[0]}) are at their "
+            "start, mean 0 and variance 1: frozen, these layers do not normalize. Load weights first, or type a later "
+            "at_epoch.",
             category=NoEffectWarning,
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_norm.callbacks.lightning_compat import DDPStrategy, FSDPStrategy, is_instance, pl, rank_zero_warn
 from lightning_norm.callbacks.lightning_private import synchronizes_batchnorm
-from lightning_norm.errors import SyncWarning
+from lightning_norm.errors import SyncWarning, counted
 from lightning_norm.layers.swap_record import swap_settings
 from lightning_norm.ops.sync import gather
 from lightning_norm.surgery.torch_layers import TORCH_BATCH_NORMS
@@ -76,7 +76,7 @@ def check_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_same_on_ranks(
             "the training data",
             "entries",
-            [f"{trainer.num_training_batches} batches"],
+            [counted(trainer.num_training_batches, "batch", "batches")],
             "A rank that has no batch left would keep the others waiting: use Lightning's distributed sampler, "
             "limit_train_batches, or NormSwap(sync=False).",
         )
@@ -89,9 +89,9 @@ def warn_ignored(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         return
     # Told in numbers: what is left to the user is what the swap has not reached.
     unswapped = sum(isinstance(module, TORCH_BATCH_NORMS) for module in pl_module.modules())
+    kept = counted(unswapped, "BatchNorm layer of torch's keeps", "BatchNorm layers of torch's keep")
     rank_zero_warn(
         f"{type(strategy).__name__} ignores sync_batchnorm and plugins=[NormSync()]. Layers of this package are "
-        f"synchronized all the same; {unswapped} BatchNorm layers of torch's keep the statistics of each rank: swap "
-        "them to 'bn' with NormSwap.",
+        f"synchronized all the same; {kept} the statistics of each rank: swap them to 'bn' with NormSwap.",
         category=SyncWarning,
     )

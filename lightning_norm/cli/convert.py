@@ -21,7 +21,7 @@ import yaml
 
 from lightning_norm.callbacks.lightning_compat import pl
 from lightning_norm.cli.parsing import CommandParser
-from lightning_norm.errors import CheckpointError
+from lightning_norm.errors import CheckpointError, counted
 from lightning_norm.layers.state import published_keys
 from lightning_norm.normalizers import normalizers
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
     torch.save({**header, **checkpoint}, content)
     write_whole(options.out, content.getvalue())
     kinds = {str(row.norm["init_args"]): row.norm["init_args"] for row in report.layers}
-    print(f"{len(report)} layers of {norm}, with {' and '.join(kinds)}")
+    print(f"{counted(len(report), 'layer')} of {norm}, with {' and '.join(kinds)}")
     print(f"written to {options.out}; swap and load it with NormSwap(plan={options.out!r}, warm_start={options.out!r})")
 
 

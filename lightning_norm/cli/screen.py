@@ -28,6 +28,7 @@ from typing_extensions import override
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.demo.data import ImageData
 from lightning_norm.demo.job import ImageClassifier
+from lightning_norm.errors import counted
 from lightning_norm.surgery.walk import normalizers_of
 
 HIDDEN = (
@@ -214,8 +215,7 @@ class Forecast(Callback):
         steps, epochs = int(trainer.num_training_batches), (trainer.max_epochs or 0) - trainer.current_epoch
         checked = sum(n for n in trainer.num_val_batches if math.isfinite(n))
         seconds = epochs * (steps * training + checked * evaluation)
-        many = f"{epochs} epoch{'s' if epochs > 1 else ''} of {steps} step{'s' if steps > 1 else ''}"
-        return f"{many}, {duration(seconds)} on this machine"
+        return f"{counted(epochs, 'epoch')} of {counted(steps, 'step')}, {duration(seconds)} on this machine"
 
 
 def can_be_timed(trainer: Any, model: pl.LightningModule) -> bool:
@@ -284,5 +284,5 @@ def duration(seconds: float) -> str:
         return f"about {round(seconds, -1):.0f} seconds"
     if seconds < 5400:
         minutes = max(1, round(seconds / 60))
-        return f"about {minutes} minute{'s' if minutes > 1 else ''}"
+        return f"about {counted(minutes, 'minute')}"
     return f"about {seconds / 3600:.1f} hours"

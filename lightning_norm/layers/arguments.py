@@ -23,7 +23,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 
-from lightning_norm.errors import did_you_mean
+from lightning_norm.errors import counted, did_you_mean
 
 TORCH_NAMES = {"num_channels": "num_features", "normalized_shape": "num_features", "elementwise_affine": "affine"}
 """Names of torch's arguments that have another name here."""
@@ -211,8 +211,8 @@ def number_of_groups(
         if size is None or size < 1 or num_features % size:
             near = _nearest_divisors(num_features, channels_per_group)
             raise ValueError(
-                f"{who}(channels_per_group={channels_per_group!r}) cannot split {num_features} channels: it must "
-                f"divide them. Divisors of {num_features} nearby: {near}. num_groups='auto' fits any number."
+                f"{who}(channels_per_group={channels_per_group!r}) cannot split {counted(num_features, 'channel')}: "
+                f"it must divide them. Divisors of {num_features} nearby: {near}. num_groups='auto' fits any number."
             )
         return num_features // size
     if num_groups == "auto":
@@ -221,8 +221,8 @@ def number_of_groups(
     if number is None or number < 1 or num_features % number:
         near = _nearest_divisors(num_features, num_groups)
         raise ValueError(
-            f"{who}(num_groups={num_groups!r}) cannot split {num_features} channels: num_groups must divide the "
-            f"channels. Divisors of {num_features} nearby: {near}. num_groups='auto' fits any number."
+            f"{who}(num_groups={num_groups!r}) cannot split {counted(num_features, 'channel')}: num_groups must divide "
+            f"them. Divisors of {num_features} nearby: {near}. num_groups='auto' fits any number."
         )
     return number
 

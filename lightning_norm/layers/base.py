@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_norm.errors import NoEffectWarning
+from lightning_norm.errors import NoEffectWarning, counted
 from lightning_norm.layers import on_cpu
 from lightning_norm.layers.arguments import (
     arguments_of,
@@ -782,6 +782,6 @@ def _check_values(layer: MomentNorm, layout: Layout, ranks: Ranks | None) -> Non
     if not by_more_samples:
         remedy = "Use larger feature maps, or leave this layer out of the swap: exclude=[its name]."
     raise ValueError(
-        f"{type(layer).__name__}: expected more than one value per statistic, got {layout.n} sample(s) of "
-        f"{layout.size} element(s) per channel. {remedy}"
+        f"{type(layer).__name__}: expected more than one value per statistic, got {counted(layout.n, 'sample')} of "
+        f"{counted(layout.size, 'element')} per channel. {remedy}"
     )

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import counted
 from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.choice import Choice
@@ -147,7 +148,7 @@ class BatchChannelNorm(PerToken):
         least = float(weights[norm].min())
         if not least >= threshold:  # so that NaN has not decided
             counts = ", ".join(f"{norm} in {int((w >= threshold).sum())}" for norm, w in weights.items())
-            return Choice("", least, f"undecided (of {len(iota)} channels {counts})")
+            return Choice("", least, f"undecided (of {counted(len(iota), 'channel')} {counts})")
         why = "correction=1: evaluation no longer depends on the batch" if self.correction and norm == "bn" else ""
         return self._choice_of_tokens(Choice(norm, least, why))
 

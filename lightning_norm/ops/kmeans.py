@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_norm.errors import counted
 from lightning_norm.ops.layout import at_least_float32
 
 BANDS = 8
@@ -61,7 +62,10 @@ def fit_centroids(descriptors: Tensor, k: int, seed: int = 0) -> tuple[Tensor, T
     # Equal images can form one cluster only, and k-means would go on looking for a second.
     distinct = len(torch.unique(points * scale, dim=0))
     if distinct < k or not scale.any():
-        raise ValueError(f"cannot find {k} contexts among {len(points)} images with {distinct} distinct descriptors.")
+        raise ValueError(
+            f"cannot find {counted(k, 'context')} among {counted(len(points), 'image')} with "
+            f"{counted(distinct, 'distinct descriptor')}."
+        )
     centroids, cluster_of = kmeans(points * scale, k, torch.Generator().manual_seed(seed))
     # Largest first, so that another start that finds the same clusters numbers them alike.
     order = torch.bincount(cluster_of, minlength=k).argsort(descending=True, stable=True)

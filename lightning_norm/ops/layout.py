@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_norm.errors import counted
 from lightning_norm.ops import torch_private
 
 
@@ -120,7 +121,9 @@ def _wrong_rank(shape: tuple[int, ...], axis: int) -> str:
     if len(shape) > 5:
         # Which axes may be merged depends on where the channels are.
         remedy = f"Merge axes: x.flatten({'4' if axis == 1 else '1, -2'})."
-    return f"(N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), got {len(shape)} dimensions: {shape}. {remedy}"
+    return (
+        f"(N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), got {counted(len(shape), 'dimension')}: {shape}. {remedy}"
+    )
 
 
 def _wrong_channels(shape: tuple[int, ...], axis: int, num_features: int) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_norm.errors import counted
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.layout import at_least_float32, cast, stat_dtype
 from lightning_norm.ops.sync import Ranks
@@ -66,8 +67,8 @@ class Moments:
         _, c = torch_private.static_shape(self.mean)
         if c % num_groups:
             raise ValueError(
-                f"cannot split {c} channels into {num_groups} groups: groups must divide the channels. "
-                f"Divisors of {c}: {[d for d in range(1, c + 1) if c % d == 0]}."
+                f"cannot split {counted(c, 'channel')} into {counted(num_groups, 'group')}: groups must divide the "
+                f"channels. Divisors of {c}: {[d for d in range(1, c + 1) if c % d == 0]}."
             )
         # No size of the batch is written into the views, so that a traced graph takes any.
         grouped = torch.unflatten(self.mean, 1, (num_groups, c // num_groups))

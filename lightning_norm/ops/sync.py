@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_norm.errors import SyncError, SyncWarning
+from lightning_norm.errors import SyncError, SyncWarning, counted
 from lightning_norm.ops import torch_private
 
 # Tells whether this process is one of a distributed run. Some builds of torch, such as Apple's, have no such function.
@@ -190,8 +190,8 @@ def split(group: str | int, nodes: list[Any]) -> list[list[int]]:
         # What divides is what can be typed instead.
         divisors = [n for n in range(1, world + 1) if world % n == 0]
         raise ValueError(
-            f"sync_group={size} does not divide the {world} ranks of this run. Type one of {divisors}, 'node' or "
-            "'world'."
+            f"sync_group={size} does not divide the {counted(world, 'rank')} of this run. Type one of {divisors}, "
+            "'node' or 'world'."
         )
     return [[*range(first, first + size)] for first in range(0, world, size)]
 

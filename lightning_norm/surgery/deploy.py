@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import counted
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.behind import stays_in_evaluation, without_normalization
 from lightning_norm.layers.inference import deployed, dims_of, per_channel
@@ -79,7 +80,7 @@ class DeployReport(TableReport):
         return f"{counts or 'nothing to do'}     {outputs_moved(self.moved, self.largest)}"
 
     def __repr__(self) -> str:
-        return f"DeployReport({len(self)} of {len(self.layers)} layers, moved={self.moved})"
+        return f"DeployReport({len(self)} of {counted(len(self.layers), 'layer')}, moved={self.moved})"
 
 
 def to_plain(model: nn.Module, example_input: Any = None) -> DeployReport:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.errors import NoEffectWarning
+from lightning_norm.errors import NoEffectWarning, counted
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.choice import Choice
 from lightning_norm.normalizers import normalizers
@@ -111,7 +111,7 @@ class HardenReport(TableReport):
         return f"{', '.join(counts) or 'nothing to do'}     {outputs_moved(self.moved, self.largest)}"
 
     def __repr__(self) -> str:
-        return f"HardenReport({len(self)} of {len(self.layers)} layers, moved={self.moved})"
+        return f"HardenReport({len(self)} of {counted(len(self.layers), 'layer')}, moved={self.moved})"
 
 
 def harden(model: nn.Module, example_input: Any = None, *, threshold: float = 0.9) -> HardenReport:

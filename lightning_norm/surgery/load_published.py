@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_norm.errors import CheckpointError, PublishedFileWarning
+from lightning_norm.errors import CheckpointError, PublishedFileWarning, counted
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer, by_prefix
 from lightning_norm.layers.registry import NormSpec
@@ -283,8 +283,8 @@ def _check_places(file: PublishedFile, model: nn.Module, modules: Mapping[str, n
             raise CheckpointError(_no_norm(file, name, model, there))
         if channels != layer.num_features:
             raise CheckpointError(
-                f"{file.path} has {layer.num_features} channels at {name!r}, and this {type(model).__name__} has a "
-                f"{there} of {channels} there. Build the network that the file is of."
+                f"{file.path} has {counted(layer.num_features, 'channel')} at {name!r}, and this "
+                f"{type(model).__name__} has a {there} of {channels} there. Build the network that the file is of."
             )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_norm.errors import CheckpointError
+from lightning_norm.errors import CheckpointError, counted
 from lightning_norm.layers.arguments import arguments_of
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.state import convert_first, published_keys
@@ -165,8 +165,8 @@ def rebuild(model: nn.Module, manifest: Mapping[str, Any], where: str = "the che
         there, here = row.get("num_features"), getattr(module, "num_features", None)
         if there is not None and isinstance(here, int) and here != there:
             raise CheckpointError(
-                f"{where} has {there} channels at {row['name']!r}, and this {type(model).__name__} has {here}. Build "
-                "it with the arguments it was trained with."
+                f"{where} has {counted(there, 'channel')} at {row['name']!r}, and this {type(model).__name__} has "
+                f"{here}. Build it with the arguments it was trained with."
             )
         _check_scheduled(row, where)
     reports: list[SwapReport] = []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.errors import MaskError, NoEffectWarning
+from lightning_norm.errors import MaskError, NoEffectWarning, counted
 from lightning_norm.layers.base import MomentNorm, Normalizer
 from lightning_norm.layers.special_calls import as_bool, hear_masks, is_lengths, of_lengths
 from lightning_norm.layers.told import block, tell
@@ -65,8 +65,8 @@ def layers_with_masks(model: nn.Module, *, warn: bool = True) -> dict[str, Momen
     others = [n for n, m in model.named_modules() if is_norm(m) and not isinstance(m, Normalizer)]
     if others and layers and warn:
         warnings.warn(
-            f"masks: {len(others)} normalization layers are not of lightning_norm and read the padding (first: "
-            f"{others[0]}). Swap them as well.",
+            f"masks: the padding is read by {counted(len(others), 'normalization layer')} (first: {others[0]}) that "
+            "lightning_norm did not make. Swap those as well.",
             NoEffectWarning,
             stacklevel=4,
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import counted
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.recognize import is_norm
 from lightning_norm.surgery.text_tables import TableReport
@@ -105,7 +106,8 @@ class NormStatistics(TableReport, Mapping[str, Tensor]):
         """
         if not clients or len(clients) != len(counts):
             raise ValueError(
-                f"average: expected one count per client, got {len(clients)} clients, {len(counts)} counts."
+                f"average: expected one count per client, got {counted(len(clients), 'client')}, "
+                f"{counted(len(counts), 'count')}."
             )
         if any(not 0 <= n < math.inf for n in counts) or not sum(counts):
             raise ValueError(f"average: counts are numbers of samples, not all of them 0, got {list(counts)!r}.")
@@ -127,7 +129,8 @@ class NormStatistics(TableReport, Mapping[str, Tensor]):
 
     def _check(self, tensors: Mapping[str, Tensor], what: str) -> None:
         if missing := [name for name in self if name not in tensors]:
-            raise ValueError(f"{what}: {len(missing)} tensors of this model are missing, the first: {missing[0]!r}.")
+            number = counted(len(missing), "tensor of this model is", "tensors of this model are")
+            raise ValueError(f"{what}: {number} missing, the first: {missing[0]!r}.")
         if unknown := [name for name in tensors if name not in self]:
             raise ValueError(
                 f"{what}: this model has no {unknown[0]!r} among its statistics. Take them from a model that was "
@@ -148,7 +151,7 @@ class NormStatistics(TableReport, Mapping[str, Tensor]):
         ]
 
     def __repr__(self) -> str:
-        return f"NormStatistics({len(self)} tensors of {len(self.layers)} layers)"
+        return f"NormStatistics({counted(len(self), 'tensor')} of {counted(len(self.layers), 'layer')})"
 
 
 def norm_statistics(model: nn.Module, personal: bool = False) -> NormStatistics:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_norm.errors import LeftAloneWarning, QuantizationError
+from lightning_norm.errors import LeftAloneWarning, QuantizationError, counted
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.walk import named_normalizers
 
@@ -128,7 +128,8 @@ def _warn_of_floats(model: nn.Module) -> None:
     if left:
         name, layer = left[0]
         warnings.warn(
-            f"quantize: {len(left)} normalizers stay in float (first: {name}, {type(layer).__name__}: "
+            f"quantize: {counted(len(left), 'normalizer stays', 'normalizers stay')} in float (first: {name}, "
+            f"{type(layer).__name__}: "
             f"{_reason(layer)}). Call fold(model, example_input) before, and harden where a mixture has "
             "decided.",
             LeftAloneWarning,

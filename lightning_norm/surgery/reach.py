@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import counted
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.walk import tensors_in
 
@@ -100,7 +101,7 @@ def tell(missed: Mapping[str, str], when: str) -> str:
         kinds.setdefault(why, []).append(name)
     named = "; ".join(f"{', '.join(names)} ({why})" for why, names in kinds.items())
     return (
-        f"{len(missed)} layer{'s' * (len(missed) > 1)} of the swap learned nothing in {when}: {named}. Call layers by "
+        f"{counted(len(missed), 'layer')} of the swap learned nothing in {when}: {named}. Call layers by "
         "the attribute of their parent, self.bn(x), when they are used; exclude those that are not to be swapped."
     )
 

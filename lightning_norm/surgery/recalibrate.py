@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import counted
 from lightning_norm.layers.accumulators import StatisticsAccumulator
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.running_stats import write_running
@@ -54,7 +55,8 @@ class Recalibration(TableReport):
 
     def summary(self) -> str:
         """Return what was done in one line."""
-        text = f"running statistics of {len(self)} layers re-estimated on {self.batches} batches"
+        text = f"running statistics of {counted(len(self), 'layer')} re-estimated"
+        text += f" on {counted(self.batches, 'batch', 'batches')}"
         text += f", {self.skipped} left out for a NaN or an infinity" if self.skipped else ""
         return text + (f"; no batch reached {', '.join(self.unused)}" if self.unused else "")
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_norm.errors import NotReachedWarning
+from lightning_norm.errors import NotReachedWarning, counted
 from lightning_norm.layers.arguments import arguments_of
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.behind import TakenActivation, give_activation
@@ -242,7 +242,7 @@ class SwapReport(TableReport):
             for cls in {type(layer): None for _, layer in replaced if family in layer.swap_advice.not_for}:
                 names = [name for name, layer in replaced if type(layer) is cls]
                 some = ", ".join(names[:3] + ["..."] * (len(names) > 3))
-                count = f"{len(names)} {family} layer{'s' * (len(names) > 1)}"
+                count = counted(len(names), f"{family} layer")
                 told.append(f"{cls.__name__} in place of {count} ({some}): {cls.swap_advice.not_for[family]}.")
         # Code freezes a BatchNorm by this momentum; a method that moves its statistics by another number does not see.
         still = [
@@ -255,9 +255,9 @@ class SwapReport(TableReport):
         ]
         if still:
             told.append(
-                f"{len(still)} layers (first: {still[0][0]}) had momentum=0, which keeps running statistics as they "
-                f"are, and {still[0][1]} has no momentum: its statistics move. Type layer.freeze_statistics() after "
-                "the swap to keep them, as NormFreeze does in a Trainer."
+                f"{counted(len(still), 'layer')} (first: {still[0][0]}) had momentum=0, which keeps running "
+                f"statistics as they are, and {still[0][1]} has no momentum: its statistics move. Type "
+                "layer.freeze_statistics() after the swap to keep them, as NormFreeze does in a Trainer."
             )
         return " ".join(told)
 
@@ -275,7 +275,7 @@ class SwapReport(TableReport):
         stay = (
             " source='BatchNorm' says that layers of other kinds are to stay." if len(left) > len(self.skipped) else ""
         )
-        return f"the swap leaves {len(left)} normalization layers alone: {'; '.join(_by_class(left))}.{stay}"
+        return f"the swap leaves {counted(len(left), 'normalization layer')} alone: {'; '.join(_by_class(left))}.{stay}"
 
     def replaced(self) -> dict[str, tuple[Normalizer, nn.Module]]:
         """Return name -> (layer, the module that it has replaced) of the layers that are in place."""
@@ -403,7 +403,7 @@ class SwapReport(TableReport):
         targets = Counter((layer.target, layer.norm["class_path"]) for layer in self.layers)
         names = ", ".join(_title(target, key, n if len(targets) > 1 else 0) for (target, key), n in targets.items())
         verb = "would become" if self.dry_run else "->"
-        lines = [f"{len(self)} of {self.candidates} {sources} layers {verb} {names or 'nothing'}"]
+        lines = [f"{len(self)} of {counted(self.candidates, f'{sources} layer')} {verb} {names or 'nothing'}"]
         if not self.layers:
             return "\n".join(lines + [f"  left alone  {line}" for line in self._left_lines()])
         total = f" ({_spaced(self.total_before)} -> {_spaced(self.total_after)})"
@@ -418,12 +418,13 @@ class SwapReport(TableReport):
         without = sum(1 for layer in self.layers if layer.dropped)
         if without:
             lines.append(
-                f"  dropped     {self._kinds('dropped')} in {without} layers, whose normalizer has no use for them"
+                f"  dropped     {self._kinds('dropped')} in {counted(without, 'layer')}, whose normalizer has no use "
+                "for them"
             )
         changed = [layer for layer in self.layers if not layer.preserves_eval]
         if changed:
             why = "; ".join(dict.fromkeys(f"{layer.norm['class_path']}: {layer.reason}" for layer in changed))
-            lines.append(f"  evaluation  differs from the original network in {len(changed)} layers ({why})")
+            lines.append(f"  evaluation  differs from the original network in {counted(len(changed), 'layer')} ({why})")
         else:
             lines.append("  evaluation  preserved: the same as the original network's until training changes it")
         if taken := [layer for layer in self.layers if layer.activation]:
@@ -432,10 +433,13 @@ class SwapReport(TableReport):
         # What num_groups="auto" came to.
         groups = Counter(n for layer in self.layers if (n := layer.num_groups) is not None)
         if groups:
-            counts = ", ".join(f"{n} in {count}" for n, count in sorted(groups.items(), reverse=True))
-            lines.append(f"  groups      {counts} layers")
+            counts = [f"{n} in {counted(count, 'layer')}" for n, count in sorted(groups.items(), reverse=True)]
+            lines.append(f"  groups      {', '.join(counts)}")
         ghosts = Counter(n for layer in self.layers if (n := layer.norm["init_args"].get("virtual_batch_size")))
-        lines += [f"  statistics  of {n} samples at a time in {count} layers" for n, count in ghosts.items()]
+        lines += [
+            f"  statistics  of {counted(n, 'sample')} at a time in {counted(count, 'layer')}"
+            for n, count in ghosts.items()
+        ]
         if self.masks:
             lines.append(f"  masks       {self.masks}: what is padding there is read by no statistic, in plain PyTorch")
         sync = SYNC[next((layer.sync for layer in self.layers if layer.sync), False)]
@@ -472,7 +476,7 @@ class SwapReport(TableReport):
             row = (
                 name,
                 layer.source,
-                layer.target + (f" ({n} groups)" if (n := layer.num_groups) is not None else ""),
+                layer.target + (f" ({counted(n, 'group')})" if (n := layer.num_groups) is not None else ""),
                 str(layer.num_features),
                 added,
                 evaluation,
@@ -483,7 +487,7 @@ class SwapReport(TableReport):
         return [header, *(row for _, row in self._in_order(rows, lambda pair: pair[0]))]
 
     def __repr__(self) -> str:
-        return f"SwapReport({len(self)} of {self.candidates} layers{', dry run' if self.dry_run else ''})"
+        return f"SwapReport({len(self)} of {counted(self.candidates, 'layer')}{', dry run' if self.dry_run else ''})"
 
 
 def _by_class(left: list[Left]) -> list[str]:

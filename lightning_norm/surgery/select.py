@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_norm.errors import counted
 from lightning_norm.layers.arguments import plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.convert import can_be_swapped, computed_weights
@@ -246,13 +247,16 @@ def explain_unmatched(unmatched: str, slots: Sequence[ModuleSlot]) -> str:
     pattern = pattern[:-1].strip("'\"")
     if label == "in_block":
         return (
-            f"in_block={pattern} matched none of the {len(slots)} layers: a block is the nearest module around a layer "
-            "that holds two or more of them and whose class the model has several times, and none has that many of "
-            "those that are chosen."
+            f"in_block={pattern} matched none of the {counted(len(slots), 'layer')}: a block is the nearest module "
+            "around a layer that holds two or more of them and whose class the model has several times, and none "
+            "has that many of those that are chosen."
         )
     if pattern == LAST_OF_BLOCK:
         blocks = " or ".join(f"{attribute} of a {block}" for block, attribute in LAST_NORMS.items())
-        return f"{label}={pattern!r} matched none of the {len(slots)} layers: none is the {blocks}, as in a ResNet."
+        return (
+            f"{label}={pattern!r} matched none of the {counted(len(slots), 'layer')}: none is the {blocks}, as in a "
+            "ResNet."
+        )
     names = [n for s in slots for n in s.names]
     kinds = list(dict.fromkeys(type(s.module).__name__ for s in slots)) or ["normalization"]
     kind = " and ".join([", ".join(kinds[:-1])] * (len(kinds) > 1) + kinds[-1:])
@@ -264,7 +268,7 @@ def explain_unmatched(unmatched: str, slots: Sequence[ModuleSlot]) -> str:
         if near
         else ""
     )
-    return f"{label}={pattern!r} matched none of the {len(names)} {kind} layers.{hint}"
+    return f"{label}={pattern!r} matched none of the {counted(len(names), f'{kind} layer')}.{hint}"
 
 
 def check_source(model: nn.Module, slots: Sequence[ModuleSlot], source: Source | None) -> None:

@@ -16,6 +16,7 @@ from lightning_norm.errors import (
     NoEffectWarning,
     ParameterGrowthWarning,
     UnsuitableNormWarning,
+    counted,
 )
 from lightning_norm.layers.arguments import plain_value
 from lightning_norm.layers.base import Normalizer
@@ -266,7 +267,7 @@ def check_not_empty(
         _tell_swapped_before(present, already_present)
         return
     text = (
-        f"swap changed nothing: {len(slots)} candidates, none chosen"
+        f"swap changed nothing: {counted(len(slots), 'candidate')}, none chosen"
         if slots
         else "swap changed nothing: no candidate found"
     )
@@ -279,7 +280,7 @@ def check_not_empty(
 
 def _tell_swapped_before(present: Mapping[str, Normalizer], already_present: Collection[type] | None) -> None:
     kinds = ", ".join(sorted({type(layer).__name__ for layer in present.values()}))
-    what = f"the model already holds {len(present)} layers of this package ({kinds}"
+    what = f"the model already holds {counted(len(present), 'layer')} of this package ({kinds}"
     name, first = next(iter(present.items()))
     source = first.key or type(first).__name__
     # Two calls of swap in a row are a mistake in the user's code. A NormSwap is run again by every trainer.fit and

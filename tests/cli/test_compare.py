@@ -363,7 +363,7 @@ def test_a_sweep_that_goes_on_counts_the_seeds_of_what_has_run():
     pairs = [("bn", "2"), ("sn", "2"), ("bn", "4")]
     records = [run(label, size, seed) for label, size in pairs for seed in range(3)]
     notes = Report(records, "acc", higher=True, best=False, baseline="bn").notes()
-    assert "1 of 4 rows have no run yet; the same command goes on." in notes
+    assert "1 of 4 rows without a run so far; the same command goes on." in notes
     assert not any("too few" in note for note in notes)
 
 

@@ -71,7 +71,7 @@ def test_what_a_file_is_of(folder, capsys):
         command = ["convert", "published.pth", "--out", "ours.ckpt"]
         if makes:
             main(command)
-            assert f"1 layers of {makes}" in capsys.readouterr().out
+            assert f"1 layer of {makes}" in capsys.readouterr().out
             continue
         with pytest.raises(SystemExit):
             main(command)

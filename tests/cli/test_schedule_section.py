@@ -157,5 +157,5 @@ def test_from_the_command_line(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2
-    assert "Did you mean 'radius'? They have: momentum (1 layers), radius (1 layers)." in done.stderr
+    assert "Did you mean 'radius'? They have: momentum (1 layer), radius (1 layer)." in done.stderr
     assert "Traceback" not in done.stderr

@@ -81,7 +81,8 @@ def test_the_process_that_starts_the_others_gets_the_swap_and_what_was_learned(s
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-1] == "BatchNorm2d"
-    assert "1 of 1 BatchNorm2d layers -> SwitchableNorm" in done.stderr + done.stdout
+    # Once for fit and test together, although each has processes of its own.
+    assert (done.stderr + done.stdout).count("-> SwitchableNorm") == 1
 
 
 def test_without_the_swap_beforehand_what_to_type_is_told_before_the_training(tmp_path):

@@ -130,7 +130,7 @@ def test_blocks_of_real_networks():
 def test_no_such_position_is_told():
     with pytest.raises(ValueError, match=r"in_block=3 matched none of the 7 layers: a block is the nearest module"):
         swap(Blocks(), "sn", in_block=3)
-    with pytest.raises(ValueError, match="in_block=0 matched none of the 1 layers"):
+    with pytest.raises(ValueError, match="in_block=0 matched none of the 1 layer"):
         swap(Net(), "sn", in_block=0)
     for bad in (0, -1, 1.5, "2", True):
         with pytest.raises(ValueError, match="every must be an int > 0"):

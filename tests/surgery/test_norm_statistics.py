@@ -112,7 +112,7 @@ class TestFedBN:
         model = nn.Sequential(nn.BatchNorm2d(C), nn.BatchNorm2d(2))
         stored = norm_statistics(model)
         taken = {name: t + 1 for name, t in stored.take().items()}
-        with pytest.raises(ValueError, match=r"1 tensors of this model are missing, the first: '1.running_var'"):
+        with pytest.raises(ValueError, match=r"1 tensor of this model is missing, the first: '1.running_var'"):
             stored.put({n: t for n, t in taken.items() if n != "1.running_var"})
         with pytest.raises(ValueError, match="no 'extra' among its statistics"):
             stored.put({**taken, "extra": torch.ones(1)})

@@ -61,6 +61,6 @@ def test_in_a_trainer():
 
 def test_a_model_without_blocks_is_told():
     with pytest.raises(
-        ValueError, match="include='last_of_block' matched none of the 1 layers: none is the bn2 of a Basic"
+        ValueError, match="include='last_of_block' matched none of the 1 layer: none is the bn2 of a Basic"
     ):
         swap(nn.Sequential(nn.BatchNorm2d(3)), "bnet", include="last_of_block")

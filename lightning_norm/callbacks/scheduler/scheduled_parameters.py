@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from lightning_norm.errors import did_you_mean
+from lightning_norm.errors import counted, did_you_mean
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.scheduled import Scheduled, set_scheduled, was_scheduled
 from lightning_norm.schedules.base import Schedule
@@ -222,8 +222,8 @@ def _explain(
         plain = re.sub(r"[\\^$*+?()|\[\]]", "", pattern or "")
         near = difflib.get_close_matches(plain, names, n=1, cutoff=0.0)[0]
         return (
-            f"schedules[{key!r}]: {pattern!r} matched none of the {len(layers)} layers. The nearest name is {near!r}: "
-            "the regular expression must match the whole name."
+            f"schedules[{key!r}]: {pattern!r} matched none of the {counted(len(layers), 'layer')}. The nearest name "
+            f"is {near!r}: the regular expression must match the whole name."
         )
     # The argument may exist and have no effect in this layer: then the reason is the better answer.
     for names, layer in matched:
@@ -231,9 +231,9 @@ def _explain(
         if why:
             return f"schedules[{key!r}]: {argument} has no effect in {type(layer).__name__} {names[0]} with {why}."
     counts = Counter(name for _, layer in matched for name in sorted(_arguments(layer)))
-    where = "no layer" if pattern is None else f"none of the {len(matched)} layers that {pattern!r} matches"
+    where = "no layer" if pattern is None else f"none of the {counted(len(matched), 'layer')} that {pattern!r} matches"
     guess = did_you_mean(argument, counts)
-    have = ", ".join(f"{name} ({n} layers)" for name, n in counts.items()) or "nothing"
+    have = ", ".join(f"{name} ({counted(n, 'layer')})" for name, n in counts.items()) or "nothing"
     have_it = [key for key, cls in Normalizer.registry.items() if argument in cls.ranges]
     hint = f" {argument} is a value of {', '.join(have_it)}." if have_it else ""
     hint += "" if any(isinstance(layer, Normalizer) for _, layer in layers) else f" {SWAP}"

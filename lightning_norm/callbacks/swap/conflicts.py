@@ -20,7 +20,7 @@ from lightning_norm.callbacks.lightning_compat import (
 )
 from lightning_norm.callbacks.lightning_private import averaged_model, starts_processes, synchronizes_batchnorm
 from lightning_norm.callbacks.norm_recalibrate import NormRecalibrate
-from lightning_norm.errors import ConflictError, ConflictWarning
+from lightning_norm.errors import ConflictError, ConflictWarning, counted
 from lightning_norm.surgery.walk import named_normalizers, normalizers_of
 
 HARM_BEFORE_SWAP = {
@@ -145,7 +145,7 @@ def _warn_of_statistics(name: str, pl_module: nn.Module) -> None:
     if layers:
         rank_zero_warn(
             f"{name} re-estimates the running statistics of torch's BatchNorm layers only: after it, those of "
-            f"{len(layers)} layers of this package belong to weights that were not averaged. {fix}",
+            f"{counted(len(layers), 'layer')} of this package belong to weights that were not averaged. {fix}",
             category=ConflictWarning,
         )
 
@@ -159,9 +159,9 @@ def tell_frozen(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_instance(callback, BaseFinetuning) and frozen:
             name = type(callback).__name__
             rank_zero_info(
-                f"NormSwap: {len(frozen)} of {len(learning)} layers are frozen with the rest until {name} unfreezes "
-                f"them; their running statistics follow the data. With {name} in front of NormSwap they train, as "
-                "BatchNorm layers do under it."
+                f"NormSwap: frozen with the rest until {name} unfreezes them: {len(frozen)} of "
+                f"{counted(len(learning), 'layer')}; their running statistics follow the data. With {name} in front "
+                "of NormSwap they train, as BatchNorm layers do under it."
             )
 
 

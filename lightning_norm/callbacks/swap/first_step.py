@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_norm.callbacks.lightning_compat import pl, rank_zero_warn
-from lightning_norm.errors import ConflictWarning, NotReachedWarning
+from lightning_norm.errors import ConflictWarning, NotReachedWarning, counted
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.reach import Reach, tell
 from lightning_norm.surgery.recognize import has_running_stats
@@ -118,9 +118,9 @@ class FirstStep:
             if found and left:
                 self._evaluation_told = True
                 rank_zero_warn(
-                    f"{len(found)} BatchNorm layers (first: {found[0]}) were {what}, and {len(left)} layers of this "
-                    "package were not: code that looks for torch's class does not find them. "
-                    "lightning_norm.is_norm(module) finds both.",
+                    f"{what}: {counted(len(found), 'BatchNorm layer')} (first: {found[0]}), and none of the "
+                    f"{counted(len(left), 'layer')} of this package: code that looks for torch's class does not find "
+                    "them. lightning_norm.is_norm(module) finds both.",
                     category=ConflictWarning,
                 )
 

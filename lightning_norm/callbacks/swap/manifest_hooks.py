@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from lightning_norm.callbacks.lightning_compat import pl, rank_zero_info
 from lightning_norm.callbacks.patching import Patches, is_patched
-from lightning_norm.errors import CheckpointError
+from lightning_norm.errors import CheckpointError, counted
 from lightning_norm.surgery.checkpoint_files import File, check_file, is_url, read_checkpoint, unreadable
 from lightning_norm.surgery.manifest import check_manifest, load_weights, rebuild_from, write_manifest
 from lightning_norm.surgery.walk import rename_for_wrappers
@@ -54,8 +54,8 @@ def load_with_manifest(
     unchanged = check_manifest(pl_module, checkpoint, path, resumes=resumes)
     if unchanged:
         rank_zero_info(
-            f"NormSwap: {path!r} is of the network before the swap; {len(unchanged)} parameters of the normalizers "
-            f"(first: {unchanged[0]}) keep their starting values."
+            f"NormSwap: {path!r} is of the network before the swap; "
+            f"{counted(len(unchanged), 'parameter')} of the normalizers (first: {unchanged[0]}) at the starting value."
         )
     original(checkpoint)
     _rename_states(pl_module, checkpoint)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
+import torch
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_norm.callbacks.described import Described, print_report
@@ -37,6 +39,7 @@ from lightning_norm.errors import (
     PlanError,
     UnsuitableNormWarning,
     WeightDecayWarning,
+    counted,
 )
 from lightning_norm.ops.compiled import on_compile
 from lightning_norm.surgery.manifest import write_manifest
@@ -182,6 +185,7 @@ class NormSwap(Described, Callback):
         self._setup_patches = Patches()
         self._run_patches = Patches()
         self._warm = self._untold = self._arrived_swapped = False
+        self._told_by_worker: Tensor | None = None
         self._stop_observing: Callable[[], None] | None = None
 
     def _arguments(self) -> dict[str, Any]:
@@ -427,7 +431,9 @@ class NormSwap(Described, Callback):
         'SwitchableNorm'
         """
         self._take(pl_module)
-        self._untold = True  # the workers tell what was swapped, once every layer is built
+        # The workers tell what was swapped, once every layer is built. Those of fit and those of test are others, and
+        # what they have in common is memory.
+        self._untold, self._told_by_worker = True, torch.zeros((), dtype=torch.bool).share_memory_()
         self._swap(pl_module)
 
     def _swap(self, pl_module: pl.LightningModule) -> None:
@@ -487,16 +493,24 @@ class NormSwap(Described, Callback):
                 raise PlanError(f"the plan {self._plan!r} does not fit this model: {error}") from error
             on_empty, targets = self.options.on_empty, self.options.targets
             check_not_empty(pl_module, self.report, self._slots, source, on_empty, already_present=targets)
-            if growth := self.report.growth():
-                rank_zero_warn(growth, category=ParameterGrowthWarning)
-            if unsuitable := self.report.unsuitable():
-                rank_zero_warn(unsuitable, category=UnsuitableNormWarning)
-            if left := self.report.left_alone(self.options):
-                rank_zero_warn(left, category=LeftAloneWarning)
-            warn_ignored(trainer, pl_module)
             self.report.masks = self._masks.source
-            if len(self.report):
-                print_report(f"NormSwap: {self.report.summary()}")
+            self._tell(trainer, pl_module, self.report)
+
+    def _tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: SwapReport) -> None:
+        """Print what was swapped and warn of what would surprise, unless workers that have ended did so."""
+        if self._told_by_worker is not None and self._told_by_worker:
+            return
+        if growth := report.growth():
+            rank_zero_warn(growth, category=ParameterGrowthWarning)
+        if unsuitable := report.unsuitable():
+            rank_zero_warn(unsuitable, category=UnsuitableNormWarning)
+        if left := report.left_alone(self.options):
+            rank_zero_warn(left, category=LeftAloneWarning)
+        warn_ignored(trainer, pl_module)
+        if len(report):
+            print_report(f"NormSwap: {report.summary()}")
+        if self._told_by_worker is not None and trainer.is_global_zero:
+            self._told_by_worker.fill_(True)
 
     def _optimizers(self, pl_module: pl.LightningModule, original: Callable[[], Any]) -> Any:
         """Let the module build its optimizers, and put the new parameters in their groups."""
@@ -508,9 +522,8 @@ class NormSwap(Described, Callback):
         wanted = {"weight_decay": self.options.norm_weight_decay, "lr_scale": self.options.switch_lr_scale}
         if any(value is not None for value in wanted.values()):
             counts = regroup(pl_module, optimizers, schedulers_in(configured), **wanted)
-            rank_zero_info(
-                f"NormSwap: parameter groups {', '.join(f'{k} ({n} parameters)' for k, n in counts.items()) or 'none'}"
-            )
+            said = ", ".join(f"{k} ({counted(n, 'parameter')})" for k, n in counts.items())
+            rank_zero_info(f"NormSwap: parameter groups {said or 'none'}")
         elif decayed := decayed_norms(pl_module, optimizers):
             rank_zero_warn(decayed, category=WeightDecayWarning)
         return configured

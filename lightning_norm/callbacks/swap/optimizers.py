@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_norm.errors import OptimizerError
+from lightning_norm.errors import OptimizerError, counted
 from lightning_norm.surgery.walk import named_normalizers
 
 
@@ -107,8 +107,8 @@ def check_owned(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     twice = [name for key, name in names.items() if counts[key] > 1]
     if lost:
         raise OptimizerError(
-            f"{len(lost)} parameters of normalizers are in no optimizer (first: {', '.join(lost[:3])}) and would "
-            "never be trained. "
+            f"{counted(len(lost), 'parameter of normalizers is', 'parameters of normalizers are')} in no optimizer "
+            f"(first: {', '.join(lost[:3])}) and would never be trained. "
             "Return an optimizer from configure_optimizers that holds them, call lightning_norm.swap(model, ...) "
             "before building "
             "it by hand, or freeze what is not to be trained: parameter.requires_grad_(False). "
@@ -116,9 +116,9 @@ def check_owned(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         )
     if twice:
         raise OptimizerError(
-            f"{len(twice)} parameters of normalizers are in several optimizers or groups (first: "
-            f"{', '.join(twice[:3])}). Give each "
-            "parameter to one. NormSwap(check_optimizer=False) skips this check."
+            f"{counted(len(twice), 'parameter of normalizers is', 'parameters of normalizers are')} in several "
+            f"optimizers or groups (first: {', '.join(twice[:3])}). Give each parameter to one. "
+            "NormSwap(check_optimizer=False) skips this check."
         )
 
 
@@ -148,7 +148,7 @@ def decayed_norms(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> str:
         if len(decays) > 1 and of_norms:
             name, decay = of_norms[0]
             return (
-                f"{len(of_norms)} parameters of swapped layers (first: {name}) are in groups with weight decay, "
+                f"{counted(len(of_norms), 'parameter')} of swapped layers (first: {name}) in groups with weight decay, "
                 f"{decay:g}, of a {type(optimizer).__name__} whose groups have {', '.join(f'{d:g}' for d in decays)}. "
                 "Groups made by looking for torch's classes miss them: type NormSwap(norm_weight_decay=0), use "
                 "lightning_norm.is_norm where the groups are made, or say that it is meant, "

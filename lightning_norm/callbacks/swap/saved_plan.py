@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_norm.errors import PlanError
+from lightning_norm.errors import PlanError, counted
 from lightning_norm.layers.arguments import checked_arguments
 from lightning_norm.normalizers import resolve
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
@@ -66,8 +66,8 @@ def read_plan(path: str) -> tuple[dict[str, Any], list[str], dict[str, str]]:
     }
     if all(norm is None for norm in rules.values()):
         raise PlanError(
-            f"the plan {path!r} swaps no layer: it has {len(rules)} rows under layers, none with a norm. Type "
-            "norm: {class_path: sn} in a row, or leave out NormSwap."
+            f"the plan {path!r} swaps no layer: it has {counted(len(rules), 'row')} under layers, none with a norm. "
+            "Type norm: {class_path: sn} in a row, or leave out NormSwap."
         )
     return rules, sources, activations_of(r for r in rows if r["norm"])
 

@@ -35,7 +35,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from lightning_norm.cli.compare.runs import BASELINE, Run, all_runs, read_contenders, read_sweeps
 from lightning_norm.cli.compare.store import Record, RunStore
 from lightning_norm.cli.parsing import CommandParser, own_options
-from lightning_norm.errors import did_you_mean
+from lightning_norm.errors import counted, did_you_mean
 
 DESCRIPTION = """Train one job with several normalizers: same seeds, same data, same everything else.
 
@@ -95,7 +95,7 @@ def run(argv: Sequence[str]) -> None:
         return
     if options.run is not None:
         if not 0 <= options.run < len(runs):
-            raise ValueError(f"--run {options.run}: there are {len(runs)} runs, 0 to {len(runs) - 1}.")
+            raise ValueError(f"--run {options.run}: the runs are numbered 0 to {len(runs) - 1}.")
         remaining = [r for r in remaining if r is runs[options.run]]
     try:
         if options.jobs > 1 and len(remaining) > 1:
@@ -105,7 +105,7 @@ def run(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         # Read from the folder, for other processes may have finished some.
         done = len(runs) - sum(store.read(r.name) is None for r in runs)
-        print(f"\nStopped: {done} of {len(runs)} runs are done. The same command goes on.", file=sys.stderr)
+        print(f"\nStopped: {done} of {counted(len(runs), 'run')} done. The same command goes on.", file=sys.stderr)
         raise SystemExit(130) from None
     # The process that started the workers, or a later command, writes the report.
     if options.worker or options.run is not None:
@@ -291,7 +291,7 @@ def _wait(store: RunStore, runs: Sequence[Run]) -> None:
         RuntimeError: such a process has ended without a result.
     """
     if any(store.read(r.name) is None for r in runs):
-        print(f"{len(runs)} runs are trained by other processes that share {store.folder}: waiting for them.")
+        print(f"Trained by other processes that share {store.folder}: {counted(len(runs), 'run')}. Waiting.")
     for r in runs:
         while store.read(r.name) is None:
             with store.claim(r.name) as free:

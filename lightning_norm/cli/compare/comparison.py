@@ -20,6 +20,7 @@ from typing import Any
 
 from lightning_norm.cli.compare.intervals import LEAST_SEEDS, Difference, compare_paired, half_width_ratio
 from lightning_norm.cli.compare.store import Record
+from lightning_norm.errors import counted
 from lightning_norm.surgery.extras import require
 from lightning_norm.surgery.text_tables import aligned
 from lightning_norm.surgery.whole_files import write_whole, writing_whole
@@ -211,15 +212,13 @@ class Report:
         where = "test" if all(self.metric in r["test"] for r in self.records) else f"{which} epoch"
         notes = [f"{self.metric} of the {where}; {better} is better. Equal budgets: {self._budget(rows)}."]
         if remaining:
-            notes.append(f"{remaining} of {len(rows) + remaining} rows have no run yet; the same command goes on.")
+            notes.append(f"{remaining} of {len(rows) + remaining} rows without a run so far; the same command goes on.")
         if seeds < LEAST_SEEDS:
-            notes.append(
-                f"{seeds} seed{'s' if seeds != 1 else ''}: too few for a verdict, --seeds {LEAST_SEEDS} gives one."
-            )
+            notes.append(f"{counted(seeds, 'seed')}: too few for a verdict, --seeds {LEAST_SEEDS} gives one.")
         else:
             notes.append(
                 "An interval that contains 0 is no evidence of a difference. Differences are paired by seed; Student's "
-                f"t, Bonferroni over {self.comparisons} comparison{'s' if self.comparisons > 1 else ''}; they say "
+                f"t, Bonferroni over {counted(self.comparisons, 'comparison')}; they say "
                 "nothing about other data."
             )
             # The price beside the gain: whether more seeds are worth it is for the user to say.
@@ -335,7 +334,7 @@ class Report:
         for axes in list(grid):
             axes.set_visible(False)
         seeds = max(len(self.of(label, p)) for label in self.labels for p in self.points)
-        made.suptitle(f"{name}: mean over {seeds} seed{'s' if seeds > 1 else ''}, band: one standard deviation")
+        made.suptitle(f"{name}: mean over {counted(seeds, 'seed')}, band: one standard deviation")
         with writing_whole(path) as there:
             made.savefig(there)
 
@@ -383,8 +382,9 @@ class Report:
         versions = ", ".join(f"{k} {v}" for k, v in self.records[0]["versions"].items())
         return (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(self.metric)} of {len(self.labels)} normalizers</title><style>{STYLE}</style>"
-            f"<h1>{html.escape(self.metric)} of {len(self.labels)} normalizers</h1>"
+            f"<title>{html.escape(self.metric)} of "
+            f"{counted(len(self.labels), 'normalizer')}</title><style>{STYLE}</style>"
+            f"<h1>{html.escape(self.metric)} of {counted(len(self.labels), 'normalizer')}</h1>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><ul>{notes}</ul>{images}"
             f"<h2>The job</h2><p>{html.escape(versions)}, on {html.escape(self.records[0]['device'])}</p>"
             f"<details><summary>All settings</summary><table>{settings}</table></details></html>\n"

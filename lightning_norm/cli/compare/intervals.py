@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_norm.errors import counted
+
 LEAST_SEEDS = 3
 """Fewer give no verdict: the deviation of two numbers is hardly known."""
 
@@ -56,7 +58,7 @@ def compare_paired(values: Sequence[float], baseline: Sequence[float], compariso
         return Difference(math.nan, math.nan, math.nan, n, reason)
     mean = math.fsum(differences) / n
     if n < LEAST_SEEDS:
-        return Difference(mean, math.nan, math.nan, n, f"no verdict from {n} seed{'s' if n > 1 else ''}")
+        return Difference(mean, math.nan, math.nan, n, f"no verdict from {counted(n, 'seed')}")
     from scipy.stats import t  # imported late: `compare --help` does not wait for it
 
     deviation = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1))

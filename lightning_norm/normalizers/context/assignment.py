@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import counted
 from lightning_norm.layers.names import clean_name
 from lightning_norm.layers.told import Told, block, tell
 from lightning_norm.ops import kmeans, torch_private
@@ -132,7 +133,7 @@ def check_contexts_of(layer: Any, n: int) -> None:
         raise RuntimeError(f"{_who(layer)} was run without contexts. {REMEDY[layer.context]}")
     if told is not None and told != n:
         raise ValueError(
-            f"{_who(layer)} expected contexts for {n} samples, got {told}: contexts of another "
+            f"{_who(layer)} expected contexts for {counted(n, 'sample')}, got {told}: contexts of another "
             "batch, or several views of one (then pass views=m)."
         )
 

@@ -346,7 +346,7 @@ def checked_priors(priors: Sequence[float], num_contexts: int) -> tuple[float, .
     numbers = tuple(plain_value(priors))
     if len(numbers) != num_contexts or not all(type(p) in (int, float) and 0 < p <= 1 for p in numbers):
         raise ValueError(
-            f"ContextNorm: priors must be {num_contexts} numbers in (0, 1], one for each context, got {priors!r}. Type "
-            f"priors={[round(1 / num_contexts, 3)] * num_contexts}, say."
+            f"ContextNorm: priors must be one number in (0, 1] for each of num_contexts={num_contexts}, got "
+            f"{priors!r}. Type priors={[round(1 / num_contexts, 3)] * num_contexts}, say."
         )
     return tuple(float(p) for p in numbers)

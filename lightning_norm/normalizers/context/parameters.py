@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import counted
 from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.declared import ExtraBuffers
 from lightning_norm.layers.published_files import PublishedNames
@@ -138,7 +139,7 @@ class ContextParameters(MomentNorm):
         per_context = isinstance(source, ContextParameters)
         if isinstance(source, ContextParameters) and source.num_contexts != self.num_contexts:
             raise ValueError(
-                f"cannot turn {source.num_contexts} contexts into {self.num_contexts}: type "
+                f"cannot turn {counted(source.num_contexts, 'context')} into {self.num_contexts}: type "
                 f"num_contexts={source.num_contexts}, or undo the first swap."
             )
         for name in (*self.translated_tensors, "prior") if per_context else self.translated_tensors:
@@ -177,7 +178,7 @@ class ContextParameters(MomentNorm):
                 state_dict[prefix + name] = value.reshape(1, -1).repeat(self.num_contexts, 1)
             elif value.dim() == 2 and value.shape[0] != self.num_contexts:
                 raise RuntimeError(
-                    f"{prefix[:-1] or 'this layer'}: the checkpoint has {value.shape[0]} contexts, this "
+                    f"{prefix[:-1] or 'this layer'}: the checkpoint has {counted(value.shape[0], 'context')}, this "
                     f"{type(self).__name__} {self.num_contexts}. Type num_contexts={value.shape[0]}."
                 )
         # A BatchNorm's checkpoint has none of the buffers that only contexts need: they keep their starting values.

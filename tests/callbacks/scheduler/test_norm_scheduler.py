@@ -327,7 +327,7 @@ class TestBadInput:
     def test_an_unknown_name(self):
         said = r"schedules\['radios'\]: no layer has a value 'radios' to schedule. Did you mean 'radius'\? They have: "
         self.refused(said + r"momentum \(3 layers\), radius \(3 layers\)", {"radios": 0.1})
-        self.refused(r"none of the 1 layers that 'late' matches has a value 'alpha'", {"late:alpha": 0.1})
+        self.refused(r"none of the 1 layer that 'late' matches has a value 'alpha'", {"late:alpha": 0.1})
 
     def test_an_unknown_layer(self):
         said = r"'lat' matched none of the 3 layers. The nearest name is 'late': the regular expression must match"

@@ -201,7 +201,7 @@ class TestFinetuning:
         assert all(p.requires_grad for p in model.parameters())
         stored = [id(p) for g in runner.optimizers[0].param_groups for p in g["params"]]
         assert sorted(stored) == sorted(id(p) for p in model.parameters())
-        assert "1 of 1 layers are frozen with the rest until" in told(caplog)[-1]
+        assert "them: 1 of 1 layer; their running statistics" in told(caplog)[-1]
         assert "in front of NormSwap they train" in told(caplog)[-1]
 
     @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")

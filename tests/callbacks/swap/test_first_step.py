@@ -333,9 +333,7 @@ def told(job, category, **arguments):
 
 def test_weight_decay_of_norms_that_a_class_does_not_find():
     (text,) = told(Decay(by_class), WeightDecayWarning, include=["net.1"])
-    assert text.startswith(
-        "4 parameters of swapped layers (first: net.1.weight) are in groups with weight decay, 0.1, of"
-    )
+    assert text.startswith("4 parameters of swapped layers (first: net.1.weight) in groups with weight decay, 0.1, of")
     assert "NormSwap(norm_weight_decay=0)" in text
     assert "is_norm" in text
     for job, arguments in [
@@ -351,7 +349,9 @@ def test_weight_decay_of_norms_that_a_class_does_not_find():
 
 def test_evaluation_by_a_hook_that_a_swap_hides_from():
     (text,) = told(Decay(is_norm, evaluate=(nn.BatchNorm2d,)), ConflictWarning, include=["net.1"])
-    assert text.startswith("1 BatchNorm layers (first: net.4) were put in evaluation one by one, and 1 layers of this")
+    assert text.startswith(
+        "put in evaluation one by one: 1 BatchNorm layer (first: net.4), and none of the 1 layer of this"
+    )
     assert told(Decay(is_norm, evaluate=norm_types()), ConflictWarning, include=["net.1"]) == []
     assert told(Decay(is_norm, evaluate=(nn.Sequential,)), ConflictWarning, include=["net.1"]) == []
     assert told(Decay(is_norm), ConflictWarning, include=["net.1"]) == []
@@ -373,7 +373,7 @@ class WithoutMomentum(Decay):
 
 def test_a_momentum_of_0_by_a_hook_that_a_swap_hides_from():
     (text,) = told(WithoutMomentum(nn.BatchNorm2d), ConflictWarning, include=["net.1"])
-    assert text.startswith("1 BatchNorm layers (first: net.4) were given momentum=0, and 1 layers of this package were")
+    assert text.startswith("given momentum=0: 1 BatchNorm layer (first: net.4), and none of the 1 layer of this")
     assert told(WithoutMomentum(norm_types()), ConflictWarning, include=["net.1"]) == []
     job = WithoutMomentum(())
     for module in (job.net[1], job.net[4]):  # before the swap, which takes it over

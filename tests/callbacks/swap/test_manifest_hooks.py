@@ -414,7 +414,7 @@ class TestPlainIntoSwapped:
         fresh = HNet(channels=5)
         with caplog.at_level("INFO"):
             trainer(NormSwap("bcn")).test(fresh, loader(), ckpt_path=path)
-        assert "3 parameters of the normalizers (first: net.1.iota) keep their starting values" in caplog.text
+        assert "3 parameters of the normalizers (first: net.1.iota) at the starting value" in caplog.text
         x = torch.randn(2, 3, 8, 8)
         torch.testing.assert_close(fresh.eval()(x), model.eval()(x))
 

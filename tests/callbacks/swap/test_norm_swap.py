@@ -360,7 +360,7 @@ def test_its_own_layers_are_never_swapped_again():
 
 def test_a_second_swap_that_comes_too_late_is_told():
     with pytest.warns(
-        NoEffectWarning, match="nothing left to swap to BatchChannelNorm: the model already holds 1 layers"
+        NoEffectWarning, match="nothing left to swap to BatchChannelNorm: the model already holds 1 layer of"
     ):
         trainer(NormSwap("sn"), NormSwap("bcn")).test(Net(), loader())
 
