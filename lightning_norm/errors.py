@@ -35,6 +35,27 @@ def counted(n: int, one: str, many: str = "") -> str:
     return f"{n} {one if n == 1 else many or f'{one}s'}"
 
 
+def yaml_mistake(error: Exception) -> str:
+    r"""Return what is wrong in a text that is no YAML, and where, in one line.
+
+    Args:
+        error: that a loader of YAML has raised, in several lines.
+
+    >>> import yaml
+    >>> try:
+    ...     yaml.safe_load("trainer: {max_epochs: 5\nmodel: x")
+    ... except yaml.YAMLError as error:
+    ...     yaml_mistake(error)
+    "line 2, column 6: expected ',' or '}', but got ':'"
+    """
+    # Errors of the YAML that a scanner or a parser meets have these two; others have their text alone.
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if not problem or mark is None:
+        return " ".join(str(error).split())
+    problem = problem.replace("'<stream end>'", "the end")
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
 class NoEffectWarning(UserWarning):
     """What the user asked for has no effect, because nothing in the model or the run matches it."""
 

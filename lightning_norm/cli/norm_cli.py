@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import lightning.pytorch.callbacks
 import torch
+import yaml
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -38,7 +39,7 @@ from typing_extensions import override
 
 import lightning_norm.callbacks
 import lightning_norm.plugins
-from lightning_norm.callbacks import NormMonitor, NormSwap
+from lightning_norm.callbacks import NormSwap
 from lightning_norm.callbacks.lightning_private import starts_processes
 from lightning_norm.cli.parsing import nearest, with_nearest
 from lightning_norm.cli.screen import QuietWorkers, bar_is_unreadable, screen_callbacks
@@ -54,6 +55,7 @@ from lightning_norm.cli.section import (
 )
 from lightning_norm.demo import job
 from lightning_norm.demo.data import ImageData
+from lightning_norm.errors import yaml_mistake
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers import resolve
 from lightning_norm.schedules import composed, curves
@@ -95,7 +97,9 @@ class NormParser(LightningArgumentParser):
         try:
             return super().parse_args(*args, **kwargs)
         except UnicodeDecodeError as error:
-            self.error(f"a configuration is no text in UTF-8: {error}")
+            typed = [str(argument).rpartition("=")[2] for argument in (args[0] if args else ()) or ()]
+            files = [path for path in typed if Path(path).is_file() and Path(path).read_bytes() == error.object]
+            self.error(f"{files[0] if files else 'a configuration'} is no text in UTF-8: {error}")
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -266,7 +270,6 @@ class NormCLI(LightningCLI):
         screen = screen_callbacks(config.trainer, callbacks) if self.subcommand == "fit" else []
         if not screen and bar_is_unreadable(config.trainer, callbacks):
             kwargs["enable_progress_bar"] = False
-        _check_monitors(callbacks)
         kwargs["callbacks"] = [QuietWorkers(), *screen, *(() if swap is None else (swap,)), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
@@ -379,11 +382,8 @@ def clarify(message: str, options: Sequence[str]) -> str:
     if other and any(c.__module__.startswith("pytorch_lightning.") for c in pkgutil.resolve_name(other[1]).__mro__):
         return f"{text}. It is one of pytorch_lightning: type import lightning.pytorch as pl where it is defined."
     file = re.search(r"Unable to load config ['\"]?([\w.,]+)", text)
-    if file and text.startswith(f"{SECTION}:"):
-        key = file[1]
-        if "," in key:
-            return f"{SECTION}: one normalizer in a training, got {key!r}. Type lightning-norm compare --norms {key}."
-        return f"{SECTION}: is a section with the arguments of NormSwap, got {key!r}. Type {SECTION}: {{norm: {key}}}."
+    if file and text.startswith(f"{SECTION}:") and not Path(file[1]).is_file():
+        return f"{SECTION}: {_no_section(file[1])}"
     typo = re.search(
         r"(?:[Oo]ption|[Kk]ey|arguments?:?) '?-{0,2}([\w.]+)'? is not accepted|accept option '([\w.]+)'", text
     )
@@ -411,6 +411,19 @@ def clarify(message: str, options: Sequence[str]) -> str:
     return text + (f". Did you mean {near!r}?" if near else ".") + names
 
 
+def _no_section(typed: str) -> str:
+    """Return what to say of a text in the place of the section ``norm:``.
+
+    >>> _no_section("sn,bn")
+    "one normalizer in a training, got 'sn,bn'. Type lightning-norm compare --norms sn,bn."
+    """
+    if "," in typed:
+        return f"one normalizer in a training, got {typed!r}. Type lightning-norm compare --norms {typed}."
+    if typed.endswith((".yaml", ".yml", ".json")):
+        return f"there is no file {typed!r}."
+    return f"is a section with the arguments of NormSwap, got {typed!r}. Type {SECTION}: {{norm: {typed}}}."
+
+
 def _in_one_line(message: str) -> str:
     """Return the reason in a message of many lines, which tells of every type that a value could have had.
 
@@ -435,7 +448,7 @@ def _in_one_line(message: str) -> str:
             break
         if part.startswith(noise):
             continue
-        part = part.replace("Not of type NormName: ", "")
+        part = part.replace("Not of type NormName: ", "").removeprefix("Problems parsing config: ")
         part = re.sub(r"^Parser key \"([\w.+]+)\":", r"\1:", part)
         part = re.sub(r"^Expected a dot import path string: ([\w.]+)$", r"'\1' is no dotted path of a class", part)
         part = re.sub(r"^Expected a <class '(\w+)'>", r"expected \1", part)
@@ -448,10 +461,17 @@ def _in_one_line(message: str) -> str:
         parts.append(f"expected one of {', '.join(choices)}")
     while len(parts) > 1 and parts[-1].endswith(":"):
         parts.pop()  # a heading with nothing below
+    typed = re.search(r"Given value: (\S.{0,60})$", message, re.MULTILINE)
+    if typed and typed[1].startswith(("[", "{")):
+        try:
+            yaml.safe_load(typed[1])
+        except yaml.YAMLError as error:
+            return f"{parts[0].partition(':')[0]}: cannot read {typed[1]!r}: {yaml_mistake(error)}"
+    if parts[-1].endswith(":"):
+        parts.append("expected a mapping such as {name: value}")
     text = ""
     for part in parts:
         text += part if not text else f" {part}" if text.endswith(":") else f"; {part}"
-    typed = re.search(r"Given value: (\S.{0,60})$", message, re.MULTILINE)
     return f"{text}, got {typed[1]!r}" if typed and parts[-1].startswith("expected ") else text
 
 
@@ -503,17 +523,6 @@ def _descriptions() -> dict[str, Any]:
         }
         for name, (what, more) in COMMANDS.items()
     }
-
-
-def _check_monitors(callbacks: list[Any]) -> None:
-    """Refuse monitors that would log under the same names; Lightning's own words say nothing of a prefix."""
-    prefixes = [c.prefix for c in callbacks if isinstance(c, NormMonitor)]
-    for prefix in prefixes:
-        if (number := prefixes.count(prefix)) > 1:
-            raise ValueError(
-                f"{number} NormMonitors log under the same names, with the prefix {prefix!r}. Give each another one: "
-                f"{{class_path: NormMonitor, init_args: {{prefix: {prefix}2}}}}."
-            )
 
 
 def _is_keyword(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields
 from itertools import pairwise
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.callbacks.swap.norm_swap import NormSwapOptions
 from lightning_norm.callbacks.swap.saved_plan import read_plan
+from lightning_norm.errors import yaml_mistake
 from lightning_norm.normalizers import normalizers, resolve
 from lightning_norm.surgery.swap import key_or_path
 
@@ -79,11 +81,19 @@ def load_configuration(text: str, path: str | None = None) -> Any:
     >>> load_configuration("norm: sn", path="run.yaml"), load_configuration("norm: sn")
     ({'norm': {'norm': 'sn'}}, {'norm': 'sn'})
     """
-    config = get_loader("yaml")(text)
-    _count(config, {}, set())
-    config = _with_dotted_paths(config)
+    try:
+        config = get_loader("yaml")(text)
+        _count(config, {}, set())
+        config = _with_dotted_paths(config)
+        if path is not None and not isinstance(config, dict):
+            got = "nothing" if config is None else reprlib.repr(config)
+            raise yaml.YAMLError(f"a configuration holds sections such as norm: sn, got {got}")
+    except yaml.YAMLError as error:
+        # A configuration may be one of several files, or name others.
+        where = "" if path is None else f"cannot read {path or 'the configuration'}: "
+        raise yaml.YAMLError(where + yaml_mistake(error)) from error
     # Anything else is the path of a file that holds the section.
-    if path is not None and isinstance(config, dict) and names_a_norm(config.get(SECTION)):
+    if path is not None and names_a_norm(config.get(SECTION)):
         config[SECTION] = {"norm": config[SECTION]}
     return config
 

@@ -455,6 +455,18 @@ def test_what_is_missing_is_told_before_anything_is_trained(monkeypatch, job):
     assert matplotlib()
 
 
+@pytest.mark.parametrize(
+    ("norms", "said"), [("bn", "bn alone, with nothing"), ("sn", "Type --norms 'bn,sn'"), ("bn,sn", "")]
+)
+def test_one_normalizer_alone_is_told_before_the_training(capsys, norms, said):
+    command._check_before_training(command.parser().parse_args(["--norms", norms, "--run", "0"]), norms.split(","))
+    assert not capsys.readouterr().err  # whoever trains a run of a list has seen the list
+    command._check_before_training(command.parser().parse_args(["--norms", norms]), norms.split(","))
+    err = capsys.readouterr().err
+    assert said in err
+    assert bool(err) == bool(said)
+
+
 def test_the_same_seed_gives_the_same_run(job):
     arguments = [*job(), "--seeds", "1", "--run", "1", "--trainer.max_epochs", "1"]
     for out in ("a", "b"):

@@ -94,7 +94,31 @@ def refused(capfd, *arguments):
         (["fit", *JOB, "--trainer.callbacks+=NormMonitr"], "Did you mean 'NormMonitor'?"),
         (["fit", *JOB, "--optimizer", "SGDD"], "Did you mean 'SGD'?"),
         (["fit", "--config", "list.yaml"], "a configuration holds sections such as norm: sn"),
-        (["fit", "--config", "bad.yaml"], "did not find expected ',' or '}'"),
+        (["fit", "--config", "empty.yaml"], "cannot read empty.yaml: a configuration holds sections such as norm: sn"),
+        (["fit", "--config", "utf16.yaml"], "utf16.yaml is no text in UTF-8: "),
+        *(
+            (
+                [*command, "--config", "bad.yaml"],
+                "cannot read bad.yaml: line 2, column 1: did not find expected ',' or '}'",
+            )
+            for command in (["fit"], ["plan"], ["compare", "--metric", "x"], ["export", "--out", "x.pt2"])
+        ),
+        (["fit", *JOB, "--norm", "bad.yaml"], "'bad.yaml'; line 2, column 1: did not find expected"),
+        (["fit", *JOB, "--norm", "nothing.yaml"], "norm: there is no file 'nothing.yaml'"),
+        (
+            ["fit", *JOB, "--norm.plan", "bad.yaml"],
+            "the plan 'bad.yaml': line 2, column 1: expected ',' or '}', but got",
+        ),
+        (["fit", *JOB, "--norm.plan", "nothing.yaml"], "the plan 'nothing.yaml': the file does not exist."),
+        (["fit", "--model", "bad.yaml"], "sub-config file bad.yaml: line 2, column 1: did not find expected"),
+        (["fit", *JOB, "--trainer", "bad.yaml"], "'bad.yaml'; line 2, column 1: did not find expected"),
+        (
+            ["fit", *JOB, "--norm.norm_args", "{eps: 1"],
+            "norm.norm_args: cannot read '{eps: 1': line 1, column 8: expected",
+        ),
+        (["fit", *JOB, "--norm.norm_args", "5"], "norm.norm_args: expected a mapping such as {name: value}, got '5'"),
+        (["compare", "--norms", "bn,{class_path: sn"], "cannot be read: expected ',' or '}', but got the end."),
+        (["compare", "--norms", "bad.yaml"], 'takes normalizers and no file: type --norms "$(cat bad.yaml)"'),
         (["test", *JOB], "No `test_step()` method defined"),
         (["plan", "--model", "small_job.Small", "--sve", "x"], "Did you mean '--save'?"),
         (["list", "--jsn"], "Did you mean '--json'?"),
@@ -130,6 +154,8 @@ def refused(capfd, *arguments):
 def test_a_mistake_is_one_line_with_what_to_type(capfd, arguments, said):
     Path("list.yaml").write_text("- 1\n- 2\n")
     Path("bad.yaml").write_text("trainer: {max_epochs: 5\n")
+    Path("empty.yaml").write_text("")
+    Path("utf16.yaml").write_text("norm: sn", encoding="utf-16")
     (line,) = refused(capfd, *arguments)
     assert said in line
 

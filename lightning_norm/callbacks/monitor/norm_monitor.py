@@ -32,13 +32,14 @@ from lightning_norm.callbacks.monitor.quantities import (
     notes,
 )
 from lightning_norm.callbacks.patching import Patches
+from lightning_norm.callbacks.saved_state import SavedState, refuse_twins
 from lightning_norm.callbacks.scheduler.norm_scheduler import NormScheduler
 from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning, did_you_mean
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.text_tables import aligned, markdown
 
 
-class NormMonitor(Described, Callback):
+class NormMonitor(Described, SavedState, Callback):
     """Log each layer's learned quantities, such as the importance weights of switchable normalization.
 
     Every logger gets the scalars: ``norm/<key>/<quantity>/<layer name>``, as in ``norm/sn/mean_bn/net.layer1.0.bn1``,
@@ -155,6 +156,13 @@ class NormMonitor(Described, Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Keep Lightning's own row out of the page "HParams"; that of a user stands, and this one is left out."""
+        other = f"{self.prefix}2"
+        refuse_twins(
+            trainer,
+            self,
+            f"log under the same names, with the prefix {self.prefix!r}. Give each another one: "
+            f"NormMonitor(prefix={other!r}), in YAML init_args: {{prefix: {other}}}.",
+        )
         self._active = False
         self._patches.undo()
         self._writes_row = self.page and trainer.is_global_zero
@@ -323,7 +331,7 @@ class NormMonitor(Described, Callback):
             page.add_metrics(trainer, self.metric, finished=False)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def saved_state(self) -> dict[str, Any]:
         """Return the history, so that the pictures of a resumed run are whole.
 
         ``epochs`` (E,) ints, ``places`` of the Q quantities, and ``values``, a tensor (E, Q) with NaN where an epoch
@@ -335,14 +343,14 @@ class NormMonitor(Described, Callback):
         return {"epochs": list(self.history), "places": logged, "values": torch.tensor(rows)}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_saved_state(self, state: dict[str, Any]) -> None:
         """Take over the history of the run that is continued."""
         # NaN stands where a quantity had no value in an epoch; it is left out again.
-        rows = state_dict["values"].tolist()
-        logged = [tuple(series) for series in state_dict["places"]]
+        rows = state["values"].tolist()
+        logged = [tuple(series) for series in state["places"]]
         self.history = {
             epoch: {series: value for series, value in zip(logged, row, strict=True) if value == value}
-            for epoch, row in zip(state_dict["epochs"], rows, strict=True)
+            for epoch, row in zip(state["epochs"], rows, strict=True)
         }
 
     def _read(self, pl_module: pl.LightningModule, step: int) -> dict[Series, float]:

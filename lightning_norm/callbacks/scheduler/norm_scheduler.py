@@ -18,6 +18,7 @@ from lightning_norm.callbacks.lightning_compat import (
 )
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.rank_checks import check_same_on_ranks
+from lightning_norm.callbacks.saved_state import SavedState, refuse_twins
 from lightning_norm.callbacks.scheduler.scheduled_parameters import (
     ScheduledParameter,
     check_run,
@@ -30,7 +31,7 @@ from lightning_norm.schedules.base import Schedule
 from lightning_norm.schedules.composed import as_schedule
 
 
-class NormScheduler(Described, Callback):
+class NormScheduler(Described, SavedState, Callback):
     """Let hyper-parameters of the normalizers follow schedules: a sparse radius, a momentum, an alpha, a threshold.
 
     ``momentum`` is also that of torch's own BatchNorm layers, in a network that was never swapped and in what a swap
@@ -102,6 +103,9 @@ class NormScheduler(Described, Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange that finders, which train before a fit starts, and evaluation know the values."""
+        refuse_twins(
+            trainer, self, f"would schedule the same values, {', '.join(self.schedules)}. Put all schedules into one."
+        )
         self._checkpoint_time = None
         self._patches.undo()
         self._patches.undo_on_exception(trainer.strategy, self._patches.undo)
@@ -180,14 +184,14 @@ class NormScheduler(Described, Callback):
         self._evaluate(trainer, pl_module)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def saved_state(self) -> dict[str, Any]:
         """Return how many steps an epoch has, if a schedule by step has its duration in epochs."""
         return {"steps_per_epoch": self._steps_per_epoch} if self._steps_per_epoch and self._needs_epochs() else {}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_saved_state(self, state: dict[str, Any]) -> None:
         """Take over how many steps an epoch had."""
-        self._steps_per_epoch = state_dict["steps_per_epoch"]
+        self._steps_per_epoch = state["steps_per_epoch"]
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -226,7 +230,7 @@ class NormScheduler(Described, Callback):
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         # Present where the whole checkpoint was written, missing in one of weights only.
         if state:
-            self.load_state_dict(state)
+            self.load_saved_state(state)
         if self._steps_per_epoch is None and self._needs_epochs():
             raise ValueError(
                 "NormScheduler: the checkpoint does not tell how many steps an epoch had (it holds weights only, or "

@@ -16,6 +16,7 @@ from lightning_norm.callbacks.lightning_compat import Callback, pl, rank_zero_in
 from lightning_norm.callbacks.norm_context import check_contexts
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.rank_checks import check_batches, check_layers, warn_ignored
+from lightning_norm.callbacks.saved_state import SavedState, refuse_twins
 from lightning_norm.callbacks.swap.accumulation import Accumulation
 from lightning_norm.callbacks.swap.batch_masks import BatchMasks
 from lightning_norm.callbacks.swap.conflicts import (
@@ -130,7 +131,7 @@ class NormSwapOptions(SwapOptions):
             raise PlanError(f"cannot read the plan {self.plan!r}: {error}") from error
 
 
-class NormSwap(Described, Callback):
+class NormSwap(Described, SavedState, Callback):
     """Swap the normalization layers of the model in ``setup``, for every stage.
 
     Layers that ``LightningModule.setup`` or ``configure_model`` build are swapped as well. Parameters and statistics
@@ -208,6 +209,7 @@ class NormSwap(Described, Callback):
             ValueError, TypeError: a norm, pattern or argument that does not exist or matches nothing.
         """
         # What cannot go together is told before anything is changed.
+        refuse_twins(trainer, self, f"would make the same swap, {self!r}. Leave one out; the section norm: is one.")
         check_order(trainer, self)
         check_settings(trainer, self)
         self._take(pl_module)
@@ -360,7 +362,8 @@ class NormSwap(Described, Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write the manifest: what every swapped layer was and is."""
+        """Write the manifest: what every swapped layer was and is; and the state."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         # After the fit, trainer.save_checkpoint still calls this, and the hook on the module is gone.
         write_manifest(pl_module, checkpoint)
 
@@ -375,14 +378,14 @@ class NormSwap(Described, Callback):
         return f"{type(self).__qualname__}{arguments!r}"
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def saved_state(self) -> dict[str, Any]:
         """Return what ``accumulate_statistics`` gathered since the last optimizer step; empty without it."""
         return self._accumulation.state_dict()
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_saved_state(self, state: dict[str, Any]) -> None:
         """Take it over; it goes on with the next batch."""
-        self._accumulation.load_state_dict(state_dict)
+        self._accumulation.load_state_dict(state)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

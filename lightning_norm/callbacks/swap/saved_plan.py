@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_norm.errors import PlanError, counted
+from lightning_norm.errors import PlanError, counted, yaml_mistake
 from lightning_norm.layers.arguments import checked_arguments
 from lightning_norm.normalizers import resolve
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
@@ -48,8 +48,12 @@ def read_plan(path: str) -> tuple[dict[str, Any], list[str], dict[str, str]]:
             raise PlanError(f"the checkpoint {path!r} is of a network that was not swapped. Type norm='sn' (say).")
         return rules_of(manifest)
     try:
-        plan = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise PlanError(_cannot_read(path, yaml_mistake(error))) from error
+    except FileNotFoundError as error:
+        raise PlanError(_cannot_read(path, "the file does not exist")) from error
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(_cannot_read(path, f"{type(error).__name__} {error}")) from error
     if not isinstance(plan, Mapping) or "layers" not in plan:
         raise PlanError(_cannot_read(path, f"it holds {reprlib.repr(plan)}, and a plan has layers"))

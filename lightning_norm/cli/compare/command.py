@@ -79,9 +79,7 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(f"--baseline {baseline!r} is none of the normalizers compared: {', '.join(labels)}.")
     metric, higher = metric_of(options)
     if not options.list and not options.worker:
-        from lightning_norm.cli.compare.comparison import check_pictures
-
-        check_pictures()  # before hours of training, not after
+        _check_before_training(options, labels)
     store = RunStore(Path(options.out))
     # Parsed once before anything is trained: a mistake in the job is told within seconds.
     settings = _settings_of(job, runs[0], store.folder)
@@ -111,6 +109,22 @@ def run(argv: Sequence[str]) -> None:
     if options.worker or options.run is not None:
         return
     _report(store, [r for r in (store.read(r.name) for r in runs) if r is not None], options, baseline, metric, higher)
+
+
+def _check_before_training(options: argparse.Namespace, labels: Sequence[str]) -> None:
+    """Tell before hours of training what would be missed after them.
+
+    Args:
+        options: what was typed.
+        labels: of the normalizers.
+    """
+    from lightning_norm.cli.compare.comparison import check_pictures
+
+    check_pictures()
+    # No error: a sweep of one normalizer is a curve.
+    if len(labels) == 1 and options.run is None:
+        both = ",".join([BASELINE, "sn"] if labels == [BASELINE] else [BASELINE, options.norms.strip()])
+        print(f"{labels[0]} alone, with nothing to compare it with. Type --norms '{both}', say.", file=sys.stderr)
 
 
 def job_of(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lightning_norm.errors import did_you_mean
+from lightning_norm.errors import did_you_mean, yaml_mistake
 from lightning_norm.normalizers import resolve
 
 BASELINE = "bn"
@@ -89,9 +89,11 @@ def read_contenders(text: str) -> list[Contender]:
         # With brackets the commas of YAML separate, and those inside of braces do not.
         entries = yaml.safe_load(f"[{text}]")
     except yaml.YAMLError as error:
+        # Nobody typed the bracket, and it moves the columns.
+        problem = yaml_mistake(error).partition(": ")[2].replace("']'", "the end")
         raise ValueError(
-            f"--norms {text!r} cannot be read: {str(error).splitlines()[0]}. Type keys separated by commas, and "
-            "arguments like --norms 'bn,sn,{class_path: ubn, init_args: {threshold: 0.9}}'."
+            f"--norms {text!r} cannot be read: {problem}. Type keys separated by commas, and arguments like "
+            "--norms 'bn,sn,{class_path: ubn, init_args: {threshold: 0.9}}'."
         ) from error
     if not entries:
         raise ValueError("compare needs at least one normalizer: --norms bn,sn.")
@@ -127,6 +129,8 @@ def _contender(entry: Any) -> Contender:
     if isinstance(entry, Mapping) and len(entry) == 1 and next(iter(entry)) not in known:
         ((label, entry),) = entry.items()
     if isinstance(entry, str):
+        if entry.endswith((".yaml", ".yml", ".json", ".txt")):
+            raise ValueError(f'--norms takes normalizers and no file: type --norms "$(cat {entry})" for what it holds.')
         entry = {"norm": entry}
     if not isinstance(entry, Mapping) or not entry:
         raise ValueError(f"--norms: {entry!r} names no normalizer. Type a key, such as sn (`lightning-norm list`).")
