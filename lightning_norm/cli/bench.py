@@ -99,8 +99,8 @@ def parser() -> argparse.ArgumentParser:
         __doc__,
     )
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    keys = ",".join(normalizers())
-    made.add_argument("--norms", default="bn,sn,bcn", help=f"out of {keys}, by commas (default: %(default)s)")
+    keys = ", ".join(normalizers())
+    made.add_argument("--norms", default="bn,sn,bcn", help=f"some of {keys} (default: %(default)s)")
     made.add_argument(
         "--shapes",
         default=SHAPES,

@@ -56,19 +56,20 @@ INTRODUCTION = """Replace the BatchNorm layers of a PyTorch Lightning model by a
 Try it:    lightning-norm fit --model ImageClassifier --norm sn
 More:      lightning-norm --help        lightning-norm COMMAND --help        lightning-norm completion bash"""
 TRAIN = "train"
-CONFIG = "--config examples/configs/digits_sn.yaml"
+JOB = "--model ImageClassifier"
+"""The built-in job, which runs in any folder."""
 COMMANDS = {
     command.name: command
     for command in (
-        Command("fit", TRAIN, CONFIG),
-        Command("validate", TRAIN, f"{CONFIG} --ckpt_path last.ckpt"),
-        Command("test", TRAIN, f"{CONFIG} --ckpt_path last.ckpt"),
-        Command("predict", TRAIN, f"{CONFIG} --ckpt_path last.ckpt"),
+        Command("fit", TRAIN, f"{JOB} --norm sn", "your own: --config job.yaml"),
+        Command("validate", TRAIN, f"{JOB} --ckpt_path FILE.ckpt"),
+        Command("test", TRAIN, f"{JOB} --ckpt_path FILE.ckpt"),
+        Command("predict", TRAIN, f"{JOB} --ckpt_path FILE.ckpt"),
         Command("list", "look", "", "the normalizers"),
         Command("completion", "look", "bash > FILE", "of commands, options and norms, by TAB"),
-        Command("plan", "look", CONFIG, "what a swap would do"),
+        Command("plan", "look", f"{JOB} --norm sn", "what a swap would do"),
         Command("convert", "bring", "published.pth --norm sn --out sn.ckpt", "a file of a paper's authors"),
-        Command("export", "leave", "--config your.yaml --ckpt_path last.ckpt --shape 1x3x8x8 --out net.pt2"),
+        Command("export", "leave", f"{JOB} --ckpt_path FILE.ckpt --shape 1x3x8x8 --out net.pt2"),
         Command("compare", "measure", "--norms bn,sn,bcn --seeds 3", "accuracy, with intervals"),
         Command("bench", "measure", "--device cpu", "time and memory"),
     )

@@ -65,16 +65,17 @@ from lightning_norm.surgery.manifest import manifest_in
 DESCRIPTION = """{what}
 
 example:
-  lightning-norm {name} --config examples/configs/digits_sn.yaml {more}
+  lightning-norm {name} --model ImageClassifier {more}
 
-Any LightningModule and LightningDataModule can be named, your own by its dotted path (--model my_module.MyModel).
+Any LightningModule and LightningDataModule can be named, your own by its dotted path (--model my_module.MyModel), here or
+in a file (--config job.yaml).
 --root DIR is short for --data.init_args.root DIR.
 """
 COMMANDS = {
-    "fit": ("Train, validate every epoch; with the built-in job, test at the end.", "--trainer.max_epochs 5"),
-    "validate": ("Validate a checkpoint.", "--ckpt_path last.ckpt"),
-    "test": ("Test a checkpoint.", "--ckpt_path last.ckpt"),
-    "predict": ("Predict with a checkpoint.", "--ckpt_path last.ckpt"),
+    "fit": ("Train, validate every epoch; with the built-in job, test at the end.", "--norm sn --trainer.max_epochs 5"),
+    "validate": ("Validate a checkpoint.", "--ckpt_path FILE.ckpt"),
+    "test": ("Test a checkpoint.", "--ckpt_path FILE.ckpt"),
+    "predict": ("Predict with a checkpoint.", "--ckpt_path FILE.ckpt"),
 }
 
 

@@ -1,14 +1,15 @@
 """``lightning-norm plan``: what NormSwap would do, without training.
 
-usage: lightning-norm plan --config FILE [options of fit] [--save PLAN]
+usage: lightning-norm plan [--config FILE] [--model CLASS] [--norm KEY] [other options of fit] [--save PLAN]
 
 Print what a swap would do to each normalization layer, those that stay and why included. Nothing is trained.
 
   --save PLAN   also write the plan as YAML: a row per layer, of which name and norm count (norm: null leaves it alone).
                 Edit it, and apply it with --norm.plan PLAN, or in a configuration with norm: {plan: PLAN}
 
-Example:
-  lightning-norm plan --config examples/configs/digits_sn.yaml --save plan.yaml
+Examples:
+  lightning-norm plan --model ImageClassifier --norm sn
+  lightning-norm plan --config job.yaml --save plan.yaml
 """
 
 from __future__ import annotations

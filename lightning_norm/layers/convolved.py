@@ -85,18 +85,23 @@ class ConvolvedNorm(MomentNorm):
         shift = torch.zeros_like(normalized.center) if self.bias is None else self.bias.detach().cpu().double()
         return Affine(normalized.center, normalized.scale * centre, shift)
 
+    def eval_parts(self, dims: int | None = None) -> tuple[Affine, nn.Module | None] | None:
+        """Return the map that normalizes, and behind it the convolution unless the kernels are their centre taps."""
+        parts = super().eval_parts(dims)
+        fits = self.channel_dim == 1 and self.has_running_stats and dims == self.spatial_dims + 2
+        normalized = super().eval_affine() if fits else None
+        if parts is not None or normalized is None:
+            return parts
+        # The bias is added behind the convolution, which has it as its own.
+        return Affine(normalized.center, normalized.scale, torch.zeros_like(normalized.center)), self._torch_conv()
+
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's BatchNorm, followed by a depthwise convolution unless the kernels are their centre taps."""
-        plain = super().plain(dims)
-        fits = self.channel_dim == 1 and self.has_running_stats and dims == self.spatial_dims + 2
-        if plain is not None or not fits:
-            return plain
-        normalized = super().eval_affine()
-        if normalized is None:
-            return None
-        # The bias is added behind the convolution, which has it as its own.
-        normalized = Affine(normalized.center, normalized.scale, torch.zeros_like(normalized.center))
-        return nn.Sequential(batch_norm(self, normalized, BATCH_NORMS[self.spatial_dims + 2]), self._torch_conv())
+        parts = self.eval_parts(dims)
+        if parts is None or parts[1] is None:
+            return super().plain(dims)
+        normalized, convolution = parts
+        return nn.Sequential(batch_norm(self, normalized, BATCH_NORMS[self.spatial_dims + 2]), convolution)
 
     def _torch_conv(self) -> nn.Module:
         """Return the convolution as torch's layer, with this layer's parameters."""

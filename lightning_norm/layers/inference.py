@@ -93,6 +93,18 @@ class Evaluation(Behind):
             return None
         return per_channel(layer.algebra(layer.running()), self.num_features)
 
+    def eval_parts(self, dims: int | None = None) -> tuple[Affine, nn.Module | None] | None:
+        """Return the map that comes first in evaluation, and what stays behind it as a layer of torch's.
+
+        Args:
+            dims: dimensions of the input.
+
+        Returns:
+            As :meth:`eval_affine`, and ``None`` behind it unless a subclass has more; ``None`` if the map is not fixed.
+        """
+        affine = self.eval_affine()
+        return None if affine is None else (affine, None)
+
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's own layer that evaluates to the same, or ``None`` if there is none.
 

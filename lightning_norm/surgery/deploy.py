@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_norm.errors import counted
 from lightning_norm.layers.base import Normalizer
-from lightning_norm.layers.behind import stays_in_evaluation, without_normalization
+from lightning_norm.layers.behind import stays_in_evaluation, with_modules_behind, without_normalization
 from lightning_norm.layers.inference import deployed, dims_of, per_channel
 from lightning_norm.ops.moments import Affine
 from lightning_norm.surgery.activations import return_activations
@@ -118,9 +118,10 @@ def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
 
     .. math:: W' = s\,W, \qquad b' = s\,(b - c) + t
 
-    torch's own BatchNorm layers are folded as well. A layer is folded where its input comes from that convolution alone
-    and goes nowhere else, which is read from the graph that torch.fx traces, part by part where the whole cannot be
-    traced. What cannot be folded becomes plain as with :func:`to_plain`. The model is put into evaluation mode.
+    torch's own BatchNorm layers are folded as well, and of "bnet" what normalizes: its depthwise convolution stays. A
+    layer is folded where its input comes from that convolution alone and goes nowhere else, which is read from the
+    graph that torch.fx traces, part by part where the whole cannot be traced. What cannot be folded becomes plain as
+    with :func:`to_plain`. The model is put into evaluation mode.
 
     Args:
         model: any module.
@@ -137,7 +138,7 @@ def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
     rows = []
     reasons = {}
     for norm, before in layers_before(model, (Normalizer, *TORCH_BATCH_NORMS)).items():
-        affine = affine_of(norm)
+        affine, behind = _parts_of(norm, watch.dims_of(norm))
         # What depends on the sample is no fixed map, and `_all_plain` says so.
         if affine is None:
             if not isinstance(norm, Normalizer) and type(norm) not in TORCH_BATCH_NORMS:
@@ -150,9 +151,18 @@ def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
         _fold_into(before, affine)
         name = watch.names[norm]
         into = f"into {watch.names[before]} ({type(before).__name__})"
-        rows.append(DeployedLayer(name, type(norm).__name__, "Identity", "folded", into))
-        watch.replace(norm, without_normalization(norm) if isinstance(norm, Normalizer) else nn.Identity())
+        into += "; the convolution behind it stays" if behind else ""
+        rows.append(DeployedLayer(name, type(norm).__name__, type(behind or nn.Identity()).__name__, "folded", into))
+        left = without_normalization(norm) if isinstance(norm, Normalizer) else nn.Identity()
+        watch.replace(norm, with_modules_behind(norm, behind) if behind else left)
     return watch.report([*rows, *_all_plain(model, watch, reasons)])
+
+
+def _parts_of(norm: Any, dims: int | None) -> tuple[Affine | None, nn.Module | None]:
+    """Return the fixed map per channel that comes first in a layer in evaluation, and what stays behind it."""
+    if isinstance(norm, Normalizer):
+        return norm.eval_parts(dims) or (None, None)
+    return affine_of(norm), None
 
 
 def affine_of(module: nn.Module) -> Affine | None:

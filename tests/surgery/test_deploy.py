@@ -246,6 +246,18 @@ class TestFold:
         assert report.names("folded") == []
         torch.testing.assert_close(model(x).detach(), expected, rtol=1e-12, atol=1e-12)
 
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_of_bnet_the_depthwise_convolution_stays(self, affine):
+        model = network("bnet", affine=affine)
+        kernel = model[1].kernel
+        report = fold(model, X)
+        assert report.names("folded") == ["1"]
+        assert "into 0 (Conv2d); the convolution behind it stays" in str(report)
+        assert type(model[1]) is nn.Conv2d
+        assert model[1].weight is kernel
+        assert (model[1].bias is not None) == affine
+        assert report.moved < 1e-12
+
     def test_what_is_used_elsewhere_stays(self):
         class Branch(nn.Module):
             def __init__(self):
