@@ -59,7 +59,11 @@ def network(key: str | None, x: Tensor) -> nn.Module:
 def describe(model: nn.Module) -> str:
     """Return what is left of the normalizers."""
     left = [type(m).__name__ for m in model.modules() if isinstance(m, (Normalizer, nn.GroupNorm, nn.InstanceNorm2d))]
-    return f"{len(left)} {left[0]} stay" if left else "all folded"
+    if left:
+        return f"{len(left)} {left[0]} stay"
+    # Those of bnet, which no convolution before them can take.
+    depthwise = sum(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
+    return f"all folded; {depthwise} depthwise convolutions" if depthwise else "all folded"
 
 
 @torch.inference_mode()

@@ -67,8 +67,8 @@ DESCRIPTION = """{what}
 example:
   lightning-norm {name} --model ImageClassifier {more}
 
-Any LightningModule and LightningDataModule can be named, your own by its dotted path (--model my_module.MyModel), here or
-in a file (--config job.yaml).
+Any LightningModule and LightningDataModule can be named, your own by its dotted path (--model my_module.MyModel), here
+or in a file (--config job.yaml).
 --root DIR is short for --data.init_args.root DIR.
 """
 COMMANDS = {
