@@ -74,6 +74,15 @@ COMMANDS = {
         Command("bench", "measure", "--device cpu", "time and memory"),
     )
 }
+SYNONYMS = {
+    "train": "fit",
+    "eval": "validate",
+    "evaluate": "test",
+    "infer": "predict",
+    "swap": "plan",
+    "fold": "export",
+}
+"""What others call a command, by our name."""
 MISTAKES = (ValueError, TypeError, RuntimeError, ModuleNotFoundError, OSError)
 TRACEBACK = "LIGHTNING_NORM_TRACEBACK"
 """Environment variable that asks for the traceback of an error of this package's own."""
@@ -195,7 +204,7 @@ def _unknown(name: str) -> str:
     >>> _unknown("fitt").split(" Known")[0]
     "no command 'fitt'. Did you mean 'fit'?"
     """
-    guess = did_you_mean(name, COMMANDS)
+    guess = f" Did you mean {SYNONYMS[name]!r}?" if name in SYNONYMS else did_you_mean(name, COMMANDS)
     return f"no command {name!r}.{guess} Known: {', '.join(COMMANDS)}. lightning-norm --help shows an example of each."
 
 

@@ -398,6 +398,9 @@ def clarify(message: str, options: Sequence[str]) -> str:
         known = _classes_for("" if "given class_path" in text else text.partition(":")[0])
         if module := re.search(r"module '([\w.]+)' has no attribute", text):
             known = [n for n, v in vars(sys.modules[module[1]]).items() if isinstance(v, type)]
+        if absent := re.search(r"No module named '(\w+)'", text):
+            # A module of the user's lies in the folder where the command is typed.
+            name, known = absent, [module.name for module in pkgutil.iter_modules([str(Path.cwd())])]
         close = nearest(name[1], known) if name else None
         return text + (f". Did you mean {close!r}?" if close else "")
     known = [option.lstrip("-") for option in options]

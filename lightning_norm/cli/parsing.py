@@ -49,7 +49,12 @@ def with_nearest(message: str, options: Iterable[str]) -> str:
 
     >>> with_nearest("unrecognized arguments: --seedz 3", ["--seeds", "--norms"])
     "unrecognized arguments: --seedz 3. Did you mean '--seeds'?"
+    >>> with_nearest("unrecognized arguments: job.yaml", ["--config"])
+    'unrecognized arguments: job.yaml. Type --config job.yaml.'
     """
+    file = re.search(r"unrecognized arguments: ([^-\s]\S*\.ya?ml)\b", message)
+    if file:
+        return f"{message}. Type --config {file[1]}."
     typed = re.search(r"unrecognized arguments: (-{1,2}[\w.+-]+)", message)
     near = nearest(typed[1], options) if typed else None
     return f"{message}. Did you mean {near!r}?" if near else message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -58,12 +59,17 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
         if unknown or "class_path" not in norm:
             raise TypeError(
                 f"a normalizer is written {{class_path: sn, init_args: {{...}}}}, got the entries "
-                f"{sorted(map(str, norm))}."
+                f"{sorted(map(str, norm))}. What becomes of which layer goes in rules={{'layer1.*': 'sn'}}."
             )
         arguments = norm.get("init_args") or {}
         if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
             raise TypeError(f"init_args must be a mapping of names such as {{momentum: 0.2}}, got {arguments!r}.")
         return resolve(norm["class_path"])[0], dict(arguments)
+    if isinstance(norm, (list, tuple, set)):
+        raise TypeError(
+            f"one normalizer is expected, got {norm!r}. Type rules={{'layer1.*': 'bn', '.*': 'sn'}} for several in one "
+            "network, and lightning-norm compare --norms bn,sn for one training with each."
+        )
     cls: Any = _by_name(norm) if isinstance(norm, str) else norm
     if isinstance(cls, Normalizer):
         name = type(cls).__name__
@@ -75,9 +81,20 @@ def resolve(norm: NormSpec) -> tuple[type[Normalizer], dict[str, Any]]:
     if not (isinstance(cls, type) and issubclass(cls, MomentNorm)):
         raise TypeError(
             f"{norm!r} is not a normalizer: expected a subclass of lightning_norm.MomentNorm, got {cls!r}. "
-            "examples/write_your_own.py shows one in 15 lines."
+            f"{_in_place_of(cls) or 'examples/write_your_own.py shows one in 15 lines.'}"
         )
     return cls, {}
+
+
+def _in_place_of(cls: Any) -> str:
+    """Return which key to type for a class of torch's, ``""`` where there is none.
+
+    >>> from torch import nn
+    >>> _in_place_of(nn.BatchNorm2d), _in_place_of(nn.Linear)
+    ("Type 'bn' for it.", '')
+    """
+    name = re.sub(r"^(Sync|Lazy)|\dd$", "", getattr(cls, "__name__", ""))
+    return next((f"Type {key!r} for it." for key, ours in normalizers().items() if ours.__name__ == name), "")
 
 
 def _by_name(name: str) -> Any:

@@ -28,6 +28,22 @@ from lightning_norm.layers.arguments import arguments_of
 KEYS = [key for key, cls in normalizers().items() if cls.__module__.startswith("lightning_norm.")]
 
 
+@pytest.mark.parametrize(
+    ("norm", "said"),
+    [
+        (["sn", "bn"], r"one normalizer is expected, got \['sn', 'bn'\]. Type rules="),
+        (nn.GroupNorm, "Type 'gn' for it"),
+        ("torch.nn.SyncBatchNorm", "Type 'bn' for it"),
+        (nn.Linear, "write_your_own.py"),
+        ({"layer4": "sn"}, r"got the entries \['layer4'\]. What becomes of which layer goes in rules="),
+    ],
+    ids=str,
+)
+def test_what_is_no_normalizer_says_what_to_type(norm, said):
+    with pytest.raises(TypeError, match=said):
+        create(norm, 4)
+
+
 class OwnForward(Normalizer):
     """All that the base class of MomentNorm asks for."""
 
