@@ -433,7 +433,8 @@ class SwapReport(TableReport):
         # What num_groups="auto" came to.
         groups = Counter(n for layer in self.layers if (n := layer.num_groups) is not None)
         if groups:
-            counts = [f"{n} in {counted(count, 'layer')}" for n, count in sorted(groups.items(), reverse=True)]
+            *most, (n, count) = sorted(groups.items(), reverse=True)
+            counts = [*(f"{n} in {count}" for n, count in most), f"{n} in {counted(count, 'layer')}"]
             lines.append(f"  groups      {', '.join(counts)}")
         ghosts = Counter(n for layer in self.layers if (n := layer.norm["init_args"].get("virtual_batch_size")))
         lines += [

@@ -45,7 +45,7 @@ def test_type_error(x):
 
 @pytest.mark.parametrize("shape", [(), (6,), (1, 6, 1, 1, 1, 1)])
 def test_rank_error(shape):
-    with pytest.raises(ValueError, match=rf"got {len(shape)} dimensions: \({', '.join(map(str, shape))}"):
+    with pytest.raises(ValueError, match=rf"got {len(shape)} dimensions?: \({', '.join(map(str, shape))}"):
         layout_of(torch.zeros(shape), 6)
 
 

@@ -325,7 +325,8 @@ def test_prints_what_was_swapped_once(model, layers, capsys):
     runner.test(net, loader(), verbose=False)
     text = capsys.readouterr().out
     assert text.count("NormSwap") == 1
-    assert f"NormSwap: {layers} of {layers} BatchNorm2d layers -> SwitchableNorm (sn, Luo et al. 2021)" in text
+    noun = "layer" if layers == 1 else "layers"
+    assert f"NormSwap: {layers} of {layers} BatchNorm2d {noun} -> SwitchableNorm (sn, Luo et al. 2021)" in text
     assert f"parameters  +{6 * layers}" in text
 
 
