@@ -21,7 +21,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def counted(n: int, one: str, many: str = "") -> str:
+def counted(n: float, one: str, many: str = "") -> str:
     """Return a number and what it counts, as a message says it.
 
     Args:

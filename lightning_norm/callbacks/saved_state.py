@@ -15,7 +15,10 @@ class SavedState:
     what to type. A callback with this mixin has none, and calls :func:`refuse_twins` in its ``setup``.
     """
 
-    state_key: str
+    @property
+    def state_key(self) -> str:
+        """The key in the checkpoint, which differs between callbacks that may stand side by side."""
+        return type(self).__qualname__
 
     def saved_state(self) -> dict[str, Any]:
         """Return what is to be kept, in plain types and tensors; empty for nothing."""

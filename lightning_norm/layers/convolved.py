@@ -97,10 +97,9 @@ class ConvolvedNorm(MomentNorm):
 
     def plain(self, dims: int | None = None) -> nn.Module | None:
         """Return torch's BatchNorm, followed by a depthwise convolution unless the kernels are their centre taps."""
-        parts = self.eval_parts(dims)
-        if parts is None or parts[1] is None:
+        normalized, convolution = self.eval_parts(dims) or (None, None)
+        if normalized is None or convolution is None:
             return super().plain(dims)
-        normalized, convolution = parts
         return nn.Sequential(batch_norm(self, normalized, BATCH_NORMS[self.spatial_dims + 2]), convolution)
 
     def _torch_conv(self) -> nn.Module:

@@ -153,8 +153,10 @@ def fold(model: nn.Module, example_input: Any = None) -> DeployReport:
         into = f"into {watch.names[before]} ({type(before).__name__})"
         into += "; the convolution behind it stays" if behind else ""
         rows.append(DeployedLayer(name, type(norm).__name__, type(behind or nn.Identity()).__name__, "folded", into))
-        left = without_normalization(norm) if isinstance(norm, Normalizer) else nn.Identity()
-        watch.replace(norm, with_modules_behind(norm, behind) if behind else left)
+        left: nn.Module = nn.Identity()
+        if isinstance(norm, Normalizer):
+            left = with_modules_behind(norm, behind) if behind else without_normalization(norm)
+        watch.replace(norm, left)
     return watch.report([*rows, *_all_plain(model, watch, reasons)])
 
 

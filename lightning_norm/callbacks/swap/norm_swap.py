@@ -436,7 +436,8 @@ class NormSwap(Described, SavedState, Callback):
         self._take(pl_module)
         # The workers tell what was swapped, once every layer is built. Those of fit and those of test are others, and
         # what they have in common is memory.
-        self._untold, self._told_by_worker = True, torch.zeros((), dtype=torch.bool).share_memory_()
+        self._untold = True
+        self._told_by_worker = torch.zeros((), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
         self._swap(pl_module)
 
     def _swap(self, pl_module: pl.LightningModule) -> None:
