@@ -73,7 +73,7 @@ def test_a_job_of_ones_own_stopped_and_gone_on(job, capsys, monkeypatch):
         compare.run(arguments)
     assert stopped.value.code == 130
     told = capsys.readouterr().err
-    assert "3 of 6 runs are done. The same command goes on." in told
+    assert "3 of 6 runs done. The same command goes on." in told
     assert "Run 2/6  sn seed 0\n" in told  # lines and no bar, for nothing here is a terminal
     assert "\r" not in told
     assert names == ["bn-seed0", "sn-seed0", "bn-seed1"]
@@ -438,7 +438,7 @@ def test_labels_and_numbers():
         (["--baseline", "gn"], "none of the normalizers"),
         (["--config", "job.yaml"], "needs the metric"),
         (["--report", "nowhere"], "no finished run"),
-        (["--run", "99"], "there are 9 runs"),
+        (["--run", "99"], "the runs are numbered 0 to 8"),
     ],
 )
 def test_bad_input(arguments, said):
