@@ -45,7 +45,7 @@ COSTLY = ("afn", "asr")
 
 ALL = "bn,in,ln,gn,sn,bcn,bnet,brn,dbn,rbn,ubn,cn,ibn,frn,afn,asr"
 MAPS = "bn,sn,bcn,rbn,dbn,gn,ln,in"
-COMPILED = "bn,sn,gn"
+COMPILED = MAPS
 COMPILED_STEPS = "bn,sn"
 
 STARTUP = {

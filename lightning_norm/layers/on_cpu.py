@@ -92,7 +92,7 @@ def mixture(
     x: Tensor,
     layout: Layout,
     statistics: tuple[str, ...],
-    w: Tensor,
+    w: Tensor | None = None,
     v: Tensor | None = None,
     *,
     entries: tuple[int, ...] = (),
