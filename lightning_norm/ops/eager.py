@@ -246,7 +246,10 @@ def _sums_of_rows(x: Tensor, dy: Tensor, layout: Layout) -> tuple[Tensor, Tensor
 
 def channels_last_rows(x: Tensor, layout: Layout) -> Tensor | None:
     """Return x as (N, S, C) where its channels lie next to each other, on the CPU; ``None`` where they do not."""
-    x = x.movedim(1, -1) if layout.channel_dim == 1 else x
+    if layout.channel_dim == 1:
+        if x.is_contiguous():
+            return None
+        x = x.movedim(1, -1)
     return x.view(layout.n, layout.size, layout.c) if x.is_cpu and x.dim() > 2 and x.is_contiguous() else None
 
 

@@ -89,13 +89,13 @@ class _Mixture(torch.autograd.Function):
         mean, var, batch, layer = _measured(x, how)
         if how.track is not None and batch is not None:
             how.track(*batch)
-        equations = _equations(how, weight, bias, w, v, (mean, var), batch, layer)
-        ctx.how = how
+        equations = _equations(how, weight, w, v, (mean, var), batch, layer)
+        ctx.how, ctx.weights = how, equations.weights
         # Of one element the mean is the element itself: nothing of the size of x is kept beside x.
         kept = (None, None, ()) if var is None else (mean, var, equations.mixed)
         pairs = *(batch or (None, None)), *(layer or (None, None))
         ctx.save_for_backward(x, weight, bias, w, v, *kept[:2], *pairs, *kept[2])
-        return _applied(x, mean, equations.scale, equations.offset, how.layout, var is None)
+        return _applied(x, mean, equations.scale, equations.offset(bias), how.layout, var is None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -107,7 +107,7 @@ class _Mixture(torch.autograd.Function):
         (batch, layer), mixed = (None if m is None else (m, u) for m, u in (pairs[:2], pairs[2:4])), pairs[4:]
         if flat := mean is None:
             mean = cast(x.view(how.layout.n, how.layout.c), next(p[0].dtype for p in (batch, layer) if p is not None))
-        equations = _equations(how, weight, None, w, v, (mean, var), batch, layer, tuple(mixed))
+        equations = _equations(how, weight, w, v, (mean, var), batch, layer, ctx.weights, tuple(mixed))
         total, dot = _sums(dy, x, mean, how.layout, flat)
         dgamma, dw, dv = equations.of_parameters(total, dot)
         dbeta = total.sum(0) if need[2] else None
@@ -131,9 +131,9 @@ def _measured(x: Tensor, how: Mixture) -> tuple[Tensor, Tensor | None, Pair | No
         var = cast(var, mean.dtype)
     batch, layer = (_pooled(mean, var, dim) if k in how.statistics else None for dim, k in ((0, "bn"), (1, "ln")))
     # Of several elements ``moments`` has decided it.
-    if var is None and x.dtype == torch.float32:
-        if not all([eager.is_small(*pair) for pair in (batch, layer) if pair is not None]):
-            return _measured(x.double(), how)
+    may_lose_digits = var is None and x.dtype == torch.float32
+    if may_lose_digits and not all(eager.is_small(*pair) for pair in (batch, layer) if pair is not None):
+        return _measured(x.double(), how)
     return mean, var, batch, layer
 
 
@@ -188,29 +188,32 @@ class _OfStatistics:
     Args:
         how: what is mixed.
         weight: gamma, (C,).
-        bias: beta, (C,), of which the gradients know nothing.
         params: the logits of means and of variances; ``None`` for a single statistic.
         terms: mean and variance of each statistic.
-        mixed: the mixed mean, and one over the mixed deviation, where they are known.
+        weights: those of means and of variances, where they are known.
+        mixed: likewise the mixed mean, and one over the mixed deviation.
     """
 
     def __init__(
         self,
         how: Mixture,
         weight: Tensor | None,
-        bias: Tensor | None,
         params: tuple[Tensor | None, Tensor | None],
         terms: Sequence[Pair],
+        weights: Sequence[Sequence[float]] = (),
         mixed: tuple[Tensor, ...] = (),
     ) -> None:
         self.how, self.params, self.terms = how, params, terms
-        self.weights = [[1.0] if t is None else _softmax(t, how.entries) for t in params]
+        self.weights = weights or [[1.0] if t is None else _softmax(t, how.entries) for t in params]
         if not mixed:
             center, var = (_mix(w, t) for w, t in zip(self.weights, zip(*terms, strict=True), strict=True))
             mixed = center, (var + how.eps).rsqrt_()
         self.mixed = self.center, self.root = mixed
         self.scale = self.root if weight is None else self.root * weight
-        self.offset = _minus(bias, self.scale, self.center)
+
+    def offset(self, bias: Tensor | None) -> Tensor:
+        """Return y at x = 0, given beta, (C,)."""
+        return _minus(bias, self.scale, self.center)
 
     def of_parameters(self, total: Tensor, dot: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of gamma and of the logits, given the sums of dy and of dy * x."""
@@ -250,22 +253,25 @@ class _OfOutputs:
     """Normalized outputs of the batch and of each sample are mixed, by iota (C,); as :class:`_OfStatistics`."""
 
     mixed: tuple[Tensor, ...] = ()
+    weights: Sequence[Sequence[float]] = ((1.0, 1.0), (1.0, 1.0))
 
-    def __init__(
-        self, how: Mixture, weight: Tensor | None, bias: Tensor | None, iota: Tensor, terms: Sequence[Pair]
-    ) -> None:
+    def __init__(self, how: Mixture, weight: Tensor | None, iota: Tensor, terms: Sequence[Pair]) -> None:
         self.how, self.gamma, self.iotas, self.means = how, weight, (iota, 1 - iota), [mean for mean, _ in terms]
         self.roots = [(var + how.eps).rsqrt_() for _, var in terms]
         factors = self.iotas if weight is None else tuple(part * weight for part in self.iotas)
         self.parts = [root * factor for root, factor in zip(self.roots, factors, strict=True)]
         self.scale = self.parts[0] + self.parts[1]
-        self.offset = _minus(_minus(bias, self.parts[0], self.means[0]), self.parts[1], self.means[1])
+
+    def offset(self, bias: Tensor | None) -> Tensor:
+        """Return y at x = 0, given beta, (C,)."""
+        return _minus(_minus(bias, self.parts[0], self.means[0]), self.parts[1], self.means[1])
 
     def of_parameters(self, total: Tensor, dot: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of gamma and of iota, given the sums of dy and of dy * x."""
         of_batch = total.sum(0, keepdim=True), dot.sum(0, keepdim=True)
         self.through, of_channels = [], []
-        for axis, (t, d), mean, root, part in zip((0, 1), (of_batch, (total, dot)), self.means, self.roots, self.parts):
+        sums = of_batch, (total, dot)
+        for axis, (t, d), mean, root, part in zip((0, 1), sums, self.means, self.roots, self.parts, strict=True):
             q = torch.addcmul(d, mean, t, value=-1).mul_(root)
             f, e = part * t, part * q
             if axis:
@@ -278,26 +284,26 @@ class _OfOutputs:
 
     def through_statistics(self) -> Pair:
         """Return slope and offset of what reaches x through the statistics."""
-        return _slope_and_offset(self.through, [[1.0, 1.0]] * 2, self.how.layout)
+        return _slope_and_offset(self.through, self.weights, self.how.layout)
 
 
 def _equations(
     how: Mixture,
     weight: Tensor | None,
-    bias: Tensor | None,
     w: Tensor | None,
     v: Tensor | None,
     own: tuple[Tensor, Tensor | None],
     batch: Pair | None,
     layer: Pair | None,
+    weights: Sequence[Sequence[float]] = (),
     mixed: tuple[Tensor, ...] = (),
 ) -> _OfStatistics | _OfOutputs:
     known: dict[str, Any] = {"in": own, "bn": batch, "ln": layer}
     terms = [known[k] for k in how.statistics]
     if how.outputs:
         assert w is not None
-        return _OfOutputs(how, weight, bias, w, terms)
-    return _OfStatistics(how, weight, bias, (w, v), terms, mixed)
+        return _OfOutputs(how, weight, w, terms)
+    return _OfStatistics(how, weight, (w, v), terms, weights, mixed)
 
 
 def _slope_and_offset(
