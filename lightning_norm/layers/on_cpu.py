@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_norm.layers.running_stats import moves_running_stats
-from lightning_norm.ops import mixture_on_cpu, native
+from lightning_norm.layers.running_stats import moves_running_stats, update_running
+from lightning_norm.ops import mixture_on_cpu, native, rectified_on_cpu
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
 
@@ -102,12 +104,53 @@ def mixture(
     if not native.takes(x, layer.weight, layer.bias, w, v):
         return None
 
-    def track(mean: Tensor, var: Tensor) -> None:
-        layer.track(Moments(mean, var, layout.n * layout.size))
-
-    moves = moves_running_stats(layer) and "bn" in statistics
-    how = mixture_on_cpu.Mixture(layout, statistics, layer.eps, entries, outputs, track if moves else None)
+    track = _track_of(layer, layout) if "bn" in statistics else None
+    how = mixture_on_cpu.Mixture(layout, statistics, layer.eps, entries, outputs, track)
     return mixture_on_cpu.normalize(x, how, layer.weight, layer.bias, w, v)
+
+
+def rectified(
+    layer: Any,
+    x: Tensor,
+    layout: Layout,
+    factor: float,
+    chooses: Callable[[Tensor, Moments], bool] | None = None,
+) -> Tensor | None:
+    """Return x normalized by the batch and rectified, with the gates times a factor; ``None`` where it cannot.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        layout: of x.
+        factor: of the gates.
+        chooses: tells, given x and the moments of each sample, whether the batch's statistics are taken; otherwise
+            nothing moves. ``None`` where they always are.
+    """
+    names = rectified_on_cpu.Parameters._fields
+    parameters = rectified_on_cpu.Parameters(*[layer._parameters.get(name) for name in names])
+    if not native.takes(x, *parameters):
+        return None
+    move = _track_of(layer, layout)
+
+    def track(mean: Tensor, var: Tensor | None, batch: tuple[Tensor, Tensor]) -> bool:
+        of_samples = Moments(mean, torch.zeros_like(mean) if var is None else var, layout.size)
+        if chooses is not None and not chooses(x.detach(), of_samples):
+            return False
+        if move is not None:
+            move(*batch)
+        return True
+
+    how = rectified_on_cpu.Rectified(layout, layer.eps, factor, track)
+    return rectified_on_cpu.normalize(x, how, parameters)
+
+
+def _track_of(layer: Any, layout: Layout) -> Callable[[Tensor, Tensor], None] | None:
+    """Return what moves the running statistics towards those of a batch; ``None`` where they stay."""
+
+    def track(mean: Tensor, var: Tensor) -> None:
+        update_running(layer, Moments(mean, var, layout.n * layout.size))
+
+    return track if moves_running_stats(layer) else None
 
 
 def is_read_as_one_sample(layer: Any, x: Tensor, layout: Layout) -> bool:

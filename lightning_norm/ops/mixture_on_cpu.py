@@ -95,7 +95,7 @@ class _Mixture(torch.autograd.Function):
         kept = (None, None, ()) if var is None else (mean, var, equations.mixed)
         pairs = *(batch or (None, None)), *(layer or (None, None))
         ctx.save_for_backward(x, weight, bias, w, v, *kept[:2], *pairs, *kept[2])
-        return _applied(x, mean, equations.scale, equations.offset(bias), how.layout, var is None)
+        return applied(x, mean, equations.scale, equations.offset(bias), how.layout, var is None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,11 +108,11 @@ class _Mixture(torch.autograd.Function):
         if flat := mean is None:
             mean = cast(x.view(how.layout.n, how.layout.c), next(p[0].dtype for p in (batch, layer) if p is not None))
         equations = _equations(how, weight, w, v, (mean, var), batch, layer, ctx.weights, tuple(mixed))
-        total, dot = _sums(dy, x, mean, how.layout, flat)
+        total, dot = sums(dy, x, mean, how.layout, flat)
         dgamma, dw, dv = equations.of_parameters(total, dot)
         dbeta = total.sum(0) if need[2] else None
         dx = (
-            _combined(dy, x, mean, equations.scale, *equations.through_statistics(), how.layout, flat)
+            combined(dy, x, mean, equations.scale, *equations.through_statistics(), how.layout, flat)
             if need[0]
             else None
         )
@@ -129,7 +129,7 @@ def _measured(x: Tensor, how: Mixture) -> tuple[Tensor, Tensor | None, Pair | No
     mean, var = (x.view(layout.n, layout.c), None) if layout.size == 1 else eager.moments(x, layout)
     if var is not None:
         var = cast(var, mean.dtype)
-    batch, layer = (_pooled(mean, var, dim) if k in how.statistics else None for dim, k in ((0, "bn"), (1, "ln")))
+    batch, layer = (pooled(mean, var, dim) if k in how.statistics else None for dim, k in ((0, "bn"), (1, "ln")))
     # Of several elements ``moments`` has decided it.
     may_lose_digits = var is None and x.dtype == torch.float32
     if may_lose_digits and not all(eager.is_small(*pair) for pair in (batch, layer) if pair is not None):
@@ -137,7 +137,7 @@ def _measured(x: Tensor, how: Mixture) -> tuple[Tensor, Tensor | None, Pair | No
     return mean, var, batch, layer
 
 
-def _pooled(mean: Tensor, var: Tensor | None, dim: int) -> Pair:
+def pooled(mean: Tensor, var: Tensor | None, dim: int) -> Pair:
     """Return mean and variance along one axis by the law of total variance."""
     pooled = mean.mean(dim, keepdim=True)
     apart = mean - pooled
@@ -145,7 +145,7 @@ def _pooled(mean: Tensor, var: Tensor | None, dim: int) -> Pair:
     return pooled, square.mean(dim, keepdim=True)
 
 
-def _applied(x: Tensor, mean: Tensor, scale: Tensor, offset: Tensor, layout: Layout, flat: bool) -> Tensor:
+def applied(x: Tensor, mean: Tensor, scale: Tensor, offset: Tensor, layout: Layout, flat: bool) -> Tensor:
     """Return y = scale * x + offset, given the mean of each (sample, channel)."""
     if flat:
         # No view, which autograd would refuse to change in place.
@@ -155,7 +155,7 @@ def _applied(x: Tensor, mean: Tensor, scale: Tensor, offset: Tensor, layout: Lay
     return eager.apply_centered(x, mean, scale, torch.addcmul(offset, scale, mean), layout, recorded=False)
 
 
-def _sums(dy: Tensor, x: Tensor, mean: Tensor, layout: Layout, flat: bool) -> Pair:
+def sums(dy: Tensor, x: Tensor, mean: Tensor, layout: Layout, flat: bool) -> Pair:
     """Return the sums of dy and of dy * x, (N, C) in the dtype of the mean."""
     if flat:
         total = cast(dy.reshape(mean.shape), mean.dtype)
@@ -167,7 +167,7 @@ def _sums(dy: Tensor, x: Tensor, mean: Tensor, layout: Layout, flat: bool) -> Pa
     return total, torch.addcmul(dot, pivot.to(mean.dtype), total)
 
 
-def _combined(
+def combined(
     dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, offset: Tensor, layout: Layout, flat: bool
 ) -> Tensor:
     """Return dx = scale * dy + slope * x + offset."""

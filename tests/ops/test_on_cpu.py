@@ -25,6 +25,12 @@ LAYERS = {
     "dbn": {},
     "dbn with a gradient through the blend": {"stat_grad": "batch"},
     "bnet": {},
+    "rbn": {},
+    "rbn as published": {"gate_init": "paper", "rectify": ("scale",)},
+    "rbn without affine": {"affine": False, "rectify": ("center",)},
+    "ubn": {},
+    "ubn with a threshold": {"threshold": 0.5},
+    "ubn whose batches are condensed": {"threshold": -1.0, "min_updates": 0},
     "ibn": {},
     "frn": {},
     "frn with a learned eps": {"learn_eps": True},
@@ -145,7 +151,7 @@ def test_what_is_not_finite_moves_nothing(name, bad):
     assert [name for name, b in layer.named_buffers() if not torch.equal(b, before[name])] == ["skipped_updates"]
 
 
-@pytest.mark.parametrize("name", ["bn", "sn", "bcn", "dbn", "brn"])
+@pytest.mark.parametrize("name", ["bn", "sn", "bcn", "dbn", "brn", "rbn", "ubn"])
 def test_flat_inputs_keep_x_and_few_numbers(name):
     x = torch.randn(128, 64, requires_grad=True)
     assert saved_for_backward(create(name, 64), x) <= 1.2
