@@ -58,22 +58,20 @@ def renormalized(layer: Any, x: Tensor, layout: Layout) -> Tensor | None:
     if layer.averages_blend or not native.takes(x, layer.weight, layer.bias, *buffers) or is_large(x, layout):
         return None
     measured = native.statistics(x.detach(), layout)
-    measured = None if measured is None else (measured[0].double(), measured[1].double())
-    constants = None if measured is None else layer.renormalize_at_once(*measured)
-    if measured is None or constants is None:
+    if measured is None:
         return None
-    spread, r, d = constants
-    excess = layer.excess_of(measured[1])
-    weight, bias = r if excess is None else r * excess, d
-    if layer.weight is not None:
-        weight, bias = layer.weight * weight, layer.weight * d
-    bias = bias if layer.bias is None else layer.bias + bias
+    mean, var = measured[0].double(), measured[1].double()
+    constants = layer.renormalize_at_once(mean, var)
+    if constants is None:
+        return None
+    spread, excess, r, d = constants
 
     def scale_of(var: Tensor) -> Tensor:
         scale: Tensor = layer.scale_of(layer.std_or_var_of(var))
-        return scale if excess is None else scale / excess
+        return scale * r
 
-    return native.standardize(x, layout, (measured[0], spread), weight, bias, scale_of)
+    factor = r if excess is None else r * excess
+    return native.standardize(x, layout, layer.weight, layer.bias, (mean, spread, factor, d), scale_of)
 
 
 def group_norm(

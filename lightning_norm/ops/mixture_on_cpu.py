@@ -110,13 +110,13 @@ class _Mixture(torch.autograd.Function):
         equations = _equations(how, weight, w, v, (mean, var), batch, layer, ctx.weights, tuple(mixed))
         total, dot = sums(dy, x, mean, how.layout, flat)
         dgamma, dw, dv = equations.of_parameters(total, dot)
-        dbeta = total.sum(0) if need[2] else None
         dx = (
             combined(dy, x, mean, equations.scale, *equations.through_statistics(), how.layout, flat)
             if need[0]
             else None
         )
-        of_parameters = [None if t is None else cast(t, x.dtype) for t in (dgamma, dbeta, dw, dv)]
+        found = zip(need[1:], (dgamma, total.sum(0), dw, dv), strict=False)
+        of_parameters = [cast(t, x.dtype) if needed and t is not None else None for needed, t in found]
         return dx, *of_parameters, None
 
 

@@ -14,15 +14,19 @@ LAYERS = {
     "bn without affine": {"affine": False},
     "gn": {"num_groups": 2},
     "in": {},
+    "in without affine": {"affine": False},
     "ln": {},
     "sn": {},
+    "sn without affine": {"affine": False},
     "sn of two": {"choices": ("bn", "ln")},
     "sn of one": {"choices": ("bn",)},
     "sn with clipped gradients": {"clip_grad": 0.1},
     "bcn": {},
+    "bcn without affine": {"affine": False},
     "bcn by a sigmoid": {"constraint": "sigmoid"},
     "brn": {},
     "dbn": {},
+    "dbn without affine": {"affine": False},
     "dbn with a gradient through the blend": {"stat_grad": "batch"},
     "bnet": {},
     "rbn": {},
@@ -35,7 +39,7 @@ LAYERS = {
     "frn": {},
     "frn with a learned eps": {"learn_eps": True},
 }
-NEED_POSITIONS = ("in", "ibn", "frn", "frn with a learned eps")
+NEED_POSITIONS = ("in", "in without affine", "ibn", "frn", "frn with a learned eps")
 INPUTS = {
     "images": ((4, 8, 5, 5), 1),
     "channels-last": ((4, 8, 5, 5), 1),
