@@ -168,6 +168,46 @@ def group_norm(
     return y if _is_exact(mean, scale) else None
 
 
+def wide_group_norm(
+    x: Tensor, layout: Layout, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Return the same in float64, for few elements; what is kept is x."""
+    y: Tensor = _WideGroupNorm.apply(x, weight, bias, (layout.n, layout.c, layout.size, groups), eps)
+    return y
+
+
+class _WideGroupNorm(torch.autograd.Function):
+    """Group normalization in float64, whose statistics are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, int, int, int], eps: float
+    ) -> Tensor:
+        ctx.sizes, ctx.eps = sizes, eps
+        ctx.save_for_backward(x, weight, bias)
+        return cast(torch.native_group_norm(*_doubles(x, weight, bias), *sizes, eps)[0], x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), need, sizes = grads, ctx.needs_input_grad[:3], ctx.sizes
+        x, weight, bias = ctx.saved_tensors
+        if eager.is_recording(dy):
+
+            def plainly(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                wide, *affine = _doubles(x, weight, bias)
+                return torch.nn.functional.group_norm(wide, sizes[-1], *affine, ctx.eps).to(x.dtype)  # type: ignore[arg-type]
+
+            return (*eager.recorded_gradients(plainly, (x, weight, bias), dy, need), None, None)
+        dy, x, weight = _doubles(dy.contiguous(), x, weight)
+        _, mean, scale = torch.native_group_norm(x, None, None, *sizes, ctx.eps)
+        found = torch.ops.aten.native_group_norm_backward(dy, x, mean, scale, weight, *sizes, list(need))
+        return *(cast(t, grads[0].dtype) if n else None for t, n in zip(found, need, strict=True)), None, None
+
+
+def _doubles(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.double() for t in tensors]
+
+
 def _rows(x: Tensor, layout: Layout) -> Tensor:
     """Return x as torch's BatchNorm takes it: of tokens, each is a sample."""
     return x if layout.channel_dim == 1 else x.view(-1, layout.c)

@@ -13,6 +13,7 @@ LAYERS = {
     "bn of all batches": {"momentum": None},
     "bn without affine": {"affine": False},
     "gn": {"num_groups": 2},
+    "gn of few": {"num_groups": 4, "affine": False},
     "in": {},
     "in without affine": {"affine": False},
     "ln": {},
@@ -155,7 +156,7 @@ def test_what_is_not_finite_moves_nothing(name, bad):
     assert [name for name, b in layer.named_buffers() if not torch.equal(b, before[name])] == ["skipped_updates"]
 
 
-@pytest.mark.parametrize("name", ["bn", "sn", "bcn", "dbn", "brn", "rbn", "ubn"])
+@pytest.mark.parametrize("name", ["bn", "sn", "bcn", "dbn", "brn", "rbn", "ubn", "gn"])
 def test_flat_inputs_keep_x_and_few_numbers(name):
     x = torch.randn(128, 64, requires_grad=True)
     assert saved_for_backward(create(name, 64), x) <= 1.2
