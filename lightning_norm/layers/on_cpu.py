@@ -78,8 +78,9 @@ def group_norm(
     layer: Any, x: Tensor, layout: Layout, groups: int, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
     """Return x normalized by the statistics of each sample's groups; ``None`` as for :func:`batch_norm`."""
-    # Few elements often have a mean that is large against their standard deviation: ATen would compute in vain.
-    few = layout.size * layout.c // groups < FEW
+    # Few elements often have a mean that is large against their standard deviation: ATen would compute in vain. And of
+    # (N, C) inputs it keeps two numbers of each group.
+    few = layout.size * layout.c // groups < (FEW if layout.size > 1 else 2 * FEW)
     # Channels-last, its kernel for groups of one channel is slower than the passes, and on large maps for all groups.
     slow = not x.is_contiguous() and (groups == layout.c or (groups > 1 and layout.size > MANY))
     if layout.channel_dim != 1 or not native.takes(x, weight, bias):

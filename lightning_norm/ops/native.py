@@ -165,7 +165,8 @@ def group_norm(
 ) -> Tensor | None:
     """Return x, (N, C, *), normalized by the statistics of each sample's groups; ``None`` if digits would be lost."""
     y, mean, scale = torch.native_group_norm(x, weight, bias, layout.n, layout.c, layout.size, groups, eps)
-    return y if _is_exact(mean, scale) else None
+    # Autograd would keep what is computed of them, for they have gradients.
+    return y if _is_exact(mean.detach(), scale.detach()) else None
 
 
 def wide_group_norm(
