@@ -67,8 +67,8 @@ def renormalized(layer: Any, x: Tensor, layout: Layout) -> Tensor | None:
     spread, excess, r, d = constants
 
     def scale_of(var: Tensor) -> Tensor:
-        scale: Tensor = layer.scale_of(layer.std_or_var_of(var))
-        return scale * r
+        scale: Tensor = layer.scale_of(layer.std_or_var_of(var)) * r
+        return scale
 
     factor = r if excess is None else r * excess
     return native.standardize(x, layout, layer.weight, layer.bias, (mean, spread, factor, d), scale_of)

@@ -223,8 +223,8 @@ class _OfStatistics:
         axes = {"bn": 0, "ln": 1}
         self.through = []
         for k, (mean, _) in zip(self.how.statistics, self.terms, strict=True):
-            fe = (t.sum(axes[k], keepdim=True) if k in axes else t for t in (f, e))
-            self.through.append((mean, *fe))
+            df, de = (t.sum(axes[k], keepdim=True) if k in axes else t for t in (f, e))
+            self.through.append((mean, df, de))
         return at_root.sum(0), *self._of_logits()
 
     def _of_logits(self) -> tuple[Tensor | None, ...]:

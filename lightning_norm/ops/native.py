@@ -186,7 +186,8 @@ class _WideGroupNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.sizes, ctx.eps = sizes, eps
         ctx.save_for_backward(x, weight, bias)
-        return cast(torch.native_group_norm(*_doubles(x, weight, bias), *sizes, eps)[0], x.dtype)
+        wide, gamma, beta = _doubles(x, weight, bias)
+        return cast(torch.native_group_norm(wide, gamma, beta, *sizes, eps)[0], x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -195,8 +196,8 @@ class _WideGroupNorm(torch.autograd.Function):
         if eager.is_recording(dy):
 
             def plainly(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                wide, *affine = _doubles(x, weight, bias)
-                return torch.nn.functional.group_norm(wide, sizes[-1], *affine, ctx.eps).to(x.dtype)  # type: ignore[arg-type]
+                wide, gamma, beta = _doubles(x, weight, bias)
+                return torch.nn.functional.group_norm(wide, sizes[-1], gamma, beta, ctx.eps).to(x.dtype)
 
             return (*eager.recorded_gradients(plainly, (x, weight, bias), dy, need), None, None)
         dy, x, weight = _doubles(dy.contiguous(), x, weight)

@@ -145,9 +145,9 @@ class _Equations:
         if not known:
             far = _centered(mean, p.center_weight) - batch[0]
             gates = []
-            if p.scale_weight is not None:
+            if p.scale_weight is not None and p.scale_bias is not None:
                 gates.append(torch.addcmul(p.scale_bias, far, self.root * p.scale_weight).sigmoid_())
-            if p.affine_weight is not None:
+            if p.affine_weight is not None and p.affine_bias is not None:
                 gates.append(torch.addcmul(p.affine_bias, mean, p.affine_weight).sigmoid_())
             known = far, *gates
         self.known = self.far, *self.gates = known
@@ -204,9 +204,9 @@ def _plainly(how: Rectified, x: Tensor, *tensors: Tensor | None) -> Tensor:
     batch = Moments(centered, m.var, m.count).over_batch()
     far, root = centered - batch.mean, (batch.var + how.eps).rsqrt()
     scale = root * how.factor
-    if p.scale_weight is not None:
+    if p.scale_weight is not None and p.scale_bias is not None:
         scale = scale * (p.scale_bias + p.scale_weight * root * far).sigmoid()
-    if p.affine_weight is not None:
+    if p.affine_weight is not None and p.affine_bias is not None:
         scale = scale * (p.affine_bias + p.affine_weight * m.mean).sigmoid()
     scale = scale if p.weight is None else scale * p.weight
     shift = scale * far if p.bias is None else torch.addcmul(p.bias, scale, far)
