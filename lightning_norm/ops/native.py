@@ -201,8 +201,9 @@ class _WideGroupNorm(torch.autograd.Function):
 
             return (*eager.recorded_gradients(plainly, (x, weight, bias), dy, need), None, None)
         dy, x, weight = _doubles(dy.contiguous(), x, weight)
-        _, mean, scale = torch.native_group_norm(x, None, None, *sizes, ctx.eps)
-        found = torch.ops.aten.native_group_norm_backward(dy, x, mean, scale, weight, *sizes, list(need))
+        n, c, size, groups = sizes
+        _, mean, scale = torch.native_group_norm(x, None, None, n, c, size, groups, ctx.eps)
+        found = torch.ops.aten.native_group_norm_backward(dy, x, mean, scale, weight, n, c, size, groups, list(need))
         return *(cast(t, grads[0].dtype) if n else None for t, n in zip(found, need, strict=True)), None, None
 
 
