@@ -141,7 +141,10 @@ class _Equations:
         self, how: Rectified, p: Parameters, mean: Tensor, batch: Pair, known: list[Tensor] | tuple[Tensor, ...] = ()
     ) -> None:
         self.how, self.p, self.mean = how, p, mean
-        self.root = (batch[1] + how.eps).rsqrt_()
+        # What belongs to whole channels is few numbers, and is rounded once.
+        root = (batch[1].double() + how.eps).rsqrt_()
+        base = root * how.factor
+        self.root, weighted = cast(root, mean.dtype), base if p.weight is None else base * p.weight
         if not known:
             far = _centered(mean, p.center_weight) - batch[0]
             gates = []
@@ -151,10 +154,10 @@ class _Equations:
                 gates.append(torch.addcmul(p.affine_bias, mean, p.affine_weight).sigmoid_())
             known = far, *gates
         self.known = self.far, *self.gates = known
-        self.unweighted = self.root * how.factor
-        for gate in self.gates:
-            self.unweighted = self.unweighted * gate
-        self.scale = self.unweighted if p.weight is None else self.unweighted * p.weight
+        self.gain = self.gates[0] * self.gates[1] if len(self.gates) > 1 else self.gates[0] if self.gates else None
+        self.base, self.scale = (cast(t, mean.dtype) for t in (base, weighted))
+        if self.gain is not None:
+            self.scale = self.scale * self.gain
 
     def gradients(self, total: Tensor, dot: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Return slope and offset of what reaches x through its statistics, and the gradients of all parameters.
@@ -165,7 +168,7 @@ class _Equations:
         """
         p, layout, root, mean, far = self.p, self.how.layout, self.root, self.mean, self.far
         at_scale = torch.addcmul(dot, far - mean, total)  # sum of dy (x - k + f), the gradient of the scale
-        dweight = (at_scale * self.unweighted).sum(0)
+        dweight = ((at_scale if self.gain is None else at_scale * self.gain) * self.base).sum(0)
         # The gradients of the logarithms of the scale and of r.
         at_log = at_scale.mul_(self.scale)
         at_root = at_log.sum(0, keepdim=True)
