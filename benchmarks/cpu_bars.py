@@ -11,8 +11,9 @@ threads, by the wall clock, or with ``--threads 1`` as the others do: on a busy 
 and the clock measures that. ``--before`` runs the same in a process with the package of another working tree, in turn.
 
 ``steps`` are training steps of a ResNet-18 at batch 32, eager, with every normalizer; ``compiled steps`` those with
-each layer compiled. ``startup`` is the user time of processes: what the import of this package adds to torch's, and of
-commands that train nothing.
+each layer compiled. ``calls`` counts the operations of ATen, forward and backward, without those that an operation
+calls itself: no other process changes their number, which stands in place of microseconds. ``startup`` is the user time
+of processes: what the import of this package adds to torch's, and of commands that train nothing.
 
 The C library keeps the memory that is freed: whether it hands some back to the system and fetches it again, which costs
 more than a pass over it, is otherwise a matter of chance (see ``features_cost``).
@@ -45,7 +46,7 @@ COSTLY = ("afn", "asr")
 
 ALL = "bn,in,ln,gn,sn,bcn,bnet,brn,dbn,rbn,ubn,cn,ibn,frn,afn,asr"
 MAPS = "bn,sn,bcn,rbn,dbn,gn,ln,in"
-COMPILED = "bn,sn,gn"
+COMPILED = MAPS
 COMPILED_STEPS = "bn,sn"
 
 STARTUP = {
@@ -59,7 +60,7 @@ class Case(NamedTuple):
     """One input.
 
     Args:
-        part: "small", "maps", "compiled", "steps" or "compiled steps".
+        part: "small", "maps", "calls", "compiled", "steps" or "compiled steps".
         shape: of x.
         last: channels-last.
     """
@@ -81,6 +82,7 @@ CASES = [
     *FLAT,
     *SMALL,
     *(Case(part, s, last) for part in ("maps", "compiled") for s in BENCH for last in (False, True)),
+    *(Case("calls", *how) for how in (((128, 64),), ((2, 32, 8, 8),), ((32, 512, 7, 7), True))),
     *(Case(part, (32, 3, 64, 64), last) for part in ("steps", "compiled steps") for last in (False, True)),
 ]
 
@@ -90,8 +92,8 @@ def bar(case: Case, key: str) -> float | None:
 
     Of "gn" at (2, 32, 8, 8) it is torch's GroupNorm.
     """
-    if "steps" in case.part:
-        asked = key == "sn" and not case.last
+    if case.part == "calls" or "steps" in case.part:
+        asked = case.part != "calls" and key == "sn" and not case.last
         return (1.1 if case.part == "steps" else 1.05) if asked else None
     if case.part == "compiled":
         return 1.3 if case.last else 1.0
@@ -110,7 +112,14 @@ def bar(case: Case, key: str) -> float | None:
 
 def names_of(case: Case, keys: str | None) -> list[str]:
     """Return the normalizers that are timed at one input: those asked for, or all that the part has."""
-    parts = {"small": ALL, "maps": MAPS, "compiled": COMPILED, "steps": ALL, "compiled steps": COMPILED_STEPS}
+    parts = {
+        "small": ALL,
+        "maps": MAPS,
+        "calls": ALL,
+        "compiled": COMPILED,
+        "steps": ALL,
+        "compiled steps": COMPILED_STEPS,
+    }
     known = parts[case.part].split(",")
     return [key for key in known if keys is None or key in keys.split(",")]
 
@@ -148,6 +157,8 @@ def measured(case: Case, keys: list[str], rounds: int, threads: int) -> dict[str
         return lambda: torch.autograd.grad(layer(x), wanted, dy, allow_unused=True)
 
     steps = {name: step_of(layer) for name, layer in layers.items()}
+    if case.part == "calls":
+        return {"times": {name: [operations(step)] for name, step in steps.items()}, "saved": {}, "peers": PEERS}
     calls = {}
     for name, step in steps.items():
         seconds(step, 3, threads)
@@ -158,6 +169,17 @@ def measured(case: Case, keys: list[str], rounds: int, threads: int) -> dict[str
             times[name].append(seconds(step, calls[name], threads) * 1e6)
     saved = {} if compiled else {name: saved_for_backward(layer, x) for name, layer in layers.items()}
     return {"times": times, "saved": saved, "peers": PEERS}
+
+
+def operations(step: Any) -> int:
+    """Return how many operations of ATen a call makes, without those that an operation makes itself."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step()  # the first batch moves running statistics otherwise
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    called = [event for event in profiler.events() if event.name.startswith("aten::")]
+    return sum(event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::") for event in called)
 
 
 def measured_steps(case: Case, keys: list[str], rounds: int, threads: int) -> dict[str, Any]:
@@ -308,7 +330,7 @@ def table(rows: list[Row]) -> str:
     head = [
         "input",
         "layer",
-        "microseconds",
+        "calls" if rows[0].case.part == "calls" else "microseconds",
         *["before"] * before,
         "ratio",
         "bar",
@@ -368,12 +390,14 @@ def main() -> None:
             print(f"\n{tables[-1]}", flush=True)
             continue
         threads = 1 if part == "small" else options.threads
-        mine = [
-            row
-            for case in CASES
-            if case.part == part
-            for row in rows_of(case, names_of(case, options.norms), workers, options.rounds, threads)
-        ]
+        mine = []
+        for case in CASES:
+            if case.part != part:
+                continue
+            for row in rows_of(case, names_of(case, options.norms), workers, options.rounds, threads):
+                # At once, for what is compiled takes long.
+                print(f"{row.case.name} {row.name}: {row.ratios[0]:.2f}", file=sys.stderr, flush=True)
+                mine.append(row)
         title = f"## {part.capitalize()}, {threads} thread{'s' * (threads > 1)}"
         tables.append(f"{title}\n\n{table(mine)}")
         print(f"\n{tables[-1]}", flush=True)

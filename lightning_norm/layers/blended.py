@@ -246,14 +246,14 @@ class BlendedNorm(MomentNorm):
         return on_cpu.renormalized(self, x, layout) if self.renormalizes and moves_running_stats(self) else None
 
     @torch_private.without_gradients
-    def renormalize_at_once(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    def renormalize_at_once(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
         """Move the statistics by those of a batch, and return how x is normalized, where values may be read back.
 
         What :meth:`algebra` does in many operations that a graph can hold. ``None`` where a value is not finite; then
         nothing has moved.
 
         Returns:
-            V as :func:`lightning_norm.ops.native.standardize` takes it, r and d; each (C,).
+            V as :func:`lightning_norm.ops.native.standardize` takes it, the scale times its root, r and d; each (C,).
         """
         std_or_var = self.std_or_var_of(var)
         if not math.isfinite(std_or_var.sum().item()):
@@ -277,15 +277,11 @@ class BlendedNorm(MomentNorm):
         stds = [t if self.average == "std" else t.sqrt() for t in (std_or_var, blend[1])]
         gap = torch.stack((mean - blend[0], stds[0] - stds[1])).abs_().div_(stds[1] + self._eps)
         self.gap.copy_(gap.mean(1))
-        return self.spread_of(var), r, d
+        return *self.spread_of(var, std_or_var), r, d
 
-    def spread_of(self, var: Tensor) -> Tensor:
-        """Return V = -s / 2 s' for the scale s as a function of the variance."""
-        return var + self._eps
-
-    def excess_of(self, var: Tensor) -> Tensor | None:
-        """Return the scale times the root of V, ``None`` where that is 1."""
-        return None
+    def spread_of(self, var: Tensor, std_or_var: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return V = -s / 2 s' for the scale s as a function of the variance, and s times its root, ``None`` for 1."""
+        return var + self._eps, None
 
     def _move_by_window(self, m: Moments) -> None:
         self.move(self.running_target(m), m.count, (torch.as_tensor(m.count) > 1).all())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_norm.layers.running_stats import moves_running_stats
-from lightning_norm.ops import mixture_on_cpu, native
+from lightning_norm.layers.running_stats import moves_running_stats, update_running
+from lightning_norm.ops import mixture_on_cpu, native, rectified_on_cpu
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
 
@@ -56,35 +58,36 @@ def renormalized(layer: Any, x: Tensor, layout: Layout) -> Tensor | None:
     if layer.averages_blend or not native.takes(x, layer.weight, layer.bias, *buffers) or is_large(x, layout):
         return None
     measured = native.statistics(x.detach(), layout)
-    measured = None if measured is None else (measured[0].double(), measured[1].double())
-    constants = None if measured is None else layer.renormalize_at_once(*measured)
-    if measured is None or constants is None:
+    if measured is None:
         return None
-    spread, r, d = constants
-    excess = layer.excess_of(measured[1])
-    weight, bias = r if excess is None else r * excess, d
-    if layer.weight is not None:
-        weight, bias = layer.weight * weight, layer.weight * d
-    bias = bias if layer.bias is None else layer.bias + bias
+    mean, var = measured[0].double(), measured[1].double()
+    constants = layer.renormalize_at_once(mean, var)
+    if constants is None:
+        return None
+    spread, excess, r, d = constants
 
     def scale_of(var: Tensor) -> Tensor:
-        scale: Tensor = layer.scale_of(layer.std_or_var_of(var))
-        return scale if excess is None else scale / excess
+        scale: Tensor = layer.scale_of(layer.std_or_var_of(var)) * r
+        return scale
 
-    return native.standardize(x, layout, (measured[0], spread), weight, bias, scale_of)
+    factor = r if excess is None else r * excess
+    return native.standardize(x, layout, layer.weight, layer.bias, (mean, spread, factor, d), scale_of)
 
 
 def group_norm(
     layer: Any, x: Tensor, layout: Layout, groups: int, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
     """Return x normalized by the statistics of each sample's groups; ``None`` as for :func:`batch_norm`."""
-    # Few elements often have a mean that is large against their standard deviation: ATen would compute in vain.
-    few = layout.size * layout.c // groups < FEW
+    # Few elements often have a mean that is large against their standard deviation: ATen would compute in vain. And of
+    # (N, C) inputs it keeps two numbers of each group.
+    few = layout.size * layout.c // groups < (FEW if layout.size > 1 else 2 * FEW)
     # Channels-last, its kernel for groups of one channel is slower than the passes, and on large maps for all groups.
     slow = not x.is_contiguous() and (groups == layout.c or (groups > 1 and layout.size > MANY))
-    if few or slow or layout.channel_dim != 1 or not native.takes(x, weight, bias):
+    if layout.channel_dim != 1 or not native.takes(x, weight, bias):
         return None
-    return native.group_norm(x, layout, groups, weight, bias, layer.eps)
+    y = None if few or slow else native.group_norm(x, layout, groups, weight, bias, layer.eps)
+    # The algebra would keep many times as much of (N, C) inputs.
+    return native.wide_group_norm(x, layout, groups, weight, bias, layer.eps) if y is None and layout.size == 1 else y
 
 
 def mixture(
@@ -92,7 +95,7 @@ def mixture(
     x: Tensor,
     layout: Layout,
     statistics: tuple[str, ...],
-    w: Tensor,
+    w: Tensor | None = None,
     v: Tensor | None = None,
     *,
     entries: tuple[int, ...] = (),
@@ -102,12 +105,53 @@ def mixture(
     if not native.takes(x, layer.weight, layer.bias, w, v):
         return None
 
-    def track(mean: Tensor, var: Tensor) -> None:
-        layer.track(Moments(mean, var, layout.n * layout.size))
-
-    moves = moves_running_stats(layer) and "bn" in statistics
-    how = mixture_on_cpu.Mixture(layout, statistics, layer.eps, entries, outputs, track if moves else None)
+    track = _track_of(layer, layout) if "bn" in statistics else None
+    how = mixture_on_cpu.Mixture(layout, statistics, layer.eps, entries, outputs, track)
     return mixture_on_cpu.normalize(x, how, layer.weight, layer.bias, w, v)
+
+
+def rectified(
+    layer: Any,
+    x: Tensor,
+    layout: Layout,
+    factor: float,
+    chooses: Callable[[Tensor, Moments], bool] | None = None,
+) -> Tensor | None:
+    """Return x normalized by the batch and rectified, with the gates times a factor; ``None`` where it cannot.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        layout: of x.
+        factor: of the gates.
+        chooses: tells, given x and the moments of each sample, whether the batch's statistics are taken; otherwise
+            nothing moves. ``None`` where they always are.
+    """
+    names = rectified_on_cpu.Parameters._fields
+    parameters = rectified_on_cpu.Parameters(*[layer._parameters.get(name) for name in names])
+    if not native.takes(x, *parameters):
+        return None
+    move = _track_of(layer, layout)
+
+    def track(mean: Tensor, var: Tensor | None, batch: tuple[Tensor, Tensor]) -> bool:
+        of_samples = Moments(mean, torch.zeros_like(mean) if var is None else var, layout.size)
+        if chooses is not None and not chooses(x.detach(), of_samples):
+            return False
+        if move is not None:
+            move(*batch)
+        return True
+
+    how = rectified_on_cpu.Rectified(layout, layer.eps, factor, track)
+    return rectified_on_cpu.normalize(x, how, parameters)
+
+
+def _track_of(layer: Any, layout: Layout) -> Callable[[Tensor, Tensor], None] | None:
+    """Return what moves the running statistics towards those of a batch; ``None`` where they stay."""
+
+    def track(mean: Tensor, var: Tensor) -> None:
+        update_running(layer, Moments(mean, var, layout.n * layout.size))
+
+    return track if moves_running_stats(layer) else None
 
 
 def is_read_as_one_sample(layer: Any, x: Tensor, layout: Layout) -> bool:

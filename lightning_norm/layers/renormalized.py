@@ -37,4 +37,6 @@ def renorm(
     # With r_max = 1 and d_max = 0, r is 1 and d 0: batch normalization is left.
     (batch_mean, batch_scale), (mean, scale) = batch, other
     r, d = scale / batch_scale, (batch_mean - mean) * scale
+    if isinstance(r_max, float) and r_max == d_max == math.inf:
+        return r, d
     return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)  # type: ignore[arg-type]  # both or neither are tensors

@@ -202,12 +202,10 @@ def _moved_at_once(layer: RunningStats, mean: Tensor, var: Tensor) -> bool:
     if not eager.may_read_back(mean) or torch_private.is_transformed():
         return False
     old: list[Any] = [layer._buffers[name] for name in layer.running_names]
-    new = []
-    for buffer, value in zip(old, (mean, var), strict=True):
-        value = value.detach().view(-1)
-        new.append(cast(value, buffer.dtype))
-    # A sum that is not finite may be one of finite numbers: that is for the caller to find out.
-    if not math.isfinite(new[0].sum().item() + new[1].sum().item()):
+    new = [cast(value.view(-1), buffer.dtype) for buffer, value in zip(old, (mean, var), strict=True)]
+    # No product with a NaN or an infinity is finite. A sum that is not may be one of finite numbers: that is for the
+    # caller to find out.
+    if not math.isfinite((new[0] * new[1]).sum().item()):
         return False
     batches, momentum = layer.num_batches_tracked, layer._buffers.get("_momentum")
     if batches is not None:

@@ -188,16 +188,12 @@ class DiminishingBatchNorm(BlendedNorm):
         """Whether the gradient is that of BatchNorm at the value of the blend."""
         return self.train_stats == "running" and self.stat_grad == "renorm"
 
-    def spread_of(self, var: Tensor) -> Tensor:
-        """Return V, which is sigma (sigma + eps) where eps stands beside the root."""
+    def spread_of(self, var: Tensor, std_or_var: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return V and the scale times its root: sigma (sigma + eps) where eps stands beside the root."""
         if self.average == "var":
-            return super().spread_of(var)
-        return torch.add(var, self.std_of(var), alpha=self._eps)
-
-    def excess_of(self, var: Tensor) -> Tensor | None:
-        """Return the root of sigma / (sigma + eps) where eps stands beside the root."""
-        std = self.std_of(var)
-        return None if self.average == "var" else (std / (std + self._eps)).sqrt()
+            return super().spread_of(var, std_or_var)
+        beside = std_or_var + self._eps
+        return std_or_var * beside, (std_or_var / beside).sqrt_()
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which write the blend whenever they compute it."""

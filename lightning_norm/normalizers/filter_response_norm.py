@@ -200,7 +200,7 @@ class _Filtered(torch.autograd.Function):
         # At a tie all of the gradient is the threshold's.
         dy = torch.ops.aten.threshold_backward(dz, _above(x, tau, weight, bias, root, layout), 0)
         zero = root.new_zeros(1, 1)
-        total, dot = eager.reduce(dy, x, zero, layout, mean_is_small=True)
+        total, dot = eager.sums(dy, x, layout)
         dbeta = total.sum(0)
         dtau = (dz - dy).sum([d for d in range(x.dim()) if d != layout.channel_dim]) if need[1] else None
         at_root = dot * root

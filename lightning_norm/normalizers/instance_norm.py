@@ -69,7 +69,8 @@ class InstanceNorm(MomentNorm):
         """Return y of torch's group normalization with a group for each channel, where nothing else is kept."""
         if self.track_running_stats or self.has_running_stats:
             return None
-        return on_cpu.group_norm(self, x, layout, self.num_features, self.weight, self.bias)
+        y = on_cpu.group_norm(self, x, layout, self.num_features, self.weight, self.bias)
+        return on_cpu.mixture(self, x, layout, ("in",)) if y is None else y
 
     def fused_spec(self, layout: Layout) -> MixtureSpec | None:
         """Return the same equation for the kernels, unless it keeps running statistics."""

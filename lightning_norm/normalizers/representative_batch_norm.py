@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.fused_specs import per_channel_spec
 from lightning_norm.layers.published_files import PublishedEntries, PublishedLayer, channels_of_one_layer
@@ -83,6 +84,16 @@ class RepresentativeBatchNorm(MomentNorm):
     def algebra(self, m: Moments) -> Affine:
         """Return the affine map of the equation above, around each sample's own mean, where no digit is lost."""
         return self._rectified(m, lambda batch: (self.track(batch), None))
+
+    def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """Return the same equation with a backward pass that is written out."""
+        starts = [[*self.rectifications[part].values()] for part in self.rectify if part != "center"]
+        unit = math.prod([1 + math.exp(-start) for _, start in starts]) if self.gate_init == "unit" else 1.0
+        return on_cpu.rectified(self, x, layout, unit, self._chooser())
+
+    def _chooser(self) -> Callable[[Tensor, Moments], bool] | None:
+        """Return what tells, given x and its moments, whether the batch's statistics are taken; ``None`` for always."""
+        return None
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -158,6 +159,29 @@ class UnifiedBatchNorm(RepresentativeBatchNorm):
             return self._rectified(m, functools.partial(self._choose, similarity))
 
         return with_threshold
+
+    def _chooser(self) -> Callable[[Tensor, Moments], bool] | None:
+        """Return what measures the condensation of x, where a threshold is set, and counts a batch below it.
+
+        Whether one above the threshold counts as condensed, and what then normalizes it, the algebra knows.
+        """
+        threshold = self.scheduled("threshold")
+        if threshold is None or not trains_with_running_stats(self):
+            return None
+
+        def is_below(x: Tensor, m: Moments) -> bool:
+            similarity = condensation(x, squared_norms(m)).item()
+            if similarity > threshold.item():
+                return False
+            if moves_running_stats(self):
+                # What ``_is_condensed`` writes, with values that were read.
+                if math.isfinite(similarity):
+                    self.condensation.fill_(similarity)
+                    self.measured.add_(1)
+                self.skipped_in_a_row.zero_()
+            return True
+
+        return is_below
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which measure the condensation where a threshold is set.

@@ -52,7 +52,7 @@ FEW = 1 << 13
 
 def is_small(mean: Tensor, var: Tensor) -> bool:
     """Tell whether means are small against their standard deviations, and all of them finite."""
-    return mean.square().sub_(var, alpha=SMALL_MEAN**2).max().item() <= 0
+    return torch.addcmul(var, mean, mean, value=-(SMALL_MEAN**-2)).min().item() >= 0
 
 
 def _moments_of_rows(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
@@ -93,7 +93,7 @@ def apply(
     if not mean_is_small or is_recording():
         return apply_centered(x, center, scale, shift, layout, is_recording())
     scale = cast(scale, x.dtype)  # which is float32
-    return _affine(x, scale, cast(torch.addcmul(shift, scale, center, value=-1), x.dtype), layout, recorded=False)
+    return affine(x, scale, cast(torch.addcmul(shift, scale, center, value=-1), x.dtype), layout, recorded=False)
 
 
 def apply_centered(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layout: Layout, recorded: bool) -> Tensor:
@@ -110,35 +110,22 @@ def apply_centered(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, layo
     u = _widened(x)
     if u.dtype == center.dtype:
         centered = u - layout.broadcast_to_input(center)
-        return cast(_affine(centered, scale.to(u.dtype), shift.to(u.dtype), layout, recorded), x.dtype)
+        return cast(affine(centered, scale.to(u.dtype), shift.to(u.dtype), layout, recorded), x.dtype)
     pivot, scale = center.to(at_least_float32(u.dtype)), scale.to(at_least_float32(u.dtype))
     # The pivot is the center as x's dtype can hold it. What rounding took from it goes into the offset.
     offset = (shift + scale * (pivot - center)).to(scale.dtype)
-    return cast(_affine(u - layout.broadcast_to_input(pivot), scale, offset, layout, recorded), x.dtype)
+    return cast(affine(u - layout.broadcast_to_input(pivot), scale, offset, layout, recorded), x.dtype)
 
 
 def reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout, mean_is_small: bool = False) -> tuple[Tensor, Tensor]:
     """Sum of dy and of dy * (x - pivot) per (sample, channel), each (N, C) in the dtype of ``pivot``."""
     recorded = is_recording(dy)
-    one_pass = mean_is_small and not recorded and x.numel() > FEW and _is_one_row_per_channel(x, pivot, layout)
-    if one_pass and dy.is_contiguous() and _can_leave_out_dx():
-        # Group norm's parameter gradients, each row a group: both sums in one pass and no temporary.
-        rows = layout.n * layout.c
-        dy, x, ones = dy.view(1, rows, -1), x.view(1, rows, -1), pivot.new_ones(1, rows)
-        needs_gradient = [False, True, True]
-        _, dot, total = torch.ops.aten.native_group_norm_backward(
-            dy, x, _one_per_row(pivot, layout).view(1, rows), ones, None, 1, rows, layout.size, rows, needs_gradient
-        )
-        return total.view(layout.n, layout.c), dot.view(layout.n, layout.c)
     # A vector (N, C) has nothing to sum over, and torch takes no axes for all axes.
     if not layout.reduced:
         return dy.to(pivot.dtype), (x - pivot) * dy
-    x_rows = None if recorded or not mean_is_small else channels_last_rows(x, layout)
-    dy_rows = None if x_rows is None else channels_last_rows(dy, layout)
-    if x_rows is not None and dy_rows is not None:
+    if mean_is_small and not recorded:
         # A small pivot loses no digits here, and x need not be centered.
-        parts = in_parts(x_rows, dy_rows, layout=layout)
-        total, dot = dy_rows.sum(1), torch.cat([(u * dy_part).sum(1) for u, dy_part in parts])
+        total, dot = sums(dy, x, layout)
         return total, torch.addcmul(dot, pivot, total, value=-1)
     total = layout.of_samples(dy.sum(layout.reduced, dtype=pivot.dtype))
     if recorded:
@@ -170,23 +157,23 @@ def combine(
     elif not is_recording(dy, dmean, dvar) and x.dtype == dtype == torch.float32 and x.is_cpu:
         # A mean in float32 is a small one, see ``moments``: x need not be centered, which saves a pass.
         around_zero = slope * pivot if offset is None else torch.addcmul(offset, slope, pivot, value=-1)
-        return _combined(dy, scale, x, None, slope, around_zero if offset is not None else around_zero.neg_(), layout)
+        return combined(dy, scale, x, None, slope, around_zero if offset is not None else around_zero.neg_(), layout)
     offset = torch.zeros_like(slope) if offset is None else offset
     if is_recording(dy, dmean, dvar):
         u = u - layout.broadcast_to_input(pivot)
         through_moments = u * layout.broadcast_to_input(slope) + layout.broadcast_to_input(offset)
         return torch.addcmul(through_moments, dy, scale).to(x.dtype)
-    return _combined(dy, scale, x, pivot, slope, offset, layout)
+    return combined(dy, scale, x, pivot, slope, offset, layout)
 
 
-def _combined(
+def combined(
     dy: Tensor, scale: Tensor, x: Tensor, pivot: Tensor | None, slope: Tensor, offset: Tensor, layout: Layout
 ) -> Tensor:
-    """Return scale * dy + slope * (x - pivot) + offset, a few samples at a time."""
+    """Return scale * dy + slope * (x - pivot) + offset, a few samples at a time; without a pivot, around 0."""
     # What comes through the statistics is small against scale * dy, so only the rounding of the last step matters.
     dx, dtype = torch.empty_like(x), slope.dtype
     fields = (slope, offset, scale) if pivot is None else (slope, offset, scale, pivot)
-    if pivot is None and channels_last_rows(x, layout) is not None:
+    if pivot is None and (x.numel() <= FEW or channels_last_rows(x, layout) is not None):
         # Vectors of channels take one coefficient each: two operations, which lose more time in parts than caches save.
         slope, offset = layout.broadcast_to_input(slope), layout.broadcast_to_input(offset)
         return torch.addcmul(offset, x, slope, out=dx).addcmul_(dy, scale)
@@ -211,7 +198,7 @@ def may_read_back(x: Tensor) -> bool:
     return x.is_cpu and not torch.compiler.is_compiling() and x.numel() > 0
 
 
-def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout, recorded: bool) -> Tensor:
+def affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout, recorded: bool) -> Tensor:
     """Return scale * u + offset, with one rounding per element."""
     if not recorded and u.numel() > FEW and _is_one_row_per_channel(u, scale, layout):
         # torch's batch norm in evaluation, with mean 0, variance 1 and eps 0, is a fused multiply-add over whole rows.
@@ -225,9 +212,44 @@ def _affine(u: Tensor, scale: Tensor, offset: Tensor, layout: Layout, recorded: 
     return torch.addcmul(layout.broadcast_to_input(offset), u, layout.broadcast_to_input(scale))
 
 
+def sums(dy: Tensor, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Sum of dy and of dy * x per (sample, channel), each (N, C), where nothing is recorded and no mean is large."""
+    if x.numel() > FEW and dy.is_contiguous() and _is_one_row_per_channel(x, dy, layout) and _can_leave_out_dx():
+        # Group norm's parameter gradients, each row a group: both sums in one pass and no temporary.
+        rows = layout.n * layout.c
+        zeros, ones = x.new_zeros(1, rows), x.new_ones(1, rows)
+        dy, x, needs_gradient = dy.view(1, rows, -1), x.view(1, rows, -1), [False, True, True]
+        _, dot, total = torch.ops.aten.native_group_norm_backward(
+            dy, x, zeros, ones, None, 1, rows, layout.size, rows, needs_gradient
+        )
+        return total.view(layout.n, layout.c), dot.view(layout.n, layout.c)
+    x_rows, dy_rows = channels_last_rows(x, layout), channels_last_rows(dy, layout)
+    if x_rows is not None and dy_rows is not None:
+        return _sums_of_rows(x_rows, dy_rows, layout)
+    total = layout.of_samples(dy.sum(layout.reduced))
+    return total, _joined([(u * dy_part).sum(layout.reduced) for u, dy_part in in_parts(x, dy, layout=layout)], layout)
+
+
+def _sums_of_rows(x: Tensor, dy: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return both sums, of (N, S, C), while a part of x and dy is in a cache."""
+    found: list[tuple[Tensor, Tensor]] = []
+    product: Tensor | None = None
+    for u, dy_part in in_parts(x, dy, layout=layout):
+        # Each product takes the place of the last, which is in the cache; the last part may be smaller.
+        product = u * dy_part if product is None else torch.mul(u, dy_part, out=product[: len(u)])
+        found.append((dy_part.sum(1), product.sum(1)))
+    if len(found) == 1:
+        return found[0]
+    total, dot = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return total, dot
+
+
 def channels_last_rows(x: Tensor, layout: Layout) -> Tensor | None:
     """Return x as (N, S, C) where its channels lie next to each other, on the CPU; ``None`` where they do not."""
-    x = x.movedim(1, -1) if layout.channel_dim == 1 else x
+    if layout.channel_dim == 1:
+        if x.is_contiguous():
+            return None
+        x = x.movedim(1, -1)
     return x.view(layout.n, layout.size, layout.c) if x.is_cpu and x.dim() > 2 and x.is_contiguous() else None
 
 

@@ -10,6 +10,13 @@ or, where normalized outputs are mixed, with iota in place of the weights,
 
     y = gamma (iota x^_bn + (1 - iota) x^_ln) + beta
 
+A pooled mean mu and variance V of n (sample, channel) pairs, of S elements each, send to every element of theirs
+
+    (dL/dmu + 2 dL/dV (x - mu)) / (n S)
+
+which is affine in x: so dx = scale dy + slope x + offset, and no (N, C) number but these three needs the deviations of
+means. All is written around x = 0, in float64 where a mean is large.
+
 ``_plainly`` says the same in operations that autograd records, for what is differentiated once more.
 """
 
@@ -54,9 +61,14 @@ class Mixture:
 
 
 def normalize(
-    x: Tensor, how: Mixture, weight: Tensor | None, bias: Tensor | None, w: Tensor, v: Tensor | None = None
+    x: Tensor,
+    how: Mixture,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    w: Tensor | None = None,
+    v: Tensor | None = None,
 ) -> Tensor:
-    """Return y, given gamma and beta (C,) and the parameters of the mixture."""
+    """Return y, given gamma and beta (C,) and the parameters of the mixture, which a single statistic has not."""
     y: Tensor = _Mixture.apply(x, weight, bias, w, v, how)
     return y
 
@@ -66,186 +78,270 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, w: Tensor, v: Tensor | None, how: Mixture
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        w: Tensor | None,
+        v: Tensor | None,
+        how: Mixture,
     ) -> Tensor:
         mean, var, batch, layer = _measured(x, how)
         if how.track is not None and batch is not None:
             how.track(*batch)
-        ctx.how = how
-        # Of one element the mean is the element itself: no copy of x is kept.
-        kept = None if how.layout.size == 1 else mean
-        ctx.save_for_backward(x, weight, bias, w, v, kept, var, *(batch or (None, None)), *(layer or (None, None)))
-        return _Equations(how, x, weight, w, v, mean, var, batch, layer).output(bias)
+        equations = _equations(how, weight, w, v, (mean, var), batch, layer)
+        ctx.how, ctx.weights = how, equations.weights
+        # Of one element the mean is the element itself: nothing of the size of x is kept beside x.
+        kept = (None, None, ()) if var is None else (mean, var, equations.mixed)
+        pairs = *(batch or (None, None)), *(layer or (None, None))
+        ctx.save_for_backward(x, weight, bias, w, v, *kept[:2], *pairs, *kept[2])
+        return applied(x, mean, equations.scale, equations.offset(bias), how.layout, var is None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        how, (dy,) = ctx.how, grads
+        how, (dy,), need = ctx.how, grads, ctx.needs_input_grad
         x, weight, bias, w, v, mean, var, *pairs = ctx.saved_tensors
         if eager.is_recording(dy):
             plainly = functools.partial(_plainly, how)
-            return (*eager.recorded_gradients(plainly, (x, weight, bias, w, v), dy, ctx.needs_input_grad), None)
-        batch, layer = (None if mean is None else (mean, var) for mean, var in (pairs[:2], pairs[2:]))
-        mean = x.view(how.layout.n, how.layout.c) if mean is None else mean
-        return (*_Equations(how, x, weight, w, v, mean, var, batch, layer).gradients(dy, ctx.needs_input_grad), None)
+            return (*eager.recorded_gradients(plainly, (x, weight, bias, w, v), dy, need), None)
+        (batch, layer), mixed = (None if m is None else (m, u) for m, u in (pairs[:2], pairs[2:4])), pairs[4:]
+        if flat := mean is None:
+            mean = cast(x.view(how.layout.n, how.layout.c), next(p[0].dtype for p in (batch, layer) if p is not None))
+        equations = _equations(how, weight, w, v, (mean, var), batch, layer, ctx.weights, tuple(mixed))
+        total, dot = sums(dy, x, mean, how.layout, flat)
+        dgamma, dw, dv = equations.of_parameters(total, dot)
+        dx = (
+            combined(dy, x, mean, equations.scale, *equations.through_statistics(), how.layout, flat)
+            if need[0]
+            else None
+        )
+        found = zip(need[1:], (dgamma, total.sum(0), dw, dv), strict=False)
+        of_parameters = [cast(t, x.dtype) if needed and t is not None else None for needed, t in found]
+        return dx, *of_parameters, None
 
 
 def _measured(x: Tensor, how: Mixture) -> tuple[Tensor, Tensor | None, Pair | None, Pair | None]:
     """Return mean and variance of each (sample, channel), of the batch, and of each sample.
 
-    The variance is ``None`` where a mean is one element. What is pooled is in float64 where a mean is large.
+    The variance is ``None`` where a mean is one element. All of them are in float64 where a mean is large.
     """
     layout = how.layout
     mean, var = (x.view(layout.n, layout.c), None) if layout.size == 1 else eager.moments(x, layout)
-    dims = ((0, "bn"), (1, "ln"))
-    batch, layer = (_pooled(mean, var, dim, mean.dtype) if k in how.statistics else None for dim, k in dims)
+    if var is not None:
+        var = cast(var, mean.dtype)
+    batch, layer = (pooled(mean, var, dim) if k in how.statistics else None for dim, k in ((0, "bn"), (1, "ln")))
     # Of several elements ``moments`` has decided it.
-    if var is None and not all(eager.is_small(*pair) for pair in (batch, layer) if pair is not None):
-        batch, layer = (_pooled(mean, var, dim, torch.float64) if k in how.statistics else None for dim, k in dims)
+    may_lose_digits = var is None and x.dtype == torch.float32
+    if may_lose_digits and not all(eager.is_small(*pair) for pair in (batch, layer) if pair is not None):
+        return _measured(x.double(), how)
     return mean, var, batch, layer
 
 
-def _pooled(mean: Tensor, var: Tensor | None, dim: int, dtype: torch.dtype) -> Pair:
+def pooled(mean: Tensor, var: Tensor | None, dim: int) -> Pair:
     """Return mean and variance along one axis by the law of total variance."""
-    pooled = mean.mean(dim, keepdim=True, dtype=dtype)
-    apart = (mean - pooled).square_()
-    return pooled, (apart if var is None else apart + var).mean(dim, keepdim=True)
+    pooled = mean.mean(dim, keepdim=True)
+    apart = mean - pooled
+    square = apart.square_() if var is None else torch.addcmul(var, apart, apart)
+    return pooled, square.mean(dim, keepdim=True)
 
 
-class _Equations:
-    """The equations of one input, on (N, C) numbers, and their adjoints."""
+def applied(x: Tensor, mean: Tensor, scale: Tensor, offset: Tensor, layout: Layout, flat: bool) -> Tensor:
+    """Return y = scale * x + offset, given the mean of each (sample, channel)."""
+    if flat:
+        # No view, which autograd would refuse to change in place.
+        return cast(torch.addcmul(offset, scale, mean), x.dtype).view(x.shape).data
+    if mean.dtype == x.dtype:
+        return eager.affine(x, scale, offset, layout, recorded=False)
+    return eager.apply_centered(x, mean, scale, torch.addcmul(offset, scale, mean), layout, recorded=False)
+
+
+def sums(dy: Tensor, x: Tensor, mean: Tensor, layout: Layout, flat: bool) -> Pair:
+    """Return the sums of dy and of dy * x, (N, C) in the dtype of the mean."""
+    if flat:
+        total = cast(dy.reshape(mean.shape), mean.dtype)
+        return total, total * mean
+    if mean.dtype == x.dtype:
+        return eager.sums(dy, x, layout)
+    pivot = cast(mean, x.dtype)
+    total, dot = (t.to(mean.dtype) for t in eager.reduce(dy, x, pivot, layout))
+    return total, torch.addcmul(dot, pivot.to(mean.dtype), total)
+
+
+def combined(
+    dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, offset: Tensor, layout: Layout, flat: bool
+) -> Tensor:
+    """Return dx = scale * dy + slope * x + offset."""
+    if flat:
+        dx = torch.addcmul(torch.addcmul(offset, slope, mean), scale, cast(dy.reshape(mean.shape), mean.dtype))
+        return cast(dx, x.dtype).view(x.shape)
+    pivot = None
+    if mean.dtype != x.dtype:
+        pivot = cast(mean, x.dtype)
+        offset = torch.addcmul(offset, slope, pivot.to(mean.dtype))
+    scale, slope, offset = (cast(t, x.dtype) for t in (scale, slope, offset))
+    return eager.combined(dy, layout.broadcast_to_input(scale), x, pivot, slope, offset, layout)
+
+
+class _OfStatistics:
+    """Statistics are mixed: their equations on (N, C) numbers.
+
+    Args:
+        how: what is mixed.
+        weight: gamma, (C,).
+        params: the logits of means and of variances; ``None`` for a single statistic.
+        terms: mean and variance of each statistic.
+        weights: those of means and of variances, where they are known.
+        mixed: likewise the mixed mean, and one over the mixed deviation.
+    """
 
     def __init__(
         self,
         how: Mixture,
-        x: Tensor,
         weight: Tensor | None,
-        w: Tensor,
-        v: Tensor | None,
-        mean: Tensor,
-        var: Tensor | None,
-        batch: Pair | None,
-        layer: Pair | None,
+        params: tuple[Tensor | None, Tensor | None],
+        terms: Sequence[Pair],
+        weights: Sequence[Sequence[float]] = (),
+        mixed: tuple[Tensor, ...] = (),
     ) -> None:
-        self.how, self.x, self.gamma, self.params = how, x, weight, (w, v)
-        self.flat, self.mean, self.var, self.batch, self.layer = var is None, mean, var, batch, layer
-        dtype = x.dtype
-        self.shift: Tensor | None = None
-        if how.outputs:
-            assert batch is not None
-            assert layer is not None
-            pairs = (batch, layer)
-            self.roots = [cast((var + how.eps).rsqrt_(), dtype) for _, var in pairs]
-            # Gamma times the part of either output, and how far the mean lies from either center.
-            self.parts = [self.roots[0] * w, (1 - w) * self.roots[1]]
-            if weight is not None:
-                self.parts = [part * weight for part in self.parts]
-            self.apart = [cast(mean - center, dtype) for center, _ in pairs]
-            self.center, self.scale = mean, self.parts[0] + self.parts[1]
-            self.shift = torch.addcmul(self.parts[0] * self.apart[0], self.parts[1], self.apart[1])
-            return
-        self.weights = [_softmax(t, how.entries) for t in (w, v) if t is not None]
-        # Each is there if its name is among the statistics.
-        self.terms: dict[str, Any] = {"in": (mean, var), "bn": batch, "ln": layer}
-        means, variances = zip(*[self.terms[k] for k in how.statistics], strict=True)
-        self.center = _mix(self.weights[0], means)
-        self.root = cast(_mix(self.weights[1], variances).add_(how.eps).rsqrt_(), dtype)
+        self.how, self.params, self.terms = how, params, terms
+        self.weights = weights or [[1.0] if t is None else _softmax(t, how.entries) for t in params]
+        if not mixed:
+            center, var = (_mix(w, t) for w, t in zip(self.weights, zip(*terms, strict=True), strict=True))
+            mixed = center, (var + how.eps).rsqrt_()
+        self.mixed = self.center, self.root = mixed
         self.scale = self.root if weight is None else self.root * weight
 
-    def output(self, bias: Tensor | None) -> Tensor:
-        """Return y."""
-        x, shift = self.x, self.shift
-        if bias is not None:
-            shift = bias.view(1, -1) if shift is None else shift + bias
-        if not self.flat:
-            shift = self.scale.new_zeros(1, 1) if shift is None else shift
-            return eager.apply(x, self.center, self.scale, shift, self.how.layout, self._is_narrow)
-        if self.how.outputs:
-            # x is its mean, around which nothing is left but the shift.
-            assert shift is not None
-            y = shift
-        else:
-            u = cast(self.mean - self.center, x.dtype)
-            y = u.mul_(self.scale) if shift is None else torch.addcmul(shift, u, self.scale)
-        # No view, which autograd would refuse to change in place.
-        return y.view(x.shape).data
+    def offset(self, bias: Tensor | None) -> Tensor:
+        """Return y at x = 0, given beta, (C,)."""
+        return _minus(bias, self.scale, self.center)
 
-    @property
-    def _is_narrow(self) -> bool:
-        return self.x.dtype == torch.float32 == self.mean.dtype
+    def of_parameters(self, total: Tensor, dot: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of gamma and of the logits, given the sums of dy and of dy * x."""
+        at_root = torch.addcmul(dot, self.center, total, value=-1).mul_(self.root)
+        # The gradient of the mixed mean, negated, and that of the mixed variance, times -2.
+        f, e = self.scale * total, self.scale * self.root * at_root
+        axes = {"bn": 0, "ln": 1}
+        self.through = []
+        for k, (mean, _) in zip(self.how.statistics, self.terms, strict=True):
+            df, de = (t.sum(axes[k], keepdim=True) if k in axes else t for t in (f, e))
+            self.through.append((mean, df, de))
+        return at_root.sum(0), *self._of_logits()
 
-    def gradients(self, dy: Tensor, need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, gamma, beta, w and v."""
-        layout, x = self.how.layout, self.x
-        total, dot = self._sums(dy)
-        dbeta = total.sum(0) if need[2] else None
-        of_equations = self._of_outputs if self.how.outputs else self._of_statistics
-        dgamma, dw, dv, dbatch, dlayer, dmean, dvar = of_equations(total, dot, need)
-        if not need[0]:
-            return None, dgamma, dbeta, dw, dv
-        for dim, pooled, d in ((0, self.batch, dbatch), (1, self.layer, dlayer)):
-            if pooled is not None:
-                # Of the law of total variance, whose mean sends no gradient through the deviations.
-                df, de = (t / self.mean.shape[dim] for t in d)
-                apart = cast(self.mean - pooled[0], x.dtype)
-                dmean = torch.addcmul(df if dmean is None else dmean + df, apart, de, value=2)
-                dvar = de if dvar is None else dvar + de
-        if self.flat:
-            dx = torch.addcmul(dmean, total, self.scale).view(x.shape)
-        else:
-            dx = eager.combine(dy, self.scale, x, self.mean, dmean, dvar, layout)
-        return dx, dgamma, dbeta, dw, dv
+    def _of_logits(self) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the logits; 0 for entries that take no part."""
+        found: list[Tensor | None] = []
+        for i, (logits, weights) in enumerate(zip(self.params, self.weights, strict=True)):
+            if logits is None:
+                found.append(None)
+                continue
+            # Of the weights, each times its weight: a softmax needs no others.
+            pairs = zip(self.through, self.terms, strict=True)
+            given = [(t[i + 1] * term[i]).sum().item() * (-1.0, -0.5)[i] for t, term in pairs]
+            given = [w * g for w, g in zip(weights, given, strict=True)]
+            inner, whole = sum(given), [0.0] * len(logits)
+            for at, w, g in zip(self.how.entries, weights, given, strict=True):
+                whole[at] = g - w * inner
+            found.append(torch.tensor(whole, dtype=logits.dtype))
+        return tuple(found)
 
-    def _sums(self, dy: Tensor) -> Pair:
-        """Return the sums of dy and of dy * (x - center), (N, C) in the dtype of x."""
-        if self.flat:
-            dy = dy.reshape(self.mean.shape)
-            return dy, dy * cast(self.mean - self.center, dy.dtype)
-        pivot = cast(self.center, self.x.dtype)
-        total, dot = eager.reduce(dy, self.x, pivot, self.how.layout, self._is_narrow)
-        if pivot.dtype != self.center.dtype:
-            # What rounding took from the center.
-            dot = torch.addcmul(dot, cast(pivot - self.center, dot.dtype), total)
-        return total, dot
-
-    def _of_statistics(self, total: Tensor, dot: Tensor, need: tuple[bool, ...]) -> tuple[Any, ...]:
-        how, wide = self.how, self.center.dtype
-        f = (self.scale * total).neg_()
-        at_root = self.root * dot
-        e = (self.scale * self.root * -0.5) * at_root
-        dgamma = at_root.sum(0) if need[1] else None
-        # In float64 where means are large: a softmax sees differences of these sums.
-        sums: dict[str, Pair] = {"in": (f, e)}
-        for k, dim in (("bn", 0), ("ln", 1)):
-            if k in how.statistics:
-                sums[k] = f.sum(dim, keepdim=True, dtype=wide), e.sum(dim, keepdim=True, dtype=wide)
-        gradients = _of_softmaxes(self, sums) if need[3] or need[4] else (None, None)
-        spread: dict[str, Any] = {"bn": None, "ln": None, "in": (None, None)}
-        for k, w, v in zip(how.statistics, *self.weights, strict=True):
-            spread[k] = tuple(cast(s * weight, f.dtype) for s, weight in zip(sums[k], (w, v), strict=True))
-        return dgamma, *gradients, spread["bn"], spread["ln"], *spread["in"]
-
-    def _of_outputs(self, total: Tensor, dot: Tensor, need: tuple[bool, ...]) -> tuple[Any, ...]:
-        # Sums of dy * (x - center) around the center of either output, over its deviation.
-        at_root = [torch.addcmul(dot, apart, total) * root for apart, root in zip(self.apart, self.roots, strict=True)]
-        iota, _ = self.params
-        dgamma = torch.addcmul(at_root[0] * iota, at_root[1], 1 - iota).sum(0) if need[1] else None
-        diota = (at_root[0] - at_root[1]).sum(0) if need[3] else None
-        if diota is not None and self.gamma is not None:
-            diota = diota * self.gamma
-        pairs = []
-        for dim, (part, root, q) in enumerate(zip(self.parts, self.roots, at_root, strict=True)):
-            f, e = (part * total).sum(dim, keepdim=True), (part * root * q).sum(dim, keepdim=True)
-            pairs.append((f.neg_(), e.mul_(-0.5)))
-        return dgamma, diota, None, *pairs, None, None
+    def through_statistics(self) -> Pair:
+        """Return slope and offset of what reaches x through the statistics."""
+        return _slope_and_offset(self.through, self.weights, self.how.layout)
 
 
-def _mix(weights: list[float], terms: Sequence[Tensor]) -> Tensor:
-    """Return the weighted sum of terms, the few numbers of rows and columns first."""
-    (weight, term), *rest = sorted(zip(weights, terms, strict=True), key=lambda pair: pair[1].numel())
-    total = term * weight
+class _OfOutputs:
+    """Normalized outputs of the batch and of each sample are mixed, by iota (C,); as :class:`_OfStatistics`."""
+
+    mixed: tuple[Tensor, ...] = ()
+    weights: Sequence[Sequence[float]] = ((1.0, 1.0), (1.0, 1.0))
+
+    def __init__(self, how: Mixture, weight: Tensor | None, iota: Tensor, terms: Sequence[Pair]) -> None:
+        self.how, self.gamma, self.iotas, self.means = how, weight, (iota, 1 - iota), [mean for mean, _ in terms]
+        self.roots = [(var + how.eps).rsqrt_() for _, var in terms]
+        factors = self.iotas if weight is None else tuple(part * weight for part in self.iotas)
+        self.parts = [root * factor for root, factor in zip(self.roots, factors, strict=True)]
+        self.scale = self.parts[0] + self.parts[1]
+
+    def offset(self, bias: Tensor | None) -> Tensor:
+        """Return y at x = 0, given beta, (C,)."""
+        return _minus(_minus(bias, self.parts[0], self.means[0]), self.parts[1], self.means[1])
+
+    def of_parameters(self, total: Tensor, dot: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of gamma and of iota, given the sums of dy and of dy * x."""
+        of_batch = total.sum(0, keepdim=True), dot.sum(0, keepdim=True)
+        self.through, of_channels = [], []
+        sums = of_batch, (total, dot)
+        for axis, (t, d), mean, root, part in zip((0, 1), sums, self.means, self.roots, self.parts, strict=True):
+            q = torch.addcmul(d, mean, t, value=-1).mul_(root)
+            f, e = part * t, part * q
+            if axis:
+                f, e = f.sum(1, keepdim=True), e.sum(1, keepdim=True)
+            self.through.append((mean, f, e.mul_(root)))
+            of_channels.append(q.sum(0))
+        dgamma = torch.addcmul(of_channels[0] * self.iotas[0], of_channels[1], self.iotas[1])
+        diota = of_channels[0].sub_(of_channels[1])
+        return dgamma, diota if self.gamma is None else diota * self.gamma, None
+
+    def through_statistics(self) -> Pair:
+        """Return slope and offset of what reaches x through the statistics."""
+        return _slope_and_offset(self.through, self.weights, self.how.layout)
+
+
+def _equations(
+    how: Mixture,
+    weight: Tensor | None,
+    w: Tensor | None,
+    v: Tensor | None,
+    own: tuple[Tensor, Tensor | None],
+    batch: Pair | None,
+    layer: Pair | None,
+    weights: Sequence[Sequence[float]] = (),
+    mixed: tuple[Tensor, ...] = (),
+) -> _OfStatistics | _OfOutputs:
+    known: dict[str, Any] = {"in": own, "bn": batch, "ln": layer}
+    terms = [known[k] for k in how.statistics]
+    if how.outputs:
+        assert w is not None
+        return _OfOutputs(how, weight, w, terms)
+    return _OfStatistics(how, weight, (w, v), terms, weights, mixed)
+
+
+def _slope_and_offset(
+    through: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Sequence[Sequence[float]], layout: Layout
+) -> Pair:
+    """Return what reaches x through statistics, slope * x + offset.
+
+    Args:
+        through: the mean of each statistic, the gradient of the mixed mean, negated, and that of the mixed variance,
+            times -2, each summed to the shape of the mean.
+        weights: of the means and of the variances in the mixture.
+        layout: of x.
+    """
+    slope = offset = None
+    # The few numbers of rows and columns first.
+    for (mean, f, e), w, v in sorted(zip(through, *weights, strict=True), key=lambda one: one[0][0].numel()):
+        # Elements of x behind the statistic.
+        count = layout.n * layout.c // mean.numel() * layout.size
+        slope = e * (-v / count) if slope is None else torch.add(slope, e, alpha=-v / count)
+        offset = f * (-w / count) if offset is None else torch.add(offset, f, alpha=-w / count)
+        offset.addcmul_(e, mean, value=v / count)
+    assert slope is not None
+    assert offset is not None
+    return slope, offset
+
+
+def _minus(t: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return t - a * b."""
+    return (a * b).neg_() if t is None else torch.addcmul(t, a, b, value=-1)
+
+
+def _mix(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
+    """Return the mean of terms by weights of sum 1, the few numbers of rows and columns first."""
+    (so_far, mixed), *rest = sorted(zip(weights, terms, strict=True), key=lambda pair: pair[1].numel())
     for weight, term in rest:
-        total = torch.add(total, term, alpha=weight)
-    return total
+        so_far += weight
+        mixed = torch.lerp(mixed, term, weight / so_far if so_far else 0.0)
+    return mixed
 
 
 def _softmax(logits: Tensor, entries: tuple[int, ...]) -> list[float]:
@@ -257,26 +353,8 @@ def _softmax(logits: Tensor, entries: tuple[int, ...]) -> list[float]:
     return [p / total for p in powers]
 
 
-def _of_softmaxes(equations: _Equations, sums: dict[str, Pair]) -> list[Tensor]:
-    """Return the gradients of both logits, given those of the statistics; 0 for entries that take no part."""
-    names, entries = equations.how.statistics, equations.how.entries
-    # One value is read back for all.
-    products = [sums[k][i] * equations.terms[k][i] for i in (0, 1) for k in names]
-    of_weights = torch.stack([product.sum() for product in products]).tolist()
-    found = []
-    for i, (logits, weights) in enumerate(zip(equations.params, equations.weights, strict=True)):
-        assert logits is not None
-        values = of_weights[i * len(names) : (i + 1) * len(names)]
-        inner = sum([w * g for w, g in zip(weights, values, strict=True)])
-        whole = [0.0] * len(logits)
-        for at, w, g in zip(entries, weights, values, strict=True):
-            whole[at] = w * (g - inner)
-        found.append(torch.tensor(whole, dtype=logits.dtype))
-    return found
-
-
 def _plainly(
-    how: Mixture, x: Tensor, weight: Tensor | None, bias: Tensor | None, w: Tensor, v: Tensor | None
+    how: Mixture, x: Tensor, weight: Tensor | None, bias: Tensor | None, w: Tensor | None, v: Tensor | None
 ) -> Tensor:
     """Return y in plain differentiable PyTorch."""
     layout = how.layout
@@ -284,15 +362,15 @@ def _plainly(
     known = {"in": m, "bn": m.over_batch(), "ln": m.over_channels()}
     gamma = m.mean.new_ones(1, 1) if weight is None else weight.to(m.mean.dtype)
     if how.outputs:
+        assert w is not None
         iota = w.to(gamma.dtype)
         of_parts = (("bn", iota), ("ln", 1 - iota))
         parts = [gamma * part * (known[name].var + how.eps).rsqrt() for name, part in of_parts]
         shift = parts[0] * (m.mean - known["bn"].mean) + parts[1] * (m.mean - known["ln"].mean)
         affine = Affine(m.mean, parts[0] + parts[1], shift if bias is None else shift + bias)
     else:
-        assert v is not None
-        entries = list(how.entries)
-        of_mean, of_var = (torch.softmax(t.to(m.mean.dtype)[entries], 0) for t in (w, v))
+        one, entries = m.mean.new_ones(1), list(how.entries)
+        of_mean, of_var = (one if t is None else torch.softmax(t.to(one.dtype)[entries], 0) for t in (w, v))
         mean = mixture(of_mean, [known[k].mean for k in how.statistics])
         var = mixture(of_var, [known[k].var for k in how.statistics])
         affine = Affine(mean, gamma * (var + how.eps).rsqrt(), bias)

@@ -87,26 +87,26 @@ def statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
 def standardize(
     x: Tensor,
     layout: Layout,
-    statistics: tuple[Tensor, Tensor],
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    constants: tuple[Tensor, Tensor, Tensor, Tensor],
     scale_of: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    r"""Return :math:`w\, s(\sigma^2) (x - \mu) + b`, for a function s of the variance that is V^(-1/2) in value.
+    r"""Return :math:`\gamma (r\, s(\sigma^2) (x - \mu) + d) + \beta`, for a function s of the variance.
 
-    With V = -s / 2 s' the gradient is that of batch normalization by the variance V as well: for the scale
-    :math:`(v + \epsilon)^{-1/2}`, say, V is the variance and eps.
+    With r s = e V^(-1/2) in value, and V = -s / 2 s', the gradient is that of batch normalization by the variance V as
+    well: for the scale :math:`(v + \epsilon)^{-1/2}`, say, V is the variance and eps.
 
     Args:
         x: the input; :func:`takes` it.
         layout: of x.
-        statistics: mean, and V, (C,), in float64, so that what is multiplied with x is rounded once.
-        weight: w, likewise.
-        bias: b, likewise.
-        scale_of: s, for what is differentiated once more.
+        weight: gamma, (C,).
+        bias: beta, (C,).
+        constants: the mean of x, V, e and d, (C,), in float64, so that what is multiplied with x is rounded once.
+        scale_of: r s, for what is differentiated once more.
     """
     rows = _rows(x, layout)
-    y: Tensor = _Standardize.apply(rows, weight, bias, *statistics, scale_of)
+    y: Tensor = _Standardize.apply(rows, weight, bias, constants, scale_of)
     return y if rows is x else y.view(layout.shape)
 
 
@@ -115,37 +115,49 @@ class _Standardize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, spread: Tensor, scale_of: Any
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: tuple[Tensor, ...], scale_of: Any
     ) -> Tensor:
         ctx.scale_of = scale_of
-        ctx.save_for_backward(x, weight, bias, mean, spread)
-        scale = weight * spread.rsqrt()
-        fields = cast(scale, x.dtype), cast(torch.addcmul(bias, scale, mean, value=-1), x.dtype)
+        ctx.save_for_backward(x, weight, bias, *constants)
+        mean, spread, factor, shift = constants
+        factor, shift = _weighted(weight, bias, factor, shift)
+        scale = spread.rsqrt().mul_(factor)
+        fields = cast(scale, x.dtype), cast(torch.addcmul(shift, scale, mean, value=-1), x.dtype)
         zeros, ones = torch.zeros_like(fields[0]), torch.ones_like(fields[0])
         return torch.batch_norm(x, *fields, zeros, ones, False, 0.0, 0.0, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, weight, bias, mean, spread = ctx.saved_tensors
-        need = ctx.needs_input_grad[:3]
+        (dy,), need = grads, ctx.needs_input_grad[:3]
+        x, weight, bias, mean, spread, factor, shift = ctx.saved_tensors
         if eager.is_recording(dy):
-            plainly = functools.partial(_plainly, scale_of=ctx.scale_of)
-            return (*eager.recorded_gradients(plainly, (x, weight, bias), dy, need), None, None, None)
-        weight, mean, scale = (cast(t, x.dtype) for t in (weight, mean, spread.rsqrt()))
-        dx, *of_fields = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, None, None, mean, scale, True, 0.0, list(need)
+            plainly = functools.partial(_plainly, shift=shift, scale_of=ctx.scale_of)
+            return (*eager.recorded_gradients(plainly, (x, weight, bias), dy, need), None, None)
+        weighted = factor if weight is None else factor * weight
+        weighted, mean, scale = (cast(t, x.dtype) for t in (weighted, mean, spread.rsqrt()))
+        dx, dfactor, dshift = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weighted, None, None, mean, scale, True, 0.0, [need[0], need[1], need[1] or need[2]]
         )
-        return dx, *(None if t is None else t.to(bias.dtype) for t in of_fields), None, None, None
+        dweight = cast(torch.addcmul(shift * dshift, factor, dfactor), x.dtype) if need[1] else None
+        return dx, dweight, dshift if need[2] else None, None, None
 
 
-def _plainly(x: Tensor, weight: Tensor, bias: Tensor, scale_of: Callable[[Tensor], Tensor]) -> Tensor:
+def _weighted(weight: Tensor | None, bias: Tensor | None, factor: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gamma times the factor, and gamma times the shift and beta."""
+    if weight is not None:
+        factor, shift = factor * weight, shift * weight
+    return factor, shift if bias is None else shift + bias
+
+
+def _plainly(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, shift: Tensor, scale_of: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Return y in plain differentiable PyTorch."""
     axes = [d for d in range(x.dim()) if d != 1]
     mean = x.mean(axes, keepdim=True)
-    scale = scale_of((x - mean).square().mean(axes)) * weight
-    scale, bias = (t.view(1, -1, *(1,) * (x.dim() - 2)) for t in (scale, bias))
-    return scale.to(x.dtype) * (x - mean) + bias.to(x.dtype)
+    scale, shift = _weighted(weight, bias, scale_of((x - mean).square().mean(axes)), shift)
+    scale, shift = (t.view(1, -1, *(1,) * (x.dim() - 2)) for t in (scale, shift))
+    return scale.to(x.dtype) * (x - mean) + shift.to(x.dtype)
 
 
 def group_norm(
@@ -153,7 +165,50 @@ def group_norm(
 ) -> Tensor | None:
     """Return x, (N, C, *), normalized by the statistics of each sample's groups; ``None`` if digits would be lost."""
     y, mean, scale = torch.native_group_norm(x, weight, bias, layout.n, layout.c, layout.size, groups, eps)
-    return y if _is_exact(mean, scale) else None
+    # Autograd would keep what is computed of them, for they have gradients.
+    return y if _is_exact(mean.detach(), scale.detach()) else None
+
+
+def wide_group_norm(
+    x: Tensor, layout: Layout, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Return the same in float64, for few elements; what is kept is x."""
+    y: Tensor = _WideGroupNorm.apply(x, weight, bias, (layout.n, layout.c, layout.size, groups), eps)
+    return y
+
+
+class _WideGroupNorm(torch.autograd.Function):
+    """Group normalization in float64, whose statistics are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, int, int, int], eps: float
+    ) -> Tensor:
+        ctx.sizes, ctx.eps = sizes, eps
+        ctx.save_for_backward(x, weight, bias)
+        wide, gamma, beta = _doubles(x, weight, bias)
+        return cast(torch.native_group_norm(wide, gamma, beta, *sizes, eps)[0], x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), need, sizes = grads, ctx.needs_input_grad[:3], ctx.sizes
+        x, weight, bias = ctx.saved_tensors
+        if eager.is_recording(dy):
+
+            def plainly(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                wide, gamma, beta = _doubles(x, weight, bias)
+                return torch.nn.functional.group_norm(wide, sizes[-1], gamma, beta, ctx.eps).to(x.dtype)
+
+            return (*eager.recorded_gradients(plainly, (x, weight, bias), dy, need), None, None)
+        dy, x, weight = _doubles(dy.contiguous(), x, weight)
+        n, c, size, groups = sizes
+        _, mean, scale = torch.native_group_norm(x, None, None, n, c, size, groups, ctx.eps)
+        found = torch.ops.aten.native_group_norm_backward(dy, x, mean, scale, weight, n, c, size, groups, list(need))
+        return *(cast(t, grads[0].dtype) if n else None for t, n in zip(found, need, strict=True)), None, None
+
+
+def _doubles(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.double() for t in tensors]
 
 
 def _rows(x: Tensor, layout: Layout) -> Tensor:

@@ -13,23 +13,34 @@ LAYERS = {
     "bn of all batches": {"momentum": None},
     "bn without affine": {"affine": False},
     "gn": {"num_groups": 2},
+    "gn of few": {"num_groups": 4, "affine": False},
     "in": {},
+    "in without affine": {"affine": False},
     "ln": {},
     "sn": {},
+    "sn without affine": {"affine": False},
     "sn of two": {"choices": ("bn", "ln")},
     "sn of one": {"choices": ("bn",)},
     "sn with clipped gradients": {"clip_grad": 0.1},
     "bcn": {},
+    "bcn without affine": {"affine": False},
     "bcn by a sigmoid": {"constraint": "sigmoid"},
     "brn": {},
     "dbn": {},
+    "dbn without affine": {"affine": False},
     "dbn with a gradient through the blend": {"stat_grad": "batch"},
     "bnet": {},
+    "rbn": {},
+    "rbn as published": {"gate_init": "paper", "rectify": ("scale",)},
+    "rbn without affine": {"affine": False, "rectify": ("center",)},
+    "ubn": {},
+    "ubn with a threshold": {"threshold": 0.5},
+    "ubn whose batches are condensed": {"threshold": -1.0, "min_updates": 0},
     "ibn": {},
     "frn": {},
     "frn with a learned eps": {"learn_eps": True},
 }
-NEED_POSITIONS = ("in", "ibn", "frn", "frn with a learned eps")
+NEED_POSITIONS = ("in", "in without affine", "ibn", "frn", "frn with a learned eps")
 INPUTS = {
     "images": ((4, 8, 5, 5), 1),
     "channels-last": ((4, 8, 5, 5), 1),
@@ -145,7 +156,7 @@ def test_what_is_not_finite_moves_nothing(name, bad):
     assert [name for name, b in layer.named_buffers() if not torch.equal(b, before[name])] == ["skipped_updates"]
 
 
-@pytest.mark.parametrize("name", ["bn", "sn", "bcn", "dbn", "brn"])
+@pytest.mark.parametrize("name", ["bn", "sn", "bcn", "dbn", "brn", "rbn", "ubn", "gn"])
 def test_flat_inputs_keep_x_and_few_numbers(name):
     x = torch.randn(128, 64, requires_grad=True)
     assert saved_for_backward(create(name, 64), x) <= 1.2
