@@ -196,16 +196,29 @@ def combine_flat(
     maps: Maps, affine: Affine, dx_affine: DxAffine, rows, size, units, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """``store_gradients`` for x in rows. Grid and coefficients as ``apply_flat``; those that nobody needs vanish."""
+    """``store_gradients`` for x in rows. Grid and coefficients as ``apply_flat``.
+
+    Written out, for here each coefficient takes registers from where it is read: as late as may be.
+    """
     rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
     origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
-    k, a = of_row(affine.pivot, row, rows, which, keep, WIDE), of_row(affine.scale, row, rows, which, keep, WIDE)
-    b, slope = (
-        of_row(affine.offset, row, rows, which, keep, WIDE),
-        of_row(dx_affine.slope, row, rows, which, keep, WIDE),
-    )
-    constant = of_row(dx_affine.constant, row, rows, which, keep, WIDE)
-    store_gradients(maps, origin, lane, keep, k, a, b, constant, slope, ACT, RESIDUAL, PLAIN)
+    dy, x, residual, dx, dresidual = maps
+    g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
+    a = of_row(affine.scale, row, rows, which, keep, WIDE)
+    u = g
+    if ACT != 0 or not PLAIN:
+        u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32)
+        u -= of_row(affine.pivot, row, rows, which, keep, WIDE)
+    if ACT != 0:
+        z = tl.fma(a, u, of_row(affine.offset, row, rows, which, keep, WIDE))
+        g = before_activation(g, z, residual, origin + lane, keep, ACT, RESIDUAL)
+    if RESIDUAL:
+        tl.store(dresidual + origin + lane, g.to(dresidual.dtype.element_ty), mask=keep)
+    d = a * g
+    if not PLAIN:
+        slope = of_row(dx_affine.slope, row, rows, which, keep, WIDE)
+        d = tl.fma(a, g, tl.fma(slope, u, of_row(dx_affine.constant, row, rows, which, keep, WIDE)))
+    tl.store(dx + origin + lane, d.to(dx.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["size", "units", "blocks"])

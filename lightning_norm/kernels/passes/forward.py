@@ -323,9 +323,10 @@ def apply_flat(
     rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
     origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
     # The pivot is subtracted first, exactly where x is near it; then one rounding in the multiply-add.
-    k = of_row(affine.pivot, row, rows, which, keep, WIDE)
+    u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32)
+    u -= of_row(affine.pivot, row, rows, which, keep, WIDE)
     a, b = of_row(affine.scale, row, rows, which, keep, WIDE), of_row(affine.offset, row, rows, which, keep, WIDE)
-    z = tl.fma(a, tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - k, b)
+    z = tl.fma(a, u, b)
     store_result(z, residual + origin, y + origin, lane, keep, ACT, RESIDUAL)
 
 
