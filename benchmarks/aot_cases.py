@@ -118,6 +118,10 @@ def _mixture() -> Iterator[Variant]:
         yield Variant(kernel, "ranks", "fp32", {"BLOCK": 256}, 4)
 
 
+def _channels(**flags: Any) -> CompiledChannels:
+    return CompiledChannels(**{**dict.fromkeys(CompiledChannels._fields, False), **flags})
+
+
 def _per_channel() -> Iterator[Variant]:
     one, four, many = (
         per_channel_flags.Tile(32, 1, 16),
@@ -142,7 +146,7 @@ def _per_channel() -> Iterator[Variant]:
         ("cn gate of 16", {**grouped, "gate": True, "prior": True}, many),
         ("cn evaluation", {"contexts": True, "frozen": True, "pooled": True}, four),
     ):
-        flags = CompiledChannels(**on, weight=True, bias=True, known=True)
+        flags = _channels(**on, weight=True, bias=True, known=True)
         half = tile if tile is one else tile._replace(c=tile.c // 2)
         blocks = {"K_BLOCK": tile.k, "BLOCK": 1024 // tile.k}
         whole, halved = {"FLAGS": flags, "TILE": tile}, {"FLAGS": flags, "TILE": half}
@@ -222,9 +226,9 @@ def _owner() -> Iterator[Variant]:
                 (mixture, "bn", bn, 0, 1),
                 (mixture, "in", MixtureFlags.of(("in",)).compiled(weight=True, bias=True), 0, 1),
                 (mixture, "bn add relu", bn, 1, 1),
-                (channels, "ubn", CompiledChannels(**given, **rectified), 0, 1),
-                (channels, "dbn", CompiledChannels(**given, **blended), 0, 1),
-                (channels, "cn of 16", CompiledChannels(**given, contexts=True, **moved), 0, 16),
+                (channels, "ubn", _channels(**given, **rectified), 0, 1),
+                (channels, "dbn", _channels(**given, **blended), 0, 1),
+                (channels, "cn of 16", _channels(**given, contexts=True, **moved), 0, 16),
             ):
                 constants = {"FLAGS": flags, "ACT": act, "RESIDUAL": act > 0, "TILE": owner.tile(contexts)}
                 for kernel, more in zip(kernels, ({}, {"NEED": True}), strict=True):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from lightning_norm.kernels.arguments import Affine, DxAffine, Sums
-from lightning_norm.kernels.depthwise.forward import neighbour, shape_of, tap, tile_lanes, tile_start
+from lightning_norm.kernels.depthwise.forward import neighbour, shape_of, tap, tile_lanes, tile_start, zeros
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def depthwise_sums(
     pair = tl.cast(p, tl.int64) * shape.samples * channels
     c_out = channel + tl.arange(0, FLAGS.block if LAST else 1)[None, :]
     out = taps + tl.cast(chunk * tl.num_programs(1) + p, tl.int64) * (TAPS + 1) * channels + c_out
-    zero = tl.zeros((FLAGS.rows, FLAGS.block), tl.float32)
+    zero = zeros(FLAGS.rows, FLAGS.block)
     # dy and x are read again for each group of taps, from the cache then: a piece is chosen small enough.
     for group in range(0, TAPS // GROUP):
         # One accumulator per tap, by name: device code has no arrays of tiles.
@@ -149,13 +149,14 @@ def depthwise_combine(
 
     Grid, tiles and coefficients as ``depthwise_apply``.
     """
+    GROUP: tl.constexpr = FLAGS.group
     shape = shape_of(samples, units, size, height, width)
     sample, channel, first = tile_start(shape.units, blocks, FLAGS)
     at = tile_lanes(sample, channel, first, shape.size, shape, FLAGS)
-    g = tl.zeros((FLAGS.rows, FLAGS.block), tl.float32)
+    g = zeros(FLAGS.rows, FLAGS.block)
     # The transposed convolution of dy: the same taps, from the other side.
-    for group in range(0, FLAGS.kh * FLAGS.kw // FLAGS.group):
-        for s in tl.static_range(FLAGS.group):
+    for group in range(0, FLAGS.kh * FLAGS.kw // GROUP):
+        for s in tl.static_range(GROUP):
             ok, away = neighbour(at, group, s, -1, shape, FLAGS)
             w = tap(kernel, at, group, s, FLAGS)
             g += w * tl.load(dy + at.origin + at.lane + away * at.step, mask=at.keep & ok, other=0.0).to(tl.float32)

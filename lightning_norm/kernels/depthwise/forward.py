@@ -27,6 +27,12 @@ def shape_of(samples, units, size, height, width):
 
 
 @triton.jit
+def zeros(rows: tl.constexpr, block: tl.constexpr):
+    """Return a tile of zeros; a kernel's own constants cannot be fields where Triton 3.6 wants a shape."""
+    return tl.zeros((rows, block), tl.float32)
+
+
+@triton.jit
 def tile_lanes(sample, channel, first, end, shape, FLAGS: tl.constexpr):
     """Return ``Lanes``: positions by channels of one sample, or samples by positions of one channel."""
     size, channels = shape.size, shape.units * FLAGS.align if FLAGS.last else shape.units
@@ -89,17 +95,18 @@ def depthwise_apply(
 
     kernel is (C, taps), bias (C,), pivot, scale and offset (N, C). A program takes one tile, see ``Stencil.grid``.
     """
+    GROUP: tl.constexpr = FLAGS.group
     shape = shape_of(samples, units, size, height, width)
     sample, channel, first = tile_start(shape.units, blocks, FLAGS)
     at = tile_lanes(sample, channel, first, shape.size, shape, FLAGS)
     p_x, p_y = x + at.origin + at.lane, y + at.origin + at.lane
     k = tl.load(affine.pivot + at.at, mask=at.mask, other=0.0)
     # Summed in float32, whatever x is: k * k numbers of half precision would lose digits.
-    v = tl.zeros((FLAGS.rows, FLAGS.block), tl.float32)
+    v = zeros(FLAGS.rows, FLAGS.block)
     omega = v
     # Scale and offset stay outside the sum over taps: two multiplications per element, however many taps.
-    for group in range(0, FLAGS.kh * FLAGS.kw // FLAGS.group):
-        for s in tl.static_range(FLAGS.group):
+    for group in range(0, FLAGS.kh * FLAGS.kw // GROUP):
+        for s in tl.static_range(GROUP):
             # Outside the map x^ is zero, not u: the mask also keeps omega exact.
             ok, away = neighbour(at, group, s, 1, shape, FLAGS)
             w = tap(kernel, at, group, s, FLAGS)

@@ -45,10 +45,13 @@ def vjp_affine(
 
     The gates' gradients are in parts, (4, programs). A program takes a block of channels, all rows.
     """
+    N: tl.constexpr = TILE.n
+    R: tl.constexpr = TILE.r
+    C: tl.constexpr = TILE.c
     layout = Layout(pieces, sample_stride, stride, 1, 1, 1)
     samples, rows, channels, _, _ = shape_of(samples, channels, 0, 0, FLAGS.batch)
     pid, number, outputs = tl.program_id(0), rows * channels, given.outputs
-    c = pid * TILE.c + tl.arange(0, TILE.c)
+    c = pid * C + tl.arange(0, C)
     inside = c < channels
     w = per_channel(weight, c, inside, 1.0, FLAGS.weight)[None, :]
     l_mu, l_sigma = gate_of(gates.mu, 0.0, True), gate_of(gates.sigma, 0.0, True)
@@ -57,18 +60,18 @@ def vjp_affine(
     l_beta, l_gamma = gate_of(gates.beta, 1.0, FLAGS.gated), gate_of(gates.gamma, 1.0, FLAGS.gated)
     least = tl.sqrt_rn(tl.zeros((), tl.float32) + tl.cast(eps, tl.float32))
     # One accumulator per gradient that is summed over rows.
-    by = tl.zeros((TILE.r, TILE.c), tl.float32)
+    by = tl.zeros((R, C), tl.float32)
     by_w, by_b, by_mu, by_sigma, by_beta, by_gamma = by, by, by, by, by, by
     of_mu, of_sigma, of_beta, of_gamma = by, by, by, by
-    for begin in range(0, rows, TILE.r):
-        r = begin + tl.arange(0, TILE.r)
+    for begin in range(0, rows, R):
+        r = begin + tl.arange(0, R)
         keep = (r[:, None] < rows) & inside[None, :]
         at = r[:, None].to(tl.int64) * channels + c[None, :]
         # The one row of statistics gets the sums of all samples.
         if FLAGS.batch:
-            s0, s1 = tl.zeros((TILE.n, TILE.c), tl.float32), tl.zeros((TILE.n, TILE.c), tl.float32)
-            for start in range(0, samples, TILE.n):
-                n = (start + tl.arange(0, TILE.n))[:, None].to(tl.int64)
+            s0, s1 = tl.zeros((N, C), tl.float32), tl.zeros((N, C), tl.float32)
+            for start in range(0, samples, N):
+                n = (start + tl.arange(0, N))[:, None].to(tl.int64)
                 here, sample_mask = n * sample_stride + c[None, :], (n < samples) & inside[None, :]
                 total, dot = read_sums(sums, here, sample_mask, layout, FLAGS.merge)
                 s0 += total
@@ -282,6 +285,7 @@ def vjp_encode(
 
     Program 0 adds up the ``gate_parts`` parts of each gate's gradient, (4,).
     """
+    T: tl.constexpr = TILE.t
     shape, pid = shape_of(samples, channels, std_units, rescale_units, FLAGS.batch), tl.program_id(0)
     if pid < statistics_jobs:
         vjp_statistics(pid, sums, given, direct, encoders, out.dx_affine, shape, size, seed, eps, FLAGS, TILE)
@@ -290,8 +294,8 @@ def vjp_encode(
     # The parts were stored two launches before.
     if pid == 0:
         for q in tl.static_range(4):
-            part = tl.zeros((TILE.t,), tl.float32)
-            for begin in range(0, gate_parts, TILE.t):
-                i = begin + tl.arange(0, TILE.t)
+            part = tl.zeros((T,), tl.float32)
+            for begin in range(0, gate_parts, T):
+                i = begin + tl.arange(0, T)
                 part += tl.load(gates + q * gate_parts + i, mask=i < gate_parts, other=0.0)
             tl.store(out.gates + q, tl.sum(part, 0))

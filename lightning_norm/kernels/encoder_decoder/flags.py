@@ -22,7 +22,9 @@ class EncoderDecoderFlags:
 
 
 Compiled = namedtuple(
-    "Compiled", "batch frozen track merge drop gated weight bias spans", defaults=(False, 0, *(False,) * 5, 1)
+    "Compiled",
+    "batch frozen track merge drop gated weight bias spans",
+    defaults=(False, 0, False, False, False, False, False, 1),
 )
 """What a kernel is compiled for: :class:`EncoderDecoderFlags`, and of the call.
 

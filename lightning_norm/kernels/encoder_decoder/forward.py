@@ -128,6 +128,8 @@ def encode(
     The hidden units of E_s come first in H, then those of E_r. The grid is (blocks of rows, blocks of hidden units,
     spans).
     """
+    R: tl.constexpr = TILE.r
+    H: tl.constexpr = TILE.h
     layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
     samples, rows, channels, _, _ = shape_of(samples, channels, std_units, rescale_units, FLAGS.batch)
     r = tl.program_id(0) * TILE.r + tl.arange(0, TILE.r)
@@ -140,7 +142,7 @@ def encode(
     weight = encoders.std_weight
     if second:
         weight = encoders.rescale_weight
-    mean, std = tl.zeros((TILE.r, TILE.h), tl.float32), tl.zeros((TILE.r, TILE.h), tl.float32)
+    mean, std = tl.zeros((R, H), tl.float32), tl.zeros((R, H), tl.float32)
     number = rows * channels
     # Walk over the channels of the span.
     for begin in range(0, span, TILE.c):

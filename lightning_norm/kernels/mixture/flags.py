@@ -103,7 +103,7 @@ class MixtureFlags:
 CompiledMixture = namedtuple(
     "CompiledMixture",
     "needs_moments at_in at_ln at_bn num_weights softmax outputs frozen track merge weight bias ranks",
-    defaults=(False,) * 4,
+    defaults=(False, False, False, False),
 )
 """What a kernel is compiled for: some of :class:`MixtureFlags`, and of the call.
 

@@ -100,8 +100,8 @@ class PerChannelFlags:
     def compiled(self, **of_the_call: Any) -> CompiledChannels:
         """Return what a kernel is compiled for."""
         flags = {name: flag for name, flag in vars(self).items() if name in CompiledChannels._fields}
-        flags |= {"contexts": self.contexts > 0, "moves": self.moves_with_channels}
-        return CompiledChannels(**flags, **of_the_call)
+        flags |= {"contexts": self.contexts > 0, "moves": self.moves_with_channels, **of_the_call}
+        return CompiledChannels(**{**dict.fromkeys(CompiledChannels._fields, False), **flags})
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,6 @@ CompiledChannels = namedtuple(
     "CompiledChannels",
     "needs_moments frozen blend std copies_first averages powers detach condensed track contexts center scale affine "
     "prior pooled gate ranks moves merge weight bias known owner",
-    defaults=(False,) * 24,
 )
 """What a kernel is compiled for: some of :class:`PerChannelFlags`, and of the call.
 
