@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from lightning_norm.kernels.arguments import Affine, DxAffine, Sums
-from lightning_norm.kernels.depthwise.forward import neighbour, shape_of, tap, tile_lanes, tile_start, zeros
+from lightning_norm.kernels.depthwise.forward import neighbour, shape_of, tap, tile_lanes, tile_start
+from lightning_norm.kernels.passes.forward import zeros
 
 
 @triton.jit

@@ -18,18 +18,13 @@ import triton.language as tl
 
 from lightning_norm.kernels.arguments import Affine
 from lightning_norm.kernels.depthwise.flags import Lanes, Shape
+from lightning_norm.kernels.passes.forward import zeros
 
 
 @triton.jit
 def shape_of(samples, units, size, height, width):
     """Return a ``Shape`` of a kernel's integers; one that is 1 may be a constant, which has no dtype of its own."""
     return Shape(tl.cast(samples, tl.int32), tl.cast(units, tl.int32), tl.cast(size, tl.int32), height, width)
-
-
-@triton.jit
-def zeros(rows: tl.constexpr, block: tl.constexpr):
-    """Return a tile of zeros; a kernel's own constants cannot be fields where Triton 3.6 wants a shape."""
-    return tl.zeros((rows, block), tl.float32)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from lightning_norm.kernels.encoder_decoder.forward import (
 )
 from lightning_norm.kernels.mixture.forward import per_channel
 from lightning_norm.kernels.passes.backward import read_sums
+from lightning_norm.kernels.passes.forward import zeros
 
 
 @triton.jit
@@ -45,13 +46,10 @@ def vjp_affine(
 
     The gates' gradients are in parts, (4, programs). A program takes a block of channels, all rows.
     """
-    N: tl.constexpr = TILE.n
-    R: tl.constexpr = TILE.r
-    C: tl.constexpr = TILE.c
     layout = Layout(pieces, sample_stride, stride, 1, 1, 1)
     samples, rows, channels, _, _ = shape_of(samples, channels, 0, 0, FLAGS.batch)
     pid, number, outputs = tl.program_id(0), rows * channels, given.outputs
-    c = pid * C + tl.arange(0, C)
+    c = pid * TILE.c + tl.arange(0, TILE.c)
     inside = c < channels
     w = per_channel(weight, c, inside, 1.0, FLAGS.weight)[None, :]
     l_mu, l_sigma = gate_of(gates.mu, 0.0, True), gate_of(gates.sigma, 0.0, True)
@@ -60,18 +58,18 @@ def vjp_affine(
     l_beta, l_gamma = gate_of(gates.beta, 1.0, FLAGS.gated), gate_of(gates.gamma, 1.0, FLAGS.gated)
     least = tl.sqrt_rn(tl.zeros((), tl.float32) + tl.cast(eps, tl.float32))
     # One accumulator per gradient that is summed over rows.
-    by = tl.zeros((R, C), tl.float32)
+    by = zeros(TILE.r, TILE.c)
     by_w, by_b, by_mu, by_sigma, by_beta, by_gamma = by, by, by, by, by, by
     of_mu, of_sigma, of_beta, of_gamma = by, by, by, by
-    for begin in range(0, rows, R):
-        r = begin + tl.arange(0, R)
+    for begin in range(0, rows, TILE.r):
+        r = begin + tl.arange(0, TILE.r)
         keep = (r[:, None] < rows) & inside[None, :]
         at = r[:, None].to(tl.int64) * channels + c[None, :]
         # The one row of statistics gets the sums of all samples.
         if FLAGS.batch:
-            s0, s1 = tl.zeros((N, C), tl.float32), tl.zeros((N, C), tl.float32)
-            for start in range(0, samples, N):
-                n = (start + tl.arange(0, N))[:, None].to(tl.int64)
+            s0, s1 = zeros(TILE.n, TILE.c), zeros(TILE.n, TILE.c)
+            for start in range(0, samples, TILE.n):
+                n = (start + tl.arange(0, TILE.n))[:, None].to(tl.int64)
                 here, sample_mask = n * sample_stride + c[None, :], (n < samples) & inside[None, :]
                 total, dot = read_sums(sums, here, sample_mask, layout, FLAGS.merge)
                 s0 += total
@@ -200,7 +198,7 @@ def hidden_gradient(sums, hidden, r, h, q, before, units, shape, SPANS: tl.const
 @triton.jit
 def through_encoder(sums, hidden, weight, r, c, before, units, shape, SPANS: tl.constexpr, TILE: tl.constexpr):
     """Return what an encoder sends to the gradients of the mean and of the standard deviation, (R, C) each."""
-    dmean, dstd = tl.zeros((TILE.r, TILE.c), tl.float32), tl.zeros((TILE.r, TILE.c), tl.float32)
+    dmean, dstd = zeros(TILE.r, TILE.c), zeros(TILE.r, TILE.c)
     for begin in range(0, units, TILE.h):
         h = begin + tl.arange(0, TILE.h)
         w = tl.trans(linear_at(weight, h, c, shape.channels, units, shape.channels))
@@ -258,7 +256,7 @@ def vjp_encoder(job, sums, given, encoders, out, shape, seed, eps, FLAGS: tl.con
         dweight, dbias = out.rescale_weight, out.rescale_bias
     h = (j - tl.where(second, of_std, 0)) * TILE.h + tl.arange(0, TILE.h)
     c = job % blocks * TILE.c + tl.arange(0, TILE.c)
-    dw, db = tl.zeros((TILE.h, TILE.c), tl.float32), tl.zeros((TILE.r, TILE.h), tl.float32)
+    dw, db = zeros(TILE.h, TILE.c), zeros(TILE.r, TILE.h)
     # dW = z^T input, over all rows: mean and deviation are two inputs of one layer.
     for begin in range(0, rows, TILE.r):
         r = begin + tl.arange(0, TILE.r)

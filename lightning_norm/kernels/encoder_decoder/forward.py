@@ -21,7 +21,7 @@ from lightning_norm.kernels.arguments import Moments
 from lightning_norm.kernels.encoder_decoder.flags import Decoders, EncoderDecoderStatistics, Encoders, Gates, Shape
 from lightning_norm.kernels.mixture.flags import Running
 from lightning_norm.kernels.mixture.forward import per_channel, pool_columns, track
-from lightning_norm.kernels.passes.forward import layout_of, read_moments
+from lightning_norm.kernels.passes.forward import layout_of, read_moments, zeros
 
 
 @triton.jit
@@ -128,8 +128,6 @@ def encode(
     The hidden units of E_s come first in H, then those of E_r. The grid is (blocks of rows, blocks of hidden units,
     spans).
     """
-    R: tl.constexpr = TILE.r
-    H: tl.constexpr = TILE.h
     layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
     samples, rows, channels, _, _ = shape_of(samples, channels, std_units, rescale_units, FLAGS.batch)
     r = tl.program_id(0) * TILE.r + tl.arange(0, TILE.r)
@@ -142,7 +140,7 @@ def encode(
     weight = encoders.std_weight
     if second:
         weight = encoders.rescale_weight
-    mean, std = tl.zeros((R, H), tl.float32), tl.zeros((R, H), tl.float32)
+    mean, std = zeros(TILE.r, TILE.h), zeros(TILE.r, TILE.h)
     number = rows * channels
     # Walk over the channels of the span.
     for begin in range(0, span, TILE.c):
@@ -202,7 +200,7 @@ def decoder_output(
     """Return a decoder's linear layer, (R, C); the hidden units before it are stored where ``stores_hidden``."""
     rows, channels, total = shape.rows, shape.channels, shape.std_units + shape.rescale_units
     # Block by block, for a layer may have more hidden units than a tile holds.
-    y = tl.zeros((TILE.r, TILE.c), tl.float32)
+    y = zeros(TILE.r, TILE.c)
     for begin in range(0, units, TILE.h):
         h = begin + tl.arange(0, TILE.h)
         keep = (r[:, None] < rows) & (h[None, :] < units)

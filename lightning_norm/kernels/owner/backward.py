@@ -9,6 +9,7 @@ from lightning_norm.kernels.mixture.backward import vjp_columns, vjp_mix_at
 from lightning_norm.kernels.owner.flags import Shape
 from lightning_norm.kernels.owner.forward import maps_at, places_at
 from lightning_norm.kernels.passes.backward import products, store_gradients
+from lightning_norm.kernels.passes.forward import zeros
 from lightning_norm.kernels.per_channel import flags as channelwise
 from lightning_norm.kernels.per_channel.backward import channels_vjp
 
@@ -25,7 +26,7 @@ def add_up(maps, affine, out, shape, ACT: tl.constexpr, RESIDUAL: tl.constexpr, 
         a, b = k, k
         if ACT != 0:
             # Of the shape of a tile, which a multiply-add wants of all three.
-            wide = tl.zeros((1, 1, TILE.s), tl.float32)
+            wide = zeros(1, TILE.s)[None, :, :]
             a = tl.load(affine + number + i, mask=inside, other=0.0)[:, :, None] + wide
             b = tl.load(affine + 2 * number + i, mask=inside, other=0.0)[:, :, None] + wide
         g, gu = products(maps.dy, maps.x, maps.residual, lane, loaded, keep, k, a, b, ACT, RESIDUAL)

@@ -84,11 +84,13 @@ def places_at(n, c, shape, TILE: tl.constexpr):
 @triton.jit
 def measure(x, out, shape, TILE: tl.constexpr):
     """Write the moments (N, C) of the program's channels; return how many of its maps have a NaN or an infinity."""
-    c = tl.program_id(0) * TILE.c + tl.arange(0, TILE.c)
-    bad = tl.zeros((TILE.n_read, TILE.c), tl.int32)
+    N: tl.constexpr = TILE.n_read
+    C: tl.constexpr = TILE.c
+    c = tl.program_id(0) * C + tl.arange(0, C)
+    bad = tl.zeros((N, C), tl.int32)
     count = tl.cast(shape.size, tl.float32)
-    for begin in range(0, shape.samples, TILE.n_read):
-        n = begin + tl.arange(0, TILE.n_read)
+    for begin in range(0, shape.samples, N):
+        n = begin + tl.arange(0, N)
         lane, loaded, keep, i, inside = maps_at(n, c, shape, TILE)
         v = tl.load(x + lane, mask=loaded, other=0.0).to(tl.float32)
         # The whole map is here: the exact formula, around its own mean.

@@ -19,6 +19,12 @@ from lightning_norm.kernels.arguments import Affine, Layout, Moments
 
 
 @triton.jit
+def zeros(rows: tl.constexpr, block: tl.constexpr):
+    """Return a tile of zeros; fields of a constant are no shape for Triton 3.6, where they are arguments."""
+    return tl.zeros((rows, block), tl.float32)
+
+
+@triton.jit
 def row_span(row, size, piece, p, units, ALIGN: tl.constexpr, ROWS: tl.constexpr):
     """Return where a program's rows lie.
 
