@@ -13,7 +13,7 @@ from lightning_norm.kernels.encoder_decoder import flags as tuples
 from lightning_norm.kernels.encoder_decoder.backward import vjp_affine, vjp_decode, vjp_encode
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
 from lightning_norm.kernels.encoder_decoder.forward import decode, encode
-from lightning_norm.kernels.grid import BUSY, Grid, cdiv, dense, grid_of, power
+from lightning_norm.kernels.grid import BUSY, REGISTERS, Grid, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.mixture.flags import Running
 from lightning_norm.kernels.passes.launch import device_of, input_gradients, moment_parts, sum_parts
@@ -185,7 +185,7 @@ def gradients(
             FLAGS=tuples.Compiled(
                 flags.batch, merge=grid.parts > 1, gated=gates[2] is not None, weight=weight is not None
             ),
-            TILE=tuples.Tile(a.r, 1, a.c, n_block, 1), num_warps=4,
+            TILE=tuples.Tile(a.r, 1, a.c, n_block, 1), num_warps=4, maxnreg=REGISTERS["vjp_affine"],
         )  # fmt: skip
         launch(vjp_decode, jobs, 4)(
             doutputs, stats.hidden, *(linears[i] for i in (2, 4, 8, 10)), *(back[i] for i in (2, 4, 8, 10)), sums,
