@@ -181,7 +181,10 @@ def _encoder_decoder() -> Iterator[Variant]:
         flags = encoder_decoder_flags.Compiled(batch, False, int(batch), False, batch, True, True, True, 4)
         for (kernel, tile), merge in itertools.product(zip(kernels, tiles, strict=True), (False, True)):
             n = 16 if kernel is encoder_decoder_forward.encode else 32
-            constants = {"FLAGS": flags._replace(merge=merge), "TILE": encoder_decoder_flags.Tile(*tile, n, 256)}
+            constants: dict[str, Any] = {
+                "FLAGS": flags._replace(merge=merge),
+                "TILE": encoder_decoder_flags.Tile._make((*tile, n, 256)),
+            }
             if kernel is encoder_decoder_backward.vjp_decode:
                 constants = {"SPANS": 4, **dict(zip(("R_BLOCK", "H_BLOCK", "C_BLOCK"), tile, strict=True))}
             if not merge or kernel in (encoder_decoder_forward.encode, encoder_decoder_backward.vjp_affine):
@@ -197,8 +200,8 @@ def _depthwise() -> Iterator[Variant]:
                 (depthwise_backward.depthwise_sums, 256, {}),
                 (depthwise_backward.depthwise_combine, 1024, {"PLAIN": False}),
             ):
-                blocks = (tile // 64, 64) if last else (1, tile)
-                flags = depthwise_flags.Compiled(align if last else 1, last, k, k, 9 if k == 3 else k, *blocks)
+                tiles = (tile // 64, 64) if last else (1, tile)
+                flags = depthwise_flags.Compiled(align if last else 1, last, k, k, 9 if k == 3 else k, *tiles)
                 yield Variant(kernel, shape, dtype, {"FLAGS": flags, **more}, 4 if tile > 256 else 2)
     for parts in JOINED:
         at_once, lanes, num_warps = join_tile(parts)

@@ -95,7 +95,8 @@ def compiled(variant: Variant, arch: int, *, ones: bool = False) -> Any:
     names = list(parameters)
     first_integer = _first_scalar(names)
     signature: dict[str, Any] = {}
-    aligned, constants = {}, dict(variant.constants)
+    aligned: dict[tuple[int, ...], Any] = {}
+    constants = dict(variant.constants)
     for i, name in enumerate(names):
         group = parameters[name].annotation
         if name in variant.constants:

@@ -269,15 +269,18 @@ REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
         "results": partial(evidence_tables.results, "bnet"),
         "epochs": partial(evidence_tables.epochs_to_target, "bnet"),
         "bottlenecks": partial(evidence_tables.results, "bnet_bottleneck"),
+        "seven": partial(evidence_tables.results, "bnet_seven"),
     },
     "docs/evidence/ubn.md": {
         "results": partial(evidence_tables.results, "ubn"),
         "epochs": partial(evidence_tables.epochs_to_target, "ubn"),
         "batches": partial(evidence_tables.results, "ubn_batches"),
+        "batches_32": partial(evidence_tables.results, "ubn_batches_32"),
         "condensation": evidence_tables.condensations,
     },
     "docs/evidence/sn.md": {
         "results": partial(evidence_tables.results, "sn"),
+        "small": partial(evidence_tables.results, "sn_small"),
         "weights": evidence_tables.switch_weights,
     },
     "docs/evidence/cost.md": {"costs": evidence_tables.costs},

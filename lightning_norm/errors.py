@@ -56,6 +56,9 @@ class BackendWarning(UserWarning):
 class KernelError(RuntimeError):
     """A Triton kernel does not compile or load, as for a shape for which the device has too little memory on chip."""
 
+    after_others = False
+    """Whether kernels of the same call may have run before, so that plain PyTorch cannot take the call over."""
+
 
 class MissingDependencyWarning(UserWarning):
     """An optional dependency is not installed, and what needs it is left out."""

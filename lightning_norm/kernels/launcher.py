@@ -71,10 +71,20 @@ def is_recording() -> bool:
 
 def launch(kernel: Any, *grid: int) -> Callable[..., Any]:
     """Return what launches a kernel on a grid; while a call is recorded, what writes the launch down."""
-    # Outside of a recording the launch is Triton's own.
     if _thread.launches is None:
-        return kernel[grid]  # type: ignore[no-any-return]
+        return functools.partial(_launch_now, kernel, grid)
     return functools.partial(_write_down, _thread.launches, kernel, grid)
+
+
+def _launch_now(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch by Triton itself.
+
+    Raises:
+        KernelError: the kernel does not compile or load.
+    """
+    # The interpreter's errors are those of the kernel itself.
+    with _telling_of(kernel.__name__, after_others=True) if _is_compiled(kernel) else nullcontext():
+        kernel[grid](*args, **options)
 
 
 class _Launch(NamedTuple):
@@ -88,10 +98,8 @@ class _Launch(NamedTuple):
 
 
 def _write_down(launches: list[_Launch], kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    from triton.runtime.jit import JITFunction
-
     compiled = None
-    if isinstance(kernel, JITFunction):  # and not one of the interpreter's
+    if _is_compiled(kernel):
         plain = [_each(lambda part: int(part) if isinstance(part, Number) else part, a) for a in args]
         # Compiles without launching, for pointers of this alignment.
         if _ahead is None:
@@ -102,15 +110,24 @@ def _write_down(launches: list[_Launch], kernel: Any, grid: tuple[int, ...], *ar
     launches.append(_Launch(kernel, grid, args, options, compiled))
 
 
+def _is_compiled(kernel: Any) -> bool:
+    """Tell a kernel that Triton compiles from one that its interpreter runs."""
+    from triton.runtime.jit import JITFunction
+
+    return isinstance(kernel, JITFunction)
+
+
 @contextmanager
-def _telling_of(kernel: str) -> Iterator[None]:
+def _telling_of(kernel: str, after_others: bool = False) -> Iterator[None]:
     """Raise whatever Triton, ptxas, its C compiler or the driver raise as the one error that a caller can expect."""
     try:
         yield
     except Exception as error:
         # Triton's own errors quote whole files.
         first = (str(error).strip().splitlines() or [""])[0]
-        raise KernelError(f"kernel {kernel} does not compile or load ({type(error).__name__}: {first})") from error
+        told = KernelError(f"kernel {kernel} does not compile or load ({type(error).__name__}: {first})")
+        told.after_others = after_others
+        raise told from error
 
 
 @dataclass

@@ -77,8 +77,13 @@ def give_up(x: Tensor, layout: Layout, what: Any, error: KernelError) -> None:
     The kernel launched for trial ran, and one of another shape, dtype or method does not: it may need more of the
     device than there is, or meet an error of the compiler.
     """
-    _failed[_kind_of_call(x, layout, what)] = reason = str(error)
-    _tell(reason, f"layers run in plain PyTorch for inputs like {tuple(x.shape)} of {x.dtype}: {reason}.")
+    _failed[_kind_of_call(x, layout, what)] = str(error)
+    tell_of(x, error)
+
+
+def tell_of(x: Tensor, error: KernelError) -> None:
+    """Warn, once for each reason, that plain PyTorch takes the place of a kernel that does not compile or load."""
+    _tell(str(error), f"layers run in plain PyTorch for inputs like {tuple(x.shape)} of {x.dtype}: {error}.")
 
 
 def _tell(reason: str, text: str) -> None:
@@ -134,7 +139,8 @@ def launch_obstacle(index: int | None) -> str | None:
         from lightning_norm.kernels import trial
 
         trial.launch(torch.device("cuda" if index is None else f"cuda:{index}"))
-    except Exception as error:
+    except Exception as raised:
+        error = raised.__cause__ or raised
         first = (str(error).strip().splitlines() or [""])[0]
         reason = f"a kernel launched for trial failed ({type(error).__name__}: {first})"
         _tell(

@@ -53,28 +53,50 @@ class Passes:
     Args:
         layout: of x.
         kernels: by the Triton kernels, otherwise in plain PyTorch.
+        by_name: the kernels were asked for: one that does not compile or load is an error.
         mean_is_small: eager's moments kept the mean in float32: then scale * x + offset loses nothing.
     """
 
     layout: Layout
     kernels: bool = False
+    by_name: bool = False
     mean_is_small: bool = False
 
     @property
     def forward_module(self) -> Any:
-        """The module that runs the forward passes."""
-        return _kernels() if self.kernels else whole_batch if self.layout.is_one_sample else eager
+        """What runs the forward passes."""
+        return self._on_kernels() if self.kernels else self._in_plain()
 
     def module(self, *gradients: Tensor | None) -> Any:
-        """Return the module that runs them; what is differentiated once more is recorded in plain PyTorch."""
+        """Return what runs them; what is differentiated once more is recorded in plain PyTorch."""
         on_kernels = self.kernels and (torch.compiler.is_compiling() or not eager.is_recording(*gradients))
-        return _kernels() if on_kernels else whole_batch if self.layout.is_one_sample else eager
+        return self._on_kernels() if on_kernels else self._in_plain()
+
+    def _in_plain(self) -> Any:
+        return whole_batch if self.layout.is_one_sample else eager
+
+    def _on_kernels(self) -> Any:
+        # In a graph nothing is launched yet, and its compiler may fuse some of the passes.
+        if torch.compiler.is_compiling():
+            return transparent_passes if backend.IN_GRAPHS == "transparent" else triton_passes
+        return triton_passes if self.by_name else _Either(self._in_plain())
 
 
-def _kernels() -> Any:
-    """Return the passes on the kernels, which in a graph may be in part what its compiler fuses."""
-    transparent = backend.IN_GRAPHS == "transparent" and torch.compiler.is_compiling()
-    return transparent_passes if transparent else triton_passes
+class _Either:
+    """The passes on the kernels, and in plain PyTorch each one whose kernel does not compile or load."""
+
+    def __init__(self, plain: Any) -> None:
+        self.plain = plain
+
+    def __getattr__(self, name: str) -> Any:
+        def run(x: Tensor, *args: Any) -> Any:
+            try:
+                return getattr(triton_passes, name)(x, *args)
+            except KernelError as error:
+                backend.tell_of(x, error)
+                return getattr(self.plain, name)(x, *args)
+
+        return run
 
 
 @dataclass(frozen=True)
@@ -219,10 +241,12 @@ def _without_kernels(x: Tensor, call: Call, error: KernelError) -> bool:
     """Note that the kernels of this call do not run on this device, and return that none will.
 
     Raises:
-        KernelError: the kernels were asked for by name.
+        KernelError: the kernels were asked for by name, or some of them may have moved running statistics.
     """
     if call.backend == "triton":
         raise error
+    if error.after_others:
+        raise KernelError(f"{error}, behind others of the same call. Type backend='eager'.") from error
     give_up(x, call.layout, _kind_of_launch(x, call), error)
     return False
 
@@ -286,31 +310,31 @@ def _normalize_and_convolve(
 
 def _fields(x: Tensor, call: Call, kernels: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Passes]:
     """Return alias and carrier, the center, scale and shift that the algebra makes, and how the passes go on."""
-    layout, moments, mean_is_small = call.layout, call.moments, False
+    layout, moments, mean_is_small, by_name = call.layout, call.moments, False, call.backend == "triton"
     if moments is None:
-        x_alias, mean, var, scale_carrier = _Moments.apply(x, layout, kernels)
+        x_alias, mean, var, scale_carrier = _Moments.apply(x, Passes(layout, kernels, by_name))
         mean_is_small = x.dtype == torch.float32 == mean.dtype and layout.size > 1 and x.is_cpu
         moments = Moments(mean, var, layout.size, call.ranks, layout.is_one_sample)
     else:
         x_alias, scale_carrier = _Alias.apply(x, layout)
     fields = call.algebra(moments).fields(layout.n, layout.c)
-    return x_alias, scale_carrier, fields, Passes(layout, kernels, mean_is_small)
+    return x_alias, scale_carrier, fields, Passes(layout, kernels, by_name, mean_is_small)
 
 
 class _Moments(torch.autograd.Function):
     """First node: x -> (x_alias, mean, var, scale_carrier); its backward writes dx."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, kernels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.how = Passes(layout, kernels)
-        mean, var = ctx.how.forward_module.moments(x, layout)
+    def forward(ctx: Any, x: Tensor, how: Passes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.how = how
+        mean, var = how.forward_module.moments(x, how.layout)
         # A gradient that is missing must be told from zeros, which would cost a pass over x.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean)
         return x.view_as(x), mean, var, torch.zeros_like(mean)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         # What autograd calls the gradients of x_alias and scale_carrier are dy and scale, from the second node.
         dy, dmean, dvar, scale = grads
         x, mean = ctx.saved_tensors
@@ -318,7 +342,7 @@ class _Moments(torch.autograd.Function):
         if dy is None or scale is None:
             dy, scale = torch.zeros_like(x), torch.zeros_like(mean)
         dx = ctx.how.module(dy, dmean, dvar).combine(dy, scale, x, mean, dmean, dvar, ctx.how.layout)
-        return dx, None, None
+        return dx, None
 
 
 class _Alias(torch.autograd.Function):
@@ -358,7 +382,7 @@ class _Apply(torch.autograd.Function):
         x, center, scale = ctx.saved_tensors
         # What nobody asked for is not computed: each sum would be a pass over dy and x.
         need, passes = ctx.needs_input_grad, ctx.how.module(dy)
-        if passes in (triton_passes, transparent_passes) and dy.stride() != x.stride():
+        if passes not in (eager, whole_batch) and dy.stride() != x.stride():
             # Here and in the first node kernels read dy at the offsets of x: one copy serves both.
             dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
         fields = field_gradients(ctx, passes, dy, x, center, scale) if any(need[3:6]) else (None, None, None)

@@ -236,15 +236,17 @@ def test_one_process_at_a_time_writes_the_report(job):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_jobs_and_the_same_command_goes_on(job):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_signal_ends_all_jobs_and_the_same_command_goes_on(job, jobs, sent, status):
     """Only the runs of seed 0 end by themselves: no machine is so slow that the others have ended as well."""
     arguments = [*job(model={"class_path": "tests.cli.own_job.WaitsForAFile"}), "--seeds", "2"]
-    process = start(*arguments, "--jobs", "2")
+    process = start(*arguments, "--jobs", jobs)
     while not list(Path(".").glob("compare/runs/*.json")) and process.poll() is None:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, error = process.communicate()
-    assert process.returncode == 130, error
+    assert process.returncode == status, error
     assert "The same command goes on" in error
     assert len(RunStore(Path("compare")).read_all()) <= 2
     Path("go").touch()

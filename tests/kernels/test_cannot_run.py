@@ -40,14 +40,19 @@ def test_no_kernel_runs(tmp_path, monkeypatch, case, reason):
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
 @pytest.mark.parametrize(
     ("case", "reason"),
-    [("later shared memory", "OutOfResources"), pytest.param("later backward", "Triton Error [CUDA]", marks=SLOW)],
+    [
+        ("later shared memory", "OutOfResources"),
+        ("later passes", "Triton Error [CUDA]"),
+        pytest.param("later backward", "Triton Error [CUDA]", marks=SLOW),
+    ],
 )
 def test_a_kernel_of_another_shape_does_not_load(tmp_path, monkeypatch, case, reason):
     seen = _seen(tmp_path, monkeypatch, case)
     assert all(report.startswith("triton: ") for report in seen["reports"])
     # Once for each kernel, and not for each layer.
     assert all("does not compile or load" in text and reason in text for text in seen["warnings"])
-    assert 0 < len(seen["warnings"]) == len(set(seen["warnings"])) <= len(seen["reports"])
+    kernels = 4 if case == "later passes" else len(seen["reports"])
+    assert 0 < len(seen["warnings"]) == len(set(seen["warnings"])) <= kernels
 
 
 def _seen(tmp_path, monkeypatch, case):
@@ -56,7 +61,7 @@ def _seen(tmp_path, monkeypatch, case):
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     seen = json.loads(process.stdout.splitlines()[-1])
-    assert len(seen["reports"]) == 5
+    assert len(seen["reports"]) == (1 if case == "later passes" else 5)
     assert seen["wrong"] == seen["others"] == []
     assert seen["launches"] == 0
     return seen

@@ -22,11 +22,13 @@ import argparse
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ def run(argv: Sequence[str]) -> None:
 
     Raises:
         ValueError: an argument cannot be read, or OUT holds runs of other settings.
-        SystemExit: with status 130 after Ctrl-C.
+        SystemExit: with status 130 after Ctrl-C, 143 after SIGTERM.
     """
     # What this parser does not know belongs to the job, and LightningCLI refuses it if it is wrong.
     options, job = parser().parse_known_args(argv)
@@ -98,15 +100,16 @@ def run(argv: Sequence[str]) -> None:
             raise ValueError(f"--run {options.run}: there are {len(runs)} runs, 0 to {len(runs) - 1}.")
         remaining = [r for r in remaining if r is runs[options.run]]
     try:
-        if options.jobs > 1 and len(remaining) > 1:
-            _spread(argv, options.jobs, store, remaining)
-        else:
-            _train(store, remaining, job, options)
-    except KeyboardInterrupt:
+        with _sigterm_interrupts():
+            if options.jobs > 1 and len(remaining) > 1:
+                _spread(argv, options.jobs, store, remaining)
+            else:
+                _train(store, remaining, job, options)
+    except KeyboardInterrupt as interrupt:
         # Read from the folder, for other processes may have finished some.
         done = len(runs) - sum(store.read(r.name) is None for r in runs)
         print(f"\nStopped: {done} of {len(runs)} runs are done. The same command goes on.", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(interrupt.args[0] if interrupt.args else 128 + signal.SIGINT) from None
     # The process that started the workers, or a later command, writes the report.
     if options.worker or options.run is not None:
         return
@@ -352,6 +355,23 @@ def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]
                 raise RuntimeError(
                     f"one of {len(workers)} processes ended with status {worker.returncode}:\n{error[-2000:]}"
                 )
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM, by which a scheduler ends a job, do what Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():  # only it may say what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:

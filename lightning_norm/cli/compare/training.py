@@ -144,6 +144,20 @@ class Recorder(Callback):
             self.history.setdefault(name, []).append(float(value))
 
 
+@contextlib.contextmanager
+def _interruptions_of(trainer: pl.Trainer) -> Iterator[None]:
+    """Raise the KeyboardInterrupt in place of which Lightning ends the process without a word."""
+    try:
+        yield
+    except SystemExit as error:
+        if not trainer.interrupted:
+            raise
+        cause = error.__context__
+        raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()) from None
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
 def train(run: Run, args: Sequence[str], folder: Path, best: bool) -> dict[str, Any]:
     """Train and test once; return the record of the run.
 
@@ -171,9 +185,8 @@ def train(run: Run, args: Sequence[str], folder: Path, best: bool) -> dict[str, 
         run.name,
     )
     trainer, model = cli.trainer, cli.model
-    trainer.fit(model, datamodule=cli.datamodule)
-    if trainer.interrupted:  # Lightning swallows the first Ctrl-C
-        raise KeyboardInterrupt
+    with _interruptions_of(trainer):
+        trainer.fit(model, datamodule=cli.datamodule)
     # Read before the test, which may load an earlier checkpoint.
     steps = trainer.global_step
     tested: Mapping[str, float] = {}
@@ -181,7 +194,10 @@ def train(run: Run, args: Sequence[str], folder: Path, best: bool) -> dict[str, 
         checkpoint: Any = trainer.checkpoint_callback
         monitored = best and getattr(checkpoint, "monitor", None) and checkpoint.best_model_path
         path = "best" if monitored else None
-        (tested, *_) = trainer.test(None if path else model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+        with _interruptions_of(trainer):
+            (tested, *_) = trainer.test(
+                None if path else model, datamodule=cli.datamodule, ckpt_path=path, verbose=False
+            )
     # A run of fewer steps has at least its last one timed.
     timed = recorder.step_ms[min(WARM_UP, len(recorder.step_ms) - 1) :]
     return {

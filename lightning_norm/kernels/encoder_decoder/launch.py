@@ -112,20 +112,20 @@ def affine_of(
         merge = grid.parts > 1
     sums, hidden = affine.new_empty(e.spans, 2, rows, sum(units)), affine.new_empty(2, rows, sum(units))
     outputs = affine.new_empty(4, rows, grid.c)
-    out = tuples.EncoderDecoderStatistics(statistics, hidden, outputs, affine)
+    stats = tuples.EncoderDecoderStatistics(statistics, hidden, outputs, affine)
     moving = Running(*_or_dummy(running, affine))
     linears = [p.contiguous() for p in linears]
     size, count = (grid.n, grid.c, *units), grid.n * grid.size
     with device_of(x):
         launch(encode, e.across, sum(e.units), e.spans)(
-            parts, moving, tuples.Encoders(*_or_dummy((noise, drop_prob), affine), linears[0], linears[6]), statistics,
-            sums, *size, e.span, *grid.moment_layout, seed if noise is None else -1, eps,
+            parts, moving, tuples.Encoders._make(_or_dummy((noise, drop_prob, linears[0], linears[6]), affine)),
+            statistics, sums, *size, e.span, *grid.moment_layout, seed if noise is None else -1, eps,
             FLAGS=tuples.Compiled(flags.batch, flags.frozen, merge=merge, drop=drop_prob is not None),
             TILE=tuples.Tile(e.r, e.h, e.c, min(power(grid.n), 16), 1), num_warps=4,
         )  # fmt: skip
         launch(decode, d.across, d.along)(
             sums, tuples.Decoders(linears[1], linears[7], *linears[2:6], *linears[8:]),
-            tuples.Gates(*_or_dummy(gates, affine)), *_or_dummy((weight, bias), affine), moving, out, *size, eps,
+            tuples.Gates(*_or_dummy(gates, affine)), *_or_dummy((weight, bias), affine), moving, stats, *size, eps,
             count / max(count - 1, 1),
             FLAGS=tuples.Compiled(
                 flags.batch, track=flags.track, gated=gates[2] is not None, weight=weight is not None,
@@ -133,7 +133,7 @@ def affine_of(
             ),
             TILE=tuples.Tile(d.r, d.h, d.c, min(power(grid.n), 32), BLOCK), num_warps=4,
         )  # fmt: skip
-    return out
+    return stats
 
 
 def gradients(
@@ -180,7 +180,7 @@ def gradients(
     with device_of(x):
         launch(vjp_affine, a.along)(
             Sums(*parts), stats, affine if weight is None else weight, tuples.Gates(*_or_dummy(gates, affine)),
-            tuples.AffineGradients(dweight, dbias, *(back[i] for i in (3, 5, 9, 11)), gate_parts, doutputs, direct),
+            tuples.AffineGradients(dweight, dbias, back[3], back[5], back[9], back[11], gate_parts, doutputs, direct),
             grid.n, grid.c, *grid.partial_layout, eps,
             FLAGS=tuples.Compiled(
                 flags.batch, merge=grid.parts > 1, gated=gates[2] is not None, weight=weight is not None
@@ -193,8 +193,8 @@ def gradients(
         )  # fmt: skip
         launch(vjp_encode, statistics_jobs + e.along * sum(e.units))(
             sums, stats, direct, gate_parts,
-            tuples.Encoders(*_or_dummy((noise, drop_prob), affine), linears[0], linears[6]),
-            tuples.EncoderGradients(*(back[i] for i in (0, 1, 6, 7)), dgates, dx_affine), grid.n, grid.c, *units,
+            tuples.Encoders._make(_or_dummy((noise, drop_prob, linears[0], linears[6]), affine)),
+            tuples.EncoderGradients(back[0], back[1], back[6], back[7], dgates, dx_affine), grid.n, grid.c, *units,
             statistics_jobs, a.along, grid.size, seed if noise is None else -1, eps,
             FLAGS=tuples.Compiled(flags.batch, drop=drop_prob is not None, spans=d.spans),
             TILE=tuples.Tile(e.r, e.h, e.c, n_block, BLOCK), num_warps=4,

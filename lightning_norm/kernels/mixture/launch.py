@@ -161,10 +161,9 @@ def adjoint(
     dw, dv = affine.new_empty(grid.c if flags.outputs else flags.num_weights), affine.new_empty(flags.num_weights)
     weight_partials, dx_affine = affine.new_empty(6, columns), affine.new_empty(2, grid.n, grid.c)
     factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0
-    absent = (affine,) * 3  # counters and momentum, which no backward pass reads
     tensors = (
         Sums(*parts), stats, tuples.Parameters(*(affine if t is None else t for t in (weight, None, w, v))),
-        tuples.Running(*(affine if t is None else t for t in running), *absent),
+        tuples.Running._make(affine if t is None else t for t in (*running, None, None, None)),
         tuples.Gradients(dbatch, dlayer, dweight, dbias, dw, dv, weight_partials, dx_affine),
     )  # fmt: skip
     sizes = grid.n, number, grid.c, groups, grid.c // flags.num_groups, columns, *partial_layout

@@ -246,7 +246,7 @@ def channel_gradients(
     dx, dresidual, maps = _maps(dy, x, residual, affine, need_dx)
     sums, dx_affine = affine.new_empty(2, owner.n, owner.c), affine.new_empty(2, owner.n, owner.c)
     given = channelwise.PerChannelStatistics(moments, stats, affine, *(affine,) * 3)
-    out = channelwise.PerChannelGradients(dweight, dbias, *dgates[:5], dx_affine, *(affine,) * 3)
+    out = channelwise.PerChannelGradients._make((dweight, dbias, *dgates[:5], dx_affine, *(affine,) * 3))
     compiled = flags.compiled(weight=weight is not None, bias=bias is not None, owner=True)
     with device_of(x):
         launch(own_channels_vjp, owner.programs)(

@@ -124,7 +124,7 @@ def state_of(running: Sequence[Optional], counters: Sequence[Optional], other: T
     The four counters are those of a blend or of a condensation; the first is also the prior of contexts.
     """
     mean, var, tracked, skipped, *more = (other if t is None else t for t in (*running, *counters))
-    return tuples.State(mean, var, tracked, skipped, *more, more[0], *more)
+    return tuples.State._make((mean, var, tracked, skipped, *more, more[0], *more))
 
 
 def _direction_parts(x: Tensor, survey_out: Tensor, grid: Grid, flags: PerChannelFlags) -> Tensor:
@@ -187,7 +187,9 @@ def gradients(
     learned = tuples.Learned(*(affine if t is None else t for t in (used, weight, bias, *gates[:5])))
     dpooled, centered = affine.new_empty(3, grid.c), affine.new_empty(grid.c)
     given = tuples.PerChannelStatistics(moments, stats, affine, survey_out, batch, rank_sums)
-    out = tuples.PerChannelGradients(dweight, dbias, *dgates[:5], dx_affine, dresponsibilities, dpooled, centered)
+    out = tuples.PerChannelGradients._make(
+        (dweight, dbias, *dgates[:5], dx_affine, dresponsibilities, dpooled, centered)
+    )
 
     def vjp(ranks: int) -> None:
         compiled = flags.compiled(merge=grid.parts > 1, weight=weight is not None, bias=bias is not None)

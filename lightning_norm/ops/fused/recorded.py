@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lightning_norm.errors import KernelError
 from lightning_norm.kernels import launcher
 from lightning_norm.kernels.grid import as_one_sample, dense
 from lightning_norm.ops import torch_private
@@ -161,7 +162,14 @@ def normalize(x: Tensor, spec: Recordable, channel_dim: int, activation: str, re
             load; then none was launched.
     """
     tensors = vars(spec)[TENSORS] = _tensors_of(spec)
-    y = _normalize(x, spec, tensors, channel_dim, activation, residual, record=True)
+    drawn_from = torch.get_rng_state() if spec.draws else None
+    try:
+        y = _normalize(x, spec, tensors, channel_dim, activation, residual, record=True)
+    except KernelError:
+        # What takes over draws for itself, as it will in the second run of activation checkpointing.
+        if drawn_from is not None:
+            torch.set_rng_state(drawn_from)
+        raise
     assert y is not None
     if spec.draws:
         vars(spec).setdefault(KNOWN, set()).add(_look(x, activation, residual))
