@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_norm.kernels.depthwise import backward as depthwise_backward
+from lightning_norm.kernels.depthwise import flags as depthwise_flags
 from lightning_norm.kernels.depthwise import forward as depthwise_forward
 from lightning_norm.kernels.encoder_decoder import backward as encoder_decoder_backward
+from lightning_norm.kernels.encoder_decoder import flags as encoder_decoder_flags
 from lightning_norm.kernels.encoder_decoder import forward as encoder_decoder_forward
 from lightning_norm.kernels.grid import JOINED, TILE, warps
 from lightning_norm.kernels.mixture import backward as mixture_backward
+from lightning_norm.kernels.mixture import flags as mixture_flags
 from lightning_norm.kernels.mixture import forward as mixture_forward
+from lightning_norm.kernels.mixture.flags import MixtureFlags
 from lightning_norm.kernels.owner import backward as owner_backward
 from lightning_norm.kernels.owner import forward as owner_forward
 from lightning_norm.kernels.owner.launch import WARPS, shared_out
@@ -23,7 +26,9 @@ from lightning_norm.kernels.passes import forward as passes_forward
 from lightning_norm.kernels.passes.launch import join_tile
 from lightning_norm.kernels.per_channel import backward as per_channel_backward
 from lightning_norm.kernels.per_channel import condensation, running_stats
+from lightning_norm.kernels.per_channel import flags as per_channel_flags
 from lightning_norm.kernels.per_channel import forward as per_channel_forward
+from lightning_norm.kernels.per_channel.flags import CompiledChannels
 from lightning_norm.kernels.ranks import pack
 
 
@@ -93,80 +98,69 @@ def variants() -> Iterator[Variant]:
 
 
 def _mixture() -> Iterator[Variant]:
-    tile = {"N_BLOCK": 64, "C_BLOCK": 16, "G_BLOCK": 1, "T_BLOCK": 1024}
-    half = {"N_BLOCK": 32, "C_BLOCK": 16, "G_BLOCK": 1, "T_BLOCK": 1024}
-    for name, equations in {
-        "bn": {"IN": -1, "LN": -1, "BN": 0, "K": 0, "SOFTMAX": False, "OUTPUTS": False},
-        "sn": {"IN": 0, "LN": 1, "BN": 2, "K": 3, "SOFTMAX": True, "OUTPUTS": False},
-        "bcn": {"IN": -1, "LN": 1, "BN": 0, "K": 0, "SOFTMAX": False, "OUTPUTS": True},
+    tile, half = mixture_flags.Tile(64, 16, 1, 1024), mixture_flags.Tile(32, 16, 1, 1024)
+    for name, flags in {
+        "bn": MixtureFlags.of(("bn",)),
+        "sn": MixtureFlags.of(("in", "ln", "bn"), weighted=True, softmax=True),
+        "bcn": MixtureFlags.of(("bn", "ln"), outputs=True),
     }.items():
-        common = {"MOMENTS": True, "MERGE": False, **equations, "FROZEN": False, "WEIGHT": True}
-        tracks = {**common, "TRACK": 1, "BIAS": True, "BLOCK": 256}
-        yield Variant(mixture_forward.mix, name, "fp32", {**tracks, "RANKS": False}, 4)
-        yield Variant(mixture_forward.mix, f"{name}, ranks", "fp32", {**tracks, "RANKS": True}, 4)
+        common, tracks = flags.compiled(weight=True), flags.compiled(weight=True, bias=True)._replace(track=1)
+        for ranks in (False, True):
+            shape, compiled = f"{name}, ranks" if ranks else name, tracks._replace(ranks=ranks)
+            yield Variant(mixture_forward.mix, shape, "fp32", {"FLAGS": compiled, "BLOCK": 256}, 4)
         for merge in (False, True):
-            shape = f"{name}, parts" if merge else name
-            yield Variant(mixture_backward.vjp_pool, shape, "fp32", {**common, **half, "MERGE": merge}, 4)
-        yield Variant(mixture_backward.vjp_mix, name, "fp32", {**common, "BLOCK": 256}, 4)
+            shape, compiled = f"{name}, parts" if merge else name, common._replace(merge=merge)
+            yield Variant(mixture_backward.vjp_pool, shape, "fp32", {"FLAGS": compiled, "TILE": half}, 4)
+        yield Variant(mixture_backward.vjp_mix, name, "fp32", {"FLAGS": common, "BLOCK": 256}, 4)
     for merge in (False, True):
-        yield Variant(mixture_forward.pool, "parts" if merge else "whole", "fp32", {"MERGE": merge, **tile}, 4)
+        yield Variant(mixture_forward.pool, "parts" if merge else "whole", "fp32", {"MERGE": merge, "TILE": tile}, 4)
     for kernel in (pack.pack, pack.unpack, pack.pack_gradient, pack.unpack_gradient):
         yield Variant(kernel, "ranks", "fp32", {"BLOCK": 256}, 4)
 
 
+def _channels(**flags: Any) -> CompiledChannels:
+    return CompiledChannels(**{**dict.fromkeys(CompiledChannels._fields, False), **flags})
+
+
 def _per_channel() -> Iterator[Variant]:
-    names = ("MOMENTS", "MERGE", "FROZEN", "STD", "COPY", "POWER", "AVERAGE", "DETACH", "CONTEXTS", "PRIOR", "POOLED", "CENTER", "SCALE", "AFFINE", "NORM", "GATE")  # noqa: E501  # fmt: skip
-    one, four, many = ({"N_BLOCK": 32, "K_BLOCK": k, "C_BLOCK": c} for k, c in ((1, 16), (4, 8), (16, 2)))
-    rectified = {"MOMENTS": True, "CENTER": True, "SCALE": True, "AFFINE": True, "MOVE": 1}
-    grouped = {"MOMENTS": True, "CONTEXTS": True, "MERGE": True, "MOVE": 2}
+    one, four, many = (
+        per_channel_flags.Tile(32, 1, 16),
+        per_channel_flags.Tile(32, 4, 8),
+        per_channel_flags.Tile(32, 16, 2),
+    )
+    rectified = {"needs_moments": True, "center": True, "scale": True, "affine": True, "track": 1, "moves": True}
+    grouped = {"needs_moments": True, "contexts": True, "merge": True, "track": 2, "moves": True}
     for shape, on, tile in (
         ("rbn", rectified, one),
-        ("ubn", {**rectified, "CONDENSED": 1, "NORM": True}, one),
-        ("ubn renorm, parts", {**rectified, "CONDENSED": 3, "NORM": True, "MERGE": True}, one),
-        ("dbn", {"MOMENTS": True, "BLEND": 1, "STD": True, "POWER": True}, one),
-        ("dbn renorm, averaged", {"MOMENTS": True, "BLEND": 3, "STD": True, "AVERAGE": True}, one),
-        ("dbn beside the batch", {"MOMENTS": True, "BLEND": 2}, one),
-        ("brn", {"MOMENTS": True, "BLEND": 4, "STD": True, "COPY": True}, one),
-        ("rbn, ranks", {**rectified, "RANKS": 1}, one),
-        ("rbn, ranks afterwards", {**rectified, "RANKS": 2}, one),
-        ("dbn, ranks", {"MOMENTS": True, "BLEND": 1, "STD": True, "POWER": True, "RANKS": 1}, one),
+        ("ubn", {**rectified, "condensed": 1}, one),
+        ("ubn renorm, parts", {**rectified, "condensed": 3, "merge": True}, one),
+        ("dbn", {"needs_moments": True, "blend": 1, "std": True, "powers": True}, one),
+        ("dbn renorm, averaged", {"needs_moments": True, "blend": 3, "std": True, "averages": True}, one),
+        ("dbn beside the batch", {"needs_moments": True, "blend": 2}, one),
+        ("brn", {"needs_moments": True, "blend": 4, "std": True, "copies_first": True}, one),
+        ("rbn, ranks", {**rectified, "ranks": 1}, one),
+        ("rbn, ranks afterwards", {**rectified, "ranks": 2}, one),
+        ("dbn, ranks", {"needs_moments": True, "blend": 1, "std": True, "powers": True, "ranks": 1}, one),
         ("cn", grouped, four),
-        ("cn gate", {**grouped, "GATE": True, "PRIOR": True}, four),
-        ("cn gate of 16", {**grouped, "GATE": True, "PRIOR": True}, many),
-        ("cn evaluation", {"CONTEXTS": True, "FROZEN": True, "POOLED": True}, four),
+        ("cn gate", {**grouped, "gate": True, "prior": True}, four),
+        ("cn gate of 16", {**grouped, "gate": True, "prior": True}, many),
+        ("cn evaluation", {"contexts": True, "frozen": True, "pooled": True}, four),
     ):
-        flags = {
-            **dict.fromkeys(names, False),
-            "CONDENSED": 0,
-            "BLEND": 0,
-            "MOVE": 0,
-            "RANKS": 0,
-            **on,
-            "WEIGHT": True,
-            "BIAS": True,
-            **tile,
-        }
-        flags |= {"STD_OF_VAR": flags["STD"], "RENORM": 3 in (flags["CONDENSED"], flags["BLEND"])}
-        half = {**flags, "C_BLOCK": tile["C_BLOCK"] // (1 if tile is one else 2)}
-        wide = {**flags, "LOOK": bool(flags["MOVE"]), "KNOWN": True, "BLOCK": 1024 // tile["K_BLOCK"]}
-        for kernel, constants in (
-            (running_stats.survey, wide),
-            (per_channel_forward.pool_channels, flags),
-            (per_channel_forward.channels_of, flags),
-            (running_stats.commit, wide),
-            (per_channel_backward.channels_vjp, half),
-            (per_channel_backward.gate_logits_vjp, wide),
-            (per_channel_backward.gate_vjp, half),
+        flags = _channels(**on, weight=True, bias=True, known=True)
+        half = tile if tile is one else tile._replace(c=tile.c // 2)
+        blocks = {"K_BLOCK": tile.k, "BLOCK": 1024 // tile.k}
+        whole, halved = {"FLAGS": flags, "TILE": tile}, {"FLAGS": flags, "TILE": half}
+        for kernel, constants, used in (
+            (running_stats.survey, {"FLAGS": flags, **blocks}, not flags.blend),
+            (per_channel_forward.pool_channels, whole, flags.ranks),
+            (per_channel_forward.channels_of, whole, True),
+            (running_stats.commit, {"FLAGS": flags, "BLOCK": blocks["BLOCK"]}, flags.blend),
+            (per_channel_backward.channels_vjp, halved, True),
+            (per_channel_backward.gate_logits_vjp, blocks, flags.gate),
+            (per_channel_backward.gate_vjp, {"N_BLOCK": half.n, "K_BLOCK": half.k, "C_BLOCK": half.c}, flags.gate),
         ):
-            unused = {
-                running_stats.survey: flags["BLEND"],
-                running_stats.commit: not flags["BLEND"],
-                per_channel_forward.pool_channels: not flags["RANKS"],
-            }
-            if unused.get(kernel, "gate" in kernel.fn.__name__ and not flags["GATE"]):
-                continue
-            takes = inspect.signature(kernel.fn).parameters
-            yield Variant(kernel, shape, "fp32", {k: v for k, v in constants.items() if k in takes}, 4)
+            if used:
+                yield Variant(kernel, shape, "fp32", constants, 4)
     for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         yield Variant(condensation.directions, "any", dtype, {"ALIGN": align, "BLOCK": TILE}, 4)
 
@@ -184,38 +178,31 @@ def _encoder_decoder() -> Iterator[Variant]:
         ("asr", ((32, 32, 16), (16, 16, 32), (16, 32, 16), (32, 32, 32), (16, 16, 32))),
     ):
         batch = shape == "afn"
-        constants = {"BATCH": batch, "FROZEN": False, "TRACK": int(batch), "DROP": batch, "GATED": True, "WEIGHT": True}
-        constants |= {"BIAS": True, "SPANS": 4, "T_BLOCK": 256}
+        flags = encoder_decoder_flags.Compiled(batch, False, int(batch), False, batch, True, True, True, 4)
         for (kernel, tile), merge in itertools.product(zip(kernels, tiles, strict=True), (False, True)):
-            takes = inspect.signature(kernel.fn).parameters
-            constants |= dict(zip(("R_BLOCK", "H_BLOCK", "C_BLOCK"), tile, strict=True))
-            constants |= {"N_BLOCK": 16 if kernel is encoder_decoder_forward.encode else 32, "MERGE": merge}
-            if "MERGE" in takes or not merge:
-                name = f"{shape}, parts" if merge else shape
-                yield Variant(kernel, name, "fp32", {k: v for k, v in constants.items() if k in takes}, 4)
+            n = 16 if kernel is encoder_decoder_forward.encode else 32
+            constants: dict[str, Any] = {
+                "FLAGS": flags._replace(merge=merge),
+                "TILE": encoder_decoder_flags.Tile._make((*tile, n, 256)),
+            }
+            if kernel is encoder_decoder_backward.vjp_decode:
+                constants = {"SPANS": 4, **dict(zip(("R_BLOCK", "H_BLOCK", "C_BLOCK"), tile, strict=True))}
+            if not merge or kernel in (encoder_decoder_forward.encode, encoder_decoder_backward.vjp_affine):
+                yield Variant(kernel, f"{shape}, parts" if merge else shape, "fp32", constants, 4)
 
 
 def _depthwise() -> Iterator[Variant]:
     for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         for k, last in ((3, False), (3, True), (5, False), (5, True), (7, False), (7, True)):
             shape = f"{k} x {k}" + (" channels last" if last else "")
-            blocks = {"ALIGN": align if last else 1, "LAST": last, "KH": k, "KW": k, "BIAS": True, "PLAIN": False}
-            blocks["GROUP"] = 9 if k == 3 else k
-            kernels = (
-                (depthwise_forward.depthwise_apply, 1024),
-                (depthwise_backward.depthwise_sums, 256),
-                (depthwise_backward.depthwise_combine, 1024),
-            )
-            for kernel, tile in kernels:
-                blocks |= {"ROWS": tile // 64, "BLOCK": 64} if last else {"ROWS": 1, "BLOCK": tile}
-                takes = inspect.signature(kernel.fn).parameters
-                yield Variant(
-                    kernel,
-                    shape,
-                    dtype,
-                    {name: v for name, v in blocks.items() if name in takes},
-                    4 if tile > 256 else 2,
-                )
+            for kernel, tile, more in (
+                (depthwise_forward.depthwise_apply, 1024, {"BIAS": True}),
+                (depthwise_backward.depthwise_sums, 256, {}),
+                (depthwise_backward.depthwise_combine, 1024, {"PLAIN": False}),
+            ):
+                tiles = (tile // 64, 64) if last else (1, tile)
+                flags = depthwise_flags.Compiled(align if last else 1, last, k, k, 9 if k == 3 else k, *tiles)
+                yield Variant(kernel, shape, dtype, {"FLAGS": flags, **more}, 4 if tile > 256 else 2)
     for parts in JOINED:
         at_once, lanes, num_warps = join_tile(parts)
         blocks = {"T": 9, "P_BLOCK": at_once, "BLOCK": lanes}
@@ -223,12 +210,13 @@ def _depthwise() -> Iterator[Variant]:
 
 
 def _owner() -> Iterator[Variant]:
-    names = ("STD", "COPY", "POWER", "AVERAGES", "DETACH", "RENORM", "CONTEXTS", "CENTER", "SCALE", "AFFINE")
-    plain = {**dict.fromkeys(names, False), "BLEND": 0, "MOVE": 1, "BN": True, "TRACK": 1, "WEIGHT": True, "BIAS": True}
-    plain |= {"NEED": True, "ACT": 0, "RESIDUAL": False}
-    blended = {"BLEND": 3, "MOVE": 0, "RENORM": True, "STD": True, "COPY": True, "POWER": True, "AVERAGES": True}
+    blended = dict.fromkeys(("std", "copies_first", "powers", "averages"), True) | {"blend": 3}
+    moved = {"track": 1, "moves": True}
+    rectified = {"center": True, "scale": True, "affine": True, **moved}
     mixture = (owner_forward.own_mixture, owner_backward.own_mixture_vjp)
     channels = (owner_forward.own_channels, owner_backward.own_channels_vjp)
+    given = dict.fromkeys(("needs_moments", "weight", "bias", "known", "owner"), True)
+    bn = MixtureFlags.of(("bn",), track=1).compiled(weight=True, bias=True)
     for dtype, vector in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         for shape, (n, c, size, columns) in {
             "49": (64, 2048, 49, False),
@@ -237,16 +225,14 @@ def _owner() -> Iterator[Variant]:
         }.items():
             owner = shared_out(n, c, size, columns, vector)
             assert owner is not None
-            for kernels, name, on, contexts in (
-                (mixture, "bn", {}, 1),
-                (mixture, "in", {"BN": False, "TRACK": 0}, 1),
-                (mixture, "bn add relu", {"ACT": 1, "RESIDUAL": True}, 1),
-                (channels, "ubn", dict.fromkeys(("CENTER", "SCALE", "AFFINE"), True), 1),
-                (channels, "dbn", blended, 1),
-                (channels, "cn of 16", {"CONTEXTS": True}, 16),
+            for kernels, name, flags, act, contexts in (
+                (mixture, "bn", bn, 0, 1),
+                (mixture, "in", MixtureFlags.of(("in",)).compiled(weight=True, bias=True), 0, 1),
+                (mixture, "bn add relu", bn, 1, 1),
+                (channels, "ubn", _channels(**given, **rectified), 0, 1),
+                (channels, "dbn", _channels(**given, **blended), 0, 1),
+                (channels, "cn of 16", _channels(**given, contexts=True, **moved), 0, 16),
             ):
-                constants = {**plain, **on, **owner.tiles(contexts)}
-                for kernel in kernels:
-                    takes = inspect.signature(kernel.fn).parameters
-                    chosen = {k: v for k, v in constants.items() if k in takes}
-                    yield Variant(kernel, f"{shape} {name}", dtype, chosen, WARPS)
+                constants = {"FLAGS": flags, "ACT": act, "RESIDUAL": act > 0, "TILE": owner.tile(contexts)}
+                for kernel, more in zip(kernels, ({}, {"NEED": True}), strict=True):
+                    yield Variant(kernel, f"{shape} {name}", dtype, {**constants, **more}, WARPS)

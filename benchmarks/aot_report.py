@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.aot_cases import Variant, variants
+from lightning_norm.kernels.arguments import Maps
 from lightning_norm.kernels.grid import registers
 from lightning_norm.surgery.text_tables import markdown
 
@@ -31,7 +32,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WIDE = ("x", "dy", "y", "dx", "residual", "dresidual")
 """Pointers to tensors like x; the others point to float32."""
 TYPES = {
-    **dict.fromkeys(("message", "gathered", "dgathered"), "*fp64"),
+    **dict.fromkeys(("message", "gathered", "dgathered", "rank_sums"), "*fp64"),
     **dict.fromkeys(("tracked", "skipped", "updates", "measured", "skipped_condensed", "in_a_row"), "*i64"),
     **dict.fromkeys(("eps", "inner", "factor", "unbias", "least", "power", "unit_scale", "unit_affine"), "fp32"),
     "count": "i64",
@@ -90,12 +91,22 @@ def compiled(variant: Variant, arch: int, *, ones: bool = False) -> Any:
     """
     if not hasattr(variant.kernel, "fn") or os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET.")
-    names = list(inspect.signature(variant.kernel.fn).parameters)
+    parameters = inspect.signature(variant.kernel.fn).parameters
+    names = list(parameters)
     first_integer = _first_scalar(names)
-    signature, aligned, constants = {}, {}, dict(variant.constants)
+    signature: dict[str, Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+    constants = dict(variant.constants)
     for i, name in enumerate(names):
+        group = parameters[name].annotation
         if name in variant.constants:
             signature[name] = "constexpr"
+        elif hasattr(group, "_fields"):
+            # Pointers, or real numbers: an integer in a named tuple would be specialized.
+            wide = dict.fromkeys(WIDE, f"*{variant.dtype}") if group is Maps else {}
+            signature[name] = group(*(wide.get(field, TYPES.get(field, "*fp32")) for field in group._fields))
+            aligned |= {(i, j): [["tt.divisibility", 16]] for j, kind in enumerate(signature[name]) if kind[0] == "*"}
+            continue
         elif name in TYPES:
             signature[name] = TYPES[name]
         elif i >= first_integer:
@@ -108,8 +119,8 @@ def compiled(variant: Variant, arch: int, *, ones: bool = False) -> Any:
         if signature[name].startswith("*"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    taps = constants.get("KH", 0) * constants.get("KW", 0)
-    limit = registers(variant.name, taps, bool(constants.get("LAST")))
+    taps = constants["FLAGS"].kh * constants["FLAGS"].kw if "depthwise" in variant.name else 0
+    limit = registers(variant.name, taps, taps > 0 and constants["FLAGS"].last)
     options = {"num_warps": variant.warps, **({} if limit is None else {"maxnreg": limit})}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

@@ -28,6 +28,7 @@ REGISTERS = {
     "pool": 144,
     "vjp_pool": 200,
     "survey": 128,
+    "vjp_affine": 184,
     "channels_of": 112,
     "channels_vjp": 120,
     "own_mixture": 128,

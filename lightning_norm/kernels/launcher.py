@@ -100,13 +100,13 @@ class _Launch(NamedTuple):
 def _write_down(launches: list[_Launch], kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     compiled = None
     if _is_compiled(kernel):
-        plain = (int(a) if isinstance(a, Number) else a for a in args)
+        plain = [_each(lambda part: int(part) if isinstance(part, Number) else part, a) for a in args]
         # Compiles without launching, for pointers of this alignment.
         if _ahead is None:
             with _telling_of(kernel.__name__):
                 compiled = kernel.warmup(*plain, grid=grid, **options)
         else:
-            compiled = functools.partial(kernel.warmup, *map(_stand_in, plain), grid=grid, **options)
+            compiled = functools.partial(kernel.warmup, *(_each(_stand_in, a) for a in plain), grid=grid, **options)
     launches.append(_Launch(kernel, grid, args, options, compiled))
 
 
@@ -140,6 +140,22 @@ class _StandIn:
     def data_ptr(self) -> int:
         """Return an address that is as far from a multiple of 16 as the tensor's."""
         return self.misaligned
+
+
+def _each(function: Callable[[Any], Any], a: Any) -> Any:
+    """Apply a function to an argument, or to every part of one that is a named tuple."""
+    if isinstance(a, tuple) and not isinstance(a, _Pointer):
+        return type(a)(*(_each(function, part) for part in a))
+    return function(a)
+
+
+def _parts(a: Any) -> Iterator[Any]:
+    """Yield an argument, or every part of one that is a named tuple."""
+    if isinstance(a, tuple):
+        for part in a:
+            yield from _parts(part)
+    else:
+        yield a
 
 
 def _stand_in(a: Any) -> Any:
@@ -258,7 +274,7 @@ class Plan:
         # Triton launches on the current device, which need not be that of x.
         with torch.cuda.device_of(tensors[0]):
             for kernel, grid, args, options, _ in self.launches:
-                kernel[grid](*(_argument(a, tensors) for a in args), **options)
+                kernel[grid](*(_each(lambda part: _argument(part, tensors), a) for a in args), **options)
 
 
 def _argument(a: Any, tensors: list[Any]) -> Any:
@@ -389,7 +405,7 @@ def record(inputs: Sequence[Any], call: Callable[..., tuple[Sequence[Tensor | No
 
 def _plan(slots: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | None], keep: Sequence[Tensor]) -> Plan:
     """Find out where each tensor of the launches lies."""
-    passed = [a for step in launches for a in step.args if isinstance(a, Tensor)]
+    passed = [a for step in launches for a in _parts(step.args) if isinstance(a, Tensor)]
     # By storages: the parts of one tensor have one in common, at different offsets.
     used = {_storage(t) for t in passed}
     places = {id(t): (slot, 0) for slot, t in enumerate(slots) if isinstance(t, Tensor)}
@@ -427,7 +443,7 @@ def _plan(slots: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | 
             offset = first + t.storage_offset() * t.element_size()
         return _Pointer(slot, offset, t.shape, t.stride(), t.dtype)
 
-    steps = [step._replace(args=tuple(map(pointer, step.args))) for step in launches]
+    steps = [step._replace(args=tuple(_each(pointer, a) for a in step.args)) for step in launches]
     return Plan(steps, len(slots), pointer(slots[0]), made, (sizes[1], sizes[2]), parts, [pointer(t) for t in keep])
 
 
@@ -596,6 +612,8 @@ def _spelled(a: Any, names: dict[str, Any]) -> str:
         return f"p[{a.slot}]"
     if isinstance(a, _Pointer):
         return "0" if a.slot < 0 else f"p[{a.slot}] + {a.offset}" if a.offset else f"p[{a.slot}]"
+    if isinstance(a, tuple):
+        return f"({' '.join(_spelled(part, names) + ',' for part in a)})"
     if a is None or type(a) is int:
         return repr(a)
     # Anything else, such as a float or a dtype, is looked up by a name.

@@ -7,52 +7,56 @@
 import triton
 import triton.language as tl
 
-from lightning_norm.kernels.depthwise.forward import neighbour, tile_lanes, tile_start
+from lightning_norm.kernels.arguments import Affine, DxAffine, Sums
+from lightning_norm.kernels.depthwise.forward import neighbour, shape_of, tap, tile_lanes, tile_start
+from lightning_norm.kernels.passes.forward import zeros
 
 
 @triton.jit
 def depthwise_sums(
-    dy, x, kernel, pivot, scale, offset, total, dot, taps, samples, units, size, height, width, blocks, piece, repeat,
-    ALIGN: tl.constexpr, LAST: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dy, x, kernel, affine: Affine, sums: Sums, taps, samples, units, size, height, width, blocks, piece, repeat,
+    FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Sums of dx^ and dx^ (x - pivot), (pieces, N, C), and of each tap's gradient and of dy, (parts, taps + 1, C).
 
     A program takes one piece of the map, of ``repeat`` groups of samples; once for each group of taps. The grid is
     (chunks of samples * blocks of channels, pieces).
     """
-    samples, units, size = tl.cast(samples, tl.int32), tl.cast(units, tl.int32), tl.cast(size, tl.int32)
+    shape = shape_of(samples, units, size, height, width)
+    LAST: tl.constexpr = FLAGS.last
+    GROUP: tl.constexpr = FLAGS.group
+    TAPS: tl.constexpr = FLAGS.kh * FLAGS.kw
     job, p = tl.program_id(0), tl.program_id(1)
     chunk = job // blocks
-    channel = job % blocks * BLOCK if LAST else job % blocks
+    channel = job % blocks * FLAGS.block if LAST else job % blocks
     # The last piece of a map may be shorter.
-    end = tl.minimum(size, (p + 1) * piece)
-    channels = units * ALIGN if LAST else units
-    step = channels if LAST else 1
+    end = tl.minimum(shape.size, (p + 1) * piece)
+    channels = shape.units * FLAGS.align if LAST else shape.units
     # Where this piece's sums, and this program's gradients of taps, are stored.
-    pair = tl.cast(p, tl.int64) * samples * channels
-    c_out = channel + tl.arange(0, BLOCK if LAST else 1)[None, :]
-    out = taps + tl.cast(chunk * tl.num_programs(1) + p, tl.int64) * (KH * KW + 1) * channels + c_out
-    zero = tl.zeros((ROWS, BLOCK), tl.float32)
+    pair = tl.cast(p, tl.int64) * shape.samples * channels
+    c_out = channel + tl.arange(0, FLAGS.block if LAST else 1)[None, :]
+    out = taps + tl.cast(chunk * tl.num_programs(1) + p, tl.int64) * (TAPS + 1) * channels + c_out
+    zero = zeros(FLAGS.rows, FLAGS.block)
     # dy and x are read again for each group of taps, from the cache then: a piece is chosen small enough.
-    for group in range(0, KH * KW // GROUP):
+    for group in range(0, TAPS // GROUP):
         # One accumulator per tap, by name: device code has no arrays of tiles.
         a0, a1, a2, a3, a4, a5, a6, a7, a8, of_dy = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
         for again in range(0, repeat):
-            sample = (chunk * repeat + again) * (1 if LAST else ROWS)
+            sample = (chunk * repeat + again) * (1 if LAST else FLAGS.rows)
             # The two sums belong to a sample, so they begin anew with each.
             g0, g1 = zero, zero
-            for first in range(p * piece, end, ROWS if LAST else BLOCK):
-                origin, lane, keep, i, j, c, at, stat_mask, _ = tile_lanes(sample, channel, first, end, samples, units, size, width, ALIGN, LAST, ROWS, BLOCK)  # noqa: E501  # fmt: skip
+            for first in range(p * piece, end, FLAGS.rows if LAST else FLAGS.block):
+                at = tile_lanes(sample, channel, first, end, shape, FLAGS)
                 # Statistics change with the sample, and with LAST with the channel.
-                k = tl.load(pivot + at, mask=stat_mask, other=0.0)
-                a, o = tl.load(scale + at, mask=stat_mask, other=0.0), tl.load(offset + at, mask=stat_mask, other=0.0)
-                g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
+                k = tl.load(affine.pivot + at.at, mask=at.mask, other=0.0)
+                a = tl.load(affine.scale + at.at, mask=at.mask, other=0.0)
+                o = tl.load(affine.offset + at.at, mask=at.mask, other=0.0)
+                g = tl.load(dy + at.origin + at.lane, mask=at.keep, other=0.0).to(tl.float32)
                 for s in tl.static_range(GROUP):
-                    ok, away = neighbour(i, j, group, s, 1, height, width, KH, KW, GROUP)
-                    ok = keep & ok
-                    w = tl.load(kernel + c * (KH * KW) + group * GROUP + s, mask=stat_mask, other=0.0).to(tl.float32)
-                    u = tl.load(x + origin + lane + away * step, mask=ok, other=0.0).to(tl.float32) - k
+                    ok, away = neighbour(at, group, s, 1, shape, FLAGS)
+                    ok = at.keep & ok
+                    w = tap(kernel, at, group, s, FLAGS)
+                    u = tl.load(x + at.origin + at.lane + away * at.step, mask=ok, other=0.0).to(tl.float32) - k
                     # h is dy where the neighbour lies in the map; then times x^(p + t).
                     h = tl.where(ok, g, 0.0)
                     g0 += w * h
@@ -79,9 +83,9 @@ def depthwise_sums(
                         a8 += h
                 of_dy += g
             # Where the sample's sums go, whatever position came last.
-            origin, lane, keep, i, j, c, at, stat_mask, _ = tile_lanes(sample, channel, 0, end, samples, units, size, width, ALIGN, LAST, ROWS, BLOCK)  # noqa: E501  # fmt: skip
-            add_to(total + pair + at, tl.sum(g0, 0 if LAST else 1, keep_dims=True), stat_mask, group)
-            add_to(dot + pair + at, tl.sum(g1, 0 if LAST else 1, keep_dims=True), stat_mask, group)
+            to = tile_lanes(sample, channel, 0, end, shape, FLAGS)
+            add_to(sums.total + pair + to.at, tl.sum(g0, 0 if LAST else 1, keep_dims=True), to.mask, group)
+            add_to(sums.dot + pair + to.at, tl.sum(g1, 0 if LAST else 1, keep_dims=True), to.mask, group)
         # Each tap's accumulator, summed over the tile.
         store_tap(out + group * GROUP * channels, a0, 0, c_out < channels, channels, LAST, GROUP)
         store_tap(out + group * GROUP * channels, a1, 1, c_out < channels, channels, LAST, GROUP)
@@ -92,7 +96,7 @@ def depthwise_sums(
         store_tap(out + group * GROUP * channels, a6, 6, c_out < channels, channels, LAST, GROUP)
         store_tap(out + group * GROUP * channels, a7, 7, c_out < channels, channels, LAST, GROUP)
         store_tap(out + group * GROUP * channels, a8, 8, c_out < channels, channels, LAST, GROUP)
-        store_tap(out + KH * KW * channels, of_dy, 0, c_out < channels, channels, LAST, 1)
+        store_tap(out + TAPS * channels, of_dy, 0, c_out < channels, channels, LAST, 1)
 
 
 @triton.jit
@@ -139,31 +143,30 @@ def join_taps(
 
 @triton.jit(do_not_specialize=["samples", "units", "size", "height", "width", "blocks"])
 def depthwise_combine(
-    dy, x, dx, kernel, pivot, scale, constant, slope, samples, units, size, height, width, blocks,
-    ALIGN: tl.constexpr, LAST: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr,
-    PLAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dy, x, dx, kernel, affine: Affine, dx_affine: DxAffine, samples, units, size, height, width, blocks,
+    PLAIN: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """dx = scale * g + constant + slope * (x - pivot), PLAIN: scale * g alone; g = sum_t w_t dy(p - t).
 
     Grid, tiles and coefficients as ``depthwise_apply``.
     """
-    samples, units, size = tl.cast(samples, tl.int32), tl.cast(units, tl.int32), tl.cast(size, tl.int32)
-    sample, channel, first = tile_start(units, blocks, LAST, ROWS, BLOCK)
-    origin, lane, keep, i, j, c, at, stat_mask, channels = tile_lanes(sample, channel, first, size, samples, units, size, width, ALIGN, LAST, ROWS, BLOCK)  # noqa: E501  # fmt: skip
-    step = channels if LAST else 1
-    g = tl.zeros((ROWS, BLOCK), tl.float32)
+    GROUP: tl.constexpr = FLAGS.group
+    shape = shape_of(samples, units, size, height, width)
+    sample, channel, first = tile_start(shape.units, blocks, FLAGS)
+    at = tile_lanes(sample, channel, first, shape.size, shape, FLAGS)
+    g = zeros(FLAGS.rows, FLAGS.block)
     # The transposed convolution of dy: the same taps, from the other side.
-    for group in range(0, KH * KW // GROUP):
+    for group in range(0, FLAGS.kh * FLAGS.kw // GROUP):
         for s in tl.static_range(GROUP):
-            ok, away = neighbour(i, j, group, s, -1, height, width, KH, KW, GROUP)
-            w = tl.load(kernel + c * (KH * KW) + group * GROUP + s, mask=stat_mask, other=0.0).to(tl.float32)
-            g += w * tl.load(dy + origin + lane + away * step, mask=keep & ok, other=0.0).to(tl.float32)
+            ok, away = neighbour(at, group, s, -1, shape, FLAGS)
+            w = tap(kernel, at, group, s, FLAGS)
+            g += w * tl.load(dy + at.origin + at.lane + away * at.step, mask=at.keep & ok, other=0.0).to(tl.float32)
     # Scale is constant over the map of a channel, so it stays outside the sum over taps.
-    d = tl.load(scale + at, mask=stat_mask, other=0.0) * g
+    d = tl.load(affine.scale + at.at, mask=at.mask, other=0.0) * g
     if not PLAIN:
         # x is read only where the statistics depend on it; running ones are constants.
-        u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - tl.load(
-            pivot + at, mask=stat_mask, other=0.0
-        )
-        d += tl.load(slope + at, mask=stat_mask, other=0.0) * u + tl.load(constant + at, mask=stat_mask, other=0.0)
-    tl.store(dx + origin + lane, d.to(dx.dtype.element_ty), mask=keep)
+        k = tl.load(affine.pivot + at.at, mask=at.mask, other=0.0)
+        u = tl.load(x + at.origin + at.lane, mask=at.keep, other=0.0).to(tl.float32) - k
+        e = tl.load(dx_affine.constant + at.at, mask=at.mask, other=0.0)
+        d += tl.load(dx_affine.slope + at.at, mask=at.mask, other=0.0) * u + e
+    tl.store(dx + at.origin + at.lane, d.to(dx.dtype.element_ty), mask=at.keep)

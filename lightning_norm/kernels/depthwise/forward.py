@@ -16,94 +16,101 @@ Taps are taken in groups: all nine of 3 x 3, or one row of a larger kernel, so t
 import triton
 import triton.language as tl
 
+from lightning_norm.kernels.arguments import Affine
+from lightning_norm.kernels.depthwise.flags import Lanes, Shape
+from lightning_norm.kernels.passes.forward import zeros
+
 
 @triton.jit
-def tile_lanes(
-    sample, channel, first, end, samples, units, size, width, ALIGN: tl.constexpr, LAST: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Return where a tile lies.
+def shape_of(samples, units, size, height, width):
+    """Return a ``Shape`` of a kernel's integers; one that is 1 may be a constant, which has no dtype of its own."""
+    return Shape(tl.cast(samples, tl.int32), tl.cast(units, tl.int32), tl.cast(size, tl.int32), height, width)
 
-    In order: origin, offsets from it and their mask; row and column in the map; the channels, the (N, C) index of each
-    statistic and its mask; and the number of channels.
-    """
-    # Positions by channels of one sample, or samples by positions of one channel.
-    channels = units * ALIGN if LAST else units
-    if LAST:
-        p = (first + tl.arange(0, ROWS))[:, None]
-        c = (channel + tl.arange(0, BLOCK))[None, :]
-        stat_mask = (c < channels) & (sample < samples)
-        at = sample * channels + c
-        origin, offset = tl.cast(sample, tl.int64) * size * channels, p * channels + c
+
+@triton.jit
+def tile_lanes(sample, channel, first, end, shape, FLAGS: tl.constexpr):
+    """Return ``Lanes``: positions by channels of one sample, or samples by positions of one channel."""
+    size, channels = shape.size, shape.units * FLAGS.align if FLAGS.last else shape.units
+    if FLAGS.last:
+        p = (first + tl.arange(0, FLAGS.rows))[:, None]
+        c = (channel + tl.arange(0, FLAGS.block))[None, :]
+        mask = (c < channels) & (sample < shape.samples)
+        at, step = sample * channels + c, channels
+        origin, lane = tl.cast(sample, tl.int64) * size * channels, p * channels + c
     else:
-        p = (first + tl.arange(0, BLOCK))[None, :]
-        n = (sample + tl.arange(0, ROWS))[:, None]
+        p = (first + tl.arange(0, FLAGS.block))[None, :]
+        n = (sample + tl.arange(0, FLAGS.rows))[:, None]
         c = channel + n * 0
-        stat_mask = n < samples
-        at = n * channels + channel
-        origin, offset = tl.cast(channel, tl.int64) * 0, at.to(tl.int64) * size + p
+        mask = n < shape.samples
+        at, step = n * channels + channel, 1
+        origin, lane = tl.cast(channel, tl.int64) * 0, at.to(tl.int64) * size + p
     # Row and column, to see which neighbours lie in the map.
-    i = p // width
-    return origin, offset, (p < end) & stat_mask, i, p - i * width, c, at, stat_mask, channels
+    i = p // shape.width
+    return Lanes(origin, lane, (p < end) & mask, i, p - i * shape.width, c, at, mask, step)
 
 
 @triton.jit
-def neighbour(
-    i, j, group, s: tl.constexpr, sign: tl.constexpr, height, width, KH: tl.constexpr, KW: tl.constexpr,
-    GROUP: tl.constexpr,
-):  # fmt: skip
+def neighbour(at, group, s: tl.constexpr, sign: tl.constexpr, shape, FLAGS: tl.constexpr):
     """Return whether the neighbour at tap ``s`` of a group lies in the map, and how many positions away it is.
 
     ``sign`` is 1 for the convolution and -1 for its transpose.
     """
     # The row of the tap depends on the group, a run-time number; its column is known when the kernel is compiled.
-    di = sign * (group * (GROUP // KW) + s // KW - KH // 2)
-    dj: tl.constexpr = sign * (s % KW - KW // 2)
-    return (i + di >= 0) & (i + di < height) & (j + dj >= 0) & (j + dj < width), di * width + dj
+    di = sign * (group * (FLAGS.group // FLAGS.kw) + s // FLAGS.kw - FLAGS.kh // 2)
+    dj: tl.constexpr = sign * (s % FLAGS.kw - FLAGS.kw // 2)
+    i, j = at.i + di, at.j + dj
+    return (i >= 0) & (i < shape.height) & (j >= 0) & (j < shape.width), di * shape.width + dj
 
 
 @triton.jit
-def tile_start(units, blocks, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def tap(kernel, at, group, s: tl.constexpr, FLAGS: tl.constexpr):
+    """Return the weight of tap ``s`` of a group."""
+    taps = FLAGS.kh * FLAGS.kw
+    return tl.load(kernel + at.c * taps + group * FLAGS.group + s, mask=at.mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def tile_start(units, blocks, FLAGS: tl.constexpr):
     """Return first sample, channel and position of a program that takes one tile."""
     # The first axis may be long, and CUDA limits the second to 65 535.
     job, tile = tl.program_id(0), tl.program_id(1)
-    if LAST:
-        sample, channel, first = job // blocks, tile * BLOCK, job % blocks * ROWS
+    if FLAGS.last:
+        sample, channel, first = job // blocks, tile * FLAGS.block, job % blocks * FLAGS.rows
     else:
-        sample, channel, first = job // units * ROWS, job % units, tile * BLOCK
+        sample, channel, first = job // units * FLAGS.rows, job % units, tile * FLAGS.block
     return sample, channel, first
 
 
 @triton.jit(do_not_specialize=["samples", "units", "size", "height", "width", "blocks"])
 def depthwise_apply(
-    x, y, kernel, bias, pivot, scale, offset, samples, units, size, height, width, blocks, ALIGN: tl.constexpr,
-    LAST: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, kernel, bias, affine: Affine, samples, units, size, height, width, blocks, BIAS: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):  # fmt: skip
     """y = bias + the convolution of scale * (x - pivot) + offset.
 
-    kernel is (C, KH * KW), bias (C,), pivot, scale and offset (N, C). A program takes one tile, see ``Stencil.grid``.
+    kernel is (C, taps), bias (C,), pivot, scale and offset (N, C). A program takes one tile, see ``Stencil.grid``.
     """
-    samples, units, size = tl.cast(samples, tl.int32), tl.cast(units, tl.int32), tl.cast(size, tl.int32)
-    sample, channel, first = tile_start(units, blocks, LAST, ROWS, BLOCK)
-    origin, lane, keep, i, j, c, at, stat_mask, channels = tile_lanes(sample, channel, first, size, samples, units, size, width, ALIGN, LAST, ROWS, BLOCK)  # noqa: E501  # fmt: skip
-    # Elements between two neighbouring positions.
-    step = channels if LAST else 1
-    k = tl.load(pivot + at, mask=stat_mask, other=0.0)
+    GROUP: tl.constexpr = FLAGS.group
+    shape = shape_of(samples, units, size, height, width)
+    sample, channel, first = tile_start(shape.units, blocks, FLAGS)
+    at = tile_lanes(sample, channel, first, shape.size, shape, FLAGS)
+    p_x, p_y = x + at.origin + at.lane, y + at.origin + at.lane
+    k = tl.load(affine.pivot + at.at, mask=at.mask, other=0.0)
     # Summed in float32, whatever x is: k * k numbers of half precision would lose digits.
-    v = tl.zeros((ROWS, BLOCK), tl.float32)
+    v = zeros(FLAGS.rows, FLAGS.block)
     omega = v
     # Scale and offset stay outside the sum over taps: two multiplications per element, however many taps.
-    for group in range(0, KH * KW // GROUP):
+    for group in range(0, FLAGS.kh * FLAGS.kw // GROUP):
         for s in tl.static_range(GROUP):
             # Outside the map x^ is zero, not u: the mask also keeps omega exact.
-            ok, away = neighbour(i, j, group, s, 1, height, width, KH, KW, GROUP)
-            w = tl.load(kernel + c * (KH * KW) + group * GROUP + s, mask=stat_mask, other=0.0).to(tl.float32)
-            u = tl.load(x + origin + lane + away * step, mask=keep & ok, other=0.0).to(tl.float32) - k
+            ok, away = neighbour(at, group, s, 1, shape, FLAGS)
+            w = tap(kernel, at, group, s, FLAGS)
+            u = tl.load(p_x + away * at.step, mask=at.keep & ok, other=0.0).to(tl.float32) - k
             v += w * tl.where(ok, u, 0.0)
             omega += tl.where(ok, w, 0.0)
     # omega carries the offset: at the border fewer taps see it.
-    z = tl.load(scale + at, mask=stat_mask, other=0.0) * v + tl.load(offset + at, mask=stat_mask, other=0.0) * omega
+    z = tl.load(affine.scale + at.at, mask=at.mask, other=0.0) * v
+    z += tl.load(affine.offset + at.at, mask=at.mask, other=0.0) * omega
     if BIAS:
-        z += tl.load(bias + c, mask=stat_mask, other=0.0).to(tl.float32)
-    tl.store(y + origin + lane, z.to(y.dtype.element_ty), mask=keep)
+        z += tl.load(bias + at.c, mask=at.mask, other=0.0).to(tl.float32)
+    tl.store(p_y, z.to(y.dtype.element_ty), mask=at.keep)

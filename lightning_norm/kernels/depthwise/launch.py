@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels.arguments import Affine, DxAffine, Sums
 from lightning_norm.kernels.depthwise.backward import depthwise_combine, depthwise_sums, join_taps
+from lightning_norm.kernels.depthwise.flags import Compiled
 from lightning_norm.kernels.depthwise.forward import depthwise_apply
 from lightning_norm.kernels.grid import BUSY, FEW, REGISTERS, cdiv, dense, is_channels_last, power, registers
 from lightning_norm.kernels.launcher import launch
@@ -84,11 +86,10 @@ class Stencil:
         blocks = cdiv(self.size, self.rows) if self.last else 1
         return self.n, self.c // self.align if self.last else self.c, self.size, self.height, self.width, blocks
 
-    def constants(self, kernel: Tensor) -> dict[str, int]:
-        """Return the compile-time arguments that every kernel takes."""
+    def compiled(self, kernel: Tensor) -> Compiled:
+        """Return what every kernel is compiled for."""
         kh, kw = ((1,) * 2 + tuple(kernel.shape[2:]))[-2:]
-        sizes = {"ALIGN": self.align, "ROWS": self.rows, "BLOCK": self.block, "KH": kh, "KW": kw}
-        return {**sizes, "GROUP": kh * kw if kh * kw <= 9 else kw, "LAST": self.last}
+        return Compiled(self.align, self.last, kh, kw, kh * kw if kh * kw <= 9 else kw, self.rows, self.block)
 
 
 def stencil_of(x: Tensor, taps: int, tile: int = TILE) -> Stencil:
@@ -126,17 +127,9 @@ def apply_depthwise(x: Tensor, affine: Tensor, kernel: Tensor, bias: Tensor | No
     s = stencil_of(x, taps)
     with device_of(x):
         launch(depthwise_apply, *s.grid)(
-            x,
-            y,
-            kernel,
-            affine if bias is None else bias,
-            *affine,
-            *s.shape,
-            BIAS=bias is not None,
-            num_warps=4,
-            maxnreg=registers("depthwise_apply", taps, s.last),
-            **s.constants(kernel),
-        )
+            x, y, kernel, affine if bias is None else bias, Affine(*affine), *s.shape, BIAS=bias is not None,
+            FLAGS=s.compiled(kernel), num_warps=4, maxnreg=registers("depthwise_apply", taps, s.last),
+        )  # fmt: skip
     return y
 
 
@@ -152,9 +145,8 @@ def sum_parts(dy: Tensor, x: Tensor, affine: Tensor, kernel: Tensor) -> tuple[Te
     dkernel, dbias = torch.empty_like(kernel, dtype=torch.float32), affine.new_empty(s.c)
     with device_of(x):
         launch(depthwise_sums, chunks * s.blocks, s.pieces)(
-            dy, x, kernel, *affine, *out, tap_parts, *s.shape[:-1], s.blocks, s.piece, s.repeat, num_warps=2,
-            maxnreg=REGISTERS["depthwise_sums"],
-            **s.constants(kernel),
+            dy, x, kernel, Affine(*affine), Sums(*out), tap_parts, *s.shape[:-1], s.blocks, s.piece, s.repeat,
+            FLAGS=s.compiled(kernel), num_warps=2, maxnreg=REGISTERS["depthwise_sums"],
         )  # fmt: skip
         at_once, lanes, num_warps = join_tile(chunks * s.pieces)
         launch(join_taps, cdiv(s.c * (taps + 1), lanes))(
@@ -195,10 +187,10 @@ def gradients(
                 x, parts, stats, None, None, None, running, 1, flags, eps, partial_layout, over_ranks
             )
         dx = torch.empty_like(x)
-        constant, slope = affine[:2] if dx_affine is None else dx_affine
+        coefficients = Affine(*affine), DxAffine(*(affine[:2] if dx_affine is None else dx_affine))
         with device_of(x):
             launch(depthwise_combine, *s.grid)(
-                dy, x, dx, kernel, affine[0], affine[1], constant, slope, *s.shape, PLAIN=dx_affine is None,
-                num_warps=4, maxnreg=REGISTERS["depthwise_combine"], **s.constants(kernel),
+                dy, x, dx, kernel, *coefficients, *s.shape, PLAIN=dx_affine is None, FLAGS=s.compiled(kernel),
+                num_warps=4, maxnreg=REGISTERS["depthwise_combine"],
             )  # fmt: skip
     return dx, dkernel, dbias

@@ -8,11 +8,14 @@ decoder and an encoder cannot share a launch, for every channel looks at all oth
 import triton
 import triton.language as tl
 
+from lightning_norm.kernels.arguments import Layout, Sums
+from lightning_norm.kernels.encoder_decoder import flags as tuples
 from lightning_norm.kernels.encoder_decoder.forward import (
     dropout_factor,
     gate_of,
     linear_at,
     read_statistics,
+    shape_of,
     sigmoid,
     spans_at,
     store_for_all_samples,
@@ -20,7 +23,8 @@ from lightning_norm.kernels.encoder_decoder.forward import (
     times,
 )
 from lightning_norm.kernels.mixture.forward import per_channel
-from lightning_norm.kernels.passes.backward import read_sum
+from lightning_norm.kernels.passes.backward import read_sums
+from lightning_norm.kernels.passes.forward import zeros
 
 
 @triton.jit
@@ -35,47 +39,46 @@ def outer(p, a, R_BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["samples", "pieces"])
 def vjp_affine(
-    total, dot, stats, outputs, weight, lambda_mu, lambda_sigma, lambda_beta, lambda_gamma, dweight, dbias, dmu_bias,
-    dsigma_bias, dbeta_bias, dgamma_bias, gates, doutputs, direct, samples, rows, channels, pieces, sample_stride,
-    stride, eps, BATCH: tl.constexpr, MERGE: tl.constexpr, GATED: tl.constexpr, WEIGHT: tl.constexpr,
-    N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    sums: Sums, given: tuples.EncoderDecoderStatistics, weight, gates: tuples.Gates, out: tuples.AffineGradients,
+    samples, channels, pieces, sample_stride, stride, eps, FLAGS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the decoders' outputs (4, R, C), of mean and deviation past them (2, R, C), of the parameters.
 
-    ``gates`` (4, programs) are the parts of the gates' gradients. A program takes a block of channels, all rows.
+    The gates' gradients are in parts, (4, programs). A program takes a block of channels, all rows.
     """
-    rows, channels = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32)
-    pid, number = tl.program_id(0), rows * channels
-    c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
+    layout = Layout(pieces, sample_stride, stride, 1, 1, 1)
+    samples, rows, channels, _, _ = shape_of(samples, channels, 0, 0, FLAGS.batch)
+    pid, number, outputs = tl.program_id(0), rows * channels, given.outputs
+    c = pid * TILE.c + tl.arange(0, TILE.c)
     inside = c < channels
-    w = per_channel(weight, c, inside, 1.0, WEIGHT)[None, :]
-    l_mu, l_sigma = gate_of(lambda_mu, 0.0, True), gate_of(lambda_sigma, 0.0, True)
+    w = per_channel(weight, c, inside, 1.0, FLAGS.weight)[None, :]
+    l_mu, l_sigma = gate_of(gates.mu, 0.0, True), gate_of(gates.sigma, 0.0, True)
     # The gates, and 1 - g as a sigmoid of its own, which keeps its digits.
     g_mu, g_sigma, rest_mu, rest_sigma = sigmoid(l_mu), sigmoid(l_sigma), sigmoid(-l_mu), sigmoid(-l_sigma)
-    l_beta, l_gamma = gate_of(lambda_beta, 1.0, GATED), gate_of(lambda_gamma, 1.0, GATED)
+    l_beta, l_gamma = gate_of(gates.beta, 1.0, FLAGS.gated), gate_of(gates.gamma, 1.0, FLAGS.gated)
     least = tl.sqrt_rn(tl.zeros((), tl.float32) + tl.cast(eps, tl.float32))
     # One accumulator per gradient that is summed over rows.
-    by = tl.zeros((R_BLOCK, C_BLOCK), tl.float32)
+    by = zeros(TILE.r, TILE.c)
     by_w, by_b, by_mu, by_sigma, by_beta, by_gamma = by, by, by, by, by, by
     of_mu, of_sigma, of_beta, of_gamma = by, by, by, by
-    for begin in range(0, rows, R_BLOCK):
-        r = begin + tl.arange(0, R_BLOCK)
+    for begin in range(0, rows, TILE.r):
+        r = begin + tl.arange(0, TILE.r)
         keep = (r[:, None] < rows) & inside[None, :]
         at = r[:, None].to(tl.int64) * channels + c[None, :]
         # The one row of statistics gets the sums of all samples.
-        if BATCH:
-            s0, s1 = tl.zeros((N_BLOCK, C_BLOCK), tl.float32), tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
-            for start in range(0, samples, N_BLOCK):
-                n = (start + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
+        if FLAGS.batch:
+            s0, s1 = zeros(TILE.n, TILE.c), zeros(TILE.n, TILE.c)
+            for start in range(0, samples, TILE.n):
+                n = (start + tl.arange(0, TILE.n))[:, None].to(tl.int64)
                 here, sample_mask = n * sample_stride + c[None, :], (n < samples) & inside[None, :]
-                s0 += read_sum(total, here, sample_mask, pieces, stride, MERGE)
-                s1 += read_sum(dot, here, sample_mask, pieces, stride, MERGE)
+                total, dot = read_sums(sums, here, sample_mask, layout, FLAGS.merge)
+                s0 += total
+                s1 += dot
             t0, t1 = tl.sum(s0, 0)[None, :], tl.sum(s1, 0)[None, :]
         else:
             here = r[:, None].to(tl.int64) * sample_stride + c[None, :]
-            t0 = read_sum(total, here, keep, pieces, stride, MERGE)
-            t1 = read_sum(dot, here, keep, pieces, stride, MERGE)
-        k, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)
+            t0, t1 = read_sums(sums, here, keep, layout, FLAGS.merge)
+        k, lo, std, v = read_statistics(given.stats, r, c, rows, channels, eps)
         mu, sigma = tl.load(outputs + at, mask=keep, other=0.0), tl.load(outputs + number + at, mask=keep, other=0.0)
         beta = tl.load(outputs + 2 * number + at, mask=keep, other=0.0)
         gamma = tl.load(outputs + 3 * number + at, mask=keep, other=0.0)
@@ -105,25 +108,26 @@ def vjp_affine(
         of_sigma += dd * tl.where(keep, sigma - std, 0.0)
         of_beta += t0 * bent
         of_gamma += q * opened
-        tl.store(doutputs + at, end_mu, mask=keep)
-        tl.store(doutputs + number + at, end_sigma, mask=keep)
-        tl.store(doutputs + 2 * number + at, end_beta, mask=keep)
-        tl.store(doutputs + 3 * number + at, end_gamma, mask=keep)
+        tl.store(out.outputs + at, end_mu, mask=keep)
+        tl.store(out.outputs + number + at, end_sigma, mask=keep)
+        tl.store(out.outputs + 2 * number + at, end_beta, mask=keep)
+        tl.store(out.outputs + 3 * number + at, end_gamma, mask=keep)
         # ... and past the decoders to mean and deviation themselves.
-        tl.store(direct + at, -rest_mu * da, mask=keep)
-        tl.store(direct + number + at, rest_sigma * dd, mask=keep)
-    tl.store(dweight + c, tl.sum(by_w, 0), mask=inside)
-    tl.store(dbias + c, tl.sum(by_b, 0), mask=inside)
-    tl.store(dmu_bias + c, tl.sum(by_mu, 0), mask=inside)
-    tl.store(dsigma_bias + c, tl.sum(by_sigma, 0), mask=inside)
-    tl.store(dbeta_bias + c, tl.sum(by_beta, 0), mask=inside)
-    tl.store(dgamma_bias + c, tl.sum(by_gamma, 0), mask=inside)
+        tl.store(out.direct + at, -rest_mu * da, mask=keep)
+        tl.store(out.direct + number + at, rest_sigma * dd, mask=keep)
+    tl.store(out.weight + c, tl.sum(by_w, 0), mask=inside)
+    tl.store(out.bias + c, tl.sum(by_b, 0), mask=inside)
+    tl.store(out.mu_bias + c, tl.sum(by_mu, 0), mask=inside)
+    tl.store(out.sigma_bias + c, tl.sum(by_sigma, 0), mask=inside)
+    tl.store(out.beta_bias + c, tl.sum(by_beta, 0), mask=inside)
+    tl.store(out.gamma_bias + c, tl.sum(by_gamma, 0), mask=inside)
     # This program's part of each gate's gradient; ``vjp_encode`` adds the parts up.
     jobs = tl.num_programs(0)
-    tl.store(gates + pid, tl.sum(tl.sum(of_mu, 0), 0) * g_mu * rest_mu)
-    tl.store(gates + jobs + pid, tl.sum(tl.sum(of_sigma, 0), 0) * g_sigma * rest_sigma)
-    tl.store(gates + 2 * jobs + pid, tl.sum(tl.sum(of_beta, 0), 0))
-    tl.store(gates + 3 * jobs + pid, tl.sum(tl.sum(of_gamma, 0), 0))
+    p_gates = out.gates + pid
+    tl.store(p_gates, tl.sum(tl.sum(of_mu, 0), 0) * g_mu * rest_mu)
+    tl.store(p_gates + jobs, tl.sum(tl.sum(of_sigma, 0), 0) * g_sigma * rest_sigma)
+    tl.store(p_gates + 2 * jobs, tl.sum(tl.sum(of_beta, 0), 0))
+    tl.store(p_gates + 3 * jobs, tl.sum(tl.sum(of_gamma, 0), 0))
 
 
 @triton.jit
@@ -181,127 +185,115 @@ def vjp_decode(
 
 
 @triton.jit
-def hidden_gradient(parts, hidden, r, h, q, before, rows, units, total, SPANS: tl.constexpr):
+def hidden_gradient(sums, hidden, r, h, q, before, units, shape, SPANS: tl.constexpr):
     """Return the gradient of the hidden units (R, H) before their ReLU."""
+    rows, total = shape.rows, shape.std_units + shape.rescale_units
     keep = (r[:, None] < rows) & (h[None, :] < units)
     at = (q * rows + r[:, None]) * total + before + h[None, :]
     # The ReLU's mask follows from its own output, which was stored: 0 where it was cut off.
     a = tl.load(hidden + at, mask=keep, other=0.0)
-    return tl.where(a <= 0.0, 0.0, spans_at(parts, at, keep, 2 * rows * total, SPANS))
+    return tl.where(a <= 0.0, 0.0, spans_at(sums, at, keep, 2 * rows * total, SPANS))
 
 
 @triton.jit
-def through_encoder(
-    parts, hidden, weight, r, c, before, rows, channels, units, total,
-    SPANS: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
-):  # fmt: skip
+def through_encoder(sums, hidden, weight, r, c, before, units, shape, SPANS: tl.constexpr, TILE: tl.constexpr):
     """Return what an encoder sends to the gradients of the mean and of the standard deviation, (R, C) each."""
-    dmean, dstd = tl.zeros((R_BLOCK, C_BLOCK), tl.float32), tl.zeros((R_BLOCK, C_BLOCK), tl.float32)
-    for begin in range(0, units, H_BLOCK):
-        h = begin + tl.arange(0, H_BLOCK)
-        w = tl.trans(linear_at(weight, h, c, channels, units, channels))
-        dmean += times(hidden_gradient(parts, hidden, r, h, 0, before, rows, units, total, SPANS), w, R_BLOCK)
-        dstd += times(hidden_gradient(parts, hidden, r, h, 1, before, rows, units, total, SPANS), w, R_BLOCK)
+    dmean, dstd = zeros(TILE.r, TILE.c), zeros(TILE.r, TILE.c)
+    for begin in range(0, units, TILE.h):
+        h = begin + tl.arange(0, TILE.h)
+        w = tl.trans(linear_at(weight, h, c, shape.channels, units, shape.channels))
+        dmean += times(hidden_gradient(sums, hidden, r, h, 0, before, units, shape, SPANS), w, TILE.r)
+        dstd += times(hidden_gradient(sums, hidden, r, h, 1, before, units, shape, SPANS), w, TILE.r)
     return dmean, dstd
 
 
 @triton.jit
 def vjp_statistics(
-    job, parts, hidden, stats, direct, noise, drop_prob, std_weight, rescale_weight, dx_affine, samples, rows, channels,
-    std_units, rescale_units, size, seed, drawn, eps, BATCH: tl.constexpr, DROP: tl.constexpr, SPANS: tl.constexpr,
-    N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
-):  # fmt: skip
+    job, sums, given, direct, encoders, dx_affine, shape, size, seed, eps, FLAGS: tl.constexpr, TILE: tl.constexpr
+):
     """Constant and slope (2, N * C) of dx = scale dy + constant + slope (x - k), for a tile of (R, C)."""
-    blocks, number, total = tl.cdiv(channels, C_BLOCK), rows * channels, std_units + rescale_units
-    r, c = job // blocks * R_BLOCK + tl.arange(0, R_BLOCK), job % blocks * C_BLOCK + tl.arange(0, C_BLOCK)
+    samples, rows, channels, std_units, rescale_units = shape
+    blocks, number, hidden = tl.cdiv(channels, TILE.c), rows * channels, given.hidden
+    r, c = job // blocks * TILE.r + tl.arange(0, TILE.r), job % blocks * TILE.c + tl.arange(0, TILE.c)
     # Through E_s with its dropout, through E_r, and past both.
-    dmean, dstd = through_encoder(parts, hidden, std_weight, r, c, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
-    if DROP:
-        dmean *= dropout_factor(noise, drop_prob, seed, drawn, 0, c, channels)
-        dstd *= dropout_factor(noise, drop_prob, seed, drawn, 1, c, channels)
-    more, most = through_encoder(parts, hidden, rescale_weight, r, c, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    dmean, dstd = through_encoder(sums, hidden, encoders.std_weight, r, c, 0, std_units, shape, FLAGS.spans, TILE)
+    if FLAGS.drop:
+        dmean *= dropout_factor(encoders, seed, 0, c, channels)
+        dstd *= dropout_factor(encoders, seed, 1, c, channels)
+    more, most = through_encoder(
+        sums, hidden, encoders.rescale_weight, r, c, std_units, rescale_units, shape, FLAGS.spans, TILE
+    )
     keep = (r[:, None] < rows) & (c[None, :] < channels)
     at = r[:, None].to(tl.int64) * channels + c[None, :]
     dmean += more + tl.load(direct + at, mask=keep, other=0.0)
     dstd += most + tl.load(direct + number + at, mask=keep, other=0.0)
-    k, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)
+    k, lo, std, v = read_statistics(given.stats, r, c, rows, channels, eps)
     # Elements behind each statistic.
     count = tl.cast(size, tl.float32)
-    if BATCH:
+    if FLAGS.batch:
         count = count * samples
     # d std / d x = (x - mean) / (count std), and x - mean = (x - k) - lo.
     slope = tl.div_rn(dstd, tl.where(keep, std, 1.0)) / count
     constant = dmean / count - slope * lo
-    if BATCH:
-        store_for_all_samples(dx_affine, constant, slope, c, samples, channels, N_BLOCK, C_BLOCK)
+    if FLAGS.batch:
+        store_for_all_samples(dx_affine, constant, slope, c, samples, channels, TILE.n, TILE.c)
     else:
         tl.store(dx_affine + at, constant, mask=keep)
         tl.store(dx_affine + number + at, slope, mask=keep)
 
 
 @triton.jit
-def vjp_encoder(
-    job, parts, hidden, stats, noise, drop_prob, dstd_weight, dstd_bias, drescale_weight, drescale_bias, rows, channels,
-    std_units, rescale_units, seed, drawn, eps, DROP: tl.constexpr, SPANS: tl.constexpr, R_BLOCK: tl.constexpr,
-    H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
-):  # fmt: skip
+def vjp_encoder(job, sums, given, encoders, out, shape, seed, eps, FLAGS: tl.constexpr, TILE: tl.constexpr):
     """A tile of the gradients of an encoder's weight, and of its bias."""
-    blocks, of_std = tl.cdiv(channels, C_BLOCK), tl.cdiv(std_units, H_BLOCK)
+    samples, rows, channels, std_units, rescale_units = shape
+    blocks, of_std = tl.cdiv(channels, TILE.c), tl.cdiv(std_units, TILE.h)
     j = job // blocks
     # Which encoder, and which of its hidden units.
     second = j >= of_std
     units, before = tl.where(second, rescale_units, std_units), tl.where(second, std_units, 0)
-    dweight, dbias = dstd_weight, dstd_bias
+    dweight, dbias = out.std_weight, out.std_bias
     if second:
-        dweight, dbias = drescale_weight, drescale_bias
-    h = (j - tl.where(second, of_std, 0)) * H_BLOCK + tl.arange(0, H_BLOCK)
-    c = job % blocks * C_BLOCK + tl.arange(0, C_BLOCK)
-    dw, db = tl.zeros((H_BLOCK, C_BLOCK), tl.float32), tl.zeros((R_BLOCK, H_BLOCK), tl.float32)
+        dweight, dbias = out.rescale_weight, out.rescale_bias
+    h = (j - tl.where(second, of_std, 0)) * TILE.h + tl.arange(0, TILE.h)
+    c = job % blocks * TILE.c + tl.arange(0, TILE.c)
+    dw, db = zeros(TILE.h, TILE.c), zeros(TILE.r, TILE.h)
     # dW = z^T input, over all rows: mean and deviation are two inputs of one layer.
-    for begin in range(0, rows, R_BLOCK):
-        r = begin + tl.arange(0, R_BLOCK)
-        mean, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)
-        if DROP:
-            mean = tl.where(second, mean, mean * dropout_factor(noise, drop_prob, seed, drawn, 0, c, channels))
-            std = tl.where(second, std, std * dropout_factor(noise, drop_prob, seed, drawn, 1, c, channels))
-        z = hidden_gradient(parts, hidden, r, h, 0, before, rows, units, std_units + rescale_units, SPANS)
-        y = hidden_gradient(parts, hidden, r, h, 1, before, rows, units, std_units + rescale_units, SPANS)
-        dw += outer(z, mean, R_BLOCK) + outer(y, std, R_BLOCK)
+    for begin in range(0, rows, TILE.r):
+        r = begin + tl.arange(0, TILE.r)
+        mean, lo, std, v = read_statistics(given.stats, r, c, rows, channels, eps)
+        if FLAGS.drop:
+            mean = tl.where(second, mean, mean * dropout_factor(encoders, seed, 0, c, channels))
+            std = tl.where(second, std, std * dropout_factor(encoders, seed, 1, c, channels))
+        z = hidden_gradient(sums, given.hidden, r, h, 0, before, units, shape, FLAGS.spans)
+        y = hidden_gradient(sums, given.hidden, r, h, 1, before, units, shape, FLAGS.spans)
+        dw += outer(z, mean, TILE.r) + outer(y, std, TILE.r)
         db += z + y
     at = h[:, None].to(tl.int64) * channels + c[None, :]
     tl.store(dweight + at, dw, mask=(h[:, None] < units) & (c[None, :] < channels))
     tl.store(dbias + h, tl.sum(db, 0), mask=(h < units) & (job % blocks == 0))
 
 
-@triton.jit(do_not_specialize=["seed", "drawn"])
+@triton.jit(do_not_specialize=["seed"])
 def vjp_encode(
-    parts, hidden, stats, direct, gates, noise, drop_prob, std_weight, rescale_weight, dstd_weight, dstd_bias,
-    drescale_weight, drescale_bias, dgates, dx_affine, samples, rows, channels, std_units, rescale_units,
-    statistics_jobs, gate_parts, size, seed, drawn, eps, BATCH: tl.constexpr, DROP: tl.constexpr, SPANS: tl.constexpr,
-    N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
+    sums, given: tuples.EncoderDecoderStatistics, direct, gates, encoders: tuples.Encoders,
+    out: tuples.EncoderGradients, samples, channels, std_units, rescale_units, statistics_jobs, gate_parts, size, seed,
+    eps, FLAGS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the statistics in the first ``statistics_jobs`` programs, of the encoders in the others.
 
     Program 0 adds up the ``gate_parts`` parts of each gate's gradient, (4,).
     """
-    rows, channels, pid = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32), tl.program_id(0)
+    T: tl.constexpr = TILE.t
+    shape, pid = shape_of(samples, channels, std_units, rescale_units, FLAGS.batch), tl.program_id(0)
     if pid < statistics_jobs:
-        vjp_statistics(
-            pid, parts, hidden, stats, direct, noise, drop_prob, std_weight, rescale_weight, dx_affine, samples, rows,
-            channels, std_units, rescale_units, size, seed, drawn, eps, BATCH, DROP, SPANS, N_BLOCK, R_BLOCK, H_BLOCK,
-            C_BLOCK,
-        )  # fmt: skip
+        vjp_statistics(pid, sums, given, direct, encoders, out.dx_affine, shape, size, seed, eps, FLAGS, TILE)
     else:
-        vjp_encoder(
-            pid - statistics_jobs, parts, hidden, stats, noise, drop_prob, dstd_weight, dstd_bias, drescale_weight,
-            drescale_bias, rows, channels, std_units, rescale_units, seed, drawn, eps, DROP, SPANS, R_BLOCK, H_BLOCK,
-            C_BLOCK,
-        )  # fmt: skip
+        vjp_encoder(pid - statistics_jobs, sums, given, encoders, out, shape, seed, eps, FLAGS, TILE)
     # The parts were stored two launches before.
     if pid == 0:
         for q in tl.static_range(4):
-            part = tl.zeros((T_BLOCK,), tl.float32)
-            for begin in range(0, gate_parts, T_BLOCK):
-                i = begin + tl.arange(0, T_BLOCK)
+            part = tl.zeros((T,), tl.float32)
+            for begin in range(0, gate_parts, T):
+                i = begin + tl.arange(0, T)
                 part += tl.load(gates + q * gate_parts + i, mask=i < gate_parts, other=0.0)
-            tl.store(dgates + q, tl.sum(part, 0))
+            tl.store(out.gates + q, tl.sum(part, 0))

@@ -17,8 +17,11 @@ The letters: r, c, h count rows, channels and hidden units; q is 0 for the mean 
 import triton
 import triton.language as tl
 
+from lightning_norm.kernels.arguments import Moments
+from lightning_norm.kernels.encoder_decoder.flags import Decoders, EncoderDecoderStatistics, Encoders, Gates, Shape
+from lightning_norm.kernels.mixture.flags import Running
 from lightning_norm.kernels.mixture.forward import per_channel, pool_columns, track
-from lightning_norm.kernels.passes.forward import read_moments
+from lightning_norm.kernels.passes.forward import layout_of, read_moments, zeros
 
 
 @triton.jit
@@ -82,20 +85,26 @@ def read_statistics(stats, r, c, rows, channels, eps):
 
 
 @triton.jit
-def dropout_factor(noise, drop_prob, seed, drawn, q, c, channels):
+def dropout_factor(encoders, seed, q, c, channels):
     """Return what mean or standard deviation is multiplied by before E_s, (1, C): 0 with probability ``drop_prob``.
 
-    ``noise`` (2, C) is uniform in [0, 1); where ``drawn`` is not 0 it is drawn here, the same in every kernel with this
-    seed.
+    ``noise`` (2, C) is uniform in [0, 1); with a seed that is not negative it is drawn here, the same in every kernel.
     """
-    p = tl.load(drop_prob).to(tl.float32)
-    # ``drawn`` is no compile-time constant: a kernel that was not loaded before cannot be launched while a CUDA graph
-    # is recorded.
-    u = tl.load(noise + q * channels + c, mask=(c < channels) & (drawn == 0), other=0.0)
-    u = tl.where(drawn == 0, u, tl.rand(seed, q * channels + c))[None, :]
+    p = tl.load(encoders.drop_prob).to(tl.float32)
+    # Not told by a compile-time constant: a kernel that was not loaded before cannot be launched while a CUDA graph is
+    # recorded.
+    u = tl.load(encoders.noise + q * channels + c, mask=(c < channels) & (seed < 0), other=0.0)
+    u = tl.where(seed < 0, u, tl.rand(seed, q * channels + c))[None, :]
     # What is not dropped is scaled up, so that the expectation stays.
     left = tl.maximum(1.0 - p, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(u >= p, tl.div_rn(tl.full((), 1.0, tl.float32), left), 0.0)
+
+
+@triton.jit
+def shape_of(samples, channels, std_units, rescale_units, BATCH: tl.constexpr):
+    """Return a ``Shape`` of a kernel's integers; one that is 1 may be a constant, which has no dtype of its own."""
+    rows = tl.cast(1 if BATCH else samples, tl.int64)
+    return Shape(samples, rows, tl.cast(channels, tl.int32), std_units, rescale_units)
 
 
 @triton.jit
@@ -109,74 +118,69 @@ def store_for_all_samples(out, a, b, c, samples, channels, N_BLOCK: tl.constexpr
         tl.store(to + number, tl.broadcast_to(b, (N_BLOCK, C_BLOCK)), mask=keep)
 
 
-@triton.jit(do_not_specialize=["samples", "pieces", "piece", "size", "fold", "seed", "drawn"])
+@triton.jit(do_not_specialize=["samples", "pieces", "piece", "size", "fold", "seed"])
 def encode(
-    hi, lo, var, running_mean, running_var, noise, drop_prob, std_weight, rescale_weight, stats, parts, samples, rows,
-    channels, std_units, rescale_units, span, pieces, sample_stride, stride, piece, size, fold, seed, drawn, eps,
-    BATCH: tl.constexpr, FROZEN: tl.constexpr, MERGE: tl.constexpr, DROP: tl.constexpr, N_BLOCK: tl.constexpr,
-    R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    parts: Moments, running: Running, encoders: Encoders, stats, sums, samples, channels, std_units, rescale_units,
+    span, pieces, sample_stride, stride, piece, size, fold, seed, eps, FLAGS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Sums over a span of channels behind the hidden units, (spans, 2, R, H), and ``stats`` (3, R, C): hi, lo, var.
 
     The hidden units of E_s come first in H, then those of E_r. The grid is (blocks of rows, blocks of hidden units,
     spans).
     """
-    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
-    rows, channels = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32)
-    r = tl.program_id(0) * R_BLOCK + tl.arange(0, R_BLOCK)
-    j, of_std = tl.program_id(1), tl.cdiv(std_units, H_BLOCK)
+    layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
+    samples, rows, channels, _, _ = shape_of(samples, channels, std_units, rescale_units, FLAGS.batch)
+    r = tl.program_id(0) * TILE.r + tl.arange(0, TILE.r)
+    j, of_std = tl.program_id(1), tl.cdiv(std_units, TILE.h)
     # Which encoder this block of hidden units belongs to, and where it begins in it.
     second = j >= of_std
     units, before = tl.where(second, rescale_units, std_units), tl.where(second, std_units, 0)
-    h = (j - tl.where(second, of_std, 0)) * H_BLOCK + tl.arange(0, H_BLOCK)
+    h = (j - tl.where(second, of_std, 0)) * TILE.h + tl.arange(0, TILE.h)
     # Chosen once, outside of the walk: both encoders then run the same code.
-    weight = std_weight
+    weight = encoders.std_weight
     if second:
-        weight = rescale_weight
-    mean, std = tl.zeros((R_BLOCK, H_BLOCK), tl.float32), tl.zeros((R_BLOCK, H_BLOCK), tl.float32)
+        weight = encoders.rescale_weight
+    mean, std = zeros(TILE.r, TILE.h), zeros(TILE.r, TILE.h)
     number = rows * channels
     # Walk over the channels of the span.
-    for begin in range(0, span, C_BLOCK):
+    for begin in range(0, span, TILE.c):
         start = tl.program_id(2) * span + begin
-        c = start + tl.arange(0, C_BLOCK)
+        c = start + tl.arange(0, TILE.c)
         keep = (r[:, None] < rows) & (c[None, :] < channels)
-        if BATCH and not FROZEN:
+        if FLAGS.batch and not FLAGS.frozen:
             # Every program alike: the same numbers are written, and read back behind the barrier.
-            pool_columns(
-                start // C_BLOCK, hi, lo, var, stats, samples, channels, pieces, sample_stride, stride, piece, size,
-                fold, 1.0, MERGE, N_BLOCK, C_BLOCK,
-            )  # fmt: skip
+            pool_columns(start // TILE.c, parts, stats, samples, channels, layout, 1.0, FLAGS.merge, TILE.n, TILE.c)
             tl.debug_barrier()
             k, d, s, v = read_statistics(stats, r, c, rows, channels, eps)
         else:
             # Running statistics, or each sample's moments; the first block of units stores them for ``decode``.
-            if FROZEN:
-                k = tl.load(running_mean + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
-                v = tl.load(running_var + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+            if FLAGS.frozen:
+                k = tl.load(running.mean + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+                v = tl.load(running.var + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
                 d = k * 0.0
             else:
                 at = r[:, None].to(tl.int64) * sample_stride + c[None, :]
-                k, d, v = read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE)
-            if (FROZEN or MERGE) and j == 0:
+                k, d, v = read_moments(parts, at, keep, layout, FLAGS.merge)
+            if (FLAGS.frozen or FLAGS.merge) and j == 0:
                 at = r[:, None].to(tl.int64) * channels + c[None, :]
                 tl.store(stats + at, k, mask=keep)
                 tl.store(stats + number + at, d, mask=keep)
                 tl.store(stats + 2 * number + at, v, mask=keep)
             s = tl.sqrt_rn(v + tl.cast(eps, tl.float32))
         # Dropout acts before E_s alone, not before E_r.
-        if DROP:
-            k = tl.where(second, k, k * dropout_factor(noise, drop_prob, seed, drawn, 0, c, channels))
-            s = tl.where(second, s, s * dropout_factor(noise, drop_prob, seed, drawn, 1, c, channels))
+        if FLAGS.drop:
+            k = tl.where(second, k, k * dropout_factor(encoders, seed, 0, c, channels))
+            s = tl.where(second, s, s * dropout_factor(encoders, seed, 1, c, channels))
         w = linear_at(weight, h, c, channels, units, channels)
-        mean += times(tl.where(keep, k, 0.0), w, R_BLOCK)
-        std += times(tl.where(keep, s, 0.0), w, R_BLOCK)
+        mean += times(tl.where(keep, k, 0.0), w, TILE.r)
+        std += times(tl.where(keep, s, 0.0), w, TILE.r)
     # Sums of the mean (q = 0), and of the deviation behind them.
     # One row holds the units of both encoders.
     total = std_units + rescale_units
     keep = (r[:, None] < rows) & (h[None, :] < units)
     at = (tl.program_id(2) * 2 * rows + r[:, None]) * total + before + h[None, :]
-    tl.store(parts + at, mean, mask=keep)
-    tl.store(parts + rows * total + at, std, mask=keep)
+    tl.store(sums + at, mean, mask=keep)
+    tl.store(sums + rows * total + at, std, mask=keep)
 
 
 @triton.jit
@@ -190,62 +194,60 @@ def spans_at(parts, at, keep, stride, SPANS: tl.constexpr):
 
 @triton.jit
 def decoder_output(
-    parts, first_bias, weight, bias, hidden, stores_hidden, r, c, q, before, rows, channels, units, total,
-    SPANS: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    sums, first_bias, weight, bias, hidden, stores_hidden, r, c, q, before, units, shape, SPANS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Return a decoder's linear layer, (R, C); the hidden units before it are stored where ``stores_hidden``."""
+    rows, channels, total = shape.rows, shape.channels, shape.std_units + shape.rescale_units
     # Block by block, for a layer may have more hidden units than a tile holds.
-    y = tl.zeros((R_BLOCK, C_BLOCK), tl.float32)
-    for begin in range(0, units, H_BLOCK):
-        h = begin + tl.arange(0, H_BLOCK)
+    y = zeros(TILE.r, TILE.c)
+    for begin in range(0, units, TILE.h):
+        h = begin + tl.arange(0, TILE.h)
         keep = (r[:, None] < rows) & (h[None, :] < units)
         at = (q * rows + r[:, None]) * total + before + h[None, :]
         # The encoder's sums, its bias and its ReLU, whose comparison keeps NaN.
-        a = spans_at(parts, at, keep, 2 * rows * total, SPANS)
+        a = spans_at(sums, at, keep, 2 * rows * total, SPANS)
         a += tl.load(first_bias + h, mask=h < units, other=0.0).to(tl.float32)[None, :]
         a = tl.where((a <= 0.0) | (keep == 0), 0.0, a)  # NaN stays NaN
         tl.store(hidden + at, a, mask=keep & stores_hidden)
-        y += times(a, linear_at(weight, c, h, units, channels, units), R_BLOCK)
+        y += times(a, linear_at(weight, c, h, units, channels, units), TILE.r)
     return y + tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["samples"])
 def decode(
-    parts, stats, std_bias, rescale_bias, mu_weight, mu_bias, sigma_weight, sigma_bias, beta_weight, beta_bias,
-    gamma_weight, gamma_bias, lambda_mu, lambda_sigma, lambda_beta, lambda_gamma, weight, bias, running_mean,
-    running_var, tracked, skipped, momentum, hidden, outputs, affine, samples, rows, channels, std_units, rescale_units,
-    eps, unbias, BATCH: tl.constexpr, TRACK: tl.constexpr, GATED: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, SPANS: tl.constexpr, N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr, H_BLOCK: tl.constexpr,
-    C_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr,
+    sums, decoders: Decoders, gates: Gates, weight, bias, running: Running, out: EncoderDecoderStatistics, samples,
+    channels, std_units, rescale_units, eps, unbias, FLAGS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Pivot, scale and offset (3, N * C), ``hidden`` (2, R, H), and the four decoders' outputs (4, R, C).
+    """Pivot, scale and offset, the hidden units and the four decoders' outputs.
 
     The grid is (blocks of rows, blocks of channels). Program 0 moves the running statistics, which no other reads.
     """
-    rows, channels = tl.cast(rows, tl.int64), tl.cast(channels, tl.int32)
-    r = tl.program_id(0) * R_BLOCK + tl.arange(0, R_BLOCK)
-    c = tl.program_id(1) * C_BLOCK + tl.arange(0, C_BLOCK)
-    stores_hidden, total = tl.program_id(1) == 0, std_units + rescale_units
+    shape = shape_of(samples, channels, std_units, rescale_units, FLAGS.batch)
+    rows, channels, hidden = shape.rows, shape.channels, out.hidden
+    r = tl.program_id(0) * TILE.r + tl.arange(0, TILE.r)
+    c = tl.program_id(1) * TILE.c + tl.arange(0, TILE.c)
+    stores_hidden = tl.program_id(1) == 0
     # mu and sigma come from E_s; beta and gamma from E_r, whose units are behind those of E_s.
-    mu = decoder_output(parts, std_bias, mu_weight, mu_bias, hidden, stores_hidden, r, c, 0, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
-    sigma = decoder_output(parts, std_bias, sigma_weight, sigma_bias, hidden, stores_hidden, r, c, 1, 0, rows, channels, std_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
-    beta = decoder_output(parts, rescale_bias, beta_weight, beta_bias, hidden, stores_hidden, r, c, 0, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
-    gamma = decoder_output(parts, rescale_bias, gamma_weight, gamma_bias, hidden, stores_hidden, r, c, 1, std_units, rows, channels, rescale_units, total, SPANS, R_BLOCK, H_BLOCK, C_BLOCK)  # noqa: E501  # fmt: skip
+    mu = decoder_output(sums, decoders.std_bias, decoders.mu_weight, decoders.mu_bias, hidden, stores_hidden, r, c, 0, 0, std_units, shape, FLAGS.spans, TILE)  # noqa: E501  # fmt: skip
+    sigma = decoder_output(sums, decoders.std_bias, decoders.sigma_weight, decoders.sigma_bias, hidden, stores_hidden, r, c, 1, 0, std_units, shape, FLAGS.spans, TILE)  # noqa: E501  # fmt: skip
+    beta = decoder_output(sums, decoders.rescale_bias, decoders.beta_weight, decoders.beta_bias, hidden, stores_hidden, r, c, 0, std_units, rescale_units, shape, FLAGS.spans, TILE)  # noqa: E501  # fmt: skip
+    gamma = decoder_output(sums, decoders.rescale_bias, decoders.gamma_weight, decoders.gamma_bias, hidden, stores_hidden, r, c, 1, std_units, rescale_units, shape, FLAGS.spans, TILE)  # noqa: E501  # fmt: skip
     # The ReLU of the deviation's decoder; the comparison keeps NaN.
     sigma = tl.where(sigma <= 0.0, 0.0, sigma)
     bent, slope = tanh(beta)
-    k, lo, std, v = read_statistics(stats, r, c, rows, channels, eps)
+    k, lo, std, v = read_statistics(out.stats, r, c, rows, channels, eps)
     # m is counted from k: lo and the gated difference, both small.
-    ahead = sigmoid(gate_of(lambda_mu, 0.0, True)) * (k - mu + lo)
-    g, e = sigmoid(gate_of(lambda_sigma, 0.0, True)), tl.cast(eps, tl.float32)
+    ahead = sigmoid(gate_of(gates.mu, 0.0, True)) * (k - mu + lo)
+    g, e = sigmoid(gate_of(gates.sigma, 0.0, True)), tl.cast(eps, tl.float32)
     change = g * (sigma - std)
     d = std + change
     # d is bounded below by sqrt(eps).
     least = tl.sqrt_rn(tl.zeros((), tl.float32) + e)
-    w = per_channel(weight, c, c < channels, 1.0, WEIGHT)[None, :]
-    b = per_channel(bias, c, c < channels, 0.0, BIAS)[None, :]
+    w = per_channel(weight, c, c < channels, 1.0, FLAGS.weight)[None, :]
+    b = per_channel(bias, c, c < channels, 0.0, FLAGS.bias)[None, :]
     keep = (r[:, None] < rows) & (c[None, :] < channels)
-    more = gate_of(lambda_gamma, 1.0, GATED) * sigmoid(gamma)
+    more = gate_of(gates.gamma, 1.0, FLAGS.gated) * sigmoid(gamma)
     up, down = w + more, tl.where(keep, tl.where(d < least, least, d), 1.0)
     # What rounding left of std, d and the sum, so that the quotient is rounded once.
     s = v + e
@@ -254,23 +256,23 @@ def decode(
     # The quotient, and one Newton step with what its parts have left.
     scale = tl.div_rn(up, down)
     scale += tl.div_rn(tl.fma(-scale, down, up) + (more - (up - w)) - scale * left, down)
-    offset = scale * (ahead - lo) + (b + gate_of(lambda_beta, 1.0, GATED) * bent)
+    offset = scale * (ahead - lo) + (b + gate_of(gates.beta, 1.0, FLAGS.gated) * bent)
     # What the backward pass needs.
     at, number = r[:, None].to(tl.int64) * channels + c[None, :], rows * channels
-    tl.store(outputs + at, mu, mask=keep)
-    tl.store(outputs + number + at, sigma, mask=keep)
-    tl.store(outputs + 2 * number + at, beta, mask=keep)
-    tl.store(outputs + 3 * number + at, gamma, mask=keep)
+    tl.store(out.outputs + at, mu, mask=keep)
+    tl.store(out.outputs + number + at, sigma, mask=keep)
+    tl.store(out.outputs + 2 * number + at, beta, mask=keep)
+    tl.store(out.outputs + 3 * number + at, gamma, mask=keep)
     # One row for all samples, or one for each.
-    if BATCH:
-        store_for_all_samples(
-            affine + samples * channels.to(tl.int64), scale, offset, c, samples, channels, N_BLOCK, C_BLOCK
-        )
-        store_for_all_samples(affine, k, scale, c, samples, channels, N_BLOCK, C_BLOCK)
+    affine = out.affine
+    if FLAGS.batch:
+        p_scale = affine + samples * channels.to(tl.int64)
+        store_for_all_samples(p_scale, scale, offset, c, samples, channels, TILE.n, TILE.c)
+        store_for_all_samples(affine, k, scale, c, samples, channels, TILE.n, TILE.c)
     else:
         tl.store(affine + at, k, mask=keep)
         tl.store(affine + number + at, scale, mask=keep)
         tl.store(affine + 2 * number + at, offset, mask=keep)
-    if TRACK != 0 and tl.program_id(0) + tl.program_id(1) == 0:
+    if FLAGS.track != 0 and tl.program_id(0) + tl.program_id(1) == 0:
         factor = tl.cast(unbias, tl.float32)
-        track(stats, running_mean, running_var, tracked, skipped, momentum, channels, factor, TRACK, T_BLOCK)
+        track(out.stats, running, channels, factor, FLAGS.track, TILE.t)

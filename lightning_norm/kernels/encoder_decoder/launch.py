@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels.arguments import Moments, Sums
+from lightning_norm.kernels.encoder_decoder import flags as tuples
 from lightning_norm.kernels.encoder_decoder.backward import vjp_affine, vjp_decode, vjp_encode
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
 from lightning_norm.kernels.encoder_decoder.forward import decode, encode
-from lightning_norm.kernels.grid import BUSY, Grid, cdiv, dense, grid_of, power
+from lightning_norm.kernels.grid import BUSY, REGISTERS, Grid, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
+from lightning_norm.kernels.mixture.flags import Running
 from lightning_norm.kernels.passes.launch import device_of, input_gradients, moment_parts, sum_parts
 
 BLOCK = 256
@@ -77,8 +80,8 @@ def affine_of(
     channel_dim: int,
     flags: EncoderDecoderFlags,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return statistics (3, R, C), hidden units (2, R, H), decoders' outputs (4, R, C), pivot, scale, offset (3, N, C).
+) -> tuples.EncoderDecoderStatistics:
+    """Return the statistics of x, what the encoder-decoders make of them, and pivot, scale and offset of y.
 
     Args:
         x: the input.
@@ -100,38 +103,43 @@ def affine_of(
     e, d = (tiles_of(rows, grid.c, units, *most) for most in ((32, out, deep), (16, deep, out)))
     affine = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
     # Where nothing is measured, another tensor stands in for pointers that no kernel reads.
-    parts, merge = tuple(affine), False
+    parts, merge = Moments(*affine), False
     statistics = affine.new_empty(3, rows, grid.c)
     if not flags.frozen:
         # Those of each sample are what the encoders read, if they are not in parts.
         whole = affine.new_empty(3, grid.n, grid.c) if flags.batch else statistics
-        parts, grid = moment_parts(x, grid, tuple(whole))
+        parts, grid = moment_parts(x, grid, Moments(*whole))
         merge = grid.parts > 1
     sums, hidden = affine.new_empty(e.spans, 2, rows, sum(units)), affine.new_empty(2, rows, sum(units))
     outputs = affine.new_empty(4, rows, grid.c)
-    mean, var, tracked, skipped, momentum = _or_dummy(running, affine)
+    stats = tuples.EncoderDecoderStatistics(statistics, hidden, outputs, affine)
+    moving = Running(*_or_dummy(running, affine))
     linears = [p.contiguous() for p in linears]
-    size, count = (grid.n, rows, grid.c, *units), grid.n * grid.size
+    size, count = (grid.n, grid.c, *units), grid.n * grid.size
     with device_of(x):
         launch(encode, e.across, sum(e.units), e.spans)(
-            *parts, mean, var, *_or_dummy((noise, drop_prob), affine), linears[0], linears[6], statistics, sums, *size,
-            e.span, *grid.moment_layout, seed, int(noise is None), eps, BATCH=flags.batch, FROZEN=flags.frozen,
-            MERGE=merge, DROP=drop_prob is not None, N_BLOCK=min(power(grid.n), 16), num_warps=4, **e.blocks,
+            parts, moving, tuples.Encoders._make(_or_dummy((noise, drop_prob, linears[0], linears[6]), affine)),
+            statistics, sums, *size, e.span, *grid.moment_layout, seed if noise is None else -1, eps,
+            FLAGS=tuples.Compiled(flags.batch, flags.frozen, merge=merge, drop=drop_prob is not None),
+            TILE=tuples.Tile(e.r, e.h, e.c, min(power(grid.n), 16), 1), num_warps=4,
         )  # fmt: skip
         launch(decode, d.across, d.along)(
-            sums, statistics, linears[1], linears[7], *linears[2:6], *linears[8:],
-            *_or_dummy((*gates, weight, bias), affine), mean, var, tracked, skipped, momentum, hidden, outputs, affine,
-            *size, eps, count / max(count - 1, 1), BATCH=flags.batch, TRACK=flags.track,
-            GATED=gates[2] is not None, WEIGHT=weight is not None, BIAS=bias is not None, SPANS=e.spans,
-            N_BLOCK=min(power(grid.n), 32), T_BLOCK=BLOCK, num_warps=4, **d.blocks,
+            sums, tuples.Decoders(linears[1], linears[7], *linears[2:6], *linears[8:]),
+            tuples.Gates(*_or_dummy(gates, affine)), *_or_dummy((weight, bias), affine), moving, stats, *size, eps,
+            count / max(count - 1, 1),
+            FLAGS=tuples.Compiled(
+                flags.batch, track=flags.track, gated=gates[2] is not None, weight=weight is not None,
+                bias=bias is not None, spans=e.spans,
+            ),
+            TILE=tuples.Tile(d.r, d.h, d.c, min(power(grid.n), 32), BLOCK), num_warps=4,
         )  # fmt: skip
-    return statistics, hidden, outputs, affine
+    return stats
 
 
 def gradients(
     dy: Tensor,
     x: Tensor,
-    stats: tuple[Tensor, Tensor, Tensor, Tensor],
+    stats: tuple[Tensor, ...],
     linears: Sequence[Tensor],
     gates: Sequence[Optional],
     weight: Optional,
@@ -153,41 +161,43 @@ def gradients(
     most = (16, 32, 16), (32, 32, 32), (16, 32 if rows == 1 else 16, 32)
     # Tiles of the three launches.
     a, d, e = (tiles_of(rows, grid.c, units, *each) for each in most)
-    statistics, hidden, outputs, affine = stats
+    stats = tuples.EncoderDecoderStatistics(*stats)
+    affine = stats.affine
     # Once for both passes that read them.
     dy, residual = dense(dy, x), None if residual is None else dense(residual, x)
     parts, grid = sum_parts(dy, x, affine, grid, activation, residual)
     dweight, dbias, dgates = affine.new_empty(grid.c), affine.new_empty(grid.c), affine.new_empty(4)
     back = [torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for p in linears]
     linears = [p.contiguous() for p in linears]
-    doutputs, direct, dx_affine = (
-        torch.empty_like(outputs),
-        affine.new_empty(2, rows, grid.c),
-        torch.empty_like(affine[:2]),
-    )
+    doutputs, dx_affine = torch.empty_like(stats.outputs), torch.empty_like(affine[:2])
+    direct = affine.new_empty(2, rows, grid.c)
     sums, gate_parts = affine.new_empty(d.spans, 2, rows, sum(units)), affine.new_empty(4, a.along)
     # Frozen statistics have no gradient: no programs for them.
     # Programs for the hidden units' sums, then for the weights' tiles, of the larger decoder.
     statistics_jobs = 0 if flags.frozen else e.across * e.along
     jobs = max(h * (d.across * d.spans + d.along) for h in d.units)
-    n_block, size = min(power(grid.n), 32), (rows, grid.c)
+    n_block = min(power(grid.n), 32)
     with device_of(x):
         launch(vjp_affine, a.along)(
-            *parts, statistics, outputs, *_or_dummy((weight, *gates), affine), dweight, dbias,
-            *(back[i] for i in (3, 5, 9, 11)), gate_parts, doutputs, direct, grid.n, *size, grid.parts,
-            grid.sample_stride, grid.part_stride, eps, BATCH=flags.batch, MERGE=grid.parts > 1,
-            GATED=gates[2] is not None, WEIGHT=weight is not None, N_BLOCK=n_block, R_BLOCK=a.r, C_BLOCK=a.c,
-            num_warps=4,
+            Sums(*parts), stats, affine if weight is None else weight, tuples.Gates(*_or_dummy(gates, affine)),
+            tuples.AffineGradients(dweight, dbias, back[3], back[5], back[9], back[11], gate_parts, doutputs, direct),
+            grid.n, grid.c, *grid.partial_layout, eps,
+            FLAGS=tuples.Compiled(
+                flags.batch, merge=grid.parts > 1, gated=gates[2] is not None, weight=weight is not None
+            ),
+            TILE=tuples.Tile(a.r, 1, a.c, n_block, 1), num_warps=4, maxnreg=REGISTERS["vjp_affine"],
         )  # fmt: skip
         launch(vjp_decode, jobs, 4)(
-            doutputs, hidden, *(linears[i] for i in (2, 4, 8, 10)), *(back[i] for i in (2, 4, 8, 10)), sums, *size,
-            *units, d.span, SPANS=d.spans, num_warps=4, **d.blocks,
+            doutputs, stats.hidden, *(linears[i] for i in (2, 4, 8, 10)), *(back[i] for i in (2, 4, 8, 10)), sums,
+            rows, grid.c, *units, d.span, SPANS=d.spans, num_warps=4, **d.blocks,
         )  # fmt: skip
         launch(vjp_encode, statistics_jobs + e.along * sum(e.units))(
-            sums, hidden, statistics, direct, gate_parts, *_or_dummy((noise, drop_prob), affine), linears[0],
-            linears[6], *(back[i] for i in (0, 1, 6, 7)), dgates, dx_affine, grid.n, *size, *units, statistics_jobs,
-            a.along, grid.size, seed, int(noise is None), eps, BATCH=flags.batch, DROP=drop_prob is not None,
-            SPANS=d.spans, N_BLOCK=n_block, T_BLOCK=BLOCK, num_warps=4, **e.blocks,
+            sums, stats, direct, gate_parts,
+            tuples.Encoders._make(_or_dummy((noise, drop_prob, linears[0], linears[6]), affine)),
+            tuples.EncoderGradients(back[0], back[1], back[6], back[7], dgates, dx_affine), grid.n, grid.c, *units,
+            statistics_jobs, a.along, grid.size, seed if noise is None else -1, eps,
+            FLAGS=tuples.Compiled(flags.batch, drop=drop_prob is not None, spans=d.spans),
+            TILE=tuples.Tile(e.r, e.h, e.c, n_block, BLOCK), num_warps=4,
         )  # fmt: skip
     last = None if flags.frozen else dx_affine
     dx, dresidual = input_gradients(dy, x, affine, last, channel_dim, activation, residual, need_dx)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -93,12 +94,21 @@ class MixtureFlags:
         """Return whether statistics of layers or groups take part."""
         return self.needs_moments and self.at_ln >= 0
 
-    def constants(self) -> dict[str, object]:
-        """Return the compile-time arguments that all kernels share."""
-        return {
-            "MOMENTS": self.needs_moments, "IN": self.at_in, "LN": self.at_ln, "BN": self.at_bn, "K": self.num_weights,
-            "SOFTMAX": self.softmax, "OUTPUTS": self.outputs, "FROZEN": self.frozen,
-        }  # fmt: skip
+    def compiled(self, **of_the_call: Any) -> CompiledMixture:
+        """Return what a kernel is compiled for."""
+        flags = {name: flag for name, flag in vars(self).items() if name in CompiledMixture._fields}
+        return CompiledMixture(**flags, **of_the_call)
+
+
+CompiledMixture = namedtuple(
+    "CompiledMixture",
+    "needs_moments at_in at_ln at_bn num_weights softmax outputs frozen track merge weight bias ranks",
+    defaults=(False, False, False, False),
+)
+"""What a kernel is compiled for: some of :class:`MixtureFlags`, and of the call.
+
+Whether the numbers that come from x are in pieces, there are a gamma and a beta, and the batch is that of all ranks.
+"""
 
 
 class MixtureStatistics(NamedTuple):
@@ -117,3 +127,32 @@ class MixtureStatistics(NamedTuple):
     layer: Tensor
     affine: Tensor
     rank_sums: Tensor
+
+
+Parameters = namedtuple("Parameters", "weight bias w v")
+"""Gamma, beta, and the weights of means and variances, or iota for w; another tensor where a layer has none."""
+
+Running = namedtuple("Running", "mean var tracked skipped momentum")
+"""Running mean and variance, the batches that moved them and those that did not, and the momentum."""
+
+Gradients = namedtuple("Gradients", "batch layer weight bias w v partials dx_affine")
+"""What the backward launches write.
+
+Gradients of the batch's means and variances (3, C), the groups' (2, N * G), gamma, beta, w and v; of the last two first
+parts, (6, programs), three each; constant and slope (2, N, C) of dx = scale * dy + constant + slope * (x - pivot).
+"""
+
+Tile = namedtuple("Tile", "n c g t")
+"""In which tiles (N, C) numbers are pooled: samples and channels of columns, groups and their channels of rows."""
+
+Shape = namedtuple("Shape", "samples number channels groups_in_all per_group")
+"""In device code: samples, (n, c) pairs, channels, groups of all samples, channels of a group."""
+
+Given = namedtuple("Given", "d vi dl lv db bv")
+"""In device code: means, counted from the pivot, and variances of instance, layer and batch."""
+
+Sent = namedtuple("Sent", "fl el fb eb fi ei f e gamma iota")
+"""In device code: what each (n, c) sends to mean (f) and variance (e) of layer, batch and instance.
+
+Also the mixtures' own f and e, and what it adds to the gradients of gamma and iota.
+"""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels.arguments import Moments, Sums
 from lightning_norm.kernels.grid import REGISTERS, Grid, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
+from lightning_norm.kernels.mixture import flags as tuples
 from lightning_norm.kernels.mixture.backward import vjp_mix, vjp_pool
 from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
 from lightning_norm.kernels.mixture.forward import mix, pool
@@ -40,7 +42,7 @@ def affine_of(
     batch, layer, moments = affine.new_empty(0), affine.new_empty(0), affine.new_empty(0)
     rank_sums = affine.new_empty(0, dtype=torch.float64)
     # Where nothing is measured, another tensor stands in for pointers that no kernel reads.
-    parts, merge = tuple(affine), False
+    parts, merge = Moments(*affine), False
     # What makes a sample's variance the unbiased one.
     factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0
     # No samples on this rank: it adds nothing, and meets the others.
@@ -53,7 +55,7 @@ def affine_of(
     elif flags.needs_moments:
         # The mean is the pivot, and stored once.
         moments = torch.empty_like(affine[1:])
-        parts, grid = moment_parts(x, grid, (affine[0], *moments))
+        parts, grid = moment_parts(x, grid, Moments(affine[0], *moments))
         merge = grid.parts > 1
         if flags.pools_batch:
             batch = affine.new_empty(3, grid.c)
@@ -61,29 +63,32 @@ def affine_of(
             layer = affine.new_empty(3, grid.n, flags.num_groups)
         # One launch pools the batch's statistics (columns) and the groups' (rows).
         tile = _tile(grid, flags, 1024)
-        columns = cdiv(grid.c, tile["C_BLOCK"]) if flags.pools_batch else 0
-        jobs = columns + (cdiv(grid.n * flags.num_groups, tile["G_BLOCK"]) if flags.pools_layer else 0)
+        columns = cdiv(grid.c, tile.c) if flags.pools_batch else 0
+        jobs = columns + (cdiv(grid.n * flags.num_groups, tile.g) if flags.pools_layer else 0)
         if jobs:
             with device_of(x):
                 launch(pool, jobs)(
-                    *parts, batch, layer, grid.n, grid.c, grid.n * flags.num_groups, grid.c // flags.num_groups,
-                    columns, *grid.moment_layout, factor, MERGE=merge, num_warps=4, maxnreg=REGISTERS["pool"], **tile,
+                    parts, batch, layer, grid.n, grid.c, grid.n * flags.num_groups, grid.c // flags.num_groups,
+                    columns, *grid.moment_layout, factor, MERGE=merge, TILE=tile, num_warps=4,
+                    maxnreg=REGISTERS["pool"],
                 )  # fmt: skip
     count = grid.n * grid.size
     # Running variances are unbiased; across ranks the kernel knows the number of elements.
     unbias = 1.0 if flags.correction else count / max(count - 1, 1)
     if over_ranks is not None:
         rank_sums, unbias = pool_ranks(batch, count, over_ranks), float(not flags.correction)
-    mean, var, tracked, skipped, momentum = (affine if t is None else t for t in running)
+    stats = MixtureStatistics(moments, batch, layer, affine, rank_sums)
+    parameters = tuples.Parameters(*(affine if t is None else t for t in (weight, bias, w, v)))
     with device_of(x):
         launch(mix, max(1, cdiv(number, BLOCK)))(
-            *parts, batch, layer, rank_sums, *(affine if t is None else t for t in (weight, bias, w, v)),
-            mean, var, tracked, skipped, momentum, moments, affine, number, grid.c, grid.n * flags.num_groups,
-            grid.c // flags.num_groups, *grid.moment_layout, eps, factor, unbias, MERGE=merge, TRACK=flags.track,
-            RANKS=over_ranks is not None, WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=BLOCK, num_warps=4,
-            **flags.constants(),
+            parts, stats, parameters, tuples.Running(*(affine if t is None else t for t in running)), number, grid.c,
+            grid.n * flags.num_groups, grid.c // flags.num_groups, *grid.moment_layout, eps, factor, unbias,
+            FLAGS=flags.compiled(
+                merge=merge, weight=weight is not None, bias=bias is not None, ranks=over_ranks is not None
+            ),
+            BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
-    return MixtureStatistics(moments, batch, layer, affine, rank_sums)
+    return stats
 
 
 def gradients(
@@ -145,47 +150,44 @@ def adjoint(
     ``partial_layout`` is the ``Grid.partial_layout`` of those sums.
     """
     grid = grid_of(x, channel_dim)
-    moments, batch, layer, affine, rank_sums = stats
+    affine = stats.affine
     number, groups = grid.n * grid.c, grid.n * flags.num_groups
     tile = _tile(grid, flags, 512)
-    columns = cdiv(grid.c, tile["C_BLOCK"])
+    columns = cdiv(grid.c, tile.c)
     # Programs for channels, and for groups where they take part.
-    rows = cdiv(groups, tile["G_BLOCK"]) if flags.at_ln >= 0 else 0
+    rows = cdiv(groups, tile.g) if flags.at_ln >= 0 else 0
     dbatch, dlayer = affine.new_empty(3, grid.c), affine.new_empty(2, groups if rows else 0)
     dweight, dbias = affine.new_empty(grid.c), affine.new_empty(grid.c)
     dw, dv = affine.new_empty(grid.c if flags.outputs else flags.num_weights), affine.new_empty(flags.num_weights)
-    weight_partials = affine.new_empty(6, columns)
-    dx_affine = affine.new_empty(2, grid.n, grid.c)
+    weight_partials, dx_affine = affine.new_empty(6, columns), affine.new_empty(2, grid.n, grid.c)
     factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0
-    parameters = tuple(affine if t is None else t for t in (weight, w, v, *running))
-    common = {**flags.constants(), "MERGE": partial_layout[0] > 1, "WEIGHT": weight is not None, "num_warps": 4}
-    per_group = grid.c // flags.num_groups
+    tensors = (
+        Sums(*parts), stats, tuples.Parameters(*(affine if t is None else t for t in (weight, None, w, v))),
+        tuples.Running._make(affine if t is None else t for t in (*running, None, None, None)),
+        tuples.Gradients(dbatch, dlayer, dweight, dbias, dw, dv, weight_partials, dx_affine),
+    )  # fmt: skip
+    sizes = grid.n, number, grid.c, groups, grid.c // flags.num_groups, columns, *partial_layout
+    compiled = flags.compiled(merge=partial_layout[0] > 1, weight=weight is not None)
     with device_of(x):
         launch(vjp_pool, columns + rows)(
-            *parts, affine, moments, batch, layer, *parameters, dbatch, dlayer, dweight, dbias, dw, weight_partials,
-            grid.n, number, grid.c, groups, per_group, columns, *partial_layout, eps, factor,
-            maxnreg=REGISTERS["vjp_pool"], **tile, **common,
+            *tensors, *sizes, eps, factor, FLAGS=compiled, TILE=tile, num_warps=4, maxnreg=REGISTERS["vjp_pool"],
         )  # fmt: skip
         # Between the two launches: pooled gradients are summed over the ranks.
         if over_ranks is not None:
-            pool_ranks_gradient(dbatch, rank_sums, over_ranks)
+            pool_ranks_gradient(dbatch, stats.rank_sums, over_ranks)
         if flags.needs_moments or flags.num_weights > 0:
             launch(vjp_mix, cdiv(number, BLOCK))(
-                *parts, affine, moments, batch, layer, *parameters, dbatch, dlayer, weight_partials, dw, dv, dx_affine,
-                grid.n, number, grid.c, groups, per_group, columns, *partial_layout, grid.size, eps, factor,
-                BLOCK=BLOCK, **common,
+                *tensors, *sizes, grid.size, eps, factor, FLAGS=compiled, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return dweight, dbias, dw, dv, dx_affine
 
 
-def _tile(grid: Grid, flags: MixtureFlags, most: int) -> dict[str, int]:
+def _tile(grid: Grid, flags: MixtureFlags, most: int) -> tuples.Tile:
     """Return the tiles over which columns and rows of (N, C) are pooled, of at most ``most`` elements."""
     # At most two steps for 64 samples, or for 2048 channels of a group.
     n, per_group = min(power(grid.n), most // 16), grid.c // flags.num_groups
     # One length for whole layers and few for groups, so that a network of many widths compiles few kernels.
     lengths = (1024,) if flags.num_groups == 1 else (16, 64, 256, 1024)
     t = next(t for t in lengths if per_group <= t or t == lengths[-1])
-    return {
-        "N_BLOCK": n, "C_BLOCK": max(1, min(power(grid.c), most // n, 64)),
-        "G_BLOCK": max(1, min(power(grid.n * flags.num_groups), most // t, 16)), "T_BLOCK": t,
-    }  # fmt: skip
+    g = max(1, min(power(grid.n * flags.num_groups), most // t, 16))
+    return tuples.Tile(n, max(1, min(power(grid.c), most // n, 64)), g, t)

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels import grid as switches
+from lightning_norm.kernels.arguments import Maps, Sums
 from lightning_norm.kernels.grid import BUSY, REGISTERS, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
-from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
+from lightning_norm.kernels.mixture.flags import Gradients, MixtureFlags, MixtureStatistics, Parameters, Running
 from lightning_norm.kernels.owner.backward import own_channels_vjp, own_mixture_vjp
+from lightning_norm.kernels.owner.flags import Tile
 from lightning_norm.kernels.owner.forward import own_channels, own_mixture
 from lightning_norm.kernels.passes.launch import ACTIVATIONS, device_of, magic
+from lightning_norm.kernels.per_channel import flags as channelwise
 from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
+from lightning_norm.kernels.per_channel.launch import state_of
 
 LARGEST = 256
 """Positions of a map at most."""
@@ -69,8 +73,8 @@ class Owner:
         """Return the positions of a map, what the vectors of x are counted by, and what divides by the positions."""
         return self.size, (self.c if self.columns else self.n * self.c * self.size) // self.align, magic(self.size)
 
-    def tiles(self, rows: int) -> dict[str, Any]:
-        """Return the compile-time arguments, for equations on so many sets of statistics."""
+    def tile(self, rows: int) -> Tile:
+        """Return the tiles, for equations on so many sets of statistics."""
         span = self.size if self.columns or self.size % self.align == 0 else self.size + self.align - 1
         s = power(span) if self.columns else max(power(span), self.align)
         flat = power(self.channels * self.size)
@@ -78,12 +82,9 @@ class Owner:
         # Reductions across threads, and equations of many contexts, need the registers.
         lanes = HELD_LANES // 2 if self.columns or rows > 1 else HELD_LANES
         tile = max(1, min(n, lanes // (self.channels * s)))
-        return {
-            "ALIGN": self.align, "FLAT": self.flat, "COLUMNS": self.columns, "N_TILE": tile,
-            "W_TILE": tile if self.columns else max(1, min(n, lanes // flat)),
-            "N_BLOCK": max(1, min(n, 32, NUMBERS // (self.channels * k))), "C_BLOCK": self.channels, "S_BLOCK": s,
-            "F_BLOCK": flat, "K_BLOCK": k, "num_warps": WARPS,
-        }  # fmt: skip
+        written = tile if self.columns else max(1, min(n, lanes // flat))
+        numbers = max(1, min(n, 32, NUMBERS // (self.channels * k)))
+        return Tile(self.align, self.flat, self.columns, tile, written, numbers, k, self.channels, s, flat)
 
 
 def owner_of(x: Tensor, channel_dim: int) -> Owner | None:
@@ -142,15 +143,17 @@ def normalize_mixture(
     moments, empty, bn = torch.empty_like(affine[1:]), affine.new_empty(0), flags.at_bn >= 0
     batch = affine.new_empty(3, owner.c) if bn else empty
     factor, count = _factor(owner, flags), owner.n * owner.size
+    stats = MixtureStatistics(moments, batch, empty, affine, affine.new_empty(0, dtype=torch.float64))
+    parameters = Parameters(*(affine if t is None else t for t in (weight, bias, None, None)))
     with device_of(x):
         launch(own_mixture, owner.programs)(
-            x, x if residual is None else dense(residual, x), y,
-            *(affine if t is None else t for t in (weight, bias, *running)), moments, batch, affine, owner.n, owner.c,
-            *owner.numbers, eps, factor, 1.0 if flags.correction else count / max(count - 1, 1), BN=bn,
-            TRACK=flags.track, WEIGHT=weight is not None, BIAS=bias is not None, maxnreg=REGISTERS["own_mixture"],
-            **_ending(activation, residual), **_without_contexts(owner.tiles(1)),
+            x, x if residual is None else dense(residual, x), y, parameters,
+            Running(*(affine if t is None else t for t in running)), stats, owner.n, owner.c, *owner.numbers, eps,
+            factor, 1.0 if flags.correction else count / max(count - 1, 1),
+            FLAGS=flags.compiled(weight=weight is not None, bias=bias is not None), TILE=owner.tile(1),
+            maxnreg=REGISTERS["own_mixture"], **_ending(activation, residual),
         )  # fmt: skip
-    return y, MixtureStatistics(moments, batch, empty, affine, affine.new_empty(0, dtype=torch.float64))
+    return y, stats
 
 
 def mixture_gradients(
@@ -168,15 +171,16 @@ def mixture_gradients(
     """Return what ``mixture.launch.gradients`` returns."""
     affine = stats.affine
     dweight, dbias, dbatch = affine.new_empty(owner.c), affine.new_empty(owner.c), affine.new_empty(2, owner.c)
-    dx, dresidual, inputs = _inputs(dy, x, residual, affine, need_dx)
+    dx, dresidual, maps = _maps(dy, x, residual, affine, need_dx)
     sums, dx_affine = affine.new_empty(2, owner.n, owner.c), affine.new_empty(2, owner.n, owner.c)
+    parameters = Parameters(affine if weight is None else weight, affine, affine, affine)
+    out = Gradients(dbatch, affine, dweight, dbias, affine, affine, affine, dx_affine)
     with device_of(x):
         launch(own_mixture_vjp, owner.programs)(
-            *inputs, affine if weight is None else weight, affine, affine, stats.moments, stats.batch, affine, dbatch,
-            dweight, dbias, sums, dx_affine, owner.n, owner.c, *owner.numbers, eps, _factor(owner, flags),
-            BN=flags.at_bn >= 0, WEIGHT=weight is not None, NEED=need_dx or residual is not None,
-            maxnreg=REGISTERS["own_mixture_vjp"], **_ending(activation, residual),
-            **_without_contexts(owner.tiles(1)),
+            maps, parameters, Running(*(affine,) * 5), stats, out, Sums(*sums), owner.n, owner.c, *owner.numbers, eps,
+            _factor(owner, flags), FLAGS=flags.compiled(weight=weight is not None),
+            NEED=need_dx or residual is not None, TILE=owner.tile(1), maxnreg=REGISTERS["own_mixture_vjp"],
+            **_ending(activation, residual),
         )  # fmt: skip
     empty = affine.new_empty(0)
     return dx, dweight, dbias, empty, empty, dresidual
@@ -198,26 +202,25 @@ def normalize_channels(
     flags: PerChannelFlags,
     numbers: PerChannelNumbers,
     activation: str,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, channelwise.PerChannelStatistics]:
     """Return y, and what ``per_channel.launch.affine_of`` returns; the arguments as there."""
     y, affine = torch.empty_like(x), torch.empty(3, owner.n, owner.c, device=x.device, dtype=torch.float32)
     moments = torch.empty_like(affine[1:])
     stats = affine.new_empty(flags.num_statistics, flags.rows, owner.c)
     # Where ``survey`` leaves a number for each sample, each program leaves one.
     survey_out = affine.new_empty(2 + 3 * flags.rows + owner.programs if flags.moves_with_channels else 0)
-    tensors = (responsibilities, weight, bias, *gates[:5], *running, *counters, rate, threshold, limit)
+    empty = affine.new_empty(3, 0), affine.new_empty(0, dtype=torch.float64)
+    out = channelwise.PerChannelStatistics(moments, stats, affine, survey_out, *empty)
+    rates = channelwise.Rates(*(affine if t is None else t for t in (rate, threshold, limit)))
+    compiled = flags.compiled(weight=weight is not None, bias=bias is not None, known=flags.contexts > 0, owner=True)
     with device_of(x):
         launch(own_channels, owner.programs)(
-            x, x if residual is None else dense(residual, x), y, *(affine if t is None else t for t in tensors),
-            survey_out, moments, stats, affine, owner.n, owner.c, flags.rows, *owner.numbers, numbers.eps,
-            numbers.inner, numbers.least, numbers.power, numbers.unit_scale, numbers.unit_affine, BLEND=flags.blend,
-            COPY=flags.copies_first, POWER=flags.powers, AVERAGES=flags.averages, DETACH=flags.detach,
-            MOVE=flags.track * flags.moves_with_channels, WEIGHT=weight is not None, BIAS=bias is not None,
-            maxnreg=REGISTERS["own_channels"], **_equations(flags), **_ending(activation, residual),
-            **owner.tiles(flags.rows),
+            x, x if residual is None else dense(residual, x), y,
+            _learned(responsibilities, weight, bias, gates, affine), state_of(running, counters, affine), rates, out,
+            owner.n, owner.c, flags.rows, *owner.numbers, channelwise.Numbers(**vars(numbers)), FLAGS=compiled,
+            TILE=owner.tile(flags.rows), maxnreg=REGISTERS["own_channels"], **_ending(activation, residual),
         )  # fmt: skip
-    batch, rank_sums = affine.new_empty(3, 0), affine.new_empty(0, dtype=torch.float64)
-    return y, (moments, stats, affine, survey_out, batch, rank_sums)
+    return y, out
 
 
 def channel_gradients(
@@ -240,29 +243,35 @@ def channel_gradients(
     """Return what ``per_channel.launch.gradients`` returns."""
     dweight, dbias = affine.new_empty(flags.rows, owner.c), affine.new_empty(flags.rows, owner.c)
     dgates = [affine.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]
-    dx, dresidual, inputs = _inputs(dy, x, residual, affine, need_dx)
+    dx, dresidual, maps = _maps(dy, x, residual, affine, need_dx)
     sums, dx_affine = affine.new_empty(2, owner.n, owner.c), affine.new_empty(2, owner.n, owner.c)
-    tensors = (responsibilities, weight, bias, *gates[:5])
+    given = channelwise.PerChannelStatistics(moments, stats, affine, *(affine,) * 3)
+    out = channelwise.PerChannelGradients._make((dweight, dbias, *dgates[:5], dx_affine, *(affine,) * 3))
+    compiled = flags.compiled(weight=weight is not None, bias=bias is not None, owner=True)
     with device_of(x):
         launch(own_channels_vjp, owner.programs)(
-            *inputs, *(affine if t is None else t for t in tensors), moments, stats, affine, dweight, dbias,
-            *dgates[:5], sums, dx_affine, owner.n, owner.c, flags.rows, *owner.numbers, numbers.inner, numbers.least,
-            numbers.unit_scale, numbers.unit_affine, RENORM=flags.renorm, WEIGHT=weight is not None,
-            BIAS=bias is not None, NEED=need_dx or residual is not None, maxnreg=REGISTERS["own_channels_vjp"],
-            **_equations(flags), **_ending(activation, residual), **owner.tiles(flags.rows),
+            maps, _learned(responsibilities, weight, bias, gates, affine), given, out, Sums(*sums), owner.n, owner.c,
+            flags.rows, *owner.numbers, channelwise.Numbers(**vars(numbers)), FLAGS=compiled,
+            NEED=need_dx or residual is not None, TILE=owner.tile(flags.rows), maxnreg=REGISTERS["own_channels_vjp"],
+            **_ending(activation, residual),
         )  # fmt: skip
     return dx, dweight, dbias, *dgates, dresidual
 
 
-def _inputs(
-    dy: Tensor, x: Tensor, residual: Optional, affine: Tensor, need_dx: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return the gradients of x and of the residual, empty where nobody asks, and the kernels' first five tensors."""
+def _maps(dy: Tensor, x: Tensor, residual: Optional, affine: Tensor, need_dx: bool) -> tuple[Tensor, Tensor, Maps]:
+    """Return the gradients of x and of the residual, empty where nobody asks, and what the kernels get of that size."""
     dy = dense(dy, x)
     dx = torch.empty_like(x) if need_dx or residual is not None else affine.new_empty(0)
     dresidual = affine.new_empty(0) if residual is None else torch.empty_like(x)
     given = x if residual is None else dense(residual, x)
-    return dx, dresidual, [dy, x, given, dx if dx.numel() else affine, dresidual if residual is not None else dx]
+    maps = Maps(dy, x, given, dx if dx.numel() else affine, dresidual if residual is not None else dx)
+    return dx, dresidual, maps
+
+
+def _learned(
+    responsibilities: Optional, weight: Optional, bias: Optional, gates: Sequence[Optional], other: Tensor
+) -> channelwise.Learned:
+    return channelwise.Learned(*(other if t is None else t for t in (responsibilities, weight, bias, *gates[:5])))
 
 
 def _factor(owner: Owner, flags: MixtureFlags) -> float:
@@ -271,12 +280,4 @@ def _factor(owner: Owner, flags: MixtureFlags) -> float:
 
 
 def _ending(activation: str, residual: Optional) -> dict[str, Any]:
-    return {"ACT": ACTIVATIONS.index(activation), "RESIDUAL": residual is not None}
-
-
-def _equations(flags: PerChannelFlags) -> dict[str, Any]:
-    return {name: on for name, on in flags.constants().items() if name not in ("MOMENTS", "PRIOR")}
-
-
-def _without_contexts(tiles: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in tiles.items() if name != "K_BLOCK"}
+    return {"ACT": ACTIVATIONS.index(activation), "RESIDUAL": residual is not None, "num_warps": WARPS}

@@ -8,6 +8,7 @@ it follows from x and the coefficients once more. Shapes and orders as in ``forw
 import triton
 import triton.language as tl
 
+from lightning_norm.kernels.arguments import Affine, DxAffine, Maps, Sums
 from lightning_norm.kernels.passes.forward import column_lanes, flat_lanes, of_row, row_span
 
 
@@ -47,12 +48,12 @@ def products(dy, x, residual, at, loaded, keep, pivot, scale, offset, ACT: tl.co
 
 @triton.jit(do_not_specialize=["rows", "size", "units", "piece"])
 def sums_rows(
-    dy, x, residual, pivot, scale, offset, total, dot, rows, size, units, piece,
+    dy, x, residual, affine: Affine, out: Sums, rows, size, units, piece,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Sums of g and of g * (x - pivot) over each piece of each row: (pieces, rows) each.
 
-    Grid and tiles as ``moments_rows``. pivot, scale and offset are (rows,); the last two serve the activation alone.
+    Grid and tiles as ``moments_rows``. Of ``affine``, (rows,) each, all but the pivot serve the activation alone.
     """
     rows, size, units, piece = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64), tl.cast(piece, tl.int32)  # noqa: E501  # fmt: skip
     row, p = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
@@ -65,11 +66,11 @@ def sums_rows(
     if RESIDUAL:
         residual += origin
     # One coefficient per row, for all its elements.
-    k = tl.load(pivot + row + r, mask=inside, other=0.0)[:, None]
+    k = tl.load(affine.pivot + row + r, mask=inside, other=0.0)[:, None]
     a, b = k, k
     if ACT != 0:
-        a = tl.load(scale + row + r, mask=inside, other=0.0)[:, None]
-        b = tl.load(offset + row + r, mask=inside, other=0.0)[:, None]
+        a = tl.load(affine.scale + row + r, mask=inside, other=0.0)[:, None]
+        b = tl.load(affine.offset + row + r, mask=inside, other=0.0)[:, None]
     lane = base[:, None] + tl.arange(0, BLOCK)[None, :]
     keep = (lane >= start[:, None]) & (lane < end[:, None])
     g, gu = products(dy, x, residual, lane, lane < stop[:, None], keep, k, a, b, ACT, RESIDUAL)
@@ -80,13 +81,13 @@ def sums_rows(
         # Added tile by tile; the sum over the tile is taken once, behind the loop.
         g += h
         gu += hu
-    tl.store(total + p * rows + row + r, tl.sum(g, 1), mask=inside)
-    tl.store(dot + p * rows + row + r, tl.sum(gu, 1), mask=inside)
+    tl.store(out.total + p * rows + row + r, tl.sum(g, 1), mask=inside)
+    tl.store(out.dot + p * rows + row + r, tl.sum(gu, 1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["size", "units", "piece"])
 def sums_columns(
-    dy, x, residual, pivot, scale, offset, total, dot, size, units, piece, true_channels,
+    dy, x, residual, affine: Affine, out: Sums, size, units, piece, true_channels,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -111,11 +112,11 @@ def sums_columns(
     if RESIDUAL:
         residual += origin
     # One coefficient per channel, for all its positions.
-    k = tl.load(pivot + at, mask=c < channels, other=0.0)[None, :]
+    k = tl.load(affine.pivot + at, mask=c < channels, other=0.0)[None, :]
     a, b = k, k
     if ACT != 0:
-        a = tl.load(scale + at, mask=c < channels, other=0.0)[None, :]
-        b = tl.load(offset + at, mask=c < channels, other=0.0)[None, :]
+        a = tl.load(affine.scale + at, mask=c < channels, other=0.0)[None, :]
+        b = tl.load(affine.offset + at, mask=c < channels, other=0.0)[None, :]
     lane = s[:, None] * channels + c[None, :]
     keep = (s[:, None] < count) & (c[None, :] < channels)
     g, gu = products(dy, x, residual, lane, keep, keep, k, a, b, ACT, RESIDUAL)
@@ -130,23 +131,25 @@ def sums_columns(
         g += h
         gu += hu
     at = (n * tl.num_programs(2) + p) * channels + c
-    tl.store(total + at, tl.sum(g, 0), mask=c < channels)
-    tl.store(dot + at, tl.sum(gu, 0), mask=c < channels)
+    tl.store(out.total + at, tl.sum(g, 0), mask=c < channels)
+    tl.store(out.dot + at, tl.sum(gu, 0), mask=c < channels)
 
 
 @triton.jit
-def read_sum(t, at, keep, pieces, stride, MERGE: tl.constexpr):
-    """Read a sum, its pieces added up in order where MERGE."""
-    total = tl.load(t + at, mask=keep, other=0.0)
+def read_sums(parts, at, keep, layout, MERGE: tl.constexpr):
+    """Read both sums, their pieces added up in order where MERGE."""
+    total = tl.load(parts.total + at, mask=keep, other=0.0)
+    dot = tl.load(parts.dot + at, mask=keep, other=0.0)
     if MERGE:
-        for p in range(1, pieces):
-            total += tl.load(t + at + p * stride, mask=keep, other=0.0)
-    return total
+        for p in range(1, layout.pieces):
+            total += tl.load(parts.total + at + p * layout.stride, mask=keep, other=0.0)
+            dot += tl.load(parts.dot + at + p * layout.stride, mask=keep, other=0.0)
+    return total, dot
 
 
 @triton.jit(do_not_specialize=["pieces"])
 def join_sums(
-    total, dot, out, number, channels, pieces, sample_stride, stride, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+    parts: Sums, out, number, channels, pieces, sample_stride, stride, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Add the pieces up into ``out``, (2, samples * channels), P_BLOCK of BLOCK numbers at once."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -158,73 +161,78 @@ def join_sums(
         p = first + lane
         inside = (p < pieces) & keep[None, :]
         spot = at[None, :] + p.to(tl.int64) * stride
-        a += tl.load(total + spot, mask=inside, other=0.0)
-        b += tl.load(dot + spot, mask=inside, other=0.0)
+        a += tl.load(parts.total + spot, mask=inside, other=0.0)
+        b += tl.load(parts.dot + spot, mask=inside, other=0.0)
     tl.store(out + i, tl.sum(a, 0), mask=keep)
     tl.store(out + number + i, tl.sum(b, 0), mask=keep)
 
 
-@triton.jit(do_not_specialize=["rows", "size", "units", "magic"])
-def combine_flat(
-    dy, x, residual, dx, dresidual, pivot, scale, offset, constant, slope, rows, size, units, magic,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
-    PLAIN: tl.constexpr,
-):  # fmt: skip
-    """dx = scale * g + constant + slope * (x - pivot) for x in rows; PLAIN: scale * g alone.
-
-    Also g itself for the residual. Grid and coefficients as ``apply_flat``.
-    """
-    rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
-    origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
-    g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
-    a = of_row(scale, row, rows, which, keep, WIDE)
+@triton.jit
+def store_gradients(
+    maps, origin, at, keep, k, a, b, constant, slope, ACT: tl.constexpr, RESIDUAL: tl.constexpr, PLAIN: tl.constexpr
+):
+    """Write dx = a * g + constant + slope * (x - k), PLAIN: a * g alone, and g itself for the residual."""
+    dy, x, residual = maps.dy + origin, maps.x + origin, maps.residual + origin
+    g = tl.load(dy + at, mask=keep, other=0.0).to(tl.float32)
     u = g
     # x is not read where neither the activation nor the slope asks for it.
     if ACT != 0 or not PLAIN:
-        u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - of_row(pivot, row, rows, which, keep, WIDE)  # noqa: E501  # fmt: skip
+        u = tl.load(x + at, mask=keep, other=0.0).to(tl.float32) - k
     # g before the activation.
     if ACT != 0:
-        z = tl.fma(a, u, of_row(offset, row, rows, which, keep, WIDE))
-        g = before_activation(g, z, residual, origin + lane, keep, ACT, RESIDUAL)
+        g = before_activation(g, tl.fma(a, u, b), residual, at, keep, ACT, RESIDUAL)
     if RESIDUAL:
         # The residual was added as it is, so its gradient is g.
-        tl.store(dresidual + origin + lane, g.to(dresidual.dtype.element_ty), mask=keep)
+        tl.store(maps.dresidual + origin + at, g.to(maps.dresidual.dtype.element_ty), mask=keep)
     d = a * g
     # The large term last: it alone is rounded at full size.
     if not PLAIN:
-        d = tl.fma(a, g, tl.fma(of_row(slope, row, rows, which, keep, WIDE), u, of_row(constant, row, rows, which, keep, WIDE)))  # noqa: E501  # fmt: skip
+        d = tl.fma(a, g, tl.fma(slope, u, constant))
+    tl.store(maps.dx + origin + at, d.to(maps.dx.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["rows", "size", "units", "magic"])
+def combine_flat(
+    maps: Maps, affine: Affine, dx_affine: DxAffine, rows, size, units, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """``store_gradients`` for x in rows. Grid and coefficients as ``apply_flat``.
+
+    Written out, for here each coefficient takes registers from where it is read: as late as may be.
+    """
+    rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
+    origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
+    dy, x, residual, dx, dresidual = maps
+    g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
+    a = of_row(affine.scale, row, rows, which, keep, WIDE)
+    u = g
+    if ACT != 0 or not PLAIN:
+        u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32)
+        u -= of_row(affine.pivot, row, rows, which, keep, WIDE)
+    if ACT != 0:
+        z = tl.fma(a, u, of_row(affine.offset, row, rows, which, keep, WIDE))
+        g = before_activation(g, z, residual, origin + lane, keep, ACT, RESIDUAL)
+    if RESIDUAL:
+        tl.store(dresidual + origin + lane, g.to(dresidual.dtype.element_ty), mask=keep)
+    d = a * g
+    if not PLAIN:
+        slope = of_row(dx_affine.slope, row, rows, which, keep, WIDE)
+        d = tl.fma(a, g, tl.fma(slope, u, of_row(dx_affine.constant, row, rows, which, keep, WIDE)))
     tl.store(dx + origin + lane, d.to(dx.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["size", "units", "blocks"])
 def combine_columns(
-    dy, x, residual, dx, dresidual, pivot, scale, offset, constant, slope, size, units, blocks, true_channels,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr, PLAIN: tl.constexpr,
+    maps: Maps, affine: Affine, dx_affine: DxAffine, size, units, blocks, true_channels, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale * g + constant + slope * (x - pivot) for x in columns; PLAIN: scale * g alone.
-
-    Also g itself for the residual. Grid and coefficients as ``apply_columns``.
-    """
+    """``store_gradients`` for x in columns. Grid and coefficients as ``apply_columns``."""
     size, units = tl.cast(size, tl.int32), tl.cast(units, tl.int32)
     origin, lane, keep, at, channel_mask = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
-    g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
-    a = tl.load(scale + at, mask=channel_mask, other=0.0)[None, :]
-    u = g
-    # x is not read where neither the activation nor the slope asks for it.
-    if ACT != 0 or not PLAIN:
-        k = tl.load(pivot + at, mask=channel_mask, other=0.0)[None, :]
-        u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - k
-    # g before the activation.
-    if ACT != 0:
-        z = tl.fma(a, u, tl.load(offset + at, mask=channel_mask, other=0.0)[None, :])
-        g = before_activation(g, z, residual, origin + lane, keep, ACT, RESIDUAL)
-    if RESIDUAL:
-        # The residual was added as it is, so its gradient is g.
-        tl.store(dresidual + origin + lane, g.to(dresidual.dtype.element_ty), mask=keep)
-    d = a * g
-    # The large term last: it alone is rounded at full size.
-    if not PLAIN:
-        e = tl.load(constant + at, mask=channel_mask, other=0.0)[None, :]
-        d = tl.fma(a, g, tl.fma(tl.load(slope + at, mask=channel_mask, other=0.0)[None, :], u, e))
-    tl.store(dx + origin + lane, d.to(dx.dtype.element_ty), mask=keep)
+    k = tl.load(affine.pivot + at, mask=channel_mask, other=0.0)[None, :]
+    a = tl.load(affine.scale + at, mask=channel_mask, other=0.0)[None, :]
+    b = tl.load(affine.offset + at, mask=channel_mask, other=0.0)[None, :]
+    constant = tl.load(dx_affine.constant + at, mask=channel_mask, other=0.0)[None, :]
+    slope = tl.load(dx_affine.slope + at, mask=channel_mask, other=0.0)[None, :]
+    store_gradients(maps, origin, lane, keep, k, a, b, constant, slope, ACT, RESIDUAL, PLAIN)

@@ -15,6 +15,14 @@ bytes. It runs from the end of x to its start: moments went the other way, and w
 import triton
 import triton.language as tl
 
+from lightning_norm.kernels.arguments import Affine, Layout, Moments
+
+
+@triton.jit
+def zeros(rows: tl.constexpr, block: tl.constexpr):
+    """Return a tile of zeros; fields of a constant are no shape for Triton 3.6, where they are arguments."""
+    return tl.zeros((rows, block), tl.float32)
+
 
 @triton.jit
 def row_span(row, size, piece, p, units, ALIGN: tl.constexpr, ROWS: tl.constexpr):
@@ -42,7 +50,7 @@ def row_span(row, size, piece, p, units, ALIGN: tl.constexpr, ROWS: tl.constexpr
 
 @triton.jit(do_not_specialize=["rows", "size", "units", "piece"])
 def moments_rows(
-    x, hi, lo, var, rows, size, units, piece, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, out: Moments, rows, size, units, piece, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     AVERAGE: tl.constexpr,
 ):  # fmt: skip
     """Mean, as hi + lo, and biased variance of each piece of each row: (pieces, rows) each.
@@ -77,26 +85,15 @@ def moments_rows(
         u = tl.where(at < end[:, None], v - pivot[:, None], 0.0)
         total += u
         square += u * u
-    store_moments(
-        hi, lo, var, p * rows + row + tl.arange(0, ROWS), row + tl.arange(0, ROWS) < rows,
-        pivot, tl.sum(total, 1), tl.sum(square, 1), count,
-    )  # fmt: skip
+    r = row + tl.arange(0, ROWS)
+    store_moments(out, p * rows + r, r < rows, pivot, tl.sum(total, 1), tl.sum(square, 1), count)
 
 
 @triton.jit(do_not_specialize=["size", "units", "piece"])
 def moments_columns(
-    x,
-    hi,
-    lo,
-    var,
-    size,
-    units,
-    piece,
-    ALIGN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, out: Moments, size, units, piece, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     AVERAGE: tl.constexpr,
-):
+):  # fmt: skip
     """Mean, as hi + lo, and biased variance of each piece of each column: (samples, pieces, channels) each.
 
     As ``moments_rows``; a program takes BLOCK channels of one piece of one sample, ROWS positions at a time. The grid
@@ -129,11 +126,11 @@ def moments_columns(
         total += u
         square += u * u
     at = (n * tl.num_programs(2) + p) * channels + c
-    store_moments(hi, lo, var, at, c < channels, pivot, tl.sum(total, 0), tl.sum(square, 0), count)
+    store_moments(out, at, c < channels, pivot, tl.sum(total, 0), tl.sum(square, 0), count)
 
 
 @triton.jit
-def store_moments(hi, lo, var, at, keep, pivot, total, square, count):
+def store_moments(out, at, keep, pivot, total, square, count):
     """Store mean = hi + lo, hi being the mean rounded to float32, and the variance.
 
     ``total`` and ``square`` are the sums of u and u^2, u = x - pivot, over ``count`` elements, the same for all.
@@ -146,18 +143,28 @@ def store_moments(hi, lo, var, at, keep, pivot, total, square, count):
     # lo is what rounding pivot + rest to float32 has left, exactly, whichever of the two is larger.
     rounded = pivot + rest
     moved = rounded - pivot
-    tl.store(hi + at, rounded, mask=keep)
-    tl.store(lo + at, (pivot - (rounded - moved)) + (rest - moved), mask=keep)
+    tl.store(out.hi + at, rounded, mask=keep)
+    tl.store(out.lo + at, (pivot - (rounded - moved)) + (rest - moved), mask=keep)
     # Rounding may leave a variance slightly below 0, and a NaN stays.
-    tl.store(var + at, tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL) * inverse, mask=keep)
+    tl.store(out.var + at, tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL) * inverse, mask=keep)
 
 
 @triton.jit
-def read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE: tl.constexpr):
+def layout_of(pieces, sample_stride, stride, piece, size, fold):
+    """Return a ``Layout`` of a kernel's integers; one that is 1 may be a constant, which has no dtype of its own."""
+    return Layout(
+        pieces, sample_stride, stride, tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    )
+
+
+@triton.jit
+def read_moments(parts, at, keep, layout, MERGE: tl.constexpr):
     """Read mean, as hi + lo, and biased variance, joining the pieces by the law of total variance where MERGE.
 
     var = sum_p n_p / S (var_p + (mean_p - mean)^2), n_p being the elements of piece p.
     """
+    hi, lo, var = parts
+    pieces, _, stride, piece, size, fold = layout
     # The first piece, which is the only one without MERGE.
     k = tl.load(hi + at, mask=keep, other=0.0)
     d = tl.load(lo + at, mask=keep, other=0.0)
@@ -188,48 +195,48 @@ def read_moments(hi, lo, var, at, keep, pieces, stride, piece, size, fold, MERGE
 
 @triton.jit(do_not_specialize=["pieces", "piece", "size", "fold"])
 def join_moments(
-    hi, lo, var, hi_out, lo_out, var_out, number, channels, pieces, sample_stride, stride, piece, size, fold,
+    parts: Moments, out: Moments, number, channels, pieces, sample_stride, stride, piece, size, fold,
     P_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Join the pieces: hi, lo and variance, (samples * channels) each. As ``read_moments``, but in tiles.
 
     P_BLOCK pieces of BLOCK numbers at once, so that a hundred pieces are not a hundred waits for the memory.
     """
-    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
     at = i // channels * sample_stride + i % channels
     # Means are counted from that of the first piece.
-    k = tl.load(hi + at, mask=keep, other=0.0)[None, :]
-    inverse_size = tl.cast(1.0, tl.float32) / (size * fold)
+    k = tl.load(parts.hi + at, mask=keep, other=0.0)[None, :]
+    inverse_size = tl.cast(1.0, tl.float32) / (layout.size * layout.fold)
     lane = tl.arange(0, P_BLOCK)[:, None]
     mean = tl.zeros((P_BLOCK, BLOCK), tl.float32)
     for first in range(0, pieces, P_BLOCK):
-        e, count, _, inside = piece_of(hi, lo, var, at, keep, first + lane, pieces, stride, piece, size, fold, k)
+        e, count, _, inside = piece_of(parts, at, keep, first + lane, layout, k)
         mean += tl.where(inside, e * (count * inverse_size), 0.0)
     d = tl.sum(mean, 0)[None, :]
     # Then what each piece's mean is away from it.
     variance = tl.zeros((P_BLOCK, BLOCK), tl.float32)
     for first in range(0, pieces, P_BLOCK):
-        e, count, v, inside = piece_of(hi, lo, var, at, keep, first + lane, pieces, stride, piece, size, fold, k)
+        e, count, v, inside = piece_of(parts, at, keep, first + lane, layout, k)
         variance += tl.where(inside, (v + (e - d) * (e - d)) * (count * inverse_size), 0.0)
     # Again as hi and what rounding it has left.
     rounded = k + d
     at = i[None, :]
     keep = keep[None, :]
-    tl.store(hi_out + at, rounded, mask=keep)
-    tl.store(lo_out + at, d - (rounded - k), mask=keep)
-    tl.store(var_out + at, tl.sum(variance, 0)[None, :], mask=keep)
+    tl.store(out.hi + at, rounded, mask=keep)
+    tl.store(out.lo + at, d - (rounded - k), mask=keep)
+    tl.store(out.var + at, tl.sum(variance, 0)[None, :], mask=keep)
 
 
 @triton.jit
-def piece_of(hi, lo, var, at, keep, p, pieces, stride, piece, size, fold, k):
+def piece_of(parts, at, keep, p, layout, k):
     """Return the means of some pieces, counted from k, their elements, their variances, and which of them there are."""
-    inside = (p < pieces) & keep[None, :]
-    count = tl.minimum(piece, size - p // fold * piece).to(tl.float32)
-    spot = at[None, :] + p.to(tl.int64) * stride
-    e = tl.load(hi + spot, mask=inside, other=0.0) - k + tl.load(lo + spot, mask=inside, other=0.0)
-    return e, count, tl.load(var + spot, mask=inside, other=0.0), inside
+    inside = (p < layout.pieces) & keep[None, :]
+    count = tl.minimum(layout.piece, layout.size - p // layout.fold * layout.piece).to(tl.float32)
+    spot = at[None, :] + p.to(tl.int64) * layout.stride
+    e = tl.load(parts.hi + spot, mask=inside, other=0.0) - k + tl.load(parts.lo + spot, mask=inside, other=0.0)
+    return e, count, tl.load(parts.var + spot, mask=inside, other=0.0), inside
 
 
 @triton.jit
@@ -241,6 +248,14 @@ def activation(z, ACT: tl.constexpr):
         # z sigmoid(z); exp overflows to infinity for a very negative z, and the quotient is then 0, as it should be.
         z = z / (1.0 + tl.exp(-z))
     return z
+
+
+@triton.jit
+def store_result(z, residual, y, at, keep, ACT: tl.constexpr, RESIDUAL: tl.constexpr):
+    """Write y = act(z + residual)."""
+    if RESIDUAL:
+        z += tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
+    tl.store(y + at, activation(z, ACT).to(y.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -304,26 +319,26 @@ def column_lanes(
 
 @triton.jit(do_not_specialize=["rows", "size", "units", "magic"])
 def apply_flat(
-    x, residual, y, pivot, scale, offset, rows, size, units, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, y, affine: Affine, rows, size, units, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """y = act(scale * (x - pivot) + offset + residual) for x in rows.
 
-    pivot, scale and offset are (rows,). A program takes BLOCK elements; the grid is (blocks,).
+    Each of ``affine`` is (rows,). A program takes BLOCK elements; the grid is (blocks,).
     """
     rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
     origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
     # The pivot is subtracted first, exactly where x is near it; then one rounding in the multiply-add.
-    u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - of_row(pivot, row, rows, which, keep, WIDE)
-    z = tl.fma(of_row(scale, row, rows, which, keep, WIDE), u, of_row(offset, row, rows, which, keep, WIDE))
-    if RESIDUAL:
-        z += tl.load(residual + origin + lane, mask=keep, other=0.0).to(tl.float32)
-    tl.store(y + origin + lane, activation(z, ACT).to(y.dtype.element_ty), mask=keep)
+    u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32)
+    u -= of_row(affine.pivot, row, rows, which, keep, WIDE)
+    a, b = of_row(affine.scale, row, rows, which, keep, WIDE), of_row(affine.offset, row, rows, which, keep, WIDE)
+    z = tl.fma(a, u, b)
+    store_result(z, residual + origin, y + origin, lane, keep, ACT, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["size", "units", "blocks"])
 def apply_columns(
-    x, residual, y, pivot, scale, offset, size, units, blocks, true_channels, ALIGN: tl.constexpr, ROWS: tl.constexpr,
+    x, residual, y, affine: Affine, size, units, blocks, true_channels, ALIGN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """y = act(scale * (x - pivot) + offset + residual) for x in columns.
@@ -333,12 +348,8 @@ def apply_columns(
     size, units = tl.cast(size, tl.int32), tl.cast(units, tl.int32)
     origin, lane, keep, at, channel_mask = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
     # One coefficient per channel, for all rows of the tile.
-    k, a = (
-        tl.load(pivot + at, mask=channel_mask, other=0.0)[None, :],
-        tl.load(scale + at, mask=channel_mask, other=0.0)[None, :],
-    )
-    b = tl.load(offset + at, mask=channel_mask, other=0.0)[None, :]
+    k = tl.load(affine.pivot + at, mask=channel_mask, other=0.0)[None, :]
+    a = tl.load(affine.scale + at, mask=channel_mask, other=0.0)[None, :]
+    b = tl.load(affine.offset + at, mask=channel_mask, other=0.0)[None, :]
     z = tl.fma(a, tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - k, b)
-    if RESIDUAL:
-        z += tl.load(residual + origin + lane, mask=keep, other=0.0).to(tl.float32)
-    tl.store(y + origin + lane, activation(z, ACT).to(y.dtype.element_ty), mask=keep)
+    store_result(z, residual + origin, y + origin, lane, keep, ACT, RESIDUAL)

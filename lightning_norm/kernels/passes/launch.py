@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels.arguments import Affine, DxAffine, Maps, Moments, Sums
 from lightning_norm.kernels.grid import FEW, JOINED, LONG, REGISTERS, TILE, Grid, cdiv, dense, grid_of
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.backward import combine_columns, combine_flat, join_sums, sums_columns, sums_rows
@@ -31,34 +32,34 @@ def moments(x: Tensor, channel_dim: int) -> Tensor:
     """Return (3, N, C): the mean rounded to float32, what is left of it, the biased variance."""
     grid = grid_of(x, channel_dim)
     whole = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
-    moment_parts(x, grid, tuple(whole), few=1)
+    moment_parts(x, grid, Moments(*whole), few=1)
     return whole
 
 
-def moment_parts(x: Tensor, grid: Grid, whole: tuple[Tensor, ...], few: int = FEW) -> tuple[tuple[Tensor, ...], Grid]:
+def moment_parts(x: Tensor, grid: Grid, whole: Moments, few: int = FEW) -> tuple[Moments, Grid]:
     """Return the moments of each part, three tensors of parts * N * C numbers, and their grid.
 
     More than ``few`` parts are joined. What is not in parts, or is joined, is written into ``whole``, three of (N, C).
     """
     number = grid.n * grid.c
-    out = whole if grid.parts == 1 else tuple(whole[0].new_empty(3, grid.parts * number))
+    out = whole if grid.parts == 1 else Moments(*whole.hi.new_empty(3, grid.parts * number))
     with device_of(x):
         # The first axis of the grid may be long, the others hold at most 65535 programs.
         if grid.columns:
             launch(moments_columns, grid.n, grid.block_columns, grid.pieces)(
-                x, *out, grid.length, grid.units, grid.piece, ALIGN=grid.align, ROWS=grid.rows,
+                x, out, grid.length, grid.units, grid.piece, ALIGN=grid.align, ROWS=grid.rows,
                 BLOCK=grid.block, AVERAGE=averages(grid, x.dtype), num_warps=moment_warps(grid),
             )  # fmt: skip
         else:
             launch(moments_rows, cdiv(grid.n * grid.c, grid.rows), grid.pieces)(
-                x, *out, grid.n * grid.c, grid.size, grid.units, grid.piece, ALIGN=grid.align, ROWS=grid.rows,
+                x, out, grid.n * grid.c, grid.size, grid.units, grid.piece, ALIGN=grid.align, ROWS=grid.rows,
                 BLOCK=grid.block, AVERAGE=averages(grid, x.dtype), num_warps=grid.warps,
             )  # fmt: skip
         if grid.parts <= few:
             return out, grid
         at_once, lanes, num_warps = join_tile(grid.parts)
         launch(join_moments, cdiv(number, lanes))(
-            *out, *whole, number, grid.c, *grid.moment_layout, P_BLOCK=at_once, BLOCK=lanes, num_warps=num_warps
+            out, whole, number, grid.c, *grid.moment_layout, P_BLOCK=at_once, BLOCK=lanes, num_warps=num_warps
         )
     return whole, grid.joined
 
@@ -107,17 +108,17 @@ def sum_parts(
     dy = dense(dy, x)
     residual_or_x = x if residual is None else dense(residual, x)
     # Without an activation only the pivot is read.
-    pivot, scale, offset = affine[0], affine[min(1, len(affine) - 1)], affine[-1]
+    given = Affine(affine[0], affine[min(1, len(affine) - 1)], affine[-1])
     blocks = {"ALIGN": grid.align, "ROWS": grid.rows, "BLOCK": grid.block, "ACT": act, "RESIDUAL": act > 0 and residual is not None}  # noqa: E501  # fmt: skip
     with device_of(x):
         if grid.columns:
             launch(sums_columns, grid.n, grid.block_columns, grid.pieces)(
-                dy, x, residual_or_x, pivot, scale, offset, *out, grid.length, grid.units, grid.piece, grid.c,
+                dy, x, residual_or_x, given, Sums(*out), grid.length, grid.units, grid.piece, grid.c,
                 FOLD=grid.fold, num_warps=grid.warps, **blocks,
             )  # fmt: skip
         else:
             launch(sums_rows, cdiv(grid.n * grid.c, grid.rows), grid.pieces)(
-                dy, x, residual_or_x, pivot, scale, offset, *out, grid.n * grid.c, grid.size, grid.units, grid.piece,
+                dy, x, residual_or_x, given, Sums(*out), grid.n * grid.c, grid.size, grid.units, grid.piece,
                 num_warps=grid.warps, maxnreg=REGISTERS["sums_rows"], **blocks,
             )  # fmt: skip
         if grid.parts <= few:
@@ -131,7 +132,7 @@ def joined_sums(parts: Tensor, number: int, channels: int, partial_layout: tuple
     at_once, lanes, num_warps = join_tile(partial_layout[0])
     with device_of(parts):
         launch(join_sums, cdiv(number, lanes))(
-            *parts, joined, number, channels, *partial_layout, P_BLOCK=at_once, BLOCK=lanes, num_warps=num_warps
+            Sums(*parts), joined, number, channels, *partial_layout, P_BLOCK=at_once, BLOCK=lanes, num_warps=num_warps
         )
     return joined
 
@@ -150,13 +151,13 @@ def apply(
     with device_of(x):
         if grid.columns:
             launch(apply_columns, grid.n * grid.block_rows, grid.block_columns)(
-                x, residual_or_x, y, *affine, grid.length, grid.units, grid.block_rows, grid.c, ROWS=grid.rows,
+                x, residual_or_x, y, Affine(*affine), grid.length, grid.units, grid.block_rows, grid.c, ROWS=grid.rows,
                 BLOCK=grid.block, FOLD=grid.fold, num_warps=grid.warps, maxnreg=REGISTERS["apply_columns"], **blocks,
             )  # fmt: skip
         else:
             launch(apply_flat, cdiv(x.numel(), TILE))(
-                x, residual_or_x, y, *affine, grid.n * grid.c, grid.size, grid.units, magic(grid.size), BLOCK=TILE,
-                WIDE=grid.size >= TILE, num_warps=4, **blocks,
+                x, residual_or_x, y, Affine(*affine), grid.n * grid.c, grid.size, grid.units, magic(grid.size),
+                BLOCK=TILE, WIDE=grid.size >= TILE, num_warps=4, **blocks,
             )  # fmt: skip
     return y
 
@@ -179,19 +180,20 @@ def combine(
     dy = dense(dy, x)
     residual_or_x = x if residual is None else dense(residual, x)
     # Statistics that are constants send nothing to x: dx = scale * g.
-    constant, slope = (affine[0], affine[0]) if dx_affine is None else dx_affine
+    maps = Maps(dy, x, residual_or_x, dx, dresidual_or_dx)
+    coefficients = Affine(*affine), DxAffine(*(affine[:2] if dx_affine is None else dx_affine))
     act = ACTIVATIONS.index(activation)
     blocks = {"ALIGN": grid.align, "ACT": act, "RESIDUAL": residual is not None, "PLAIN": dx_affine is None}
     with device_of(x):
         if grid.columns:
             launch(combine_columns, grid.n * grid.block_rows, grid.block_columns)(
-                dy, x, residual_or_x, dx, dresidual_or_dx, *affine, constant, slope, grid.length, grid.units,
+                maps, *coefficients, grid.length, grid.units,
                 grid.block_rows, grid.c, ROWS=grid.rows, BLOCK=grid.block, FOLD=grid.fold, num_warps=grid.warps,
                 **blocks,
             )  # fmt: skip
         else:
             launch(combine_flat, cdiv(x.numel(), TILE))(
-                dy, x, residual_or_x, dx, dresidual_or_dx, *affine, constant, slope, grid.n * grid.c, grid.size,
+                maps, *coefficients, grid.n * grid.c, grid.size,
                 grid.units, magic(grid.size), BLOCK=TILE, WIDE=grid.size >= TILE, num_warps=4, **blocks,
             )  # fmt: skip
     return dx, None if residual is None else dresidual_or_dx

@@ -22,9 +22,7 @@ def directions(x, inverse, out, samples, units, ALIGN: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def decide(
-    survey_out, parts, last, measured, skipped_condensed, in_a_row, threshold, samples, jobs, BLOCK: tl.constexpr
-):
+def decide(survey_out, parts, state, threshold, samples, jobs, BLOCK: tl.constexpr):
     """Return whether the batch is condensed: its mean cosine similarity exceeds the threshold.
 
     similarity = (|sum_n x_n / |x_n||^2 - m) / (m (m - 1)) over the m samples that are not zero. Every program computes
@@ -46,10 +44,10 @@ def decide(
     yes = defined & (similarity > tl.load(threshold).to(tl.float32)) & (tl.load(survey_out + 1) != 0.0)
     first = tl.program_id(0) == 0
     # Other warps still read the counters that are written below.
-    row, number, skips = tl.load(in_a_row), tl.load(measured), tl.load(skipped_condensed)
+    row, number, skips = tl.load(state.in_a_row), tl.load(state.measured), tl.load(state.skipped_condensed)
     tl.debug_barrier()  # every thread has read what is now written
-    tl.store(last, similarity, mask=defined & first)
-    tl.store(measured, number + defined.to(tl.int64), mask=first)
-    tl.store(skipped_condensed, skips + yes.to(tl.int64), mask=first)
-    tl.store(in_a_row, tl.where(yes, row + 1, 0), mask=first)
+    tl.store(state.last, similarity, mask=defined & first)
+    tl.store(state.measured, number + defined.to(tl.int64), mask=first)
+    tl.store(state.skipped_condensed, skips + yes.to(tl.int64), mask=first)
+    tl.store(state.in_a_row, tl.where(yes, row + 1, 0), mask=first)
     return yes

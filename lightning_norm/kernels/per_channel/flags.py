@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,11 @@ class PerChannelFlags:
         of_sample = self.surveys_samples + (self.condensed > 0) + self.gate * self.rows
         return 2 + 3 * self.rows + n * of_sample if self.surveys else 0
 
-    def constants(self) -> dict[str, bool]:
-        """Return the compile-time arguments that both directions share."""
-        return {
-            "MOMENTS": self.needs_moments, "STD": self.std, "CONTEXTS": self.contexts > 0, "CENTER": self.center,
-            "SCALE": self.scale, "AFFINE": self.affine, "PRIOR": self.prior,
-        }  # fmt: skip
+    def compiled(self, **of_the_call: Any) -> CompiledChannels:
+        """Return what a kernel is compiled for."""
+        flags = {name: flag for name, flag in vars(self).items() if name in CompiledChannels._fields}
+        flags |= {"contexts": self.contexts > 0, "moves": self.moves_with_channels, **of_the_call}
+        return CompiledChannels(**{**dict.fromkeys(CompiledChannels._fields, False), **flags})
 
 
 @dataclass(frozen=True)
@@ -122,3 +123,69 @@ class PerChannelNumbers:
     power: float = 1.0
     unit_scale: float = 1.0
     unit_affine: float = 1.0
+
+
+CompiledChannels = namedtuple(
+    "CompiledChannels",
+    "needs_moments frozen blend std copies_first averages powers detach condensed track contexts center scale affine "
+    "prior pooled gate ranks moves merge weight bias known owner",
+)
+"""What a kernel is compiled for: some of :class:`PerChannelFlags`, and of the call.
+
+Whether each program moves the running statistics of its channels, moments, or sums over x, are in pieces, there are a
+gamma and a beta, running statistics are known, and programs own their channels, so that the last one moves statistics.
+In the backward pass ``ranks`` is 1 before the ranks have met and 2 afterwards.
+"""
+
+Learned = namedtuple(
+    "Learned",
+    "responsibilities weight bias center_weight scale_weight scale_bias affine_weight affine_bias",
+)
+"""The responsibilities (N, K), gamma and beta (K, C), and the parameters of centering, scaling and affine gate."""
+
+State = namedtuple(
+    "State",
+    "mean var tracked skipped updates gap average_mean average_var prior last measured skipped_condensed in_a_row",
+)
+"""What moves with the batches; another tensor where a layer has none.
+
+The running statistics, how many batches moved them or were skipped; with ``blend`` their number, the two gaps and the
+averages; with contexts their priors; with a condensation the last one and three counters.
+"""
+
+Rates = namedtuple("Rates", "rate threshold limit")
+"""Momentum or alpha; threshold of a condensation or factor, or the averages' rate; limit of an offset (brn)."""
+
+PerChannelStatistics = namedtuple("PerChannelStatistics", "moments stats affine survey_out pooled rank_sums")
+"""What the forward launches hand to the backward ones.
+
+Moments of x (2, N, C): what rounding left of the mean, which is the pivot, and the variance. Statistics (7 to 11, K,
+C), see ``channels_of``. Pivot, scale and offset (3, N, C). What ``survey`` saw. Of the batch on all ranks U, as hi and
+lo, and V (3, C), and what the R ranks added up, (1, 1 + R (1 + 2 C)) in float64.
+"""
+
+PerChannelGradients = namedtuple(
+    "PerChannelGradients",
+    "weight bias center_weight scale_weight scale_bias affine_weight affine_bias dx_affine responsibilities "
+    "pooled centered",
+)
+"""What the backward launches write: gradients of what is learned, constant and slope (2, N, C) of dx, and more.
+
+What each block of channels adds to the gradient of the responsibilities, (blocks, 1 + N, K). Across ranks the gradients
+of U and V (3, C), and that of the centering as far as it is known before the ranks have met.
+"""
+
+Numbers = namedtuple("Numbers", "eps inner least power unit_scale unit_affine")
+""":class:`PerChannelNumbers` for the kernels."""
+
+Tile = namedtuple("Tile", "n k c")
+"""Samples, contexts and channels that a program takes at once."""
+
+Shape = namedtuple("Shape", "samples number channels contexts")
+"""In device code."""
+
+OfChannel = namedtuple("OfChannel", "base rest delta r f gamma w_v w_b w_a b_a")
+"""In device code: statistics and parameters of channels, letters as in ``backward``."""
+
+OfSample = namedtuple("OfSample", "n keep g a mean d e z gain t0 t1 beta q direct u1 u2 dz")
+"""In device code: a tile of samples, their mask and weights, and what each sends to the sums over samples."""

@@ -25,39 +25,49 @@ channels was seen by ``running_stats.survey`` before.
 import triton
 import triton.language as tl
 
+from lightning_norm.kernels.arguments import Moments
 from lightning_norm.kernels.mixture.forward import per_channel
-from lightning_norm.kernels.passes.forward import read_moments
+from lightning_norm.kernels.passes.forward import layout_of, read_moments
 from lightning_norm.kernels.per_channel.condensation import decide
+from lightning_norm.kernels.per_channel.flags import Learned, Numbers, PerChannelStatistics, Rates, Shape, State
 from lightning_norm.kernels.per_channel.running_stats import NAN, TINY, move, new_weight
 
 
 @triton.jit
-def masses(responsibilities, stride, samples, contexts, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):
-    """Return the sum over samples of each context's responsibilities, (K,)."""
+def responsibilities_at(responsibilities, n, shape, FLAGS: tl.constexpr, K_BLOCK: tl.constexpr):
+    """Return each context's responsibility for some samples, (N, K), and which of them there are.
+
+    With ``pooled`` all samples have the same ones, and these are stored once.
+    """
     q = tl.arange(0, K_BLOCK)
-    mass = tl.zeros((N_BLOCK, K_BLOCK), tl.float32)
-    for begin in range(0, samples, N_BLOCK):
-        n = begin + tl.arange(0, N_BLOCK)
-        inside = (n[:, None] < samples) & (q[None, :] < contexts)
-        # Kept apart by sample and added up at the end: a tile is reduced once, not in every turn.
-        mass += tl.load(responsibilities + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
-    return tl.sum(mass, 0)
+    inside = (n[:, None] < shape.samples) & (q[None, :] < shape.contexts)
+    at = q[None, :] + n[:, None] * (0 if FLAGS.pooled else shape.contexts)
+    return tl.load(responsibilities + at, mask=inside, other=0.0), inside
 
 
 @triton.jit
-def weights_at(
-    responsibilities, stride, mass, n, samples, contexts, size, least, CONTEXTS: tl.constexpr, K_BLOCK: tl.constexpr
-):
+def masses(responsibilities, shape, FLAGS: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr):
+    """Return the sum over samples of each context's responsibilities, (K,); 0 without contexts, where nobody asks."""
+    b_mass = tl.zeros((N_BLOCK, K_BLOCK), tl.float32)
+    if FLAGS.contexts:
+        for begin in range(0, shape.samples, N_BLOCK):
+            g, inside = responsibilities_at(responsibilities, begin + tl.arange(0, N_BLOCK), shape, FLAGS, K_BLOCK)
+            # Kept apart by sample and added up at the end: a tile is reduced once, not in every turn.
+            b_mass += g
+    return tl.sum(b_mass, 0)
+
+
+@triton.jit
+def weights_at(responsibilities, mass, n, shape, size, least, FLAGS: tl.constexpr, K_BLOCK: tl.constexpr):
     """Return each context's responsibility for a sample, and the sample's weight in its statistics: (N, K, 1) each.
 
-    The responsibilities of two samples lie ``stride`` apart. A context of fewer than ``least`` elements is drawn
-    towards all samples, by the part that it lacks.
+    A context of fewer than ``least`` elements is drawn towards all samples, by the part that it lacks.
     """
-    q = tl.arange(0, K_BLOCK)
-    inside = (n[:, None] < samples) & (q[None, :] < contexts)
-    if CONTEXTS:
+    samples = shape.samples
+    inside = (n[:, None] < samples) & (tl.arange(0, K_BLOCK)[None, :] < shape.contexts)
+    if FLAGS.contexts:
         # ``part`` is 0 for a context that is large enough.
-        g = tl.load(responsibilities + n[:, None] * stride + q[None, :], mask=inside, other=0.0)
+        g, inside = responsibilities_at(responsibilities, n, shape, FLAGS, K_BLOCK)
         part = tl.maximum(1.0 - mass * size / tl.cast(least, tl.float32), 0.0, propagate_nan=NAN)[None, :]
         a = (1.0 - part) * g / tl.maximum(mass, TINY, propagate_nan=NAN)[None, :] + part / samples
     else:
@@ -78,9 +88,7 @@ def prior_scale(survey_out, contexts, K_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def running_of(
-    running_mean, running_var, survey_out, at, kc_mask, contexts, POOLED: tl.constexpr, K_BLOCK: tl.constexpr
-):
+def running_of(state, survey_out, at, kc_mask, contexts, POOLED: tl.constexpr, K_BLOCK: tl.constexpr):
     """Return the mean of all contexts, (C,), and each context's mean, counted from there, and variance, (K, C).
 
     A new context has those of all together, and with POOLED every one has.
@@ -88,8 +96,8 @@ def running_of(
     q = tl.arange(0, K_BLOCK)
     prior = tl.load(survey_out + 2 + 2 * contexts + q, mask=q < contexts, other=0.0)[:, None]
     new = tl.load(survey_out + 2 + contexts + q, mask=q < contexts, other=0.0)[:, None] != 0.0
-    mean = tl.load(running_mean + at, mask=kc_mask, other=0.0)
-    var = tl.load(running_var + at, mask=kc_mask, other=0.0)
+    mean = tl.load(state.mean + at, mask=kc_mask, other=0.0)
+    var = tl.load(state.var + at, mask=kc_mask, other=0.0)
     # All contexts together, by the law of total variance with their priors as weights.
     # Each is counted from the mean of all: differences of large means keep their digits in float32.
     first = tl.sum(prior * mean, 0)
@@ -111,24 +119,22 @@ def gate(w, b, k, unit):
 
 @triton.jit
 def batch_of(
-    hi, lo, var, responsibilities, mass, first, c, samples, channels, contexts, responsibility_stride, pieces,
-    sample_stride, stride, piece, size, fold, least, MERGE: tl.constexpr, CONTEXTS: tl.constexpr, N_BLOCK: tl.constexpr,
+    parts, responsibilities, mass, first, c, shape, layout, least, FLAGS: tl.constexpr, N_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return the mean, counted from ``first``, and the variance within and between samples: (K, C) each.
 
     mean = sum_n a_n mean_n; within = sum_n a_n var_n; between = sum_n a_n (mean_n - mean)^2.
     """
-    inside, whole = c < channels, size * fold
+    samples, inside, whole = shape.samples, c < shape.channels, layout.size * layout.fold
     # The means, as differences from ``first``: float32 is enough at any mean.
     total = tl.zeros((N_BLOCK, K_BLOCK, C_BLOCK), tl.float32)
     for begin in range(0, samples, N_BLOCK):
         n = begin + tl.arange(0, N_BLOCK)
         keep = (n[:, None] < samples) & inside[None, :]
-        k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-        g, a = weights_at(
-            responsibilities, responsibility_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK
-        )
+        at = n[:, None].to(tl.int64) * layout.sample_stride + c[None, :]
+        k, d, v = read_moments(parts, at, keep, layout, FLAGS.merge)
+        g, a = weights_at(responsibilities, mass, n, shape, whole, least, FLAGS, K_BLOCK)
         total += a * tl.where(keep, k - first[None, :] + d, 0.0)[:, None, :]
     mean = tl.sum(total, 0)
     # A second walk over the samples, around the mean: nothing cancels.
@@ -137,10 +143,9 @@ def batch_of(
     for begin in range(0, samples, N_BLOCK):
         n = begin + tl.arange(0, N_BLOCK)
         keep = (n[:, None] < samples) & inside[None, :]
-        k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-        g, a = weights_at(
-            responsibilities, responsibility_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK
-        )
+        at = n[:, None].to(tl.int64) * layout.sample_stride + c[None, :]
+        k, d, v = read_moments(parts, at, keep, layout, FLAGS.merge)
+        g, a = weights_at(responsibilities, mass, n, shape, whole, least, FLAGS, K_BLOCK)
         e = (k - first[None, :] + d)[:, None, :] - mean[None, :, :]
         inner += a * v[:, None, :]
         outer += a * e * e
@@ -149,22 +154,22 @@ def batch_of(
 
 @triton.jit(do_not_specialize=["samples", "pieces", "piece", "size", "fold"])
 def pool_channels(
-    hi, lo, var, center_weight, batch, samples, channels, pieces, sample_stride, stride, piece, size, fold,
-    MERGE: tl.constexpr, CENTER: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    parts: Moments, center_weight, batch, samples, channels, pieces, sample_stride, stride, piece, size, fold,
+    FLAGS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """U of this rank's samples as hi and lo, and their V, (3, C): what other ranks need. Without contexts, so K is 1.
 
     The grid is (blocks of channels,), as in ``channels_of``.
     """
-    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
-    c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
+    layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
+    c = tl.program_id(0) * TILE.c + tl.arange(0, TILE.c)
     inside = c < channels
     # The first sample's mean is near all others of the channel, and costs one load.
-    first = tl.load(hi + c, mask=inside, other=0.0)
-    w_m = per_channel(center_weight, c, inside, 0.0, CENTER)
+    first = tl.load(parts.hi + c, mask=inside, other=0.0)
+    w_m = per_channel(center_weight, c, inside, 0.0, FLAGS.center)
+    shape = Shape(samples, 0, channels, 1)
     mean, within, between = batch_of(
-        hi, lo, var, hi, 0.0, first, c, samples, channels, 1, 1, pieces, sample_stride, stride, piece, size, fold, 1.0,
-        MERGE, False, N_BLOCK, K_BLOCK, C_BLOCK,
+        parts, parts.hi, 0.0, first, c, shape, layout, 1.0, FLAGS, TILE.n, TILE.k, TILE.c
     )  # fmt: skip
     # U = (1 + w) mean with what each rounding leaves, for mean may be large.
     more = w_m * first
@@ -179,129 +184,124 @@ def pool_channels(
 
 @triton.jit(do_not_specialize=["samples", "jobs", "pieces", "piece", "size", "fold"])
 def channels_of(
-    hi, lo, var, responsibilities, weight, bias, center_weight, scale_weight, scale_bias, affine_weight, affine_bias,
-    running_mean, running_var, tracked, skipped, updates, prior, last, measured, skipped_condensed, in_a_row, rate,
-    threshold, limit, survey_out, parts, pooled, gathered, moments, stats, affine, samples, number, channels, contexts,
-    responsibility_stride, jobs, pieces, sample_stride, stride, piece, size, fold, eps, inner, least, power,
-    unit_scale, unit_affine, MOMENTS: tl.constexpr, MERGE: tl.constexpr, FROZEN: tl.constexpr, BLEND: tl.constexpr,
-    STD: tl.constexpr, COPY: tl.constexpr, POWER: tl.constexpr, DETACH: tl.constexpr, CONDENSED: tl.constexpr,
-    MOVE: tl.constexpr, CONTEXTS: tl.constexpr, PRIOR: tl.constexpr, POOLED: tl.constexpr, CENTER: tl.constexpr,
-    SCALE: tl.constexpr, AFFINE: tl.constexpr, RANKS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+    parts: Moments, learned: Learned, state: State, rates: Rates, out: PerChannelStatistics, directions, samples,
+    number, channels, contexts, jobs, pieces, sample_stride, stride, piece, size, fold, numbers: Numbers,
+    FLAGS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Pivot, scale and offset (3, N * C), and ``stats`` (7 to 11, K, C); with MOVE the running statistics move.
+    """Pivot, scale and offset (3, N * C), and ``stats`` (7 to 11, K, C); the running statistics may move.
 
     Rows of ``stats``: mean as hi and lo, variance between samples, V, delta, r, the weight p of the batch in what was
-    used, and with BLEND what the running mean and variance become, and how far that mean is from the batch's. With
-    RANKS U and V are those of all ranks, ``pooled`` (3, C); delta holds how far that U is from f mean_B of this one,
-    and a last row that alone. One block of channels to a program.
+    used, and with ``blend`` what the running mean and variance become, and how far that mean is from the batch's. With
+    ``ranks`` U and V are those of all ranks; delta holds how far that U is from f mean_B of this one, and a last row
+    that alone. One block of channels to a program.
     """
-    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
-    eps, inner, whole = tl.cast(eps, tl.float32), tl.cast(inner, tl.float32), size * fold
+    N_BLOCK: tl.constexpr = TILE.n
+    K_BLOCK: tl.constexpr = TILE.k
+    C_BLOCK: tl.constexpr = TILE.c
+    layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
+    shape = Shape(samples, number, channels, contexts)
+    eps, inner, whole = tl.cast(numbers.eps, tl.float32), tl.cast(numbers.inner, tl.float32), layout.size * layout.fold
+    pooled, stats, least = out.pooled, out.stats, tl.cast(numbers.least, tl.float32)
     c = tl.program_id(0) * C_BLOCK + tl.arange(0, C_BLOCK)
     inside = c < channels
     q = tl.arange(0, K_BLOCK)
     kc_mask = (q[:, None] < contexts) & inside[None, :]
     at = q[:, None] * channels + c[None, :]
     # Everything is counted from ``first``, a mean near all others of the channel.
-    if FROZEN and CONTEXTS:
-        first, away, old = running_of(running_mean, running_var, survey_out, at, kc_mask, contexts, POOLED, K_BLOCK)
+    if FLAGS.frozen and FLAGS.contexts:
+        first, away, old = running_of(state, out.survey_out, at, kc_mask, contexts, FLAGS.pooled, K_BLOCK)
     else:
-        first = tl.load((hi if MOMENTS else running_mean) + c, mask=inside, other=0.0).to(tl.float32)
-    w_m = per_channel(center_weight, c, inside, 0.0, CENTER)
+        p_first = parts.hi if FLAGS.needs_moments else state.mean
+        first = tl.load(p_first + c, mask=inside, other=0.0).to(tl.float32)
+    w_m = per_channel(learned.center_weight, c, inside, 0.0, FLAGS.center)
     f = 1.0 + w_m
-    mass = tl.zeros((K_BLOCK,), tl.float32)
-    if CONTEXTS:
-        mass = masses(responsibilities, responsibility_stride, samples, contexts, N_BLOCK, K_BLOCK)
+    mass = masses(learned.responsibilities, shape, FLAGS, N_BLOCK, K_BLOCK)
     mean = tl.zeros((K_BLOCK, C_BLOCK), tl.float32)
     within, between, apart = mean, mean, mean
     # Statistics of the batch.
-    if not FROZEN:
+    if not FLAGS.frozen:
         mean, within, between = batch_of(
-            hi, lo, var, responsibilities, mass, first, c, samples, channels, contexts, responsibility_stride, pieces,
-            sample_stride, stride, piece, size, fold, least, MERGE, CONTEXTS, N_BLOCK, K_BLOCK, C_BLOCK,
+            parts, learned.responsibilities, mass, first, c, shape, layout, least, FLAGS, N_BLOCK, K_BLOCK, C_BLOCK
         )  # fmt: skip
     variance = within + (f * f)[None, :] * between
     # V and U of all ranks; ``apart`` is how far that U is from this rank's.
-    if RANKS:
-        of_all, rest = (
-            tl.load(pooled + c, mask=inside, other=0.0),
-            tl.load(pooled + channels + c, mask=inside, other=0.0),
-        )
+    if FLAGS.ranks:
+        of_all = tl.load(pooled + c, mask=inside, other=0.0)
+        rest = tl.load(pooled + channels + c, mask=inside, other=0.0)
         variance = tl.load(pooled + 2 * channels + c, mask=inside, other=0.0)[None, :] + mean * 0.0
         apart = (tl.fma(-w_m, first, of_all - first) + rest)[None, :] - f[None, :] * mean
     used, delta, p = variance, apart, mean * 0.0 + 1.0
     # Where running statistics take part, ``away`` is how far they are from U.
-    if BLEND != 0 or CONDENSED % 2 == 1 or (FROZEN and not CONTEXTS):
-        old = tl.load(running_var + c, mask=inside, other=0.0).to(tl.float32)[None, :] + mean * 0.0
-        away = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32) - first - w_m * first
+    if FLAGS.blend != 0 or FLAGS.condensed % 2 == 1 or (FLAGS.frozen and not FLAGS.contexts):
+        old = tl.load(state.var + c, mask=inside, other=0.0).to(tl.float32)[None, :] + mean * 0.0
+        away = tl.load(state.mean + c, mask=inside, other=0.0).to(tl.float32) - first - w_m * first
         away = away[None, :] - f[None, :] * mean
-        if RANKS:
-            away = (tl.load(running_mean + c, mask=inside, other=0.0) - of_all - rest)[None, :] + mean * 0.0
+        if FLAGS.ranks:
+            away = (tl.load(state.mean + c, mask=inside, other=0.0) - of_all - rest)[None, :] + mean * 0.0
     # From here on ``used`` is what is divided by, ``delta`` the shift of U, ``p`` the weight of the batch.
-    if STD and not FROZEN:
+    if FLAGS.std and not FLAGS.frozen:
         used = tl.sqrt_rn(tl.maximum(variance + inner, TINY, propagate_nan=NAN)) - inner
-    if FROZEN:
+    if FLAGS.frozen:
         used, delta, p = old, away, mean * 0.0
-    elif BLEND != 0:
-        alpha, steps = new_weight(running_mean, updates, rate, channels, power, COPY, POWER, 256)
+    elif FLAGS.blend != 0:
+        alpha, steps = new_weight(state, rates.rate, channels, numbers.power, FLAGS, 256)
         blend = (1.0 - alpha) * away
         blended = alpha * used + (1.0 - alpha) * old
-        if BLEND == 3:  # the batch's own scale times a constant, and a constant offset
+        if FLAGS.blend == 3:  # the batch's own scale times a constant, and a constant offset
             p = tl.div_rn(blended + eps, used + eps)
-        if BLEND == 1:
+        if FLAGS.blend == 1:
             p = p * alpha
-        if BLEND % 2 == 1:
+        if FLAGS.blend % 2 == 1:
             delta, used = blend + apart, blended
-        if BLEND == 4:  # within limits, and the first batch, which is copied, agrees with itself
-            if COPY:
+        if FLAGS.blend == 4:  # within limits, and the first batch, which is copied, agrees with itself
+            if FLAGS.copies_first:
                 old, away = tl.where(steps == 1, used, old), tl.where(steps == 1, 0.0, away)
-            most = tl.load(threshold).to(tl.float32)
-            if not STD:
+            most = tl.load(rates.threshold).to(tl.float32)
+            if not FLAGS.std:
                 most = most * most
             p = tl.div_rn(old + eps, used + eps)
             p = tl.minimum(tl.maximum(p, 1.0 / most, propagate_nan=NAN), most, propagate_nan=NAN)
             used = (used + eps) * p - eps
     # A Boolean tensor that is False.
     off = tl.program_id(0) < 0
-    if CONDENSED != 0:
-        off = decide(survey_out, parts, last, measured, skipped_condensed, in_a_row, threshold, samples, jobs, 256)
+    if FLAGS.condensed != 0:
+        off = decide(out.survey_out, directions, state, rates.threshold, samples, jobs, 256)
     # A condensed batch: the running statistics replace its own, ...
-    if CONDENSED == 1:
+    if FLAGS.condensed == 1:
         used, delta = tl.where(off, old, used), tl.where(off, away, delta)
         p = tl.where(off, 0.0, p)
     # ... or it keeps its own and is scaled and moved to the value of theirs, both clamped: to a factor of 3 between
     # deviations, which is 9 between variances, and to 5 deviations, see ``UnifiedBatchNorm``.
-    if CONDENSED == 3:  # p is the ratio of the variances, and delta a constant in units of 1 / r
+    if FLAGS.condensed == 3:  # p is the ratio of the variances, and delta a constant in units of 1 / r
         ratio = tl.div_rn(old + eps, variance + eps)
         p = tl.minimum(tl.maximum(ratio, 1.0 / 9.0, propagate_nan=NAN), 9.0, propagate_nan=NAN)
         p = tl.where(off, p, 1.0)
-    if DETACH:
+    if FLAGS.detach:
         p = p * 0.0
     # r, with an eps inside the root or beside the deviation.
     one = tl.full((), 1.0, tl.float32)
-    if CONDENSED == 3:
+    if FLAGS.condensed == 3:
         r = tl.div_rn(one, tl.sqrt_rn((variance + eps) * p))
         apart = tl.div_rn(away, tl.sqrt_rn(old + eps))
         clamped = tl.minimum(tl.maximum(apart, -5.0, propagate_nan=NAN), 5.0, propagate_nan=NAN)
         delta = tl.where(off, tl.div_rn(clamped, r), 0.0)
-    elif STD:
+    elif FLAGS.std:
         r = tl.div_rn(one, used + eps)
     else:
         r = tl.div_rn(one, tl.sqrt_rn(used + eps))
-    if BLEND == 4:
-        far = tl.div_rn(away, (old + eps) if STD else tl.sqrt_rn(old + eps))
-        most = tl.load(limit).to(tl.float32)
+    if FLAGS.blend == 4:
+        far = tl.div_rn(away, (old + eps) if FLAGS.std else tl.sqrt_rn(old + eps))
+        most = tl.load(rates.limit).to(tl.float32)
         delta = apart + tl.div_rn(tl.minimum(tl.maximum(far, -most, propagate_nan=NAN), most, propagate_nan=NAN), r)
     # Elements behind each statistic, for the unbiased variance.
     count = tl.cast(samples, tl.float32) * whole
-    if CONTEXTS:
+    if FLAGS.contexts:
         alone = mass * whole
-        count = (alone + tl.maximum(1.0 - alone / tl.cast(least, tl.float32), 0.0) * (count - alone))[:, None]
+        count = (alone + tl.maximum(1.0 - alone / least, 0.0) * (count - alone))[:, None]
     base = first[None, :] + mean
     target = f[None, :] * base
-    if RANKS:
-        count, target = tl.load(gathered).to(tl.float32), (of_all + rest)[None, :] + mean * 0.0
+    if FLAGS.ranks:
+        count, target = tl.load(out.rank_sums).to(tl.float32), (of_all + rest)[None, :] + mean * 0.0
         variance = tl.where(count > 1.0, variance, float("nan"))  # too few for a variance: nothing moves
     # What the backward pass needs; r and p also tell it what was chosen.
     rows = contexts * channels
@@ -312,60 +312,61 @@ def channels_of(
     tl.store(stats + 4 * rows + at, delta, mask=kc_mask)
     tl.store(stats + 5 * rows + at, r, mask=kc_mask)
     tl.store(stats + 6 * rows + at, p, mask=kc_mask)
-    if BLEND != 0:
-        if RANKS:
+    if FLAGS.blend != 0:
+        if FLAGS.ranks:
             target = of_all[None, :] + (rest[None, :] + blend)
         else:
             target = target + blend
         tl.store(stats + 7 * rows + at, target, mask=kc_mask)
         tl.store(stats + 8 * rows + at, blended, mask=kc_mask)
         tl.store(stats + 9 * rows + at, blend, mask=kc_mask)
-    if RANKS:
-        tl.store(stats + (10 if BLEND != 0 else 7) * rows + at, apart, mask=kc_mask)
+    if FLAGS.ranks:
+        tl.store(stats + (10 if FLAGS.blend != 0 else 7) * rows + at, apart, mask=kc_mask)
     # The programs own their channels, and ``survey`` saw what concerns all of them.
-    if MOVE:
+    if FLAGS.moves and not FLAGS.owner:
         move(
-            target, variance * (count / tl.maximum(count - 1.0, 1.0)), mass / tl.maximum(samples, 1), off, running_mean,
-            running_var, tracked, skipped, prior, rate, survey_out, pooled, count > 1.0, at, kc_mask,
-            tl.program_id(0) == 0, samples, channels, contexts, CONTEXTS, MOVE == 2, RANKS, K_BLOCK, 256,
+            target, variance * (count / tl.maximum(count - 1.0, 1.0)), mass / tl.maximum(samples, 1), off, count > 1.0,
+            state, rates.rate, out.survey_out, pooled, at, kc_mask, tl.program_id(0) == 0, samples, channels, contexts,
+            FLAGS, K_BLOCK, 256,
         )  # fmt: skip
     # The affine map of each sample: walk over the samples once more.
-    gamma = per_channel(weight, at, kc_mask, 1.0, WEIGHT)[None, :, :]
-    beta = per_channel(bias, at, kc_mask, 0.0, BIAS)[None, :, :]
-    if PRIOR:
-        factor = prior_scale(survey_out, contexts, K_BLOCK)[None, :, None]
+    gamma = per_channel(learned.weight, at, kc_mask, 1.0, FLAGS.weight)[None, :, :]
+    beta = per_channel(learned.bias, at, kc_mask, 0.0, FLAGS.bias)[None, :, :]
+    if FLAGS.prior:
+        factor = prior_scale(out.survey_out, contexts, K_BLOCK)[None, :, None]
         gamma, beta = gamma * factor, beta * factor
     for begin in range(0, samples, N_BLOCK):
         n = begin + tl.arange(0, N_BLOCK)
         keep = (n[:, None] < samples) & inside[None, :]
         i = n[:, None] * channels + c[None, :]
-        if MOMENTS:
+        if FLAGS.needs_moments:
             # The moments of x, joined here for the backward pass.
-            k, d, v = read_moments(hi, lo, var, n[:, None].to(tl.int64) * sample_stride + c[None, :], keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
-            if MERGE:
-                tl.store(moments + i, d, mask=keep)
-                tl.store(moments + number + i, v, mask=keep)
+            p_n = n[:, None].to(tl.int64) * sample_stride + c[None, :]
+            k, d, v = read_moments(parts, p_n, keep, layout, FLAGS.merge)
+            if FLAGS.merge:
+                tl.store(out.moments + i, d, mask=keep)
+                tl.store(out.moments + number + i, v, mask=keep)
         else:
             k = first[None, :] + tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
             d = k * 0.0
-        g, a = weights_at(
-            responsibilities, responsibility_stride, mass, n, samples, contexts, whole, least, CONTEXTS, K_BLOCK
-        )
+        g, a = weights_at(learned.responsibilities, mass, n, shape, whole, least, FLAGS, K_BLOCK)
         # z of the equations, from differences only.
         z = f[None, None, :] * ((k - first[None, :] + d)[:, None, :] - mean[None, :, :]) - delta[None, :, :]
         scale = gamma * r[None, :, :]
-        if SCALE:
-            w, b = tl.load(scale_weight + c, mask=inside, other=0.0), tl.load(scale_bias + c, mask=inside, other=0.0)
-            s, h = gate(w.to(tl.float32), b.to(tl.float32), r[None, :, :] * z, unit_scale)
+        if FLAGS.scale:
+            w = per_channel(learned.scale_weight, c, inside, 0.0, True)
+            b = per_channel(learned.scale_bias, c, inside, 0.0, True)
+            s, h = gate(w, b, r[None, :, :] * z, numbers.unit_scale)
             scale = scale * h
-        if AFFINE:
-            w, b = tl.load(affine_weight + c, mask=inside, other=0.0), tl.load(affine_bias + c, mask=inside, other=0.0)
-            s, h = gate(w.to(tl.float32), b.to(tl.float32), (k + d)[:, None, :], unit_affine)
+        if FLAGS.affine:
+            w = per_channel(learned.affine_weight, c, inside, 0.0, True)
+            b = per_channel(learned.affine_bias, c, inside, 0.0, True)
+            s, h = gate(w, b, (k + d)[:, None, :], numbers.unit_affine)
             scale = scale * h
         # The sum over contexts of responsibility times affine map is one affine map.
         offset = g * (beta + scale * (z - d[:, None, :]))
         # The pivot is stored already where the pass over x wrote it there.
-        if MERGE or not MOMENTS:
-            tl.store(affine + i, k, mask=keep)
-        tl.store(affine + number + i, tl.sum(g * scale, 1), mask=keep)
-        tl.store(affine + 2 * number + i, tl.sum(offset, 1), mask=keep)
+        if FLAGS.merge or not FLAGS.needs_moments:
+            tl.store(out.affine + i, k, mask=keep)
+        tl.store(out.affine + number + i, tl.sum(g * scale, 1), mask=keep)
+        tl.store(out.affine + 2 * number + i, tl.sum(offset, 1), mask=keep)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels.arguments import Moments, Sums
 from lightning_norm.kernels.grid import BUSY, REGISTERS, TILE, Grid, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.launch import device_of, input_gradients, moment_parts, sum_parts
+from lightning_norm.kernels.per_channel import flags as tuples
 from lightning_norm.kernels.per_channel.backward import channels_vjp, gate_logits_vjp, gate_vjp
 from lightning_norm.kernels.per_channel.condensation import directions
 from lightning_norm.kernels.per_channel.flags import PerChannelFlags, PerChannelNumbers
@@ -38,12 +40,9 @@ def affine_of(
     flags: PerChannelFlags,
     numbers: PerChannelNumbers,
     over_ranks: AllReduce | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return moments of x, statistics (7 to 11, K, C), (3, N, C) pivot, scale and offset, and what was surveyed.
+) -> tuples.PerChannelStatistics:
+    """Return the statistics of x, and pivot, scale and offset of y; with ``over_ranks`` those of the whole batch.
 
-    The moments are (2, N, C): what rounding left of the mean, which is the pivot, and the variance.
-
-    Then, with ``over_ranks``, U and V (3, C) of the batch on all ranks, and what these added up.
     A rank may have no samples.
 
     Args:
@@ -68,65 +67,64 @@ def affine_of(
     moments, survey_out = affine.new_empty(0), affine.new_empty(flags.survey_size(grid.n))
     stats = affine.new_empty(flags.num_statistics, flags.rows, grid.c)
     batch, rank_sums = affine.new_zeros(3, grid.c if flags.ranks else 0), affine.new_empty(0, dtype=torch.float64)
-    parts, merge = tuple(affine), False
+    parts, merge = Moments(*affine), False
     # No samples on this rank: it adds nothing, and meets the others.
     if grid.n == 0:
-        parts, moments = tuple(torch.zeros_like(batch)), torch.empty_like(affine[1:])
+        parts, moments = Moments(*torch.zeros_like(batch)), torch.empty_like(affine[1:])
     elif flags.needs_moments:
         # The mean is the pivot, and stored once.
         moments = torch.empty_like(affine[1:])
-        parts, grid = moment_parts(x, grid, (affine[0], *moments))
+        parts, grid = moment_parts(x, grid, Moments(affine[0], *moments))
         merge = grid.parts > 1
-    mean, running_var, tracked, skipped = (affine if t is None else t for t in running)
     # The kernels want a tensor for every argument; of ``affine`` in the place of one they read nothing.
-    more = [affine if t is None else t for t in counters]
-    # The fourth counter is that of condensed batches in a row.
-    last = more[3] if flags.condensed else affine
-    k = power(flags.rows)
+    state = state_of(running, counters, affine)
     tile = _tile(grid, flags, 1024)
-    blocks = cdiv(grid.c, tile["C_BLOCK"])
+    blocks = cdiv(grid.c, tile.c)
+    compiled = flags.compiled(
+        merge=merge, weight=weight is not None, bias=bias is not None, known=running[0] is not None
+    )
     # With ranks U and V are pooled first, then summed, and read by the equations.
     if over_ranks is not None:
         with device_of(x):
             if grid.n:
                 launch(pool_channels, blocks)(
-                    *parts, affine if gates[0] is None else gates[0], batch, grid.n, grid.c, *grid.moment_layout,
-                    MERGE=merge, CENTER=flags.center, num_warps=4, **tile,
+                    parts, affine if gates[0] is None else gates[0], batch, grid.n, grid.c, *grid.moment_layout,
+                    FLAGS=compiled, TILE=tile, num_warps=4,
                 )  # fmt: skip
         rank_sums = pool_ranks(batch, grid.n * grid.size, over_ranks)
     with device_of(x):
         if flags.surveys:
             launch(survey, (grid.n if flags.surveys_samples else 0) + 1)(
-                *parts, *(affine if t is None else t for t in gates[5:]), mean, running_var, tracked, last, more[0],
-                survey_out, grid.n, grid.c, flags.rows, *grid.moment_layout, flags.min_updates, flags.max_skip,
-                LOOK=flags.surveys_samples, MERGE=merge, NORM=flags.condensed > 0, GATE=flags.gate,
-                MOVE=flags.moves_with_channels, CONTEXTS=flags.contexts > 0, KNOWN=running[0] is not None, K_BLOCK=k,
-                BLOCK=min(power(grid.c), BLOCK // k), num_warps=4, maxnreg=REGISTERS["survey"],
+                parts, *(affine if t is None else t for t in gates[5:]), state, survey_out, grid.n, grid.c, flags.rows,
+                *grid.moment_layout, flags.min_updates, flags.max_skip, FLAGS=compiled, K_BLOCK=tile.k,
+                BLOCK=min(power(grid.c), BLOCK // tile.k), num_warps=4, maxnreg=REGISTERS["survey"],
             )  # fmt: skip
         # Condensation takes one more read of x, behind the norms that ``survey`` leaves.
         direction_parts = _direction_parts(x, survey_out, grid, flags) if flags.condensed else affine
-        responsibilities_used, stride = _responsibilities(responsibilities, survey_out, grid.n, flags)
-        parameters = [affine if t is None else t for t in (responsibilities_used, weight, bias, *gates[:5])]
-        rate, threshold = (affine if t is None else t for t in (rate, threshold))
-        # The first counter is ``updates`` with blend and ``prior`` with contexts; all four are those of a condensation.
+        used = _responsibilities(responsibilities, survey_out, grid.n, flags)
+        learned = tuples.Learned(*(affine if t is None else t for t in (used, weight, bias, *gates[:5])))
+        rates = tuples.Rates(*(affine if t is None else t for t in (rate, threshold, limit)))
+        out = tuples.PerChannelStatistics(moments, stats, affine, survey_out, batch, rank_sums)
         launch(channels_of, blocks)(
-            *parts, *parameters, mean, running_var, tracked, skipped, more[0], more[0], *more, rate, threshold,
-            affine if limit is None else limit, survey_out, direction_parts, batch, rank_sums, moments, stats,
-            affine, grid.n, grid.n * grid.c, grid.c, flags.rows, stride, direction_parts.numel(), *grid.moment_layout,
-            numbers.eps, numbers.inner, numbers.least, numbers.power, numbers.unit_scale, numbers.unit_affine,
-            MERGE=merge, FROZEN=flags.frozen, BLEND=flags.blend, COPY=flags.copies_first, POWER=flags.powers,
-            DETACH=flags.detach, CONDENSED=flags.condensed, MOVE=flags.track * flags.moves_with_channels,
-            POOLED=flags.pooled, RANKS=flags.ranks, WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4,
-            maxnreg=REGISTERS["channels_of"], **tile, **flags.constants(),
+            parts, learned, state, rates, out, direction_parts, grid.n, grid.n * grid.c, grid.c, flags.rows,
+            direction_parts.numel(), *grid.moment_layout, tuples.Numbers(**vars(numbers)), FLAGS=compiled, TILE=tile,
+            num_warps=4, maxnreg=REGISTERS["channels_of"],
         )  # fmt: skip
         # Blended statistics move together, or not at all: one program looks at all channels.
         if flags.blend:
             launch(commit, 1)(
-                stats, mean, running_var, tracked, skipped, *more, rate, threshold, grid.c, numbers.eps, numbers.inner,
-                numbers.power, STD=flags.std, COPY=flags.copies_first, POWER=flags.powers, AVERAGE=flags.averages,
-                RANKS=flags.ranks, BLOCK=BLOCK, num_warps=4,
+                stats, state, rates, grid.c, tuples.Numbers(**vars(numbers)), FLAGS=compiled, BLOCK=BLOCK, num_warps=4
             )  # fmt: skip
-    return moments, stats, affine, survey_out, batch, rank_sums
+    return out
+
+
+def state_of(running: Sequence[Optional], counters: Sequence[Optional], other: Tensor) -> tuples.State:
+    """Return what moves with the batches, ``other`` where a layer has none.
+
+    The four counters are those of a blend or of a condensation; the first is also the prior of contexts.
+    """
+    mean, var, tracked, skipped, *more = (other if t is None else t for t in (*running, *counters))
+    return tuples.State._make((mean, var, tracked, skipped, *more, more[0], *more))
 
 
 def _direction_parts(x: Tensor, survey_out: Tensor, grid: Grid, flags: PerChannelFlags) -> Tensor:
@@ -141,13 +139,11 @@ def _direction_parts(x: Tensor, survey_out: Tensor, grid: Grid, flags: PerChanne
     return parts
 
 
-def _responsibilities(
-    responsibilities: Optional, survey_out: Tensor, n: int, flags: PerChannelFlags
-) -> tuple[Optional, int]:
-    """Return each context's responsibility for each sample, and the distance between two samples'."""
+def _responsibilities(responsibilities: Optional, survey_out: Tensor, n: int, flags: PerChannelFlags) -> Optional:
+    """Return each context's responsibility for each sample."""
     if flags.pooled:
-        return survey_out[2 + 2 * flags.rows :], 0
-    return survey_out[2 + 3 * flags.rows + n :] if flags.gate else responsibilities, flags.rows
+        return survey_out[2 + 2 * flags.rows :]
+    return survey_out[2 + 3 * flags.rows + n :] if flags.gate else responsibilities
 
 
 def gradients(
@@ -185,20 +181,22 @@ def gradients(
     dgates = [affine.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]
     dx_affine = affine.new_empty(2, grid.n, grid.c)
     tile = _tile(grid, flags, 512)
-    blocks = cdiv(grid.c, tile["C_BLOCK"])
+    blocks = cdiv(grid.c, tile.c)
     dresponsibilities = affine.new_empty(blocks if flags.gate else 0, grid.n + 1, flags.rows)
-    responsibilities_used, stride = _responsibilities(responsibilities, survey_out, grid.n, flags)
-    parameters = [affine if t is None else t for t in (responsibilities_used, survey_out, weight, bias, *gates[:5])]
+    used = _responsibilities(responsibilities, survey_out, grid.n, flags)
+    learned = tuples.Learned(*(affine if t is None else t for t in (used, weight, bias, *gates[:5])))
     dpooled, centered = affine.new_empty(3, grid.c), affine.new_empty(grid.c)
+    given = tuples.PerChannelStatistics(moments, stats, affine, survey_out, batch, rank_sums)
+    out = tuples.PerChannelGradients._make(
+        (dweight, dbias, *dgates[:5], dx_affine, dresponsibilities, dpooled, centered)
+    )
 
     def vjp(ranks: int) -> None:
+        compiled = flags.compiled(merge=grid.parts > 1, weight=weight is not None, bias=bias is not None)
         launch(channels_vjp, blocks)(
-            *parts, affine, moments, stats, *parameters, dweight, dbias, *dgates[:5], dx_affine, dresponsibilities,
-            stats[-1], dpooled, centered, grid.n, grid.n * grid.c, grid.c, flags.rows, stride, grid.parts,
-            grid.sample_stride, grid.part_stride, grid.size, numbers.inner, numbers.least, numbers.unit_scale,
-            numbers.unit_affine, MERGE=grid.parts > 1, STD_OF_VAR=flags.std and not flags.frozen, RENORM=flags.renorm,
-            GATE=flags.gate, RANKS=ranks, WEIGHT=weight is not None, BIAS=bias is not None, num_warps=4,
-            maxnreg=REGISTERS["channels_vjp"], **tile, **flags.constants(),
+            Sums(*parts), given, stats[-1], learned, out, grid.n, grid.n * grid.c, grid.c, flags.rows,
+            *grid.partial_layout, grid.size, tuples.Numbers(**vars(numbers)), FLAGS=compiled._replace(ranks=ranks),
+            TILE=tile, num_warps=4, maxnreg=REGISTERS["channels_vjp"],
         )  # fmt: skip
 
     with device_of(x):
@@ -210,14 +208,13 @@ def gradients(
         # From the gradient of the responsibilities to the gate's parameters and dx.
         if flags.gate:
             dlogits = affine.new_empty(grid.n, flags.rows)
-            k = tile["K_BLOCK"]
             launch(gate_logits_vjp, grid.n)(
-                dresponsibilities, responsibilities_used, dlogits, grid.n, flags.rows, blocks, K_BLOCK=k,
-                BLOCK=min(power(blocks), BLOCK // k), num_warps=4,
+                dresponsibilities, learned.responsibilities, dlogits, grid.n, flags.rows, blocks, K_BLOCK=tile.k,
+                BLOCK=min(power(blocks), BLOCK // tile.k), num_warps=4,
             )  # fmt: skip
             launch(gate_vjp, blocks)(
                 dlogits, affine, moments, gates[5], *dgates[5:], dx_affine, grid.n, grid.n * grid.c, grid.c, flags.rows,
-                grid.size, num_warps=4, **tile,
+                grid.size, N_BLOCK=tile.n, K_BLOCK=tile.k, C_BLOCK=tile.c, num_warps=4,
             )  # fmt: skip
     maps = input_gradients(
         dy, x, affine, dx_affine if flags.needs_moments else None, channel_dim, activation, residual, need_dx
@@ -225,8 +222,8 @@ def gradients(
     return maps[0], dweight, dbias, *dgates, maps[1]
 
 
-def _tile(grid: Grid, flags: PerChannelFlags, most: int) -> dict[str, int]:
+def _tile(grid: Grid, flags: PerChannelFlags, most: int) -> tuples.Tile:
     """Return tiles of samples, contexts and channels of at most ``most`` elements, in many programs."""
     k = power(flags.rows)
     n = max(1, min(power(grid.n), 32, most // k))
-    return {"N_BLOCK": n, "K_BLOCK": k, "C_BLOCK": max(1, min(power(grid.c), most // (n * k), 16))}
+    return tuples.Tile(n, k, max(1, min(power(grid.c), most // (n * k), 16)))

@@ -14,7 +14,9 @@ of ``channels_of`` may write running statistics that others would have to read. 
 import triton
 import triton.language as tl
 
-from lightning_norm.kernels.passes.forward import read_moments
+from lightning_norm.kernels.arguments import Moments
+from lightning_norm.kernels.passes.forward import layout_of, read_moments
+from lightning_norm.kernels.per_channel.flags import Numbers, Rates, State
 
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 SMALL: tl.constexpr = tl.constexpr(1e-30)
@@ -25,26 +27,23 @@ NAN: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit(do_not_specialize=["samples", "pieces", "piece", "size", "fold", "min_updates", "max_skip"])
 def survey(
-    hi, lo, var, gate_weight, gate_bias, running_mean, running_var, tracked, in_a_row, prior, survey_out, samples,
-    channels, contexts, pieces, sample_stride, stride, piece, size, fold, min_updates, max_skip,
-    LOOK: tl.constexpr, MERGE: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, MOVE: tl.constexpr,
-    CONTEXTS: tl.constexpr, KNOWN: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    parts: Moments, gate_weight, gate_bias, state: State, survey_out, samples, channels, contexts, pieces,
+    sample_stride, stride, piece, size, fold, min_updates, max_skip, FLAGS: tl.constexpr, K_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Fill ``survey_out``, see above. One program per sample (LOOK), and a last one for the running statistics.
+    """Fill ``survey_out``, see above. One program per sample, if needed, and a last one for the running statistics.
 
-    With GATE the responsibilities are softmax(gate_weight mean_n + gate_bias).
+    With ``gate`` the responsibilities are softmax(gate_weight mean_n + gate_bias).
     """
-    piece, size, fold = tl.cast(piece, tl.int32), tl.cast(size, tl.int32), tl.cast(fold, tl.int32)
+    layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
+    whole = layout.size * layout.fold
     n, q = tl.program_id(0), tl.arange(0, K_BLOCK)
     real = q < contexts
     # The last program: counters, priors, and which contexts have never been met.
     if n == tl.num_programs(0) - 1:
-        survey_running(
-            running_mean, running_var, tracked, in_a_row, prior, survey_out, channels, contexts, min_updates, max_skip,
-            NORM, MOVE, CONTEXTS, KNOWN, K_BLOCK, BLOCK,
-        )  # fmt: skip
+        survey_running(state, survey_out, channels, contexts, min_updates, max_skip, FLAGS, K_BLOCK, BLOCK)
     else:
-        if LOOK:
+        if FLAGS.moves or FLAGS.condensed != 0 or FLAGS.gate:
             # A sample: its norm, its NaNs and infinities, its logits, all channels at once.
             bad = tl.zeros((BLOCK,), tl.int32)
             squares = tl.zeros((BLOCK,), tl.float32)
@@ -52,26 +51,26 @@ def survey(
             for begin in range(0, channels, BLOCK):
                 c = begin + tl.arange(0, BLOCK)
                 keep = c < channels
-                k, d, v = read_moments(hi, lo, var, n.to(tl.int64) * sample_stride + c, keep, pieces, stride, piece, size, fold, MERGE)  # noqa: E501  # fmt: skip
+                k, d, v = read_moments(parts, n.to(tl.int64) * sample_stride + c, keep, layout, FLAGS.merge)
                 # Written so that a NaN, for which every comparison is false, counts as bad.
                 bad += tl.where(keep & ~(tl.abs(k + v) < float("inf")), 1, 0)
-                if NORM:
+                if FLAGS.condensed != 0:
                     # The mean square of x in this channel: its variance and its mean squared.
                     squares += tl.where(keep, v + (k + d) * (k + d), 0.0)
-                if GATE:
+                if FLAGS.gate:
                     inside = real[:, None] & keep[None, :]
                     w = tl.load(gate_weight + q[:, None] * channels + c[None, :], mask=inside, other=0.0)
                     logits += tl.where(inside, w.to(tl.float32) * (k + d)[None, :], 0.0)
             # Behind the numbers about contexts.
             left = survey_out + 2 + 3 * contexts
             tl.store(left + n, tl.sum(bad, 0).to(tl.float32))
-            if NORM:  # 0 for a sample of zeros, NaN stays
-                square = tl.sum(squares, 0) * (size * fold)
+            if FLAGS.condensed != 0:  # 0 for a sample of zeros, NaN stays
+                square = tl.sum(squares, 0) * whole
                 # Squares that left float32's range say nothing about the norm: no condensation for this batch.
-                least = SMALL * (size * fold) * channels
+                least = SMALL * whole * channels
                 square = tl.where((square > 0.0) & ((square < least) | (square == float("inf"))), float("nan"), square)
                 tl.store(left + samples + n, tl.where(square <= 0.0, 0.0, tl.rsqrt(tl.where(square <= 0.0, 1.0, square))))  # noqa: E501  # fmt: skip
-            if GATE:
+            if FLAGS.gate:
                 # Lanes beyond K get a logit so low that they take no part.
                 logit = tl.sum(logits, 1) + tl.load(gate_bias + q, mask=real, other=0.0).to(tl.float32)
                 logit = tl.where(real, logit, -1e30)
@@ -81,8 +80,7 @@ def survey(
 
 @triton.jit
 def survey_running(
-    running_mean, running_var, tracked, in_a_row, prior, survey_out, channels, contexts, min_updates, max_skip,
-    NORM: tl.constexpr, MOVE: tl.constexpr, CONTEXTS: tl.constexpr, KNOWN: tl.constexpr, K_BLOCK: tl.constexpr,
+    state, survey_out, channels, contexts, min_updates, max_skip, FLAGS: tl.constexpr, K_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Fill the head of ``survey_out``: what concerns the running statistics and the contexts."""
@@ -90,21 +88,21 @@ def survey_running(
     real = q < contexts
     count, allowed = tl.zeros((), tl.int64), tl.zeros((), tl.int32)
     old, known_prior, new = tl.zeros((K_BLOCK,), tl.float32), tl.zeros((K_BLOCK,), tl.float32), q < 0
-    if MOVE:
-        count = tl.load(tracked)
-    if NORM:
-        allowed = ((count >= min_updates) & (tl.load(in_a_row) < max_skip)).to(tl.int32)
-    if CONTEXTS:
+    if FLAGS.moves:
+        count = tl.load(state.tracked)
+    if FLAGS.condensed != 0:
+        allowed = ((count >= min_updates) & (tl.load(state.in_a_row) < max_skip)).to(tl.int32)
+    if FLAGS.contexts:
         old = tl.where(real, tl.cast(1.0, tl.float32) / contexts, 0.0)
-        if KNOWN:
-            old = tl.load(prior + q, mask=real, other=0.0)
+        if FLAGS.known:
+            old = tl.load(state.prior + q, mask=real, other=0.0)
             # A context is new while its statistics are as they were made: means 0 and variances 1.
             moved = tl.zeros((K_BLOCK, BLOCK), tl.int32)
             for begin in range(0, channels, BLOCK):
                 c = begin + tl.arange(0, BLOCK)
                 at, keep = q[:, None] * channels + c[None, :], real[:, None] & (c < channels)[None, :]
-                m = tl.load(running_mean + at, mask=keep, other=0.0)
-                v = tl.load(running_var + at, mask=keep, other=1.0)
+                m = tl.load(state.mean + at, mask=keep, other=0.0)
+                v = tl.load(state.var + at, mask=keep, other=1.0)
                 moved += tl.where((m == 0.0) & (v == 1.0), 0, 1)
             new = tl.sum(moved, 1) == 0
         # New contexts count for nothing as long as there is an old one.
@@ -120,38 +118,38 @@ def survey_running(
 
 @triton.jit
 def move(
-    target, variance, fraction, off, running_mean, running_var, tracked, skipped, prior, rate, survey_out, pooled,
-    enough, at, kc_mask, first, samples, channels, contexts, CONTEXTS: tl.constexpr, AVERAGE: tl.constexpr,
-    RANKS: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    target, variance, fraction, off, enough, state, rate, survey_out, pooled, at, kc_mask, first, looked_at, channels,
+    contexts, FLAGS: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move some channels (K, C) towards ``target`` and ``variance``, unless x has a NaN or an infinity.
 
-    running += step (target - running). Without contexts step is the momentum, or 1 / number of batches (AVERAGE). With
-    contexts it is scaled by the context's ``fraction`` of the batch, and the priors move too. The ``first`` channels
-    move the counters. A channel whose statistics are not finite though x is, as with a NaN among the parameters, stays.
+    running += step (target - running). Without contexts step is the momentum, or with ``track`` 2 one over the number
+    of batches. With contexts it is scaled by the context's ``fraction`` of the batch, and the priors move too. The
+    ``first`` channels move the counters. Of ``looked_at`` parts of x ``survey_out`` tells what is not finite. A channel
+    whose statistics are not finite though x is, as with a NaN among the parameters, stays.
     """
     # Whether x is finite is the same for all programs, or some channels would move and others not.
     bad = tl.zeros((BLOCK,), tl.int32)
-    if RANKS:  # of which all see the same
+    if FLAGS.ranks:  # of which all see the same
         for begin in range(0, channels, BLOCK):
             c = begin + tl.arange(0, BLOCK)
             mean = tl.load(pooled + c, mask=c < channels, other=0.0)
             var = tl.load(pooled + 2 * channels + c, mask=c < channels, other=0.0)
             bad += tl.where(tl.abs(mean + var) < float("inf"), 0, 1)
     else:
-        for begin in range(0, samples, BLOCK):
+        for begin in range(0, looked_at, BLOCK):
             n = begin + tl.arange(0, BLOCK)
-            bad += tl.where(tl.load(survey_out + 2 + 3 * contexts + n, mask=n < samples, other=0.0) == 0.0, 0, 1)
+            bad += tl.where(tl.load(survey_out + 2 + 3 * contexts + n, mask=n < looked_at, other=0.0) == 0.0, 0, 1)
     finite = tl.sum(bad, 0) == 0
-    if RANKS:
+    if FLAGS.ranks:
         finite = finite & enough
-    if CONTEXTS:  # whose gate may have a NaN among its parameters
+    if FLAGS.contexts:  # whose gate may have a NaN among its parameters
         known = tl.abs(fraction) < float("inf")
         finite = finite & (tl.sum(tl.where((tl.arange(0, K_BLOCK) < contexts) & ~known, 1, 0), 0) == 0)
     # A condensed batch is finite, but does not count (``off``).
     counts = finite & ~off
     times = tl.maximum(tl.load(survey_out) + counts.to(tl.float32), 1.0)
-    if AVERAGE:
+    if FLAGS.track == 2:
         speed = 1.0 / times
     else:
         speed = tl.load(rate).to(tl.float32)
@@ -161,65 +159,61 @@ def move(
     may = kc_mask & counts & (tl.abs(target + variance) < float("inf"))
     new = step
     # A context moves as far as samples of it were met, at once where it is new.
-    if CONTEXTS:
+    if FLAGS.contexts:
         old = tl.load(survey_out + 2 + q, mask=real, other=0.0)
         new = old + speed * (fraction - old)
-        if AVERAGE:
+        if FLAGS.track == 2:
             step = fraction / tl.maximum(times * new, TINY, propagate_nan=NAN)
         else:
             step = speed * tl.minimum(contexts * fraction, 1.0, propagate_nan=NAN)
         step = tl.where(tl.load(survey_out + 2 + contexts + q, mask=real, other=0.0) != 0.0, 1.0, step)
         may = may & (fraction > 0.0)[:, None]
     # Read, compute, and only then write, behind the barrier.
-    mean = tl.load(running_mean + at, mask=kc_mask, other=0.0)
-    var = tl.load(running_var + at, mask=kc_mask, other=0.0)
+    mean = tl.load(state.mean + at, mask=kc_mask, other=0.0)
+    var = tl.load(state.var + at, mask=kc_mask, other=0.0)
     mean = (1.0 - step)[:, None] * mean + step[:, None] * target
     var = (1.0 - step)[:, None] * var + step[:, None] * variance
-    count, skips = tl.load(tracked) + counts.to(tl.int64), tl.load(skipped) + 1 - finite.to(tl.int64)
+    count, skips = tl.load(state.tracked) + counts.to(tl.int64), tl.load(state.skipped) + 1 - finite.to(tl.int64)
     tl.debug_barrier()  # every thread has read what is now written
-    tl.store(running_mean + at, mean, mask=may)
-    tl.store(running_var + at, var, mask=may)
-    tl.store(tracked, count, mask=first)
-    tl.store(skipped, skips, mask=first)
-    if CONTEXTS:
-        tl.store(prior + q, new, mask=real & finite & first)
+    tl.store(state.mean + at, mean, mask=may)
+    tl.store(state.var + at, var, mask=may)
+    tl.store(state.tracked, count, mask=first)
+    tl.store(state.skipped, skips, mask=first)
+    if FLAGS.contexts:
+        tl.store(state.prior + q, new, mask=real & finite & first)
 
 
 @triton.jit
-def new_weight(
-    running_mean, updates, rate, channels, power, COPY: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Return alpha and the number of this batch: 1 / m^power with POWER, else the rate; with COPY 1 for the first.
+def new_weight(state, rate, channels, power, FLAGS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return alpha, 1 / m^power or the rate, and the number m of this batch; of a first one that is copied alpha is 1.
 
     Statistics that were moved in from another layer count as one batch.
     """
-    steps = tl.load(updates) + 1
+    steps = tl.load(state.updates) + 1
     if steps == 1:
         # Means that are not 0 were moved in.
         moved = tl.zeros((BLOCK,), tl.int32)
         for begin in range(0, channels, BLOCK):
             c = begin + tl.arange(0, BLOCK)
-            moved += tl.where(tl.load(running_mean + c, mask=c < channels, other=0.0) != 0.0, 1, 0)
+            moved += tl.where(tl.load(state.mean + c, mask=c < channels, other=0.0) != 0.0, 1, 0)
         steps += (tl.sum(moved, 0) > 0).to(tl.int64)
-    if POWER:
+    if FLAGS.powers:
         alpha = tl.exp(-tl.cast(power, tl.float32) * tl.log(steps.to(tl.float32)))
     else:
         alpha = tl.load(rate).to(tl.float32)
-    if COPY:
+    if FLAGS.copies_first:
         alpha = tl.where(steps == 1, 1.0, alpha)
     return alpha, steps
 
 
 @triton.jit
 def commit(
-    stats, running_mean, running_var, tracked, skipped, updates, gap, average_mean, average_var, rate, average_rate,
-    channels, eps, inner, power, STD: tl.constexpr, COPY: tl.constexpr, POWER: tl.constexpr, AVERAGE: tl.constexpr,
-    RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    stats, state: State, rates: Rates, channels, numbers: Numbers, FLAGS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Store blended statistics and how far they were from the batch's, unless one is NaN or infinite. One program.
 
     gap[0] is the mean over channels of |mean_B - mean| / std, gap[1] of |std_B - std| / std; mean and std are blended.
-    With AVERAGE these move averages of themselves, by a rate of their own, in the same launch.
+    With ``averages`` these move averages of themselves, by a rate of their own, in the same launch.
     """
     # First look at all channels: either all of them move or none.
     bad = tl.zeros((BLOCK,), tl.int32)
@@ -228,12 +222,13 @@ def commit(
         keep = c < channels
         # The batch's variance, and on one rank its mean: their sum is finite where both are.
         either = tl.load(stats + 3 * channels + c, mask=keep, other=0.0)
-        if not RANKS:
+        if not FLAGS.ranks:
             either += tl.load(stats + c, mask=keep, other=0.0)
         bad += tl.where(tl.abs(either) < float("inf"), 0, 1)
     finite = tl.sum(bad, 0) == 0
-    skips, count = tl.load(skipped) + 1 - finite.to(tl.int64), tl.load(tracked) + finite.to(tl.int64)
-    alpha, steps = new_weight(running_mean, updates, rate, channels, power, COPY, POWER, BLOCK)
+    skips, count = tl.load(state.skipped) + 1 - finite.to(tl.int64), tl.load(state.tracked) + finite.to(tl.int64)
+    alpha, steps = new_weight(state, rates.rate, channels, numbers.power, FLAGS, BLOCK)
+    inner = tl.cast(numbers.inner, tl.float32)
     # How far the blended statistics are from the batch's own.
     far = tl.zeros((BLOCK,), tl.float32)
     wide = tl.zeros((BLOCK,), tl.float32)
@@ -243,34 +238,34 @@ def commit(
         now = tl.load(stats + 3 * channels + c, mask=keep, other=0.0)
         was = tl.load(stats + 8 * channels + c, mask=keep, other=0.0)
         # What is stored is a deviation already, or a variance.
-        if STD:
-            now = tl.maximum(now + tl.cast(inner, tl.float32), TINY, propagate_nan=NAN)
+        if FLAGS.std:
+            now = tl.maximum(now + inner, TINY, propagate_nan=NAN)
         else:
             was = tl.sqrt_rn(was)
         now = tl.sqrt_rn(now)
-        if STD:
-            now -= tl.cast(inner, tl.float32)
-        r = 1.0 / (was + tl.cast(eps, tl.float32))
+        if FLAGS.std:
+            now -= inner
+        r = 1.0 / (was + tl.cast(numbers.eps, tl.float32))
         far += tl.abs(tl.load(stats + 9 * channels + c, mask=keep, other=0.0) * r)
         wide += tl.where(keep, tl.abs(now - was) * r, 0.0)
     tl.debug_barrier()  # every thread has read what is now written
-    tl.store(skipped, skips)
-    tl.store(tracked, count)
-    tl.store(updates, steps, mask=finite)
-    tl.store(gap, tl.sum(far, 0) / channels, mask=finite)
-    tl.store(gap + 1, tl.sum(wide, 0) / channels, mask=finite)
+    tl.store(state.skipped, skips)
+    tl.store(state.tracked, count)
+    tl.store(state.updates, steps, mask=finite)
+    tl.store(state.gap, tl.sum(far, 0) / channels, mask=finite)
+    tl.store(state.gap + 1, tl.sum(wide, 0) / channels, mask=finite)
     for begin in range(0, channels, BLOCK):
         c = begin + tl.arange(0, BLOCK)
         keep = (c < channels) & finite
         mean = tl.load(stats + 7 * channels + c, mask=keep, other=0.0)
         var = tl.load(stats + 8 * channels + c, mask=keep, other=0.0)
-        if AVERAGE:
-            speed = tl.load(average_rate).to(tl.float32)
-            if COPY:
+        if FLAGS.averages:
+            speed = tl.load(rates.threshold).to(tl.float32)
+            if FLAGS.copies_first:
                 speed = tl.where(steps == 1, 1.0, speed)
-            old_mean = tl.load(average_mean + c, mask=keep, other=0.0)
-            old_var = tl.load(average_var + c, mask=keep, other=0.0)
-            tl.store(average_mean + c, (1.0 - speed) * old_mean + speed * mean, mask=keep)
-            tl.store(average_var + c, (1.0 - speed) * old_var + speed * var, mask=keep)
-        tl.store(running_mean + c, mean, mask=keep)
-        tl.store(running_var + c, var, mask=keep)
+            old_mean = tl.load(state.average_mean + c, mask=keep, other=0.0)
+            old_var = tl.load(state.average_var + c, mask=keep, other=0.0)
+            tl.store(state.average_mean + c, (1.0 - speed) * old_mean + speed * mean, mask=keep)
+            tl.store(state.average_var + c, (1.0 - speed) * old_var + speed * var, mask=keep)
+        tl.store(state.mean + c, mean, mask=keep)
+        tl.store(state.var + c, var, mask=keep)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from lightning_norm.kernels.arguments import Affine, DxAffine
 from lightning_norm.kernels.depthwise import backward as depthwise_backward
 from lightning_norm.kernels.depthwise import forward as depthwise_forward
 from lightning_norm.kernels.depthwise import launch as depthwise_launch
@@ -132,7 +133,16 @@ def test_convolution(last, monkeypatch):
     y = depthwise_launch.apply_depthwise(x, affine, kernel, bias)
     s, dx = depthwise_launch.stencil_of(x, 9), torch.empty_like(x)
     depthwise_backward.depthwise_combine[s.grid](
-        dy, x, dx, kernel, affine[0], affine[1], *dx_affine, *s.shape, PLAIN=False, num_warps=4, **s.constants(kernel)
+        dy,
+        x,
+        dx,
+        kernel,
+        Affine(*affine),
+        DxAffine(*dx_affine),
+        *s.shape,
+        PLAIN=False,
+        num_warps=4,
+        FLAGS=s.compiled(kernel),
     )
     monkeypatch.setattr(depthwise_launch, "BUSY", 1 << 20)  # one sample to a program, and short pieces
     monkeypatch.setattr(depthwise_launch, "join_taps", Nothing())

@@ -7,6 +7,7 @@ import triton.language as tl
 
 import lightning_norm
 from lightning_norm.kernels import trial
+from lightning_norm.kernels.depthwise.flags import Compiled, Shape
 from lightning_norm.kernels.depthwise.forward import tile_lanes
 from lightning_norm.kernels.passes import launch
 from lightning_norm.kernels.passes.forward import row_span
@@ -190,9 +191,9 @@ def offsets(out, row, sample, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, piece, units = tl.cast(row, tl.int64), size, tl.cast(1 << 40, tl.int64)
     span = row_span(row, size, piece, tl.program_id(0), units, 8, ROWS)
     tl.store(out + lane, span[0] + span[2])
-    samples, channels = tl.cast(1 << 20, tl.int32), tl.cast(64, tl.int32)
-    place = tile_lanes(tl.cast(sample, tl.int32), 0, 0, size, samples, channels, size, 7, 1, True, ROWS, BLOCK)
-    tl.store(out + ROWS + lane[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], place[0] + place[1])
+    shape = Shape(tl.cast(1 << 20, tl.int32), tl.cast(64, tl.int32), size, 7, 7)
+    place = tile_lanes(tl.cast(sample, tl.int32), 0, 0, size, shape, Compiled(1, True, 3, 3, 9, ROWS, BLOCK))
+    tl.store(out + ROWS + lane[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], place.origin + place.lane)
 
 
 def test_offsets_beyond_32_bits():

@@ -43,7 +43,8 @@ def loops(launch):
     """The steps of each loop that grows with x: name of what it goes over -> steps."""
     names = list(inspect.signature(launch.kernel.fn).parameters)
     a = {**dict(zip(names, launch.args, strict=False)), **launch.options}
-    reads_pieces = "pieces" in a and a.get("MERGE", "P_BLOCK" in a)
+    flags, tile = a.get("FLAGS"), a.get("TILE")
+    reads_pieces = "pieces" in a and getattr(flags, "merge", a.get("MERGE", "P_BLOCK" in a))
     over = {"pieces": cdiv(a["pieces"], a.get("P_BLOCK", 1)) if reads_pieces else 1}
     over["parts"] = cdiv(a["parts"], a["P_BLOCK"]) if "parts" in a and "P_BLOCK" in a else 1
     name = launch.kernel.fn.__name__
@@ -52,11 +53,11 @@ def loops(launch):
     if name in ("moments_rows", "sums_rows"):
         over["piece"] = cdiv(a["piece"] + a["ALIGN"] - 1, a["BLOCK"])
     if name in POOLS and a["column_jobs"]:
-        over["samples"] = cdiv(a["samples"], a["N_BLOCK"])
+        over["samples"] = cdiv(a["samples"], tile.n)
     if name in POOLS and launch.grid[0] > a["column_jobs"]:
-        over["channels"] = cdiv(a["per_group"], a["T_BLOCK"])
+        over["channels"] = cdiv(a["per_group"], tile.t)
     if name in ("channels_of", "channels_vjp", "pool_channels", "encode", "decode", "vjp_affine", "vjp_encode"):
-        over["samples"] = cdiv(a["samples"], a["N_BLOCK"])
+        over["samples"] = cdiv(a["samples"], tile.n)
     return over
 
 
