@@ -83,9 +83,11 @@ def group_norm(
     few = layout.size * layout.c // groups < (FEW if layout.size > 1 else 2 * FEW)
     # Channels-last, its kernel for groups of one channel is slower than the passes, and on large maps for all groups.
     slow = not x.is_contiguous() and (groups == layout.c or (groups > 1 and layout.size > MANY))
+    # There torch 2.11 ends the process where its weight has a gradient and x has none.
+    fatal = not x.is_contiguous() and not x.requires_grad
     if layout.channel_dim != 1 or not native.takes(x, weight, bias):
         return None
-    y = None if few or slow else native.group_norm(x, layout, groups, weight, bias, layer.eps)
+    y = None if few or slow or fatal else native.group_norm(x, layout, groups, weight, bias, layer.eps)
     # The algebra would keep many times as much of (N, C) inputs.
     return native.wide_group_norm(x, layout, groups, weight, bias, layer.eps) if y is None and layout.size == 1 else y
 

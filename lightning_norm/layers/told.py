@@ -22,6 +22,14 @@ Entries are replaced and not changed, for tasks that were started inside of a bl
 """
 
 
+def _read() -> tuple[tuple[dict[Told, Tensor | None], object], ...]:
+    return _blocks.get()
+
+
+if not torch_private.TRACES_CONTEXT_VARIABLES:
+    _read = torch_private.outside_of_graphs(_read)
+
+
 class Told:
     """What one layer was told about the samples of the batch, and its dotted name for messages.
 
@@ -41,7 +49,7 @@ class Told:
     def value(self) -> Tensor | None:
         """What was told, one row for each sample; ``None`` for nothing."""
         # The innermost block that says anything of this layer wins, also where it says None.
-        for told, _ in reversed(_blocks.get()):
+        for told, _ in reversed(_read()):
             if self in told:
                 return told[self]
         return None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.errors import CompileWarning
+from lightning_norm.ops import torch_private
 
 MANY_SHAPES = 16
 """Input shapes of layers with one cache key beyond which one more graph is compiled, for every shape."""
@@ -149,7 +150,7 @@ def _new_graph(
     # A copy of ``run`` with a code object of its own, which torch.compile counts its variants by.
     code = run.__code__.replace(co_name=f"run_{len(_graphs)}")
     copied = types.FunctionType(code, run.__globals__, closure=run.__closure__)
-    chosen = {"fullgraph": True, "dynamic": dynamic, **options}
+    chosen = {"fullgraph": torch_private.TRACES_CONTEXT_VARIABLES, "dynamic": dynamic, **options}
     # The user's options come last and win, ``fullgraph=False`` included.
     compiled: Callable[[nn.Module, Tensor], Tensor] = torch.compile(copied, **chosen)
     return compiled

@@ -48,7 +48,7 @@ def unrolled(x: Tensor, kernel: Tensor) -> bool:
     """
     # Narrow maps and large kernels are left to oneDNN.
     known = x.is_cpu and x.dim() > 2 and x.is_contiguous() and x.shape[-1] >= 12 and kernel[0].numel() <= 49
-    return known and _compiling()
+    return known and torch_private.in_graph()
 
 
 def convolve(
@@ -66,7 +66,7 @@ def convolve(
         return y if bias is None else y + bias
     if recorded:
         return _convolution(x, kernel, bias)
-    if not _compiling():
+    if not torch_private.in_graph():
         return _convolve(x, kernel, bias)
     # As an operator the compiler leaves it alone, see the end of this file.
     opaque: Tensor = torch.ops.lightning_norm.depthwise(x, kernel, bias)
@@ -87,13 +87,9 @@ def kernel_gradients(dy: Tensor, x: Tensor, kernel: Tensor, *, unroll: bool = Fa
     if not over:
         return (dy * x).sum(0).unsqueeze(1), dy.sum(0)
     # As an operator where a compiler traces, for the reason at the end of this file.
-    run = torch.ops.lightning_norm.depthwise_kernel_gradients if _compiling() else _kernel_gradients
+    run = torch.ops.lightning_norm.depthwise_kernel_gradients if torch_private.in_graph() else _kernel_gradients
     dkernel, dbias = run(dy, x, kernel)
     return dkernel, dbias
-
-
-def _compiling() -> bool:
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def _windows(x: Tensor, kernel: Tensor) -> Iterator[Tensor]:

@@ -164,6 +164,7 @@ def group_norm(
     x: Tensor, layout: Layout, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor | None:
     """Return x, (N, C, *), normalized by the statistics of each sample's groups; ``None`` if digits would be lost."""
+    weight = _weight_beside(bias, weight)
     y, mean, scale = torch.native_group_norm(x, weight, bias, layout.n, layout.c, layout.size, groups, eps)
     # Autograd would keep what is computed of them, for they have gradients.
     return y if _is_exact(mean.detach(), scale.detach()) else None
@@ -196,15 +197,20 @@ class _WideGroupNorm(torch.autograd.Function):
         if eager.is_recording(dy):
 
             def plainly(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                wide, gamma, beta = _doubles(x, weight, bias)
+                wide, gamma, beta = _doubles(x, _weight_beside(bias, weight), bias)
                 return torch.nn.functional.group_norm(wide, sizes[-1], gamma, beta, ctx.eps).to(x.dtype)
 
             return (*eager.recorded_gradients(plainly, (x, weight, bias), dy, need), None, None)
-        dy, x, weight = _doubles(dy.contiguous(), x, weight)
+        dy, x, weight = _doubles(dy.contiguous(), x, _weight_beside(bias, weight))
         n, c, size, groups = sizes
         _, mean, scale = torch.native_group_norm(x, None, None, n, c, size, groups, ctx.eps)
         found = torch.ops.aten.native_group_norm_backward(dy, x, mean, scale, weight, n, c, size, groups, list(need))
         return *(cast(t, grads[0].dtype) if n else None for t, n in zip(found, need, strict=True)), None, None
+
+
+def _weight_beside(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    """Return a weight: torch 2.11 has no gradient of a bias alone."""
+    return torch.ones_like(bias) if weight is None and bias is not None else weight
 
 
 def _doubles(*tensors: Tensor | None) -> list[Any]:

@@ -224,7 +224,7 @@ def _run_specially(x: Tensor, call: Call) -> Tensor:
 
 def _on_kernels(x: Tensor, call: Call) -> tuple[bool, FusedSpec | None]:
     """Return whether kernels run, and the equations for them; ``None`` if only the passes around the algebra do."""
-    in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    in_graph = torch_private.in_graph()
     if in_graph and backend.IN_GRAPHS == "plain" and call.backend == "auto":
         return False, None
     kernels = on_kernels(x, call.layout, call.backend, empty=call.ranks is not None, what=_kind_of_launch(x, call))

@@ -32,6 +32,27 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 tracing_state: Callable[[], object | None] = torch._C._get_tracing_state
 
 
+TRACES_CONTEXT_VARIABLES = TELLS_EXPORT = torch.__version__ >= (2, 14)
+"""Whether torch.compile reads a ``ContextVar`` in a graph, and says ``is_exporting()`` in torch.export alone.
+
+Seen: torch 2.14 does, 2.11 does not.
+"""
+
+
+def outside_of_graphs(function: Function) -> Function:
+    """Mark a function that torch.compile calls between two graphs.
+
+    ``torch.compiler.disable`` does the same, and imports the whole compiler for it.
+    """
+    function.__dict__["_torchdynamo_disable"] = True
+    return function
+
+
+def in_graph() -> bool:
+    """Tell whether torch.compile traces; before torch 2.14 also for ``torch.export.export(strict=True)``."""
+    return torch.compiler.is_dynamo_compiling() and not (TELLS_EXPORT and torch.compiler.is_exporting())
+
+
 def constant_in_graphs(function: Function) -> Function:
     """Mark a function whose result torch.compile takes for a constant of the graph.
 
