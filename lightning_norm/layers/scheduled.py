@@ -164,7 +164,10 @@ def saved_values(layer: ScheduledValues) -> dict[str, float | None]:
 
 def _values(layer: ScheduledValues) -> dict[str, float | None]:
     """Return the values as they were set, of which a tensor on a device without float64 may hold fewer digits."""
-    values: dict[str, float | None] = vars(layer).setdefault("_scheduled_values", {})
+    # torch 2.11 cannot trace setdefault of an object's attributes.
+    if "_scheduled_values" not in vars(layer):
+        vars(layer)["_scheduled_values"] = {}
+    values: dict[str, float | None] = vars(layer)["_scheduled_values"]
     return values
 
 

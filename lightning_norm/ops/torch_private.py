@@ -32,7 +32,7 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 tracing_state: Callable[[], object | None] = torch._C._get_tracing_state
 
 
-TRACES_CONTEXT_VARIABLES = TELLS_EXPORT = torch.__version__ >= (2, 14)
+TRACES_CONTEXT_VARIABLES = TELLS_EXPORT = torch.__version__ >= "2.14"
 """Whether torch.compile reads a ``ContextVar`` in a graph, and says ``is_exporting()`` in torch.export alone.
 
 Seen: torch 2.14 does, 2.11 does not.
