@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.running_stats import moves_running_stats, update_running
-from lightning_norm.ops import mixture_on_cpu, native, rectified_on_cpu
+from lightning_norm.ops import mixture_on_cpu, native, rectified_on_cpu, torch_private
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
 
@@ -83,8 +83,7 @@ def group_norm(
     few = layout.size * layout.c // groups < (FEW if layout.size > 1 else 2 * FEW)
     # Channels-last, its kernel for groups of one channel is slower than the passes, and on large maps for all groups.
     slow = not x.is_contiguous() and (groups == layout.c or (groups > 1 and layout.size > MANY))
-    # There torch 2.11 ends the process where its weight has a gradient and x has none.
-    fatal = not x.is_contiguous() and not x.requires_grad
+    fatal = not x.is_contiguous() and not torch_private.CHANNELS_LAST_GROUP_NORM
     if layout.channel_dim != 1 or not native.takes(x, weight, bias):
         return None
     y = None if few or slow or fatal else native.group_norm(x, layout, groups, weight, bias, layer.eps)

@@ -39,6 +39,10 @@ Seen: torch 2.14 does, 2.11 does not.
 """
 
 
+CHANNELS_LAST_GROUP_NORM = torch.__version__ >= "2.14"
+"""Whether ATen's group normalization takes channels-last inputs: 2.11 ends the process where nobody asks for dx."""
+
+
 def outside_of_graphs(function: Function) -> Function:
     """Mark a function that torch.compile calls between two graphs.
 

@@ -162,6 +162,22 @@ def test_flat_inputs_keep_x_and_few_numbers(name):
     assert saved_for_backward(create(name, 64), x) <= 1.2
 
 
+@pytest.mark.parametrize("kind", ["images", "channels-last"])
+@pytest.mark.parametrize("name", ["bn", "gn", "in", "ln", "sn"])
+def test_inputs_without_a_gradient(name, kind):
+    """torch 2.11 ends the process in GroupNorm's backward pass for channels-last ones whose gradient is not asked."""
+    layer = layer_of(name, 1, torch.float32)
+    x = torch.randn(INPUTS[kind][0], generator=torch.Generator().manual_seed(1))
+    x = x.to(memory_format=torch.channels_last) if kind == "channels-last" else x
+    weight, bias = layer.weight, layer.bias
+    for lacking in ("none", "weight", "bias"):
+        layer.weight, layer.bias = None if lacking == "weight" else weight, None if lacking == "bias" else bias
+        with_gradient, wanted = x.detach().requires_grad_(), list(layer.parameters())
+        got, want = (torch.autograd.grad(layer(t).square().sum(), wanted) for t in (x, with_gradient))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_an_activation_may_write_to_the_output():
     for name in LAYERS:
         for shape, channel_dim in ((4, 8, 5, 5), 1), ((4, 7, 8), -1):
