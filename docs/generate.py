@@ -280,7 +280,6 @@ REGIONS: dict[str, dict[str, Callable[[], list[str]]]] = {
     },
     "docs/evidence/sn.md": {
         "results": partial(evidence_tables.results, "sn"),
-        "small": partial(evidence_tables.results, "sn_small"),
         "weights": evidence_tables.switch_weights,
     },
     "docs/evidence/cost.md": {"costs": evidence_tables.costs},
