@@ -42,7 +42,7 @@ def test_the_new_file_is_a_checkpoint_of_a_swapped_network(folder, capsys):
     torch.save({"state_dict": net.state_dict(), "epoch": 90}, "published.pth")
     main(["convert", "published.pth", "--norm", "sn", "--out", "sn.ckpt", "--prefix", "net."])
     shown = capsys.readouterr().out
-    assert "layers of sn, with {'choices'" in shown
+    assert "1 layer of sn, with {'choices'" in shown
     assert "NormSwap(plan='sn.ckpt', warm_start='sn.ckpt')" in shown
     model = load_from_checkpoint(Net, "sn.ckpt").double().eval()
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
