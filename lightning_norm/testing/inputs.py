@@ -72,7 +72,7 @@ def wrong_shape(make: Make) -> None:
     layer = make(C)
     rank: tuple[tuple[int, ...], ...] = ((C,), (), (2, C, 2, 2, 2, 2))
     for shape in rank:
-        with refused(ValueError, f"input {shape}", str(shape), f"{len(shape)} dimensions"):
+        with refused(ValueError, f"input {shape}", str(shape), f"{len(shape)} dimension"):
             layer(torch.ones(shape))
     for shape in ((5, C + 1, 7, 3), (5, C - 1)):
         with refused(ValueError, f"input {shape}", str(shape), f"num_features={C}", str(shape[1])):

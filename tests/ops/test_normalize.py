@@ -110,7 +110,7 @@ def test_an_affine_of_a_wrong_shape_is_refused_with_the_shapes():
 def test_wrong_inputs():
     with pytest.raises(TypeError, match="int64"):
         normalize(torch.ones(4, 6, 5).long(), ALGEBRAS["identity"])
-    with pytest.raises(ValueError, match="1 dimensions"):
+    with pytest.raises(ValueError, match="1 dimension:"):
         normalize(torch.ones(4), ALGEBRAS["identity"])
 
 

@@ -65,7 +65,7 @@ def test_accuracy_of_a_folded_network_moves_by_less_than_a_point():
 @pytest.mark.slow
 def test_what_stays_in_float_is_told():
     pytest.importorskip("torchao")
-    with pytest.warns(LeftAloneWarning, match=r"1 normalizers stay in float \(first: 1, .*fold\(model"):
+    with pytest.warns(LeftAloneWarning, match=r"1 normalizer stays in float \(first: 1, .*fold\(model"):
         quantize(network("sn"), [torch.randn(4, 3, 8, 8)])
 
 
