@@ -46,7 +46,9 @@ def loops(launch):
     flags, tile = a.get("FLAGS"), a.get("TILE")
     reads_pieces = "pieces" in a and getattr(flags, "merge", a.get("MERGE", "P_BLOCK" in a))
     over = {"pieces": cdiv(a["pieces"], a.get("P_BLOCK", 1)) if reads_pieces else 1}
-    over["parts"] = cdiv(a["parts"], a["P_BLOCK"]) if "parts" in a and "P_BLOCK" in a else 1
+    # Moments of parts, where they are that, are counted as pieces.
+    counted = isinstance(a.get("parts"), int) and "P_BLOCK" in a
+    over["parts"] = cdiv(a["parts"], a["P_BLOCK"]) if counted else 1
     name = launch.kernel.fn.__name__
     if name in ("moments_columns", "sums_columns"):
         over["piece"] = cdiv(a["piece"], a["ROWS"])
