@@ -98,7 +98,7 @@ def recalibrate(
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     >>> print(recalibrate(model, [torch.randn(4, 3, 8, 8) for _ in range(5)]))
-    running statistics of 1 layers re-estimated on 5 batches
+    running statistics of 1 layer re-estimated on 5 batches
     """
     if num_batches < 1:
         raise ValueError(f"recalibrate: num_batches must be at least 1, got {num_batches!r}.")

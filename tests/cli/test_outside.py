@@ -177,7 +177,7 @@ def test_a_configuration_that_cannot_be_is_a_line(job, capfd, case):
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00norm: sn", "norm: sn".encode("utf-16"), b"\x80"])
 def test_a_configuration_that_is_no_text_is_a_line(job, capfd, content):
     Path("job.yaml").write_bytes(content)
-    assert "a configuration is no text in UTF-8" in refused(["fit", "--config", "job.yaml"], capfd)
+    assert "job.yaml is no text in UTF-8: " in refused(["fit", "--config", "job.yaml"], capfd)
 
 
 def test_a_module_of_the_other_name_of_lightning(job, capfd):

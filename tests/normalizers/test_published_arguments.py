@@ -118,5 +118,7 @@ class TestConstantPriors:
         "priors", [[0.5, 0.5], [0.5, 0.5, 0.0], [0.5, 0.4, float("nan")], [True, 0.5, 0.5], [1.5, 0.2, 0.1]]
     )
     def test_bad_ones_are_named(self, priors):
-        with pytest.raises(ValueError, match=r"priors must be 3 numbers in \(0, 1\].*Type priors=\[0.333"):
+        with pytest.raises(
+            ValueError, match=r"priors must be one number in \(0, 1\] for each of num_contexts=3, .*Type priors=\[0.333"
+        ):
             ContextNorm(6, priors=priors)
