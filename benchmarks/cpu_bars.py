@@ -139,6 +139,7 @@ def measured(case: Case, keys: list[str], rounds: int, threads: int) -> dict[str
 
     if "steps" in case.part:
         return measured_steps(case, keys, rounds, threads)
+    from benchmarks.peers import others
     from lightning_norm.bench.contenders import PEERS, contenders, saved_for_backward
 
     torch.set_num_threads(threads)
@@ -151,6 +152,8 @@ def measured(case: Case, keys: list[str], rounds: int, threads: int) -> dict[str
     compiled = case.part == "compiled"
     layers = dict(contenders(case.shape, keys, "cpu", compiled, naive=False))
     layers = {name: layer for name, layer in layers.items() if name not in keys or not compiled}
+    # Torch's own layer compiled stands beside ours: what the compiler loses by itself is seen there.
+    layers |= others(case.shape[1], len(case.shape), "cpu", compiled)
 
     def step_of(layer: Any) -> Any:
         wanted = [x, *layer.parameters()]
