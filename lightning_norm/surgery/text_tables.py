@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 
 def aligned(rows: Iterable[Sequence[str]], numbers: bool = False) -> str:
@@ -39,6 +40,12 @@ def markdown(rows: Iterable[Sequence[str]], numbers: bool = False) -> str:
     return "\n".join([lines[0], "|---|" + right * (len(head) - 1), *lines[1:]])
 
 
+NOT_THE_MODEL = (
+    ". It is a report and no model: the model that was passed was changed in place. Type `report = ...` in place of "
+    "`model = ...`, and go on with the model."
+)
+
+
 class TableReport:
     """A report that prints as a table with a line below, and that a notebook shows as one.
 
@@ -55,6 +62,17 @@ class TableReport:
 
     def __str__(self) -> str:
         return "\n\n".join(filter(None, (aligned(self.table()), self.summary())))
+
+    # For somebody who wrote ``model = swap(model, ...)``, as is right for torch's convert_sync_batchnorm. Type checkers
+    # complain of a missing attribute by themselves.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{NOT_THE_MODEL}")
+
+        def __call__(self, *_: Any, **__: Any) -> NoReturn:
+            """Refuse: a report is no model."""
+            raise TypeError(f"{type(self).__name__!r} object is not callable{NOT_THE_MODEL}")
 
     def _repr_html_(self) -> str:
         head, *rows = self.table()

@@ -427,6 +427,7 @@ def test_labels_and_numbers():
     ("arguments", "said"),
     [
         (["--norms", "snn"], "Did you mean 'sn'"),
+        (["--norms", "bn sn"], "separated by commas. Type --norms bn,sn"),
         (["--norms", "bn,bn"], "two normalizers are called 'bn'"),
         (["--norms", "bn,{norm: sn"], "cannot be read"),
         (["--norms", "bn,{exclud: 1, norm: sn}"], "Did you mean 'exclude'"),

@@ -1,4 +1,5 @@
 import copy
+import functools
 import re
 import warnings
 
@@ -630,3 +631,14 @@ class TestPlan:
     def test_an_empty_plan_is_refused(self, tmp_path, layers):
         with pytest.raises(ValueError, match=r"plan\.yaml' swaps no layer"):
             lightning_norm.NormSwap(plan=self.plan(tmp_path, f"layers: {layers}\n"))
+
+
+@pytest.mark.parametrize("use", [lambda m: m(torch.ones(2, 3, 8, 8)), lambda m: m.parameters(), lambda m: m.fc])
+def test_a_report_in_place_of_the_model_says_so(use):
+    """As somebody writes who comes from torch's convert_sync_batchnorm."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    for function in (functools.partial(swap, norm="sn"), lightning_norm.harden):
+        model = function(network)
+        with pytest.raises((TypeError, AttributeError), match=r"Type `report = \.\.\.` in place of `model"):
+            use(model)
+        assert copy.copy(model).table() == model.table()  # what copies and prints it still can

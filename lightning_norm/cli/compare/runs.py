@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lightning_norm.errors import did_you_mean, yaml_mistake
-from lightning_norm.normalizers import resolve
+from lightning_norm.normalizers import normalizers, resolve
 
 BASELINE = "bn"
 """The label of the network as it is: nothing is swapped."""
@@ -131,6 +131,8 @@ def _contender(entry: Any) -> Contender:
     if isinstance(entry, str):
         if entry.endswith((".yaml", ".yml", ".json", ".txt")):
             raise ValueError(f'--norms takes normalizers and no file: type --norms "$(cat {entry})" for what it holds.')
+        if len(words := entry.split()) > 1 and all(word in normalizers() for word in words):
+            raise ValueError(f"--norms {entry!r}: normalizers are separated by commas. Type --norms {','.join(words)}.")
         entry = {"norm": entry}
     if not isinstance(entry, Mapping) or not entry:
         raise ValueError(f"--norms: {entry!r} names no normalizer. Type a key, such as sn (`lightning-norm list`).")
