@@ -1,6 +1,8 @@
 """A job of one's own for ``compare``: a small network and data that no part of the package knows."""
 
+import contextlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -47,6 +49,21 @@ class WaitsForAFile(Classifier):
     def on_train_batch_start(self, batch, batch_idx):
         while os.environ.get("PL_GLOBAL_SEED") != "0" and not (Path("go").exists() or self.trainer.received_sigterm):
             time.sleep(0.05)
+
+
+class Swallows(Classifier):
+    """Gets a signal where an exception is dropped, as in a finalizer."""
+
+    sent = signal.SIGTERM
+
+    def on_train_batch_start(self, batch, batch_idx):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), self.sent)
+            time.sleep(10)
+
+
+class SwallowsCtrlC(Swallows):
+    sent = signal.SIGINT
 
 
 class Talks(Classifier):

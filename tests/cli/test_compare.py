@@ -254,6 +254,20 @@ def test_a_signal_ends_all_jobs_and_the_same_command_goes_on(job, jobs, sent, st
     assert len(RunStore(Path("compare")).read_all()) == 4
 
 
+@pytest.mark.parametrize(("model", "status"), [("SwallowsCtrlC", 130), ("Swallows", 143)])
+def test_a_signal_whose_exception_is_dropped_ends_it_too(job, capsys, model, status):
+    # A shell that runs the tests in the background has Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as end:
+            compare.run([*job(model={"class_path": f"tests.cli.own_job.{model}"}), "--seeds", "2"])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == status
+    assert "Stopped: 0 of 4 runs done" in capsys.readouterr().err
+
+
 def test_processes_that_do_not_end_are_killed_and_waited_for(monkeypatch):
     monkeypatch.setattr(command, "PATIENCE", 0.1)
     deaf = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); sys.stdin.read()"

@@ -28,11 +28,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
+from typing_extensions import Self
 
 from lightning_norm.cli.compare.runs import BASELINE, Run, all_runs, read_contenders, read_sweeps
 from lightning_norm.cli.compare.store import Record, RunStore
@@ -97,17 +98,18 @@ def run(argv: Sequence[str]) -> None:
         if not 0 <= options.run < len(runs):
             raise ValueError(f"--run {options.run}: the runs are numbered 0 to {len(runs) - 1}.")
         remaining = [r for r in remaining if r is runs[options.run]]
+    interruption = Interruption()
     try:
-        with _sigterm_interrupts():
+        with interruption:
             if options.jobs > 1 and len(remaining) > 1:
-                _spread(argv, options.jobs, store, remaining)
+                _spread(argv, options.jobs, store, remaining, interruption)
             else:
-                _train(store, remaining, job, options)
-    except KeyboardInterrupt as interrupt:
+                _train(store, remaining, job, options, interruption)
+    except KeyboardInterrupt:
         # Read from the folder, for other processes may have finished some.
         done = len(runs) - sum(store.read(r.name) is None for r in runs)
         print(f"\nStopped: {done} of {counted(len(runs), 'run')} done. The same command goes on.", file=sys.stderr)
-        raise SystemExit(interrupt.args[0] if interrupt.args else 128 + signal.SIGINT) from None
+        raise SystemExit(interruption.status) from None
     # The process that started the workers, or a later command, writes the report.
     if options.worker or options.run is not None:
         return
@@ -266,7 +268,9 @@ def check_metric(records: Sequence[Record], metric: str) -> None:
             )
 
 
-def _train(store: RunStore, runs: Sequence[Run], job: Sequence[str], options: argparse.Namespace) -> None:
+def _train(
+    store: RunStore, runs: Sequence[Run], job: Sequence[str], options: argparse.Namespace, interruption: Interruption
+) -> None:
     """Train the runs that no other process trains, one after the other, and wait for those.
 
     Args:
@@ -274,6 +278,7 @@ def _train(store: RunStore, runs: Sequence[Run], job: Sequence[str], options: ar
         runs: without a result so far.
         job: arguments of ``fit``.
         options: what was typed.
+        interruption: by a signal.
     """
     # Imported late: --help does not wait for Lightning.
     from lightning_norm.cli.compare.training import quiet, train
@@ -282,6 +287,7 @@ def _train(store: RunStore, runs: Sequence[Run], job: Sequence[str], options: ar
     terminal = sys.stderr.isatty()
     with quiet(), tqdm(runs, desc="runs", unit="run", disable=not runs or options.worker or not terminal) as bar:
         for number, r in enumerate(bar, start=1):
+            interruption.check()
             name = " ".join([r.contender.label, *(f"{k}={v}" for k, v in r.sweep), f"seed {r.seed}"])
             bar.set_postfix_str(name)
             # A bar moves the cursor, which makes a file of its output unreadable.
@@ -292,17 +298,18 @@ def _train(store: RunStore, runs: Sequence[Run], job: Sequence[str], options: ar
                 if not claimed:
                     elsewhere.append(r)
                 elif store.read(r.name) is None:  # another process may have finished it since
-                    store.write(r.name, train(r, job, store.folder, options.take == "best"))
+                    store.write(r.name, train(r, job, store.folder, options.take == "best", interruption.check))
     if not options.worker:
-        _wait(store, elsewhere)
+        _wait(store, elsewhere, interruption)
 
 
-def _wait(store: RunStore, runs: Sequence[Run]) -> None:
+def _wait(store: RunStore, runs: Sequence[Run], interruption: Interruption) -> None:
     """Wait for runs that other processes train.
 
     Args:
         store: the folder that they share.
         runs: that were claimed when this process came to them.
+        interruption: by a signal.
 
     Raises:
         RuntimeError: such a process has ended without a result.
@@ -311,6 +318,7 @@ def _wait(store: RunStore, runs: Sequence[Run]) -> None:
         print(f"Trained by other processes that share {store.folder}: {counted(len(runs), 'run')}. Waiting.")
     for r in runs:
         while store.read(r.name) is None:
+            interruption.check()
             with store.claim(r.name) as free:
                 # The lock ends with its process, so a free one without a result means that the process has died.
                 if free and store.read(r.name) is None:
@@ -321,7 +329,7 @@ def _wait(store: RunStore, runs: Sequence[Run]) -> None:
             time.sleep(1)
 
 
-def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]) -> None:
+def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run], interruption: Interruption) -> None:
     """Let several processes of this command take the runs one after another; show how many are done.
 
     Args:
@@ -329,6 +337,7 @@ def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]
         jobs: how many processes.
         store: the folder that they share.
         runs: that remain.
+        interruption: by a signal.
 
     Raises:
         RuntimeError: a process has failed; with the end of what it wrote.
@@ -348,6 +357,7 @@ def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]
             with tqdm(total=len(runs), desc="runs", unit="run", disable=not terminal) as bar:
                 done = 0
                 while True:
+                    interruption.check()
                     running = [w for w in workers if w.poll() is None]
                     # Counted in the folder: the workers do not talk to this process.
                     before, done = done, sum(store.read(r.name) is not None for r in runs)
@@ -371,21 +381,41 @@ def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]
                 )
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM, by which a scheduler ends a job, do what Ctrl-C does."""
+class Interruption:
+    """Ctrl-C, or SIGTERM, by which a scheduler ends a job: each raises a KeyboardInterrupt, and is not forgotten.
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt(128 + signal.SIGTERM)
+    Python drops an exception that is raised while it collects garbage, say, and code of others may catch it. So whoever
+    goes on asks :meth:`check` now and then.
 
-    if threading.current_thread() is not threading.main_thread():  # only it may say what a signal does
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    Attributes:
+        status: to end the process with.
+    """
+
+    def __init__(self) -> None:
+        self.status = 128 + signal.SIGINT
+        self._came = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # only it may say what a signal does
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # What a shell has ignored, as it does Ctrl-C of what runs in the background, stays so.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _interrupt(self, number: int, _: object) -> None:
+        self.status, self._came = 128 + number, True
+        self.check()
+
+    def check(self) -> None:
+        """Raise a KeyboardInterrupt if there was a signal."""
+        if self._came:
+            raise KeyboardInterrupt
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:

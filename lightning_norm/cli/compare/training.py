@@ -7,7 +7,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,16 @@ class JobCLI(NormCLI):
 class Recorder(Callback):
     """Keep every logged metric epoch by epoch, and the time of each step.
 
+    Args:
+        check: called before each step; it raises what is to end the training.
+
     Attributes:
         history: name of a metric -> its value at the end of each epoch.
         step_ms: milliseconds of each training step, from the batch on the device to the end of the optimizer's step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self.check = check
         self.history: dict[str, list[float]] = {}
         self.step_ms: list[float] = []
         self._start = 0.0
@@ -128,6 +132,7 @@ class Recorder(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to time the step."""
+        self.check()
         # Between the hooks lies the step alone, without the loading of its batch.
         self._start = _now(pl_module)
 
@@ -149,16 +154,17 @@ def _interruptions_of(trainer: pl.Trainer) -> Iterator[None]:
     """Raise the KeyboardInterrupt in place of which Lightning ends the process without a word."""
     try:
         yield
-    except SystemExit as error:
+    except SystemExit:
         if not trainer.interrupted:
             raise
-        cause = error.__context__
-        raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()) from None
+        raise KeyboardInterrupt from None
     if trainer.interrupted:
         raise KeyboardInterrupt
 
 
-def train(run: Run, args: Sequence[str], folder: Path, best: bool) -> dict[str, Any]:
+def train(
+    run: Run, args: Sequence[str], folder: Path, best: bool, check: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Train and test once; return the record of the run.
 
     The record is what the run's file holds, in JSON's types: ``history``, name -> a value for each epoch; ``test``,
@@ -171,11 +177,12 @@ def train(run: Run, args: Sequence[str], folder: Path, best: bool) -> dict[str, 
         args: the job, as on the command line of ``fit``.
         folder: of the comparison.
         best: test the best checkpoint where the job monitors one, and not the last weights.
+        check: called before each step; it raises what is to end the training.
 
     Raises:
         KeyboardInterrupt: the training was interrupted.
     """
-    started, memory, recorder = time.perf_counter(), _start_peak(), Recorder()
+    started, memory, recorder = time.perf_counter(), _start_peak(), Recorder(check)
     swept = [part for key, value in run.sweep for part in (f"--{key}", value)]
     cli = JobCLI(
         [*args, *swept, *run.contender.arguments(), "--seed_everything", str(run.seed)],
