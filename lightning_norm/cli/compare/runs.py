@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lightning_norm.errors import did_you_mean, yaml_mistake
-from lightning_norm.normalizers import resolve
+from lightning_norm.normalizers import normalizers, resolve
 
 BASELINE = "bn"
 """The label of the network as it is: nothing is swapped."""
@@ -60,6 +60,11 @@ class Run:
     contender: Contender
     sweep: tuple[tuple[str, str], ...]
     seed: int
+
+    def arguments(self, job: Sequence[str]) -> list[str]:
+        """Return the arguments of ``fit`` that train it, from those of the job."""
+        swept = [part for key, value in self.sweep for part in (f"--{key}", value)]
+        return [*job, *swept, *self.contender.arguments(), "--seed_everything", str(self.seed)]
 
     @property
     def name(self) -> str:
@@ -131,6 +136,9 @@ def _contender(entry: Any) -> Contender:
     if isinstance(entry, str):
         if entry.endswith((".yaml", ".yml", ".json", ".txt")):
             raise ValueError(f'--norms takes normalizers and no file: type --norms "$(cat {entry})" for what it holds.')
+        # As the tables name it.
+        if key := re.match(r"(\w+)\(", entry):
+            raise ValueError(f"--norms: {entry!r} is no key. {_with_arguments(key[1])}")
         entry = {"norm": entry}
     if not isinstance(entry, Mapping) or not entry:
         raise ValueError(f"--norms: {entry!r} names no normalizer. Type a key, such as sn (`lightning-norm list`).")
@@ -138,7 +146,7 @@ def _contender(entry: Any) -> Contender:
         entry = {"norm": entry}
     unknown = sorted(map(str, set(entry) - set(known)))
     if unknown:
-        guess = did_you_mean(unknown[0], known)
+        guess = f" {_with_arguments(str(label))}" if label in normalizers() else did_you_mean(unknown[0], known)
         raise ValueError(
             f"--norms: {dict(entry)!r} has unknown entries: {', '.join(unknown)}.{guess} Known: those of the section "
             f"norm: and {SET}."
@@ -154,6 +162,15 @@ def _contender(entry: Any) -> Contender:
     shown = ", ".join(f"{name}={value}" for name, value in {**arguments, **(swap.get("norm_args") or {})}.items())
     name = cls.key or cls.__name__
     return Contender(str(label or (f"{name}({shown})" if shown else name)), swap, entries)
+
+
+def _with_arguments(key: str) -> str:
+    """Return how a normalizer with arguments is typed.
+
+    >>> _with_arguments("gn")
+    "Type arguments like '{norm: gn, norm_args: {name: value}}'."
+    """
+    return f"Type arguments like '{{norm: {key}, norm_args: {{name: value}}}}'."
 
 
 def read_sweeps(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
