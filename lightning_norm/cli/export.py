@@ -65,7 +65,8 @@ def run(argv: Sequence[str]) -> None:
     if options.layers != "keep":
         print({"fold": fold, "plain": to_plain}[options.layers](model, example))
     write(model, example, options.out)
-    print(f"written to {options.out}")
+    load = "onnxruntime.InferenceSession({!r})" if options.out.endswith(".onnx") else "torch.export.load({!r}).module()"
+    print(f"written to {options.out}; load it with {load.format(options.out)}")
 
 
 def prepared(cli: NormCLI, path: str | None) -> pl.LightningModule:
