@@ -479,7 +479,9 @@ def _in_one_line(message: str) -> str:
     text = ""
     for part in parts:
         text += part if not text else f" {part}" if text.endswith(":") else f"; {part}"
-    return f"{text}, got {typed[1]!r}" if typed and parts[-1].startswith("expected ") else text
+    # Of an argument of a class jsonargparse tells the value by itself, and once more as an object of its own.
+    text, told = re.subn(r"(expected \w+)\. Got value: (.+)$", r"\1, got '\2'", text)
+    return f"{text}, got {typed[1]!r}" if typed and not told and parts[-1].startswith("expected ") else text
 
 
 def _classes_for(key: str) -> list[str]:

@@ -93,6 +93,7 @@ def refused(capfd, *arguments):
         (["fit", "job.yaml", "--norm", "sn"], "Type --config job.yaml."),
         (["train", "--config", "job.yaml"], "no command 'train'. Did you mean 'fit'?"),
         (["fit", "--model", "smal_job.Small"], "No module named 'smal_job'. Did you mean 'small_job'?"),
+        (["fit", *JOB, "--model.width", "8.5"], "small_job.Small': width: expected int, got '8.5'"),
         (["fit", "--model", "nowhere.Net"], "model: Problem with given class_path 'nowhere.Net': No module named"),
         (["fit", *JOB, "--trainer.callbacks+=NormMonitr"], "Did you mean 'NormMonitor'?"),
         (["fit", *JOB, "--optimizer", "SGDD"], "Did you mean 'SGD'?"),

@@ -226,7 +226,7 @@ class Report:
             ratio = half_width_ratio(seeds, seeds, self.comparisons)
             notes.append(
                 f"One more seed costs about {_duration(seconds)} of training; {seeds} more would narrow the intervals "
-                f"to about {ratio:.0%} of their width ({_duration(seconds * seeds)})."
+                f"to about {100 * ratio:.0f} % of their width ({_duration(seconds * seeds)})."
             )
         decided = [r for r in rows if r.get("verdict") in ("higher", "lower")]
         for row in decided:
@@ -237,7 +237,8 @@ class Report:
             )
         if any(r["step_ms"] for r in rows):
             notes.append(
-                "Step times and memory are medians of whole runs; `lightning-norm bench` measures side by side."
+                f"Step times and memory are medians of whole runs, memory from {LEAST_MB:.0f} MB on; "
+                "`lightning-norm bench` measures side by side."
             )
         if self.baseline == "bn":
             notes.append("bn is the network as it is, unswapped.")
@@ -411,7 +412,8 @@ class Report:
             with SummaryWriter(str(target)) as writer:
                 for summary in hparams(row, {self.metric: 0.0}):  # type: ignore[no-untyped-call]
                     writer._get_file_writer().add_summary(summary)
-                writer.add_scalar(self.metric, self.value(record))
+                # At the end of the run's curve, in whose chart it is drawn as well.
+                writer.add_scalar(self.metric, self.value(record), record["steps"])
 
 
 def check_pictures() -> None:
