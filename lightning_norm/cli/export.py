@@ -157,6 +157,9 @@ def _check_input(model: pl.LightningModule, example: Tensor) -> None:
     Raises:
         ValueError: the network cannot take it.
     """
+    if not is_overridden("forward", model, pl.LightningModule):
+        name = type(model).__name__
+        raise ValueError(f"{name} has no forward, which export writes: def forward(self, x): return self.net(x), say.")
     try:
         with torch.no_grad():
             model(example)

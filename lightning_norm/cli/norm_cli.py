@@ -39,7 +39,7 @@ from typing_extensions import override
 
 import lightning_norm.callbacks
 import lightning_norm.plugins
-from lightning_norm.callbacks import NormSwap
+from lightning_norm.callbacks import NormScheduler, NormSwap
 from lightning_norm.callbacks.lightning_private import starts_processes
 from lightning_norm.cli.parsing import nearest, with_nearest
 from lightning_norm.cli.screen import QuietWorkers, bar_is_unreadable, screen_callbacks
@@ -330,6 +330,9 @@ class NormCLI(LightningCLI):
 
     def _comparison(self) -> str:
         """Return arguments of ``compare`` for the job that was trained; "" if its files or its metrics do not tell."""
+        # A schedule is of a value that the other normalizers may not have.
+        if any(isinstance(c, NormScheduler) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return ""
         files = [_short(str(file)) for file in self.config.fit.get("config") or ()]
         built_in = isinstance(self.model, job.ImageClassifier)
         if built_in and not files:
