@@ -65,7 +65,8 @@ def run(argv: Sequence[str]) -> None:
     if options.layers != "keep":
         print({"fold": fold, "plain": to_plain}[options.layers](model, example))
     write(model, example, options.out)
-    print(f"written to {options.out}")
+    load = "onnxruntime.InferenceSession({!r})" if options.out.endswith(".onnx") else "torch.export.load({!r}).module()"
+    print(f"written to {options.out}; load it with {load.format(options.out)}")
 
 
 def prepared(cli: NormCLI, path: str | None) -> pl.LightningModule:
@@ -156,6 +157,9 @@ def _check_input(model: pl.LightningModule, example: Tensor) -> None:
     Raises:
         ValueError: the network cannot take it.
     """
+    if not is_overridden("forward", model, pl.LightningModule):
+        name = type(model).__name__
+        raise ValueError(f"{name} has no forward, which export writes: def forward(self, x): return self.net(x), say.")
     try:
         with torch.no_grad():
             model(example)

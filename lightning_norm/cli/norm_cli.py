@@ -39,7 +39,7 @@ from typing_extensions import override
 
 import lightning_norm.callbacks
 import lightning_norm.plugins
-from lightning_norm.callbacks import NormSwap
+from lightning_norm.callbacks import NormScheduler, NormSwap
 from lightning_norm.callbacks.lightning_private import starts_processes
 from lightning_norm.cli.parsing import nearest, with_nearest
 from lightning_norm.cli.screen import QuietWorkers, bar_is_unreadable, screen_callbacks
@@ -307,6 +307,8 @@ class NormCLI(LightningCLI):
         if not trainer.state.finished or trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         checkpoint: Any = trainer.checkpoint_callback
+        # Before a test, whose metrics take their place.
+        line, compare = [], self._comparison()
         # Another job has its own idea of a test.
         if isinstance(self.model, job.ImageClassifier):
             # The best weights as validation saw them, so that the test set chooses nothing.
@@ -316,12 +318,9 @@ class NormCLI(LightningCLI):
             )
             # With limit_test_batches=0 there is nothing to tell.
             accuracy = results[0]["test_acc"] if results else math.nan
-            line = [f"Test accuracy {accuracy:.3f}" + (f" (best {checkpoint.monitor})" if best else "")]
-            compare = "--norms bn,sn,bcn"
-        else:
-            path = getattr(checkpoint, "best_model_path", "")
-            line = [f"Weights: {_short(path)}"] if path else []
-            compare = self._comparison()
+            line.append(f"Test accuracy {accuracy:.3f}" + (f" (best {checkpoint.monitor})" if best else ""))
+        if path := getattr(checkpoint, "best_model_path", ""):
+            line.append(f"Weights: {_short(path)}")
         if isinstance(trainer.logger, TensorBoardLogger):
             line.append(f"TensorBoard: tensorboard --logdir {_short(trainer.logger.root_dir)}")
         if compare:
@@ -331,12 +330,19 @@ class NormCLI(LightningCLI):
 
     def _comparison(self) -> str:
         """Return arguments of ``compare`` for the job that was trained; "" if its files or its metrics do not tell."""
+        # A schedule is of a value that the other normalizers may not have.
+        if any(isinstance(c, NormScheduler) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return ""
         files = [_short(str(file)) for file in self.config.fit.get("config") or ()]
+        built_in = isinstance(self.model, job.ImageClassifier)
+        if built_in and not files:
+            return "--norms bn,sn,bcn"
         # What the training itself logs would compare how well each norm fits the training data.
         logged = [name for name in self.trainer.callback_metrics if not name.startswith("train")]
-        if not files or not logged:
+        if not files or not (logged or built_in):
             return ""
-        metric = getattr(self.trainer.checkpoint_callback, "monitor", None) or logged[0]
+        monitored = getattr(self.trainer.checkpoint_callback, "monitor", None)
+        metric = "test_acc" if built_in else monitored or logged[0]
         typed = [*(word for file in files for word in ("--config", file)), "--norms", "bn,sn,bcn", "--metric", metric]
         return shlex.join(typed)
 
@@ -476,7 +482,9 @@ def _in_one_line(message: str) -> str:
     text = ""
     for part in parts:
         text += part if not text else f" {part}" if text.endswith(":") else f"; {part}"
-    return f"{text}, got {typed[1]!r}" if typed and parts[-1].startswith("expected ") else text
+    # Of an argument of a class jsonargparse tells the value by itself, and once more as an object of its own.
+    text, told = re.subn(r"(expected \w+)\. Got value: (.+)$", r"\1, got '\2'", text)
+    return f"{text}, got {typed[1]!r}" if typed and not told and parts[-1].startswith("expected ") else text
 
 
 def _classes_for(key: str) -> list[str]:

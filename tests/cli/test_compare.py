@@ -108,7 +108,7 @@ def test_a_job_of_ones_own_stopped_and_gone_on(job, capsys, monkeypatch):
 def test_the_swap_of_the_job_is_kept_but_for_its_normalizer(job, monkeypatch):
     """include stays, wherever the job says it; norm and norm_args are each contender's own."""
     seen = []
-    monkeypatch.setattr(training.Recorder, "on_train_epoch_end", lambda self, trainer, module: seen.append(str(module)))
+    monkeypatch.setattr(training.Recorder, "on_train_end", lambda self, trainer, module: seen.append(str(module)))
     section = {"norm": "gn", "norm_args": {"eps": 0.1}, "include": ["net.1"]}
     compare_one = ["--seeds", "1", "--run", "1", "--trainer.max_epochs", "1"]
     compare.run([*job(norm=section), *compare_one, "--out", "a"])
@@ -182,7 +182,9 @@ def test_hparams_of_runs_with_different_arguments_unite():
         content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
         start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
         columns.append({name: value.WhichOneof("kind") for name, value in start.hparams.items()})
-        assert [e.value for e in events.Scalars("val/acc")][-1] in (0.5, pytest.approx(0.6))
+        (last,) = events.Scalars("val/acc")
+        assert last.value in (0.5, pytest.approx(0.6))
+        assert last.step == 4  # where the run's curve ends
     assert len(columns) == 2
     assert columns[0] == columns[1]
     assert set(columns[0]) == {"norm", "seed", "threshold"}
@@ -445,6 +447,8 @@ def test_labels_and_numbers():
         (["--norms", "bn,bn"], "two normalizers are called 'bn'"),
         (["--norms", "bn,{norm: sn"], "cannot be read"),
         (["--norms", "bn,{exclud: 1, norm: sn}"], "Did you mean 'exclude'"),
+        (["--norms", "gn(num_groups=2)"], "norm_args: {name: value}"),
+        (["--norms", "bn,gn: {num_groups: 2}"], "{norm: gn, norm_args:"),
         (["--norms", "1"], "names no normalizer"),
         (["--norms", ","], "at least one|names no normalizer|cannot be read"),
         (["--seeds", "0"], "at least 1"),
@@ -470,6 +474,62 @@ def test_what_is_missing_is_told_before_anything_is_trained(monkeypatch, job):
     assert names == []
     monkeypatch.undo()
     assert matplotlib()
+
+
+@pytest.mark.parametrize(
+    ("norms", "more", "said"),
+    [
+        ("bn,{norm: gn, norm_args: {group: 2}}", [], "Did you mean 'num_groups'"),
+        ("bn,{norm: gn, norm_args: {num_groups: 5}}", [], "num_groups must divide them"),
+        ("bn,late: {rules: {'layer9.*': sn}}", [], "matched none of the"),
+        ("bn,x: {set: {trainer.max_epoks: 3}}", [], "trainer.max_epochs"),
+        ("bn,sn", ["--sweep", "data.init_args.size=8,x"], "size"),
+    ],
+)
+def test_a_mistake_in_any_run_is_told_before_the_first(job, monkeypatch, capsys, norms, more, said):
+    names = trained(monkeypatch)
+    with pytest.raises((ValueError, TypeError, SystemExit)) as error:
+        compare.run([*job(), "--norms", norms, *more])
+    assert said in f"{error.value}{capsys.readouterr().err}"
+    assert names == []
+    assert not Path("compare").exists()
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_metric_that_the_first_run_lacks_ends_the_command(job, jobs):
+    # Of those that wait for a file none ends, and none is waited for.
+    model = {"class_path": f"tests.cli.own_job.{'WaitsForAFile' if jobs == '2' else 'Classifier'}"}
+    arguments = [*job(model=model), "--seeds", "4", "--jobs", jobs]
+    with pytest.raises(ValueError, match=r"no metric 'val/ac'. Did you mean 'val/acc'"):
+        compare.run([*arguments, "--metric", "val/ac"])
+    done = list(Path("compare/runs").iterdir())
+    assert 1 <= len(done) < 8
+    with pytest.raises(ValueError, match="no metric 'val/ac'"):
+        compare.run([*arguments, "--metric", "val/ac"])
+    assert list(Path("compare/runs").iterdir()) == done
+
+
+def test_a_folder_takes_runs_of_one_comparison(job, monkeypatch):
+    compare.run([*job(), "--seeds", "1", "--norms", "bn"])
+    names = trained(monkeypatch)
+    for other in (["--sweep", "data.init_args.batch_size=8"], ["--trainer.max_epochs", "1"]):
+        with pytest.raises(ValueError, match="runs of different settings do not compare"):
+            compare.run([*job(), "--seeds", "1", "--norms", "sn", *other])
+    with pytest.raises(ValueError, match=r"job\.yaml is no folder"):
+        compare.run([*job(), "--out", "job.yaml"])
+    assert names == []
+
+
+def test_a_report_is_of_the_metric_of_the_last_one(tmp_path, capsys):
+    store = RunStore(tmp_path)
+    for record in (made_up("bn", 0, 0.5), made_up("sn", 0, 0.6)):
+        store.write(record["name"], record)
+    compare.run(["--report", str(tmp_path), "--metric", "val/acc", "--mode", "min"])
+    capsys.readouterr()
+    compare.run(["--report", str(tmp_path)])
+    assert "val/acc of the last epoch; lower is better" in capsys.readouterr().out
+    compare.run(["--report", str(tmp_path), "--mode", "max"])
+    assert "val/acc of the last epoch; higher is better" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

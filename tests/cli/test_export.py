@@ -57,7 +57,7 @@ def test_a_checkpoint_becomes_a_program(layers, target, trained, capsys):
         ["export", "--model", "exported_job.Exported", "--ckpt_path", "net.ckpt", "--layers", layers, "--out", "n.pt2"]
     )
     shown = capsys.readouterr().out
-    assert "written to n.pt2" in shown
+    assert "written to n.pt2; load it with torch.export.load('n.pt2').module()\n" in shown
     assert target is None or target in shown
     program = torch.export.load("n.pt2")
     assert bool([n for n in program.graph.nodes if "batch_norm" in str(n.target)]) == (layers == "plain")

@@ -171,7 +171,9 @@ def test_fit_prints_the_swap_the_progress_the_result_and_what_is_next(tmp_path):
         assert re.fullmatch(rf"Epoch {i}/2  train_loss [\d.]+  val_acc [\d.]+  \d+ s", line)
     assert closing.startswith("Test accuracy 0.")
     assert "tensorboard --logdir lightning_logs" in closing
-    assert "lightning-norm compare --norms bn,sn,bcn" in closing
+    # Of this configuration, and not of the job without it.
+    assert closing.endswith(f"lightning-norm compare --config {SN} --norms bn,sn,bcn --metric test_acc")
+    assert "Weights: lightning_logs/version_0/checkpoints/epoch=1-step=6.ckpt" in closing
     assert "\x1b" not in done.stdout + done.stderr
     assert list(tmp_path.glob("lightning_logs/version_0/events*"))
     saved = yaml.safe_load((tmp_path / "lightning_logs/version_0/config.yaml").read_text())

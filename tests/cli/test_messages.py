@@ -93,6 +93,7 @@ def refused(capfd, *arguments):
         (["fit", "job.yaml", "--norm", "sn"], "Type --config job.yaml."),
         (["train", "--config", "job.yaml"], "no command 'train'. Did you mean 'fit'?"),
         (["fit", "--model", "smal_job.Small"], "No module named 'smal_job'. Did you mean 'small_job'?"),
+        (["fit", *JOB, "--model.width", "8.5"], "small_job.Small': width: expected int, got '8.5'"),
         (["fit", "--model", "nowhere.Net"], "model: Problem with given class_path 'nowhere.Net': No module named"),
         (["fit", *JOB, "--trainer.callbacks+=NormMonitr"], "Did you mean 'NormMonitor'?"),
         (["fit", *JOB, "--optimizer", "SGDD"], "Did you mean 'SGD'?"),
@@ -145,6 +146,7 @@ def refused(capfd, *arguments):
         (["export", "--out", "net.txt"], "--out must end in .pt2 or .onnx, got 'net.txt'"),
         (["export", "--out", "net.pt2"], "no model. Type --model my_module.MyModel"),
         ([*EXPORT, "--shpe", "2x3"], "Did you mean '--shape'?"),
+        ([*EXPORT[:3], "--model", "small_job.Plain", "--shape", "2x3"], "Plain has no forward, which export writes"),
         (EXPORT, "the input of Small is not known: type --shape 1x3x32x32 (say)"),
         ([*EXPORT, "--shape", "2,3"], "--shape must read like 1x3x32x32, got '2,3'"),
         ([*EXPORT, "--shape", "2x5"], "Small takes no input of 2x5: mat1 and mat2 shapes cannot be multiplied"),
@@ -203,6 +205,17 @@ def test_a_run_of_ones_own_job_says_where_its_weights_are_and_how_to_compare(cap
         "TensorBoard: tensorboard --logdir lightning_logs     "
         "compare: lightning-norm compare --config job.yaml --norms bn,sn,bcn --metric val_loss"
     )
+
+
+def test_a_job_with_a_schedule_is_not_told_to_compare_what_has_no_such_value(capfd):
+    schedule = {"class_path": "NormScheduler", "init_args": {"schedules": {"radius": 0.1}}}
+    norm = {"norm": "sn", "norm_args": {"sparse": True}}
+    job = {"model": "small_job.Small", "norm": norm, "trainer": {"callbacks": [schedule]}}
+    Path("job.yaml").write_text(yaml.safe_dump(job))
+    main(["fit", "--config", "job.yaml", *JOB[2:], "--trainer.enable_checkpointing=true"])
+    closing = capfd.readouterr().out.splitlines()[-1]
+    assert closing.startswith("Weights: ")
+    assert "compare" not in closing
 
 
 def test_a_second_fit_without_a_logger_leaves_what_is_there():

@@ -54,9 +54,10 @@ LOWER_IS_BETTER = ("loss", "err", "mse", "mae", "rmse", "perplexity", "fid", "nl
 def run(argv: Sequence[str]) -> None:
     """Train what is missing, then print the table and write the report.
 
-    1. The job is parsed once, so that a mistake in it is told within seconds.
-    2. Runs whose files are there, with the same settings, are not trained again.
-    3. The others are trained in this process, or in ``--jobs`` processes that take them one after another.
+    1. Runs whose files are there, with the same settings, are not trained again.
+    2. Of the others each normalizer and each point of the sweep is tried: a mistake is told within seconds.
+    3. They are trained in this process, or in ``--jobs`` processes that take them one after another. A metric that
+       the first one did not log ends the command.
     4. When all are there, the report is written. A worker, and a process with ``--run``, writes none.
 
     Args:
@@ -71,22 +72,19 @@ def run(argv: Sequence[str]) -> None:
     if options.report:
         report_only(options, job)
         return
-    if options.seeds < 1 or options.jobs < 1:
-        raise ValueError(f"compare needs --seeds and --jobs of at least 1, got {options.seeds} and {options.jobs}.")
     job = job_of(options, job)
-    contenders = read_contenders(options.norms)
-    runs = all_runs(contenders, read_sweeps(options.sweep), range(options.seeds))
-    labels = [c.label for c in contenders]
-    baseline = options.baseline or (BASELINE if BASELINE in labels else labels[0])
-    if baseline not in labels:
-        raise ValueError(f"--baseline {baseline!r} is none of the normalizers compared: {', '.join(labels)}.")
+    runs, labels, baseline = _read(options)
     metric, higher = metric_of(options)
     if not options.list and not options.worker:
         _check_before_training(options, labels)
     store = RunStore(Path(options.out))
-    # Parsed once before anything is trained: a mistake in the job is told within seconds.
     settings = _settings_of(job, runs[0], store.folder)
+    _check_folder(store, runs, settings)
     remaining = [r for r in runs if not _finished(store, r, settings)]
+    # A worker was started, and a run of a list typed, by what has tried them.
+    if not options.worker and options.run is None:
+        check_metric(_records(store, runs), metric)
+        _try(job, remaining, store.folder)
     if options.list:
         # A list that was read from a file has several lines, and each command is to be one.
         argv = [part.replace(options.norms, options.norms.replace("\n", " ")) for part in argv]
@@ -102,18 +100,39 @@ def run(argv: Sequence[str]) -> None:
     try:
         with interruption:
             if options.jobs > 1 and len(remaining) > 1:
-                _spread(argv, options.jobs, store, remaining, interruption)
+                _spread(argv, options.jobs, store, remaining, metric, interruption)
             else:
                 _train(store, remaining, job, options, interruption)
     except KeyboardInterrupt:
         # Read from the folder, for other processes may have finished some.
-        done = len(runs) - sum(store.read(r.name) is None for r in runs)
+        done = len(_records(store, runs))
         print(f"\nStopped: {done} of {counted(len(runs), 'run')} done. The same command goes on.", file=sys.stderr)
         raise SystemExit(interruption.status) from None
     # The process that started the workers, or a later command, writes the report.
     if options.worker or options.run is not None:
         return
-    _report(store, [r for r in (store.read(r.name) for r in runs) if r is not None], options, baseline, metric, higher)
+    _report(store, _records(store, runs), options, baseline, metric, higher)
+
+
+def _read(options: argparse.Namespace) -> tuple[list[Run], list[str], str]:
+    """Return all runs, the labels of the normalizers, and that of the baseline.
+
+    Raises:
+        ValueError: an option cannot be read, or names nothing that there is.
+    """
+    if options.seeds < 1 or options.jobs < 1:
+        raise ValueError(f"compare needs --seeds and --jobs of at least 1, got {options.seeds} and {options.jobs}.")
+    contenders = read_contenders(options.norms)
+    labels = [c.label for c in contenders]
+    baseline = options.baseline or (BASELINE if BASELINE in labels else labels[0])
+    if baseline not in labels:
+        raise ValueError(f"--baseline {baseline!r} is none of the normalizers compared: {', '.join(labels)}.")
+    return all_runs(contenders, read_sweeps(options.sweep), range(options.seeds)), labels, baseline
+
+
+def _records(store: RunStore, runs: Sequence[Run]) -> list[Record]:
+    """Return those that have finished."""
+    return [record for record in (store.read(r.name) for r in runs) if record is not None]
 
 
 def _check_before_training(options: argparse.Namespace, labels: Sequence[str]) -> None:
@@ -226,6 +245,10 @@ def report_only(options: argparse.Namespace, job: Sequence[str]) -> None:
             raise ValueError(_do_not_compare(store, differ))
     labels = list(dict.fromkeys(record["label"] for record in records))
     baseline = options.baseline or (BASELINE if BASELINE in labels else labels[0])
+    earlier = store.read_report()
+    if earlier and options.metric in (None, earlier["metric"]):
+        options.metric = earlier["metric"]
+        options.mode = options.mode or ("max" if earlier["higher_is_better"] else "min")
     metric, higher = metric_of(options)
     _report(store, records, options, baseline, metric, higher)
 
@@ -264,7 +287,7 @@ def check_metric(records: Sequence[Record], metric: str) -> None:
             raise ValueError(
                 f"the runs logged no metric {metric!r}.{did_you_mean(metric, known)} Logged: "
                 f"{', '.join(dict.fromkeys(known)) or 'none'}. "
-                "Nothing is lost: the same command with another --metric trains nothing again."
+                "Nothing is lost: the same command with another --metric goes on from the runs that are done."
             )
 
 
@@ -298,7 +321,11 @@ def _train(
                 if not claimed:
                     elsewhere.append(r)
                 elif store.read(r.name) is None:  # another process may have finished it since
-                    store.write(r.name, train(r, job, store.folder, options.take == "best", interruption.check))
+                    record = train(r, job, store.folder, options.take == "best", interruption.check)
+                    store.write(r.name, record)
+                    # Told behind the first run and not the last. Of workers the process that started them tells it.
+                    if not options.worker:
+                        check_metric([record], metric_of(options)[0])
     if not options.worker:
         _wait(store, elsewhere, interruption)
 
@@ -329,7 +356,9 @@ def _wait(store: RunStore, runs: Sequence[Run], interruption: Interruption) -> N
             time.sleep(1)
 
 
-def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run], interruption: Interruption) -> None:
+def _spread(
+    argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run], metric: str, interruption: Interruption
+) -> None:
     """Let several processes of this command take the runs one after another; show how many are done.
 
     Args:
@@ -337,10 +366,12 @@ def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]
         jobs: how many processes.
         store: the folder that they share.
         runs: that remain.
+        metric: that each of them is to have logged.
         interruption: by a signal.
 
     Raises:
         RuntimeError: a process has failed; with the end of what it wrote.
+        ValueError: a run did not log the metric.
     """
     # Each process would otherwise take all cores, and all of them together run slower than one.
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -360,8 +391,10 @@ def _spread(argv: Sequence[str], jobs: int, store: RunStore, runs: Sequence[Run]
                     interruption.check()
                     running = [w for w in workers if w.poll() is None]
                     # Counted in the folder: the workers do not talk to this process.
-                    before, done = done, sum(store.read(r.name) is not None for r in runs)
+                    records = _records(store, runs)
+                    before, done = done, len(records)
                     bar.update(done - before)
+                    check_metric(records, metric)
                     if not terminal and done > before:
                         print(f"Runs {done}/{len(runs)}", file=sys.stderr, flush=True)
                     if not running:
@@ -433,12 +466,12 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
             worker.wait()
 
 
-def _settings_of(job: Sequence[str], first: Run, folder: Path) -> dict[str, str]:
+def _settings_of(job: Sequence[str], run: Run, folder: Path) -> dict[str, str]:
     """Return what the job's configuration says, which all runs of a folder must share.
 
     Args:
         job: arguments of ``fit``.
-        first: a run, whose contender is parsed with them.
+        run: whose contender is parsed with them.
         folder: of the comparison.
 
     Raises:
@@ -457,10 +490,58 @@ def _settings_of(job: Sequence[str], first: Run, folder: Path) -> dict[str, str]
     try:
         with quiet():
             also = {"also": own_options(parser())}
-            ParsedOnly([*job], first.contender.swap, [], folder, first.name, parser_kwargs=also)
+            ParsedOnly([*job], run.contender.swap, [], folder, run.name, parser_kwargs=also)
     except Parsed as parsed:
         settings: dict[str, str] = parsed.args[0]
     return settings
+
+
+def _try(job: Sequence[str], runs: Sequence[Run], folder: Path) -> None:
+    """Parse each normalizer and each point of the sweep, and plan each swap, so that no mistake waits for its turn.
+
+    Args:
+        job: arguments of ``fit``.
+        runs: that remain.
+        folder: of the comparison.
+
+    Raises:
+        SystemExit: an entry of the sweep, or one under ``set``, is wrong; the message says where.
+        TypeError: a normalizer takes no such argument.
+        ValueError: a normalizer or a choice of layers does not fit the model.
+    """
+    from lightning_norm.cli.compare.training import plan_swap
+
+    # Each once, and not all with all: a parse takes a second, and a large model its time to build.
+    for run in {r.sweep: r for r in reversed(runs)}.values():
+        _settings_of(run.arguments(job), run, folder)
+    for run in {r.contender.label: r for r in reversed(runs)}.values():
+        _settings_of(run.arguments(job), run, folder)
+        if run.contender.swap:
+            plan_swap(run, run.arguments(job), folder)
+
+
+def _check_folder(store: RunStore, runs: Sequence[Run], settings: Mapping[str, str]) -> None:
+    """Refuse a folder of another comparison before anything is trained into it.
+
+    Args:
+        store: the folder.
+        runs: of this comparison.
+        settings: of the job as it is now.
+
+    Raises:
+        ValueError: a run in it has other settings, or another sweep.
+    """
+    for path in sorted(store.runs.glob("*.json")):
+        record = store.read(path.stem)
+        # Another process may have deleted it since.
+        if record is None:
+            continue
+        swept = dict(runs[0].sweep)
+        differ = _other_settings(record, settings, [{"sweep": swept, "set": {}}, record])
+        if record["sweep"].keys() != swept.keys():
+            differ["--sweep"] = ([*record["sweep"]], [*swept])
+        if differ:
+            raise ValueError(_do_not_compare(store, differ))
 
 
 def _finished(store: RunStore, r: Run, settings: dict[str, str]) -> bool:

@@ -215,7 +215,7 @@ class Report:
             notes.append(f"{remaining} of {len(rows) + remaining} rows without a run so far; the same command goes on.")
         if seeds < LEAST_SEEDS:
             notes.append(f"{counted(seeds, 'seed')}: too few for a verdict, --seeds {LEAST_SEEDS} gives one.")
-        else:
+        elif len(self.labels) > 1:
             notes.append(
                 "An interval that contains 0 is no evidence of a difference. Differences are paired by seed; Student's "
                 f"t, Bonferroni over {counted(self.comparisons, 'comparison')}; they say "
@@ -226,7 +226,7 @@ class Report:
             ratio = half_width_ratio(seeds, seeds, self.comparisons)
             notes.append(
                 f"One more seed costs about {_duration(seconds)} of training; {seeds} more would narrow the intervals "
-                f"to about {ratio:.0%} ({_duration(seconds * seeds)})."
+                f"to about {100 * ratio:.0f} % of their width ({_duration(seconds * seeds)})."
             )
         decided = [r for r in rows if r.get("verdict") in ("higher", "lower")]
         for row in decided:
@@ -237,7 +237,8 @@ class Report:
             )
         if any(r["step_ms"] for r in rows):
             notes.append(
-                "Step times and memory are medians of whole runs; `lightning-norm bench` measures side by side."
+                f"Step times and memory are medians of whole runs, memory from {LEAST_MB:.0f} MB on; "
+                "`lightning-norm bench` measures side by side."
             )
         if self.baseline == "bn":
             notes.append("bn is the network as it is, unswapped.")
@@ -328,13 +329,14 @@ class Report:
                 series = [r["history"][name] for r in self.of(label, point).values() if name in r["history"]]
                 _curve(axes, series, label, i)
             title = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in point)
-            axes.set_title(title or name, loc="left")
+            axes.set_title(title, loc="left")
             _dress(axes, "epoch")
         # Panels that no point has taken.
         for axes in list(grid):
             axes.set_visible(False)
         seeds = max(len(self.of(label, p)) for label in self.labels for p in self.points)
-        made.suptitle(f"{name}: mean over {counted(seeds, 'seed')}, band: one standard deviation")
+        what = f"mean over {seeds} seeds, band: one standard deviation" if seeds > 1 else "one seed"
+        made.suptitle(f"{name}: {what}")
         with writing_whole(path) as there:
             made.savefig(there)
 
@@ -410,7 +412,8 @@ class Report:
             with SummaryWriter(str(target)) as writer:
                 for summary in hparams(row, {self.metric: 0.0}):  # type: ignore[no-untyped-call]
                     writer._get_file_writer().add_summary(summary)
-                writer.add_scalar(self.metric, self.value(record))
+                # At the end of the run's curve, in whose chart it is drawn as well.
+                writer.add_scalar(self.metric, self.value(record), record["steps"])
 
 
 def check_pictures() -> None:
@@ -555,7 +558,8 @@ def _dress(axes: Any, below: str) -> None:
     """Give the axes of a picture their grid, label and legend."""
     axes.set_xlabel(below)
     if below == "epoch":
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        # One epoch alone has one tick, and not nine between 0.96 and 1.04.
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     # Values such as 0.9812 are read as they are, not as an offset and a rest. A logarithmic axis has no offset.
     axes.ticklabel_format(axis="y", useOffset=False) if hasattr(
         axes.yaxis.get_major_formatter(), "set_useOffset"

@@ -61,6 +61,11 @@ class Run:
     sweep: tuple[tuple[str, str], ...]
     seed: int
 
+    def arguments(self, job: Sequence[str]) -> list[str]:
+        """Return the arguments of ``fit`` that train it, from those of the job."""
+        swept = [part for key, value in self.sweep for part in (f"--{key}", value)]
+        return [*job, *swept, *self.contender.arguments(), "--seed_everything", str(self.seed)]
+
     @property
     def name(self) -> str:
         """Return the name of the run's file: readable, and different for different runs."""
@@ -133,6 +138,9 @@ def _contender(entry: Any) -> Contender:
             raise ValueError(f'--norms takes normalizers and no file: type --norms "$(cat {entry})" for what it holds.')
         if len(words := entry.split()) > 1 and all(word in normalizers() for word in words):
             raise ValueError(f"--norms {entry!r}: normalizers are separated by commas. Type --norms {','.join(words)}.")
+        # As the tables name it.
+        if key := re.match(r"(\w+)\(", entry):
+            raise ValueError(f"--norms: {entry!r} is no key. {_with_arguments(key[1])}")
         entry = {"norm": entry}
     if not isinstance(entry, Mapping) or not entry:
         raise ValueError(f"--norms: {entry!r} names no normalizer. Type a key, such as sn (`lightning-norm list`).")
@@ -140,7 +148,7 @@ def _contender(entry: Any) -> Contender:
         entry = {"norm": entry}
     unknown = sorted(map(str, set(entry) - set(known)))
     if unknown:
-        guess = did_you_mean(unknown[0], known)
+        guess = f" {_with_arguments(str(label))}" if label in normalizers() else did_you_mean(unknown[0], known)
         raise ValueError(
             f"--norms: {dict(entry)!r} has unknown entries: {', '.join(unknown)}.{guess} Known: those of the section "
             f"norm: and {SET}."
@@ -156,6 +164,15 @@ def _contender(entry: Any) -> Contender:
     shown = ", ".join(f"{name}={value}" for name, value in {**arguments, **(swap.get("norm_args") or {})}.items())
     name = cls.key or cls.__name__
     return Contender(str(label or (f"{name}({shown})" if shown else name)), swap, entries)
+
+
+def _with_arguments(key: str) -> str:
+    """Return how a normalizer with arguments is typed.
+
+    >>> _with_arguments("gn")
+    "Type arguments like '{norm: gn, norm_args: {name: value}}'."
+    """
+    return f"Type arguments like '{{norm: {key}, norm_args: {{name: value}}}}'."
 
 
 def read_sweeps(texts: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -56,6 +56,8 @@ class RunStore:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except NotADirectoryError as error:
+            raise ValueError(f"{self.folder} is no folder. Type --out FOLDER, one that is there or not yet.") from error
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, and the run is trained again.") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -79,6 +81,14 @@ class RunStore:
         if not records:
             raise ValueError(f"{self.folder} holds no finished run: expected files in {self.runs}.")
         return [record for record in records if record is not None]
+
+    def read_report(self) -> Record | None:
+        """Return what the last report was of, as ``results.json`` says it; ``None`` where there is none."""
+        try:
+            report = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return report if isinstance(report, dict) and report.keys() >= {"metric", "higher_is_better"} else None
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Write a finished run under a temporary name and rename it, so that no reader meets half a file."""

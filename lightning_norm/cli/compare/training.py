@@ -24,8 +24,10 @@ from lightning_norm.callbacks import NormContext, NormSwap
 from lightning_norm.cli.compare.runs import Run
 from lightning_norm.cli.norm_cli import NormCLI, class_path
 from lightning_norm.cli.section import SECTION, non_defaults
+from lightning_norm.demo.job import ImageClassifier
 from lightning_norm.errors import NoEffectWarning
 from lightning_norm.normalizers.context.context_norm import ContextNorm
+from lightning_norm.surgery.swap import swap
 
 REPLACED = ("norm", "norm_args", "rules", "plan")
 """Entries of the job's own section ``norm:`` that say which normalizer: each contender brings its own."""
@@ -183,14 +185,7 @@ def train(
         KeyboardInterrupt: the training was interrupted.
     """
     started, memory, recorder = time.perf_counter(), _start_peak(), Recorder(check)
-    swept = [part for key, value in run.sweep for part in (f"--{key}", value)]
-    cli = JobCLI(
-        [*args, *swept, *run.contender.arguments(), "--seed_everything", str(run.seed)],
-        run.contender.swap,
-        [recorder],
-        folder,
-        run.name,
-    )
+    cli = JobCLI(run.arguments(args), run.contender.swap, [recorder], folder, run.name)
     trainer, model = cli.trainer, cli.model
     with _interruptions_of(trainer):
         trainer.fit(model, datamodule=cli.datamodule)
@@ -229,6 +224,33 @@ def train(
         },
         "device": str(model.device),
     }
+
+
+def plan_swap(run: Run, args: Sequence[str], folder: Path) -> None:
+    """Build the model and say what the run's swap would refuse, without training.
+
+    Args:
+        run: of a contender that swaps.
+        args: of the command line of ``fit``.
+        folder: of the comparison; nothing is written into it.
+
+    Raises:
+        TypeError: the normalizer takes no such argument.
+        ValueError: the normalizer or the choice of layers does not fit the model.
+    """
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself says it
+        cli = JobCLI(args, run.contender.swap, [], folder, run.name)
+        model = cli.model
+        # Of layers that are built there, a Trainer alone can tell.
+        if not isinstance(model, ImageClassifier) and any(
+            is_overridden(hook, model, pl.LightningModule) for hook in ("configure_model", "setup")
+        ):
+            return
+        for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+            if isinstance(callback, NormSwap):
+                arguments = callback.swap_arguments() | {"on_empty": callback.options.on_empty}
+                swap(model, **arguments, dry_run=True, example=model.example_input_array)
 
 
 def flat(config: Any, swap: Mapping[str, Any]) -> dict[str, str]:
