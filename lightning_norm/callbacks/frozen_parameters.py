@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from lightning_norm.callbacks.lightning_compat import pl
+from lightning_norm.layers.arguments import as_int
 
 
 def check_epoch(what: str, epoch: int | None) -> int | None:
@@ -19,9 +20,10 @@ def check_epoch(what: str, epoch: int | None) -> int | None:
     Raises:
         ValueError: not an int, or below 0.
     """
-    if epoch is not None and (not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0):
+    number = as_int(epoch)
+    if epoch is not None and (number is None or number < 0):
         raise ValueError(f"{what} must be an epoch (an int >= 0) or None, got {epoch!r}.")
-    return epoch
+    return number
 
 
 def may_stop_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

@@ -29,6 +29,7 @@ from lightning_norm.callbacks.training_data import (
     shape_of,
 )
 from lightning_norm.errors import NoEffectWarning, counted
+from lightning_norm.layers.arguments import check_count
 from lightning_norm.normalizers.context.assignment import assign, context_layers, set_centroids
 from lightning_norm.ops import kmeans
 from lightning_norm.surgery.restore import random_numbers_restored
@@ -90,12 +91,10 @@ class NormContext(Described, Callback):
     ) -> None:
         if context_fn is not None and key is not None:
             raise ValueError("NormContext: context_fn and key exclude each other.")
-        # Told at construction, where the traceback leads to the user's own line.
-        for name, value in (("views", views), ("fit_batches", fit_batches)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"NormContext: {name} must be a positive int, got {value!r}.")
         self.context_fn, self.key, self.images = context_fn, key, images
-        self.views, self.fit_batches, self.seed = views, fit_batches, seed
+        # Told at construction, where the traceback leads to the user's own line.
+        self.views = check_count("NormContext: views", views)
+        self.fit_batches, self.seed = check_count("NormContext: fit_batches", fit_batches), seed
         self.loader = loader
         self._function = import_function("NormContext", "context_fn", context_fn)
         # Looked up at the start of each stage, since a swap may put other layers there.

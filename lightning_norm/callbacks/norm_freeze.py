@@ -14,9 +14,10 @@ from lightning_norm.callbacks.frozen_parameters import check_epoch, drop_gradien
 from lightning_norm.callbacks.lightning_compat import Callback, pl, rank_zero_info, rank_zero_warn
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.errors import NoEffectWarning, counted
+from lightning_norm.layers.arguments import check_flags
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.behind import stays_in_evaluation
-from lightning_norm.surgery.options import Pattern
+from lightning_norm.surgery.options import Pattern, check_pattern
 from lightning_norm.surgery.select import choose_layers
 from lightning_norm.surgery.torch_layers import TORCH_NORMS
 from lightning_norm.surgery.torch_private import TorchRunningNormBase
@@ -65,13 +66,15 @@ class NormFreeze(Described, Callback):
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
     ) -> None:
-        if at_epoch is None or check_epoch("NormFreeze: at_epoch", at_epoch) is None:
+        epoch = check_epoch("NormFreeze: at_epoch", at_epoch)
+        if epoch is None:
             raise ValueError("NormFreeze: at_epoch must be an epoch (an int >= 0), got None. Leave out NormFreeze.")
+        check_flags("NormFreeze: ", statistics=statistics, affine=affine)
         if not statistics and not affine:
             raise ValueError("NormFreeze(statistics=False, affine=False) freezes nothing. Type affine=True, say.")
-        self.at_epoch, self.statistics, self.affine = at_epoch, statistics, affine
-        self.include: Pattern | None = include
-        self.exclude: Pattern | None = exclude
+        self.at_epoch, self.statistics, self.affine = epoch, statistics, affine
+        self.include: Pattern | None = check_pattern("NormFreeze: include", include)
+        self.exclude: Pattern | None = check_pattern("NormFreeze: exclude", exclude)
         self.layers: dict[str, nn.Module] = {}
         self._chosen: dict[str, nn.Module] = {}
         self._patches = Patches()

@@ -23,6 +23,8 @@ from lightning_norm.callbacks.lightning_compat import (
 from lightning_norm.callbacks.lightning_private import without_iterator
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.training_data import as_in_training, import_function, loader_of, refuse_stream
+from lightning_norm.layers.arguments import check_count
+from lightning_norm.surgery.options import check_pattern
 from lightning_norm.surgery.recalibrate import Recalibration, layers_of, recalibrate, try_on
 from lightning_norm.surgery.restore import random_numbers_restored
 
@@ -83,11 +85,11 @@ class NormRecalibrate(Described, Callback):
         forward: str | Callable[[Any, Any], Any] | None = None,
         loader: Any = None,
     ) -> None:
-        if num_batches < 1:
-            raise ValueError(f"NormRecalibrate: num_batches must be at least 1, got {num_batches!r}.")
+        self.num_batches = check_count("NormRecalibrate: num_batches", num_batches)
+        self.exclude = check_pattern("NormRecalibrate: exclude", exclude)
         if when not in WHEN:
             raise ValueError(f"NormRecalibrate: when must be one of {WHEN}, got {when!r}.")
-        self.num_batches, self.when, self.exclude, self.inputs = num_batches, when, exclude, inputs
+        self.when, self.inputs = when, inputs
         self.forward, self.loader = forward, loader
         self.result: Recalibration | None = None
         self._function = import_function("NormRecalibrate", "forward", forward)

@@ -132,6 +132,8 @@ def plain_value(value: Any) -> Any:
     """
     if isinstance(value, enum.Enum):
         return plain_value(value.value)
+    if isinstance(value, type):  # such as numpy.float32 for a dtype, which has the attributes of its numbers
+        return value
     if hasattr(value, "tolist") and hasattr(value, "ndim"):  # NumPy's and torch's, and what is like them
         return plain_value(value.tolist())
     for kinds, plain in _PLAIN:
@@ -147,6 +149,31 @@ def plain_value(value: Any) -> Any:
             values.sort(key=repr)
         return tuple(values) if isinstance(value, tuple) else values
     return value
+
+
+def check_count(what: str, value: Any) -> int:
+    """Return a number of things as an int; ``what`` names it.
+
+    Raises:
+        ValueError: it is no whole number above 0.
+    """
+    count = as_int(value)
+    if count is None or count < 1:
+        raise ValueError(f"{what} must be a positive int, got {value!r}.")
+    return count
+
+
+def check_flags(who: str, **flags: Any) -> None:
+    """Check values that are true or false; ``who`` precedes the error.
+
+    Raises:
+        ValueError: another value, such as the text "false", which Python takes for true.
+
+    >>> check_flags("NormFreeze: ", affine=True)
+    """
+    for name, value in flags.items():
+        if plain_value(value) not in (True, False):
+            raise ValueError(f"{who}{name} must be True or False, got {value!r}.")
 
 
 def is_at_least_zero(value: Any) -> bool:

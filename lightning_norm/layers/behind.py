@@ -82,7 +82,7 @@ class TakenActivation(nn.Module):
         for key, (ref, _) in list(self._due.items()):
             y = ref()
             # A view of the whole output, or the output detached.
-            if y is not None and y.shape == input.shape and y.is_set_to(input):
+            if y is not None and y.shape == input.shape and not y.is_meta and y.is_set_to(input):
                 del self._due[key]
                 return input
         if not torch_private.is_transformed():

@@ -104,8 +104,13 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
 def _refusal(x: object, channel_dim: int, who: str) -> Exception:
     if isinstance(x, Tensor) and x.dtype.is_floating_point:
         return ValueError(f"{who}: channel_dim must be 1 (images) or -1 (tokens), got {channel_dim}.")
-    came = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
-    return TypeError(f"{who} expects a floating-point tensor, got {came}. Convert it first: x.float().")
+    if isinstance(x, Tensor):
+        came, remedy = f"{x.dtype} tensor", "x.dequantize()" if x.is_quantized else "x.float()"
+    else:
+        came, remedy = type(x).__name__, "torch.as_tensor(x).float()"
+    # What float() would make of a complex tensor has lost a half of it.
+    hint = "" if isinstance(x, Tensor) and x.is_complex() else f" Convert it first: {remedy}."
+    return TypeError(f"{who} expects a floating-point tensor, got {came}.{hint}")
 
 
 def _wrong_shape(shape: tuple[int, ...], axis: int, num_features: int) -> str:

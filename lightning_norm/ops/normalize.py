@@ -264,8 +264,9 @@ def check_ending(x: Tensor, activation: str, residual: Tensor | None) -> None:
     Raises:
         ValueError: one of them.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}.")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        came = repr(activation) if isinstance(activation, (str, int, float)) else f"a {type(activation).__name__}"
+        raise ValueError(f"normalize: activation must be one of {tuple(ACTIVATIONS)}, got {came}.")
     # By static shapes, since torch.jit.trace warns where traced ones are compared.
     shape, wanted = (None if t is None else torch_private.static_shape(t) for t in (residual, x))
     if shape is not None and shape != wanted:

@@ -410,9 +410,14 @@ def unchanged_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def settings_of(layer: nn.Module) -> dict[str, Any]:
-    """Return the numbers and flags that torch's layers have too, by their names, and that code sets at run time."""
+    """Return the numbers and flags that torch's layers have too, by their names, and that code sets at run time.
+
+    Of weight, bias and the running statistics it is whether there are any: code sets them to ``None`` as well.
+    """
     names = ("eps", "momentum", "track_running_stats")
-    return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+    settings = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+    there = {name: getattr(layer, name, None) is not None for name in ("weight", "bias")}
+    return {**settings, **there, "running statistics": getattr(layer, "has_running_stats", True)}
 
 
 def restore_original(
@@ -433,14 +438,19 @@ def restore_original(
     """
     # A momentum that both can schedule is each layer's own, as other scheduled values are.
     scheduled = module.ranges if isinstance(module, Normalizer) else ()
-    for name, now in settings_of(layer).items():
-        if name in settings and now != settings[name] and hasattr(module, name) and name not in scheduled:
-            setattr(module, name, now)
+    now = settings_of(layer)
+    for name in ("eps", "momentum", "track_running_stats"):
+        if name in settings and now[name] != settings[name] and hasattr(module, name) and name not in scheduled:
+            setattr(module, name, now[name])
     # The user may have called eval() or train() since, on a model that does not hold the original.
     module.training = requested_mode(layer)
     if isinstance(module, Normalizer):
         keep_in_evaluation(module, stays_in_evaluation(module), requested_mode(layer))
     layer.return_to(module)
+    statistics = getattr(module, "running_names", ("running_mean", "running_var"))
+    for name, tensors in {"weight": ("weight",), "bias": ("bias",), "running statistics": statistics}.items():
+        for tensor in tensors if settings.get(name) and not now[name] else ():
+            setattr(module, tensor, None)
     for child in layer._modules.keys() & module._modules.keys():  # the user may have put another one there
         module._modules[child] = layer._modules[child]
     device, dtype = device_and_dtype(layer)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeAlias, Ty
 
 from torch import nn
 
-from lightning_norm.layers.arguments import TORCH_NAMES, arguments_of, as_int, plain_value
+from lightning_norm.layers.arguments import TORCH_NAMES, arguments_of, as_int, check_flags, plain_value
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.registry import NormSpec
 from lightning_norm.normalizers import resolve
@@ -119,9 +119,12 @@ class SwapOptions:
             )
         check_sync(self.sync)
         check_group(self.sync_group)
+        check_flags("", **{each.name: getattr(self, each.name) for each in fields(self) if each.type == "bool"})
         self._check_choice()
 
     def _check_choice(self) -> None:
+        for name in ("include", "exclude"):
+            check_pattern(name, getattr(self, name))
         if self.filter is not None and not callable(self.filter):
             raise TypeError(f"filter must be a function of a layer's name and the layer, got {self.filter!r}.")
         every = as_int(self.every)
@@ -159,6 +162,23 @@ class SwapOptions:
     def targets(self) -> set[type[Normalizer]]:
         """The classes that layers may become."""
         return {resolved[0] for resolved in (self.resolved_norm, *self.resolved_rules.values()) if resolved is not None}
+
+
+def check_pattern(what: str, pattern: Any) -> Pattern | None:
+    """Return what is to choose layers by their names in plain types; ``what`` names it.
+
+    Raises:
+        TypeError: it is neither a text nor a list of texts.
+    """
+    pattern = plain_value(pattern)
+    several = isinstance(pattern, (list, tuple))
+    for entry in pattern if several else [] if pattern is None else [pattern]:
+        if not isinstance(entry, str):
+            text = str(entry.pattern) if isinstance(entry, re.Pattern) else str(entry)
+            remedy = f" Type {[text] if several else text!r}." if isinstance(entry, (re.Pattern, int)) else ""
+            raise TypeError(f"{what} must be a regular expression or a list of names, as text, got {entry!r}.{remedy}")
+    chosen: Pattern | None = pattern
+    return chosen
 
 
 def _is_name(value: Any) -> bool:

@@ -82,10 +82,15 @@ class Reach:
         if id(replaced) in self.ran:
             also = "as well" if id(layer) in self.ran else "in its place"
             return f"the {type(replaced).__name__} that it has replaced ran {also}: a list, dict or closure holds that"
-        if self.hooks and id(layer) not in self.ran:
+        # What only its own forward reads has a gradient: that was called by itself, and no hook with it.
+        own = not silent and not {"weight", "bias"}.issuperset(trainable)
+        if self.hooks and id(layer) not in self.ran and not own:
             # Some of its tensors have a gradient although it did not run.
             if len(silent) < len(trainable):
-                return "did not run, and code that uses its tensors did: a bound method, or a call of a function"
+                return (
+                    "was not called, and code that uses its tensors was: self.bn.forward(x), a bound method, or a "
+                    "call of a function"
+                )
             return "did not run: this step does not use it, or calls a bound method of what it has replaced"
         return f"ran, and {', '.join(silent)} got no gradient" if gradients and silent else ""
 

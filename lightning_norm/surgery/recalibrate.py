@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from lightning_norm.errors import counted
 from lightning_norm.layers.accumulators import StatisticsAccumulator
+from lightning_norm.layers.arguments import check_count
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.layers.running_stats import write_running
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import layout_of
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.sync import Ranks, active_ranks
-from lightning_norm.surgery.options import Pattern
+from lightning_norm.surgery.options import Pattern, check_pattern
 from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.select import ModuleSlot, matches
 from lightning_norm.surgery.text_tables import TableReport
@@ -100,8 +101,7 @@ def recalibrate(
     >>> print(recalibrate(model, [torch.randn(4, 3, 8, 8) for _ in range(5)]))
     running statistics of 1 layer re-estimated on 5 batches
     """
-    if num_batches < 1:
-        raise ValueError(f"recalibrate: num_batches must be at least 1, got {num_batches!r}.")
+    num_batches = check_count("recalibrate: num_batches", num_batches)
     layers = layers_of(model, exclude)
     if not layers:
         raise ValueError("recalibrate: the model has no layer with running statistics (or all are excluded).")
@@ -125,6 +125,7 @@ def layers_of(model: nn.Module, exclude: Pattern | None = None) -> dict[str, nn.
         ValueError: the statistics of one cannot be re-estimated.
     """
     layers: dict[str, nn.Module] = {}
+    exclude = check_pattern("recalibrate: exclude", exclude)
     for module, (name, *_) in names_by_module(model).items():
         if not isinstance(module, (Normalizer, TorchBatchNormBase)) or not module.track_running_stats:
             continue

@@ -333,7 +333,7 @@ class SwapReport(TableReport):
                 if now is not layer:
                     raise RuntimeError(
                         f"cannot undo: {slot.name} holds {type(now).__name__} and no longer the "
-                        f"{type(layer).__name__} of this swap. Undo later swaps first."
+                        f"{type(layer).__name__} of this swap. Undo later swaps, and changes of your own, first."
                     )
         for slot, place, _ in self._taken:
             for parent, attribute in slot.parents:

@@ -56,6 +56,13 @@ def _checked_row(row: Any, seen: set[str], may_stay: bool) -> dict[str, Any]:
     needed = ("name", "norm") if may_stay else ("name", "source", "norm")
     if not isinstance(row, Mapping) or any(entry not in row for entry in needed):
         raise BadRowError(f"a row without {', '.join(needed)}: {reprlib.repr(row)}.")
+    # What a reader of a checkpoint does not know is of a later version; in a plan it is a mistake of whoever typed it.
+    for entry in row if may_stay else ():
+        if entry not in _KINDS and entry not in _FOR_READERS:
+            raise BadRowError(
+                f"an entry {entry!r}, which no row has. Arguments of a normalizer go in its norm: "
+                "{class_path: sn, init_args: {...}}."
+            )
     for entry, (kind, what) in _KINDS.items():
         if entry in row and not kind(row[entry]):
             raise BadRowError(f"{entry} must be {what}, got {reprlib.repr(row[entry])}.")
@@ -112,7 +119,9 @@ def _are_numbers(values: Any) -> bool:
     )
 
 
-# Entries that are not here are for readers of the file alone.
+_FOR_READERS = (*("norm", "target", "reason", "preserves_eval", "moved", "converted", "dropped", "added", "removed"),)
+"""Entries of a row that are checked elsewhere, or tell a reader of the file what the swap did."""
+
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_text, "the dotted name of a layer"),
     "also": (lambda v: isinstance(v, (list, tuple)) and all(map(_is_text, v)), "a list of names"),

@@ -180,10 +180,10 @@ def _synced(layer: Normalizer) -> bool | str:
 
 def _is_same(after: Tensor | None, before: Tensor) -> bool:
     """Tell whether a tensor was taken over: the object itself, or the memory of a frozen layer's buffer."""
+    if after is None or after is before or isinstance(before, nn.Parameter) or before.is_meta or after.is_meta:
+        return after is before
     # The buffer of a frozen layer becomes a parameter of the same memory.
-    return after is before or (
-        after is not None and after.is_set_to(before) and not before.is_meta and not isinstance(before, nn.Parameter)
-    )
+    return after.is_set_to(before)
 
 
 def key_or_path(cls: type[Normalizer]) -> str:
@@ -271,7 +271,9 @@ def check_not_empty(
         if slots
         else "swap changed nothing: no candidate found"
     )
-    hint = "; ".join(f"{n} is a {t}: {why}" for n, t, why in report.skipped[:3])
+    # With candidates it is what was asked for that leaves them, and no other source would change that.
+    left = [*report.unchosen, *report.frozen] if slots else report.skipped
+    hint = "; ".join(f"{n} is a {t}: {why}" for n, t, why in left[:3])
     text = f"{text}. {f'{hint}.' if hint else explain_source(model, source)}"
     if on_empty == "error":
         raise ValueError(text)

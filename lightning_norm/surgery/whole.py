@@ -7,6 +7,7 @@ its tensors, and its children called behind, gives the same outputs on a random 
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -79,6 +80,8 @@ def read(module: nn.Module, known: dict[Any, Whole | str] | None = None) -> Whol
     last = -1 if base is nn.LayerNorm else 1
     if kind is base and "forward" not in vars(module):
         return Whole(base, True, channel_dim=last)
+    if other := _called_otherwise(module):
+        return other
     if base is not None and hasattr(module, "parametrizations"):
         return "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first"
     tensors = [n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
@@ -93,6 +96,20 @@ def read(module: nn.Module, known: dict[Any, Whole | str] | None = None) -> Whol
             return whole
         known[key] = whole
     return known[key]
+
+
+def _called_otherwise(module: nn.Module) -> str:
+    """Return why no call ``layer(x)`` reaches a module, or not every call; "" for a layer like any other."""
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule) or kind is nn.Module or kind.__module__ == "torch.export.unflatten":
+        return "it is a part of a program of torch.jit or torch.export: swap the network that this was made from"
+    try:
+        parameters = list(inspect.signature(kind.forward).parameters.values())[2:]
+    except (TypeError, ValueError):  # a forward that is no function of Python's
+        return ""
+    # What ``*args`` takes is not known: it may well be handed on to the base class.
+    beside = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return f"its forward takes {', '.join(beside)} beside the input, and a normalizer would not" if beside else ""
 
 
 def _of_another_base(module: nn.Module) -> Whole | str:

@@ -161,7 +161,7 @@ def test_refused():
         trainer(NormRecalibrate(), StochasticWeightAveraging(0.1)).fit(Net(), loader())
     with pytest.raises(ValueError, match="one training loader, the Trainer has several"):
         trainer(NormRecalibrate(inputs=None)).fit(Pair(), {"a": loader(), "b": loader()})
-    with pytest.raises(ValueError, match="num_batches must be at least 1"):
+    with pytest.raises(ValueError, match="num_batches must be a positive int"):
         NormRecalibrate(0)
     with pytest.raises(ValueError, match="cannot import forward='nowhere.function'"):
         NormRecalibrate(forward="nowhere.function")

@@ -498,3 +498,14 @@ class TestTasks:
             for k in (1, 2, 0):
                 with contexts(layer, torch.full((4,), k)):
                     assert torch.equal(compiled(x), expected[k])
+
+
+@pytest.mark.parametrize(
+    "ids", [[0, 1, 1, 0], (0, 1, 1, 0), torch.tensor([0, 1, 1, 0]).numpy(), torch.tensor([0, 1, 1, 0]).bool()]
+)
+def test_ids_that_are_no_tensor_of_integers_say_what_to_type(ids):
+    model = nn.Sequential(ContextNorm(6, context="ids", num_contexts=2)).eval()
+    with pytest.raises(TypeError, match="must be a tensor of integers") as told, contexts(model, ids):
+        pass
+    with contexts(model, eval(str(told.value).partition(" Type ")[2].rstrip("."), {"torch": torch, "ids": ids})):
+        assert model(torch.randn(4, 6, 3, 3)).shape == (4, 6, 3, 3)

@@ -85,3 +85,23 @@ def test_dtypes():
         assert at_least_float32(passed) == wide
         assert stat_dtype(torch.zeros(1, dtype=passed)) == stat
     assert at_least_float32(None) == torch.float32
+
+
+def quantized(x):
+    return torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make", [lambda x: x.long(), lambda x: x > 0, lambda x: x.numpy(), lambda x: x.tolist(), quantized]
+)
+def test_what_the_message_says_to_type_works(make):
+    with pytest.raises(TypeError, match="expects a floating-point tensor") as told:
+        layout_of(make(torch.rand(5, 6)), 6)
+    typed = str(told.value).partition("Convert it first: ")[2].rstrip(".")
+    assert layout_of(eval(typed, {"torch": torch, "x": make(torch.rand(5, 6))}), 6).c == 6
+
+
+def test_no_half_of_a_complex_tensor_is_dropped():
+    with pytest.raises(TypeError, match=r"got torch.complex64 tensor.$"):
+        layout_of(torch.zeros(5, 6).cfloat(), 6)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_norm import Affine, Moments, normalize
+from lightning_norm import Affine, BatchNorm, Moments, normalize
 
 F64 = torch.float64
 
@@ -144,3 +144,9 @@ def test_autocast_does_not_reach_the_algebra():
         normalize(torch.randn(4, 6, 5), algebra)
         normalize(torch.randn(4, 6, 5).bfloat16(), algebra)
     assert dtypes == [torch.float32, torch.float32]
+
+
+def test_a_tensor_in_the_place_of_the_activation_is_told_in_one_line():
+    """As where code hands a mask or a gate to a layer by position."""
+    with pytest.raises(ValueError, match=r"activation must be one of .*, got a Tensor\.$"):
+        BatchNorm(6)(torch.randn(4, 6, 3), torch.zeros(4, 1, 3))

@@ -150,7 +150,7 @@ def test_exclude_and_layers_that_refuse():
 
 def test_bad_input():
     model = network("bn")
-    with pytest.raises(ValueError, match="num_batches must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_batches must be a positive int, got 0"):
         recalibrate(model, batches(4), 0)
     with pytest.raises(ValueError, match="the loader gave no batch"):
         recalibrate(model, [])

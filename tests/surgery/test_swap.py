@@ -642,3 +642,21 @@ def test_a_report_in_place_of_the_model_says_so(use):
         with pytest.raises((TypeError, AttributeError), match=r"Type `report = \.\.\.` in place of `model"):
             use(model)
         assert copy.copy(model).table() == model.table()  # what copies and prints it still can
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"exclude": ".*"}, "exclude names it"),
+        ({"include": []}, "include does not name it"),
+        ({"filter": lambda name, module: False}, "not chosen by filter"),
+        ({"rules": {".*": None}}, "rules: '.*' leaves it alone"),
+        ({"skip_frozen": True}, "skip_frozen=True: nothing around it requires a gradient"),
+    ],
+)
+def test_a_swap_that_leaves_every_candidate_says_what_leaves_them(options, why):
+    model = nn.Sequential(nn.BatchNorm2d(4)).requires_grad_("skip_frozen" not in options)
+    with pytest.raises(ValueError, match="1 candidate, none chosen") as told:
+        swap(model, "sn", on_empty="error", **options)
+    assert f"0 is a BatchNorm2d: {why}." in str(told.value)
+    assert "the model has none" not in str(told.value)

@@ -143,3 +143,30 @@ def test_what_was_set_since_the_swap_goes_back(key):
     report.undo()
     assert (model[0].eps, model[1].eps) == (1e-3, 1e-5)
     assert (model[0].momentum, model[1].momentum) == (0.1 if key == "dbn" else 0.0, 0.1)
+
+
+@pytest.mark.parametrize("key", ["bn", "sn", "dbn"])
+@pytest.mark.parametrize("tensor", ["weight", "bias", "running"])
+def test_a_tensor_that_was_taken_away_stays_away(key, tensor):
+    """As torch's layer evaluates without it: setting it to None is a setting like eps."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+    nn.init.uniform_(model[1].weight)
+    nn.init.uniform_(model[1].bias)
+    model(x := torch.randn(4, 3, 8, 8))
+    plain = copy.deepcopy(model)
+    report = swap(model, key)
+    for layer in (plain[1], model[1]):
+        for name in [n for n in (*layer._parameters, *layer._buffers) if n.startswith(tensor)]:
+            setattr(layer, name, None)
+    report.undo()
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.filterwarnings("ignore::lightning_norm.errors.ParameterGrowthWarning")
+def test_a_network_that_is_on_the_meta_device(key):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).to("meta")
+    report = swap(model, key, norm_args=ARGUMENTS.get(key))
+    assert type(model[1]) is normalizers()[key]
+    report.undo()
+    assert type(model[1]) is nn.BatchNorm2d

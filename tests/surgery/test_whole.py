@@ -376,3 +376,57 @@ def test_a_class_of_no_base_that_holds_an_activation_is_left():
     model.append(nn.BatchNorm2d(8))
     with pytest.warns(LeftAloneWarning, match="does more than normalize"):  # and no hint to ask for it
         swap(model, "gn")
+
+
+class Scaled(nn.BatchNorm2d):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+class Gated(nn.Module):
+    """As transformers' gated norms, which derive from none of torch's."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(c))
+
+    def forward(self, x, gate=None):
+        y = F.rms_norm(x, x.shape[-1:], self.weight)
+        return y if gate is None else y * F.silu(gate)
+
+
+@pytest.mark.parametrize(("layer", "beside"), [(Scaled(4), "scale"), (Gated(4), "gate")])
+def test_a_forward_with_more_than_the_input_is_refused(layer, beside):
+    """With its default it computes what its base does, and with another value it does not."""
+    model = nn.Sequential(layer)
+    with pytest.warns(NoEffectWarning, match=f"its forward takes {beside} beside the input"):
+        swap(model, "sn", source=type(layer).__name__)
+    assert model[0] is layer
+
+
+def of_jit(net, x):
+    return torch.jit.trace(net, x)
+
+
+def of_script(net, x):
+    return torch.jit.script(net)
+
+
+def of_export(net, x):
+    return torch.export.export(net, (x,)).module()
+
+
+def of_unflatten(net, x):
+    return torch.export.unflatten(torch.export.export(net, (x,)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [of_jit, of_script, of_export, of_unflatten])
+def test_no_hint_leads_into_a_program_of_torch(make):
+    """Such a program keeps BatchNorm's tensors in modules of another class, and calls none of these modules."""
+    program = make(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval(), torch.randn(2, 3, 5, 5))
+    (_, kind, why), *_ = swap(program, "sn").others
+    assert why.endswith("swap the network that this was made from")
+    assert (
+        len(swap(program, "sn", source=kind)) == 0
+    )  # it names no class to type, and typing it all the same is no error

@@ -35,6 +35,7 @@ from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.saved_state import SavedState, refuse_twins
 from lightning_norm.callbacks.scheduler.norm_scheduler import NormScheduler
 from lightning_norm.errors import MissingDependencyWarning, NoEffectWarning, did_you_mean
+from lightning_norm.layers.arguments import check_count, check_flags
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.text_tables import aligned, markdown
 
@@ -101,9 +102,12 @@ class NormMonitor(Described, SavedState, Callback):
         print_table: bool = False,
     ) -> None:
         # Told at construction, where the traceback leads to the user's own line.
-        for name, value in (("every_n_steps", every_n_steps), ("pictures_every_n_epochs", pictures_every_n_epochs)):
-            if value is not None and value < 1:
-                raise ValueError(f"NormMonitor: {name} must be at least 1 or None, got {value!r}.")
+        if every_n_steps is not None:
+            every_n_steps = check_count("NormMonitor: every_n_steps", every_n_steps)
+        if pictures_every_n_epochs is not None:
+            pictures_every_n_epochs = check_count("NormMonitor: pictures_every_n_epochs", pictures_every_n_epochs)
+        flags = {"extras": extras, "pictures": pictures, "histograms": histograms, "page": page}
+        check_flags("NormMonitor: ", **flags, print_table=print_table)
         if logging_interval not in (None, "step", "epoch"):
             raise ValueError(
                 f"NormMonitor: logging_interval must be 'step', 'epoch' or None, got {logging_interval!r}."

@@ -27,6 +27,7 @@ from lightning_norm.callbacks.scheduler.scheduled_parameters import (
     split_key,
     value_at,
 )
+from lightning_norm.layers.arguments import plain_value
 from lightning_norm.schedules.base import Schedule
 from lightning_norm.schedules.composed import as_schedule
 
@@ -82,7 +83,9 @@ class NormScheduler(Described, SavedState, Callback):
         if not isinstance(schedules, Mapping):
             raise TypeError(f"NormScheduler: schedules must be a mapping such as {{'alpha': 0.1}}, got {schedules!r}.")
         self.interval = interval
-        self.schedules = {key: as_schedule(f"schedules[{key!r}]", value) for key, value in schedules.items()}
+        self.schedules = {
+            key: as_schedule(f"schedules[{key!r}]", value) for key, value in plain_value(schedules).items()
+        }
         for key, schedule in self.schedules.items():
             split_key(key)
             # A step has no length in epochs, while an epoch may have one in steps.

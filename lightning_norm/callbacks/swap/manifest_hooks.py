@@ -117,6 +117,10 @@ def load_from_checkpoint(
     Traceback (most recent call last):
     FileNotFoundError: no checkpoint 'nowhere.ckpt': the file does not exist.
     """
+    if not isinstance(cls, type) or isinstance(path, type):
+        raise TypeError(
+            f"load_from_checkpoint expects the class of the module and then the path, got {cls!r} and {path!r}."
+        )
     weights_only = kwargs.pop("weights_only", None)
     # The file is checked before Lightning builds the module, which may take long.
     content = check_file(path, weights_only)

@@ -98,6 +98,9 @@ class NormSwapOptions(SwapOptions):
 
     def __post_init__(self) -> None:
         self._make_plain()
+        for name in ("plan", "warm_start"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise TypeError(f"{name} must be the path of a file, got {getattr(self, name)!r}.")
         if self.plan is None:
             super().__post_init__()
         elif self.choice():
@@ -442,7 +445,8 @@ class NormSwap(Described, SavedState, Callback):
 
     def _swap(self, pl_module: pl.LightningModule) -> None:
         """Swap the layers that were built since the last call, and add them to the report."""
-        report, unmatched, slots = prepare_swap(pl_module, self.options, skip=self._made)
+        with self._fits():
+            report, unmatched, slots = prepare_swap(pl_module, self.options, skip=self._made)
         # Layers that this callback has made are no candidates later: source may name their class as well.
         self._made |= report.commit()
         self._slots = list({id(slot.module): slot for slot in [*self._slots, *slots]}.values())
@@ -453,6 +457,16 @@ class NormSwap(Described, SavedState, Callback):
             self.report.merge(report)
             self._unmatched &= set(unmatched)
         self.report.candidates = len(self._slots)
+
+    @contextlib.contextmanager
+    def _fits(self) -> Iterator[None]:
+        """Name the plan in an error that comes of what it says."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            if self._plan is None:
+                raise
+            raise PlanError(f"the plan {self._plan!r} does not fit this model: {error}") from error
 
     @contextlib.contextmanager
     def _undone_on_error(self) -> Iterator[None]:
@@ -479,7 +493,8 @@ class NormSwap(Described, SavedState, Callback):
         if self.report and self._untold:
             # Only now is the network whole, so that it can be run on an example; once, for that takes a while.
             example = getattr(pl_module, "example_input_array", None)
-            activations = self.report.find_activations(pl_module, self.options.fuse_activation, example)
+            with self._fits():
+                activations = self.report.find_activations(pl_module, self.options.fuse_activation, example)
             self.report.take_activations(pl_module, activations)
         check_layers(pl_module)
         if self.options.warm_start is not None and not self._warm:
@@ -489,12 +504,8 @@ class NormSwap(Described, SavedState, Callback):
             # WeightAveraging calls configure_model once more, and the report is to be printed once.
             self._untold = False
             source = self.options.source
-            try:
+            with self._fits():
                 check_patterns(pl_module, self._slots, sorted(self._unmatched), source)
-            except ValueError as error:
-                if self._plan is None:
-                    raise
-                raise PlanError(f"the plan {self._plan!r} does not fit this model: {error}") from error
             on_empty, targets = self.options.on_empty, self.options.targets
             check_not_empty(pl_module, self.report, self._slots, source, on_empty, already_present=targets)
             self.report.masks = self._masks.source

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.errors import counted
+from lightning_norm.layers.arguments import check_count
 from lightning_norm.layers.names import clean_name
 from lightning_norm.layers.told import Told, block, tell
 from lightning_norm.ops import kmeans, torch_private
@@ -96,8 +97,7 @@ def assign(layers: Mapping[str, Any], ids: Tensor | None = None, images: Tensor 
     Raises:
         ValueError, TypeError: contexts or ``views`` out of range or of the wrong kind.
     """
-    if not isinstance(views, int) or views < 1:
-        raise ValueError(f"views must be a positive int, got {views!r}.")
+    views = check_count("views", views)
     # Once per batch, and not once per layer.
     descriptors = None if images is None else kmeans.describe(images)
     # Layers of one kind share one tensor: a network has dozens of layers, and the batch has one set of contexts.
@@ -179,9 +179,11 @@ def as_responsibilities(ids: Tensor, k: int, name: str) -> Tensor:
     """
     who = f"contexts for ContextNorm {name!r} with num_contexts={k}"
     if not isinstance(ids, Tensor) or ids.dtype == torch.bool or ids.is_complex():
+        came = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        remedy = "ids.long()" if came == torch.bool else "torch.as_tensor(ids)"
         raise TypeError(
-            f"{who} must be a tensor of integers (N,) or probabilities (N, {k}), got "
-            f"{ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}."
+            f"{who} must be a tensor of integers (N,) or probabilities (N, {k}), got {came}."
+            + ("" if isinstance(ids, Tensor) and ids.is_complex() else f" Type {remedy}.")
         )
     if not ids.dtype.is_floating_point:
         if ids.dim() != 1:

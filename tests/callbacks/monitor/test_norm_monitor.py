@@ -168,8 +168,8 @@ def test_epochs_as_the_interval(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"every_n_steps": 0}, "every_n_steps must be at least 1 or None, got 0"),
-        ({"pictures_every_n_epochs": 0}, "pictures_every_n_epochs must be at least 1 or None, got 0"),
+        ({"every_n_steps": 0}, "every_n_steps must be a positive int, got 0"),
+        ({"pictures_every_n_epochs": 0}, "pictures_every_n_epochs must be a positive int, got 0"),
         ({"logging_interval": "batch"}, "must be 'step', 'epoch' or None, got 'batch'"),
     ],
 )

@@ -4,6 +4,7 @@ import collections
 import decimal
 import enum
 import fractions
+import re
 import types
 
 import numpy as np
@@ -13,7 +14,7 @@ import yaml
 from torch import nn
 
 import lightning_norm
-from lightning_norm import NormSwap, create, swap
+from lightning_norm import NormContext, NormFreeze, NormMonitor, NormRecalibrate, NormScheduler, NormSwap, create, swap
 from lightning_norm.layers.arguments import plain_value
 from tests.callbacks.toy import Net, loader, trainer
 
@@ -186,3 +187,50 @@ def test_omegaconf(tmp_path):
     net = nn.Sequential(nn.BatchNorm2d(6))
     swap(net, rules=omegaconf.OmegaConf.create({"0": {"class_path": "sn", "init_args": {"momentum": 0.5}}}))
     assert net[0].momentum == 0.5
+
+
+def test_the_arguments_of_every_callback_become_plain():
+    freeze = NormFreeze(np.int64(2), include=List(["1"]), exclude=(name for name in ["2"]))
+    assert (freeze.at_epoch, freeze.include, freeze.exclude) == (2, ["1"], ["2"])
+    recalibrate = NormRecalibrate(torch.tensor(3), exclude=np.array(["1"]))
+    assert (recalibrate.num_batches, recalibrate.exclude) == (3, ["1"])
+    context, monitor = NormContext(views=np.int8(2), fit_batches=torch.tensor(5)), NormMonitor(np.int64(7))
+    plain_ = [context.views, context.fit_batches, monitor.every_n_steps]
+    assert (plain_, {type(n) for n in plain_}) == ([2, 5, 7], {int})
+    half = Dict({"a": torch.tensor(0.5), "b": decimal.Decimal("0.5"), "c": Dict({np.int64(0): np.float32(0.5)})})
+    assert [schedule(3) for schedule in NormScheduler(half).schedules.values()] == [0.5] * 3
+
+
+WRONG = [
+    (lambda v: swap(nn.Sequential(nn.BatchNorm2d(6)), "sn", include=v), (re.compile("0"), 0, [0], b"0", [None])),
+    (lambda v: NormSwap("sn", exclude=v), (re.compile("0"), 0, {"0": 1})),
+    (lambda v: NormFreeze(include=v), (re.compile("0"), 0)),
+    (lambda v: NormRecalibrate(exclude=v), (0,)),
+    (lambda v: lightning_norm.recalibrate(nn.Sequential(nn.BatchNorm2d(6)), [], exclude=v), (0,)),
+    *[
+        (lambda v, name=name: NormSwap("sn", **{name: v}), ("false", "no", None, [True]))
+        for name in ("compile", "skip_frozen", "check_optimizer", "accumulate_statistics")
+    ],
+    (lambda v: swap(nn.Sequential(nn.BatchNorm2d(6)), "sn", dry_run=v), ("false",)),
+    (lambda v: NormFreeze(statistics=v), ("false",)),
+    (lambda v: NormFreeze(affine=v), ("false",)),
+    *[(lambda v, name=name: NormMonitor(**{name: v}), ("false",)) for name in ("pictures", "page", "print_table")],
+    (lambda v: NormMonitor(every_n_steps=v), ("50", 2.5, True)),
+    (lambda v: NormRecalibrate(num_batches=v), ("50", 2.5)),
+    (lambda v: NormContext(views=v), ("2",)),
+]
+
+
+@pytest.mark.parametrize(("call", "value"), [(call, value) for call, values in WRONG for value in values])
+def test_an_argument_of_another_kind_says_what_was_expected_and_what_came(call, value):
+    """A text is true for Python, and what is compared with a number or gone through would be an error of Python's."""
+    words = r"must be (True or False|a positive int|a regular expression or a list of names, as text)"
+    with pytest.raises((TypeError, ValueError), match=words) as told:
+        call(value)
+    came = value[0] if isinstance(value, list) and value != [True] else value
+    assert f"got {came!r}" in str(told.value)
+
+
+def test_a_class_of_numbers_is_no_number():
+    with pytest.raises(TypeError, match="torch.dtype"):
+        create("sn", 6, dtype=np.float32)

@@ -134,6 +134,42 @@ def test_plans(edit, tmp_path):
     assert untouched(model)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"init_args": {"sparse": True}},
+        {"norm_args": {"sparse": True}},
+        {"sparse": True},
+        {"norm": {"class_path": "sn", "init_args": {"eps": float("inf")}}},
+        {"activation": "net.9"},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_a_row_that_was_typed_by_hand(row, tmp_path):
+    """What stands in the wrong place would have no effect, and what only the layer refuses would not name the file."""
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"layers": [{"name": "net.1", "norm": "sn", **row}]}))
+    model = TwoNorms()
+    with pytest.raises(PlanError, match=r"plan\.yaml"):
+        trainer(NormSwap(plan=tmp_path / "plan.yaml")).fit(model, loader())
+    assert untouched(model)
+
+
+def test_every_entry_of_a_report_may_stand_in_a_plan(tmp_path):
+    (tmp_path / "plan.yaml").write_text(swap(TwoNorms(), rules={"net.1": "sn"}, dry_run=True).to_yaml())
+    assert list(NormSwap(plan=tmp_path / "plan.yaml").options.rules) == [r"net\.1", r"net\.3"]
+
+
+@pytest.mark.parametrize("name", ["plan", "warm_start"])
+def test_a_path_that_is_none(name):
+    with pytest.raises(TypeError, match=f"{name} must be the path of a file, got 3"):
+        NormSwap(**{name: 3, **({} if name == "plan" else {"norm": "sn"})})
+
+
+def test_the_path_before_the_class(good):
+    with pytest.raises(TypeError, match="the class of the module and then the path"):
+        lightning_norm.load_from_checkpoint(good, TwoNorms)
+
+
 # Each line holds the one before it nine times.
 LINES = [f"{chr(i)}: &{chr(i)} [{','.join([f'*{chr(i - 1)}'] * 9)}]" for i in range(98, 120)]
 BOMB = "\n".join(["a: &a [x, x]", *LINES, "layers: [*w, *w]"]).encode()
@@ -149,8 +185,10 @@ BOMB = "\n".join(["a: &a [x, x]", *LINES, "layers: [*w, *w]"]).encode()
         b"\xff\xfe\xfa",
         b"layers: !!python/object/apply:os.system ['echo']",
         BOMB,
+        b"layers:\n- {name: net.1, norm: sn}\nlayers:\n- {name: net.3, norm: sn}",
+        b"layers:\n- name: net.1\n  norm: sn\n  norm: bn",
     ],
-    ids=["empty", "list", "broken", "binary", "no text", "code", "bomb"],
+    ids=["empty", "list", "broken", "binary", "no text", "code", "bomb", "two plans", "two norms"],
 )
 def test_plans_that_are_none(text, tmp_path):
     (tmp_path / "plan.yaml").write_bytes(text)
