@@ -235,6 +235,7 @@ def _columns(n: int, c: int, size: int, vector: int) -> Grid:
     rows = min(TILE // block, power(length))
     # Long columns are cut like long rows.
     jobs = n * cdiv(c * fold, block)
+    # No more than the GPU takes at once, and none so short that starting it costs more than its work.
     pieces = max(1, min(cdiv(2 * BUSY, jobs), length // (2 * rows), MANY_PARTS // fold))
     piece = cdiv(cdiv(length, pieces), rows) * rows
     return Grid(n, c, size, True, align, fold, rows, block, piece, cdiv(length, piece))

@@ -71,6 +71,7 @@ def is_recording() -> bool:
 
 def launch(kernel: Any, *grid: int) -> Callable[..., Any]:
     """Return what launches a kernel on a grid; while a call is recorded, what writes the launch down."""
+    # One look-up tells the two: launch code reads the same whether it launches or is recorded.
     if _thread.launches is None:
         return functools.partial(_launch_now, kernel, grid)
     return functools.partial(_write_down, _thread.launches, kernel, grid)
@@ -100,6 +101,7 @@ class _Launch(NamedTuple):
 def _write_down(launches: list[_Launch], kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     compiled = None
     if _is_compiled(kernel):
+        # The compiler takes a number for what it is; that it differs from call to call is noted below.
         plain = [_each(lambda part: int(part) if isinstance(part, Number) else part, a) for a in args]
         # Compiles without launching, for pointers of this alignment.
         if _ahead is None:
@@ -249,6 +251,7 @@ class Plan:
         if made is None:
             made = self._allocate(x)
             self._launch_as_usual([*inputs, *made])
+        # In the order of ``made``: outputs like x, the tensor of all others, and the workspaces.
         workspace = made[self._like_x + bool(self.parts)] if self.sizes[0] else None
         if not self.parts:
             like_x = iter(made)
@@ -267,6 +270,7 @@ class Plan:
 
     def views(self, saved: Tensor) -> list[Tensor]:
         """Return the tensors in the workspace that is kept."""
+        # Numbered as in the launches, where inputs and outputs stand in front of the workspace.
         tensors = [*(None,) * (self.inputs + self._like_x + bool(self.parts)), saved]
         return [p.of(tensors) if p.slot >= 0 else saved.new_empty(p.shape, dtype=p.dtype) for p in self.saved]
 
@@ -443,6 +447,7 @@ def _plan(slots: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | 
             offset = first + t.storage_offset() * t.element_size()
         return _Pointer(slot, offset, t.shape, t.stride(), t.dtype)
 
+    # From here on nothing holds the tensors of the recorded call, whose memory is free again.
     steps = [step._replace(args=tuple(_each(pointer, a) for a in step.args)) for step in launches]
     return Plan(steps, len(slots), pointer(slots[0]), made, (sizes[1], sizes[2]), parts, [pointer(t) for t in keep])
 
@@ -539,6 +544,7 @@ def _replayed(plan: Plan) -> Callable[[Tensor, list[int]], list[Tensor] | None] 
         return made
 
     def replay(x: Tensor, pointers: list[int]) -> list[Tensor] | None:
+        # Asked at every call, since a profiler may be started between two.
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return None

@@ -65,6 +65,7 @@ class Bound:
     def look(self, x: Tensor) -> None:
         """Read x, in eager CPU code and in a dtype that the statistics have as well."""
         if eager.may_read_back(x) and not eager.is_recording() and x.dtype == at_least_float32(x.dtype):
+            # Both at once: one reading of x, and no tensor of absolute values.
             low, high = torch.aminmax(x)
             value = max(-float(low), float(high))
             self.value = value if value == value else math.inf
@@ -73,6 +74,7 @@ class Bound:
         """Tell whether factor * x + term is finite everywhere, so that a product with 0 is 0."""
         if not math.isfinite(self.value):
             return False
+        # A bound of each product and of the sum, and not their values: x is not read again.
         largest = [float(torch.linalg.vector_norm(t, math.inf)) for t in (factor, term)]
         return largest[0] * self.value + largest[1] < torch.finfo(x.dtype).max  # and not for a NaN
 

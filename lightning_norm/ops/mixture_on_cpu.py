@@ -140,6 +140,7 @@ def _measured(x: Tensor, how: Mixture) -> tuple[Tensor, Tensor | None, Pair | No
 def pooled(mean: Tensor, var: Tensor | None, dim: int) -> Pair:
     """Return mean and variance along one axis by the law of total variance."""
     pooled = mean.mean(dim, keepdim=True)
+    # Around the pooled mean: a difference of squares would lose the digits of a large one.
     apart = mean - pooled
     square = apart.square_() if var is None else torch.addcmul(var, apart, apart)
     return pooled, square.mean(dim, keepdim=True)
@@ -221,6 +222,7 @@ class _OfStatistics:
         # The gradient of the mixed mean, negated, and that of the mixed variance, times -2.
         f, e = self.scale * total, self.scale * self.root * at_root
         axes = {"bn": 0, "ln": 1}
+        # What a statistic gets is a sum over all elements behind it.
         self.through = []
         for k, (mean, _) in zip(self.how.statistics, self.terms, strict=True):
             df, de = (t.sum(axes[k], keepdim=True) if k in axes else t for t in (f, e))
@@ -346,6 +348,7 @@ def _mix(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
 
 def _softmax(logits: Tensor, entries: tuple[int, ...]) -> list[float]:
     """Return the softmax of some entries, as numbers."""
+    # A handful of numbers: as Python's they take less time than one operation of torch's.
     values = logits.tolist()
     top = max([values[i] for i in entries])
     powers = [math.exp(values[i] - top) for i in entries]

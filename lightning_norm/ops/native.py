@@ -120,6 +120,7 @@ class _Standardize(torch.autograd.Function):
         ctx.scale_of = scale_of
         ctx.save_for_backward(x, weight, bias, *constants)
         mean, spread, factor, shift = constants
+        # In float64 until they are cast below, so that what multiplies x is rounded once.
         factor, shift = _weighted(weight, bias, factor, shift)
         scale = spread.rsqrt().mul_(factor)
         fields = cast(scale, x.dtype), cast(torch.addcmul(shift, scale, mean, value=-1), x.dtype)
@@ -164,6 +165,7 @@ def group_norm(
     x: Tensor, layout: Layout, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor | None:
     """Return x, (N, C, *), normalized by the statistics of each sample's groups; ``None`` if digits would be lost."""
+    # For this call alone: the layer stays without a weight.
     weight = _weight_beside(bias, weight)
     y, mean, scale = torch.native_group_norm(x, weight, bias, layout.n, layout.c, layout.size, groups, eps)
     # Autograd would keep what is computed of them, for they have gradients.

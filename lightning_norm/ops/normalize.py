@@ -189,6 +189,7 @@ def run(x: Tensor, call: Call) -> Tensor:
         check_ending(x, call.activation, call.residual)
     if call.depthwise_conv is not None or torch_private.is_transformed():
         return _run_specially(x, call)
+    # The kernels' own equations if they know the layer's; else its algebra between their passes, or plain PyTorch.
     kernels, spec = (False, None) if call.backend == "eager" else _on_kernels(x, call)
     with without_autocast(x):
         if spec is not None and (call.residual is None or call.residual.dtype == x.dtype):

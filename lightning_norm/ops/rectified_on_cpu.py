@@ -174,6 +174,7 @@ class _Equations:
         at_root = at_log.sum(0, keepdim=True)
         at_lag = self.scale * total
         gates, found = list(self.gates), Parameters(dweight, total.sum(0), *[None] * 5)
+        # y = s (x - k + f): what f gets, the mean k gets with the other sign.
         dfar, dmean = at_lag, at_lag.neg()
         if p.scale_weight is not None:
             at_gate = torch.addcmul(at_log, at_log, gates.pop(0), value=-1)
@@ -188,11 +189,13 @@ class _Equations:
             found = found._replace(affine_weight=(at_gate * mean).sum(0), affine_bias=at_gate.sum(0))
         # 2 dL/dV, over the samples.
         of_var = at_root.mul_(root).mul_(root).mul_(-1 / layout.n)
+        # Through the batch's mean and variance, as in batch normalization of N numbers for each channel.
         dcentered = (dfar - dfar.mean(0, keepdim=True)).addcmul_(far, of_var)
         dmean += dcentered
         if p.center_weight is not None:
             dmean.addcmul_(dcentered, p.center_weight)
             found = found._replace(center_weight=(dcentered * mean).sum(0))
+        # A map of one element is its own mean: all that it gets is constant, and has no slope.
         if layout.size == 1:
             return of_var.zero_(), dmean, list(found)
         slope = of_var.mul_(1 / layout.size)

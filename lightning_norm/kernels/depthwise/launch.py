@@ -177,10 +177,12 @@ def gradients(
     parts, s, dkernel, dbias = sum_parts(dy, x, affine, kernel)
     dx = affine.new_empty(0)
     if need_dx:
+        # Where the sums of each piece lie, for whoever adds them up: the adjoint a few, a launch before it many.
         partial_layout = (s.pieces, s.c, s.n * s.c)
         if flags.needs_moments and s.pieces > FEW:
             parts = joined_sums(parts, s.n * s.c, s.c, partial_layout)
             partial_layout = (1, *partial_layout[1:])
+        # Statistics that are constants send nothing to x.
         dx_affine = None
         if flags.needs_moments:
             *_, dx_affine = adjoint(

@@ -96,6 +96,7 @@ class MixtureFlags:
 
     def compiled(self, **of_the_call: Any) -> CompiledMixture:
         """Return what a kernel is compiled for."""
+        # The number of groups and the correction are arguments of the kernels: any of them runs the same code.
         flags = {name: flag for name, flag in vars(self).items() if name in CompiledMixture._fields}
         return CompiledMixture(**flags, **of_the_call)
 

@@ -159,6 +159,7 @@ def adjoint(
     dbatch, dlayer = affine.new_empty(3, grid.c), affine.new_empty(2, groups if rows else 0)
     dweight, dbias = affine.new_empty(grid.c), affine.new_empty(grid.c)
     dw, dv = affine.new_empty(grid.c if flags.outputs else flags.num_weights), affine.new_empty(flags.num_weights)
+    # Gradients of the weights are sums over everything: each block leaves its part, and the next launch adds them up.
     weight_partials, dx_affine = affine.new_empty(6, columns), affine.new_empty(2, grid.n, grid.c)
     factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0
     tensors = (

@@ -19,10 +19,12 @@ def add_up(maps, affine, out, shape, ACT: tl.constexpr, RESIDUAL: tl.constexpr, 
     """Write the sums of g and of g * (x - pivot), (N, C) each, of the program's channels."""
     number = shape.samples * shape.channels
     c = tl.program_id(0) * TILE.c + tl.arange(0, TILE.c)
+    # One sum for each sample: the equations may weigh samples unlike.
     for begin in range(0, shape.samples, TILE.n_read):
         n = begin + tl.arange(0, TILE.n_read)
         lane, loaded, keep, i, inside = maps_at(n, c, shape, TILE)
         k = tl.load(affine + i, mask=inside, other=0.0)[:, :, None]
+        # Without an activation g is dy itself, and nothing asks for scale and offset.
         a, b = k, k
         if ACT != 0:
             # Of the shape of a tile, which a multiply-add wants of all three.
@@ -45,6 +47,7 @@ def spread(maps, affine, dx_affine, shape, ACT: tl.constexpr, RESIDUAL: tl.const
         b = tl.load(affine + 2 * number + at, mask=exists, other=0.0)
         constant = tl.load(dx_affine + at, mask=exists, other=0.0)
         slope = tl.load(dx_affine + number + at, mask=exists, other=0.0)
+        # g is computed again and was not kept: a whole map of it would take too many registers.
         store_gradients(maps, 0, lane, keep, k, a, b, constant, slope, ACT, RESIDUAL, False)
 
 
@@ -58,11 +61,14 @@ def own_mixture_vjp(
     number, pid = samples * channels, tl.program_id(0)
     shape = Shape(samples, channels, size, units, magic)
     add_up(maps, stats.affine, sums, shape, ACT, RESIDUAL, TILE)
+    # What follows reads sums that other threads of this program have stored, and no other program.
     tl.debug_barrier()
     of_all, layout = mixture.Shape(samples, number, channels, samples, channels), Layout(1, channels, number, 1, size, 1)  # noqa: E501  # fmt: skip
+    # One block of columns, the program's own channels, with all of their samples.
     vjp_columns(
         pid, sums, stats, parameters, running, out, of_all, layout, 1, eps, factor, FLAGS, TILE.n, TILE.c
     )  # fmt: skip
+    # Gradients of parameters are complete. dx takes what each sample gets through the statistics as well.
     if NEED:
         tl.debug_barrier()
         c = (pid * TILE.c + tl.arange(0, TILE.c))[None, :]
@@ -91,6 +97,7 @@ def own_channels_vjp(
         sums, given, given.stats, learned, out, samples, number, channels, contexts, 1, channels, number, size, numbers,
         FLAGS, TILE,
     )  # fmt: skip
+    # The constant and the slope of dx were stored by other threads.
     if NEED:
         tl.debug_barrier()
         spread(maps, given.affine, out.dx_affine, shape, ACT, RESIDUAL, TILE)

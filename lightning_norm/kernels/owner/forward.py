@@ -43,6 +43,7 @@ def maps_at(n, c, shape, TILE: tl.constexpr):
     i = n[:, None] * channels + c[None, :]
     s = tl.arange(0, TILE.s)[None, None, :]
     if TILE.columns:
+        # Neighbouring channels lie together: a tile's lanes are whole vectors of them, at every position.
         row = units * ALIGN
         inside = (n[:, None] < samples) & (c[None, :] < row)
         lane = (n[:, None, None] * size + s) * row + c[None, :, None]
@@ -50,6 +51,7 @@ def maps_at(n, c, shape, TILE: tl.constexpr):
         loaded = keep
     else:
         inside = (n[:, None] < samples) & (c[None, :] < channels)
+        # A map may begin between two vectors: the lanes in front of it are loaded, and not kept.
         start = (i * size)[:, :, None]
         lane = start // ALIGN * ALIGN + s
         stop = tl.minimum((start + size + ALIGN - 1) // ALIGN, units) * ALIGN
@@ -110,6 +112,7 @@ def write(x, residual, y, affine, shape, ACT: tl.constexpr, RESIDUAL: tl.constex
     c = tl.program_id(0) * TILE.c + tl.arange(0, TILE.c)
     for begin in range(0, shape.samples, TILE.n_write):
         lane, keep, at, exists = places_at(begin + tl.arange(0, TILE.n_write), c, shape, TILE)
+        # The second reading of x, which finds it in the cache.
         u = tl.load(x + lane, mask=keep, other=0.0).to(tl.float32) - tl.load(affine + at, mask=exists, other=0.0)
         a = tl.load(affine + number + at, mask=exists, other=0.0)
         z = tl.fma(a + u * 0.0, u, tl.load(affine + 2 * number + at, mask=exists, other=0.0) + u * 0.0)
@@ -122,6 +125,7 @@ def is_last(skipped):
     tl.debug_barrier()  # every thread has stored its part
     before = tl.atomic_add(skipped, 1 << 32, sem="acq_rel")
     last = (before >> 32) == tl.num_programs(0) - 1
+    # Nobody draws a ticket any more: what was counted before is put back.
     if last:
         tl.store(skipped, before & 0xFFFFFFFF)
         tl.debug_barrier()  # the counter is a count again, for all threads
@@ -177,6 +181,7 @@ def own_channels(
     )  # fmt: skip
     tl.debug_barrier()
     write(x, residual, y, out.affine, shape, ACT, RESIDUAL, TILE)
+    # All channels move or none does, so whether this program saw a NaN goes to the last one.
     if FLAGS.moves:
         tl.store(out.survey_out + 2 + 3 * contexts + tl.program_id(0), bad.to(tl.float32))
         if is_last(state.skipped):

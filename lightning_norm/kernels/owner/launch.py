@@ -111,6 +111,7 @@ def shared_out(n: int, c: int, size: int, columns: bool, vector: int) -> Owner |
             channels //= 2
         align = vector if n * c * size % vector == 0 else 1
         flat = math.gcd(channels * size, c * size, vector)
+    # What is read twice must stay in the cache, and the maps of one sample fit into a tile.
     fits = n * channels * size * (16 // vector) <= HELD and channels * size <= HELD_LANES
     return Owner(n, c, size, columns, align, flat, channels) if fits else None
 
@@ -140,6 +141,7 @@ def normalize_mixture(
 ) -> tuple[Tensor, MixtureStatistics]:
     """Return y, and what ``mixture.launch.affine_of`` returns; the arguments as there."""
     y, affine = torch.empty_like(x), torch.empty(3, owner.n, owner.c, device=x.device, dtype=torch.float32)
+    # Neither layers nor other ranks have statistics here: both stay empty.
     moments, empty, bn = torch.empty_like(affine[1:]), affine.new_empty(0), flags.at_bn >= 0
     batch = affine.new_empty(3, owner.c) if bn else empty
     factor, count = _factor(owner, flags), owner.n * owner.size
@@ -209,6 +211,7 @@ def normalize_channels(
     stats = affine.new_empty(flags.num_statistics, flags.rows, owner.c)
     # Where ``survey`` leaves a number for each sample, each program leaves one.
     survey_out = affine.new_empty(2 + 3 * flags.rows + owner.programs if flags.moves_with_channels else 0)
+    # Nothing is pooled over ranks: what the family keeps of them stays empty.
     empty = affine.new_empty(3, 0), affine.new_empty(0, dtype=torch.float64)
     out = channelwise.PerChannelStatistics(moments, stats, affine, survey_out, *empty)
     rates = channelwise.Rates(*(affine if t is None else t for t in (rate, threshold, limit)))
@@ -245,6 +248,7 @@ def channel_gradients(
     dgates = [affine.new_empty(0) if t is None else torch.empty_like(t, dtype=torch.float32) for t in gates]
     dx, dresidual, maps = _maps(dy, x, residual, affine, need_dx)
     sums, dx_affine = affine.new_empty(2, owner.n, owner.c), affine.new_empty(2, owner.n, owner.c)
+    # Another tensor stands in where the equations have none; no kernel reads it.
     given = channelwise.PerChannelStatistics(moments, stats, affine, *(affine,) * 3)
     out = channelwise.PerChannelGradients._make((dweight, dbias, *dgates[:5], dx_affine, *(affine,) * 3))
     compiled = flags.compiled(weight=weight is not None, bias=bias is not None, owner=True)

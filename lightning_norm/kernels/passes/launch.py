@@ -32,6 +32,7 @@ def moments(x: Tensor, channel_dim: int) -> Tensor:
     """Return (3, N, C): the mean rounded to float32, what is left of it, the biased variance."""
     grid = grid_of(x, channel_dim)
     whole = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
+    # An algebra in PyTorch knows no pieces: they are joined, however few.
     moment_parts(x, grid, Moments(*whole), few=1)
     return whole
 
@@ -42,6 +43,7 @@ def moment_parts(x: Tensor, grid: Grid, whole: Moments, few: int = FEW) -> tuple
     More than ``few`` parts are joined. What is not in parts, or is joined, is written into ``whole``, three of (N, C).
     """
     number = grid.n * grid.c
+    # A single part is the whole already, and no launch has to join it.
     out = whole if grid.parts == 1 else Moments(*whole.hi.new_empty(3, grid.parts * number))
     with device_of(x):
         # The first axis of the grid may be long, the others hold at most 65535 programs.
@@ -91,6 +93,7 @@ def sums(
     dy: Tensor, x: Tensor, affine: Tensor, channel_dim: int, activation: str = "none", residual: Tensor | None = None
 ) -> Tensor:
     """Return (2, N, C): sums of g and of g * (x - pivot), g being dy before the activation."""
+    # As for the moments, no pieces are left.
     parts, grid = sum_parts(dy, x, affine, grid_of(x, channel_dim), activation, residual, few=1)
     return parts.view(2, grid.n, grid.c)
 
@@ -210,6 +213,7 @@ def input_gradients(
     need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the residual as ``combine`` does; an empty tensor for what nobody asks for."""
+    # g, which the residual gets, is written by the pass that writes dx.
     dx, dresidual = affine.new_empty(0), None
     if need_dx or residual is not None:
         dx, dresidual = combine(dy, x, affine, dx_affine, channel_dim, activation, residual)

@@ -94,12 +94,14 @@ class PerChannelFlags:
 
     def survey_size(self, n: int) -> int:
         """Return how many numbers ``survey`` stores for n samples."""
+        # Of each sample whether it is finite, its norm, and what the gate says of each context.
         of_sample = self.surveys_samples + (self.condensed > 0) + self.gate * self.rows
         return 2 + 3 * self.rows + n * of_sample if self.surveys else 0
 
     def compiled(self, **of_the_call: Any) -> CompiledChannels:
         """Return what a kernel is compiled for."""
         flags = {name: flag for name, flag in vars(self).items() if name in CompiledChannels._fields}
+        # How many contexts there are is an argument: a kernel is compiled for whether there are any.
         flags |= {"contexts": self.contexts > 0, "moves": self.moves_with_channels, **of_the_call}
         return CompiledChannels(**{**dict.fromkeys(CompiledChannels._fields, False), **flags})
 

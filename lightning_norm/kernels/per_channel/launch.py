@@ -170,6 +170,7 @@ def gradients(
     """Return the gradients of x, weight, bias, the seven gate parameters and the residual; ``over_ranks`` to meet."""
     grid = grid_of(x, channel_dim)
     if grid.n == 0:
+        # No samples on this rank: it meets the others, and its gradients are zeros.
         zero = empty_gradient(batch, rank_sums, over_ranks)[None]
         dgates = [affine.new_empty(0) if t is None else torch.zeros_like(t, dtype=torch.float32) for t in gates]
         maps = input_gradients(dy, x, affine, None, channel_dim, activation, residual, need_dx)
@@ -182,6 +183,7 @@ def gradients(
     dx_affine = affine.new_empty(2, grid.n, grid.c)
     tile = _tile(grid, flags, 512)
     blocks = cdiv(grid.c, tile.c)
+    # A row more than samples, the first: what every sample's responsibility gets alike.
     dresponsibilities = affine.new_empty(blocks if flags.gate else 0, grid.n + 1, flags.rows)
     used = _responsibilities(responsibilities, survey_out, grid.n, flags)
     learned = tuples.Learned(*(affine if t is None else t for t in (used, weight, bias, *gates[:5])))
@@ -224,6 +226,7 @@ def gradients(
 
 def _tile(grid: Grid, flags: PerChannelFlags, most: int) -> tuples.Tile:
     """Return tiles of samples, contexts and channels of at most ``most`` elements, in many programs."""
+    # Few channels to a program: only many programs keep a GPU busy with (N, C) numbers.
     k = power(flags.rows)
     n = max(1, min(power(grid.n), 32, most // k))
     return tuples.Tile(n, k, max(1, min(power(grid.c), most // (n * k), 16)))

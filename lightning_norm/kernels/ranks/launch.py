@@ -51,6 +51,7 @@ def pool_ranks_gradient(dbatch: Tensor, gathered: Tensor, over_ranks: AllReduce)
     grid = (cdiv(channels, BLOCK),)
     with device_of(dbatch):
         launch(pack_gradient, *grid)(dbatch, gathered, message, channels, ranks, BLOCK=BLOCK, num_warps=4)
+    # The losses of all ranks depend on each rank's statistics: their gradients are added up.
     dgathered = over_ranks.sum(message)
     with device_of(dbatch):
         launch(unpack_gradient, *grid)(
@@ -61,6 +62,7 @@ def pool_ranks_gradient(dbatch: Tensor, gathered: Tensor, over_ranks: AllReduce)
 def empty_gradient(batch: Tensor, gathered: Tensor, over_ranks: AllReduce | None) -> Tensor:
     """Meet the other ranks, with nothing to add, and return zeros (C,): the gradient of a parameter."""
     zeros = torch.zeros_like(batch)
+    # Without its part, of zeros, the other ranks would wait for ever.
     if over_ranks is not None:
         pool_ranks_gradient(zeros, gathered, over_ranks)
     return torch.zeros_like(batch[0])

@@ -36,6 +36,7 @@ class _ApplyDepthwise(torch.autograd.Function):
         operators.refuse_second_derivatives()
         x, kernel, bias, *stats, mean, var = ctx.saved_tensors
         need, (dy,) = ctx.needs_input_grad, grads
+        # All three at once, since each of them reads dy and x.
         dx, dkernel, dbias = ops.apply_depthwise_gradients(
             dy, x, *stats, kernel, mean, var, to_numbers(ctx.flags), ctx.eps, need[0], ctx.group
         )

@@ -136,6 +136,7 @@ class MixtureSpec:
         from lightning_norm.kernels.passes.launch import apply
 
         weight, bias, w, v = parameters
+        # A small map whose channels stand alone takes one launch, where that is switched on.
         owner = owner_of(x, channel_dim) if owns_mixture(self.flags) else None
         if owner is not None:
             return normalize_mixture(owner, x, residual, weight, bias, buffers, self.flags, self.eps, activation)

@@ -99,6 +99,7 @@ def per_sample_and_channel(x: Tensor, channel_dim: int, *lead: int) -> Tensor:
 
 def fake_input_gradients(x: Tensor, affine: Tensor, residual: Tensor | None, need_dx: bool) -> tuple[Tensor, Tensor]:
     """Return what ``kernels.passes.launch.input_gradients`` returns, of the same shapes."""
+    # The pass that writes the residual's gradient writes dx as well.
     dx = torch.empty_like(x) if need_dx or residual is not None else affine.new_empty(0)
     return dx, affine.new_empty(0) if residual is None else torch.empty_like(x)
 

@@ -123,6 +123,7 @@ class PerChannelSpec:
         from lightning_norm.kernels.per_channel.launch import affine_of
 
         (weight, bias, *gates), (responsibilities, *moved, rate, threshold, limit) = parameters, buffers
+        # As for a mixture: one launch where maps are small and channels stand alone.
         owner = owner_of(x, channel_dim) if owns_channels(self.flags) else None
         if owner is not None:
             return normalize_channels(
@@ -176,6 +177,7 @@ class PerChannelSpec:
         # Recorded launches hold no collective, in which other ranks would have to meet as well.
         if not self.group and recorded.can_record(x, self, residual):
             return recorded.normalize(x, self, channel_dim, activation, residual)
+        # Under an operator nothing is recorded: the autograd function below has the gradients.
         weight, bias, *gates = (None if t is None else t.detach() for t in (self.weight, self.bias, *self.gates))
         counters = (*self.counters, *(None,) * (4 - len(self.counters)))
         op = ops.per_channel_affine_and_track if self.flags.track else ops.per_channel_affine
@@ -226,6 +228,7 @@ class _PerChannel(torch.autograd.Function):
             g.view(t.shape).to(t.dtype) if needed and t is not None else None
             for g, t, needed in zip(gradients, parameters, need[1:10], strict=True)
         ]
+        # Without an activation the residual itself was not kept, and its gradient is dy.
         if need[10] and residual is None:
             dresidual = dy
         return (dx if need[0] else None, *gradients, dresidual if need[10] else None, *(None,) * 12)

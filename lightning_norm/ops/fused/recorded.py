@@ -249,6 +249,7 @@ def _compile_backward(call: _Call, x: Tensor, residual: Tensor | None) -> None:
     need_dx, need = x.requires_grad, [t.requires_grad for t in call.tensors.parameters]
     if not (need_dx or any(need) or (residual is not None and residual.requires_grad)):
         return
+    # Nothing is launched on these tensors: their shapes, strides and addresses are all that the launch code sees.
     x = x.detach()
     workspace = torch.empty(call.plan.sizes[0], dtype=torch.float32, device=x.device)
     # For a gradient that lies in memory as x does.
@@ -293,6 +294,7 @@ def _backward_plan(
         dx, dresidual, gradients = spec.launch_backward(
             dy, x, beside, forward.views(workspace), parameters, buffers, need_dx, *how
         )
+        # A gradient that nobody asked for is no output, and takes no place in the tensor of all gradients.
         there = (g for g, t in zip(gradients, parameters, strict=True) if t is not None)
         wanted = (g if needed else None for g, needed in zip(there, need, strict=True))
         return (dx if need_dx else None, dresidual if has_residual else None, *wanted), ()
