@@ -93,8 +93,10 @@ def squared_norms(m: Moments) -> Tensor:
 
 def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     """Return sum_n weights_n * x_n, in the shape of a sample, whatever the strides of x."""
-    # In the order of its strides a dense sample is one row of memory: flatten copies nothing, channels-last or not.
-    dims = sorted(range(1, x.dim()), key=x.stride, reverse=True)
+    # In the order of memory a dense sample is one row: flatten copies nothing, channels-last or not. No order of
+    # strides is asked for, which torch.compile cannot sort where sizes vary, before torch 2.14.
+    last = x.movedim(1, -1).is_contiguous()
+    dims = [*range(2, x.dim()), 1] if last else [*range(1, x.dim())]
     rows = x.permute(0, *dims).flatten(1)
     # One product of a matrix and a vector reads x once and makes nothing of its size.
     if rows.dtype == weights.dtype:

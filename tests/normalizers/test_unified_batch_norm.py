@@ -280,6 +280,16 @@ def test_compiled_steps():
     assert (eager.num_batches_tracked, eager.skipped) == (2, 2)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_compiled_for_maps_of_any_size(last):
+    eager, compiled = (UnifiedBatchNorm(6, threshold=0.5) for _ in range(2))
+    graph = torch.compile(compiled, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in (3, 4, 5):
+        x = data(5, 6, 7, size).float()
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        torch.testing.assert_close(graph(x), eager(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
