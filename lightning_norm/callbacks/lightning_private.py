@@ -6,13 +6,13 @@ and fails when one has disappeared.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 
 from lightning_norm.callbacks.lightning_compat import CombinedLoader, TensorBoardLogger, is_instance, pl
+from lightning_norm.surgery.torch_private import without_iterator
 
 
 def starts_processes(trainer: pl.Trainer) -> bool:
@@ -52,21 +52,6 @@ def fresh_training_loader(trainer: pl.Trainer) -> CombinedLoader:
     fresh = CombinedLoader(combined.iterables, combined._mode)
     fresh.flattened = [without_iterator(loader) for loader in fresh.flattened]
     return fresh
-
-
-def without_iterator(loader: Any) -> Any:
-    """Return a copy of a loader that starts worker processes of its own, or what is no DataLoader as it is.
-
-    ``DataLoader._iterator``: with ``persistent_workers`` the loader keeps its iterator there, and a second loop over it
-    would restart the one that the training is reading from.
-    """
-    # Any iterable may be training data; only loaders keep an iterator.
-    if "_iterator" not in getattr(loader, "__dict__", {}):
-        return loader
-    # A shallow copy: data, sampler and worker settings are the loader's own.
-    twin = copy.copy(loader)
-    twin.__dict__["_iterator"] = None
-    return twin
 
 
 def tag_prefix(logger: TensorBoardLogger) -> str:

@@ -20,7 +20,6 @@ from lightning_norm.callbacks.lightning_compat import (
     is_overridden,
     pl,
 )
-from lightning_norm.callbacks.lightning_private import without_iterator
 from lightning_norm.callbacks.patching import Patches
 from lightning_norm.callbacks.training_data import as_in_training, import_function, loader_of, refuse_stream
 from lightning_norm.layers.arguments import check_count
@@ -176,7 +175,7 @@ class NormRecalibrate(Described, Callback):
             # Batches go through the hooks and the precision of the training: other numbers would give other statistics.
             self.result = recalibrate(
                 pl_module,
-                without_iterator(loader),
+                loader,
                 limit,
                 forward=lambda batch: forward(as_in_training(trainer, pl_module, batch)),
                 exclude=self.exclude,

@@ -279,6 +279,7 @@ def check_manifest(model: nn.Module, checkpoint: Mapping[str, Any], path: str, *
     """
     saved, current = manifest_in(checkpoint, repr(path)), manifest_of(model)
     if saved is not None:
+        _check_same_layers(model, saved, current, checkpoint, path)
         other = difference(saved, current)
         if other:
             raise CheckpointError(
@@ -315,6 +316,41 @@ def rebuild_from(model: nn.Module, checkpoint: Mapping[str, Any], where: str = "
             f"{where} holds {name!r} of {key!r}, and neither says what was swapped nor does "
             f"{type(model).__name__} swap by itself. Call lightning_norm.swap in its __init__, as in training."
         )
+
+
+def _check_same_layers(
+    model: nn.Module,
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any] | None,
+    checkpoint: Mapping[str, Any],
+    path: str,
+) -> None:
+    """Refuse a file of a network with more or fewer layers: no swap would make it fit.
+
+    Raises:
+        CheckpointError: a swapped layer of the one is not in the other.
+    """
+    modules, clean, who = modules_by_name(model), name_cleaner(model), type(model).__name__
+    # Without a row there may be weights, of a layer that was not swapped; and with one none, which the user took out.
+    in_file = {clean(name).rpartition(".")[0] for name in checkpoint.get("state_dict", {})}
+    in_file = in_file and in_file.union(*map(_names, saved["layers"]))
+    found = [
+        f"has {row['norm']['class_path']} at {row['name']!r}, and this {who} has nothing there"
+        for row in saved["layers"]
+        if not modules.keys() & _names(row)
+    ]
+    found += [
+        f"has nothing at {row['name']!r}, and this {who} has {row['norm']['class_path']} there"
+        for row in (current or {"layers": []})["layers"]
+        if in_file and not in_file & _names(row) and modules[row["name"]].state_dict()
+    ]
+    if found:
+        raise CheckpointError(f"{path!r} {found[0]}. Build it with the arguments it was trained with.")
+
+
+def _names(row: Mapping[str, Any]) -> set[str]:
+    """Return all names that a row says its layer has."""
+    return {row["name"], *row.get("also", ())}
 
 
 def missing_parameters(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
@@ -370,7 +406,10 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str, str
     """
     saved = manifest_in(checkpoint, repr(path))
     # Before anything is loaded: two swaps may have tensors of the same names and shapes.
-    other = None if saved is None else difference(saved, manifest_of(model))
+    current = manifest_of(model)
+    if saved is not None:
+        _check_same_layers(model, saved, current, checkpoint, path)
+    other = None if saved is None else difference(saved, current)
     if other:
         raise CheckpointError(
             f"{path!r} is a checkpoint of another swap: {other}. NormSwap(plan={path!r}) swaps as it was swapped there."

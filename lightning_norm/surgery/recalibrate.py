@@ -25,7 +25,7 @@ from lightning_norm.surgery.options import Pattern, check_pattern
 from lightning_norm.surgery.restore import everything_restored, random_numbers_restored
 from lightning_norm.surgery.select import ModuleSlot, matches
 from lightning_norm.surgery.text_tables import TableReport
-from lightning_norm.surgery.torch_private import TorchBatchNormBase
+from lightning_norm.surgery.torch_private import TorchBatchNormBase, without_iterator
 from lightning_norm.surgery.walk import names_by_module
 
 
@@ -107,7 +107,7 @@ def recalibrate(
         raise ValueError("recalibrate: the model has no layer with running statistics (or all are excluded).")
     ranks = active_ranks(sync=True, training=True)
     with random_numbers_restored(loader), _estimating(model, layers) as pools, torch.no_grad(), _uncompiled():
-        for batch in _shown(itertools.islice(loader, num_batches), num_batches, loader, progress):
+        for batch in _shown(itertools.islice(without_iterator(loader), num_batches), num_batches, loader, progress):
             (forward or _ForwardOnBatch(model))(batch)
     return _write_statistics(layers, pools, ranks)
 

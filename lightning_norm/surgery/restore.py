@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 Undo = Callable[[], None]
+
+MANY = 1000
+"""Items of a container of a data set up to which each is looked into."""
 
 
 @contextmanager
@@ -51,28 +55,54 @@ def random_numbers_restored(*readers: Any) -> Iterator[None]:
     """Put back the state of the global generators, and of those that loaders draw from.
 
     Args:
-        readers: loaders. Their samplers and data sets are looked through for generators of torch, numpy and Python, and
-            their own attributes, such as the place that a sampler has come to, are put back as well.
+        readers: loaders. They and whatever they read with, such as samplers, data sets and transforms at any depth, are
+            looked through: generators of torch, numpy and Python are put back, and so are attributes and what lists,
+            dictionaries and sets hold, such as the place that a sampler has come to. What tensors hold is not.
 
     >>> with random_numbers_restored():
     ...     inside = torch.rand(1)
     >>> bool(inside == torch.rand(1))
     True
     """
-    undo = [*_global_generators()]
-    owners = [reader for reader in readers if reader is not None]
-    # A sampler may be nested in a batch sampler, and a dataset may draw random numbers too.
-    for name in ("sampler", "batch_sampler", "dataset"):
-        owners += [getattr(owner, name) for owner in owners if getattr(owner, name, None) is not None]
-    for owner in {id(owner): owner for owner in owners if hasattr(owner, "__dict__")}.values():
-        attributes = dict(vars(owner))
-        undo += [each for value in attributes.values() for each in _generator(value)]
-        undo.append(partial(_put_attributes, owner, attributes))
+    undo = [*_global_generators(), *_what_readers_change(readers)]
     try:
         yield
     finally:
         for each in undo:
             each()
+
+
+def _what_readers_change(readers: Iterable[Any]) -> Iterator[Undo]:
+    """Note the attributes of all objects that take part in reading, their containers and generators."""
+    # The objects themselves, so that no other one can get the id of one that was seen.
+    seen: dict[int, Any] = {}
+    first, waiting = {id(reader) for reader in readers}, [*readers]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, (dict, list, deque, set, tuple)):
+            yield from _container(value)
+            # A list of samples is put back, and not every one of a million looked into.
+            if len(value) <= MANY:
+                waiting += value.values() if isinstance(value, dict) else value
+        elif hasattr(value, "__dict__") and (id(value) in first or _takes_part(value)):
+            attributes = dict(vars(value))
+            yield partial(_put_attributes, value, attributes)
+            waiting += attributes.values()
+            # What it calls is in no attribute that vars() has.
+            waiting += [value.func, value.args, value.keywords] if isinstance(value, partial) else []
+        else:
+            yield from _generator(value)
+
+
+def _takes_part(value: Any) -> bool:
+    """Tell whether an object is read from or called, as samplers, data sets and transforms of any class are."""
+    # Loggers, files and the Trainer are none of these, and their attributes are no concern of a reading.
+    return not isinstance(value, (type, Tensor, FunctionType)) and any(
+        name in vars(base) for base in type(value).__mro__ for name in ("__iter__", "__getitem__", "__call__")
+    )
 
 
 def is_stream(loader: Any) -> bool:
@@ -114,25 +144,28 @@ def _note_content(value: Any, undo: list[Undo], known: set[int]) -> None:
             saved = value.detach().clone()
             undo.append(lambda: _put_tensor(value, saved))
         return
-    items: list[Any]
-    if isinstance(value, dict):
-        pairs, items = [*value.items()], [*value.values()]
-        undo.append(lambda: _put_items(value, pairs, lambda: value.update(pairs)))
-    elif isinstance(value, (list, deque)):
-        items = [*value]
-        undo.append(lambda: _put_items(value, items, lambda: value.extend(items)))
-    elif isinstance(value, set):
-        items = [*value]
-        undo.append(lambda: _put_items(value, items, lambda: value.update(items)))
-    elif isinstance(value, tuple):
-        items = [*value]
-    else:
+    if not isinstance(value, (dict, list, deque, set, tuple)):
         undo += _generator(value)
         return
+    items = [*value.values()] if isinstance(value, dict) else [*value]
+    undo += _container(value)
     for item in items:
         # Modules are noted by themselves.
         if not isinstance(item, nn.Module):
             _note_content(item, undo, known)
+
+
+def _container(value: Any) -> Iterator[Undo]:
+    """Note what a container holds, if it can be changed."""
+    if isinstance(value, dict):
+        pairs = [*value.items()]
+        yield lambda: _put_items(value, pairs, lambda: value.update(pairs))
+    elif isinstance(value, (list, deque)):
+        items = [*value]
+        yield lambda: _put_items(value, items, lambda: value.extend(items))
+    elif isinstance(value, set):
+        members = [*value]
+        yield lambda: _put_items(value, members, lambda: value.update(members))
 
 
 def _put_items(container: Any, items: list[Any], fill: Undo) -> None:

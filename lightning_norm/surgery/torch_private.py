@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from torch.nn.modules import batchnorm, conv, instancenorm
 from torch.utils import _python_dispatch, _pytree
 
@@ -36,3 +39,18 @@ tree_leaves = _pytree.tree_leaves
 
 # torch's documentation names it, and exports it under no public name.
 TorchDispatchMode = _python_dispatch.TorchDispatchMode
+
+
+def without_iterator(loader: Any) -> Any:
+    """Return a copy of a loader that starts worker processes of its own, or what is no DataLoader as it is.
+
+    ``DataLoader._iterator``: with ``persistent_workers`` the loader keeps its iterator there, and a second loop over it
+    would restart the one that the training is reading from.
+    """
+    # Any iterable may be training data; only loaders keep an iterator.
+    if "_iterator" not in getattr(loader, "__dict__", {}):
+        return loader
+    # A shallow copy: data, sampler and worker settings are the loader's own.
+    twin = copy.copy(loader)
+    twin.__dict__["_iterator"] = None
+    return twin

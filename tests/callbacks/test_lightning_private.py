@@ -5,12 +5,10 @@ import inspect
 import pathlib
 
 import pytest
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_norm.callbacks import lightning_private
 from lightning_norm.callbacks.lightning_private import (
@@ -21,7 +19,6 @@ from lightning_norm.callbacks.lightning_private import (
     starts_processes,
     synchronizes_batchnorm,
     tag_prefix,
-    without_iterator,
 )
 from tests.callbacks.toy import Net, loader, trainer
 
@@ -71,18 +68,6 @@ def test_training_data_is_combined_as_the_training_combines_it():
 
     trainer().fit(Two(), {"a": loader(8), "b": loader(16)})
     assert seen == [["a", "b"]] * 4  # the longer one, the shorter one starting again
-
-
-def test_a_copy_of_a_loader_has_workers_of_its_own():
-    data = DataLoader(TensorDataset(torch.arange(4)), num_workers=1, persistent_workers=True)
-    first = iter(data)
-    next(first)
-    twin = without_iterator(data)
-    assert data._iterator is first  # the loader does keep it there
-    assert iter(twin) is not first
-    assert [int(x) for (x,) in first] == [1, 2, 3]
-    plain = [1, 2]
-    assert without_iterator(plain) is plain
 
 
 def test_tensorboard_logger(tmp_path):

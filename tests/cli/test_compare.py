@@ -21,6 +21,7 @@ from lightning_norm.cli.compare.intervals import compare_paired
 from lightning_norm.cli.compare.runs import all_runs, read_contenders, read_sweeps
 from lightning_norm.cli.compare.store import RunStore
 from lightning_norm.cli.main import main
+from lightning_norm.errors import WriteError
 
 ROOT = Path(__file__).parents[2]
 JOB = {
@@ -316,6 +317,51 @@ def test_a_damaged_file_is_told(tmp_path):
     path.mkdir()
     with pytest.raises(ValueError, match=r"a\.json is damaged.*Is a directory"):
         store.read_all()
+
+
+INSIDE = {
+    "history": [{"val/acc": []}, {"val/acc": 0.5}, {"val/acc": [0.5, None]}, {"val/acc": [True]}, {"val/acc": ["x"]}],
+    "test": [{"acc": "x"}, {"acc": None}],
+    "settings": [{"a": 1}],
+    "sweep": [{"a": {"b": 1}}],
+    **{entry: ["fast", [1.0], True] for entry in ("step_ms", "peak_mb", "parameters", "seconds")},
+}
+
+
+@pytest.mark.parametrize("entry", INSIDE)
+def test_what_is_wrong_inside_of_an_entry_is_told(tmp_path, entry):
+    store = RunStore(tmp_path)
+    for value in INSIDE[entry]:
+        store.write("bn-0", {**made_up("bn", 0, 0.5), entry: value})
+        with pytest.raises(ValueError, match=rf"bn-0\.json is damaged \({entry} must .*, got .*trained again"):
+            store.read("bn-0")
+    store.write("bn-0", {**made_up("bn", 0, math.nan), "test": {"acc": 1}, "step_ms": None, "seconds": 3})
+    assert store.read("bn-0")["seconds"] == 3
+
+
+def test_two_files_of_one_run_are_no_two_runs(tmp_path):
+    store = RunStore(tmp_path)
+    store.write("bn-0", made_up("bn", 0, 0.5))
+    store.write("bn-1", {**made_up("bn", 0, 0.6), "name": "bn-1"})
+    with pytest.raises(ValueError, match=r"two runs of 'bn' with seed 0, bn-0\.json and bn-1\.json: delete one"):
+        store.read_all()
+    store.write("bn-1", {**made_up("bn", 0, 0.6, sweep={"a": "1"}), "name": "bn-1"})
+    assert len(store.read_all()) == 2
+
+
+@pytest.mark.parametrize("way", ["report", "run"])
+def test_a_folder_that_cannot_be_written_into(tmp_path, job, way):
+    """A file in the place of its folder of locks stops root as well, as a read-only disk would."""
+    store = RunStore(tmp_path / "out")
+    for label in ("bn", "sn"):
+        store.write(f"{label}-0", made_up(label, 0, 0.5))
+    store.locks.write_text("")
+    arguments = ["--report", "out"] if way == "report" else [*job(), "--seeds", "1", "--out", "other"]
+    if way == "run":
+        Path("other").mkdir()
+        Path("other/locks").write_text("")
+    with pytest.raises(WriteError, match=r"cannot write into '.*locks': File exists\. Type --out FOLDER"):
+        compare.run([*arguments, "--metric", "val/acc"] if way == "report" else arguments)
 
 
 def test_a_folder_that_was_put_together_by_hand(tmp_path):

@@ -3,12 +3,23 @@
 import copy
 import random
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import lightning_norm
 from lightning_norm import MomentNorm, create, recalibrate
@@ -281,3 +292,75 @@ def test_generators_and_places_of_samplers_are_put_back():
     recalibrate(model, data)
     assert walk.place == 0
     assert (str(walk.numpy.bit_generator.state), walk.python.getstate()) == state
+
+
+class Noisy(Dataset):
+    """Draws for each sample, counts it, and lets a transform draw as well."""
+
+    def __init__(self):
+        self.rng, self.python, self.count = np.random.default_rng(1), random.Random(2), {"read": 0}
+        self.augment = Jitter()
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        self.count["read"] += 1
+        x = index + self.rng.normal() + self.python.random() + self.count["read"]
+        return self.augment(torch.full((3, 6, 6), x, dtype=torch.float64))
+
+
+class Jitter:
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(4)
+
+    def __call__(self, x):
+        return x + torch.rand((), generator=self.generator)
+
+
+class Pops(Sampler):
+    def __init__(self):
+        self.queue = [*range(12)] * 9
+
+    def __iter__(self):
+        return (self.queue.pop() for _ in range(8))
+
+
+def batched(sampler):
+    return DataLoader(Noisy(), batch_sampler=BatchSampler(sampler, 4, False))
+
+
+def mixed(batch, rng):
+    return torch.stack(batch) * rng.random()
+
+
+LOADERS = {
+    "a sampler in a batch sampler": lambda: batched(RandomSampler(range(12), generator=torch.Generator())),
+    "weights in a batch sampler": lambda: batched(WeightedRandomSampler([1.0] * 12, 12, generator=torch.Generator())),
+    "a list that a sampler empties": lambda: DataLoader(Noisy(), 4, sampler=Pops()),
+    "a part of a part of a data set": lambda: DataLoader(Subset(Subset(Noisy(), range(10)), range(8)), 4),
+    "data sets in a row": lambda: DataLoader(ConcatDataset([Noisy(), Noisy()]), 4),
+    "an argument of the function that collates": lambda: DataLoader(
+        Noisy(), 4, collate_fn=partial(mixed, rng=np.random.default_rng(3))
+    ),
+    "workers that persist": lambda: DataLoader(
+        torch.arange(48.0).reshape(12, 4), 4, shuffle=True, num_workers=1, persistent_workers=True
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_the_training_reads_on_as_if_nobody_had_read_in_between(kind):
+    def read(between):
+        torch.manual_seed(0)
+        loader = LOADERS[kind]()
+        reading = iter(loader)
+        batches = [next(reading)]
+        between(loader)
+        return torch.cat([*batches, *reading, *loader])
+
+    model = nn.BatchNorm1d(4).double() if "workers" in kind else network("bn")
+    forward = (lambda batch: model(batch.double())) if "workers" in kind else None
+    untouched = read(lambda loader: None)
+    assert torch.equal(read(lambda loader: recalibrate(model, loader, 2, forward=forward)), untouched)
+    assert not torch.equal(read(lambda loader: list(loader)), untouched)  # a reading does leave traces

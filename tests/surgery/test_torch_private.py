@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_norm.surgery.torch_private import (
     HOOK_ATTRIBUTES,
@@ -16,6 +17,7 @@ from lightning_norm.surgery.torch_private import (
     has_hooks,
     move_hooks,
     tree_leaves,
+    without_iterator,
 )
 
 
@@ -106,3 +108,15 @@ def test_a_moved_hook_is_called_as_before_and_its_handle_still_removes_it(kind):
     handle.remove()
     run(second)
     assert len(calls) == 2
+
+
+def test_a_copy_of_a_loader_has_workers_of_its_own():
+    data = DataLoader(TensorDataset(torch.arange(4)), num_workers=1, persistent_workers=True)
+    first = iter(data)
+    next(first)
+    twin = without_iterator(data)
+    assert data._iterator is first  # the loader does keep it there
+    assert iter(twin) is not first
+    assert [int(x) for (x,) in first] == [1, 2, 3]
+    plain = [1, 2]
+    assert without_iterator(plain) is plain

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_norm.callbacks.lightning_compat import pl, rank_zero_warn
+from lightning_norm.callbacks.lightning_compat import callbacks_of, pl, rank_zero_warn
+from lightning_norm.callbacks.norm_freeze import NormFreeze
 from lightning_norm.errors import ConflictWarning, NotReachedWarning, counted
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.surgery.reach import Reach, tell
@@ -32,14 +33,17 @@ class FirstStep:
         self._reach: Reach | None = None
         self._stepped: set[int] = set()
         self._epoch_is_new = self._evaluation_told = False
-        self._still: set[int] = set()
-        """BatchNorms that had a momentum of 0 when the training began, which a swap could see and take over."""
+        self._still: set[tuple[str, int]] = set()
+        """What BatchNorms were frozen by at the swap, which could see it and take it over."""
+
+    def note(self, pl_module: pl.LightningModule) -> None:
+        """Take note of what is frozen at the swap: what is so later on was chosen behind it."""
+        self._still = {(way, id(module)) for way, modules, _ in _frozen_by_class(pl_module) for module in modules}
 
     def start(self, pl_module: pl.LightningModule, report: SwapReport | None) -> None:
         """Begin to watch."""
         self.stop()
         self._epoch_is_new, self._evaluation_told = True, False
-        self._still = {id(module) for module in _without_momentum(pl_module)}
         layers = {} if report is None else report.replaced()
         # Another callback may have replaced a layer since the swap.
         in_place = {id(m) for m in normalizers_of(pl_module)}
@@ -68,7 +72,7 @@ class FirstStep:
         """Tell, once all optimizers have stepped."""
         if self._epoch_is_new:
             self._epoch_is_new = False
-            self._tell_of_evaluation(pl_module)
+            self._tell_of_evaluation(trainer, pl_module)
         # The layers of a GAN's second network are reached only when its own optimizer steps.
         if self._reach is not None and len(self._stepped) >= max(1, len(trainer.optimizers)):
             self._tell(trainer)
@@ -94,12 +98,15 @@ class FirstStep:
         if missed:
             rank_zero_warn(tell(missed, "the first training step"), category=NotReachedWarning)
 
-    def _tell_of_evaluation(self, pl_module: pl.LightningModule) -> None:
+    def _tell_of_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn, once, where code froze torch's BatchNorm layers by their class, and not ours."""
         if self._evaluation_told:
             return
         ours = [layer for layer in normalizers_of(pl_module) if layer.training and layer.origin is not None]
         names = names_by_module(pl_module)
+        # NormFreeze has chosen its layers by their names.
+        freezing = [each for each in callbacks_of(trainer) if isinstance(each, NormFreeze)]
+        by_name = {layer for each in freezing for layer in each.layers.values()}
         # A layer that was put in evaluation with all that is around it was not chosen by its class.
         alone = [
             names[child][0]
@@ -109,12 +116,18 @@ class FirstStep:
             if not child.training
             and not isinstance(child, Normalizer)
             and has_running_stats(child)
-            and "train" not in vars(child)  # NormFreeze has chosen it by its name
+            and child not in by_name
             and any(True for _ in child.parameters(recurse=False))
         ]
-        still = [names[module][0] for module in _without_momentum(pl_module) if id(module) not in self._still]
-        moving = [layer for layer in ours if layer.has_running_stats and getattr(layer, "momentum", None) != 0]
-        for found, left, what in ((alone, ours, "put in evaluation one by one"), (still, moving, "given momentum=0")):
+        frozen = [
+            (
+                [names[m][0] for m in modules if m not in by_name and (way, id(m)) not in self._still],
+                left,
+                f"given {way}",
+            )
+            for way, modules, left in _frozen_by_class(pl_module)
+        ]
+        for found, left, what in ((alone, ours, "put in evaluation one by one"), *frozen):
             if found and left:
                 self._evaluation_told = True
                 rank_zero_warn(
@@ -125,12 +138,37 @@ class FirstStep:
                 )
 
 
-def _without_momentum(model: nn.Module) -> list[nn.Module]:
-    """Return torch's layers whose running statistics a momentum of 0 keeps as they are."""
+def _frozen_by_class(model: nn.Module) -> list[tuple[str, list[nn.Module], list[Normalizer]]]:
+    """Return how recipes freeze BatchNorm: the setting, layers of torch's that have it, and swapped ones without it."""
+    torchs = [module for module in model.modules() if not isinstance(module, Normalizer) and has_running_stats(module)]
+    ours = [layer for layer in normalizers_of(model) if layer.origin is not None]
+    moving = [layer for layer in ours if layer.has_running_stats and layer.training]
+    # A layer that is frozen with the convolution beside it was not chosen by its class.
+    beside = [
+        child
+        for parent in model.modules()
+        if any(p.requires_grad for c in parent.children() if not has_running_stats(c) for p in c.parameters())
+        for child in parent.children()
+        if child in torchs and any(True for _ in child.parameters())
+    ]
+    learning = [layer for layer in ours if any(p.requires_grad for p in layer.parameters())]
     return [
-        module
-        for module in model.modules()
-        if not isinstance(module, Normalizer) and has_running_stats(module) and getattr(module, "momentum", None) == 0
+        (
+            "momentum=0",
+            [module for module in torchs if getattr(module, "momentum", None) == 0],
+            [layer for layer in moving if getattr(layer, "momentum", None) != 0],
+        ),
+        (
+            "track_running_stats=False",
+            [module for module in torchs if getattr(module, "track_running_stats", None) is False],
+            [layer for layer in moving if layer.track_running_stats],
+        ),
+        (
+            "requires_grad=False",
+            [module for module in beside if not any(p.requires_grad for p in module.parameters())],
+            # Where some are frozen as well, the choice was not one of torch's class.
+            learning if len(learning) == len(ours) else [],
+        ),
     ]
 
 

@@ -30,11 +30,12 @@ from lightning_norm.callbacks.swap.first_step import SHARDED, FirstStep
 from lightning_norm.callbacks.swap.kernel_freeze import KernelFreeze
 from lightning_norm.callbacks.swap.manifest_hooks import patch_checkpoint_hooks, reading, start_from
 from lightning_norm.callbacks.swap.norm_name import names_are_checked
-from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, decayed_norms, optimizers_in
+from lightning_norm.callbacks.swap.optimizers import add_missing, check_owned, decayed_norms, empty_group, optimizers_in
 from lightning_norm.callbacks.swap.regroup import check_number, regroup, schedulers_in
 from lightning_norm.callbacks.swap.saved_plan import read_plan
 from lightning_norm.callbacks.swap.warmed_up import warm_up_module
 from lightning_norm.errors import (
+    ConflictWarning,
     LeftAloneWarning,
     ParameterGrowthWarning,
     PlanError,
@@ -497,6 +498,7 @@ class NormSwap(Described, SavedState, Callback):
                 activations = self.report.find_activations(pl_module, self.options.fuse_activation, example)
             self.report.take_activations(pl_module, activations)
         check_layers(pl_module)
+        self._first_step.note(pl_module)
         if self.options.warm_start is not None and not self._warm:
             start_from(pl_module, self.options.warm_start)
             self._warm = True
@@ -541,4 +543,7 @@ class NormSwap(Described, SavedState, Callback):
             rank_zero_info(f"NormSwap: parameter groups {said or 'none'}")
         elif decayed := decayed_norms(pl_module, optimizers):
             rank_zero_warn(decayed, category=WeightDecayWarning)
+            return configured
+        if self.report and (empty := empty_group(optimizers)):
+            rank_zero_warn(empty, category=ConflictWarning)
         return configured

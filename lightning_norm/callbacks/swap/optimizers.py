@@ -157,6 +157,31 @@ def decayed_norms(pl_module: nn.Module, optimizers: Iterable[Optimizer]) -> str:
     return ""
 
 
+def empty_group(optimizers: Iterable[Optimizer]) -> str:
+    """Return what to tell of a group without a parameter, as code that looks for BatchNorm's class makes it; else "".
+
+    >>> import torch
+    >>> p = nn.Parameter(torch.ones(1))
+    >>> empty_group([torch.optim.SGD([{"params": [p]}, {"params": [], "lr": 0.01}], lr=0.1)]).partition(":")[0]
+    'a SGD has an empty group of parameters (lr=0.01)'
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if not group["params"]:
+                others = [other for other in optimizer.param_groups if other is not group]
+                own = [
+                    f"{name}={value!r}"
+                    for name, value in group.items()
+                    if isinstance(value, (int, float, str)) and any(other.get(name) != value for other in others)
+                ]
+                return (
+                    f"a {type(optimizer).__name__} has an empty group of parameters ({', '.join(own)}): "
+                    "code that looks for torch's class does not find swapped layers, which train in another group now. "
+                    "lightning_norm.is_norm(module) finds both. Leave the group out where it is meant to be empty."
+                )
+    return ""
+
+
 def _nearest_groups(pl_module: nn.Module, name: str, group_of: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the groups of the nearest parent that has a parameter in an optimizer."""
     while name:

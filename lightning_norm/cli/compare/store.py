@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lightning_norm.errors import WriteError
 from lightning_norm.surgery.whole_files import write_whole
 
 FORMAT = 1
@@ -20,6 +21,9 @@ ENTRIES: Mapping[str, type] = {
     **dict.fromkeys(("swap", "set", "sweep", "settings", "history", "test"), dict),
 }
 """What a run has, with its type: the entries without which neither its settings nor its results can be told."""
+
+NUMBERS = ("step_ms", "peak_mb", "parameters", "seconds")
+"""Entries that are a number, or ``None`` where it could not be measured."""
 
 Record = dict[str, Any]
 
@@ -66,6 +70,8 @@ class RunStore:
             )
         if lost := [entry for entry, kind in ENTRIES.items() if not isinstance(record.get(entry), kind)]:
             raise ValueError(f"{path} is damaged (no {lost[0]!r}): delete it, and the run is trained again.")
+        if mistake := _mistake(record):
+            raise ValueError(f"{path} is damaged ({mistake}): delete it, and the run is trained again.")
         # A copy under another name would stand for a second run, or for the run of another seed.
         if record["name"] != name:
             raise ValueError(f"{path} is a copy of {record['name']}.json: delete it, or give it its name.")
@@ -75,12 +81,23 @@ class RunStore:
         """Return every finished run in the folder, by name.
 
         Raises:
-            ValueError: a file is damaged, or there is none.
+            ValueError: a file is damaged, two are of the same run, or there is none.
         """
-        records = [self.read(path.stem) for path in sorted(self.runs.glob("*.json"))]
+        found = (self.read(path.stem) for path in sorted(self.runs.glob("*.json")))
+        records = [record for record in found if record is not None]
         if not records:
             raise ValueError(f"{self.folder} holds no finished run: expected files in {self.runs}.")
-        return [record for record in records if record is not None]
+        # Each would count as a run of its own, and make the intervals narrower than they are.
+        names: dict[tuple[Any, ...], str] = {}
+        for record in records:
+            run = (record["label"], record["seed"], *record["sweep"].items())
+            if run in names:
+                raise ValueError(
+                    f"{self.runs} holds two runs of {record['label']!r} with seed {record['seed']}, {names[run]}.json "
+                    f"and {record['name']}.json: delete one of them."
+                )
+            names[run] = record["name"]
+        return records
 
     def read_report(self) -> Record | None:
         """Return what the last report was of, as ``results.json`` says it; ``None`` where there is none."""
@@ -96,17 +113,15 @@ class RunStore:
 
     def writes_report(self) -> FileLock:
         """Return the lock under which a process writes the report: one that ends at the same time waits for it."""
-        self.locks.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.locks / "report.lock")
+        return self._lock("report")
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Hold a run's lock; yield whether this process has it, and ``False`` while another one does."""
-        self.locks.mkdir(parents=True, exist_ok=True)
         # Not to wait: whoever is refused goes on with another run.
-        lock = FileLock(self.locks / f"{name}.lock", timeout=0)
+        lock = self._lock(name)
         try:
-            lock.acquire()
+            lock.acquire(timeout=0)
         except Timeout:
             yield False
             return
@@ -114,3 +129,42 @@ class RunStore:
             yield True
         finally:
             lock.release()
+
+    def _lock(self, name: str) -> FileLock:
+        """Return a lock, in a folder that is there and can be written into.
+
+        Raises:
+            WriteError: it cannot.
+        """
+        path = self.locks / f"{name}.lock"
+        try:
+            self.locks.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
+        except OSError as error:
+            raise WriteError(
+                f"cannot write into {str(self.locks)!r}: {error.strerror or error}. Type --out FOLDER, one that can be "
+                "written into."
+            ) from error
+        return FileLock(path)
+
+
+def _mistake(record: Record) -> str:
+    """Return what is wrong inside of the entries of a run; "" for nothing."""
+    texts = [(entry, value) for entry in ("sweep", "settings") for value in record[entry].values()]
+    numbers = [("test", value) for value in record["test"].values()]
+    numbers += [(entry, record[entry]) for entry in NUMBERS if record.get(entry) is not None]
+    lists = record["history"].values()
+    wrong = [
+        *(f"{entry} must be text, got {value!r:.80}" for entry, value in texts if not isinstance(value, str)),
+        *(f"{entry} must be a number, got {value!r:.80}" for entry, value in numbers if not _is_number(value)),
+        *(
+            f"history must be lists of numbers, got {value!r:.80}"
+            for value in lists
+            if not (value and isinstance(value, list) and all(map(_is_number, value)))
+        ),
+    ]
+    return wrong[0] if wrong else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

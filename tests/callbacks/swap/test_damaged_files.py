@@ -219,6 +219,42 @@ def test_headers(name, value, good, tmp_path):
         trainer(NormSwap("sn")).fit(TwoNorms(), loader(), ckpt_path=str(tmp_path / "bad.ckpt"))
 
 
+class MoreNorms(TwoNorms):
+    def __init__(self):
+        super().__init__()
+        self.net.append(nn.BatchNorm2d(6))
+
+
+@pytest.mark.parametrize("way", ["test", "fit", "warm_start"])
+def test_a_network_of_other_layers_is_no_other_swap(way, good, tmp_path):
+    """No plan would make the file fit, so that none is advised."""
+    larger = tmp_path / "larger.ckpt"
+    run = trainer(NormSwap("sn"), max_steps=1)
+    run.fit(MoreNorms(), loader())
+    run.save_checkpoint(larger)
+    for path, network, said in (
+        (larger, TwoNorms, r"has sn at 'net\.\d', and this TwoNorms has nothing there"),
+        (good, MoreNorms, r"has nothing at 'net\.\d', and this MoreNorms has sn there"),
+    ):
+        warm, resumed = (str(path), None) if way == "warm_start" else (None, str(path))
+        run = trainer(NormSwap("sn", warm_start=warm), max_steps=2)
+        stage = run.test if way == "test" else run.fit
+        with pytest.raises(CheckpointError, match=rf"{path.name}' {said}\. Build it with the arguments it was"):
+            stage(network(), loader(), ckpt_path=resumed)
+
+
+def test_a_file_without_the_weights_that_the_user_left_out(good, tmp_path):
+    """Rows of frozen layers whose weights were taken out of the file are of this network all the same."""
+    checkpoint = torch.load(good, weights_only=True)
+    (gone,) = (name for name in checkpoint["state_dict"] if name.endswith("mean_weight") and "net.1." in name)
+    prefix = gone.rpartition(".")[0]
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(prefix)}
+    torch.save(checkpoint, tmp_path / "part.ckpt")
+    job = TwoNorms()
+    job.strict_loading = False
+    trainer(NormSwap("sn")).test(job, loader(), ckpt_path=str(tmp_path / "part.ckpt"))
+
+
 def test_a_warm_start_that_fails_leaves_the_model_as_it_was(good, tmp_path):
     content = torch.load(good, weights_only=True)
     edits = {

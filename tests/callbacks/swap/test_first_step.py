@@ -388,6 +388,71 @@ def test_a_momentum_of_0_by_a_hook_that_a_swap_hides_from():
     assert told(job, ConflictWarning, include=["net.1"]) == []
 
 
+class Frozen(Decay):
+    """Freezes BatchNorm in one of the places and by one of the settings that recipes use."""
+
+    def __init__(self, kinds, setting, place):
+        super().__init__(is_norm)
+        self.kinds, self.setting = kinds, setting
+        setattr(self, place, self.freeze)
+
+    def freeze(self):
+        for module in self.modules():
+            if isinstance(module, self.kinds):
+                if self.setting == "requires_grad":
+                    module.requires_grad_(False)
+                else:
+                    setattr(module, self.setting, 0.0 if self.setting == "momentum" else False)
+
+
+@pytest.mark.parametrize("place", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [("momentum", "momentum=0"), ("track_running_stats", "track_running_stats=False"), ("requires_grad",) * 2],
+)
+def test_frozen_by_any_setting_in_any_hook_that_a_swap_hides_from(setting, said, place):
+    (text,) = told(Frozen(nn.BatchNorm2d, setting, place), ConflictWarning, include=["net.1"])
+    assert text.startswith(f"given {said}")
+    assert "1 BatchNorm layer (first: net.4), and none of the 1 layer of this" in text
+    together = (nn.BatchNorm2d, nn.Conv2d) if setting == "requires_grad" else ()
+    for kinds in (norm_types(), together):
+        assert told(Frozen(kinds, setting, place), ConflictWarning, include=["net.1"]) == []
+    job = Frozen((), setting, place)
+    job.kinds = norm_types()
+    job.freeze()  # before the swap, which takes it over
+    job.kinds = ()
+    assert told(job, ConflictWarning, include=["net.1"]) == []
+
+
+def test_what_norm_freeze_has_chosen_by_its_name_is_no_choice_by_class():
+    freeze = lightning_norm.NormFreeze(statistics=False, affine=True, include=["net.4"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(NormSwap("sn", include=["net.1"]), freeze).fit(Decay(is_norm), loader())
+    assert [str(w.message) for w in caught if w.category is ConflictWarning] == []
+
+
+class Slower(Net):
+    """Gives BatchNorm a learning rate of its own."""
+
+    def __init__(self, find):
+        super().__init__()
+        self.find = find
+
+    def configure_optimizers(self):
+        norms = {id(p) for m in self.modules() if self.find(m) for p in m.parameters(recurse=False)}
+        parts = [[p for p in self.parameters() if (id(p) in norms) == wanted] for wanted in (True, False)]
+        return torch.optim.SGD([{"params": parts[0], "lr": 0.01}, {"params": parts[1]}], 0.1)
+
+
+def test_a_group_that_a_swap_has_emptied():
+    (text,) = told(Slower(by_class), ConflictWarning)
+    assert text.startswith("a SGD has an empty group of parameters (lr=0.01): code that looks for torch's class")
+    assert "is_norm" in text
+    assert told(Slower(is_norm), ConflictWarning) == []
+    assert told(Net(), ConflictWarning) == []
+
+
 def test_a_check_of_a_network_that_is_compiled_already():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
     x = torch.randn(4, 3, 8, 8)
