@@ -503,11 +503,15 @@ def undo(report: Any, model: nn.Module, state: dict[str, Tensor], expected: list
 
 
 def export(model: nn.Module, x: Tensor, seconds: int) -> str:
-    """Fold a copy of the model, export it, and compare the exported program with the model."""
+    """Fold a copy of the model, export it, and compare the exported program with the model, as :func:`compare` does."""
     try:
         with time_limit(seconds):
-            expected = evaluate(model, x)
-            folded = copy.deepcopy(model)
+            folded = copy.deepcopy(model).double()
+            try:
+                expected = evaluate(folded, x.double())
+                x = x.double()
+            except (RuntimeError, TypeError):
+                folded, expected = copy.deepcopy(model), evaluate(model, x)
             lightning_norm.fold(folded, x)
             program = torch.export.export(folded, (x,))
             with torch.no_grad():
