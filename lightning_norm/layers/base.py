@@ -20,8 +20,8 @@ from lightning_norm.errors import NoEffectWarning, counted
 from lightning_norm.layers import on_cpu
 from lightning_norm.layers.arguments import (
     arguments_of,
-    as_int,
     check_call,
+    check_count,
     check_zero_weight,
     is_at_least_zero,
     merged_signature,
@@ -407,9 +407,8 @@ class MomentNorm(SpecialCalls, Normalizer):
     ) -> None:
         super().__init__()
         vars(self)["_made_on"] = device  # for a layer without parameters and running statistics
-        name, features = type(self).__name__, as_int(num_features)
-        if features is None or features < 1:
-            raise ValueError(f"{name}: num_features must be a positive int, got {num_features!r}.")
+        name = type(self).__name__
+        features = check_count(f"{name}: num_features", num_features)
         if not is_at_least_zero(eps):
             raise ValueError(f"{name}: eps must be a number >= 0, got {eps!r}.")
         if channel_dim not in (1, -1):

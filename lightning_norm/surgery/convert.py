@@ -409,13 +409,16 @@ def unchanged_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
         raise
 
 
+SETTINGS = ("eps", "momentum", "track_running_stats")
+"""Numbers and flags that torch's layers have too, and that code sets at run time."""
+
+
 def settings_of(layer: nn.Module) -> dict[str, Any]:
-    """Return the numbers and flags that torch's layers have too, by their names, and that code sets at run time.
+    """Return a layer's ``SETTINGS`` by their names.
 
     Of weight, bias and the running statistics it is whether there are any: code sets them to ``None`` as well.
     """
-    names = ("eps", "momentum", "track_running_stats")
-    settings = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+    settings = {name: getattr(layer, name) for name in SETTINGS if hasattr(layer, name)}
     there = {name: getattr(layer, name, None) is not None for name in ("weight", "bias")}
     return {**settings, **there, "running statistics": getattr(layer, "has_running_stats", True)}
 
@@ -439,7 +442,7 @@ def restore_original(
     # A momentum that both can schedule is each layer's own, as other scheduled values are.
     scheduled = module.ranges if isinstance(module, Normalizer) else ()
     now = settings_of(layer)
-    for name in ("eps", "momentum", "track_running_stats"):
+    for name in SETTINGS:
         if name in settings and now[name] != settings[name] and hasattr(module, name) and name not in scheduled:
             setattr(module, name, now[name])
     # The user may have called eval() or train() since, on a model that does not hold the original.

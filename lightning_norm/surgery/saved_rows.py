@@ -119,7 +119,7 @@ def _are_numbers(values: Any) -> bool:
     )
 
 
-_FOR_READERS = (*("norm", "target", "reason", "preserves_eval", "moved", "converted", "dropped", "added", "removed"),)
+_FOR_READERS = ("norm", "target", "reason", "preserves_eval", "moved", "converted", "dropped", "added", "removed")
 """Entries of a row that are checked elsewhere, or tell a reader of the file what the swap did."""
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {

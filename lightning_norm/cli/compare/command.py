@@ -512,10 +512,11 @@ def _try(job: Sequence[str], runs: Sequence[Run], folder: Path) -> None:
     from lightning_norm.cli.compare.training import plan_swap
 
     # Each once, and not all with all: a parse takes a second, and a large model its time to build.
-    for run in {r.sweep: r for r in reversed(runs)}.values():
+    at_points = {r.sweep: r for r in reversed(runs)}.values()
+    of_labels = {r.contender.label: r for r in reversed(runs)}.values()
+    for run in {r.name: r for r in (*at_points, *of_labels)}.values():
         _settings_of(run.arguments(job), run, folder)
-    for run in {r.contender.label: r for r in reversed(runs)}.values():
-        _settings_of(run.arguments(job), run, folder)
+    for run in of_labels:
         if run.contender.swap:
             plan_swap(run, run.arguments(job), folder)
 
