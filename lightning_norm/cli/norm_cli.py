@@ -58,6 +58,7 @@ from lightning_norm.demo.data import ImageData
 from lightning_norm.errors import yaml_mistake
 from lightning_norm.layers.base import Normalizer
 from lightning_norm.normalizers import resolve
+from lightning_norm.ops.sync import end_gloo_before_exit
 from lightning_norm.schedules import composed, curves
 from lightning_norm.surgery.checkpoint_files import check_file
 from lightning_norm.surgery.manifest import manifest_in
@@ -272,6 +273,7 @@ class NormCLI(LightningCLI):
         if not screen and bar_is_unreadable(config.trainer, callbacks):
             kwargs["enable_progress_bar"] = False
         kwargs["callbacks"] = [QuietWorkers(), *screen, *(() if swap is None else (swap,)), *callbacks]
+        end_gloo_before_exit()  # also where nothing is swapped
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:

@@ -29,6 +29,7 @@ from lightning_norm.callbacks import NormSwap
 from lightning_norm.demo.data import ImageData
 from lightning_norm.demo.job import ImageClassifier
 from lightning_norm.errors import counted
+from lightning_norm.ops.sync import end_gloo_before_exit
 from lightning_norm.surgery.walk import normalizers_of
 
 HIDDEN = (
@@ -90,7 +91,7 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 class QuietWorkers(Callback):
-    """Hide in the processes that ``ddp_spawn`` starts what the command hides in its own; it does nothing else.
+    """Do in the processes that ``ddp_spawn`` starts what the command does in its own: hide noise, and end gloo in time.
 
     Such a process shares no loggers with the one that started it, and gets the Trainer with its callbacks.
     """
@@ -101,7 +102,10 @@ class QuietWorkers(Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._hidden and self._process != os.getpid():  # a copy in this process changes nothing
+        if self._process == os.getpid():  # a copy in this process changes nothing
+            return
+        end_gloo_before_exit()
+        if self._hidden:
             until_the_end = contextlib.ExitStack()
             until_the_end.enter_context(without_noise())
             atexit.register(until_the_end.close)
