@@ -103,6 +103,7 @@ def _mixture() -> Iterator[Variant]:
         "bn": MixtureFlags.of(("bn",)),
         "sn": MixtureFlags.of(("in", "ln", "bn"), weighted=True, softmax=True),
         "bcn": MixtureFlags.of(("bn", "ln"), outputs=True),
+        "frn": MixtureFlags.of(("in",), uncentered=True, threshold=True),
     }.items():
         common, tracks = flags.compiled(weight=True), flags.compiled(weight=True, bias=True)._replace(track=1)
         for ranks in (False, True):

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from lightning_norm.layers.arguments import stateless
 from lightning_norm.layers.base import MomentNorm, Paper
 from lightning_norm.layers.declared import Unsupported
-from lightning_norm.ops import eager, native, torch_private
+from lightning_norm.layers.fused_specs import mixture_spec
+from lightning_norm.ops import eager, native
+from lightning_norm.ops.fused.mixture import MixtureSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.normalize import activated, check_ending, ended, normalize
+from lightning_norm.ops.normalize import ended
 
 
 class FilterResponseNorm(MomentNorm):
@@ -78,8 +80,14 @@ class FilterResponseNorm(MomentNorm):
         return {"tau": 0.0, "extra_eps": 1e-4}
 
     def algebra(self, m: Moments) -> Affine:
-        """Return the affine map of the equation above, without its threshold."""
-        return _affine(m, self._eps, self.extra_eps, self.weight, self.bias)
+        """Return y - tau, or y without a threshold, as the affine map of the equation above."""
+        return _affine(m, self._eps, self.extra_eps, self.weight, self.bias, self.tau)
+
+    def fused_spec(self, layout: Layout) -> MixtureSpec | None:
+        """Return the same equation for the kernels, unless eps is learned."""
+        if self.extra_eps is not None:
+            return None
+        return mixture_spec(self, ("in",), w=self.tau, uncentered=True, threshold=self.tau is not None)
 
     def _normalize(
         self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None = None
@@ -92,22 +100,16 @@ class FilterResponseNorm(MomentNorm):
             if self.statistic_size(layout.n, layout.size) > 1:
                 tensors = self.tau, self.extra_eps, self.weight, self.bias
                 return ended(_Filtered.apply(input, *tensors, self._eps, layout), activation, residual)
-        y = super()._normalize(input, "none", None)
-        check_ending(y, activation, residual)
-        # A graph keeps what its backward pass needs, and no more; in eager mode the function below does without y.
-        if torch.compiler.is_compiling() or torch_private.is_transformed() or not y.numel():
-            z = torch.maximum(y.to(at_least_float32(y.dtype)), _along(self.tau, y, self.channel_dim)).to(y.dtype)
-        else:
-            parameters = self.tau, self.extra_eps, self.weight, self.bias
-            z = _Threshold.apply(y, input, *parameters, self._eps, self.channel_dim)
-        return activated(z, activation, residual)
+        # max(y, tau) = max(y - tau, 0) + tau, and a ReLU is part of the engine's passes over x.
+        above = super()._normalize(input, "relu", None)
+        z = above + _along(self.tau, above, self.channel_dim).to(above.dtype)
+        return ended(z, activation, residual)
 
     def _on_cpu_at_once(self, x: Tensor) -> bool:
         """Tell whether one function computes the layer with its threshold."""
         # Neither a subclass nor an instance may have an algebra of its own.
-        whole = type(self) is FilterResponseNorm and "_fused_spec_holds" not in vars(self)
-        plain = whole and self.backend == "auto" and not self.compiled and isinstance(x, Tensor) and x.dim() > 2
-        return plain and native.takes(x, *self._parameters.values())
+        whole = self._fused_spec_holds and self.backend == "auto" and not self.compiled
+        return whole and isinstance(x, Tensor) and x.dim() > 2 and native.takes(x, *self._parameters.values())
 
     def statistic_size(self, n: int, size: int) -> int:
         """Return the elements per sample and channel; a learned eps makes one enough."""
@@ -120,7 +122,14 @@ class FilterResponseNorm(MomentNorm):
         return {name: t.abs().squeeze() if name == "extra_eps" else t for name, t in shown.items() if t is not None}
 
 
-def _affine(m: Moments, eps: float, extra_eps: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Affine:
+def _affine(
+    m: Moments,
+    eps: float,
+    extra_eps: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tau: Tensor | None = None,
+) -> Affine:
     # The mean square from moments that the engine has anyway: E[x^2] = var + mean^2.
     square = m.var + m.mean.square().to(m.var.dtype) + eps
     if extra_eps is not None:
@@ -129,38 +138,18 @@ def _affine(m: Moments, eps: float, extra_eps: Tensor | None, weight: Tensor | N
     if weight is not None:
         scale = scale * weight.to(scale.dtype)
     # In the dtype of the mean, and no center is subtracted.
-    return Affine(m.mean.new_zeros(1, 1), scale, bias)
+    return Affine(m.mean.new_zeros(1, 1), scale, bias if tau is None else _less(bias, tau))
+
+
+def _less(bias: Tensor | None, tau: Tensor) -> Tensor:
+    """Return beta - tau, (C,)."""
+    return -tau if bias is None else bias - tau
 
 
 def _along(tau: Tensor, y: Tensor, channel_dim: int) -> Tensor:
     """Return tau in float32 at least, broadcastable to y."""
     tau = tau.to(at_least_float32(y.dtype))
     return tau.view(-1, *(1,) * (y.dim() - 2)) if channel_dim == 1 else tau
-
-
-class _Threshold(torch.autograd.Function):
-    """max(y, tau). Backward it computes y again from x, which is saved already, in place of another tensor like x."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, tau: Tensor, *rest: Any) -> Tensor:
-        *parameters, ctx.eps, ctx.channel_dim = rest
-        ctx.save_for_backward(x, tau, *parameters)
-        return torch.maximum(y, _along(tau, y, ctx.channel_dim).to(y.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dz,) = grads
-        x, tau, *parameters = ctx.saved_tensors
-        with torch.no_grad():
-            wide = at_least_float32(x.dtype)
-            y = normalize(x.to(wide), lambda m: _affine(m, ctx.eps, *parameters), layout=ctx.channel_dim)
-            # At a tie all of the gradient is the threshold's.
-            above = y > _along(tau, y, ctx.channel_dim)
-        dtau = None
-        if ctx.needs_input_grad[2]:
-            axes = [d for d in range(x.dim()) if d != ctx.channel_dim % x.dim()]
-            dtau = dz.to(wide).masked_fill(above, 0).sum(axes).to(tau.dtype)
-        return dz.masked_fill(~above, 0), None, dtau, *(None,) * 5
 
 
 class _Filtered(torch.autograd.Function):
@@ -214,9 +203,8 @@ class _Filtered(torch.autograd.Function):
 
 def _above(x: Tensor, tau: Tensor, weight: Tensor | None, bias: Tensor | None, root: Tensor, layout: Layout) -> Tensor:
     """Return how far y lies above the threshold."""
-    shift = (-tau if bias is None else bias - tau).view(1, -1)
     scale = root if weight is None else root * weight
-    return eager.apply(x, root.new_zeros(1, 1), scale, shift, layout, mean_is_small=True)
+    return eager.apply(x, root.new_zeros(1, 1), scale, _less(bias, tau).view(1, -1), layout, mean_is_small=True)
 
 
 def _plainly(

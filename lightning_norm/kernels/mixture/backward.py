@@ -122,6 +122,8 @@ def vjp_columns(
     tl.store(out.bias + c, tl.sum(beta, 0), mask=channel_mask)
     if FLAGS.outputs:
         tl.store(out.w + c, tl.sum(iota, 0), mask=channel_mask)
+    if FLAGS.threshold:
+        tl.store(out.w + c, -tl.sum(beta, 0), mask=channel_mask)
     if FLAGS.num_weights > 0:
         p_parts = out.partials + pid
         tl.store(p_parts, tl.sum(tl.sum(m0, 0), 0))
@@ -190,7 +192,7 @@ def vjp_mix_at(sums, stats, parameters, running, out, n, c, keep, shape, layout,
     dmean, dvar = d * 0.0, d * 0.0
     if FLAGS.at_in >= 0:
         # The instance's own statistics belong to no other (n, c), so nothing was pooled.
-        dmean, dvar = sent.fi, sent.ei
+        dmean, dvar = d * 0.0 if FLAGS.uncentered else sent.fi, sent.ei
     if FLAGS.at_ln >= 0:
         # ... through the group's statistics, ...
         j = group_of(n, c, shape)

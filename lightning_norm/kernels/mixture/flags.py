@@ -21,6 +21,8 @@ class MixtureFlags:
         num_weights: length of w and v; 0 where nothing is mixed.
         softmax: w and v are logits, and their softmax is what mixes.
         outputs: normalized outputs are mixed, not statistics, and w is iota (C,).
+        uncentered: the instance's variance is its mean square, and its mean is 0.
+        threshold: w is tau (C,), which is subtracted from beta.
         frozen: the running statistics stand in for the batch's.
         track: 0 leaves the running statistics as they are, 1 moves them by the momentum, 2 averages all batches.
         num_groups: groups of channels of the layer's statistics.
@@ -34,6 +36,8 @@ class MixtureFlags:
     num_weights: int
     softmax: bool
     outputs: bool
+    uncentered: bool
+    threshold: bool
     frozen: bool
     track: int
     num_groups: int
@@ -47,6 +51,8 @@ class MixtureFlags:
         weighted: bool = False,
         softmax: bool = False,
         outputs: bool = False,
+        uncentered: bool = False,
+        threshold: bool = False,
         frozen: bool = False,
         track: int = 0,
         num_groups: int = 1,
@@ -59,6 +65,8 @@ class MixtureFlags:
             weighted: they are mixed by weights w and v.
             softmax: as in the class.
             outputs: as in the class.
+            uncentered: as in the class.
+            threshold: as in the class.
             frozen: as in the class.
             track: as in the class.
             num_groups: as in the class.
@@ -75,9 +83,11 @@ class MixtureFlags:
             at_in=at_in,
             at_ln=at_ln,
             at_bn=at_bn,
-            num_weights=len(statistics) if weighted and not outputs else 0,
+            num_weights=len(statistics) if weighted and not (outputs or threshold) else 0,
             softmax=softmax,
             outputs=outputs,
+            uncentered=uncentered,
+            threshold=threshold,
             frozen=frozen,
             track=track,
             num_groups=int(num_groups),
@@ -94,6 +104,10 @@ class MixtureFlags:
         """Return whether statistics of layers or groups take part."""
         return self.needs_moments and self.at_ln >= 0
 
+    def length_of_w(self, channels: int) -> int:
+        """Return the length of w."""
+        return channels if self.outputs or self.threshold else self.num_weights
+
     def compiled(self, **of_the_call: Any) -> CompiledMixture:
         """Return what a kernel is compiled for."""
         # The number of groups and the correction are arguments of the kernels: any of them runs the same code.
@@ -103,7 +117,8 @@ class MixtureFlags:
 
 CompiledMixture = namedtuple(
     "CompiledMixture",
-    "needs_moments at_in at_ln at_bn num_weights softmax outputs frozen track merge weight bias ranks",
+    "needs_moments at_in at_ln at_bn num_weights softmax outputs uncentered threshold frozen track merge weight bias "
+    "ranks",
     defaults=(False, False, False, False),
 )
 """What a kernel is compiled for: some of :class:`MixtureFlags`, and of the call.
@@ -131,7 +146,7 @@ class MixtureStatistics(NamedTuple):
 
 
 Parameters = namedtuple("Parameters", "weight bias w v")
-"""Gamma, beta, and the weights of means and variances, or iota for w; another tensor where a layer has none."""
+"""Gamma, beta, and the weights of means and variances, or iota or tau for w; another tensor where a layer has none."""
 
 Running = namedtuple("Running", "mean var tracked skipped momentum")
 """Running mean and variance, the batches that moved them and those that did not, and the momentum."""

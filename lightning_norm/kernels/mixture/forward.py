@@ -9,6 +9,9 @@ Or *outputs* are mixed (OUTPUTS, bcn), channel by channel, with iota in w:
 
     y = gamma (iota x^_bn + (1 - iota) x^_ln) + beta
 
+Or the instance's mean square takes the place of its variance, and nothing is subtracted (``uncentered``, frn). Its
+threshold, in w, is subtracted from beta: what is left above it is a ReLU of y.
+
 First the statistics are pooled: ``pool``, columns of (N, C) in some programs and rows in the others. Then every (n, c)
 is computed from them: ``mix``. Backward in the same two steps: ``vjp_pool``, ``vjp_mix``.
 
@@ -92,6 +95,9 @@ def with_pooled(k, d, vi, stats, running, n, c, keep, shape, FLAGS: tl.constexpr
             batch, channels = stats.batch, shape.channels
             db = tl.load(batch + c, mask=keep, other=0.0) - k + tl.load(batch + channels + c, mask=keep, other=0.0)
             bv = tl.load(batch + 2 * channels + c, mask=keep, other=0.0)
+    # The center is 0, which lies at -k.
+    if FLAGS.uncentered:
+        vi, d = vi + (k + d) * (k + d), -k
     return Given(d, vi, dl, lv, db, bv)
 
 
@@ -251,6 +257,7 @@ def mix_at(parts, stats, parameters, running, n, c, keep, shape, layout, eps, fa
     # Without a weight or a bias the defaults leave y as it is.
     gamma = per_channel(parameters.weight, c, keep, 1.0, FLAGS.weight)
     beta = per_channel(parameters.bias, c, keep, 0.0, FLAGS.bias)
+    beta -= per_channel(parameters.w, c, keep, 0.0, FLAGS.threshold)
     # Both outputs have the same pivot, so their mixture is one affine map.
     if FLAGS.outputs:
         iota = tl.load(parameters.w + c, mask=keep, other=0.0).to(tl.float32)

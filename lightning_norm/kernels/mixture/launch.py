@@ -117,7 +117,7 @@ def gradients(
     if grid.n == 0:
         dweight, dx_affine = empty_gradient(stats.batch, stats.rank_sums, meet), None
         dbias, dv = dweight.clone(), affine.new_zeros(flags.num_weights)
-        dw = affine.new_zeros(grid.c) if flags.outputs else dv.clone()
+        dw = affine.new_zeros(flags.length_of_w(grid.c))
     else:
         # Once for both passes that read them.
         dy, residual = dense(dy, x), None if residual is None else dense(residual, x)
@@ -158,7 +158,7 @@ def adjoint(
     rows = cdiv(groups, tile.g) if flags.at_ln >= 0 else 0
     dbatch, dlayer = affine.new_empty(3, grid.c), affine.new_empty(2, groups if rows else 0)
     dweight, dbias = affine.new_empty(grid.c), affine.new_empty(grid.c)
-    dw, dv = affine.new_empty(grid.c if flags.outputs else flags.num_weights), affine.new_empty(flags.num_weights)
+    dw, dv = affine.new_empty(flags.length_of_w(grid.c)), affine.new_empty(flags.num_weights)
     # Gradients of the weights are sums over everything: each block leaves its part, and the next launch adds them up.
     weight_partials, dx_affine = affine.new_empty(6, columns), affine.new_empty(2, grid.n, grid.c)
     factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0

@@ -118,7 +118,7 @@ def shared_out(n: int, c: int, size: int, columns: bool, vector: int) -> Owner |
 
 def owns_mixture(flags: MixtureFlags) -> bool:
     """Return whether a mixture is of the batch's or of the instance's own statistics alone."""
-    alone = flags.at_ln < 0 and flags.num_weights == 0 and not flags.outputs
+    alone = flags.at_ln < 0 and flags.num_weights == 0 and not flags.outputs and not flags.threshold
     return alone and flags.needs_moments and not flags.frozen and (flags.at_bn < 0) != (flags.at_in < 0)
 
 

@@ -70,7 +70,7 @@ class MixtureSpec:
         eps: inside the root.
         weight: gamma, (C,).
         bias: beta, (C,).
-        w: weights of the means, one per statistic, or iota (C,) with ``flags.outputs``.
+        w: weights of the means, one per statistic; iota (C,) with ``flags.outputs``, tau (C,) with ``threshold``.
         v: weights of the variances.
         running: running statistics of "bn".
         group: name of the ranks that pool the batch's statistics; "" for this process alone.
@@ -383,7 +383,7 @@ def _fake_gradients(
     residual, channel_dim, numbers, _, _, need_dx, _ = args[-7:]
     flags, (_, c) = from_numbers(MixtureFlags, numbers), samples_and_channels(x, channel_dim)
     dx, dresidual = operators.fake_input_gradients(x, affine, residual, need_dx)
-    dw = affine.new_empty(c if flags.outputs else flags.num_weights)
+    dw = affine.new_empty(flags.length_of_w(c))
     return dx, affine.new_empty(c), affine.new_empty(c), dw, affine.new_empty(flags.num_weights), dresidual
 
 
