@@ -34,7 +34,8 @@ def model_of(norm, backend):
     # Large enough for the parameters of afn, of whose number a warning tells otherwise.
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 32, 3))
     # Dropout draws other numbers on the kernels than in plain PyTorch, and none of them runs here.
-    report = lightning_norm.swap(model, norm, backend=backend, norm_args={"dropout": 0.0} if norm == "afn" else {})
+    arguments = {"afn": {"dropout": 0.0}, "frn": {"learn_eps": True}}.get(norm, {})
+    report = lightning_norm.swap(model, norm, backend=backend, norm_args=arguments)
     return model, report.layers[0].backend
 
 
@@ -106,7 +107,7 @@ def drawn(layer, x):
 def main(case):
     torch.set_num_threads(1)
     x = torch.randn(SHAPE[0], 3, *SHAPE[2:])
-    # frn has no description for the kernels: passes on them lie around its equations.
+    # With a learned eps frn has no description for the kernels: passes on them lie around its equations.
     norms = ("frn",) if case == "later passes" else NORMS
     right = {norm: step(model_of(norm, "eager")[0].double(), x.double()) for norm in norms}
     without_kernels(case)

@@ -30,6 +30,8 @@ LISTED = [
     ("sn", {"sparse": True, "radius": 0.3}),
     ("bcn", {}),
     ("bcn", {"constraint": "clamp", "affine": False}),
+    ("frn", {}),
+    ("frn", {"tlu": False, "affine": False}),
 ]
 
 
@@ -101,7 +103,7 @@ def test_large_offsets(key, offset):
     compare(*pair(key, {}, offset=offset), features(4, 6, 5, 3) + offset, noise(4, 6, 5, 3, seed=7))
 
 
-@pytest.mark.parametrize("key", ["sn", "bcn"])
+@pytest.mark.parametrize("key", ["sn", "bcn", "frn"])
 def test_channels_last(key):
     x = features(4, 6, 5, 4).contiguous(memory_format=torch.channels_last)
     ours, exact = pair(key, {})
@@ -128,8 +130,9 @@ def test_many_channels_and_samples():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half(dtype):
-    ours, exact = pair("sn", {})
+@pytest.mark.parametrize("key", ["sn", "frn"])
+def test_half(key, dtype):
+    ours, exact = pair(key, {})
     compare(ours, exact, features(4, 6, 5, 3).to(dtype), noise(4, 6, 5, 3, seed=7).to(dtype), 2.0**-7)
 
 
