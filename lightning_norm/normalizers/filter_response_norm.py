@@ -102,7 +102,8 @@ class FilterResponseNorm(MomentNorm):
                 return ended(_Filtered.apply(input, *tensors, self._eps, layout), activation, residual)
         # max(y, tau) = max(y - tau, 0) + tau, and a ReLU is part of the engine's passes over x.
         above = super()._normalize(input, "relu", None)
-        z = above + _along(self.tau, above, self.channel_dim).to(above.dtype)
+        # In float32 at least, so that the gradient of tau is summed up in it.
+        z = (above + _along(self.tau, above, self.channel_dim)).to(above.dtype)
         return ended(z, activation, residual)
 
     def _on_cpu_at_once(self, x: Tensor) -> bool:
