@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from lightning_norm.callbacks.lightning_compat import pl
-from lightning_norm.cli.parsing import CommandParser
+from lightning_norm.cli.parsing import CommandParser, path_of
 from lightning_norm.errors import CheckpointError, counted
 from lightning_norm.layers.state import published_keys
 from lightning_norm.normalizers import normalizers
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     made = CommandParser("convert", "Rewrite a checkpoint of a paper's authors as one of lightning_norm.", __doc__)
     made.add_argument("file", metavar="FILE", help="what the authors' code has written")
-    made.add_argument("--out", required=True, metavar="OUT", help="the new file")
+    made.add_argument("--out", type=path_of("--out new.ckpt"), required=True, metavar="OUT", help="the new file")
     made.add_argument("--norm", metavar="KEY", help="sn, bnet, rbn, bcn, asr, afn or cn; by default what FILE holds")
     made.add_argument("--norm_args", default="{}", metavar="YAML", help="arguments that are in no file, or others")
     made.add_argument("--prefix", default="", help="put before all names: net. for a LightningModule with a net")

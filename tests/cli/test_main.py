@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import re
 import subprocess
@@ -112,6 +113,47 @@ def test_another_broken_pipe_is_an_error(monkeypatch):
     monkeypatch.setattr(lightning_norm.cli.main, "_run", broken)
     with pytest.raises(BrokenPipeError, match="of a logger"):
         main(["list"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_for_another_library_is_told(monkeypatch, capsys, number):
+    """As Lightning's TensorBoardLogger has it: it calls the number that it was to log not supported."""
+
+    def run(*_):
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise ValueError("you tried to log 2.25 which is currently not supported") from error
+
+    monkeypatch.setattr("lightning_norm.cli.main._run", run)
+    with pytest.raises(SystemExit) as end:
+        main(["list"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert (
+        said == f"lightning-norm: error: [Errno {number}] {os.strerror(number)}. Make room, and type the same again.\n"
+    )
+    monkeypatch.setenv("LIGHTNING_NORM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="not supported"):
+        main(["list"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--json", ""],
+        ["bench", "--save", ""],
+        ["convert", "a.pth", "--out", ""],
+        ["export", "--out", "a.pt2", "--ckpt_path", ""],
+        ["export", "--out", ""],
+    ],
+)
+def test_an_empty_path_is_no_path(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    option = arguments[-2]
+    assert re.search(rf"argument {option}: expected a path, got ''. Type {option} \w+", capsys.readouterr().err)
 
 
 def test_the_overview_shows_an_example_of_every_command(capsys):
