@@ -21,12 +21,13 @@ import yaml
 
 from lightning_norm.callbacks.lightning_compat import pl
 from lightning_norm.cli.parsing import CommandParser, path_of
-from lightning_norm.errors import CheckpointError, counted
+from lightning_norm.errors import CheckpointError, counted, yaml_mistake
 from lightning_norm.layers.state import published_keys
 from lightning_norm.normalizers import normalizers
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.load_published import WEIGHTS, convert_published
 from lightning_norm.surgery.whole_files import write_whole
+from lightning_norm.surgery.yaml_text import load_yaml
 
 
 def run(argv: Sequence[str]) -> None:
@@ -42,11 +43,12 @@ def run(argv: Sequence[str]) -> None:
     """
     options = parser().parse_args(argv)
     try:
-        arguments = yaml.safe_load(options.norm_args)
-    except yaml.YAMLError:
-        arguments = None
+        arguments, mistake = load_yaml(options.norm_args), ""
+    except yaml.YAMLError as error:
+        arguments, mistake = None, f" ({yaml_mistake(error)})"
     if not isinstance(arguments, dict):
-        raise ValueError(f"--norm_args must be a mapping such as '{{eps: 1.0e-3}}', got {options.norm_args!r}.")
+        got = f"{options.norm_args!r}{mistake}"
+        raise ValueError(f"--norm_args must be a mapping such as '{{eps: 1.0e-3}}', got {got}.")
     rename = dict(_pair(text) for text in options.rename)
     norm = options.norm or _only_one(options.file)
     checkpoint, report = convert_published(

@@ -603,6 +603,7 @@ def test_no_folder_at_all(option, empty, capsys, monkeypatch):
         (["--norms", "bn,bn"], "two normalizers are called 'bn'"),
         (["--norms", "bn,{norm: sn"], "cannot be read"),
         (["--norms", "bn,{exclud: 1, norm: sn}"], "Did you mean 'exclude'"),
+        (["--norms", "bn,{norm: sn, norm: gn}"], "'norm' stands there twice"),
         (["--norms", "gn(num_groups=2)"], "norm_args: {name: value}"),
         (["--norms", "bn,gn: {num_groups: 2}"], "{norm: gn, norm_args:"),
         (["--norms", "1"], "names no normalizer"),

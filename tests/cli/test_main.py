@@ -263,6 +263,29 @@ def test_a_typo_is_told_with_the_nearest_name(tmp_path, capfd, change, said):
     assert "usage:" not in message
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("norm: sn\nnorm: bn\nmodel: ImageClassifier\n", "line 2, column 1: 'norm' stands there twice"),
+        ("norm:\n  norm: sn\n  sync: true\n  sync: false\nmodel: ImageClassifier\n", "line 4, column 3: 'sync' stands"),
+        (
+            "model: ImageClassifier\ntrainer: {callbacks: [{class_path: A, class_path: B}]}\n",
+            "'class_path' stands there",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "plan"])
+def test_an_entry_that_stands_twice_is_told(tmp_path, capfd, command, text, said):
+    """YAML takes the last of the two without a word."""
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main([command, "--config", str(tmp_path / "job.yaml")])
+    assert end.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "cannot read" in line
+    assert said in line
+
+
 def test_a_typo_in_a_schedule_and_a_plugin(tmp_path, capfd):
     linear = "{class_path: NormScheduler, init_args: {schedules: {momentum: {class_path: Linaer}}}}"
     change = ("    - class_path: NormMonitor", f"    - {linear}\n    - class_path: NormMonitor")

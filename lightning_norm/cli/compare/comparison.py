@@ -410,7 +410,8 @@ class Report:
             # The three summaries that TensorBoard wants; add_hparams would write them into a folder of its own.
             summaries = [(summary, 0) for summary in hparams(row, {self.metric: 0.0})]  # type: ignore[no-untyped-call]
             # At the end of the run's curve, in whose chart it is drawn as well.
-            summaries.append((scalar(self.metric, self.value(record)), record["steps"]))
+            last = scalar(self.metric, self.value(record))  # type: ignore[no-untyped-call]
+            summaries.append((last, record["steps"]))
             # A new name each time: a TensorBoard that is open reads on in a file that it knows.
             written = target / f"events.out.tfevents.{now:.6f}"
             write_whole(written, _events(summaries, now))
