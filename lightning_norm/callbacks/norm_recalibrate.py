@@ -58,7 +58,8 @@ class NormRecalibrate(Described, Callback):
             ``training_step``, with logging off.
         forward: a function of the module and a batch, or its dotted path, that runs the network in place of that.
         loader: batches in place of the Trainer's training data, or a function (or its dotted path) that returns them:
-            where that has several loaders, or is a stream, whose samples another reading may not get again.
+            where that has several loaders, or is a stream, whose samples another reading may not get again. Its first
+            batch is tried before the training; an iterator, which can be read once, is refused.
 
     Attributes:
         result: what the last call did.

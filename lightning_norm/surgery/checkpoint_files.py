@@ -221,7 +221,7 @@ def take_out(path: Any, content: Any) -> str:
     " Weights are in it: type torch.save(torch.load('a.pth')['model_ema'], 'weights.pth'), and use that file."
     """
     # Level by level, so that the nearest are found; three are more than any training script has.
-    level: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    level: list[tuple[tuple[str, ...], Any]] = [((), content)] if isinstance(content, Mapping) else []
     for _ in range(3):
         level = [((*keys, k), v) for keys, part in level for k, v in part.items() if isinstance(v, Mapping) and v]
         for keys, part in level:
