@@ -26,6 +26,7 @@ from lightning_norm.layers.arguments import check_count
 from lightning_norm.surgery.options import check_pattern
 from lightning_norm.surgery.recalibrate import Recalibration, layers_of, recalibrate, try_on
 from lightning_norm.surgery.restore import random_numbers_restored
+from lightning_norm.surgery.torch_private import without_iterator
 
 WHEN = ("fit_end", "before_validation", "on_request")
 
@@ -57,7 +58,8 @@ class NormRecalibrate(Described, Callback):
             ``training_step``, with logging off.
         forward: a function of the module and a batch, or its dotted path, that runs the network in place of that.
         loader: batches in place of the Trainer's training data, or a function (or its dotted path) that returns them:
-            where that has several loaders, or is a stream, whose samples another reading may not get again.
+            where that has several loaders, or is a stream, whose samples another reading may not get again. Its first
+            batch is tried before the training; an iterator, which can be read once, is refused.
 
     Attributes:
         result: what the last call did.
@@ -89,6 +91,12 @@ class NormRecalibrate(Described, Callback):
         if when not in WHEN:
             raise ValueError(f"NormRecalibrate: when must be one of {WHEN}, got {when!r}.")
         self.when, self.inputs = when, inputs
+        # Read at the first of several times, and before the training, it would be empty at the next.
+        if isinstance(loader, Iterator):
+            raise ValueError(
+                f"NormRecalibrate: loader is an iterator ({type(loader).__name__}), which can be read once. Type a "
+                "function that makes it, NormRecalibrate(loader=lambda: ...), or what it iterates over."
+            )
         self.forward, self.loader = forward, loader
         self.result: Recalibration | None = None
         self._function = import_function("NormRecalibrate", "forward", forward)
@@ -123,9 +131,22 @@ class NormRecalibrate(Described, Callback):
         # Raises for what cannot be re-estimated: better before the training than after it.
         layers = layers_of(pl_module, self.exclude)
         self._tried = not layers or self.when == "on_request"
-        if not self._tried:
-            self._loader(trainer)
-            self._forward(trainer, pl_module)
+        if self._tried:
+            return
+        loader, _ = self._loader(trainer)
+        self._forward(trainer, pl_module)
+        if self.loader is None:
+            refuse_stream("NormRecalibrate", [loader])
+            return
+        # Its own batches may be of another form than the training's.
+        with random_numbers_restored(loader):
+            batch = next(iter(without_iterator(loader)), None)
+        if batch is None:
+            raise ValueError(
+                "NormRecalibrate: the loader gave no batch. Type NormRecalibrate(loader=...) with another."
+            )
+        self._try(trainer, pl_module, as_in_training(trainer, pl_module, batch), "a batch of its loader")
+        self._tried = True
 
     @override
     def on_train_batch_start(
@@ -136,9 +157,9 @@ class NormRecalibrate(Described, Callback):
         Raises:
             ValueError: it cannot.
         """
-        # The first batch is here anyway; batches of a loader of its own may be of another form.
-        if not self._tried and self.loader is None:
-            self._try(trainer, pl_module, batch)
+        # The first batch is here anyway.
+        if not self._tried:
+            self._try(trainer, pl_module, batch, "a training batch")
         self._tried = True
 
     @override
@@ -170,6 +191,9 @@ class NormRecalibrate(Described, Callback):
             ValueError: there is no training data, or it cannot be used; the message says why.
         """
         loader, limit = self._loader(trainer)
+        # Told before the training otherwise, when nothing has begun to read from it.
+        if self.when == "on_request" and self.loader is None:
+            refuse_stream("NormRecalibrate", [loader])
         forward = self._forward(trainer, pl_module)
         with random_numbers_restored(loader), _without_logging(pl_module):
             # Batches go through the hooks and the precision of the training: other numbers would give other statistics.
@@ -196,7 +220,6 @@ class NormRecalibrate(Described, Callback):
                 f"NormRecalibrate needs one training loader, the Trainer has {count}. Type NormRecalibrate(loader=...) "
                 "with the one to use."
             )
-        refuse_stream("NormRecalibrate", [loader])
         # Batches beyond limit_train_batches are none of the training's.
         return loader, int(min(self.num_batches, trainer.num_training_batches))
 
@@ -223,7 +246,7 @@ class NormRecalibrate(Described, Callback):
 
         return forward
 
-    def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+    def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, what: str) -> None:
         """Run the module on a batch and forget it, so that what cannot work is told before the first step."""
         forward = self._forward(trainer, pl_module)
         try:
@@ -232,7 +255,7 @@ class NormRecalibrate(Described, Callback):
         except Exception as error:
             how = "forward" if self._function is not None else f"inputs={self.inputs!r}"
             raise ValueError(
-                f"NormRecalibrate cannot run {type(pl_module).__name__} on a training batch with {how}: "
+                f"NormRecalibrate cannot run {type(pl_module).__name__} on {what} with {how}: "
                 f"{type(error).__name__}: {error}. Type NormRecalibrate(inputs=...) with the part of the batch that "
                 "forward takes, or NormRecalibrate(forward='my_module.function'), a function of the module and a batch."
             ) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning_norm.callbacks.lightning_compat import is_overridden, pl
-from lightning_norm.surgery.restore import is_stream
+from lightning_norm.surgery.restore import stream_in
 
 
 def as_in_training(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
@@ -30,13 +30,12 @@ def refuse_stream(who: str, loaders: Iterable[Any]) -> None:
     """Refuse training data that another reading may not get again.
 
     Raises:
-        ValueError: one of them is an iterator, or its data set is an IterableDataset.
+        ValueError: one of them is an iterator or an IterableDataset, or reads from one.
     """
     for loader in loaders:
-        if is_stream(loader):
-            dataset = getattr(loader, "dataset", loader)
+        if (stream := stream_in(loader)) is not None:
             raise ValueError(
-                f"{who} would take samples of a stream ({type(dataset).__name__}) that the training then misses or has "
+                f"{who} would take samples of a stream ({type(stream).__name__}) that the training then misses or has "
                 f"not seen yet. Type {who}(loader=...): other data, or this very loader if each reading of it starts "
                 "anew."
             )

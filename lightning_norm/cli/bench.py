@@ -17,7 +17,7 @@ import torch
 from lightning_norm.bench.clock import machine
 from lightning_norm.bench.shapes import bench_shape
 from lightning_norm.bench.tables import save, table
-from lightning_norm.cli.parsing import CommandParser
+from lightning_norm.cli.parsing import CommandParser, path_of
 from lightning_norm.normalizers import create, normalizers
 from lightning_norm.surgery.extras import require
 from lightning_norm.surgery.whole_files import write_whole
@@ -112,6 +112,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, default=50, help="rounds, in each of which every contender runs")
     made.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     made.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
-    made.add_argument("--json", metavar="FILE", help="write all figures there")
-    made.add_argument("--save", metavar="DIR", help="write bench.json, bench.md and bench.png there")
+    made.add_argument("--json", type=path_of("--json bench.json"), metavar="FILE", help="write all figures there")
+    made.add_argument(
+        "--save", type=path_of("--save bench"), metavar="DIR", help="write bench.json, bench.md and bench.png there"
+    )
     return made

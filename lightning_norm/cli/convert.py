@@ -20,13 +20,14 @@ import torch
 import yaml
 
 from lightning_norm.callbacks.lightning_compat import pl
-from lightning_norm.cli.parsing import CommandParser
-from lightning_norm.errors import CheckpointError, counted
+from lightning_norm.cli.parsing import CommandParser, path_of
+from lightning_norm.errors import CheckpointError, counted, yaml_mistake
 from lightning_norm.layers.state import published_keys
 from lightning_norm.normalizers import normalizers
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.load_published import WEIGHTS, convert_published
 from lightning_norm.surgery.whole_files import write_whole
+from lightning_norm.surgery.yaml_text import load_yaml
 
 
 def run(argv: Sequence[str]) -> None:
@@ -42,11 +43,12 @@ def run(argv: Sequence[str]) -> None:
     """
     options = parser().parse_args(argv)
     try:
-        arguments = yaml.safe_load(options.norm_args)
-    except yaml.YAMLError:
-        arguments = None
+        arguments, mistake = load_yaml(options.norm_args), ""
+    except yaml.YAMLError as error:
+        arguments, mistake = None, f" ({yaml_mistake(error)})"
     if not isinstance(arguments, dict):
-        raise ValueError(f"--norm_args must be a mapping such as '{{eps: 1.0e-3}}', got {options.norm_args!r}.")
+        got = f"{options.norm_args!r}{mistake}"
+        raise ValueError(f"--norm_args must be a mapping such as '{{eps: 1.0e-3}}', got {got}.")
     rename = dict(_pair(text) for text in options.rename)
     norm = options.norm or _only_one(options.file)
     checkpoint, report = convert_published(
@@ -101,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     made = CommandParser("convert", "Rewrite a checkpoint of a paper's authors as one of lightning_norm.", __doc__)
     made.add_argument("file", metavar="FILE", help="what the authors' code has written")
-    made.add_argument("--out", required=True, metavar="OUT", help="the new file")
+    made.add_argument("--out", type=path_of("--out new.ckpt"), required=True, metavar="OUT", help="the new file")
     made.add_argument("--norm", metavar="KEY", help="sn, bnet, rbn, bcn, asr, afn or cn; by default what FILE holds")
     made.add_argument("--norm_args", default="{}", metavar="YAML", help="arguments that are in no file, or others")
     made.add_argument("--prefix", default="", help="put before all names: net. for a LightningModule with a net")

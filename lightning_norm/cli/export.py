@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_norm.callbacks import NormSwap
 from lightning_norm.cli.norm_cli import NormCLI
-from lightning_norm.cli.parsing import CommandParser, own_options
+from lightning_norm.cli.parsing import CommandParser, own_options, path_of
 from lightning_norm.cli.screen import without_noise
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.deploy import fold, to_plain
@@ -177,8 +177,12 @@ def parser() -> argparse.ArgumentParser:
     made = CommandParser(
         "export", "Write the network for inference: normalizers folded, or as torch's own layers.", __doc__
     )
-    made.add_argument("--out", required=True, metavar="FILE", help="net.pt2 (torch.export) or net.onnx")
-    made.add_argument("--ckpt_path", metavar="FILE", help="weights, and what was swapped")
+    made.add_argument(
+        "--out", type=path_of("--out net.pt2"), required=True, metavar="FILE", help="net.pt2 (torch.export) or net.onnx"
+    )
+    made.add_argument(
+        "--ckpt_path", type=path_of("--ckpt_path last.ckpt"), metavar="FILE", help="weights, and what was swapped"
+    )
     made.add_argument("--shape", help="of the input, 1x3x32x32; the model's example_input_array by default")
     made.add_argument(
         "--layers",

@@ -13,6 +13,7 @@ What ends a command, and how the shell sees it:
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -153,6 +154,8 @@ def _main(argv: Sequence[str] | None) -> None:
     except Exception as error:
         if (absent := _missing_dependency(error)) and not os.environ.get(TRACEBACK):
             _exit(f"{absent} is not installed, and this command needs it. Type pip install lightning-norm.")
+        if (full := _full_disk(error)) and not os.environ.get(TRACEBACK):
+            _exit(f"{full}. Make room, and type the same again.")
         cause = _raised_by_this_package(error)
         if cause is None or os.environ.get(TRACEBACK):
             raise
@@ -240,6 +243,21 @@ def _missing_dependency(error: BaseException) -> str | None:
     names = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
     name = error.name.partition(".")[0]
     return name if name in names else None
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """Return what the system says of a full disk, if that is in the chain of an error, whoever has met it.
+
+    Of Lightning's loggers such an error says that a number cannot be logged.
+    """
+    while error is not None:
+        # A WriteError of this package says more than the system.
+        if type(error).__name__ == "WriteError":
+            return None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _exit(message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from typing_extensions import override
@@ -33,6 +33,24 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # Options that compare and export do not know are the job's, and told by its own parser.
         self.exit(2, f"lightning-norm: error: {with_nearest(message, self._option_string_actions)}\n")
+
+
+def path_of(example: str) -> Callable[[str], str]:
+    """Return the type of an option whose value is a path: nothing is no path, and would mean the current folder.
+
+    Args:
+        example: what to type, as in ``--out compare``.
+
+    >>> path_of("--out compare")("results")
+    'results'
+    """
+
+    def path(text: str) -> str:
+        if not text.strip():
+            raise argparse.ArgumentTypeError(f"expected a path, got {text!r}. Type {example} (say)")
+        return text
+
+    return path
 
 
 def own_options(parser: argparse.ArgumentParser) -> list[str]:

@@ -19,6 +19,7 @@ from lightning_norm.callbacks.swap.saved_plan import read_plan
 from lightning_norm.errors import yaml_mistake
 from lightning_norm.normalizers import normalizers, resolve
 from lightning_norm.surgery.swap import key_or_path
+from lightning_norm.surgery.yaml_text import check_entries
 
 SECTION = "norm"
 """Its name; the swap comes first among the callbacks, where it belongs."""
@@ -83,6 +84,7 @@ def load_configuration(text: str, path: str | None = None) -> Any:
     """
     try:
         config = get_loader("yaml")(text)
+        check_entries(text)
         _count(config, {}, set())
         config = _with_dotted_paths(config)
         if path is not None and not isinstance(config, dict):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_norm.errors import FusionError
 from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.declared import ExtraBuffers, Unsupported
+from lightning_norm.layers.inference import fused_without_variance, fuses
 from lightning_norm.layers.renormalized import renorm
 from lightning_norm.layers.running_stats import (
     count_batch,
@@ -97,6 +100,20 @@ class BlendedNorm(MomentNorm):
     def train_uses_running_stats(self) -> bool:
         """Always, as long as they move."""
         return moves_running_stats(self)
+
+    @property
+    def running_var(self) -> Tensor | None:
+        """The running variance, with ``average="var"``; with "std" there is none.
+
+        Raises:
+            AttributeError: there is none.
+            FusionError: there is none, and code outside of this package is about to fuse the layer as a BatchNorm.
+        """
+        if "running_var" in self._buffers:
+            return self._buffers["running_var"]
+        if not torch.compiler.is_compiling() and fused_without_variance(self, frame := sys._getframe(1)):
+            raise FusionError(fuses(self, frame))
+        raise AttributeError(f"{type(self).__name__} has no running_var")  # torch's own message comes in its place
 
     @property
     def running_names(self) -> tuple[str, str]:

@@ -57,13 +57,7 @@ class Evaluation(Behind):
         if not torch.compiler.is_compiling():
             frame = sys._getframe(1)
             if "running_var" in frame.f_code.co_names and not _may_read(self, frame):
-                raise FusionError(
-                    f"{frame.f_code.co_name}() reads eps and running_var of {type(self).__name__}, as code does that "
-                    "fuses a BatchNorm into a convolution. In evaluation this layer is not the map that a BatchNorm "
-                    "with these tensors is, and the network would compute something else. Use "
-                    "lightning_norm.fold(model, example_input), which folds what can be folded and says why the rest "
-                    "stays."
-                )
+                raise FusionError(fuses(self, frame))
         return self._eps
 
     @eps.setter
@@ -201,6 +195,25 @@ def _frozen_class(layer: Evaluation, plain: nn.Module) -> nn.Module | None:
     for name in layer._behind:
         frozen.add_module(name, layer._modules[name])
     return frozen
+
+
+def fuses(layer: Any, frame: types.FrameType) -> str:
+    """Return the message for a function that is about to take a layer for a BatchNorm."""
+    return (
+        f"{frame.f_code.co_name}() reads eps and running_var of {type(layer).__name__}, as code does that fuses a "
+        "BatchNorm into a convolution. In evaluation this layer is not the map that a BatchNorm with these tensors is, "
+        "and the network would compute something else. Use lightning_norm.fold(model, example_input), which folds what "
+        "can be folded and says why the rest stays."
+    )
+
+
+def fused_without_variance(layer: Any, frame: types.FrameType) -> bool:
+    """Tell whether a function that reads ``running_var`` of a layer that has none is about to fuse it.
+
+    Code that asks whether it is there, by ``hasattr`` or ``getattr``, hears no.
+    """
+    names = frame.f_code.co_names
+    return "eps" in names and not {"hasattr", "getattr"} & {*names} and not _may_read(layer, frame)
 
 
 def _may_read(layer: Any, frame: types.FrameType) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
+from lightning_norm.layers.arguments import check_count
 from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.declared import SwapAdvice
 from lightning_norm.layers.fused_specs import running_stats, uses_running_stats
@@ -99,14 +100,13 @@ class EncoderDecoderNorm(MomentNorm):
         **options: Any,
     ) -> None:
         who = type(self).__name__
-        for name, ratio in (("std_ratio", std_ratio), ("rescale_ratio", rescale_ratio)):
-            if ratio < 1:
-                raise ValueError(f"{who}: {name} must be a positive int, got {ratio!r}.")
+        self.std_ratio = check_count(f"{who}: std_ratio", std_ratio)
+        self.rescale_ratio = check_count(f"{who}: rescale_ratio", rescale_ratio)
         if math.isnan(gate_init):
             raise ValueError(f"{who}: gate_init must be a number or -inf (closed), got {gate_init!r}.")
         if not math.isfinite(rescale_init):
             raise ValueError(f"{who}: rescale_init must be a finite number, got {rescale_init!r}.")
-        self.std_ratio, self.rescale_ratio, self.rescale_gate = int(std_ratio), int(rescale_ratio), rescale_gate
+        self.rescale_gate = rescale_gate
         self.gate_init, self.rescale_init = float(gate_init), float(rescale_init)
         self.correction, self.eps_outside = correction, bool(eps_outside)
         super().__init__(num_features, **options)

@@ -209,4 +209,24 @@ def _checked(path: Any, content: Any, entries: Sequence[str]) -> dict[str, Any]:
         if isinstance(content, Mapping)
         else f"a {type(content).__name__}"
     )
-    raise CheckpointError(f"{str(path)!r} is no checkpoint: it holds {what}, and a checkpoint has a state_dict.")
+    raise CheckpointError(
+        f"{str(path)!r} is no checkpoint: it holds {what}, and a checkpoint has a state_dict.{take_out(path, content)}"
+    )
+
+
+def take_out(path: Any, content: Any) -> str:
+    """Return the sentence that says how to take the weights out of a file in which they lie deeper; "" for none.
+
+    >>> take_out("a.pth", {"model_ema": {"weight": torch.ones(1)}})
+    " Weights are in it: type torch.save(torch.load('a.pth')['model_ema'], 'weights.pth'), and use that file."
+    """
+    # Level by level, so that the nearest are found; three are more than any training script has.
+    level: list[tuple[tuple[str, ...], Any]] = [((), content)] if isinstance(content, Mapping) else []
+    for _ in range(3):
+        level = [((*keys, k), v) for keys, part in level for k, v in part.items() if isinstance(v, Mapping) and v]
+        for keys, part in level:
+            if all(isinstance(value, Tensor) for value in part.values()):
+                entries = "".join(f"[{key!r}]" for key in keys)
+                typed = f"torch.save(torch.load({str(path)!r}){entries}, 'weights.pth')"
+                return f" Weights are in it: type {typed}, and use that file."
+    return ""

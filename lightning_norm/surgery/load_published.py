@@ -18,7 +18,7 @@ from lightning_norm.layers.registry import NormSpec
 from lightning_norm.layers.state import published_keys
 from lightning_norm.layers.swap_record import MANIFEST_KEY
 from lightning_norm.normalizers import normalizers, resolve
-from lightning_norm.surgery.checkpoint_files import File, read_checkpoint
+from lightning_norm.surgery.checkpoint_files import File, read_checkpoint, take_out
 from lightning_norm.surgery.convert import unchanged_on_error
 from lightning_norm.surgery.manifest import manifest_of
 from lightning_norm.surgery.options import SwapOptions
@@ -187,7 +187,7 @@ def read_published(
             f"{where} was written by lightning_norm and not by the authors' code: load it with load_from_checkpoint, "
             "or NormSwap(plan=...) and ckpt_path."
         )
-    state = _renamed(content["state_dict"], rename or {}, where)
+    state = _renamed(content["state_dict"], rename or {}, where, take_out(path, content))
     layers, others = _layers_of(cls, _as_in_torchvision(cls, state, names), where)
     if not layers:
         raise CheckpointError(f"{where} holds no layer as the authors' code of {cls.key!r} writes it{_instead(state)}.")
@@ -201,13 +201,13 @@ def read_published(
     return PublishedFile(where, cls, chosen, layers, others)
 
 
-def _renamed(state: Mapping[str, Any], rename: Mapping[str, str], where: str) -> dict[str, Tensor]:
+def _renamed(state: Mapping[str, Any], rename: Mapping[str, str], where: str, hint: str) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     # As DataParallel saves them, with which most of the authors have trained.
     wrapped = all(name.startswith("module.") for name in state)
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{where}: the entry {name!r} is {type(value).__name__} and no tensor.")
+            raise CheckpointError(f"{where}: the entry {name!r} is {type(value).__name__} and no tensor.{hint}")
         new = name.removeprefix("module.") if wrapped else name
         for pattern, replacement in rename.items():
             try:
@@ -260,10 +260,26 @@ def _layers_of(
                 f"{where}, layer {prefix!r}, holds {', '.join(unread)}, which the authors' code of {cls.key!r} does "
                 "not write: it is of another version or another layer."
             )
+        if damage := _damage(layer.tensors):
+            raise CheckpointError(
+                f"{where}, layer {prefix!r}: {damage}, and no network evaluates with that. Ask for another file, or "
+                "load an earlier one of the same training."
+            )
         layers[prefix] = layer
         for name in below:
             del others[f"{prefix}.{name}"]
     return layers, others
+
+
+def _damage(tensors: Mapping[str, Tensor]) -> str:
+    """Return what is wrong with the running statistics of a layer; "" for nothing."""
+    for name in ("running_mean", "running_var"):
+        values = tensors.get(name)
+        if values is not None and not values.isfinite().all():
+            return f"{name} holds NaN or infinity"
+        if values is not None and name == "running_var" and (values < 0).any():
+            return f"{name} holds values below 0"
+    return ""
 
 
 def _instead(state: Mapping[str, Any]) -> str:

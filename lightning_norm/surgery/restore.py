@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 from collections import deque
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from lightning_norm.surgery.torch_private import without_iterator
 
 Undo = Callable[[], None]
 
@@ -74,6 +77,17 @@ def random_numbers_restored(*readers: Any) -> Iterator[None]:
 
 def _what_readers_change(readers: Iterable[Any]) -> Iterator[Undo]:
     """Note the attributes of all objects that take part in reading, their containers and generators."""
+    for value, attributes in _taking_part(readers):
+        if isinstance(value, (dict, list, deque, set, tuple)):
+            yield from _container(value)
+        elif attributes is not None:
+            yield partial(_put_attributes, value, attributes)
+        else:
+            yield from _generator(value)
+
+
+def _taking_part(readers: Iterable[Any]) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+    """Yield readers and what they read with, at any depth, each once with its attributes; ``None`` for other values."""
     # The objects themselves, so that no other one can get the id of one that was seen.
     seen: dict[int, Any] = {}
     first, waiting = {id(reader) for reader in readers}, [*readers]
@@ -82,19 +96,17 @@ def _what_readers_change(readers: Iterable[Any]) -> Iterator[Undo]:
         if id(value) in seen:
             continue
         seen[id(value)] = value
+        attributes = None
         if isinstance(value, (dict, list, deque, set, tuple)):
-            yield from _container(value)
             # A list of samples is put back, and not every one of a million looked into.
             if len(value) <= MANY:
                 waiting += value.values() if isinstance(value, dict) else value
         elif hasattr(value, "__dict__") and (id(value) in first or _takes_part(value)):
             attributes = dict(vars(value))
-            yield partial(_put_attributes, value, attributes)
             waiting += attributes.values()
             # What it calls is in no attribute that vars() has.
             waiting += [value.func, value.args, value.keywords] if isinstance(value, partial) else []
-        else:
-            yield from _generator(value)
+        yield value, attributes
 
 
 def _takes_part(value: Any) -> bool:
@@ -105,15 +117,23 @@ def _takes_part(value: Any) -> bool:
     )
 
 
-def is_stream(loader: Any) -> bool:
-    """Tell whether reading from the loader takes samples that another reading may not get again.
+def stream_in(loader: Any) -> Any | None:
+    """Return what a loader reads with and whose place cannot be put back, an iterator or an IterableDataset, or None.
 
-    >>> is_stream([1, 2]), is_stream(iter([1, 2]))
-    (False, True)
+    Args:
+        loader: is looked through at any depth, as by :func:`random_numbers_restored`, before anybody reads from it.
+
+    >>> stream_in(torch.utils.data.DataLoader([1, 2])), type(stream_in([zip("ab", "cd")])).__name__
+    (None, 'zip')
     """
-    return isinstance(loader, Iterator) or isinstance(
-        getattr(loader, "dataset", None), (torch.utils.data.IterableDataset, Iterator)
-    )
+    # The iterator of workers that persist is the training's, and a second reading makes one of its own.
+    loader = without_iterator(loader)
+    for value, _ in _taking_part([loader]):
+        # A file has a place, to which a reading by index goes first.
+        iterator = isinstance(value, Iterator) and not isinstance(value, io.IOBase)
+        if iterator or isinstance(value, torch.utils.data.IterableDataset):
+            return value
+    return None
 
 
 def _note_attributes(module: nn.Module, undo: list[Undo], known: set[int]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import reprlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning_norm.errors import OtherFileWarning
 from lightning_norm.ops.backend import BACKENDS
 from lightning_norm.ops.sync import check_group
 
@@ -43,7 +45,20 @@ def checked_rows(rows: Any, where: str, error: type[Exception], *, may_stay: boo
         except ValueError as bad:
             name = f" ({row['name']!r:.80})" if isinstance(row, Mapping) and isinstance(row.get("name"), str) else ""
             raise error(f"{where}, row {number}{name}: {bad}") from bad
+    # In a plan it is a mistake of whoever typed it; what a checkpoint's reader does not know is of a later version.
+    if unknown := sorted({str(entry) for row in checked for entry in _unknown(row)}):
+        warnings.warn(
+            f"{where}: its rows have entries that this version of lightning_norm does not know: "
+            f"{', '.join(unknown):.200}. They are left out, and the layers may compute something else than those that "
+            "were saved. Update lightning_norm.",
+            OtherFileWarning,
+            stacklevel=4,
+        )
     return checked
+
+
+def _unknown(row: Mapping[str, Any]) -> list[Any]:
+    return [entry for entry in row if entry not in _KINDS and entry not in _FOR_READERS]
 
 
 def _checked_row(row: Any, seen: set[str], may_stay: bool) -> dict[str, Any]:
@@ -56,13 +71,11 @@ def _checked_row(row: Any, seen: set[str], may_stay: bool) -> dict[str, Any]:
     needed = ("name", "norm") if may_stay else ("name", "source", "norm")
     if not isinstance(row, Mapping) or any(entry not in row for entry in needed):
         raise BadRowError(f"a row without {', '.join(needed)}: {reprlib.repr(row)}.")
-    # What a reader of a checkpoint does not know is of a later version; in a plan it is a mistake of whoever typed it.
-    for entry in row if may_stay else ():
-        if entry not in _KINDS and entry not in _FOR_READERS:
-            raise BadRowError(
-                f"an entry {entry!r}, which no row has. Arguments of a normalizer go in its norm: "
-                "{class_path: sn, init_args: {...}}."
-            )
+    for entry in _unknown(row) if may_stay else ():
+        raise BadRowError(
+            f"an entry {entry!r}, which no row has. Arguments of a normalizer go in its norm: "
+            "{class_path: sn, init_args: {...}}."
+        )
     for entry, (kind, what) in _KINDS.items():
         if entry in row and not kind(row[entry]):
             raise BadRowError(f"{entry} must be {what}, got {reprlib.repr(row[entry])}.")

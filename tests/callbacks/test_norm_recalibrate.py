@@ -1,13 +1,14 @@
 """NormRecalibrate in a real Trainer: after SWA and EMA, before validation, on request; nothing else notices."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchmetrics import MeanMetric
 
 from lightning_norm import MomentNorm, NormRecalibrate, NormSwap, load_from_checkpoint, recalibrate
@@ -279,8 +280,46 @@ REFUSED = {
     ),
     "a stream": (Net, lambda: DataLoader(Stream(), 4), {}, r"samples of a stream \(Stream\).*loader="),
     "an iterator": (Net, lambda: iter(loader()), {}, "samples of a stream"),
+    "a stream in a loader of another class": (Net, lambda: Prefetches(DataLoader(Stream(), 4)), {}, "of a stream"),
+    "an iterator in a loader of another class": (Net, lambda: Prefetches(iter(loader())), {}, "of a stream"),
+    "a data set that reads on": (Net, lambda: DataLoader(Subset(ReadsOn(), range(8)), 4), {}, "of a stream"),
     "a loader that is none": (Net, loader, {"loader": 3}, "loader must be an iterable of batches"),
+    "its own loader without a batch": (Net, loader, {"loader": []}, "the loader gave no batch"),
+    "its own loader with batches of another form": (
+        Net,
+        loader,
+        {"loader": [{"x": torch.zeros(2, 3, 4, 4)}]},
+        r"cannot run Net on a batch of its loader with inputs='first'(?s:.*)inputs=",
+    ),
+    "several loaders of its own": (Net, loader, {"loader": [loader(), loader()]}, "cannot run Net on a batch of its"),
+    "samples and no batches": (Net, loader, {"loader": torch.zeros(4, 3, 4, 4)}, "cannot run Net on a batch of its"),
 }
+
+
+class Prefetches:
+    """A loader of a library's own, around another one."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __iter__(self):
+        return iter(self.inner)
+
+    def __len__(self):
+        return 2
+
+
+class ReadsOn(Dataset):
+    """Goes on in a file of records, whatever index it is asked for."""
+
+    def __init__(self):
+        self.records = itertools.cycle(loader().dataset)
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return next(self.records)
 
 
 @pytest.mark.filterwarnings("ignore:Found .* module")
@@ -292,6 +331,53 @@ def test_a_job_that_it_cannot_serve_is_refused_before_the_first_step(case):
         runner.fit(net(), data())
     assert runner.global_step == 0
     assert Stream.taken == 0
+
+
+def test_an_iterator_is_no_loader_of_its_own():
+    """The second reading, before the second validation, would find nothing in it."""
+    with pytest.raises(ValueError, match=r"loader is an iterator .*, which can be read once.*loader=lambda: "):
+        NormRecalibrate(loader=(batch for batch in loader()))
+
+
+def test_loaders_that_only_look_like_streams(tmp_path):
+    (tmp_path / "data").write_bytes(b"12345678")
+
+    class Reads(Dataset):
+        """From a file that is open, at the place of the sample."""
+
+        def __init__(self):
+            self.file = file
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            self.file.seek(index)
+            return torch.randn(3, 8, 8) + float(self.file.read(1)), torch.zeros(())
+
+    callback = NormRecalibrate(when="before_validation")
+    with (tmp_path / "data").open("rb") as file:
+        trainer(callback, max_epochs=2).fit(Net(), DataLoader(Reads(), 4, shuffle=True), loader())
+    assert callback.result.batches == 2
+
+
+def test_a_loader_of_its_own_is_read_again_each_time_and_leaves_no_trace():
+    generator = torch.Generator().manual_seed(3)
+    own = DataLoader(loader().dataset, 4, shuffle=True, generator=generator)
+    state, numbers = generator.get_state(), []
+
+    class Draw(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            numbers.append(torch.get_rng_state().sum())
+
+    def fit(*callbacks):
+        torch.manual_seed(0)
+        trainer(*callbacks, Draw(), max_epochs=2).fit(Net(), loader(), loader())
+
+    fit()
+    fit(NormRecalibrate(when="before_validation", loader=own))
+    assert torch.equal(generator.get_state(), state)
+    assert numbers[: len(numbers) // 2] == numbers[len(numbers) // 2 :]
 
 
 def features_of(module, batch):

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import math
 import os
@@ -364,6 +365,103 @@ def test_a_folder_that_cannot_be_written_into(tmp_path, job, way):
         compare.run([*arguments, "--metric", "val/acc"] if way == "report" else arguments)
 
 
+def written(folder):
+    """The content of all files in a folder but for locks."""
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.parent.name != "locks"}
+
+
+@pytest.mark.parametrize("place", ["tensorboard", "tensorboard/bn-0", "tensorboard/bn-0/hparams"])
+def test_a_file_in_the_place_of_a_folder_of_the_report(tmp_path, place):
+    store = RunStore(tmp_path)
+    store.write("bn-0", made_up("bn", 0, 0.5))
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text("")
+    with pytest.raises(WriteError, match=r"cannot write '.*hparams.*': (Not a directory|File exists)"):
+        compare.run(["--report", str(tmp_path), "--metric", "val/acc"])
+
+
+def test_a_full_disk_leaves_the_row_of_a_run_in_tensorboard_as_it_was(tmp_path, monkeypatch):
+    """Everything else of the report still finds room: the events of TensorBoard are the last that is written."""
+    RunStore(tmp_path).write("bn-0", made_up("bn", 0, 0.5))
+    compare.run(report := ["--report", str(tmp_path), "--metric", "val/acc"])
+    before = written(tmp_path / "tensorboard")
+    assert len(before) == 1
+    flush = os.fsync
+
+    def full(file):
+        if "tfevents" in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(file)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(WriteError, match="No space left on device"):
+            compare.run(report)
+    assert written(tmp_path / "tensorboard") == before
+    compare.run(report)
+    assert len(written(tmp_path / "tensorboard")) == 1
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/bn-0.json"])
+def test_what_may_not_be_read_is_not_called_damaged_or_missing(tmp_path, monkeypatch, place):
+    """Root may read everything, so the refusal of the system is made up."""
+    RunStore(tmp_path).write("bn-0", made_up("bn", 0, 0.5))
+
+    def refused(self, *arguments, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "read_text" if place.endswith("json") else "iterdir", refused)
+    with pytest.raises(ValueError, match=rf"cannot read .*{place}: Permission denied"):
+        compare.run(["--report", str(tmp_path), "--metric", "val/acc"])
+
+
+def other_process(monkeypatch, store, after, **change):
+    """Another process writes a run into the folder while this one trains its run of the number ``after``."""
+    train, trainings = training.train, []
+
+    def train_beside(run, *arguments):
+        record = train(run, *arguments)
+        trainings.append(run)
+        if len(trainings) == after:
+            store.write("gn-0", {**made_up("gn", 0, 0.5), "settings": record["settings"], **change})
+        return record
+
+    monkeypatch.setattr(training, "train", train_beside)
+    return trainings
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_two_comparisons_that_begin_at_once_do_not_mix(job, monkeypatch, after):
+    """Both met an empty folder. Nothing of the second one is written, and no report is made of the two."""
+    store = RunStore(Path("compare"))
+    trainings = other_process(monkeypatch, store, after, settings={"optimizer.lr": "5"})
+    with pytest.raises(ValueError, match=r"holds runs with other settings .*Choose another folder with --out"):
+        compare.run([*job(), "--seeds", "1"])
+    assert len(trainings) == after
+    assert len([*store.runs.iterdir()]) == after
+    assert not (store.folder / "results.json").exists()
+
+
+def test_a_process_with_other_normalizers_shares_the_folder(job, monkeypatch):
+    other_process(monkeypatch, RunStore(Path("compare")), 1)
+    compare.run([*job(), "--seeds", "1"])
+    assert len(RunStore(Path("compare")).read_all()) == 3
+
+
+def test_a_run_that_ends_while_a_report_waits_is_in_it(tmp_path, capsys):
+    """The other process writes its own report in between, which an older one would replace."""
+    store = RunStore(tmp_path)
+    store.write("bn-0", made_up("bn", 0, 0.5))
+    drawing = threading.Thread(target=compare.run, args=[["--report", str(tmp_path), "--metric", "val/acc"]])
+    with store.writes_report():
+        drawing.start()
+        drawing.join(2)
+        store.write("sn-0", made_up("sn", 0, 0.6))
+    drawing.join()
+    assert [row["norm"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]] == ["bn", "sn"]
+    assert "1 run has ended since, and is below" in capsys.readouterr().out
+
+
 def test_a_folder_that_was_put_together_by_hand(tmp_path):
     """A copy is no second run, and runs of different settings make no table."""
     store = RunStore(tmp_path)
@@ -485,6 +583,18 @@ def test_labels_and_numbers():
     assert runs[1].contender.label == "sn(momentum=0.2)"
 
 
+@pytest.mark.parametrize("option", ["--out", "--report"])
+@pytest.mark.parametrize("empty", ["", " "])
+def test_no_folder_at_all(option, empty, capsys, monkeypatch):
+    names = trained(monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        compare.run(["--norms", "bn", "--seeds", "1", option, empty])
+    assert end.value.code == 2
+    assert f"argument {option}: expected a path, got {empty!r}. Type {option} compare" in capsys.readouterr().err
+    assert names == []
+    assert [*Path(".").iterdir()] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -493,6 +603,7 @@ def test_labels_and_numbers():
         (["--norms", "bn,bn"], "two normalizers are called 'bn'"),
         (["--norms", "bn,{norm: sn"], "cannot be read"),
         (["--norms", "bn,{exclud: 1, norm: sn}"], "Did you mean 'exclude'"),
+        (["--norms", "bn,{norm: sn, norm: gn}"], "'norm' stands there twice"),
         (["--norms", "gn(num_groups=2)"], "norm_args: {name: value}"),
         (["--norms", "bn,gn: {num_groups: 2}"], "{norm: gn, norm_args:"),
         (["--norms", "1"], "names no normalizer"),

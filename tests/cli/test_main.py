@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import re
 import subprocess
@@ -114,6 +115,47 @@ def test_another_broken_pipe_is_an_error(monkeypatch):
         main(["list"])
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_for_another_library_is_told(monkeypatch, capsys, number):
+    """As Lightning's TensorBoardLogger has it: it calls the number that it was to log not supported."""
+
+    def run(*_):
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise ValueError("you tried to log 2.25 which is currently not supported") from error
+
+    monkeypatch.setattr("lightning_norm.cli.main._run", run)
+    with pytest.raises(SystemExit) as end:
+        main(["list"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert (
+        said == f"lightning-norm: error: [Errno {number}] {os.strerror(number)}. Make room, and type the same again.\n"
+    )
+    monkeypatch.setenv("LIGHTNING_NORM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="not supported"):
+        main(["list"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--json", ""],
+        ["bench", "--save", ""],
+        ["convert", "a.pth", "--out", ""],
+        ["export", "--out", "a.pt2", "--ckpt_path", ""],
+        ["export", "--out", ""],
+    ],
+)
+def test_an_empty_path_is_no_path(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    option = arguments[-2]
+    assert re.search(rf"argument {option}: expected a path, got ''. Type {option} \w+", capsys.readouterr().err)
+
+
 def test_the_overview_shows_an_example_of_every_command(capsys):
     main(["--help"])
     shown = capsys.readouterr().out
@@ -219,6 +261,29 @@ def test_a_typo_is_told_with_the_nearest_name(tmp_path, capfd, change, said):
     assert said in message
     assert "Traceback" not in message
     assert "usage:" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("norm: sn\nnorm: bn\nmodel: ImageClassifier\n", "line 2, column 1: 'norm' stands there twice"),
+        ("norm:\n  norm: sn\n  sync: true\n  sync: false\nmodel: ImageClassifier\n", "line 4, column 3: 'sync' stands"),
+        (
+            "model: ImageClassifier\ntrainer: {callbacks: [{class_path: A, class_path: B}]}\n",
+            "'class_path' stands there",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "plan"])
+def test_an_entry_that_stands_twice_is_told(tmp_path, capfd, command, text, said):
+    """YAML takes the last of the two without a word."""
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main([command, "--config", str(tmp_path / "job.yaml")])
+    assert end.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "cannot read" in line
+    assert said in line
 
 
 def test_a_typo_in_a_schedule_and_a_plugin(tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import pickle
 import re
 import warnings
@@ -235,6 +236,34 @@ BAD = {
     "scaled twice": (lambda: {**one("bnet"), "0.weight": torch.ones(6)}, "bnet", "holds weight, which"),
     "four statistics": (lambda: {**one("sn"), "0.mean_weight": torch.ones(4)}, "sn", r"\(4,\), expected \(3,\)"),
 }
+
+
+BAD |= {
+    f"{entry} of {value}": (
+        lambda entry=entry, value=value: {**one("sn"), f"0.{entry}": torch.full((1, 6, 1), value)},
+        "sn",
+        f"layer '0'.*{entry} holds {said}",
+    )
+    for entry, value, said in (
+        ("running_var", math.nan, "NaN or infinity"),
+        ("running_var", math.inf, "NaN or infinity"),
+        ("running_var", -0.1, "values below 0"),
+        ("running_mean", math.nan, "NaN or infinity"),
+    )
+}
+INSIDE = [("model_ema",), ("checkpoint", "model"), ("model", "state_dict"), ("a", "b", "c"), ("state_dict", "net")]
+
+
+@pytest.mark.parametrize("keys", INSIDE, ids=".".join)
+def test_weights_that_lie_deeper_are_told_with_what_to_type(keys, tmp_path):
+    content = one("sn")
+    for key in reversed(keys):
+        content = {key: content, "epoch": 3}
+    path, entries = saved(tmp_path, content), "".join(f"[{key!r}]" for key in keys)
+    with pytest.raises(CheckpointError, match=re.escape(f"torch.load({str(path)!r}){entries}, 'weights.pth')")):
+        load_published(nn.Sequential(nn.BatchNorm2d(6)), path, "sn")
+    torch.save(eval(f"torch.load(path){entries}"), tmp_path / "weights.pth")  # as typed
+    assert len(load_published(nn.Sequential(nn.BatchNorm2d(6)), tmp_path / "weights.pth", "sn")) == 1
 
 
 @pytest.mark.parametrize("case", BAD)

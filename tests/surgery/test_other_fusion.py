@@ -125,7 +125,7 @@ def test_right_or_an_error(key, arguments, tool):
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("key", ["sn", "rbn", "ubn", "afn"])
+@pytest.mark.parametrize("key", ["sn", "rbn", "ubn", "afn", "brn", "dbn"])
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda t: t.__name__)
 @pytest.mark.filterwarnings("ignore::lightning_norm.errors.ParameterGrowthWarning")
 def test_the_silent_ones_say_what_to_type(key, tool):
@@ -141,6 +141,22 @@ def test_a_layer_that_is_a_batch_norm_is_fused(key, tool):
     if key == "bcn":
         model[1].iota.data.fill_(1)
     torch.testing.assert_close(tool(copy.deepcopy(model[0]), model[1])(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("key", ["brn", "dbn"])
+def test_a_layer_that_keeps_no_variance_has_no_attribute_of_that_name(key):
+    layer = trained(key, None)[1]
+
+    def asks(bn):
+        return bn.eps, getattr(bn, "running_var", None), hasattr(bn, "running_var")
+
+    assert asks(layer) == (layer._eps, None, False)
+    with pytest.raises(AttributeError, match="running_var"):
+        layer.running_var  # noqa: B018
+    layer = trained(key, {"average": "var"})[1]
+    assert layer.running_var is dict(layer.named_buffers())["running_var"]
+    layer.running_var = torch.ones(6)
+    assert torch.equal(layer.state_dict()["running_var"], torch.ones(6))
 
 
 def test_reading_by_itself_stays_harmless():

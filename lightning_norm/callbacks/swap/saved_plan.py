@@ -17,6 +17,7 @@ from lightning_norm.normalizers import resolve
 from lightning_norm.surgery.checkpoint_files import read_checkpoint
 from lightning_norm.surgery.manifest import activations_of, manifest_in, rules_of
 from lightning_norm.surgery.saved_rows import checked_rows
+from lightning_norm.surgery.yaml_text import load_yaml
 
 
 def read_plan(path: str) -> tuple[dict[str, Any], list[str], dict[str, str]]:
@@ -46,9 +47,13 @@ def read_plan(path: str) -> tuple[dict[str, Any], list[str], dict[str, str]]:
         manifest = manifest_in(read_checkpoint(path, "meta"), repr(path))
         if manifest is None:
             raise PlanError(f"the checkpoint {path!r} is of a network that was not swapped. Type norm='sn' (say).")
+        if not manifest["layers"]:
+            raise PlanError(
+                f"the checkpoint {path!r} swaps no layer: its manifest has no rows under layers. Type norm='sn' (say)."
+            )
         return rules_of(manifest)
     try:
-        plan = _load_yaml(Path(path).read_text(encoding="utf-8"))
+        plan = load_yaml(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise PlanError(_cannot_read(path, yaml_mistake(error))) from error
     except FileNotFoundError as error:
@@ -74,31 +79,6 @@ def read_plan(path: str) -> tuple[dict[str, Any], list[str], dict[str, str]]:
             "Type norm: {class_path: sn} in a row, or leave out NormSwap."
         )
     return rules, sources, activations_of(r for r in rows if r["norm"])
-
-
-def _load_yaml(text: str) -> Any:
-    """Return what YAML says, and refuse an entry that stands twice, of which YAML takes the last without a word.
-
-    Raises:
-        yaml.YAMLError: the entry, and its line.
-    """
-    import yaml
-
-    loader = yaml.SafeLoader(text)
-    root = loader.get_single_node()
-    nodes, seen = [root], set()
-    while nodes:
-        node = nodes.pop()
-        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
-            continue
-        seen.add(id(node))  # an alias is the same node again, maybe within itself
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        keys = [key.value for key, _ in pairs]
-        for (key, _), name in zip(pairs, keys, strict=True):
-            if isinstance(name, str) and keys.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands there twice", key.start_mark)
-        nodes += [value for _, value in pairs] if pairs else node.value
-    return None if root is None else loader.construct_document(root)
 
 
 def _cannot_read(path: str, why: str) -> str:

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from typing_extensions import Self
 
 from lightning_norm.cli.compare.runs import BASELINE, Run, all_runs, read_contenders, read_sweeps
 from lightning_norm.cli.compare.store import Record, RunStore
-from lightning_norm.cli.parsing import CommandParser, own_options
+from lightning_norm.cli.parsing import CommandParser, own_options, path_of
 from lightning_norm.errors import counted, did_you_mean
 
 DESCRIPTION = """Train one job with several normalizers: same seeds, same data, same everything else.
@@ -102,7 +102,7 @@ def run(argv: Sequence[str]) -> None:
             if options.jobs > 1 and len(remaining) > 1:
                 _spread(argv, options.jobs, store, remaining, metric, interruption)
             else:
-                _train(store, remaining, job, options, interruption)
+                _train(store, remaining, job, options, interruption, settings)
     except KeyboardInterrupt:
         # Read from the folder, for other processes may have finished some.
         done = len(_records(store, runs))
@@ -111,7 +111,10 @@ def run(argv: Sequence[str]) -> None:
     # The process that started the workers, or a later command, writes the report.
     if options.worker or options.run is not None:
         return
-    _report(store, _records(store, runs), options, baseline, metric, higher)
+    # What other processes have trained here in the meantime may be of another job.
+    for r in runs:
+        _finished(store, r, settings)
+    _report(store, lambda: _records(store, runs), options, baseline, metric, higher)
 
 
 def _read(options: argparse.Namespace) -> tuple[list[Run], list[str], str]:
@@ -189,8 +192,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--jobs", type=int, default=1, help="runs at a time on this machine (default: %(default)s)")
     made.add_argument("--list", action="store_true", help="print the runs that remain, one command each, and stop")
     made.add_argument("--run", type=int, metavar="N", help="train only the run of that number, without a report")
-    made.add_argument("--report", metavar="FOLDER", help="draw the results in FOLDER again, without training")
-    made.add_argument("--out", default="compare", help="folder of the results (default: %(default)s)")
+    made.add_argument(
+        "--report", type=path_of("--report compare"), metavar="FOLDER",
+        help="draw the results in FOLDER again, without training",
+    )  # fmt: skip
+    made.add_argument(
+        "--out", type=path_of("--out compare"), default="compare", help="folder of the results (default: %(default)s)"
+    )
     # For processes that this command starts itself, with --jobs.
     made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return made
@@ -250,20 +258,32 @@ def report_only(options: argparse.Namespace, job: Sequence[str]) -> None:
         options.metric = earlier["metric"]
         options.mode = options.mode or ("max" if earlier["higher_is_better"] else "min")
     metric, higher = metric_of(options)
-    _report(store, records, options, baseline, metric, higher)
+    _report(store, store.read_all, options, baseline, metric, higher)
 
 
 def _report(
-    store: RunStore, records: list[Record], options: argparse.Namespace, baseline: str, metric: str, higher: bool
+    store: RunStore,
+    read: Callable[[], list[Record]],
+    options: argparse.Namespace,
+    baseline: str,
+    metric: str,
+    higher: bool,
 ) -> None:
     """Print the table, and write the report into the folder."""
     # Imported late: workers draw nothing.
     from lightning_norm.cli.compare import comparison
 
-    check_metric(records, metric)
-    made = comparison.Report(records, metric, higher, options.take == "best", baseline)
+    def made_of(records: list[Record]) -> comparison.Report:
+        check_metric(records, metric)
+        return comparison.Report(records, metric, higher, options.take == "best", baseline)
+
+    made = made_of(read())
     print(made.text())
     with store.writes_report():
+        # Whoever had the lock before may have written a report of more runs, which this one is not to take back.
+        if ended := len(now := read()) - len(made.records):
+            print(f"{counted(ended, 'run has', 'runs have')} ended since, and {'is' if ended == 1 else 'are'} below.")
+            print((made := made_of(now)).text())
         written = made.save(store.folder)
     for path in written:
         print(path)
@@ -292,7 +312,12 @@ def check_metric(records: Sequence[Record], metric: str) -> None:
 
 
 def _train(
-    store: RunStore, runs: Sequence[Run], job: Sequence[str], options: argparse.Namespace, interruption: Interruption
+    store: RunStore,
+    runs: Sequence[Run],
+    job: Sequence[str],
+    options: argparse.Namespace,
+    interruption: Interruption,
+    settings: Mapping[str, str],
 ) -> None:
     """Train the runs that no other process trains, one after the other, and wait for those.
 
@@ -302,6 +327,10 @@ def _train(
         job: arguments of ``fit``.
         options: what was typed.
         interruption: by a signal.
+        settings: of the job.
+
+    Raises:
+        ValueError: another process writes runs of other settings into the folder.
     """
     # Imported late: --help does not wait for Lightning.
     from lightning_norm.cli.compare.training import quiet, train
@@ -322,6 +351,8 @@ def _train(
                     elsewhere.append(r)
                 elif store.read(r.name) is None:  # another process may have finished it since
                     record = train(r, job, store.folder, options.take == "best", interruption.check)
+                    # Two that begin at once both meet an empty folder: it belongs to the one that ends a run first.
+                    _check_folder(store, runs, settings)
                     store.write(r.name, record)
                     # Told behind the first run and not the last. Of workers the process that started them tells it.
                     if not options.worker:
@@ -532,8 +563,8 @@ def _check_folder(store: RunStore, runs: Sequence[Run], settings: Mapping[str, s
     Raises:
         ValueError: a run in it has other settings, or another sweep.
     """
-    for path in sorted(store.runs.glob("*.json")):
-        record = store.read(path.stem)
+    for name in store.names():
+        record = store.read(name)
         # Another process may have deleted it since.
         if record is None:
             continue
@@ -545,7 +576,7 @@ def _check_folder(store: RunStore, runs: Sequence[Run], settings: Mapping[str, s
             raise ValueError(_do_not_compare(store, differ))
 
 
-def _finished(store: RunStore, r: Run, settings: dict[str, str]) -> bool:
+def _finished(store: RunStore, r: Run, settings: Mapping[str, str]) -> bool:
     """Tell whether a run is there already.
 
     Args:

@@ -12,8 +12,8 @@ import html
 import io
 import json
 import math
-import shutil
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -394,8 +394,7 @@ class Report:
 
     def _hparams(self, folder: Path) -> None:
         """Write TensorBoard's HParams: one row per run, all with the same columns, as TensorBoard wants them."""
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
+        from torch.utils.tensorboard.summary import hparams, scalar
 
         described = [
             {"norm": r["label"], "seed": r["seed"], **r["sweep"], **_arguments(r["swap"])} for r in self.records
@@ -407,13 +406,37 @@ class Report:
             row = {n: str(v) if any(n not in other for other in described) else v for n, v in row.items()}
             # Beside the run's curves; drawn again, they replace what an earlier report wrote.
             target = folder / record["name"] / "hparams"
-            shutil.rmtree(target, ignore_errors=True)
+            now = time.time()
             # The three summaries that TensorBoard wants; add_hparams would write them into a folder of its own.
-            with SummaryWriter(str(target)) as writer:
-                for summary in hparams(row, {self.metric: 0.0}):  # type: ignore[no-untyped-call]
-                    writer._get_file_writer().add_summary(summary)
-                # At the end of the run's curve, in whose chart it is drawn as well.
-                writer.add_scalar(self.metric, self.value(record), record["steps"])
+            summaries = [(summary, 0) for summary in hparams(row, {self.metric: 0.0})]  # type: ignore[no-untyped-call]
+            # At the end of the run's curve, in whose chart it is drawn as well.
+            last = scalar(self.metric, self.value(record))  # type: ignore[no-untyped-call]
+            summaries.append((last, record["steps"]))
+            # A new name each time: a TensorBoard that is open reads on in a file that it knows.
+            written = target / f"events.out.tfevents.{now:.6f}"
+            write_whole(written, _events(summaries, now))
+            for earlier in {*target.iterdir()} - {written}:
+                earlier.unlink(missing_ok=True)
+
+
+def _events(summaries: Sequence[tuple[Any, int]], now: float) -> bytes:
+    """Return what is in an event file of TensorBoard.
+
+    In memory, for SummaryWriter writes a file piece by piece, and on a full disk has lost the earlier one by then.
+
+    Args:
+        summaries: each with its step.
+        now: seconds since 1970.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    content = io.BytesIO()
+    writer = RecordWriter(content)
+    writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    for summary, step in summaries:
+        writer.write(Event(wall_time=now, step=step, summary=summary).SerializeToString())
+    return content.getvalue()
 
 
 def check_pictures() -> None:

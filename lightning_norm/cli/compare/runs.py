@@ -15,6 +15,7 @@ import yaml
 
 from lightning_norm.errors import did_you_mean, yaml_mistake
 from lightning_norm.normalizers import normalizers, resolve
+from lightning_norm.surgery.yaml_text import load_yaml
 
 BASELINE = "bn"
 """The label of the network as it is: nothing is swapped."""
@@ -92,7 +93,7 @@ def read_contenders(text: str) -> list[Contender]:
     """
     try:
         # With brackets the commas of YAML separate, and those inside of braces do not.
-        entries = yaml.safe_load(f"[{text}]")
+        entries = load_yaml(f"[{text}]")
     except yaml.YAMLError as error:
         # Nobody typed the bracket, and it moves the columns.
         problem = yaml_mistake(error).partition(": ")[2].replace("']'", "the end")

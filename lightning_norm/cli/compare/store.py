@@ -62,6 +62,8 @@ class RunStore:
             return None
         except NotADirectoryError as error:
             raise ValueError(f"{self.folder} is no folder. Type --out FOLDER, one that is there or not yet.") from error
+        except PermissionError as error:  # which says nothing of what is in it
+            raise ValueError(_may_not_read(path)) from error
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, and the run is trained again.") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -77,13 +79,27 @@ class RunStore:
             raise ValueError(f"{path} is a copy of {record['name']}.json: delete it, or give it its name.")
         return record
 
+    def names(self) -> list[str]:
+        """Return the names of the finished runs, in their order.
+
+        Raises:
+            ValueError: the folder is there and may not be read.
+        """
+        try:
+            # Not by a pattern, which takes what may not be read for empty.
+            return sorted(path.stem for path in self.runs.iterdir() if path.suffix == ".json")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except PermissionError as error:
+            raise ValueError(_may_not_read(self.runs)) from error
+
     def read_all(self) -> list[Record]:
         """Return every finished run in the folder, by name.
 
         Raises:
             ValueError: a file is damaged, two are of the same run, or there is none.
         """
-        found = (self.read(path.stem) for path in sorted(self.runs.glob("*.json")))
+        found = map(self.read, self.names())
         records = [record for record in found if record is not None]
         if not records:
             raise ValueError(f"{self.folder} holds no finished run: expected files in {self.runs}.")
@@ -146,6 +162,10 @@ class RunStore:
                 "written into."
             ) from error
         return FileLock(path)
+
+
+def _may_not_read(path: Path) -> str:
+    return f"cannot read {path}: Permission denied. Type chmod -R u+rX {path}, or ask whoever owns it."
 
 
 def _mistake(record: Record) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_norm.errors import counted
+from lightning_norm.layers.arguments import check_count
 from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.declared import ExtraBuffers
 from lightning_norm.layers.published_files import PublishedNames
@@ -38,9 +39,8 @@ class ContextParameters(MomentNorm):
     prior: Tensor | None
 
     def __init__(self, num_features: int, *, num_contexts: int = 3, **options: Any) -> None:
-        if num_contexts < 1:
-            raise ValueError(f"{type(self).__name__}: num_contexts must be a positive int, got {num_contexts!r}.")
-        self.num_contexts = num_contexts = int(num_contexts)
+        num_contexts = check_count(f"{type(self).__name__}: num_contexts", num_contexts)
+        self.num_contexts = num_contexts
         super().__init__(num_features, **options)
         for name in ("weight", "bias"):
             parameter = getattr(self, name)

@@ -15,7 +15,7 @@ from torch import nn
 
 import lightning_norm
 from lightning_norm import NormSwap, swap
-from lightning_norm.errors import CheckpointError, PlanError
+from lightning_norm.errors import CheckpointError, OtherFileWarning, PlanError
 from lightning_norm.layers.swap_record import MANIFEST_KEY
 from lightning_norm.surgery.manifest import rebuild_from
 from tests.callbacks.toy import Net, loader, trainer
@@ -108,6 +108,26 @@ def test_manifests(edit, good, tmp_path):
     with pytest.raises(CheckpointError):
         rebuild_from(model, content)
     assert untouched(model)
+
+
+def test_a_row_of_a_later_version_is_told(good, tmp_path):
+    """Its layer may need what this version does not know; a plan is typed by hand, and there it is a mistake."""
+    content, path = torch.load(good, weights_only=True), tmp_path / "later.ckpt"
+    for row in content[MANIFEST_KEY]["layers"]:
+        row["temperature"] = 2
+    torch.save(content, path)
+    with pytest.warns(OtherFileWarning, match=r"later\.ckpt.*rows have entries .*: temperature.*Update lightning_norm"):
+        lightning_norm.load_from_checkpoint(TwoNorms, path)
+    with pytest.warns(OtherFileWarning, match="temperature"):
+        NormSwap(plan=path)
+
+
+def test_a_checkpoint_without_a_swapped_layer_is_no_plan(good, tmp_path):
+    content, path = torch.load(good, weights_only=True), tmp_path / "none.ckpt"
+    content[MANIFEST_KEY]["layers"] = []
+    torch.save(content, path)
+    with pytest.raises(PlanError, match=r"none\.ckpt' swaps no layer: its manifest has no rows.*Type norm='sn'"):
+        NormSwap(plan=path)
 
 
 @pytest.mark.parametrize("entry", [{}, {"init_args": None}])
