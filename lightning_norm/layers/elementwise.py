@@ -16,10 +16,10 @@ from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.backend import give_up, on_kernels
 from lightning_norm.ops.compiled import compiled_forward
-from lightning_norm.ops.elementwise import gradients, value
 from lightning_norm.ops.fused import recorded
 from lightning_norm.ops.layout import Layout, layout_of, without_autocast
 from lightning_norm.ops.normalize import activated, check_ending
+from lightning_norm.ops.pointwise import gradients, value
 
 
 class ElementwiseNorm(MomentNorm):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_norm.ops import elementwise
+from lightning_norm.ops import pointwise
 from lightning_norm.ops.fused import recorded
 from lightning_norm.ops.layout import layout_of
 
@@ -39,7 +39,7 @@ class ElementwiseSpec:
     alpha: Tensor
     offset: Tensor | None
     name: str
-    of: type[elementwise.Function]
+    of: type[pointwise.Function]
 
     draws: ClassVar[bool] = False
     _of_batch_alone: ClassVar[bool] = False
@@ -89,9 +89,9 @@ class ElementwiseSpec:
         layout = layout_of(x, x.shape[channel_dim], 1 if channel_dim == 1 else -1)
         dresidual = None
         if activation != "none":
-            z = elementwise.value(x, alpha, offset, weight, bias, self.of, layout)[2]
+            z = pointwise.value(x, alpha, offset, weight, bias, self.of, layout)[2]
             dy = BEFORE[activation](dy.to(z.dtype), z if residual is None else z + residual)
             dresidual = dy.to(x.dtype)
-        dx, dalpha, doffset, dweight, dbias = elementwise.gradients(dy, x, alpha, offset, weight, self.of, layout)
+        dx, dalpha, doffset, dweight, dbias = pointwise.gradients(dy, x, alpha, offset, weight, self.of, layout)
         assert dx is not None
         return dx.to(x.dtype), dresidual, [dweight, dbias, dalpha, doffset]
