@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -109,7 +111,8 @@ class ElementwiseNorm(MomentNorm):
         elif torch.compiler.is_compiling() or torch_private.is_transformed():
             y = _plainly(self, input)
         else:
-            y = None if valid is not None else self._on_kernels(input, layout, activation, residual)
+            fused_spec = functools.partial(spec_of, self) if self._fused_spec_holds and valid is None else None
+            y = run_on_kernels(self, input, layout, fused_spec, activation, residual)
             if y is not None:
                 return y
             parameters = self.alpha, self.offset, self.weight, self.bias
@@ -119,23 +122,29 @@ class ElementwiseNorm(MomentNorm):
             y = torch.where(valid, y, y.new_zeros(()))
         return activated(y, activation, residual)
 
-    def _on_kernels(self, x: Tensor, layout: Layout, activation: str, residual: Tensor | None) -> Tensor | None:
-        """Return act(y + residual) where the kernels run and know f, ``None`` otherwise."""
-        if not self._fused_spec_holds or layout.n == 0 or (residual is not None and residual.dtype != x.dtype):
-            return None
-        kind = type(self), activation, residual is None
-        if not on_kernels(x, layout, self.backend, what=kind):
-            return None
-        spec = spec_of(self, layout)
-        if spec is None or not recorded.can_record(x, spec, residual):
-            return None
-        try:
-            return recorded.normalize(x, spec, layout.channel_dim, activation, residual)
-        except KernelError as error:  # nothing was launched yet
-            if self.backend == "triton":
-                raise
-            give_up(x, layout, kind, error)
-            return None
+
+def run_on_kernels(
+    layer: ElementwiseNorm,
+    x: Tensor,
+    layout: Layout,
+    fused_spec: Callable[[Layout], Any] | None,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """Return act(y + residual) where the kernels run and ``fused_spec`` describes f to them, ``None`` otherwise."""
+    if fused_spec is None or layout.n == 0 or (residual is not None and residual.dtype != x.dtype):
+        return None
+    kind = type(layer), activation, residual is None
+    spec = fused_spec(layout) if on_kernels(x, layout, layer.backend, what=kind) else None
+    if spec is None or not recorded.can_record(x, spec, residual):
+        return None
+    try:
+        return recorded.normalize(x, spec, layout.channel_dim, activation, residual)
+    except KernelError as error:  # nothing was launched yet
+        if layer.backend == "triton":
+            raise
+        give_up(x, layout, kind, error)
+        return None
 
 
 def _plainly(layer: ElementwiseNorm, x: Tensor) -> Tensor:

@@ -149,6 +149,7 @@ def normalize(
             x, x if residual is None else dense(residual, x), y, learned, *tiles.numbers, x.shape[channel_dim],
             tiles.piece, tiles.pieces, tiles.blocks, FLAGS=tiles.compiled(function, weight, bias, offset),
             ACT=ACTIVATIONS.index(activation), RESIDUAL=residual is not None, num_warps=tiles.warps,
+            maxnreg=REGISTERS["apply_elementwise"],
         )  # fmt: skip
     return y
 
