@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lightning_norm.kernels.depthwise import backward as depthwise_backward
 from lightning_norm.kernels.depthwise import flags as depthwise_flags
 from lightning_norm.kernels.depthwise import forward as depthwise_forward
+from lightning_norm.kernels.elementwise import backward as elementwise_backward
+from lightning_norm.kernels.elementwise import forward as elementwise_forward
+from lightning_norm.kernels.elementwise import launch as elementwise_launch
 from lightning_norm.kernels.encoder_decoder import backward as encoder_decoder_backward
 from lightning_norm.kernels.encoder_decoder import flags as encoder_decoder_flags
 from lightning_norm.kernels.encoder_decoder import forward as encoder_decoder_forward
@@ -95,6 +100,7 @@ def variants() -> Iterator[Variant]:
     yield from _encoder_decoder()
     yield from _depthwise()
     yield from _owner()
+    yield from _elementwise()
 
 
 def _mixture() -> Iterator[Variant]:
@@ -237,3 +243,25 @@ def _owner() -> Iterator[Variant]:
                 constants = {"FLAGS": flags, "ACT": act, "RESIDUAL": act > 0, "TILE": owner.tile(contexts)}
                 for kernel, more in zip(kernels, ({}, {"NEED": True}), strict=True):
                     yield Variant(kernel, f"{shape} {name}", dtype, {**constants, **more}, WARPS)
+
+
+def _elementwise() -> Iterator[Variant]:
+    given = (torch.empty(0),) * 3  # weight, bias and offset
+    for dtype, vector in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
+        for shape, x in {
+            "49": (64, 2048, 49, False),
+            "3136": (64, 256, 3136, False),
+            "channels last": (64, 768, 197, True),
+            "channels last, few": (64, 3, 1024, True),
+        }.items():
+            tiles = elementwise_launch.tiles_like(*x, vector)
+            for function, act in itertools.product(("tanh", "erf"), (0, 1)):
+                constants = {"FLAGS": tiles.compiled(function, *given), "ACT": act, "RESIDUAL": act > 0}
+                name = f"{shape} {function}" + (" add relu" if act else "")
+                yield Variant(elementwise_forward.apply_elementwise, name, dtype, constants, tiles.warps)
+                backward = {**constants, "NEED": True}
+                yield Variant(elementwise_backward.combine_elementwise, name, dtype, backward, 2 * tiles.warps)
+    for parts in JOINED:
+        at_once, lanes, num_warps = join_tile(parts)
+        blocks = {"P_BLOCK": at_once, "BLOCK": lanes, "T_BLOCK": at_once}
+        yield Variant(elementwise_backward.join_elementwise, f"{parts} parts", "fp32", blocks, num_warps)

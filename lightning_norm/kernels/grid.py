@@ -35,6 +35,8 @@ REGISTERS = {
     "own_mixture_vjp": 128,
     "own_channels": 128,
     "own_channels_vjp": 128,
+    "apply_elementwise": 96,
+    "combine_elementwise": 128,
 }
 """Registers of a thread at most: without a limit ptxas spills 8 bytes of these for one more resident program."""
 

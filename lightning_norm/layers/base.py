@@ -42,13 +42,11 @@ from lightning_norm.layers.state import Loading, restore_precision
 from lightning_norm.layers.swap_record import SwapRecord
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import GRAPH_KEY, compiled_forward
-from lightning_norm.ops.fused.encoder_decoder import EncoderDecoderSpec
-from lightning_norm.ops.fused.mixture import MixtureSpec
-from lightning_norm.ops.fused.per_channel import PerChannelSpec
+from lightning_norm.ops.fused.elementwise import ElementwiseSpec
 from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
 from lightning_norm.ops.masked import mask_of, run_masked
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.normalize import Call, activated, ended, run
+from lightning_norm.ops.normalize import Call, FusedSpec, activated, ended, run
 from lightning_norm.ops.per_token import Tokens, normalize_tokens
 from lightning_norm.ops.sync import Ranks, active_ranks, is_running
 from lightning_norm.ops.torch_private import is_update_bn
@@ -443,7 +441,7 @@ class MomentNorm(SpecialCalls, Normalizer):
         """Return the algebra for this input: a method that looks at more than the moments of x binds it here."""
         return self.algebra
 
-    def fused_spec(self, layout: Layout) -> MixtureSpec | PerChannelSpec | EncoderDecoderSpec | None:
+    def fused_spec(self, layout: Layout) -> FusedSpec | ElementwiseSpec | None:
         """Return the same equations as the kernels know them; ``None`` where they do not."""
         return None
 

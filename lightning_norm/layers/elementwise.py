@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_norm.errors import KernelError
 from lightning_norm.layers.arguments import stateless
 from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.declared import SwapAdvice
+from lightning_norm.layers.fused_specs import SPECS, same_as_before, spec_of
 from lightning_norm.ops import torch_private
+from lightning_norm.ops.backend import give_up, on_kernels
 from lightning_norm.ops.compiled import compiled_forward
-from lightning_norm.ops.layout import Layout, at_least_float32, layout_of, without_autocast
+from lightning_norm.ops.fused import recorded
+from lightning_norm.ops.layout import Layout, layout_of, without_autocast
 from lightning_norm.ops.normalize import activated, check_ending
+from lightning_norm.ops.pointwise import gradients, value
 
 
 class ElementwiseNorm(MomentNorm):
@@ -88,18 +95,26 @@ class ElementwiseNorm(MomentNorm):
     def _normalize(
         self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None = None
     ) -> Tensor:
+        if SPECS in vars(self) and valid is None and not (self.compiled or torch.compiler.is_compiling()):
+            y = same_as_before(self, input, activation, residual)
+            if y is not None:
+                return y
         if valid is not None:
             # First, so that padding of NaN gives no gradient of NaN; and last, for f(s) need not be 0.
             input = torch.where(valid, input, input.new_zeros(()))
         layout = layout_of(input, self.num_features, self.channel_dim, type(self).__name__)
         check_ending(input, activation, residual)
-        # Three ways to the same numbers: a graph of the layer's own; plain operations, which graphs and transforms see
-        # through; and an autograd function, which keeps x alone.
+        # Four ways to the same numbers: a graph of the layer's own; plain operations, which graphs and transforms see
+        # through; the kernels; and an autograd function, which keeps x alone.
         if self.compiled and not torch.compiler.is_compiling() and not torch_private.is_transformed():
             y = compiled_forward(self, input, _plainly, None, vars(self).get("_compile_options"))
         elif torch.compiler.is_compiling() or torch_private.is_transformed():
             y = _plainly(self, input)
         else:
+            fused_spec = functools.partial(spec_of, self) if self._fused_spec_holds and valid is None else None
+            y = run_on_kernels(self, input, layout, fused_spec, activation, residual)
+            if y is not None:
+                return y
             parameters = self.alpha, self.offset, self.weight, self.bias
             with without_autocast(input):
                 y = _Elementwise.apply(input, *parameters, type(self), layout)
@@ -108,27 +123,33 @@ class ElementwiseNorm(MomentNorm):
         return activated(y, activation, residual)
 
 
+def run_on_kernels(
+    layer: ElementwiseNorm,
+    x: Tensor,
+    layout: Layout,
+    fused_spec: Callable[[Layout], Any] | None,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """Return act(y + residual) where the kernels run and ``fused_spec`` describes f to them, ``None`` otherwise."""
+    if fused_spec is None or layout.n == 0 or (residual is not None and residual.dtype != x.dtype):
+        return None
+    kind = type(layer), activation, residual is None
+    spec = fused_spec(layout) if on_kernels(x, layout, layer.backend, what=kind) else None
+    if spec is None or not recorded.can_record(x, spec, residual):
+        return None
+    try:
+        return recorded.normalize(x, spec, layout.channel_dim, activation, residual)
+    except KernelError as error:  # nothing was launched yet
+        if layer.backend == "triton":
+            raise
+        give_up(x, layout, kind, error)
+        return None
+
+
 def _plainly(layer: ElementwiseNorm, x: Tensor) -> Tensor:
     layout = layout_of(x, layer.num_features, layer.channel_dim, type(layer).__name__)
-    return _value(x, layer.alpha, layer.offset, layer.weight, layer.bias, type(layer), layout)[2].to(x.dtype)
-
-
-def _value(
-    x: Tensor,
-    alpha: Tensor,
-    offset: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    cls: type[ElementwiseNorm],
-    layout: Layout,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return alpha x + s, f of it, and y, in float32 at least."""
-    wide = at_least_float32(x.dtype)
-    u = x.to(wide) * alpha.to(wide)
-    u = u if offset is None else u + offset.to(wide)
-    f = cls.function(u)
-    y = f if weight is None else f * layout.broadcast_to_input(weight.to(wide).unsqueeze(0))
-    return u, f, y if bias is None else y + layout.broadcast_to_input(bias.to(wide).unsqueeze(0))
+    return value(x, layer.alpha, layer.offset, layer.weight, layer.bias, type(layer), layout)[2].to(x.dtype)
 
 
 class _Elementwise(torch.autograd.Function):
@@ -138,26 +159,11 @@ class _Elementwise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *parameters, ctx.cls, ctx.layout = rest
         ctx.save_for_backward(x, *parameters)
-        return _value(x, *rest)[2].to(x.dtype)
+        return value(x, *rest)[2].to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha, offset, weight, bias = ctx.saved_tensors
-        need, layout = ctx.needs_input_grad, ctx.layout
-        # Without the bias, which no gradient needs.
-        u, f, _ = _value(x, alpha, offset, weight, None, ctx.cls, layout)
-        dy = grads[0].to(u.dtype)
-        du = dy * ctx.cls.slope(u, f)
-        if weight is not None:
-            du = du * layout.broadcast_to_input(weight.to(u.dtype).unsqueeze(0))
-        # weight and bias are per channel; alpha and s are one number each, so their gradients are sums over everything.
-        axes = [d for d in range(x.dim()) if d != layout.channel_dim % x.dim()]
-        return (
-            (du * alpha.to(u.dtype)).to(x.dtype) if need[0] else None,
-            (du * x.to(u.dtype)).sum().view(1).to(alpha.dtype) if need[1] else None,
-            du.sum().view(1).to(offset.dtype) if need[2] else None,
-            (dy * f).sum(axes).to(weight.dtype) if need[3] else None,
-            dy.sum(axes).to(bias.dtype) if need[4] else None,
-            None,
-            None,
-        )
+        needed = gradients(grads[0], x, alpha, offset, weight, ctx.cls, ctx.layout, ctx.needs_input_grad)
+        likes = x, alpha, offset, weight, bias
+        return *(g if g is None else g.to(t.dtype) for g, t in zip(needed, likes, strict=True)), None, None

@@ -19,6 +19,7 @@ from lightning_norm.layers.pausing import is_paused
 from lightning_norm.layers.running_stats import moves_running_stats, reads_copies
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.fused import recorded
+from lightning_norm.ops.fused.elementwise import ElementwiseSpec
 from lightning_norm.ops.fused.mixture import CONVOLVED, MixtureSpec, Running
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
@@ -232,3 +233,8 @@ def per_channel_spec(layer: Any, numbers: dict[str, float], **flags: Any) -> Per
     flags = {"frozen": not layer.training, "track": track, **flags}
     running = running_stats(layer)
     return PerChannelSpec(layer.weight, layer.bias, PerChannelFlags(**flags), known, running=running, rate=momentum)
+
+
+def elementwise_spec(layer: Any, name: str) -> ElementwiseSpec:
+    """Return a description with the layer's weight, bias, alpha and offset; ``name`` is that of f for the kernels."""
+    return ElementwiseSpec(layer.weight, layer.bias, layer.alpha, layer.offset, name, type(layer))

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.elementwise import ElementwiseNorm
+from lightning_norm.layers.fused_specs import elementwise_spec
+from lightning_norm.ops.fused.elementwise import ElementwiseSpec
+from lightning_norm.ops.layout import Layout
 
 
 class DynamicErf(ElementwiseNorm):
@@ -40,6 +43,10 @@ class DynamicErf(ElementwiseNorm):
     extra_parameters: ClassVar[dict[str, str]] = {"alpha": "1", "offset": "1"}
     # The authors shift x inside of the function, which dyt does not.
     shifted: ClassVar[bool] = True
+
+    def fused_spec(self, layout: Layout) -> ElementwiseSpec:
+        """Return the function as the kernels know it."""
+        return elementwise_spec(self, "erf")
 
     @staticmethod
     def function(u: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from lightning_norm.layers.base import Paper
 from lightning_norm.layers.elementwise import ElementwiseNorm
+from lightning_norm.layers.fused_specs import elementwise_spec
+from lightning_norm.ops.fused.elementwise import ElementwiseSpec
+from lightning_norm.ops.layout import Layout
 
 
 class DynamicTanh(ElementwiseNorm):
@@ -34,6 +37,10 @@ class DynamicTanh(ElementwiseNorm):
 
     key = "dyt"
     paper = Paper("Zhu et al.", 2025, "Transformers without Normalization", "arXiv 2503.10622")
+
+    def fused_spec(self, layout: Layout) -> ElementwiseSpec:
+        """Return the function as the kernels know it."""
+        return elementwise_spec(self, "tanh")
 
     @staticmethod
     def function(u: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ import pytest
 pytest.importorskip("triton")
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 ROOT = Path(__file__).parents[2]
-HALF_A_MINUTE = ("test_layers", "test_recorded", "test_ranks", "test_encoder_decoder", "test_depthwise")
+HALF_A_MINUTE = (
+    "test_layers",
+    "test_recorded",
+    "test_ranks",
+    "test_encoder_decoder",
+    "test_depthwise",
+    "test_elementwise",
+)
 """Files that take as much or more on a quiet machine: CI runs them with the slow tests."""
 
 

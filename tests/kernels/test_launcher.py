@@ -15,7 +15,12 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
 @pytest.mark.parametrize(
-    ("keys", "launches"), [(["sn"], {"sn": 8}), pytest.param(["--owner", "bn", "rbn"], {"bn": 2, "rbn": 2}, marks=SLOW)]
+    ("keys", "launches"),
+    [
+        (["sn"], {"sn": 8}),
+        (["dyt", "derf"], {"dyt": 3, "derf": 3}),
+        pytest.param(["--owner", "bn", "rbn"], {"bn": 2, "rbn": 2}, marks=SLOW),
+    ],
 )
 def test_recorded_launches(keys, launches):
     """Run by .ci/run on the newest Triton, by .ci/oldest on the oldest: their launchers differ."""

@@ -68,6 +68,9 @@ BUDGET = {
     "own_mixture_vjp": 128,
     "own_channels": 128,
     "own_channels_vjp": 128,
+    "apply_elementwise": 100,
+    "combine_elementwise": 128,
+    "join_elementwise": 96,
 }
 """Registers of a thread, about a fifth above what triton 3.8 uses; 128 threads may have 255 each without a spill."""
 
@@ -81,6 +84,9 @@ OWNERS = {"own_mixture", "own_mixture_vjp", "own_channels", "own_channels_vjp"}
 
 TICKETS = {"own_mixture", "own_channels"}
 """Kernels whose programs count by an atomic which of them is the last; no result depends on which it is."""
+
+ELEMENTWISE = {"apply_elementwise": 1, "combine_elementwise": 2}
+"""The tensors that each reads."""
 
 STENCILS = {"depthwise_apply", "depthwise_combine"}
 
@@ -111,6 +117,10 @@ def check_result(u):
         assert u.loads128 >= tensors * vectors, f"narrow loads: {u}"
         if "apply" in u.kernel or "combine" in u.kernel:
             assert u.stores128 >= vectors, f"narrow stores: {u}"
+    if u.kernel in ELEMENTWISE and not u.shape.startswith("49"):
+        vectors = 2048 * (4 if u.dtype == "fp32" else 2) // 16 // (32 * u.warps)
+        assert u.loads128 >= (ELEMENTWISE[u.kernel] + ("relu" in u.shape)) * vectors, f"narrow loads: {u}"
+        assert u.stores128 >= vectors, f"narrow stores: {u}"
     if u.kernel in OWNERS and u.shape.startswith("49"):
         # x is read twice, and so are dy and the residual in the backward pass.
         tensors = 4 + 2 * ("relu" in u.shape) if "vjp" in u.kernel else 2 + ("relu" in u.shape)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_norm import BatchNorm, SwitchableNorm, create, normalizers
 from lightning_norm.layers.base import MomentNorm
+from lightning_norm.layers.elementwise import run_on_kernels
 from lightning_norm.layers.fused_specs import spec_of
 from lightning_norm.ops import eager
 from lightning_norm.ops.normalize import run
@@ -63,12 +64,14 @@ def methods_called(key):
 
 
 def descriptions(layer):
-    """What a training and an evaluation forward hand to ``ops.normalize.run`` as the description for the kernels."""
+    """What a training and an evaluation forward hand on as the description for the kernels."""
     passed = []
 
     def see(frame, event, argument):
         if event == "call" and frame.f_code is run.__code__:
             passed.append(frame.f_locals["call"].fused_spec)
+        if event == "call" and frame.f_code is run_on_kernels.__code__:
+            passed.append(frame.f_locals["fused_spec"])
 
     sys.setprofile(see)
     try:

@@ -251,9 +251,11 @@ def _compile_backward(call: _Call, x: Tensor, residual: Tensor | None) -> None:
         return
     # Nothing is launched on these tensors: their shapes, strides and addresses are all that the launch code sees.
     x = x.detach()
-    workspace = torch.empty(call.plan.sizes[0], dtype=torch.float32, device=x.device)
     # For a gradient that lies in memory as x does.
-    tensors = [x, torch.empty_like(x), workspace, *call.tensors.parameters, *call.tensors.saved]
+    tensors = [x, torch.empty_like(x)]
+    if call.plan.sizes[0]:
+        tensors.append(torch.empty(call.plan.sizes[0], dtype=torch.float32, device=x.device))
+    tensors += [*call.tensors.parameters, *call.tensors.saved]
     has_residual = residual is not None and call.how[1] != "none"
     if residual is not None and has_residual:
         tensors.append(dense(residual.detach(), x))
@@ -273,7 +275,8 @@ def _backward_plan(
     """Return the launches of a backward pass and the pointers of its inputs, to which what the call drew is added.
 
     Args:
-        inputs: x, the gradient of y, the kept statistics, parameters, buffers and, where it is needed, the residual.
+        inputs: x, the gradient of y, the kept statistics if any, parameters, buffers and, where it is needed, the
+            residual.
         spec: the description.
         how: channel axis and activation.
         of_call: what was drawn for the call.
@@ -286,14 +289,13 @@ def _backward_plan(
     key, pointers = launcher.key_of((forward, need_dx, *need), inputs, numbers)
     inputs += numbers
 
-    def call(x: Any, dy: Any, workspace: Any, *rest: Any) -> Any:
+    def call(x: Any, dy: Any, *rest: Any) -> Any:
         slots = iter(rest)
+        statistics = forward.views(next(slots)) if forward.sizes[0] else []
         parameters, buffers = _spread(spec.parameters, slots), _spread(spec.backward_buffers, slots)
         beside = next(slots) if has_residual else None
         buffers += _spread(of_call, slots)
-        dx, dresidual, gradients = spec.launch_backward(
-            dy, x, beside, forward.views(workspace), parameters, buffers, need_dx, *how
-        )
+        dx, dresidual, gradients = spec.launch_backward(dy, x, beside, statistics, parameters, buffers, need_dx, *how)
         # A gradient that nobody asked for is no output, and takes no place in the tensor of all gradients.
         there = (g for g, t in zip(gradients, parameters, strict=True) if t is not None)
         wanted = (g if needed else None for g, needed in zip(there, need, strict=True))
@@ -342,12 +344,12 @@ class _Recorded(torch.autograd.Function):
         residual = saved.pop() if has_residual else None
         if torch_private.is_batched(dy) or torch_private.watched() or type(dy) not in PLAIN:
             return _by_operator(ctx, dy, x, residual, workspace, saved)
-        if workspace.dtype is not torch.float32 or not workspace.is_contiguous():
+        if workspace is not None and (workspace.dtype is not torch.float32 or not workspace.is_contiguous()):
             workspace = workspace.float().contiguous()  # hooks for saved tensors may have stored it in another way
         gradient = dense(dy, x)
         if gradient.is_neg() or gradient._is_zerotensor():
             gradient = torch.empty_like(gradient).copy_(gradient)
-        inputs = [x, gradient, workspace, *saved]
+        inputs = [x, gradient, *saved] if workspace is None else [x, gradient, workspace, *saved]
         if residual is not None:
             inputs.append(dense(residual, x))
         plan, pointers = _backward_plan(inputs, spec, how, of_call, forward, has_residual, need_dx, need)
@@ -357,14 +359,15 @@ class _Recorded(torch.autograd.Function):
 
 
 def _by_operator(
-    ctx: Any, dy: Tensor, x: Tensor, residual: Tensor | None, workspace: Tensor, saved: list[Any]
+    ctx: Any, dy: Tensor, x: Tensor, residual: Tensor | None, workspace: Tensor | None, saved: list[Any]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients where somebody watches the backward pass, or where there are many gradients in one."""
     (spec, how, of_call, forward, _), (_, need_dx, need_dresidual, *need) = ctx.call, ctx.needs_input_grad
     slots = iter(saved)
     parameters, buffers = _spread(spec.parameters, slots), _spread(spec.backward_buffers, slots)
+    statistics = [] if workspace is None else forward.views(workspace)
     dx, dresidual, gradients = spec.operator_backward(
-        dy, x, residual, forward.views(workspace), parameters, (*buffers, *of_call), need_dx, *how
+        dy, x, residual, statistics, parameters, (*buffers, *of_call), need_dx, *how
     )
     there = ((g, t) for g, t in zip(gradients, parameters, strict=True) if t is not None)
     shaped = [

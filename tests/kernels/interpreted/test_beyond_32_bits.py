@@ -10,6 +10,8 @@ from lightning_norm.kernels.arguments import Affine, DxAffine
 from lightning_norm.kernels.depthwise import backward as depthwise_backward
 from lightning_norm.kernels.depthwise import forward as depthwise_forward
 from lightning_norm.kernels.depthwise import launch as depthwise_launch
+from lightning_norm.kernels.elementwise import backward as elementwise_backward
+from lightning_norm.kernels.elementwise import launch as elementwise_launch
 from lightning_norm.kernels.grid import TILE, cdiv, grid_of
 from lightning_norm.kernels.passes import backward, forward, launch
 from lightning_norm.kernels.per_channel import condensation
@@ -28,6 +30,7 @@ def _both_ends_only(monkeypatch):
         backward,
         depthwise_forward,
         depthwise_backward,
+        elementwise_backward,
     ):  # loops of a kernel are not its grid
         monkeypatch.setattr(module, "range", range, raising=False)
     monkeypatch.setattr(interpreter, "range", ends, raising=False)
@@ -164,3 +167,19 @@ def test_convolution(last, monkeypatch):
         for got, factor in ((total, omega), (dot, around)):
             want = (g * factor).flatten(2)[0, channel, piece].sum()
             torch.testing.assert_close(got[0 if i == 0 else -1, i, channel].double(), want, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize(("shape", "last"), list(shapes()))
+def test_functions_of_each_element(shape, last, monkeypatch):
+    n, c = shape[:2]
+    x, dy = huge(shape, last), huge(shape, last)
+    weight, bias, alpha = torch.randn(c), torch.randn(c), torch.tensor([0.7])
+    monkeypatch.setattr(elementwise_launch, "BUSY", 1 << 20)  # few tiles to a program
+    monkeypatch.setattr(elementwise_launch, "join_elementwise", Nothing())
+    y = elementwise_launch.normalize(x, None, weight, bias, alpha, None, 1, "tanh", "none")
+    dx, _, _ = elementwise_launch.gradients(dy, x, None, weight, bias, alpha, None, 1, "tanh", "none", True)
+    gamma, beta = (t[:, None, None].double() for t in (weight, bias))
+    for i in (0, n - 1):
+        f = (0.7 * x[i].double()).tanh()
+        compare(y[i], gamma * f + beta, i == 0)
+        compare(dx[i], 0.7 * gamma * dy[i].double() * (1 - f.square()), i == 0)

@@ -1,0 +1,1 @@
+"""Functions of each element alone, in place of a normalization: dyt and derf."""
