@@ -1,7 +1,5 @@
 """Functions of each element on the kernels against plain PyTorch in float64."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ import lightning_norm
 from lightning_norm.kernels.elementwise import launch
 from lightning_norm.kernels.grid import FEW
 from lightning_norm.testing.kit import features, noise, step
-from tests.kernels.interpreted import test_layers
+from tests.kernels.interpreted import test_layers, test_recorded
 from tests.kernels.interpreted.test_layers import count_launches
 
 KEYS = ("dyt", "derf")
@@ -18,14 +16,7 @@ LAST = torch.channels_last
 
 
 def pair(key, channels=6, **arguments):
-    """A layer on the kernels and the same in float64 on plain PyTorch, everything moved from its start."""
-    layer = lightning_norm.create(key, channels, **arguments)
-    with torch.no_grad():
-        for i, p in enumerate(layer.parameters()):
-            p.add_(0.2 * noise(*p.shape, seed=300 + i))
-    exact = copy.deepcopy(layer).double()
-    layer.backend, exact.backend = "triton", "eager"
-    return layer, exact
+    return test_recorded.pair(key, arguments, channels)
 
 
 def compare(ours, exact, x, dy, tolerance=2e-6):

@@ -10,6 +10,7 @@ import lightning_norm
 from lightning_norm.testing.kit import C, Step, features, noise, same, same_step, statistics, step
 from lightning_norm.testing.ranks import run_ranks
 from tests.kernels.interpreted.test_layers import count_launches, rounded_once
+from tests.kernels.interpreted.test_recorded import pair
 
 SPLITS = ((3, 2), (5, 0), (1, 4))
 CASES = [  # and launches, forward and backward
@@ -34,12 +35,7 @@ CASES = [  # and launches, forward and backward
 
 def layers_of(key, arguments):
     """One layer on the kernels per split, moved from its start, and its twin in float64."""
-    layer = lightning_norm.create(key, C, **arguments)
-    with torch.no_grad():
-        for i, p in enumerate(layer.parameters()):
-            p.add_(0.2 * noise(*p.shape, seed=300 + i))
-    exact = copy.deepcopy(layer).double()
-    layer.backend, exact.backend = "triton", "eager"
+    layer, exact = pair(key, arguments, C)
     return [copy.deepcopy(layer) for _ in SPLITS], exact
 
 

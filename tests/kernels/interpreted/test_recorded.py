@@ -20,8 +20,9 @@ KEYS = [("bn", {}), ("sn", {}), ("rbn", {}), ("cn", {"context": "gate"}), ("asr"
 STRIDED = [("dbn", {}), ("bcn", {}), ("afn", {"dropout": 0.0}), ("ubn", {})]
 
 
-def pair(key, arguments):
-    layer = lightning_norm.create(key, 6, **arguments)
+def pair(key, arguments, channels=6):
+    """A layer on the kernels and the same in float64 on plain PyTorch, everything moved from its start."""
+    layer = lightning_norm.create(key, channels, **arguments)
     with torch.no_grad():
         for i, p in enumerate(layer.parameters()):
             p.add_(0.2 * noise(*p.shape, seed=300 + i))
