@@ -41,8 +41,10 @@ def combine_elementwise(
     """
     shape = shape_of(samples, lines, units, piece, pieces, repeat)
     job = tl.program_id(0)
+    # Programs that run at the same time read neighbouring channels of one part.
     part, block = job // blocks, job % blocks
     gamma, beta, alpha, s, i, inside = learned_at(learned, block, channels, shape, FLAGS)
+    # A tile for each sum: added up across threads once, behind the loop.
     zero = zeros(FLAGS.rows, FLAGS.block)
     gf, g, hx, h = zero, zero, zero, zero
     for again in range(0, repeat):
@@ -52,8 +54,10 @@ def combine_elementwise(
             d = tl.load(maps.dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
             u = tl.fma(v, alpha, s)
             f = value(u, FLAGS.erf)
+            # What went into the activation is computed again, for nothing but x was kept.
             if ACT != 0:
                 d = before_activation(d, tl.fma(gamma, f, beta), maps.residual + origin, lane, keep, ACT, RESIDUAL)
+            # The residual was added behind f, so its gradient is that before the activation.
             if RESIDUAL:
                 to = maps.dresidual + origin + lane
                 tl.store(to, d.to(maps.dresidual.dtype.element_ty), mask=keep)
@@ -63,6 +67,7 @@ def combine_elementwise(
             d *= slope(u, FLAGS.erf)
             hx += d * v
             h += d
+            # dx depends on no sum, unlike that of a normalization: it is written in the same pass.
             if NEED:
                 tl.store(maps.dx + origin + lane, (alpha * gamma * d).to(maps.dx.dtype.element_ty), mask=keep)
     # Over the lines where channels are contiguous, else along them.
@@ -80,6 +85,7 @@ def combine_elementwise(
 @triton.jit
 def added(parts, at, keep, number, stride, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     """Add up ``number`` parts, P_BLOCK at once, of the numbers at ``at``."""
+    # Rows are parts, so that they are loaded side by side and not one behind the other.
     lane = tl.arange(0, P_BLOCK)[:, None]
     total = zeros(P_BLOCK, BLOCK)
     for first in range(0, number, P_BLOCK):
@@ -96,6 +102,7 @@ def join_elementwise(
     """Gradients of gamma and beta, (C,), and of alpha and s, behind each other; the last program takes these two."""
     if tl.program_id(0) < tl.num_programs(0) - 1:
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        # gamma's gradient and beta's lie behind each other in ``out``, and so do their parts.
         at = (i // channels).to(tl.int64) * parts * channels + i % channels
         of_channels = added(sums, at, i < 2 * channels, parts, channels, P_BLOCK, BLOCK)
         tl.store(out + i, of_channels, mask=i < 2 * channels)

@@ -48,6 +48,7 @@ def learned_at(learned, block, channels, shape, FLAGS: tl.constexpr):
         i = (block * FLAGS.rows + tl.arange(0, FLAGS.rows))[:, None]
         inside = i < shape.lines.to(tl.int32)
     c = i % channels if FLAGS.fold > 1 else i
+    # What the layer does not have leaves y as it is.
     gamma, beta, s = tl.full(i.shape, 1.0, tl.float32), tl.full(i.shape, 0.0, tl.float32), 0.0
     if FLAGS.weight:
         gamma = tl.load(learned.weight + c, mask=inside, other=0.0).to(tl.float32)
@@ -67,6 +68,7 @@ def tile_at(part, block, again, first, shape, FLAGS: tl.constexpr):
     """
     width = shape.units * FLAGS.align
     r, e = tl.arange(0, FLAGS.rows)[:, None], tl.arange(0, FLAGS.block)[None, :]
+    # Origins in 64 bits, for all of x; offsets from there in 32, for a tile.
     if FLAGS.last:
         begin = tl.cast(part, tl.int64) * shape.piece + first
         e += block * FLAGS.block

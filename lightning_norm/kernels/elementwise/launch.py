@@ -170,11 +170,13 @@ def gradients(
     """Return the gradients of x, of the residual, and of gamma, beta, alpha and s in float32."""
     dx, dresidual = torch.empty_like(x) if need_dx else None, None if residual is None else torch.empty_like(x)
     tiles, c = tiles_of(x, channel_dim).shared_out(), x.shape[channel_dim]
+    # Another tensor stands in for what the kernel does not read or write.
     maps = Maps(dense(dy, x), *(x if t is None else t for t in (x, residual, dx, dresidual)))
     learned = Learned(*(alpha if t is None else t for t in (weight, bias, alpha, offset)))
     parts, programs = tiles.parts * tiles.fold, tiles.parts * tiles.blocks
     numbers: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
     sums, totals = torch.empty(2, parts, c, **numbers), torch.empty(2, programs, **numbers)
+    # All gradients of parameters in one tensor, which one launch fills.
     out = torch.empty(2 * c + 2, **numbers)
     at_once, lanes, _ = join_tile(parts)
     totals_at_once = join_tile(programs)[0]
