@@ -246,7 +246,7 @@ def _owner() -> Iterator[Variant]:
 
 
 def _elementwise() -> Iterator[Variant]:
-    given = (torch.empty(0),) * 3  # weight, bias and offset
+    given = (torch.empty(0),) * 4  # weight, bias, alpha and offset
     for dtype, vector in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         for shape, x in {
             "49": (64, 2048, 49, False),
@@ -256,7 +256,7 @@ def _elementwise() -> Iterator[Variant]:
         }.items():
             tiles = elementwise_launch.tiles_like(*x, vector)
             for function, act in itertools.product(("tanh", "erf"), (0, 1)):
-                constants = {"FLAGS": tiles.compiled(function, *given), "ACT": act, "RESIDUAL": act > 0}
+                constants = {"FLAGS": tiles.compiled(function, given), "ACT": act, "RESIDUAL": act > 0}
                 name = f"{shape} {function}" + (" add relu" if act else "")
                 yield Variant(elementwise_forward.apply_elementwise, name, dtype, constants, tiles.warps)
                 backward = {**constants, "NEED": True}

@@ -71,12 +71,19 @@ def _kind_of_call(x: Tensor, layout: Layout, what: Any) -> Any:
     return x.device, x.dtype, x.shape, x.stride(), begin, layout.channel_dim, torch.is_grad_enabled(), what
 
 
-def give_up(x: Tensor, layout: Layout, what: Any, error: KernelError) -> None:
+def give_up(x: Tensor, layout: Layout, backend: str, what: Any, error: KernelError) -> None:
     """Note that the kernels of a call like this one do not compile or load; a warning says it once per reason.
 
     The kernel launched for trial ran, and one of another shape, dtype or method does not: it may need more of the
     device than there is, or meet an error of the compiler.
+
+    Raises:
+        KernelError: the kernels were asked for by name, or some of them may have moved running statistics.
     """
+    if backend == "triton":
+        raise error
+    if error.after_others:
+        raise KernelError(f"{error}, behind others of the same call. Type backend='eager'.") from error
     _failed[_kind_of_call(x, layout, what)] = str(error)
     tell_of(x, error)
 

@@ -239,16 +239,8 @@ def _on_kernels(x: Tensor, call: Call) -> tuple[bool, FusedSpec | None]:
 
 
 def _without_kernels(x: Tensor, call: Call, error: KernelError) -> bool:
-    """Note that the kernels of this call do not run on this device, and return that none will.
-
-    Raises:
-        KernelError: the kernels were asked for by name, or some of them may have moved running statistics.
-    """
-    if call.backend == "triton":
-        raise error
-    if error.after_others:
-        raise KernelError(f"{error}, behind others of the same call. Type backend='eager'.") from error
-    give_up(x, call.layout, _kind_of_launch(x, call), error)
+    """Note that the kernels of this call do not run on this device, see :func:`give_up`; return that none will."""
+    give_up(x, call.layout, call.backend, _kind_of_launch(x, call), error)
     return False
 
 

@@ -17,8 +17,10 @@ def load_yaml(text: str) -> Any:
     # Imported late: only commands and plans need it.
     import yaml
 
-    check_entries(text)
-    return yaml.safe_load(text)
+    loader = yaml.SafeLoader(text)
+    root = loader.get_single_node()
+    _check(root)
+    return None if root is None else loader.construct_document(root)
 
 
 def check_entries(text: str) -> None:
@@ -30,7 +32,14 @@ def check_entries(text: str) -> None:
     import yaml
 
     # A word or a number, as most values of a command line are, has no entries.
-    nodes, seen = [yaml.compose(text, Loader=yaml.SafeLoader)] if ":" in text else [], set()
+    if ":" in text:
+        _check(yaml.compose(text, Loader=yaml.SafeLoader))
+
+
+def _check(root: Any) -> None:
+    import yaml
+
+    nodes, seen = [root], set()
     while nodes:
         node = nodes.pop()
         if not isinstance(node, yaml.CollectionNode) or id(node) in seen:

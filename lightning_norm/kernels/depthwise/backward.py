@@ -9,6 +9,7 @@ import triton.language as tl
 
 from lightning_norm.kernels.arguments import Affine, DxAffine, Sums
 from lightning_norm.kernels.depthwise.forward import neighbour, shape_of, tap, tile_lanes, tile_start
+from lightning_norm.kernels.passes.backward import added
 from lightning_norm.kernels.passes.forward import zeros
 
 
@@ -122,18 +123,10 @@ def store_tap(out, t, s: tl.constexpr, keep, channels, LAST: tl.constexpr, GROUP
 def join_taps(
     taps, dkernel, dbias, number, channels, parts, T: tl.constexpr, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Add up the parts of the gradients of kernel, (C, T), and bias, (C,); ``number`` is C * (T + 1).
-
-    P_BLOCK parts of BLOCK numbers at once, in an order that is the same in every run.
-    """
+    """Add up the parts of the gradients of kernel, (C, T), and bias, (C,); ``number`` is C * (T + 1)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = i < number
-    total = tl.zeros((P_BLOCK, BLOCK), tl.float32)
-    for first in range(0, parts, P_BLOCK):
-        part = first + tl.arange(0, P_BLOCK)[:, None]
-        inside = (part < parts) & keep[None, :]
-        total += tl.load(taps + part.to(tl.int64) * number + i[None, :], mask=inside, other=0.0)
-    total = tl.sum(total, 0)
+    total = added(taps, i, keep, parts, number, P_BLOCK, BLOCK)
     # Parts are stored by tap and the gradient by channel; the last row is the bias's.
     t = i // channels
     c = i - t * channels

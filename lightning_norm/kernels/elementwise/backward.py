@@ -14,7 +14,7 @@ import triton.language as tl
 from lightning_norm.kernels.arguments import Maps
 from lightning_norm.kernels.elementwise.flags import Learned
 from lightning_norm.kernels.elementwise.forward import learned_at, shape_of, tile_at, value
-from lightning_norm.kernels.passes.backward import before_activation
+from lightning_norm.kernels.passes.backward import added, before_activation
 from lightning_norm.kernels.passes.forward import zeros
 
 
@@ -80,19 +80,6 @@ def combine_elementwise(
     gamma = tl.where(inside, gamma, 0.0)
     tl.store(totals + job, tl.sum(gamma * tl.sum(hx, axis, keep_dims=True)))
     tl.store(totals + tl.num_programs(0) + job, tl.sum(gamma * tl.sum(h, axis, keep_dims=True)))
-
-
-@triton.jit
-def added(parts, at, keep, number, stride, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up ``number`` parts, P_BLOCK at once, of the numbers at ``at``."""
-    # Rows are parts, so that they are loaded side by side and not one behind the other.
-    lane = tl.arange(0, P_BLOCK)[:, None]
-    total = zeros(P_BLOCK, BLOCK)
-    for first in range(0, number, P_BLOCK):
-        p = first + lane
-        spot = at[None, :] + p.to(tl.int64) * stride
-        total += tl.load(parts + spot, mask=(p < number) & keep[None, :], other=0.0)
-    return tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["parts", "programs"])

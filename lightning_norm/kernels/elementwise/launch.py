@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,8 +101,9 @@ class Tiles:
         pieces = cdiv(parts, self.samples)
         return replace(self, piece=cdiv(cdiv(self.units, pieces), step) * step)
 
-    def compiled(self, function: str, weight: Optional, bias: Optional, offset: Optional) -> Compiled:
+    def compiled(self, function: str, parameters: Sequence[Optional]) -> Compiled:
         """Return what the kernels are compiled for."""
+        weight, bias, _, offset = parameters
         there = (t is not None for t in (weight, bias, offset))
         return Compiled(function == "erf", self.last, self.align, self.fold, self.rows, self.block, *there)
 
@@ -133,21 +135,21 @@ def tiles_like(n: int, c: int, size: int, last: bool, vector: int) -> Tiles:
 def normalize(
     x: Tensor,
     residual: Optional,
-    weight: Optional,
-    bias: Optional,
-    alpha: Tensor,
-    offset: Optional,
+    parameters: Sequence[Optional],
     channel_dim: int,
     function: str,
     activation: str,
 ) -> Tensor:
-    """Return act(gamma f(alpha x + s) + beta + residual), like x; f is "tanh" or "erf"."""
+    """Return act(gamma f(alpha x + s) + beta + residual), like x; f is "tanh" or "erf".
+
+    ``parameters`` are gamma, beta, alpha and s.
+    """
     y, tiles = torch.empty_like(x), tiles_of(x, channel_dim)
-    learned = Learned(*(alpha if t is None else t for t in (weight, bias, alpha, offset)))
+    learned = _learned(parameters)
     with device_of(x):
         launch(apply_elementwise, tiles.parts * tiles.blocks)(
             x, x if residual is None else dense(residual, x), y, learned, *tiles.numbers, x.shape[channel_dim],
-            tiles.piece, tiles.pieces, tiles.blocks, FLAGS=tiles.compiled(function, weight, bias, offset),
+            tiles.piece, tiles.pieces, tiles.blocks, FLAGS=tiles.compiled(function, parameters),
             ACT=ACTIVATIONS.index(activation), RESIDUAL=residual is not None, num_warps=tiles.warps,
             maxnreg=REGISTERS["apply_elementwise"],
         )  # fmt: skip
@@ -158,10 +160,7 @@ def gradients(
     dy: Tensor,
     x: Tensor,
     residual: Optional,
-    weight: Optional,
-    bias: Optional,
-    alpha: Tensor,
-    offset: Optional,
+    parameters: Sequence[Optional],
     channel_dim: int,
     function: str,
     activation: str,
@@ -172,7 +171,7 @@ def gradients(
     tiles, c = tiles_of(x, channel_dim).shared_out(), x.shape[channel_dim]
     # Another tensor stands in for what the kernel does not read or write.
     maps = Maps(dense(dy, x), *(x if t is None else t for t in (x, residual, dx, dresidual)))
-    learned = Learned(*(alpha if t is None else t for t in (weight, bias, alpha, offset)))
+    learned = _learned(parameters)
     parts, programs = tiles.parts * tiles.fold, tiles.parts * tiles.blocks
     numbers: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
     sums, totals = torch.empty(2, parts, c, **numbers), torch.empty(2, programs, **numbers)
@@ -183,7 +182,7 @@ def gradients(
     with device_of(x):
         launch(combine_elementwise, programs)(
             maps, learned, sums, totals, *tiles.numbers, c, tiles.piece, tiles.pieces, tiles.blocks, tiles.repeat,
-            tiles.parts, FLAGS=tiles.compiled(function, weight, bias, offset), ACT=ACTIVATIONS.index(activation),
+            tiles.parts, FLAGS=tiles.compiled(function, parameters), ACT=ACTIVATIONS.index(activation),
             RESIDUAL=residual is not None, NEED=need_dx, num_warps=2 * tiles.warps,
             maxnreg=REGISTERS["combine_elementwise"],
         )  # fmt: skip
@@ -192,3 +191,8 @@ def gradients(
             num_warps=4 if max(at_once, totals_at_once) <= 1024 else 16,
         )  # fmt: skip
     return dx, dresidual, list(out.split_with_sizes([c, c, 1, 1]))
+
+
+def _learned(parameters: Sequence[Optional]) -> Learned:
+    # alpha stands in for what the layer does not have and no kernel reads.
+    return Learned(*(parameters[2] if t is None else t for t in parameters))

@@ -67,8 +67,7 @@ class ElementwiseSpec:
         """Launch the one pass; nothing but x is kept."""
         from lightning_norm.kernels.elementwise.launch import normalize
 
-        weight, bias, alpha, offset = parameters
-        return normalize(x, residual, weight, bias, alpha, offset, channel_dim, self.name, activation), ()
+        return normalize(x, residual, parameters, channel_dim, self.name, activation), ()
 
     def launch_backward(
         self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
@@ -76,10 +75,8 @@ class ElementwiseSpec:
         """Launch the backward pass."""
         from lightning_norm.kernels.elementwise.launch import gradients
 
-        (weight, bias, alpha, offset), (channel_dim, activation) = parameters, how
-        return gradients(
-            dy, x, residual, weight, bias, alpha, offset, channel_dim, self.name, activation, need_dx
-        )  # fmt: skip
+        channel_dim, activation = how
+        return gradients(dy, x, residual, parameters, channel_dim, self.name, activation, need_dx)
 
     def operator_backward(
         self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any

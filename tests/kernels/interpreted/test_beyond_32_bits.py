@@ -176,8 +176,8 @@ def test_functions_of_each_element(shape, last, monkeypatch):
     weight, bias, alpha = torch.randn(c), torch.randn(c), torch.tensor([0.7])
     monkeypatch.setattr(elementwise_launch, "BUSY", 1 << 20)  # few tiles to a program
     monkeypatch.setattr(elementwise_launch, "join_elementwise", Nothing())
-    y = elementwise_launch.normalize(x, None, weight, bias, alpha, None, 1, "tanh", "none")
-    dx, _, _ = elementwise_launch.gradients(dy, x, None, weight, bias, alpha, None, 1, "tanh", "none", True)
+    y = elementwise_launch.normalize(x, None, (weight, bias, alpha, None), 1, "tanh", "none")
+    dx, _, _ = elementwise_launch.gradients(dy, x, None, (weight, bias, alpha, None), 1, "tanh", "none", True)
     gamma, beta = (t[:, None, None].double() for t in (weight, bias))
     for i in (0, n - 1):
         f = (0.7 * x[i].double()).tanh()
