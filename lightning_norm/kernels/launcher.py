@@ -186,12 +186,14 @@ class _Output(NamedTuple):
     """An output: a tensor like x, or a part of the one tensor that all others lie in, such as gradients of parameters.
 
     Args:
-        part: the number of that part, -1 for a tensor like x.
         shape: of the output.
+        stride: of the output.
+        start: its first number in that tensor, -1 for a tensor like x.
     """
 
-    part: int
     shape: torch.Size
+    stride: tuple[int, ...]
+    start: int
 
 
 @dataclass(eq=False)
@@ -204,7 +206,7 @@ class Plan:
         x: where the first input lies.
         outputs: ``None`` for one that no kernel writes.
         sizes: of two workspaces in float32 numbers: kept for the backward pass, dropped.
-        parts: sizes of the parts of the tensor that holds the outputs that are not like x.
+        others: numbers of the tensor that holds the outputs that are not like x.
         saved: the tensors in the first workspace.
         replayed: the launches as one function of all pointers and the stream, where Triton need not launch them.
     """
@@ -214,16 +216,16 @@ class Plan:
     x: _Pointer
     outputs: list[_Output | None]
     sizes: tuple[int, int]
-    parts: list[int]
+    others: int
     saved: list[_Pointer]
     replayed: Callable[[list[int], int], None] | None = None
 
     def __post_init__(self) -> None:
         self.has_backward = False
         """Whether the launches of a backward pass are compiled, or none was asked for."""
-        self._like_x = sum(output is not None and output.part < 0 for output in self.outputs)
+        self._like_x = sum(output is not None and output.start < 0 for output in self.outputs)
         like_x = tuple(self.x.shape), self.x.stride, self.x.dtype
-        flat = [((n,), (1,), torch.float32) for n in (sum(self.parts), *self.sizes) if n]
+        flat = [((n,), (1,), torch.float32) for n in (self.others, *self.sizes) if n]
         self.made: list[tuple[Any, Any, torch.dtype]] = [*[like_x] * self._like_x, *flat]
         self._replay: Callable[[Tensor, list[int]], list[Tensor] | None] | None = self._allocate
         if any(isinstance(step.compiled, functools.partial) for step in self.launches) and _ahead is not None:
@@ -252,26 +254,22 @@ class Plan:
             made = self._allocate(x)
             self._launch_as_usual([*inputs, *made])
         # In the order of ``made``: outputs like x, the tensor of all others, and the workspaces.
-        workspace = made[self._like_x + bool(self.parts)] if self.sizes[0] else None
-        if not self.parts:
-            like_x = iter(made)
-            return [None if output is None else next(like_x) for output in self.outputs], workspace
-        like_x, parts = iter(made), made[self._like_x].split_with_sizes(self.parts)
+        workspace = made[self._like_x + bool(self.others)] if self.sizes[0] else None
+        like_x, others = iter(made), made[self._like_x] if self.others else None
         outputs: list[Tensor | None] = []
         for output in self.outputs:
             if output is None:
                 outputs.append(None)
-            elif output.part < 0:
+            elif others is None or output.start < 0:
                 outputs.append(next(like_x))
-            else:
-                part = parts[output.part]
-                outputs.append(part if len(output.shape) == 1 else part.view(output.shape))
+            else:  # one call for each, which takes less than cutting first and then giving shapes
+                outputs.append(others.as_strided(*output))
         return outputs, workspace
 
     def views(self, saved: Tensor) -> list[Tensor]:
         """Return the tensors in the workspace that is kept."""
         # Numbered as in the launches, where inputs and outputs stand in front of the workspace.
-        tensors = [*(None,) * (self.inputs + self._like_x + bool(self.parts)), saved]
+        tensors = [*(None,) * (self.inputs + self._like_x + bool(self.others)), saved]
         return [p.of(tensors) if p.slot >= 0 else saved.new_empty(p.shape, dtype=p.dtype) for p in self.saved]
 
     def _launch_as_usual(self, tensors: list[Any]) -> None:
@@ -435,7 +433,7 @@ def _plan(slots: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | 
     for tensors, align in ((others, 4), (keep, ALIGN), (passed, ALIGN)):
         sizes.append(_fill(storages, tensors, slot, align))
         slot += sizes[-1] > 0
-    made, parts = _cut(written, others, [storages[_storage(t)][1] // 4 + t.storage_offset() for t in others], sizes[0])
+    made = _placed(written, others, [storages[_storage(t)][1] // 4 + t.storage_offset() for t in others])
 
     def pointer(t: Any) -> Any:
         if not isinstance(t, Tensor):
@@ -449,7 +447,7 @@ def _plan(slots: list[Any], launches: list[_Launch], outputs: Sequence[Tensor | 
 
     # From here on nothing holds the tensors of the recorded call, whose memory is free again.
     steps = [step._replace(args=tuple(_each(pointer, a) for a in step.args)) for step in launches]
-    return Plan(steps, len(slots), pointer(slots[0]), made, (sizes[1], sizes[2]), parts, [pointer(t) for t in keep])
+    return Plan(steps, len(slots), pointer(slots[0]), made, (sizes[1], sizes[2]), sizes[0], [pointer(t) for t in keep])
 
 
 def _named(t: Any, slot: int) -> Any:
@@ -468,29 +466,22 @@ def _looks_like(t: Tensor, x: Tensor) -> bool:
     return (t.shape, t.stride(), t.dtype) == (x.shape, x.stride(), x.dtype)
 
 
-def _cut(
-    written: list[Tensor | None], others: list[Tensor], starts: list[int], size: int
-) -> tuple[list[_Output | None], list[int]]:
-    """Return where each output lies, and how the tensor of those that are not like x is cut.
+def _placed(written: list[Tensor | None], others: list[Tensor], starts: list[int]) -> list[_Output | None]:
+    """Return where each output lies.
 
     Args:
         written: the outputs.
         others: those of them that are not like x.
-        starts: their places, in numbers.
-        size: of the tensor that they lie in.
+        starts: their places in the tensor that they lie in, in numbers.
     """
-    places, parts, end = {}, [], 0
+    places, end = {}, 0
     for start, t in sorted(zip(starts, others, strict=True), key=lambda place: place[0]):
         assert t.is_contiguous()
         assert t.dtype == torch.float32
         assert start >= end, "outputs that overlap"
-        # What lies between two outputs is a part as well.
-        parts += [start - end] * (start > end)
-        places[id(t)] = _Output(len(parts), t.shape)
-        parts.append(t.numel())
+        places[id(t)] = _Output(t.shape, t.stride(), start)
         end = start + t.numel()
-    parts += [size - end] * (size > end)
-    return [None if t is None else places.get(id(t), _Output(-1, t.shape)) for t in written], parts
+    return [None if t is None else places.get(id(t), _Output(t.shape, t.stride(), -1)) for t in written]
 
 
 def _fill(storages: dict[int, tuple[int, int]], tensors: Iterable[Tensor], slot: int, align: int) -> int:

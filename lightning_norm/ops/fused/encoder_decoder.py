@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
 from lightning_norm.kernels.grid import samples_and_channels
+from lightning_norm.kernels import launcher
 from lightning_norm.kernels.launcher import Number
 from lightning_norm.ops.fused import operators, recorded
 from lightning_norm.ops.fused.operators import from_numbers, to_numbers
@@ -166,7 +167,7 @@ class EncoderDecoderSpec:
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return torch.rand(2, self.linears[0].shape[1], device=x.device), self.drop_prob, 0
         # In place, which takes half the time of torch.randint.
-        return None, self.drop_prob, int(torch.empty((), dtype=torch.int64, device="cpu").random_(1 << 31))
+        return None, self.drop_prob, launcher.EMPTY_STRIDED[0]((), (), torch.int64).random_(1 << 31).item()
 
 
 class _EncoderDecoder(torch.autograd.Function):
