@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels import launcher
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
 from lightning_norm.kernels.grid import samples_and_channels
-from lightning_norm.kernels import launcher
-from lightning_norm.kernels.launcher import Number
 from lightning_norm.ops.fused import operators, recorded
 from lightning_norm.ops.fused.operators import from_numbers, to_numbers
 from lightning_norm.ops.layout import Layout
@@ -97,7 +96,7 @@ class EncoderDecoderSpec:
     def of_call(self, x: Tensor) -> tuple[Any, ...]:
         """Return noise, probability and seed of the dropout."""
         noise, drop_prob, seed = self._dropout(x)
-        return noise, drop_prob, Number(seed)
+        return noise, drop_prob, launcher.Number(seed)
 
     def launch_forward(
         self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
@@ -167,7 +166,7 @@ class EncoderDecoderSpec:
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return torch.rand(2, self.linears[0].shape[1], device=x.device), self.drop_prob, 0
         # In place, which takes half the time of torch.randint.
-        return None, self.drop_prob, launcher.EMPTY_STRIDED[0]((), (), torch.int64).random_(1 << 31).item()
+        return None, self.drop_prob, int(launcher.EMPTY_STRIDED[0]((), (), torch.int64).random_(1 << 31))
 
 
 class _EncoderDecoder(torch.autograd.Function):
