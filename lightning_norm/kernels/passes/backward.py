@@ -13,37 +13,39 @@ from lightning_norm.kernels.passes.forward import column_lanes, flat_lanes, of_r
 
 
 @triton.jit
-def activation_grad(g, z, ACT: tl.constexpr):
+def activation_grad(b_g, b_z, ACT: tl.constexpr):
     """Return the gradient before the activation, given that behind it; the mask follows from z."""
     if ACT == 1:
-        g = tl.where(z <= 0.0, 0.0, g)
+        b_g = tl.where(b_z <= 0.0, 0.0, b_g)
     if ACT == 2:
         # SiLU is z s with s = sigmoid(z), so its slope is s + z s (1 - s).
-        s = 1.0 / (1.0 + tl.exp(-z))
-        g = g * (s * (1.0 + z * (1.0 - s)))
-    return g
+        b_s = 1.0 / (1.0 + tl.exp(-b_z))
+        b_g = b_g * (b_s * (1.0 + b_z * (1.0 - b_s)))
+    return b_g
 
 
 @triton.jit
-def before_activation(g, z, residual, at, keep, ACT: tl.constexpr, RESIDUAL: tl.constexpr):
+def before_activation(b_g, b_z, residual, o_x, m_x, ACT: tl.constexpr, RESIDUAL: tl.constexpr):
     """Return the gradient before the activation; z is scale * (x - pivot) + offset, to which the residual is added."""
     if RESIDUAL:
-        z += tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
-    return activation_grad(g, z, ACT)
+        b_z += tl.load(residual + o_x, mask=m_x, other=0.0).to(tl.float32)
+    return activation_grad(b_g, b_z, ACT)
 
 
 @triton.jit
-def products(dy, x, residual, at, loaded, keep, pivot, scale, offset, ACT: tl.constexpr, RESIDUAL: tl.constexpr):
-    """Return one tile's g and g * (x - pivot), 0 outside ``keep``.
+def products(
+    dy, x, residual, o_x, m_loaded, m_x, b_pivot, b_scale, b_offset, ACT: tl.constexpr, RESIDUAL: tl.constexpr
+):
+    """Return one tile's g and g * (x - pivot), 0 outside ``m_x``.
 
-    ``loaded`` may reach further than ``keep``: into a neighbouring row, for the sake of aligned loads.
+    ``m_loaded`` may reach further than ``m_x``: into a neighbouring row, for the sake of aligned loads.
     """
-    g = tl.load(dy + at, mask=loaded, other=0.0).to(tl.float32)
-    u = tl.load(x + at, mask=loaded, other=0.0).to(tl.float32) - pivot
+    b_g = tl.load(dy + o_x, mask=m_loaded, other=0.0).to(tl.float32)
+    b_u = tl.load(x + o_x, mask=m_loaded, other=0.0).to(tl.float32) - b_pivot
     # z as ``apply`` had it, and with it the activation's mask or slope.
     if ACT != 0:
-        g = before_activation(g, tl.fma(scale, u, offset), residual, at, loaded, ACT, RESIDUAL)
-    return tl.where(keep, g, 0.0), tl.where(keep, g * u, 0.0)
+        b_g = before_activation(b_g, tl.fma(b_scale, b_u, b_offset), residual, o_x, m_loaded, ACT, RESIDUAL)
+    return tl.where(m_x, b_g, 0.0), tl.where(m_x, b_g * b_u, 0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "size", "units", "piece"])
@@ -56,33 +58,36 @@ def sums_rows(
     Grid and tiles as ``moments_rows``. Of ``affine``, (rows,) each, all but the pivot serve the activation alone.
     """
     rows, size, units, piece = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64), tl.cast(piece, tl.int32)  # noqa: E501  # fmt: skip
-    row, p = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
-    r = tl.arange(0, ROWS)
-    inside = row + r < rows
-    origin, base, start, end, stop = row_span(row, size, piece, p, units, ALIGN, ROWS)
+    row, i_p = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
+    o_r = tl.arange(0, ROWS)  # [ROWS]
+    m_r = row + o_r < rows
+    origin, o_base, o_start, o_end, o_stop = row_span(row, size, piece, i_p, units, ALIGN, ROWS)
     # 64-bit pointers once, 32-bit offsets within the tile.
     x += origin
     dy += origin
     if RESIDUAL:
         residual += origin
     # One coefficient per row, for all its elements.
-    k = tl.load(affine.pivot + row + r, mask=inside, other=0.0)[:, None]
-    a, b = k, k
+    b_pivot = tl.load(affine.pivot + row + o_r, mask=m_r, other=0.0)[:, None]  # [ROWS, 1]
+    b_scale, b_offset = b_pivot, b_pivot
     if ACT != 0:
-        a = tl.load(affine.scale + row + r, mask=inside, other=0.0)[:, None]
-        b = tl.load(affine.offset + row + r, mask=inside, other=0.0)[:, None]
-    lane = base[:, None] + tl.arange(0, BLOCK)[None, :]
-    keep = (lane >= start[:, None]) & (lane < end[:, None])
-    g, gu = products(dy, x, residual, lane, lane < stop[:, None], keep, k, a, b, ACT, RESIDUAL)
+        b_scale = tl.load(affine.scale + row + o_r, mask=m_r, other=0.0)[:, None]
+        b_offset = tl.load(affine.offset + row + o_r, mask=m_r, other=0.0)[:, None]
+    o_x = o_base[:, None] + tl.arange(0, BLOCK)[None, :]  # [ROWS, BLOCK]
+    m_x = (o_x >= o_start[:, None]) & (o_x < o_end[:, None])
+    b_g, b_gu = products(dy, x, residual, o_x, o_x < o_stop[:, None], m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL)
     # The rest of the piece.
     for first in range(BLOCK, piece + ALIGN - 1, BLOCK):
-        at = lane + first
-        h, hu = products(dy, x, residual, at, at < stop[:, None], at < end[:, None], k, a, b, ACT, RESIDUAL)
+        o_at = o_x + first
+        b_h, b_hu = products(
+            dy, x, residual, o_at, o_at < o_stop[:, None], o_at < o_end[:, None], b_pivot, b_scale, b_offset, ACT,
+            RESIDUAL,
+        )  # fmt: skip
         # Added tile by tile; the sum over the tile is taken once, behind the loop.
-        g += h
-        gu += hu
-    tl.store(out.total + p * rows + row + r, tl.sum(g, 1), mask=inside)
-    tl.store(out.dot + p * rows + row + r, tl.sum(gu, 1), mask=inside)
+        b_g += b_h
+        b_gu += b_hu
+    tl.store(out.total + i_p * rows + row + o_r, tl.sum(b_g, 1), mask=m_r)
+    tl.store(out.dot + i_p * rows + row + o_r, tl.sum(b_gu, 1), mask=m_r)
 
 
 @triton.jit(do_not_specialize=["size", "units", "piece"])
@@ -96,55 +101,55 @@ def sums_columns(
     Grid and tiles as ``moments_columns``. With FOLD a sum is that of every FOLD-th position; whoever reads them adds
     up.
     """
-    n, p = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    begin = p * piece
+    i_n, i_p = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    begin = i_p * piece
     count = tl.minimum(piece, size - begin)
     channels = units * ALIGN
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.arange(0, ROWS)
-    origin = (n * size + begin) * channels
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    o_s = tl.arange(0, ROWS)  # [ROWS]
+    origin = (i_n * size + begin) * channels
     # Where coefficients of this sample's channels lie.
-    at = n * channels + c
+    o_nc = i_n * channels + o_c  # [BLOCK]
     if FOLD > 1:
-        at = n * true_channels + c % true_channels
+        o_nc = i_n * true_channels + o_c % true_channels
     x += origin
     dy += origin
     if RESIDUAL:
         residual += origin
     # One coefficient per channel, for all its positions.
-    k = tl.load(affine.pivot + at, mask=c < channels, other=0.0)[None, :]
-    a, b = k, k
+    b_pivot = tl.load(affine.pivot + o_nc, mask=o_c < channels, other=0.0)[None, :]  # [1, BLOCK]
+    b_scale, b_offset = b_pivot, b_pivot
     if ACT != 0:
-        a = tl.load(affine.scale + at, mask=c < channels, other=0.0)[None, :]
-        b = tl.load(affine.offset + at, mask=c < channels, other=0.0)[None, :]
-    lane = s[:, None] * channels + c[None, :]
-    keep = (s[:, None] < count) & (c[None, :] < channels)
-    g, gu = products(dy, x, residual, lane, keep, keep, k, a, b, ACT, RESIDUAL)
+        b_scale = tl.load(affine.scale + o_nc, mask=o_c < channels, other=0.0)[None, :]
+        b_offset = tl.load(affine.offset + o_nc, mask=o_c < channels, other=0.0)[None, :]
+    o_x = o_s[:, None] * channels + o_c[None, :]  # [ROWS, BLOCK]
+    m_x = (o_s[:, None] < count) & (o_c[None, :] < channels)
+    b_g, b_gu = products(dy, x, residual, o_x, m_x, m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL)  # [ROWS, BLOCK]
     # The rest of the piece; all three pointers move together.
     for first in range(ROWS, count, ROWS):
         x += ROWS * channels.to(tl.int64)
         dy += ROWS * channels.to(tl.int64)
         if RESIDUAL:
             residual += ROWS * channels.to(tl.int64)
-        keep = (s[:, None] < count - first) & (c[None, :] < channels)
-        h, hu = products(dy, x, residual, lane, keep, keep, k, a, b, ACT, RESIDUAL)
-        g += h
-        gu += hu
-    at = (n * tl.num_programs(2) + p) * channels + c
-    tl.store(out.total + at, tl.sum(g, 0), mask=c < channels)
-    tl.store(out.dot + at, tl.sum(gu, 0), mask=c < channels)
+        m_x = (o_s[:, None] < count - first) & (o_c[None, :] < channels)
+        b_h, b_hu = products(dy, x, residual, o_x, m_x, m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL)
+        b_g += b_h
+        b_gu += b_hu
+    o_nc = (i_n * tl.num_programs(2) + i_p) * channels + o_c
+    tl.store(out.total + o_nc, tl.sum(b_g, 0), mask=o_c < channels)
+    tl.store(out.dot + o_nc, tl.sum(b_gu, 0), mask=o_c < channels)
 
 
 @triton.jit
-def read_sums(parts, at, keep, layout, MERGE: tl.constexpr):
+def read_sums(parts, o_nc, m_nc, layout, MERGE: tl.constexpr):
     """Read both sums, their pieces added up in order where MERGE."""
-    total = tl.load(parts.total + at, mask=keep, other=0.0)
-    dot = tl.load(parts.dot + at, mask=keep, other=0.0)
+    b_total = tl.load(parts.total + o_nc, mask=m_nc, other=0.0)
+    b_dot = tl.load(parts.dot + o_nc, mask=m_nc, other=0.0)
     if MERGE:
-        for p in range(1, layout.pieces):
-            total += tl.load(parts.total + at + p * layout.stride, mask=keep, other=0.0)
-            dot += tl.load(parts.dot + at + p * layout.stride, mask=keep, other=0.0)
-    return total, dot
+        for i_p in range(1, layout.pieces):
+            b_total += tl.load(parts.total + o_nc + i_p * layout.stride, mask=m_nc, other=0.0)
+            b_dot += tl.load(parts.dot + o_nc + i_p * layout.stride, mask=m_nc, other=0.0)
+    return b_total, b_dot
 
 
 @triton.jit(do_not_specialize=["pieces"])
@@ -152,56 +157,57 @@ def join_sums(
     parts: Sums, out, number, channels, pieces, sample_stride, stride, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Add the pieces up into ``out``, (2, samples * channels), P_BLOCK of BLOCK numbers at once."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = i < number
-    at = i // channels * sample_stride + i % channels
-    lane = tl.arange(0, P_BLOCK)[:, None]
-    a, b = tl.zeros((P_BLOCK, BLOCK), tl.float32), tl.zeros((P_BLOCK, BLOCK), tl.float32)
+    o_nc = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_nc = o_nc < number
+    o_at = o_nc // channels * sample_stride + o_nc % channels
+    o_lane = tl.arange(0, P_BLOCK)[:, None]  # [P_BLOCK, 1]
+    b_total, b_dot = tl.zeros((P_BLOCK, BLOCK), tl.float32), tl.zeros((P_BLOCK, BLOCK), tl.float32)
     for first in range(0, pieces, P_BLOCK):
-        p = first + lane
-        inside = (p < pieces) & keep[None, :]
-        spot = at[None, :] + p.to(tl.int64) * stride
-        a += tl.load(parts.total + spot, mask=inside, other=0.0)
-        b += tl.load(parts.dot + spot, mask=inside, other=0.0)
-    tl.store(out + i, tl.sum(a, 0), mask=keep)
-    tl.store(out + number + i, tl.sum(b, 0), mask=keep)
+        o_p = first + o_lane
+        m_p = (o_p < pieces) & m_nc[None, :]  # [P_BLOCK, BLOCK]
+        o_spot = o_at[None, :] + o_p.to(tl.int64) * stride
+        b_total += tl.load(parts.total + o_spot, mask=m_p, other=0.0)
+        b_dot += tl.load(parts.dot + o_spot, mask=m_p, other=0.0)
+    tl.store(out + o_nc, tl.sum(b_total, 0), mask=m_nc)
+    tl.store(out + number + o_nc, tl.sum(b_dot, 0), mask=m_nc)
 
 
 @triton.jit
-def added(parts, at, keep, number, stride, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up ``number`` parts, P_BLOCK at once, of the numbers at ``at``, in an order that is the same in every run."""
+def added(parts, o_at, m_at, number, stride, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up ``number`` parts of the numbers at ``o_at``, P_BLOCK at once, in the same order in every run."""
     # Rows are parts, so that they are loaded side by side and not one behind the other.
-    lane = tl.arange(0, P_BLOCK)[:, None]
-    total = zeros(P_BLOCK, BLOCK)
+    o_lane = tl.arange(0, P_BLOCK)[:, None]  # [P_BLOCK, 1]
+    b_total = zeros(P_BLOCK, BLOCK)
     for first in range(0, number, P_BLOCK):
-        p = first + lane
-        spot = at[None, :] + p.to(tl.int64) * stride
-        total += tl.load(parts + spot, mask=(p < number) & keep[None, :], other=0.0)
-    return tl.sum(total, 0)
+        o_p = first + o_lane
+        o_spot = o_at[None, :] + o_p.to(tl.int64) * stride  # [P_BLOCK, BLOCK]
+        b_total += tl.load(parts + o_spot, mask=(o_p < number) & m_at[None, :], other=0.0)
+    return tl.sum(b_total, 0)
 
 
 @triton.jit
 def store_gradients(
-    maps, origin, at, keep, k, a, b, constant, slope, ACT: tl.constexpr, RESIDUAL: tl.constexpr, PLAIN: tl.constexpr
-):
-    """Write dx = a * g + constant + slope * (x - k), PLAIN: a * g alone, and g itself for the residual."""
-    dy, x, residual = maps.dy + origin, maps.x + origin, maps.residual + origin
-    g = tl.load(dy + at, mask=keep, other=0.0).to(tl.float32)
-    u = g
+    maps, origin, o_x, m_x, b_pivot, b_scale, b_offset, b_constant, b_slope, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    PLAIN: tl.constexpr,
+):  # fmt: skip
+    """Write dx = scale * g + constant + slope * (x - pivot), PLAIN: scale * g alone, and g itself for the residual."""
+    p_dy, p_x, p_residual = maps.dy + origin, maps.x + origin, maps.residual + origin
+    b_g = tl.load(p_dy + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_u = b_g
     # x is not read where neither the activation nor the slope asks for it.
     if ACT != 0 or not PLAIN:
-        u = tl.load(x + at, mask=keep, other=0.0).to(tl.float32) - k
+        b_u = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32) - b_pivot
     # g before the activation.
     if ACT != 0:
-        g = before_activation(g, tl.fma(a, u, b), residual, at, keep, ACT, RESIDUAL)
+        b_g = before_activation(b_g, tl.fma(b_scale, b_u, b_offset), p_residual, o_x, m_x, ACT, RESIDUAL)
     if RESIDUAL:
         # The residual was added as it is, so its gradient is g.
-        tl.store(maps.dresidual + origin + at, g.to(maps.dresidual.dtype.element_ty), mask=keep)
-    d = a * g
+        tl.store(maps.dresidual + origin + o_x, b_g.to(maps.dresidual.dtype.element_ty), mask=m_x)
+    b_dx = b_scale * b_g
     # The large term last: it alone is rounded at full size.
     if not PLAIN:
-        d = tl.fma(a, g, tl.fma(slope, u, constant))
-    tl.store(maps.dx + origin + at, d.to(maps.dx.dtype.element_ty), mask=keep)
+        b_dx = tl.fma(b_scale, b_g, tl.fma(b_slope, b_u, b_constant))
+    tl.store(maps.dx + origin + o_x, b_dx.to(maps.dx.dtype.element_ty), mask=m_x)
 
 
 @triton.jit(do_not_specialize=["rows", "size", "units", "magic"])
@@ -214,24 +220,24 @@ def combine_flat(
     Written out, for here each coefficient takes registers from where it is read: as late as may be.
     """
     rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
-    origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
+    origin, o_x, m_x, row, o_row = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
     dy, x, residual, dx, dresidual = maps
-    g = tl.load(dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
-    a = of_row(affine.scale, row, rows, which, keep, WIDE)
-    u = g
+    b_g = tl.load(dy + origin + o_x, mask=m_x, other=0.0).to(tl.float32)  # [BLOCK]
+    b_scale = of_row(affine.scale, row, rows, o_row, m_x, WIDE)
+    b_u = b_g
     if ACT != 0 or not PLAIN:
-        u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32)
-        u -= of_row(affine.pivot, row, rows, which, keep, WIDE)
+        b_u = tl.load(x + origin + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_u -= of_row(affine.pivot, row, rows, o_row, m_x, WIDE)
     if ACT != 0:
-        z = tl.fma(a, u, of_row(affine.offset, row, rows, which, keep, WIDE))
-        g = before_activation(g, z, residual, origin + lane, keep, ACT, RESIDUAL)
+        b_z = tl.fma(b_scale, b_u, of_row(affine.offset, row, rows, o_row, m_x, WIDE))
+        b_g = before_activation(b_g, b_z, residual, origin + o_x, m_x, ACT, RESIDUAL)
     if RESIDUAL:
-        tl.store(dresidual + origin + lane, g.to(dresidual.dtype.element_ty), mask=keep)
-    d = a * g
+        tl.store(dresidual + origin + o_x, b_g.to(dresidual.dtype.element_ty), mask=m_x)
+    b_dx = b_scale * b_g
     if not PLAIN:
-        slope = of_row(dx_affine.slope, row, rows, which, keep, WIDE)
-        d = tl.fma(a, g, tl.fma(slope, u, of_row(dx_affine.constant, row, rows, which, keep, WIDE)))
-    tl.store(dx + origin + lane, d.to(dx.dtype.element_ty), mask=keep)
+        b_slope = of_row(dx_affine.slope, row, rows, o_row, m_x, WIDE)
+        b_dx = tl.fma(b_scale, b_g, tl.fma(b_slope, b_u, of_row(dx_affine.constant, row, rows, o_row, m_x, WIDE)))
+    tl.store(dx + origin + o_x, b_dx.to(dx.dtype.element_ty), mask=m_x)
 
 
 @triton.jit(do_not_specialize=["size", "units", "blocks"])
@@ -242,10 +248,10 @@ def combine_columns(
 ):  # fmt: skip
     """``store_gradients`` for x in columns. Grid and coefficients as ``apply_columns``."""
     size, units = tl.cast(size, tl.int32), tl.cast(units, tl.int32)
-    origin, lane, keep, at, channel_mask = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
-    k = tl.load(affine.pivot + at, mask=channel_mask, other=0.0)[None, :]
-    a = tl.load(affine.scale + at, mask=channel_mask, other=0.0)[None, :]
-    b = tl.load(affine.offset + at, mask=channel_mask, other=0.0)[None, :]
-    constant = tl.load(dx_affine.constant + at, mask=channel_mask, other=0.0)[None, :]
-    slope = tl.load(dx_affine.slope + at, mask=channel_mask, other=0.0)[None, :]
-    store_gradients(maps, origin, lane, keep, k, a, b, constant, slope, ACT, RESIDUAL, PLAIN)
+    origin, o_x, m_x, o_nc, m_nc = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
+    b_pivot = tl.load(affine.pivot + o_nc, mask=m_nc, other=0.0)[None, :]  # [1, BLOCK]
+    b_scale = tl.load(affine.scale + o_nc, mask=m_nc, other=0.0)[None, :]
+    b_offset = tl.load(affine.offset + o_nc, mask=m_nc, other=0.0)[None, :]
+    b_constant = tl.load(dx_affine.constant + o_nc, mask=m_nc, other=0.0)[None, :]
+    b_slope = tl.load(dx_affine.slope + o_nc, mask=m_nc, other=0.0)[None, :]
+    store_gradients(maps, origin, o_x, m_x, b_pivot, b_scale, b_offset, b_constant, b_slope, ACT, RESIDUAL, PLAIN)

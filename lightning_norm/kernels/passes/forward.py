@@ -25,7 +25,7 @@ def zeros(rows: tl.constexpr, block: tl.constexpr):
 
 
 @triton.jit
-def row_span(row, size, piece, p, units, ALIGN: tl.constexpr, ROWS: tl.constexpr):
+def row_span(row, size, piece, i_p, units, ALIGN: tl.constexpr, ROWS: tl.constexpr):
     """Return where a program's rows lie.
 
     Rows begin anywhere (49 half numbers are 98 bytes), and a load of 16 bytes must not. So each row's tile begins at
@@ -35,17 +35,17 @@ def row_span(row, size, piece, p, units, ALIGN: tl.constexpr, ROWS: tl.constexpr
     begins and ends, and where loading ends.
     """
     # 64 bits for the program's origin alone: all that is counted from it fits 32.
-    first = row * size + p * piece.to(tl.int64)
+    first = row * size + i_p * piece.to(tl.int64)
     # Without a sign a division by a power of two is one instruction.
     unit = (first.to(tl.uint64) // ALIGN).to(tl.int64)
     shift = (first - unit * ALIGN).to(tl.int32)
-    start = shift + tl.arange(0, ROWS) * size
-    end = start + tl.minimum(piece, size - p * piece)
+    o_start = shift + tl.arange(0, ROWS) * size  # [ROWS]
+    o_end = o_start + tl.minimum(piece, size - i_p * piece)
     # Units that the tensor still has, so that nothing behind its end is read.
     left = tl.minimum(units - unit, 1 << 26).to(tl.int32) * ALIGN
-    base = (start.to(tl.uint32) // ALIGN * ALIGN).to(tl.int32)
-    stop = tl.minimum(((end + (ALIGN - 1)).to(tl.uint32) // ALIGN * ALIGN).to(tl.int32), left)
-    return unit * ALIGN, base, start, end, stop
+    o_base = (o_start.to(tl.uint32) // ALIGN * ALIGN).to(tl.int32)
+    o_stop = tl.minimum(((o_end + (ALIGN - 1)).to(tl.uint32) // ALIGN * ALIGN).to(tl.int32), left)
+    return unit * ALIGN, o_base, o_start, o_end, o_stop
 
 
 @triton.jit(do_not_specialize=["rows", "size", "units", "piece"])
@@ -61,32 +61,32 @@ def moments_rows(
     # A size of 1 arrives as a constant, which has no dtype of its own.
     rows, size, units, piece = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64), tl.cast(piece, tl.int32)  # noqa: E501  # fmt: skip
     # One block of rows, and one piece of each.
-    row, p = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
-    origin, base, start, end, stop = row_span(row, size, piece, p, units, ALIGN, ROWS)
+    row, i_p = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
+    origin, o_base, o_start, o_end, o_stop = row_span(row, size, piece, i_p, units, ALIGN, ROWS)
     x += origin
-    lane = base[:, None] + tl.arange(0, BLOCK)[None, :]
+    o_x = o_base[:, None] + tl.arange(0, BLOCK)[None, :]  # [ROWS, BLOCK]
     # One comparison for both ends: without a sign what lies before the row is behind it as well.
-    count = tl.minimum(piece, size - p * piece)
-    keep = ((base - start)[:, None] + tl.arange(0, BLOCK)[None, :]).to(tl.uint32) < count.to(tl.uint32)
-    v = tl.load(x + lane, mask=lane < stop[:, None], other=0.0).to(tl.float32)
+    count = tl.minimum(piece, size - i_p * piece)
+    m_x = ((o_base - o_start)[:, None] + tl.arange(0, BLOCK)[None, :]).to(tl.uint32) < count.to(tl.uint32)
+    b_x = tl.load(x + o_x, mask=o_x < o_stop[:, None], other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     # The pivot: the first element, which takes no sum, or the mean of the first tile. An element may be sqrt(S)
     # deviations away from the mean, and then digits cancel: those of half precision have fewer than are lost.
     if AVERAGE:
-        first_count = tl.minimum(base + BLOCK, end) - start
-        pivot = tl.sum(tl.where(keep, v, 0.0), 1) / first_count.to(tl.float32)
+        b_count = tl.minimum(o_base + BLOCK, o_end) - o_start
+        b_pivot = tl.sum(tl.where(m_x, b_x, 0.0), 1) / b_count.to(tl.float32)  # [ROWS]
     else:
-        pivot = tl.load(x + start, mask=start < stop, other=0.0).to(tl.float32)
-    total = tl.where(keep, v - pivot[:, None], 0.0)
-    square = total * total
+        b_pivot = tl.load(x + o_start, mask=o_start < o_stop, other=0.0).to(tl.float32)
+    b_total = tl.where(m_x, b_x - b_pivot[:, None], 0.0)  # [ROWS, BLOCK]
+    b_square = b_total * b_total
     # The rest of a long piece, around the same pivot.
     for first in range(BLOCK, piece + ALIGN - 1, BLOCK):
-        at = lane + first
-        v = tl.load(x + at, mask=at < stop[:, None], other=0.0).to(tl.float32)
-        u = tl.where(at < end[:, None], v - pivot[:, None], 0.0)
-        total += u
-        square += u * u
-    r = row + tl.arange(0, ROWS)
-    store_moments(out, p * rows + r, r < rows, pivot, tl.sum(total, 1), tl.sum(square, 1), count)
+        o_at = o_x + first
+        b_x = tl.load(x + o_at, mask=o_at < o_stop[:, None], other=0.0).to(tl.float32)
+        b_u = tl.where(o_at < o_end[:, None], b_x - b_pivot[:, None], 0.0)
+        b_total += b_u
+        b_square += b_u * b_u
+    o_r = row + tl.arange(0, ROWS)  # [ROWS]
+    store_moments(out, i_p * rows + o_r, o_r < rows, b_pivot, tl.sum(b_total, 1), tl.sum(b_square, 1), count)
 
 
 @triton.jit(do_not_specialize=["size", "units", "piece"])
@@ -100,53 +100,53 @@ def moments_columns(
     is (samples, blocks of channels, pieces).
     """
     # Which sample and which piece of it: an axis of the grid each, for a division would take longer than a tile.
-    n, p = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    begin = p * piece
+    i_n, i_p = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    begin = i_p * piece
     count = tl.minimum(piece, size - begin)
     channels = units * ALIGN
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.arange(0, ROWS)
-    x += (n * size + begin) * channels
-    lane = s[:, None] * channels + c[None, :]
-    keep = (s[:, None] < count) & (c[None, :] < channels)
-    v = tl.load(x + lane, mask=keep, other=0.0).to(tl.float32)
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    o_s = tl.arange(0, ROWS)  # [ROWS]
+    x += (i_n * size + begin) * channels
+    o_x = o_s[:, None] * channels + o_c[None, :]  # [ROWS, BLOCK]
+    m_x = (o_s[:, None] < count) & (o_c[None, :] < channels)
+    b_x = tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     # The pivot: the first position or the mean of the first ROWS, as in rows.
     if AVERAGE:
-        pivot = tl.sum(v, 0) / tl.minimum(count, ROWS).to(tl.float32)
+        b_pivot = tl.sum(b_x, 0) / tl.minimum(count, ROWS).to(tl.float32)  # [BLOCK]
     else:
-        pivot = tl.load(x + c, mask=c < channels, other=0.0).to(tl.float32)
-    total = tl.where(keep, v - pivot[None, :], 0.0)
-    square = total * total
+        b_pivot = tl.load(x + o_c, mask=o_c < channels, other=0.0).to(tl.float32)
+    b_total = tl.where(m_x, b_x - b_pivot[None, :], 0.0)  # [ROWS, BLOCK]
+    b_square = b_total * b_total
     # The rest of the piece: the pointer moves, the offsets within a tile stay in 32 bits.
     for first in range(ROWS, count, ROWS):
         x += ROWS * channels.to(tl.int64)
-        keep = (s[:, None] < count - first) & (c[None, :] < channels)
-        v = tl.load(x + lane, mask=keep, other=0.0).to(tl.float32)
-        u = tl.where(keep, v - pivot[None, :], 0.0)
-        total += u
-        square += u * u
-    at = (n * tl.num_programs(2) + p) * channels + c
-    store_moments(out, at, c < channels, pivot, tl.sum(total, 0), tl.sum(square, 0), count)
+        m_x = (o_s[:, None] < count - first) & (o_c[None, :] < channels)
+        b_x = tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_u = tl.where(m_x, b_x - b_pivot[None, :], 0.0)
+        b_total += b_u
+        b_square += b_u * b_u
+    o_out = (i_n * tl.num_programs(2) + i_p) * channels + o_c  # [BLOCK]
+    store_moments(out, o_out, o_c < channels, b_pivot, tl.sum(b_total, 0), tl.sum(b_square, 0), count)
 
 
 @triton.jit
-def store_moments(out, at, keep, pivot, total, square, count):
+def store_moments(out, o_at, m_at, b_pivot, b_total, b_square, count):
     """Store mean = hi + lo, hi being the mean rounded to float32, and the variance.
 
-    ``total`` and ``square`` are the sums of u and u^2, u = x - pivot, over ``count`` elements, the same for all.
+    ``b_total`` and ``b_square`` are the sums of u and u^2, u = x - pivot, over ``count`` elements, the same for all.
     """
     # One division in each program, and not two for each number.
     inverse = tl.cast(1.0, tl.float32) / count.to(tl.float32)
-    rest = total * inverse
+    b_rest = b_total * inverse
     # sum (u - rest)^2 = sum u^2 - rest * sum u: u is small, so little cancels.
-    m2 = square - total * rest
+    b_m2 = b_square - b_total * b_rest
     # lo is what rounding pivot + rest to float32 has left, exactly, whichever of the two is larger.
-    rounded = pivot + rest
-    moved = rounded - pivot
-    tl.store(out.hi + at, rounded, mask=keep)
-    tl.store(out.lo + at, (pivot - (rounded - moved)) + (rest - moved), mask=keep)
+    b_rounded = b_pivot + b_rest
+    b_moved = b_rounded - b_pivot
+    tl.store(out.hi + o_at, b_rounded, mask=m_at)
+    tl.store(out.lo + o_at, (b_pivot - (b_rounded - b_moved)) + (b_rest - b_moved), mask=m_at)
     # Rounding may leave a variance slightly below 0, and a NaN stays.
-    tl.store(out.var + at, tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL) * inverse, mask=keep)
+    tl.store(out.var + o_at, tl.maximum(b_m2, 0.0, propagate_nan=tl.PropagateNan.ALL) * inverse, mask=m_at)
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def layout_of(pieces, sample_stride, stride, piece, size, fold):
 
 
 @triton.jit
-def read_moments(parts, at, keep, layout, MERGE: tl.constexpr):
+def read_moments(parts, o_nc, m_nc, layout, MERGE: tl.constexpr):
     """Read mean, as hi + lo, and biased variance, joining the pieces by the law of total variance where MERGE.
 
     var = sum_p n_p / S (var_p + (mean_p - mean)^2), n_p being the elements of piece p.
@@ -166,31 +166,31 @@ def read_moments(parts, at, keep, layout, MERGE: tl.constexpr):
     hi, lo, var = parts
     pieces, _, stride, piece, size, fold = layout
     # The first piece, which is the only one without MERGE.
-    k = tl.load(hi + at, mask=keep, other=0.0)
-    d = tl.load(lo + at, mask=keep, other=0.0)
-    v = tl.load(var + at, mask=keep, other=0.0)
+    b_k = tl.load(hi + o_nc, mask=m_nc, other=0.0)
+    b_d = tl.load(lo + o_nc, mask=m_nc, other=0.0)
+    b_v = tl.load(var + o_nc, mask=m_nc, other=0.0)
     if MERGE:
         # The mean first, as a difference from the first piece's hi. All pieces but the last have ``piece`` elements.
         inverse_size = tl.cast(1.0, tl.float32) / (size * fold)
         n = tl.minimum(piece, size).to(tl.float32)
-        mean = d * (n * inverse_size)
-        for p in range(1, pieces):
-            n = tl.minimum(piece, size - p // fold * piece).to(tl.float32)
-            e = tl.load(hi + at + p * stride, mask=keep, other=0.0) - k
-            mean += (e + tl.load(lo + at + p * stride, mask=keep, other=0.0)) * (n * inverse_size)
+        b_mean = b_d * (n * inverse_size)
+        for i_p in range(1, pieces):
+            n = tl.minimum(piece, size - i_p // fold * piece).to(tl.float32)
+            b_e = tl.load(hi + o_nc + i_p * stride, mask=m_nc, other=0.0) - b_k
+            b_mean += (b_e + tl.load(lo + o_nc + i_p * stride, mask=m_nc, other=0.0)) * (n * inverse_size)
         n = tl.minimum(piece, size).to(tl.float32)
         # Then what each piece's mean is away from it.
-        v = (v + (d - mean) * (d - mean)) * (n * inverse_size)
-        for p in range(1, pieces):
-            n = tl.minimum(piece, size - p // fold * piece).to(tl.float32)
-            e = tl.load(hi + at + p * stride, mask=keep, other=0.0) - k
-            e = e + tl.load(lo + at + p * stride, mask=keep, other=0.0) - mean
-            v += (tl.load(var + at + p * stride, mask=keep, other=0.0) + e * e) * (n * inverse_size)
+        b_v = (b_v + (b_d - b_mean) * (b_d - b_mean)) * (n * inverse_size)
+        for i_p in range(1, pieces):
+            n = tl.minimum(piece, size - i_p // fold * piece).to(tl.float32)
+            b_e = tl.load(hi + o_nc + i_p * stride, mask=m_nc, other=0.0) - b_k
+            b_e = b_e + tl.load(lo + o_nc + i_p * stride, mask=m_nc, other=0.0) - b_mean
+            b_v += (tl.load(var + o_nc + i_p * stride, mask=m_nc, other=0.0) + b_e * b_e) * (n * inverse_size)
         # Again as hi and what rounding it has left.
-        rounded = k + mean
-        d = mean - (rounded - k)
-        k = rounded
-    return k, d, v
+        b_rounded = b_k + b_mean
+        b_d = b_mean - (b_rounded - b_k)
+        b_k = b_rounded
+    return b_k, b_d, b_v
 
 
 @triton.jit(do_not_specialize=["pieces", "piece", "size", "fold"])
@@ -203,59 +203,59 @@ def join_moments(
     P_BLOCK pieces of BLOCK numbers at once, so that a hundred pieces are not a hundred waits for the memory.
     """
     layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = i < number
-    at = i // channels * sample_stride + i % channels
+    o_nc = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_nc = o_nc < number
+    o_at = o_nc // channels * sample_stride + o_nc % channels
     # Means are counted from that of the first piece.
-    k = tl.load(parts.hi + at, mask=keep, other=0.0)[None, :]
+    b_k = tl.load(parts.hi + o_at, mask=m_nc, other=0.0)[None, :]  # [1, BLOCK]
     inverse_size = tl.cast(1.0, tl.float32) / (layout.size * layout.fold)
-    lane = tl.arange(0, P_BLOCK)[:, None]
-    mean = tl.zeros((P_BLOCK, BLOCK), tl.float32)
+    o_lane = tl.arange(0, P_BLOCK)[:, None]  # [P_BLOCK, 1]
+    b_mean = tl.zeros((P_BLOCK, BLOCK), tl.float32)
     for first in range(0, pieces, P_BLOCK):
-        e, count, _, inside = piece_of(parts, at, keep, first + lane, layout, k)
-        mean += tl.where(inside, e * (count * inverse_size), 0.0)
-    d = tl.sum(mean, 0)[None, :]
+        b_e, b_count, _, m_p = piece_of(parts, o_at, m_nc, first + o_lane, layout, b_k)
+        b_mean += tl.where(m_p, b_e * (b_count * inverse_size), 0.0)
+    b_d = tl.sum(b_mean, 0)[None, :]  # [1, BLOCK]
     # Then what each piece's mean is away from it.
-    variance = tl.zeros((P_BLOCK, BLOCK), tl.float32)
+    b_var = tl.zeros((P_BLOCK, BLOCK), tl.float32)
     for first in range(0, pieces, P_BLOCK):
-        e, count, v, inside = piece_of(parts, at, keep, first + lane, layout, k)
-        variance += tl.where(inside, (v + (e - d) * (e - d)) * (count * inverse_size), 0.0)
+        b_e, b_count, b_v, m_p = piece_of(parts, o_at, m_nc, first + o_lane, layout, b_k)
+        b_var += tl.where(m_p, (b_v + (b_e - b_d) * (b_e - b_d)) * (b_count * inverse_size), 0.0)
     # Again as hi and what rounding it has left.
-    rounded = k + d
-    at = i[None, :]
-    keep = keep[None, :]
-    tl.store(out.hi + at, rounded, mask=keep)
-    tl.store(out.lo + at, d - (rounded - k), mask=keep)
-    tl.store(out.var + at, tl.sum(variance, 0)[None, :], mask=keep)
+    b_rounded = b_k + b_d
+    o_at = o_nc[None, :]
+    m_nc = m_nc[None, :]
+    tl.store(out.hi + o_at, b_rounded, mask=m_nc)
+    tl.store(out.lo + o_at, b_d - (b_rounded - b_k), mask=m_nc)
+    tl.store(out.var + o_at, tl.sum(b_var, 0)[None, :], mask=m_nc)
 
 
 @triton.jit
-def piece_of(parts, at, keep, p, layout, k):
+def piece_of(parts, o_at, m_at, o_p, layout, b_k):
     """Return the means of some pieces, counted from k, their elements, their variances, and which of them there are."""
-    inside = (p < layout.pieces) & keep[None, :]
-    count = tl.minimum(layout.piece, layout.size - p // layout.fold * layout.piece).to(tl.float32)
-    spot = at[None, :] + p.to(tl.int64) * layout.stride
-    e = tl.load(parts.hi + spot, mask=inside, other=0.0) - k + tl.load(parts.lo + spot, mask=inside, other=0.0)
-    return e, count, tl.load(parts.var + spot, mask=inside, other=0.0), inside
+    m_p = (o_p < layout.pieces) & m_at[None, :]  # [P_BLOCK, BLOCK]
+    b_count = tl.minimum(layout.piece, layout.size - o_p // layout.fold * layout.piece).to(tl.float32)  # [P_BLOCK, 1]
+    o_spot = o_at[None, :] + o_p.to(tl.int64) * layout.stride
+    b_e = tl.load(parts.hi + o_spot, mask=m_p, other=0.0) - b_k + tl.load(parts.lo + o_spot, mask=m_p, other=0.0)
+    return b_e, b_count, tl.load(parts.var + o_spot, mask=m_p, other=0.0), m_p
 
 
 @triton.jit
-def activation(z, ACT: tl.constexpr):
+def activation(b_z, ACT: tl.constexpr):
     """Apply the activation: 0 is none, 1 ReLU, 2 SiLU. The comparison is written so that NaN stays NaN."""
     if ACT == 1:
-        z = tl.where(z <= 0.0, 0.0, z)
+        b_z = tl.where(b_z <= 0.0, 0.0, b_z)
     if ACT == 2:
         # z sigmoid(z); exp overflows to infinity for a very negative z, and the quotient is then 0, as it should be.
-        z = z / (1.0 + tl.exp(-z))
-    return z
+        b_z = b_z / (1.0 + tl.exp(-b_z))
+    return b_z
 
 
 @triton.jit
-def store_result(z, residual, y, at, keep, ACT: tl.constexpr, RESIDUAL: tl.constexpr):
+def store_result(b_z, residual, y, o_x, m_x, ACT: tl.constexpr, RESIDUAL: tl.constexpr):
     """Write y = act(z + residual)."""
     if RESIDUAL:
-        z += tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
-    tl.store(y + at, activation(z, ACT).to(y.dtype.element_ty), mask=keep)
+        b_z += tl.load(residual + o_x, mask=m_x, other=0.0).to(tl.float32)
+    tl.store(y + o_x, activation(b_z, ACT).to(y.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -266,30 +266,30 @@ def flat_lanes(units, size, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WID
     Otherwise a lane finds its row by one multiplication in place of a division, see ``launch.magic``.
     """
     # From the end to the start: what the pass before read last is still in the cache.
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    origin = pid.to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)
+    i_block = tl.num_programs(0) - 1 - tl.program_id(0)
+    origin = i_block.to(tl.int64) * BLOCK
+    o_x = tl.arange(0, BLOCK)  # [BLOCK]
     # What is left of x behind the origin, in whole vectors.
     # Position within the first row, and on into the rows behind it.
     left = tl.minimum(units - origin // ALIGN, BLOCK).to(tl.int32) * ALIGN
     row = origin // size
-    t = (origin - row * size).to(tl.int32) + lane
+    o_t = (origin - row * size).to(tl.int32) + o_x  # [BLOCK]
     if WIDE:
-        which = t >= size
+        o_row = o_t >= size
     else:
-        which = tl.umulhi((t * 4).to(tl.uint32), magic.to(tl.uint32)).to(tl.int32)
-    return origin, lane, lane < left, row, which
+        o_row = tl.umulhi((o_t * 4).to(tl.uint32), magic.to(tl.uint32)).to(tl.int32)
+    return origin, o_x, o_x < left, row, o_row
 
 
 @triton.jit
-def of_row(coefficient, row, rows, which, keep, WIDE: tl.constexpr):
+def of_row(coefficient, row, rows, o_row, m_x, WIDE: tl.constexpr):
     """Return each lane's coefficient, one per row of x."""
     if WIDE:
         # Two scalar loads and a selection. The next row may lie behind the last one.
-        value = tl.where(which, tl.load(coefficient + tl.minimum(row + 1, rows - 1)), tl.load(coefficient + row))
+        b_value = tl.where(o_row, tl.load(coefficient + tl.minimum(row + 1, rows - 1)), tl.load(coefficient + row))
     else:
-        value = tl.load(coefficient + row + which, mask=keep, other=0.0)
-    return value
+        b_value = tl.load(coefficient + row + o_row, mask=m_x, other=0.0)
+    return b_value
 
 
 @triton.jit
@@ -303,18 +303,18 @@ def column_lanes(
     channel c of the tile is channel c % true_channels of x.
     """
     # From the end to the start, as ``flat_lanes``. Divided in 32 bits: in 64 it would take as long as the tile.
-    job = tl.num_programs(0) - 1 - tl.program_id(0)
-    sample = job // blocks
-    n = sample.to(tl.int64)
-    begin = (job - sample * blocks) * ROWS
+    i_job = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_sample = i_job // blocks
+    i_n = i_sample.to(tl.int64)
+    begin = (i_job - i_sample * blocks) * ROWS
     channels = units * ALIGN
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.arange(0, ROWS)
-    at = n * channels + c
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    o_s = tl.arange(0, ROWS)  # [ROWS]
+    o_nc = i_n * channels + o_c  # [BLOCK]
     if FOLD > 1:
-        at = n * true_channels + c % true_channels
-    keep = (s[:, None] < size - begin) & (c[None, :] < channels)
-    return (n * size + begin) * channels, s[:, None] * channels + c[None, :], keep, at, c < channels
+        o_nc = i_n * true_channels + o_c % true_channels
+    m_x = (o_s[:, None] < size - begin) & (o_c[None, :] < channels)  # [ROWS, BLOCK]
+    return (i_n * size + begin) * channels, o_s[:, None] * channels + o_c[None, :], m_x, o_nc, o_c < channels
 
 
 @triton.jit(do_not_specialize=["rows", "size", "units", "magic"])
@@ -327,13 +327,14 @@ def apply_flat(
     Each of ``affine`` is (rows,). A program takes BLOCK elements; the grid is (blocks,).
     """
     rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
-    origin, lane, keep, row, which = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
+    origin, o_x, m_x, row, o_row = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
     # The pivot is subtracted first, exactly where x is near it; then one rounding in the multiply-add.
-    u = tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32)
-    u -= of_row(affine.pivot, row, rows, which, keep, WIDE)
-    a, b = of_row(affine.scale, row, rows, which, keep, WIDE), of_row(affine.offset, row, rows, which, keep, WIDE)
-    z = tl.fma(a, u, b)
-    store_result(z, residual + origin, y + origin, lane, keep, ACT, RESIDUAL)
+    b_u = tl.load(x + origin + o_x, mask=m_x, other=0.0).to(tl.float32)  # [BLOCK]
+    b_u -= of_row(affine.pivot, row, rows, o_row, m_x, WIDE)
+    b_scale = of_row(affine.scale, row, rows, o_row, m_x, WIDE)
+    b_offset = of_row(affine.offset, row, rows, o_row, m_x, WIDE)
+    b_z = tl.fma(b_scale, b_u, b_offset)
+    store_result(b_z, residual + origin, y + origin, o_x, m_x, ACT, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["size", "units", "blocks"])
@@ -346,10 +347,10 @@ def apply_columns(
     A program takes ROWS x BLOCK of one sample; the grid is (samples * blocks of rows, blocks of channels).
     """
     size, units = tl.cast(size, tl.int32), tl.cast(units, tl.int32)
-    origin, lane, keep, at, channel_mask = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
+    origin, o_x, m_x, o_nc, m_nc = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
     # One coefficient per channel, for all rows of the tile.
-    k = tl.load(affine.pivot + at, mask=channel_mask, other=0.0)[None, :]
-    a = tl.load(affine.scale + at, mask=channel_mask, other=0.0)[None, :]
-    b = tl.load(affine.offset + at, mask=channel_mask, other=0.0)[None, :]
-    z = tl.fma(a, tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32) - k, b)
-    store_result(z, residual + origin, y + origin, lane, keep, ACT, RESIDUAL)
+    b_pivot = tl.load(affine.pivot + o_nc, mask=m_nc, other=0.0)[None, :]  # [1, BLOCK]
+    b_scale = tl.load(affine.scale + o_nc, mask=m_nc, other=0.0)[None, :]
+    b_offset = tl.load(affine.offset + o_nc, mask=m_nc, other=0.0)[None, :]
+    b_z = tl.fma(b_scale, tl.load(x + origin + o_x, mask=m_x, other=0.0).to(tl.float32) - b_pivot, b_offset)
+    store_result(b_z, residual + origin, y + origin, o_x, m_x, ACT, RESIDUAL)
