@@ -60,62 +60,64 @@ def weights_of(t, FLAGS: tl.constexpr):
 @triton.jit
 def mixtures(given, w, v, FLAGS: tl.constexpr):
     """Return the mixture of the means, counted from k, and that of the variances, for each element of a tile."""
-    center, variance = given.d * 0.0, given.d * 0.0
+    b_center, b_var = given.d * 0.0, given.d * 0.0
     # Only those that take part: where nothing is mixed, all weights are 1.
     if FLAGS.at_in >= 0:
-        center, variance = w[0] * given.d, v[0] * given.vi
+        b_center, b_var = w[0] * given.d, v[0] * given.vi
     if FLAGS.at_ln >= 0:
-        center, variance = center + w[1] * given.dl, variance + v[1] * given.lv
+        b_center, b_var = b_center + w[1] * given.dl, b_var + v[1] * given.lv
     if FLAGS.at_bn >= 0:
-        center, variance = center + w[2] * given.db, variance + v[2] * given.bv
-    return center, variance
+        b_center, b_var = b_center + w[2] * given.db, b_var + v[2] * given.bv
+    return b_center, b_var
 
 
 @triton.jit
-def group_of(n, c, shape):
+def group_of(o_n, o_c, shape):
     """Return the number of the group, of all samples, that a channel belongs to."""
-    return n * (shape.channels // shape.per_group) + c // shape.per_group
+    return o_n * (shape.channels // shape.per_group) + o_c // shape.per_group
 
 
 @triton.jit
-def with_pooled(k, d, vi, stats, running, n, c, keep, shape, FLAGS: tl.constexpr):
+def with_pooled(b_k, b_d, b_vi, stats, running, o_n, o_c, m_nc, shape, FLAGS: tl.constexpr):
     """Return ``Given``: a tile's own mean and variance, and those of layer and batch, means minus k."""
-    dl, lv, db, bv = k * 0.0, k * 0.0, k * 0.0, k * 0.0
+    b_dl, b_lv, b_db, b_bv = b_k * 0.0, b_k * 0.0, b_k * 0.0, b_k * 0.0
     # hi - k first, which is exact where both are large and close; then lo.
     if FLAGS.at_ln >= 0:
-        layer, groups, j = stats.layer, shape.groups_in_all, group_of(n, c, shape)
-        dl = tl.load(layer + j, mask=keep, other=0.0) - k + tl.load(layer + groups + j, mask=keep, other=0.0)
-        lv = tl.load(layer + 2 * groups + j, mask=keep, other=0.0)
+        layer, groups, o_g = stats.layer, shape.groups_in_all, group_of(o_n, o_c, shape)
+        b_dl = tl.load(layer + o_g, mask=m_nc, other=0.0) - b_k + tl.load(layer + groups + o_g, mask=m_nc, other=0.0)
+        b_lv = tl.load(layer + 2 * groups + o_g, mask=m_nc, other=0.0)
     if FLAGS.at_bn >= 0:
         # The running statistics stand in for the batch's.
         if FLAGS.frozen:
-            db = tl.load(running.mean + c, mask=keep, other=0.0).to(tl.float32) - k
-            bv = tl.load(running.var + c, mask=keep, other=0.0).to(tl.float32)
+            b_db = tl.load(running.mean + o_c, mask=m_nc, other=0.0).to(tl.float32) - b_k
+            b_bv = tl.load(running.var + o_c, mask=m_nc, other=0.0).to(tl.float32)
         else:
             batch, channels = stats.batch, shape.channels
-            db = tl.load(batch + c, mask=keep, other=0.0) - k + tl.load(batch + channels + c, mask=keep, other=0.0)
-            bv = tl.load(batch + 2 * channels + c, mask=keep, other=0.0)
+            b_db = (
+                tl.load(batch + o_c, mask=m_nc, other=0.0) - b_k + tl.load(batch + channels + o_c, mask=m_nc, other=0.0)
+            )
+            b_bv = tl.load(batch + 2 * channels + o_c, mask=m_nc, other=0.0)
     # The center is 0, which lies at -k.
     if FLAGS.uncentered:
-        vi, d = vi + (k + d) * (k + d), -k
-    return Given(d, vi, dl, lv, db, bv)
+        b_vi, b_d = b_vi + (b_k + b_d) * (b_k + b_d), -b_k
+    return Given(b_d, b_vi, b_dl, b_lv, b_db, b_bv)
 
 
 @triton.jit
-def per_channel(t, c, keep, default: tl.constexpr, PRESENT: tl.constexpr):
+def per_channel(t, o_c, m_c, default: tl.constexpr, PRESENT: tl.constexpr):
     """Return a (C,) parameter, or its default where the layer has none."""
     if PRESENT:
-        value = tl.load(t + c, mask=keep, other=0.0).to(tl.float32)
+        b_value = tl.load(t + o_c, mask=m_c, other=0.0).to(tl.float32)
     else:
-        value = tl.where(keep, default, 0.0).to(tl.float32)
-    return value
+        b_value = tl.where(m_c, default, 0.0).to(tl.float32)
+    return b_value
 
 
 @triton.jit
-def root(v, eps):
+def root(b_v, eps):
     """Return 1 / sqrt(v + eps); square root and division are each rounded correctly, unlike ``rsqrt``."""
     one = tl.full((), 1.0, tl.float32)
-    return tl.div_rn(one, tl.sqrt_rn(v + tl.cast(eps, tl.float32)))
+    return tl.div_rn(one, tl.sqrt_rn(b_v + tl.cast(eps, tl.float32)))
 
 
 @triton.jit(
@@ -129,17 +131,17 @@ def pool(
 
     The first ``column_jobs`` programs take blocks of channels, the others blocks of groups: one launch for both.
     """
-    layout, pid = layout_of(pieces, sample_stride, stride, piece, size, fold), tl.program_id(0)
-    if pid < column_jobs:
-        pool_columns(pid, parts, batch, samples, channels, layout, factor, MERGE, TILE.n, TILE.c)
+    layout, i_job = layout_of(pieces, sample_stride, stride, piece, size, fold), tl.program_id(0)
+    if i_job < column_jobs:
+        pool_columns(i_job, parts, batch, samples, channels, layout, factor, MERGE, TILE.n, TILE.c)
     else:
         shape = Shape(samples, 0, channels, groups_in_all, per_group)
-        pool_rows(pid - column_jobs, parts, layer, shape, layout, factor, MERGE, TILE.g, TILE.t)
+        pool_rows(i_job - column_jobs, parts, layer, shape, layout, factor, MERGE, TILE.g, TILE.t)
 
 
 @triton.jit
 def pool_columns(
-    pid, parts, batch, samples, channels, layout, factor, MERGE: tl.constexpr, N_BLOCK: tl.constexpr,
+    i_c, parts, batch, samples, channels, layout, factor, MERGE: tl.constexpr, N_BLOCK: tl.constexpr,
     C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Batch statistics of a block of channels: mean over samples, and var = mean of (var_n + (mean_n - mean)^2).
@@ -147,65 +149,65 @@ def pool_columns(
     ``factor`` turns a sample's variance into the unbiased one.
     """
     # Neighbouring threads take neighbouring channels, which lie side by side in (N, C).
-    c = pid * C_BLOCK + tl.arange(0, C_BLOCK)
-    inside = c < channels
+    o_c = i_c * C_BLOCK + tl.arange(0, C_BLOCK)  # [C_BLOCK]
+    m_c = o_c < channels
     # Means enter as differences from the first sample's, so that a large mean costs no digits.
-    first = tl.load(parts.hi + c, mask=inside, other=0.0)
-    b_mean = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
+    b_first = tl.load(parts.hi + o_c, mask=m_c, other=0.0)  # [C_BLOCK]
+    b_means = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
     for begin in range(0, samples, N_BLOCK):
-        n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
-        keep = (n < samples) & inside[None, :]
-        k, d, v = read_moments(parts, n * layout.sample_stride + c[None, :], keep, layout, MERGE)
-        b_mean += tl.where(keep, k - first[None, :] + d, 0.0)
-    mean = tl.sum(b_mean, 0) / samples
+        o_n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)  # [N_BLOCK, 1]
+        m_nc = (o_n < samples) & m_c[None, :]  # [N_BLOCK, C_BLOCK]
+        b_k, b_d, b_v = read_moments(parts, o_n * layout.sample_stride + o_c[None, :], m_nc, layout, MERGE)
+        b_means += tl.where(m_nc, b_k - b_first[None, :] + b_d, 0.0)
+    b_mean = tl.sum(b_means, 0) / samples  # [C_BLOCK]
     # The law of total variance: within samples and between them.
     b_var = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
     for begin in range(0, samples, N_BLOCK):
-        n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
-        keep = (n < samples) & inside[None, :]
-        k, d, v = read_moments(parts, n * layout.sample_stride + c[None, :], keep, layout, MERGE)
-        e = k - first[None, :] + d - mean[None, :]
-        b_var += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
-    store_statistics(batch, c, inside, channels, first, mean, tl.sum(b_var, 0) / samples)
+        o_n = (begin + tl.arange(0, N_BLOCK))[:, None].to(tl.int64)
+        m_nc = (o_n < samples) & m_c[None, :]
+        b_k, b_d, b_v = read_moments(parts, o_n * layout.sample_stride + o_c[None, :], m_nc, layout, MERGE)
+        b_e = b_k - b_first[None, :] + b_d - b_mean[None, :]
+        b_var += tl.where(m_nc, b_v * tl.cast(factor, tl.float32) + b_e * b_e, 0.0)
+    store_statistics(batch, o_c, m_c, channels, b_first, b_mean, tl.sum(b_var, 0) / samples)
 
 
 @triton.jit
 def pool_rows(
-    pid, parts, layer, shape, layout, factor, MERGE: tl.constexpr, G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr
+    i_g, parts, layer, shape, layout, factor, MERGE: tl.constexpr, G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr
 ):
     """Statistics of a few groups of channels; as ``pool_columns``, over the channels of a group."""
-    j = pid.to(tl.int64) * G_BLOCK + tl.arange(0, G_BLOCK)
-    inside = j < shape.groups_in_all
+    o_g = i_g.to(tl.int64) * G_BLOCK + tl.arange(0, G_BLOCK)  # [G_BLOCK]
+    m_g = o_g < shape.groups_in_all
     per_group, groups = shape.per_group, shape.channels // shape.per_group
     # Where a group's first channel lies.
-    start = j // groups * layout.sample_stride + j % groups * per_group
+    o_start = o_g // groups * layout.sample_stride + o_g % groups * per_group  # [G_BLOCK]
     # Differences from the group's first channel, as above.
-    first = tl.load(parts.hi + start, mask=inside, other=0.0)
-    b_mean = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
+    b_first = tl.load(parts.hi + o_start, mask=m_g, other=0.0)
+    b_means = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
     for begin in range(0, per_group, T_BLOCK):
-        t = begin + tl.arange(0, T_BLOCK)[None, :]
-        keep = (t < per_group) & inside[:, None]
-        k, d, v = read_moments(parts, start[:, None] + t, keep, layout, MERGE)
-        b_mean += tl.where(keep, k - first[:, None] + d, 0.0)
-    mean = tl.sum(b_mean, 1) / per_group
+        o_t = begin + tl.arange(0, T_BLOCK)[None, :]  # [1, T_BLOCK]
+        m_gt = (o_t < per_group) & m_g[:, None]  # [G_BLOCK, T_BLOCK]
+        b_k, b_d, b_v = read_moments(parts, o_start[:, None] + o_t, m_gt, layout, MERGE)
+        b_means += tl.where(m_gt, b_k - b_first[:, None] + b_d, 0.0)
+    b_mean = tl.sum(b_means, 1) / per_group  # [G_BLOCK]
     # Within channels and between them.
     b_var = tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
     for begin in range(0, per_group, T_BLOCK):
-        t = begin + tl.arange(0, T_BLOCK)[None, :]
-        keep = (t < per_group) & inside[:, None]
-        k, d, v = read_moments(parts, start[:, None] + t, keep, layout, MERGE)
-        e = k - first[:, None] + d - mean[:, None]
-        b_var += tl.where(keep, v * tl.cast(factor, tl.float32) + e * e, 0.0)
-    store_statistics(layer, j, inside, shape.groups_in_all, first, mean, tl.sum(b_var, 1) / per_group)
+        o_t = begin + tl.arange(0, T_BLOCK)[None, :]
+        m_gt = (o_t < per_group) & m_g[:, None]
+        b_k, b_d, b_v = read_moments(parts, o_start[:, None] + o_t, m_gt, layout, MERGE)
+        b_e = b_k - b_first[:, None] + b_d - b_mean[:, None]
+        b_var += tl.where(m_gt, b_v * tl.cast(factor, tl.float32) + b_e * b_e, 0.0)
+    store_statistics(layer, o_g, m_g, shape.groups_in_all, b_first, b_mean, tl.sum(b_var, 1) / per_group)
 
 
 @triton.jit
-def store_statistics(out, at, keep, number, first, mean, var):
+def store_statistics(out, o_at, m_at, number, b_first, b_mean, b_var):
     """Store first + mean as hi and lo, and the variance."""
-    rounded = first + mean
-    tl.store(out + at, rounded, mask=keep)
-    tl.store(out + number + at, mean - (rounded - first), mask=keep)
-    tl.store(out + 2 * number + at, var, mask=keep)
+    b_rounded = b_first + b_mean
+    tl.store(out + o_at, b_rounded, mask=m_at)
+    tl.store(out + number + o_at, b_mean - (b_rounded - b_first), mask=m_at)
+    tl.store(out + 2 * number + o_at, b_var, mask=m_at)
 
 
 @triton.jit(do_not_specialize=["groups_in_all", "per_group", "pieces", "piece", "size", "fold"])
@@ -220,11 +222,13 @@ def mix(
     the running statistics.
     """
     # Flat over (N, C), so that few samples of many channels fill a GPU as well as many samples of few.
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n = i // channels
+    o_nc = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    o_n = o_nc // channels
     shape = Shape(0, number, channels, groups_in_all, per_group)
     layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
-    mix_at(parts, stats, parameters, running, n, i - n * channels, i < number, shape, layout, eps, factor, FLAGS)
+    mix_at(
+        parts, stats, parameters, running, o_n, o_nc - o_n * channels, o_nc < number, shape, layout, eps, factor, FLAGS
+    )
     # No other program reads the running statistics while this one writes them.
     if FLAGS.track != 0 and tl.program_id(0) == 0:
         factor = tl.cast(unbias, tl.float32)
@@ -237,40 +241,40 @@ def mix(
 
 
 @triton.jit
-def mix_at(parts, stats, parameters, running, n, c, keep, shape, layout, eps, factor, FLAGS: tl.constexpr):
+def mix_at(parts, stats, parameters, running, o_n, o_c, m_nc, shape, layout, eps, factor, FLAGS: tl.constexpr):
     """Write ``mix``'s coefficients for the samples n and channels c of a tile of any shape."""
-    number, i = shape.number, n * shape.channels + c
+    number, o_nc = shape.number, o_n * shape.channels + o_c
     # The moments of x, or where only running statistics count, their mean as the pivot.
     if FLAGS.needs_moments:
-        k, d, vi = read_moments(parts, n.to(tl.int64) * layout.sample_stride + c, keep, layout, FLAGS.merge)
+        b_k, b_d, b_vi = read_moments(parts, o_n.to(tl.int64) * layout.sample_stride + o_c, m_nc, layout, FLAGS.merge)
         if FLAGS.merge:
-            tl.store(stats.moments + i, d, mask=keep)
-            tl.store(stats.moments + number + i, vi, mask=keep)
-        vi = vi * tl.cast(factor, tl.float32)
+            tl.store(stats.moments + o_nc, b_d, mask=m_nc)
+            tl.store(stats.moments + number + o_nc, b_vi, mask=m_nc)
+        b_vi = b_vi * tl.cast(factor, tl.float32)
     else:
-        k = tl.load(running.mean + c, mask=keep, other=0.0).to(tl.float32)
-        d, vi = k * 0.0, k * 0.0
+        b_k = tl.load(running.mean + o_c, mask=m_nc, other=0.0).to(tl.float32)
+        b_d, b_vi = b_k * 0.0, b_k * 0.0
     # The pivot is stored already where the pass over x wrote it there.
     if FLAGS.merge or not FLAGS.needs_moments:
-        tl.store(stats.affine + i, k, mask=keep)
-    given = with_pooled(k, d, vi, stats, running, n, c, keep, shape, FLAGS)
+        tl.store(stats.affine + o_nc, b_k, mask=m_nc)
+    given = with_pooled(b_k, b_d, b_vi, stats, running, o_n, o_c, m_nc, shape, FLAGS)
     # Without a weight or a bias the defaults leave y as it is.
-    gamma = per_channel(parameters.weight, c, keep, 1.0, FLAGS.weight)
-    beta = per_channel(parameters.bias, c, keep, 0.0, FLAGS.bias)
-    beta -= per_channel(parameters.w, c, keep, 0.0, FLAGS.threshold)
+    b_gamma = per_channel(parameters.weight, o_c, m_nc, 1.0, FLAGS.weight)
+    b_beta = per_channel(parameters.bias, o_c, m_nc, 0.0, FLAGS.bias)
+    b_beta -= per_channel(parameters.w, o_c, m_nc, 0.0, FLAGS.threshold)
     # Both outputs have the same pivot, so their mixture is one affine map.
     if FLAGS.outputs:
-        iota = tl.load(parameters.w + c, mask=keep, other=0.0).to(tl.float32)
-        x, y = iota * root(given.bv, eps), (1.0 - iota) * root(given.lv, eps)
-        scale = gamma * (x + y)
-        offset = beta - gamma * (x * given.db + y * given.dl)
+        b_iota = tl.load(parameters.w + o_c, mask=m_nc, other=0.0).to(tl.float32)
+        b_bn, b_ln = b_iota * root(given.bv, eps), (1.0 - b_iota) * root(given.lv, eps)
+        b_scale = b_gamma * (b_bn + b_ln)
+        b_offset = b_beta - b_gamma * (b_bn * given.db + b_ln * given.dl)
     else:
         # Center and variance as mixtures; the center counted from k.
-        center, variance = mixtures(given, weights_of(parameters.w, FLAGS), weights_of(parameters.v, FLAGS), FLAGS)
-        scale = gamma * root(variance, eps)
-        offset = beta - scale * center
-    tl.store(stats.affine + number + i, scale, mask=keep)
-    tl.store(stats.affine + 2 * number + i, offset, mask=keep)
+        b_center, b_var = mixtures(given, weights_of(parameters.w, FLAGS), weights_of(parameters.v, FLAGS), FLAGS)
+        b_scale = b_gamma * root(b_var, eps)
+        b_offset = b_beta - b_scale * b_center
+    tl.store(stats.affine + number + o_nc, b_scale, mask=m_nc)
+    tl.store(stats.affine + 2 * number + o_nc, b_offset, mask=m_nc)
 
 
 @triton.jit
@@ -280,13 +284,13 @@ def track(batch, running, channels, unbias, TRACK: tl.constexpr, BLOCK: tl.const
     TRACK: 1 by the momentum, 2 as the average of all batches.
     """
     # First look at all channels: either all of them move or none.
-    bad = tl.zeros((BLOCK,), tl.int32)
+    b_bad = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, channels, BLOCK):
-        c = begin + tl.arange(0, BLOCK)
-        mean = tl.load(batch + c, mask=c < channels, other=0.0)
-        var = tl.load(batch + 2 * channels + c, mask=c < channels, other=0.0) * unbias
-        bad += tl.where(tl.abs(mean + var) < float("inf"), 0, 1)
-    good = tl.sum(bad, 0) == 0
+        o_c = begin + tl.arange(0, BLOCK)  # [BLOCK]
+        b_mean = tl.load(batch + o_c, mask=o_c < channels, other=0.0)  # [BLOCK]
+        b_var = tl.load(batch + 2 * channels + o_c, mask=o_c < channels, other=0.0) * unbias  # [BLOCK]
+        b_bad += tl.where(tl.abs(b_mean + b_var) < float("inf"), 0, 1)
+    good = tl.sum(b_bad, 0) == 0
     count, skips = tl.load(running.tracked) + good.to(tl.int64), tl.load(running.skipped) + 1 - good.to(tl.int64)
     tl.debug_barrier()  # every thread has read what is now written
     tl.store(running.tracked, count)
@@ -297,11 +301,11 @@ def track(batch, running, channels, unbias, TRACK: tl.constexpr, BLOCK: tl.const
     else:
         step = tl.load(running.momentum).to(tl.float32)
     for begin in range(0, channels, BLOCK):
-        c = begin + tl.arange(0, BLOCK)
-        keep = c < channels
-        mean = tl.load(batch + c, mask=keep, other=0.0) + tl.load(batch + channels + c, mask=keep, other=0.0)
-        var = tl.load(batch + 2 * channels + c, mask=keep, other=0.0) * unbias
-        old = tl.load(running.mean + c, mask=keep, other=0.0)
-        tl.store(running.mean + c, (1.0 - step) * old + step * mean, mask=keep & good)
-        old = tl.load(running.var + c, mask=keep, other=0.0)
-        tl.store(running.var + c, (1.0 - step) * old + step * var, mask=keep & good)
+        o_c = begin + tl.arange(0, BLOCK)
+        m_c = o_c < channels
+        b_mean = tl.load(batch + o_c, mask=m_c, other=0.0) + tl.load(batch + channels + o_c, mask=m_c, other=0.0)
+        b_var = tl.load(batch + 2 * channels + o_c, mask=m_c, other=0.0) * unbias
+        b_old = tl.load(running.mean + o_c, mask=m_c, other=0.0)
+        tl.store(running.mean + o_c, (1.0 - step) * b_old + step * b_mean, mask=m_c & good)
+        b_old = tl.load(running.var + o_c, mask=m_c, other=0.0)
+        tl.store(running.var + o_c, (1.0 - step) * b_old + step * b_var, mask=m_c & good)
