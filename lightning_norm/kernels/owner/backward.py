@@ -18,37 +18,40 @@ from lightning_norm.kernels.per_channel.backward import channels_vjp
 def add_up(maps, affine, out, shape, ACT: tl.constexpr, RESIDUAL: tl.constexpr, TILE: tl.constexpr):
     """Write the sums of g and of g * (x - pivot), (N, C) each, of the program's channels."""
     number = shape.samples * shape.channels
-    c = tl.program_id(0) * TILE.c + tl.arange(0, TILE.c)
+    o_c = tl.program_id(0) * TILE.c + tl.arange(0, TILE.c)
     # One sum for each sample: the equations may weigh samples unlike.
     for begin in range(0, shape.samples, TILE.n_read):
-        n = begin + tl.arange(0, TILE.n_read)
-        lane, loaded, keep, i, inside = maps_at(n, c, shape, TILE)
-        k = tl.load(affine + i, mask=inside, other=0.0)[:, :, None]
+        o_n = begin + tl.arange(0, TILE.n_read)
+        o_x, m_loaded, m_x, o_nc, m_nc = maps_at(o_n, o_c, shape, TILE)
+        b_pivot = tl.load(affine + o_nc, mask=m_nc, other=0.0)[:, :, None]  # [N, C, 1]
         # Without an activation g is dy itself, and nothing asks for scale and offset.
-        a, b = k, k
+        b_scale, b_offset = b_pivot, b_pivot
         if ACT != 0:
             # Of the shape of a tile, which a multiply-add wants of all three.
-            wide = zeros(1, TILE.s)[None, :, :]
-            a = tl.load(affine + number + i, mask=inside, other=0.0)[:, :, None] + wide
-            b = tl.load(affine + 2 * number + i, mask=inside, other=0.0)[:, :, None] + wide
-        g, gu = products(maps.dy, maps.x, maps.residual, lane, loaded, keep, k, a, b, ACT, RESIDUAL)
-        tl.store(out.total + i, tl.sum(g, 2), mask=inside)
-        tl.store(out.dot + i, tl.sum(gu, 2), mask=inside)
+            b_wide = zeros(1, TILE.s)[None, :, :]
+            b_scale = tl.load(affine + number + o_nc, mask=m_nc, other=0.0)[:, :, None] + b_wide
+            b_offset = tl.load(affine + 2 * number + o_nc, mask=m_nc, other=0.0)[:, :, None] + b_wide
+        b_g, b_gu = products(
+            maps.dy, maps.x, maps.residual, o_x, m_loaded, m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL
+        )
+        tl.store(out.total + o_nc, tl.sum(b_g, 2), mask=m_nc)
+        tl.store(out.dot + o_nc, tl.sum(b_gu, 2), mask=m_nc)
 
 
 @triton.jit
 def spread(maps, affine, dx_affine, shape, ACT: tl.constexpr, RESIDUAL: tl.constexpr, TILE: tl.constexpr):
     """dx = scale * g + constant + slope * (x - pivot) for the program's channels; also g itself for the residual."""
     number = shape.samples * shape.channels
-    c = tl.program_id(0) * TILE.c + tl.arange(0, TILE.c)
+    o_c = tl.program_id(0) * TILE.c + tl.arange(0, TILE.c)
     for begin in range(0, shape.samples, TILE.n_write):
-        lane, keep, at, exists = places_at(begin + tl.arange(0, TILE.n_write), c, shape, TILE)
-        k, a = tl.load(affine + at, mask=exists, other=0.0), tl.load(affine + number + at, mask=exists, other=0.0)
-        b = tl.load(affine + 2 * number + at, mask=exists, other=0.0)
-        constant = tl.load(dx_affine + at, mask=exists, other=0.0)
-        slope = tl.load(dx_affine + number + at, mask=exists, other=0.0)
+        o_x, m_x, o_nc, m_nc = places_at(begin + tl.arange(0, TILE.n_write), o_c, shape, TILE)
+        b_pivot = tl.load(affine + o_nc, mask=m_nc, other=0.0)
+        b_scale = tl.load(affine + number + o_nc, mask=m_nc, other=0.0)
+        b_offset = tl.load(affine + 2 * number + o_nc, mask=m_nc, other=0.0)
+        b_constant = tl.load(dx_affine + o_nc, mask=m_nc, other=0.0)
+        b_slope = tl.load(dx_affine + number + o_nc, mask=m_nc, other=0.0)
         # g is computed again and was not kept: a whole map of it would take too many registers.
-        store_gradients(maps, 0, lane, keep, k, a, b, constant, slope, ACT, RESIDUAL, False)
+        store_gradients(maps, 0, o_x, m_x, b_pivot, b_scale, b_offset, b_constant, b_slope, ACT, RESIDUAL, False)
 
 
 @triton.jit
@@ -58,7 +61,7 @@ def own_mixture_vjp(
     NEED: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what ``own_mixture`` computes; dx only with NEED. The grid is (blocks of channels,)."""
-    number, pid = samples * channels, tl.program_id(0)
+    number, i_c = samples * channels, tl.program_id(0)
     shape = Shape(samples, channels, size, units, magic)
     add_up(maps, stats.affine, sums, shape, ACT, RESIDUAL, TILE)
     # What follows reads sums that other threads of this program have stored, and no other program.
@@ -66,17 +69,18 @@ def own_mixture_vjp(
     of_all, layout = mixture.Shape(samples, number, channels, samples, channels), Layout(1, channels, number, 1, size, 1)  # noqa: E501  # fmt: skip
     # One block of columns, the program's own channels, with all of their samples.
     vjp_columns(
-        pid, sums, stats, parameters, running, out, of_all, layout, 1, eps, factor, FLAGS, TILE.n, TILE.c
+        i_c, sums, stats, parameters, running, out, of_all, layout, 1, eps, factor, FLAGS, TILE.n, TILE.c
     )  # fmt: skip
     # Gradients of parameters are complete. dx takes what each sample gets through the statistics as well.
     if NEED:
         tl.debug_barrier()
-        c = (pid * TILE.c + tl.arange(0, TILE.c))[None, :]
+        o_c = (i_c * TILE.c + tl.arange(0, TILE.c))[None, :]  # [1, C]
         for begin in range(0, samples, TILE.n):
-            n = (begin + tl.arange(0, TILE.n))[:, None]
-            keep = (n < samples) & (c < channels)
+            o_n = (begin + tl.arange(0, TILE.n))[:, None]  # [N, 1]
+            m_nc = (o_n < samples) & (o_c < channels)  # [N, C]
             vjp_mix_at(
-                sums, stats, parameters, running, out, n + c * 0, c + n * 0, keep, of_all, layout, eps, factor, FLAGS
+                sums, stats, parameters, running, out, o_n + o_c * 0, o_c + o_n * 0, m_nc, of_all, layout, eps, factor,
+                FLAGS,
             )  # fmt: skip
         tl.debug_barrier()
         spread(maps, stats.affine, out.dx_affine, shape, ACT, RESIDUAL, TILE)

@@ -31,7 +31,7 @@ BLOCK: tl.constexpr = tl.constexpr(512)
 
 
 @triton.jit
-def maps_at(n, c, shape, TILE: tl.constexpr):
+def maps_at(o_n, o_c, shape, TILE: tl.constexpr):
     """Return where the elements of some maps lie, which lanes may be loaded, and which of them belong to the maps.
 
     Also the (n, c) index of each map and which of them there are. ``units`` is what ALIGN elements make the channels
@@ -40,47 +40,47 @@ def maps_at(n, c, shape, TILE: tl.constexpr):
     # An integer that is 1 arrives as a constant, which has no dtype.
     size, units = tl.cast(shape.size, tl.int32), tl.cast(shape.units, tl.int32)
     samples, channels, ALIGN = shape.samples, shape.channels, TILE.align
-    i = n[:, None] * channels + c[None, :]
-    s = tl.arange(0, TILE.s)[None, None, :]
+    o_nc = o_n[:, None] * channels + o_c[None, :]  # [N, C]
+    o_s = tl.arange(0, TILE.s)[None, None, :]  # [1, 1, S]
     if TILE.columns:
         # Neighbouring channels lie together: a tile's lanes are whole vectors of them, at every position.
         row = units * ALIGN
-        inside = (n[:, None] < samples) & (c[None, :] < row)
-        lane = (n[:, None, None] * size + s) * row + c[None, :, None]
-        keep = inside[:, :, None] & (s < size)
-        loaded = keep
+        m_nc = (o_n[:, None] < samples) & (o_c[None, :] < row)
+        o_x = (o_n[:, None, None] * size + o_s) * row + o_c[None, :, None]  # [N, C, S]
+        m_x = m_nc[:, :, None] & (o_s < size)  # [N, C, S]
+        m_loaded = m_x
     else:
-        inside = (n[:, None] < samples) & (c[None, :] < channels)
+        m_nc = (o_n[:, None] < samples) & (o_c[None, :] < channels)
         # A map may begin between two vectors: the lanes in front of it are loaded, and not kept.
-        start = (i * size)[:, :, None]
-        lane = start // ALIGN * ALIGN + s
-        stop = tl.minimum((start + size + ALIGN - 1) // ALIGN, units) * ALIGN
-        keep = inside[:, :, None] & (lane >= start) & (lane < start + size)
-        loaded = inside[:, :, None] & (lane < stop)
-    return lane, loaded, keep, i, inside
+        o_start = (o_nc * size)[:, :, None]  # [N, C, 1]
+        o_x = o_start // ALIGN * ALIGN + o_s
+        o_stop = tl.minimum((o_start + size + ALIGN - 1) // ALIGN, units) * ALIGN
+        m_x = m_nc[:, :, None] & (o_x >= o_start) & (o_x < o_start + size)
+        m_loaded = m_nc[:, :, None] & (o_x < o_stop)
+    return o_x, m_loaded, m_x, o_nc, m_nc
 
 
 @triton.jit
-def places_at(n, c, shape, TILE: tl.constexpr):
+def places_at(o_n, o_c, shape, TILE: tl.constexpr):
     """Return where the program's elements of some samples lie and which there are, and the same of their coefficients.
 
     The coefficients, one per (n, c), have a shape that is broadcast to that of the elements.
     """
     if TILE.columns:
-        lane, loaded, keep, i, inside = maps_at(n, c, shape, TILE)
-        at, exists = i[:, :, None], inside[:, :, None]
+        o_x, m_loaded, m_x, o_nc, m_nc = maps_at(o_n, o_c, shape, TILE)
+        o_at, m_at = o_nc[:, :, None], m_nc[:, :, None]
     else:
         size, magic, channels = tl.cast(shape.size, tl.int32), tl.cast(shape.magic, tl.int32), shape.channels
         first, FLAT = tl.program_id(0) * TILE.c, TILE.flat
         # Whole vectors: a sample's maps, and those of a program, are multiples of FLAT elements.
-        origin = (n * (channels * size // FLAT) + first * size // FLAT) * FLAT
-        t = tl.arange(0, TILE.f)[None, :]
+        o_origin = (o_n * (channels * size // FLAT) + first * size // FLAT) * FLAT  # [N]
+        o_t = tl.arange(0, TILE.f)[None, :]  # [1, F]
         width = tl.minimum(channels - first, TILE.c) * size // FLAT * FLAT
-        lane, keep = origin[:, None] + t, (n[:, None] < shape.samples) & (t < width)
+        o_x, m_x = o_origin[:, None] + o_t, (o_n[:, None] < shape.samples) & (o_t < width)
         # A division by a multiplication, as in ``flat_lanes``.
-        which = tl.umulhi((t * 4).to(tl.uint32), magic.to(tl.uint32)).to(tl.int32)
-        at, exists = n[:, None] * channels + first + which, keep
-    return lane, keep, at, exists
+        o_which = tl.umulhi((o_t * 4).to(tl.uint32), magic.to(tl.uint32)).to(tl.int32)
+        o_at, m_at = o_n[:, None] * channels + first + o_which, m_x
+    return o_x, m_x, o_at, m_at
 
 
 @triton.jit
@@ -88,35 +88,35 @@ def measure(x, out, shape, TILE: tl.constexpr):
     """Write the moments (N, C) of the program's channels; return how many of its maps have a NaN or an infinity."""
     N: tl.constexpr = TILE.n_read
     C: tl.constexpr = TILE.c
-    c = tl.program_id(0) * C + tl.arange(0, C)
-    bad = tl.zeros((N, C), tl.int32)
+    o_c = tl.program_id(0) * C + tl.arange(0, C)
+    b_bad = tl.zeros((N, C), tl.int32)
     count = tl.cast(shape.size, tl.float32)
     for begin in range(0, shape.samples, N):
-        n = begin + tl.arange(0, N)
-        lane, loaded, keep, i, inside = maps_at(n, c, shape, TILE)
-        v = tl.load(x + lane, mask=loaded, other=0.0).to(tl.float32)
+        o_n = begin + tl.arange(0, N)
+        o_x, m_loaded, m_x, o_nc, m_nc = maps_at(o_n, o_c, shape, TILE)
+        b_x = tl.load(x + o_x, mask=m_loaded, other=0.0).to(tl.float32)  # [N, C, S]
         # The whole map is here: the exact formula, around its own mean.
-        pivot = tl.sum(tl.where(keep, v, 0.0), 2) / count
-        u = tl.where(keep, v - pivot[:, :, None], 0.0)
-        square = tl.sum(u * u, 2)
-        store_moments(out, i, inside, pivot, tl.sum(u, 2), square, count + pivot * 0.0)
+        b_pivot = tl.sum(tl.where(m_x, b_x, 0.0), 2) / count  # [N, C]
+        b_u = tl.where(m_x, b_x - b_pivot[:, :, None], 0.0)
+        b_square = tl.sum(b_u * b_u, 2)  # [N, C]
+        store_moments(out, o_nc, m_nc, b_pivot, tl.sum(b_u, 2), b_square, count + b_pivot * 0.0)
         # Written so that a NaN, for which every comparison is false, counts as bad.
-        bad += tl.where(inside & ~(tl.abs(pivot + square) < float("inf")), 1, 0)
-    return tl.sum(tl.sum(bad, 1), 0)
+        b_bad += tl.where(m_nc & ~(tl.abs(b_pivot + b_square) < float("inf")), 1, 0)
+    return tl.sum(tl.sum(b_bad, 1), 0)
 
 
 @triton.jit
 def write(x, residual, y, affine, shape, ACT: tl.constexpr, RESIDUAL: tl.constexpr, TILE: tl.constexpr):
     """y = act(scale * (x - pivot) + offset + residual) for the program's channels."""
     number = shape.samples * shape.channels
-    c = tl.program_id(0) * TILE.c + tl.arange(0, TILE.c)
+    o_c = tl.program_id(0) * TILE.c + tl.arange(0, TILE.c)
     for begin in range(0, shape.samples, TILE.n_write):
-        lane, keep, at, exists = places_at(begin + tl.arange(0, TILE.n_write), c, shape, TILE)
+        o_x, m_x, o_nc, m_nc = places_at(begin + tl.arange(0, TILE.n_write), o_c, shape, TILE)
         # The second reading of x, which finds it in the cache.
-        u = tl.load(x + lane, mask=keep, other=0.0).to(tl.float32) - tl.load(affine + at, mask=exists, other=0.0)
-        a = tl.load(affine + number + at, mask=exists, other=0.0)
-        z = tl.fma(a + u * 0.0, u, tl.load(affine + 2 * number + at, mask=exists, other=0.0) + u * 0.0)
-        store_result(z, residual, y, lane, keep, ACT, RESIDUAL)
+        b_u = tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32) - tl.load(affine + o_nc, mask=m_nc, other=0.0)
+        b_scale = tl.load(affine + number + o_nc, mask=m_nc, other=0.0)
+        b_z = tl.fma(b_scale + b_u * 0.0, b_u, tl.load(affine + 2 * number + o_nc, mask=m_nc, other=0.0) + b_u * 0.0)
+        store_result(b_z, residual, y, o_x, m_x, ACT, RESIDUAL)
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def own_mixture(
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Normalize by the statistics of the batch, or else of each instance. The grid is (blocks of channels,)."""
-    number, pid = samples * channels, tl.program_id(0)
+    number, i_c = samples * channels, tl.program_id(0)
     shape = Shape(samples, channels, size, units, magic)
     # The mean is the pivot of the coefficients, and stored once.
     parts = Moments(stats.affine, stats.moments, stats.moments + number)
@@ -147,14 +147,16 @@ def own_mixture(
     tl.debug_barrier()
     layout = Layout(1, channels, number, 1, 1, 1)
     if FLAGS.at_bn >= 0:
-        pool_columns(pid, parts, stats.batch, samples, channels, layout, factor, False, TILE.n, TILE.c)
+        pool_columns(i_c, parts, stats.batch, samples, channels, layout, factor, False, TILE.n, TILE.c)
         tl.debug_barrier()
     of_all = mixture.Shape(samples, number, channels, samples, channels)
-    c = (pid * TILE.c + tl.arange(0, TILE.c))[None, :]
+    o_c = (i_c * TILE.c + tl.arange(0, TILE.c))[None, :]  # [1, C]
     for begin in range(0, samples, TILE.n):
-        n = (begin + tl.arange(0, TILE.n))[:, None]
-        keep = (n < samples) & (c < channels)
-        mix_at(parts, stats, parameters, running, n + c * 0, c + n * 0, keep, of_all, layout, eps, factor, FLAGS)
+        o_n = (begin + tl.arange(0, TILE.n))[:, None]  # [N, 1]
+        m_nc = (o_n < samples) & (o_c < channels)  # [N, C]
+        mix_at(
+            parts, stats, parameters, running, o_n + o_c * 0, o_c + o_n * 0, m_nc, of_all, layout, eps, factor, FLAGS
+        )
     tl.debug_barrier()
     write(x, residual, y, stats.affine, shape, ACT, RESIDUAL, TILE)
     # Two conditions, for both sides of an ``and`` may be compiled.
@@ -200,26 +202,26 @@ def move_all(
     survey_out, channels, contexts = out.survey_out, shape.channels, shape.contexts
     survey_running(state, survey_out, channels, contexts, 0, 0, FLAGS, K_BLOCK, BLOCK // K_BLOCK)
     tl.debug_barrier()
-    q = tl.arange(0, K_BLOCK)
-    pid, rows = tl.program_id(0), contexts * channels
+    o_k = tl.arange(0, K_BLOCK)
+    i_program, rows = tl.program_id(0), contexts * channels
     # Elements behind each statistic, for the unbiased variance.
     whole = tl.cast(size, tl.int32)
-    count = tl.cast(shape.samples, tl.float32) * whole
-    mass = masses(learned.responsibilities, shape, FLAGS, N_BLOCK, K_BLOCK)
+    b_count = tl.cast(shape.samples, tl.float32) * whole
+    b_mass = masses(learned.responsibilities, shape, FLAGS, N_BLOCK, K_BLOCK)  # [K_BLOCK]
     if FLAGS.contexts:
-        alone = mass * whole
-        count = (alone + tl.maximum(1.0 - alone / tl.cast(least, tl.float32), 0.0) * (count - alone))[:, None]
+        b_alone = b_mass * whole
+        b_count = (b_alone + tl.maximum(1.0 - b_alone / tl.cast(least, tl.float32), 0.0) * (b_count - b_alone))[:, None]
     for begin in range(0, channels, BLOCK // K_BLOCK):
-        c = begin + tl.arange(0, BLOCK // K_BLOCK)
-        inside = c < channels
-        kc_mask = (q[:, None] < contexts) & inside[None, :]
-        at = q[:, None] * channels + c[None, :]
-        f = 1.0 + per_channel(learned.center_weight, c, inside, 0.0, FLAGS.center)
-        target = f[None, :] * tl.load(out.stats + at, mask=kc_mask, other=0.0)
-        variance = tl.load(out.stats + 3 * rows + at, mask=kc_mask, other=0.0)
+        o_c = begin + tl.arange(0, BLOCK // K_BLOCK)
+        m_c = o_c < channels
+        m_kc = (o_k[:, None] < contexts) & m_c[None, :]
+        o_kc = o_k[:, None] * channels + o_c[None, :]
+        b_f = 1.0 + per_channel(learned.center_weight, o_c, m_c, 0.0, FLAGS.center)
+        b_target = b_f[None, :] * tl.load(out.stats + o_kc, mask=m_kc, other=0.0)
+        b_var = tl.load(out.stats + 3 * rows + o_kc, mask=m_kc, other=0.0)
         # Each program left how many of its maps are not finite, where ``survey`` leaves that of each sample.
         move(
-            target, variance * (count / tl.maximum(count - 1.0, 1.0)), mass / tl.maximum(shape.samples, 1), pid < 0,
-            True, state, rate, survey_out, out.pooled, at, kc_mask, begin + pid * 0 == 0, tl.num_programs(0), channels,
-            contexts, FLAGS, K_BLOCK, 256,
+            b_target, b_var * (b_count / tl.maximum(b_count - 1.0, 1.0)), b_mass / tl.maximum(shape.samples, 1),
+            i_program < 0, True, state, rate, survey_out, out.pooled, o_kc, m_kc, begin + i_program * 0 == 0,
+            tl.num_programs(0), channels, contexts, FLAGS, K_BLOCK, 256,
         )  # fmt: skip
