@@ -32,21 +32,21 @@ def tile_lanes(sample, channel, first, end, shape, FLAGS: tl.constexpr):
     """Return ``Lanes``: positions by channels of one sample, or samples by positions of one channel."""
     size, channels = shape.size, shape.units * FLAGS.align if FLAGS.last else shape.units
     if FLAGS.last:
-        p = (first + tl.arange(0, FLAGS.rows))[:, None]
-        c = (channel + tl.arange(0, FLAGS.block))[None, :]
-        mask = (c < channels) & (sample < shape.samples)
-        at, step = sample * channels + c, channels
-        origin, lane = tl.cast(sample, tl.int64) * size * channels, p * channels + c
+        o_p = (first + tl.arange(0, FLAGS.rows))[:, None]
+        o_c = (channel + tl.arange(0, FLAGS.block))[None, :]
+        m_nc = (o_c < channels) & (sample < shape.samples)
+        o_nc, step = sample * channels + o_c, channels
+        origin, o_x = tl.cast(sample, tl.int64) * size * channels, o_p * channels + o_c
     else:
-        p = (first + tl.arange(0, FLAGS.block))[None, :]
-        n = (sample + tl.arange(0, FLAGS.rows))[:, None]
-        c = channel + n * 0
-        mask = n < shape.samples
-        at, step = n * channels + channel, 1
-        origin, lane = tl.cast(channel, tl.int64) * 0, at.to(tl.int64) * size + p
+        o_p = (first + tl.arange(0, FLAGS.block))[None, :]
+        o_n = (sample + tl.arange(0, FLAGS.rows))[:, None]
+        o_c = channel + o_n * 0
+        m_nc = o_n < shape.samples
+        o_nc, step = o_n * channels + channel, 1
+        origin, o_x = tl.cast(channel, tl.int64) * 0, o_nc.to(tl.int64) * size + o_p
     # Row and column, to see which neighbours lie in the map.
-    i = p // shape.width
-    return Lanes(origin, lane, (p < end) & mask, i, p - i * shape.width, c, at, mask, step)
+    o_i = o_p // shape.width
+    return Lanes(origin, o_x, (o_p < end) & m_nc, o_i, o_p - o_i * shape.width, o_c, o_nc, m_nc, step)
 
 
 @triton.jit
@@ -58,8 +58,8 @@ def neighbour(at, group, s: tl.constexpr, sign: tl.constexpr, shape, FLAGS: tl.c
     # The row of the tap depends on the group, a run-time number; its column is known when the kernel is compiled.
     di = sign * (group * (FLAGS.group // FLAGS.kw) + s // FLAGS.kw - FLAGS.kh // 2)
     dj: tl.constexpr = sign * (s % FLAGS.kw - FLAGS.kw // 2)
-    i, j = at.i + di, at.j + dj
-    return (i >= 0) & (i < shape.height) & (j >= 0) & (j < shape.width), di * shape.width + dj
+    o_i, o_j = at.i + di, at.j + dj
+    return (o_i >= 0) & (o_i < shape.height) & (o_j >= 0) & (o_j < shape.width), di * shape.width + dj
 
 
 @triton.jit
@@ -73,11 +73,11 @@ def tap(kernel, at, group, s: tl.constexpr, FLAGS: tl.constexpr):
 def tile_start(units, blocks, FLAGS: tl.constexpr):
     """Return first sample, channel and position of a program that takes one tile."""
     # The first axis may be long, and CUDA limits the second to 65 535.
-    job, tile = tl.program_id(0), tl.program_id(1)
+    i_job, i_tile = tl.program_id(0), tl.program_id(1)
     if FLAGS.last:
-        sample, channel, first = job // blocks, tile * FLAGS.block, job % blocks * FLAGS.rows
+        sample, channel, first = i_job // blocks, i_tile * FLAGS.block, i_job % blocks * FLAGS.rows
     else:
-        sample, channel, first = job // units * FLAGS.rows, job % units, tile * FLAGS.block
+        sample, channel, first = i_job // units * FLAGS.rows, i_job % units, i_tile * FLAGS.block
     return sample, channel, first
 
 
@@ -95,22 +95,22 @@ def depthwise_apply(
     sample, channel, first = tile_start(shape.units, blocks, FLAGS)
     at = tile_lanes(sample, channel, first, shape.size, shape, FLAGS)
     p_x, p_y = x + at.origin + at.lane, y + at.origin + at.lane
-    k = tl.load(affine.pivot + at.at, mask=at.mask, other=0.0)
+    b_k = tl.load(affine.pivot + at.at, mask=at.mask, other=0.0)
     # Summed in float32, whatever x is: k * k numbers of half precision would lose digits.
-    v = zeros(FLAGS.rows, FLAGS.block)
-    omega = v
+    b_v = zeros(FLAGS.rows, FLAGS.block)
+    b_omega = b_v
     # Scale and offset stay outside the sum over taps: two multiplications per element, however many taps.
     for group in range(0, FLAGS.kh * FLAGS.kw // GROUP):
         for s in tl.static_range(GROUP):
             # Outside the map x^ is zero, not u: the mask also keeps omega exact.
-            ok, away = neighbour(at, group, s, 1, shape, FLAGS)
-            w = tap(kernel, at, group, s, FLAGS)
-            u = tl.load(p_x + away * at.step, mask=at.keep & ok, other=0.0).to(tl.float32) - k
-            v += w * tl.where(ok, u, 0.0)
-            omega += tl.where(ok, w, 0.0)
+            m_ok, away = neighbour(at, group, s, 1, shape, FLAGS)
+            b_w = tap(kernel, at, group, s, FLAGS)
+            b_u = tl.load(p_x + away * at.step, mask=at.keep & m_ok, other=0.0).to(tl.float32) - b_k
+            b_v += b_w * tl.where(m_ok, b_u, 0.0)
+            b_omega += tl.where(m_ok, b_w, 0.0)
     # omega carries the offset: at the border fewer taps see it.
-    z = tl.load(affine.scale + at.at, mask=at.mask, other=0.0) * v
-    z += tl.load(affine.offset + at.at, mask=at.mask, other=0.0) * omega
+    b_z = tl.load(affine.scale + at.at, mask=at.mask, other=0.0) * b_v
+    b_z += tl.load(affine.offset + at.at, mask=at.mask, other=0.0) * b_omega
     if BIAS:
-        z += tl.load(bias + at.c, mask=at.mask, other=0.0).to(tl.float32)
-    tl.store(p_y, z.to(y.dtype.element_ty), mask=at.keep)
+        b_z += tl.load(bias + at.c, mask=at.mask, other=0.0).to(tl.float32)
+    tl.store(p_y, b_z.to(y.dtype.element_ty), mask=at.keep)
