@@ -19,15 +19,15 @@ from lightning_norm.kernels.passes.forward import zeros
 
 
 @triton.jit
-def slope(u, ERF: tl.constexpr):
+def slope(b_u, ERF: tl.constexpr):
     """Return the derivative of f."""
     if ERF:
-        d = 1.1283791670955126 * tl.exp(-u * u)  # 2 / sqrt(pi)
+        b_d = 1.1283791670955126 * tl.exp(-b_u * b_u)  # 2 / sqrt(pi)
     else:
         # 1 - tanh^2 without the difference, which would lose digits.
-        e = tl.exp(-2.0 * tl.abs(u))
-        d = 4.0 * e / ((1.0 + e) * (1.0 + e))
-    return d
+        b_e = tl.exp(-2.0 * tl.abs(b_u))
+        b_d = 4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))
+    return b_d
 
 
 @triton.jit(do_not_specialize=["samples", "lines", "units", "piece", "pieces", "blocks", "repeat", "parts"])
@@ -40,46 +40,48 @@ def combine_elementwise(
     A program takes a block of one part, tile by tile; the grid is (parts * blocks,).
     """
     shape = shape_of(samples, lines, units, piece, pieces, repeat)
-    job = tl.program_id(0)
+    i_job = tl.program_id(0)
     # Programs that run at the same time read neighbouring channels of one part.
-    part, block = job // blocks, job % blocks
-    gamma, beta, alpha, s, i, inside = learned_at(learned, block, channels, shape, FLAGS)
+    i_part, i_block = i_job // blocks, i_job % blocks
+    b_gamma, b_beta, alpha, s, o_i, m_i = learned_at(learned, i_block, channels, shape, FLAGS)
     # A tile for each sum: added up across threads once, behind the loop.
-    zero = zeros(FLAGS.rows, FLAGS.block)
-    gf, g, hx, h = zero, zero, zero, zero
+    b_zero = zeros(FLAGS.rows, FLAGS.block)
+    b_gf, b_g, b_hx, b_h = b_zero, b_zero, b_zero, b_zero
     for again in range(0, repeat):
         for first in range(0, piece, FLAGS.rows if FLAGS.last else FLAGS.block // FLAGS.align):
-            origin, lane, keep = tile_at(part, block, again, first, shape, FLAGS)
-            v = tl.load(maps.x + origin + lane, mask=keep, other=0.0).to(tl.float32)
-            d = tl.load(maps.dy + origin + lane, mask=keep, other=0.0).to(tl.float32)
-            u = tl.fma(v, alpha, s)
-            f = value(u, FLAGS.erf)
+            origin, o_x, m_x = tile_at(i_part, i_block, again, first, shape, FLAGS)
+            b_x = tl.load(maps.x + origin + o_x, mask=m_x, other=0.0).to(tl.float32)  # [rows, block]
+            b_d = tl.load(maps.dy + origin + o_x, mask=m_x, other=0.0).to(tl.float32)
+            b_u = tl.fma(b_x, alpha, s)
+            b_f = value(b_u, FLAGS.erf)
             # What went into the activation is computed again, for nothing but x was kept.
             if ACT != 0:
-                d = before_activation(d, tl.fma(gamma, f, beta), maps.residual + origin, lane, keep, ACT, RESIDUAL)
+                b_d = before_activation(
+                    b_d, tl.fma(b_gamma, b_f, b_beta), maps.residual + origin, o_x, m_x, ACT, RESIDUAL
+                )
             # The residual was added behind f, so its gradient is that before the activation.
             if RESIDUAL:
-                to = maps.dresidual + origin + lane
-                tl.store(to, d.to(maps.dresidual.dtype.element_ty), mask=keep)
-            gf += d * f
-            g += d
+                p_out = maps.dresidual + origin + o_x
+                tl.store(p_out, b_d.to(maps.dresidual.dtype.element_ty), mask=m_x)
+            b_gf += b_d * b_f
+            b_g += b_d
             # Outside the mask dy is 0, and with it every product.
-            d *= slope(u, FLAGS.erf)
-            hx += d * v
-            h += d
+            b_d *= slope(b_u, FLAGS.erf)
+            b_hx += b_d * b_x
+            b_h += b_d
             # dx depends on no sum, unlike that of a normalization: it is written in the same pass.
             if NEED:
-                tl.store(maps.dx + origin + lane, (alpha * gamma * d).to(maps.dx.dtype.element_ty), mask=keep)
+                tl.store(maps.dx + origin + o_x, (alpha * b_gamma * b_d).to(maps.dx.dtype.element_ty), mask=m_x)
     # Over the lines where channels are contiguous, else along them.
     axis: tl.constexpr = 0 if FLAGS.last else 1
     number = units * FLAGS.align if FLAGS.last else lines
-    to = sums + tl.cast(part, tl.int64) * number + i
-    tl.store(to, tl.sum(gf, axis, keep_dims=True), mask=inside)
-    tl.store(to + tl.cast(parts, tl.int64) * number, tl.sum(g, axis, keep_dims=True), mask=inside)
+    p_out = sums + tl.cast(i_part, tl.int64) * number + o_i
+    tl.store(p_out, tl.sum(b_gf, axis, keep_dims=True), mask=m_i)
+    tl.store(p_out + tl.cast(parts, tl.int64) * number, tl.sum(b_g, axis, keep_dims=True), mask=m_i)
     # gamma is the same for all that a channel has summed up; that of a channel that is not there is 0.
-    gamma = tl.where(inside, gamma, 0.0)
-    tl.store(totals + job, tl.sum(gamma * tl.sum(hx, axis, keep_dims=True)))
-    tl.store(totals + tl.num_programs(0) + job, tl.sum(gamma * tl.sum(h, axis, keep_dims=True)))
+    b_gamma = tl.where(m_i, b_gamma, 0.0)
+    tl.store(totals + i_job, tl.sum(b_gamma * tl.sum(b_hx, axis, keep_dims=True)))
+    tl.store(totals + tl.num_programs(0) + i_job, tl.sum(b_gamma * tl.sum(b_h, axis, keep_dims=True)))
 
 
 @triton.jit(do_not_specialize=["parts", "programs"])
@@ -88,12 +90,12 @@ def join_elementwise(
 ):
     """Gradients of gamma and beta, (C,), and of alpha and s, behind each other; the last program takes these two."""
     if tl.program_id(0) < tl.num_programs(0) - 1:
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        o_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         # gamma's gradient and beta's lie behind each other in ``out``, and so do their parts.
-        at = (i // channels).to(tl.int64) * parts * channels + i % channels
-        of_channels = added(sums, at, i < 2 * channels, parts, channels, P_BLOCK, BLOCK)
-        tl.store(out + i, of_channels, mask=i < 2 * channels)
+        o_at = (o_i // channels).to(tl.int64) * parts * channels + o_i % channels
+        b_of_channels = added(sums, o_at, o_i < 2 * channels, parts, channels, P_BLOCK, BLOCK)
+        tl.store(out + o_i, b_of_channels, mask=o_i < 2 * channels)
     else:
-        which = tl.arange(0, 2)
-        of_all = added(totals, which.to(tl.int64) * programs, which < 2, programs, 1, T_BLOCK, 2)
-        tl.store(out + 2 * channels + which, of_all)
+        o_which = tl.arange(0, 2)
+        b_of_all = added(totals, o_which.to(tl.int64) * programs, o_which < 2, programs, 1, T_BLOCK, 2)
+        tl.store(out + 2 * channels + o_which, b_of_all)

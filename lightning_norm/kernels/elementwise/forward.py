@@ -13,22 +13,22 @@ from lightning_norm.kernels.passes.forward import store_result
 
 
 @triton.jit
-def tanh(u):
+def tanh(b_u):
     """Return tanh, rounded as well near 0 as elsewhere; neither Triton nor its interpreter has one."""
     # exp of what is never positive does not overflow; where it is near 1, the difference would lose digits.
-    e = tl.exp(-2.0 * tl.abs(u))
-    far = (1.0 - e) / (1.0 + e)
+    b_e = tl.exp(-2.0 * tl.abs(b_u))
+    b_far = (1.0 - b_e) / (1.0 + b_e)
     # Below 0.625 a polynomial in u^2, fitted for the least relative error: 1.5 units of 2^-24.
-    w = u * u
-    p = tl.fma(w, tl.fma(w, -0.006104947999119759, 0.021003641188144684), -0.05385249853134155)
-    p = tl.fma(w, tl.fma(w, p, 0.13332782685756683), -0.333333283662796)
-    return tl.where(tl.abs(u) < 0.625, tl.fma(u * w, p, u), tl.where(u < 0.0, -far, far))
+    b_w = b_u * b_u
+    b_p = tl.fma(b_w, tl.fma(b_w, -0.006104947999119759, 0.021003641188144684), -0.05385249853134155)
+    b_p = tl.fma(b_w, tl.fma(b_w, b_p, 0.13332782685756683), -0.333333283662796)
+    return tl.where(tl.abs(b_u) < 0.625, tl.fma(b_u * b_w, b_p, b_u), tl.where(b_u < 0.0, -b_far, b_far))
 
 
 @triton.jit
-def value(u, ERF: tl.constexpr):
+def value(b_u, ERF: tl.constexpr):
     """Return f."""
-    return tl.erf(u) if ERF else tanh(u)
+    return tl.erf(b_u) if ERF else tanh(b_u)
 
 
 @triton.jit
@@ -39,49 +39,49 @@ def shape_of(samples, lines, units, piece, pieces, repeat):
 
 
 @triton.jit
-def learned_at(learned, block, channels, shape, FLAGS: tl.constexpr):
+def learned_at(learned, i_block, channels, shape, FLAGS: tl.constexpr):
     """Return gamma and beta of a tile's channels, alpha, s, the channels and their mask."""
     if FLAGS.last:
-        i = (block * FLAGS.block + tl.arange(0, FLAGS.block))[None, :]
-        inside = i < shape.units * FLAGS.align
+        o_i = (i_block * FLAGS.block + tl.arange(0, FLAGS.block))[None, :]
+        m_i = o_i < shape.units * FLAGS.align
     else:
-        i = (block * FLAGS.rows + tl.arange(0, FLAGS.rows))[:, None]
-        inside = i < shape.lines.to(tl.int32)
-    c = i % channels if FLAGS.fold > 1 else i
+        o_i = (i_block * FLAGS.rows + tl.arange(0, FLAGS.rows))[:, None]
+        m_i = o_i < shape.lines.to(tl.int32)
+    o_c = o_i % channels if FLAGS.fold > 1 else o_i
     # What the layer does not have leaves y as it is.
-    gamma, beta, s = tl.full(i.shape, 1.0, tl.float32), tl.full(i.shape, 0.0, tl.float32), 0.0
+    b_gamma, b_beta, s = tl.full(o_i.shape, 1.0, tl.float32), tl.full(o_i.shape, 0.0, tl.float32), 0.0
     if FLAGS.weight:
-        gamma = tl.load(learned.weight + c, mask=inside, other=0.0).to(tl.float32)
+        b_gamma = tl.load(learned.weight + o_c, mask=m_i, other=0.0).to(tl.float32)
     if FLAGS.bias:
-        beta = tl.load(learned.bias + c, mask=inside, other=0.0).to(tl.float32)
+        b_beta = tl.load(learned.bias + o_c, mask=m_i, other=0.0).to(tl.float32)
     if FLAGS.offset:
         s = tl.load(learned.offset).to(tl.float32)
-    return gamma, beta, tl.load(learned.alpha).to(tl.float32), s, i, inside
+    return b_gamma, b_beta, tl.load(learned.alpha).to(tl.float32), s, o_i, m_i
 
 
 @triton.jit
-def tile_at(part, block, again, first, shape, FLAGS: tl.constexpr):
+def tile_at(i_part, i_block, again, first, shape, FLAGS: tl.constexpr):
     """Return a tile's origin, its offsets from there, and their mask.
 
     A part is a piece of the lines; or in rows, a piece of each line, in ``repeat`` samples. ``first`` counts in it
     lines, or units of ALIGN elements; ``again`` counts samples.
     """
     width = shape.units * FLAGS.align
-    r, e = tl.arange(0, FLAGS.rows)[:, None], tl.arange(0, FLAGS.block)[None, :]
+    o_r, o_e = tl.arange(0, FLAGS.rows)[:, None], tl.arange(0, FLAGS.block)[None, :]
     # Origins in 64 bits, for all of x; offsets from there in 32, for a tile.
     if FLAGS.last:
-        begin = tl.cast(part, tl.int64) * shape.piece + first
-        e += block * FLAGS.block
+        begin = tl.cast(i_part, tl.int64) * shape.piece + first
+        o_e += i_block * FLAGS.block
         lines = tl.minimum(shape.lines - begin, shape.piece - first)
-        origin, keep = begin * width, (r < lines.to(tl.int32)) & (e < width)
+        origin, m_x = begin * width, (o_r < lines.to(tl.int32)) & (o_e < width)
     else:
-        sample, begin = part // shape.pieces * shape.repeat + again, part % shape.pieces * shape.piece + first
+        sample, begin = i_part // shape.pieces * shape.repeat + again, i_part % shape.pieces * shape.piece + first
         # Counted in units and multiplied last, so that the compiler sees where vectors begin and end.
-        origin = ((sample * shape.lines + block * FLAGS.rows) * shape.units + begin) * FLAGS.align
+        origin = ((sample * shape.lines + i_block * FLAGS.rows) * shape.units + begin) * FLAGS.align
         left = tl.minimum(shape.units - begin, shape.piece - first) * FLAGS.align
-        lines = tl.where(sample < shape.samples, shape.lines.to(tl.int32) - block * FLAGS.rows, 0)
-        keep = (r < lines) & (e < left)
-    return origin, r * width + e, keep
+        lines = tl.where(sample < shape.samples, shape.lines.to(tl.int32) - i_block * FLAGS.rows, 0)
+        m_x = (o_r < lines) & (o_e < left)
+    return origin, o_r * width + o_e, m_x
 
 
 @triton.jit(do_not_specialize=["samples", "lines", "units", "piece", "pieces", "blocks"])
@@ -91,9 +91,9 @@ def apply_elementwise(
 ):  # fmt: skip
     """y = act(gamma f(alpha x + s) + beta + residual); a program takes one tile, the grid is (parts * blocks,)."""
     shape = shape_of(samples, lines, units, piece, pieces, 1)
-    part, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    gamma, beta, alpha, s, _, _ = learned_at(learned, block, channels, shape, FLAGS)
-    origin, lane, keep = tile_at(part, block, 0, 0, shape, FLAGS)
-    u = tl.fma(tl.load(x + origin + lane, mask=keep, other=0.0).to(tl.float32), alpha, s)
-    z = tl.fma(gamma, value(u, FLAGS.erf), beta)
-    store_result(z, residual + origin, y + origin, lane, keep, ACT, RESIDUAL)
+    i_part, i_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    b_gamma, b_beta, alpha, s, _, _ = learned_at(learned, i_block, channels, shape, FLAGS)
+    origin, o_x, m_x = tile_at(i_part, i_block, 0, 0, shape, FLAGS)
+    b_u = tl.fma(tl.load(x + origin + o_x, mask=m_x, other=0.0).to(tl.float32), alpha, s)
+    b_z = tl.fma(b_gamma, value(b_u, FLAGS.erf), b_beta)
+    store_result(b_z, residual + origin, y + origin, o_x, m_x, ACT, RESIDUAL)
