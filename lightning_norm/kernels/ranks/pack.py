@@ -18,72 +18,74 @@ def row_of(message, rank, channels):
 
 
 @triton.jit
-def pooled_mean(gathered, c, channels, ranks, keep, BLOCK: tl.constexpr):
+def pooled_mean(gathered, o_c, channels, ranks, m_c, BLOCK: tl.constexpr):
     """Return the mean over all ranks, in float64."""
     # The first number is the count of all ranks together.
-    n, mean = tl.load(gathered), tl.zeros((BLOCK,), tl.float64)
+    n, b_mean = tl.load(gathered), tl.zeros((BLOCK,), tl.float64)
     for rank in range(0, ranks):
-        row = row_of(gathered, rank, channels)
-        mean += tl.load(row) / n * tl.load(row + 1 + c, mask=keep, other=0.0)
-    return mean
+        p_row = row_of(gathered, rank, channels)
+        b_mean += tl.load(p_row) / n * tl.load(p_row + 1 + o_c, mask=m_c, other=0.0)
+    return b_mean
 
 
 @triton.jit
 def pack(batch, message, count, rank, channels, BLOCK: tl.constexpr):
     """Turn this rank's statistics (3, C), hi, lo and variance, into its row of what travels."""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = c < channels
-    n, row = tl.cast(count, tl.float64), row_of(message, tl.cast(rank, tl.int32), channels)
+    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < channels
+    n, p_row = tl.cast(count, tl.float64), row_of(message, tl.cast(rank, tl.int32), channels)
     # The mean comes as hi + lo, two float32 numbers, and travels as one float64.
-    mean = tl.load(batch + c, mask=keep, other=0.0).to(tl.float64)
-    mean += tl.load(batch + channels + c, mask=keep, other=0.0).to(tl.float64)
-    tl.store(row + 1 + c, mean, mask=keep)
-    tl.store(row + 1 + channels + c, tl.load(batch + 2 * channels + c, mask=keep, other=0.0).to(tl.float64), mask=keep)
+    b_mean = tl.load(batch + o_c, mask=m_c, other=0.0).to(tl.float64)  # [BLOCK]
+    b_mean += tl.load(batch + channels + o_c, mask=m_c, other=0.0).to(tl.float64)
+    tl.store(p_row + 1 + o_c, b_mean, mask=m_c)
+    tl.store(
+        p_row + 1 + channels + o_c, tl.load(batch + 2 * channels + o_c, mask=m_c, other=0.0).to(tl.float64), mask=m_c
+    )
     # Numbers that all channels share: one program writes them.
     if tl.program_id(0) == 0:
         tl.store(message, n)
-        tl.store(row, n)
+        tl.store(p_row, n)
 
 
 @triton.jit
 def unpack(gathered, batch, channels, ranks, BLOCK: tl.constexpr):
     """Turn the rows of all ranks into the statistics of all of them, (3, C), by the law of total variance."""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = c < channels
+    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < channels
     n = tl.load(gathered)
-    mean = pooled_mean(gathered, c, channels, ranks, keep, BLOCK)
-    var = tl.zeros((BLOCK,), tl.float64)
+    b_mean = pooled_mean(gathered, o_c, channels, ranks, m_c, BLOCK)  # [BLOCK]
+    b_var = tl.zeros((BLOCK,), tl.float64)
     for rank in range(0, ranks):
-        row = row_of(gathered, rank, channels)
-        away = tl.load(row + 1 + c, mask=keep, other=0.0) - mean
-        var += tl.load(row) / n * (tl.load(row + 1 + channels + c, mask=keep, other=0.0) + away * away)
+        p_row = row_of(gathered, rank, channels)
+        b_away = tl.load(p_row + 1 + o_c, mask=m_c, other=0.0) - b_mean
+        b_var += tl.load(p_row) / n * (tl.load(p_row + 1 + channels + o_c, mask=m_c, other=0.0) + b_away * b_away)
     # Back to hi + lo, which the other kernels read.
-    hi = mean.to(tl.float32)
-    tl.store(batch + c, hi, mask=keep)
-    tl.store(batch + channels + c, (mean - hi.to(tl.float64)).to(tl.float32), mask=keep)
-    tl.store(batch + 2 * channels + c, var.to(tl.float32), mask=keep)
+    b_hi = b_mean.to(tl.float32)
+    tl.store(batch + o_c, b_hi, mask=m_c)
+    tl.store(batch + channels + o_c, (b_mean - b_hi.to(tl.float64)).to(tl.float32), mask=m_c)
+    tl.store(batch + 2 * channels + o_c, b_var.to(tl.float32), mask=m_c)
 
 
 @triton.jit
 def pack_gradient(dbatch, gathered, message, channels, ranks, BLOCK: tl.constexpr):
     """Turn the gradients (2, C) of mean and variance of all ranks into those of every rank's row; none of a number."""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = c < channels
+    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < channels
     n = tl.load(gathered)
-    mean = pooled_mean(gathered, c, channels, ranks, keep, BLOCK)
+    b_mean = pooled_mean(gathered, o_c, channels, ranks, m_c, BLOCK)  # [BLOCK]
     # f is the gradient of the mean, e of the variance.
-    f = tl.load(dbatch + c, mask=keep, other=0.0).to(tl.float64)
-    e = tl.load(dbatch + channels + c, mask=keep, other=0.0).to(tl.float64)
+    b_f = tl.load(dbatch + o_c, mask=m_c, other=0.0).to(tl.float64)
+    b_e = tl.load(dbatch + channels + o_c, mask=m_c, other=0.0).to(tl.float64)
     if tl.program_id(0) == 0:
         tl.store(message, n * 0.0)
     for rank in range(0, ranks):
-        row, out = row_of(gathered, rank, channels), row_of(message, rank, channels)
+        p_row, p_out = row_of(gathered, rank, channels), row_of(message, rank, channels)
         # d var / d (mean of a rank) = 2 (n_r / n) (mean of that rank - mean).
-        part, away = tl.load(row) / n, tl.load(row + 1 + c, mask=keep, other=0.0) - mean
-        tl.store(out + 1 + c, part * (f + 2.0 * e * away), mask=keep)
-        tl.store(out + 1 + channels + c, part * e, mask=keep)
+        part, b_away = tl.load(p_row) / n, tl.load(p_row + 1 + o_c, mask=m_c, other=0.0) - b_mean
+        tl.store(p_out + 1 + o_c, part * (b_f + 2.0 * b_e * b_away), mask=m_c)
+        tl.store(p_out + 1 + channels + o_c, part * b_e, mask=m_c)
         if tl.program_id(0) == 0:
-            tl.store(out, n * 0.0)
+            tl.store(p_out, n * 0.0)
 
 
 @triton.jit
@@ -93,14 +95,14 @@ def unpack_gradient(dgathered, gathered, dbatch, rank, channels, ranks, BLOCK: t
     The variance is taken around the mean of all ranks, as the rest of the backward pass takes it. A third row is how
     much the mean's gradient exceeds what this rank gave, which float32 could not tell afterwards.
     """
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = c < channels
+    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < channels
     rank = tl.cast(rank, tl.int32)
-    row, drow = row_of(gathered, rank, channels), row_of(dgathered, rank, channels)
-    away = tl.load(row + 1 + c, mask=keep, other=0.0) - pooled_mean(gathered, c, channels, ranks, keep, BLOCK)
-    of_var = tl.load(drow + 1 + channels + c, mask=keep, other=0.0)
-    of_mean = tl.load(drow + 1 + c, mask=keep, other=0.0) - 2.0 * of_var * away
-    excess = of_mean - tl.load(dbatch + c, mask=keep, other=0.0).to(tl.float64)
-    tl.store(dbatch + 2 * channels + c, excess.to(tl.float32), mask=keep)
-    tl.store(dbatch + c, of_mean.to(tl.float32), mask=keep)
-    tl.store(dbatch + channels + c, of_var.to(tl.float32), mask=keep)
+    p_row, p_drow = row_of(gathered, rank, channels), row_of(dgathered, rank, channels)
+    b_away = tl.load(p_row + 1 + o_c, mask=m_c, other=0.0) - pooled_mean(gathered, o_c, channels, ranks, m_c, BLOCK)
+    b_of_var = tl.load(p_drow + 1 + channels + o_c, mask=m_c, other=0.0)
+    b_of_mean = tl.load(p_drow + 1 + o_c, mask=m_c, other=0.0) - 2.0 * b_of_var * b_away
+    b_excess = b_of_mean - tl.load(dbatch + o_c, mask=m_c, other=0.0).to(tl.float64)
+    tl.store(dbatch + 2 * channels + o_c, b_excess.to(tl.float32), mask=m_c)
+    tl.store(dbatch + o_c, b_of_mean.to(tl.float32), mask=m_c)
+    tl.store(dbatch + channels + o_c, b_of_var.to(tl.float32), mask=m_c)
