@@ -116,7 +116,7 @@ def vjp_columns(
             b_s0 += tl.where(m_nc, sent.e * given.vi, 0.0)
             b_s1 += tl.where(m_nc, sent.e * given.lv, 0.0)
             b_s2 += tl.where(m_nc, sent.e * given.bv, 0.0)
-    o_c = i_c * C_BLOCK + tl.arange(0, C_BLOCK)  # [C_BLOCK]
+    o_c = i_c * C_BLOCK + tl.arange(0, C_BLOCK)
     # The last program's block may reach beyond the channels.
     m_c = o_c < shape.channels
     # Each program owns its channels: nothing is added to by two.
@@ -144,7 +144,7 @@ def vjp_rows(
     T_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over the channels of a few groups: the gradients of the groups' means and variances."""
-    o_g = i_g * G_BLOCK + tl.arange(0, G_BLOCK)  # [G_BLOCK]
+    o_g = i_g * G_BLOCK + tl.arange(0, G_BLOCK)
     per_group, groups = shape.per_group, shape.channels // shape.per_group
     b_f, b_e = tl.zeros((G_BLOCK, T_BLOCK), tl.float32), tl.zeros((G_BLOCK, T_BLOCK), tl.float32)
     for begin in range(0, per_group, T_BLOCK):
@@ -174,7 +174,7 @@ def vjp_mix(
     A pooled mean or variance sends 1 / (number of its members) of its gradient to each of them, and a pooled variance
     also 2 (mean_n - mean) / number to the member's mean.
     """
-    o_nc = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    o_nc = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     o_n, shape = o_nc // channels, Shape(samples, number, channels, groups_in_all, per_group)
     layout = Layout(pieces, sample_stride, stride, 1, size, 1)
     vjp_mix_at(
@@ -221,7 +221,7 @@ def store_weight_gradients(partials, t, dt, jobs, FLAGS: tl.constexpr, BLOCK: tl
     b_part = tl.zeros((BLOCK,), tl.float32)
     b_p0, b_p1, b_p2 = b_part, b_part, b_part
     for begin in range(0, jobs, BLOCK):
-        o_q = begin + tl.arange(0, BLOCK)  # [BLOCK]
+        o_q = begin + tl.arange(0, BLOCK)
         # In blocks and in order, for the same sum in every run; atomics would add in any order.
         b_p0 += tl.load(partials + o_q, mask=o_q < jobs, other=0.0)
         b_p1 += tl.load(partials + jobs + o_q, mask=o_q < jobs, other=0.0)

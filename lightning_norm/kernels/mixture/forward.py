@@ -149,7 +149,7 @@ def pool_columns(
     ``factor`` turns a sample's variance into the unbiased one.
     """
     # Neighbouring threads take neighbouring channels, which lie side by side in (N, C).
-    o_c = i_c * C_BLOCK + tl.arange(0, C_BLOCK)  # [C_BLOCK]
+    o_c = i_c * C_BLOCK + tl.arange(0, C_BLOCK)
     m_c = o_c < channels
     # Means enter as differences from the first sample's, so that a large mean costs no digits.
     b_first = tl.load(parts.hi + o_c, mask=m_c, other=0.0)  # [C_BLOCK]
@@ -176,7 +176,7 @@ def pool_rows(
     i_g, parts, layer, shape, layout, factor, MERGE: tl.constexpr, G_BLOCK: tl.constexpr, T_BLOCK: tl.constexpr
 ):
     """Statistics of a few groups of channels; as ``pool_columns``, over the channels of a group."""
-    o_g = i_g.to(tl.int64) * G_BLOCK + tl.arange(0, G_BLOCK)  # [G_BLOCK]
+    o_g = i_g.to(tl.int64) * G_BLOCK + tl.arange(0, G_BLOCK)
     m_g = o_g < shape.groups_in_all
     per_group, groups = shape.per_group, shape.channels // shape.per_group
     # Where a group's first channel lies.
@@ -222,7 +222,7 @@ def mix(
     the running statistics.
     """
     # Flat over (N, C), so that few samples of many channels fill a GPU as well as many samples of few.
-    o_nc = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    o_nc = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     o_n = o_nc // channels
     shape = Shape(0, number, channels, groups_in_all, per_group)
     layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
@@ -286,7 +286,7 @@ def track(batch, running, channels, unbias, TRACK: tl.constexpr, BLOCK: tl.const
     # First look at all channels: either all of them move or none.
     b_bad = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, channels, BLOCK):
-        o_c = begin + tl.arange(0, BLOCK)  # [BLOCK]
+        o_c = begin + tl.arange(0, BLOCK)
         b_mean = tl.load(batch + o_c, mask=o_c < channels, other=0.0)  # [BLOCK]
         b_var = tl.load(batch + 2 * channels + o_c, mask=o_c < channels, other=0.0) * unbias  # [BLOCK]
         b_bad += tl.where(tl.abs(b_mean + b_var) < float("inf"), 0, 1)

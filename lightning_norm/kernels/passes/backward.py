@@ -59,7 +59,7 @@ def sums_rows(
     """
     rows, size, units, piece = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64), tl.cast(piece, tl.int32)  # noqa: E501  # fmt: skip
     row, i_p = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
-    o_r = tl.arange(0, ROWS)  # [ROWS]
+    o_r = tl.arange(0, ROWS)
     m_r = row + o_r < rows
     origin, o_base, o_start, o_end, o_stop = row_span(row, size, piece, i_p, units, ALIGN, ROWS)
     # 64-bit pointers once, 32-bit offsets within the tile.
@@ -105,8 +105,8 @@ def sums_columns(
     begin = i_p * piece
     count = tl.minimum(piece, size - begin)
     channels = units * ALIGN
-    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    o_s = tl.arange(0, ROWS)  # [ROWS]
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_s = tl.arange(0, ROWS)
     origin = (i_n * size + begin) * channels
     # Where coefficients of this sample's channels lie.
     o_nc = i_n * channels + o_c  # [BLOCK]
@@ -157,7 +157,7 @@ def join_sums(
     parts: Sums, out, number, channels, pieces, sample_stride, stride, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Add the pieces up into ``out``, (2, samples * channels), P_BLOCK of BLOCK numbers at once."""
-    o_nc = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    o_nc = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_nc = o_nc < number
     o_at = o_nc // channels * sample_stride + o_nc % channels
     o_lane = tl.arange(0, P_BLOCK)[:, None]  # [P_BLOCK, 1]

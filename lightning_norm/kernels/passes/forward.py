@@ -85,7 +85,7 @@ def moments_rows(
         b_u = tl.where(o_at < o_end[:, None], b_x - b_pivot[:, None], 0.0)
         b_total += b_u
         b_square += b_u * b_u
-    o_r = row + tl.arange(0, ROWS)  # [ROWS]
+    o_r = row + tl.arange(0, ROWS)
     store_moments(out, i_p * rows + o_r, o_r < rows, b_pivot, tl.sum(b_total, 1), tl.sum(b_square, 1), count)
 
 
@@ -104,8 +104,8 @@ def moments_columns(
     begin = i_p * piece
     count = tl.minimum(piece, size - begin)
     channels = units * ALIGN
-    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    o_s = tl.arange(0, ROWS)  # [ROWS]
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_s = tl.arange(0, ROWS)
     x += (i_n * size + begin) * channels
     o_x = o_s[:, None] * channels + o_c[None, :]  # [ROWS, BLOCK]
     m_x = (o_s[:, None] < count) & (o_c[None, :] < channels)
@@ -203,7 +203,7 @@ def join_moments(
     P_BLOCK pieces of BLOCK numbers at once, so that a hundred pieces are not a hundred waits for the memory.
     """
     layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
-    o_nc = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    o_nc = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_nc = o_nc < number
     o_at = o_nc // channels * sample_stride + o_nc % channels
     # Means are counted from that of the first piece.
@@ -268,7 +268,7 @@ def flat_lanes(units, size, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WID
     # From the end to the start: what the pass before read last is still in the cache.
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)
     origin = i_block.to(tl.int64) * BLOCK
-    o_x = tl.arange(0, BLOCK)  # [BLOCK]
+    o_x = tl.arange(0, BLOCK)
     # What is left of x behind the origin, in whole vectors.
     # Position within the first row, and on into the rows behind it.
     left = tl.minimum(units - origin // ALIGN, BLOCK).to(tl.int32) * ALIGN
@@ -308,8 +308,8 @@ def column_lanes(
     i_n = i_sample.to(tl.int64)
     begin = (i_job - i_sample * blocks) * ROWS
     channels = units * ALIGN
-    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    o_s = tl.arange(0, ROWS)  # [ROWS]
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_s = tl.arange(0, ROWS)
     o_nc = i_n * channels + o_c  # [BLOCK]
     if FOLD > 1:
         o_nc = i_n * true_channels + o_c % true_channels
