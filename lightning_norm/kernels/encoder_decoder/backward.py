@@ -74,11 +74,11 @@ def vjp_affine(
                 b_total, b_dot = read_sums(sums, o_at, m_nc, layout, FLAGS.merge)
                 b_s0 += b_total
                 b_s1 += b_dot
-            b_t0, b_t1 = tl.sum(b_s0, 0)[None, :], tl.sum(b_s1, 0)[None, :]
+            b_t0, b_t1 = tl.sum(b_s0, 0)[None, :], tl.sum(b_s1, 0)[None, :]  # [1, TILE.c]
         else:
             o_at = o_r[:, None].to(tl.int64) * sample_stride + o_c[None, :]
             b_t0, b_t1 = read_sums(sums, o_at, m_rc, layout, FLAGS.merge)
-        b_k, b_lo, b_std, b_v = read_statistics(given.stats, o_r, o_c, rows, channels, eps)
+        b_k, b_lo, b_std, b_v = read_statistics(given.stats, o_r, o_c, rows, channels, eps)  # [TILE.r, TILE.c]
         b_mu = tl.load(outputs + o_rc, mask=m_rc, other=0.0)
         b_sigma = tl.load(outputs + number + o_rc, mask=m_rc, other=0.0)
         b_beta = tl.load(outputs + 2 * number + o_rc, mask=m_rc, other=0.0)

@@ -97,7 +97,7 @@ def dropout_factor(encoders, seed, q, o_c, channels):
     # Not told by a compile-time constant: a kernel that was not loaded before cannot be launched while a CUDA graph is
     # recorded.
     b_u = tl.load(encoders.noise + q * channels + o_c, mask=(o_c < channels) & (seed < 0), other=0.0)
-    b_u = tl.where(seed < 0, b_u, tl.rand(seed, q * channels + o_c))[None, :]
+    b_u = tl.where(seed < 0, b_u, tl.rand(seed, q * channels + o_c))[None, :]  # [1, C]
     # What is not dropped is scaled up, so that the expectation stays.
     left = tl.maximum(1.0 - p, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(b_u >= p, tl.div_rn(tl.full((), 1.0, tl.float32), left), 0.0)
@@ -239,7 +239,7 @@ def decode(
     # The ReLU of the deviation's decoder; the comparison keeps NaN.
     b_sigma = tl.where(b_sigma <= 0.0, 0.0, b_sigma)
     b_bent, b_slope = tanh(b_beta)
-    b_k, b_lo, b_std, b_v = read_statistics(out.stats, o_r, o_c, rows, channels, eps)
+    b_k, b_lo, b_std, b_v = read_statistics(out.stats, o_r, o_c, rows, channels, eps)  # [TILE.r, TILE.c]
     # m is counted from k: lo and the gated difference, both small.
     b_ahead = sigmoid(gate_of(gates.mu, 0.0, True)) * (b_k - b_mu + b_lo)  # [TILE.r, TILE.c]
     g, e = sigmoid(gate_of(gates.sigma, 0.0, True)), tl.cast(eps, tl.float32)
