@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from lightning_norm.kernels.cooperative import backward as cooperative_backward
+from lightning_norm.kernels.cooperative import forward as cooperative_forward
+from lightning_norm.kernels.cooperative import launch as cooperative_launch
 from lightning_norm.kernels.depthwise import backward as depthwise_backward
 from lightning_norm.kernels.depthwise import flags as depthwise_flags
 from lightning_norm.kernels.depthwise import forward as depthwise_forward
@@ -18,10 +21,11 @@ from lightning_norm.kernels.elementwise import launch as elementwise_launch
 from lightning_norm.kernels.encoder_decoder import backward as encoder_decoder_backward
 from lightning_norm.kernels.encoder_decoder import flags as encoder_decoder_flags
 from lightning_norm.kernels.encoder_decoder import forward as encoder_decoder_forward
-from lightning_norm.kernels.grid import JOINED, TILE, warps
+from lightning_norm.kernels.grid import JOINED, TILE, grid_like, warps
 from lightning_norm.kernels.mixture import backward as mixture_backward
 from lightning_norm.kernels.mixture import flags as mixture_flags
 from lightning_norm.kernels.mixture import forward as mixture_forward
+from lightning_norm.kernels.mixture import launch as mixture_launch
 from lightning_norm.kernels.mixture.flags import MixtureFlags
 from lightning_norm.kernels.owner import backward as owner_backward
 from lightning_norm.kernels.owner import forward as owner_forward
@@ -101,6 +105,7 @@ def variants() -> Iterator[Variant]:
     yield from _depthwise()
     yield from _owner()
     yield from _elementwise()
+    yield from _cooperative()
 
 
 def _mixture() -> Iterator[Variant]:
@@ -265,3 +270,22 @@ def _elementwise() -> Iterator[Variant]:
         at_once, lanes, num_warps = join_tile(parts)
         blocks = {"P_BLOCK": at_once, "BLOCK": lanes, "T_BLOCK": at_once}
         yield Variant(elementwise_backward.join_elementwise, f"{parts} parts", "fp32", blocks, num_warps)
+
+
+def _cooperative() -> Iterator[Variant]:
+    sn = MixtureFlags.of(("in", "ln", "bn"), weighted=True, softmax=True, track=1)
+    gn = MixtureFlags.of(("ln",), num_groups=32)
+    for name, flags, dtype, channels, width, columns, act in (
+        ("49 sn", sn, "bf16", 2048, 7, False, 0),
+        ("196 channels last sn", sn, "fp32", 1024, 14, True, 0),
+        ("49 gn add relu", gn, "bf16", 2048, 7, False, 1),
+    ):
+        grid = grid_like(64, channels, width * width, columns, 4 if dtype == "fp32" else 8)
+        plan = cooperative_launch.plan_of(grid, dtype == "fp32", act, act > 0)
+        compiled = flags.compiled(merge=grid.parts > 1, weight=True, bias=True)
+        for kernel, most in (
+            (cooperative_forward.cooperative_mixture, 1024),
+            (cooperative_backward.cooperative_mixture_vjp, 512),
+        ):
+            constants = {"FLAGS": compiled, "TILE": mixture_launch.tile_of(grid, flags, most), "PLAN": plan}
+            yield Variant(kernel, name, dtype, constants, 4)

@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.aot_cases import Variant, variants
 from lightning_norm.kernels.arguments import Maps
+from lightning_norm.kernels.cooperative.flags import Forward
 from lightning_norm.kernels.grid import registers
 from lightning_norm.surgery.text_tables import markdown
 
@@ -35,6 +36,7 @@ TYPES = {
     **dict.fromkeys(("message", "gathered", "dgathered", "rank_sums"), "*fp64"),
     **dict.fromkeys(("tracked", "skipped", "updates", "measured", "skipped_condensed", "in_a_row"), "*i64"),
     **dict.fromkeys(("eps", "inner", "factor", "unbias", "least", "power", "unit_scale", "unit_affine"), "fp32"),
+    "arrived": "*i32",
     "count": "i64",
     "rank": "i32",
 }
@@ -99,11 +101,13 @@ def compiled(variant: Variant, arch: int, *, ones: bool = False) -> Any:
     constants = dict(variant.constants)
     for i, name in enumerate(names):
         group = parameters[name].annotation
-        if name in variant.constants:
+        if parameters[name].default is not parameters[name].empty:
+            constants.setdefault(name, parameters[name].default)
+        if name in constants:
             signature[name] = "constexpr"
         elif hasattr(group, "_fields"):
             # Pointers, or real numbers: an integer in a named tuple would be specialized.
-            wide = dict.fromkeys(WIDE, f"*{variant.dtype}") if group is Maps else {}
+            wide = dict.fromkeys(WIDE, f"*{variant.dtype}") if group in (Maps, Forward) else {}
             signature[name] = group(*(wide.get(field, TYPES.get(field, "*fp32")) for field in group._fields))
             aligned |= {(i, j): [["tt.divisibility", 16]] for j, kind in enumerate(signature[name]) if kind[0] == "*"}
             continue
@@ -122,6 +126,7 @@ def compiled(variant: Variant, arch: int, *, ones: bool = False) -> Any:
     taps = constants["FLAGS"].kh * constants["FLAGS"].kw if "depthwise" in variant.name else 0
     limit = registers(variant.name, taps, taps > 0 and constants["FLAGS"].last)
     options = {"num_warps": variant.warps, **({} if limit is None else {"maxnreg": limit})}
+    options |= {"launch_cooperative_grid": True} if "arrived" in names else {}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -121,9 +121,12 @@ def expect(kernels: list[Any]) -> None:
 
 
 def asked(kernels: list[Any]) -> list[tuple[int, ...]]:
-    """Return grid, threads, shared memory, stream, function and parameters of the last launches, as expected."""
+    """Return what the last launches were asked for, as expected.
+
+    Grid, threads, shared memory, stream, function, whether all programs run at once, and parameters.
+    """
     first = launches() - len(kernels)
-    counts = [7 + len(_parameters(compiled)) for compiled in kernels]
+    counts = [8 + len(_parameters(compiled)) for compiled in kernels]
     return [tuple(int(_loaded[0].stub_asked(first + i, j)) for j in range(n)) for i, n in enumerate(counts)]
 
 

@@ -48,11 +48,12 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     return load_error;
 }
 
-/* What the last launches were asked for: grid, threads, shared memory, stream, function and parameters. How many bytes
-   each parameter has is known only to who expects the launch. */
+/* What the last launches were asked for: grid, threads, shared memory, stream, function, whether all programs run at
+   once, and parameters. How many bytes each parameter has is known only to who expects the launch. */
 #define KEPT 64
 #define MOST 96
-static unsigned long long asked[KEPT][7 + MOST];
+#define HEAD 8
+static unsigned long long asked[KEPT][HEAD + MOST];
 static unsigned char expected[KEPT][MOST];
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
@@ -60,10 +61,13 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
     a[0] = config->gridDimX; a[1] = config->gridDimY; a[2] = config->gridDimZ;
     a[3] = config->blockDimX; a[4] = config->sharedMemBytes; a[5] = (unsigned long long)config->hStream;
     a[6] = (unsigned long long)function;
+    a[7] = 0;
+    for (unsigned i = 0; i < config->numAttrs; i++)
+        if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_COOPERATIVE) a[7] = config->attrs[i].value.cooperative;
     unsigned char *bytes = expected[(launches - 1) % KEPT];
     for (int i = 0; i < MOST; i++) {
-        a[7 + i] = 0;
-        for (int j = 0; j < bytes[i]; j++) ((unsigned char *)&a[7 + i])[j] = ((unsigned char *)parameters[i])[j];
+        a[HEAD + i] = 0;
+        for (int j = 0; j < bytes[i]; j++) ((unsigned char *)&a[HEAD + i])[j] = ((unsigned char *)parameters[i])[j];
         bytes[i] = 0;
     }
     return 0;

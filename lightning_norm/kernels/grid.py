@@ -31,6 +31,8 @@ REGISTERS = {
     "vjp_affine": 184,
     "channels_of": 112,
     "channels_vjp": 120,
+    "cooperative_mixture": 168,
+    "cooperative_mixture_vjp": 248,
     "own_mixture": 128,
     "own_mixture_vjp": 128,
     "own_channels": 128,
@@ -44,6 +46,12 @@ OWNER = False
 """Whether small maps take one launch per direction where nothing looks across channels, see ``kernels/owner``.
 
 Off until a GPU has shown that it is faster: part (e) of ``benchmarks/gpu.sh`` times it beside what is on.
+"""
+
+COOPERATIVE = False
+"""Whether maps that the L2 cache holds take one launch per direction in a mixture, see ``kernels/cooperative``.
+
+Off as ``OWNER`` is, which goes first where both would do.
 """
 
 MANY_TAPS = 192

@@ -84,7 +84,7 @@ def _launch_now(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) 
         KernelError: the kernel does not compile or load.
     """
     # The interpreter's errors are those of the kernel itself.
-    with _telling_of(kernel.__name__, after_others=True) if _is_compiled(kernel) else nullcontext():
+    with _telling_of(kernel.__name__, after_others=True) if is_compiled(kernel) else nullcontext():
         kernel[grid](*args, **options)
 
 
@@ -100,7 +100,7 @@ class _Launch(NamedTuple):
 
 def _write_down(launches: list[_Launch], kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     compiled = None
-    if _is_compiled(kernel):
+    if is_compiled(kernel):
         # The compiler takes a number for what it is; that it differs from call to call is noted below.
         plain = [_each(lambda part: int(part) if isinstance(part, Number) else part, a) for a in args]
         # Compiles without launching, for pointers of this alignment.
@@ -112,7 +112,7 @@ def _write_down(launches: list[_Launch], kernel: Any, grid: tuple[int, ...], *ar
     launches.append(_Launch(kernel, grid, args, options, compiled))
 
 
-def _is_compiled(kernel: Any) -> bool:
+def is_compiled(kernel: Any) -> bool:
     """Tell a kernel that Triton compiles from one that its interpreter runs."""
     from triton.runtime.jit import JITFunction
 

@@ -1,7 +1,7 @@
 """Run by test_launcher.py in a process of its own, where a stub is Triton's driver; prints what it saw as JSON.
 
 With several keys, each is also called with channels-last, misaligned and small inputs; that takes half an hour.
-Behind ``--owner`` small maps take one launch per direction.
+Behind ``--OWNER`` or ``--COOPERATIVE`` this switch of the grid is on, and small maps take one launch per direction.
 """
 
 import json
@@ -55,7 +55,8 @@ def is_asked_for_the_same(plan, inputs):
     pointers = [t if isinstance(t, int) else t.data_ptr() for t in tensors]
     stub.expect(kernels)
     plan.replayed(pointers, 0)
-    return stub.asked(kernels) == usual and all(a[7] for a in usual)
+    at_once = [step.kernel.__name__.startswith("cooperative") for step in plan.launches]
+    return stub.asked(kernels) == usual and all(a[8] for a in usual) and [a[7] for a in usual] == at_once
 
 
 def hooks_are_called(case):
@@ -72,8 +73,9 @@ def hooks_are_called(case):
 
 def main(*keys):
     stub.install()
-    if keys[0] == "--owner":
-        grid.OWNER, keys = True, keys[1:]
+    if keys[0].startswith("--"):
+        setattr(grid, keys[0][2:], True)
+        keys = keys[1:]
     remember_calls()
     seen = {"launcher": launcher.LAUNCHER, "launches": {}, "loaded by a second step": 0}
     for key in keys:

@@ -19,7 +19,8 @@ SLOW = pytest.mark.slow
     [
         (["sn"], {"sn": 8}),
         (["dyt", "derf"], {"dyt": 3, "derf": 3}),
-        pytest.param(["--owner", "bn", "rbn"], {"bn": 2, "rbn": 2}, marks=SLOW),
+        pytest.param(["--OWNER", "bn", "rbn"], {"bn": 2, "rbn": 2}, marks=SLOW),
+        pytest.param(["--COOPERATIVE", "sn", "gn"], {"sn": 2, "gn": 2}, marks=SLOW),
     ],
 )
 def test_recorded_launches(keys, launches):

@@ -11,6 +11,7 @@ from lightning_norm.kernels.arguments import Layout, Sums
 from lightning_norm.kernels.mixture.flags import Gradients, MixtureStatistics, Parameters, Running, Sent, Shape
 from lightning_norm.kernels.mixture.forward import group_of, mixtures, per_channel, root, weights_of, with_pooled
 from lightning_norm.kernels.passes.backward import read_sums
+from lightning_norm.kernels.passes.forward import place
 
 
 @triton.jit
@@ -66,13 +67,13 @@ def adjoint_at(sums, stats, parameters, running, o_n, o_c, m_nc, shape, layout, 
 def vjp_pool(
     sums: Sums, stats: MixtureStatistics, parameters: Parameters, running: Running, out: Gradients, samples, number,
     channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride, eps, factor,
-    FLAGS: tl.constexpr, TILE: tl.constexpr,
+    FLAGS: tl.constexpr, TILE: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """Gradients of what is pooled, of gamma, beta and iota; parts of those of w and v.
 
     The first ``column_jobs`` programs take blocks of channels, the others blocks of groups, as in ``pool``.
     """
-    i_job, shape = tl.program_id(0), Shape(samples, number, channels, groups_in_all, per_group)
+    i_job, shape = place(AT, 0), Shape(samples, number, channels, groups_in_all, per_group)
     layout = Layout(pieces, sample_stride, stride, 1, 1, 1)
     if i_job < column_jobs:
         vjp_columns(
@@ -167,14 +168,14 @@ def vjp_rows(
 def vjp_mix(
     sums: Sums, stats: MixtureStatistics, parameters: Parameters, running: Running, out: Gradients, samples, number,
     channels, groups_in_all, per_group, column_jobs, pieces, sample_stride, stride, size, eps, factor,
-    FLAGS: tl.constexpr, BLOCK: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCK: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """Constant and slope (2, N * C) of dx = scale * dy + constant + slope * (x - k). Program 0: gradients of w and v.
 
     A pooled mean or variance sends 1 / (number of its members) of its gradient to each of them, and a pooled variance
     also 2 (mean_n - mean) / number to the member's mean.
     """
-    o_nc = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o_nc = place(AT, 0) * BLOCK + tl.arange(0, BLOCK)
     o_n, shape = o_nc // channels, Shape(samples, number, channels, groups_in_all, per_group)
     layout = Layout(pieces, sample_stride, stride, 1, size, 1)
     vjp_mix_at(
@@ -182,7 +183,7 @@ def vjp_mix(
         FLAGS,
     )  # fmt: skip
     # All parts were stored by the launch before.
-    if FLAGS.num_weights > 0 and tl.program_id(0) == 0:
+    if FLAGS.num_weights > 0 and place(AT, 0) == 0:
         store_weight_gradients(out.partials, parameters.w, out.w, column_jobs, FLAGS, BLOCK)
         store_weight_gradients(out.partials + 3 * column_jobs, parameters.v, out.v, column_jobs, FLAGS, BLOCK)
 

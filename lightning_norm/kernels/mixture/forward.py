@@ -27,7 +27,7 @@ import triton.language as tl
 
 from lightning_norm.kernels.arguments import Moments
 from lightning_norm.kernels.mixture.flags import Given, MixtureStatistics, Parameters, Running, Shape
-from lightning_norm.kernels.passes.forward import layout_of, read_moments
+from lightning_norm.kernels.passes.forward import layout_of, place, read_moments
 
 
 @triton.jit
@@ -125,13 +125,13 @@ def root(b_v, eps):
 )
 def pool(
     parts: Moments, batch, layer, samples, channels, groups_in_all, per_group, column_jobs, pieces, sample_stride,
-    stride, piece, size, fold, factor, MERGE: tl.constexpr, TILE: tl.constexpr,
+    stride, piece, size, fold, factor, MERGE: tl.constexpr, TILE: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """Pool the moments of x: batch statistics (3, C), and group statistics (3, N * G), each as hi, lo and variance.
 
     The first ``column_jobs`` programs take blocks of channels, the others blocks of groups: one launch for both.
     """
-    layout, i_job = layout_of(pieces, sample_stride, stride, piece, size, fold), tl.program_id(0)
+    layout, i_job = layout_of(pieces, sample_stride, stride, piece, size, fold), place(AT, 0)
     if i_job < column_jobs:
         pool_columns(i_job, parts, batch, samples, channels, layout, factor, MERGE, TILE.n, TILE.c)
     else:
@@ -214,7 +214,7 @@ def store_statistics(out, o_at, m_at, number, b_first, b_mean, b_var):
 def mix(
     parts: Moments, stats: MixtureStatistics, parameters: Parameters, running: Running, number, channels,
     groups_in_all, per_group, pieces, sample_stride, stride, piece, size, fold, eps, factor, unbias,
-    FLAGS: tl.constexpr, BLOCK: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCK: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """Pivot, scale and offset (3, N * C) of y = scale * (x - pivot) + offset, from the pooled statistics.
 
@@ -222,7 +222,7 @@ def mix(
     the running statistics.
     """
     # Flat over (N, C), so that few samples of many channels fill a GPU as well as many samples of few.
-    o_nc = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o_nc = place(AT, 0) * BLOCK + tl.arange(0, BLOCK)
     o_n = o_nc // channels
     shape = Shape(0, number, channels, groups_in_all, per_group)
     layout = layout_of(pieces, sample_stride, stride, piece, size, fold)
@@ -230,7 +230,7 @@ def mix(
         parts, stats, parameters, running, o_n, o_nc - o_n * channels, o_nc < number, shape, layout, eps, factor, FLAGS
     )
     # No other program reads the running statistics while this one writes them.
-    if FLAGS.track != 0 and tl.program_id(0) == 0:
+    if FLAGS.track != 0 and place(AT, 0) == 0:
         factor = tl.cast(unbias, tl.float32)
         # The number of elements is known after the ranks have met, so the unbiased factor is computed here.
         if FLAGS.ranks:

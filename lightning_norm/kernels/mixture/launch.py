@@ -37,32 +37,19 @@ def affine_of(
     ``over_ranks`` the batch is that of all ranks, and this rank may have none of its samples.
     """
     grid = grid_of(x, channel_dim)
-    number = grid.n * grid.c
-    affine = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
-    batch, layer, moments = affine.new_empty(0), affine.new_empty(0), affine.new_empty(0)
-    rank_sums = affine.new_empty(0, dtype=torch.float64)
+    number, stats = grid.n * grid.c, empty_statistics(x, grid, flags)
+    affine, batch, layer = stats.affine, stats.batch, stats.layer
     # Where nothing is measured, another tensor stands in for pointers that no kernel reads.
-    parts, merge = Moments(*affine), False
-    # What makes a sample's variance the unbiased one.
-    factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0
+    parts, merge, factor = Moments(*affine), False, factor_of(grid.size, flags)
     # No samples on this rank: it adds nothing, and meets the others.
     if grid.n == 0:
-        moments, batch, layer = (
-            torch.empty_like(affine[1:]),
-            affine.new_zeros(3, grid.c),
-            affine.new_empty(3, 0, flags.num_groups),
-        )
+        batch.zero_()
     elif flags.needs_moments:
         # The mean is the pivot, and stored once.
-        moments = torch.empty_like(affine[1:])
-        parts, grid = moment_parts(x, grid, Moments(affine[0], *moments))
+        parts, grid = moment_parts(x, grid, Moments(affine[0], *stats.moments))
         merge = grid.parts > 1
-        if flags.pools_batch:
-            batch = affine.new_empty(3, grid.c)
-        if flags.pools_layer:
-            layer = affine.new_empty(3, grid.n, flags.num_groups)
         # One launch pools the batch's statistics (columns) and the groups' (rows).
-        tile = _tile(grid, flags, 1024)
+        tile = tile_of(grid, flags, 1024)
         columns = cdiv(grid.c, tile.c) if flags.pools_batch else 0
         jobs = columns + (cdiv(grid.n * flags.num_groups, tile.g) if flags.pools_layer else 0)
         if jobs:
@@ -72,12 +59,10 @@ def affine_of(
                     columns, *grid.moment_layout, factor, MERGE=merge, TILE=tile, num_warps=4,
                     maxnreg=REGISTERS["pool"],
                 )  # fmt: skip
-    count = grid.n * grid.size
-    # Running variances are unbiased; across ranks the kernel knows the number of elements.
-    unbias = 1.0 if flags.correction else count / max(count - 1, 1)
+    # Across ranks the kernel knows the number of elements.
+    unbias = unbias_of(grid.n * grid.size, flags) if over_ranks is None else float(not flags.correction)
     if over_ranks is not None:
-        rank_sums, unbias = pool_ranks(batch, count, over_ranks), float(not flags.correction)
-    stats = MixtureStatistics(moments, batch, layer, affine, rank_sums)
+        stats = stats._replace(rank_sums=pool_ranks(batch, grid.n * grid.size, over_ranks))
     parameters = tuples.Parameters(*(affine if t is None else t for t in (weight, bias, w, v)))
     with device_of(x):
         launch(mix, max(1, cdiv(number, BLOCK)))(
@@ -152,20 +137,15 @@ def adjoint(
     grid = grid_of(x, channel_dim)
     affine = stats.affine
     number, groups = grid.n * grid.c, grid.n * flags.num_groups
-    tile = _tile(grid, flags, 512)
+    tile = tile_of(grid, flags, 512)
     columns = cdiv(grid.c, tile.c)
     # Programs for channels, and for groups where they take part.
     rows = cdiv(groups, tile.g) if flags.at_ln >= 0 else 0
-    dbatch, dlayer = affine.new_empty(3, grid.c), affine.new_empty(2, groups if rows else 0)
-    dweight, dbias = affine.new_empty(grid.c), affine.new_empty(grid.c)
-    dw, dv = affine.new_empty(flags.length_of_w(grid.c)), affine.new_empty(flags.num_weights)
-    # Gradients of the weights are sums over everything: each block leaves its part, and the next launch adds them up.
-    weight_partials, dx_affine = affine.new_empty(6, columns), affine.new_empty(2, grid.n, grid.c)
-    factor = grid.size / max(grid.size - 1, 1) if flags.correction else 1.0
+    out, factor = empty_gradients(grid, flags, tile, affine), factor_of(grid.size, flags)
     tensors = (
         Sums(*parts), stats, tuples.Parameters(*(affine if t is None else t for t in (weight, None, w, v))),
         tuples.Running._make(affine if t is None else t for t in (*running, None, None, None)),
-        tuples.Gradients(dbatch, dlayer, dweight, dbias, dw, dv, weight_partials, dx_affine),
+        out,
     )  # fmt: skip
     sizes = grid.n, number, grid.c, groups, grid.c // flags.num_groups, columns, *partial_layout
     compiled = flags.compiled(merge=partial_layout[0] > 1, weight=weight is not None)
@@ -175,15 +155,46 @@ def adjoint(
         )  # fmt: skip
         # Between the two launches: pooled gradients are summed over the ranks.
         if over_ranks is not None:
-            pool_ranks_gradient(dbatch, stats.rank_sums, over_ranks)
+            pool_ranks_gradient(out.batch, stats.rank_sums, over_ranks)
         if flags.needs_moments or flags.num_weights > 0:
             launch(vjp_mix, cdiv(number, BLOCK))(
                 *tensors, *sizes, grid.size, eps, factor, FLAGS=compiled, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
-    return dweight, dbias, dw, dv, dx_affine
+    return out.weight, out.bias, out.w, out.v, out.dx_affine
 
 
-def _tile(grid: Grid, flags: MixtureFlags, most: int) -> tuples.Tile:
+def empty_statistics(x: Tensor, grid: Grid, flags: MixtureFlags) -> MixtureStatistics:
+    """Return tensors for the statistics of x; what is not needed is empty, and so is what comes from other ranks."""
+    affine = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
+    moments = torch.empty_like(affine[1:]) if flags.needs_moments else affine.new_empty(0)
+    batch = affine.new_empty(3, grid.c) if flags.pools_batch else affine.new_empty(0)
+    layer = affine.new_empty(3, grid.n, flags.num_groups) if flags.pools_layer else affine.new_empty(0)
+    return MixtureStatistics(moments, batch, layer, affine, affine.new_empty(0, dtype=torch.float64))
+
+
+def empty_gradients(grid: Grid, flags: MixtureFlags, tile: tuples.Tile, like: Tensor) -> tuples.Gradients:
+    """Return tensors for what the backward launches write."""
+    groups = grid.n * flags.num_groups if flags.at_ln >= 0 else 0
+    weight, bias = like.new_empty(grid.c), like.new_empty(grid.c)
+    w, v = like.new_empty(flags.length_of_w(grid.c)), like.new_empty(flags.num_weights)
+    # Gradients of the weights are sums over everything: each block leaves its part, and the next launch adds them up.
+    partials, dx_affine = like.new_empty(6, cdiv(grid.c, tile.c)), like.new_empty(2, grid.n, grid.c)
+    return tuples.Gradients(
+        like.new_empty(3, grid.c), like.new_empty(2, groups), weight, bias, w, v, partials, dx_affine
+    )
+
+
+def factor_of(size: int, flags: MixtureFlags) -> float:
+    """Return what makes the variance of a sample's ``size`` elements the unbiased one, where that is asked for."""
+    return size / max(size - 1, 1) if flags.correction else 1.0
+
+
+def unbias_of(count: int, flags: MixtureFlags) -> float:
+    """Return what makes the variance of a batch's ``count`` elements unbiased, as running variances are."""
+    return 1.0 if flags.correction else count / max(count - 1, 1)
+
+
+def tile_of(grid: Grid, flags: MixtureFlags, most: int) -> tuples.Tile:
     """Return the tiles over which columns and rows of (N, C) are pooled, of at most ``most`` elements."""
     # At most two steps for 64 samples, or for 2048 channels of a group.
     n, per_group = min(power(grid.n), most // 16), grid.c // flags.num_groups

@@ -16,6 +16,7 @@ from lightning_norm.kernels.arguments import Maps, Sums
 from lightning_norm.kernels.grid import BUSY, REGISTERS, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.mixture.flags import Gradients, MixtureFlags, MixtureStatistics, Parameters, Running
+from lightning_norm.kernels.mixture.launch import factor_of, unbias_of
 from lightning_norm.kernels.owner.backward import own_channels_vjp, own_mixture_vjp
 from lightning_norm.kernels.owner.flags import Tile
 from lightning_norm.kernels.owner.forward import own_channels, own_mixture
@@ -144,14 +145,13 @@ def normalize_mixture(
     # Neither layers nor other ranks have statistics here: both stay empty.
     moments, empty, bn = torch.empty_like(affine[1:]), affine.new_empty(0), flags.at_bn >= 0
     batch = affine.new_empty(3, owner.c) if bn else empty
-    factor, count = _factor(owner, flags), owner.n * owner.size
     stats = MixtureStatistics(moments, batch, empty, affine, affine.new_empty(0, dtype=torch.float64))
     parameters = Parameters(*(affine if t is None else t for t in (weight, bias, None, None)))
     with device_of(x):
         launch(own_mixture, owner.programs)(
             x, x if residual is None else dense(residual, x), y, parameters,
             Running(*(affine if t is None else t for t in running)), stats, owner.n, owner.c, *owner.numbers, eps,
-            factor, 1.0 if flags.correction else count / max(count - 1, 1),
+            factor_of(owner.size, flags), unbias_of(owner.n * owner.size, flags),
             FLAGS=flags.compiled(weight=weight is not None, bias=bias is not None), TILE=owner.tile(1),
             maxnreg=REGISTERS["own_mixture"], **_ending(activation, residual),
         )  # fmt: skip
@@ -180,7 +180,7 @@ def mixture_gradients(
     with device_of(x):
         launch(own_mixture_vjp, owner.programs)(
             maps, parameters, Running(*(affine,) * 5), stats, out, Sums(*sums), owner.n, owner.c, *owner.numbers, eps,
-            _factor(owner, flags), FLAGS=flags.compiled(weight=weight is not None),
+            factor_of(owner.size, flags), FLAGS=flags.compiled(weight=weight is not None),
             NEED=need_dx or residual is not None, TILE=owner.tile(1), maxnreg=REGISTERS["own_mixture_vjp"],
             **_ending(activation, residual),
         )  # fmt: skip
@@ -276,11 +276,6 @@ def _learned(
     responsibilities: Optional, weight: Optional, bias: Optional, gates: Sequence[Optional], other: Tensor
 ) -> channelwise.Learned:
     return channelwise.Learned(*(other if t is None else t for t in (responsibilities, weight, bias, *gates[:5])))
-
-
-def _factor(owner: Owner, flags: MixtureFlags) -> float:
-    """Return what makes a sample's variance the unbiased one, where that is asked for."""
-    return owner.size / max(owner.size - 1, 1) if flags.correction else 1.0
 
 
 def _ending(activation: str, residual: Optional) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from lightning_norm.kernels.arguments import Affine, DxAffine, Maps, Sums
-from lightning_norm.kernels.passes.forward import column_lanes, flat_lanes, of_row, row_span, zeros
+from lightning_norm.kernels.passes.forward import column_lanes, flat_lanes, of_row, pieces_of, place, row_span, zeros
 
 
 @triton.jit
@@ -52,13 +52,14 @@ def products(
 def sums_rows(
     dy, x, residual, affine: Affine, out: Sums, rows, size, units, piece,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    AT: tl.constexpr = None,
 ):  # fmt: skip
     """Sums of g and of g * (x - pivot) over each piece of each row: (pieces, rows) each.
 
     Grid and tiles as ``moments_rows``. Of ``affine``, (rows,) each, all but the pivot serve the activation alone.
     """
     rows, size, units, piece = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64), tl.cast(piece, tl.int32)  # noqa: E501  # fmt: skip
-    row, i_p = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
+    row, i_p = place(AT, 0).to(tl.int64) * ROWS, place(AT, 1)
     o_r = tl.arange(0, ROWS)
     m_r = row + o_r < rows
     origin, o_base, o_start, o_end, o_stop = row_span(row, size, piece, i_p, units, ALIGN, ROWS)
@@ -94,18 +95,18 @@ def sums_rows(
 def sums_columns(
     dy, x, residual, affine: Affine, out: Sums, size, units, piece, true_channels,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """Sums of g and of g * (x - pivot) over each piece of each column: (samples, pieces, channels) each.
 
     Grid and tiles as ``moments_columns``. With FOLD a sum is that of every FOLD-th position; whoever reads them adds
     up.
     """
-    i_n, i_p = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    i_n, i_p, pieces = place(AT, 0).to(tl.int64), place(AT, 2), pieces_of(AT)
     begin = i_p * piece
     count = tl.minimum(piece, size - begin)
     channels = units * ALIGN
-    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_c = place(AT, 1) * BLOCK + tl.arange(0, BLOCK)
     o_s = tl.arange(0, ROWS)
     origin = (i_n * size + begin) * channels
     # Where coefficients of this sample's channels lie.
@@ -135,7 +136,7 @@ def sums_columns(
         b_h, b_hu = products(dy, x, residual, o_x, m_x, m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL)
         b_g += b_h
         b_gu += b_hu
-    o_nc = (i_n * tl.num_programs(2) + i_p) * channels + o_c
+    o_nc = (i_n * pieces + i_p) * channels + o_c
     tl.store(out.total + o_nc, tl.sum(b_g, 0), mask=o_c < channels)
     tl.store(out.dot + o_nc, tl.sum(b_gu, 0), mask=o_c < channels)
 
@@ -213,14 +214,14 @@ def store_gradients(
 @triton.jit(do_not_specialize=["rows", "size", "units", "magic"])
 def combine_flat(
     maps: Maps, affine: Affine, dx_affine: DxAffine, rows, size, units, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, PLAIN: tl.constexpr,
+    WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, PLAIN: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """``store_gradients`` for x in rows. Grid and coefficients as ``apply_flat``.
 
     Written out, for here each coefficient takes registers from where it is read: as late as may be.
     """
     rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
-    origin, o_x, m_x, row, o_row = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
+    origin, o_x, m_x, row, o_row = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE, AT)
     dy, x, residual, dx, dresidual = maps
     b_g = tl.load(dy + origin + o_x, mask=m_x, other=0.0).to(tl.float32)  # [BLOCK]
     b_scale = of_row(affine.scale, row, rows, o_row, m_x, WIDE)
@@ -244,11 +245,11 @@ def combine_flat(
 def combine_columns(
     maps: Maps, affine: Affine, dx_affine: DxAffine, size, units, blocks, true_channels, ALIGN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
-    PLAIN: tl.constexpr,
+    PLAIN: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """``store_gradients`` for x in columns. Grid and coefficients as ``apply_columns``."""
     size, units = tl.cast(size, tl.int32), tl.cast(units, tl.int32)
-    origin, o_x, m_x, o_nc, m_nc = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
+    origin, o_x, m_x, o_nc, m_nc = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD, AT)
     b_pivot = tl.load(affine.pivot + o_nc, mask=m_nc, other=0.0)[None, :]  # [1, BLOCK]
     b_scale = tl.load(affine.scale + o_nc, mask=m_nc, other=0.0)[None, :]
     b_offset = tl.load(affine.offset + o_nc, mask=m_nc, other=0.0)[None, :]

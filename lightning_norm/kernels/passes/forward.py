@@ -19,6 +19,16 @@ from lightning_norm.kernels.arguments import Affine, Layout, Moments
 
 
 @triton.jit
+def place(AT, axis: tl.constexpr):
+    """Return a program's place on an axis of the grid; in a kernel that calls another, where that one is to be."""
+    if AT is None:
+        i_at = tl.program_id(axis)
+    else:
+        i_at = AT[axis]
+    return i_at
+
+
+@triton.jit
 def zeros(rows: tl.constexpr, block: tl.constexpr):
     """Return a tile of zeros; fields of a constant are no shape for Triton 3.6, where they are arguments."""
     return tl.zeros((rows, block), tl.float32)
@@ -51,7 +61,7 @@ def row_span(row, size, piece, i_p, units, ALIGN: tl.constexpr, ROWS: tl.constex
 @triton.jit(do_not_specialize=["rows", "size", "units", "piece"])
 def moments_rows(
     x, out: Moments, rows, size, units, piece, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    AVERAGE: tl.constexpr,
+    AVERAGE: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """Mean, as hi + lo, and biased variance of each piece of each row: (pieces, rows) each.
 
@@ -61,7 +71,7 @@ def moments_rows(
     # A size of 1 arrives as a constant, which has no dtype of its own.
     rows, size, units, piece = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64), tl.cast(piece, tl.int32)  # noqa: E501  # fmt: skip
     # One block of rows, and one piece of each.
-    row, i_p = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
+    row, i_p = place(AT, 0).to(tl.int64) * ROWS, place(AT, 1)
     origin, o_base, o_start, o_end, o_stop = row_span(row, size, piece, i_p, units, ALIGN, ROWS)
     x += origin
     o_x = o_base[:, None] + tl.arange(0, BLOCK)[None, :]  # [ROWS, BLOCK]
@@ -92,7 +102,7 @@ def moments_rows(
 @triton.jit(do_not_specialize=["size", "units", "piece"])
 def moments_columns(
     x, out: Moments, size, units, piece, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    AVERAGE: tl.constexpr,
+    AVERAGE: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """Mean, as hi + lo, and biased variance of each piece of each column: (samples, pieces, channels) each.
 
@@ -100,11 +110,11 @@ def moments_columns(
     is (samples, blocks of channels, pieces).
     """
     # Which sample and which piece of it: an axis of the grid each, for a division would take longer than a tile.
-    i_n, i_p = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    i_n, i_p, pieces = place(AT, 0).to(tl.int64), place(AT, 2), pieces_of(AT)
     begin = i_p * piece
     count = tl.minimum(piece, size - begin)
     channels = units * ALIGN
-    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_c = place(AT, 1) * BLOCK + tl.arange(0, BLOCK)
     o_s = tl.arange(0, ROWS)
     x += (i_n * size + begin) * channels
     o_x = o_s[:, None] * channels + o_c[None, :]  # [ROWS, BLOCK]
@@ -125,7 +135,7 @@ def moments_columns(
         b_u = tl.where(m_x, b_x - b_pivot[None, :], 0.0)
         b_total += b_u
         b_square += b_u * b_u
-    o_out = (i_n * tl.num_programs(2) + i_p) * channels + o_c  # [BLOCK]
+    o_out = (i_n * pieces + i_p) * channels + o_c  # [BLOCK]
     store_moments(out, o_out, o_c < channels, b_pivot, tl.sum(b_total, 0), tl.sum(b_square, 0), count)
 
 
@@ -259,14 +269,34 @@ def store_result(b_z, residual, y, o_x, m_x, ACT: tl.constexpr, RESIDUAL: tl.con
 
 
 @triton.jit
-def flat_lanes(units, size, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def pieces_of(AT):
+    """Return the pieces of a column, of which each is a program on the third axis of the grid."""
+    if AT is None:
+        pieces = tl.num_programs(2)
+    else:
+        pieces = AT[3]
+    return pieces
+
+
+@triton.jit
+def place_from_end(AT):
+    """Return a program's place on the first axis of the grid, the last program being at 0."""
+    if AT is None:
+        i_at = tl.num_programs(0) - 1 - tl.program_id(0)
+    else:
+        i_at = AT[0]
+    return i_at
+
+
+@triton.jit
+def flat_lanes(units, size, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, AT):
     """Return a program's origin, lanes, mask, first row, and each lane's row counted from that.
 
     WIDE: rows are longer than BLOCK, so that a program meets two of them at most, and the last result is a Boolean.
     Otherwise a lane finds its row by one multiplication in place of a division, see ``launch.magic``.
     """
     # From the end to the start: what the pass before read last is still in the cache.
-    i_block = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_block = place_from_end(AT)
     origin = i_block.to(tl.int64) * BLOCK
     o_x = tl.arange(0, BLOCK)
     # What is left of x behind the origin, in whole vectors.
@@ -295,7 +325,7 @@ def of_row(coefficient, row, rows, o_row, m_x, WIDE: tl.constexpr):
 @triton.jit
 def column_lanes(
     size, units, blocks, true_channels, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    FOLD: tl.constexpr,
+    FOLD: tl.constexpr, AT,
 ):  # fmt: skip
     """Return a program's origin, lanes and mask, and the (N, C) index of each of its channels with its mask.
 
@@ -303,12 +333,12 @@ def column_lanes(
     channel c of the tile is channel c % true_channels of x.
     """
     # From the end to the start, as ``flat_lanes``. Divided in 32 bits: in 64 it would take as long as the tile.
-    i_job = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_job = place_from_end(AT)
     i_sample = i_job // blocks
     i_n = i_sample.to(tl.int64)
     begin = (i_job - i_sample * blocks) * ROWS
     channels = units * ALIGN
-    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_c = place(AT, 1) * BLOCK + tl.arange(0, BLOCK)
     o_s = tl.arange(0, ROWS)
     o_nc = i_n * channels + o_c  # [BLOCK]
     if FOLD > 1:
@@ -320,14 +350,14 @@ def column_lanes(
 @triton.jit(do_not_specialize=["rows", "size", "units", "magic"])
 def apply_flat(
     x, residual, y, affine: Affine, rows, size, units, magic, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    WIDE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """y = act(scale * (x - pivot) + offset + residual) for x in rows.
 
     Each of ``affine`` is (rows,). A program takes BLOCK elements; the grid is (blocks,).
     """
     rows, size, units = tl.cast(rows, tl.int64), tl.cast(size, tl.int32), tl.cast(units, tl.int64)
-    origin, o_x, m_x, row, o_row = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE)
+    origin, o_x, m_x, row, o_row = flat_lanes(units, size, tl.cast(magic, tl.int32), ALIGN, BLOCK, WIDE, AT)
     # The pivot is subtracted first, exactly where x is near it; then one rounding in the multiply-add.
     b_u = tl.load(x + origin + o_x, mask=m_x, other=0.0).to(tl.float32)  # [BLOCK]
     b_u -= of_row(affine.pivot, row, rows, o_row, m_x, WIDE)
@@ -340,14 +370,14 @@ def apply_flat(
 @triton.jit(do_not_specialize=["size", "units", "blocks"])
 def apply_columns(
     x, residual, y, affine: Affine, size, units, blocks, true_channels, ALIGN: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr, FOLD: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, AT: tl.constexpr = None,
 ):  # fmt: skip
     """y = act(scale * (x - pivot) + offset + residual) for x in columns.
 
     A program takes ROWS x BLOCK of one sample; the grid is (samples * blocks of rows, blocks of channels).
     """
     size, units = tl.cast(size, tl.int32), tl.cast(units, tl.int32)
-    origin, o_x, m_x, o_nc, m_nc = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD)
+    origin, o_x, m_x, o_nc, m_nc = column_lanes(size, units, blocks, true_channels, ALIGN, ROWS, BLOCK, FOLD, AT)
     # One coefficient per channel, for all rows of the tile.
     b_pivot = tl.load(affine.pivot + o_nc, mask=m_nc, other=0.0)[None, :]  # [1, BLOCK]
     b_scale = tl.load(affine.scale + o_nc, mask=m_nc, other=0.0)[None, :]

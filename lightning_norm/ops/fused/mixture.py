@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_norm.kernels import grid
 from lightning_norm.kernels.grid import samples_and_channels
 from lightning_norm.kernels.mixture.flags import MixtureFlags, MixtureStatistics
 from lightning_norm.ops.fused import operators, recorded
@@ -124,42 +125,56 @@ class MixtureSpec:
         return (r.mean, r.var, r.tracked, r.skipped) if r is not None and self.flags.track else ()
 
     def of_call(self, x: Tensor) -> tuple[Any, ...]:
-        """Return nothing: no call draws numbers."""
-        return ()
+        """Return the counters by which the programs of a cooperative launch meet, where that is switched on."""
+        if not grid.COOPERATIVE:
+            return ()
+        from lightning_norm.kernels.cooperative.launch import arrivals
+
+        return (arrivals(x),)
 
     def launch_forward(
         self, x: Tensor, residual: Tensor | None, parameters: Any, buffers: Any, channel_dim: int, activation: str
     ) -> tuple[Tensor, MixtureStatistics]:
         """Launch the pass over x and the equations, and then apply; or all in one launch."""
+        from lightning_norm.kernels.cooperative import launch as cooperative
         from lightning_norm.kernels.mixture.launch import affine_of
         from lightning_norm.kernels.owner.launch import normalize_mixture, owner_of, owns_mixture
         from lightning_norm.kernels.passes.launch import apply
 
         weight, bias, w, v = parameters
+        running, arrived, equations = buffers[:5], buffers[5:], (self.flags, self.eps, activation)
         # A small map whose channels stand alone takes one launch, where that is switched on.
         owner = owner_of(x, channel_dim) if owns_mixture(self.flags) else None
         if owner is not None:
-            return normalize_mixture(owner, x, residual, weight, bias, buffers, self.flags, self.eps, activation)
-        stats = affine_of(x, weight, bias, w, v, buffers, channel_dim, self.flags, self.eps)
+            return normalize_mixture(owner, x, residual, weight, bias, running, *equations)
+        held = cooperative.grid_for(x, channel_dim, self.flags) if arrived else None
+        if held is not None:
+            return cooperative.normalize(held, x, residual, weight, bias, w, v, running, arrived[0], *equations)
+        stats = affine_of(x, weight, bias, w, v, running, channel_dim, self.flags, self.eps)
         return apply(x, stats.affine, channel_dim, activation, residual), stats
 
     def launch_backward(
         self, dy: Tensor, x: Tensor, residual: Any, stats: Any, parameters: Any, buffers: Any, need_dx: bool, *how: Any
     ) -> tuple[Any, ...]:
         """Launch the backward pass."""
+        from lightning_norm.kernels.cooperative import launch as cooperative
         from lightning_norm.kernels.mixture.launch import gradients
         from lightning_norm.kernels.owner.launch import mixture_gradients, owner_of, owns_mixture
 
-        (weight, _, w, v), (channel_dim, activation) = parameters, how
-        known, owner = MixtureStatistics(*stats), owner_of(x, channel_dim) if owns_mixture(self.flags) else None
+        (weight, _, w, v), (channel_dim, activation), known = parameters, how, MixtureStatistics(*stats)
+        frozen, arrived, equations = buffers[:2], buffers[2:], (self.flags, self.eps, activation, need_dx)
+        owner = owner_of(x, channel_dim) if owns_mixture(self.flags) else None
+        held = cooperative.grid_for(x, channel_dim, self.flags) if arrived else None
         if owner is not None:
-            dx, *of_parameters, dresidual = mixture_gradients(
-                owner, dy, x, known, weight, residual, self.flags, self.eps, activation, need_dx
+            dx, *of_parameters, dresidual = mixture_gradients(owner, dy, x, known, weight, residual, *equations)
+        elif held is not None:
+            dx, *of_parameters, dresidual = cooperative.gradients(
+                held, dy, x, known, weight, w, v, residual, arrived[0], *equations
             )
         else:
             dx, *of_parameters, dresidual = gradients(
-                dy, x, known, weight, w, v, buffers, residual, channel_dim, self.flags, self.eps, activation, need_dx
-            )
+                dy, x, known, weight, w, v, frozen, residual, channel_dim, *equations
+            )  # fmt: skip
         return dx, dresidual, of_parameters
 
     def operator_backward(
@@ -168,7 +183,7 @@ class MixtureSpec:
         """Run the backward pass as one operator."""
         (weight, _, w, v), (channel_dim, activation) = parameters, how
         dx, *of_parameters, dresidual = ops.mixture_gradients(
-            dy, x, *stats, weight, w, v, *buffers, residual, channel_dim, to_numbers(self.flags), self.eps,
+            dy, x, *stats, weight, w, v, *buffers[:2], residual, channel_dim, to_numbers(self.flags), self.eps,
             activation, need_dx, "",
         )  # fmt: skip
         return dx, dresidual, of_parameters
