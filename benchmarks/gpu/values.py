@@ -32,6 +32,7 @@ FIRST = (
     f"{RUNTIME}::test_a_layer_compiles_itself",
     f"{RUNTIME}::test_compiled_into_cuda_graphs",
     f"{RUNTIME}::test_compiled",
+    "tests/gpu/test_switches.py",
 )
 """In the order in which they are worth their time; ``test_large.py`` takes minutes, and is left to pytest."""
 
