@@ -65,20 +65,25 @@ class Variant:
         return str(self.kernel.fn.__name__)
 
 
+ENDINGS = {0: "", 1: " add relu", 3: " threshold"}
+"""What follows the normalization, by its number in the kernels."""
+
+
 def variants() -> Iterator[Variant]:
     """Yield every kernel at the shapes that networks have: maps of 49, 196 and 1024, and few large rows."""
     plain, fused = {"ACT": 0, "RESIDUAL": False}, {"ACT": 1, "RESIDUAL": True}
+    above = {"ACT": 3, "RESIDUAL": False}
     for dtype, align in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         for shape, rows, block, long in (("49", 64, 32, False), ("196", 32, 64, False), ("long", 1, TILE, True)):
             blocks = {"ALIGN": align, "ROWS": rows, "BLOCK": block}
             moments = {**blocks, "AVERAGE": long or dtype == "fp32"}
             yield Variant(passes_forward.moments_rows, shape, dtype, moments, warps(rows * block))
-            for act in (plain, fused):
-                name = shape + (" add relu" if act["ACT"] else "")
+            for act in (plain, fused, above):
+                name = shape + ENDINGS[act["ACT"]]
                 yield Variant(passes_backward.sums_rows, name, dtype, {**blocks, **act}, warps(rows * block))
         for wide in (False, True):
-            for act in (plain, fused):
-                name = ("long" if wide else "any") + (" add relu" if act["ACT"] else "")
+            for act in (plain, fused, above):
+                name = ("long" if wide else "any") + ENDINGS[act["ACT"]]
                 blocks = {"ALIGN": align, "BLOCK": TILE, "WIDE": wide, **act}
                 yield Variant(passes_forward.apply_flat, name, dtype, blocks, 4)
                 yield Variant(passes_backward.combine_flat, name, dtype, {**blocks, "PLAIN": False}, 4)
@@ -89,16 +94,19 @@ def variants() -> Iterator[Variant]:
                 moments = {**blocks, "AVERAGE": long or dtype == "fp32"}
                 name = f"{shape}, long" if long else shape
                 yield Variant(passes_forward.moments_columns, name, dtype, moments, 2)
-            for act in (plain, fused):
-                name = shape + (" add relu" if act["ACT"] else "")
+            for act in (plain, fused, above):
+                name = shape + ENDINGS[act["ACT"]]
                 more = {**blocks, "FOLD": fold, **act}
                 yield Variant(passes_backward.sums_columns, name, dtype, more, 4)
                 yield Variant(passes_forward.apply_columns, name, dtype, more, 4)
                 yield Variant(passes_backward.combine_columns, name, dtype, {**more, "PLAIN": False}, 4)
     for parts in JOINED:
         at_once, lanes, num_warps = join_tile(parts)
-        for kernel in (passes_forward.join_moments, passes_backward.join_sums):
-            yield Variant(kernel, f"{parts} parts", "fp32", {"P_BLOCK": at_once, "BLOCK": lanes}, num_warps)
+        tile = {"P_BLOCK": at_once, "BLOCK": lanes}
+        yield Variant(passes_forward.join_moments, f"{parts} parts", "fp32", tile, num_warps)
+        for rest in (False, True):
+            name = f"{parts} parts" + ENDINGS[3 * rest]
+            yield Variant(passes_backward.join_sums, name, "fp32", {"REST": rest, **tile}, num_warps)
     yield from _mixture()
     yield from _per_channel()
     yield from _encoder_decoder()

@@ -465,6 +465,10 @@ class MomentNorm(SpecialCalls, Normalizer):
         """Return kernel and bias of the depthwise convolution that follows, ``None`` for none."""
         return None
 
+    def floor(self) -> Tensor | None:
+        """Return tau, (C,), where y is max(y, tau) and the algebra gives y - tau; ``None`` where nothing follows it."""
+        return None
+
     def of_tokens(self, t: Tokens) -> Tensor:
         """Return y of the statistics of each token, where :attr:`per_token` is set; in place of :meth:`algebra`."""
         raise NotImplementedError(f"{type(self).__name__} must define of_tokens(self, t: Tokens) -> Tensor.")
@@ -716,8 +720,8 @@ def _forward(
         if on_cpu.is_read_as_one_sample(layer, x, layout):
             layout = layout.as_one_sample()
     fused_spec = functools.partial(spec_of, layer) if layer._fused_spec_holds and not accumulates else None
-    algebra, conv = layer.algebra_of(x, layout), layer.depthwise_conv()
-    return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, activation, residual, conv))
+    algebra, ending = layer.algebra_of(x, layout), (activation, residual, layer.depthwise_conv(), layer.floor())
+    return run(x, Call(algebra, layout, moments, ranks, layer.backend, fused_spec, *ending))
 
 
 def _forward_positions(

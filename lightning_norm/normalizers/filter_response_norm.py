@@ -14,9 +14,9 @@ from lightning_norm.layers.declared import Unsupported
 from lightning_norm.layers.fused_specs import mixture_spec
 from lightning_norm.ops import eager, native
 from lightning_norm.ops.fused.mixture import MixtureSpec
-from lightning_norm.ops.layout import Layout, at_least_float32, layout_of
+from lightning_norm.ops.layout import Layout, layout_of
 from lightning_norm.ops.moments import Affine, Moments
-from lightning_norm.ops.normalize import ended
+from lightning_norm.ops.normalize import along, ended
 
 
 class FilterResponseNorm(MomentNorm):
@@ -89,6 +89,10 @@ class FilterResponseNorm(MomentNorm):
             return None
         return mixture_spec(self, ("in",), w=self.tau, uncentered=True, threshold=self.tau is not None)
 
+    def floor(self) -> Tensor | None:
+        """Return the threshold."""
+        return self.tau
+
     def _normalize(
         self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None = None
     ) -> Tensor:
@@ -100,11 +104,7 @@ class FilterResponseNorm(MomentNorm):
             if self.statistic_size(layout.n, layout.size) > 1:
                 tensors = self.tau, self.extra_eps, self.weight, self.bias
                 return ended(_Filtered.apply(input, *tensors, self._eps, layout), activation, residual)
-        # max(y, tau) = max(y - tau, 0) + tau, and a ReLU is part of the engine's passes over x.
-        above = super()._normalize(input, "relu", None)
-        # In float32 at least, so that the gradient of tau is summed up in it.
-        z = (above + _along(self.tau, above, self.channel_dim)).to(above.dtype)
-        return ended(z, activation, residual)
+        return ended(super()._normalize(input, "none", None), activation, residual)
 
     def _on_cpu_at_once(self, x: Tensor) -> bool:
         """Tell whether one function computes the layer with its threshold."""
@@ -147,12 +147,6 @@ def _less(bias: Tensor | None, tau: Tensor) -> Tensor:
     return -tau if bias is None else bias - tau
 
 
-def _along(tau: Tensor, y: Tensor, channel_dim: int) -> Tensor:
-    """Return tau in float32 at least, broadcastable to y."""
-    tau = tau.to(at_least_float32(y.dtype))
-    return tau.view(-1, *(1,) * (y.dim() - 2)) if channel_dim == 1 else tau
-
-
 class _Filtered(torch.autograd.Function):
     """max(gamma r x + beta, tau) with r one over the root of the mean square; x and r are kept, and y computed again.
 
@@ -177,7 +171,7 @@ class _Filtered(torch.autograd.Function):
         ctx.eps, ctx.layout = eps, layout
         ctx.save_for_backward(x, tau, extra_eps, weight, bias, root)
         y = _above(x, tau, weight, bias, root, layout)
-        return y.clamp_min_(0).add_(_along(tau, y, layout.channel_dim))
+        return y.clamp_min_(0).add_(along(tau, y, layout.channel_dim))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -221,5 +215,5 @@ def _plainly(
     """Return the same in plain differentiable PyTorch."""
     m = Moments(*eager.moments(x, layout, recorded=True), layout.size)
     fields = _affine(m, eps, extra_eps, weight, bias).fields(layout.n, layout.c)
-    y, t = eager.apply_centered(x, *fields, layout, recorded=True), _along(tau, x, layout.channel_dim)
+    y, t = eager.apply_centered(x, *fields, layout, recorded=True), along(tau, x, layout.channel_dim)
     return torch.where(y > t, y, t)

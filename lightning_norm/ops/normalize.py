@@ -101,7 +101,11 @@ class _Either:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of :func:`normalize`: its arguments of the same names, with a layout that was checked against x."""
+    """One call of :func:`normalize`: its arguments of the same names, with a layout that was checked against x.
+
+    ``floor`` is tau, (C,): where there is one, the algebra gives y - tau, the result is max(y, tau), and nothing
+    follows.
+    """
 
     algebra: Algebra
     layout: Layout
@@ -112,6 +116,7 @@ class Call:
     activation: str = "none"
     residual: Tensor | None = None
     depthwise_conv: tuple[Tensor, Tensor | None] | None = None
+    floor: Tensor | None = None
 
     def channels_second(self, x: Tensor) -> Call:
         """Return the same call for x with its channels moved from the last axis to the second."""
@@ -175,6 +180,17 @@ def activated(y: Tensor, activation: str = "none", residual: Tensor | None = Non
     return ACTIVATIONS[activation](y)
 
 
+def along(t: Tensor, y: Tensor, channel_dim: int) -> Tensor:
+    """Return t, (C,), in float32 at least, so that its gradient is summed up in it, and broadcastable to y."""
+    t = t.to(at_least_float32(y.dtype))
+    return t.view(-1, *(1,) * (y.dim() - 2)) if channel_dim == 1 else t
+
+
+def not_below(y: Tensor, floor: Tensor, layout: Layout) -> Tensor:
+    """Return relu(y) + floor, which is max(y + floor, floor), in plain PyTorch; ``floor`` is (C,)."""
+    return (torch.relu(y) + along(floor, y, layout.channel_dim)).to(y.dtype)
+
+
 def ended(y: Tensor, activation: str, residual: Tensor | None) -> Tensor:
     """Return act(y + residual), or y itself where nothing follows, and refuse what :func:`check_ending` does."""
     if residual is None and activation == "none":
@@ -199,6 +215,8 @@ def run(x: Tensor, call: Call) -> Tensor:
                 kernels = _without_kernels(x, call, error)
         x_alias, scale_carrier, fields, how = _fields(x, call, kernels)
         y: Tensor = _Apply.apply(x_alias, scale_carrier, x, *fields, how)
+        if call.floor is not None:
+            return not_below(y, call.floor, call.layout)
     is_ended = call.activation == "none" and call.residual is None
     return y if is_ended else activated(y, call.activation, call.residual)
 
@@ -211,7 +229,10 @@ def _run_specially(x: Tensor, call: Call) -> Tensor:
         return run(x, call.channels_second(x)).movedim(1, -1)
     if torch_private.is_transformed():
         with without_autocast(x):
-            return activated(_normalize_without_functions(x, call), call.activation, call.residual)
+            y = _normalize_without_functions(x, call)
+            if call.floor is not None:
+                return not_below(y, call.floor, call.layout)
+            return activated(y, call.activation, call.residual)
     assert call.depthwise_conv is not None
     spec = None if call.backend == "eager" else _on_kernels(x, call)[1]
     with without_autocast(x):

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from lightning_norm.kernels.arguments import Affine, DxAffine, Maps, Sums
+from lightning_norm.kernels.arguments import DxAffine, Maps, Sums
 from lightning_norm.kernels.cooperative.flags import Size
-from lightning_norm.kernels.cooperative.forward import BLOCK, column_job, meet, numbers_of, strides_of
+from lightning_norm.kernels.cooperative.forward import BLOCK, coefficients_of, column_job, meet, numbers_of, strides_of
 from lightning_norm.kernels.mixture.backward import vjp_mix, vjp_pool
 from lightning_norm.kernels.mixture.flags import Gradients, MixtureStatistics, Parameters, Running
 from lightning_norm.kernels.passes.backward import combine_columns, combine_flat, sums_columns, sums_rows
@@ -65,7 +65,7 @@ def cooperative_mixture_vjp(
     number_of_parts, sample_stride, stride = strides_of(size, PLAN)
     numbers, i_first, programs = numbers_of(size), tl.program_id(0), tl.num_programs(0)
     number, groups, columns = numbers.number, numbers.groups_in_all, tl.cdiv(channels, TILE.c)
-    affine = Affine(stats.affine, stats.affine + number, stats.affine + 2 * number)
+    affine = coefficients_of(stats.affine, number)
     if PLAN.phase == 0 or PLAN.phase < 0:
         add_up(maps, affine, sums, size, PLAN)
     if PLAN.phase < 0:

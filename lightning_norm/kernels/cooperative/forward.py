@@ -69,6 +69,12 @@ def column_job(i_job, blocks, pieces):
 
 
 @triton.jit
+def coefficients_of(affine, number):
+    """Return pivot, scale, offset and threshold, ``number`` of each; the last is there if the equations have one."""
+    return Affine(affine, affine + number, affine + 2 * number, affine + 3 * number)
+
+
+@triton.jit
 def measure(x, out, size, PLAN: tl.constexpr):
     """Write the moments of each piece."""
     rows, pieces = size.samples * size.channels, size.pieces
@@ -143,4 +149,4 @@ def cooperative_mixture(
     if PLAN.phase < 0:
         meet(arrived, 2)
     if PLAN.phase == 3 or PLAN.phase < 0:
-        write(maps, Affine(stats.affine, stats.affine + number, stats.affine + 2 * number), size, PLAN)
+        write(maps, coefficients_of(stats.affine, number), size, PLAN)

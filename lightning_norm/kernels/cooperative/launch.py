@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels import grid as switches
-from lightning_norm.kernels.arguments import Maps, Moments, Sums
+from lightning_norm.kernels.arguments import Maps, Moments, sums_in
 from lightning_norm.kernels.cooperative.backward import cooperative_mixture_vjp
 from lightning_norm.kernels.cooperative.flags import Forward, Plan
 from lightning_norm.kernels.cooperative.forward import cooperative_mixture
@@ -107,7 +107,7 @@ def gradients(
     """Return what ``mixture.launch.gradients`` returns; the arguments as there."""
     affine, tile = stats.affine, tile_of(grid, flags, 512)
     plan = plan_of(grid, False, ACTIVATIONS.index(activation), residual is not None)
-    sums = affine.new_empty(2, grid.parts * grid.n * grid.c)
+    sums = affine.new_empty(3 if flags.threshold else 2, grid.parts * grid.n * grid.c)
     out = empty_gradients(grid, flags, tile, affine)
     none, plain = affine.new_empty(0), not need_dx and residual is None
     dx, dresidual = none if plain else torch.empty_like(x), none if residual is None else torch.empty_like(x)
@@ -118,7 +118,7 @@ def gradients(
     )  # fmt: skip
     _launch(
         cooperative_mixture_vjp, x, grid,
-        maps, Sums(*sums), stats, tuples.Parameters(*(affine if t is None else t for t in (weight, None, w, v))),
+        maps, sums_in(sums), stats, tuples.Parameters(*(affine if t is None else t for t in (weight, None, w, v))),
         tuples.Running(*(affine,) * 5), out, arrived, *_sizes(grid, flags), eps, factor_of(grid.size, flags),
         FLAGS=flags.compiled(merge=grid.parts > 1, weight=weight is not None),
         TILE=tile, PLAN=plan._replace(plain=plain),

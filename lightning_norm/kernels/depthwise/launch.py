@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.arguments import Affine, DxAffine, Sums
+from lightning_norm.kernels.arguments import DxAffine, affine_in, sums_in
 from lightning_norm.kernels.depthwise.backward import depthwise_combine, depthwise_sums, join_taps
 from lightning_norm.kernels.depthwise.flags import Compiled
 from lightning_norm.kernels.depthwise.forward import depthwise_apply
@@ -127,7 +127,7 @@ def apply_depthwise(x: Tensor, affine: Tensor, kernel: Tensor, bias: Tensor | No
     s = stencil_of(x, taps)
     with device_of(x):
         launch(depthwise_apply, *s.grid)(
-            x, y, kernel, affine if bias is None else bias, Affine(*affine), *s.shape, BIAS=bias is not None,
+            x, y, kernel, affine if bias is None else bias, affine_in(affine), *s.shape, BIAS=bias is not None,
             FLAGS=s.compiled(kernel), num_warps=4, maxnreg=registers("depthwise_apply", taps, s.last),
         )  # fmt: skip
     return y
@@ -145,7 +145,7 @@ def sum_parts(dy: Tensor, x: Tensor, affine: Tensor, kernel: Tensor) -> tuple[Te
     dkernel, dbias = torch.empty_like(kernel, dtype=torch.float32), affine.new_empty(s.c)
     with device_of(x):
         launch(depthwise_sums, chunks * s.blocks, s.pieces)(
-            dy, x, kernel, Affine(*affine), Sums(*out), tap_parts, *s.shape[:-1], s.blocks, s.piece, s.repeat,
+            dy, x, kernel, affine_in(affine), sums_in(out), tap_parts, *s.shape[:-1], s.blocks, s.piece, s.repeat,
             FLAGS=s.compiled(kernel), num_warps=2, maxnreg=REGISTERS["depthwise_sums"],
         )  # fmt: skip
         at_once, lanes, num_warps = join_tile(chunks * s.pieces)
@@ -189,7 +189,7 @@ def gradients(
                 x, parts, stats, None, None, None, running, 1, flags, eps, partial_layout, over_ranks
             )
         dx = torch.empty_like(x)
-        coefficients = Affine(*affine), DxAffine(*(affine[:2] if dx_affine is None else dx_affine))
+        coefficients = affine_in(affine), DxAffine(*(affine[:2] if dx_affine is None else dx_affine))
         with device_of(x):
             launch(depthwise_combine, *s.grid)(
                 dy, x, dx, kernel, *coefficients, *s.shape, PLAIN=dx_affine is None, FLAGS=s.compiled(kernel),

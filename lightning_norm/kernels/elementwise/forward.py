@@ -96,4 +96,4 @@ def apply_elementwise(
     origin, o_x, m_x = tile_at(i_part, i_block, 0, 0, shape, FLAGS)
     b_u = tl.fma(tl.load(x + origin + o_x, mask=m_x, other=0.0).to(tl.float32), alpha, s)
     b_z = tl.fma(b_gamma, value(b_u, FLAGS.erf), b_beta)
-    store_result(b_z, residual + origin, y + origin, o_x, m_x, ACT, RESIDUAL)
+    store_result(b_z, b_z, residual + origin, y + origin, o_x, m_x, ACT, RESIDUAL)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.arguments import Moments, Sums
+from lightning_norm.kernels.arguments import Moments, sums_in
 from lightning_norm.kernels.encoder_decoder import flags as tuples
 from lightning_norm.kernels.encoder_decoder.backward import vjp_affine, vjp_decode, vjp_encode
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
@@ -179,7 +179,7 @@ def gradients(
     n_block = min(power(grid.n), 32)
     with device_of(x):
         launch(vjp_affine, a.along)(
-            Sums(*parts), stats, affine if weight is None else weight, tuples.Gates(*_or_dummy(gates, affine)),
+            sums_in(parts), stats, affine if weight is None else weight, tuples.Gates(*_or_dummy(gates, affine)),
             tuples.AffineGradients(dweight, dbias, back[3], back[5], back[9], back[11], gate_parts, doutputs, direct),
             grid.n, grid.c, *grid.partial_layout, eps,
             FLAGS=tuples.Compiled(

@@ -95,7 +95,7 @@ def vjp_columns(
     o_c = (i_c * C_BLOCK + tl.arange(0, C_BLOCK))[None, :]  # [1, C_BLOCK]
     # One accumulator per sum; the tile is summed once, at the end.
     b_zero = tl.zeros((N_BLOCK, C_BLOCK), tl.float32)
-    b_f, b_e, b_gamma, b_beta, b_iota = b_zero, b_zero, b_zero, b_zero, b_zero
+    b_f, b_e, b_gamma, b_beta, b_iota, b_tau = b_zero, b_zero, b_zero, b_zero, b_zero, b_zero
     # For w and v: what each statistic's mean and variance contributed.
     b_m0, b_m1, b_m2, b_s0, b_s1, b_s2 = b_zero, b_zero, b_zero, b_zero, b_zero, b_zero
     for begin in range(0, shape.samples, N_BLOCK):
@@ -110,6 +110,11 @@ def vjp_columns(
         b_beta += tl.where(m_nc, b_t0, 0.0)
         if FLAGS.outputs:
             b_iota += tl.where(m_nc, sent.iota, 0.0)
+        if FLAGS.threshold:
+            # y is tau where the gradient does not go on to g. Both sums of a pair are read, and here both are this one.
+            o_at = o_n.to(tl.int64) * layout.sample_stride + o_c
+            b_rest, _ = read_sums(Sums(sums.rest, sums.rest, sums.rest), o_at, m_nc, layout, FLAGS.merge)
+            b_tau += b_rest
         if FLAGS.num_weights > 0:
             b_m0 += tl.where(m_nc, sent.f * given.d, 0.0)
             b_m1 += tl.where(m_nc, sent.f * given.dl, 0.0)
@@ -128,7 +133,7 @@ def vjp_columns(
     if FLAGS.outputs:
         tl.store(out.w + o_c, tl.sum(b_iota, 0), mask=m_c)
     if FLAGS.threshold:
-        tl.store(out.w + o_c, -tl.sum(b_beta, 0), mask=m_c)
+        tl.store(out.w + o_c, tl.sum(b_tau, 0), mask=m_c)
     if FLAGS.num_weights > 0:
         p_parts = out.partials + i_c
         tl.store(p_parts, tl.sum(tl.sum(b_m0, 0), 0))

@@ -22,7 +22,7 @@ class MixtureFlags:
         softmax: w and v are logits, and their softmax is what mixes.
         outputs: normalized outputs are mixed, not statistics, and w is iota (C,).
         uncentered: the instance's variance is its mean square, and its mean is 0.
-        threshold: w is tau (C,), which is subtracted from beta.
+        threshold: w is tau (C,): y = max(gamma ... + beta, tau), computed as relu(... + beta - tau) + tau.
         frozen: the running statistics stand in for the batch's.
         track: 0 leaves the running statistics as they are, 1 moves them by the momentum, 2 averages all batches.
         num_groups: groups of channels of the layer's statistics.
@@ -104,6 +104,16 @@ class MixtureFlags:
         """Return whether statistics of layers or groups take part."""
         return self.needs_moments and self.at_ln >= 0
 
+    @property
+    def affine_rows(self) -> int:
+        """Return the numbers for each (n, c) in ``MixtureStatistics.affine``."""
+        return 4 if self.threshold else 3
+
+    def activation(self, activation: str) -> str:
+        """Return the activation as the passes know it: a threshold is one, and nothing else follows it there."""
+        assert activation == "none" or not self.threshold
+        return "threshold" if self.threshold else activation
+
     def length_of_w(self, channels: int) -> int:
         """Return the length of w."""
         return channels if self.outputs or self.threshold else self.num_weights
@@ -134,7 +144,7 @@ class MixtureStatistics(NamedTuple):
         moments: (2, N, C), those of x: what rounding left of the mean, which is the pivot, and the variance.
         batch: (3, C), of the whole batch the mean as hi and lo, and the variance, on all ranks.
         layer: (3, N, G), likewise of each sample's groups.
-        affine: (3, N, C), pivot, scale and offset: y = scale * (x - pivot) + offset.
+        affine: (3, N, C), pivot, scale and offset: y = scale * (x - pivot) + offset; (4, N, C) with the threshold.
         rank_sums: (1, 1 + R (1 + 2 C)) in float64, what the R ranks added up.
     """
 

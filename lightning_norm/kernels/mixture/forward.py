@@ -10,7 +10,7 @@ Or *outputs* are mixed (OUTPUTS, bcn), channel by channel, with iota in w:
     y = gamma (iota x^_bn + (1 - iota) x^_ln) + beta
 
 Or the instance's mean square takes the place of its variance, and nothing is subtracted (``uncentered``, frn). Its
-threshold, in w, is subtracted from beta: what is left above it is a ReLU of y.
+threshold tau, in w, is subtracted from beta and added again behind a ReLU: max(y, tau) = relu(y - tau) + tau.
 
 First the statistics are pooled: ``pool``, columns of (N, C) in some programs and rows in the others. Then every (n, c)
 is computed from them: ``mix``. Backward in the same two steps: ``vjp_pool``, ``vjp_mix``.
@@ -275,6 +275,9 @@ def mix_at(parts, stats, parameters, running, o_n, o_c, m_nc, shape, layout, eps
         b_offset = b_beta - b_scale * b_center
     tl.store(stats.affine + number + o_nc, b_scale, mask=m_nc)
     tl.store(stats.affine + 2 * number + o_nc, b_offset, mask=m_nc)
+    if FLAGS.threshold:
+        b_floor = per_channel(parameters.w, o_c, m_nc, 0.0, True)
+        tl.store(stats.affine + 3 * number + o_nc, b_floor, mask=m_nc)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.arguments import Moments, Sums
+from lightning_norm.kernels.arguments import Moments, sums_in
 from lightning_norm.kernels.grid import REGISTERS, Grid, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.mixture import flags as tuples
@@ -40,7 +40,7 @@ def affine_of(
     number, stats = grid.n * grid.c, empty_statistics(x, grid, flags)
     affine, batch, layer = stats.affine, stats.batch, stats.layer
     # Where nothing is measured, another tensor stands in for pointers that no kernel reads.
-    parts, merge, factor = Moments(*affine), False, factor_of(grid.size, flags)
+    parts, merge, factor = Moments(*affine[:3]), False, factor_of(grid.size, flags)
     # No samples on this rank: it adds nothing, and meets the others.
     if grid.n == 0:
         batch.zero_()
@@ -143,7 +143,7 @@ def adjoint(
     rows = cdiv(groups, tile.g) if flags.at_ln >= 0 else 0
     out, factor = empty_gradients(grid, flags, tile, affine), factor_of(grid.size, flags)
     tensors = (
-        Sums(*parts), stats, tuples.Parameters(*(affine if t is None else t for t in (weight, None, w, v))),
+        sums_in(parts), stats, tuples.Parameters(*(affine if t is None else t for t in (weight, None, w, v))),
         tuples.Running._make(affine if t is None else t for t in (*running, None, None, None)),
         out,
     )  # fmt: skip
@@ -165,8 +165,8 @@ def adjoint(
 
 def empty_statistics(x: Tensor, grid: Grid, flags: MixtureFlags) -> MixtureStatistics:
     """Return tensors for the statistics of x; what is not needed is empty, and so is what comes from other ranks."""
-    affine = torch.empty(3, grid.n, grid.c, device=x.device, dtype=torch.float32)
-    moments = torch.empty_like(affine[1:]) if flags.needs_moments else affine.new_empty(0)
+    affine = torch.empty(flags.affine_rows, grid.n, grid.c, device=x.device, dtype=torch.float32)
+    moments = torch.empty_like(affine[:2]) if flags.needs_moments else affine.new_empty(0)
     batch = affine.new_empty(3, grid.c) if flags.pools_batch else affine.new_empty(0)
     layer = affine.new_empty(3, grid.n, flags.num_groups) if flags.pools_layer else affine.new_empty(0)
     return MixtureStatistics(moments, batch, layer, affine, affine.new_empty(0, dtype=torch.float64))

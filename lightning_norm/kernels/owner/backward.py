@@ -31,7 +31,7 @@ def add_up(maps, affine, out, shape, ACT: tl.constexpr, RESIDUAL: tl.constexpr, 
             b_wide = zeros(1, TILE.s)[None, :, :]
             b_scale = tl.load(affine + number + o_nc, mask=m_nc, other=0.0)[:, :, None] + b_wide
             b_offset = tl.load(affine + 2 * number + o_nc, mask=m_nc, other=0.0)[:, :, None] + b_wide
-        b_g, b_gu = products(
+        b_g, b_gu, _ = products(
             maps.dy, maps.x, maps.residual, o_x, m_loaded, m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL
         )
         tl.store(out.total + o_nc, tl.sum(b_g, 2), mask=m_nc)

@@ -116,7 +116,7 @@ def write(x, residual, y, affine, shape, ACT: tl.constexpr, RESIDUAL: tl.constex
         b_u = tl.load(x + o_x, mask=m_x, other=0.0).to(tl.float32) - tl.load(affine + o_nc, mask=m_nc, other=0.0)
         b_scale = tl.load(affine + number + o_nc, mask=m_nc, other=0.0)
         b_z = tl.fma(b_scale + b_u * 0.0, b_u, tl.load(affine + 2 * number + o_nc, mask=m_nc, other=0.0) + b_u * 0.0)
-        store_result(b_z, residual, y, o_x, m_x, ACT, RESIDUAL)
+        store_result(b_z, b_z, residual, y, o_x, m_x, ACT, RESIDUAL)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels import grid as switches
-from lightning_norm.kernels.arguments import Maps, Sums
+from lightning_norm.kernels.arguments import Maps, sums_in
 from lightning_norm.kernels.grid import BUSY, REGISTERS, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.mixture.flags import Gradients, MixtureFlags, MixtureStatistics, Parameters, Running
@@ -179,7 +179,7 @@ def mixture_gradients(
     out = Gradients(dbatch, affine, dweight, dbias, affine, affine, affine, dx_affine)
     with device_of(x):
         launch(own_mixture_vjp, owner.programs)(
-            maps, parameters, Running(*(affine,) * 5), stats, out, Sums(*sums), owner.n, owner.c, *owner.numbers, eps,
+            maps, parameters, Running(*(affine,) * 5), stats, out, sums_in(sums), owner.n, owner.c, *owner.numbers, eps,
             factor_of(owner.size, flags), FLAGS=flags.compiled(weight=weight is not None),
             NEED=need_dx or residual is not None, TILE=owner.tile(1), maxnreg=REGISTERS["own_mixture_vjp"],
             **_ending(activation, residual),
@@ -254,7 +254,7 @@ def channel_gradients(
     compiled = flags.compiled(weight=weight is not None, bias=bias is not None, owner=True)
     with device_of(x):
         launch(own_channels_vjp, owner.programs)(
-            maps, _learned(responsibilities, weight, bias, gates, affine), given, out, Sums(*sums), owner.n, owner.c,
+            maps, _learned(responsibilities, weight, bias, gates, affine), given, out, sums_in(sums), owner.n, owner.c,
             flags.rows, *owner.numbers, channelwise.Numbers(**vars(numbers)), FLAGS=compiled,
             NEED=need_dx or residual is not None, TILE=owner.tile(flags.rows), maxnreg=REGISTERS["own_channels_vjp"],
             **_ending(activation, residual),

@@ -15,7 +15,7 @@ from lightning_norm.kernels.passes.forward import column_lanes, flat_lanes, of_r
 @triton.jit
 def activation_grad(b_g, b_z, ACT: tl.constexpr):
     """Return the gradient before the activation, given that behind it; the mask follows from z."""
-    if ACT == 1:
+    if ACT == 1 or ACT == 3:
         b_g = tl.where(b_z <= 0.0, 0.0, b_g)
     if ACT == 2:
         # SiLU is z s with s = sigmoid(z), so its slope is s + z s (1 - s).
@@ -36,16 +36,16 @@ def before_activation(b_g, b_z, residual, o_x, m_x, ACT: tl.constexpr, RESIDUAL:
 def products(
     dy, x, residual, o_x, m_loaded, m_x, b_pivot, b_scale, b_offset, ACT: tl.constexpr, RESIDUAL: tl.constexpr
 ):
-    """Return one tile's g and g * (x - pivot), 0 outside ``m_x``.
+    """Return one tile's g, g * (x - pivot) and dy - g, 0 outside ``m_x``.
 
     ``m_loaded`` may reach further than ``m_x``: into a neighbouring row, for the sake of aligned loads.
     """
-    b_g = tl.load(dy + o_x, mask=m_loaded, other=0.0).to(tl.float32)
-    b_u = tl.load(x + o_x, mask=m_loaded, other=0.0).to(tl.float32) - b_pivot
+    b_dy = tl.load(dy + o_x, mask=m_loaded, other=0.0).to(tl.float32)
+    b_g, b_u = b_dy, tl.load(x + o_x, mask=m_loaded, other=0.0).to(tl.float32) - b_pivot
     # z as ``apply`` had it, and with it the activation's mask or slope.
     if ACT != 0:
         b_g = before_activation(b_g, tl.fma(b_scale, b_u, b_offset), residual, o_x, m_loaded, ACT, RESIDUAL)
-    return tl.where(m_x, b_g, 0.0), tl.where(m_x, b_g * b_u, 0.0)
+    return tl.where(m_x, b_g, 0.0), tl.where(m_x, b_g * b_u, 0.0), tl.where(m_x, b_dy - b_g, 0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "size", "units", "piece"])
@@ -76,19 +76,25 @@ def sums_rows(
         b_offset = tl.load(affine.offset + row + o_r, mask=m_r, other=0.0)[:, None]
     o_x = o_base[:, None] + tl.arange(0, BLOCK)[None, :]  # [ROWS, BLOCK]
     m_x = (o_x >= o_start[:, None]) & (o_x < o_end[:, None])
-    b_g, b_gu = products(dy, x, residual, o_x, o_x < o_stop[:, None], m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL)
+    b_g, b_gu, b_rest = products(
+        dy, x, residual, o_x, o_x < o_stop[:, None], m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL
+    )
     # The rest of the piece.
     for first in range(BLOCK, piece + ALIGN - 1, BLOCK):
         o_at = o_x + first
-        b_h, b_hu = products(
+        b_h, b_hu, b_more = products(
             dy, x, residual, o_at, o_at < o_stop[:, None], o_at < o_end[:, None], b_pivot, b_scale, b_offset, ACT,
             RESIDUAL,
         )  # fmt: skip
         # Added tile by tile; the sum over the tile is taken once, behind the loop.
         b_g += b_h
         b_gu += b_hu
+        if ACT == 3:
+            b_rest += b_more
     tl.store(out.total + i_p * rows + row + o_r, tl.sum(b_g, 1), mask=m_r)
     tl.store(out.dot + i_p * rows + row + o_r, tl.sum(b_gu, 1), mask=m_r)
+    if ACT == 3:
+        tl.store(out.rest + i_p * rows + row + o_r, tl.sum(b_rest, 1), mask=m_r)
 
 
 @triton.jit(do_not_specialize=["size", "units", "piece"])
@@ -125,7 +131,7 @@ def sums_columns(
         b_offset = tl.load(affine.offset + o_nc, mask=o_c < channels, other=0.0)[None, :]
     o_x = o_s[:, None] * channels + o_c[None, :]  # [ROWS, BLOCK]
     m_x = (o_s[:, None] < count) & (o_c[None, :] < channels)
-    b_g, b_gu = products(dy, x, residual, o_x, m_x, m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL)  # [ROWS, BLOCK]
+    b_g, b_gu, b_rest = products(dy, x, residual, o_x, m_x, m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL)
     # The rest of the piece; all three pointers move together.
     for first in range(ROWS, count, ROWS):
         x += ROWS * channels.to(tl.int64)
@@ -133,12 +139,16 @@ def sums_columns(
         if RESIDUAL:
             residual += ROWS * channels.to(tl.int64)
         m_x = (o_s[:, None] < count - first) & (o_c[None, :] < channels)
-        b_h, b_hu = products(dy, x, residual, o_x, m_x, m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL)
+        b_h, b_hu, b_more = products(dy, x, residual, o_x, m_x, m_x, b_pivot, b_scale, b_offset, ACT, RESIDUAL)
         b_g += b_h
         b_gu += b_hu
+        if ACT == 3:
+            b_rest += b_more
     o_nc = (i_n * pieces + i_p) * channels + o_c
     tl.store(out.total + o_nc, tl.sum(b_g, 0), mask=o_c < channels)
     tl.store(out.dot + o_nc, tl.sum(b_gu, 0), mask=o_c < channels)
+    if ACT == 3:
+        tl.store(out.rest + o_nc, tl.sum(b_rest, 0), mask=o_c < channels)
 
 
 @triton.jit
@@ -155,22 +165,27 @@ def read_sums(parts, o_nc, m_nc, layout, MERGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pieces"])
 def join_sums(
-    parts: Sums, out, number, channels, pieces, sample_stride, stride, P_BLOCK: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Add the pieces up into ``out``, (2, samples * channels), P_BLOCK of BLOCK numbers at once."""
+    parts: Sums, out, number, channels, pieces, sample_stride, stride, REST: tl.constexpr, P_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add the pieces up into ``out``, (2 or with REST 3, samples * channels), P_BLOCK of BLOCK numbers at once."""
     o_nc = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_nc = o_nc < number
     o_at = o_nc // channels * sample_stride + o_nc % channels
     o_lane = tl.arange(0, P_BLOCK)[:, None]  # [P_BLOCK, 1]
-    b_total, b_dot = tl.zeros((P_BLOCK, BLOCK), tl.float32), tl.zeros((P_BLOCK, BLOCK), tl.float32)
+    b_total, b_dot, b_rest = zeros(P_BLOCK, BLOCK), zeros(P_BLOCK, BLOCK), zeros(P_BLOCK, BLOCK)
     for first in range(0, pieces, P_BLOCK):
         o_p = first + o_lane
         m_p = (o_p < pieces) & m_nc[None, :]  # [P_BLOCK, BLOCK]
         o_spot = o_at[None, :] + o_p.to(tl.int64) * stride
         b_total += tl.load(parts.total + o_spot, mask=m_p, other=0.0)
         b_dot += tl.load(parts.dot + o_spot, mask=m_p, other=0.0)
+        if REST:
+            b_rest += tl.load(parts.rest + o_spot, mask=m_p, other=0.0)
     tl.store(out + o_nc, tl.sum(b_total, 0), mask=m_nc)
     tl.store(out + number + o_nc, tl.sum(b_dot, 0), mask=m_nc)
+    if REST:
+        tl.store(out + 2 * number + o_nc, tl.sum(b_rest, 0), mask=m_nc)
 
 
 @triton.jit

@@ -251,8 +251,8 @@ def piece_of(parts, o_at, m_at, o_p, layout, b_k):
 
 @triton.jit
 def activation(b_z, ACT: tl.constexpr):
-    """Apply the activation: 0 is none, 1 ReLU, 2 SiLU. The comparison is written so that NaN stays NaN."""
-    if ACT == 1:
+    """Apply the activation: 0 is none, 1 and 3 ReLU, 2 SiLU. The comparison is written so that NaN stays NaN."""
+    if ACT == 1 or ACT == 3:
         b_z = tl.where(b_z <= 0.0, 0.0, b_z)
     if ACT == 2:
         # z sigmoid(z); exp overflows to infinity for a very negative z, and the quotient is then 0, as it should be.
@@ -261,11 +261,14 @@ def activation(b_z, ACT: tl.constexpr):
 
 
 @triton.jit
-def store_result(b_z, residual, y, o_x, m_x, ACT: tl.constexpr, RESIDUAL: tl.constexpr):
-    """Write y = act(z + residual)."""
+def store_result(b_z, b_floor, residual, y, o_x, m_x, ACT: tl.constexpr, RESIDUAL: tl.constexpr):
+    """Write y = act(z + residual), or y = relu(z) + floor for the threshold, which is activation 3."""
     if RESIDUAL:
         b_z += tl.load(residual + o_x, mask=m_x, other=0.0).to(tl.float32)
-    tl.store(y + o_x, activation(b_z, ACT).to(y.dtype.element_ty), mask=m_x)
+    b_y = activation(b_z, ACT)
+    if ACT == 3:
+        b_y += b_floor
+    tl.store(y + o_x, b_y.to(y.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -363,8 +366,10 @@ def apply_flat(
     b_u -= of_row(affine.pivot, row, rows, o_row, m_x, WIDE)
     b_scale = of_row(affine.scale, row, rows, o_row, m_x, WIDE)
     b_offset = of_row(affine.offset, row, rows, o_row, m_x, WIDE)
-    b_z = tl.fma(b_scale, b_u, b_offset)
-    store_result(b_z, residual + origin, y + origin, o_x, m_x, ACT, RESIDUAL)
+    b_z, b_floor = tl.fma(b_scale, b_u, b_offset), b_offset
+    if ACT == 3:
+        b_floor = of_row(affine.floor, row, rows, o_row, m_x, WIDE)
+    store_result(b_z, b_floor, residual + origin, y + origin, o_x, m_x, ACT, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["size", "units", "blocks"])
@@ -383,4 +388,7 @@ def apply_columns(
     b_scale = tl.load(affine.scale + o_nc, mask=m_nc, other=0.0)[None, :]
     b_offset = tl.load(affine.offset + o_nc, mask=m_nc, other=0.0)[None, :]
     b_z = tl.fma(b_scale, tl.load(x + origin + o_x, mask=m_x, other=0.0).to(tl.float32) - b_pivot, b_offset)
-    store_result(b_z, residual + origin, y + origin, o_x, m_x, ACT, RESIDUAL)
+    b_floor = b_offset
+    if ACT == 3:
+        b_floor = tl.load(affine.floor + o_nc, mask=m_nc, other=0.0)[None, :]
+    store_result(b_z, b_floor, residual + origin, y + origin, o_x, m_x, ACT, RESIDUAL)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.arguments import Affine, DxAffine, Maps, Moments, Sums
+from lightning_norm.kernels.arguments import DxAffine, Maps, Moments, affine_in, sums_in
 from lightning_norm.kernels.grid import FEW, JOINED, LONG, REGISTERS, TILE, Grid, cdiv, dense, grid_of
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.backward import combine_columns, combine_flat, join_sums, sums_columns, sums_rows
@@ -23,7 +23,9 @@ from lightning_norm.kernels.passes.forward import (
     moments_rows,
 )
 
-ACTIVATIONS = ("none", "relu", "silu")
+ACTIVATIONS = ("none", "relu", "silu", "threshold")
+"""By their numbers in the kernels; the last one is relu(y) + floor."""
+
 JOIN = 1024
 """Numbers that a program of four warps joins at once: parts times lanes."""
 
@@ -103,25 +105,26 @@ def sum_parts(
 ) -> tuple[Tensor, Grid]:
     """Return the sums of each part, (2, parts * N * C), and their grid; more than ``few`` parts are added up.
 
-    ``affine`` is pivot, scale and offset, or the pivot alone. dy and the residual lie in memory as x does.
+    ``affine`` is pivot, scale and offset, or the pivot alone. dy and the residual lie in memory as x does. For a
+    threshold there is a third sum, (3, parts * N * C).
     """
-    out = torch.empty(2, grid.parts * grid.n * grid.c, device=x.device, dtype=torch.float32)
+    number = 3 if activation == "threshold" else 2
+    out = torch.empty(number, grid.parts * grid.n * grid.c, device=x.device, dtype=torch.float32)
     act = ACTIVATIONS.index(activation)
     # The kernel reads dy and the residual at the offsets of x.
     dy = dense(dy, x)
     residual_or_x = x if residual is None else dense(residual, x)
-    # Without an activation only the pivot is read.
-    given = Affine(affine[0], affine[min(1, len(affine) - 1)], affine[-1])
+    given = affine_in(affine)
     blocks = {"ALIGN": grid.align, "ROWS": grid.rows, "BLOCK": grid.block, "ACT": act, "RESIDUAL": act > 0 and residual is not None}  # noqa: E501  # fmt: skip
     with device_of(x):
         if grid.columns:
             launch(sums_columns, grid.n, grid.block_columns, grid.pieces)(
-                dy, x, residual_or_x, given, Sums(*out), grid.length, grid.units, grid.piece, grid.c,
+                dy, x, residual_or_x, given, sums_in(out), grid.length, grid.units, grid.piece, grid.c,
                 FOLD=grid.fold, num_warps=grid.warps, **blocks,
             )  # fmt: skip
         else:
             launch(sums_rows, cdiv(grid.n * grid.c, grid.rows), grid.pieces)(
-                dy, x, residual_or_x, given, Sums(*out), grid.n * grid.c, grid.size, grid.units, grid.piece,
+                dy, x, residual_or_x, given, sums_in(out), grid.n * grid.c, grid.size, grid.units, grid.piece,
                 num_warps=grid.warps, maxnreg=REGISTERS["sums_rows"], **blocks,
             )  # fmt: skip
         if grid.parts <= few:
@@ -130,13 +133,14 @@ def sum_parts(
 
 
 def joined_sums(parts: Tensor, number: int, channels: int, partial_layout: tuple[int, int, int]) -> Tensor:
-    """Add the parts of sums up, (2, parts * number), by one launch: (2, number)."""
-    joined = parts.new_empty(2, number)
+    """Add the parts of sums up, (2 or 3, parts * number), by one launch: (2 or 3, number)."""
+    joined = parts.new_empty(len(parts), number)
     at_once, lanes, num_warps = join_tile(partial_layout[0])
     with device_of(parts):
         launch(join_sums, cdiv(number, lanes))(
-            Sums(*parts), joined, number, channels, *partial_layout, P_BLOCK=at_once, BLOCK=lanes, num_warps=num_warps
-        )
+            sums_in(parts), joined, number, channels, *partial_layout, REST=len(parts) > 2, P_BLOCK=at_once,
+            BLOCK=lanes, num_warps=num_warps,
+        )  # fmt: skip
     return joined
 
 
@@ -154,12 +158,13 @@ def apply(
     with device_of(x):
         if grid.columns:
             launch(apply_columns, grid.n * grid.block_rows, grid.block_columns)(
-                x, residual_or_x, y, Affine(*affine), grid.length, grid.units, grid.block_rows, grid.c, ROWS=grid.rows,
-                BLOCK=grid.block, FOLD=grid.fold, num_warps=grid.warps, maxnreg=REGISTERS["apply_columns"], **blocks,
+                x, residual_or_x, y, affine_in(affine), grid.length, grid.units, grid.block_rows, grid.c,
+                ROWS=grid.rows, BLOCK=grid.block, FOLD=grid.fold, num_warps=grid.warps,
+                maxnreg=REGISTERS["apply_columns"], **blocks,
             )  # fmt: skip
         else:
             launch(apply_flat, cdiv(x.numel(), TILE))(
-                x, residual_or_x, y, Affine(*affine), grid.n * grid.c, grid.size, grid.units, magic(grid.size),
+                x, residual_or_x, y, affine_in(affine), grid.n * grid.c, grid.size, grid.units, magic(grid.size),
                 BLOCK=TILE, WIDE=grid.size >= TILE, num_warps=4, **blocks,
             )  # fmt: skip
     return y
@@ -184,7 +189,7 @@ def combine(
     residual_or_x = x if residual is None else dense(residual, x)
     # Statistics that are constants send nothing to x: dx = scale * g.
     maps = Maps(dy, x, residual_or_x, dx, dresidual_or_dx)
-    coefficients = Affine(*affine), DxAffine(*(affine[:2] if dx_affine is None else dx_affine))
+    coefficients = affine_in(affine), DxAffine(*(affine[:2] if dx_affine is None else dx_affine))
     act = ACTIVATIONS.index(activation)
     blocks = {"ALIGN": grid.align, "ACT": act, "RESIDUAL": residual is not None, "PLAIN": dx_affine is None}
     with device_of(x):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.arguments import Moments, Sums
+from lightning_norm.kernels.arguments import Moments, sums_in
 from lightning_norm.kernels.grid import BUSY, REGISTERS, TILE, Grid, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.launch import device_of, input_gradients, moment_parts, sum_parts
@@ -196,7 +196,7 @@ def gradients(
     def vjp(ranks: int) -> None:
         compiled = flags.compiled(merge=grid.parts > 1, weight=weight is not None, bias=bias is not None)
         launch(channels_vjp, blocks)(
-            Sums(*parts), given, stats[-1], learned, out, grid.n, grid.n * grid.c, grid.c, flags.rows,
+            sums_in(parts), given, stats[-1], learned, out, grid.n, grid.n * grid.c, grid.c, flags.rows,
             *grid.partial_layout, grid.size, tuples.Numbers(**vars(numbers)), FLAGS=compiled._replace(ranks=ranks),
             TILE=tile, num_warps=4, maxnreg=REGISTERS["channels_vjp"],
         )  # fmt: skip

@@ -142,7 +142,8 @@ class MixtureSpec:
         from lightning_norm.kernels.passes.launch import apply
 
         weight, bias, w, v = parameters
-        running, arrived, equations = buffers[:5], buffers[5:], (self.flags, self.eps, activation)
+        running, arrived, activation = buffers[:5], buffers[5:], self.flags.activation(activation)
+        equations = self.flags, self.eps, activation
         # A small map whose channels stand alone takes one launch, where that is switched on.
         owner = owner_of(x, channel_dim) if owns_mixture(self.flags) else None
         if owner is not None:
@@ -162,7 +163,8 @@ class MixtureSpec:
         from lightning_norm.kernels.owner.launch import mixture_gradients, owner_of, owns_mixture
 
         (weight, _, w, v), (channel_dim, activation), known = parameters, how, MixtureStatistics(*stats)
-        frozen, arrived, equations = buffers[:2], buffers[2:], (self.flags, self.eps, activation, need_dx)
+        frozen, arrived = buffers[:2], buffers[2:]
+        equations = self.flags, self.eps, self.flags.activation(activation), need_dx
         owner = owner_of(x, channel_dim) if owns_mixture(self.flags) else None
         held = cooperative.grid_for(x, channel_dim, self.flags) if arrived else None
         if owner is not None:
@@ -184,7 +186,7 @@ class MixtureSpec:
         (weight, _, w, v), (channel_dim, activation) = parameters, how
         dx, *of_parameters, dresidual = ops.mixture_gradients(
             dy, x, *stats, weight, w, v, *buffers[:2], residual, channel_dim, to_numbers(self.flags), self.eps,
-            activation, need_dx, "",
+            self.flags.activation(activation), need_dx, "",
         )  # fmt: skip
         return dx, dresidual, of_parameters
 
@@ -196,7 +198,7 @@ class MixtureSpec:
             return recorded.normalize(x, self, channel_dim, activation, residual)
         y: Tensor = _Mixture.apply(
             x, self.weight, self.bias, self.w, self.v, residual, *self._statistics(x, channel_dim), *self._frozen(),
-            channel_dim, self.flags, self.eps, activation, self.group,
+            channel_dim, self.flags, self.eps, self.flags.activation(activation), self.group,
         )  # fmt: skip
         return y
 
@@ -384,8 +386,8 @@ def _gradients(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _fake_affine(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     channel_dim, numbers, _, group = args[-4:]
     flags, (n, c) = from_numbers(MixtureFlags, numbers), samples_and_channels(x, channel_dim)
-    affine = operators.per_sample_and_channel(x, channel_dim, 3)
-    moments = torch.empty_like(affine[1:]) if flags.needs_moments else affine.new_empty(0)
+    affine = operators.per_sample_and_channel(x, channel_dim, flags.affine_rows)
+    moments = torch.empty_like(affine[:2]) if flags.needs_moments else affine.new_empty(0)
     batch = affine.new_empty(3, c) if flags.pools_batch else affine.new_empty(0)
     layer = affine.new_empty(3, n, flags.num_groups) if flags.pools_layer else affine.new_empty(0)
     rank_sums = affine.new_empty(operators.rank_sums_shape(group, c), dtype=torch.float64)

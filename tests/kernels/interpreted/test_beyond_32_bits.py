@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from lightning_norm.kernels.arguments import Affine, DxAffine
+from lightning_norm.kernels.arguments import DxAffine, affine_in
 from lightning_norm.kernels.depthwise import backward as depthwise_backward
 from lightning_norm.kernels.depthwise import forward as depthwise_forward
 from lightning_norm.kernels.depthwise import launch as depthwise_launch
@@ -140,7 +140,7 @@ def test_convolution(last, monkeypatch):
         x,
         dx,
         kernel,
-        Affine(*affine),
+        affine_in(affine),
         DxAffine(*dx_affine),
         *s.shape,
         PLAIN=False,

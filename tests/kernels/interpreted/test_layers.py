@@ -181,7 +181,7 @@ def count_launches(monkeypatch):
     return launched
 
 
-@pytest.mark.parametrize(("key", "forward"), [("bn", 4), ("in", 3), ("ln", 4), ("sn", 4), ("bcn", 4)])
+@pytest.mark.parametrize(("key", "forward"), [("bn", 4), ("in", 3), ("ln", 4), ("sn", 4), ("bcn", 4), ("frn", 3)])
 def test_launches(key, forward, monkeypatch):
     """At most 4 kernels forward and 5 backward, running statistics and every gradient included, and nothing else."""
     layer = lightning_norm.create(key, 6)
@@ -209,6 +209,26 @@ def test_a_layers_activation_and_residual_are_in_the_same_launches(monkeypatch):
     wanted = torch.autograd.grad(want, (x, r), noise(4, 6, 5, 3, seed=7).double())
     for a, b in zip((y, *got), (want, *wanted), strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["rows", "channels last"])
+def test_what_follows_a_threshold(last, monkeypatch):
+    """In plain PyTorch behind the kernels: the residual is added to max(y, tau)."""
+    ours, exact = pair("frn", {})
+    order = torch.channels_last if last else torch.contiguous_format
+    x, r = (t.contiguous(memory_format=order).requires_grad_() for t in (features(4, 6, 5, 3), noise(4, 6, 5, 3)))
+    launched = count_launches(monkeypatch)
+    y, want = ours(x, "relu", r), exact(x.double(), "relu", r.double())
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=2e-6)
+    assert 0.1 < (y == 0).float().mean() < 0.9
+    for layer, result in ((ours, y), (exact, want)):
+        dy = noise(4, 6, 5, 3, seed=7).to(result.dtype)
+        grads = torch.autograd.grad(result, (x, r, layer.weight, layer.bias, layer.tau), dy)
+        if layer is ours:
+            got = grads
+    assert len(launched) == 7, launched
+    for a, b in zip(got, grads, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=5e-6)
 
 
 def test_launches_in_evaluation(monkeypatch):
