@@ -72,6 +72,9 @@ class Normalizer(Loading, Evaluation, SwapRecord):
     test_arguments: ClassVar[dict[str, Any]] = {}
     """Arguments that the conformance suite adds, whose layers have 6 channels."""
 
+    _aten_on_cpu: ClassVar[bool] = False
+    """Whether :meth:`_on_cpu` is ATen's batch or group normalization, which outruns graphs of channels-last maps."""
+
     _fused_spec_holds: ClassVar[bool] = False
     """``fused_spec`` says the same as this class's methods: the class itself defines it, and no instance differs."""
 
@@ -555,9 +558,10 @@ class MomentNorm(SpecialCalls, Normalizer):
         self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None
     ) -> Tensor:
         """Normalize by the layer's own graph, or where a transform may refuse that running statistics move."""
+        aten = self._aten_on_cpu and valid is None and on_cpu.outruns_graphs(self, input) and _ranks_of(self) is None
         # A graph knows no thread: where only another one has paused the statistics, this one runs without.
         of_this_thread = not self._statistics_paused or is_paused(self)
-        if self.compiled and of_this_thread and not torch_private.is_transformed():
+        if self.compiled and of_this_thread and not aten and not torch_private.is_transformed():
             options = vars(self).get("_compile_options")
             if valid is not None:
                 # As numbers, which a CPU loads as vectors.
@@ -596,7 +600,8 @@ class MomentNorm(SpecialCalls, Normalizer):
     def compile(self, **options: Any) -> None:
         """Compile the forward pass, by default fullgraph and at static shapes; equal layers share their graphs.
 
-        The graph is made at the first call, and once more for each new shape, dtype and mode.
+        The graph is made at the first call, and once more for each new shape, dtype and mode. None is made on the CPU
+        in training where ATen's kernels are faster: of channels-last maps, for bn, gn, ln, dbn and brn.
 
         Args:
             options: of ``torch.compile``, such as ``mode="max-autotune"``.

@@ -52,6 +52,7 @@ class BlendedNorm(MomentNorm):
     """
 
     extra_buffers: ClassVar[ExtraBuffers] = ExtraBuffers(("updates",), ("blend_mean", "blend_std", "blend_var"))
+    _aten_on_cpu: ClassVar[bool] = True
     updates: Tensor
     gap: Tensor
     """How far the last batch's mean and deviation lay from the running ones, in running deviations, (2,)."""

@@ -39,6 +39,7 @@ class BatchNorm(MomentNorm):
     paper = Paper("Ioffe and Szegedy", 2015, "Batch Normalization", "arXiv 1502.03167")
     _of_batch_alone = True
     eval_uses_input_stats: ClassVar[bool] = False
+    _aten_on_cpu: ClassVar[bool] = True
     preserves_eval = True
 
     def __init__(

@@ -42,6 +42,7 @@ class GroupNorm(MomentNorm):
     key = "gn"
     paper = Paper("Wu and He", 2018, "Group Normalization", "arXiv 1803.08494")
     train_uses_batch_stats: ClassVar[bool] = False
+    _aten_on_cpu: ClassVar[bool] = True
     repr_arguments: ClassVar[tuple[str, ...]] = ("num_groups",)
     evaluation_arguments: ClassVar[tuple[str, ...]] = ("num_groups",)
     test_arguments: ClassVar[dict[str, Any]] = {"num_groups": 3}
@@ -116,6 +117,7 @@ class LayerNorm(MomentNorm):
     key = "ln"
     paper = Paper("Ba et al.", 2016, "Layer Normalization", "arXiv 1607.06450")
     train_uses_batch_stats: ClassVar[bool] = False
+    _aten_on_cpu: ClassVar[bool] = True
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, affine: bool = True, bias: bool = True, **options: Any

@@ -1,8 +1,11 @@
 """A graph per shape, shared by like layers, and never a silent fall-back."""
 
+import copy
+
 import pytest
 import torch
 
+import lightning_norm
 from lightning_norm import Affine, BatchNorm, CompileWarning, MomentNorm, SwitchableNorm
 from lightning_norm.ops import compiled
 
@@ -97,8 +100,28 @@ def test_layers_that_agree_share_a_graph():
 
 
 @pytest.mark.usefixtures("no_inductor")
+@pytest.mark.parametrize("key", ["bn", "gn", "ln", "dbn", "brn"])
+def test_atens_channels_last_kernels_outrun_graphs(key):
+    """In training on the CPU; contiguous maps, other normalizers and evaluation have their graph."""
+    layer = lightning_norm.create(key, 6, **({"num_groups": 3} if key == "gn" else {}))
+    eager = copy.deepcopy(layer)
+    layer.compile()
+    x = torch.randn(3, 6, 5, 4)
+    last = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(last, "relu", last), eager(last, "relu", last))
+    assert compiled.graphs() == 0
+    torch.testing.assert_close(layer(x), eager(x))
+    assert compiled.graphs() == 1
+    layer.eval()(last)
+    other = SwitchableNorm(6)
+    other.compile()
+    other(last)
+    assert compiled.graphs() == 3
+
+
+@pytest.mark.usefixtures("no_inductor")
 def test_what_separates_graphs():
-    layer = compiled_layer()
+    layer = compiled_layer(SwitchableNorm)
     x = torch.randn(3, 6, 5, 4)
     for passed in (x, x.double(), x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
         layer(passed)
