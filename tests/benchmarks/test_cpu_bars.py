@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cpu_bars import CASES, STARTUP, Row, bar, startup, verdict
+from benchmarks.cpu_bars import ALL, CASES, STARTUP, Row, bar, startup, verdict
+from lightning_norm import normalizers
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -24,6 +25,10 @@ ROOT = Path(__file__).parent.parent.parent
 )
 def test_bars_of_the_issue(name, key, limit):
     assert bar(next(case for case in CASES if case.name == name), key) == limit
+
+
+def test_every_normalizer_takes_part():
+    assert set(ALL.split(",")) == set(normalizers())
 
 
 def test_verdict_names_what_is_missed():
