@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from lightning_norm.layers.running_stats import moves_running_stats, update_runn
 from lightning_norm.ops import mixture_on_cpu, native, rectified_on_cpu, torch_private
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
+from lightning_norm.ops.vectors import quiet
 
 FEW = 8
 """Of groups with fewer elements the algebra computes the statistics."""
@@ -54,24 +56,21 @@ def renormalized(layer: Any, x: Tensor, layout: Layout) -> Tensor | None:
     With r and d constant that is batch normalization with the weight gamma r and the bias gamma d + beta. ``None`` as
     for :func:`batch_norm`.
     """
-    buffers = [layer._buffers[name] for name in layer.blend_names]
+    buffers = [layer._buffers[name] for name in (*layer.blend_names, "gap")]
     if layer.averages_blend or not native.takes(x, layer.weight, layer.bias, *buffers) or is_large(x, layout):
         return None
-    measured = native.statistics(x.detach(), layout)
-    if measured is None:
-        return None
-    mean, var = measured[0].double(), measured[1].double()
-    constants = layer.renormalize_at_once(mean, var)
-    if constants is None:
-        return None
-    spread, excess, r, d = constants
+    with quiet():
+        measured = native.statistics(x, layout)
+        constants = None if measured is None else layer.renormalize_at_once(measured[0], measured[1].astype(np.float64))
+        if constants is None:
+            return None
 
-    def scale_of(var: Tensor) -> Tensor:
-        scale: Tensor = layer.scale_of(layer.std_or_var_of(var)) * r
-        return scale
+        def scale_of(var: Tensor) -> Tensor:
+            # Of r s the value and the gradient: r is a constant, which is only needed here.
+            scale: Tensor = layer.scale_of(layer.std_or_var_of(var))
+            return scale / scale.detach() * torch.from_numpy(constants.scale)
 
-    factor = r if excess is None else r * excess
-    return native.standardize(x, layout, layer.weight, layer.bias, (mean, spread, factor, d), scale_of)
+        return native.standardize(x, layout, layer.weight, layer.bias, constants, scale_of)
 
 
 def group_norm(

@@ -144,7 +144,7 @@ def test_parameters_and_buffers_may_have_strides(name, kind):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["bn", "sn", "bcn"])
+@pytest.mark.parametrize("name", ["bn", "sn", "bcn", "brn", "dbn", "rbn"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
 def test_what_is_not_finite_moves_nothing(name, bad):
     layer = layer_of(name, 1, torch.float32)
