@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_norm.layers.running_stats import moves_running_stats, update_running
-from lightning_norm.ops import mixture_on_cpu, native, rectified_on_cpu, torch_private
+from lightning_norm.layers.running_stats import moved_at_once, moves_running_stats, update_running
+from lightning_norm.ops import mixture_of_few, mixture_on_cpu, native, rectified_on_cpu, torch_private
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
-from lightning_norm.ops.vectors import quiet
+from lightning_norm.ops.vectors import Array, quiet, wide
 
 FEW = 8
 """Of groups with fewer elements the algebra computes the statistics."""
@@ -107,7 +107,8 @@ def mixture(
 
     track = _track_of(layer, layout) if "bn" in statistics else None
     how = mixture_on_cpu.Mixture(layout, statistics, layer.eps, entries, outputs, track)
-    return mixture_on_cpu.normalize(x, how, layer.weight, layer.bias, w, v)
+    normalize = mixture_of_few.normalize if mixture_of_few.takes(layout) else mixture_on_cpu.normalize
+    return normalize(x, how, layer.weight, layer.bias, w, v)
 
 
 def rectified(
@@ -131,7 +132,7 @@ def rectified(
     parameters = rectified_on_cpu.Parameters(*[layer._parameters.get(name) for name in names])
     if not native.takes(x, *parameters):
         return None
-    move = _track_of(layer, layout)
+    move = _tracks(layer, layout)
 
     def track(mean: Tensor, var: Tensor | None, batch: tuple[Tensor, Tensor]) -> bool:
         of_samples = Moments(mean, torch.zeros_like(mean) if var is None else var, layout.size)
@@ -145,13 +146,20 @@ def rectified(
     return rectified_on_cpu.normalize(x, how, parameters)
 
 
-def _track_of(layer: Any, layout: Layout) -> Callable[[Tensor, Tensor], None] | None:
-    """Return what moves the running statistics towards those of a batch; ``None`` where they stay."""
+def _track_of(layer: Any, layout: Layout) -> Callable[[Array, Array], None] | None:
+    """Return what moves the running statistics towards those of a batch, (C,); ``None`` where they stay."""
+    count = layout.n * layout.size
 
-    def track(mean: Tensor, var: Tensor) -> None:
-        update_running(layer, Moments(mean, var, layout.n * layout.size))
+    def track(mean: Array, var: Array) -> None:
+        if not moved_at_once(layer, mean, var, count):
+            update_running(layer, Moments(torch.from_numpy(mean[None]), torch.from_numpy(var[None]), count))
 
     return track if moves_running_stats(layer) else None
+
+
+def _tracks(layer: Any, layout: Layout) -> Callable[[Tensor, Tensor], None] | None:
+    move = _track_of(layer, layout)
+    return None if move is None else lambda mean, var: move(wide(mean).ravel(), wide(var).ravel())
 
 
 def is_read_as_one_sample(layer: Any, x: Tensor, layout: Layout) -> bool:

@@ -17,7 +17,7 @@ A pooled mean mu and variance V of n (sample, channel) pairs, of S elements each
 which is affine in x: so dx = scale dy + slope x + offset, and no (N, C) number but these three needs the deviations of
 means. All is written around x = 0, in float64 where a mean is large.
 
-``_plainly`` says the same in operations that autograd records, for what is differentiated once more.
+``plainly`` says the same in operations that autograd records, for what is differentiated once more.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import Tensor
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import Layout, cast
 from lightning_norm.ops.moments import Affine, Moments, mixture
+from lightning_norm.ops.vectors import Array, wide
 
 Pair = tuple[Tensor, Tensor]
 """Mean and variance, or their gradients."""
@@ -49,7 +50,7 @@ class Mixture:
         eps: inside the root.
         entries: of the parameters w and v that are the weights of ``statistics``, as logits of a softmax.
         outputs: normalized outputs of "bn" and "ln" are mixed, by iota (C,) in w.
-        track: is called with mean and variance of the batch, (1, C).
+        track: is called with mean and variance of the batch, (C,) in float64.
     """
 
     layout: Layout
@@ -57,7 +58,7 @@ class Mixture:
     eps: float
     entries: tuple[int, ...] = ()
     outputs: bool = False
-    track: Callable[[Tensor, Tensor], None] | None = None
+    track: Callable[[Array, Array], None] | None = None
 
 
 def normalize(
@@ -88,7 +89,7 @@ class _Mixture(torch.autograd.Function):
     ) -> Tensor:
         mean, var, batch, layer = _measured(x, how)
         if how.track is not None and batch is not None:
-            how.track(*batch)
+            how.track(*[wide(t.view(-1)) for t in batch])
         equations = _equations(how, weight, w, v, (mean, var), batch, layer)
         ctx.how, ctx.weights = how, equations.weights
         # Of one element the mean is the element itself: nothing of the size of x is kept beside x.
@@ -102,8 +103,8 @@ class _Mixture(torch.autograd.Function):
         how, (dy,), need = ctx.how, grads, ctx.needs_input_grad
         x, weight, bias, w, v, mean, var, *pairs = ctx.saved_tensors
         if eager.is_recording(dy):
-            plainly = functools.partial(_plainly, how)
-            return (*eager.recorded_gradients(plainly, (x, weight, bias, w, v), dy, need), None)
+            function = functools.partial(plainly, how)
+            return (*eager.recorded_gradients(function, (x, weight, bias, w, v), dy, need), None)
         (batch, layer), mixed = (None if m is None else (m, u) for m, u in (pairs[:2], pairs[2:4])), pairs[4:]
         if flat := mean is None:
             mean = cast(x.view(how.layout.n, how.layout.c), next(p[0].dtype for p in (batch, layer) if p is not None))
@@ -205,7 +206,7 @@ class _OfStatistics:
         mixed: tuple[Tensor, ...] = (),
     ) -> None:
         self.how, self.params, self.terms = how, params, terms
-        self.weights = weights or [[1.0] if t is None else _softmax(t, how.entries) for t in params]
+        self.weights = weights or [[1.0] if t is None else softmax(t, how.entries) for t in params]
         if not mixed:
             center, var = (_mix(w, t) for w, t in zip(self.weights, zip(*terms, strict=True), strict=True))
             mixed = center, (var + how.eps).rsqrt_()
@@ -248,7 +249,7 @@ class _OfStatistics:
 
     def through_statistics(self) -> Pair:
         """Return slope and offset of what reaches x through the statistics."""
-        return _slope_and_offset(self.through, self.weights, self.how.layout)
+        return slope_and_offset(self.through, self.weights, self.how.layout)
 
 
 class _OfOutputs:
@@ -286,7 +287,7 @@ class _OfOutputs:
 
     def through_statistics(self) -> Pair:
         """Return slope and offset of what reaches x through the statistics."""
-        return _slope_and_offset(self.through, self.weights, self.how.layout)
+        return slope_and_offset(self.through, self.weights, self.how.layout)
 
 
 def _equations(
@@ -308,7 +309,7 @@ def _equations(
     return _OfStatistics(how, weight, (w, v), terms, weights, mixed)
 
 
-def _slope_and_offset(
+def slope_and_offset(
     through: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Sequence[Sequence[float]], layout: Layout
 ) -> Pair:
     """Return what reaches x through statistics, slope * x + offset.
@@ -346,7 +347,7 @@ def _mix(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
     return mixed
 
 
-def _softmax(logits: Tensor, entries: tuple[int, ...]) -> list[float]:
+def softmax(logits: Tensor, entries: tuple[int, ...]) -> list[float]:
     """Return the softmax of some entries, as numbers."""
     # A handful of numbers: as Python's they take less time than one operation of torch's.
     values = logits.tolist()
@@ -356,7 +357,7 @@ def _softmax(logits: Tensor, entries: tuple[int, ...]) -> list[float]:
     return [p / total for p in powers]
 
 
-def _plainly(
+def plainly(
     how: Mixture, x: Tensor, weight: Tensor | None, bias: Tensor | None, w: Tensor | None, v: Tensor | None
 ) -> Tensor:
     """Return y in plain differentiable PyTorch."""

@@ -10,14 +10,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_norm.ops import eager, torch_private
 from lightning_norm.ops.eager import SMALL_MEAN
 from lightning_norm.ops.layout import Layout, cast
-from lightning_norm.ops.vectors import Array, array_of, quiet, tensor_of
+from lightning_norm.ops.vectors import Array, array_of, is_small, quiet, tensor_of
 
 LEAST_SCALE = 1e-18
 """One over the standard deviation below which the variance may not be a finite number in float32."""
@@ -84,9 +83,7 @@ def statistics(x: Tensor, layout: Layout) -> tuple[Array, Array] | None:
     """Return mean and biased variance of each channel, (C,); ``None`` where the mean is too large for the float32."""
     mean, var = torch.batch_norm_update_stats(_rows(x.detach(), layout), None, None, 0.0)
     means, variances = mean.numpy(), var.numpy()
-    # Written so that NaN is not small.
-    small = variances >= means * means * SMALL_MEAN**-2
-    return (means, variances) if np.count_nonzero(small) == layout.c else None
+    return (means, variances) if is_small(means, variances) else None
 
 
 class Constants(NamedTuple):

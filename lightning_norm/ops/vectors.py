@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_norm.ops.eager import SMALL_MEAN
+
 Array = NDArray[np.floating[Any]]
 
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
@@ -31,9 +33,20 @@ def array_of(parameter: Tensor) -> Array:
     return array
 
 
+def wide(t: Tensor) -> Array:
+    """Return the numbers of a tensor in float64; of one that has that dtype, with its memory."""
+    array: Array = t.detach().numpy().astype(np.float64, copy=False)
+    return array
+
+
 def tensor_of(array: Array, dtype: torch.dtype) -> Tensor:
     """Return a copy of an array, rounded to a dtype of torch's."""
     return torch.from_numpy(array.astype(_DTYPES[dtype]))
+
+
+def is_small(mean: Array, var: Array) -> bool:
+    """Tell whether means are small against their standard deviations; written so that NaN is not."""
+    return int(np.count_nonzero(var >= mean * mean * SMALL_MEAN**-2)) == len(mean)
 
 
 def changed(*tensors: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from lightning_norm import create
 from lightning_norm.bench.contenders import saved_for_backward
+from lightning_norm.ops import mixture_of_few
 
 LAYERS = {
     "bn": {},
@@ -72,10 +73,27 @@ def results(layer, x, dy, twice=False):
     return [t.detach().double() for t in (*found, *layer.buffers()) if t is not None]
 
 
+@pytest.fixture(params=["few", "many"])
+def numbers(request, monkeypatch):
+    """By how many samples and channels a layer goes by: for many, (N, C) numbers are tensors."""
+    if request.param == "many":
+        monkeypatch.setattr(mixture_of_few, "FEW", 0)
+    return request.param
+
+
+MIXTURES = ("sn", "bcn")
+
+
+def skip_where_alike(numbers, name):
+    if numbers == "many" and name.split()[0] not in MIXTURES:
+        pytest.skip("has one way for both")
+
+
 @pytest.mark.parametrize("mean", [0.0, 1500.0])
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_same_as_the_algebra(name, kind, mean):
+def test_same_as_the_algebra(name, kind, mean, numbers):
+    skip_where_alike(numbers, name)
     shape, channel_dim = INPUTS[kind]
     if name in NEED_POSITIONS and kind == "flat":
         pytest.skip("needs positions")
@@ -95,7 +113,8 @@ def test_same_as_the_algebra(name, kind, mean):
 
 @pytest.mark.parametrize("kind", [*INPUTS, "1 x 1"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_an_output_may_be_changed_in_place(name, kind):
+def test_an_output_may_be_changed_in_place(name, kind, numbers):
+    skip_where_alike(numbers, name)
     shape, channel_dim = {**INPUTS, "1 x 1": ((4, 8, 1, 1), 1)}[kind]
     if name in NEED_POSITIONS and kind in ("flat", "1 x 1"):
         pytest.skip("needs positions")
@@ -114,7 +133,8 @@ def test_an_output_may_be_changed_in_place(name, kind):
 
 @pytest.mark.parametrize("kind", ["images", "flat", "tokens"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_same_second_derivatives_as_the_algebra(name, kind):
+def test_same_second_derivatives_as_the_algebra(name, kind, numbers):
+    skip_where_alike(numbers, name)
     shape, channel_dim = INPUTS[kind]
     if name in NEED_POSITIONS and kind == "flat":
         pytest.skip("needs positions")
@@ -146,7 +166,8 @@ def test_parameters_and_buffers_may_have_strides(name, kind):
 
 @pytest.mark.parametrize("name", ["bn", "sn", "bcn", "brn", "dbn", "rbn"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
-def test_what_is_not_finite_moves_nothing(name, bad):
+def test_what_is_not_finite_moves_nothing(name, bad, numbers):
+    skip_where_alike(numbers, name)
     layer = layer_of(name, 1, torch.float32)
     layer(torch.randn(4, 8, 5, 5))
     before = {name: b.clone() for name, b in layer.named_buffers()}
