@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_norm.layers.running_stats import moved_at_once, moves_running_stats, update_running
-from lightning_norm.ops import mixture_of_few, mixture_on_cpu, native, rectified_on_cpu, torch_private
+from lightning_norm.ops import mixture_of_few, mixture_on_cpu, native, rectified_of_few, rectified_on_cpu, torch_private
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
-from lightning_norm.ops.vectors import Array, quiet, wide
+from lightning_norm.ops.vectors import Array, quiet
 
 FEW = 8
 """Of groups with fewer elements the algebra computes the statistics."""
@@ -132,18 +132,20 @@ def rectified(
     parameters = rectified_on_cpu.Parameters(*[layer._parameters.get(name) for name in names])
     if not native.takes(x, *parameters):
         return None
-    move = _tracks(layer, layout)
+    move = _track_of(layer, layout)
 
-    def track(mean: Tensor, var: Tensor | None, batch: tuple[Tensor, Tensor]) -> bool:
-        of_samples = Moments(mean, torch.zeros_like(mean) if var is None else var, layout.size)
-        if chooses is not None and not chooses(x.detach(), of_samples):
-            return False
+    def track(mean: Tensor, var: Tensor | None, batch: tuple[Array, Array]) -> bool:
+        if chooses is not None:
+            of_samples = Moments(mean, torch.zeros_like(mean) if var is None else var, layout.size)
+            if not chooses(x.detach(), of_samples):
+                return False
         if move is not None:
             move(*batch)
         return True
 
     how = rectified_on_cpu.Rectified(layout, layer.eps, factor, track)
-    return rectified_on_cpu.normalize(x, how, parameters)
+    normalize = rectified_of_few.normalize if mixture_of_few.takes(layout) else rectified_on_cpu.normalize
+    return normalize(x, how, parameters)
 
 
 def _track_of(layer: Any, layout: Layout) -> Callable[[Array, Array], None] | None:
@@ -155,11 +157,6 @@ def _track_of(layer: Any, layout: Layout) -> Callable[[Array, Array], None] | No
             update_running(layer, Moments(torch.from_numpy(mean[None]), torch.from_numpy(var[None]), count))
 
     return track if moves_running_stats(layer) else None
-
-
-def _tracks(layer: Any, layout: Layout) -> Callable[[Tensor, Tensor], None] | None:
-    move = _track_of(layer, layout)
-    return None if move is None else lambda mean, var: move(wide(mean).ravel(), wide(var).ravel())
 
 
 def is_read_as_one_sample(layer: Any, x: Tensor, layout: Layout) -> bool:

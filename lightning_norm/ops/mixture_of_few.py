@@ -58,7 +58,7 @@ class _Mixture(torch.autograd.Function):
         layout = how.layout
         with quiet():
             own, own_var = (x, None) if layout.size == 1 else eager.moments(x, layout)
-            mean, var = _arrays(own, own_var, layout)
+            mean, var = arrays_of(own, own_var, layout)
             exact = mean.astype(np.float64, copy=False)
             batch = pooled(exact, var, 0) if "bn" in how.statistics else None
             layer = pooled(exact, var, 1) if "ln" in how.statistics else None
@@ -85,7 +85,7 @@ class _Mixture(torch.autograd.Function):
             plainly = functools.partial(many.plainly, how)
             return (*eager.recorded_gradients(plainly, (x, weight, bias, w, v), dy, need), None)
         with quiet():
-            mean, var = _arrays(x if own is None else own, own_var, how.layout)
+            mean, var = arrays_of(x if own is None else own, own_var, how.layout)
             (batch, layer), own_terms = ctx.pooled, (mean.astype(ctx.dtype, copy=False), var)
             equations = _equations(how, weight, w, v, own_terms, batch, layer, ctx.weights)
             if own is None:
@@ -105,7 +105,7 @@ class _Mixture(torch.autograd.Function):
             return dx, *of_parameters, None
 
 
-def _arrays(mean: Tensor, var: Tensor | None, layout: Layout) -> tuple[Array, Array | None]:
+def arrays_of(mean: Tensor, var: Tensor | None, layout: Layout) -> tuple[Array, Array | None]:
     """Return mean and variance of each (sample, channel), the latter ``None`` where a mean is one element."""
     means = mean.detach().numpy().reshape(layout.n, layout.c)
     return means, None if var is None else var.numpy().astype(means.dtype, copy=False)

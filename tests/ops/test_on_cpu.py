@@ -81,11 +81,11 @@ def numbers(request, monkeypatch):
     return request.param
 
 
-MIXTURES = ("sn", "bcn")
+TWO_WAYS = ("sn", "bcn", "rbn", "ubn")
 
 
 def skip_where_alike(numbers, name):
-    if numbers == "many" and name.split()[0] not in MIXTURES:
+    if numbers == "many" and name.split()[0] not in TWO_WAYS:
         pytest.skip("has one way for both")
 
 
