@@ -107,8 +107,8 @@ def mixture(
 
     track = _track_of(layer, layout) if "bn" in statistics else None
     how = mixture_on_cpu.Mixture(layout, statistics, layer.eps, entries, outputs, track)
-    normalize = mixture_of_few.normalize if mixture_of_few.takes(layout) else mixture_on_cpu.normalize
-    return normalize(x, how, layer.weight, layer.bias, w, v)
+    few = mixture_of_few.takes(layout)
+    return (mixture_of_few.normalize if few else mixture_on_cpu.normalize)(x, how, layer.weight, layer.bias, w, v)
 
 
 def rectified(
@@ -144,8 +144,8 @@ def rectified(
         return True
 
     how = rectified_on_cpu.Rectified(layout, layer.eps, factor, track)
-    normalize = rectified_of_few.normalize if mixture_of_few.takes(layout) else rectified_on_cpu.normalize
-    return normalize(x, how, parameters)
+    few = mixture_of_few.takes(layout, rectified_of_few.MOST)
+    return (rectified_of_few.normalize if few else rectified_on_cpu.normalize)(x, how, parameters)
 
 
 def _track_of(layer: Any, layout: Layout) -> Callable[[Array, Array], None] | None:

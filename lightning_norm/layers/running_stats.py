@@ -75,7 +75,8 @@ class RunningStats(nn.Module):
     @property
     def has_running_stats(self) -> bool:
         """Whether there are running statistics to evaluate on: as in torch by the buffers, and not by the flag."""
-        return all(self._buffers.get(name) is not None for name in self.running_names)
+        mean, var = self.running_names  # not by all(), for every forward pass asks it a few times
+        return self._buffers.get(mean) is not None and self._buffers.get(var) is not None
 
     def _make_running_stats(
         self, num_features: int, track: bool, device: torch.device | str | None, dtype: torch.dtype | None
@@ -207,7 +208,8 @@ def moved_at_once(layer: RunningStats, mean: Array, var: Array, count: int) -> b
 
     False, and nothing has moved, where this is for :func:`update_running` to do.
     """
-    return layer._accumulator is None and _moved_towards(layer, mean, var * (count / max(count - 1, 1)))
+    with quiet():
+        return layer._accumulator is None and _moved_towards(layer, mean, var * (count / max(count - 1, 1)))
 
 
 def _may_move_at_once(mean: Tensor) -> bool:

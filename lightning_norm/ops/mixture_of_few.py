@@ -1,6 +1,6 @@
-"""What :mod:`lightning_norm.ops.mixture_on_cpu` says, for so few samples and channels that operations cost most of it.
+"""What :mod:`lightning_norm.ops.mixture_on_cpu` says of (N, C) inputs, so small that operations cost the most.
 
-The (N, C) numbers are NumPy's, and sums over samples or channels are products with vectors.
+All numbers are NumPy's, and sums over samples or channels are products with vectors. Maps take as long by either.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ from torch import Tensor
 from lightning_norm.ops import eager
 from lightning_norm.ops import mixture_on_cpu as many
 from lightning_norm.ops.layout import Layout
-from lightning_norm.ops.vectors import Array, array_of, is_small, quiet, tensor_of
-
-FEW = 1 << 13
-"""(N, C) numbers up to which this is faster. From some more on, NumPy would take threads of its own for a product."""
+from lightning_norm.ops.vectors import FEW, Array, array_of, is_small, quiet, sums_along, tensor_of
 
 Pair = tuple[Array, Array]
+"""Mean and variance, of each channel (C,) or of each sample (N,), in float64; or slope and offset of them."""
 
 
-def takes(layout: Layout) -> bool:
-    """Tell whether an input has so few samples and channels."""
-    return layout.n * layout.c <= FEW
+def takes(layout: Layout, most: int = FEW) -> bool:
+    """Tell whether an input is flat and has no more elements than ``most``."""
+    return layout.size == 1 and layout.n * layout.c <= most and layout.c <= FEW
 
 
 def normalize(
@@ -55,72 +53,48 @@ class _Mixture(torch.autograd.Function):
         v: Tensor | None,
         how: many.Mixture,
     ) -> Tensor:
-        layout = how.layout
         with quiet():
-            own, own_var = (x, None) if layout.size == 1 else eager.moments(x, layout)
-            mean, var = arrays_of(own, own_var, layout)
-            exact = mean.astype(np.float64, copy=False)
-            batch = pooled(exact, var, 0) if "bn" in how.statistics else None
-            layer = pooled(exact, var, 1) if "ln" in how.statistics else None
+            numbers = array_of(x).reshape(how.layout.n, how.layout.c)
+            exact = numbers.astype(np.float64, copy=False)
+            batch = pooled(exact, 0) if "bn" in how.statistics else None
+            layer = pooled(exact, 1) if "ln" in how.statistics else None
             if how.track is not None and batch is not None:
                 how.track(*batch)
-            # Of several elements ``moments`` has decided it.
-            if var is None and not all(is_small(*pair) for pair in (batch, layer) if pair is not None):
-                mean = exact
-            equations = _equations(how, weight, w, v, (mean, var), batch, layer)
+            # In float64 where a mean is large.
+            small = all(is_small(*pair) for pair in (batch, layer) if pair is not None)
+            equations = _equations(how, weight, w, v, numbers if small else exact, batch, layer)
             # Numbers of rows and columns: next to nothing beside x.
-            ctx.how, ctx.weights, ctx.pooled, ctx.dtype = how, equations.weights, (batch, layer), mean.dtype
-            # Of one element the mean is the element itself: nothing of the size of x is kept beside x.
-            ctx.save_for_backward(x, weight, bias, w, v, None if var is None else own, own_var)
-            if var is None:
-                return tensor_of(equations.of_flat(bias), x.dtype).view(x.shape).data
-            scale, offset = (torch.from_numpy(t) for t in (equations.scale, equations.offset(bias)))
-            return many.applied(x, own, scale, offset, layout, flat=False)
+            ctx.how, ctx.weights, ctx.pooled, ctx.dtype = how, equations.weights, (batch, layer), equations.x.dtype
+            ctx.save_for_backward(x, weight, bias, w, v)
+            return tensor_of(equations.y(bias), x.dtype).view(x.shape).data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         how, (dy,), need = ctx.how, grads, ctx.needs_input_grad
-        x, weight, bias, w, v, own, own_var = ctx.saved_tensors
+        x, weight, bias, w, v = ctx.saved_tensors
         if eager.is_recording(dy):
             plainly = functools.partial(many.plainly, how)
             return (*eager.recorded_gradients(plainly, (x, weight, bias, w, v), dy, need), None)
         with quiet():
-            mean, var = arrays_of(x if own is None else own, own_var, how.layout)
-            (batch, layer), own_terms = ctx.pooled, (mean.astype(ctx.dtype, copy=False), var)
-            equations = _equations(how, weight, w, v, own_terms, batch, layer, ctx.weights)
-            if own is None:
-                total, dot = array_of(dy).reshape(mean.shape).astype(ctx.dtype, copy=False), None
-            else:
-                total, dot = (t.numpy() for t in many.sums(dy, x, own, how.layout, flat=False))
-            dgamma, dw, dv = equations.of_parameters(total, dot)
-            dx = None
-            if need[0] and own is None:
-                dx = tensor_of(equations.through_flat(total), x.dtype).view(x.shape)
-            elif need[0]:
-                scale, slope, offset = (torch.from_numpy(t) for t in (equations.scale, *equations.through()))
-                dx = many.combined(dy, x, own, scale, slope, offset, how.layout, flat=False)
-            dbias = np.ones(len(total), total.dtype).dot(total) if need[2] else None
-            found = zip(need[1:], (dgamma, dbias, dw, dv), strict=False)
+            numbers, total = (
+                array_of(t).reshape(how.layout.n, how.layout.c).astype(ctx.dtype, copy=False) for t in (x, dy)
+            )
+            batch, layer = ctx.pooled
+            equations = _equations(how, weight, w, v, numbers, batch, layer, ctx.weights)
+            dgamma, dw, dv = equations.of_parameters(total)
+            dx = tensor_of(equations.dx(total), x.dtype).view(x.shape) if need[0] else None
+            found = zip(need[1:], (dgamma, sums_along(total, 0) if need[2] else None, dw, dv), strict=False)
             of_parameters = [tensor_of(t, x.dtype) if needed and t is not None else None for needed, t in found]
-            return dx, *of_parameters, None
+        return dx, *of_parameters, None
 
 
-def arrays_of(mean: Tensor, var: Tensor | None, layout: Layout) -> tuple[Array, Array | None]:
-    """Return mean and variance of each (sample, channel), the latter ``None`` where a mean is one element."""
-    means = mean.detach().numpy().reshape(layout.n, layout.c)
-    return means, None if var is None else var.numpy().astype(means.dtype, copy=False)
-
-
-def pooled(mean: Array, var: Array | None, dim: int) -> Pair:
-    """Return mean and variance along one axis by the law of total variance, in float64."""
-    size = mean.shape[dim]
-    share = np.full(size, 1 / size)
-    center = share.dot(mean) if dim == 0 else mean.dot(share)
-    apart = mean - (center if dim == 0 else center[:, None])
+def pooled(x: Array, axis: int) -> Pair:
+    """Return mean and variance along one axis."""
+    size = x.shape[axis]
+    mean = sums_along(x, axis) / size
+    apart = x - (mean if axis == 0 else mean[:, None])
     apart *= apart
-    if var is not None:
-        apart += var
-    return center, share.dot(apart) if dim == 0 else apart.dot(share)
+    return mean, sums_along(apart, axis) / size
 
 
 class _Equations:
@@ -129,50 +103,36 @@ class _Equations:
     Args:
         how: what is mixed.
         weight: gamma, (C,).
-        mean: of each (sample, channel), in the dtype of all (N, C) numbers.
+        x: the input, (N, C), in the dtype of all such numbers.
     """
 
     scale: Array
     weights: Sequence[Sequence[float]] = ()
     through_batch: Pair | None = None
-    """Slope and offset of what reaches x through the statistics of the batch, (C,)."""
+    """What reaches x through the statistics of the batch."""
     through_layer: Pair | None = None
-    """Likewise of each sample, (N,)."""
+    """Likewise of each sample."""
 
-    def __init__(self, how: many.Mixture, weight: Tensor | None, mean: Array) -> None:
-        self.how, self.gamma, self.mean = how, None if weight is None else array_of(weight), mean
+    def __init__(self, how: many.Mixture, weight: Tensor | None, x: Array) -> None:
+        self.how, self.gamma, self.x = how, None if weight is None else array_of(weight), x
 
-    def offset(self, bias: Tensor | None) -> Array:
-        """Return y at x = 0, given beta, (C,)."""
+    def y(self, bias: Tensor | None) -> Array:
+        """Return y, given beta, (C,)."""
         raise NotImplementedError
 
-    def of_flat(self, bias: Tensor | None) -> Array:
-        """Return y where x is the mean."""
+    def of_parameters(self, dy: Array) -> tuple[Array | None, ...]:
+        """Return the gradients of gamma and of the mixture's parameters, given that of y."""
         raise NotImplementedError
 
-    def of_parameters(self, total: Array, dot: Array | None) -> tuple[Array | None, ...]:
-        """Return the gradients of gamma and of the mixture's parameters.
-
-        Args:
-            total: the sum of dy per (sample, channel).
-            dot: of dy * x; ``None`` where x is the mean.
-        """
-        raise NotImplementedError
-
-    def through(self) -> Pair:
-        """Return slope and offset of what reaches x through the statistics, (N, C)."""
-        slope, offset = (self._spread(i) for i in (0, 1))
-        return slope, offset
-
-    def through_flat(self, total: Array) -> Array:
-        """Return dx where x is the mean."""
-        dx: Array = self._spread(0) * self.mean
-        dx += self.scale * total
+    def dx(self, dy: Array) -> Array:
+        """Return dx, after :meth:`of_parameters`."""
+        dx: Array = self._spread(0) * self.x
+        dx += self.scale * dy
         dx += self._spread(1)
         return dx
 
     def _spread(self, i: int) -> Array:
-        """Return the slope, or for 1 the offset, as numbers of rows and columns."""
+        """Return the slope, or for 1 the offset, of all statistics."""
         batch, layer = self.through_batch, self.through_layer
         row, column = None if batch is None else self.row(batch[i]), None if layer is None else self.column(layer[i])
         found = column if row is None else row if column is None else row + column
@@ -181,20 +141,11 @@ class _Equations:
 
     def row(self, t: Array) -> Array:
         """Return numbers of each channel, (1, C)."""
-        return t.astype(self.mean.dtype)[None]
+        return t.astype(self.x.dtype)[None]
 
     def column(self, t: Array) -> Array:
         """Return numbers of each sample, (N, 1)."""
-        return t.astype(self.mean.dtype)[:, None]
-
-    def ones(self, axis: int) -> Array:
-        """Return the vector whose product is the sum along an axis."""
-        return np.ones(self.mean.shape[axis], self.mean.dtype)
-
-    def count(self, k: str) -> int:
-        """Return the elements of x behind a statistic."""
-        layout = self.how.layout
-        return layout.size * {"in": 1, "bn": layout.n, "ln": layout.c}[k]
+        return t.astype(self.x.dtype)[:, None]
 
 
 class _OfStatistics(_Equations):
@@ -204,8 +155,8 @@ class _OfStatistics(_Equations):
         how: what is mixed.
         weight: gamma, (C,).
         params: the logits of means and of variances; ``None`` for a single statistic.
-        own: mean and variance of each (sample, channel).
-        batch: of each channel.
+        x: the input.
+        batch: mean and variance of each channel.
         layer: of each sample.
         weights: those of means and of variances, where they are known.
     """
@@ -215,14 +166,14 @@ class _OfStatistics(_Equations):
         how: many.Mixture,
         weight: Tensor | None,
         params: tuple[Tensor | None, Tensor | None],
-        own: tuple[Array, Array | None],
+        x: Array,
         batch: Pair | None,
         layer: Pair | None,
         weights: Sequence[Sequence[float]],
     ) -> None:
-        super().__init__(how, weight, own[0])
+        super().__init__(how, weight, x)
         self.params = params
-        self.terms: dict[str, Any] = {"in": own, "bn": batch, "ln": layer}
+        self.terms: dict[str, Any] = {"bn": batch, "ln": layer}
         self.weights = weights or [[1.0] if t is None else many.softmax(t, how.entries) for t in params]
         self.center, root = (self._mixed(i) for i in (0, 1))
         self.root = np.divide(1, np.sqrt(root, out=root), out=root)
@@ -235,48 +186,35 @@ class _OfStatistics(_Equations):
             part: Array = self.terms[k][i] * weight
             if i and mixed is None:
                 part += self.how.eps
-            part = part if k == "in" else self.row(part) if k == "bn" else self.column(part)
+            part = self.row(part) if k == "bn" else self.column(part)
             mixed = part if mixed is None else mixed + part
         assert mixed is not None
         return mixed
 
-    def offset(self, bias: Tensor | None) -> Array:
-        """Return y at x = 0, given beta, (C,)."""
-        product: Array = self.scale * self.center
-        return -product if bias is None else array_of(bias) - product
-
-    def of_flat(self, bias: Tensor | None) -> Array:
-        """Return y where x is the mean."""
-        y: Array = self.mean - self.center
+    def y(self, bias: Tensor | None) -> Array:
+        """Return y, given beta, (C,)."""
+        y: Array = self.x - self.center
         y *= self.scale
         if bias is not None:
             y += array_of(bias)
         return y
 
-    def of_parameters(self, total: Array, dot: Array | None) -> tuple[Array | None, ...]:
+    def of_parameters(self, dy: Array) -> tuple[Array | None, ...]:
         """Return the gradients of gamma and of the logits."""
-        if dot is None:
-            at_root = self.mean - self.center
-            at_root *= total
-        else:
-            at_root = dot - self.center * total
+        at_root = self.x - self.center
+        at_root *= dy
         at_root *= self.root
         # The gradient of the mixed mean, negated, and that of the mixed variance, times -2.
-        f, e = self.scale * total, self.scale * self.root * at_root
-        rows, columns = self.ones(0), self.ones(1)
+        f, e = self.scale * dy, self.scale * self.root * at_root
         # What a statistic gets is a sum over all elements behind it.
-        self.given = {"in": (f, e)}
-        if "bn" in self.how.statistics:
-            self.given["bn"] = rows.dot(f), rows.dot(e)
-        if "ln" in self.how.statistics:
-            self.given["ln"] = f.dot(columns), e.dot(columns)
-        through = {k: self._through(k, i) for i, k in enumerate(self.how.statistics) if k != "in"}
+        self.given = {k: [sums_along(t, axis) for t in (f, e)] for k, axis in _AXES.items() if k in self.how.statistics}
+        through = {k: self._through(k, i) for i, k in enumerate(self.how.statistics)}
         self.through_batch, self.through_layer = through.get("bn"), through.get("ln")
-        return rows.dot(at_root), self._of_logits(0), self._of_logits(1)
+        return sums_along(at_root, 0), self._of_logits(0), self._of_logits(1)
 
     def _through(self, k: str, i: int) -> Pair:
         """Return slope and offset of what reaches x through one statistic."""
-        (f, e), (mean, _), count = self.given[k], self.terms[k], self.count(k)
+        (f, e), mean, count = self.given[k], self.terms[k][0], self.x.shape[_AXES[k]]
         slope = e * (-self.weights[1][i] / count)
         return slope, f * (-self.weights[0][i] / count) - slope * mean
 
@@ -287,71 +225,56 @@ class _OfStatistics(_Equations):
             return None
         # Of the weights, each times its weight: a softmax needs no others.
         pairs = zip(weights, self.how.statistics, strict=True)
-        given = [w * (-0.5 if i else -1.0) * self.given[k][i].ravel().dot(self.terms[k][i].ravel()) for w, k in pairs]
+        given = [w * (-0.5 if i else -1.0) * self.given[k][i].dot(self.terms[k][i]) for w, k in pairs]
         inner, whole = sum(given), np.zeros(len(logits))
         for at, w, g in zip(self.how.entries, weights, given, strict=True):
             whole[at] = g - w * inner
         return whole
 
-    def through(self) -> Pair:
-        """Return slope and offset of what reaches x through the statistics, (N, C)."""
-        if "in" not in self.how.statistics:
-            return super().through()
-        slope, offset = self._through("in", self.how.statistics.index("in"))
-        if len(self.how.statistics) > 1:
-            slope += self._spread(0)
-            offset += self._spread(1)
-        return slope, offset
+
+_AXES = {"bn": 0, "ln": 1}
 
 
 class _OfOutputs(_Equations):
     """Normalized outputs of the batch and of each sample are mixed, by iota (C,)."""
 
     def __init__(
-        self, how: many.Mixture, weight: Tensor | None, iota: Array, mean: Array, batch: Pair, layer: Pair
+        self, how: many.Mixture, weight: Tensor | None, iota: Array, x: Array, batch: Pair, layer: Pair
     ) -> None:
-        super().__init__(how, weight, mean)
+        super().__init__(how, weight, x)
         self.iota, self.means = iota, (batch[0], layer[0])
         self.roots = [1 / np.sqrt(var + how.eps) for _, var in (batch, layer)]
         of_batch, factor = (t if self.gamma is None else t * self.gamma for t in (iota, 1 - iota))
         # y = of_batch r_b (x - mu_b) + factor r_l (x - mu_l) + beta
-        self.of_batch = of_batch * self.roots[0]
-        self.factor = self.row(factor)
+        self.of_batch, self.factor = of_batch * self.roots[0], self.row(factor)
         self.scale = self.column(self.roots[1]) * self.factor
         self.scale += self.row(self.of_batch)
 
-    def offset(self, bias: Tensor | None) -> Array:
-        """Return y at x = 0, given beta, (C,)."""
-        of_batch = -self.of_batch * self.means[0]
-        offset: Array = self.column(self.roots[1] * -self.means[1]) * self.factor
-        offset += self.row(of_batch if bias is None else of_batch + array_of(bias))
-        return offset
-
-    def of_flat(self, bias: Tensor | None) -> Array:
-        """Return y where x is the mean."""
-        y: Array = self.scale * self.mean
-        y += self.offset(bias)
+    def y(self, bias: Tensor | None) -> Array:
+        """Return y, given beta, (C,)."""
+        offset = -self.of_batch * self.means[0]
+        y: Array = self.scale * self.x
+        y -= self.column(self.roots[1] * self.means[1]) * self.factor
+        y += self.row(offset if bias is None else offset + array_of(bias))
         return y
 
-    def of_parameters(self, total: Array, dot: Array | None) -> tuple[Array | None, ...]:
+    def of_parameters(self, dy: Array) -> tuple[Array | None, ...]:
         """Return the gradients of gamma and of iota."""
-        dot = total * self.mean if dot is None else dot
-        (mean, row_mean), (root, row_root), rows, factor = self.means, self.roots, self.ones(0), self.factor[0]
+        (mean, row_mean), (root, row_root), dot, factor = self.means, self.roots, dy * self.x, self.factor[0]
         # Of dy times each normalized output, the sums over the samples and over the channels.
-        of_total = rows.dot(total)
-        q = (rows.dot(dot) - mean * of_total) * root
-        scaled = row_root.astype(total.dtype)
-        q_of_rows = scaled.dot(dot) - (scaled * row_mean).astype(total.dtype).dot(total)
-        f = total.dot(factor)
-        e = (dot.dot(factor) - row_mean * f) * row_root**3
-        for name, center, f_of, e_of, k in (
-            ("through_batch", mean, self.of_batch * of_total, self.of_batch * q * root, "bn"),
-            ("through_layer", row_mean, f * row_root, e, "ln"),
-        ):
-            slope = e_of * (-1 / self.count(k))
-            setattr(self, name, (slope, f_of * (-1 / self.count(k)) - slope * center))
-        diota = q - q_of_rows
-        dgamma = self.iota * q + (1 - self.iota) * q_of_rows
+        total = sums_along(dy, 0)
+        q = (sums_along(dot, 0) - mean * total) * root
+        weights = (t.astype(dy.dtype) for t in (row_root, row_root * row_mean))
+        of_dot, of_total = (sums_along(t, 0, w) for t, w in zip((dot, dy), weights, strict=True))
+        q_of_rows = of_dot - of_total
+        f = sums_along(dy, 1, factor)
+        e = (sums_along(dot, 1, factor) - row_mean * f) * row_root**3
+        n, c = dy.shape
+        slope = self.of_batch * q * root * (-1 / n)
+        self.through_batch = slope, self.of_batch * total * (-1 / n) - slope * mean
+        slope = e * (-1 / c)
+        self.through_layer = slope, f * row_root * (-1 / c) - slope * row_mean
+        diota, dgamma = q - q_of_rows, self.iota * q + (1 - self.iota) * q_of_rows
         return dgamma, diota if self.gamma is None else diota * self.gamma, None
 
 
@@ -360,7 +283,7 @@ def _equations(
     weight: Tensor | None,
     w: Tensor | None,
     v: Tensor | None,
-    own: tuple[Array, Array | None],
+    x: Array,
     batch: Pair | None,
     layer: Pair | None,
     weights: Sequence[Sequence[float]] = (),
@@ -369,5 +292,5 @@ def _equations(
         assert w is not None
         assert batch is not None
         assert layer is not None
-        return _OfOutputs(how, weight, array_of(w).astype(np.float64), own[0], batch, layer)
-    return _OfStatistics(how, weight, (w, v), own, batch, layer, weights)
+        return _OfOutputs(how, weight, array_of(w).astype(np.float64), x, batch, layer)
+    return _OfStatistics(how, weight, (w, v), x, batch, layer, weights)

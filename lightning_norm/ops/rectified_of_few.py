@@ -1,7 +1,7 @@
-"""What :mod:`lightning_norm.ops.rectified_on_cpu` says, for so few samples and channels that operations cost the most.
+"""What :mod:`lightning_norm.ops.rectified_on_cpu` says of (N, C) inputs, so small that operations cost the most.
 
-The (N, C) numbers are NumPy's, and sums over samples are products with vectors: see
-:mod:`lightning_norm.ops.mixture_of_few`.
+All numbers are NumPy's, and sums over samples are products with vectors: see :mod:`lightning_norm.ops.mixture_of_few`.
+With x its own mean, y = s f + beta.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor
 from lightning_norm.ops import eager
 from lightning_norm.ops import rectified_on_cpu as many
 from lightning_norm.ops.layout import Layout
-from lightning_norm.ops.mixture_of_few import Pair, arrays_of, pooled
-from lightning_norm.ops.mixture_on_cpu import applied, combined, sums
-from lightning_norm.ops.vectors import Array, array_of, is_small, quiet, tensor_of
+from lightning_norm.ops.mixture_of_few import Pair, pooled
+from lightning_norm.ops.vectors import FEW, Array, array_of, is_small, quiet, sums_along, tensor_of
+
+MOST = 4 * FEW
+"""Elements of x up to which this is faster."""
 
 
 def normalize(x: Tensor, how: many.Rectified, parameters: many.Parameters) -> Tensor | None:
     """Return what :func:`rectified_on_cpu.normalize` does."""
     layout, w = how.layout, parameters.center_weight
-    with quiet(), torch.no_grad():
-        own, var = (x.detach(), None) if layout.size == 1 else eager.moments(x.detach(), layout)
-        mean, variances = arrays_of(own, var, layout)
-        exact = mean.astype(np.float64, copy=False)
-        batch = pooled(exact if w is None else exact * (1 + array_of(w).astype(np.float64)), variances, 0)
-        # Of one element normalization undoes centering, whose weight has a gradient of what eps leaves over.
-        if var is None and (w is not None or not is_small(*batch)):
-            mean = exact
-        if how.track is not None and not how.track(own.view(mean.shape), var, batch):
+    with quiet():
+        numbers = array_of(x).reshape(layout.n, layout.c)
+        exact = numbers.astype(np.float64, copy=False)
+        batch = pooled(exact if w is None else exact * np.add(array_of(w), 1, dtype=np.float64), 0)
+        if how.track is not None and not how.track(x.detach().view(layout.n, layout.c), None, batch):
             return None
-    y: Tensor = _Rectified.apply(x, how, (own, var, mean, batch), *parameters)
+        # Normalization undoes centering, whose weight has a gradient of what eps leaves over.
+        wide = w is not None or not is_small(*batch)
+    y: Tensor = _Rectified.apply(x, how, batch, exact if wide else numbers, *parameters)
     return y
 
 
@@ -42,55 +42,36 @@ class _Rectified(torch.autograd.Function):
     """y from x and its statistics, and all gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, how: many.Rectified, measured: tuple[Tensor, Tensor | None, Array, Pair], *tensors: Any
-    ) -> Tensor:
-        own, var, mean, batch = measured
+    def forward(ctx: Any, x: Tensor, how: many.Rectified, batch: Pair, numbers: Array, *tensors: Any) -> Tensor:
         with quiet():
             # Numbers of channels: next to nothing beside x.
-            ctx.equations = equations = _Equations(how, tensors, batch, mean.dtype)
-            # Of one element the mean is the element itself: nothing of the size of x is kept beside x.
-            ctx.save_for_backward(x, *tensors, None if var is None else own)
-            far, scale, _ = equations.numbers(mean)
-            y = scale * far
-            if var is not None:
-                y -= scale * mean
+            ctx.equations = equations = _Equations(how, tensors, batch, numbers.dtype)
+            ctx.save_for_backward(x, *tensors)
+            far, scale, _ = equations.numbers(numbers)
+            far *= scale
             if equations.p.bias is not None:
-                y += equations.p.bias
-            if var is None:
-                return tensor_of(y, x.dtype).view(x.shape).data
-            return applied(x, own, torch.from_numpy(scale), torch.from_numpy(y), how.layout, flat=False)
+                far += equations.p.bias
+            return tensor_of(far, x.dtype).view(x.shape).data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         equations, (dy,), need = ctx.equations, grads, ctx.needs_input_grad
-        x, *tensors, own = ctx.saved_tensors
-        layout: Layout = equations.how.layout
+        x, *tensors = ctx.saved_tensors
         if eager.is_recording(dy):
             plainly = functools.partial(many.plainly, equations.how)
-            found = eager.recorded_gradients(plainly, (x, *tensors), dy, (need[0], *need[3:]))
-            return found[0], None, None, *found[1:]
+            found = eager.recorded_gradients(plainly, (x, *tensors), dy, (need[0], *need[4:]))
+            return found[0], None, None, None, *found[1:]
+        layout: Layout = equations.how.layout
         with quiet():
-            mean = arrays_of(x if own is None else own, None, layout)[0].astype(equations.dtype, copy=False)
-            if own is None:
-                total, dot = array_of(dy).reshape(mean.shape).astype(mean.dtype, copy=False), None
-            else:
-                total, dot = (t.numpy() for t in sums(dy, x, own, layout, flat=False))
-            scale, at_lag, dmean, slope, of_parameters = equations.gradients(mean, total, dot)
-            dx = None
-            if need[0] and own is None:
-                dx = tensor_of(dmean, x.dtype).view(x.shape)
-            elif need[0]:
-                dmean -= at_lag
-                dmean *= 1 / layout.size
-                dmean -= mean * slope
-                fields = [torch.from_numpy(t) for t in (scale, slope, dmean)]
-                dx = combined(dy, x, own, fields[0], fields[1], fields[2], layout, flat=False)
+            numbers, of_y = (
+                array_of(t).reshape(layout.n, layout.c).astype(equations.dtype, copy=False) for t in (x, dy)
+            )
+            dx, of_parameters = equations.gradients(numbers, of_y)
             gradients = [
                 tensor_of(t, x.dtype) if needed and t is not None else None
-                for needed, t in zip(need[3:], of_parameters, strict=True)
+                for needed, t in zip(need[4:], of_parameters, strict=True)
             ]
-        return dx, None, None, *gradients
+            return tensor_of(dx, x.dtype).view(x.shape) if need[0] else None, None, None, None, *gradients
 
 
 class _Parameters(NamedTuple):
@@ -127,60 +108,48 @@ class _Equations:
         self.slope = None if p.scale_weight is None else (self.root * p.scale_weight).astype(dtype)
         self.affine = None if p.affine_weight is None else p.affine_weight.astype(dtype)
 
-    def numbers(self, mean: Array) -> tuple[Array, Array, list[Array]]:
-        """Return f, the scale and the gates, given the mean of each sample and channel."""
-        far = mean - self.mean if self.centering is None else mean * self.centering
+    def numbers(self, x: Array) -> tuple[Array, Array, list[Array]]:
+        """Return f, the scale and the gates."""
+        far = x - self.mean if self.centering is None else x * self.centering
         if self.centering is not None:
             far -= self.mean
         gates: list[Array] = []
         if self.slope is not None:
             gates.append(_sigmoid(far * self.slope, self.p.scale_bias))
         if self.affine is not None:
-            gates.append(_sigmoid(mean * self.affine, self.p.affine_bias))
-        scale = np.ones_like(mean) if not gates else gates[0] * gates[1] if gates[1:] else gates[0].copy()
+            gates.append(_sigmoid(x * self.affine, self.p.affine_bias))
+        scale = np.ones_like(x) if not gates else gates[0] * gates[1] if gates[1:] else gates[0].copy()
         scale *= self.weighted
         return far, scale, gates
 
-    def gradients(
-        self, mean: Array, total: Array, dot: Array | None
-    ) -> tuple[Array, Array, Array, Array, tuple[Array | None, ...]]:
-        """Return the scale, the gradient of f, that of the means, the slope by which x gets more, those of parameters.
-
-        Args:
-            mean: of each sample and channel.
-            total: the sum of dy per sample and channel.
-            dot: that of dy * x; ``None`` where x is the mean. The gradient of the means is that of x then; it lacks
-                what they get as a part of ``x - mean``, that of f with the other sign.
-        """
-        n, size, (far, scale, gates) = len(mean), self.how.layout.size, self.numbers(mean)
-        rows = np.ones(n, mean.dtype)
-        # The sum of dy (x - k + f), the gradient of the scale.
-        at_scale = far * total if dot is None else dot + (far - mean) * total
+    def gradients(self, x: Array, dy: Array) -> tuple[Array, tuple[Array | None, ...]]:
+        """Return the gradients of x and of the parameters."""
+        far, scale, gates = self.numbers(x)
+        # The gradient of the scale.
+        at_scale = far * dy
         gain = gates[0] * gates[1] if gates[1:] else gates[0] if gates else None
-        found = _Parameters(rows.dot(at_scale if gain is None else at_scale * gain) * self.base, rows.dot(total))
-        # The gradients of the logarithms of the scale and of r; y = s (x - k + f).
-        at_log, at_lag = np.multiply(at_scale, scale, out=at_scale), scale * total
-        at_root = rows.dot(at_log).astype(np.float64)
-        dfar, dmean = at_lag.copy(), None
+        dweight = sums_along(at_scale if gain is None else at_scale * gain, 0) * self.base
+        found = _Parameters(dweight, sums_along(dy, 0))
+        # The gradients of the logarithms of the scale and of r.
+        at_log, dfar = np.multiply(at_scale, scale, out=at_scale), scale * dy
+        at_root, dx = sums_along(at_log, 0).astype(np.float64), None
         if self.slope is not None:
             at_gate = at_log - at_log * gates[0]
-            dslope = rows.dot(at_gate * far)
+            dslope = sums_along(at_gate * far, 0)
             at_root += self.slope * dslope
             dfar += at_gate * self.slope
-            found = found._replace(scale_weight=dslope * self.root, scale_bias=rows.dot(at_gate))
+            found = found._replace(scale_weight=dslope * self.root, scale_bias=sums_along(at_gate, 0))
         if self.affine is not None:
             at_gate = at_log - at_log * gates[-1]
-            dmean = at_gate * self.affine
-            found = found._replace(affine_weight=rows.dot(at_gate * mean), affine_bias=rows.dot(at_gate))
-        # 2 dL/dV, over the samples: through the batch's mean and variance, as in batch normalization of N numbers.
-        of_var = at_root * self.root**2 * (-1 / n)
-        dfar -= rows.dot(dfar) * (1 / n)
-        dfar += far * of_var.astype(mean.dtype)
+            dx = at_gate * self.affine
+            found = found._replace(affine_weight=sums_along(at_gate * x, 0), affine_bias=sums_along(at_gate, 0))
+        # Through the batch's mean and variance: 2 dL/dV is -r^2 / N times the gradient of the logarithm of r.
+        dfar -= sums_along(dfar, 0) * (1 / len(x))
+        dfar += far * (at_root * self.root**2 * (-1 / len(x))).astype(x.dtype)
         if self.centering is not None:
-            found = found._replace(center_weight=rows.dot(dfar * mean))
+            found = found._replace(center_weight=sums_along(dfar * x, 0))
             dfar *= self.centering
-        dmean = dfar if dmean is None else np.add(dmean, dfar, out=dmean)
-        return scale, at_lag, dmean, (of_var * (1 / size)).astype(mean.dtype)[None], found
+        return dfar if dx is None else np.add(dx, dfar, out=dx), found
 
 
 def _sigmoid(t: Array, bias: Array | None) -> Array:
