@@ -5,7 +5,6 @@ Nothing here copies x: channels-last inputs and transposed views are read as the
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -95,23 +94,11 @@ def layout_of(x: Tensor, num_features: int, channel_dim: int = 1, who: str = "no
     axis = 1 if channel_dim == 1 else dims - 1
     if not 2 <= dims <= 5 or shape[axis] != num_features or 0 in shape[1:]:
         raise ValueError(f"{who}{_wrong_shape(shape, axis, num_features)}")
-    if traced:
-        return TracedLayout(*_axes(shape, axis))
-    # A training has few shapes, and each call would take as long as an operation on a small input.
-    return _described(shape, axis) if not torch.compiler.is_compiling() else Layout(*_axes(shape, axis))
-
-
-def _axes(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, int, int, tuple[int, ...], int]:
-    reduced = tuple(d for d in range(1, len(shape)) if d != axis)
+    reduced = tuple(d for d in range(1, dims) if d != axis)
     size = 1
     for d in reduced:  # not math.prod, which torch.compile cannot trace
         size *= shape[d]
-    return shape, axis, shape[0], shape[axis], reduced, size
-
-
-@functools.lru_cache(256)
-def _described(shape: tuple[int, ...], axis: int) -> Layout:
-    return Layout(*_axes(shape, axis))
+    return (TracedLayout if traced else Layout)(shape, axis, shape[0], num_features, reduced, size)
 
 
 def _refusal(x: object, channel_dim: int, who: str) -> Exception:
