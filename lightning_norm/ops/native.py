@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_norm.ops import eager, torch_private
 from lightning_norm.ops.eager import SMALL_MEAN
 from lightning_norm.ops.layout import Layout, cast
-from lightning_norm.ops.vectors import Array, array_of, is_small, quiet, tensor_of
+from lightning_norm.ops.vectors import Array, array_of, changed, is_small, quiet, tensor_of
 
 LEAST_SCALE = 1e-18
 """One over the standard deviation below which the variance may not be a finite number in float32."""
@@ -67,15 +67,19 @@ def batch_norm(
         y; ``None``, and nothing has moved, where digits would be lost or a statistic is not finite.
     """
     rows = _rows(x, layout)
-    # In copies, and written only once it is known that they are finite: a backward pass needs none of the buffers.
-    moved = (None, None) if running is None else (running[0].clone(), running[1].clone())
+    # With versions of their own: autograd notes them, and a backward pass needs none of the buffers.
+    moved = (None, None) if running is None else (running[0].data, running[1].data)
+    before = [None if t is None else t.clone() for t in moved]
     # torch's stub takes it for an operator that gets its results' tensors.
     y, mean, scale = torch.native_batch_norm(rows, weight, bias, *moved, True, momentum, eps)  # type: ignore[call-arg,arg-type]
-    if not _is_exact(mean, scale) or scale.min().item() < LEAST_SCALE:
-        return None
+    exact = _is_exact(mean, scale) and scale.min().item() >= LEAST_SCALE
     if running is not None:
-        for old, new in zip(running, moved, strict=True):
-            old.copy_(new)  # type: ignore[arg-type]  # both are there
+        changed(*running)
+        if not exact:
+            for t, old in zip(moved, before, strict=True):
+                t.copy_(old)  # type: ignore[union-attr,arg-type]  # all are there
+    if not exact:
+        return None
     return y if rows is x else y.view(layout.shape)
 
 
