@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_norm.layers.running_stats import moved_at_once, moves_running_stats, update_running
+from lightning_norm.layers.running_stats import moved_by_arrays, moves_running_stats, update_running
 from lightning_norm.ops import mixture_of_few, mixture_on_cpu, native, rectified_of_few, rectified_on_cpu, torch_private
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
-from lightning_norm.ops.vectors import Array, quiet
+from lightning_norm.ops.vectors import quiet
 
 FEW = 8
 """Of groups with fewer elements the algebra computes the statistics."""
@@ -134,7 +134,7 @@ def rectified(
         return None
     move = _track_of(layer, layout)
 
-    def track(mean: Tensor, var: Tensor | None, batch: tuple[Array, Array]) -> bool:
+    def track(mean: Tensor, var: Tensor | None, batch: tuple[Any, Any]) -> bool:
         if chooses is not None:
             of_samples = Moments(mean, torch.zeros_like(mean) if var is None else var, layout.size)
             if not chooses(x.detach(), of_samples):
@@ -148,13 +148,16 @@ def rectified(
     return (rectified_of_few.normalize if few else rectified_on_cpu.normalize)(x, how, parameters)
 
 
-def _track_of(layer: Any, layout: Layout) -> Callable[[Array, Array], None] | None:
-    """Return what moves the running statistics towards those of a batch, (C,); ``None`` where they stay."""
+def _track_of(layer: Any, layout: Layout) -> Callable[[Any, Any], None] | None:
+    """Return what moves the running statistics towards a batch's, tensors or arrays; ``None`` where they stay."""
     count = layout.n * layout.size
 
-    def track(mean: Array, var: Array) -> None:
-        if not moved_at_once(layer, mean, var, count):
-            update_running(layer, Moments(torch.from_numpy(mean[None]), torch.from_numpy(var[None]), count))
+    def track(mean: Any, var: Any) -> None:
+        if not isinstance(mean, Tensor):
+            if moved_by_arrays(layer, mean, var, count):
+                return
+            mean, var = torch.from_numpy(mean[None]), torch.from_numpy(var[None])
+        update_running(layer, Moments(mean, var, count))
 
     return track if moves_running_stats(layer) else None
 

@@ -15,9 +15,9 @@ from lightning_norm.layers.accumulators import AccumulationWindow, StatisticsAcc
 from lightning_norm.layers.declared import ExtraBuffers, Unsupported
 from lightning_norm.layers.pausing import is_paused
 from lightning_norm.ops import eager, torch_private
-from lightning_norm.ops.layout import at_least_float32
+from lightning_norm.ops.layout import at_least_float32, cast
 from lightning_norm.ops.moments import Moments, to_var
-from lightning_norm.ops.vectors import Array, array_of, changed, quiet
+from lightning_norm.ops.vectors import Array, array_of, changed
 
 _NOTHING = Unsupported()
 
@@ -193,31 +193,40 @@ def update_running(layer: RunningStats, m: Moments, wanted: Tensor | None = None
     if layer._accumulator is not None:
         _accumulate(layer, m, mean, var, wanted)
         return
-    if wanted is None and not isinstance(m.count, Tensor) and _may_move_at_once(mean):
-        targets = (t.view(-1).double().numpy() for t in (mean, var))
-        with quiet():
-            if _moved_towards(layer, *targets):
-                return
+    if wanted is None and not isinstance(m.count, Tensor) and _moved_at_once(layer, mean, var):
+        return
     usable = is_usable(layer, mean, var, m.count)
     # Counted as skipped is only what was not finite, and not what a method chose to leave out.
     _move_running(layer, mean, var, usable if wanted is None else usable & wanted)
 
 
-def moved_at_once(layer: RunningStats, mean: Array, var: Array, count: int) -> bool:
-    """Move the running statistics of a plain target towards those of a batch on the CPU, (C,) in float64.
+def _moved_at_once(layer: RunningStats, mean: Tensor, var: Tensor) -> bool:
+    """Move the running statistics in few operations, where values may be read back and all of them are finite."""
+    if not eager.may_read_back(mean) or torch_private.is_transformed():
+        return False
+    old: list[Any] = [layer._buffers[name] for name in layer.running_names]
+    new = [cast(value.view(-1), buffer.dtype) for buffer, value in zip(old, (mean, var), strict=True)]
+    # No product with a NaN or an infinity is finite. A sum that is not may be one of finite numbers: that is for the
+    # caller to find out.
+    if not math.isfinite((new[0] * new[1]).sum().item()):
+        return False
+    batches, momentum = layer.num_batches_tracked, layer._buffers.get("_momentum")
+    if batches is not None:
+        batches.add_(1)
+    weight = momentum.item() if momentum is not None else 1.0 if batches is None else 1.0 / batches.item()
+    for buffer, value in zip(old, new, strict=True):
+        buffer.lerp_(value, weight)
+    return True
 
-    False, and nothing has moved, where this is for :func:`update_running` to do.
+
+def moved_by_arrays(layer: RunningStats, mean: Array, var: Array, count: int) -> bool:
+    """Move the running statistics likewise towards a batch's mean and biased variance, (C,) in float64.
+
+    False as well, and nothing has moved, where an accumulator takes them: :func:`update_running` hands them over.
     """
-    with quiet():
-        return layer._accumulator is None and _moved_towards(layer, mean, var * (count / max(count - 1, 1)))
-
-
-def _may_move_at_once(mean: Tensor) -> bool:
-    return eager.may_read_back(mean) and not torch_private.is_transformed()
-
-
-def _moved_towards(layer: RunningStats, mean: Array, var: Array) -> bool:
-    """Move the running statistics towards numbers, (C,) in float64, if all of them are finite."""
+    if layer._accumulator is not None:
+        return False
+    var = var * (count / max(count - 1, 1))
     tensors: dict[str, Any] = layer._buffers
     buffers = [tensors[name] for name in layer.running_names]
     arrays = [array_of(buffer) for buffer in buffers]

@@ -34,7 +34,6 @@ from torch import Tensor
 from lightning_norm.ops import eager
 from lightning_norm.ops.layout import Layout, cast
 from lightning_norm.ops.moments import Affine, Moments, mixture
-from lightning_norm.ops.vectors import Array, wide
 
 Pair = tuple[Tensor, Tensor]
 """Mean and variance, or their gradients."""
@@ -50,7 +49,7 @@ class Mixture:
         eps: inside the root.
         entries: of the parameters w and v that are the weights of ``statistics``, as logits of a softmax.
         outputs: normalized outputs of "bn" and "ln" are mixed, by iota (C,) in w.
-        track: is called with mean and variance of the batch, (C,) in float64.
+        track: is called with mean and variance of the batch, tensors (1, C) or arrays (C,) in float64.
     """
 
     layout: Layout
@@ -58,7 +57,7 @@ class Mixture:
     eps: float
     entries: tuple[int, ...] = ()
     outputs: bool = False
-    track: Callable[[Array, Array], None] | None = None
+    track: Callable[[Any, Any], None] | None = None
 
 
 def normalize(
@@ -89,7 +88,7 @@ class _Mixture(torch.autograd.Function):
     ) -> Tensor:
         mean, var, batch, layer = _measured(x, how)
         if how.track is not None and batch is not None:
-            how.track(*[wide(t.view(-1)) for t in batch])
+            how.track(*batch)
         equations = _equations(how, weight, w, v, (mean, var), batch, layer)
         ctx.how, ctx.weights = how, equations.weights
         # Of one element the mean is the element itself: nothing of the size of x is kept beside x.

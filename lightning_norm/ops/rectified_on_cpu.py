@@ -24,7 +24,6 @@ from lightning_norm.ops import eager
 from lightning_norm.ops.layout import Layout, cast
 from lightning_norm.ops.mixture_on_cpu import applied, combined, pooled, sums
 from lightning_norm.ops.moments import Moments
-from lightning_norm.ops.vectors import Array, wide
 
 Pair = tuple[Tensor, Tensor]
 
@@ -38,13 +37,14 @@ class Rectified:
         eps: inside the root.
         factor: what the gates are multiplied with.
         track: is called with mean and variance of each sample and channel, the variance ``None`` where it is 0, and
-            those of the batch, (C,) in float64; where it returns false, the batch is not what normalizes x.
+            those of the batch, tensors (1, C) or arrays (C,) in float64; where it returns false, the batch is not what
+            normalizes x.
     """
 
     layout: Layout
     eps: float
     factor: float
-    track: Callable[[Tensor, Tensor | None, tuple[Array, Array]], bool] | None = None
+    track: Callable[[Tensor, Tensor | None, tuple[Any, Any]], bool] | None = None
 
 
 class Parameters(NamedTuple):
@@ -63,8 +63,7 @@ def normalize(x: Tensor, how: Rectified, parameters: Parameters) -> Tensor | Non
     """Return y; ``None`` where other statistics than the batch's are to normalize x."""
     with torch.no_grad():
         measured = _measured(x.detach(), how.layout, parameters.center_weight)
-        mean, var, batch = measured
-        if how.track is not None and not how.track(mean, var, (wide(batch[0].view(-1)), wide(batch[1].view(-1)))):
+        if how.track is not None and not how.track(*measured):
             return None
     y: Tensor = _Rectified.apply(x, how, measured, *parameters)
     return y

@@ -34,12 +34,6 @@ def array_of(parameter: Tensor) -> Array:
     return array
 
 
-def wide(t: Tensor) -> Array:
-    """Return the numbers of a tensor in float64; of one that has that dtype, with its memory."""
-    array: Array = t.detach().numpy().astype(np.float64, copy=False)
-    return array
-
-
 def tensor_of(array: Array, dtype: torch.dtype) -> Tensor:
     """Return a copy of an array, rounded to a dtype of torch's."""
     return torch.from_numpy(array.astype(_DTYPES[dtype]))
