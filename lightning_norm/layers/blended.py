@@ -6,6 +6,7 @@ import math
 import sys
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from lightning_norm.layers import on_cpu
 from lightning_norm.layers.base import MomentNorm
 from lightning_norm.layers.declared import ExtraBuffers, Unsupported
 from lightning_norm.layers.inference import fused_without_variance, fuses
-from lightning_norm.layers.renormalized import renorm
 from lightning_norm.layers.running_stats import (
     count_batch,
     count_skipped,
@@ -28,8 +28,10 @@ from lightning_norm.layers.running_stats import (
 from lightning_norm.layers.translation import Translation, std_of_var, var_of_std
 from lightning_norm.ops import torch_private
 from lightning_norm.ops.compiled import snapshot
-from lightning_norm.ops.layout import Layout, at_least_float32, cast
+from lightning_norm.ops.layout import Layout, at_least_float32
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.native import Constants
+from lightning_norm.ops.vectors import Array, changed
 
 _NO_WINDOW = Unsupported(
     window="it normalizes by its running statistics in training, which each batch has to move first"
@@ -263,43 +265,65 @@ class BlendedNorm(MomentNorm):
         """Return y of torch's batch normalization, whose weight and bias bring it to the other statistics."""
         return on_cpu.renormalized(self, x, layout) if self.renormalizes and moves_running_stats(self) else None
 
-    @torch_private.without_gradients
-    def renormalize_at_once(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
+    def renormalize_at_once(self, mean: Array, var: Array) -> Constants | None:
         """Move the statistics by those of a batch, and return how x is normalized, where values may be read back.
 
         What :meth:`algebra` does in many operations that a graph can hold. ``None`` where a value is not finite; then
         nothing has moved.
 
-        Returns:
-            V as :func:`lightning_norm.ops.native.standardize` takes it, the scale times its root, r and d; each (C,).
+        Args:
+            mean: of the batch, (C,) in float64.
+            var: likewise.
         """
-        std_or_var = self.std_or_var_of(var)
-        if not math.isfinite(std_or_var.sum().item()):
+        std_or_var, root = self.deviation_at_once(var)
+        if not math.isfinite(std_or_var.dot(std_or_var)):
             return None
-        buffers = [self.get_buffer(name) for name in self.blend_names]
-        updates = int(self.updates.item())
-        steps = updates + 1 + (updates == 0 and bool(buffers[0].any()))
-        self.updates.fill_(steps)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        batch = was = blend = [mean, std_or_var]
+        tensors: dict[str, Any] = self._buffers
+        buffers = [tensors[name] for name in self.blend_names]
+        running = [buffer.numpy() for buffer in buffers]
+        counter, batches = tensors["updates"], tensors["num_batches_tracked"]
+        updates = int(counter.item())
+        steps = updates + 1 + (updates == 0 and bool(running[0].any()))
+        counter.fill_(steps)
+        if batches is not None:
+            batches.add_(1)
+        batch = np.empty((2, len(mean)))
+        batch[0], batch[1] = mean, std_or_var
+        was = blend = batch
         if steps > 1 or self.init != "first_batch":
-            alpha = self.weight_at(self.updates).item()
-            was = [cast(buffer, mean.dtype) for buffer in buffers]
-            blend = [torch.lerp(old, new, alpha) for old, new in zip(was, batch, strict=True)]
-        other = blend if self.moves_first else was
-        scale = self.scale_of(std_or_var)
-        r, d = renorm((mean, scale), (other[0], self.scale_of(other[1])), *self.limits())
-        for buffer, new in zip(buffers, blend, strict=True):
-            buffer.copy_(new)
-        stds = [t if self.average == "std" else t.sqrt() for t in (std_or_var, blend[1])]
-        gap = torch.stack((mean - blend[0], stds[0] - stds[1])).abs_().div_(stds[1] + self._eps)
-        self.gap.copy_(gap.mean(1))
-        return *self.spread_of(var, std_or_var), r, d
+            alpha = self.weight_at(counter).item()
+            was = np.empty_like(batch)
+            was[0], was[1] = running
+            blend = alpha * batch + (1 - alpha) * was
+        running[0][...], running[1][...] = blend
+        (other, of_other) = blend if self.moves_first else was
+        scale = self._scale_at_once(of_other)
+        d = (batch[0] - other) * scale
+        r_max, d_max = self.limits()
+        if r_max < math.inf or d_max < math.inf:
+            batch_scale = self._scale_at_once(std_or_var)
+            scale = np.minimum(np.maximum(scale, batch_scale / r_max), batch_scale * r_max)
+            d = np.minimum(np.maximum(d, -d_max), d_max)
+        self._write_gap(batch, blend)
+        changed(*buffers, tensors["gap"])
+        return Constants(batch[0], root, scale, d)
 
-    def spread_of(self, var: Tensor, std_or_var: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return V = -s / 2 s' for the scale s as a function of the variance, and s times its root, ``None`` for 1."""
-        return var + self._eps, None
+    def _write_gap(self, batch: Array, blend: Array) -> None:
+        """Write how far a batch lies from the blend, (2, C) each, in deviations of this one."""
+        if self.average == "var":
+            batch, blend = (np.stack((t[0], np.sqrt(t[1]))) for t in (batch, blend))
+        deviation = blend[1] + self._eps
+        deviation *= len(deviation)
+        self.gap.numpy()[...] = np.abs(batch - blend).dot(1 / deviation)
+
+    def deviation_at_once(self, var: Array) -> tuple[Array, Array]:
+        """Return :meth:`std_or_var_of` a variance, and the root of V as :func:`native.standardize` takes it."""
+        raise NotImplementedError(f"{type(self).__name__} must define deviation_at_once(self, var: Array).")
+
+    def _scale_at_once(self, std_or_var: Array) -> Array:
+        """Return :meth:`scale_of` an array."""
+        deviation: Array = std_or_var + self._eps
+        return 1 / (deviation if self.average == "std" else np.sqrt(deviation))
 
     def _move_by_window(self, m: Moments) -> None:
         self.move(self.running_target(m), m.count, (torch.as_tensor(m.count) > 1).all())

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_norm.layers.running_stats import moves_running_stats, update_running
-from lightning_norm.ops import mixture_on_cpu, native, rectified_on_cpu, torch_private
+from lightning_norm.layers.running_stats import moved_by_arrays, moves_running_stats, update_running
+from lightning_norm.ops import mixture_of_few, mixture_on_cpu, native, rectified_of_few, rectified_on_cpu, torch_private
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
+from lightning_norm.ops.vectors import quiet
 
 FEW = 8
 """Of groups with fewer elements the algebra computes the statistics."""
@@ -54,24 +56,21 @@ def renormalized(layer: Any, x: Tensor, layout: Layout) -> Tensor | None:
     With r and d constant that is batch normalization with the weight gamma r and the bias gamma d + beta. ``None`` as
     for :func:`batch_norm`.
     """
-    buffers = [layer._buffers[name] for name in layer.blend_names]
+    buffers = [layer._buffers[name] for name in (*layer.blend_names, "gap")]
     if layer.averages_blend or not native.takes(x, layer.weight, layer.bias, *buffers) or is_large(x, layout):
         return None
-    measured = native.statistics(x.detach(), layout)
-    if measured is None:
-        return None
-    mean, var = measured[0].double(), measured[1].double()
-    constants = layer.renormalize_at_once(mean, var)
-    if constants is None:
-        return None
-    spread, excess, r, d = constants
+    with quiet():
+        measured = native.statistics(x, layout)
+        constants = None if measured is None else layer.renormalize_at_once(measured[0], measured[1].astype(np.float64))
+        if constants is None:
+            return None
 
-    def scale_of(var: Tensor) -> Tensor:
-        scale: Tensor = layer.scale_of(layer.std_or_var_of(var)) * r
-        return scale
+        def scale_of(var: Tensor) -> Tensor:
+            # Of r s the value and the gradient: r is a constant, which is only needed here.
+            scale: Tensor = layer.scale_of(layer.std_or_var_of(var))
+            return scale / scale.detach() * torch.from_numpy(constants.scale)
 
-    factor = r if excess is None else r * excess
-    return native.standardize(x, layout, layer.weight, layer.bias, (mean, spread, factor, d), scale_of)
+        return native.standardize(x, layout, layer.weight, layer.bias, constants, scale_of)
 
 
 def group_norm(
@@ -108,7 +107,8 @@ def mixture(
 
     track = _track_of(layer, layout) if "bn" in statistics else None
     how = mixture_on_cpu.Mixture(layout, statistics, layer.eps, entries, outputs, track)
-    return mixture_on_cpu.normalize(x, how, layer.weight, layer.bias, w, v)
+    few = mixture_of_few.takes(layout)
+    return (mixture_of_few.normalize if few else mixture_on_cpu.normalize)(x, how, layer.weight, layer.bias, w, v)
 
 
 def rectified(
@@ -134,23 +134,30 @@ def rectified(
         return None
     move = _track_of(layer, layout)
 
-    def track(mean: Tensor, var: Tensor | None, batch: tuple[Tensor, Tensor]) -> bool:
-        of_samples = Moments(mean, torch.zeros_like(mean) if var is None else var, layout.size)
-        if chooses is not None and not chooses(x.detach(), of_samples):
-            return False
+    def track(mean: Tensor, var: Tensor | None, batch: tuple[Any, Any]) -> bool:
+        if chooses is not None:
+            of_samples = Moments(mean, torch.zeros_like(mean) if var is None else var, layout.size)
+            if not chooses(x.detach(), of_samples):
+                return False
         if move is not None:
             move(*batch)
         return True
 
     how = rectified_on_cpu.Rectified(layout, layer.eps, factor, track)
-    return rectified_on_cpu.normalize(x, how, parameters)
+    few = mixture_of_few.takes(layout, rectified_of_few.MOST)
+    return (rectified_of_few.normalize if few else rectified_on_cpu.normalize)(x, how, parameters)
 
 
-def _track_of(layer: Any, layout: Layout) -> Callable[[Tensor, Tensor], None] | None:
-    """Return what moves the running statistics towards those of a batch; ``None`` where they stay."""
+def _track_of(layer: Any, layout: Layout) -> Callable[[Any, Any], None] | None:
+    """Return what moves the running statistics towards a batch's, tensors or arrays; ``None`` where they stay."""
+    count = layout.n * layout.size
 
-    def track(mean: Tensor, var: Tensor) -> None:
-        update_running(layer, Moments(mean, var, layout.n * layout.size))
+    def track(mean: Any, var: Any) -> None:
+        if not isinstance(mean, Tensor):
+            if moved_by_arrays(layer, mean, var, count):
+                return
+            mean, var = torch.from_numpy(mean[None]), torch.from_numpy(var[None])
+        update_running(layer, Moments(mean, var, count))
 
     return track if moves_running_stats(layer) else None
 

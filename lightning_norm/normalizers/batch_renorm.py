@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from lightning_norm.ops.compiled import snapshot
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.vectors import Array
 
 
 class BatchRenorm(BlendedNorm):
@@ -94,6 +96,11 @@ class BatchRenorm(BlendedNorm):
         """Return sigma without the eps that stands beside it: sqrt(var + eps) - eps."""
         return (var + self.eps).sqrt() - self.eps
 
+    def deviation_at_once(self, var: Array) -> tuple[Array, Array]:
+        """Return sigma as :meth:`std_of` has it, or its square, and the root of the variance and eps."""
+        root = np.sqrt(var + self._eps)
+        return root - self._eps if self.average == "std" else var, root
+
     def weight_at(self, steps: Tensor) -> Tensor:
         """Return the momentum, or one over the number of batches without."""
         momentum = self.scheduled("momentum")
@@ -129,7 +136,11 @@ class BatchRenorm(BlendedNorm):
 
     def limits(self) -> tuple[float, float]:
         """Return r_max and d_max."""
-        return self.r_max, self.d_max
+        # By the tensors behind the attributes, which look at who has written to them.
+        r_max, d_max = self.scheduled("r_max"), self.scheduled("d_max")
+        assert r_max is not None
+        assert d_max is not None
+        return r_max.item(), d_max.item()
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which move the statistics whenever they compute them."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from lightning_norm.layers.scheduled import Scheduled
 from lightning_norm.ops.fused.per_channel import PerChannelSpec
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Affine, Moments
+from lightning_norm.ops.vectors import Array
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -188,12 +190,12 @@ class DiminishingBatchNorm(BlendedNorm):
         """Whether the gradient is that of BatchNorm at the value of the blend."""
         return self.train_stats == "running" and self.stat_grad == "renorm"
 
-    def spread_of(self, var: Tensor, std_or_var: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return V and the scale times its root: sigma (sigma + eps) where eps stands beside the root."""
+    def deviation_at_once(self, var: Array) -> tuple[Array, Array]:
+        """Return sigma or its square, and the root of sigma (sigma + eps) where eps stands beside the root."""
         if self.average == "var":
-            return super().spread_of(var, std_or_var)
-        beside = std_or_var + self._eps
-        return std_or_var * beside, (std_or_var / beside).sqrt_()
+            return var, np.sqrt(var + self._eps)
+        std = np.sqrt(np.maximum(var, TINY))
+        return std, np.sqrt(std * (std + self._eps))
 
     def fused_spec(self, layout: Layout) -> PerChannelSpec | None:
         """Return the same equations for the kernels, which write the blend whenever they compute it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_norm.ops import eager, torch_private
 from lightning_norm.ops.eager import SMALL_MEAN
 from lightning_norm.ops.layout import Layout, cast
+from lightning_norm.ops.vectors import Array, array_of, changed, is_small, quiet, tensor_of
 
 LEAST_SCALE = 1e-18
 """One over the standard deviation below which the variance may not be a finite number in float32."""
@@ -66,22 +67,43 @@ def batch_norm(
         y; ``None``, and nothing has moved, where digits would be lost or a statistic is not finite.
     """
     rows = _rows(x, layout)
-    # In copies, and written only once it is known that they are finite: a backward pass needs none of the buffers.
-    moved = (None, None) if running is None else (running[0].clone(), running[1].clone())
+    # With versions of their own: autograd notes them, and a backward pass needs none of the buffers.
+    moved = (None, None) if running is None else (running[0].data, running[1].data)
+    before = [None if t is None else t.clone() for t in moved]
     # torch's stub takes it for an operator that gets its results' tensors.
     y, mean, scale = torch.native_batch_norm(rows, weight, bias, *moved, True, momentum, eps)  # type: ignore[call-arg,arg-type]
-    if not _is_exact(mean, scale) or scale.min().item() < LEAST_SCALE:
-        return None
+    exact = _is_exact(mean, scale) and scale.min().item() >= LEAST_SCALE
     if running is not None:
-        for old, new in zip(running, moved, strict=True):
-            old.copy_(new)  # type: ignore[arg-type]  # both are there
+        changed(*running)
+        if not exact:
+            for t, old in zip(moved, before, strict=True):
+                t.copy_(old)  # type: ignore[union-attr,arg-type]  # all are there
+    if not exact:
+        return None
     return y if rows is x else y.view(layout.shape)
 
 
-def statistics(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
+def statistics(x: Tensor, layout: Layout) -> tuple[Array, Array] | None:
     """Return mean and biased variance of each channel, (C,); ``None`` where the mean is too large for the float32."""
-    mean, var = torch.batch_norm_update_stats(_rows(x, layout), None, None, 0.0)
-    return (mean, var) if eager.is_small(mean, var) else None
+    mean, var = torch.batch_norm_update_stats(_rows(x.detach(), layout), None, None, 0.0)
+    means, variances = mean.numpy(), var.numpy()
+    return (means, variances) if is_small(means, variances) else None
+
+
+class Constants(NamedTuple):
+    """What brings batch normalization to other statistics; (C,) each, in float64.
+
+    Args:
+        mean: of x.
+        root: of V, see :func:`standardize`.
+        scale: r s.
+        shift: d.
+    """
+
+    mean: Array
+    root: Array
+    scale: Array
+    shift: Array
 
 
 def standardize(
@@ -89,20 +111,20 @@ def standardize(
     layout: Layout,
     weight: Tensor | None,
     bias: Tensor | None,
-    constants: tuple[Tensor, Tensor, Tensor, Tensor],
+    constants: Constants,
     scale_of: Callable[[Tensor], Tensor],
 ) -> Tensor:
     r"""Return :math:`\gamma (r\, s(\sigma^2) (x - \mu) + d) + \beta`, for a function s of the variance.
 
-    With r s = e V^(-1/2) in value, and V = -s / 2 s', the gradient is that of batch normalization by the variance V as
-    well: for the scale :math:`(v + \epsilon)^{-1/2}`, say, V is the variance and eps.
+    With V = -s / 2 s', the gradient is that of batch normalization by the variance V: for the scale
+    :math:`(v + \epsilon)^{-1/2}`, say, V is the variance and eps.
 
     Args:
         x: the input; :func:`takes` it.
         layout: of x.
         weight: gamma, (C,).
         bias: beta, (C,).
-        constants: the mean of x, V, e and d, (C,), in float64, so that what is multiplied with x is rounded once.
+        constants: in float64, so that what is multiplied with x is rounded once.
         scale_of: r s, for what is differentiated once more.
     """
     rows = _rows(x, layout)
@@ -115,32 +137,45 @@ class _Standardize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: tuple[Tensor, ...], scale_of: Any
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: Constants, scale_of: Any
     ) -> Tensor:
-        ctx.scale_of = scale_of
-        ctx.save_for_backward(x, weight, bias, *constants)
-        mean, spread, factor, shift = constants
-        # In float64 until they are cast below, so that what multiplies x is rounded once.
-        factor, shift = _weighted(weight, bias, factor, shift)
-        scale = spread.rsqrt().mul_(factor)
-        fields = cast(scale, x.dtype), cast(torch.addcmul(shift, scale, mean, value=-1), x.dtype)
-        zeros, ones = torch.zeros_like(fields[0]), torch.ones_like(fields[0])
-        return torch.batch_norm(x, *fields, zeros, ones, False, 0.0, 0.0, False)
+        ctx.constants, ctx.scale_of = constants, scale_of
+        ctx.save_for_backward(x, weight, bias)
+        mean, _, scale, shift = constants
+        # In float64 until here, so that what multiplies x is rounded once.
+        if weight is not None:
+            gamma = array_of(weight)
+            scale, shift = scale * gamma, shift * gamma
+        offset = shift - scale * mean
+        offset = offset if bias is None else offset + array_of(bias)
+        fields, unit = (tensor_of(scale, x.dtype), tensor_of(offset, x.dtype)), _unit(len(mean), x.dtype)
+        y: Tensor = torch.native_batch_norm(x, *fields, *unit, False, 0.0, 0.0)[0]
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), need = grads, ctx.needs_input_grad[:3]
-        x, weight, bias, mean, spread, factor, shift = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
+        mean, root, scale, shift = ctx.constants
         if eager.is_recording(dy):
-            plainly = functools.partial(_plainly, shift=shift, scale_of=ctx.scale_of)
+            plainly = functools.partial(_plainly, shift=torch.from_numpy(shift), scale_of=ctx.scale_of)
             return (*eager.recorded_gradients(plainly, (x, weight, bias), dy, need), None, None)
-        weighted = factor if weight is None else factor * weight
-        weighted, mean, scale = (cast(t, x.dtype) for t in (weighted, mean, spread.rsqrt()))
-        dx, dfactor, dshift = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weighted, None, None, mean, scale, True, 0.0, [need[0], need[1], need[1] or need[2]]
-        )
-        dweight = cast(torch.addcmul(shift * dshift, factor, dfactor), x.dtype) if need[1] else None
+        with quiet():
+            factor = scale * root
+            weighted = factor if weight is None else factor * array_of(weight)
+            fields = [tensor_of(t, x.dtype) for t in (weighted, mean, 1 / root)]
+            dx, dfactor, dshift = torch.ops.aten.native_batch_norm_backward(
+                dy, x, fields[0], None, None, *fields[1:], True, 0.0, [need[0], need[1], need[1] or need[2]]
+            )
+            dweight = tensor_of(shift * dshift.numpy() + factor * dfactor.numpy(), x.dtype) if need[1] else None
         return dx, dweight, dshift if need[2] else None, None, None
+
+
+@functools.lru_cache(64)
+def _unit(c: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a mean of 0 and a variance of 1, (C,): with them ATen multiplies and adds, rounding once."""
+    with torch.inference_mode(False):
+        return torch.zeros(c, dtype=dtype), torch.ones(c, dtype=dtype)
 
 
 def _weighted(weight: Tensor | None, bias: Tensor | None, factor: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
