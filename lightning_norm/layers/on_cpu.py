@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_norm.layers.running_stats import moved_by_arrays, moves_running_stats, update_running
-from lightning_norm.ops import mixture_of_few, mixture_on_cpu, native, rectified_of_few, rectified_on_cpu, torch_private
+from lightning_norm.layers.running_stats import moves_running_stats, update_running
+from lightning_norm.ops import mixture_on_cpu, native, rectified_on_cpu, torch_private
 from lightning_norm.ops.layout import Layout
 from lightning_norm.ops.moments import Moments
 from lightning_norm.ops.vectors import quiet
@@ -21,14 +21,6 @@ FEW = 8
 MANY = 512
 """Positions of a large channels-last map."""
 
-LARGE = 1 << 19
-"""Of contiguous maps with more elements the passes of this package are faster than torch's batch normalization."""
-
-
-def is_large(x: Tensor, layout: Layout) -> bool:
-    """Tell whether a map is so large that torch's batch normalization is not the fastest."""
-    return layout.size > 1 and x.numel() > LARGE and x.is_contiguous()
-
 
 def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """Return x normalized by the batch, and move the running statistics of the layer as torch's BatchNorm does.
@@ -36,7 +28,7 @@ def batch_norm(layer: Any, x: Tensor, layout: Layout, weight: Tensor | None, bia
     ``None`` where torch's is not the same function at the same precision; then nothing has moved.
     """
     running = tuple(layer._buffers[name] for name in layer.running_names) if moves_running_stats(layer) else None
-    if not native.takes(x, weight, bias, *(running or ())) or is_large(x, layout):
+    if not native.takes(x, weight, bias, *(running or ())):
         return None
     batches, momentum = layer.num_batches_tracked, 0.0
     if running is not None:
@@ -57,7 +49,7 @@ def renormalized(layer: Any, x: Tensor, layout: Layout) -> Tensor | None:
     for :func:`batch_norm`.
     """
     buffers = [layer._buffers[name] for name in (*layer.blend_names, "gap")]
-    if layer.averages_blend or not native.takes(x, layer.weight, layer.bias, *buffers) or is_large(x, layout):
+    if layer.averages_blend or not native.takes(x, layer.weight, layer.bias, *buffers):
         return None
     with quiet():
         measured = native.statistics(x, layout)
@@ -107,8 +99,7 @@ def mixture(
 
     track = _track_of(layer, layout) if "bn" in statistics else None
     how = mixture_on_cpu.Mixture(layout, statistics, layer.eps, entries, outputs, track)
-    few = mixture_of_few.takes(layout)
-    return (mixture_of_few.normalize if few else mixture_on_cpu.normalize)(x, how, layer.weight, layer.bias, w, v)
+    return mixture_on_cpu.normalize(x, how, layer.weight, layer.bias, w, v)
 
 
 def rectified(
@@ -134,30 +125,23 @@ def rectified(
         return None
     move = _track_of(layer, layout)
 
-    def track(mean: Tensor, var: Tensor | None, batch: tuple[Any, Any]) -> bool:
-        if chooses is not None:
-            of_samples = Moments(mean, torch.zeros_like(mean) if var is None else var, layout.size)
-            if not chooses(x.detach(), of_samples):
-                return False
+    def track(mean: Tensor, var: Tensor | None, batch: tuple[Tensor, Tensor]) -> bool:
+        of_samples = Moments(mean, torch.zeros_like(mean) if var is None else var, layout.size)
+        if chooses is not None and not chooses(x.detach(), of_samples):
+            return False
         if move is not None:
             move(*batch)
         return True
 
     how = rectified_on_cpu.Rectified(layout, layer.eps, factor, track)
-    few = mixture_of_few.takes(layout, rectified_of_few.MOST)
-    return (rectified_of_few.normalize if few else rectified_on_cpu.normalize)(x, how, parameters)
+    return rectified_on_cpu.normalize(x, how, parameters)
 
 
-def _track_of(layer: Any, layout: Layout) -> Callable[[Any, Any], None] | None:
-    """Return what moves the running statistics towards a batch's, tensors or arrays; ``None`` where they stay."""
-    count = layout.n * layout.size
+def _track_of(layer: Any, layout: Layout) -> Callable[[Tensor, Tensor], None] | None:
+    """Return what moves the running statistics towards those of a batch; ``None`` where they stay."""
 
-    def track(mean: Any, var: Any) -> None:
-        if not isinstance(mean, Tensor):
-            if moved_by_arrays(layer, mean, var, count):
-                return
-            mean, var = torch.from_numpy(mean[None]), torch.from_numpy(var[None])
-        update_running(layer, Moments(mean, var, count))
+    def track(mean: Tensor, var: Tensor) -> None:
+        update_running(layer, Moments(mean, var, layout.n * layout.size))
 
     return track if moves_running_stats(layer) else None
 

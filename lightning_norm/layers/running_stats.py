@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -17,7 +16,6 @@ from lightning_norm.layers.pausing import is_paused
 from lightning_norm.ops import eager, torch_private
 from lightning_norm.ops.layout import at_least_float32, cast
 from lightning_norm.ops.moments import Moments, to_var
-from lightning_norm.ops.vectors import Array, array_of, changed
 
 _NOTHING = Unsupported()
 
@@ -216,31 +214,6 @@ def _moved_at_once(layer: RunningStats, mean: Tensor, var: Tensor) -> bool:
     weight = momentum.item() if momentum is not None else 1.0 if batches is None else 1.0 / batches.item()
     for buffer, value in zip(old, new, strict=True):
         buffer.lerp_(value, weight)
-    return True
-
-
-def moved_by_arrays(layer: RunningStats, mean: Array, var: Array, count: int) -> bool:
-    """Move the running statistics likewise towards a batch's mean and biased variance, (C,) in float64.
-
-    False as well, and nothing has moved, where an accumulator takes them: :func:`update_running` hands them over.
-    """
-    if layer._accumulator is not None:
-        return False
-    var = var * (count / max(count - 1, 1))
-    tensors: dict[str, Any] = layer._buffers
-    buffers = [tensors[name] for name in layer.running_names]
-    arrays = [array_of(buffer) for buffer in buffers]
-    # In their dtype. No product with a NaN or an infinity is finite. A sum that is not may be one of finite numbers:
-    # that is for the caller to find out.
-    if not math.isfinite(mean.astype(arrays[0].dtype).dot(var.astype(arrays[1].dtype))):
-        return False
-    batches, momentum = tensors["num_batches_tracked"], tensors.get("_momentum")
-    if batches is not None:
-        batches.add_(1)
-    weight = momentum.item() if momentum is not None else 1.0 if batches is None else 1.0 / batches.item()
-    for array, new in zip(arrays, (mean, var), strict=True):
-        array[...] = (1 - weight) * array.astype(np.float64) + weight * new
-    changed(*buffers)
     return True
 
 

@@ -83,7 +83,7 @@ class IBN(MomentNorm):
     def _on_cpu(self, x: Tensor, layout: Layout) -> Tensor | None:
         """Return y of torch's group and batch normalization, each of all channels: less than a copy of x would cost."""
         k = self.instance_channels
-        if k == 0 or not native.takes(x) or on_cpu.is_large(x, layout) or not x.is_contiguous():
+        if k == 0 or not native.takes(x) or not x.is_contiguous():
             return None
         instance = on_cpu.group_norm(self, x, layout, self.num_features, self.weight, self.bias)
         batch = None if instance is None else on_cpu.batch_norm(self, x, layout, self.weight, self.bias)

@@ -17,7 +17,7 @@ A pooled mean mu and variance V of n (sample, channel) pairs, of S elements each
 which is affine in x: so dx = scale dy + slope x + offset, and no (N, C) number but these three needs the deviations of
 means. All is written around x = 0, in float64 where a mean is large.
 
-``plainly`` says the same in operations that autograd records, for what is differentiated once more.
+``_plainly`` says the same in operations that autograd records, for what is differentiated once more.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Mixture:
         eps: inside the root.
         entries: of the parameters w and v that are the weights of ``statistics``, as logits of a softmax.
         outputs: normalized outputs of "bn" and "ln" are mixed, by iota (C,) in w.
-        track: is called with mean and variance of the batch, tensors (1, C) or arrays (C,) in float64.
+        track: is called with mean and variance of the batch, (1, C).
     """
 
     layout: Layout
@@ -57,7 +57,7 @@ class Mixture:
     eps: float
     entries: tuple[int, ...] = ()
     outputs: bool = False
-    track: Callable[[Any, Any], None] | None = None
+    track: Callable[[Tensor, Tensor], None] | None = None
 
 
 def normalize(
@@ -102,8 +102,8 @@ class _Mixture(torch.autograd.Function):
         how, (dy,), need = ctx.how, grads, ctx.needs_input_grad
         x, weight, bias, w, v, mean, var, *pairs = ctx.saved_tensors
         if eager.is_recording(dy):
-            function = functools.partial(plainly, how)
-            return (*eager.recorded_gradients(function, (x, weight, bias, w, v), dy, need), None)
+            plainly = functools.partial(_plainly, how)
+            return (*eager.recorded_gradients(plainly, (x, weight, bias, w, v), dy, need), None)
         (batch, layer), mixed = (None if m is None else (m, u) for m, u in (pairs[:2], pairs[2:4])), pairs[4:]
         if flat := mean is None:
             mean = cast(x.view(how.layout.n, how.layout.c), next(p[0].dtype for p in (batch, layer) if p is not None))
@@ -205,7 +205,7 @@ class _OfStatistics:
         mixed: tuple[Tensor, ...] = (),
     ) -> None:
         self.how, self.params, self.terms = how, params, terms
-        self.weights = weights or [[1.0] if t is None else softmax(t, how.entries) for t in params]
+        self.weights = weights or [[1.0] if t is None else _softmax(t, how.entries) for t in params]
         if not mixed:
             center, var = (_mix(w, t) for w, t in zip(self.weights, zip(*terms, strict=True), strict=True))
             mixed = center, (var + how.eps).rsqrt_()
@@ -248,7 +248,7 @@ class _OfStatistics:
 
     def through_statistics(self) -> Pair:
         """Return slope and offset of what reaches x through the statistics."""
-        return slope_and_offset(self.through, self.weights, self.how.layout)
+        return _slope_and_offset(self.through, self.weights, self.how.layout)
 
 
 class _OfOutputs:
@@ -286,7 +286,7 @@ class _OfOutputs:
 
     def through_statistics(self) -> Pair:
         """Return slope and offset of what reaches x through the statistics."""
-        return slope_and_offset(self.through, self.weights, self.how.layout)
+        return _slope_and_offset(self.through, self.weights, self.how.layout)
 
 
 def _equations(
@@ -308,7 +308,7 @@ def _equations(
     return _OfStatistics(how, weight, (w, v), terms, weights, mixed)
 
 
-def slope_and_offset(
+def _slope_and_offset(
     through: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Sequence[Sequence[float]], layout: Layout
 ) -> Pair:
     """Return what reaches x through statistics, slope * x + offset.
@@ -346,7 +346,7 @@ def _mix(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
     return mixed
 
 
-def softmax(logits: Tensor, entries: tuple[int, ...]) -> list[float]:
+def _softmax(logits: Tensor, entries: tuple[int, ...]) -> list[float]:
     """Return the softmax of some entries, as numbers."""
     # A handful of numbers: as Python's they take less time than one operation of torch's.
     values = logits.tolist()
@@ -356,7 +356,7 @@ def softmax(logits: Tensor, entries: tuple[int, ...]) -> list[float]:
     return [p / total for p in powers]
 
 
-def plainly(
+def _plainly(
     how: Mixture, x: Tensor, weight: Tensor | None, bias: Tensor | None, w: Tensor | None, v: Tensor | None
 ) -> Tensor:
     """Return y in plain differentiable PyTorch."""

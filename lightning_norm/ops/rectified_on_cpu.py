@@ -6,7 +6,7 @@ gates g = sigmoid(w_v r f + w_b) and h = sigmoid(w_a k + b_a), each times a cons
     f = (1 + w_m) k - mu; s = gamma g h r; y = s (x - k + f) + beta
 
 Left to autograd that is a hundred operations on (N, C) numbers, and of (N, C) inputs more than ten tensors of the size
-of x are kept. ``plainly`` says the same in operations that autograd records, for what is differentiated once more. As
+of x are kept. ``_plainly`` says the same in operations that autograd records, for what is differentiated once more. As
 in :mod:`lightning_norm.ops.mixture_on_cpu`, all is in float64 where a mean is large.
 """
 
@@ -37,14 +37,13 @@ class Rectified:
         eps: inside the root.
         factor: what the gates are multiplied with.
         track: is called with mean and variance of each sample and channel, the variance ``None`` where it is 0, and
-            those of the batch, tensors (1, C) or arrays (C,) in float64; where it returns false, the batch is not what
-            normalizes x.
+            those of the batch, (1, C); where it returns false, the batch is not what normalizes x.
     """
 
     layout: Layout
     eps: float
     factor: float
-    track: Callable[[Tensor, Tensor | None, tuple[Any, Any]], bool] | None = None
+    track: Callable[[Tensor, Tensor | None, Pair], bool] | None = None
 
 
 class Parameters(NamedTuple):
@@ -92,7 +91,7 @@ class _Rectified(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         p, batch, (mean, *known) = Parameters(*tensors[:7]), tensors[7:9], tensors[9:]
         if eager.is_recording(dy):
-            found = eager.recorded_gradients(functools.partial(plainly, how), (x, *p), dy, (need[0], *need[3:]))
+            found = eager.recorded_gradients(functools.partial(_plainly, how), (x, *p), dy, (need[0], *need[3:]))
             return found[0], None, None, *found[1:]
         layout = how.layout
         if flat := mean is None:
@@ -203,7 +202,7 @@ class _Equations:
         return slope, dmean.mul_(1 / layout.size).addcmul_(mean, slope, value=-1), list(found)
 
 
-def plainly(how: Rectified, x: Tensor, *tensors: Tensor | None) -> Tensor:
+def _plainly(how: Rectified, x: Tensor, *tensors: Tensor | None) -> Tensor:
     """Return y in plain differentiable PyTorch."""
     p, layout = Parameters(*tensors), how.layout
     m = Moments(*eager.moments(x, layout, recorded=True), layout.size)

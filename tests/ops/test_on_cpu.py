@@ -7,7 +7,6 @@ import torch
 
 from lightning_norm import create
 from lightning_norm.bench.contenders import saved_for_backward
-from lightning_norm.ops import mixture_of_few, vectors
 
 LAYERS = {
     "bn": {},
@@ -73,29 +72,10 @@ def results(layer, x, dy, twice=False):
     return [t.detach().double() for t in (*found, *layer.buffers()) if t is not None]
 
 
-@pytest.fixture(params=["few", "some", "many"])
-def numbers(request, monkeypatch):
-    """As how many the numbers of an (N, C) input count: many are tensors, and some are summed in parts."""
-    if request.param == "many":
-        monkeypatch.setattr(mixture_of_few, "takes", lambda *_: False)
-    if request.param == "some":
-        monkeypatch.setattr(vectors, "FEW", 24)
-    return request.param
-
-
-TWO_WAYS = ("sn", "bcn", "rbn", "ubn")
-
-
-def skip_where_alike(numbers, name, kind="flat"):
-    if numbers != "few" and (name.split()[0] not in TWO_WAYS or kind != "flat"):
-        pytest.skip("has one way for all")
-
-
 @pytest.mark.parametrize("mean", [0.0, 1500.0])
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_same_as_the_algebra(name, kind, mean, numbers):
-    skip_where_alike(numbers, name, kind)
+def test_same_as_the_algebra(name, kind, mean):
     shape, channel_dim = INPUTS[kind]
     if name in NEED_POSITIONS and kind == "flat":
         pytest.skip("needs positions")
@@ -115,8 +95,7 @@ def test_same_as_the_algebra(name, kind, mean, numbers):
 
 @pytest.mark.parametrize("kind", [*INPUTS, "1 x 1"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_an_output_may_be_changed_in_place(name, kind, numbers):
-    skip_where_alike(numbers, name, kind)
+def test_an_output_may_be_changed_in_place(name, kind):
     shape, channel_dim = {**INPUTS, "1 x 1": ((4, 8, 1, 1), 1)}[kind]
     if name in NEED_POSITIONS and kind in ("flat", "1 x 1"):
         pytest.skip("needs positions")
@@ -135,8 +114,7 @@ def test_an_output_may_be_changed_in_place(name, kind, numbers):
 
 @pytest.mark.parametrize("kind", ["images", "flat", "tokens"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_same_second_derivatives_as_the_algebra(name, kind, numbers):
-    skip_where_alike(numbers, name, kind)
+def test_same_second_derivatives_as_the_algebra(name, kind):
     shape, channel_dim = INPUTS[kind]
     if name in NEED_POSITIONS and kind == "flat":
         pytest.skip("needs positions")
@@ -169,8 +147,7 @@ def test_parameters_and_buffers_may_have_strides(name, kind):
 @pytest.mark.parametrize("kind", ["images", "flat"])
 @pytest.mark.parametrize("name", ["bn", "sn", "bcn", "brn", "dbn", "rbn"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
-def test_what_is_not_finite_moves_nothing(name, bad, kind, numbers):
-    skip_where_alike(numbers, name, kind)
+def test_what_is_not_finite_moves_nothing(name, bad, kind):
     layer = layer_of(name, 1, torch.float32)
     shape = INPUTS[kind][0]
     layer(torch.randn(shape))
