@@ -17,7 +17,7 @@ pytest.importorskip("xdist")
 from benchmarks.gpu import odd_shapes, report, rows, switches, values
 from benchmarks.gpu.rows import Part
 from lightning_norm import normalizers
-from tests.gpu import test_runtime, test_values
+from tests.gpu import test_runtime, test_switches, test_values
 
 ROOT = Path(__file__).parent.parent.parent
 needs_a_compiler = pytest.mark.skipif(
@@ -64,7 +64,7 @@ def test_every_test_for_a_gpu_is_in_the_order():
     """But those of whole gigabytes."""
     there = {
         f"tests/gpu/{Path(module.__file__).name}::{name}"
-        for module in (test_values, test_runtime)
+        for module in (test_values, test_runtime, test_switches)
         for name, function in vars(module).items()
         if name.startswith("test_") and inspect.isfunction(function) and function.__module__ == module.__name__
     }
