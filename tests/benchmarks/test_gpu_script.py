@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("xdist")
 
-from benchmarks.gpu import odd_shapes, report, rows, switches, values
+from benchmarks import bars
+from benchmarks.gpu import odd_shapes, ratios, report, rows, switches, values
 from benchmarks.gpu.rows import Part
 from lightning_norm import normalizers
 from tests.gpu import test_runtime, test_switches, test_values
@@ -88,6 +89,25 @@ def test_processes_that_warm_up_share_the_cases(tmp_path, monkeypatch):
     tried = [r["what"] for r in rows.read(tmp_path) if r["kind"] == "failed"]
     half = len(tried) // 2
     assert sorted(tried[:half]) == sorted(tried[half:])
+
+
+@needs_a_compiler
+@pytest.mark.slow
+def test_what_torch_compiles_is_timed(tmp_path):
+    """torch's layer, which a bar compares with, and the naive formula."""
+    ratios.run(Part("ratios", Namespace(out=tmp_path, until=None, dry=True)), "cpu")
+    timed = {(r["case"], r["name"]) for r in rows.read(tmp_path) if r["kind"] == "layer"}
+    assert ("4x6x5x5 bf16 channels_last", "torch compiled") in timed
+    assert ("4x6x5x5 fp32 contiguous compiled", "bn naive compiled") in timed
+
+
+def test_torchs_compiled_layer_is_timed_where_a_bar_needs_it():
+    first, formulas, _ = ratios.stages(False)
+    small = [case for case in first.cases if case.small]
+    assert {(case.dtype, case.format) for case in small} == bars.EVERYWHERE
+    assert first.peer
+    assert len(formulas.cases) * len(formulas.keys) <= 4  # compilation takes seconds each
+    assert formulas.seconds < 60
 
 
 def part(folder):
