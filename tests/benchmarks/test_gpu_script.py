@@ -8,8 +8,10 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("xdist")
@@ -18,6 +20,8 @@ from benchmarks import bars
 from benchmarks.gpu import odd_shapes, ratios, report, rows, switches, values
 from benchmarks.gpu.rows import Part
 from lightning_norm import normalizers
+from lightning_norm.kernels import grid
+from lightning_norm.kernels.cooperative import launch as cooperative
 from tests.gpu import test_runtime, test_switches, test_values
 
 ROOT = Path(__file__).parent.parent.parent
@@ -178,3 +182,21 @@ def test_a_switch_nobody_has_built_is_told(monkeypatch, tmp_path):
     switches.run(Part("switches", Namespace(out=tmp_path, until=None, dry=False)), "cpu")
     lines = (tmp_path / rows.FILE).read_text().splitlines()
     assert [json.loads(line)["state"] for line in lines] == ["not built"]
+
+
+def test_programs_that_wait_for_each_other_are_timed_last():
+    turns = switches.turns(switches.SWITCHES, False)
+    waits = ["cooperative launch" in turn.switches for turn in turns]
+    assert waits == sorted(waits)
+    assert tuple(turns[0].keys) == ("sn", "bn")
+    timed = {(switch, key) for turn in turns for switch in turn.switches for key in turn.keys}
+    assert {("owner kernel", key) for key in ("bn", "rbn", "dbn")} < timed
+    assert {("cooperative launch", key) for key in ("sn", "gn", "bcn")} < timed
+
+
+def test_a_cooperative_launch_is_timed_where_it_is_taken(monkeypatch):
+    """And an owner kernel: elsewhere a switch would be timed that changes nothing."""
+    monkeypatch.setattr(grid, "COOPERATIVE", True)
+    flags = SimpleNamespace(needs_moments=True)
+    for shape in switches.HELD:
+        assert cooperative.grid_for(torch.empty(shape, dtype=torch.bfloat16, device="meta"), 1, flags) is not None
