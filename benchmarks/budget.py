@@ -1,6 +1,6 @@
 """What ``python -m benchmarks.roofline`` measures, in which order, and in how much time.
 
-What the bars need comes first. On one H200 a case is 13 normalizers, torch's layer, two or three peers and four passes:
+What the bars need comes first. On one H200 a case is 13 normalizers, torch's layer, three to four peers, four passes:
 three captures, two profiles and 20 rounds of about 3 ms for each contender, so 6 to 10 s, and 16 cases in all. Triton
 compiles about 200 kernels on the way, 0.3 s each; torch.compile takes 5 to 10 s for a layer and about a minute for a
 resnet50. Eight minutes hold the cases, the steps with sn in all four modes, and some of the rest; ``--minutes 40``

@@ -1,4 +1,4 @@
-"""What else normalizes a batch: torch's layer compiled, torch's synchronized kernels, apex."""
+"""What else normalizes a batch: torch's layer compiled, without cuDNN, its synchronized kernels, apex."""
 
 from __future__ import annotations
 
@@ -11,17 +11,29 @@ from torch import Tensor, nn
 
 
 def others(num_features: int, dims: int, device: str, compiled: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what else normalizes a batch: torch's layer compiled, its synchronized kernels, apex if it is installed."""
+    """Yield what else normalizes a batch: torch's layer compiled, without cuDNN, synchronized; apex if it is there."""
     if compiled and dims in (3, 4, 5):
         layer = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 3](num_features).to(device)
         layer.compile(dynamic=False)
         yield "torch compiled", layer
     if device == "cuda":
+        yield "torch native", NativeKernels(num_features).to(device)
         yield "torch sync", SyncKernels(num_features).to(device)
     if device == "cuda" and importlib.util.find_spec("apex") is not None:
         from apex.parallel import SyncBatchNorm
 
         yield "torch apex", SyncBatchNorm(num_features).to(device)
+
+
+class NativeKernels(nn.BatchNorm2d):
+    """nn.BatchNorm2d on ATen's own kernels, also where torch would take cuDNN's: in float32 and float16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x by the statistics of this batch."""
+        running = self.running_mean, self.running_var
+        # The backward pass follows the choice of the forward pass.
+        with torch.backends.cudnn.flags(enabled=False):
+            return nn.functional.batch_norm(x, *running, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
 
 
 class SyncKernels(nn.BatchNorm2d):

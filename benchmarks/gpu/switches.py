@@ -10,9 +10,9 @@ import functools
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -25,6 +25,9 @@ from lightning_norm.normalizers import create
 from lightning_norm.ops import backend
 
 SHAPES = ((64, 256, 56, 56), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7))
+HELD = ((64, 2048, 7, 7), (32, 2048, 7, 7), (16, 1024, 14, 14), (8, 512, 28, 28))
+"""Maps of at most 24 MB, which a cooperative launch takes; the first is one in half precision alone."""
+
 KEYS = ("sn", "bn")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -97,28 +100,46 @@ def timed(
             made.cache_clear()
 
 
+class Turn(NamedTuple):
+    """Switches that are timed side by side, and where."""
+
+    switches: dict[str, Callable[[], Any]]
+    shapes: Sequence[tuple[int, ...]]
+    keys: Sequence[str]
+
+
+def turns(built: dict[str, Callable[[], Any]], dry: bool) -> list[Turn]:
+    """Return what is timed, in the order in which it is worth its time."""
+    # Programs that wait for each other might wait forever, so theirs is the last turn.
+    last = {name: built[name] for name in built.keys() & {"cooperative launch"}}
+    owner = {name: built[name] for name in built.keys() & {"owner kernel"}}
+    first = {name: switch for name, switch in built.items() if name not in last}
+    every = [
+        Turn(first, SHAPES, KEYS),
+        Turn(owner, SHAPES[2:], ("rbn", "dbn")),  # larger maps are none that a program can own
+        Turn(last, HELD, KEYS),
+        Turn(last, HELD, ("gn", "bcn")),
+    ]
+    every = [turn for turn in every if turn.switches]
+    return [turn._replace(shapes=[(2, 16, 14, 14)], keys=turn.keys[-1:]) for turn in every] if dry else every
+
+
 def run(part: Part, device: str) -> None:
     """Time every switch beside what is on now."""
     built = {name: switch for name, switch in SWITCHES.items() if switch() is not None}
     for name in SWITCHES:
         part.write("switch", name=name, state="built" if name in built else "not built")
-    shapes, keys, dtypes = ([(2, 16, 14, 14)], KEYS[1:], {"bf16": torch.bfloat16}) if part.dry else (
-        SHAPES, KEYS, {"bf16": torch.bfloat16, "fp32": torch.float32},
-    )  # fmt: skip
-    # Programs that wait for each other might wait forever, so theirs is the last turn.
-    last = {name: built[name] for name in built.keys() & {"cooperative launch"}}
-    first = {name: switch for name, switch in built.items() if name not in last}
-    for switches, dtype, shape, (form, order), key in itertools.product(
-        (first, last), dtypes, shapes, FORMATS.items(), keys
-    ):
-        what = f"{key} {'x'.join(map(str, shape))} {dtype} {form}"
-        if part.seconds_left < 0:
-            part.leave_out(what)
-            continue
-        try:
-            compare(part, what, switches, key, shape, dtypes[dtype], order, device)
-        except Exception as error:
-            part.fail(what, error)
+    dtypes = {"bf16": torch.bfloat16} if part.dry else {"bf16": torch.bfloat16, "fp32": torch.float32}
+    for switches, shapes, keys in turns(built, part.dry):
+        for dtype, shape, (form, order), key in itertools.product(dtypes, shapes, FORMATS.items(), keys):
+            what = f"{key} {'x'.join(map(str, shape))} {dtype} {form}"
+            if part.seconds_left < 0:
+                part.leave_out(what)
+                continue
+            try:
+                compare(part, what, switches, key, shape, dtypes[dtype], order, device)
+            except Exception as error:
+                part.fail(what, error)
 
 
 def compare(

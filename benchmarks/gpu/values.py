@@ -13,7 +13,7 @@ import pytest
 from benchmarks.gpu.rows import Part, part_of
 
 PROCESSES = 12
-VALUES, RUNTIME = "tests/gpu/test_values.py", "tests/gpu/test_runtime.py"
+VALUES, RUNTIME, SWITCHES = (f"tests/gpu/test_{name}.py" for name in ("values", "runtime", "switches"))
 FIRST = (
     f"{VALUES}::test_training",
     f"{VALUES}::test_two_runs_are_the_same_bits",
@@ -32,7 +32,9 @@ FIRST = (
     f"{RUNTIME}::test_a_layer_compiles_itself",
     f"{RUNTIME}::test_compiled_into_cuda_graphs",
     f"{RUNTIME}::test_compiled",
-    "tests/gpu/test_switches.py",
+    # Programs that wait for each other might wait forever, so theirs is the last turn.
+    f"{SWITCHES}::test_the_same_in_every_run",
+    f"{SWITCHES}::test_graphs_and_streams",
 )
 """In the order in which they are worth their time; ``test_large.py`` takes minutes, and is left to pytest."""
 
@@ -42,8 +44,10 @@ DRY = (
     f"{VALUES}::test_two_runs_are_the_same_bits[rbn-tokens-fp16]",
     f"{VALUES}::test_launches[sn-contiguous]",
     f"{RUNTIME}::test_second_device[sn]",
+    f"{SWITCHES}::test_the_same_in_every_run[OWNER-bn-channels_last]",
+    f"{SWITCHES}::test_the_same_in_every_run[COOPERATIVE-sn-contiguous]",
 )
-"""For the interpreter: of each kind one, and one that needs two devices, which is skipped."""
+"""For the interpreter: of each kind and switch one, and one that needs two devices, which is skipped."""
 
 
 class Outcomes:

@@ -8,16 +8,21 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("xdist")
 
-from benchmarks.gpu import odd_shapes, report, rows, switches, values
+from benchmarks import bars
+from benchmarks.gpu import odd_shapes, ratios, report, rows, switches, values
 from benchmarks.gpu.rows import Part
 from lightning_norm import normalizers
-from tests.gpu import test_runtime, test_values
+from lightning_norm.kernels import grid
+from lightning_norm.kernels.cooperative import launch as cooperative
+from tests.gpu import test_runtime, test_switches, test_values
 
 ROOT = Path(__file__).parent.parent.parent
 needs_a_compiler = pytest.mark.skipif(
@@ -64,7 +69,7 @@ def test_every_test_for_a_gpu_is_in_the_order():
     """But those of whole gigabytes."""
     there = {
         f"tests/gpu/{Path(module.__file__).name}::{name}"
-        for module in (test_values, test_runtime)
+        for module in (test_values, test_runtime, test_switches)
         for name, function in vars(module).items()
         if name.startswith("test_") and inspect.isfunction(function) and function.__module__ == module.__name__
     }
@@ -88,6 +93,25 @@ def test_processes_that_warm_up_share_the_cases(tmp_path, monkeypatch):
     tried = [r["what"] for r in rows.read(tmp_path) if r["kind"] == "failed"]
     half = len(tried) // 2
     assert sorted(tried[:half]) == sorted(tried[half:])
+
+
+@needs_a_compiler
+@pytest.mark.slow
+def test_what_torch_compiles_is_timed(tmp_path):
+    """torch's layer, which a bar compares with, and the naive formula."""
+    ratios.run(Part("ratios", Namespace(out=tmp_path, until=None, dry=True)), "cpu")
+    timed = {(r["case"], r["name"]) for r in rows.read(tmp_path) if r["kind"] == "layer"}
+    assert ("4x6x5x5 bf16 channels_last", "torch compiled") in timed
+    assert ("4x6x5x5 fp32 contiguous compiled", "bn naive compiled") in timed
+
+
+def test_torchs_compiled_layer_is_timed_where_a_bar_needs_it():
+    first, formulas, _ = ratios.stages(False)
+    small = [case for case in first.cases if case.small]
+    assert {(case.dtype, case.format) for case in small} == bars.EVERYWHERE
+    assert first.peer
+    assert len(formulas.cases) * len(formulas.keys) <= 4  # compilation takes seconds each
+    assert formulas.seconds < 60
 
 
 def part(folder):
@@ -158,3 +182,21 @@ def test_a_switch_nobody_has_built_is_told(monkeypatch, tmp_path):
     switches.run(Part("switches", Namespace(out=tmp_path, until=None, dry=False)), "cpu")
     lines = (tmp_path / rows.FILE).read_text().splitlines()
     assert [json.loads(line)["state"] for line in lines] == ["not built"]
+
+
+def test_programs_that_wait_for_each_other_are_timed_last():
+    turns = switches.turns(switches.SWITCHES, False)
+    waits = ["cooperative launch" in turn.switches for turn in turns]
+    assert waits == sorted(waits)
+    assert tuple(turns[0].keys) == ("sn", "bn")
+    timed = {(switch, key) for turn in turns for switch in turn.switches for key in turn.keys}
+    assert {("owner kernel", key) for key in ("bn", "rbn", "dbn")} < timed
+    assert {("cooperative launch", key) for key in ("sn", "gn", "bcn")} < timed
+
+
+def test_a_cooperative_launch_is_timed_where_it_is_taken(monkeypatch):
+    """And an owner kernel: elsewhere a switch would be timed that changes nothing."""
+    monkeypatch.setattr(grid, "COOPERATIVE", True)
+    flags = SimpleNamespace(needs_moments=True)
+    for shape in switches.HELD:
+        assert cooperative.grid_for(torch.empty(shape, dtype=torch.bfloat16, device="meta"), 1, flags) is not None

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import counters, network, roofline, roofline_report, roofline_rows
+from benchmarks import counters, network, peers, roofline, roofline_report, roofline_rows
 from benchmarks.budget import SHAPES, Budget, Case, Stage, stages
 from lightning_norm import normalizers
 from lightning_norm.bench import clock, contenders, formulas
@@ -88,6 +88,24 @@ def test_a_wrong_normalizer_is_an_error_after_all_the_others_were_measured(monke
     assert "sn: ArithmeticError: sn: the output differs from float64" in (tmp_path / "roofline.md").read_text()
 
 
+def test_torchs_layer_without_cudnn(monkeypatch):
+    """Neither changes what is computed, nor leaves cuDNN switched off."""
+    usual, seen = torch.nn.functional.batch_norm, []
+
+    def batch_norm(*args):
+        seen.append(torch.backends.cudnn.enabled)
+        return usual(*args)
+
+    x, before = torch.randn(4, 6, 5, 5), torch.backends.cudnn.enabled
+    torchs, native = torch.nn.BatchNorm2d(6), peers.NativeKernels(6)
+    want = torchs(x)
+    monkeypatch.setattr(torch.nn.functional, "batch_norm", batch_norm)
+    torch.testing.assert_close(native(x), want)
+    torch.testing.assert_close(native.running_var, torchs.running_var)
+    assert seen == [False]
+    assert torch.backends.cudnn.enabled == before
+
+
 def test_without_torchs_layer_there_is_nothing_to_compare(monkeypatch):
     budget = Budget(600)
     monkeypatch.setitem(roofline_rows.TOLERANCE, "fp32", 0.0)
@@ -167,7 +185,8 @@ def test_on_cuda(tmp_path):
     assert sn["clock"] == "graph replay"
     assert sn["kernels_forward"] <= 4
     assert sn["kernels_backward"] <= 5
-    clocks = {r["clock"] for r in rows if r["name"] in ("torch", "torch compiled", "sn", "bn", "torch sync")}
+    names = ("torch", "torch compiled", "torch native", "torch sync", "sn", "bn")
+    clocks = {r["clock"] for r in rows if r["name"] in names}
     assert clocks == {"graph replay"}  # in the second case and later, too
     bars = {b["bar"]: b for b in json.loads((tmp_path / "roofline.json").read_text())["bars"]}
     assert bars["7 x 7, CUDA graphs: at most torch.compile's BatchNorm"]["figure"] > 0
