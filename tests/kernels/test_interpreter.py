@@ -42,7 +42,8 @@ def test_interpreted(file):
 @pytest.mark.slow
 @pytest.mark.timeout(14400)
 @pytest.mark.parametrize(
-    "name", ["layers", "per_channel", "encoder_decoder", "condensation", "contexts", "depthwise", "passes"]
+    "name",
+    ["layers", "per_channel", "encoder_decoder", "condensation", "contexts", "cooperative", "depthwise", "passes"],
 )
 def test_interpreted_at_length(name):
     interpret(ROOT / f"tests/kernels/interpreted/test_{name}.py", "-m", "slow", "--timeout", "7200")
