@@ -30,7 +30,7 @@ def moments(x: Tensor, layout: Layout, recorded: bool = False) -> tuple[Tensor, 
         return _moments_of_one(x)
     keep = recorded or is_recording()
     if not keep and x.dtype == torch.float32 and may_read_back(x) and x.numel() <= FEW:
-        mean, var = _moments_of_few(x, layout)
+        var, mean = (layout.of_samples(t) for t in torch.var_mean(x, layout.reduced, correction=0))
         if is_small(mean, var):
             return mean, var
     if not keep and layout.size * layout.c >= FEW and (fast := _moments_of_rows(x, layout)) is not None:
@@ -53,16 +53,6 @@ FEW = 1 << 13
 def is_small(mean: Tensor, var: Tensor) -> bool:
     """Tell whether means are small against their standard deviations, and all of them finite."""
     return torch.addcmul(var, mean, mean, value=-(SMALL_MEAN**-2)).min().item() >= 0
-
-
-def _moments_of_few(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    if layout.channel_dim == 1 and x.is_contiguous() and not layout.is_one_sample:
-        # As the channels of one sample, for which ATen has a function: one of a mean and a variance takes three times
-        # as long.
-        rows = torch.batch_norm_update_stats(x.view(1, layout.n * layout.c, -1), None, None, 0.0)
-        return rows[0].view(layout.n, layout.c), rows[1].view(layout.n, layout.c)
-    var, mean = (layout.of_samples(t) for t in torch.var_mean(x, layout.reduced, correction=0))
-    return mean, var
 
 
 def _moments_of_rows(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
