@@ -8,6 +8,7 @@ fields, so whoever changes that changes a name as well.
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Iterable
 from typing import Any
 
 Moments = namedtuple("Moments", "hi lo var")
@@ -37,3 +38,8 @@ def affine_in(t: Any) -> Affine:
 def sums_in(t: Any) -> Sums:
     """Return the parts of ``t``, (2 or 3, parts * N * C), likewise."""
     return Sums(t[0], t[1], t[-1])
+
+
+def or_other(tensors: Iterable[Any], other: Any) -> list[Any]:
+    """Return ``tensors`` with another in place of ``None``: a kernel wants a pointer, though it reads nothing there."""
+    return [other if t is None else t for t in tensors]

@@ -558,10 +558,11 @@ class MomentNorm(SpecialCalls, Normalizer):
         self, input: Tensor, activation: str, residual: Tensor | None, valid: Tensor | None
     ) -> Tensor:
         """Normalize by the layer's own graph, or where a transform may refuse that running statistics move."""
-        aten = self._aten_on_cpu and valid is None and on_cpu.outruns_graphs(self, input) and _ranks_of(self) is None
         # A graph knows no thread: where only another one has paused the statistics, this one runs without.
         of_this_thread = not self._statistics_paused or is_paused(self)
-        if self.compiled and of_this_thread and not aten and not torch_private.is_transformed():
+        in_graph = self.compiled and of_this_thread and isinstance(input, Tensor)
+        in_graph = in_graph and not torch_private.is_transformed()
+        if in_graph and not (valid is None and on_cpu.outruns_graphs(self, input) and _ranks_of(self) is None):
             options = vars(self).get("_compile_options")
             if valid is not None:
                 # As numbers, which a CPU loads as vectors.

@@ -156,5 +156,6 @@ def outruns_graphs(layer: Any, x: Tensor) -> bool:
 
     For that of batch normalization by 1.1 to 1.7, for that of group normalization by 2 to 5.
     """
-    plain = layer.training and layer._fused_spec_holds and layer._accumulator is None and layer.backend == "auto"
-    return plain and layer.channel_dim == 1 and x.dim() > 2 and not x.is_contiguous() and native.takes(x)
+    trains = layer._aten_on_cpu and layer.training and layer._fused_spec_holds and layer._accumulator is None
+    last = layer.channel_dim == 1 and x.dim() > 2 and not x.is_contiguous()
+    return trains and last and layer.backend == "auto" and native.takes(x)

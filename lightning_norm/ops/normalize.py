@@ -186,9 +186,11 @@ def along(t: Tensor, y: Tensor, channel_dim: int) -> Tensor:
     return t.view(-1, *(1,) * (y.dim() - 2)) if channel_dim == 1 else t
 
 
-def not_below(y: Tensor, floor: Tensor, layout: Layout) -> Tensor:
-    """Return relu(y) + floor, which is max(y + floor, floor), in plain PyTorch; ``floor`` is (C,)."""
-    return (torch.relu(y) + along(floor, y, layout.channel_dim)).to(y.dtype)
+def _followed(y: Tensor, call: Call) -> Tensor:
+    """Return act(y + residual), or relu(y) + floor, which is max(y + floor, floor), in plain PyTorch."""
+    if call.floor is None:
+        return activated(y, call.activation, call.residual)
+    return (torch.relu(y) + along(call.floor, y, call.layout.channel_dim)).to(y.dtype)
 
 
 def ended(y: Tensor, activation: str, residual: Tensor | None) -> Tensor:
@@ -215,10 +217,7 @@ def run(x: Tensor, call: Call) -> Tensor:
                 kernels = _without_kernels(x, call, error)
         x_alias, scale_carrier, fields, how = _fields(x, call, kernels)
         y: Tensor = _Apply.apply(x_alias, scale_carrier, x, *fields, how)
-        if call.floor is not None:
-            return not_below(y, call.floor, call.layout)
-    is_ended = call.activation == "none" and call.residual is None
-    return y if is_ended else activated(y, call.activation, call.residual)
+    return _followed(y, call)
 
 
 def _run_specially(x: Tensor, call: Call) -> Tensor:
@@ -229,10 +228,7 @@ def _run_specially(x: Tensor, call: Call) -> Tensor:
         return run(x, call.channels_second(x)).movedim(1, -1)
     if torch_private.is_transformed():
         with without_autocast(x):
-            y = _normalize_without_functions(x, call)
-            if call.floor is not None:
-                return not_below(y, call.floor, call.layout)
-            return activated(y, call.activation, call.residual)
+            return _followed(_normalize_without_functions(x, call), call)
     assert call.depthwise_conv is not None
     spec = None if call.backend == "eager" else _on_kernels(x, call)[1]
     with without_autocast(x):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy
 import pytest
 import torch
 
@@ -117,6 +118,13 @@ def test_atens_channels_last_kernels_outrun_graphs(key):
     other.compile()
     other(last)
     assert compiled.graphs() == 3
+
+
+@pytest.mark.parametrize("wrong", [[1.0], numpy.zeros((3, 6, 5, 4))], ids=["list", "array"])
+def test_what_is_no_tensor_is_refused_as_without_a_graph(wrong):
+    for layer in (BatchNorm(6), compiled_layer(BatchNorm)):
+        with pytest.raises(TypeError, match="BatchNorm"):
+            layer(wrong)
 
 
 @pytest.mark.usefixtures("no_inductor")

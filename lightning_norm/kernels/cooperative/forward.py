@@ -14,12 +14,13 @@ import triton.language as tl
 
 from lightning_norm.kernels.arguments import Affine, Moments
 from lightning_norm.kernels.cooperative.flags import Forward, Size
+from lightning_norm.kernels.mixture import launch as mixture_launch
 from lightning_norm.kernels.mixture.flags import MixtureStatistics, Parameters, Running, Shape
 from lightning_norm.kernels.mixture.forward import mix, pool
 from lightning_norm.kernels.passes.forward import apply_columns, apply_flat, moments_columns, moments_rows
 
-BLOCK: tl.constexpr = tl.constexpr(256)
-"""(n, c) pairs of a job, as in ``mixture.launch``."""
+BLOCK: tl.constexpr = tl.constexpr(mixture_launch.BLOCK)
+"""(n, c) pairs of a job."""
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels import grid as switches
-from lightning_norm.kernels.arguments import Maps, Moments, sums_in
+from lightning_norm.kernels.arguments import Maps, Moments, or_other, sums_in
 from lightning_norm.kernels.cooperative.backward import cooperative_mixture_vjp
 from lightning_norm.kernels.cooperative.flags import Forward, Plan
 from lightning_norm.kernels.cooperative.forward import cooperative_mixture
@@ -80,8 +80,8 @@ def normalize(
     _launch(
         cooperative_mixture, x, grid,
         Forward(x, x if residual is None else dense(residual, x), y), parts, stats,
-        tuples.Parameters(*(affine if t is None else t for t in (weight, bias, w, v))),
-        tuples.Running(*(affine if t is None else t for t in running)), arrived, *_sizes(grid, flags), eps,
+        tuples.Parameters(*or_other((weight, bias, w, v), affine)),
+        tuples.Running(*or_other(running, affine)), arrived, *_sizes(grid, flags), eps,
         factor_of(grid.size, flags), unbias_of(grid.n * grid.size, flags),
         FLAGS=flags.compiled(merge=merge, weight=weight is not None, bias=bias is not None),
         TILE=tile_of(grid, flags, 1024), PLAN=plan,
@@ -118,7 +118,7 @@ def gradients(
     )  # fmt: skip
     _launch(
         cooperative_mixture_vjp, x, grid,
-        maps, sums_in(sums), stats, tuples.Parameters(*(affine if t is None else t for t in (weight, None, w, v))),
+        maps, sums_in(sums), stats, tuples.Parameters(*or_other((weight, None, w, v), affine)),
         tuples.Running(*(affine,) * 5), out, arrived, *_sizes(grid, flags), eps, factor_of(grid.size, flags),
         FLAGS=flags.compiled(merge=grid.parts > 1, weight=weight is not None),
         TILE=tile, PLAN=plan._replace(plain=plain),

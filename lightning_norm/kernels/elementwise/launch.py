@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.arguments import Maps
+from lightning_norm.kernels.arguments import Maps, or_other
 from lightning_norm.kernels.elementwise.backward import combine_elementwise, join_elementwise
 from lightning_norm.kernels.elementwise.flags import Compiled, Learned
 from lightning_norm.kernels.elementwise.forward import apply_elementwise
@@ -170,7 +170,7 @@ def gradients(
     dx, dresidual = torch.empty_like(x) if need_dx else None, None if residual is None else torch.empty_like(x)
     tiles, c = tiles_of(x, channel_dim).shared_out(), x.shape[channel_dim]
     # Another tensor stands in for what the kernel does not read or write.
-    maps = Maps(dense(dy, x), *(x if t is None else t for t in (x, residual, dx, dresidual)))
+    maps = Maps(dense(dy, x), *or_other((x, residual, dx, dresidual), x))
     learned = _learned(parameters)
     parts, programs = tiles.parts * tiles.fold, tiles.parts * tiles.blocks
     numbers: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
@@ -195,4 +195,4 @@ def gradients(
 
 def _learned(parameters: Sequence[Optional]) -> Learned:
     # alpha stands in for what the layer does not have and no kernel reads.
-    return Learned(*(parameters[2] if t is None else t for t in parameters))
+    return Learned(*or_other(parameters, parameters[2]))

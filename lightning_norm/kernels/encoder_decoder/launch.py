@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.arguments import Moments, sums_in
+from lightning_norm.kernels.arguments import Moments, or_other, sums_in
 from lightning_norm.kernels.encoder_decoder import flags as tuples
 from lightning_norm.kernels.encoder_decoder.backward import vjp_affine, vjp_decode, vjp_encode
 from lightning_norm.kernels.encoder_decoder.flags import EncoderDecoderFlags
@@ -113,19 +113,19 @@ def affine_of(
     sums, hidden = affine.new_empty(e.spans, 2, rows, sum(units)), affine.new_empty(2, rows, sum(units))
     outputs = affine.new_empty(4, rows, grid.c)
     stats = tuples.EncoderDecoderStatistics(statistics, hidden, outputs, affine)
-    moving = Running(*_or_dummy(running, affine))
+    moving = Running(*or_other(running, affine))
     linears = [p.contiguous() for p in linears]
     size, count = (grid.n, grid.c, *units), grid.n * grid.size
     with device_of(x):
         launch(encode, e.across, sum(e.units), e.spans)(
-            parts, moving, tuples.Encoders._make(_or_dummy((noise, drop_prob, linears[0], linears[6]), affine)),
+            parts, moving, tuples.Encoders._make(or_other((noise, drop_prob, linears[0], linears[6]), affine)),
             statistics, sums, *size, e.span, *grid.moment_layout, seed if noise is None else -1, eps,
             FLAGS=tuples.Compiled(flags.batch, flags.frozen, merge=merge, drop=drop_prob is not None),
             TILE=tuples.Tile(e.r, e.h, e.c, min(power(grid.n), 16), 1), num_warps=4,
         )  # fmt: skip
         launch(decode, d.across, d.along)(
             sums, tuples.Decoders(linears[1], linears[7], *linears[2:6], *linears[8:]),
-            tuples.Gates(*_or_dummy(gates, affine)), *_or_dummy((weight, bias), affine), moving, stats, *size, eps,
+            tuples.Gates(*or_other(gates, affine)), *or_other((weight, bias), affine), moving, stats, *size, eps,
             count / max(count - 1, 1),
             FLAGS=tuples.Compiled(
                 flags.batch, track=flags.track, gated=gates[2] is not None, weight=weight is not None,
@@ -179,7 +179,7 @@ def gradients(
     n_block = min(power(grid.n), 32)
     with device_of(x):
         launch(vjp_affine, a.along)(
-            sums_in(parts), stats, affine if weight is None else weight, tuples.Gates(*_or_dummy(gates, affine)),
+            sums_in(parts), stats, affine if weight is None else weight, tuples.Gates(*or_other(gates, affine)),
             tuples.AffineGradients(dweight, dbias, back[3], back[5], back[9], back[11], gate_parts, doutputs, direct),
             grid.n, grid.c, *grid.partial_layout, eps,
             FLAGS=tuples.Compiled(
@@ -193,7 +193,7 @@ def gradients(
         )  # fmt: skip
         launch(vjp_encode, statistics_jobs + e.along * sum(e.units))(
             sums, stats, direct, gate_parts,
-            tuples.Encoders._make(_or_dummy((noise, drop_prob, linears[0], linears[6]), affine)),
+            tuples.Encoders._make(or_other((noise, drop_prob, linears[0], linears[6]), affine)),
             tuples.EncoderGradients(back[0], back[1], back[6], back[7], dgates, dx_affine), grid.n, grid.c, *units,
             statistics_jobs, a.along, grid.size, seed if noise is None else -1, eps,
             FLAGS=tuples.Compiled(flags.batch, drop=drop_prob is not None, spans=d.spans),
@@ -210,7 +210,3 @@ def _sizes(
     """Return the grid, the hidden units of both encoders, and R."""
     grid = grid_of(x, channel_dim)
     return grid, (linears[0].shape[0], linears[6].shape[0]), 1 if flags.batch else grid.n
-
-
-def _or_dummy(tensors: Sequence[Optional], other: Tensor) -> list[Tensor]:
-    return [other if t is None else t for t in tensors]

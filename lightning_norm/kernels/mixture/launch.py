@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.arguments import Moments, sums_in
+from lightning_norm.kernels.arguments import Moments, or_other, sums_in
 from lightning_norm.kernels.grid import REGISTERS, Grid, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.mixture import flags as tuples
@@ -63,10 +63,10 @@ def affine_of(
     unbias = unbias_of(grid.n * grid.size, flags) if over_ranks is None else float(not flags.correction)
     if over_ranks is not None:
         stats = stats._replace(rank_sums=pool_ranks(batch, grid.n * grid.size, over_ranks))
-    parameters = tuples.Parameters(*(affine if t is None else t for t in (weight, bias, w, v)))
+    parameters = tuples.Parameters(*or_other((weight, bias, w, v), affine))
     with device_of(x):
         launch(mix, max(1, cdiv(number, BLOCK)))(
-            parts, stats, parameters, tuples.Running(*(affine if t is None else t for t in running)), number, grid.c,
+            parts, stats, parameters, tuples.Running(*or_other(running, affine)), number, grid.c,
             grid.n * flags.num_groups, grid.c // flags.num_groups, *grid.moment_layout, eps, factor, unbias,
             FLAGS=flags.compiled(
                 merge=merge, weight=weight is not None, bias=bias is not None, ranks=over_ranks is not None
@@ -143,8 +143,8 @@ def adjoint(
     rows = cdiv(groups, tile.g) if flags.at_ln >= 0 else 0
     out, factor = empty_gradients(grid, flags, tile, affine), factor_of(grid.size, flags)
     tensors = (
-        sums_in(parts), stats, tuples.Parameters(*(affine if t is None else t for t in (weight, None, w, v))),
-        tuples.Running._make(affine if t is None else t for t in (*running, None, None, None)),
+        sums_in(parts), stats, tuples.Parameters(*or_other((weight, None, w, v), affine)),
+        tuples.Running._make(or_other((*running, None, None, None), affine)),
         out,
     )  # fmt: skip
     sizes = grid.n, number, grid.c, groups, grid.c // flags.num_groups, columns, *partial_layout

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_norm.kernels import grid as switches
-from lightning_norm.kernels.arguments import Maps, sums_in
+from lightning_norm.kernels.arguments import Maps, or_other, sums_in
 from lightning_norm.kernels.grid import BUSY, REGISTERS, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.mixture.flags import Gradients, MixtureFlags, MixtureStatistics, Parameters, Running
@@ -146,11 +146,11 @@ def normalize_mixture(
     moments, empty, bn = torch.empty_like(affine[1:]), affine.new_empty(0), flags.at_bn >= 0
     batch = affine.new_empty(3, owner.c) if bn else empty
     stats = MixtureStatistics(moments, batch, empty, affine, affine.new_empty(0, dtype=torch.float64))
-    parameters = Parameters(*(affine if t is None else t for t in (weight, bias, None, None)))
+    parameters = Parameters(*or_other((weight, bias, None, None), affine))
     with device_of(x):
         launch(own_mixture, owner.programs)(
             x, x if residual is None else dense(residual, x), y, parameters,
-            Running(*(affine if t is None else t for t in running)), stats, owner.n, owner.c, *owner.numbers, eps,
+            Running(*or_other(running, affine)), stats, owner.n, owner.c, *owner.numbers, eps,
             factor_of(owner.size, flags), unbias_of(owner.n * owner.size, flags),
             FLAGS=flags.compiled(weight=weight is not None, bias=bias is not None), TILE=owner.tile(1),
             maxnreg=REGISTERS["own_mixture"], **_ending(activation, residual),
@@ -214,7 +214,7 @@ def normalize_channels(
     # Nothing is pooled over ranks: what the family keeps of them stays empty.
     empty = affine.new_empty(3, 0), affine.new_empty(0, dtype=torch.float64)
     out = channelwise.PerChannelStatistics(moments, stats, affine, survey_out, *empty)
-    rates = channelwise.Rates(*(affine if t is None else t for t in (rate, threshold, limit)))
+    rates = channelwise.Rates(*or_other((rate, threshold, limit), affine))
     compiled = flags.compiled(weight=weight is not None, bias=bias is not None, known=flags.contexts > 0, owner=True)
     with device_of(x):
         launch(own_channels, owner.programs)(
@@ -275,7 +275,7 @@ def _maps(dy: Tensor, x: Tensor, residual: Optional, affine: Tensor, need_dx: bo
 def _learned(
     responsibilities: Optional, weight: Optional, bias: Optional, gates: Sequence[Optional], other: Tensor
 ) -> channelwise.Learned:
-    return channelwise.Learned(*(other if t is None else t for t in (responsibilities, weight, bias, *gates[:5])))
+    return channelwise.Learned(*or_other((responsibilities, weight, bias, *gates[:5]), other))
 
 
 def _ending(activation: str, residual: Optional) -> dict[str, Any]:

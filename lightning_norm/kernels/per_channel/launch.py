@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_norm.kernels.arguments import Moments, sums_in
+from lightning_norm.kernels.arguments import Moments, or_other, sums_in
 from lightning_norm.kernels.grid import BUSY, REGISTERS, TILE, Grid, cdiv, dense, grid_of, power
 from lightning_norm.kernels.launcher import launch
 from lightning_norm.kernels.passes.launch import device_of, input_gradients, moment_parts, sum_parts
@@ -95,15 +95,15 @@ def affine_of(
     with device_of(x):
         if flags.surveys:
             launch(survey, (grid.n if flags.surveys_samples else 0) + 1)(
-                parts, *(affine if t is None else t for t in gates[5:]), state, survey_out, grid.n, grid.c, flags.rows,
+                parts, *or_other(gates[5:], affine), state, survey_out, grid.n, grid.c, flags.rows,
                 *grid.moment_layout, flags.min_updates, flags.max_skip, FLAGS=compiled, K_BLOCK=tile.k,
                 BLOCK=min(power(grid.c), BLOCK // tile.k), num_warps=4, maxnreg=REGISTERS["survey"],
             )  # fmt: skip
         # Condensation takes one more read of x, behind the norms that ``survey`` leaves.
         direction_parts = _direction_parts(x, survey_out, grid, flags) if flags.condensed else affine
         used = _responsibilities(responsibilities, survey_out, grid.n, flags)
-        learned = tuples.Learned(*(affine if t is None else t for t in (used, weight, bias, *gates[:5])))
-        rates = tuples.Rates(*(affine if t is None else t for t in (rate, threshold, limit)))
+        learned = tuples.Learned(*or_other((used, weight, bias, *gates[:5]), affine))
+        rates = tuples.Rates(*or_other((rate, threshold, limit), affine))
         out = tuples.PerChannelStatistics(moments, stats, affine, survey_out, batch, rank_sums)
         launch(channels_of, blocks)(
             parts, learned, state, rates, out, direction_parts, grid.n, grid.n * grid.c, grid.c, flags.rows,
@@ -123,7 +123,7 @@ def state_of(running: Sequence[Optional], counters: Sequence[Optional], other: T
 
     The four counters are those of a blend or of a condensation; the first is also the prior of contexts.
     """
-    mean, var, tracked, skipped, *more = (other if t is None else t for t in (*running, *counters))
+    mean, var, tracked, skipped, *more = or_other((*running, *counters), other)
     return tuples.State._make((mean, var, tracked, skipped, *more, more[0], *more))
 
 
@@ -186,7 +186,7 @@ def gradients(
     # A row more than samples, the first: what every sample's responsibility gets alike.
     dresponsibilities = affine.new_empty(blocks if flags.gate else 0, grid.n + 1, flags.rows)
     used = _responsibilities(responsibilities, survey_out, grid.n, flags)
-    learned = tuples.Learned(*(affine if t is None else t for t in (used, weight, bias, *gates[:5])))
+    learned = tuples.Learned(*or_other((used, weight, bias, *gates[:5]), affine))
     dpooled, centered = affine.new_empty(3, grid.c), affine.new_empty(grid.c)
     given = tuples.PerChannelStatistics(moments, stats, affine, survey_out, batch, rank_sums)
     out = tuples.PerChannelGradients._make(
